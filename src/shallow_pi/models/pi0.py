@@ -1,0 +1,350 @@
+"""π0 and π0.5: what the policy is, and the velocity it predicts (openpi: models/pi0.py).
+
+`Pi0Config` makes every size a field; depth is one of them, so teacher and student are the same
+model. The public face is functions of (config, params, arrays); parameters are openpi's tree, path
+for path. Time runs as in openpi: t = 1 is noise, t = 0 is data (see `distill.flow`).
+
+Letters: b batch, r draws of (noise, time) that share an observation, ah action horizon, ad action
+dim, s prefix tokens, t suffix tokens.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, PyTree
+
+from shallow_pi.models import gemma, layers, siglip
+from shallow_pi.models import observation as observations
+
+GEMMA_2B = gemma.GemmaConfig(width=2048, mlp_dim=16_384)
+GEMMA_300M = gemma.GemmaConfig(width=1024, mlp_dim=4096)
+SO400M_14 = siglip.SiglipConfig()
+PALIGEMMA_VOCAB_SIZE = 257_152
+CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
+
+
+@dataclasses.dataclass(frozen=True)
+class Pi0Config:
+    """Every size of a π0 or π0.5 model. The defaults are openpi's π0."""
+
+    # π0.5: time enters by adaptive norms and the state, if at all, by the prompt.
+    pi05: bool = False
+    # Layers of backbone and action expert.
+    depth: int = 18
+    # The vision-language backbone.
+    backbone: gemma.GemmaConfig = GEMMA_2B
+    # The action expert.
+    expert: gemma.GemmaConfig = GEMMA_300M
+    # The image encoder.
+    image: siglip.SiglipConfig = SO400M_14
+    # Side of the square pictures, in pixels.
+    image_size: int = 224
+    # Rows of the token embedding.
+    vocab_size: int = PALIGEMMA_VOCAB_SIZE
+    # Cameras in the order of their tokens.
+    cameras: tuple[str, ...] = CAMERAS
+    # Width of state and actions; smaller robots are zero-padded.
+    action_dim: int = 32
+    # Actions in a chunk.
+    action_horizon: int = 50
+    # Prompt length in tokens; openpi's π0.5 uses 200.
+    max_token_len: int = 48
+    # π0.5 only: write the state into the prompt as 256-bin integers.
+    discrete_state_input: bool = False
+    # Dtype of activations; parameters keep their own.
+    dtype: str = "bfloat16"
+    # Recompute layers in the backward pass instead of keeping their activations.
+    remat: bool = True
+
+    def __post_init__(self) -> None:
+        a, b = self.backbone, self.expert
+        if (a.num_heads, a.num_kv_heads, a.head_dim) != (b.num_heads, b.num_kv_heads, b.head_dim):
+            raise ValueError(
+                "backbone and expert share one attention, so num_heads, num_kv_heads and head_dim "
+                f"must be equal; got {a} and {b}."
+            )
+        if a.num_kv_heads >= a.num_heads or a.num_heads % a.num_kv_heads:
+            raise ValueError(
+                f"num_kv_heads must divide num_heads and be smaller (openpi's q_einsum/kv_einsum "
+                f"layout), got {a.num_kv_heads} for {a.num_heads} heads."
+            )
+        if self.depth < 1:
+            raise ValueError(f"depth must be at least 1, got {self.depth}.")
+        if self.image_size % self.image.patch_size:
+            raise ValueError(
+                f"image_size must be a multiple of image.patch_size, got {self.image_size} and "
+                f"{self.image.patch_size}."
+            )
+        if not self.cameras:
+            raise ValueError("cameras must name at least one camera.")
+        if self.discrete_state_input and not self.pi05:
+            raise ValueError("discrete_state_input is a π0.5 option; set pi05 or turn it off.")
+        if self.dtype not in ("bfloat16", "float32"):
+            raise ValueError(f"dtype must be 'bfloat16' or 'float32', got {self.dtype!r}.")
+
+    @property
+    def image_tokens(self) -> int:
+        """Prefix tokens of one camera."""
+        return (self.image_size // self.image.patch_size) ** 2
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Image and prompt tokens together."""
+        return len(self.cameras) * self.image_tokens + self.max_token_len
+
+    @property
+    def kind(self) -> str:
+        """The name people use."""
+        return "π0.5" if self.pi05 else "π0"
+
+
+def at_depth(config: Pi0Config, depth: int) -> Pi0Config:
+    """The same model with another number of layers."""
+    return dataclasses.replace(config, depth=depth)
+
+
+class PrefixAttention(NamedTuple):
+    """One layer's attention of the action tokens over the prefix, before the mask."""
+
+    logits: Float[Array, "b r n ah s"]
+    # Which prefix tokens exist (masked cameras and prompt padding do not).
+    valid: Bool[Array, "b s"]
+
+
+class _PaliGemma(nn.Module):
+    config: Pi0Config
+
+    def setup(self) -> None:
+        c, dtype = self.config, jnp.dtype(self.config.dtype)
+        self.llm = gemma.Module((c.backbone, c.expert), c.depth, c.vocab_size, dtype, c.remat)
+        self.img = siglip.Module(c.image, c.backbone.width, dtype, c.remat)
+
+
+class Pi0(nn.Module):
+    """The Linen module behind the functions below; its attribute names make openpi's tree."""
+
+    config: Pi0Config
+
+    def setup(self) -> None:
+        c = self.config
+        self.PaliGemma = _PaliGemma(c)
+        self.action_in_proj = nn.Dense(c.expert.width)
+        self.action_out_proj = nn.Dense(c.action_dim)
+        if c.pi05:
+            self.time_mlp_in = nn.Dense(c.expert.width)
+            self.time_mlp_out = nn.Dense(c.expert.width)
+        else:
+            self.state_proj = nn.Dense(c.expert.width)
+            self.action_time_mlp_in = nn.Dense(c.expert.width)
+            self.action_time_mlp_out = nn.Dense(c.expert.width)
+
+    def embed_prefix(
+        self, observation: observations.Observation
+    ) -> tuple[Float[Array, "b s d"], Bool[Array, "b s"]]:
+        """Image tokens of every camera as one batch, then prompt tokens; and which exist."""
+        c = self.config
+        pictures = jnp.concatenate([observation.images[name] for name in c.cameras], axis=0)
+        image_tokens = self.PaliGemma.img(pictures)
+        b = observation.state.shape[0]
+        image_tokens = image_tokens.reshape(len(c.cameras), b, c.image_tokens, -1)
+        image_tokens = jnp.swapaxes(image_tokens, 0, 1).reshape(b, -1, c.backbone.width)
+        prompt_tokens = self.PaliGemma.llm.embed(observation.tokenized_prompt)
+        tokens = jnp.concatenate([image_tokens, prompt_tokens], axis=1)
+        return tokens, prefix_valid(c, observation)
+
+    def embed_suffix(
+        self,
+        state: Float[Array, "b ad"],
+        x_t: Float[Array, "b r ah ad"],
+        time: Float[Array, "b r"],
+    ) -> tuple[Float[Array, "b r t e"], Float[Array, "b r e"] | None]:
+        """Suffix tokens, and for π0.5 the condition of the adaptive norms."""
+        c = self.config
+        actions = self.action_in_proj(x_t)
+        embedded_time = layers.time_embedding(time, c.expert.width)
+        if c.pi05:
+            return actions, nn.swish(self.time_mlp_out(nn.swish(self.time_mlp_in(embedded_time))))
+        repeated = jnp.broadcast_to(embedded_time[:, :, None], actions.shape).astype(actions.dtype)
+        hidden = nn.swish(self.action_time_mlp_in(jnp.concatenate([actions, repeated], axis=-1)))
+        actions = self.action_time_mlp_out(hidden)
+        b, r = time.shape
+        state_token = self.state_proj(state)[:, None, None]
+        state_token = jnp.broadcast_to(state_token, (b, r, 1, c.expert.width))
+        return jnp.concatenate([state_token.astype(actions.dtype), actions], axis=2), None
+
+    def prefill(
+        self, observation: observations.Observation
+    ) -> tuple[gemma.Cache, Bool[Array, "b s"]]:
+        """Keys and values of the prefix in every layer, and which prefix tokens exist."""
+        prefix, valid = self.embed_prefix(observation)
+        geometry = gemma.Geometry.create(valid, self.config.backbone.head_dim)
+        _, cache, _ = self.PaliGemma.llm(prefix, None, geometry, outputs="cache")
+        return cache, valid
+
+    def denoise(
+        self,
+        state: Float[Array, "b ad"],
+        cache: gemma.Cache,
+        prefix_valid: Bool[Array, "b s"],
+        x_t: Float[Array, "b r ah ad"],
+        time: Float[Array, "b r"],
+    ) -> Float[Array, "b r ah ad"]:
+        """The velocity from a prefix cache: the expert alone runs."""
+        suffix, condition = self.embed_suffix(state, x_t, time)
+        c = self.config
+        geometry = gemma.Geometry.create(
+            prefix_valid, c.expert.head_dim, suffix.shape[2], c.action_horizon, condition
+        )
+        suffix, _, _ = self.PaliGemma.llm(None, suffix, geometry, cache)
+        return self.action_out_proj(suffix[:, :, -c.action_horizon :])
+
+    def __call__(
+        self,
+        observation: observations.Observation,
+        x_t: Float[Array, "b r ah ad"],
+        time: Float[Array, "b r"],
+        attention_layer: int | None = None,
+        outputs: gemma.Outputs = "nothing",
+    ) -> tuple[Float[Array, "b r ah ad"], PrefixAttention | None, gemma.Hidden | None]:
+        """The velocity in one joint pass; on request one layer's attention, or all streams."""
+        prefix, valid = self.embed_prefix(observation)
+        suffix, condition = self.embed_suffix(observation.state, x_t, time)
+        head_dim, horizon = self.config.expert.head_dim, self.config.action_horizon
+        geometry = gemma.Geometry.create(valid, head_dim, suffix.shape[2], horizon, condition)
+        suffix, stacked, capture = self.PaliGemma.llm(
+            prefix,
+            suffix,
+            geometry,
+            action_rows=horizon,
+            capture_layer=attention_layer,
+            outputs=outputs,
+        )
+        attention = None if capture is None else PrefixAttention(capture.logits(horizon), valid)
+        return self.action_out_proj(suffix[:, :, -horizon:]), attention, stacked
+
+
+def prefix_valid(config: Pi0Config, observation: observations.Observation) -> Bool[Array, "b s"]:
+    """Which prefix tokens exist: those of masked cameras and of prompt padding do not."""
+    cameras = jnp.stack([observation.image_masks[name] for name in config.cameras], axis=1)
+    cameras = jnp.repeat(cameras, config.image_tokens, axis=1)
+    return jnp.concatenate([cameras, observation.tokenized_prompt_mask], axis=1)
+
+
+def dummy_observation(config: Pi0Config, batch: int = 1) -> observations.Observation:
+    """Zeros of the right shapes, all valid: for initialization and abstract evaluation."""
+    size = config.image_size
+    return observations.Observation(
+        images={name: jnp.zeros((batch, size, size, 3)) for name in config.cameras},
+        image_masks={name: jnp.ones((batch,), bool) for name in config.cameras},
+        state=jnp.zeros((batch, config.action_dim)),
+        tokenized_prompt=jnp.zeros((batch, config.max_token_len), jnp.int32),
+        tokenized_prompt_mask=jnp.ones((batch, config.max_token_len), bool),
+    )
+
+
+def init(config: Pi0Config, key: Array) -> PyTree:
+    """Random float32 parameters in openpi's tree. Jit it with `config` static."""
+    x_t = jnp.zeros((1, 1, config.action_horizon, config.action_dim))
+    observation = dummy_observation(config)
+    return Pi0(config).init(key, observation, x_t, jnp.zeros((1, 1)))["params"]
+
+
+def abstract_params(config: Pi0Config) -> PyTree:
+    """Shapes and dtypes of the parameters, computed without allocating any."""
+    return jax.eval_shape(lambda key: init(config, key), jax.random.key(0))
+
+
+def velocity(
+    config: Pi0Config,
+    params: PyTree,
+    observation: observations.Observation,
+    x_t: Float[Array, "b *r ah ad"],
+    t: Float[Array, " b *r"],
+    *,
+    attention_layer: int | None = None,
+) -> tuple[Float[Array, "b *r ah ad"], PrefixAttention | None]:
+    """The velocity v(x_t, o, t) in float32, for one draw or for r draws of each observation.
+
+    Args:
+      config: the model.
+      params: its parameters, in any float dtype.
+      observation: batch of b observations.
+      x_t: noisy actions, with or without the axis of draws.
+      t: their times in [0, 1], 1 is noise.
+      attention_layer: layer whose action-to-prefix attention logits are returned as well.
+
+    Returns:
+      The velocity, and the attention (None unless asked for; always with the axis of draws).
+
+    Raises:
+      ValueError: cameras or shapes that do not fit the config.
+    """
+    _check(config, observation, x_t.shape[-2:])
+    if attention_layer is not None and not 0 <= attention_layer < config.depth:
+        raise ValueError(
+            f"attention_layer must lie in 0..{config.depth - 1} for a model of {config.depth} "
+            f"layers, got {attention_layer}."
+        )
+    single = x_t.ndim == 3
+    if single:
+        x_t, t = x_t[:, None], t[:, None]
+    v, attention, _ = _apply(config, params, "__call__", observation, x_t, t, attention_layer)
+    v = v.astype(jnp.float32)
+    return (v[:, 0] if single else v), attention
+
+
+def hidden_states(
+    config: Pi0Config,
+    params: PyTree,
+    observation: observations.Observation,
+    x_t: Float[Array, "b ah ad"],
+    t: Float[Array, " b"],
+) -> gemma.Hidden:
+    """Both residual streams around every layer, the suffix's with one draw."""
+    _check(config, observation, x_t.shape[-2:])
+    arrays = (observation, x_t[:, None], t[:, None])
+    return _apply(config, params, "__call__", *arrays, outputs="hidden")[2]
+
+
+def prefill(
+    config: Pi0Config, params: PyTree, observation: observations.Observation
+) -> tuple[gemma.Cache, Bool[Array, "b s"]]:
+    """Run the backbone once; returns the prefix cache and which prefix tokens exist."""
+    _check(config, observation)
+    return _apply(config, params, "prefill", observation)
+
+
+def cached_velocity(
+    config: Pi0Config,
+    params: PyTree,
+    state: Float[Array, "b ad"],
+    cache: gemma.Cache,
+    prefix_valid: Bool[Array, "b s"],
+    x_t: Float[Array, "b ah ad"],
+    t: Float[Array, " b"],
+) -> Float[Array, "b ah ad"]:
+    """The velocity from a prefix cache, float32; equals `velocity` on the same observation."""
+    arrays = (state, cache, prefix_valid, x_t[:, None], t[:, None])
+    v = _apply(config, params, "denoise", *arrays)
+    return v[:, 0].astype(jnp.float32)
+
+
+def _apply(config: Pi0Config, params: PyTree, method: str, *arrays: Any, **static: Any) -> Any:
+    return Pi0(config).apply({"params": params}, *arrays, method=method, **static)
+
+
+def _check(
+    config: Pi0Config,
+    observation: observations.Observation,
+    actions: tuple[int, ...] | None = None,
+) -> None:
+    observations.check(observation, config.cameras, config.image_size, config.action_dim)
+    expected = (config.action_horizon, config.action_dim)
+    if actions is not None and tuple(actions) != expected:
+        raise ValueError(
+            f"actions must have shape (…, {expected[0]}, {expected[1]}), got "
+            f"(…, {', '.join(map(str, actions))})."
+        )

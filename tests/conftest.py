@@ -1,0 +1,165 @@
+"""Every test sees eight virtual CPU devices, so that sharded code is always tested sharded."""
+
+import dataclasses
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from shallow_pi.data import lerobot_writer, tokenizer
+from shallow_pi.models import gemma, pi0, siglip
+from shallow_pi.models import observation as observations
+from shallow_pi.training import config as configs
+
+TRAIN_CONFIGS = pathlib.Path(__file__).parents[1] / "train_configs"
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+if jax.__version_info__ < (0, 6):
+    # The second run, on openpi's pins, compiles less, and the same program only once.
+    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_compilation_cache_dir", str(TRAIN_CONFIGS.parent / ".cache" / "jax"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+@pytest.fixture
+def strict():
+    """Pure modules must not rely on rank or dtype promotion."""
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny_config():
+    """Makes π0 (or π0.5) in miniature: grouped queries, no two sizes equal, float32."""
+
+    def make(**changes):
+        sizes = {
+            "depth": 3,
+            "backbone": gemma.GemmaConfig(
+                width=24, mlp_dim=40, num_heads=4, num_kv_heads=2, head_dim=8
+            ),
+            "expert": gemma.GemmaConfig(
+                width=16, mlp_dim=28, num_heads=4, num_kv_heads=2, head_dim=8
+            ),
+            "image": siglip.SiglipConfig(width=20, depth=1, mlp_dim=36, num_heads=2, patch_size=12),
+            "image_size": 24,
+            "vocab_size": 32,
+            "cameras": ("base_0_rgb", "left_wrist_0_rgb"),
+            "action_dim": 6,
+            "action_horizon": 5,
+            "max_token_len": 7,
+            "dtype": "float32",
+            "remat": False,
+        }
+        return pi0.Pi0Config(**(sizes | changes))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_params():
+    """Makes parameters no leaf of which is zero, unlike a fresh model's norms and biases."""
+
+    def make(config, seed=0):
+        generator = np.random.default_rng(seed)
+        return jax.tree.map(
+            lambda leaf: jax.numpy.asarray(0.2 * generator.standard_normal(leaf.shape), leaf.dtype),
+            pi0.abstract_params(config),
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_batch():
+    """Makes a batch of the loader; camera 1 of sample 0 is absent, prompts end in padding."""
+
+    def make(config, b=2, seed=0):
+        generator = np.random.default_rng(seed)
+        size, prompt = config.image_size, config.max_token_len
+        masks = {name: np.ones(b, bool) for name in config.cameras}
+        masks[config.cameras[-1]][0] = False
+        actions = (b, config.action_horizon, config.action_dim)
+        return {
+            "image": {
+                name: generator.integers(0, 256, (b, size, size, 3), np.uint8)
+                for name in config.cameras
+            },
+            "image_mask": masks,
+            "state": generator.standard_normal((b, config.action_dim)).astype(np.float32),
+            "tokenized_prompt": generator.integers(0, config.vocab_size, (b, prompt), np.int32),
+            "tokenized_prompt_mask": np.arange(prompt) < prompt - 2 + np.arange(b)[:, None] % 3,
+            "actions": generator.standard_normal(actions).astype(np.float32),
+            "action_mask": np.ones(actions[:2], bool),
+        }
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_observation(tiny_batch):
+    """Makes the observation of such a batch, on device."""
+
+    def make(config, b=2, seed=0):
+        batch = jax.tree.map(jax.numpy.asarray, tiny_batch(config, b, seed))
+        return observations.Observation.from_batch(batch)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory):
+    """Programs are compiled once a session, where tests start the same run several times."""
+    folder = str(tmp_path_factory.mktemp("compiled"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", folder)
+        before = jax.config.jax_compilation_cache_dir
+        seconds = jax.config.jax_persistent_cache_min_compile_time_secs
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        yield folder
+        jax.config.update("jax_compilation_cache_dir", before)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
+
+
+@pytest.fixture(scope="session")
+def tiny_experiment():
+    """Makes the config `debug` still smaller: three layers to two in float32, four steps."""
+
+    def make(folder, **changes):
+        debug = configs.load(TRAIN_CONFIGS, "debug")
+        model = dataclasses.replace(
+            debug.model, depth=3, vocab_size=320, dtype="float32", remat=False
+        )
+        fields = {
+            "model": model,
+            "batch_size": 8,
+            "ema_decay": 0.5,
+            "num_train_steps": 4,
+            "save_interval": 2,
+            "log_interval": 1,
+            "gradient_interval": 0,
+            "tensorboard": False,
+            "checkpoint_dir": str(folder),
+        }
+        return dataclasses.replace(debug, **(fields | changes))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_dataset(tmp_path_factory):
+    """Three short episodes of a turntable in LeRobot's format, and a tokenizer of their prompts."""
+    folder = tmp_path_factory.mktemp("data")
+    generator = np.random.default_rng(0)
+    prompts = ["touch the red block", "touch the blue block"]
+    with lerobot_writer.Writer(folder / "dataset", 20) as writer:
+        for episode, length in enumerate((9, 7, 8)):
+            pictures = generator.integers(0, 256, (2, length, 24, 24, 3), np.uint8)
+            state, action = generator.standard_normal((2, length, 3)).astype(np.float32)
+            images = {"base": pictures[0], "wrist": pictures[1]}
+            writer.add_episode(images, state, action, prompts[episode % 2])
+    tokenizer.train(prompts, folder / "tokenizer.model", vocab_size=320)
+    return folder / "dataset", folder / "tokenizer.model"

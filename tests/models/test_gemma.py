@@ -1,0 +1,149 @@
+"""The two-expert tower: its masks, its scan, its gates."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from shallow_pi.models import gemma, layers
+
+SIZES = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
+CONFIGS = (
+    gemma.GemmaConfig(width=24, mlp_dim=40, **SIZES),
+    gemma.GemmaConfig(width=16, mlp_dim=28, **SIZES),
+)
+DEPTH, ROWS = 3, 3
+VALID = np.array([[1, 0, 1, 1, 0], [1, 1, 1, 1, 1]], bool)
+
+
+def _module(dtype="float32", remat=False):
+    return gemma.Module(CONFIGS, DEPTH, 8, jnp.dtype(dtype), remat)
+
+
+def _normal(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+@functools.partial(jax.jit, static_argnames=("module", "action_rows", "capture_layer", "outputs"))
+def _run(module, params, prefix, suffix, geometry, **static):
+    return module.apply({"params": params}, prefix, suffix, geometry, **static)
+
+
+def _inputs(pi05):
+    """Prefix of 5, suffix of 3 actions (π0.5) or a state token and 3 actions; two draws."""
+    t = ROWS if pi05 else ROWS + 1
+    prefix, suffix = jnp.asarray(_normal(2, 5, 24)), jnp.asarray(_normal(2, 2, t, 16, seed=1))
+    condition = jnp.asarray(_normal(2, 2, 16, seed=2)) if pi05 else None
+    return prefix, suffix, gemma.Geometry.create(jnp.asarray(VALID), 8, t, ROWS, condition)
+
+
+def _params(pi05):
+    generator = np.random.default_rng(3)
+    shapes = jax.eval_shape(_module().init, jax.random.key(0), *_inputs(pi05))["params"]
+    return jax.tree.map(lambda x: jnp.asarray(0.2 * generator.standard_normal(x.shape)), shapes)
+
+
+def test_the_state_sees_itself_and_actions_see_the_whole_suffix():
+    np.testing.assert_array_equal(
+        gemma.suffix_mask(4, 3), [[1, 0, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1]]
+    )
+    np.testing.assert_array_equal(gemma.suffix_mask(3, 3), np.ones((3, 3)))
+
+
+def test_positions_count_the_valid_tokens_and_go_on_in_the_suffix(strict):
+    """The angle of frequency 0 is the position itself."""
+    geometry = gemma.Geometry.create(jnp.asarray(VALID), 8, 4, 3)
+    prefix, suffix = (
+        np.array([[0, 0, 1, 2, 2], [0, 1, 2, 3, 4]]),
+        np.array([[3, 4, 5, 6], [5, 6, 7, 8]]),
+    )
+    np.testing.assert_allclose(geometry.prefix_rope[0][:, :, 0, 0], np.sin(prefix), atol=1e-6)
+    np.testing.assert_allclose(geometry.suffix_rope[1][:, 0, :, 0, 0], np.cos(suffix), atol=1e-6)
+
+
+@pytest.mark.parametrize("pi05", [False, True])
+def test_scan_equals_a_loop_over_the_layers(pi05):
+    params, (prefix, suffix, geometry) = _params(pi05), _inputs(pi05)
+    expected, hidden, _ = _run(_module(), params, prefix, suffix, geometry, outputs="hidden")
+    block = jax.jit(gemma.Block(CONFIGS, ROWS, None, "nothing").apply)
+    carry = (prefix, suffix, None)
+    for i in range(DEPTH):
+        np.testing.assert_allclose(hidden.prefix[i], carry[0], atol=1e-5)
+        np.testing.assert_allclose(hidden.suffix[i], carry[1], atol=1e-5)
+        one = jax.tree.map(lambda x, i=i: x[i], params["layers"])
+        carry, _ = block({"params": one}, carry, jnp.int32(i), None, geometry)
+    np.testing.assert_allclose(hidden.suffix[DEPTH], carry[1], atol=1e-5)
+    np.testing.assert_allclose(hidden.prefix[DEPTH], carry[0], atol=1e-5)
+    final = {"params": params["final_norm_1"]}
+    normed, _ = layers.RMSNorm().apply(final, carry[1], geometry.condition)
+    np.testing.assert_allclose(expected, normed, atol=1e-5)
+
+
+def test_only_valid_prefix_tokens_are_attended_to():
+    """Changing what a masked token holds changes no other token, in either stream."""
+    params, (prefix, suffix, geometry) = _params(False), _inputs(False)
+
+    def run(prefix):
+        out, hidden, _ = _run(_module(), params, prefix, suffix, geometry, outputs="hidden")
+        return out, np.asarray(hidden.prefix[-1])
+
+    out, tokens = run(prefix)
+    changed, other = run(prefix.at[0, 1].set(9.0))
+    np.testing.assert_array_equal(out, changed)
+    np.testing.assert_array_equal(tokens[VALID], other[VALID])
+    moved, _ = run(prefix.at[0, 2].set(9.0))
+    assert np.abs(moved - out)[0].max() > 1e-3
+
+
+def test_adaptive_norms_start_as_identity_residuals():
+    """Fresh π0.5 gates are zero, so the expert's stream passes through every layer unchanged."""
+    prefix, suffix, geometry = _inputs(True)
+    params = jax.jit(_module().init)(jax.random.key(0), prefix, suffix, geometry)["params"]
+    _, hidden, _ = _run(_module(), params, prefix, suffix, geometry, outputs="hidden")
+    np.testing.assert_array_equal(hidden.suffix, np.broadcast_to(suffix, (4, *suffix.shape)))
+    assert np.abs(hidden.prefix[-1] - prefix).max() > 0.1
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_captured_attention_is_that_of_the_chosen_layer(layer):
+    """Queries and keys of the loop's layer; the cache holds the same keys."""
+    params, (prefix, suffix, geometry) = _params(False), _inputs(False)
+    _, _, capture = _run(
+        _module(), params, prefix, suffix, geometry, action_rows=ROWS, capture_layer=layer
+    )
+    _, cache, _ = _run(_module(), params, prefix, None, geometry, outputs="cache")
+    np.testing.assert_allclose(capture.keys, cache.keys[layer], atol=1e-5)
+    assert np.abs(capture.keys - cache.keys[1]).max() > 0.1
+    queries = np.asarray(capture.queries).reshape(2, 2, 2, ROWS, 2, 8)
+    by_hand = np.einsum("brkagh,bskh->brkgas", queries, capture.keys).reshape(2, 2, 4, ROWS, 5)
+    np.testing.assert_allclose(capture.logits(ROWS), by_hand, atol=1e-5)
+
+
+def test_remat_changes_no_gradient():
+    params, inputs = _params(True), _inputs(True)
+
+    def loss(params, remat):
+        return jnp.sum(_run(_module(remat=remat), params, *inputs)[0] ** 2)
+
+    plain, recomputed = (
+        jax.jit(jax.grad(loss), static_argnums=1)(params, remat) for remat in (False, True)
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), plain, recomputed
+    )
+    for remat in (False, True):
+        traced = str(jax.make_jaxpr(lambda p, r=remat: jax.grad(loss)(p, r))(params))
+        assert (re.search(r"remat|checkpoint", traced) is not None) == remat
+
+
+def test_bfloat16_is_close_to_float32_and_kept():
+    params, inputs = _params(True), _inputs(True)
+    low, _, _ = _run(_module("bfloat16"), params, *inputs)
+    full, _, _ = _run(_module(), params, *inputs)
+    assert low.dtype == jnp.bfloat16
+    assert full.dtype == jnp.float32
+    error = jnp.linalg.norm(low.astype(jnp.float32) - full) / jnp.linalg.norm(full)
+    assert error < 2e-2
