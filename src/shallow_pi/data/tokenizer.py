@@ -1,0 +1,145 @@
+"""Prompts to tokens, as π0 and π0.5 read them, over a SentencePiece model file.
+
+π0: BOS and the cleaned text, then a newline tokenized apart (openpi's habit, kept because merges
+across the border would give other tokens). π0.5 with discrete state writes the normalized state
+into the text as 256 bins over [−1, 1]. `train` makes a small vocabulary for the embedded task.
+"""
+
+import io
+import logging
+import os
+import pathlib
+import threading
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import sentencepiece
+from jaxtyping import Bool, Float, Int
+
+logger = logging.getLogger(__name__)
+
+STATE_BINS = 256
+
+
+class Tokenizer:
+    """Tokens and their mask, padded with zeros to `max_len`."""
+
+    def __init__(self, path: str | os.PathLike[str], max_len: int) -> None:
+        self.path = pathlib.Path(path)
+        if not self.path.is_file():
+            raise FileNotFoundError(
+                f"no SentencePiece model at {self.path}; train one with "
+                "shallow_pi.data.tokenizer.train or give the path of the teacher's tokenizer"
+            )
+        if max_len < 2:
+            raise ValueError(f"max_len must be at least 2 (BOS and one token), got {max_len}")
+        self.max_len = max_len
+        self._truncated = 0
+        self._lock = threading.Lock()
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_file=os.fspath(self.path))
+        except (RuntimeError, OSError) as error:
+            raise ValueError(f"{self.path} is not a SentencePiece model: {error}") from error
+
+    @property
+    def vocab_size(self) -> int:
+        return self._processor.vocab_size()
+
+    @property
+    def truncated(self) -> int:
+        """How many prompts were longer than `max_len` so far."""
+        return self._truncated
+
+    def encode(self, prompt: str, state: Float[np.ndarray, " sd"] | None = None) -> list[int]:
+        """Tokens of a prompt before padding and truncation; with `state`, π0.5's discrete form."""
+        text = clean(prompt)
+        if state is not None:
+            bins = " ".join(map(str, discretize(state)))
+            return self._processor.encode(f"Task: {text}, State: {bins};\nAction: ", add_bos=True)
+        return self._processor.encode(text, add_bos=True) + self._processor.encode("\n")
+
+    def tokenize(
+        self, prompt: str, state: Float[np.ndarray, " sd"] | None = None
+    ) -> tuple[Int[np.ndarray, " t"], Bool[np.ndarray, " t"]]:
+        """Tokens and mask of length `max_len`; a longer prompt is cut, counted and told once."""
+        tokens = self.encode(prompt, state)
+        if len(tokens) > self.max_len:
+            self._count_truncation(len(tokens), prompt)
+            tokens = tokens[: self.max_len]
+        padded = np.zeros(self.max_len, np.int32)
+        padded[: len(tokens)] = tokens
+        return padded, np.arange(self.max_len) < len(tokens)
+
+    def decode(self, tokens: Sequence[int] | Int[np.ndarray, " n"]) -> str:
+        """Text of tokens, for looking at batches."""
+        return self._processor.decode([int(token) for token in tokens])
+
+    def _count_truncation(self, length: int, prompt: str) -> None:
+        with self._lock:
+            self._truncated += 1
+            first = self._truncated == 1
+        if first:
+            logger.warning(
+                "a prompt has %d tokens, %d fit and the rest is cut: %r. Raise the prompt length "
+                "if this is common (Tokenizer.truncated counts them).",
+                length,
+                self.max_len,
+                prompt,
+            )
+
+    def __getstate__(self) -> dict:
+        return {"path": self.path, "max_len": self.max_len}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__init__(**state)  # type: ignore[misc]  # a worker process opens the file anew
+
+
+def clean(prompt: str) -> str:
+    """Strip, and write underscores and newlines as spaces."""
+    return prompt.strip().replace("_", " ").replace("\n", " ")
+
+
+def discretize(state: Float[np.ndarray, " sd"]) -> Int[np.ndarray, " sd"]:
+    """Bins 0…255 of a normalized state; below −1 gives −1, as openpi does."""
+    return np.digitize(state, bins=np.linspace(-1, 1, STATE_BINS + 1)[:-1]) - 1
+
+
+def train(prompts: Iterable[str], path: str | os.PathLike[str], vocab_size: int = 512) -> None:
+    """Train a small byte-fallback BPE vocabulary on prompts and write it to `path`.
+
+    256 byte pieces, 4 control pieces, ten digits and every letter seen are always there. The
+    vocabulary ends up with at most `vocab_size` pieces: few sentences hold few merges.
+    """
+    sentences = sorted({clean(prompt) for prompt in prompts})
+    if not any(sentences):
+        raise ValueError("cannot train a tokenizer without prompts; got none or only empty ones")
+    sentences += ["Task: , State: ;", "Action: "]
+    smallest = 256 + 4 + 10 + len(set("".join(sentences)) - set("0123456789"))
+    if vocab_size < smallest:
+        raise ValueError(
+            f"vocab_size {vocab_size} is too small: bytes, control pieces, digits and the letters "
+            f"of these prompts need {smallest}"
+        )
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocab_size,
+        hard_vocab_limit=False,
+        pad_id=0,
+        eos_id=1,
+        bos_id=2,
+        unk_id=3,
+        byte_fallback=True,
+        split_digits=True,
+        user_defined_symbols=[str(digit) for digit in range(10)],
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=False,  # as PaliGemma's: "\n" alone is one token
+        num_threads=1,
+        minloglevel=2,
+    )
+    target = pathlib.Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(model.getvalue())

@@ -1,0 +1,140 @@
+"""What a policy needs beside its parameters goes into a step folder and comes back the same."""
+
+import dataclasses
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from shallow_pi.data import assets, normalize, robots, tokenizer
+from shallow_pi.training import config
+
+CONFIGS = pathlib.Path(__file__).parents[2] / "train_configs"
+
+
+def _stats():
+    ramp = np.linspace(0.5, 2, 3)
+    one = normalize.NormStats(mean=ramp, std=ramp + 1, q01=-ramp, q99=ramp)
+    return {"state": one, "actions": dataclasses.replace(one, mean=ramp - 3)}
+
+
+@pytest.fixture
+def own(tiny_config, tiny_dataset):
+    model = tiny_config(vocab_size=320)
+    return assets.Assets(model, robots.TURNTABLE, tiny_dataset[1], _stats(), "mine")
+
+
+@pytest.fixture
+def observation():
+    generator = np.random.default_rng(0)
+    return {
+        "observation.images.base": generator.integers(0, 256, (24, 24, 3), np.uint8),
+        "observation.images.wrist": generator.integers(0, 256, (24, 24, 3), np.uint8),
+        "observation.state": np.array([0.1, 0.2, 0.3], np.float32),
+        "task": "touch the red block",
+    }
+
+
+def test_assets_come_back_as_they_were_saved(own, observation, tmp_path):
+    own.save(tmp_path / "5" / "assets")
+    read = assets.load(tmp_path / "5")
+    assert (read.model, read.robot, read.asset_id) == (own.model, own.robot, "mine")
+    for key, stats in own.stats.items():
+        for name, value in dataclasses.asdict(stats).items():
+            np.testing.assert_array_equal(getattr(read.stats[key], name), value)
+    sample, expected = read.inputs()(dict(observation)), own.inputs()(dict(observation))
+    assert sorted(sample) == sorted(expected)
+    for key in ("state", "tokenized_prompt", "tokenized_prompt_mask"):
+        np.testing.assert_array_equal(sample[key], expected[key])
+
+
+def test_the_layout_is_openpis(own, tmp_path):
+    own.save(tmp_path / "assets")
+    files = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
+    assert files == {
+        "assets/mine/norm_stats.json",
+        "assets/shallow_pi.json",
+        "assets/tokenizer.model",
+    }
+    written = json.loads((tmp_path / "assets/mine/norm_stats.json").read_text())
+    assert list(written) == ["norm_stats"]
+    assert sorted(written["norm_stats"]) == ["actions", "state"]
+    assert sorted(written["norm_stats"]["state"]) == ["mean", "q01", "q99", "std"]
+
+
+def test_outputs_undo_inputs(own, observation):
+    """Absolute targets → deltas, normalized, padded → absolute targets."""
+    targets = np.random.default_rng(1).standard_normal((5, 3)).astype(np.float32)
+    sample = own.inputs()({**observation, "action": targets})
+    assert sample["actions"].shape == (5, own.model.action_dim)
+    np.testing.assert_array_equal(sample["actions"][:, 3:], 0)
+    found = own.outputs()({"actions": sample["actions"], "state": observation["observation.state"]})
+    np.testing.assert_allclose(found["actions"], targets, atol=1e-5)
+
+
+@pytest.mark.parametrize(("pi05", "kind"), [(False, "z_score"), (True, "quantile")])
+def test_pi0_takes_z_scores_and_pi05_quantiles(own, observation, pi05, kind):
+    model = dataclasses.replace(own.model, pi05=pi05)
+    found = dataclasses.replace(own, model=model)
+    assert found.kind == kind
+    stats, state = own.stats["state"], observation["observation.state"]
+    expected = {
+        "z_score": (state - stats.mean) / stats.std,
+        "quantile": (state - stats.q01) / (stats.q99 - stats.q01) * 2 - 1,
+    }
+    sample = found.inputs()(dict(observation))
+    np.testing.assert_allclose(sample["state"][:3], expected[kind], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(config.names(CONFIGS)))
+def test_a_model_survives_json(name):
+    model = config.load(CONFIGS, name).model
+    assert assets.model_from_dict(json.loads(json.dumps(dataclasses.asdict(model)))) == model
+
+
+def test_a_tokenizer_of_another_vocabulary_is_an_error(own):
+    pieces = tokenizer.Tokenizer(own.tokenizer, 8).vocab_size
+    model = dataclasses.replace(own.model, vocab_size=pieces)
+    dataclasses.replace(own, model=model).inputs()
+    smaller = dataclasses.replace(own, model=dataclasses.replace(model, vocab_size=pieces - 1))
+    with pytest.raises(ValueError, match=rf"has {pieces} pieces, the model embeds {pieces - 1}"):
+        smaller.inputs()
+
+
+def test_a_folder_without_assets_says_what_it_looks_for(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no shallow_pi\.json in .*<exp>/<step>"):
+        assets.load(tmp_path)
+
+
+@pytest.mark.parametrize("missing", ["tokenizer.model", "mine/norm_stats.json"])
+def test_a_missing_file_is_named(own, tmp_path, missing):
+    own.save(tmp_path / "assets")
+    (tmp_path / "assets" / missing).unlink()
+    with pytest.raises(FileNotFoundError, match=missing):
+        assets.load(tmp_path).inputs()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: "{",
+        lambda content: json.dumps({key: content[key] for key in ("robot", "asset_id")}),
+        lambda content: json.dumps(content | {"model": content["model"] | {"legs": 2}}),
+    ],
+    ids=["cut short", "without model", "with an unknown field"],
+)
+def test_a_damaged_description_is_named(own, tmp_path, damage):
+    own.save(tmp_path / "assets")
+    path = tmp_path / "assets" / "shallow_pi.json"
+    path.write_text(damage(json.loads(path.read_text())))
+    with pytest.raises(ValueError, match=r"shallow_pi\.json is damaged"):
+        assets.load(tmp_path)
+
+
+def test_an_unknown_robot_is_named(own, tmp_path):
+    own.save(tmp_path / "assets")
+    path = tmp_path / "assets" / "shallow_pi.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"robot": "crane"}))
+    with pytest.raises(ValueError, match="unknown robot 'crane'"):
+        assets.load(tmp_path)
