@@ -1,0 +1,47 @@
+"""The path between noise and data: sample times and noise, the point x_t, the target velocity.
+
+Time follows openpi, stated here once: t = 1 is noise and t = 0 is data,
+
+    x_t = t·ε + (1 − t)·a,    u = dx_t/dt = ε − a,    t = 0.001 + 0.999·Beta(1.5, 1).
+
+(The Shallow-π paper writes it the other way round: the same loss.) Source: openpi models/pi0.py.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def sample_time(key: Array, shape: tuple[int, ...]) -> Float[Array, "..."]:
+    """Times in [0.001, 1], denser near noise."""
+    return 0.001 + 0.999 * jax.random.beta(key, 1.5, 1.0, shape)
+
+
+def sample_noise(key: Array, shape: tuple[int, ...]) -> Float[Array, "..."]:
+    """Standard normal noise, float32."""
+    return jax.random.normal(key, shape)
+
+
+def interpolate(
+    actions: Float[Array, "*b ah ad"], noise: Float[Array, "*b ah ad"], t: Float[Array, " *b"]
+) -> Float[Array, "*b ah ad"]:
+    """The point x_t on the straight line from data (t = 0) to noise (t = 1)."""
+    _same_shape(actions, noise)
+    t = t[..., None, None]
+    return t * noise + (1.0 - t) * actions
+
+
+def target_velocity(
+    actions: Float[Array, "*b ah ad"], noise: Float[Array, "*b ah ad"]
+) -> Float[Array, "*b ah ad"]:
+    """The velocity u = ε − a along that line."""
+    _same_shape(actions, noise)
+    return noise - actions
+
+
+def _same_shape(actions: Array, noise: Array) -> None:
+    if jnp.shape(actions) != jnp.shape(noise):
+        raise ValueError(
+            f"actions and noise must have one shape, got {jnp.shape(actions)} and "
+            f"{jnp.shape(noise)}."
+        )

@@ -1,0 +1,121 @@
+"""Which teacher layer each student layer copies, and the strategies that choose.
+
+A layer map is a strictly increasing tuple of teacher indices, one a student layer; backbone and
+action expert use the same one. `uniform` is the paper's: round_half_even(linspace(0, L−1, S)), for
+18 → 6 layers 0 3 7 10 14 17. The strategies that look at the teacher take what they need as plain
+arrays: `similarity` the cosine between every layer's input and output, `sensitivity` the rise of
+the velocity error when a layer is skipped (`layer_scores` measures both).
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float
+
+Strategy = Literal["uniform", "first", "last", "random", "similarity", "sensitivity"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerMap:
+    """Student layer i copies, and is compared with, teacher layer `layers[i]`."""
+
+    layers: tuple[int, ...]
+    teacher_depth: int
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            raise ValueError("a layer map needs at least one teacher layer, got none.")
+        outside = [i for i in self.layers if not 0 <= i < self.teacher_depth]
+        if outside:
+            raise ValueError(
+                f"layers must lie in 0..{self.teacher_depth - 1} (the teacher has "
+                f"{self.teacher_depth}), got {outside} in {list(self.layers)}."
+            )
+        if len(set(self.layers)) != len(self.layers):
+            raise ValueError(f"layers must not repeat, got {list(self.layers)}.")
+        if list(self.layers) != sorted(self.layers):
+            raise ValueError(
+                f"layers must be in increasing order, got {list(self.layers)}; did you mean "
+                f"{sorted(self.layers)}?"
+            )
+
+    @property
+    def depth(self) -> int:
+        """Layers of the student."""
+        return len(self.layers)
+
+    @property
+    def middle(self) -> tuple[int, int]:
+        """The default pair of (student, teacher) layers whose attention is compared."""
+        student = (self.depth - 1) // 2
+        return student, self.layers[student]
+
+
+def explicit(layers: Sequence[int], teacher_depth: int) -> LayerMap:
+    """Exactly these teacher layers."""
+    return LayerMap(tuple(int(i) for i in layers), teacher_depth)
+
+
+def uniform(depth: int, teacher_depth: int) -> LayerMap:
+    """Evenly spaced from first to last, rounded half to even (paper; METHOD: 18 → 6 layers)."""
+    _check_depth(depth, teacher_depth)
+    spaced = np.round(np.linspace(0, teacher_depth - 1, depth))
+    return explicit(spaced.astype(int).tolist(), teacher_depth)
+
+
+def first(depth: int, teacher_depth: int) -> LayerMap:
+    """The first layers."""
+    _check_depth(depth, teacher_depth)
+    return explicit(range(depth), teacher_depth)
+
+
+def last(depth: int, teacher_depth: int) -> LayerMap:
+    """The last layers."""
+    _check_depth(depth, teacher_depth)
+    return explicit(range(teacher_depth - depth, teacher_depth), teacher_depth)
+
+
+def random(depth: int, teacher_depth: int, seed: int) -> LayerMap:
+    """A random choice, in order, the same for the same seed."""
+    _check_depth(depth, teacher_depth)
+    chosen = np.random.default_rng(seed).choice(teacher_depth, size=depth, replace=False)
+    return explicit(np.sort(chosen).tolist(), teacher_depth)
+
+
+def similarity(depth: int, cosine: Float[np.ndarray, " l"]) -> LayerMap:
+    """Drop the layers whose input and output are most alike.
+
+    Args:
+      depth: layers to keep.
+      cosine: mean cosine between input and output of each teacher layer.
+    """
+    return _keep_largest(depth, -np.asarray(cosine), "cosine")
+
+
+def sensitivity(depth: int, increase: Float[np.ndarray, " l"]) -> LayerMap:
+    """Drop the layers in order of least increase of the velocity error when skipped.
+
+    Args:
+      depth: layers to keep.
+      increase: rise of the mean squared velocity error when each teacher layer alone is skipped.
+    """
+    return _keep_largest(depth, np.asarray(increase), "increase")
+
+
+def _keep_largest(depth: int, score: np.ndarray, what: str) -> LayerMap:
+    if score.ndim != 1 or not np.all(np.isfinite(score)):
+        raise ValueError(
+            f"{what} must be one finite number a teacher layer, got shape {score.shape}."
+        )
+    _check_depth(depth, len(score))
+    kept = np.argsort(-score, kind="stable")[:depth]
+    return explicit(np.sort(kept).tolist(), len(score))
+
+
+def _check_depth(depth: int, teacher_depth: int) -> None:
+    if not 1 <= depth <= teacher_depth:
+        raise ValueError(
+            f"the student's depth must lie in 1..{teacher_depth} (the teacher's), got {depth}."
+        )

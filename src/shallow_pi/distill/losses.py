@@ -1,0 +1,129 @@
+"""The three losses of Shallow-π, unreduced, and the one masked sum that reduces them.
+
+    L = w_task·‖v_θ − u‖² + w_velocity·‖v_θ − v_φ‖² + w_attention·KL(P_φ ‖ P_θ)
+
+φ is the teacher, θ the student; both see the same observation, noise and time. P is the attention
+of the action tokens over the valid prefix keys at one layer of each model, renormalised over those
+keys. Everything is float32. (METHOD: the layer pair, the weights and `per_head` are our choices.)
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+Attention = Literal["per_head", "head_mean"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Losses:
+    """Weights and switches of the three losses. A weight of 0 leaves that term out."""
+
+    # Weight of the task loss: student velocity against the data's.
+    task: float = 1.0
+    # Weight of the velocity loss: student velocity against the teacher's.
+    velocity: float = 1.0
+    # Weight of the attention loss: student attention against the teacher's.
+    attention: float = 0.1
+    # Compare attention maps head by head, or averaged over heads.
+    attention_heads: Attention = "per_head"
+    # Student layer whose attention is compared; -1 takes the middle one, (depth − 1)//2.
+    attention_layer: int = -1
+    # Leave actions past the episode's end out of the losses. openpi counts them (its chunks repeat
+    # the last action there).
+    mask_padded_actions: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("task", "velocity", "attention"):
+            value = getattr(self, name)
+            if not (isinstance(value, (int, float)) and 0 <= value < float("inf")):
+                raise ValueError(f"losses.{name} must be a finite weight of at least 0: {value}.")
+        if self.task == self.velocity == self.attention == 0:
+            raise ValueError("losses: all three weights are 0, there is nothing to train on.")
+        if self.attention_layer < -1:
+            raise ValueError(
+                f"losses.attention_layer is a student layer or -1, got {self.attention_layer}."
+            )
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether any term looks at the teacher."""
+        return self.velocity > 0 or self.attention > 0
+
+
+def task_loss(
+    v_student: Float[Array, "*b ah ad"], u: Float[Array, "*b ah ad"]
+) -> Float[Array, "*b ah"]:
+    """Squared error of the student's velocity against the data's, mean over action dimensions."""
+    _same_shape("v_student", v_student, "u", u)
+    return jnp.mean(jnp.square(v_student.astype(jnp.float32) - u.astype(jnp.float32)), axis=-1)
+
+
+def velocity_loss(
+    v_student: Float[Array, "*b ah ad"], v_teacher: Float[Array, "*b ah ad"]
+) -> Float[Array, "*b ah"]:
+    """The same against the teacher's velocity, through which no gradient flows."""
+    _same_shape("v_student", v_student, "v_teacher", v_teacher)
+    return task_loss(v_student, jax.lax.stop_gradient(v_teacher))
+
+
+def attention_loss(
+    student_logits: Float[Array, "*b n ah s"],
+    teacher_logits: Float[Array, "*b n ah s"],
+    valid: Bool[Array, "#*b #n #ah s"],
+    heads: Attention = "per_head",
+) -> Float[Array, "*b ah"]:
+    """KL(teacher ‖ student) of the attention over the valid keys, mean over heads.
+
+    Args:
+      student_logits: unmasked logits of the student's action queries over the prefix keys.
+      teacher_logits: the teacher's, over the same keys.
+      valid: which keys exist. Rows without a single valid key give 0.
+      heads: compare head by head, or the maps averaged over heads.
+    """
+    _same_shape("student_logits", student_logits, "teacher_logits", teacher_logits)
+    log_student = masked_log_softmax(student_logits, valid)
+    log_teacher = jax.lax.stop_gradient(masked_log_softmax(teacher_logits, valid))
+    if heads == "head_mean":
+        log_student = _mean_over_heads(log_student)
+        log_teacher = _mean_over_heads(log_teacher)
+    p_teacher = jnp.where(valid, jnp.exp(log_teacher), 0.0)
+    return jnp.mean(jnp.sum(p_teacher * (log_teacher - log_student), axis=-1), axis=-2)
+
+
+def masked_log_softmax(
+    logits: Float[Array, "*b s"], valid: Bool[Array, "#*b s"]
+) -> Float[Array, "*b s"]:
+    """Log-probabilities over the valid keys in float32; 0 at the others, so that 0·log stays 0."""
+    logits = jnp.where(valid, logits.astype(jnp.float32), 0.0)
+    largest = jnp.max(jnp.where(valid, logits, -jnp.inf), axis=-1, keepdims=True)
+    largest = jax.lax.stop_gradient(jnp.where(jnp.isfinite(largest), largest, 0.0))
+    total = jnp.sum(jnp.where(valid, jnp.exp(logits - largest), 0.0), axis=-1, keepdims=True)
+    log_total = jnp.log(jnp.where(total > 0, total, 1.0))
+    return jnp.where(valid, logits - largest - log_total, 0.0)
+
+
+def cosine(a: Float[Array, "*b ah ad"], b: Float[Array, "*b ah ad"]) -> Float[Array, "*b ah"]:
+    """Cosine between two velocities of one action; 0 where one of them vanishes."""
+    _same_shape("a", a, "b", b)
+    product = jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1)
+    return jnp.sum(a * b, axis=-1) / jnp.where(product > 0, product, 1.0)
+
+
+def masked_sum(values: Float[Array, "..."], mask: Bool[Array, "..."]) -> Float[Array, ""]:
+    """Sum of the values where the mask holds: the one reduction of every loss."""
+    _same_shape("values", values, "mask", mask)
+    return jnp.sum(jnp.where(mask, values, 0.0))
+
+
+def _mean_over_heads(log_probabilities: Float[Array, "*b n ah s"]) -> Float[Array, "*b 1 ah s"]:
+    n = log_probabilities.shape[-3]
+    total = jax.scipy.special.logsumexp(log_probabilities, axis=-3, keepdims=True)
+    return total - jnp.log(jnp.float32(n))
+
+
+def _same_shape(name_a: str, a: Array, name_b: str, b: Array) -> None:
+    if a.shape != b.shape:
+        raise ValueError(f"{name_a} and {name_b} must have one shape, got {a.shape} and {b.shape}.")

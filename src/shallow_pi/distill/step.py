@@ -1,0 +1,334 @@
+"""One optimizer step of the distillation, a pure function of arrays.
+
+    distill_step(spec, teacher_params, state, key, batch) -> (state, metrics)
+
+Randomness (augmentation, noise, time) is drawn once, from `fold_in(key, step)`, before either model
+runs, so teacher and student see one x_t. The teacher is an argument: outside the gradient, never
+donated, never in the state. Without a teacher the same step fine-tunes, or trains from scratch, on
+the task loss. Bind `spec` with `functools.partial` and jit the rest, donating `state`.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from shallow_pi.distill import flow, losses
+from shallow_pi.distill import layer_map as layer_maps
+from shallow_pi.models import observation as observations
+from shallow_pi.models import pi0
+
+Metrics = dict[str, Float[Array, ""]]
+
+
+@flax.struct.dataclass
+class DistillState:
+    """What training changes, and all that a checkpoint holds."""
+
+    step: Int[Array, ""]
+    params: PyTree
+    opt_state: PyTree
+    # Exponential moving average of the parameters, or None.
+    ema_params: PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """The static part of a step."""
+
+    student: pi0.Pi0Config
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+    losses: losses.Losses
+    # The teacher and the layers the student was cut from; None trains on the task loss alone.
+    teacher: pi0.Pi0Config | None = None
+    layer_map: layer_maps.LayerMap | None = None
+    augmentation: observations.Augmentation = observations.NO_AUGMENTATION
+    # (noise, time) pairs drawn for every observation; they share the prefix.
+    draws: int = 1
+    # Microbatches a step is cut into; the result is that of the whole batch.
+    accumulation: int = 1
+    ema_decay: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.draws < 1 or self.accumulation < 1:
+            raise ValueError(
+                f"draws and accumulation are at least 1, got {self.draws} and {self.accumulation}."
+            )
+        if (self.teacher is None) != (self.layer_map is None):
+            raise ValueError("a teacher and a layer map go together; one of them is missing.")
+        if self.losses.needs_teacher and self.teacher is None:
+            raise ValueError(
+                f"losses.velocity {self.losses.velocity} and losses.attention "
+                f"{self.losses.attention} need a teacher; give one, or set both to 0."
+            )
+        if self.teacher is not None:
+            _check_pair(self.teacher, self.student)
+        if self.losses.attention_layer >= self.student.depth:
+            raise ValueError(
+                f"losses.attention_layer must lie in 0..{self.student.depth - 1}, or be -1; got "
+                f"{self.losses.attention_layer}."
+            )
+
+    @property
+    def attention_layers(self) -> tuple[int, int]:
+        """The pair of (student, teacher) layers whose attention is compared."""
+        assert self.layer_map is not None, "attention is compared with a teacher"
+        if self.losses.attention_layer == -1:
+            return self.layer_map.middle
+        return self.losses.attention_layer, self.layer_map.layers[self.losses.attention_layer]
+
+
+class Inputs(NamedTuple):
+    """What both models are given, drawn once."""
+
+    observation: observations.Observation
+    x_t: Float[Array, "b r ah ad"]
+    t: Float[Array, "b r"]
+    u: Float[Array, "b r ah ad"]
+    action_mask: Bool[Array, "b r ah"]
+
+
+def init_state(spec: Spec, params: PyTree) -> DistillState:
+    """A fresh state around parameters, which become float32 (the teacher's may be bfloat16)."""
+    # A copy, never an alias: the state is donated, and the caller keeps the parameters it gave.
+    params = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), params)
+    return DistillState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=spec.optimizer.init(params),
+        ema_params=None if spec.ema_decay is None else jax.tree.map(jnp.array, params),
+    )
+
+
+def draw_inputs(spec: Spec, key: Array, batch: Mapping[str, Any]) -> Inputs:
+    """Augment the pictures and draw noise and time, with openpi's keys (one draw: its numbers)."""
+    augment_key, noise_key, time_key = jax.random.split(key, 3)
+    observation = observations.Observation.from_batch(batch)
+    if spec.augmentation != observations.NO_AUGMENTATION:
+        observation = observations.augment(augment_key, observation, spec.augmentation)
+    actions = batch["actions"]
+    b, ah, ad = actions.shape
+    noise = flow.sample_noise(noise_key, (b, spec.draws, ah, ad))
+    t = flow.sample_time(time_key, (b, spec.draws))
+    actions = jnp.broadcast_to(actions[:, None], noise.shape)
+    mask = batch["action_mask"] if spec.losses.mask_padded_actions else jnp.ones((b, ah), bool)
+    return Inputs(
+        observation=observation,
+        x_t=flow.interpolate(actions, noise, t),
+        t=t,
+        u=flow.target_velocity(actions, noise),
+        action_mask=jnp.broadcast_to(mask[:, None], (b, spec.draws, ah)),
+    )
+
+
+def distill_step(
+    spec: Spec,
+    teacher_params: PyTree,
+    state: DistillState,
+    key: Array,
+    batch: Mapping[str, Any],
+) -> tuple[DistillState, Metrics]:
+    """One step of AdamW on L = w_task·L_task + w_velocity·L_velocity + w_attention·L_attention.
+
+    Args:
+      spec: the static part.
+      teacher_params: parameters of `spec.teacher` in any float dtype; None without a teacher.
+      state: the student's state.
+      key: the run's key, the same at every step.
+      batch: a batch of the loader (see `data.loader`).
+
+    Returns:
+      The new state, and float32 metrics: every loss, gradient norms, the learning rate, the
+      teacher's own task loss and the cosine between the two velocities.
+    """
+    inputs = draw_inputs(spec, jax.random.fold_in(key, state.step), batch)
+    count = jnp.maximum(jnp.sum(inputs.action_mask.astype(jnp.float32)), 1.0)
+
+    def microbatch(total: PyTree, part: Inputs) -> tuple[PyTree, None]:
+        reference = _teacher_outputs(spec, teacher_params, part)
+        grads, metrics = jax.grad(
+            lambda params: _total_loss(spec, params, reference, part, count), has_aux=True
+        )(state.params)
+        return jax.tree.map(jnp.add, total, (grads, metrics)), None
+
+    if spec.accumulation == 1:
+        (grads, metrics), _ = microbatch((_zeros(state.params), _zero_metrics(spec)), inputs)
+    else:
+        start = (_zeros(state.params), _zero_metrics(spec))
+        (grads, metrics), _ = jax.lax.scan(microbatch, start, _split(inputs, spec.accumulation))
+    updates, opt_state = spec.optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema_params = state.ema_params
+    if spec.ema_decay is not None:
+        decay = spec.ema_decay
+        ema_params = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema_params, params)
+    metrics |= gradient_norms(grads)
+    metrics["learning_rate"] = jnp.asarray(spec.schedule(state.step), jnp.float32)
+    metrics["param_norm"] = global_norm(params)
+    new_state = DistillState(
+        step=state.step + 1, params=params, opt_state=opt_state, ema_params=ema_params
+    )
+    return new_state, metrics
+
+
+def loss_gradient_norms(
+    spec: Spec, teacher_params: PyTree, state: DistillState, key: Array, batch: Mapping[str, Any]
+) -> Metrics:
+    """Norm of the gradient of each weighted loss alone, at the inputs the next step would draw.
+
+    Costs one backward pass a loss, so the loop calls it now and then, not every step.
+    """
+    inputs = draw_inputs(spec, jax.random.fold_in(key, state.step), batch)
+    count = jnp.maximum(jnp.sum(inputs.action_mask.astype(jnp.float32)), 1.0)
+    reference = _teacher_outputs(spec, teacher_params, inputs)
+    norms = {}
+    for name in _terms(spec.losses):
+        alone: dict[str, Any] = {"task": 0.0, "velocity": 0.0, "attention": 0.0}
+        alone[name] = getattr(spec.losses, name)
+        single = dataclasses.replace(spec, losses=dataclasses.replace(spec.losses, **alone))
+        grads, _ = jax.grad(
+            lambda params, one=single: _total_loss(one, params, reference, inputs, count),
+            has_aux=True,
+        )(state.params)
+        norms[f"grad_norm_of/{name}_loss"] = global_norm(grads)
+    return norms
+
+
+def global_norm(tree: PyTree) -> Float[Array, ""]:
+    """Root of the sum of all squares; Optax renamed its own between the versions we support."""
+    squares = [jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree)]
+    return jnp.sqrt(jnp.sum(jnp.stack(squares)))
+
+
+def gradient_norms(grads: PyTree) -> Metrics:
+    """Global norm of the gradient, in all and by part of the model."""
+    parts: dict[str, list[Array]] = {
+        "vision": [],
+        "embedder": [],
+        "backbone": [],
+        "expert": [],
+        "projections": [],
+    }
+    for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
+        parts[_part(tuple(key.key for key in path))].append(leaf)
+    norms = {f"grad_norm/{name}": global_norm(leaves) for name, leaves in parts.items()}
+    return {"grad_norm": global_norm(grads), **norms}
+
+
+def _part(path: tuple[str, ...]) -> str:
+    if path[:2] == ("PaliGemma", "img"):
+        return "vision"
+    if path[:3] == ("PaliGemma", "llm", "embedder"):
+        return "embedder"
+    if path[0] == "PaliGemma":
+        return "expert" if any(name.endswith("_1") for name in path[2:5]) else "backbone"
+    return "projections"
+
+
+class _Reference(NamedTuple):
+    velocity: Float[Array, "b r ah ad"]
+    attention: pi0.PrefixAttention | None
+
+
+def _teacher_outputs(spec: Spec, teacher_params: PyTree, inputs: Inputs) -> _Reference | None:
+    """The teacher's velocity, and its attention where that loss is on; no gradient flows back."""
+    if spec.teacher is None or not spec.losses.needs_teacher:
+        return None
+    layer = spec.attention_layers[1] if spec.losses.attention > 0 else None
+    outputs = pi0.velocity(
+        spec.teacher,
+        teacher_params,
+        inputs.observation,
+        inputs.x_t,
+        inputs.t,
+        attention_layer=layer,
+    )
+    return jax.lax.stop_gradient(_Reference(*outputs))
+
+
+def _total_loss(
+    spec: Spec, params: PyTree, reference: _Reference | None, inputs: Inputs, count: Array
+) -> tuple[Float[Array, ""], Metrics]:
+    """The weighted loss of a microbatch as its share of the mean over the whole batch."""
+    weights = spec.losses
+    layer = spec.attention_layers[0] if weights.attention > 0 else None
+    v_student, attention = pi0.velocity(
+        spec.student, params, inputs.observation, inputs.x_t, inputs.t, attention_layer=layer
+    )
+
+    def mean(values: Float[Array, "b r ah"]) -> Float[Array, ""]:
+        return losses.masked_sum(values, inputs.action_mask) / count
+
+    metrics = {"task_loss": mean(losses.task_loss(v_student, inputs.u))}
+    loss = weights.task * metrics["task_loss"]
+    if reference is not None:
+        metrics["teacher_task_loss"] = mean(losses.task_loss(reference.velocity, inputs.u))
+        metrics["velocity_cosine"] = mean(losses.cosine(v_student, reference.velocity))
+        metrics["velocity_loss"] = mean(losses.velocity_loss(v_student, reference.velocity))
+        loss += weights.velocity * metrics["velocity_loss"]
+    if reference is not None and attention is not None:
+        assert reference.attention is not None, "both models return attention or neither does"
+        metrics["attention_loss"] = mean(
+            losses.attention_loss(
+                attention.logits,
+                reference.attention.logits,
+                attention.valid[:, None, None, None, :],
+                weights.attention_heads,
+            )
+        )
+        loss += weights.attention * metrics["attention_loss"]
+    metrics["loss"] = loss
+    return loss, metrics
+
+
+def _terms(weights: losses.Losses) -> list[str]:
+    return [name for name in ("task", "velocity", "attention") if getattr(weights, name) > 0]
+
+
+def _zero_metrics(spec: Spec) -> Metrics:
+    names = ["loss", "task_loss"]
+    if spec.teacher is not None and spec.losses.needs_teacher:
+        names += ["teacher_task_loss", "velocity_cosine", "velocity_loss"]
+        names += ["attention_loss"] if spec.losses.attention > 0 else []
+    return {name: jnp.zeros(()) for name in names}
+
+
+def _zeros(params: PyTree) -> PyTree:
+    return jax.tree.map(jnp.zeros_like, params)
+
+
+def _split(inputs: Inputs, parts: int) -> Inputs:
+    """An axis of microbatches, each every parts-th sample, so that no data changes device."""
+
+    def split(x: Array) -> Array:
+        if x.shape[0] % parts:
+            raise ValueError(
+                f"the batch of {x.shape[0]} does not divide into accumulation = {parts} "
+                "microbatches."
+            )
+        return jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
+
+    return jax.tree.map(split, inputs)
+
+
+def _check_pair(teacher: pi0.Pi0Config, student: pi0.Pi0Config) -> None:
+    """Teacher and student may differ in depth, dtype and remat, and in nothing else."""
+    same = dataclasses.replace(
+        teacher, depth=student.depth, dtype=student.dtype, remat=student.remat
+    )
+    if same != student:
+        differing = [
+            f"{field.name} ({getattr(teacher, field.name)} and {getattr(student, field.name)})"
+            for field in dataclasses.fields(teacher)
+            if getattr(same, field.name) != getattr(student, field.name)
+        ]
+        raise ValueError(
+            "teacher and student must be one model up to depth; they differ in "
+            f"{', '.join(differing)}."
+        )

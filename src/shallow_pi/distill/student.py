@@ -1,0 +1,58 @@
+"""Cut a student out of a teacher: chosen layers gathered, everything else copied.
+
+The leaves under `PaliGemma/llm/layers/` carry the tower's layers on axis 0, backbone and action
+expert alike, and are indexed with the layer map. Every other leaf (image encoder, embedder, final
+norms, projections) is copied. Leaves are told apart by path, never by shape: the image encoder has
+a leading layer axis of its own. Every path is accounted for, or the cut refuses.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int, PyTree
+
+from shallow_pi.distill import layer_map as layer_maps
+from shallow_pi.models import pi0, weights
+
+LAYERS = ("PaliGemma", "llm", "layers")
+
+
+def is_layer(path: tuple[str, ...]) -> bool:
+    """Whether a leaf at this path carries the tower's layer axis."""
+    return path[: len(LAYERS)] == LAYERS
+
+
+def gather(params: PyTree, indices: Int[Array | np.ndarray, " s"]) -> PyTree:
+    """The tower's layers at `indices`, which may be traced; the other leaves as they are."""
+
+    def take(path: tuple[jax.tree_util.DictKey, ...], leaf: jax.Array) -> jax.Array:
+        if is_layer(tuple(key.key for key in path)):
+            return jnp.take(leaf, indices, axis=0)
+        return leaf
+
+    return jax.tree_util.tree_map_with_path(take, params)
+
+
+def cut(
+    teacher_config: pi0.Pi0Config, teacher_params: PyTree, layer_map: layer_maps.LayerMap
+) -> PyTree:
+    """Student parameters in the teacher's dtype; jit it to cut sharded parameters in place.
+
+    Args:
+      teacher_config: the teacher; its depth must be the map's teacher depth.
+      teacher_params: its parameters, checked against the config path by path.
+      layer_map: which layers to keep.
+
+    Raises:
+      ValueError: a map for another depth, or parameters with a missing, extra or misshapen leaf.
+    """
+    if teacher_config.depth != layer_map.teacher_depth:
+        raise ValueError(
+            f"the layer map is for a teacher of {layer_map.teacher_depth} layers, this one has "
+            f"{teacher_config.depth}."
+        )
+    weights.check_tree(pi0.abstract_params(teacher_config), teacher_params, "teacher")
+    student = gather(teacher_params, np.asarray(layer_map.layers))
+    expected = pi0.abstract_params(pi0.at_depth(teacher_config, layer_map.depth))
+    weights.check_tree(expected, student, "student")
+    return student
