@@ -1,0 +1,1 @@
+"""The host side: optimizer, sharding, checkpoints, metrics, configs and the loop."""

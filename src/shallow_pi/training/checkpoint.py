@@ -1,0 +1,349 @@
+"""A run on disk: step folders in openpi's layout, saved asynchronously, resumed bit for bit.
+
+`<folder>/<step>/params` is `{"params": tree}`, the EMA where there is one: with `assets` beside it
+the step folder is a deployable policy. `train_state` holds the rest of the state, each array once;
+`data` the position in the data. One Orbax `CheckpointManager` writes all four under a temporary
+name and renames at the end, so a step folder is complete or absent. The resolved config lies
+beside the steps.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, Self
+
+import jax
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from shallow_pi.models import weights
+
+CONFIG_FILE = "config.json"
+
+# A flax.struct dataclass with the fields step, params, opt_state and ema_params.
+State = Any
+# Writes deployable files (normalization, tokenizer, model config) into the folder it is given.
+WriteAssets = Callable[[pathlib.Path], None]
+
+
+class SaveError(OSError):
+    """A checkpoint could not be written; the ones before it are intact."""
+
+
+class _AssetsHandler(ocp.CheckpointHandler):
+    """Lets a callback write files inside the step that Orbax commits as a whole."""
+
+    def save(self, directory: Any, args: "_Assets") -> None:
+        if jax.process_index() == 0:
+            args.write(pathlib.Path(os.fspath(directory)))
+
+    def restore(self, directory: Any, args: "_NoAssets | None" = None) -> None:
+        raise ValueError(f"{directory} holds plain files: read them from there")
+
+
+@ocp.args.register_with_handler(_AssetsHandler, for_save=True)
+class _Assets(ocp.args.CheckpointArgs):
+    def __init__(self, write: WriteAssets) -> None:
+        self.write = write
+
+
+@ocp.args.register_with_handler(_AssetsHandler, for_restore=True)
+class _NoAssets(ocp.args.CheckpointArgs):
+    """Orbax wants a restore argument for each handler; assets are read as files."""
+
+
+class Checkpoints:
+    """The checkpoints of one run. One process group writes to a folder at a time.
+
+    Args:
+      folder: the run's folder; made if absent. What an interrupted save left is removed.
+      keep: how many of the last checkpoints stay; None keeps all.
+      keep_period: checkpoints at multiples of it always stay.
+      save_interval: `save` without `force` skips steps that are no multiple of it.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        keep: int | None = 1,
+        keep_period: int | None = None,
+        save_interval: int = 1,
+    ) -> None:
+        for name, value in (
+            ("keep", keep),
+            ("keep_period", keep_period),
+            ("save_interval", save_interval),
+        ):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be 1 or more, got {value}")
+        self.folder = pathlib.Path(folder).expanduser().absolute()
+        self._save_interval = save_interval
+        self._saving: int | None = None
+        with _explained(f"{self.folder} cannot hold checkpoints", self._last_complete):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _remove_unfinished(self.folder)
+            self._manager = ocp.CheckpointManager(
+                self.folder,
+                item_handlers={
+                    "params": ocp.PyTreeCheckpointHandler(),
+                    "train_state": ocp.PyTreeCheckpointHandler(),
+                    "assets": _AssetsHandler(),
+                    "data": ocp.JsonCheckpointHandler(),
+                },
+                options=ocp.CheckpointManagerOptions(max_to_keep=keep, keep_period=keep_period),
+            )
+
+    def should_save(self, step: int) -> bool:
+        """Whether `save` would write at this step without `force`."""
+        return step % self._save_interval == 0
+
+    def save(
+        self,
+        step: int,
+        state: State,
+        data_state: Any,
+        write_assets: WriteAssets,
+        force: bool = False,
+    ) -> bool:
+        """Start saving; the state may be donated or changed as soon as this returns.
+
+        Args:
+          step: names the folder; a step that is already saved is left as it is.
+          state: arrays on every device of the job.
+          data_state: what the data iterator needs to go on, as plain JSON; process 0's is kept.
+          write_assets: called with the `assets` folder of the step, on process 0.
+          force: save although the step is no multiple of `save_interval`.
+
+        Returns:
+          Whether a save was started. An error in the background surfaces in the next call of
+          `save`, `wait` or `close`.
+        """
+        if not (force or self.should_save(step)):
+            return False
+        self.wait()
+        if step in self._manager.all_steps():
+            return False
+        params, rest = _split(state)
+        self._saving = step
+        with self._writing():
+            return self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.PyTreeSave({"params": params}),
+                    train_state=ocp.args.PyTreeSave(rest),
+                    assets=_Assets(write_assets),
+                    data=ocp.args.JsonSave({"data": data_state}),
+                ),
+                force=True,
+            )
+
+    def wait(self) -> None:
+        """Return when everything is on disk; raises what went wrong in the background."""
+        with self._writing():
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+        self._saving = None
+
+    def latest_step(self) -> int | None:
+        """The last step that is complete on disk."""
+        return self._last_complete()
+
+    def restore(self, abstract: State, step: int | None = None) -> tuple[State, Any]:
+        """Read a step (the last one) into the shardings of `abstract`.
+
+        Args:
+          abstract: the state as `jax.ShapeDtypeStruct`s with shardings, or as arrays.
+          step: which step; None is the last complete one.
+
+        Returns:
+          The state, bit for bit as saved, and the data state.
+        """
+        step = self.latest_step() if step is None else step
+        if step is None or not (self.folder / str(step)).is_dir():
+            found = ", ".join(map(str, _steps(self.folder))) or "none"
+            raise FileNotFoundError(
+                f"{self.folder} has no checkpoint {'' if step is None else step} "
+                f"(complete steps: {found}): start without --resume, or name one of these"
+            )
+        folder = self.folder / str(step)
+        params, rest = _split(abstract)
+        expected = {"params": {"params": params}, "train_state": rest}
+        for item, tree in expected.items():
+            weights.check_tree(tree, weights.stored_shapes(folder / item), str(folder / item))
+        try:
+            read = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    data=ocp.args.JsonRestore(),
+                    **{
+                        item: ocp.args.PyTreeRestore(
+                            item=tree,
+                            restore_args=ocp.checkpoint_utils.construct_restore_args(tree),
+                        )
+                        for item, tree in expected.items()
+                    },
+                ),
+            )
+        except (
+            Exception
+        ) as error:  # Orbax raises whatever TensorStore did, bare Exception included.
+            raise weights.damaged(folder, error) from error
+        state = _merge(abstract, read["params"]["params"], read["train_state"])
+        return state, read["data"]["data"]
+
+    def close(self) -> None:
+        """Wait, then free the threads; safe to call twice."""
+        try:
+            self.wait()
+        finally:
+            with contextlib.suppress(Exception):  # A failed save raises a second time here.
+                self._manager.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _last_complete(self) -> int | None:
+        # Orbax counts the step that is being written; the disk does not, until it is complete.
+        return max(_steps(self.folder), default=None)
+
+    def _writing(self) -> contextlib.AbstractContextManager[None]:
+        return _explained(
+            f"checkpoint {self.folder / str(self._saving)} could not be written",
+            self._last_complete,
+        )
+
+
+def prepare_folder(path: str | os.PathLike[str], resume: bool, overwrite: bool) -> bool:
+    """Settle what becomes of an existing run folder; True where there is a run to resume.
+
+    Call it when everything else is validated. `overwrite` renames the old folder, and leaves it to
+    the user to delete.
+    """
+    folder = pathlib.Path(path).expanduser().absolute()
+    if resume and overwrite:
+        raise ValueError("--resume continues a run and --overwrite starts it anew: give only one")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file, expected a folder: choose another --exp-name")
+    occupied = folder.is_dir() and any(folder.iterdir())
+    if occupied and not (resume or overwrite):
+        raise ValueError(
+            f"{folder} already holds a run: --resume continues it, --overwrite puts it aside and "
+            "starts anew, another --exp-name leaves it alone"
+        )
+    _all_processes("looked at the run folder")
+    if jax.process_index() == 0:
+        if occupied and overwrite:
+            names = (folder.with_name(f"{folder.name}.old-{n}") for n in itertools.count(1))
+            folder.rename(next(name for name in names if not name.exists()))
+        folder.mkdir(parents=True, exist_ok=True)
+    _all_processes("prepared the run folder")
+    return occupied and resume
+
+
+def save_config(folder: str | os.PathLike[str], config: Mapping[str, Any]) -> None:
+    """Write the resolved config beside the checkpoints, complete or not at all."""
+    if jax.process_index() == 0:
+        path = pathlib.Path(folder) / CONFIG_FILE
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        partial.replace(path)
+
+
+def compare_config(
+    folder: str | os.PathLike[str], config: Mapping[str, Any], safe: Collection[str] = ()
+) -> None:
+    """Raise where a resumed run's config differs from the saved one in a field that is not `safe`.
+
+    Fields are named as on the command line ("losses.attention"); a safe name covers what lies
+    below it.
+    """
+    path = pathlib.Path(folder) / CONFIG_FILE
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} is missing: this folder cannot be resumed, use --overwrite"
+        )
+    old = _flat(json.loads(path.read_text(encoding="utf-8")))
+    new = _flat(json.loads(json.dumps(config)))
+    absent = "absent"
+    different = [
+        f"{name}: saved {old.get(name, absent)!r}, now {new.get(name, absent)!r}"
+        for name in sorted({*old, *new})
+        if old.get(name, absent) != new.get(name, absent)
+        and not any(name == field or name.startswith(f"{field}.") for field in safe)
+    ]
+    if different:
+        raise ValueError(
+            f"the run in {folder} was started with another config:\n  "
+            + "\n  ".join(different)
+            + "\nresume with the saved values, or use --overwrite or another --exp-name"
+        )
+
+
+def _split(state: State) -> tuple[Any, dict[str, Any]]:
+    """The deployable parameters, and everything else, so that nothing is stored twice."""
+    rest = {
+        field.name: getattr(state, field.name)
+        for field in dataclasses.fields(state)
+        if field.metadata.get("pytree_node", True)
+    }
+    ema = rest.pop("ema_params")
+    return (rest.pop("params"), rest) if ema is None else (ema, rest)
+
+
+def _merge(abstract: State, params: Any, rest: dict[str, Any]) -> State:
+    name = "params" if abstract.ema_params is None else "ema_params"
+    return dataclasses.replace(abstract, **rest, **{name: params})
+
+
+def _steps(folder: pathlib.Path) -> list[int]:
+    """The complete steps: a step folder gets its plain name when everything is in it."""
+    if not folder.is_dir():
+        return []
+    return sorted(int(child.name) for child in folder.iterdir() if child.name.isdigit())
+
+
+def _remove_unfinished(folder: pathlib.Path) -> None:
+    """Delete what an interrupted save left; Orbax's own clean-up does so in some versions alone."""
+    _all_processes("opened the checkpoints")
+    if jax.process_index() == 0:
+        for child in folder.glob("[0-9]*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(child)
+    _all_processes("removed unfinished checkpoints")
+
+
+@contextlib.contextmanager
+def _explained(problem: str, last_complete: Callable[[], int | None]) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # Orbax raises whatever TensorStore did, bare Exception included.
+        reason = next(iter(str(error).splitlines()), "")[:300]
+        step = last_complete()
+        rescue = (
+            "no checkpoint of this run is complete" if step is None else f"step {step} is intact"
+        )
+        raise SaveError(
+            f"{problem} ({type(error).__name__}: {reason}); {rescue}. Free space there or make it "
+            "writable, then continue with --resume"
+        ) from error
+
+
+def _all_processes(name: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict) or not tree:
+        return {prefix: tree}
+    flat: dict[str, Any] = {}
+    for name, child in tree.items():
+        flat |= _flat(child, f"{prefix}.{name}" if prefix else name)
+    return flat

@@ -1,0 +1,349 @@
+"""Experiments: `DistillConfig`, the parts it is made of, and the command line over them.
+
+An experiment is a file of `train_configs/` with a docstring and `get_config() -> DistillConfig`;
+the file's name is the experiment's. `cli` lists them, finds one by name and lets every field be
+overridden. Only `training/{config,setup,loop}.py`, `evaluation/study.py` and `scripts/` ever
+see a `DistillConfig`; everything else is given the small dataclass it needs.
+"""
+
+import ast
+import contextlib
+import dataclasses
+import difflib
+import importlib.util
+import pathlib
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import tyro
+
+from shallow_pi.distill import layer_map
+from shallow_pi.distill import losses as loss_terms
+from shallow_pi.models import observation, pi0
+from shallow_pi.training import batches, sharding
+from shallow_pi.training import optimizer as optimizers
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherConfig:
+    """The trained deep policy; it is read, never written."""
+
+    # Its checkpoint in openpi's layout: a step folder, local or gs://; "random" makes parameters
+    # up, to try things out and to measure speed.
+    path: str
+    # Dtype it is held in.
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    # Train it anew first, from its own config, instead of reading `path`.
+    train: bool = False
+    # The config that trains it (scripts/train_teacher.py); empty where that is not ours to do.
+    config: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class StudentConfig:
+    """How the shallow policy is cut."""
+
+    # Layers to keep.
+    depth: int = 6
+    # How they are chosen.
+    strategy: layer_map.Strategy = "uniform"
+    # Exactly these teacher layers instead, in increasing order; sets the depth too.
+    layers: tuple[int, ...] = ()
+    # Seed of the strategy "random".
+    layer_seed: int = 0
+    # Where the parameters start: cut out of the teacher, or at random.
+    init: Literal["cut", "random"] = "cut"
+
+    def __post_init__(self) -> None:
+        if self.depth < 1:
+            raise ValueError(f"student.depth must be at least 1, got {self.depth}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ClosedLoopConfig:
+    """The simulated task that gives demonstrations and measures policies (the turntable)."""
+
+    # Tasks to draw from.
+    tasks: tuple[str, ...] = ("touch", "insert")
+    # Blocks in a scene.
+    num_blocks: int = 2
+    # Cups in a scene.
+    num_cups: int = 2
+    # Radial play of the peg in a cup, millimetres.
+    clearance_mm: float = 3.0
+    # Speed of the disc, degrees a second.
+    disc_speed_deg: float = 0.0
+    # Demonstrations to collect.
+    demonstrations: int = 400
+    # Scale of the perturbations during demonstrations.
+    noise: float = 1.0
+    # Seed of the demonstrations.
+    seed: int = 0
+    # Episodes each policy is measured on.
+    episodes: int = 100
+    # Seed of the first of them.
+    eval_seed: int = 1_000_000
+    # Harder variants the policies are measured on too, though none was trained on them: "tight"
+    # (insert with 1.5 mm of play), "crowded" (three blocks and three cups).
+    harder: tuple[Literal["tight", "crowded"], ...] = ("tight", "crowded")
+    # Actions of a chunk that are executed before the next plan.
+    execute_steps: int = 5
+    # Integration steps of the sampler.
+    num_steps: int = 10
+    # Train the reference policies too: task loss alone, from the same cut and from random weights.
+    baselines: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("demonstrations", "episodes", "execute_steps", "num_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"closed_loop.{name} must be at least 1, got {getattr(self, name)}"
+                )
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillConfig:
+    """One experiment, complete: it is resolved and saved beside its checkpoints."""
+
+    # Name of the config; set from its file's name.
+    name: tyro.conf.Suppress[str]
+    # The teacher's architecture; the student is the same at another depth.
+    model: pi0.Pi0Config
+    # Where batches come from.
+    data: batches.DataConfig
+    # The trained deep policy; without one `model` itself is trained, on the task loss.
+    teacher: TeacherConfig | None = None
+    # How the shallow policy is cut.
+    student: StudentConfig = dataclasses.field(default_factory=StudentConfig)
+    # Weights and switches of the three losses.
+    losses: loss_terms.Losses = dataclasses.field(default_factory=loss_terms.Losses)
+    # Variation of the training pictures.
+    augmentation: observation.Augmentation = dataclasses.field(
+        default_factory=observation.Augmentation
+    )
+    # Learning rate.
+    schedule: optimizers.CosineSchedule = dataclasses.field(
+        default_factory=optimizers.CosineSchedule
+    )
+    # AdamW and the clip before it.
+    optimizer: optimizers.AdamW = dataclasses.field(default_factory=optimizers.AdamW)
+    # Devices.
+    mesh: sharding.MeshConfig = dataclasses.field(default_factory=sharding.MeshConfig)
+    # Simulated task to measure policies on; without one the run ends with its checkpoint.
+    closed_loop: ClosedLoopConfig | None = None
+    # Name of this run; its folder is <checkpoint_dir>/<config>/<exp_name>.
+    exp_name: str = "first"
+    # Where runs lie.
+    checkpoint_dir: str = "checkpoints"
+    # Go on with an interrupted run.
+    resume: bool = False
+    # Put an existing run of that name aside and start anew.
+    overwrite: bool = False
+    # Seed of parameters, data order, augmentation, noise and time.
+    seed: int = 42
+    # Observations a step, over all devices.
+    batch_size: int = 64
+    # (noise, time) draws an observation; they share its prefix.
+    draws: int = 1
+    # Microbatches a step is cut into.
+    accumulation: int = 1
+    # Optimizer steps.
+    num_train_steps: int = 30_000
+    # Decay of the moving average of the parameters; 0 keeps none.
+    ema_decay: float = 0.0
+    # Steps between lines of metrics, each a mean over them.
+    log_interval: int = 100
+    # Steps between measurements of each loss's own gradient norm; 0 never.
+    gradient_interval: int = 0
+    # Steps between checkpoints.
+    save_interval: int = 1000
+    # Last checkpoints to keep.
+    keep: int = 1
+    # Checkpoints at multiples of it are kept for good; 0 keeps none so.
+    keep_period: int = 5000
+    # Write TensorBoard events.
+    tensorboard: bool = True
+    # Weights & Biases project to log to; empty for none.
+    wandb: str = ""
+    # Trackio project to log to; empty for none.
+    trackio: str = ""
+
+    def __post_init__(self) -> None:
+        least = {"batch_size": 1, "draws": 1, "accumulation": 1, "num_train_steps": 1}
+        least |= {"log_interval": 1, "save_interval": 1, "keep": 1}
+        least |= {"gradient_interval": 0, "keep_period": 0}
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                raise ValueError(f"{name} must be at least {bound}, got {getattr(self, name)}")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must lie in [0, 1), got {self.ema_decay}")
+        if self.batch_size % self.accumulation:
+            raise ValueError(
+                f"batch_size {self.batch_size} must be a multiple of accumulation "
+                f"{self.accumulation}"
+            )
+        if not self.exp_name or pathlib.PurePath(self.exp_name).name != self.exp_name:
+            raise ValueError(f"exp_name must be a plain folder name, got {self.exp_name!r}")
+        if self.resume and self.overwrite:
+            raise ValueError("--resume goes on with a run, --overwrite starts anew: give only one")
+        if self.teacher is not None:
+            self.fixed_layer_map()
+
+    @property
+    def folder(self) -> pathlib.Path:
+        """The run's folder."""
+        return pathlib.Path(self.checkpoint_dir) / self.name / self.exp_name
+
+    @property
+    def student_model(self) -> pi0.Pi0Config:
+        """The architecture that is trained."""
+        if self.teacher is None:
+            return self.model
+        return pi0.at_depth(self.model, len(self.student.layers) or self.student.depth)
+
+    def fixed_layer_map(self) -> layer_map.LayerMap | None:
+        """The layer map, or None where the strategy has to look at the teacher first."""
+        student, teacher_depth = self.student, self.model.depth
+        if student.layers:
+            return layer_map.explicit(student.layers, teacher_depth)
+        if student.strategy == "random":
+            return layer_map.random(student.depth, teacher_depth, student.layer_seed)
+        if student.strategy in ("similarity", "sensitivity"):
+            layer_map.first(student.depth, teacher_depth)  # Checks the depth.
+            return None
+        choose = {
+            "uniform": layer_map.uniform,
+            "first": layer_map.first,
+            "last": layer_map.last,
+        }[student.strategy]
+        return choose(student.depth, teacher_depth)
+
+
+# Fields that may change when a run is resumed.
+SAFE_TO_CHANGE = frozenset(
+    {
+        "resume",
+        "overwrite",
+        "checkpoint_dir",
+        "num_train_steps",
+        "log_interval",
+        "gradient_interval",
+        "save_interval",
+        "keep",
+        "keep_period",
+        "tensorboard",
+        "wandb",
+        "trackio",
+        "closed_loop.baselines",
+        "closed_loop.episodes",
+        "closed_loop.harder",
+        "mesh",
+        "data.num_threads",
+        "data.cache",
+        "teacher.train",
+        "teacher.config",
+    }
+)
+
+
+def names(folder: pathlib.Path) -> dict[str, str]:
+    """Every experiment of a folder and the first line of its docstring, without importing any."""
+    found = {}
+    for path in sorted(folder.glob("[!_]*.py")):
+        found[path.stem] = _docstring(path).partition("\n")[0]
+    return found
+
+
+def _docstring(path: pathlib.Path) -> str:
+    return ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+
+
+def load(folder: pathlib.Path, name: str) -> DistillConfig:
+    """The experiment of that name.
+
+    Raises:
+      ValueError: there is none; lists them and the closest.
+    """
+    available = names(folder)
+    if name not in available:
+        close = difflib.get_close_matches(name, available, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"unknown config {name!r}; there are {', '.join(available)}.{hint}")
+    path = folder / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"train_configs.{name}", path)
+    assert spec is not None, f"{path} is a Python file"
+    assert spec.loader is not None, f"{path} is a Python file"
+    module = importlib.util.module_from_spec(spec)
+    # Variants import what they share from files beside them.
+    sys.path.insert(0, str(folder))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(folder))
+    return dataclasses.replace(module.get_config(), name=name)
+
+
+def cli(folder: pathlib.Path, usage: str, arguments: Sequence[str] | None = None) -> DistillConfig:
+    """Read `NAME [--field value ...]`; exits with 0 after --help, with 2 on anything wrong.
+
+    Args:
+      folder: of the experiments.
+      usage: the script's docstring, shown by --help.
+      arguments: default to the command line's.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage.strip(), "\n\nconfigs:")
+        for name, line in names(folder).items():
+            print(f"  {name:<20} {line}")
+        print("\nNAME --help lists every field of a config with its default.")
+        raise SystemExit(0 if arguments else 2)
+    try:
+        default = load(folder, arguments[0])
+        return tyro.cli(
+            DistillConfig,
+            default=default,
+            args=arguments[1:],
+            prog=arguments[0],
+            description=_docstring(folder / f"{arguments[0]}.py"),
+            config=(tyro.conf.AvoidSubcommands,),
+        )
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def teacher_experiment(folder: pathlib.Path, experiment: DistillConfig) -> DistillConfig:
+    """The experiment that trains the teacher of another one, under the same run name."""
+    assert experiment.teacher is not None, "asked for by teacher.train"
+    if not experiment.teacher.config:
+        raise ValueError(
+            f"{experiment.name} names no config that trains its teacher (teacher.config); "
+            "leave --teacher.train out and give --teacher.path"
+        )
+    return dataclasses.replace(
+        load(folder, experiment.teacher.config),
+        model=experiment.model,
+        exp_name=experiment.exp_name,
+        checkpoint_dir=experiment.checkpoint_dir,
+        resume=experiment.resume,
+        overwrite=experiment.overwrite,
+    )
+
+
+@contextlib.contextmanager
+def exit_on(*errors: type[Exception]) -> Iterator[None]:
+    """End a script with its error's message and status 1 instead of a traceback.
+
+    Covers what a user can cause (`ValueError`, `OSError`), and `errors`; Ctrl-C gives status 130.
+    """
+    caught: tuple[type[Exception], ...] = (ValueError, OSError, *errors)
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        print("error: interrupted; go on with --resume", file=sys.stderr)
+        raise SystemExit(130) from error
+    except caught as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from error

@@ -1,0 +1,277 @@
+"""The host side of training: everything is checked, put in place, and then the loop runs.
+
+Order of work: what can be wrong is found out before the run's folder is touched; the teacher is
+read straight into its shardings; the state comes from (1) this run's last checkpoint, else (2) the
+cut teacher, else (3) random parameters. A step is dispatched while the last one still runs; metrics
+are fetched together every `log_interval` steps.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import math
+import pathlib
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+
+from shallow_pi import progress
+from shallow_pi.data import assets as policy_assets
+from shallow_pi.data import loader
+from shallow_pi.distill import layer_map, step
+from shallow_pi.training import (
+    batches,
+    checkpoint,
+    config,
+    distributed,
+    metrics,
+    setup,
+    sharding,
+)
+
+# Steps dispatched ahead of the one whose result the host has seen.
+AHEAD = 2
+
+
+class NonFiniteLossError(RuntimeError):
+    """A loss was NaN or infinite; nothing was saved from that step on."""
+
+
+class InterruptedRunError(RuntimeError):
+    """The run was asked to stop; everything up to its last step is saved."""
+
+
+def run(
+    experiment: config.DistillConfig,
+    folder: pathlib.Path,
+    *,
+    resume: bool | None = None,
+    label: str = "Distil",
+) -> pathlib.Path:
+    """Train to the end and return the last step's folder.
+
+    Args:
+      experiment: the resolved config.
+      folder: of this run.
+      resume: go on from the folder's last checkpoint, if it has one; None does what the
+        experiment's own flags say, and puts an old run aside only when everything else was read.
+      label: for the progress bar.
+
+    Raises:
+      ValueError, FileNotFoundError: something does not fit or is missing.
+      NonFiniteLossError, InterruptedRunError: see there.
+    """
+    put_aside = resume is None and experiment.overwrite
+    if resume is None and not put_aside:
+        resume = checkpoint.prepare_folder(folder, experiment.resume, overwrite=False)
+    mesh, teacher_step = setup.validate(experiment)
+    source, assets = batches.open_source(experiment.data, experiment.student_model, teacher_step)
+    feed = loader.prefetch(
+        loader.Loader(
+            source,
+            experiment.batch_size,
+            seed=experiment.seed,
+            num_threads=experiment.data.num_threads,
+        ),
+        sharding.batch_sharding(mesh),
+    )
+    teacher_params = setup.load_teacher(experiment, teacher_step, mesh)
+    layers = setup.choose_layers(experiment, teacher_params, feed, folder if resume else None)
+    spec = setup.make_spec(experiment, layers)
+    if put_aside:
+        resume = checkpoint.prepare_folder(folder, experiment.resume, overwrite=True)
+    save_config(experiment, folder, bool(resume), layers)
+    abstract = setup.abstract_state(spec, mesh)
+    with checkpoint.Checkpoints(
+        folder,
+        keep=experiment.keep,
+        keep_period=experiment.keep_period or None,
+        save_interval=experiment.save_interval,
+    ) as checkpoints:
+        if resume and checkpoints.latest_step() is not None:
+            state, position = checkpoints.restore(abstract)
+            feed.restore(position)
+        else:
+            state = setup.initial_state(experiment, spec, teacher_params, abstract)
+        if not spec.losses.needs_teacher:
+            teacher_params = None
+        return _loop(
+            experiment, spec, teacher_params, state, feed, checkpoints, assets, mesh, label
+        )
+
+
+def save_config(
+    experiment: config.DistillConfig,
+    folder: pathlib.Path,
+    resume: bool,
+    layers: layer_map.LayerMap | None,
+) -> None:
+    """Write the resolved config beside the checkpoints, or hold a resumed run to it."""
+    values = {
+        **dataclasses.asdict(experiment),
+        "layer_map": None if layers is None else list(layers.layers),
+    }
+    if resume and (folder / "config.json").exists():
+        checkpoint.compare_config(folder, values, config.SAFE_TO_CHANGE)
+    if distributed.is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.save_config(folder, values)
+
+
+def _loop(
+    experiment: config.DistillConfig,
+    spec: step.Spec,
+    teacher_params: PyTree,
+    state: step.DistillState,
+    feed: loader.Prefetch,
+    checkpoints: checkpoint.Checkpoints,
+    assets: policy_assets.Assets | None,
+    mesh: jax.sharding.Mesh,
+    label: str,
+) -> pathlib.Path:
+    key = jax.random.key(experiment.seed)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, setup.abstract_state(spec, mesh))
+    advance_state = jax.jit(
+        functools.partial(step.distill_step, spec),
+        out_shardings=(shardings, sharding.replicated(mesh)),
+        donate_argnums=1,
+    )
+    gradient_norms = jax.jit(functools.partial(step.loss_gradient_norms, spec))
+    start, end = int(state.step), experiment.num_train_steps
+    done = start
+    if start > end:
+        raise ValueError(
+            f"{checkpoints.folder} is at step {start} already, beyond num_train_steps {end}: raise "
+            "--num-train-steps, or use another --exp-name"
+        )
+    recent: collections.deque[tuple[int, step.Metrics]] = collections.deque()
+    with contextlib.ExitStack() as stack:
+        stopping = stack.enter_context(_stop_signals())
+        log = _open_log(experiment, checkpoints.folder, start, stack)
+        advance = stack.enter_context(_bar(label, end, start))
+        began, waited = time.perf_counter(), 0.0
+        for done in range(start + 1, end + 1):
+            asked = time.perf_counter()
+            batch = next(feed)
+            waited += time.perf_counter() - asked
+            extra: Mapping[str, Any] = {}
+            if experiment.gradient_interval and done % experiment.gradient_interval == 0:
+                extra = gradient_norms(teacher_params, state, key, batch)
+            state, values = advance_state(teacher_params, state, key, batch)
+            recent.append((done, {**values, **extra}))
+            if len(recent) > AHEAD:
+                jax.block_until_ready(recent[-1 - AHEAD][1]["loss"])
+            advance(1)
+            stop = stopping.is_set  # Asked once: what is announced below must have been saved.
+            saves = stop or done == end or checkpoints.should_save(done)
+            if saves or done % experiment.log_interval == 0:
+                rows = _fetch(recent, checkpoints)
+                seconds, began = time.perf_counter() - began, time.perf_counter()
+                mean = _mean(rows)
+                mean |= {"seconds_per_step": seconds / len(rows), "data_wait": waited / len(rows)}
+                waited = 0.0
+                log(done, mean)
+                advance(0, note=f"loss {mean['loss']:.4f}")
+            if saves:
+                write = (lambda _: None) if assets is None else assets.save
+                checkpoints.save(done, state, feed.state(), write, force=True)
+            if stop:
+                break
+        checkpoints.wait()
+        if stopping.is_set:
+            raise InterruptedRunError(
+                f"stopped by {stopping.name} after step {done}, which is saved; go on with --resume"
+            )
+    return checkpoints.folder / str(end)
+
+
+def _fetch(
+    recent: collections.deque[tuple[int, step.Metrics]], checkpoints: checkpoint.Checkpoints
+) -> list[tuple[int, dict[str, float]]]:
+    """Take the metrics of the last steps off the device; raise at the first not finite."""
+    fetched = jax.device_get(list(recent))
+    recent.clear()
+    rows = [(n, {name: float(v) for name, v in values.items()}) for n, values in fetched]
+    for number, values in rows:
+        broken = [f"{name} = {value}" for name, value in values.items() if not math.isfinite(value)]
+        if broken:
+            with contextlib.suppress(Exception):
+                checkpoints.wait()
+            last = checkpoints.latest_step()
+            kept = "no checkpoint was written yet" if last is None else f"step {last} is kept"
+            raise NonFiniteLossError(
+                f"step {number}: {', '.join(broken)}; {kept}. Look at the data of that step and go "
+                "on with --resume, or lower --schedule.peak-lr under another --exp-name"
+            )
+    return rows
+
+
+def _mean(rows: list[tuple[int, dict[str, float]]]) -> dict[str, float]:
+    """Each metric's mean over the steps that have it."""
+    names = dict.fromkeys(name for _, values in rows for name in values)
+    return {
+        name: float(np.mean([values[name] for _, values in rows if name in values]))
+        for name in names
+    }
+
+
+def _open_log(
+    experiment: config.DistillConfig,
+    folder: pathlib.Path,
+    start: int,
+    stack: contextlib.ExitStack,
+) -> Any:
+    if not distributed.is_main():
+        return lambda number, values: None
+    log = metrics.MetricsLog(
+        folder,
+        tensorboard=experiment.tensorboard,
+        wandb=experiment.wandb or None,
+        trackio=experiment.trackio or None,
+        first_step=start + 1,
+    )
+    return stack.enter_context(log).log
+
+
+def _bar(label: str, total: int, done: int) -> contextlib.AbstractContextManager[progress.Advance]:
+    if distributed.is_main():
+        return progress.bar(label, total=total, done=done)
+    return contextlib.nullcontext(lambda amount=1, note="": None)
+
+
+class _Stop:
+    """Whether, and by which signal, the run was asked to stop."""
+
+    name = ""
+
+    @property
+    def is_set(self) -> bool:
+        return bool(self.name)
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[_Stop]:
+    """Turn the first Ctrl-C or SIGTERM into a flag; a second one acts as usual."""
+    stop = _Stop()
+    previous: dict[int, Any] = {}
+
+    def ask(number: int, _: Any) -> None:
+        stop.name = signal.Signals(number).name
+        progress.console.print(f"{stop.name}: saving after this step, once more to stop at once")
+        for n, handler in previous.items():
+            signal.signal(n, handler)
+
+    with contextlib.suppress(ValueError):  # Handlers can be set in the main thread alone.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.signal(number, ask)
+    try:
+        yield stop
+    finally:
+        for n, handler in previous.items():
+            signal.signal(n, handler)

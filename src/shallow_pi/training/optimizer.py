@@ -1,0 +1,91 @@
+"""Learning rate and optimizer: openpi's defaults, built from two frozen dataclasses.
+
+The rate climbs in a line from peak / (warm-up + 1) to the peak, then falls on half a cosine to
+`end_lr` at `decay_steps`, counted from step 0. Gradients are clipped by their global norm before
+AdamW sees them.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import optax
+
+
+@dataclasses.dataclass(frozen=True)
+class CosineSchedule:
+    """Linear warm-up, cosine decay."""
+
+    # Steps of linear warm-up; 0 starts at the peak.
+    warmup_steps: int = 1000
+    # Highest learning rate.
+    peak_lr: float = 2.5e-5
+    # Step at which the rate has reached end_lr, warm-up included.
+    decay_steps: int = 30000
+    # Learning rate from decay_steps on.
+    end_lr: float = 2.5e-6
+
+    def __post_init__(self) -> None:
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps must be 0 or more, got {self.warmup_steps}")
+        if self.decay_steps <= self.warmup_steps:
+            raise ValueError(
+                f"decay_steps counts from step 0 and must exceed warmup_steps "
+                f"({self.warmup_steps}), got {self.decay_steps}"
+            )
+        if not (math.isfinite(self.peak_lr) and self.peak_lr > 0):
+            raise ValueError(f"peak_lr must be a positive number, got {self.peak_lr}")
+        if not 0 <= self.end_lr <= self.peak_lr:
+            raise ValueError(f"end_lr must lie in 0…peak_lr ({self.peak_lr}), got {self.end_lr}")
+
+    def create(self) -> optax.Schedule:
+        """step -> learning rate."""
+        return optax.warmup_cosine_decay_schedule(
+            init_value=self.peak_lr / (self.warmup_steps + 1),
+            peak_value=self.peak_lr,
+            warmup_steps=self.warmup_steps,
+            decay_steps=self.decay_steps,
+            end_value=self.end_lr,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class AdamW:
+    """AdamW behind a clip by global norm."""
+
+    # Decay of the first moment.
+    b1: float = 0.9
+    # Decay of the second moment.
+    b2: float = 0.95
+    # Added to the root of the second moment.
+    eps: float = 1e-8
+    # Decoupled weight decay, times the learning rate.
+    weight_decay: float = 1e-10
+    # Largest global norm of the gradient.
+    clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+        for name in ("eps", "clip_norm"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if not self.weight_decay >= 0:
+            raise ValueError(f"weight_decay must be 0 or more, got {self.weight_decay}")
+
+    def create(
+        self, schedule: optax.ScalarOrSchedule, weight_decay_mask: Any = None
+    ) -> optax.GradientTransformation:
+        """Clip, then AdamW. `weight_decay_mask`: pytree of bools (or params -> pytree), or None."""
+        return optax.chain(
+            optax.clip_by_global_norm(self.clip_norm),
+            optax.adamw(
+                schedule,
+                b1=self.b1,
+                b2=self.b2,
+                eps=self.eps,
+                weight_decay=self.weight_decay,
+                mask=weight_decay_mask,
+            ),
+        )

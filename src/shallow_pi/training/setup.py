@@ -1,0 +1,158 @@
+"""What a run starts from: its checks, its teacher, its layer map and its first state.
+
+What can be wrong is found out cheaply first (`validate`), before the run's folder is touched. The
+teacher is read straight into its shardings, the student is cut out of it where it will live, and
+everything else is shapes.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from shallow_pi import progress
+from shallow_pi.data import loader
+from shallow_pi.distill import layer_map, layer_scores, step, student
+from shallow_pi.models import pi0, weights
+from shallow_pi.training import batches, checkpoint, config, sharding
+
+# The teacher's "path" that stands for made-up parameters.
+RANDOM = "random"
+
+
+def validate(
+    experiment: config.DistillConfig,
+) -> tuple[jax.sharding.Mesh, pathlib.Path | None]:
+    """Find out cheaply what cannot work: mesh, batch size, losses, dataset, teacher's checkpoint.
+
+    Returns:
+      The mesh, and the teacher's step folder on this machine (None without a teacher on disk).
+    """
+    mesh = experiment.mesh.create()
+    sharding.check_batch_size(mesh, experiment.batch_size // experiment.accumulation)
+    any_layers = None
+    if experiment.teacher is not None:
+        any_layers = layer_map.first(experiment.student_model.depth, experiment.model.depth)
+    make_spec(experiment, any_layers)  # Raises where losses and models do not go together.
+    if experiment.data.path or experiment.closed_loop is None:
+        batches.check(experiment.data)  # Before the teacher, which may be a long download.
+    if experiment.teacher is None or experiment.teacher.path == RANDOM:
+        return mesh, None
+    teacher_step = weights.locate(experiment.teacher.path)
+    if teacher_step.name == "params":  # Its assets lie beside it.
+        teacher_step = teacher_step.parent
+    stored = weights.stored_params(teacher_step)
+    weights.check_tree(pi0.abstract_params(experiment.model), stored, f"teacher ({teacher_step})")
+    return mesh, teacher_step
+
+
+def load_teacher(
+    experiment: config.DistillConfig, teacher_step: pathlib.Path | None, mesh: jax.sharding.Mesh
+) -> PyTree:
+    """The teacher's parameters, straight into the shardings of the one table; None without one."""
+    if experiment.teacher is None:
+        return None
+    model, dtype = experiment.model, jnp.dtype(experiment.teacher.dtype)
+    expected = pi0.abstract_params(model)
+    shardings = sharding.param_sharding(mesh, expected)
+    if teacher_step is None:
+
+        def random(key: Array) -> PyTree:
+            return jax.tree.map(lambda leaf: leaf.astype(dtype), pi0.init(model, key))
+
+        return jax.jit(random, out_shardings=shardings)(jax.random.key(experiment.seed))
+    return weights.load_params(teacher_step, expected, dtype=dtype, sharding=shardings)
+
+
+def choose_layers(
+    experiment: config.DistillConfig,
+    teacher_params: PyTree,
+    feed: loader.Prefetch,
+    resumed: pathlib.Path | None = None,
+) -> layer_map.LayerMap | None:
+    """The layer map; strategies that look at the teacher measure it on the first batch.
+
+    A run that is resumed from the folder `resumed` keeps the layers it has.
+    """
+    if experiment.teacher is None:
+        return None
+    fixed = experiment.fixed_layer_map()
+    if fixed is not None:
+        return fixed
+    if resumed is not None and (resumed / checkpoint.CONFIG_FILE).exists():
+        saved = json.loads((resumed / checkpoint.CONFIG_FILE).read_text(encoding="utf-8"))
+        if saved["layer_map"]:
+            return layer_map.explicit(saved["layer_map"], experiment.model.depth)
+    position = feed.state()
+    spec = dataclasses.replace(
+        make_spec(experiment, layer_map.first(experiment.student.depth, experiment.model.depth)),
+        draws=1,
+    )
+    inputs = step.draw_inputs(spec, jax.random.key(experiment.seed), next(feed))
+    feed.restore(position)
+    strategy = experiment.student.strategy
+    measure: Callable[..., Array]
+    choose: Callable[[int, np.ndarray], layer_map.LayerMap]
+    measure, choose = {
+        "similarity": (layer_scores.similarity, layer_map.similarity),
+        "sensitivity": (layer_scores.sensitivity, layer_map.sensitivity),
+    }[strategy]
+    progress.console.print(f"Measuring the {strategy} of {experiment.model.depth} layers")
+    scores = jax.jit(functools.partial(measure, experiment.model))(
+        teacher_params, inputs.observation, inputs.x_t[:, 0], inputs.t[:, 0]
+    )
+    return choose(experiment.student.depth, np.asarray(scores))
+
+
+def make_spec(experiment: config.DistillConfig, layers: layer_map.LayerMap | None) -> step.Spec:
+    """The static part of the step."""
+    schedule = experiment.schedule.create()
+    return step.Spec(
+        student=experiment.student_model,
+        optimizer=experiment.optimizer.create(schedule),
+        schedule=schedule,
+        losses=experiment.losses,
+        teacher=None if layers is None else experiment.model,
+        layer_map=layers,
+        augmentation=experiment.augmentation,
+        draws=experiment.draws,
+        accumulation=experiment.accumulation,
+        ema_decay=experiment.ema_decay or None,
+    )
+
+
+def abstract_state(spec: step.Spec, mesh: jax.sharding.Mesh) -> PyTree:
+    """Shapes, dtypes and shardings of the whole state."""
+    params = pi0.abstract_params(spec.student)
+    shapes = jax.eval_shape(functools.partial(step.init_state, spec), params)
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        shapes,
+        sharding.param_sharding(mesh, shapes),
+    )
+
+
+def initial_state(
+    experiment: config.DistillConfig, spec: step.Spec, teacher_params: PyTree, abstract: PyTree
+) -> step.DistillState:
+    """A fresh state, made where it will live: the cut teacher, or random parameters."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    if spec.layer_map is not None and experiment.student.init == "cut":
+        assert spec.teacher is not None, "a layer map comes with a teacher"
+        teacher, layers = spec.teacher, spec.layer_map
+
+        def cut(params: PyTree) -> step.DistillState:
+            return step.init_state(spec, student.cut(teacher, params, layers))
+
+        return jax.jit(cut, out_shardings=shardings)(teacher_params)
+
+    def random(key: Array) -> step.DistillState:
+        return step.init_state(spec, pi0.init(spec.student, key))
+
+    return jax.jit(random, out_shardings=shardings)(jax.random.key(experiment.seed))

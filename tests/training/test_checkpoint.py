@@ -1,0 +1,282 @@
+"""Save, restore and resume are the identity; a failed save costs nothing that was there before."""
+
+import errno
+import json
+import resource
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from shallow_pi.models import weights
+from shallow_pi.training import checkpoint, optimizer, sharding
+
+
+@flax.struct.dataclass
+class State:
+    step: object
+    params: object
+    opt_state: object
+    ema_params: object = None
+
+
+TRANSFORM = optimizer.AdamW().create(
+    optimizer.CosineSchedule(warmup_steps=2, peak_lr=0.1, decay_steps=9).create()
+)
+
+
+def _init(ema=True):
+    key = jax.random.key(0)
+    params = {
+        "mlp": {"linear": jax.random.normal(key, (2, 16, 8))},
+        "norm": {"scale": jax.random.normal(key, (8,))},
+    }
+    # A copy: the step donates the state, and no buffer can be donated twice.
+    average = jax.tree.map(jnp.copy, params) if ema else None
+    return State(jnp.int32(0), params, TRANSFORM.init(params), average)
+
+
+def _shardings(config):
+    mesh = config.create()
+    return sharding.param_sharding(mesh, jax.eval_shape(_init))
+
+
+def _sharded_init(config):
+    return jax.jit(_init, out_shardings=_shardings(config))()
+
+
+def _abstract(config):
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        jax.eval_shape(_init),
+        _shardings(config),
+    )
+
+
+def _step(state):
+    # As in training: the state is donated and comes out as it went in (another layout rounds
+    # otherwise).
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    return jax.jit(_update, out_shardings=shardings, donate_argnums=0)(state)
+
+
+def _update(state):
+    def loss(params):
+        x = jax.random.normal(jax.random.fold_in(jax.random.key(1), state.step), (4, 16))
+        return jnp.mean((x @ params["mlp"]["linear"][0] * params["norm"]["scale"]) ** 2)
+
+    updates, opt_state = TRANSFORM.update(
+        jax.grad(loss)(state.params), state.opt_state, state.params
+    )
+    params = optax.apply_updates(state.params, updates)
+    ema = jax.tree.map(lambda e, p: 0.9 * e + 0.1 * p, state.ema_params, params)
+    return State(state.step + 1, params, opt_state, ema)
+
+
+def _assert_same(actual, expected):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+def _assets(folder):
+    (folder / "turntable").mkdir()
+    (folder / "turntable" / "norm_stats.json").write_text('{"norm_stats": {}}')
+
+
+def _nothing(folder):
+    del folder
+
+
+MESH = sharding.MeshConfig(fsdp=2, tensor=2)
+OTHER_MESH = sharding.MeshConfig(fsdp=8)
+
+
+def test_two_steps_and_two_resumed_steps_equal_four(tmp_path):
+    state = _sharded_init(MESH)
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        for _ in range(2):
+            state = _step(state)
+        before = jax.tree.map(np.array, state)
+        assert checkpoints.save(2, state, {"position": [2, "a"]}, _assets)
+        straight = _step(_step(state))  # While the save goes on: it must not see this.
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        resumed, data_state = checkpoints.restore(_abstract(MESH))
+    assert data_state == {"position": [2, "a"]}
+    _assert_same(resumed, before)
+    _assert_same(_step(_step(resumed)), straight)
+
+
+def test_a_state_is_restored_to_another_mesh(tmp_path):
+    state = _sharded_init(MESH)
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state, None, _nothing)
+        checkpoints.wait()
+        restored, data_state = checkpoints.restore(_abstract(OTHER_MESH))
+    assert data_state is None
+    _assert_same(restored, state)
+    linear = restored.opt_state[1][0].mu["mlp"]["linear"]
+    assert linear.sharding.is_equivalent_to(_shardings(OTHER_MESH).params["mlp"]["linear"], 3)
+    assert linear.addressable_shards[0].data.shape == (2, 16, 1)
+
+
+@pytest.mark.parametrize("ema", [True, False])
+def test_a_step_folder_is_deployable_and_holds_nothing_twice(tmp_path, ema):
+    state = _init(ema).replace(step=jnp.int32(7))
+    if ema:
+        state = state.replace(ema_params=jax.tree.map(lambda x: x + 1, state.params))
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(7, state, None, _assets)
+    deployed = state.ema_params if ema else state.params
+    _assert_same(weights.load_params(tmp_path / "7", jax.eval_shape(lambda: deployed)), deployed)
+    assert json.loads((tmp_path / "7/assets/turntable/norm_stats.json").read_text()) == {
+        "norm_stats": {}
+    }
+    stored = weights.leaves(weights.stored_shapes(tmp_path / "7" / "train_state"))
+    assert "opt_state/1/0/mu/mlp/linear" in stored
+    assert ("params/mlp/linear" in stored) == ema
+    assert not any(path.startswith("ema_params") for path in stored)
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        restored, _ = checkpoints.restore(state)
+    _assert_same(restored, state)
+
+
+def test_saving_keeps_what_it_was_told_to(tmp_path):
+    state = _init(ema=False)
+    with checkpoint.Checkpoints(tmp_path, keep=2, keep_period=4, save_interval=2) as checkpoints:
+        saved = [checkpoints.save(step, state, None, _nothing) for step in range(2, 10)]
+        assert saved == [True, False] * 4
+        assert checkpoints.save(9, state, None, _nothing, force=True)
+        assert not checkpoints.save(9, state, None, _nothing, force=True)
+    assert sorted(int(child.name) for child in tmp_path.iterdir()) == [4, 8, 9]
+
+
+def test_a_disk_that_fills_up_while_assets_are_written_costs_only_that_step(tmp_path):
+    def full(folder):
+        (folder / "norm_stats.json").write_text("{")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    state = _init()
+    checkpoints = checkpoint.Checkpoints(tmp_path)
+    checkpoints.save(1, state, {"position": 1}, _assets)
+    with pytest.raises(
+        checkpoint.SaveError, match=r"/2 could not .*No space left.*step 1 is intact.*--resume"
+    ):
+        checkpoints.save(2, state, None, full)
+    assert checkpoints.latest_step() == 1
+    _assert_same(checkpoints.restore(state)[0], state)
+    checkpoints.close()
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        assert [child.name for child in tmp_path.iterdir()] == ["1"]
+        assert checkpoints.restore(state)[1] == {"position": 1}
+        assert checkpoints.save(2, state, None, _assets)
+
+
+def test_a_disk_that_fills_up_in_the_background_costs_only_that_step(tmp_path):
+    """The system refuses to write files beyond a size, in TensorStore's threads too."""
+    small = _init(ema=False)
+    # Noise does not compress: the file must exceed the limit.
+    noise = np.random.default_rng(0).standard_normal((64, 1024)).astype(np.float32)
+    large = small.replace(params={"noise": jnp.asarray(noise)})
+    checkpoints = checkpoint.Checkpoints(tmp_path)
+    checkpoints.save(1, small, None, _assets)
+    checkpoints.wait()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
+    try:
+        checkpoints.save(2, large, None, _assets)
+        with pytest.raises(
+            checkpoint.SaveError, match=r"/2 could not be written.*step 1 is intact"
+        ):
+            checkpoints.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert checkpoints.latest_step() == 1
+    _assert_same(checkpoints.restore(small)[0], small)
+    checkpoints.close()
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        assert [child.name for child in tmp_path.iterdir()] == ["1"]
+
+
+def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(checkpoint.SaveError, match="file/run cannot hold checkpoints"):
+        checkpoint.Checkpoints(tmp_path / "file" / "run")
+
+
+def test_a_state_of_another_shape_names_its_paths(tmp_path):
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(3, _init(), None, _nothing)
+        checkpoints.wait()
+        other = jax.eval_shape(_init)
+        other.params["mlp"]["linear"] = jax.ShapeDtypeStruct((6, 16, 8), jnp.float32)
+        with pytest.raises(
+            ValueError, match=r"3/train_state.*\n.*params/mlp/linear: expected \(6,"
+        ):
+            checkpoints.restore(other)
+
+
+def test_a_checkpoint_that_is_absent_lists_those_there_are(tmp_path):
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest_step() is None
+        with pytest.raises(FileNotFoundError, match=r"complete steps: none"):
+            checkpoints.restore(_init())
+        checkpoints.save(3, _init(), None, _nothing)
+        checkpoints.wait()
+        with pytest.raises(FileNotFoundError, match=r"no checkpoint 4 \(complete steps: 3\)"):
+            checkpoints.restore(_init(), step=4)
+
+
+def test_a_bad_number_of_checkpoints_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="keep must be 1 or more, got 0"):
+        checkpoint.Checkpoints(tmp_path, keep=0)
+
+
+def test_an_existing_run_needs_resume_or_overwrite(tmp_path):
+    run = tmp_path / "run"
+    assert not checkpoint.prepare_folder(run, resume=True, overwrite=False)  # Nothing there yet.
+    assert not checkpoint.prepare_folder(run, resume=False, overwrite=False)
+    (run / "1").mkdir()
+    with pytest.raises(ValueError, match=r"already holds a run: --resume .* --overwrite"):
+        checkpoint.prepare_folder(run, resume=False, overwrite=False)
+    with pytest.raises(ValueError, match="give only one"):
+        checkpoint.prepare_folder(run, resume=True, overwrite=True)
+    assert (run / "1").is_dir()
+    assert checkpoint.prepare_folder(run, resume=True, overwrite=False)
+    assert (run / "1").is_dir()
+
+
+def test_overwrite_puts_the_old_run_aside(tmp_path):
+    run = tmp_path / "run"
+    for number in ("1", "2"):
+        (run / number).mkdir(parents=True)
+        assert not checkpoint.prepare_folder(run, resume=False, overwrite=True)
+        assert list(run.iterdir()) == []
+    assert (tmp_path / "run.old-1" / "1").is_dir()
+    assert (tmp_path / "run.old-2" / "2").is_dir()
+
+
+def test_a_run_folder_that_is_a_file_is_an_error(tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(ValueError, match="is a file, expected a folder"):
+        checkpoint.prepare_folder(tmp_path / "run", resume=False, overwrite=True)
+
+
+def test_a_resumed_config_may_differ_in_safe_fields_alone(tmp_path):
+    config = {"batch_size": 32, "losses": {"task": 1.0, "layers": (1, 2)}, "log": {"every": 10}}
+    checkpoint.save_config(tmp_path, config)
+    checkpoint.compare_config(tmp_path, config)
+    changed = {"batch_size": 64, "losses": {"task": 0.5, "layers": (1, 2)}, "log": {"every": 20}}
+    with pytest.raises(ValueError, match="another config") as caught:
+        checkpoint.compare_config(tmp_path, changed, safe={"log"})
+    assert str(caught.value).splitlines()[1:3] == [
+        "  batch_size: saved 32, now 64",
+        "  losses.task: saved 1.0, now 0.5",
+    ]
+    checkpoint.compare_config(tmp_path, changed, safe={"log", "batch_size", "losses.task"})
+    with pytest.raises(ValueError, match="seed: saved 'absent', now 1"):
+        checkpoint.compare_config(tmp_path, {**config, "seed": 1})
+    with pytest.raises(FileNotFoundError, match="use --overwrite"):
+        checkpoint.compare_config(tmp_path / "elsewhere", config)

@@ -1,0 +1,237 @@
+"""Experiments by name: what the command line offers, refuses, and says while refusing."""
+
+import dataclasses
+import pathlib
+import re
+
+import pytest
+
+from shallow_pi.training import config
+
+CONFIGS = pathlib.Path(__file__).parents[2] / "train_configs"
+
+
+def _cli(*arguments):
+    return config.cli(CONFIGS, "Usage of the script.", arguments)
+
+
+def _refused(capsys, *arguments):
+    """What is said, as one line of words, when arguments are refused with status 2."""
+    with pytest.raises(SystemExit) as error:
+        _cli(*arguments)
+    assert error.value.code == 2
+    written = capsys.readouterr()
+    assert "Traceback" not in written.err
+    assert not written.out
+    return " ".join(re.sub(r"[╭╮╰╯│─]", " ", written.err).split())
+
+
+def test_an_unknown_config_names_the_closest_and_all(capsys):
+    said = _refused(capsys, "pi0_turntable_16")
+    assert said.startswith("error: unknown config 'pi0_turntable_16'; there are debug, ")
+    assert said.endswith("Did you mean 'pi0_turntable_l6'?")
+    assert "Did you mean" not in _refused(capsys, "nothing_like_it")
+
+
+def test_an_unknown_field_names_the_closest(capsys):
+    said = _refused(capsys, "debug", "--bach-size", "8")
+    assert "Unrecognized options: --bach-size" in said
+    assert "--batch-size" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--student.depth", "5"], "depth must lie in 1..4 (the teacher's), got 5"),
+        (["--student.depth", "0"], "student.depth must be at least 1, got 0"),
+        (["--student.layers", "0", "4"], "layers must lie in 0..3 (the teacher has 4), got [4]"),
+        (["--student.layers", "2", "1"], "increasing order, got [2, 1]; did you mean [1, 2]?"),
+        (["--student.layers", "1", "1"], "layers must not repeat, got [1, 1]"),
+        (["--student.strategy", "best"], "'uniform', 'first', 'last', 'random', 'similarity', 's"),
+        (["--batch-size", "many"], "--batch-size: invalid literal for int()"),
+        (["--batch-size", "0"], "batch_size must be at least 1, got 0"),
+        (["--batch-size", "9", "--accumulation", "2"], "must be a multiple of accumulation 2"),
+        (["--ema-decay", "1"], "ema_decay must lie in [0, 1), got 1.0"),
+        (["--exp-name", "a/b"], "exp_name must be a plain folder name, got 'a/b'"),
+        (["--data.robot", "crane"], "unknown robot 'crane'; there are ['aloha', 'turntable']"),
+        (["--data.asset-id", ""], "data.asset_id must name a folder"),
+        (["--data.num-threads", "-1"], "data.num_threads must be 0 or more, got -1"),
+        (["--model.dtype", "float16"], "dtype must be 'bfloat16' or 'float32', got 'float16'"),
+        (["--schedule.peak-lr", "-1"], "peak_lr must be a positive number, got -1.0"),
+        (["--mesh.fsdp", "0"], "mesh axis fsdp must be 1 or more, got 0"),
+        (["--losses.task", "-1"], "-1"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_bad_value_says_what_is_valid(capsys, arguments, message):
+    assert message in _refused(capsys, "debug", *arguments)
+
+
+def test_a_bad_value_of_the_task_says_what_is_valid(capsys):
+    said = _refused(capsys, "pi0_turntable_l6", "--closed-loop.episodes", "0")
+    assert "closed_loop.episodes must be at least 1, got 0" in said
+
+
+def test_every_field_can_be_set():
+    experiment = _cli(
+        *("debug", "--batch-size", "64", "--losses.attention", "0.1", "--student.depth", "3"),
+        *("--teacher.path", "somewhere", "--model.expert.width", "24", "--no-tensorboard"),
+        *("--mesh.fsdp", "2", "--data.cache", "--exp-name", "second"),
+    )
+    assert experiment.batch_size == 64
+    assert experiment.losses.attention == 0.1
+    assert experiment.student_model.depth == 3
+    assert experiment.teacher.path == "somewhere"
+    assert experiment.model.expert.width == 24
+    assert not experiment.tensorboard
+    assert experiment.mesh.fsdp == 2
+    assert experiment.data.cache
+    assert experiment.folder == pathlib.Path("checkpoints/debug/second")
+    assert (
+        dataclasses.replace(
+            _cli("debug"),
+            batch_size=64,
+            losses=dataclasses.replace(experiment.losses),
+            student=experiment.student,
+            teacher=experiment.teacher,
+            model=experiment.model,
+            tensorboard=False,
+            mesh=experiment.mesh,
+            data=experiment.data,
+            exp_name="second",
+        )
+        == experiment
+    ), "nothing else changed"
+
+
+def test_listed_layers_set_the_depth_too():
+    experiment = _cli("pi0_turntable_l6", "--student.layers", "0", "3", "5")
+    assert experiment.fixed_layer_map().layers == (0, 3, 5)
+    assert experiment.student_model == dataclasses.replace(experiment.model, depth=3)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "layers"),
+    [
+        ("uniform", (0, 3, 7, 10, 14, 17)),
+        ("first", (0, 1, 2, 3, 4, 5)),
+        ("last", tuple(range(12, 18))),
+    ],
+)
+def test_a_strategy_gives_the_layers(strategy, layers):
+    experiment = _cli("pi0_aloha_l6", "--student.strategy", strategy)
+    assert experiment.fixed_layer_map().layers == layers
+
+
+def test_a_random_strategy_follows_its_seed():
+    maps = [
+        _cli("pi0_aloha_l6", "--student.strategy", "random", "--student.layer-seed", seed)
+        .fixed_layer_map()
+        .layers
+        for seed in ("1", "1", "2")
+    ]
+    assert maps[0] == maps[1] != maps[2]
+
+
+def test_a_strategy_that_measures_has_no_map_yet_but_a_depth():
+    experiment = _cli("pi0_aloha_l6", "--student.strategy", "similarity")
+    assert experiment.fixed_layer_map() is None
+    assert experiment.student_model.depth == 6
+    with pytest.raises(SystemExit):
+        _cli("pi0_aloha_l6", "--student.strategy", "similarity", "--student.depth", "19")
+
+
+def test_help_lists_every_config_with_the_first_line_of_its_docstring(capsys):
+    with pytest.raises(SystemExit) as error:
+        _cli("--help")
+    assert error.value.code == 0
+    out = capsys.readouterr().out
+    assert out.startswith("Usage of the script.")
+    files = sorted(path for path in CONFIGS.glob("*.py") if not path.name.startswith("_"))
+    assert len(files) >= 6
+    for path in files:
+        first_line = path.read_text().splitlines()[0].removeprefix('"""')
+        assert re.search(rf"^  {path.stem} +{re.escape(first_line)}$", out, re.MULTILINE)
+    assert "_base" not in out
+
+
+def test_no_name_is_answered_with_the_list_and_status_2(capsys):
+    with pytest.raises(SystemExit) as error:
+        _cli()
+    assert error.value.code == 2
+    assert "pi0_turntable_l6" in capsys.readouterr().out
+
+
+def test_help_of_a_config_lists_its_fields_with_their_comments(capsys):
+    with pytest.raises(SystemExit) as error:
+        _cli("debug", "--help")
+    assert error.value.code == 0
+    out = capsys.readouterr().out
+    for words in ("Synthetic batches", "--student.strategy", "Layers to keep.", "(default: 16)"):
+        assert words in out
+    assert "--name" not in out
+
+
+def test_a_config_is_named_by_its_file(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        '"""First line.\n\nSecond."""\nimport _shared\nget_config = _shared.make\n'
+    )
+    (tmp_path / "_shared.py").write_text(
+        "import pathlib\nfrom shallow_pi.training import config\n"
+        f"make = lambda: config.load(pathlib.Path({str(CONFIGS)!r}), 'debug')\n"
+    )
+    assert config.names(tmp_path) == {"mine": "First line."}
+    loaded = config.load(tmp_path, "mine")
+    assert loaded == dataclasses.replace(config.load(CONFIGS, "debug"), name="mine")
+
+
+def test_a_teacher_is_trained_by_its_own_config_and_as_the_student_wants_it():
+    experiment = _cli(
+        *("pi0_turntable_l6", "--exp-name", "x", "--checkpoint-dir", "c", "--resume"),
+        *("--model.depth", "7"),
+    )
+    own = config.teacher_experiment(CONFIGS, experiment)
+    assert own.name == "pi0_turntable"
+    assert own.teacher is None
+    assert own.model == experiment.model
+    assert own.student_model.depth == 7
+    assert own.folder == pathlib.Path("c/pi0_turntable/x")
+    assert own.resume
+    assert not own.overwrite
+
+
+def test_a_teacher_nobody_here_can_train_is_an_error():
+    with pytest.raises(ValueError, match=r"debug names no config that trains its teacher.*--teach"):
+        config.teacher_experiment(CONFIGS, _cli("debug", "--teacher.train"))
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(ValueError("bad"), 1), (FileNotFoundError("bad"), 1), (KeyError("bad"), 1)],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_script_ends_with_one_line(capsys, error, status):
+    with pytest.raises(SystemExit) as exit_, config.exit_on(KeyError):
+        raise error
+    assert exit_.value.code == status
+    assert re.fullmatch(r"error: '?bad'?\n", capsys.readouterr().err)
+
+
+def test_an_interruption_says_how_to_go_on(capsys):
+    with pytest.raises(SystemExit) as exit_, config.exit_on():
+        raise KeyboardInterrupt
+    assert exit_.value.code == 130
+    assert "--resume" in capsys.readouterr().err
+
+
+def test_a_programming_error_keeps_its_traceback():
+    with pytest.raises(TypeError), config.exit_on(KeyError):
+        raise TypeError
+
+
+def test_fields_that_may_change_exist():
+    experiment = dataclasses.asdict(_cli("pi0_turntable_l6"))
+    for field in config.SAFE_TO_CHANGE:
+        values = experiment
+        for name in field.split("."):
+            values = values[name]

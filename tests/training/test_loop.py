@@ -1,0 +1,406 @@
+"""The real loop on eight devices: it resumes exactly, stops when asked, and loses nothing."""
+
+import dataclasses
+import errno
+import functools
+import hashlib
+import json
+import os
+import pathlib
+import signal
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from shallow_pi.data import assets as policy_assets
+from shallow_pi.data import loader
+from shallow_pi.deploy import policy
+from shallow_pi.distill import layer_map
+from shallow_pi.models import pi0, weights
+from shallow_pi.training import batches, checkpoint, config, loop, metrics, setup
+
+# One compilation and some thirty short runs: a busy machine takes its time.
+pytestmark = [pytest.mark.usefixtures("compiled"), pytest.mark.timeout(900)]
+CLOCK = ("seconds_per_step", "data_wait")
+
+
+def _train(experiment, **changes):
+    experiment = dataclasses.replace(experiment, **changes)
+    return loop.run(experiment, experiment.folder)
+
+
+def _rows(folder):
+    """What was logged, without how long it took."""
+    return [
+        {name: value for name, value in row.items() if name not in CLOCK}
+        for row in metrics.read(folder)
+    ]
+
+
+def _state(experiment, step):
+    """A saved state (parameters, moments, EMA, step) as numpy, and its data position."""
+    mesh, _ = setup.validate(experiment)
+    spec = setup.make_spec(experiment, layer_map.explicit((0, 2), 3))
+    with checkpoint.Checkpoints(experiment.folder, keep=None) as checkpoints:
+        state, position = checkpoints.restore(setup.abstract_state(spec, mesh), step)
+    return jax.device_get(state), position
+
+
+def _assert_same_run(a, b, step=4):
+    (state, position), (other, other_position) = _state(a, step), _state(b, step)
+    leaves, others = weights.leaves(state), weights.leaves(other)
+    assert {"step", "opt_state/1/0/mu/state_proj/kernel"} <= set(leaves)
+    assert any(path.startswith("ema_params/") for path in leaves)
+    assert list(leaves) == list(others)
+    for path in leaves:
+        np.testing.assert_array_equal(leaves[path], others[path], err_msg=path)
+    assert position == other_position
+    assert _rows(a.folder) == _rows(b.folder)
+
+
+@pytest.fixture(scope="module")
+def synthetic(tmp_path_factory, tiny_experiment):
+    return tiny_experiment(tmp_path_factory.mktemp("synthetic"), exp_name="whole")
+
+
+@pytest.fixture(scope="module")
+def whole(synthetic, compiled):
+    """Four uninterrupted steps."""
+    _train(synthetic)
+    return synthetic
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory, tiny_experiment, tiny_dataset):
+    """The same on a dataset, read by threads; a checkpoint after every step."""
+    dataset, tokenizer = tiny_dataset
+    data = batches.DataConfig(path=str(dataset), tokenizer=str(tokenizer), num_threads=2)
+    folder = tmp_path_factory.mktemp("recorded")
+    return tiny_experiment(folder, exp_name="whole", data=data, save_interval=1)
+
+
+@pytest.fixture(scope="module")
+def whole_recorded(recorded, compiled):
+    _train(recorded, keep=4)
+    return recorded
+
+
+def test_two_steps_and_two_resumed_steps_equal_four(whole):
+    halves = dataclasses.replace(whole, exp_name="halves")
+    assert _train(halves, num_train_steps=2) == halves.folder / "2"
+    assert _train(halves, resume=True) == halves.folder / "4"
+    _assert_same_run(halves, whole)
+    assert [row["step"] for row in _rows(whole.folder)] == [1, 2, 3, 4]
+
+
+def test_two_steps_and_two_resumed_steps_equal_four_on_a_dataset(whole_recorded):
+    halves = dataclasses.replace(whole_recorded, exp_name="halves")
+    _train(halves, num_train_steps=2)
+    cached = dataclasses.replace(halves.data, cache=True, num_threads=0)
+    _train(halves, resume=True, data=cached)
+    _assert_same_run(halves, whole_recorded)
+
+
+def test_a_run_sees_every_sample_once_an_epoch_however_it_is_cut(recorded, monkeypatch):
+    """24 frames, batches of 8: three steps are an epoch, also over an interruption."""
+    seen = []
+    read = loader.DatasetSource.__getitem__
+
+    def recording(self, i):
+        seen.append(i)
+        return read(self, i)
+
+    monkeypatch.setattr(loader.DatasetSource, "__getitem__", recording)
+    monkeypatch.setattr(loader.Prefetch, "__init__", functools.partialmethod(_shallow_prefetch))
+    experiment = dataclasses.replace(
+        recorded, exp_name="epoch", data=dataclasses.replace(recorded.data, num_threads=0)
+    )
+    _train(experiment, num_train_steps=2)
+    first, seen[:] = seen[:16], []
+    _train(experiment, num_train_steps=3, resume=True)
+    assert sorted(first + seen[:8]) == list(range(24))
+
+
+_prefetch = loader.Prefetch.__init__
+
+
+def _shallow_prefetch(self, source, sharding, depth=1):
+    _prefetch(self, source, sharding, 1)
+
+
+def test_a_finished_run_is_left_as_it_is(whole):
+    before = _hashes(whole.folder)
+    assert _train(whole, resume=True) == whole.folder / "4"
+    changed = {name for name, digest in _hashes(whole.folder).items() if before[name] != digest}
+    assert changed <= {"config.json"}  # It says resume now.
+
+
+def test_a_run_cannot_end_before_where_it_is(whole):
+    with pytest.raises(ValueError, match=r"is at step 4 already.*--num-train-steps"):
+        _train(whole, resume=True, num_train_steps=3)
+
+
+def test_an_existing_run_needs_resume_or_overwrite(whole):
+    before = _hashes(whole.folder)
+    with pytest.raises(ValueError, match=r"already holds a run.*--resume.*--overwrite"):
+        _train(whole)
+    assert _hashes(whole.folder) == before
+
+
+def test_a_resumed_run_with_another_config_names_the_fields(whole):
+    before = _hashes(whole.folder)
+    with pytest.raises(ValueError, match="another config") as error:
+        _train(whole, resume=True, seed=1, student=config.StudentConfig(layers=(1, 2)))
+    for field in ("seed: saved 42, now 1", "student.layers", "layer_map: saved [0, 2], now [1, 2]"):
+        assert field in str(error.value)
+    assert _hashes(whole.folder) == before
+
+
+def test_overwrite_starts_anew_and_keeps_the_old_run(whole_recorded):
+    experiment = dataclasses.replace(whole_recorded, exp_name="again")
+    _train(experiment, num_train_steps=1)
+    _train(experiment, num_train_steps=2, overwrite=True)
+    assert checkpoint.Checkpoints(experiment.folder).latest_step() == 2
+    assert (experiment.folder.with_name("again.old-1") / "1" / "params").is_dir()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
+def test_a_signal_saves_and_the_resumed_run_goes_on_exactly(whole, monkeypatch, number):
+    experiment = dataclasses.replace(whole, exp_name=number.name, save_interval=100)
+    with monkeypatch.context() as patch:
+        _send(patch, number, after_step=2)
+        with pytest.raises(loop.InterruptedRunError, match=f"{number.name} after step 3.*--resume"):
+            _train(experiment)
+    assert checkpoint.Checkpoints(experiment.folder).latest_step() == 3
+    _train(experiment, resume=True)
+    _assert_same_run(experiment, whole)
+
+
+def test_a_signal_in_the_last_step_ends_the_run_too(whole, monkeypatch):
+    """A study would otherwise go on with its next stage."""
+    experiment = dataclasses.replace(whole, exp_name="last")
+    _send(monkeypatch, signal.SIGTERM, after_step=4)
+    with pytest.raises(loop.InterruptedRunError, match="after step 4"):
+        _train(experiment)
+    assert checkpoint.Checkpoints(experiment.folder).latest_step() == 4
+
+
+class _Terminated(Exception):
+    pass
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
+def test_a_second_signal_is_immediate(whole, monkeypatch, number):
+    def terminate(*_):
+        raise _Terminated
+
+    experiment = dataclasses.replace(whole, exp_name=f"twice-{number.name}", save_interval=100)
+    before = signal.signal(number, terminate)
+    try:
+        _send(monkeypatch, number, after_step=2, times=2)
+        with pytest.raises(_Terminated):
+            _train(experiment)
+        assert signal.getsignal(number) is terminate
+    finally:
+        signal.signal(number, before)
+    assert checkpoint.Checkpoints(experiment.folder).latest_step() is None
+
+
+def _send(patch, number, after_step, times=1):
+    """Send a signal to this process when a step is logged."""
+    log = metrics.MetricsLog.log
+
+    def sending(self, step, values):
+        log(self, step, values)
+        if step == after_step:
+            for _ in range(times):
+                os.kill(os.getpid(), number)
+
+    patch.setattr(metrics.MetricsLog, "log", sending)
+
+
+@pytest.mark.parametrize("poison", [np.inf, np.nan])
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
+    whole, monkeypatch, poison
+):
+    experiment = dataclasses.replace(
+        whole,
+        exp_name=f"poisoned-{poison}",
+        data=dataclasses.replace(whole.data, num_threads=0),
+        log_interval=100,
+    )
+    read, count = loader.SyntheticSource.__getitem__, []
+
+    def poisoned(self, i):
+        count.append(i)
+        sample = read(self, i)
+        third_batch = 16 < len(count) <= 24
+        return sample | {"actions": sample["actions"] + poison} if third_batch else sample
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loader.SyntheticSource, "__getitem__", poisoned)
+        with pytest.raises(loop.NonFiniteLossError, match=r"step 3: .*task_loss = .*step 2 is kep"):
+            _train(experiment)
+    steps = [child.name for child in experiment.folder.iterdir() if child.name.isdigit()]
+    assert steps == ["2"]
+    _train(experiment, resume=True, log_interval=1)
+    state, _ = _state(experiment, 4)
+    expected, _ = _state(whole, 4)
+    jax.tree.map(np.testing.assert_array_equal, state, expected)
+
+
+def test_a_disk_that_fills_up_costs_only_what_came_after_the_last_checkpoint(
+    whole_recorded, monkeypatch
+):
+    experiment = dataclasses.replace(whole_recorded, exp_name="full")
+    save, saved = policy_assets.Assets.save, []
+
+    def full(self, folder):
+        save(self, folder)
+        saved.append(folder)
+        if len(saved) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(policy_assets.Assets, "save", full)
+        with pytest.raises(
+            checkpoint.SaveError, match=r"/3 could not.*No space left.*step 2 is intact.*--resume"
+        ):
+            _train(experiment)
+    _train(experiment, resume=True)
+    _assert_same_run(experiment, whole_recorded)
+
+
+def test_a_step_folder_alone_is_the_policy_that_was_trained(whole_recorded):
+    experiment = whole_recorded
+    step = experiment.folder / "4"
+    assert {child.name for child in step.iterdir()} >= {"params", "train_state", "assets", "data"}
+    assert (step / "assets" / "turntable" / "norm_stats.json").is_file()
+    state, _ = _state(experiment, 4)
+    expected = pi0.abstract_params(experiment.student_model)
+    stored = weights.load_params(step / "params", expected)
+    jax.tree.map(np.testing.assert_array_equal, stored, state.ema_params)
+
+    deployed = policy.Policy.from_checkpoint(step, num_steps=2)
+    trained = policy.Policy(policy_assets.load(step), state.ema_params, num_steps=2)
+    generator = np.random.default_rng(0)
+    observation = {
+        "observation.images.base": generator.integers(0, 256, (24, 24, 3), np.uint8),
+        "observation.images.wrist": generator.integers(0, 256, (24, 24, 3), np.uint8),
+        "observation.state": generator.standard_normal(3).astype(np.float32),
+        "task": "touch the red block",
+    }
+    noise = generator.standard_normal((1, *deployed.noise_shape)).astype(np.float32)
+    actions = deployed.infer([observation], noise)
+    assert actions.shape == (1, 8, 3)
+    np.testing.assert_allclose(actions, trained.infer([observation], noise), atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory, synthetic, tiny_params):
+    """A teacher's step folder in openpi's layout, bfloat16."""
+    step = tmp_path_factory.mktemp("teacher") / "100"
+    params = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), tiny_params(synthetic.model))
+    weights.save_params(step / "params", params)
+    return step
+
+
+def test_a_teacher_from_disk_is_cut_bit_for_bit_and_left_unchanged(teacher, synthetic):
+    experiment = dataclasses.replace(
+        synthetic, exp_name="disk", teacher=config.TeacherConfig(str(teacher)), num_train_steps=2
+    )
+    mesh, step = setup.validate(experiment)
+    held = setup.load_teacher(experiment, step, mesh)
+    spec = setup.make_spec(experiment, experiment.fixed_layer_map())
+    start = setup.initial_state(experiment, spec, held, setup.abstract_state(spec, mesh))
+    stored = weights.leaves(weights.load_params(teacher, pi0.abstract_params(experiment.model)))
+    for path, leaf in weights.leaves(start.params).items():
+        original = np.asarray(stored[path], np.float32)
+        if path.startswith("PaliGemma/llm/layers/"):
+            original = original[[0, 2]]
+        np.testing.assert_array_equal(leaf, original, err_msg=path)
+        np.testing.assert_array_equal(leaf, weights.leaves(start.ema_params)[path])
+
+    before = _hashes(teacher)
+    _train(experiment)
+    assert _hashes(teacher) == before
+    (row, _) = _rows(experiment.folder)
+    assert row["velocity_cosine"] < 1
+    assert row["teacher_task_loss"] > 0
+
+
+def test_a_params_folder_stands_for_the_step_it_lies_in(teacher, synthetic):
+    for path in (teacher, teacher / "params"):
+        experiment = dataclasses.replace(synthetic, teacher=config.TeacherConfig(str(path)))
+        assert setup.validate(experiment)[1] == teacher
+
+
+@pytest.mark.parametrize("strategy", ["similarity", "sensitivity"])
+def test_a_strategy_that_measures_leaves_the_data_position_untouched(synthetic, strategy):
+    experiment = dataclasses.replace(
+        synthetic,
+        exp_name=strategy,
+        num_train_steps=1,
+        student=config.StudentConfig(depth=2, strategy=strategy),
+    )
+    plain = dataclasses.replace(synthetic, exp_name=f"as-{strategy}", num_train_steps=1)
+    _train(experiment)
+    saved = json.loads((experiment.folder / "config.json").read_text())["layer_map"]
+    layer_map.explicit(saved, 3)
+    _train(plain, student=config.StudentConfig(layers=tuple(saved)))
+    (row,), (expected,) = _rows(experiment.folder), _rows(plain.folder)
+    assert row == expected
+    data = [
+        json.loads(next((e.folder / "1" / "data").iterdir()).read_text())
+        for e in (experiment, plain)
+    ]
+    assert data[0] == data[1]
+
+
+def test_the_measured_layers_are_those_of_the_scores(synthetic, monkeypatch):
+    scores = {"similarity": [0.1, 0.9, 0.5], "sensitivity": [0.1, 0.9, 0.5]}
+    expected = {"similarity": (0, 2), "sensitivity": (1, 2)}
+    asked = []
+
+    def measuring(values):
+        def measure(model, params, observation, x_t, t):
+            asked.append((x_t.shape, t.shape))
+            return np.array(values)
+
+        return measure
+
+    fake = types.SimpleNamespace(**{name: measuring(v) for name, v in scores.items()})
+    monkeypatch.setattr(setup, "layer_scores", fake)
+    mesh, _ = setup.validate(synthetic)
+    source, _ = batches.open_source(synthetic.data, synthetic.student_model, None)
+    feed = loader.prefetch(
+        loader.Loader(source, 8),
+        jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data")),
+    )
+    first = next(feed)
+    position = feed.state()
+    for strategy in scores:
+        student = config.StudentConfig(depth=2, strategy=strategy)
+        chosen = setup.choose_layers(dataclasses.replace(synthetic, student=student), {}, feed)
+        assert chosen.layers == expected[strategy]
+        assert feed.state() == position
+    assert asked == [((8, 8, 4), (8,))] * 2
+    assert not np.array_equal(first["state"], next(feed)["state"])
+
+
+def test_a_resumed_run_keeps_the_layers_it_measured(synthetic, monkeypatch):
+    student = config.StudentConfig(depth=2, strategy="similarity")
+    experiment = dataclasses.replace(synthetic, exp_name="kept", num_train_steps=1, student=student)
+    _train(experiment)
+    monkeypatch.setattr(setup, "layer_scores", None)
+    _train(experiment, resume=True)
+
+
+def _hashes(folder: pathlib.Path):
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }

@@ -1,0 +1,90 @@
+"""metrics.jsonl holds every step once, through interruptions; extras are asked for by name."""
+
+import json
+import math
+import sys
+import types
+
+import jax.numpy as jnp
+import pytest
+
+from shallow_pi.training import metrics
+
+
+def test_rows_read_are_those_logged(tmp_path):
+    with metrics.MetricsLog(tmp_path) as log:
+        log.log(1, {"loss": jnp.float32(0.5), "rate": 1e-3})
+        log.log(2, {"loss": 2})
+    assert metrics.read(tmp_path) == [
+        {"step": 1, "loss": 0.5, "rate": 1e-3},
+        {"step": 2, "loss": 2.0},
+    ]
+    assert list((tmp_path / "tensorboard").glob("events.*"))
+
+
+def test_a_resumed_run_logs_no_step_twice(tmp_path):
+    with metrics.MetricsLog(tmp_path, tensorboard=False) as log:
+        for step in (1, 2, 3, 4):
+            log.log(step, {"run": 1})
+    with metrics.MetricsLog(tmp_path, tensorboard=False, first_step=3) as log:
+        log.log(3, {"run": 2})
+    assert [(row["step"], row["run"]) for row in metrics.read(tmp_path)] == [(1, 1), (2, 1), (3, 2)]
+
+
+def test_a_line_cut_short_by_a_kill_is_dropped_and_one_in_the_middle_is_an_error(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "lo')
+    assert metrics.read(tmp_path) == [{"step": 1, "loss": 0.5}]
+    with metrics.MetricsLog(tmp_path, tensorboard=False, first_step=2) as log:
+        log.log(2, {"loss": 0.25})
+    assert [row["step"] for row in metrics.read(tmp_path)] == [1, 2]
+    file.write_text('{"step": 1, "lo\n{"step": 2}\n')
+    with pytest.raises(ValueError, match="line 1 is not JSON"):
+        metrics.read(tmp_path)
+
+
+def test_a_value_that_is_not_finite_stays_valid_json(tmp_path):
+    with metrics.MetricsLog(tmp_path, tensorboard=False) as log:
+        log.log(1, {"loss": float("nan"), "norm": float("inf")})
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
+    (row,) = metrics.read(tmp_path)
+    assert math.isnan(row["loss"])
+    assert math.isnan(row["norm"])
+
+
+def test_only_scalars_are_logged(tmp_path):
+    with metrics.MetricsLog(tmp_path, tensorboard=False) as log:
+        with pytest.raises(ValueError, match=r"'loss' must be one number, got \(2,\)"):
+            log.log(1, {"loss": jnp.zeros(2)})
+        with pytest.raises(ValueError, match='"step" is the name of the step'):
+            log.log(1, {"step": 3})
+    assert metrics.read(tmp_path) == []
+
+
+def test_a_run_without_metrics_reads_as_no_rows(tmp_path):
+    assert metrics.read(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_a_missing_extra_says_how_to_install_it(tmp_path, monkeypatch, name):
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ValueError, match=f"uv sync --extra {name}"):
+        metrics.MetricsLog(tmp_path / "run", **{name: "project"})
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_an_extra_gets_every_row(tmp_path, monkeypatch, name):
+    calls = []
+    run = types.SimpleNamespace(
+        log=lambda values, step: calls.append((step, values)), finish=lambda: calls.append("end")
+    )
+    module = types.SimpleNamespace(init=lambda project: calls.append(project) or run)
+    monkeypatch.setitem(sys.modules, name, module)
+    with metrics.MetricsLog(tmp_path, tensorboard=False, **{name: "shallow"}) as log:
+        log.log(5, {"loss": 1.0})
+    assert calls == ["shallow", (5, {"loss": 1.0}), "end"]

@@ -1,0 +1,77 @@
+"""The learning rate by hand at its corners; the optimizer against AdamW written out in numpy."""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from shallow_pi.training import optimizer
+
+
+def test_schedule_is_openpis_at_its_corners():
+    rate = optimizer.CosineSchedule().create()
+    expected = {
+        0: 2.5e-5 / 1001,
+        500: 2.5e-5 / 1001 + (2.5e-5 - 2.5e-5 / 1001) / 2,
+        1000: 2.5e-5,
+        15500: (2.5e-5 + 2.5e-6) / 2,
+        30000: 2.5e-6,
+        40000: 2.5e-6,
+    }
+    for step, value in expected.items():
+        # One float32 rounding of the peak.
+        assert math.isclose(float(rate(step)), value, rel_tol=1e-5, abs_tol=3e-12), step
+
+
+def test_schedule_without_warm_up_starts_at_the_peak():
+    rate = optimizer.CosineSchedule(warmup_steps=0, peak_lr=1e-3, decay_steps=10, end_lr=0).create()
+    assert math.isclose(float(rate(0)), 1e-3, rel_tol=1e-6)
+    assert math.isclose(float(rate(5)), 5e-4, rel_tol=1e-6)
+
+
+def test_adamw_is_the_published_update_after_the_clip():
+    config = optimizer.AdamW(b1=0.8, b2=0.9, eps=1e-3, weight_decay=0.1, clip_norm=2.0)
+    transform = config.create(0.5)
+    params = np.array([1.0, -2.0], np.float32)
+    gradients = [np.array([3.0, 4.0]), np.array([0.6, -0.8])]  # Norms 5 (clipped to 2) and 1.
+    state = transform.init(jnp.asarray(params))
+    mean = square = np.zeros(2)
+    ours, oracle = jnp.asarray(params), params.astype(np.float64)
+    for count, gradient in enumerate(gradients, start=1):
+        updates, state = transform.update(jnp.asarray(gradient, jnp.float32), state, ours)
+        ours = ours + updates
+        clipped = gradient * min(1.0, 2.0 / np.linalg.norm(gradient))
+        mean = 0.8 * mean + 0.2 * clipped
+        square = 0.9 * square + 0.1 * clipped**2
+        step = (mean / (1 - 0.8**count)) / (np.sqrt(square / (1 - 0.9**count)) + 1e-3)
+        oracle = oracle - 0.5 * (step + 0.1 * oracle)
+        np.testing.assert_allclose(ours, oracle, rtol=1e-5)
+
+
+def test_the_mask_says_what_decays():
+    transform = optimizer.AdamW(weight_decay=0.1).create(1.0, {"kernel": True, "scale": False})
+    params = {"kernel": jnp.ones(2), "scale": jnp.ones(2)}
+    zero = {"kernel": jnp.zeros(2), "scale": jnp.zeros(2)}
+    updates, _ = transform.update(zero, transform.init(params), params)
+    np.testing.assert_allclose(updates["kernel"], -0.1, rtol=1e-6)
+    np.testing.assert_array_equal(updates["scale"], 0.0)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: optimizer.CosineSchedule(warmup_steps=-1), "warmup_steps must be 0 or more"),
+        (lambda: optimizer.CosineSchedule(decay_steps=1000), r"must exceed warmup_steps \(1000\)"),
+        (lambda: optimizer.CosineSchedule(peak_lr=float("nan")), "peak_lr must be a positive"),
+        (lambda: optimizer.CosineSchedule(end_lr=1.0), r"end_lr must lie in 0…peak_lr \(2.5e-05\)"),
+        (lambda: optimizer.AdamW(b1=1.0), r"b1 must lie in \[0, 1\), got 1.0"),
+        (lambda: optimizer.AdamW(b2=-0.1), "b2 must lie in"),
+        (lambda: optimizer.AdamW(eps=0.0), "eps must be positive"),
+        (lambda: optimizer.AdamW(clip_norm=0.0), "clip_norm must be positive, got 0.0"),
+        (lambda: optimizer.AdamW(weight_decay=-1.0), "weight_decay must be 0 or more"),
+    ],
+)
+def test_a_bad_value_says_what_is_valid(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
