@@ -1,0 +1,1 @@
+"""From checkpoint to robot: a policy takes a robot's observation and gives its actions."""

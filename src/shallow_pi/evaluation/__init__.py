@@ -1,0 +1,1 @@
+"""From policy to numbers: simulators, closed-loop success, latency, reports."""

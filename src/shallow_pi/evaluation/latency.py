@@ -1,0 +1,69 @@
+"""Inference time of several functions in one process, compared fairly.
+
+The functions take turns (A B A B ...) so that a busy machine, a hot chip or a changing clock meets
+all of them alike, and every call is waited for with `jax.block_until_ready`: JAX returns before the
+device is done. The median is reported, since a mean belongs to the slowest calls.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from shallow_pi import progress
+
+
+@dataclasses.dataclass(frozen=True)
+class Latency:
+    """Milliseconds per call, by the function's name."""
+
+    median_ms: dict[str, float]
+    # 95 of 100 calls were at least this fast.
+    p95_ms: dict[str, float]
+    repeats: int
+    # What ran it, e.g. "cpu" or "NVIDIA H200".
+    device: str
+
+    def ratio(self, slow: str, fast: str) -> float:
+        """How many times faster `fast` is than `slow`, by medians."""
+        return self.median_ms[slow] / self.median_ms[fast]
+
+
+def median_latency(
+    functions: Mapping[str, Callable[[], Any]],
+    *,
+    repeats: int = 50,
+    warmup: int = 3,
+    label: str = "Latency",
+) -> Latency:
+    """Time the functions in turns.
+
+    Args:
+      functions: name → call without arguments that returns JAX arrays (any pytree).
+      repeats: timed calls of each.
+      warmup: untimed calls of each before, to compile and to fill caches.
+      label: the progress bar's label.
+    """
+    if not functions or repeats < 1 or warmup < 0:
+        raise ValueError(
+            f"Expected at least one function, repeats >= 1 and warmup >= 0, got "
+            f"{len(functions)} functions, {repeats=}, {warmup=}."
+        )
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    with progress.bar(label, total=warmup + repeats) as advance:
+        for turn in range(warmup + repeats):
+            for name, function in functions.items():
+                start = time.perf_counter()
+                jax.block_until_ready(function())
+                if turn >= warmup:
+                    seconds[name].append(time.perf_counter() - start)
+            advance(1)
+    return Latency(
+        median_ms={name: 1e3 * float(np.median(values)) for name, values in seconds.items()},
+        p95_ms={name: 1e3 * float(np.quantile(values, 0.95)) for name, values in seconds.items()},
+        repeats=repeats,
+        device=jax.devices()[0].device_kind,
+    )

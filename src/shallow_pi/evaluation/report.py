@@ -1,0 +1,317 @@
+"""What a run comes to: `report.json` for programs, `report.md` and pictures for people.
+
+A `Report` holds measured values only; everything derived (intervals, differences, ratios) is
+computed here in one place, so that the terminal, the page and the file cannot disagree. Policies
+are named expert, teacher, student, cut_only, task_only and random_init.
+"""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import rich.box
+import rich.console
+import rich.table
+
+from shallow_pi.evaluation import intervals, plots, rollout
+from shallow_pi.evaluation import latency as latencies
+from shallow_pi.training import distributed
+
+# Pairs whose difference is reported, wherever both were evaluated.
+COMPARISONS = (("student", "teacher"), ("student", "task_only"))
+# Panels of the loss curves: key in metrics.jsonl → title, and the teacher's own value of it.
+PANELS = {
+    "task_loss": "task loss",
+    "velocity_loss": "velocity loss",
+    "attention_loss": "attention loss",
+}
+REFERENCES = {"task_loss": "teacher_task_loss"}
+PACKAGES = (
+    "shallow-pi",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "numpy",
+    "mujoco",
+    "grain",
+    "polars",
+    "av",
+    "sentencepiece",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Everything measured in one run."""
+
+    # The run's name, e.g. "pi0_turntable_l6/first".
+    title: str
+    # The resolved config as plain JSON values.
+    config: Any
+    # By policy, in the order of the table.
+    evaluations: Mapping[str, rollout.Evaluation]
+    # Harder variant of the task, on which nobody was trained → by policy.
+    harder: Mapping[str, Mapping[str, rollout.Evaluation]] = dataclasses.field(default_factory=dict)
+    # Batch-1 inference of "teacher" and "student".
+    latency: latencies.Latency | None = None
+    # Wall-clock seconds of each stage.
+    stage_seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    # Trained policy → rows of its metrics.jsonl.
+    curves: Mapping[str, plots.Rows] = dataclasses.field(default_factory=dict)
+    # One episode of the student.
+    recording: rollout.Recording | None = None
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide a result; an absent one is left out."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def contents(report: Report) -> dict[str, Any]:
+    """The content of report.json."""
+    values: dict[str, Any] = {
+        "success": {policy: _success(e) for policy, e in report.evaluations.items()},
+        "by_task": {
+            policy: {task: _success(part) for task, part in e.by_task().items()}
+            for policy, e in report.evaluations.items()
+        },
+        "harder": {
+            variant: {policy: _success(e) for policy, e in policies.items()}
+            for variant, policies in report.harder.items()
+        },
+        "differences": {
+            f"{a} - {b}": {
+                scope: {**dataclasses.asdict(d), "verdict": d.verdict}
+                for scope, d in _differences(report, a, b).items()
+            }
+            for a, b in _comparisons(report)
+        },
+        "stage_seconds": {stage: round(s, 3) for stage, s in report.stage_seconds.items()},
+        "config": report.config,
+        "versions": versions(),
+        "machine": {"architecture": platform.machine(), "cpus": os.cpu_count()},
+    }
+    if report.latency is not None:
+        values["latency_ms"] = dict(report.latency.median_ms)
+        values["latency_p95_ms"] = dict(report.latency.p95_ms)
+        values["latency_ratio"] = report.latency.ratio("teacher", "student")
+        values["machine"]["device"] = report.latency.device
+    return values
+
+
+def _success(evaluation: rollout.Evaluation) -> dict[str, Any]:
+    low, high = evaluation.wilson()
+    episodes = len(evaluation.episodes)
+    return {"rate": evaluation.rate, "low": low, "high": high, "episodes": episodes}
+
+
+def _comparisons(report: Report) -> list[tuple[str, str]]:
+    return [(a, b) for a, b in COMPARISONS if {a, b} <= set(report.evaluations)]
+
+
+def scopes(report: Report) -> dict[str, Mapping[str, rollout.Evaluation]]:
+    """What success is counted over → by policy: all tasks, each task, each harder variant."""
+    by_task = {policy: evaluation.by_task() for policy, evaluation in report.evaluations.items()}
+    tasks = sorted({task for split in by_task.values() for task in split})
+    found: dict[str, Mapping[str, rollout.Evaluation]] = {"all tasks": report.evaluations}
+    for task in tasks if len(tasks) > 1 else []:
+        found[task] = {p: split[task] for p, split in by_task.items() if task in split}
+    return found | dict(report.harder)
+
+
+def _differences(report: Report, a: str, b: str) -> dict[str, intervals.Difference]:
+    """Paired differences of two policies in every scope that has both."""
+    return {
+        scope: policies[a].minus(policies[b])
+        for scope, policies in scopes(report).items()
+        if {a, b} <= set(policies)
+    }
+
+
+def sentence(a: str, b: str, scope: str, difference: intervals.Difference) -> str:
+    """A difference in words, claiming no more than its interval does."""
+    points, low, high = (
+        f"{100 * value:+.1f}".replace("-", "−")
+        for value in (difference.difference, difference.low, difference.high)
+    )
+    verdict = {
+        "higher": f"{a} is better than {b}",
+        "lower": f"{a} is worse than {b}",
+        "undecided": f"no difference between {a} and {b} is shown",
+    }[difference.verdict]
+    return (
+        f"{scope}: {a} − {b} = {points} points (95 % interval {low} to {high}; episodes solved by "
+        f"{a} alone {difference.only_a}, by {b} alone {difference.only_b}): {verdict}."
+    )
+
+
+Table = tuple[list[str], list[list[str]]]
+
+
+def tables(report: Report) -> list[Table]:
+    """Header and rows of the result: success and latency, then success scope by scope."""
+    whole, *parts = scopes(report).items()
+    results: Table = (["policy", "success", "95 % interval", "episodes"], [])
+    if report.latency is not None:
+        results[0].append("ms")
+    for policy, evaluation in whole[1].items():
+        low, high = evaluation.wilson()
+        row = [
+            plots.NAMES.get(policy, policy),
+            f"{100 * evaluation.rate:.1f} %",
+            f"{100 * low:.1f}–{100 * high:.1f}",
+            str(len(evaluation.episodes)),
+        ]
+        if report.latency is not None:
+            milliseconds = report.latency.median_ms.get(policy)
+            row.append("" if milliseconds is None else f"{milliseconds:.2f}")
+        results[1].append(row)
+    if not parts:
+        return [results]
+    rows = [
+        [
+            plots.NAMES.get(policy, policy),
+            *(f"{100 * found[policy].rate:.0f} %" if policy in found else "" for _, found in parts),
+        ]
+        for policy in whole[1]
+    ]
+    return [results, (["success in", *(scope for scope, _ in parts)], rows)]
+
+
+def sentences(report: Report) -> list[str]:
+    """What the numbers say, in words."""
+    lines = [
+        sentence(a, b, scope, difference)
+        for a, b in _comparisons(report)
+        for scope, difference in _differences(report, a, b).items()
+    ]
+    if report.latency is not None:
+        lines.append(
+            f"latency: the student's batch-1 inference takes "
+            f"{report.latency.median_ms['student']:.2f} ms, the teacher's "
+            f"{report.latency.median_ms['teacher']:.2f} ms (medians of {report.latency.repeats} on "
+            f"{report.latency.device}): {report.latency.ratio('teacher', 'student'):.2f} times "
+            "faster."
+        )
+    return lines
+
+
+def show(report: Report, console: rich.console.Console | None = None) -> None:
+    """Print the result table and what it says."""
+    console = console or rich.console.Console()
+    console.print(report.title, style="bold", highlight=False)
+    for header, rows in tables(report):
+        display = rich.table.Table(box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for index, column in enumerate(header):
+            display.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
+        for row in rows:
+            display.add_row(*row)
+        console.print(display)
+    for line in sentences(report):
+        console.print(line, highlight=False, markup=False)
+
+
+def markdown(report: Report, pictures: Mapping[str, str]) -> str:
+    """The content of report.md; `pictures` maps a caption to a file beside it."""
+    lines = [f"# {report.title}"]
+    for header, rows in tables(report):
+        lines += ["", _row(header), _row(["---", *["---:"] * (len(header) - 1)])]
+        lines += [_row(row) for row in rows]
+    lines += ["", "All policies met the same episodes. Rates carry Wilson's interval, differences"]
+    lines += ["Newcombe's paired one; ms is the median time of one plan for one robot.", ""]
+    lines += [f"- {line}" for line in sentences(report)]
+    for caption, name in pictures.items():
+        lines += ["", f"## {caption}", "", f"![{caption}]({name})"]
+    if report.stage_seconds:
+        lines += ["", "## Time", "", _row(["stage", "seconds"]), _row(["---", "---:"])]
+        lines += [_row([stage, f"{s:.1f}"]) for stage, s in report.stage_seconds.items()]
+        lines += [_row(["total", f"{sum(report.stage_seconds.values()):.1f}"])]
+    lines += ["", "## Versions", ""]
+    lines += [", ".join(f"{package} {version}" for package, version in versions().items()), ""]
+    return "\n".join(lines)
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def write(folder: pathlib.Path, report: Report) -> list[pathlib.Path]:
+    """Write report.json, the pictures and report.md into `folder`; return what was written.
+
+    Without matplotlib the figures are left out, and the page and the terminal say how to get them.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.json").write_text(
+        json.dumps(contents(report), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    )
+    drawings: dict[str, tuple[str, Callable[[pathlib.Path], None]]] = {}
+    curves, recording = report.curves, report.recording
+    if report.evaluations:
+        drawings["Success"] = ("success.png", lambda path: plots.success(path, scopes(report)))
+    keys = {key for rows in curves.values() for row in rows for key in row}
+    panels = {key: title for key, title in PANELS.items() if key in keys}
+    if panels:
+        drawings["Losses"] = (
+            "losses.png",
+            lambda path: plots.loss_curves(path, curves, panels, REFERENCES),
+        )
+    if recording is not None:
+        drawings["One episode"] = ("episode.png", lambda path: plots.strip(path, recording))
+        drawings["The same, moving"] = (
+            "episode.gif",
+            lambda path: plots.animation(path, recording),
+        )
+    pictures: dict[str, str] = {}
+    missing = ""
+    for caption, (name, draw) in drawings.items():
+        try:
+            draw(folder / name)
+            pictures[caption] = name
+        except plots.PlotsMissingError as error:
+            missing = str(error)
+    page = markdown(report, pictures)
+    if missing:
+        page += f"\n{missing}\n"
+        rich.console.Console(stderr=True).print(
+            missing, highlight=False, markup=False, soft_wrap=True
+        )
+    (folder / "report.md").write_text(page)
+    return [folder / name for name in ("report.json", "report.md", *pictures.values())]
+
+
+class Stages:
+    """Seconds of every stage, added up over interruptions, in a JSON file."""
+
+    def __init__(self, path: pathlib.Path) -> None:
+        self.path = path
+        self.seconds: dict[str, float] = {}
+        if self.path.exists():
+            self.seconds = json.loads(self.path.read_text(encoding="utf-8"))
+
+    @contextlib.contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Count the time inside the block towards a stage, also when it is left by an error."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            if distributed.is_main():
+                partial = self.path.with_suffix(".partial")
+                partial.write_text(json.dumps(self.seconds, indent=2) + "\n", encoding="utf-8")
+                partial.replace(self.path)

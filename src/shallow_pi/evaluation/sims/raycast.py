@@ -1,0 +1,113 @@
+"""Pictures of a MuJoCo scene by ray casting: no GL, no display, no system package.
+
+One ray goes through every pixel corner, and a pixel's colour is the mean over its four corners,
+so that neighbouring pixels share rays. Pixels whose corners do not all hit the same geom are cast
+again with a grid of rays inside the pixel: edges are anti-aliased, and positions can be read to a
+fraction of a pixel. A surface has its geom's colour times
+ambient + (1 − ambient)·max(0, normal · light).
+
+`mj_multiRay` skips a body whose colliding geoms the ray passes far by: a geom that is only seen
+must lie within its body's colliding geoms, or in a body that has none.
+"""
+
+import mujoco
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+
+LIGHT = np.array([0.35, -0.45, 0.82]) / np.linalg.norm([0.35, -0.45, 0.82])  # towards the light
+AMBIENT = 0.45
+BACKGROUND = (0.55, 0.62, 0.70)
+VISIBLE_GROUPS = np.array([1, 1, 1, 0, 0, 0], np.uint8)  # as in MuJoCo's own viewer
+
+
+class RayCamera:
+    """A named camera of `model`, fixed or carried by a body, that renders uint8 pictures."""
+
+    def __init__(
+        self, model: mujoco.MjModel, camera: str, height: int = 48, width: int = 48, grid: int = 3
+    ):
+        """Prepare the ray directions.
+
+        Args:
+          model: the compiled scene; its colours are read anew for every picture.
+          camera: the camera's name in the scene.
+          height, width: of the picture, in pixels.
+          grid: rays along each side of a pixel that shows an edge.
+        """
+        self._model = model
+        self._id = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_CAMERA, camera)
+        if self._id < 0:
+            names = [model.camera(i).name for i in range(model.ncam)]
+            raise ValueError(f"the scene has no camera {camera!r}; it has {names}")
+        self.height, self.width = height, width
+        self._corners = self._rays(np.arange(width + 1.0), np.arange(height + 1.0))
+        inside = (np.arange(grid) + 0.5) / grid
+        columns = (np.arange(width)[:, None] + inside).ravel()
+        rows = (np.arange(height)[:, None] + inside).ravel()
+        fine = self._rays(columns, rows).reshape(height, grid, width, grid, 3)
+        self._fine = fine.transpose(0, 2, 1, 3, 4).reshape(height, width, grid * grid, 3)
+
+    def _rays(
+        self, columns: Float[np.ndarray, " w"], rows: Float[np.ndarray, " h"]
+    ) -> Float[np.ndarray, "h w 3"]:
+        """Unit directions in the camera's frame (x right, y up, looking along −z)."""
+        half = np.tan(np.deg2rad(self._model.cam_fovy[self._id]) / 2)
+        x = half * (2 * columns - self.width) / self.height
+        y = half * (1 - 2 * rows / self.height)
+        rays = np.stack([*np.meshgrid(x, y), np.full((len(y), len(x)), -1.0)], -1)
+        return rays / np.linalg.norm(rays, axis=-1, keepdims=True)
+
+    def cast(
+        self, data: mujoco.MjData, rays: Float[np.ndarray, "n 3"]
+    ) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, " n"], Float[np.ndarray, "n 3"]]:
+        """Cast unit rays given in the camera's frame.
+
+        Returns the geom hit (−1: none), the distance along the ray in metres (−1: none) and the
+        surface's normal in the world's frame.
+        """
+        count = len(rays)
+        geom = np.empty(count, np.int32)
+        distance = np.empty(count)
+        normal = np.empty(3 * count)
+        world = rays @ data.cam_xmat[self._id].reshape(3, 3).T
+        mujoco.mj_multiRay(
+            self._model,
+            data,
+            data.cam_xpos[self._id],
+            world.ravel(),
+            VISIBLE_GROUPS,
+            1,  # static geoms are visible too
+            -1,  # no body is left out
+            geom,
+            distance,
+            normal,
+            count,
+            mujoco.mjMAXVAL,
+        )
+        return geom, distance, normal.reshape(count, 3)
+
+    def _shade(
+        self, data: mujoco.MjData, rays: Float[np.ndarray, "n 3"]
+    ) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, "n 3"]]:
+        geom, _, normal = self.cast(data, rays)
+        colours = np.concatenate([self._model.geom_rgba[:, :3], [BACKGROUND]])
+        light = AMBIENT + (1 - AMBIENT) * np.maximum(normal @ LIGHT, 0.0)
+        light[geom < 0] = 1.0
+        return geom, colours[geom] * light[:, None]
+
+    def render(self, data: mujoco.MjData) -> UInt8[np.ndarray, "h w 3"]:
+        """A picture of the current pose; `data` must hold current kinematics (`mj_forward`)."""
+        shape = (self.height + 1, self.width + 1)
+        geom, colour = self._shade(data, self._corners.reshape(-1, 3))
+        geom, colour = geom.reshape(shape), colour.reshape(*shape, 3)
+        corners = (np.s_[:-1, :-1], np.s_[:-1, 1:], np.s_[1:, :-1], np.s_[1:, 1:])
+        picture = np.mean([colour[c] for c in corners], axis=0)
+        first = geom[corners[0]]
+        edge = (
+            (first != geom[corners[1]]) | (first != geom[corners[2]]) | (first != geom[corners[3]])
+        )
+        if edge.any():
+            rays = self._fine[edge]
+            _, fine = self._shade(data, rays.reshape(-1, 3))
+            picture[edge] = fine.reshape(*rays.shape).mean(1)
+        return np.clip(np.rint(picture * 255), 0, 255).astype(np.uint8)

@@ -1,0 +1,346 @@
+"""A whole experiment: demonstrations, student, reference policies, closed-loop success, report.
+
+Every stage leaves its result in the run's folder and is skipped when it is there, so an interrupted
+study picks up where it was:
+
+    <run>/demonstrations        a LeRobot dataset, made by the simulated task's expert
+    <run>/<step>                the trained policy
+    <run>/baselines/<name>      what it is compared with, trained by the same loop
+    <run>/evaluations           one line an episode
+    <run>/report.{json,md}      and the pictures
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import shutil
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int, PyTree
+
+from shallow_pi import progress
+from shallow_pi.data import assets as policy_assets
+from shallow_pi.data import tokenizer
+from shallow_pi.deploy import policy as policies
+from shallow_pi.distill import layer_map, student
+from shallow_pi.evaluation import latency, report, rollout
+from shallow_pi.evaluation.sims import simulator, turntable, turntable_expert
+from shallow_pi.models import pi0, weights
+from shallow_pi.training import (
+    batches,
+    checkpoint,
+    config,
+    distributed,
+    loop,
+    metrics,
+    setup,
+    sharding,
+)
+
+STAGES = "stages.json"
+# What makes the task harder than the demonstrations: less play, more to choose from.
+HARDER: dict[str, dict[str, Any]] = {
+    "tight": {"tasks": ("insert",), "clearance_mm": 1.5},
+    "crowded": {"num_blocks": 3, "num_cups": 3},
+}
+REPORT = "report.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyActor:
+    """A policy under test; its noise is a function of episode and plan alone."""
+
+    policy: policies.Policy
+
+    def act(
+        self,
+        observations: Sequence[Mapping[str, Any]],
+        keys: Int[np.ndarray, "b 2"],
+        sims: Sequence[simulator.Simulator],
+    ) -> Float[np.ndarray, "b ah rd"]:
+        """One chunk an observation."""
+        return self.policy.infer(observations, rollout.noise(keys, *self.policy.noise_shape))
+
+
+def run(experiment: config.DistillConfig) -> pathlib.Path:
+    """Run or resume an experiment; returns the trained policy's step folder.
+
+    Without `closed_loop` this is training alone. With it, the report lies in the run's folder and
+    its table is printed.
+
+    Raises:
+      ValueError, FileNotFoundError, OSError: something does not fit, is missing or is not writable.
+      loop.NonFiniteLossError, loop.InterruptedRunError: the training ended early.
+    """
+    folder, task = experiment.folder, experiment.closed_loop
+    if task is None:
+        return loop.run(experiment, folder, label=_label(experiment))
+    sim_config = turntable_config(task)
+    check(experiment, task)
+    resume = checkpoint.prepare_folder(folder, experiment.resume, experiment.overwrite)
+    if resume and _is_finished(experiment):
+        progress.console.print(
+            f"Finished already: {folder / REPORT}; delete it to measure again", soft_wrap=True
+        )
+        return folder / str(experiment.num_train_steps)
+    stages = report.Stages(folder / STAGES)
+    if not experiment.data.path:
+        experiment = _with_data(experiment, task, sim_config, stages)
+    with stages.timed("training"):
+        final = loop.run(experiment, folder, resume=resume, label=_label(experiment))
+    runs = {_trained_name(experiment): folder}
+    if experiment.teacher is not None and task.baselines:
+        for name, baseline in baselines(experiment).items():
+            runs[name] = folder / "baselines" / name
+            with stages.timed(f"training {name}"):
+                loop.run(baseline, runs[name], resume=True, label=name)
+    if distributed.is_main():
+        _measure(experiment, task, sim_config, runs, stages)
+    return final
+
+
+def check(experiment: config.DistillConfig, task: config.ClosedLoopConfig) -> None:
+    """Find out what cannot work before the run's folder is touched."""
+    _, teacher_step = setup.validate(experiment)
+    if task.execute_steps > experiment.model.action_horizon:
+        raise ValueError(
+            f"closed_loop.execute_steps must be at most the action horizon "
+            f"{experiment.model.action_horizon}, got {task.execute_steps}"
+        )
+    if experiment.data.path:
+        batches.open_source(experiment.data, experiment.student_model, teacher_step)
+
+
+def train_teacher(
+    experiment: config.DistillConfig, own: config.DistillConfig
+) -> config.DistillConfig:
+    """Train an experiment's teacher by its `own` config; returns the experiment with it.
+
+    What is wrong with the student's side is found out before the teacher's long training.
+    """
+    teacher = experiment.teacher
+    assert teacher is not None, "asked for by teacher.train"
+    made_up = dataclasses.replace(teacher, path=setup.RANDOM)
+    setup.validate(dataclasses.replace(experiment, teacher=made_up))
+    if not experiment.overwrite:
+        checkpoint.prepare_folder(experiment.folder, experiment.resume, overwrite=False)
+    trained = dataclasses.replace(teacher, path=str(run(own)), train=False)
+    return dataclasses.replace(experiment, teacher=trained)
+
+
+def package(experiment: config.DistillConfig, step: pathlib.Path, target: pathlib.Path) -> None:
+    """Put a trained policy where it can be kept: bfloat16 parameters, assets, and how it was made.
+
+    Args:
+      experiment: the config that made it.
+      step: its step folder; the report lies beside it.
+      target: folder to make; an existing one is put aside as `<target>.old-<n>`.
+    """
+    made = json.loads((experiment.folder / REPORT).read_text(encoding="utf-8"))
+    assets = policy_assets.load(step)
+    expected = pi0.abstract_params(assets.model)
+    params = weights.load_params(step, expected, dtype=jnp.dtype("bfloat16"), what="policy")
+    partial = target.with_name(f"{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    weights.save_params(partial / "params", params)
+    # Orbax's note that the copy is complete names the folder it was made in.
+    (partial / "params" / "commit_success.txt").unlink(missing_ok=True)
+    assets.save(partial / "assets")
+    recipe = {
+        "command": f"uv run scripts/train_teacher.py {experiment.name}",
+        "success": made["success"],
+        "by_task": made["by_task"],
+        "stage_seconds": made["stage_seconds"],
+        "config": made["config"],
+        "versions": made["versions"],
+        "machine": made["machine"],
+    }
+    (partial / "recipe.json").write_text(
+        json.dumps(recipe, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+    checkpoint.prepare_folder(target, resume=False, overwrite=True)
+    partial.rename(target)  # On the empty folder that is there now.
+    progress.console.print(f"Packaged: {target}", soft_wrap=True)
+
+
+def turntable_config(task: config.ClosedLoopConfig) -> turntable.TurntableConfig:
+    """The simulator's own config."""
+    return turntable.TurntableConfig(
+        tasks=task.tasks,
+        num_blocks=task.num_blocks,
+        num_cups=task.num_cups,
+        clearance_mm=task.clearance_mm,
+        disc_speed_deg=task.disc_speed_deg,
+    )
+
+
+def baselines(experiment: config.DistillConfig) -> dict[str, config.DistillConfig]:
+    """What the student is compared with: the task loss alone, from the cut and from random weights.
+
+    Same data, same steps, same schedule.
+    """
+    alone = dataclasses.replace(
+        experiment,
+        losses=dataclasses.replace(experiment.losses, task=1.0, velocity=0.0, attention=0.0),
+        gradient_interval=0,
+    )
+    random = dataclasses.replace(alone.student, init="random")
+    return {"task_only": alone, "random_init": dataclasses.replace(alone, student=random)}
+
+
+def _is_finished(experiment: config.DistillConfig) -> bool:
+    """Whether the folder holds a report of this very config."""
+    path = experiment.folder / REPORT
+    if not path.exists():
+        return False
+    reported = json.loads(path.read_text(encoding="utf-8"))["config"]
+    wanted = json.loads(json.dumps(dataclasses.asdict(experiment)))
+    # Set by hand for one command, or by the study itself.
+    for values in (reported, wanted):
+        for name in ("resume", "overwrite", "checkpoint_dir"):
+            del values[name]
+    if not experiment.data.path:
+        reported["data"] |= {name: wanted["data"][name] for name in ("path", "tokenizer")}
+    return bool(reported == wanted)
+
+
+def _label(experiment: config.DistillConfig) -> str:
+    return "Distil" if experiment.losses.needs_teacher else "Train"
+
+
+def _trained_name(experiment: config.DistillConfig) -> str:
+    return "teacher" if experiment.teacher is None else "student"
+
+
+def _with_data(
+    experiment: config.DistillConfig,
+    task: config.ClosedLoopConfig,
+    sim_config: turntable.TurntableConfig,
+    stages: report.Stages,
+) -> config.DistillConfig:
+    """Make demonstrations, and for a run without teacher the tokenizer; name them in the config."""
+    path = experiment.folder / "demonstrations"
+    if not path.exists():
+        with stages.timed("demonstrations"):
+            turntable_expert.write(path, sim_config, task.demonstrations, task.seed, task.noise)
+    named = experiment.data.tokenizer
+    if not named and experiment.teacher is None:
+        model = experiment.folder / policy_assets.TOKENIZER_NAME
+        if not model.exists():
+            tokenizer.train(turntable.prompts(), model, vocab_size=experiment.model.vocab_size)
+        named = str(model)
+    data = dataclasses.replace(experiment.data, path=str(path), tokenizer=named)
+    return dataclasses.replace(experiment, data=data)
+
+
+def _measure(
+    experiment: config.DistillConfig,
+    task: config.ClosedLoopConfig,
+    sim_config: turntable.TurntableConfig,
+    runs: Mapping[str, pathlib.Path],
+    stages: report.Stages,
+) -> None:
+    folder, trained = experiment.folder, _trained_name(experiment)
+    tested = _policies(experiment, task, runs)
+    actors: dict[str, rollout.Actor] = {"expert": turntable_expert.ExpertActor()}
+    actors |= {name: PolicyActor(policy) for name, policy in tested.items()}
+
+    scenes = {"": sim_config}
+    scenes |= {name: dataclasses.replace(sim_config, **HARDER[name]) for name in task.harder}
+    found: dict[str, dict[str, rollout.Evaluation]] = {}
+    with stages.timed("evaluation"):
+        for scene, scene_config in scenes.items():
+            found[scene] = {}
+            for name, actor in actors.items():
+                label = f"{name} {scene}".strip()
+                file = f"{label.replace(' ', '-')}-{experiment.num_train_steps}.jsonl"
+                found[scene][name] = rollout.evaluate(
+                    functools.partial(turntable.Turntable, scene_config),
+                    actor,
+                    episodes=task.episodes,
+                    seed=task.eval_seed,
+                    execute_steps=1 if name == "expert" else task.execute_steps,
+                    label=label,
+                    path=folder / "evaluations" / file,
+                )
+        make_sim = functools.partial(turntable.Turntable, sim_config)
+        recording = rollout.record(
+            make_sim,
+            actors[trained],
+            seed=task.eval_seed,
+            execute_steps=task.execute_steps,
+            label=trained,
+        )
+    whole = found.pop("")
+    measured = None
+    if "student" in tested:
+        with stages.timed("latency"):
+            measured = _latency({n: tested[n] for n in ("teacher", "student")}, make_sim())
+    outcome = report.Report(
+        title=f"{experiment.name}/{experiment.exp_name}",
+        config=dataclasses.asdict(experiment),
+        evaluations=whole,
+        harder=found,
+        latency=measured,
+        stage_seconds=stages.seconds,
+        curves={name: metrics.read(path) for name, path in runs.items()},
+        recording=recording,
+    )
+    written = report.write(folder, outcome)
+    report.show(outcome)
+    progress.console.print("Written: " + ", ".join(map(str, written)), soft_wrap=True)
+
+
+def _policies(
+    experiment: config.DistillConfig,
+    task: config.ClosedLoopConfig,
+    runs: Mapping[str, pathlib.Path],
+) -> dict[str, policies.Policy]:
+    """Every policy under test, in the order of the table."""
+    last = str(experiment.num_train_steps)
+    steps = {name: path / last for name, path in runs.items()}
+
+    def trained(name: str) -> policies.Policy:
+        return policies.Policy.from_checkpoint(steps[name], num_steps=task.num_steps)
+
+    if experiment.teacher is None:
+        return {"teacher": trained("teacher")}
+    _, teacher_step = setup.validate(experiment)
+    own = policy_assets.load(steps["student"])
+    whole = dataclasses.replace(own, model=experiment.model)
+    mesh = sharding.MeshConfig().create(jax.local_devices()[:1])
+    held = setup.load_teacher(experiment, teacher_step, mesh)
+    # As a deployed policy has them (`Policy.from_checkpoint`), so that times compare.
+    teacher_params = jax.tree.map(lambda leaf: leaf.astype(experiment.model.dtype), held)
+    found = {
+        "teacher": policies.Policy(whole, teacher_params, num_steps=task.num_steps),
+        "student": trained("student"),
+        "cut_only": policies.Policy(
+            own, _cut(experiment, teacher_params), num_steps=task.num_steps
+        ),
+    }
+    return found | {name: trained(name) for name in runs if name != "student"}
+
+
+def _cut(experiment: config.DistillConfig, teacher_params: PyTree) -> PyTree:
+    """The student as it was before training."""
+    saved = json.loads((experiment.folder / "config.json").read_text(encoding="utf-8"))
+    layers = layer_map.explicit(saved["layer_map"], experiment.model.depth)
+    return student.cut(experiment.model, teacher_params, layers)
+
+
+def _latency(pair: Mapping[str, policies.Policy], sim: turntable.Turntable) -> latency.Latency:
+    """Batch-1 inference from a prepared observation to actions on device, in turns."""
+    sim.reset(0)
+    first = next(iter(pair.values()))
+    batch = first.prepare([sim.observe()])
+    noise = rollout.noise(np.array([[0, 0]]), *first.noise_shape)
+    calls = {
+        name: (lambda policy=policy: policy.sample(batch, noise)) for name, policy in pair.items()
+    }
+    return latency.median_latency(calls, repeats=50)

@@ -1,0 +1,211 @@
+"""The report's numbers, words and files, from evaluations written out by hand."""
+
+import dataclasses
+import io
+import json
+import sys
+
+import numpy as np
+import pytest
+import rich.console
+from PIL import Image
+
+from shallow_pi.evaluation import latency, plots, report, rollout
+
+
+def evaluation(label, outcomes):
+    """Episodes from seed 500 on, alternately `touch` and `insert`; 1 is a success."""
+    episodes = tuple(
+        rollout.Episode(500 + i, ("touch", "insert")[i % 2], outcome == "1", 10 + i)
+        for i, outcome in enumerate(outcomes)
+    )
+    return rollout.Evaluation(label, 5, episodes)
+
+
+EVALUATIONS = {
+    name: evaluation(name, outcomes)
+    for name, outcomes in {
+        "expert": "11111111111111111111",
+        "teacher": "11111111111111111110",
+        "student": "11111111111111111010",
+        "cut_only": "00000000000000000000",
+        "task_only": "10101010101010101000",
+        "random_init": "10001000100010001000",
+    }.items()
+}
+
+
+@pytest.fixture
+def full():
+    grid = np.linspace(0, 255, 12 * 12).reshape(12, 12).astype(np.uint8)
+    frames = np.stack([np.stack([grid, np.roll(grid, t, 0), grid], -1) for t in range(11)])
+    rows = [
+        {
+            "step": step,
+            "task_loss": 0.3 + 1 / (1 + step),
+            "velocity_loss": 1 / (1 + step),
+            "attention_loss": 0.5 / (1 + step),
+            "teacher_task_loss": 0.25,
+            "learning_rate": 1e-3,
+        }
+        for step in range(0, 200, 10)
+    ]
+    bare = [{"step": row["step"], "task_loss": row["task_loss"]} for row in rows]
+    return report.Report(
+        title="pi0_turntable_l6/first",
+        config={"name": "pi0_turntable_l6", "losses": {"attention": 0.1}},
+        evaluations=EVALUATIONS,
+        latency=latency.Latency(
+            {"teacher": 6.0, "student": 2.0}, {"teacher": 7.0, "student": 3.0}, 50, "cpu"
+        ),
+        stage_seconds={"demonstrations": 7.0, "student": 100.5},
+        curves={"student": rows, "task_only": bare},
+        recording=rollout.Recording(
+            label="student",
+            prompt="touch the red block",
+            episode=rollout.Episode(500, "touch", True, 10),
+            times=np.arange(11) / 20,
+            frames={"base": frames, "wrist": frames},
+        ),
+    )
+
+
+def test_contents_hold_what_the_format_promises(full):
+    found = report.contents(full)
+    assert json.loads(json.dumps(found)) == found
+    assert set(found["success"]) == set(EVALUATIONS)
+    student = found["success"]["student"]
+    assert set(student) == {"rate", "low", "high", "episodes"}
+    assert student["rate"] == 0.9
+    assert student["episodes"] == 20
+    # Wilson for 18 of 20, by hand.
+    assert (student["low"], student["high"]) == pytest.approx((0.698966, 0.972135), abs=1e-5)
+    assert found["latency_ms"] == {"teacher": 6.0, "student": 2.0}
+    assert found["latency_ratio"] == 3
+    assert found["stage_seconds"] == {"demonstrations": 7.0, "student": 100.5}
+    assert found["config"] == full.config
+    assert {"python", "jax", "numpy", "mujoco"} <= set(found["versions"])
+
+
+def test_contents_split_success_and_differences_by_task(full):
+    found = report.contents(full)
+    assert found["by_task"]["task_only"]["touch"]["rate"] == 0.9
+    assert found["by_task"]["task_only"]["insert"]["rate"] == 0
+    against_task = found["differences"]["student - task_only"]
+    assert against_task["insert"]["difference"] == pytest.approx(0.8)
+    assert against_task["insert"]["verdict"] == "higher"
+    assert against_task["touch"]["only_a"] == 1
+    assert against_task["touch"]["verdict"] == "undecided"
+    against_teacher = found["differences"]["student - teacher"]["all tasks"]
+    assert against_teacher["difference"] == pytest.approx(-0.05)
+    assert against_teacher["low"] < -0.05 < against_teacher["high"]
+
+
+def test_sentences_claim_no_more_than_the_interval(full):
+    lines = report.sentences(full)
+    assert lines[0].startswith("all tasks: student − teacher = −5.0 points (95 % interval −")
+    assert lines[0].endswith("no difference between student and teacher is shown.")
+    assert any(
+        line.startswith("insert: student − task_only = +80.0")
+        and line.endswith("student is better than task_only.")
+        for line in lines
+    )
+    assert "3.00 times faster" in lines[-1]
+
+
+def test_report_without_baselines_or_latency_is_complete(tmp_path):
+    evaluations = {name: EVALUATIONS[name] for name in ("expert", "teacher", "student")}
+    bare = report.Report("debug", {}, evaluations)
+    found = report.contents(bare)
+    assert list(found["differences"]) == ["student - teacher"]
+    assert "latency_ms" not in found
+    written = {path.name for path in report.write(tmp_path, bare)}
+    assert written == {"report.json", "report.md", "success.png"}
+
+
+def test_policies_that_met_other_episodes_are_not_compared(full):
+    other = dict(EVALUATIONS, student=evaluation("student", "1111"))
+    with pytest.raises(ValueError, match="evaluate both with the same seed"):
+        report.contents(report.Report("x", {}, other))
+
+
+def test_write_leaves_every_file_and_legible_pictures(full, tmp_path):
+    written = report.write(tmp_path / "run", full)
+    assert [path.name for path in written] == [
+        "report.json",
+        "report.md",
+        "success.png",
+        "losses.png",
+        "episode.png",
+        "episode.gif",
+    ]
+    assert json.loads(written[0].read_text()) == report.contents(full)
+    page = written[1].read_text()
+    assert "| student | 90.0 % | 69.9–97.2 | 20 | 2.00 |" in page
+    assert "| success in | insert | touch |" in page
+    assert "| student | 80 % | 100 % |" in page
+    assert all(f"]({path.name})" in page for path in written[2:])
+    for path in written[2:5]:
+        picture = np.asarray(Image.open(path).convert("L"))
+        assert min(picture.shape) >= 300
+        assert picture.std() > 20
+    with Image.open(written[5]) as moving:
+        assert moving.n_frames == 11
+        assert moving.info["duration"] == 50
+
+
+def test_animation_keeps_the_pixels_and_the_time_of_the_episode(full, tmp_path):
+    plots.animation(tmp_path / "a.gif", full.recording, side=48)
+    durations = []
+    with Image.open(tmp_path / "a.gif") as moving:
+        for index in range(moving.n_frames):
+            moving.seek(index)
+            durations.append(moving.info["duration"])
+            view = np.asarray(moving.convert("RGB"), int)[2:48:4, 2:48:4]
+            want = full.recording.frames["base"][index]
+            assert abs(view - want).mean() < 6  # a palette of 128 colours
+    assert durations == [50] * 10 + [1500]
+
+
+def test_curves_without_a_known_loss_are_left_out(tmp_path):
+    bare = report.Report("x", {}, EVALUATIONS, curves={"student": [{"step": 0, "speed": 1.0}]})
+    assert "losses.png" not in {path.name for path in report.write(tmp_path, bare)}
+
+
+def test_running_mean_keeps_a_line_straight_and_halves_noise():
+    line = np.linspace(0, 1, 400)
+    smooth = plots._smooth(line)
+    np.testing.assert_allclose(smooth[10:-10], line[10:-10], atol=1e-12)
+    noise = np.random.default_rng(0).normal(size=400)
+    assert plots._smooth(noise).std() < 0.5
+
+
+def test_report_is_written_without_matplotlib(full, tmp_path, monkeypatch, capsys):
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    names = {path.name for path in report.write(tmp_path, full)}
+    assert names == {"report.json", "report.md", "episode.gif"}
+    assert "uv sync --extra plots" in (tmp_path / "report.md").read_text()
+    assert "uv sync --extra plots" in capsys.readouterr().err
+
+
+def test_table_fits_a_terminal_of_eighty_columns(full):
+    console = rich.console.Console(width=80, record=True, file=io.StringIO())
+    report.show(full, console)
+    text = console.export_text()
+    for cell in ("expert (scripted)", "random, task loss only", "69.9–97.2", "6.00", "insert"):
+        assert cell in text
+    assert "…" not in text
+
+
+def test_harder_variants_are_scopes_of_their_own(full):
+    """They add a column, differences and figures, and leave the success on the task alone."""
+    harder = {"tight": {name: full.evaluations[name] for name in ("teacher", "student")}}
+    found = dataclasses.replace(full, harder=harder)
+    assert report.contents(found)["success"] == report.contents(full)["success"]
+    rate = report.contents(found)["harder"]["tight"]["student"]["rate"]
+    assert rate == full.evaluations["student"].rate
+    assert "tight" in report.contents(found)["differences"]["student - teacher"]
+    assert "tight" not in report.contents(found)["differences"]["student - task_only"]
+    assert report.tables(found)[1][0][-1] == "tight"

@@ -1,0 +1,230 @@
+"""Closed-loop evaluation on a small world whose outcomes can be computed by hand."""
+
+import json
+
+import numpy as np
+import pytest
+
+from shallow_pi.evaluation import rollout
+
+
+class Line:
+    """A point on a line: start at 0, reach the goal (drawn from the seed) within 20 steps.
+
+    An action is the way moved, at most 1. Success is |position − goal| < 0.25.
+    """
+
+    def __init__(self):
+        self.reset(0)
+
+    def reset(self, seed):
+        self.goal = float(np.random.default_rng(seed).uniform(-5, 5))
+        self.position, self.steps = 0.0, 0
+
+    def observe(self):
+        shade = np.full((8, 8, 3), 10 * self.steps, np.uint8)
+        return {
+            "observation.images.base": shade,
+            "observation.state": np.array([self.position], np.float32),
+            "task": self.prompt,
+        }
+
+    def step(self, action):
+        assert not self.done, "stepped after the end"
+        self.position += float(np.clip(action[0], -1, 1))
+        self.steps += 1
+
+    @property
+    def task(self):
+        return "left" if self.goal < 0 else "right"
+
+    @property
+    def prompt(self):
+        return f"go {self.task}"
+
+    @property
+    def success(self):
+        return abs(self.position - self.goal) < 0.25
+
+    @property
+    def done(self):
+        return self.success or self.steps >= 20
+
+    @property
+    def time(self):
+        return self.steps / 20
+
+
+class Expert:
+    """Knows the goal: plans unit steps and the rest."""
+
+    def act(self, observations, keys, sims):
+        chunks = []
+        for sim in sims:
+            position, chunk = sim.position, []
+            for _ in range(4):
+                chunk.append([np.clip(sim.goal - position, -1, 1)])
+                position += chunk[-1][0]
+            chunks.append(chunk)
+        return np.array(chunks)
+
+
+class Wanderer:
+    """Sees observations only, moves by its noise; keeps what it was asked."""
+
+    def __init__(self):
+        self.shapes, self.keys = set(), []
+
+    def act(self, observations, keys, sims):
+        self.shapes.add((len(observations), keys.shape))
+        self.keys += [tuple(int(k) for k in key) for key in keys[: len(sims)]]
+        state = np.stack([o["observation.state"] for o in observations])
+        return rollout.noise(keys, 4, 1) - 0.1 * state[:, None]
+
+
+def run(actor, *, batch=4, episodes=30, seed=100, execute_steps=3, **kwargs):
+    return rollout.evaluate(
+        Line,
+        actor,
+        episodes=episodes,
+        seed=seed,
+        execute_steps=execute_steps,
+        label="student",
+        batch=batch,
+        **kwargs,
+    )
+
+
+def test_expert_reaches_every_goal_in_the_least_number_of_steps():
+    found = run(Expert())
+    assert found.rate == 1
+    goals = [np.random.default_rng(100 + e).uniform(-5, 5) for e in range(30)]
+    assert [e.steps for e in found.episodes] == [
+        0 if abs(g) < 0.25 else int(np.floor(abs(g) - 0.25)) + 1 for g in goals
+    ]
+    assert [e.task for e in found.episodes] == ["left" if g < 0 else "right" for g in goals]
+    assert [e.seed for e in found.episodes] == list(range(100, 130))
+
+
+@pytest.mark.parametrize("batch", [1, 7, 64])
+def test_result_does_not_depend_on_the_batch_size(batch):
+    found = run(Wanderer(), batch=batch)
+    assert found == run(Wanderer(), batch=4)
+    assert 0 < found.rate < 1
+
+
+def test_result_of_an_episode_does_not_depend_on_the_others():
+    whole, part = run(Wanderer()), run(Wanderer(), seed=110, episodes=3)
+    assert whole.episodes[10:13] == part.episodes
+
+
+def test_every_inference_has_the_full_batch_and_every_plan_its_own_key():
+    actor = Wanderer()
+    run(actor)
+    assert actor.shapes == {(4, (4, 2))}
+    assert len(set(actor.keys)) == len(actor.keys)
+    # A failing episode of 20 steps in threes is planned 7 times, from its reset on.
+    failed = next(e for e in run(Wanderer()).episodes if not e.success)
+    assert [plan for seed, plan in actor.keys if seed == failed.seed] == list(range(7))
+
+
+def test_only_the_executed_part_of_a_chunk_is_used():
+    class Backwards(Expert):
+        """Right for two actions, then the other way."""
+
+        def act(self, observations, keys, sims):
+            return super().act(observations, keys, sims) * np.array([1, 1, -1, -1])[:, None]
+
+    assert run(Backwards(), execute_steps=2).rate == 1
+    assert run(Backwards(), execute_steps=4).rate < 1
+
+
+def test_noise_is_standard_normal_and_a_function_of_the_key():
+    keys = np.array([[5, 0], [5, 1], [6, 0]])
+    draws = rollout.noise(keys, 50, 32)
+    np.testing.assert_array_equal(draws[1], rollout.noise(keys[1:2], 50, 32)[0])
+    assert abs(np.corrcoef(draws.reshape(3, -1))[np.triu_indices(3, 1)]).max() < 0.1
+    assert abs(draws.mean()) < 0.05
+    assert draws.std() == pytest.approx(1, abs=0.05)
+    assert draws.dtype == np.float32
+
+
+def test_interrupted_evaluation_picks_up_where_it_was(tmp_path):
+    path = tmp_path / "student" / "episodes.jsonl"
+
+    class Interrupted(Wanderer):
+        def act(self, observations, keys, sims):
+            if len(self.keys) > 60:
+                raise KeyboardInterrupt
+            return super().act(observations, keys, sims)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(Interrupted(), path=path)
+    kept = path.read_text()
+    done = {json.loads(line)["seed"] for line in kept.splitlines()}
+    assert 0 < len(done) < 30
+    path.write_text(kept + '{"seed": 104, "ta')  # killed while writing
+    actor = Wanderer()
+    assert run(actor, path=path) == run(Wanderer())
+    assert not done & {seed for seed, _ in actor.keys}
+    # All there: nothing is run.
+    actor = Wanderer()
+    assert run(actor, path=path) == run(Wanderer())
+    assert not actor.keys
+
+
+def test_evaluation_survives_json():
+    found = run(Wanderer())
+    assert rollout.Evaluation.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+
+
+def test_evaluation_splits_by_task():
+    found = run(Wanderer())
+    parts = found.by_task()
+    assert list(parts) == ["left", "right"]
+    assert sum(part.successes for part in parts.values()) == found.successes
+    assert all(e.task == "left" for e in parts["left"].episodes)
+    low, high = found.wilson()
+    assert low < found.rate < high
+
+
+def test_difference_is_taken_episode_by_episode():
+    expert, wanderer = run(Expert()), run(Wanderer())
+    found = expert.minus(wanderer)
+    assert found.only_a == 30 - wanderer.successes
+    assert found.only_b == 0
+    with pytest.raises(ValueError, match="same episode seeds for 'student'"):
+        expert.minus(run(Wanderer(), seed=101))
+
+
+def test_too_short_a_chunk_is_refused():
+    with pytest.raises(ValueError, match=r"ah >= 5.*got \(4, 4, 1\).*action horizon"):
+        run(Expert(), execute_steps=5)
+
+
+def test_non_finite_actions_name_the_episode():
+    class Broken(Expert):
+        def act(self, observations, keys, sims):
+            chunks = super().act(observations, keys, sims)
+            chunks[(keys == [102, 1]).all(1)[: len(sims)], 1] = np.nan
+            return chunks
+
+    with pytest.raises(ValueError, match="got nan in plan 1 of the episode with seed 102"):
+        run(Broken())
+
+
+@pytest.mark.parametrize("bad", [{"episodes": 0}, {"execute_steps": 0}, {"batch": 0}])
+def test_impossible_counts_are_refused(bad):
+    with pytest.raises(ValueError, match="at least 1 episode"):
+        run(Expert(), **bad)
+
+
+def test_recording_shows_the_episode_that_was_evaluated():
+    (episode,) = run(Wanderer(), seed=103, episodes=1).episodes
+    found = rollout.record(Line, Wanderer(), seed=103, execute_steps=3, label="student", batch=4)
+    assert found.episode == episode
+    frames = found.frames["base"]
+    assert frames.shape == (episode.steps + 1, 8, 8, 3)
+    assert [int(frame[0, 0, 0]) for frame in frames] == [10 * s for s in range(episode.steps + 1)]
+    np.testing.assert_allclose(found.times, np.arange(episode.steps + 1) / 20)
+    assert found.prompt.startswith("go ")

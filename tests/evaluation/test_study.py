@@ -1,0 +1,284 @@
+"""A whole study in miniature, its cache, and the policies a student is compared with."""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from shallow_pi.data import assets
+from shallow_pi.distill import losses, student
+from shallow_pi.evaluation import rollout, study
+from shallow_pi.evaluation.sims import turntable
+from shallow_pi.models import pi0, weights
+from shallow_pi.training import config, loop, metrics
+
+CONFIGS = pathlib.Path(__file__).parents[2] / "train_configs"
+
+
+def _small(name, folder, **changes):
+    """A turntable config with two layers, three steps, three demonstrations, two episodes."""
+    experiment = config.load(CONFIGS, name)
+    model = dataclasses.replace(
+        experiment.model,
+        depth=2,
+        image=dataclasses.replace(experiment.model.image, depth=1),
+        remat=False,
+    )
+    task = dataclasses.replace(
+        experiment.closed_loop, demonstrations=3, episodes=2, num_steps=2, harder=()
+    )
+    fields = {
+        "model": model,
+        "closed_loop": task,
+        "checkpoint_dir": str(folder),
+        "batch_size": 8,
+        "draws": 1,
+        "num_train_steps": 3,
+        "log_interval": 1,
+        "save_interval": 3,
+        "tensorboard": False,
+    }
+    return dataclasses.replace(experiment, **(fields | changes))
+
+
+def _student(folder, teacher, **changes):
+    path = dataclasses.replace(config.load(CONFIGS, "pi0_turntable_l6").teacher, path=str(teacher))
+    shallow = config.StudentConfig(depth=1)
+    return _small("pi0_turntable_l6", folder, teacher=path, student=shallow, **changes)
+
+
+def _baselines(experiment, enabled):
+    task = dataclasses.replace(experiment.closed_loop, baselines=enabled)
+    return dataclasses.replace(experiment, closed_loop=task)
+
+
+def test_baselines_differ_from_the_student_in_loss_and_start_alone(tmp_path):
+    experiment = dataclasses.replace(
+        _student(tmp_path, "teacher"),
+        losses=losses.Losses(task=0.5, velocity=2.0, attention=0.3),
+        gradient_interval=10,
+        seed=7,
+    )
+    found = study.baselines(experiment)
+    assert list(found) == ["task_only", "random_init"]
+    for name, init in (("task_only", "cut"), ("random_init", "random")):
+        baseline = found[name]
+        weights_of = (baseline.losses.task, baseline.losses.velocity, baseline.losses.attention)
+        assert weights_of == (1.0, 0.0, 0.0)
+        assert not baseline.losses.needs_teacher
+        assert baseline.student == dataclasses.replace(experiment.student, init=init)
+        for field in dataclasses.fields(baseline):
+            if field.name not in ("losses", "student", "gradient_interval"):
+                assert getattr(baseline, field.name) == getattr(experiment, field.name), field.name
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"execute_steps": 11}, "execute_steps must be at most the action horizon 10, got 11"),
+        ({"clearance_mm": 20.0}, "clearance_mm: expected 0.5 to 8"),
+        ({"tasks": ("juggle",)}, "tasks: expected some of"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_task_that_cannot_be_leaves_an_old_run_alone(tmp_path, changes, message):
+    experiment = _small("pi0_turntable", tmp_path, overwrite=True)
+    task = dataclasses.replace(experiment.closed_loop, **changes)
+    _refused(dataclasses.replace(experiment, closed_loop=task), message)
+
+
+def test_data_that_cannot_be_used_leave_an_old_run_alone(tmp_path, tiny_dataset):
+    experiment = _small("pi0_turntable", tmp_path, overwrite=True)
+    data = dataclasses.replace(experiment.data, path=str(tmp_path / "nowhere"))
+    _refused(dataclasses.replace(experiment, data=data), "no LeRobot dataset at")
+    data = dataclasses.replace(experiment.data, path=str(tiny_dataset[0]))
+    _refused(dataclasses.replace(experiment, data=data), r"no tokenizer .*--data\.tokenizer")
+
+
+def test_losses_without_a_teacher_leave_an_old_run_alone(tmp_path):
+    experiment = _small("pi0_turntable", tmp_path, overwrite=True, losses=losses.Losses())
+    _refused(experiment, "need a teacher")
+
+
+def test_a_teacher_that_is_absent_leaves_an_old_run_alone(tmp_path):
+    experiment = _student(tmp_path, tmp_path / "nowhere", overwrite=True)
+    _refused(experiment, "there is no checkpoint at", FileNotFoundError)
+
+
+def _refused(experiment, message, kind=(ValueError, FileNotFoundError)):
+    old = experiment.folder / "3" / "precious"
+    old.parent.mkdir(parents=True, exist_ok=True)
+    old.write_text("")
+    with pytest.raises(kind, match=message):
+        study.run(experiment)
+    assert [path.name for path in experiment.folder.parent.iterdir()] == ["first"]
+    assert [path.name for path in experiment.folder.iterdir()] == ["3"]
+    assert old.exists()
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory, compiled):
+    """The teacher's study and its packaged policy."""
+    folder = tmp_path_factory.mktemp("study")
+    experiment = _small("pi0_turntable", folder)
+    step = study.run(experiment)
+    study.package(experiment, step, folder / "packaged")
+    return experiment, step, folder / "packaged"
+
+
+@pytest.fixture(scope="module")
+def studied(taught, compiled):
+    """The student's study without the reference policies, and what it left."""
+    experiment = _baselines(_student(*_places(taught)), False)
+    study.run(experiment)
+    return experiment, _report(experiment)
+
+
+def _places(taught):
+    experiment, _, packaged = taught
+    return experiment.checkpoint_dir, packaged
+
+
+def _report(experiment):
+    return json.loads((experiment.folder / "report.json").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_teachers_study_leaves_a_report_and_a_policy(taught):
+    experiment, step, packaged = taught
+    assert step == experiment.folder / "3"
+    written = _report(experiment)
+    assert list(written["success"]) == ["expert", "teacher"]
+    assert "latency_ms" not in written
+    assert {"demonstrations", "training", "evaluation"} <= set(written["stage_seconds"])
+
+    stored = weights.load_params(packaged, pi0.abstract_params(experiment.model))
+    trained = weights.load_params(step, pi0.abstract_params(experiment.model))
+    for path, leaf in weights.leaves(stored).items():
+        assert leaf.dtype == "bfloat16"
+        np.testing.assert_array_equal(leaf, weights.leaves(trained)[path].astype("bfloat16"))
+    assert assets.load(packaged).model == experiment.model
+    recipe = json.loads((packaged / "recipe.json").read_text())
+    assert recipe["success"] == written["success"]
+    assert recipe["command"] == "uv run scripts/train_teacher.py pi0_turntable"
+    assert recipe["config"]["seed"] == experiment.seed
+
+
+@pytest.mark.slow
+def test_a_packaged_policy_is_put_aside_as_often_as_needed(taught):
+    experiment, step, packaged = taught
+    before = (packaged / "recipe.json").read_bytes()
+    for _ in range(2):
+        study.package(experiment, step, packaged)
+    for name in ("packaged", "packaged.old-1", "packaged.old-2"):
+        assert (packaged.with_name(name) / "recipe.json").read_bytes() == before
+        assert weights.param_depth(packaged.with_name(name)) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_students_study_leaves_the_numbers_it_must(studied):
+    experiment, written = studied
+    assert list(written["success"]) == ["expert", "teacher", "student", "cut_only"]
+    for rate in written["success"].values():
+        assert sorted(rate) == ["episodes", "high", "low", "rate"]
+        assert rate["episodes"] == 2
+        assert 0 <= rate["low"] <= rate["rate"] <= rate["high"] <= 1
+    assert sorted(written["latency_ms"]) == ["student", "teacher"]
+    assert {"success", "latency_ms", "stage_seconds", "config", "versions"} <= set(written)
+    assert written["config"]["name"] == "pi0_turntable_l6"
+    for name in ("report.md", "success.png", "losses.png", "episode.png", "episode.gif"):
+        assert (experiment.folder / name).stat().st_size > 100
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_policies_under_test_are_what_the_table_calls_them(studied):
+    experiment, _ = studied
+    runs = {"student": experiment.folder}
+    found = study._policies(experiment, experiment.closed_loop, runs)
+    assert list(found) == ["teacher", "student", "cut_only"]
+    expected = pi0.abstract_params(experiment.model)
+    teacher = weights.load_params(experiment.teacher.path, expected, dtype="float32")
+    jax.tree.map(np.testing.assert_array_equal, found["teacher"].params, teacher)
+    cut = student.gather(teacher, np.array([0]))
+    jax.tree.map(np.testing.assert_array_equal, found["cut_only"].params, cut)
+    trained = weights.load_params(
+        experiment.folder / "3", pi0.abstract_params(experiment.student_model)
+    )
+    jax.tree.map(np.testing.assert_array_equal, found["student"].params, trained)
+    for policy in found.values():
+        assert {leaf.dtype for leaf in jax.tree.leaves(policy.params)} == {np.dtype("float32")}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_resumed_study_does_no_stage_again(studied, monkeypatch):
+    experiment, written = studied
+    experiment = dataclasses.replace(experiment, resume=True)
+    before = _hashes(experiment.folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "run", lambda *_, **__: pytest.fail("trained again"))
+        assert study.run(experiment) == experiment.folder / "3"
+    assert _hashes(experiment.folder) == before
+
+    # Without its report it is measured again, from the episodes that are on disk.
+    (experiment.folder / "report.json").unlink()
+    seeds, reset = [], turntable.Turntable.reset
+
+    def counting(self, seed):
+        seeds.append(seed)
+        reset(self, seed)
+
+    monkeypatch.setattr(turntable.Turntable, "reset", counting)
+    study.run(experiment)
+    assert seeds == [experiment.closed_loop.eval_seed, 0], "the recording and the latency"
+    for key in ("success", "by_task", "differences"):
+        assert _report(experiment)[key] == written[key]
+    after = _hashes(experiment.folder)
+    same = [n for n in before if n.startswith(("demonstrations/", "evaluations/", "3/"))]
+    assert same
+    assert {name: after[name] for name in same} == {name: before[name] for name in same}
+    assert [row["step"] for row in metrics.read(experiment.folder)] == [1, 2, 3]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_reference_policies_can_be_added_to_a_finished_study(studied, monkeypatch):
+    """Same data, same episodes; what was measured before stands."""
+    experiment, written = studied
+    evaluated, evaluate = [], rollout.evaluate
+
+    def noting(make_sim, actor, **arguments):
+        done = arguments["path"].exists()
+        found = evaluate(make_sim, actor, **arguments)
+        evaluated.append((arguments["label"], done))
+        return found
+
+    monkeypatch.setattr(rollout, "evaluate", noting)
+    more = dataclasses.replace(_baselines(experiment, True), resume=True)
+    study.run(more)
+    names = ["expert", "teacher", "student", "cut_only", "task_only", "random_init"]
+    assert evaluated == [(name, name in written["success"]) for name in names]
+    found = _report(more)["success"]
+    assert list(found) == names
+    assert {name: found[name] for name in written["success"]} == written["success"]
+
+    rows = {n: metrics.read(more.folder / "baselines" / n) for n in ("task_only", "random_init")}
+    assert all("velocity_loss" not in row for name in rows for row in rows[name])
+    first = metrics.read(more.folder)[0]
+    np.testing.assert_allclose(rows["task_only"][0]["task_loss"], first["task_loss"], rtol=1e-5)
+    assert abs(rows["random_init"][0]["task_loss"] / first["task_loss"] - 1) > 1e-3
+
+
+def _hashes(folder):
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
