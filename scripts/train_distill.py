@@ -1,0 +1,33 @@
+"""Distil a deep policy into a shallow one, and measure both where the config has a task for it.
+
+uv run scripts/train_distill.py NAME [--field value ...]
+
+    pi0_turntable_l6                        the whole story on two CPU cores
+    pi0_turntable_l6 --student.depth 4      any field of a config can be set
+    pi0_turntable_l6 --resume               go on after an interruption
+"""
+
+import pathlib
+
+from shallow_pi.evaluation import study
+from shallow_pi.training import config, distributed, loop
+
+CONFIGS = pathlib.Path(__file__).parents[1] / "train_configs"
+
+
+def main() -> None:
+    """Parse, train the teacher first where that was asked for, then run the study."""
+    distributed.initialize()
+    distributed.cache_compilations()
+    experiment = config.cli(CONFIGS, __doc__ or "")
+    distributed.split_cpu(experiment.batch_size // experiment.accumulation)
+    with config.exit_on(loop.NonFiniteLossError, loop.InterruptedRunError):
+        teacher = experiment.teacher
+        if teacher is not None and teacher.train:
+            own = config.teacher_experiment(CONFIGS, experiment)
+            experiment = study.train_teacher(experiment, own)
+        study.run(experiment)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""Train a deep teacher from scratch on the task loss, measure it, and package it.
+
+uv run scripts/train_teacher.py NAME [--field value ...]
+
+    pi0_turntable                     into checkpoints/, packaged in assets/pi0_turntable
+    pi0_turntable --resume            go on after an interruption
+"""
+
+import pathlib
+
+from shallow_pi.evaluation import study
+from shallow_pi.training import config, distributed, loop
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def main() -> None:
+    """Parse, train, measure, package."""
+    distributed.initialize()
+    distributed.cache_compilations()
+    experiment = config.cli(ROOT / "train_configs", __doc__ or "")
+    distributed.split_cpu(experiment.batch_size // experiment.accumulation)
+    with config.exit_on(loop.NonFiniteLossError, loop.InterruptedRunError):
+        if experiment.teacher is not None:
+            raise ValueError(
+                f"{experiment.name} distils a student from a teacher: run it with "
+                "scripts/train_distill.py, or name the teacher's own config here"
+            )
+        step = study.run(experiment)
+        study.package(experiment, step, ROOT / "assets" / experiment.name)
+
+
+if __name__ == "__main__":
+    main()

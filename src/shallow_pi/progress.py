@@ -1,0 +1,77 @@
+"""Progress bars with an estimate of the time left, for everything over a few seconds.
+
+One call, so that every stage of a run looks alike:
+`with bar("Demonstrations", total=300) as advance: advance(1)`. On a terminal the bar redraws in
+place; elsewhere (a log file, CI) a line is printed about every ten seconds. Only the first process
+of a multi-host job should open one.
+"""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Protocol
+
+import rich.console
+import rich.progress
+
+console = rich.console.Console(stderr=True)
+
+
+class Advance(Protocol):
+    """Moves a bar on by `amount`; `note` is shown behind it."""
+
+    def __call__(self, amount: int = 1, note: str = "") -> None: ...
+
+
+@contextlib.contextmanager
+def bar(label: str, total: int, done: int = 0) -> Iterator[Advance]:
+    """Show a progress bar with ETA.
+
+    Args:
+      label: what is being done.
+      total: how many units there are.
+      done: how many were done before (a resumed run).
+    """
+    with (_terminal_bar if console.is_terminal else _log_bar)(label, total, done) as advance:
+        yield advance
+
+
+@contextlib.contextmanager
+def _terminal_bar(label: str, total: int, done: int) -> Iterator[Advance]:
+    columns = (
+        rich.progress.TextColumn("{task.description:<16}"),
+        rich.progress.BarColumn(),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.TimeElapsedColumn(),
+        rich.progress.TextColumn("ETA"),
+        rich.progress.TimeRemainingColumn(),
+        rich.progress.TextColumn("{task.fields[note]}"),
+    )
+    with rich.progress.Progress(*columns, console=console) as display:
+        task = display.add_task(label, total=total, completed=done, note="")
+
+        def advance(amount: int = 1, note: str = "") -> None:
+            display.update(task, advance=amount)
+            if note:
+                display.update(task, note=note)
+
+        yield advance
+
+
+@contextlib.contextmanager
+def _log_bar(label: str, total: int, done: int, every_seconds: float = 10.0) -> Iterator[Advance]:
+    start = last = time.monotonic()
+    count = done
+
+    def advance(amount: int = 1, note: str = "") -> None:
+        nonlocal count, last
+        count += amount
+        now = time.monotonic()
+        if now - last >= every_seconds:
+            last = now
+            left = (now - start) / max(count - done, 1) * (total - count)
+            console.print(f"{label}: {count}/{total}, ETA {left:.0f} s {note}", highlight=False)
+
+    yield advance
+    seconds = time.monotonic() - start
+    console.print(f"{label}: {count}/{total} in {seconds:.1f} s", highlight=False)

@@ -1,0 +1,257 @@
+"""The real command: it trains, resumes, and answers bad input with one error and no traceback."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import polars as pl
+import pytest
+
+from shallow_pi.data import lerobot_writer
+from shallow_pi.evaluation import study
+from shallow_pi.models import pi0, weights
+from shallow_pi.training import config, metrics
+
+ROOT = pathlib.Path(__file__).parents[1]
+SCRIPT = ROOT / "scripts" / "train_distill.py"
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, compiled):
+    """Calls the script's `main` in this process: (exit status, what it wrote to stderr)."""
+    spec = importlib.util.spec_from_file_location("train_distill", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "8")
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
+        try:
+            module.main()
+            status = 0
+        except SystemExit as error:
+            status = error.code
+        return status, capsys.readouterr().err
+
+    return call
+
+
+@pytest.fixture
+def refused(command, tmp_path):
+    """Calls it with --overwrite on an existing run; the run must stay where and as it is."""
+    run = tmp_path / "runs" / "debug" / "first" / "100"
+    run.mkdir(parents=True)
+    (run / "precious").write_text("weeks of work")
+
+    def call(*arguments):
+        status, said = command(
+            *("debug", "--checkpoint-dir", tmp_path / "runs", "--overwrite"), *arguments
+        )
+        assert status in (1, 2)
+        assert status == 2 or said.startswith("error: ")
+        assert "Traceback" not in said
+        assert [path.name for path in (tmp_path / "runs" / "debug").iterdir()] == ["first"]
+        assert (run / "precious").read_text() == "weeks of work"
+        assert [child.name for child in run.parent.iterdir()] == ["100"]
+        return said
+
+    return call
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_debug_runs_and_resumes_through_the_real_command(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("XLA_")}
+    environment["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path / "compiled")
+    environment["JAX_PLATFORMS"] = "cpu"
+    arguments = [sys.executable, str(SCRIPT), "debug", "--checkpoint-dir", str(tmp_path / "runs")]
+    folder = tmp_path / "runs" / "debug" / "first"
+
+    def call(*more):
+        done = subprocess.run(
+            [*arguments, *more], capture_output=True, text=True, env=environment, cwd=tmp_path
+        )
+        return done.returncode, done.stderr
+
+    status, said = call("--num-train-steps", "20")
+    assert status == 0, said
+    assert "Distil: 20/20" in said
+    status, said = call()
+    assert status == 1
+    assert said.startswith("error: ")
+    assert "--resume" in said
+    status, said = call("--resume", "--gradient-interval", "40")
+    assert status == 0, said
+    rows = metrics.read(folder)
+    assert [row["step"] for row in rows] == [10, 20, 30, 40]
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    for name in ("task_loss", "velocity_loss", "attention_loss", "learning_rate", "grad_norm"):
+        assert name in rows[0]
+    assert ["grad_norm_of/attention_loss" in row for row in rows] == [False] * 3 + [True]
+    student = config.load(ROOT / "train_configs", "debug").student_model
+    weights.load_params(folder / "40" / "params", pi0.abstract_params(student))
+    assert (folder / "tensorboard").is_dir()
+    assert json.loads((folder / "config.json").read_text())["layer_map"] == [0, 3]
+
+
+def test_an_unknown_config_exits_with_2_and_the_closest(command):
+    status, said = command("debgu")
+    assert status == 2
+    assert "Did you mean 'debug'?" in said
+
+
+def test_a_teacher_without_config_cannot_be_trained(refused):
+    assert "names no config that trains its teacher" in refused("--teacher.train")
+
+
+def test_a_batch_that_does_not_divide_is_refused(refused):
+    assert "batch size 12 is not divisible by the 8 devices" in refused("--batch-size", 12)
+
+
+def test_losses_that_do_not_fit_the_student_are_refused(refused):
+    said = refused("--losses.attention-layer", 2)
+    assert "losses.attention_layer must lie in 0..1" in said
+
+
+def test_resume_and_overwrite_exclude_each_other(refused):
+    assert "give only one" in refused("--resume")
+
+
+def _edit(dataset, change_table=None, **info):
+    """Rewrite the one data file and the description of a dataset."""
+    path = dataset / "meta" / "info.json"
+    content = json.loads(path.read_text()) | info
+    if change_table is not None:
+        (file,) = dataset.glob("data/*/*.parquet")
+        table = change_table(pl.read_parquet(file))
+        table.write_parquet(file)
+        content["features"] = {k: v for k, v in content["features"].items() if k in table.columns}
+    path.write_text(json.dumps(content))
+
+
+def _spoil(table):
+    """NaN in episode 1, frame 2, which is frame 6 of all."""
+    state = table["observation.state"].to_list()
+    state[6][1] = float("nan")
+    column = pl.Series("observation.state", state, dtype=table.schema["observation.state"])
+    return table.with_columns(column)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda d: _edit(d, lambda t: t.drop("observation.images.wrist")), "lacks camera 'observa"),
+        (lambda d: _edit(d, lambda t: t.drop("observation.state")), "lacks 'observation.state'"),
+        (lambda d: _edit(d, lambda t: t.drop("action")), "lacks 'action'"),
+        (lambda d: _edit(d, fps=30), "30 fps, robot turntable runs at 20"),
+        (lambda d: _edit(d, lambda t: t[:0], total_frames=0), "is empty"),
+        (lambda d: _edit(d, _spoil), "'observation.state' of dataset"),
+        (lambda d: (d / "meta" / "info.json").unlink(), "no LeRobot dataset at"),
+    ],
+    ids=["camera", "state", "action", "fps", "empty", "nan", "absent"],
+)
+def test_a_dataset_that_cannot_be_used_is_refused(refused, tmp_path, tiny_dataset, spoil, message):
+    generator = np.random.default_rng(0)
+    with lerobot_writer.Writer(tmp_path / "data", 20) as writer:
+        for _ in range(2):
+            pictures = generator.integers(0, 256, (2, 4, 24, 24, 3), np.uint8)
+            state, action = generator.standard_normal((2, 4, 3)).astype(np.float32)
+            writer.add_episode(
+                {"base": pictures[0], "wrist": pictures[1]}, state, action, "touch the red block"
+            )
+    spoil(tmp_path / "data")
+    said = refused(
+        *("--data.source", "lerobot", "--data.path", tmp_path / "data"),
+        *("--data.tokenizer", tiny_dataset[1], "--model.vocab-size", 320),
+    )
+    assert message in said
+    if "not finite" in said:
+        assert "episode 1, frame 2" in said
+
+
+def test_data_without_a_path_or_a_tokenizer_are_refused(refused, tiny_dataset):
+    assert "--data.path" in refused("--data.source", "lerobot")
+    known = ("--data.source", "lerobot", "--data.path", tiny_dataset[0])
+    assert "--data.tokenizer" in refused(*known)
+    said = refused(*known, "--data.tokenizer", tiny_dataset[1])
+    assert "pieces, the model embeds 64" in said
+    assert "no SentencePiece model at nowhere" in refused(*known, "--data.tokenizer", "nowhere")
+    known += ("--data.tokenizer", tiny_dataset[1], "--model.vocab-size", 320)
+    assert "no normalization statistics" in refused(*known, "--data.norm-stats", "nowhere")
+
+
+def _params(change=lambda tree: None):
+    model = config.load(ROOT / "train_configs", "debug").model
+    generator = np.random.default_rng(0)
+    tree = jax.tree.map(
+        lambda leaf: generator.standard_normal(leaf.shape).astype(np.float32),
+        pi0.abstract_params(model),
+    )
+    change(tree)
+    return tree
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tree: tree["state_proj"].pop("bias"), "missing state_proj/bias (16,)"),
+        (lambda tree: tree.update(more={"kernel": np.ones(3)}), "extra more/kernel (3,)"),
+        (
+            lambda tree: tree["state_proj"].update(bias=np.ones(5, np.float32)),
+            "shape state_proj/bias: expected (16,), found (5,)",
+        ),
+    ],
+    ids=["missing", "extra", "misshapen"],
+)
+def test_a_teacher_that_does_not_fit_names_the_path(refused, tmp_path, change, message):
+    weights.save_params(tmp_path / "teacher" / "params", _params(change))
+    assert message in refused("--teacher.path", tmp_path / "teacher")
+
+
+def test_a_teacher_that_is_absent_or_cut_short_is_refused(refused, tmp_path):
+    teacher = tmp_path / "teacher"
+    assert f"no checkpoint at {teacher}" in refused("--teacher.path", teacher)
+    weights.save_params(teacher / "params", _params())
+    largest = max((p for p in teacher.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+    assert "probably truncated" in refused("--teacher.path", teacher)
+    (teacher / "params" / "_METADATA").unlink()
+    assert "no _METADATA in it" in refused("--teacher.path", teacher)
+
+
+def test_pi0_aloha_says_what_is_missing_and_where_to_put_it(command, tmp_path, monkeypatch):
+    runs = ("--checkpoint-dir", tmp_path / "runs")
+    status, said = command("pi0_aloha_l6", *runs)
+    assert status == 1
+    assert "name the folder of a LeRobot dataset (--data.path)" in said
+
+    def offline(*_, **__):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(weights.fsspec, "filesystem", offline)
+    monkeypatch.setenv("OPENPI_DATA_HOME", str(tmp_path / "openpi"))
+    status, said = command("pi0_aloha_l6", *runs, "--data.source", "synthetic")
+    assert status == 1
+    target = tmp_path / "openpi" / "openpi-assets" / "checkpoints" / "pi0_base"
+    for words in ("gs://openpi-assets/checkpoints/pi0_base", "uv sync --extra gcs", f"at {target}"):
+        assert words in said
+    assert "Traceback" not in said
+
+
+def test_what_is_wrong_with_the_student_is_found_before_its_teacher_is_trained(
+    command, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(study, "run", lambda own: pytest.fail("the teacher was trained"))
+    arguments = ("pi0_turntable_l6", "--teacher.train", "--checkpoint-dir", tmp_path)
+    status, said = command(*arguments, "--batch-size", 12)
+    assert (status, "not divisible" in said) == (1, True)
+    folder = tmp_path / "pi0_turntable_l6" / "first"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    status, said = command(*arguments)
+    assert (status, "already holds a run" in said) == (1, True)

@@ -1,0 +1,95 @@
+"""What several experiments share: sizes of the embedded task's model, and its schedule."""
+
+import dataclasses
+import pathlib
+
+from shallow_pi.distill import losses
+from shallow_pi.models import gemma, observation, pi0, siglip
+from shallow_pi.training import batches, config, optimizer
+
+ASSETS = pathlib.Path(__file__).parents[1] / "assets"
+OPENPI = "gs://openpi-assets/checkpoints"
+
+# The turntable's π0: two cameras of 16 tokens, four query heads on one kv head.
+TURNTABLE_PI0 = pi0.Pi0Config(
+    depth=18,
+    backbone=gemma.GemmaConfig(width=64, mlp_dim=128, num_heads=4, num_kv_heads=1, head_dim=16),
+    expert=gemma.GemmaConfig(width=32, mlp_dim=64, num_heads=4, num_kv_heads=1, head_dim=16),
+    image=siglip.SiglipConfig(width=64, depth=2, mlp_dim=128, num_heads=4, patch_size=12),
+    image_size=48,
+    vocab_size=448,
+    cameras=("base_0_rgb", "left_wrist_0_rgb"),
+    action_dim=4,
+    action_horizon=10,
+    max_token_len=12,
+    dtype="float32",
+)
+# The smallest π0 that has every part; for trying things out.
+DEBUG_PI0 = pi0.Pi0Config(
+    depth=4,
+    backbone=gemma.GemmaConfig(width=32, mlp_dim=64, num_heads=4, num_kv_heads=1, head_dim=8),
+    expert=gemma.GemmaConfig(width=16, mlp_dim=32, num_heads=4, num_kv_heads=1, head_dim=8),
+    image=siglip.SiglipConfig(width=32, depth=1, mlp_dim=64, num_heads=2, patch_size=12),
+    image_size=24,
+    vocab_size=64,
+    cameras=("base_0_rgb", "left_wrist_0_rgb"),
+    action_dim=4,
+    action_horizon=8,
+    max_token_len=8,
+    dtype="float32",
+    remat=False,
+)
+# The same as a π0.5; the state's three integers make the prompt longer.
+TURNTABLE_PI05 = dataclasses.replace(
+    TURNTABLE_PI0, pi05=True, discrete_state_input=True, max_token_len=36
+)
+TURNTABLE_DATA = batches.DataConfig(robot="turntable", asset_id="turntable", cache=True)
+
+
+def short_schedule(steps: int, peak: float) -> optimizer.CosineSchedule:
+    """Warm-up over a twentieth of the steps, then cosine to a fiftieth of the peak."""
+    return optimizer.CosineSchedule(
+        warmup_steps=max(1, steps // 20), peak_lr=peak, decay_steps=steps, end_lr=peak / 50
+    )
+
+
+def turntable_teacher(model: pi0.Pi0Config) -> config.DistillConfig:
+    """A teacher from scratch: no teacher of its own, task loss alone."""
+    steps = 6000
+    return config.DistillConfig(
+        name="",
+        model=model,
+        data=TURNTABLE_DATA,
+        losses=losses.Losses(task=1.0, velocity=0.0, attention=0.0),
+        augmentation=observation.NO_AUGMENTATION,
+        schedule=short_schedule(steps, peak=2e-3),
+        closed_loop=config.ClosedLoopConfig(demonstrations=3000),
+        batch_size=64,
+        draws=2,
+        num_train_steps=steps,
+        save_interval=500,
+        keep_period=0,
+    )
+
+
+def turntable_student(model: pi0.Pi0Config, teacher: str) -> config.DistillConfig:
+    """A student of the teacher in assets/, which `teacher.train` makes anew."""
+    steps = 600
+    return config.DistillConfig(
+        name="",
+        model=model,
+        data=TURNTABLE_DATA,
+        teacher=config.TeacherConfig(path=str(ASSETS / teacher), config=teacher),
+        student=config.StudentConfig(depth=6),
+        losses=losses.Losses(),
+        augmentation=observation.NO_AUGMENTATION,
+        schedule=short_schedule(steps, peak=2e-3),
+        # Other scenes than the teacher's.
+        closed_loop=config.ClosedLoopConfig(demonstrations=800, seed=1),
+        batch_size=64,
+        draws=2,
+        num_train_steps=steps,
+        log_interval=20,
+        save_interval=100,
+        keep_period=0,
+    )

@@ -1,0 +1,25 @@
+"""Synthetic batches, a tiny 4-layer π0 made up on the spot, 4 → 2 layers: under a minute on a CPU.
+
+uv run scripts/train_distill.py debug"""
+
+import _base
+
+from shallow_pi.distill import losses
+from shallow_pi.training import batches, config
+
+
+def get_config() -> config.DistillConfig:
+    """Exercises every term of the loss on samples made up on the spot."""
+    return config.DistillConfig(
+        name="debug",
+        model=_base.DEBUG_PI0,
+        data=batches.DataConfig(source="synthetic"),
+        teacher=config.TeacherConfig(path="random"),
+        student=config.StudentConfig(depth=2),
+        losses=losses.Losses(),
+        schedule=_base.short_schedule(steps=40, peak=1e-3),
+        batch_size=16,
+        num_train_steps=40,
+        log_interval=10,
+        save_interval=20,
+    )

@@ -1,0 +1,12 @@
+"""The same teacher as a π0.5: time by adaptive norms, the state as integers in the prompt.
+
+uv run scripts/train_teacher.py pi05_turntable"""
+
+import _base
+
+from shallow_pi.training import config
+
+
+def get_config() -> config.DistillConfig:
+    """As pi0_turntable, on the π0.5 architecture."""
+    return _base.turntable_teacher(_base.TURNTABLE_PI05)

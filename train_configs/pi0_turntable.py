@@ -1,0 +1,13 @@
+"""The turntable's teacher: an 18-layer π0 trained from scratch on demonstrations, task loss alone.
+
+uv run scripts/train_teacher.py pi0_turntable
+What it reached and how long it took stands beside it, in assets/pi0_turntable/recipe.json."""
+
+import _base
+
+from shallow_pi.training import config
+
+
+def get_config() -> config.DistillConfig:
+    """Two tasks, six colours, four objects; 3,000 demonstrations."""
+    return _base.turntable_teacher(_base.TURNTABLE_PI0)
