@@ -1,7 +1,19 @@
-"""Every test sees eight virtual CPU devices, so that sharded code is always tested sharded."""
+"""Every test sees eight virtual CPU devices, so that sharded code is always tested sharded.
 
+Most of the time goes into compiling, so XLA is told to optimize little, and every program is kept
+in `.cache/jax` for the processes and runs after it (delete the folder to start anew).
+"""
+
+# ruff: noqa: E402 (the variables come before JAX, which reads them when it is imported)
 import dataclasses
+import os
 import pathlib
+
+CACHE = pathlib.Path(__file__).parents[1] / ".cache" / "jax"
+# As variables, so that the scripts the tests start see them too.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax
 import numpy as np
@@ -16,11 +28,6 @@ TRAIN_CONFIGS = pathlib.Path(__file__).parents[1] / "train_configs"
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
-if jax.__version_info__ < (0, 6):
-    # The second run, on openpi's pins, compiles less, and the same program only once.
-    jax.config.update("jax_disable_most_optimizations", True)
-    jax.config.update("jax_compilation_cache_dir", str(TRAIN_CONFIGS.parent / ".cache" / "jax"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 @pytest.fixture
@@ -107,21 +114,6 @@ def tiny_observation(tiny_batch):
         return observations.Observation.from_batch(batch)
 
     return make
-
-
-@pytest.fixture(scope="session")
-def compiled(tmp_path_factory):
-    """Programs are compiled once a session, where tests start the same run several times."""
-    folder = str(tmp_path_factory.mktemp("compiled"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", folder)
-        before = jax.config.jax_compilation_cache_dir
-        seconds = jax.config.jax_persistent_cache_min_compile_time_secs
-        jax.config.update("jax_compilation_cache_dir", folder)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-        yield folder
-        jax.config.update("jax_compilation_cache_dir", before)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
 
 
 @pytest.fixture(scope="session")

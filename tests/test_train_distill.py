@@ -22,7 +22,7 @@ SCRIPT = ROOT / "scripts" / "train_distill.py"
 
 
 @pytest.fixture
-def command(monkeypatch, capsys, compiled):
+def command(monkeypatch, capsys):
     """Calls the script's `main` in this process: (exit status, what it wrote to stderr)."""
     spec = importlib.util.spec_from_file_location("train_distill", SCRIPT)
     module = importlib.util.module_from_spec(spec)
@@ -67,7 +67,6 @@ def refused(command, tmp_path):
 @pytest.mark.timeout(900)
 def test_debug_runs_and_resumes_through_the_real_command(tmp_path):
     environment = {k: v for k, v in os.environ.items() if not k.startswith("XLA_")}
-    environment["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path / "compiled")
     environment["JAX_PLATFORMS"] = "cpu"
     arguments = [sys.executable, str(SCRIPT), "debug", "--checkpoint-dir", str(tmp_path / "runs")]
     folder = tmp_path / "runs" / "debug" / "first"

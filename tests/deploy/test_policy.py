@@ -12,7 +12,6 @@ from shallow_pi.deploy import policy
 from shallow_pi.models import observation as observations
 from shallow_pi.models import sampler, weights
 
-pytestmark = pytest.mark.usefixtures("compiled")
 PROMPTS = ("touch the red block", "touch the blue block")
 
 
@@ -39,7 +38,7 @@ def step(own, params, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def deployed(step, compiled):
+def deployed(step):
     return policy.Policy.from_checkpoint(step, num_steps=3)
 
 

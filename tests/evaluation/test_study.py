@@ -121,7 +121,7 @@ def _refused(experiment, message, kind=(ValueError, FileNotFoundError)):
 
 
 @pytest.fixture(scope="module")
-def taught(tmp_path_factory, compiled):
+def taught(tmp_path_factory):
     """The teacher's study and its packaged policy."""
     folder = tmp_path_factory.mktemp("study")
     experiment = _small("pi0_turntable", folder)
@@ -131,7 +131,7 @@ def taught(tmp_path_factory, compiled):
 
 
 @pytest.fixture(scope="module")
-def studied(taught, compiled):
+def studied(taught):
     """The student's study without the reference policies, and what it left."""
     experiment = _baselines(_student(*_places(taught)), False)
     study.run(experiment)

@@ -21,8 +21,8 @@ from shallow_pi.distill import layer_map
 from shallow_pi.models import pi0, weights
 from shallow_pi.training import batches, checkpoint, config, loop, metrics, setup
 
-# One compilation and some thirty short runs: a busy machine takes its time.
-pytestmark = [pytest.mark.usefixtures("compiled"), pytest.mark.timeout(900)]
+# Some thirty short runs: a busy machine takes its time.
+pytestmark = pytest.mark.timeout(900)
 CLOCK = ("seconds_per_step", "data_wait")
 
 
@@ -66,7 +66,7 @@ def synthetic(tmp_path_factory, tiny_experiment):
 
 
 @pytest.fixture(scope="module")
-def whole(synthetic, compiled):
+def whole(synthetic):
     """Four uninterrupted steps."""
     _train(synthetic)
     return synthetic
@@ -82,7 +82,7 @@ def recorded(tmp_path_factory, tiny_experiment, tiny_dataset):
 
 
 @pytest.fixture(scope="module")
-def whole_recorded(recorded, compiled):
+def whole_recorded(recorded):
     _train(recorded, keep=4)
     return recorded
 
@@ -95,6 +95,7 @@ def test_two_steps_and_two_resumed_steps_equal_four(whole):
     assert [row["step"] for row in _rows(whole.folder)] == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_two_steps_and_two_resumed_steps_equal_four_on_a_dataset(whole_recorded):
     halves = dataclasses.replace(whole_recorded, exp_name="halves")
     _train(halves, num_train_steps=2)
@@ -103,6 +104,7 @@ def test_two_steps_and_two_resumed_steps_equal_four_on_a_dataset(whole_recorded)
     _assert_same_run(halves, whole_recorded)
 
 
+@pytest.mark.slow
 def test_a_run_sees_every_sample_once_an_epoch_however_it_is_cut(recorded, monkeypatch):
     """24 frames, batches of 8: three steps are an epoch, also over an interruption."""
     seen = []
@@ -158,6 +160,7 @@ def test_a_resumed_run_with_another_config_names_the_fields(whole):
     assert _hashes(whole.folder) == before
 
 
+@pytest.mark.slow
 def test_overwrite_starts_anew_and_keeps_the_old_run(whole_recorded):
     experiment = dataclasses.replace(whole_recorded, exp_name="again")
     _train(experiment, num_train_steps=1)
@@ -166,6 +169,7 @@ def test_overwrite_starts_anew_and_keeps_the_old_run(whole_recorded):
     assert (experiment.folder.with_name("again.old-1") / "1" / "params").is_dir()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
 def test_a_signal_saves_and_the_resumed_run_goes_on_exactly(whole, monkeypatch, number):
     experiment = dataclasses.replace(whole, exp_name=number.name, save_interval=100)
@@ -221,6 +225,7 @@ def _send(patch, number, after_step, times=1):
     patch.setattr(metrics.MetricsLog, "log", sending)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("poison", [np.inf, np.nan])
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
     whole, monkeypatch, poison
@@ -251,6 +256,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
     jax.tree.map(np.testing.assert_array_equal, state, expected)
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_costs_only_what_came_after_the_last_checkpoint(
     whole_recorded, monkeypatch
 ):
@@ -337,6 +343,7 @@ def test_a_params_folder_stands_for_the_step_it_lies_in(teacher, synthetic):
         assert setup.validate(experiment)[1] == teacher
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["similarity", "sensitivity"])
 def test_a_strategy_that_measures_leaves_the_data_position_untouched(synthetic, strategy):
     experiment = dataclasses.replace(
