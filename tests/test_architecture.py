@@ -32,6 +32,7 @@ FOLDERS = {
         "sharding",
         "distributed",
         "checkpoint",
+        "run_folder",
         "metrics",
         "batches",
         "config",

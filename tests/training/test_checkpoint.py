@@ -3,6 +3,7 @@
 import errno
 import json
 import resource
+import shutil
 
 import flax.struct
 import jax
@@ -200,6 +201,23 @@ def test_a_disk_that_fills_up_in_the_background_costs_only_that_step(tmp_path):
         assert [child.name for child in tmp_path.iterdir()] == ["1"]
 
 
+def test_what_a_failed_save_still_writes_is_removed_too(tmp_path, monkeypatch):
+    unfinished = tmp_path / "3.orbax-checkpoint-tmp-1"
+    unfinished.mkdir()
+    calls, rmtree = [], shutil.rmtree
+
+    def busy(folder):
+        calls.append(folder)
+        if len(calls) < 3:
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(folder))
+        rmtree(folder)
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", busy)
+    with checkpoint.Checkpoints(tmp_path):
+        assert len(calls) == 3
+        assert not unfinished.exists()
+
+
 def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(checkpoint.SaveError, match="file/run cannot hold checkpoints"):
@@ -232,51 +250,3 @@ def test_a_checkpoint_that_is_absent_lists_those_there_are(tmp_path):
 def test_a_bad_number_of_checkpoints_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="keep must be 1 or more, got 0"):
         checkpoint.Checkpoints(tmp_path, keep=0)
-
-
-def test_an_existing_run_needs_resume_or_overwrite(tmp_path):
-    run = tmp_path / "run"
-    assert not checkpoint.prepare_folder(run, resume=True, overwrite=False)  # Nothing there yet.
-    assert not checkpoint.prepare_folder(run, resume=False, overwrite=False)
-    (run / "1").mkdir()
-    with pytest.raises(ValueError, match=r"already holds a run: --resume .* --overwrite"):
-        checkpoint.prepare_folder(run, resume=False, overwrite=False)
-    with pytest.raises(ValueError, match="give only one"):
-        checkpoint.prepare_folder(run, resume=True, overwrite=True)
-    assert (run / "1").is_dir()
-    assert checkpoint.prepare_folder(run, resume=True, overwrite=False)
-    assert (run / "1").is_dir()
-
-
-def test_overwrite_puts_the_old_run_aside(tmp_path):
-    run = tmp_path / "run"
-    for number in ("1", "2"):
-        (run / number).mkdir(parents=True)
-        assert not checkpoint.prepare_folder(run, resume=False, overwrite=True)
-        assert list(run.iterdir()) == []
-    assert (tmp_path / "run.old-1" / "1").is_dir()
-    assert (tmp_path / "run.old-2" / "2").is_dir()
-
-
-def test_a_run_folder_that_is_a_file_is_an_error(tmp_path):
-    (tmp_path / "run").write_text("")
-    with pytest.raises(ValueError, match="is a file, expected a folder"):
-        checkpoint.prepare_folder(tmp_path / "run", resume=False, overwrite=True)
-
-
-def test_a_resumed_config_may_differ_in_safe_fields_alone(tmp_path):
-    config = {"batch_size": 32, "losses": {"task": 1.0, "layers": (1, 2)}, "log": {"every": 10}}
-    checkpoint.save_config(tmp_path, config)
-    checkpoint.compare_config(tmp_path, config)
-    changed = {"batch_size": 64, "losses": {"task": 0.5, "layers": (1, 2)}, "log": {"every": 20}}
-    with pytest.raises(ValueError, match="another config") as caught:
-        checkpoint.compare_config(tmp_path, changed, safe={"log"})
-    assert str(caught.value).splitlines()[1:3] == [
-        "  batch_size: saved 32, now 64",
-        "  losses.task: saved 1.0, now 0.5",
-    ]
-    checkpoint.compare_config(tmp_path, changed, safe={"log", "batch_size", "losses.task"})
-    with pytest.raises(ValueError, match="seed: saved 'absent', now 1"):
-        checkpoint.compare_config(tmp_path, {**config, "seed": 1})
-    with pytest.raises(FileNotFoundError, match="use --overwrite"):
-        checkpoint.compare_config(tmp_path / "elsewhere", config)

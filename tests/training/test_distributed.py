@@ -1,5 +1,7 @@
 """A single process stays single; processes named by hand reach JAX as they were named."""
 
+import pathlib
+
 import jax
 import pytest
 
@@ -78,3 +80,25 @@ def test_half_an_environment_is_an_error(joined, monkeypatch, values, message):
     with pytest.raises(ValueError, match=message):
         distributed.initialize()
     assert joined == []
+
+
+@pytest.mark.parametrize(
+    ("named", "version", "expected"),
+    [
+        (None, (0, 7, 0), "compiled"),
+        (None, (0, 6, 2), None),  # Hangs on what it reads back.
+        ("elsewhere", (0, 7, 0), None),  # JAX reads the variable itself.
+        ("", (0, 7, 0), None),
+    ],
+)
+def test_compiled_programs_are_kept_unless_told_otherwise(monkeypatch, named, version, expected):
+    said = {}
+    monkeypatch.setattr(distributed.jax.config, "update", said.__setitem__)
+    monkeypatch.setattr(distributed.jax, "__version_info__", version)
+    if named is None:
+        monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    else:
+        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", named)
+    distributed.cache_compilations()
+    folders = {name: pathlib.Path(value).name for name, value in said.items()}
+    assert folders == ({"jax_compilation_cache_dir": expected} if expected else {})

@@ -9,6 +9,7 @@ the task loss. Bind `spec` with `functools.partial` and jit the rest, donating `
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -148,20 +149,7 @@ def distill_step(
       teacher's own task loss and the cosine between the two velocities.
     """
     inputs = draw_inputs(spec, jax.random.fold_in(key, state.step), batch)
-    count = jnp.maximum(jnp.sum(inputs.action_mask.astype(jnp.float32)), 1.0)
-
-    def microbatch(total: PyTree, part: Inputs) -> tuple[PyTree, None]:
-        reference = _teacher_outputs(spec, teacher_params, part)
-        grads, metrics = jax.grad(
-            lambda params: _total_loss(spec, params, reference, part, count), has_aux=True
-        )(state.params)
-        return jax.tree.map(jnp.add, total, (grads, metrics)), None
-
-    if spec.accumulation == 1:
-        (grads, metrics), _ = microbatch((_zeros(state.params), _zero_metrics(spec)), inputs)
-    else:
-        start = (_zeros(state.params), _zero_metrics(spec))
-        (grads, metrics), _ = jax.lax.scan(microbatch, start, _split(inputs, spec.accumulation))
+    grads, metrics = _gradient(spec, teacher_params, state.params, inputs)
     updates, opt_state = spec.optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema_params = state.ema_params
@@ -185,17 +173,12 @@ def loss_gradient_norms(
     Costs one backward pass a loss, so the loop calls it now and then, not every step.
     """
     inputs = draw_inputs(spec, jax.random.fold_in(key, state.step), batch)
-    count = jnp.maximum(jnp.sum(inputs.action_mask.astype(jnp.float32)), 1.0)
-    reference = _teacher_outputs(spec, teacher_params, inputs)
     norms = {}
     for name in _terms(spec.losses):
         alone: dict[str, Any] = {"task": 0.0, "velocity": 0.0, "attention": 0.0}
         alone[name] = getattr(spec.losses, name)
         single = dataclasses.replace(spec, losses=dataclasses.replace(spec.losses, **alone))
-        grads, _ = jax.grad(
-            lambda params, one=single: _total_loss(one, params, reference, inputs, count),
-            has_aux=True,
-        )(state.params)
+        grads, _ = _gradient(single, teacher_params, state.params, inputs)
         norms[f"grad_norm_of/{name}_loss"] = global_norm(grads)
     return norms
 
@@ -229,6 +212,27 @@ def _part(path: tuple[str, ...]) -> str:
     if path[0] == "PaliGemma":
         return "expert" if any(name.endswith("_1") for name in path[2:5]) else "backbone"
     return "projections"
+
+
+def _gradient(
+    spec: Spec, teacher_params: PyTree, params: PyTree, inputs: Inputs
+) -> tuple[PyTree, Metrics]:
+    """Gradient and metrics of the whole batch, microbatch by microbatch."""
+    count = jnp.maximum(jnp.sum(inputs.action_mask.astype(jnp.float32)), 1.0)
+
+    def microbatch(part: Inputs) -> tuple[PyTree, Metrics]:
+        reference = _teacher_outputs(spec, teacher_params, part)
+        loss = functools.partial(_total_loss, spec, reference=reference, inputs=part, count=count)
+        return jax.grad(loss, has_aux=True)(params)
+
+    if spec.accumulation == 1:
+        return microbatch(inputs)
+
+    def add(total: PyTree, part: Inputs) -> tuple[PyTree, None]:
+        return jax.tree.map(jnp.add, total, microbatch(part)), None
+
+    start = jax.tree.map(jnp.zeros_like, params), _zero_metrics(spec)
+    return jax.lax.scan(add, start, _split(inputs, spec.accumulation))[0]
 
 
 class _Reference(NamedTuple):
@@ -297,10 +301,6 @@ def _zero_metrics(spec: Spec) -> Metrics:
         names += ["teacher_task_loss", "velocity_cosine", "velocity_loss"]
         names += ["attention_loss"] if spec.losses.attention > 0 else []
     return {name: jnp.zeros(()) for name in names}
-
-
-def _zeros(params: PyTree) -> PyTree:
-    return jax.tree.map(jnp.zeros_like, params)
 
 
 def _split(inputs: Inputs, parts: int) -> Inputs:

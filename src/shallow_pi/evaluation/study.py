@@ -33,11 +33,11 @@ from shallow_pi.evaluation.sims import simulator, turntable, turntable_expert
 from shallow_pi.models import pi0, weights
 from shallow_pi.training import (
     batches,
-    checkpoint,
     config,
     distributed,
     loop,
     metrics,
+    run_folder,
     setup,
     sharding,
 )
@@ -82,7 +82,7 @@ def run(experiment: config.DistillConfig) -> pathlib.Path:
         return loop.run(experiment, folder, label=_label(experiment))
     sim_config = turntable_config(task)
     check(experiment, task)
-    resume = checkpoint.prepare_folder(folder, experiment.resume, experiment.overwrite)
+    resume = run_folder.prepare(folder, experiment.resume, experiment.overwrite)
     if resume and _is_finished(experiment):
         progress.console.print(
             f"Finished already: {folder / REPORT}; delete it to measure again", soft_wrap=True
@@ -128,7 +128,7 @@ def train_teacher(
     made_up = dataclasses.replace(teacher, path=setup.RANDOM)
     setup.validate(dataclasses.replace(experiment, teacher=made_up))
     if not experiment.overwrite:
-        checkpoint.prepare_folder(experiment.folder, experiment.resume, overwrite=False)
+        run_folder.prepare(experiment.folder, experiment.resume, overwrite=False)
     trained = dataclasses.replace(teacher, path=str(run(own)), train=False)
     return dataclasses.replace(experiment, teacher=trained)
 
@@ -163,7 +163,7 @@ def package(experiment: config.DistillConfig, step: pathlib.Path, target: pathli
     (partial / "recipe.json").write_text(
         json.dumps(recipe, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
     )
-    checkpoint.prepare_folder(target, resume=False, overwrite=True)
+    run_folder.prepare(target, resume=False, overwrite=True)
     partial.rename(target)  # On the empty folder that is there now.
     progress.console.print(f"Packaged: {target}", soft_wrap=True)
 

@@ -3,27 +3,24 @@
 `<folder>/<step>/params` is `{"params": tree}`, the EMA where there is one: with `assets` beside it
 the step folder is a deployable policy. `train_state` holds the rest of the state, each array once;
 `data` the position in the data. One Orbax `CheckpointManager` writes all four under a temporary
-name and renames at the end, so a step folder is complete or absent. The resolved config lies
-beside the steps.
+name and renames at the end, so a step folder is complete or absent.
 """
 
 import contextlib
 import dataclasses
-import itertools
-import json
+import errno
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 import jax
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 from shallow_pi.models import weights
-
-CONFIG_FILE = "config.json"
+from shallow_pi.training import distributed
 
 # A flax.struct dataclass with the fields step, params, opt_state and ema_params.
 State = Any
@@ -189,9 +186,7 @@ class Checkpoints:
                     },
                 ),
             )
-        except (
-            Exception
-        ) as error:  # Orbax raises whatever TensorStore did, bare Exception included.
+        except Exception as error:  # Orbax raises whatever TensorStore did, bare ones included.
             raise weights.damaged(folder, error) from error
         state = _merge(abstract, read["params"]["params"], read["train_state"])
         return state, read["data"]["data"]
@@ -221,72 +216,6 @@ class Checkpoints:
         )
 
 
-def prepare_folder(path: str | os.PathLike[str], resume: bool, overwrite: bool) -> bool:
-    """Settle what becomes of an existing run folder; True where there is a run to resume.
-
-    Call it when everything else is validated. `overwrite` renames the old folder, and leaves it to
-    the user to delete.
-    """
-    folder = pathlib.Path(path).expanduser().absolute()
-    if resume and overwrite:
-        raise ValueError("--resume continues a run and --overwrite starts it anew: give only one")
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file, expected a folder: choose another --exp-name")
-    occupied = folder.is_dir() and any(folder.iterdir())
-    if occupied and not (resume or overwrite):
-        raise ValueError(
-            f"{folder} already holds a run: --resume continues it, --overwrite puts it aside and "
-            "starts anew, another --exp-name leaves it alone"
-        )
-    _all_processes("looked at the run folder")
-    if jax.process_index() == 0:
-        if occupied and overwrite:
-            names = (folder.with_name(f"{folder.name}.old-{n}") for n in itertools.count(1))
-            folder.rename(next(name for name in names if not name.exists()))
-        folder.mkdir(parents=True, exist_ok=True)
-    _all_processes("prepared the run folder")
-    return occupied and resume
-
-
-def save_config(folder: str | os.PathLike[str], config: Mapping[str, Any]) -> None:
-    """Write the resolved config beside the checkpoints, complete or not at all."""
-    if jax.process_index() == 0:
-        path = pathlib.Path(folder) / CONFIG_FILE
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        partial.replace(path)
-
-
-def compare_config(
-    folder: str | os.PathLike[str], config: Mapping[str, Any], safe: Collection[str] = ()
-) -> None:
-    """Raise where a resumed run's config differs from the saved one in a field that is not `safe`.
-
-    Fields are named as on the command line ("losses.attention"); a safe name covers what lies
-    below it.
-    """
-    path = pathlib.Path(folder) / CONFIG_FILE
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{path} is missing: this folder cannot be resumed, use --overwrite"
-        )
-    old = _flat(json.loads(path.read_text(encoding="utf-8")))
-    new = _flat(json.loads(json.dumps(config)))
-    absent = "absent"
-    different = [
-        f"{name}: saved {old.get(name, absent)!r}, now {new.get(name, absent)!r}"
-        for name in sorted({*old, *new})
-        if old.get(name, absent) != new.get(name, absent)
-        and not any(name == field or name.startswith(f"{field}.") for field in safe)
-    ]
-    if different:
-        raise ValueError(
-            f"the run in {folder} was started with another config:\n  "
-            + "\n  ".join(different)
-            + "\nresume with the saved values, or use --overwrite or another --exp-name"
-        )
-
-
 def _split(state: State) -> tuple[Any, dict[str, Any]]:
     """The deployable parameters, and everything else, so that nothing is stored twice."""
     rest = {
@@ -312,11 +241,23 @@ def _steps(folder: pathlib.Path) -> list[int]:
 
 def _remove_unfinished(folder: pathlib.Path) -> None:
     """Delete what an interrupted save left; Orbax's own clean-up does so in some versions alone."""
-    _all_processes("opened the checkpoints")
+    distributed.sync("opened the checkpoints")
     if jax.process_index() == 0:
         for child in folder.glob("[0-9]*.orbax-checkpoint-tmp*"):
-            shutil.rmtree(child)
-    _all_processes("removed unfinished checkpoints")
+            _remove(child)
+    distributed.sync("removed unfinished checkpoints")
+
+
+def _remove(folder: pathlib.Path, attempts: int = 20) -> None:
+    """Delete a folder into which the threads of a save that failed may still be writing."""
+    for attempt in range(1, attempts + 1):
+        try:
+            shutil.rmtree(folder)
+            return
+        except OSError as error:
+            if error.errno != errno.ENOTEMPTY or attempt == attempts:
+                raise
+            time.sleep(0.1)
 
 
 @contextlib.contextmanager
@@ -333,17 +274,3 @@ def _explained(problem: str, last_complete: Callable[[], int | None]) -> Iterato
             f"{problem} ({type(error).__name__}: {reason}); {rescue}. Free space there or make it "
             "writable, then continue with --resume"
         ) from error
-
-
-def _all_processes(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict) or not tree:
-        return {prefix: tree}
-    flat: dict[str, Any] = {}
-    for name, child in tree.items():
-        flat |= _flat(child, f"{prefix}.{name}" if prefix else name)
-    return flat

@@ -10,6 +10,7 @@ import os
 import pathlib
 
 import jax
+from jax.experimental import multihost_utils
 
 _BY_HAND = ("SHALLOW_PI_COORDINATOR", "SHALLOW_PI_NUM_PROCESSES", "SHALLOW_PI_PROCESS_ID")
 
@@ -55,9 +56,11 @@ def split_cpu(rows: int) -> None:
 def cache_compilations() -> None:
     """Keep compiled programs in `~/.cache/shallow_pi`, so that the next run starts at once.
 
-    `JAX_COMPILATION_CACHE_DIR` names another folder; set and empty, it turns the cache off.
+    `JAX_COMPILATION_CACHE_DIR` names another folder; set and empty, it turns the cache off. JAX
+    before 0.7 keeps none of its own accord: a program for several CPU devices that is read back
+    hangs or crashes there.
     """
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ and jax.__version_info__ >= (0, 7):
         folder = pathlib.Path("~/.cache/shallow_pi/compiled").expanduser()
         jax.config.update("jax_compilation_cache_dir", str(folder))
 
@@ -65,6 +68,12 @@ def cache_compilations() -> None:
 def is_main() -> bool:
     """Whether this process prints, logs and writes plain files."""
     return jax.process_index() == 0
+
+
+def sync(name: str) -> None:
+    """Wait until every process of the job has come to the point of that name."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
 
 
 def _is_cluster() -> bool:

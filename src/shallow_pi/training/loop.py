@@ -31,6 +31,7 @@ from shallow_pi.training import (
     config,
     distributed,
     metrics,
+    run_folder,
     setup,
     sharding,
 )
@@ -69,7 +70,7 @@ def run(
     """
     put_aside = resume is None and experiment.overwrite
     if resume is None and not put_aside:
-        resume = checkpoint.prepare_folder(folder, experiment.resume, overwrite=False)
+        resume = run_folder.prepare(folder, experiment.resume, overwrite=False)
     mesh, teacher_step = setup.validate(experiment)
     source, assets = batches.open_source(experiment.data, experiment.student_model, teacher_step)
     feed = loader.prefetch(
@@ -85,7 +86,7 @@ def run(
     layers = setup.choose_layers(experiment, teacher_params, feed, folder if resume else None)
     spec = setup.make_spec(experiment, layers)
     if put_aside:
-        resume = checkpoint.prepare_folder(folder, experiment.resume, overwrite=True)
+        resume = run_folder.prepare(folder, experiment.resume, overwrite=True)
     save_config(experiment, folder, bool(resume), layers)
     abstract = setup.abstract_state(spec, mesh)
     with checkpoint.Checkpoints(
@@ -118,10 +119,10 @@ def save_config(
         "layer_map": None if layers is None else list(layers.layers),
     }
     if resume and (folder / "config.json").exists():
-        checkpoint.compare_config(folder, values, config.SAFE_TO_CHANGE)
+        run_folder.compare_config(folder, values, config.SAFE_TO_CHANGE)
     if distributed.is_main():
         folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.save_config(folder, values)
+        run_folder.save_config(folder, values)
 
 
 def _loop(

@@ -20,7 +20,7 @@ from shallow_pi import progress
 from shallow_pi.data import loader
 from shallow_pi.distill import layer_map, layer_scores, step, student
 from shallow_pi.models import pi0, weights
-from shallow_pi.training import batches, checkpoint, config, sharding
+from shallow_pi.training import batches, config, run_folder, sharding
 
 # The teacher's "path" that stands for made-up parameters.
 RANDOM = "random"
@@ -85,8 +85,8 @@ def choose_layers(
     fixed = experiment.fixed_layer_map()
     if fixed is not None:
         return fixed
-    if resumed is not None and (resumed / checkpoint.CONFIG_FILE).exists():
-        saved = json.loads((resumed / checkpoint.CONFIG_FILE).read_text(encoding="utf-8"))
+    if resumed is not None and (resumed / run_folder.CONFIG_FILE).exists():
+        saved = json.loads((resumed / run_folder.CONFIG_FILE).read_text(encoding="utf-8"))
         if saved["layer_map"]:
             return layer_map.explicit(saved["layer_map"], experiment.model.depth)
     position = feed.state()

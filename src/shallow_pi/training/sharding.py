@@ -69,6 +69,10 @@ class MeshConfig:
 
     def create(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
         """The mesh over `devices` (default: all of the job)."""
+        if jax.__version_info__ < (0, 7):
+            # Before Shardy became the default, XLA's partitioner could swap the batch rows of two
+            # devices, and with them give `action_in_proj` a wrong gradient on a 2 × 2 × 2 mesh.
+            jax.config.update("jax_use_shardy_partitioner", True)
         devices = list(jax.devices() if devices is None else devices)
         given = self.fsdp * self.tensor
         data = len(devices) // given if self.data == -1 else self.data
