@@ -100,12 +100,15 @@ def test_everything_observed_matters(deployed, scene, key):
     assert np.abs(changed[0] - deployed.infer([first, second], noise)[0]).max() > 1e-5
 
 
-def test_parameters_are_read_in_the_models_compute_dtype(own, params, tmp_path):
+def test_parameters_are_read_in_the_models_compute_dtype(own, params, scene, tmp_path):
     model = dataclasses.replace(own.model, dtype="bfloat16")
     weights.save_params(tmp_path / "params", params)
     dataclasses.replace(own, model=model).save(tmp_path / "assets")
     read = policy.Policy.from_checkpoint(tmp_path)
-    assert {leaf.dtype for leaf in jax.tree.leaves(read.params)} == {jax.numpy.dtype("bfloat16")}
+    read.infer(*scene)
+    assert {leaf.dtype for leaf in jax.tree.leaves(read.weights.params)} == {
+        jax.numpy.dtype("bfloat16")
+    }
 
 
 def test_noise_of_another_shape_is_an_error(deployed, scene):

@@ -1,6 +1,7 @@
 """A whole study in miniature, its cache, and the policies a student is compared with."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
@@ -13,7 +14,7 @@ from shallow_pi.data import assets
 from shallow_pi.distill import losses, student
 from shallow_pi.evaluation import rollout, study
 from shallow_pi.evaluation.sims import turntable
-from shallow_pi.models import pi0, weights
+from shallow_pi.models import pi0, prepare, sampler, weights
 from shallow_pi.training import config, loop, metrics
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "train_configs"
@@ -205,15 +206,23 @@ def test_policies_under_test_are_what_the_table_calls_them(studied):
     assert list(found) == ["teacher", "student", "cut_only"]
     expected = pi0.abstract_params(experiment.model)
     teacher = weights.load_params(experiment.teacher.path, expected, dtype="float32")
-    jax.tree.map(np.testing.assert_array_equal, found["teacher"].params, teacher)
+    _assert_holds(found["teacher"], teacher)
     cut = student.gather(teacher, np.array([0]))
-    jax.tree.map(np.testing.assert_array_equal, found["cut_only"].params, cut)
+    _assert_holds(found["cut_only"], cut)
     trained = weights.load_params(
         experiment.folder / "3", pi0.abstract_params(experiment.student_model)
     )
-    jax.tree.map(np.testing.assert_array_equal, found["student"].params, trained)
+    _assert_holds(found["student"], trained)
     for policy in found.values():
-        assert {leaf.dtype for leaf in jax.tree.leaves(policy.params)} == {np.dtype("float32")}
+        leaves = jax.tree.leaves(policy.weights.params)
+        assert {leaf.dtype for leaf in leaves} == {np.dtype("float32")}
+
+
+def _assert_holds(policy, params):
+    """The policy's weights are those of `params`, layer by layer."""
+    times = sampler.integration_times(2)
+    expected = prepare.prepare(policy.assets.model, params, times, prepare.best())
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), policy.weights, expected)
 
 
 @pytest.mark.slow

@@ -74,7 +74,7 @@ def test_scan_equals_a_loop_over_the_layers(pi05):
         np.testing.assert_allclose(hidden.prefix[i], carry[0], atol=1e-5)
         np.testing.assert_allclose(hidden.suffix[i], carry[1], atol=1e-5)
         one = jax.tree.map(lambda x, i=i: x[i], params["layers"])
-        carry, _ = block({"params": one}, carry, jnp.int32(i), None, geometry)
+        carry, _ = block({"params": one}, carry, jnp.int32(i), geometry)
     np.testing.assert_allclose(hidden.suffix[DEPTH], carry[1], atol=1e-5)
     np.testing.assert_allclose(hidden.prefix[DEPTH], carry[0], atol=1e-5)
     final = {"params": params["final_norm_1"]}
@@ -114,7 +114,7 @@ def test_captured_attention_is_that_of_the_chosen_layer(layer):
     _, _, capture = _run(
         _module(), params, prefix, suffix, geometry, action_rows=ROWS, capture_layer=layer
     )
-    _, cache, _ = _run(_module(), params, prefix, None, geometry, outputs="cache")
+    _, cache, _ = _run(_module(), params, prefix, suffix, geometry, outputs="cache")
     np.testing.assert_allclose(capture.keys, cache.keys[layer], atol=1e-5)
     assert np.abs(capture.keys - cache.keys[1]).max() > 0.1
     queries = np.asarray(capture.queries).reshape(2, 2, 2, ROWS, 2, 8)

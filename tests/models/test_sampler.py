@@ -1,5 +1,6 @@
 """Sampling from a prefix cache equals integrating the velocity without one."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,43 +8,99 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from shallow_pi.models import pi0, sampler
+from shallow_pi.models import inference, pi0, prepare, sampler
+
+_sample = jax.jit(sampler.sample_actions, static_argnames=("config", "num_steps", "savings"))
+EVERYTHING = prepare.ALL
+NOTHING = prepare.Savings(False, False, False, False, False)
+SAVINGS = {
+    "all": EVERYTHING,
+    "none": NOTHING,
+    **{
+        f"no {field.name}": dataclasses.replace(EVERYTHING, **{field.name: False})
+        for field in dataclasses.fields(EVERYTHING)
+    },
+}
 
 
-@pytest.mark.parametrize("pi05", [False, True], ids=["pi0", "pi05"])
-def test_cached_sampling_equals_euler_on_the_velocity(
-    pi05, tiny_config, tiny_params, tiny_observation
-):
-    config = tiny_config(pi05=pi05)
+@pytest.fixture(scope="module", params=[False, True], ids=["pi0", "pi05"])
+def setting(request, tiny_config, tiny_params, tiny_observation):
+    """A model, an observation whose second camera is absent, noise, and Euler without a cache."""
+    config = tiny_config(pi05=request.param, max_token_len=40)
     params, observation = tiny_params(config), tiny_observation(config)
+    masks = {**observation.image_masks, config.cameras[1]: jnp.zeros(2, bool)}
+    words = jnp.arange(40) < jnp.array([[19], [11]])
+    observation = dataclasses.replace(observation, image_masks=masks, tokenized_prompt_mask=words)
     noise = jnp.asarray(np.random.default_rng(0).standard_normal((2, 5, 6)), jnp.float32)
-    sample = jax.jit(sampler.sample_actions, static_argnames=("config", "num_steps"))
     velocity = jax.jit(functools.partial(pi0.velocity, config))
-    actions = sample(config, params, observation, noise, num_steps=4)
     x_t = noise
     for t in (1.0, 0.75, 0.5, 0.25):
         v, _ = velocity(params, observation, x_t, jnp.full(2, t))
         x_t = x_t - 0.25 * v
+    return config, params, observation, noise, x_t
+
+
+def _assert_same(actions, setting):
+    noise, expected = setting[3:]
     assert actions.dtype == jnp.float32
-    scale = float(jnp.abs(x_t).max())
-    np.testing.assert_allclose(actions / scale, x_t / scale, atol=1e-5)
+    scale = float(jnp.abs(expected).max())
+    np.testing.assert_allclose(actions / scale, expected / scale, atol=1e-5)
     assert np.abs(actions - noise).max() > 0.1
 
 
-def test_cached_velocity_equals_velocity_at_any_time(tiny_config, tiny_params, tiny_observation):
-    config = tiny_config()
-    params, observation = tiny_params(config), tiny_observation(config)
-    x_t = jnp.asarray(np.random.default_rng(0).standard_normal((2, 5, 6)), jnp.float32)
+@pytest.mark.parametrize("name", SAVINGS)
+def test_sampling_equals_euler_on_the_velocity_whatever_is_spared(setting, name):
+    config, params, observation, noise, _ = setting
+    actions = _sample(config, params, observation, noise, num_steps=4, savings=SAVINGS[name])
+    _assert_same(actions, setting)
 
-    @jax.jit
-    def both(t):
-        cache, valid = pi0.prefill(config, params, observation)
-        cached = pi0.cached_velocity(config, params, observation.state, cache, valid, x_t, t)
-        return cached, pi0.velocity(config, params, observation, x_t, t)[0]
 
-    for t in (jnp.array([1.0, 0.001]), jnp.array([0.4, 0.6])):
-        cached, whole = both(t)
-        np.testing.assert_allclose(cached, whole, atol=1e-5)
+def test_what_nobody_attends_to_can_be_dropped(setting):
+    config, params, observation, noise, _ = setting
+    small, trimmed = prepare.trim(config, observation)
+    assert small.cameras == config.cameras[:1]
+    assert small.max_token_len == 32  # 19 words in buckets of 16.
+    assert trimmed.tokenized_prompt.shape == (2, 32)
+    _assert_same(_sample(small, params, trimmed, noise, num_steps=4), setting)
+
+
+def test_trimming_never_leaves_nothing_nor_more_than_there_was(setting):
+    config, _, observation, *_ = setting
+    absent = {name: jnp.zeros(2, bool) for name in config.cameras}
+    everything = jnp.ones((2, 40), bool)
+    small, _ = prepare.trim(
+        config,
+        dataclasses.replace(observation, image_masks=absent, tokenized_prompt_mask=everything),
+    )
+    assert (small.cameras, small.max_token_len) == (config.cameras[:1], 40)
+
+
+def test_weights_prepared_once_serve_every_observation(setting):
+    config, params, observation, noise, _ = setting
+    times = sampler.integration_times(4)
+    prepared = jax.jit(lambda p: prepare.prepare(config, p, times, EVERYTHING))(params)
+    sample = jax.jit(sampler.sample_prepared, static_argnames=("config", "num_steps", "savings"))
+    actions = sample(config, prepared, observation, noise, num_steps=4, savings=EVERYTHING)
+    _assert_same(actions, setting)
+
+
+def test_what_the_last_layer_makes_of_the_prefix_is_never_computed(setting):
+    """Its MLP may be as wide as it likes."""
+    config, params, observation, *_ = setting
+    prepared = prepare.prepare(config, params, sampler.integration_times(4), EVERYTHING)
+
+    def flops(widened):
+        wide = list(prepared.prefix)
+        for i in widened:
+            gate_up = (jnp.tile(wide[i].gate_up[0], 3),)
+            wide[i] = wide[i]._replace(gate_up=gate_up, down=jnp.tile(wide[i].down, (3, 1)))
+        run = jax.jit(functools.partial(inference.prefill, config))
+        compiled = run.lower(prepared._replace(prefix=wide), observation).compile()
+        analysis = compiled.cost_analysis()
+        return (analysis[0] if isinstance(analysis, list) else analysis)["flops"]
+
+    assert flops([config.depth - 1]) == flops([])
+    assert flops([0]) > flops([])
 
 
 @pytest.mark.parametrize("num_steps", [1, 3, 10, 64])

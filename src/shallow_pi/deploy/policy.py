@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float, PyTree
 
 from shallow_pi.data import assets as policy_assets
-from shallow_pi.models import observation, pi0, sampler, weights
+from shallow_pi.models import observation, pi0, prepare, sampler, weights
 
 
 class Policy:
@@ -32,11 +32,14 @@ class Policy:
         self, assets: policy_assets.Assets, params: PyTree, *, num_steps: int = 10
     ) -> None:
         self.assets = assets
-        self.params = params
         self._inputs, self._outputs = assets.inputs(), assets.outputs()
-        sampler.integration_times(num_steps)  # Raises where num_steps cannot be.
+        times, savings = sampler.integration_times(num_steps), prepare.best()
+        self.weights = jax.jit(
+            functools.partial(prepare.prepare, assets.model, times=times, savings=savings)
+        )(params)
         self._sample = jax.jit(
-            functools.partial(sampler.sample_actions, assets.model, num_steps=num_steps)
+            functools.partial(sampler.sample_prepared, num_steps=num_steps, savings=savings),
+            static_argnums=0,
         )
 
     @classmethod
@@ -86,4 +89,5 @@ class Policy:
         self, batch: observation.Observation, noise: Float[np.ndarray, "b ah ad"]
     ) -> jax.Array:
         """Normalized actions on device: what a latency measurement calls."""
-        return self._sample(self.params, batch, jnp.asarray(noise))
+        config, batch = prepare.trim(self.assets.model, batch)
+        return self._sample(config, self.weights, batch, jnp.asarray(noise))

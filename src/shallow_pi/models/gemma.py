@@ -74,9 +74,9 @@ class Geometry(NamedTuple):
     """What every layer needs and no layer changes."""
 
     prefix_valid: Bool[Array, "b s"]
-    prefix_rope: tuple[Array, Array] | None
-    suffix_rope: tuple[Array, Array] | None
-    suffix_mask: Bool[Array, "t t"] | None
+    prefix_rope: tuple[Array, Array]
+    suffix_rope: tuple[Array, Array]
+    suffix_mask: Bool[Array, "t t"]
     # Condition of the adaptive norms (π0.5).
     condition: Float[Array, "b r e"] | None
 
@@ -85,14 +85,12 @@ class Geometry(NamedTuple):
         cls,
         prefix_valid: Bool[Array, "b s"],
         head_dim: int,
-        suffix_len: int = 0,
-        action_rows: int = 0,
+        suffix_len: int,
+        action_rows: int,
         condition: Float[Array, "b r e"] | None = None,
     ) -> "Geometry":
         """Positions count valid tokens; the suffix, all valid, goes on where the prefix ends."""
         prefix_rope = layers.rope_table(jnp.cumsum(prefix_valid, axis=1) - 1, head_dim)
-        if suffix_len == 0:
-            return cls(prefix_valid, prefix_rope, None, None, None)
         positions = (
             jnp.sum(prefix_valid, axis=1)[:, None, None] + jnp.arange(suffix_len)[None, None]
         )
@@ -131,55 +129,42 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(
         self,
-        prefix: Float[Array, "b s d"] | None,
-        suffix: Float[Array, "b r t e"] | None,
-        cache: tuple[Array, Array] | None,
+        prefix: Float[Array, "b s d"],
+        suffix: Float[Array, "b r t e"],
         geometry: Geometry,
-    ) -> tuple[Array | None, Array | None, tuple[Array, Array], Capture | None]:
-        prefix_out = suffix_out = capture = None
-        if prefix is None:
-            assert cache is not None, "without a prefix stream its cache is needed"
-            keys, values = cache
-        else:
-            queries, keys, values = self._project(0, prefix, geometry.prefix_rope)
-            logits = _logits("BKQH,BSKH->BKQS", queries, keys)
-            probabilities = layers.softmax(logits, geometry.prefix_valid[:, None, None, :])
-            mixed = jnp.einsum("BKQS,BSKH->BKQH", probabilities.astype(values.dtype), values)
-            prefix_out = self._output(0, mixed)
-        if suffix is not None:
-            assert geometry.suffix_mask is not None, "a suffix stream needs its mask"
-            queries, own_keys, own_values = self._project(1, suffix, geometry.suffix_rope)
-            to_prefix = _logits("BRKQH,BSKH->BRKQS", queries, keys)
-            to_own = _logits("BRKQH,BRSKH->BRKQS", queries, own_keys)
-            groups = queries.shape[-2] // suffix.shape[-2]
-            mask = jnp.concatenate(
-                [
-                    jnp.broadcast_to(
-                        geometry.prefix_valid[:, None, None, None, :], to_prefix.shape
-                    ),
-                    jnp.broadcast_to(jnp.repeat(geometry.suffix_mask, groups, 0), to_own.shape),
-                ],
-                axis=-1,
-            )
-            probabilities = layers.softmax(jnp.concatenate([to_prefix, to_own], axis=-1), mask)
-            on_prefix, on_own = jnp.split(
-                probabilities.astype(values.dtype), [to_prefix.shape[-1]], axis=-1
-            )
-            mixed = jnp.einsum(
-                "BRKQS,BSKH->BRKQH", on_prefix, values, preferred_element_type=jnp.float32
-            ) + jnp.einsum(
-                "BRKQS,BRSKH->BRKQH", on_own, own_values, preferred_element_type=jnp.float32
-            )
-            suffix_out = self._output(1, mixed.astype(suffix.dtype))
-            capture = Capture(queries[..., -self.action_rows * groups :, :], keys)
+    ) -> tuple[Array, Array, tuple[Array, Array], Capture]:
+        queries, keys, values = self._project(0, prefix, geometry.prefix_rope)
+        logits = _logits("BKQH,BSKH->BKQS", queries, keys)
+        probabilities = layers.softmax(logits, geometry.prefix_valid[:, None, None, :])
+        mixed = jnp.einsum("BKQS,BSKH->BKQH", probabilities.astype(values.dtype), values)
+        prefix_out = self._output(0, mixed)
+        queries, own_keys, own_values = self._project(1, suffix, geometry.suffix_rope)
+        to_prefix = _logits("BRKQH,BSKH->BRKQS", queries, keys)
+        to_own = _logits("BRKQH,BRSKH->BRKQS", queries, own_keys)
+        groups = queries.shape[-2] // suffix.shape[-2]
+        mask = jnp.concatenate(
+            [
+                jnp.broadcast_to(geometry.prefix_valid[:, None, None, None, :], to_prefix.shape),
+                jnp.broadcast_to(jnp.repeat(geometry.suffix_mask, groups, 0), to_own.shape),
+            ],
+            axis=-1,
+        )
+        probabilities = layers.softmax(jnp.concatenate([to_prefix, to_own], axis=-1), mask)
+        on_prefix, on_own = jnp.split(
+            probabilities.astype(values.dtype), [to_prefix.shape[-1]], axis=-1
+        )
+        mixed = jnp.einsum(
+            "BRKQS,BSKH->BRKQH", on_prefix, values, preferred_element_type=jnp.float32
+        ) + jnp.einsum("BRKQS,BRSKH->BRKQH", on_own, own_values, preferred_element_type=jnp.float32)
+        suffix_out = self._output(1, mixed.astype(suffix.dtype))
+        capture = Capture(queries[..., -self.action_rows * groups :, :], keys)
         return prefix_out, suffix_out, (keys, values), capture
 
     def _project(
-        self, stream: int, x: Array, rope: tuple[Array, Array] | None
+        self, stream: int, x: Array, rope: tuple[Array, Array]
     ) -> tuple[Array, Array, Array]:
         """Rotated, scaled queries (..., K, Q, H), rotated keys and values (..., S, K, H)."""
         c = self.configs[stream]
-        assert rope is not None, "each stream needs its rotary table"
         queries = layers.Einsum(
             (c.num_heads, c.width, c.head_dim),
             nn.initializers.lecun_normal(in_axis=-2, out_axis=-1, batch_axis=(0,)),
@@ -223,33 +208,29 @@ class Block(nn.Module):
     @nn.compact
     def __call__(
         self,
-        carry: tuple[Array | None, Array | None, Capture | None],
+        carry: tuple[Array, Array, Capture | None],
         layer: Int[Array, ""],
-        cache: tuple[Array, Array] | None,
         geometry: Geometry,
-    ) -> tuple[tuple[Array | None, Array | None, Capture | None], Any]:
+    ) -> tuple[tuple[Array, Array, Capture | None], Any]:
         prefix, suffix, captured = carry
         streams = [prefix, suffix]
         conditions = (None, geometry.condition)
 
-        def norm(name: str) -> list[tuple[Any, Any]]:
+        def norm(name: str) -> list[tuple[Array, Array | None]]:
             return [
-                (None, None) if x is None else layers.RMSNorm(name=_name(name, i))(x, conditions[i])
-                for i, x in enumerate(streams)
+                layers.RMSNorm(name=_name(name, i))(x, conditions[i]) for i, x in enumerate(streams)
             ]
 
-        (normed_prefix, _), (normed_suffix, _) = normed = norm("pre_attention_norm")
+        normed = norm("pre_attention_norm")
         *attended, keys_values, capture = Attention(self.configs, self.action_rows, name="attn")(
-            normed_prefix, normed_suffix, cache, geometry
+            normed[0][0], normed[1][0], geometry
         )
         streams = [
             _residual(x, y, gate) for x, y, (_, gate) in zip(streams, attended, normed, strict=True)
         ]
         normed = norm("pre_ffw_norm")
         hidden = [
-            None
-            if x is None
-            else layers.FeedForward(self.configs[i].mlp_dim, name=_name("mlp", i))(x)
+            layers.FeedForward(self.configs[i].mlp_dim, name=_name("mlp", i))(x)
             for i, (x, _) in enumerate(normed)
         ]
         streams = [
@@ -263,9 +244,7 @@ class Block(nn.Module):
         return (streams[0], streams[1], captured), stacked
 
 
-def _residual(x: Array | None, y: Array | None, gate: Array | None) -> Array | None:
-    if x is None or y is None:
-        return None
+def _residual(x: Array, y: Array, gate: Array | None) -> Array:
     return x + y if gate is None else x + y * gate
 
 
@@ -285,10 +264,9 @@ class Module(nn.Module):
     @nn.compact
     def __call__(
         self,
-        prefix: Float[Array, "b s d"] | None,
-        suffix: Float[Array, "b r t e"] | None,
+        prefix: Float[Array, "b s d"],
+        suffix: Float[Array, "b r t e"],
         geometry: Geometry,
-        cache: Cache | None = None,
         *,
         action_rows: int = 0,
         capture_layer: int | None = None,
@@ -297,15 +275,13 @@ class Module(nn.Module):
         """Run the layers.
 
         Returns:
-          The normed suffix (None without a suffix); nothing, a `Cache` or `Hidden`, by `outputs`;
+          The normed suffix; nothing, a `Cache` or `Hidden`, by `outputs`;
           the captured attention of `capture_layer` (None when that is None).
         """
-        prefix = None if prefix is None else prefix.astype(self.dtype)
-        suffix = None if suffix is None else suffix.astype(self.dtype)
+        prefix = prefix.astype(self.dtype)
+        suffix = suffix.astype(self.dtype)
         captured = None
         if capture_layer is not None:
-            assert prefix is not None, "attention is captured in a joint pass"
-            assert suffix is not None, "attention is captured in a joint pass"
             c = self.configs[0]
             k, h, q = c.num_kv_heads, c.head_dim, action_rows * c.num_heads // c.num_kv_heads
             captured = Capture(
@@ -317,18 +293,17 @@ class Module(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, 0, nn.broadcast),
+            in_axes=(0, nn.broadcast),
             length=self.depth,
         )(self.configs, action_rows, capture_layer, outputs, name="layers")
         embedded = prefix, suffix
         (_, suffix, captured), stacked = scanned(
-            (prefix, suffix, captured), jnp.arange(self.depth), cache, geometry
+            (prefix, suffix, captured), jnp.arange(self.depth), geometry
         )
         if self.is_initializing():
             # openpi's tree has the prefix's final norm, though nothing ever reads its output.
             layers.RMSNorm(name="final_norm")(jnp.zeros((1, 1, self.configs[0].width)))
-        if suffix is not None:
-            suffix, _ = layers.RMSNorm(name="final_norm_1")(suffix, geometry.condition)
+        suffix, _ = layers.RMSNorm(name="final_norm_1")(suffix, geometry.condition)
         if outputs == "hidden":
             stacked = jax.tree.map(lambda x, xs: jnp.concatenate([x[None], xs]), embedded, stacked)
             return suffix, Hidden(*stacked), captured

@@ -43,7 +43,9 @@ def time_embedding(
     """Sine-cosine embedding of the flow time, float32, periods geometric between the two given."""
     fraction = jnp.linspace(0.0, 1.0, width // 2, dtype=jnp.float32)
     period = min_period * (max_period / min_period) ** fraction
-    angle = time[..., None].astype(jnp.float32) * _row(2 * jnp.pi / period, time.ndim + 1)
+    # In openpi's order: angles reach 1,571, where one rounding more is 1e-4 of the sine.
+    angular = 1.0 / period * 2 * jnp.pi
+    angle = time[..., None].astype(jnp.float32) * _row(angular, time.ndim + 1)
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
 
 

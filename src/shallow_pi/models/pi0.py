@@ -175,32 +175,6 @@ class Pi0(nn.Module):
         state_token = jnp.broadcast_to(state_token, (b, r, 1, c.expert.width))
         return jnp.concatenate([state_token.astype(actions.dtype), actions], axis=2), None
 
-    def prefill(
-        self, observation: observations.Observation
-    ) -> tuple[gemma.Cache, Bool[Array, "b s"]]:
-        """Keys and values of the prefix in every layer, and which prefix tokens exist."""
-        prefix, valid = self.embed_prefix(observation)
-        geometry = gemma.Geometry.create(valid, self.config.backbone.head_dim)
-        _, cache, _ = self.PaliGemma.llm(prefix, None, geometry, outputs="cache")
-        return cache, valid
-
-    def denoise(
-        self,
-        state: Float[Array, "b ad"],
-        cache: gemma.Cache,
-        prefix_valid: Bool[Array, "b s"],
-        x_t: Float[Array, "b r ah ad"],
-        time: Float[Array, "b r"],
-    ) -> Float[Array, "b r ah ad"]:
-        """The velocity from a prefix cache: the expert alone runs."""
-        suffix, condition = self.embed_suffix(state, x_t, time)
-        c = self.config
-        geometry = gemma.Geometry.create(
-            prefix_valid, c.expert.head_dim, suffix.shape[2], c.action_horizon, condition
-        )
-        suffix, _, _ = self.PaliGemma.llm(None, suffix, geometry, cache)
-        return self.action_out_proj(suffix[:, :, -c.action_horizon :])
-
     def __call__(
         self,
         observation: observations.Observation,
@@ -307,29 +281,6 @@ def hidden_states(
     _check(config, observation, x_t.shape[-2:])
     arrays = (observation, x_t[:, None], t[:, None])
     return _apply(config, params, "__call__", *arrays, outputs="hidden")[2]
-
-
-def prefill(
-    config: Pi0Config, params: PyTree, observation: observations.Observation
-) -> tuple[gemma.Cache, Bool[Array, "b s"]]:
-    """Run the backbone once; returns the prefix cache and which prefix tokens exist."""
-    _check(config, observation)
-    return _apply(config, params, "prefill", observation)
-
-
-def cached_velocity(
-    config: Pi0Config,
-    params: PyTree,
-    state: Float[Array, "b ad"],
-    cache: gemma.Cache,
-    prefix_valid: Bool[Array, "b s"],
-    x_t: Float[Array, "b ah ad"],
-    t: Float[Array, " b"],
-) -> Float[Array, "b ah ad"]:
-    """The velocity from a prefix cache, float32; equals `velocity` on the same observation."""
-    arrays = (state, cache, prefix_valid, x_t[:, None], t[:, None])
-    v = _apply(config, params, "denoise", *arrays)
-    return v[:, 0].astype(jnp.float32)
 
 
 def _apply(config: Pi0Config, params: PyTree, method: str, *arrays: Any, **static: Any) -> Any:
