@@ -5,11 +5,15 @@ uv run scripts/train_distill.py NAME [--field value ...]
     pi0_turntable_l6                        the whole story on two CPU cores
     pi0_turntable_l6 --student.depth 4      any field of a config can be set
     pi0_turntable_l6 --resume               go on after an interruption
+    --openpi.config pi05_libero             a config of openpi's instead of NAME (where it is
+                                            installed): its model, robot and statistics
 """
 
 import pathlib
+import sys
 
 from shallow_pi.evaluation import study
+from shallow_pi.interop import openpi_configs
 from shallow_pi.training import config, distributed, loop
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "train_configs"
@@ -19,7 +23,12 @@ def main() -> None:
     """Parse, train the teacher first where that was asked for, then run the study."""
     distributed.initialize()
     distributed.cache_compilations()
-    experiment = config.cli(CONFIGS, __doc__ or "")
+    arguments, default = sys.argv[1:], None
+    if arguments[:1] == ["--openpi.config"]:
+        with config.exit_on(ModuleNotFoundError):
+            default = openpi_configs.experiment(*arguments[1:2])
+        arguments = arguments[2:]
+    experiment = config.cli(CONFIGS, __doc__ or "", arguments, default)
     distributed.split_cpu(experiment.batch_size // experiment.accumulation)
     with config.exit_on(loop.NonFiniteLossError, loop.InterruptedRunError):
         teacher = experiment.teacher

@@ -7,6 +7,7 @@ uv run scripts/train_teacher.py NAME [--field value ...]
 """
 
 import pathlib
+import sys
 
 from shallow_pi.evaluation import study
 from shallow_pi.training import config, distributed, loop
@@ -18,7 +19,7 @@ def main() -> None:
     """Parse, train, measure, package."""
     distributed.initialize()
     distributed.cache_compilations()
-    experiment = config.cli(ROOT / "train_configs", __doc__ or "")
+    experiment = config.cli(ROOT / "train_configs", __doc__ or "", sys.argv[1:])
     distributed.split_cpu(experiment.batch_size // experiment.accumulation)
     with config.exit_on(loop.NonFiniteLossError, loop.InterruptedRunError):
         if experiment.teacher is not None:

@@ -1,1 +1,1 @@
-"""The only files that import openpi or lerobot, lazily."""
+"""Where openpi and lerobot meet us: the only folder that imports them, inside functions."""

@@ -25,6 +25,12 @@ from shallow_pi.training import batches, sharding
 from shallow_pi.training import optimizer as optimizers
 
 
+def _at_least(config: object, bound: int, *names: str, prefix: str = "") -> None:
+    for name in names:
+        if (value := getattr(config, name)) < bound:
+            raise ValueError(f"{prefix}{name} must be at least {bound}, got {value}")
+
+
 @dataclasses.dataclass(frozen=True)
 class TeacherConfig:
     """The trained deep policy; it is read, never written."""
@@ -56,8 +62,7 @@ class StudentConfig:
     init: Literal["cut", "random"] = "cut"
 
     def __post_init__(self) -> None:
-        if self.depth < 1:
-            raise ValueError(f"student.depth must be at least 1, got {self.depth}")
+        _at_least(self, 1, "depth", prefix="student.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,11 +100,8 @@ class ClosedLoopConfig:
     baselines: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("demonstrations", "episodes", "execute_steps", "num_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"closed_loop.{name} must be at least 1, got {getattr(self, name)}"
-                )
+        counts = ("demonstrations", "episodes", "execute_steps", "num_steps")
+        _at_least(self, 1, *counts, prefix="closed_loop.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,19 +172,13 @@ class DistillConfig:
     trackio: str = ""
 
     def __post_init__(self) -> None:
-        least = {"batch_size": 1, "draws": 1, "accumulation": 1, "num_train_steps": 1}
-        least |= {"log_interval": 1, "save_interval": 1, "keep": 1}
-        least |= {"gradient_interval": 0, "keep_period": 0}
-        for name, bound in least.items():
-            if getattr(self, name) < bound:
-                raise ValueError(f"{name} must be at least {bound}, got {getattr(self, name)}")
+        counts = ("batch_size", "draws", "accumulation", "num_train_steps", "log_interval")
+        _at_least(self, 1, *counts, "save_interval", "keep")
+        _at_least(self, 0, "gradient_interval", "keep_period")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must lie in [0, 1), got {self.ema_decay}")
-        if self.batch_size % self.accumulation:
-            raise ValueError(
-                f"batch_size {self.batch_size} must be a multiple of accumulation "
-                f"{self.accumulation}"
-            )
+        if self.batch_size % (n := self.accumulation):
+            raise ValueError(f"batch_size {self.batch_size} must be a multiple of accumulation {n}")
         if not self.exp_name or pathlib.PurePath(self.exp_name).name != self.exp_name:
             raise ValueError(f"exp_name must be a plain folder name, got {self.exp_name!r}")
         if self.resume and self.overwrite:
@@ -284,29 +280,34 @@ def load(folder: pathlib.Path, name: str) -> DistillConfig:
     return dataclasses.replace(module.get_config(), name=name)
 
 
-def cli(folder: pathlib.Path, usage: str, arguments: Sequence[str] | None = None) -> DistillConfig:
+def cli(
+    folder: pathlib.Path, usage: str, arguments: Sequence[str], default: DistillConfig | None = None
+) -> DistillConfig:
     """Read `NAME [--field value ...]`; exits with 0 after --help, with 2 on anything wrong.
 
     Args:
       folder: of the experiments.
       usage: the script's docstring, shown by --help.
-      arguments: default to the command line's.
+      arguments: of the command line.
+      default: an experiment that is no file of `folder`; every argument is a field then.
     """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if default is None and (not arguments or arguments[0] in ("-h", "--help")):
         print(usage.strip(), "\n\nconfigs:")
         for name, line in names(folder).items():
             print(f"  {name:<20} {line}")
         print("\nNAME --help lists every field of a config with its default.")
         raise SystemExit(0 if arguments else 2)
     try:
-        default = load(folder, arguments[0])
+        description = usage
+        if default is None:
+            name, arguments = arguments[0], arguments[1:]
+            default, description = load(folder, name), _docstring(folder / f"{name}.py")
         return tyro.cli(
             DistillConfig,
             default=default,
-            args=arguments[1:],
-            prog=arguments[0],
-            description=_docstring(folder / f"{arguments[0]}.py"),
+            args=arguments,
+            prog=default.name,
+            description=description,
             config=(tyro.conf.AvoidSubcommands,),
         )
     except ValueError as error:

@@ -1,0 +1,244 @@
+"""Our students as openpi configs: openpi restores, runs and serves them as its own.
+
+openpi fixes a model's sizes by name (`gemma_2b`, `So400m/14`) and has no field for depth. A frozen
+subclass of its `Pi0Config` carries ours and swaps the two functions that look a name up, for the
+length of one `create`. Everything else of openpi (restoring, transforms, policy, server) then runs
+on a student as it is. openpi is imported inside functions; without it a `ModuleNotFoundError` says
+where it can be had.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import importlib.util
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from shallow_pi.data import assets as policy_assets
+from shallow_pi.data import conversions, pipelines, robots, transforms
+from shallow_pi.models import pi0, weights
+
+# Variants whose look-up is swapped; any other name is an error there.
+BACKBONE, EXPERT = "gemma_2b", "gemma_300m"
+
+
+def model_config(model: pi0.Pi0Config) -> Any:
+    """openpi's model config with exactly these sizes.
+
+    Raises:
+      ValueError: openpi hard-codes a size that this model has otherwise; names each.
+    """
+    require()
+    from openpi.models import gemma as openpi_gemma
+    from openpi.models import model as openpi_model
+
+    fixed = {
+        "cameras": (model.cameras, openpi_model.IMAGE_KEYS),
+        "image_size": (model.image_size, openpi_model.IMAGE_RESOLUTION[0]),
+        "vocab_size": (model.vocab_size, openpi_gemma.PALIGEMMA_VOCAB_SIZE),
+        "image.patch_size": (model.image.patch_size, 14),
+    }
+    wrong = [f"{k} {ours} (openpi: {its})" for k, (ours, its) in fixed.items() if ours != its]
+    if wrong:
+        raise ValueError(
+            f"openpi cannot run this model, because it hard-codes {', '.join(wrong)}: serve it "
+            "with shallow_pi.deploy.policy instead"
+        )
+    return _config_class()(
+        sizes=model,
+        dtype=model.dtype,
+        paligemma_variant=BACKBONE,
+        action_expert_variant=EXPERT,
+        action_dim=model.action_dim,
+        action_horizon=model.action_horizon,
+        max_token_len=model.max_token_len,
+        pi05=model.pi05,
+        discrete_state_input=model.discrete_state_input,
+    )
+
+
+@functools.cache
+def _config_class() -> Any:
+    from openpi.models import pi0_config
+
+    @dataclasses.dataclass(frozen=True)
+    class StudentConfig(pi0_config.Pi0Config):  # type: ignore[misc]  # openpi is untyped here.
+        """openpi's config of a model whose depth and other sizes are ours."""
+
+        sizes: pi0.Pi0Config = dataclasses.field(default_factory=pi0.Pi0Config)
+
+        def create(self, rng: Any) -> Any:
+            with _sizes(self.sizes):
+                return super().create(rng)
+
+    return StudentConfig
+
+
+@contextlib.contextmanager
+def _sizes(model: pi0.Pi0Config) -> Iterator[None]:
+    """Let openpi's names for sizes mean this model's."""
+    from openpi.models import gemma as openpi_gemma
+    from openpi.models import siglip as openpi_siglip
+
+    streams = {BACKBONE: model.backbone, EXPERT: model.expert}
+    patch = model.image.patch_size
+    image = dataclasses.asdict(model.image) | {"patch_size": (patch, patch)}
+    before = openpi_gemma.get_config, openpi_siglip.decode_variant
+
+    def stream(variant: str) -> Any:
+        return openpi_gemma.Config(depth=model.depth, **dataclasses.asdict(streams[variant]))
+
+    openpi_gemma.get_config, openpi_siglip.decode_variant = stream, lambda _: image
+    try:
+        yield
+    finally:
+        openpi_gemma.get_config, openpi_siglip.decode_variant = before
+
+
+def train_config(name: str, model: pi0.Pi0Config, robot: robots.Robot, asset_id: str) -> Any:
+    """openpi's TrainConfig of a student: its sizes, and what its robot sends and expects.
+
+    ALOHA, LIBERO and DROID speak with openpi's own clients, every other robot in the flat keys of
+    its recordings.
+    """
+    sizes = model_config(model)
+    from openpi import transforms as openpi_transforms
+    from openpi.policies import droid_policy
+    from openpi.training import config as configs
+
+    assets = configs.AssetsConfig(asset_id=asset_id)
+    if robot in (robots.ALOHA, robots.ALOHA_SIM):
+        data = configs.LeRobotAlohaDataConfig(
+            assets=assets,
+            use_delta_joint_actions=bool(robot.delta),
+            default_prompt=robot.prompt or None,
+        )
+        return configs.TrainConfig(name=name, model=sizes, data=data)
+    if robot in (robots.LIBERO, robots.LIBERO_DELTA):
+        data = configs.LeRobotLiberoDataConfig(
+            assets=assets, extra_delta_transform=bool(robot.delta)
+        )
+        return configs.TrainConfig(name=name, model=sizes, data=data)
+    absolute = openpi_transforms.AbsoluteActions(robot.delta)
+    if robot in (robots.DROID, robots.DROID_POSITION):
+        group = openpi_transforms.Group(
+            inputs=[droid_policy.DroidInputs(model_type=sizes.model_type)],
+            outputs=[absolute, droid_policy.DroidOutputs()],
+        )
+    else:
+        group = openpi_transforms.Group(
+            inputs=[RobotInputs(robot, model.cameras, model.image_size)],
+            outputs=[
+                transforms.CutDimensions(robot.action_dim),
+                absolute,
+                conversions.ToRobot(robot.action_conversion),
+            ],
+        )
+    data = configs.SimpleDataConfig(assets=assets, data_transforms=lambda _: group)
+    return configs.TrainConfig(name=name, model=sizes, data=data)
+
+
+@dataclasses.dataclass(frozen=True)
+class RobotInputs:
+    """A transform for openpi: a robot's observation in the flat keys of its recordings → openpi's.
+
+    The prompt may come under openpi's own key, where its server was given a default one.
+    """
+
+    robot: robots.Robot
+    cameras: tuple[str, ...]
+    image_size: int
+
+    def __call__(self, data: dict[str, Any]) -> dict[str, Any]:
+        robot = self.robot
+        sample = transforms.Cameras(self.cameras, robot.cameras, self.image_size)(data)
+        prompt = robot.prompt_key if robot.prompt_key in sample else "prompt"
+        keys = {key: key for key in ("image", "image_mask", *robot.state_keys)}
+        found = transforms.Repack({**keys, "prompt": prompt}, ("prompt",) * bool(robot.prompt))(
+            sample
+        )
+        state = robot.state(found)
+        if state.shape != (robot.state_dim,):
+            raise ValueError(
+                f"{' + '.join(robot.state_keys)} has shape {state.shape}, robot {robot.name} has "
+                f"{robot.state_dim} dimensions; is this another robot's observation?"
+            )
+        return {
+            "image": found["image"],
+            "image_mask": found["image_mask"],
+            "state": pipelines.to_model(robot)({"state": state})["state"],
+            "prompt": np.asarray(robot.prompt or found["prompt"]),
+        }
+
+
+def register(name: str, train: Any) -> None:
+    """Let openpi's `get_config(name)` give this config, in this process.
+
+    Raises:
+      ValueError: the name is one of openpi's own.
+    """
+    from openpi.training import config as configs
+
+    # openpi has no hook for configs from elsewhere; this is the table behind `get_config`.
+    known = configs._CONFIGS_DICT
+    if name in known and not isinstance(known[name].model, _config_class()):
+        raise ValueError(f"{name!r} is a config of openpi's own: give the student another name")
+    known[name] = train
+
+
+def register_checkpoint(name: str, step: str | os.PathLike[str]) -> None:
+    """Register the student of a step folder, checked before openpi reads it.
+
+    Raises:
+      FileNotFoundError: parameters, statistics or shallow_pi.json are missing; says which.
+      ValueError: parameters that are not of the model shallow_pi.json describes, or a model that
+        openpi cannot run.
+    """
+    require()
+    folder = weights.locate(step)
+    assets = policy_assets.load(folder)
+    stored = weights.stored_params(folder)
+    weights.check_tree(pi0.abstract_params(assets.model), stored, f"student ({folder})")
+    register(name, train_config(name, assets.model, assets.robot, assets.asset_id))
+
+
+def is_openpis(name: str) -> bool:
+    """Whether openpi has a config of that name itself."""
+    require()
+    from openpi.training import config as configs
+
+    return name in configs._CONFIGS_DICT
+
+
+def serve_script(checkout: str | os.PathLike[str] | None = None) -> pathlib.Path:
+    """openpi's scripts/serve_policy.py: in `checkout`, in $OPENPI_DIR, or beside the package.
+
+    Raises:
+      FileNotFoundError: it is at none of them; openpi's wheels ship no scripts.
+    """
+    # An editable install lies in <checkout>/src/openpi.
+    beside = pathlib.Path(require()).parents[2]
+    folder = pathlib.Path(checkout or os.environ.get("OPENPI_DIR") or beside).expanduser()
+    script = folder / "scripts" / "serve_policy.py"
+    if not script.is_file():
+        raise FileNotFoundError(
+            f"no scripts/serve_policy.py in {folder}: openpi's packages come without its scripts. "
+            "Clone openpi's repository and name its folder with --openpi-dir or OPENPI_DIR"
+        )
+    return script
+
+
+def require() -> str:
+    """Where openpi lies; an error that says how to get it where it is not installed."""
+    found = importlib.util.find_spec("openpi")
+    if found is None or found.origin is None:
+        raise ModuleNotFoundError(
+            "openpi is not installed here; it needs JAX 0.5.3 and NumPy below 2, so it has an "
+            "environment of its own. In a clone of openpi: `uv sync`, then `uv pip install "
+            "--editable <folder of shallow_pi>`, and run this with its .venv/bin/python"
+        )
+    return found.origin

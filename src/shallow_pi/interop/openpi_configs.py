@@ -1,0 +1,146 @@
+"""openpi's training configs as experiments of ours, by name.
+
+Taken over are the model and what its data path does to a robot's recordings, where a `Robot` can
+say the same; any other config is refused with the part that cannot be said. Losses, schedule and
+batch size are those of the method.
+"""
+
+import dataclasses
+from typing import Any
+
+from shallow_pi.data import robots
+from shallow_pi.interop import openpi
+from shallow_pi.models import gemma, pi0
+from shallow_pi.training import batches, config
+
+# Names under which openpi publishes trained policies (its README); elsewhere they are one's own.
+PUBLISHED = ("pi05_libero", "pi05_droid", "pi0_droid", "pi0_aloha_sim")
+
+
+def experiment(name: str = "") -> config.DistillConfig:
+    """openpi's training config of that name as a distillation to six layers.
+
+    Where openpi publishes no policy of that name the teacher's path is the folder of one's own
+    runs, to be completed by experiment and step.
+
+    Raises:
+      ValueError: no config of that name, or one whose model or transforms our data path does not
+        have; says which part.
+    """
+    openpi.require()
+    from openpi.training import config as configs
+
+    source = configs.get_config(name)
+    model = _model(name, source.model)
+    path = f"{source.checkpoint_base_dir}/{name}"
+    if name in PUBLISHED:
+        path = f"gs://openpi-assets/checkpoints/{name}"
+    return config.DistillConfig(
+        name=f"{name}_l6",
+        model=model,
+        data=_data(name, source.data, source.model),
+        teacher=config.TeacherConfig(path=path),
+        student=config.StudentConfig(depth=min(6, model.depth)),
+    )
+
+
+def _model(name: str, source: Any) -> pi0.Pi0Config:
+    from openpi.models import gemma as openpi_gemma
+    from openpi.models import pi0_config
+
+    if not isinstance(source, pi0_config.Pi0Config):
+        raise ValueError(
+            f"{name} is a {source.model_type.value} model (π0-FAST: tokens, no flow); only π0 and "
+            "π0.5 can be distilled"
+        )
+    streams = [
+        openpi_gemma.get_config(variant)
+        for variant in (source.paligemma_variant, source.action_expert_variant)
+    ]
+    fields = [field.name for field in dataclasses.fields(gemma.GemmaConfig)]
+    backbone, expert = (
+        gemma.GemmaConfig(**{field: getattr(stream, field) for field in fields})
+        for stream in streams
+    )
+    return pi0.Pi0Config(
+        pi05=source.pi05,
+        depth=streams[0].depth,
+        backbone=backbone,
+        expert=expert,
+        action_dim=source.action_dim,
+        action_horizon=source.action_horizon,
+        max_token_len=source.max_token_len,
+        discrete_state_input=source.pi05 and source.discrete_state_input,
+        dtype=source.dtype,
+    )
+
+
+def _data(name: str, source: Any, model: Any) -> batches.DataConfig:
+    from openpi.training import config as configs
+
+    if isinstance(source, configs.FakeDataConfig):
+        return batches.DataConfig(source="synthetic")
+    robot = _robot(name, source, model)
+    asset_id = source.assets.asset_id or source.repo_id
+    folder = source.assets.assets_dir
+    return batches.DataConfig(
+        robot=robot.name,
+        asset_id=asset_id,
+        norm_stats=f"{folder.rstrip('/')}/{asset_id}" if folder else "",
+    )
+
+
+def _robot(name: str, source: Any, model: Any) -> robots.Robot:
+    """The robot of ours that does what the config's transforms do."""
+    from openpi.policies import droid_policy
+    from openpi.training import config as configs
+    from openpi.training import droid_rlds_dataset
+
+    if isinstance(source, configs.LeRobotLiberoDataConfig):
+        return robots.LIBERO_DELTA if source.extra_delta_transform else robots.LIBERO
+    if isinstance(source, configs.LeRobotAlohaDataConfig):
+        return _aloha(name, source)
+    if isinstance(source, configs.LeRobotDROIDDataConfig):
+        return robots.DROID
+    if isinstance(source, configs.RLDSDroidDataConfig):
+        positions = droid_rlds_dataset.DroidActionSpace.JOINT_POSITION
+        return robots.DROID_POSITION if source.action_space == positions else robots.DROID
+    if isinstance(source, configs.SimpleDataConfig):
+        try:
+            group = source.data_transforms(model)
+        except TypeError as error:  # openpi's paligemma_diffusion_droid has outlived its API.
+            raise ValueError(f"{name}: openpi's own transforms fail, {error}") from error
+        droid = [droid_policy.DroidInputs(model.model_type)], [droid_policy.DroidOutputs()]
+        if (list(group.inputs), list(group.outputs)) == droid:
+            return robots.DROID
+    raise ValueError(
+        f"{name} cannot be taken over: its data come from {type(source).__name__}, whose "
+        "transforms are not those of a robot in data/robots.py. Describe the robot in a file "
+        "(--data.robot, see data/robots.py) and write a config in train_configs/"
+    )
+
+
+def _aloha(name: str, source: Any) -> robots.Robot:
+    """The listed ALOHA with these cameras, units, deltas and prompt."""
+    cameras = robots.ALOHA.cameras
+    if isinstance(source.repo_id, str):  # Else it is for inference, and has no recordings.
+        (repack,) = source.repack_transforms.inputs
+        of = {"base_0_rgb": "cam_high", "left_wrist_0_rgb": "cam_left_wrist"}
+        of |= {"right_wrist_0_rgb": "cam_right_wrist"}
+        keys = repack.structure["images"]
+        cameras = {camera: keys[key] for camera, key in of.items() if key in keys}
+    wanted = dataclasses.replace(
+        robots.ALOHA,
+        cameras=cameras,
+        delta=robots.ALOHA.delta if source.use_delta_joint_actions else (),
+        state_conversion=robots.ALOHA_STATE if source.adapt_to_pi else None,
+        action_conversion=robots.ALOHA_ACTIONS if source.adapt_to_pi else None,
+        prompt=source.default_prompt or "",
+    )
+    for robot in (robots.ALOHA, robots.ALOHA_SIM):
+        if dataclasses.replace(robot, name=wanted.name) == wanted:
+            return robot
+    raise ValueError(
+        f"{name} cannot be taken over by name: no ALOHA in data/robots.py has its prompt, cameras "
+        f"and deltas. Give a file with this ROBOT (--data.robot, see data/robots.py): {wanted}"
+    )

@@ -1,0 +1,106 @@
+"""openpi's training configs as experiments of ours: taken over whole, or refused with reason."""
+
+import dataclasses
+
+import pytest
+import stand_ins
+
+stand_ins.install()
+
+# ruff: noqa: E402 (openpi comes after the stand-ins)
+from openpi import transforms as openpi_transforms
+from openpi.training import config as openpi_config
+
+from shallow_pi.data import robots
+from shallow_pi.interop import openpi_configs
+from shallow_pi.models import pi0
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "robot", "asset_id"),
+    [
+        (
+            "pi05_libero",
+            pi0.Pi0Config(pi05=True, action_horizon=10, max_token_len=200),
+            robots.LIBERO,
+            "physical-intelligence/libero",
+        ),
+        ("pi0_libero", pi0.Pi0Config(), robots.LIBERO_DELTA, "physical-intelligence/libero"),
+        ("pi0_aloha", pi0.Pi0Config(), robots.ALOHA, "trossen"),
+        (
+            "pi0_aloha_sim",
+            pi0.Pi0Config(),
+            robots.ALOHA_SIM,
+            "lerobot/aloha_sim_transfer_cube_human",
+        ),
+        (
+            "pi05_droid",
+            pi0.Pi0Config(
+                pi05=True, action_horizon=15, max_token_len=200, discrete_state_input=True
+            ),
+            robots.DROID,
+            "droid",
+        ),
+        (
+            "pi05_full_droid_finetune",
+            pi0.Pi0Config(
+                pi05=True, action_horizon=16, max_token_len=200, discrete_state_input=True
+            ),
+            robots.DROID_POSITION,
+            "droid",
+        ),
+    ],
+)
+def test_a_config_is_taken_over(name, model, robot, asset_id):
+    found = openpi_configs.experiment(name)
+    assert found.name == f"{name}_l6"
+    assert found.model == model
+    assert found.student_model.depth == 6
+    assert (found.data.robot, found.data.asset_id) == (robot.name, asset_id)
+
+
+def test_statistics_are_those_of_the_config():
+    found = openpi_configs.experiment("pi05_full_droid_finetune").data.norm_stats
+    assert found == "gs://openpi-assets/checkpoints/pi05_base/assets/droid"
+    assert openpi_configs.experiment("pi05_libero").data.norm_stats == ""
+
+
+def test_the_teacher_is_what_openpi_publishes_or_ones_own_run():
+    published = openpi_configs.experiment("pi05_libero").teacher.path
+    assert published == "gs://openpi-assets/checkpoints/pi05_libero"
+    assert openpi_configs.experiment("pi0_libero").teacher.path == "./checkpoints/pi0_libero"
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("pi0_fast_libero", "is a pi0_fast model"),
+        ("pi0_aloha_pen_uncap", r"a file with this ROBOT .*prompt='uncap the pen'"),
+        ("pi05_libro", "not found. Did you mean"),
+    ],
+)
+def test_what_cannot_be_taken_over_is_refused_with_the_reason(name, reason):
+    with pytest.raises(ValueError, match=reason):
+        openpi_configs.experiment(name)
+
+
+def test_other_transforms_than_a_known_robots_are_refused(monkeypatch):
+    source = openpi_config.get_config("pi05_droid")
+    group = openpi_transforms.Group(inputs=[openpi_transforms.SubsampleActions(2)])
+    data = dataclasses.replace(source.data, data_transforms=lambda _: group)
+    changed = dataclasses.replace(source, data=data)
+    monkeypatch.setitem(openpi_config._CONFIGS_DICT, "mine", changed)
+    with pytest.raises(ValueError, match=r"mine cannot be taken over: .* SimpleDataConfig"):
+        openpi_configs.experiment("mine")
+
+
+def test_every_config_of_openpi_is_taken_over_or_refused():
+    refused = {}
+    for name in openpi_config._CONFIGS_DICT:
+        try:
+            openpi_configs.experiment(name)
+        except ValueError as error:
+            refused[name] = str(error)
+    taken = set(openpi_config._CONFIGS_DICT) - set(refused)
+    assert {"pi0_libero", "pi05_libero", "pi0_droid", "debug", "debug_pi05"} <= taken
+    assert all(name in reason for name, reason in refused.items())

@@ -1,0 +1,49 @@
+"""The script that serves with openpi, where there is none; with it, see tests/interop."""
+
+import importlib.util
+import pathlib
+import sys
+
+import pytest
+
+from shallow_pi.interop import openpi_configs
+
+SCRIPT = pathlib.Path(__file__).parents[1] / "scripts" / "serve_openpi.py"
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("openpi") is not None, reason="openpi is installed here"
+)
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Calls the script's `main` in this process: (exit status, stdout, stderr)."""
+    spec = importlib.util.spec_from_file_location("serve_openpi", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
+        with pytest.raises(SystemExit) as exit_:
+            module.main()
+        said = capsys.readouterr()
+        return exit_.value.code, said.out, said.err
+
+    return call
+
+
+def test_without_openpi_the_error_says_where_to_run_it(command):
+    arguments = "policy:checkpoint", "--policy.config=pi0_aloha_l6", "--policy.dir=nowhere"
+    status, _, said = command(*arguments)
+    assert status == 1
+    assert said.startswith("error: openpi is not installed here")
+    assert "run this with its .venv/bin/python" in said
+
+
+def test_help_teaches_even_without_openpi(command):
+    _, said, _ = command("--help")
+    assert "policy:checkpoint --policy.config=NAME --policy.dir=STEP" in said
+
+
+def test_an_experiment_of_openpis_needs_openpi():
+    with pytest.raises(ModuleNotFoundError, match="openpi is not installed here"):
+        openpi_configs.experiment("pi05_libero")
