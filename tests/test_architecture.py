@@ -23,6 +23,10 @@ FOLDERS = {
         "prepare",
         "inference",
         "sampler",
+        "fetch",
+        "lora",
+        "safetensors_layout",
+        "safetensors_file",
         "weights",
     ],
     "data/": [
@@ -49,7 +53,7 @@ FOLDERS = {
         "setup",
         "loop",
     ],
-    "deploy/": ["policy"],
+    "deploy/": ["policy", "lerobot_folder", "model_card", "export"],
     "evaluation/sims/": [
         "simulator",
         "raycast",
@@ -57,7 +61,7 @@ FOLDERS = {
         "turntable",
         "turntable_expert",
     ],
-    "evaluation/": ["intervals", "rollout", "latency", "plots", "report", "study"],
+    "evaluation/": ["intervals", "rollout", "latency", "flops", "plots", "report", "study"],
     "interop/": ["openpi", "openpi_configs"],
 }
 ORDER = [folder + file for folder, files in FOLDERS.items() for file in files]

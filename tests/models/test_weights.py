@@ -1,6 +1,5 @@
 """Parameters on disk: what is written is read, and what is wrong is named."""
 
-import fsspec
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -178,54 +177,79 @@ def test_an_existing_folder_is_never_overwritten(saved):
         weights.save_params(saved / "params", _tree())
 
 
-def test_locate_leaves_local_paths_alone_and_refuses_unknown_schemes(tmp_path):
-    assert weights.locate(tmp_path) == tmp_path
-    with pytest.raises(ValueError, match="expected a local path or gs://"):
-        weights.locate("s3://bucket/model")
+def test_a_fast_checkpoint_is_refused_by_name(tmp_path):
+    """π0-FAST has a backbone alone, under the same paths."""
+    tree = _tree()
+    weights.save_params(tmp_path / "params", {"PaliGemma": tree["PaliGemma"]})
+    for read in (weights.stored_params, weights.param_depth):
+        with pytest.raises(ValueError, match=r"params is a π0-FAST checkpoint.*no action expert"):
+            read(tmp_path)
+    with pytest.raises(ValueError, match=r"Expected π0 or π0\.5; give one of their"):
+        weights.load_params(tmp_path, _abstract(tree))
 
 
-def test_locate_finds_what_openpi_has_fetched(tmp_path, monkeypatch):
-    monkeypatch.setenv("OPENPI_DATA_HOME", str(tmp_path))
-    (tmp_path / "bucket" / "model").mkdir(parents=True)
-    assert weights.locate("gs://bucket/model/") == tmp_path / "bucket" / "model"
+def _with_adapters(tree, rank=16):
+    """Factors as openpi names them: beside an einsum's `w`, and beside an MLP's matrix."""
+    generator = np.random.default_rng(1)
+    tree = jax.tree.map(np.copy, tree)
+    layers = tree["PaliGemma"]["llm"]["layers"]
+    for parent, name, base in (
+        (layers["attn"]["q_einsum"], "lora", "w"),
+        (layers["mlp"], "linear_lora", "linear"),
+    ):
+        *lead, inputs, outputs = parent[base].shape
+        shapes = {"a": (*lead, inputs, rank), "b": (*lead, rank, outputs)}
+        for factor, shape in shapes.items():
+            parent[f"{name}_{factor}"] = generator.standard_normal(shape).astype(np.float32)
+    return tree
 
 
-def test_locate_downloads_a_folder_or_a_file_once(tmp_path, monkeypatch):
-    bucket = fsspec.filesystem("memory")
-    bucket.pipe({"/bucket/model/params/a": b"one", "/bucket/model/assets/b": b"two"})
-    monkeypatch.setattr(fsspec, "filesystem", lambda protocol, **_: bucket)
-    monkeypatch.setenv("OPENPI_DATA_HOME", str(tmp_path))
-    folder = weights.locate("gs://bucket/model")
-    assert (folder / "params" / "a").read_bytes() == b"one"
-    assert (folder / "assets" / "b").read_bytes() == b"two"
-    file = weights.locate("gs://bucket/model/params/a")
-    assert file.read_bytes() == b"one"
-    assert [child.name for child in (tmp_path / "bucket").iterdir()] == ["model"]
+@pytest.mark.parametrize("stored", [jnp.float32, jnp.bfloat16])
+def test_adapters_are_merged_while_read_and_sharded(tmp_path, stored):
+    """openpi stores frozen matrices in bfloat16 and adapters in float32: the sum is float32."""
+    tree = _tree()
+    both = jax.tree.map(lambda x: x.astype(stored), tree)
+    layers = _with_adapters(tree)["PaliGemma"]["llm"]["layers"]
+    for part, name in (("attn", "q_einsum"), ("mlp", None)):
+        target = both["PaliGemma"]["llm"]["layers"][part]
+        source = layers[part] if name is None else layers[part][name]
+        target = target if name is None else target[name]
+        target.update({key: leaf for key, leaf in source.items() if "lora" in key})
+    weights.save_params(tmp_path / "params", both)
+
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "fsdp"))
+    shardings = jax.tree.map(
+        lambda x: NamedSharding(mesh, PartitionSpec(*[None] * (x.ndim - 1), "fsdp")), tree
+    )
+    read = weights.load_params(tmp_path, _abstract(tree), sharding=shardings)
+    found, want = weights.leaves(read), weights.leaves(tree)
+    for path, factors, w in (
+        ("attn/q_einsum/w", layers["attn"]["q_einsum"], "lora"),
+        ("mlp/linear", layers["mlp"], "linear_lora"),
+    ):
+        path = weights.LAYERS + path
+        assert found[path].dtype == jnp.float32
+        assert found[path].sharding.is_equivalent_to(weights.leaves(shardings)[path], 4)
+        base = np.asarray(want[path].astype(stored), np.float32)
+        merged = base + factors[f"{w}_a"] @ factors[f"{w}_b"]
+        np.testing.assert_allclose(found[path], merged, rtol=1e-5, atol=1e-5)
+    other = found["action_in_proj/kernel"]
+    assert other.dtype == stored
+    np.testing.assert_array_equal(other, tree["action_in_proj"]["kernel"].astype(stored))
+    assert set(weights.leaves(weights.stored_params(tmp_path))) == set(want)
+    kept = weights.load_params(tmp_path, _abstract(tree))
+    cast = weights.load_params(tmp_path, _abstract(tree), dtype=jnp.bfloat16)
+    _assert_same(cast, jax.tree.map(lambda x: x.astype(jnp.bfloat16), kept))  # Rounded once.
 
 
-def test_an_interrupted_download_leaves_nothing_that_looks_complete(tmp_path, monkeypatch):
-    bucket = fsspec.filesystem("memory")
-    bucket.pipe({"/bucket/large/params/a": b"one", "/bucket/large/params/b": b"two"})
-    monkeypatch.setattr(fsspec, "filesystem", lambda protocol, **_: bucket)
-    monkeypatch.setenv("OPENPI_DATA_HOME", str(tmp_path))
-    get_file = bucket.get_file
-
-    def fail_on_second(source, target):
-        if source.endswith("b"):
-            raise ConnectionError("connection reset")
-        get_file(source, target)
-
-    monkeypatch.setattr(bucket, "get_file", fail_on_second)
-    with pytest.raises(FileNotFoundError, match=r"connection reset.*put it at .*bucket/large"):
-        weights.locate("gs://bucket/large")
-    assert list((tmp_path / "bucket").iterdir()) == []
+def test_adapters_that_cannot_be_merged_are_refused_with_the_reason(tmp_path):
+    weights.save_params(tmp_path / "params", _with_adapters(_tree(), rank=8))
+    with pytest.raises(ValueError, match=r"params: .*q_einsum/lora_a is .* of rank 8.*alpha"):
+        weights.load_params(tmp_path, _abstract(_tree()))
+    with pytest.raises(ValueError, match="rank 8"):
+        weights.stored_params(tmp_path)
 
 
-def test_locate_says_what_is_missing_where_it_cannot_download(tmp_path, monkeypatch):
-    def no_gcsfs(protocol, **_):
-        raise ImportError("Please install gcsfs to access Google Storage")
-
-    monkeypatch.setattr(fsspec, "filesystem", no_gcsfs)
-    monkeypatch.setenv("OPENPI_DATA_HOME", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match=r"install gcsfs.*uv sync --extra gcs.*put it at"):
-        weights.locate("gs://openpi-assets/checkpoints/pi0_base")
+def test_a_missing_pytorch_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*model\.safetensors"):
+        weights.load_params(tmp_path / "model.safetensors", _abstract(_tree()))

@@ -20,7 +20,7 @@ import numpy as np
 
 from shallow_pi.data import assets as policy_assets
 from shallow_pi.data import conversions, pipelines, robots, transforms
-from shallow_pi.models import pi0, weights
+from shallow_pi.models import fetch, pi0, weights
 
 # Variants whose look-up is swapped; any other name is an error there.
 BACKBONE, EXPERT = "gemma_2b", "gemma_300m"
@@ -199,7 +199,7 @@ def register_checkpoint(name: str, step: str | os.PathLike[str]) -> None:
         openpi cannot run.
     """
     require()
-    folder = weights.locate(step)
+    folder = fetch.locate(step)
     assets = policy_assets.load(folder)
     stored = weights.stored_params(folder)
     weights.check_tree(pi0.abstract_params(assets.model), stored, f"student ({folder})")

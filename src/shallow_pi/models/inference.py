@@ -21,7 +21,8 @@ def prefill(
 ) -> tuple[Any, Bool[Array, "b s"]]:
     """Keys and values of the prefix (and of π0's state token, see `Savings`), and which exist."""
     params = {"params": {"PaliGemma": prepared.params["PaliGemma"]}}
-    tokens, valid = pi0.Pi0(config).apply(params, observation, method="embed_prefix")
+    embedded: Any = pi0.Pi0(config).apply(params, observation, method="embed_prefix")
+    tokens, valid = embedded
     rope = layers.rope_table(jnp.cumsum(valid, axis=1) - 1, config.backbone.head_dim)
     _, cache = _tower(
         config, prepared.prefix, tokens.astype(config.dtype), None, rope, valid[:, None, None], None

@@ -103,9 +103,8 @@ def trim(
     """
     seen = [c for c in config.cameras if np.asarray(observation.image_masks[c]).any()]
     seen = seen or [config.cameras[0]]
-    words = (
-        int(np.asarray(observation.tokenized_prompt_mask).any(0).nonzero()[0].max(initial=0)) + 1
-    )
+    columns = np.asarray(observation.tokenized_prompt_mask).any(axis=0)
+    words = int(np.flatnonzero(columns).max(initial=0)) + 1
     length = min(-(-words // PROMPT_BUCKET) * PROMPT_BUCKET, config.max_token_len)
     small = dataclasses.replace(config, cameras=tuple(seen), max_token_len=length)
     return small, dataclasses.replace(
@@ -131,7 +130,7 @@ def prepare(
       times: the integration times, for the tables.
       savings: what to spare.
     """
-    stacks = [_stack(config, params, stream, savings) for stream in (0, 1)]
+    stacks: list[Any] = [_stack(config, params, stream, savings) for stream in (0, 1)]
     if savings.unrolled_layers:
         # One array a layer: a slice of a stack would be copied at every call.
         stacks = [
@@ -146,7 +145,8 @@ def prepare(
             for name in ("pre_attention_norm", "pre_ffw_norm")
         }
     tables = make_tables(config, rest, jnp.asarray(times)) if savings.time_tables else None
-    return Prepared(rest, *stacks, tables)
+    prefix, suffix = stacks
+    return Prepared(rest, prefix, suffix, tables)
 
 
 def make_tables(config: pi0.Pi0Config, params: PyTree, times: Float[Array, " n"]) -> Tables:
@@ -187,10 +187,11 @@ def _stack(config: pi0.Pi0Config, params: PyTree, stream: int, savings: Savings)
 
     query = matrix(jnp.swapaxes(attention[f"q_einsum{end}"]["w"], 1, 2), c.width)
     key_value = jnp.moveaxis(attention[f"kv_einsum{end}"]["w"], 3, 2)  # l 2 d k h
-    qkv = (query, matrix(key_value[:, 0], c.width), matrix(key_value[:, 1], c.width))
-    gate_up = (mlp["gating_einsum"][:, 0].astype(dtype), mlp["gating_einsum"][:, 1].astype(dtype))
+    key, value = (matrix(key_value[:, i], c.width) for i in (0, 1))
+    gate, up = (mlp["gating_einsum"][:, i].astype(dtype) for i in (0, 1))
+    parts: list[tuple[Array, ...]] = [(query, key, value), (gate, up)]
     if savings.fused:
-        qkv, gate_up = (jnp.concatenate(qkv, axis=-1),), (jnp.concatenate(gate_up, axis=-1),)
+        parts = [(jnp.concatenate(part, axis=-1),) for part in parts]
 
     def norm(name: str) -> Array | None:
         leaf = tree[f"{name}{end}"]
@@ -199,9 +200,9 @@ def _stack(config: pi0.Pi0Config, params: PyTree, stream: int, savings: Savings)
     return Layer(
         attention_norm=norm("pre_attention_norm"),
         mlp_norm=norm("pre_ffw_norm"),
-        qkv=qkv,
+        qkv=parts[0],
         out=matrix(attention[f"attn_vec_einsum{end}"]["w"], c.num_heads * c.head_dim),
-        gate_up=gate_up,
+        gate_up=parts[1],
         down=mlp["linear"].astype(dtype),
     )
 

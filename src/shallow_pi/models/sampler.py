@@ -6,6 +6,8 @@ prefix keys and values, `dt = -1/N`, from t = 1 (noise) to t = 0 (data), as in o
 the device never waits for the host to decide whether to go on. What is spared: see `prepare`.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -74,17 +76,16 @@ def sample_prepared(
         state = None
     dt = jnp.float32(-1.0 / num_steps)
 
-    def integrate(x_t: Array, at: prepare.Tables | Array) -> tuple[Array, None]:
-        if not isinstance(at, prepare.Tables):
-            at = prepare.make_tables(config, prepared.params, at[None])
-        else:
-            at = jax.tree.map(lambda leaf: leaf[None], at)
+    def integrate(x_t: Array, at: Any) -> tuple[Array, None]:
+        at = jax.tree.map(lambda leaf: leaf[None], at)
+        if prepared.tables is None:
+            at = prepare.make_tables(config, prepared.params, at)
         v = inference.velocity(config, prepared, cache, valid, x_t, at, state)
         return x_t + dt * v, None
 
     x_t = noise.astype(jnp.float32)
-    times = jnp.asarray(integration_times(num_steps))
-    steps = times if prepared.tables is None else prepared.tables
+    # The table's rows, or the times to make them from.
+    steps: Any = prepared.tables or jnp.asarray(integration_times(num_steps))
     if not savings.unrolled_steps:
         return jax.lax.scan(integrate, x_t, steps)[0]
     for i in range(num_steps):

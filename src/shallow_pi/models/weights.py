@@ -1,29 +1,34 @@
-"""Parameters on disk in openpi's layout: read, write, compare, fetch.
+"""Parameters on disk in openpi's layout: read, write, compare.
 
 A `params` folder is an Orbax PyTree checkpoint `{"params": tree}`; its paths are openpi's, so
 checkpoints travel in both directions with no renaming. openpi's trainer writes every leaf one level
-deeper, under a key "value"; it is stripped where all leaves have it. What comes from disk is
-compared with the expected tree before a byte of it is read, and the error names every path.
+deeper, under a key "value"; it is stripped where all leaves have it. LoRA adapters are merged into
+their matrices, and a PyTorch checkpoint (`model.safetensors`) is seen as the same tree. What comes
+from disk is compared with the expected tree before a byte of it is read, and the error names every
+path; each shard goes straight to its device.
 """
 
+import math
 import os
 import pathlib
-import shutil
 from collections.abc import Iterable
 from typing import Any, cast
 
-import fsspec
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
-from shallow_pi import progress
+from shallow_pi.models import lora, safetensors_file
 
 # Any pytree: nested dicts of arrays, of shapes or of shardings.
 Tree = Any
 
 LAYERS = "PaliGemma/llm/layers/"
+# What the host may hold at once of a checkpoint that is being read, in 10⁹ bytes; a parameter that
+# is larger comes alone.
+HOST_GB = 2
 
 
 def save_params(path: str | os.PathLike[str], params: Tree) -> None:
@@ -46,19 +51,16 @@ def load_params(
     sharding: Tree | None = None,
     what: str = "teacher",
 ) -> Tree:
-    """Read a `params` folder, or the step folder that holds it, and check it first.
+    """Read a `params` folder, the step folder that holds it or a safetensors file; check it first.
 
     Args:
-      path: `<step>/params` or `<step>`.
+      path: `<step>/params`, `<step>`, `model.safetensors` or its folder.
       expected: pytree of `jax.ShapeDtypeStruct`; its dtypes do not matter, floating or not does.
-      dtype: floating leaves are cast to it while reading; None keeps what is stored.
+      dtype: floating leaves are cast to it while reading; None keeps what is stored, but a matrix
+        with a LoRA adapter becomes float32.
       sharding: one sharding or a pytree of them like `expected`; None is the first local device.
       what: the word for these parameters in errors.
     """
-    folder = params_folder(path)
-    stored = _stored(folder)
-    check_tree(expected, _plain(stored), f"{what} ({folder})")
-
     if sharding is None:
         sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     if isinstance(sharding, jax.sharding.Sharding):
@@ -66,36 +68,86 @@ def load_params(
     else:
         shardings = leaves(sharding)
 
+    if (file := safetensors_file.find(path)) is not None:
+        opened = safetensors_file.File(file)
+        check_tree(expected, opened.shapes(), f"{what} ({file})")
+        found = opened.read(shardings, dtype)
+    else:
+        folder = params_folder(path)
+        stored = _stored(folder)
+        merged = _merged(_plain(stored), folder)
+        check_tree(expected, merged, f"{what} ({folder})")
+        found = _restore(folder, stored, shardings, dtype)
+    # The tree has the caller's containers and order, whatever the file's were.
+    return jax.tree_util.tree_map_with_path(lambda path, _: found[path_name(path)], expected)
+
+
+def _restore(
+    folder: pathlib.Path, stored: Tree, shardings: dict[str, jax.sharding.Sharding], dtype: Any
+) -> dict[str, jax.Array]:
+    """Every parameter of a checked `params` folder by path, each on its devices."""
     nested = _has_value_keys(stored)
+    adapters = lora.adapters(leaves(_plain(stored)))
+    # An adapter is small: every device that holds some of its matrix gets all of it.
+    factors = {path: base for base, pair in adapters.items() for path in pair}
 
     def restore_args(path: Any, leaf: jax.ShapeDtypeStruct) -> ocp.ArrayRestoreArgs:
-        cast_to = dtype if jnp.issubdtype(leaf.dtype, jnp.floating) else None
         name = path_name(path[:-1] if nested else path)
+        cast_to = dtype if jnp.issubdtype(leaf.dtype, jnp.floating) else None
+        if name in adapters or name in factors:
+            cast_to = None  # Rounded once, when they are merged.
+        where = _replicated(shardings[factors[name]]) if name in factors else shardings[name]
         return ocp.ArrayRestoreArgs(
-            restore_type=jax.Array, sharding=shardings[name], dtype=cast_to or leaf.dtype
+            restore_type=jax.Array, sharding=where, dtype=cast_to or leaf.dtype
         )
 
     args = {"params": jax.tree_util.tree_map_with_path(restore_args, stored)}
     item = jax.tree.map(lambda _: 0, args)
     try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
+        # Orbax reads everything at once and casts it then: a full copy on the host, if let.
+        largest = max(
+            math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(stored)
+        )
+        handler = ocp.PyTreeCheckpointHandler(
+            restore_concurrent_gb=max(HOST_GB, -(-largest // 10**9))
+        )
+        with ocp.Checkpointer(handler) as checkpointer:
             read = checkpointer.restore(
                 folder, args=ocp.args.PyTreeRestore(item=item, restore_args=args)
             )
     except Exception as error:  # Orbax raises whatever TensorStore did, bare Exception included.
         raise damaged(folder, error) from error
-    # The tree has the caller's containers and order, whatever the file's were.
     found = leaves(_plain(read["params"]))
-    return jax.tree_util.tree_map_with_path(lambda path, _: found[path_name(path)], expected)
+    for base, pair in adapters.items():
+        found[base] = _merge(
+            base, dtype or jnp.float32, shardings[base], found[base], *(found.pop(p) for p in pair)
+        )
+    return found
+
+
+def _merge(
+    path: str, dtype: Any, where: jax.sharding.Sharding, w: jax.Array, a: jax.Array, b: jax.Array
+) -> jax.Array:
+    """A matrix and its adapter as one, where the matrix lies."""
+
+    def merge(w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+        return lora.merge(path, w, a, b).astype(dtype)
+
+    return jax.jit(merge, out_shardings=where)(w, a, b)
+
+
+def _replicated(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+    return sharding
 
 
 def param_depth(path: str | os.PathLike[str]) -> int:
     """How many Gemma layers the checkpoint at `path` has, from its metadata."""
-    folder = params_folder(path)
-    depth = _depth(leaves(stored_params(folder)))
+    depth = _depth(leaves(stored_params(path)))
     if depth is None:
         raise ValueError(
-            f"{folder} holds no {LAYERS}...: it is not a π0 or π0.5 checkpoint; "
+            f"{path} holds no {LAYERS}...: it is not a π0 or π0.5 checkpoint; "
             "give the folder of one, such as <step>/params"
         )
     return depth
@@ -113,8 +165,13 @@ def stored_shapes(folder: str | os.PathLike[str]) -> Tree:
 
 
 def stored_params(path: str | os.PathLike[str]) -> Tree:
-    """Shapes and dtypes of the parameters in a `params` folder or its step folder."""
-    return _plain(_stored(params_folder(path)))
+    """Shapes and dtypes of the parameters at `path`, which is any that `load_params` reads."""
+    if (file := safetensors_file.find(path)) is not None:
+        shapes = safetensors_file.File(file).shapes()
+    else:
+        folder = params_folder(path)
+        shapes = _merged(_plain(_stored(folder)), folder)
+    return flax.traverse_util.unflatten_dict(shapes, sep="/")
 
 
 def check_tree(expected: Tree, actual: Tree, what: str) -> None:
@@ -177,64 +234,6 @@ def params_folder(path: str | os.PathLike[str]) -> pathlib.Path:
     return folder
 
 
-def locate(url: str | os.PathLike[str]) -> pathlib.Path:
-    """The local path of a checkpoint or file; `gs://B/P` is downloaded once.
-
-    Like openpi, `gs://B/P` is kept at `$OPENPI_DATA_HOME/B/P` (default `~/.cache/openpi`), so what
-    either of the two has fetched serves both.
-    """
-    text = os.fspath(url)
-    scheme, separator, rest = text.partition("://")
-    if not separator:
-        return pathlib.Path(text).expanduser()
-    if scheme != "gs":
-        raise ValueError(f"cannot fetch {text!r}: expected a local path or gs://<bucket>/<path>")
-    home = pathlib.Path(os.environ.get("OPENPI_DATA_HOME", "~/.cache/openpi")).expanduser()
-    rest = rest.rstrip("/")
-    target = home / rest
-    if not target.exists():
-        try:
-            _download(rest, target)
-        except Exception as error:  # No gcsfs, no network, no rights, no space: all end alike.
-            raise FileNotFoundError(
-                f"{text} is not at {target} and could not be downloaded "
-                f"({type(error).__name__}: {error}). Downloading needs a network and gcsfs "
-                f"(uv sync --extra gcs). Or fetch it on another machine with "
-                f"`gsutil cp -r {text} .` and put it at {target}; "
-                "OPENPI_DATA_HOME moves the folder"
-            ) from error
-    return target
-
-
-def _download(source: str, target: pathlib.Path) -> None:
-    """Copy a bucket's folder or file to `target`, complete or not at all."""
-    filesystem = fsspec.filesystem("gs", token="anon")
-    # gcsfs tries for a minute or two before it gives up.
-    progress.console.print(f"Looking for gs://{source}", highlight=False)
-    files = {
-        name.lstrip("/"): entry["size"] or 0
-        for name, entry in filesystem.find(source, detail=True).items()
-        if not name.endswith("/")
-    }
-    if not files:
-        raise FileNotFoundError(f"gs://{source} holds no files")
-    partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
-    megabytes = [max(1, size >> 20) for size in files.values()]
-    try:
-        with progress.bar(f"Fetch {target.name}", total=sum(megabytes)) as advance:
-            for name, size in zip(files, megabytes, strict=True):
-                local = partial / name[len(source) :].lstrip("/")
-                local.parent.mkdir(parents=True, exist_ok=True)
-                filesystem.get_file(name, str(local))
-                advance(size, note="MB")
-        partial.rename(target)
-    finally:
-        if partial.is_dir():
-            shutil.rmtree(partial)
-        else:
-            partial.unlink(missing_ok=True)
-
-
 def _stored(folder: pathlib.Path) -> Tree:
     tree = stored_shapes(folder)
     if not isinstance(tree, dict) or "params" not in tree:
@@ -243,6 +242,27 @@ def _stored(folder: pathlib.Path) -> Tree:
             f'{folder} holds {top}, expected one entry "params": give the params folder of a step'
         )
     return tree["params"]
+
+
+def _merged(plain: Tree, folder: pathlib.Path) -> dict[str, Any]:
+    """The leaves by path, adapters left out, once it is sure that they can be merged.
+
+    Raises:
+      ValueError: adapters that cannot be merged, or no action expert (π0-FAST).
+    """
+    flat = leaves(plain)
+    backbone = f"{LAYERS}attn/q_einsum/w"
+    if backbone in flat and not any(path.startswith("action_in_proj/") for path in flat):
+        raise ValueError(
+            f"{folder} is a π0-FAST checkpoint: it has a backbone ({backbone}) and no action "
+            "expert, and predicts action tokens instead of a velocity. Expected π0 or π0.5; give "
+            "one of their checkpoints, such as gs://openpi-assets/checkpoints/pi0_base"
+        )
+    try:
+        lora.adapters(flat)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+    return {path: leaf for path, leaf in flat.items() if not lora.is_adapter(path)}
 
 
 def _has_value_keys(tree: Tree) -> bool:

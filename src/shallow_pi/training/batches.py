@@ -11,7 +11,7 @@ from typing import Literal
 
 from shallow_pi.data import assets as policy_assets
 from shallow_pi.data import lerobot, loader, normalize, robots
-from shallow_pi.models import pi0, weights
+from shallow_pi.models import fetch, pi0
 
 PALIGEMMA_TOKENIZER = "gs://big_vision/paligemma_tokenizer.model"
 
@@ -90,7 +90,7 @@ def open_source(
 def _dataset(data: DataConfig) -> tuple[lerobot.Dataset, robots.Robot]:
     if not data.path:
         raise ValueError("data.path is empty: name the folder of a LeRobot dataset (--data.path)")
-    dataset, robot = lerobot.Dataset(weights.locate(data.path)), robots.find(data.robot)
+    dataset, robot = lerobot.Dataset(fetch.locate(data.path)), robots.find(data.robot)
     dataset.validate(robot)
     return dataset, robot
 
@@ -99,13 +99,13 @@ def _tokenizer(
     data: DataConfig, model: pi0.Pi0Config, teacher_step: pathlib.Path | None
 ) -> pathlib.Path:
     if data.tokenizer:
-        return weights.locate(data.tokenizer)
+        return fetch.locate(data.tokenizer)
     if teacher_step is not None:
         own = teacher_step / "assets" / policy_assets.TOKENIZER_NAME
         if own.is_file():
             return own
     if model.vocab_size == pi0.PALIGEMMA_VOCAB_SIZE:
-        return weights.locate(PALIGEMMA_TOKENIZER)
+        return fetch.locate(PALIGEMMA_TOKENIZER)
     raise FileNotFoundError(
         f"no tokenizer for a vocabulary of {model.vocab_size}: the teacher's checkpoint has none "
         f"({policy_assets.TOKENIZER_NAME} in its assets); name one with --data.tokenizer"
@@ -120,7 +120,7 @@ def _stats(
     teacher_step: pathlib.Path | None,
 ) -> dict[str, normalize.NormStats]:
     if data.norm_stats:
-        return normalize.load(weights.locate(data.norm_stats))
+        return normalize.load(fetch.locate(data.norm_stats))
     if teacher_step is not None:
         own = teacher_step / "assets" / data.asset_id
         if (own / normalize.FILE_NAME).is_file():

@@ -19,7 +19,7 @@ from jaxtyping import Array, PyTree
 from shallow_pi import progress
 from shallow_pi.data import loader
 from shallow_pi.distill import layer_map, layer_scores, step, student
-from shallow_pi.models import pi0, weights
+from shallow_pi.models import fetch, pi0, weights
 from shallow_pi.training import batches, config, run_folder, sharding
 
 # The teacher's "path" that stands for made-up parameters.
@@ -44,7 +44,7 @@ def validate(
         batches.check(experiment.data)  # Before the teacher, which may be a long download.
     if experiment.teacher is None or experiment.teacher.path == RANDOM:
         return mesh, None
-    teacher_step = weights.locate(experiment.teacher.path)
+    teacher_step = fetch.locate(experiment.teacher.path)
     if teacher_step.name == "params":  # Its assets lie beside it.
         teacher_step = teacher_step.parent
     stored = weights.stored_params(teacher_step)

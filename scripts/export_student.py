@@ -1,0 +1,72 @@
+"""Give a student to openpi or LeRobot.
+
+uv run scripts/export_student.py STEP --format FORMAT [--output DIR]
+
+STEP is a step folder (checkpoints/<config>/<exp>/<step>) or a run's folder, whose last step is
+taken. Formats:
+
+    openpi            params/ and assets/ for openpi with a config of the student's depth
+    openpi-padded     the same at the teacher's depth, for an unchanged openpi; no faster
+    openpi-pytorch    model.safetensors for openpi's PyTorch model
+    lerobot           a policy folder of LeRobot; needs plugins/lerobot_policy_shallow_pi there
+
+The folder (default: <run>/exports/<step>-<format>) appears when it has been read back and its
+actions compared with the student's; an existing one is never overwritten. Its README.md says how to
+run it.
+
+    uv run scripts/export_student.py checkpoints/pi0_aloha_l6/first --format openpi
+    uv run scripts/export_student.py 30000 --format openpi-padded --layers 0 3 7 10 14 17
+"""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import tyro
+
+from shallow_pi import progress
+from shallow_pi.deploy import export
+from shallow_pi.training import config, distributed
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """What to export, and how."""
+
+    # The student's step folder, or its run's folder; local, gs:// or hf://.
+    step: Annotated[str, tyro.conf.Positional]
+    # Whose layout.
+    format: export.Format
+    # The folder to make; empty is exports/<step>-<format> beside the step.
+    output: str = ""
+    # openpi-padded of a step folder without its run: teacher layers of the student's.
+    layers: tuple[int, ...] = ()
+    # openpi-padded of a step folder without its run: layers of the teacher.
+    teacher_depth: int = 18
+    # Export sizes other than openpi's too; no released class of openpi or LeRobot loads them.
+    any_size: bool = False
+    # Integration steps of the comparison.
+    num_steps: int = 10
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse, export, say where it is."""
+    given = tyro.cli(Arguments, args=arguments, description=__doc__)
+    distributed.cache_compilations()
+    with config.exit_on():
+        folder = export.export(
+            given.step,
+            given.format,
+            given.output or None,
+            layers=given.layers,
+            teacher_depth=given.teacher_depth,
+            any_size=given.any_size,
+            num_steps=given.num_steps,
+            report=lambda line: progress.console.print(line, highlight=False, soft_wrap=True),
+        )
+    print(folder)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

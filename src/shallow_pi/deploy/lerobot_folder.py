@@ -1,0 +1,176 @@
+"""What LeRobot wants beside `model.safetensors`: the policy's config and its two pipelines.
+
+The types `shallow_pi0` and `shallow_pi05` come from the plugin `lerobot_policy_shallow_pi`
+(plugins/ in this repository), which reads the depth from the config and raises where the file does
+not fit. The pipelines are LeRobot's own steps with this policy's statistics, set so that they
+compute what `data.robots` computes: openpi's epsilon, and relative actions where the robot has any.
+"""
+
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from shallow_pi.data import assets as policy_assets
+from shallow_pi.data import normalize, robots
+from shallow_pi.models import safetensors_file
+
+TOKENIZER = "google/paligemma-3b-pt-224"
+STATE, ACTION, PROMPT = "observation.state", "action", "task"
+
+
+def write(folder: pathlib.Path, assets: policy_assets.Assets) -> None:
+    """Write `config.json`, `policy_preprocessor.json` and `policy_postprocessor.json`.
+
+    Raises:
+      ValueError: the robot's units or keys are more than LeRobot's steps can express.
+    """
+    check(assets.robot)
+    _dump(folder / "config.json", config(assets))
+    for name, steps in (
+        ("policy_preprocessor", _before(assets)),
+        ("policy_postprocessor", _after(assets)),
+    ):
+        for number, step in enumerate(steps):
+            if step["registry_name"] in ("normalizer_processor", "unnormalizer_processor"):
+                file = f"{name}_step_{number}_{step['registry_name']}.safetensors"
+                safetensors_file.save(statistics(assets), folder / file)
+                step["state_file"] = file
+        _dump(folder / f"{name}.json", {"name": name, "steps": steps})
+
+
+def check(robot: robots.Robot) -> None:
+    """Raise unless LeRobot's steps can do what this robot's transforms do."""
+    beyond = {
+        "its own units or signs of the state": robot.state_conversion,
+        "its own units or signs of the actions": robot.action_conversion,
+        "a state in several keys": robot.state_more,
+        "a fixed prompt": robot.prompt,
+        f"the state under {robot.state_key!r}": robot.state_key != STATE,
+        f"the prompt under {robot.prompt_key!r}": robot.prompt_key != PROMPT,
+    }
+    found = [what for what, present in beyond.items() if present]
+    if found:
+        raise ValueError(
+            f"robot {robot.name} has {', '.join(found)}, and LeRobot's pipelines have no step for "
+            "that: a policy there would get other numbers than it was trained on. Export it with "
+            "--format openpi and serve it, or record and train with a robot in LeRobot's own terms"
+        )
+
+
+def config(assets: policy_assets.Assets) -> dict[str, Any]:
+    """The policy's config; LeRobot's defaults stand for what is not in it."""
+    model = assets.model
+    relative, absolute, names = _relative(assets)
+    return {
+        "type": "shallow_pi05" if model.pi05 else "shallow_pi0",
+        "depth": model.depth,
+        "n_obs_steps": 1,
+        "input_features": _inputs(assets),
+        "output_features": _outputs(assets),
+        "push_to_hub": False,
+        "dtype": model.dtype,
+        "chunk_size": model.action_horizon,
+        "n_action_steps": model.action_horizon,
+        "max_state_dim": model.action_dim,
+        "max_action_dim": model.action_dim,
+        "num_inference_steps": 10,
+        "use_relative_actions": relative,
+        "relative_exclude_joints": absolute,
+        "action_feature_names": names,
+        "image_resolution": [model.image_size, model.image_size],
+        "normalization_mapping": _modes(assets),
+        "tokenizer_max_length": model.max_token_len,
+    }
+
+
+def statistics(assets: policy_assets.Assets) -> dict[str, np.ndarray]:
+    """LeRobot's tensors of statistics, in the robot's dimensions.
+
+    openpi divides by q99 − q01 + 1e-6 and LeRobot by q99 − q01, so the 1e-6 goes into q99.
+    """
+    found = {}
+    for key, name, dim in (
+        ("state", STATE, assets.robot.state_dim),
+        ("actions", ACTION, assets.robot.action_dim),
+    ):
+        stats = assets.stats[key]
+        values = {"mean": stats.mean, "std": stats.std, "q01": stats.q01}
+        values["q99"] = stats.q99 + normalize.EPSILON
+        for kind, value in values.items():
+            found[f"{name}.{kind}"] = np.ascontiguousarray(value[:dim], np.float32)
+    return found
+
+
+def _before(assets: policy_assets.Assets) -> list[dict[str, Any]]:
+    relative, absolute, names = _relative(assets)
+    make_relative = {"enabled": relative, "exclude_joints": absolute, "action_names": names}
+    prompt: tuple[str, dict[str, Any]] = ("pi0_new_line_processor", {})
+    if assets.model.discrete_state_input:
+        dim = {"max_state_dim": assets.model.action_dim}
+        prompt = ("pi05_prepare_state_tokenizer_processor_step", dim)
+    tokenize = {
+        "max_length": assets.model.max_token_len,
+        "task_key": PROMPT,
+        "padding_side": "right",
+        "padding": "max_length",
+        "truncation": True,
+        "tokenizer_name": TOKENIZER,
+    }
+    features = _inputs(assets) | _outputs(assets)
+    return [
+        _step("rename_observations_processor", {"rename_map": {}}),
+        _step("to_batch_processor", {}),
+        _step("relative_actions_processor", make_relative),
+        _step("normalizer_processor", _normalizer(assets, features)),
+        _step(*prompt),
+        _step("tokenizer_processor", tokenize),
+        _step("device_processor", {"device": "cpu", "float_dtype": None}),
+    ]
+
+
+def _after(assets: policy_assets.Assets) -> list[dict[str, Any]]:
+    return [
+        _step("unnormalizer_processor", _normalizer(assets, _outputs(assets))),
+        _step("absolute_actions_processor", {"enabled": _relative(assets)[0]}),
+        _step("device_processor", {"device": "cpu", "float_dtype": None}),
+    ]
+
+
+def _step(name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    return {"registry_name": name, "config": settings}
+
+
+def _normalizer(assets: policy_assets.Assets, features: dict[str, Any]) -> dict[str, Any]:
+    return {"eps": normalize.EPSILON, "features": features, "norm_map": _modes(assets)}
+
+
+def _modes(assets: policy_assets.Assets) -> dict[str, str]:
+    mode = {"quantile": "QUANTILES", "z_score": "MEAN_STD"}[assets.kind]
+    return {"VISUAL": "IDENTITY", "STATE": mode, "ACTION": mode}
+
+
+def _inputs(assets: policy_assets.Assets) -> dict[str, Any]:
+    """Pictures in the model's order (cameras the robot lacks are left out), and the state."""
+    size, robot = assets.model.image_size, assets.robot
+    seen = [robot.cameras[name] for name in assets.model.cameras if name in robot.cameras]
+    pictures = {key: {"type": "VISUAL", "shape": [3, size, size]} for key in seen}
+    return pictures | {STATE: {"type": "STATE", "shape": [robot.state_dim]}}
+
+
+def _outputs(assets: policy_assets.Assets) -> dict[str, Any]:
+    return {ACTION: {"type": "ACTION", "shape": [assets.robot.action_dim]}}
+
+
+def _relative(assets: policy_assets.Assets) -> tuple[bool, list[str], list[str]]:
+    """Whether any action is relative to the state, which are not, and names for all of them."""
+    dim = assets.robot.action_dim
+    delta = (*assets.robot.delta, *(False,) * dim)[:dim]
+    names = [f"action_{index:03d}" for index in range(dim)]
+    absolute = [name for name, relative in zip(names, delta, strict=True) if not relative]
+    return any(delta), absolute, names
+
+
+def _dump(path: pathlib.Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,173 @@
+"""Checkpoints and files by address: a local path, `gs://` or `hf://`; fetched once and kept.
+
+`gs://B/P` is kept at `$OPENPI_DATA_HOME/B/P` (default `~/.cache/openpi`), as openpi keeps it and
+under openpi's own lock, so what either has fetched serves both. A download is made beside its
+place, file by file and block by block, and renamed when every size is right: it is complete or
+absent, and one that was interrupted goes on where it stopped. `hf://owner/repo[@revision][/path]`
+is left to huggingface_hub, which caches (`HF_HOME`), locks and resumes by itself.
+"""
+
+import base64
+import hashlib
+import os
+import pathlib
+import re
+from typing import Any
+
+import filelock
+import fsspec
+
+from shallow_pi import progress
+
+# Bytes asked for at once: what an interruption loses at most.
+BLOCK = 32 * 2**20
+
+
+def locate(url: str | os.PathLike[str], *, filesystem: Any = None) -> pathlib.Path:
+    """The local path of a checkpoint, dataset or file, fetched first where it has to be.
+
+    Args:
+      url: a local path, `gs://<bucket>/<path>` or `hf://<owner>/<repo>[@<revision>][/<path>]`.
+      filesystem: the fsspec file system a `gs://` address is read through; None is the public
+        bucket, anonymously.
+
+    Raises:
+      FileNotFoundError: it cannot be fetched; says what was tried and where to put it by hand.
+      OSError: there is no place to keep it.
+      ValueError: an address of another kind.
+    """
+    text = os.fspath(url)
+    scheme, separator, rest = text.partition("://")
+    if not separator:
+        return pathlib.Path(text).expanduser()
+    if scheme == "gs":
+        return _from_bucket(rest.strip("/"), filesystem)
+    if scheme == "hf":
+        return _from_hub(text, rest.strip("/"))
+    raise ValueError(
+        f"cannot fetch {text!r}: expected a local path, gs://<bucket>/<path> or "
+        "hf://<owner>/<repo>[@<revision>][/<path>]"
+    )
+
+
+def _from_bucket(source: str, filesystem: Any) -> pathlib.Path:
+    home = pathlib.Path(os.environ.get("OPENPI_DATA_HOME", "~/.cache/openpi")).expanduser()
+    target = home / source
+    if target.exists():
+        return target
+    # openpi's name for it, so that neither disturbs the other.
+    lock = filelock.FileLock(target.with_suffix(".lock"))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            progress.console.print(f"Another process fetches {target}: waiting", highlight=False)
+            lock.acquire()
+    except OSError as error:
+        raise OSError(
+            f"gs://{source} is to be kept at {target}, where nothing can be written "
+            f"({type(error).__name__}: {error}): make the folder writable, or set "
+            "OPENPI_DATA_HOME to one that is"
+        ) from error
+    partial = target.with_name(f"{target.name}.unfinished")
+    try:
+        if not target.exists():
+            _download(source, partial, filesystem)
+            partial.rename(target)
+    except Exception as error:  # No gcsfs, no network, no rights, no space: all end alike.
+        kept = f" What came so far is kept in {partial}, and the next try goes on from there."
+        raise FileNotFoundError(
+            f"gs://{source} is not at {target} and could not be downloaded "
+            f"({type(error).__name__}: {error}).{kept if partial.exists() else ''} Downloading "
+            "needs a network and gcsfs (uv sync --extra gcs). Or fetch it on another machine with "
+            f"`gsutil cp -r gs://{source} .` and put it at {target}; "
+            "OPENPI_DATA_HOME moves the folder"
+        ) from error
+    finally:
+        lock.release()
+    return target
+
+
+def _download(source: str, partial: pathlib.Path, filesystem: Any) -> None:
+    """Copy a bucket's folder or file to `partial`, keeping what is there already."""
+    # gcsfs tries for a minute or two before it gives up.
+    progress.console.print(f"Looking for gs://{source}", highlight=False)
+    if filesystem is None:
+        filesystem = fsspec.filesystem("gs", token="anon")
+    files = {
+        name.lstrip("/"): entry
+        for name, entry in filesystem.find(source, detail=True).items()
+        if not name.endswith("/")
+    }
+    if not files:
+        raise FileNotFoundError(f"gs://{source} holds no files")
+    local = {name: partial / name[len(source) :].lstrip("/") for name in files}
+    for stale in set(partial.rglob("*")) - set(local.values()):
+        if stale.is_file():
+            stale.unlink()
+    sizes = {name: entry["size"] or 0 for name, entry in files.items()}
+    for name, file in local.items():
+        _keep_whole_blocks(file, sizes[name])
+    done = sum(file.stat().st_size for file in local.values())
+    total = sum(sizes.values())
+    with progress.bar(f"Fetch {source.rpartition('/')[2]}", total >> 20, done >> 20) as advance:
+        for name, file in local.items():
+            with file.open("ab") as out:
+                while (start := out.tell()) < sizes[name]:
+                    end = min(start + BLOCK, sizes[name])
+                    out.write(filesystem.cat_file(name, start=start, end=end))
+                    out.flush()
+                    if out.tell() != end:
+                        raise OSError(f"{name} ended at byte {out.tell()} of {sizes[name]}")
+                    before, done = done, done + end - start
+                    advance((done >> 20) - (before >> 20), note="MB")
+            _check(file, files[name])
+
+
+def _keep_whole_blocks(file: pathlib.Path, size: int) -> None:
+    """Make the file, or cut it to what certainly arrived: all of it, or whole blocks."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.touch()
+    have = file.stat().st_size
+    if have != size:
+        os.truncate(file, have // BLOCK * BLOCK if have < size else 0)
+
+
+def _check(file: pathlib.Path, entry: dict[str, Any]) -> None:
+    """Compare with the bucket's MD5; objects that were uploaded in parts have none."""
+    if "md5Hash" not in entry:
+        return
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "md5").digest()
+    if digest != base64.b64decode(entry["md5Hash"]):
+        file.unlink()
+        raise OSError(f"{file.name} arrived damaged (its MD5 is not the bucket's) and was removed")
+
+
+def _from_hub(url: str, rest: str) -> pathlib.Path:
+    match = re.fullmatch(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^/]+))?(/(?P<path>.+))?", rest)
+    if match is None:
+        raise ValueError(
+            f"{url!r} is no address on the Hugging Face hub: expected "
+            "hf://<owner>/<repo>[@<revision>][/<path>], such as hf://lerobot/pi05_base"
+        )
+    repo, revision, path = match["repo"], match["revision"], match["path"]
+    try:
+        import huggingface_hub
+
+        patterns = None if path is None else [path, f"{path}/*"]
+        found = huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=patterns)
+    except Exception as error:  # Not installed, no network, no rights, no such repository.
+        include = "" if path is None else f" --include '{path}' '{path}/*'"
+        version = "" if revision is None else f" --revision {revision}"
+        raise FileNotFoundError(
+            f"{url} could not be fetched ({type(error).__name__}: {error}). It was looked for with "
+            "huggingface_hub (uv sync --extra hf), in its cache (HF_HOME) and on the network. Or "
+            f"fetch it on another machine with `hf download {repo}{version}{include} --local-dir "
+            f"DIR`, copy DIR here, and give DIR{'' if path is None else '/' + path} as the path"
+        ) from error
+    target = pathlib.Path(found) / (path or "")
+    if not target.exists():
+        raise FileNotFoundError(f"{repo} has no {path!r}: look at the files of that repository")
+    return target

@@ -1,0 +1,251 @@
+"""Exports: what is given back is the student, and what cannot be given back is refused."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from shallow_pi.data import assets, normalize, robots
+from shallow_pi.deploy import export, policy
+from shallow_pi.models import pi0, safetensors_file, weights
+
+FORMATS = ("openpi", "openpi-padded", "openpi-pytorch", "lerobot")
+LAYERS, TEACHER_DEPTH = [1, 3], 5
+
+
+@pytest.fixture(scope="module")
+def own(tiny_config, tiny_dataset):
+    ramp = np.linspace(0.5, 2, 3)
+    stats = normalize.NormStats(mean=ramp, std=ramp + 1, q01=-ramp, q99=ramp)
+    model = tiny_config(depth=2, vocab_size=320)
+    both = {"state": stats, "actions": stats}
+    return assets.Assets(model, robots.TURNTABLE, tiny_dataset[1], both, "turntable")
+
+
+@pytest.fixture(scope="module")
+def params(own, tiny_params):
+    return tiny_params(own.model)
+
+
+@pytest.fixture(scope="module")
+def run(own, params, tmp_path_factory):
+    """A run's folder with two steps; tests must not change it."""
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    for step, of_step in (("2", params), ("10", jax.tree.map(lambda x: -x, params))):
+        weights.save_params(folder / step / "params", of_step)
+        own.save(folder / step / "assets")
+    content = {"name": "pi0_tiny_l2", "layer_map": LAYERS, "model": {"depth": TEACHER_DEPTH}}
+    (folder / "config.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(run, tmp_path_factory):
+    """Each format once; tests must not change them."""
+    folder = tmp_path_factory.mktemp("exports")
+    return {
+        name: export.export(run / "2", name, folder / name, any_size=True, num_steps=2)
+        for name in FORMATS
+    }
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_an_export_is_a_policy_with_the_students_actions(run, exported, name):
+    generator = np.random.default_rng(3)
+    found = {
+        key: generator.integers(0, 256, (24, 24, 3), np.uint8)
+        for key in robots.TURNTABLE.cameras.values()
+    }
+    found |= {"observation.state": np.ones(3, np.float32), "task": "touch the red block"}
+    noise = generator.standard_normal((1, 5, 6)).astype(np.float32)
+    student = policy.Policy.from_checkpoint(run / "2", num_steps=3)
+    other = policy.Policy.from_checkpoint(exported[name], num_steps=3)
+    actions = student.infer([found], noise)
+    np.testing.assert_allclose(other.infer([found], noise), actions, rtol=1e-5, atol=1e-6)
+    assert np.abs(actions).max() > 0.1
+
+
+def test_openpis_folder_has_parameters_and_statistics_where_openpi_looks(params, exported):
+    stored = weights.stored_shapes(exported["openpi"] / "params")
+    assert set(stored) == {"params"}
+    assert set(weights.leaves(stored["params"])) == set(weights.leaves(params))
+    stats = json.loads((exported["openpi"] / "assets/turntable/norm_stats.json").read_text())
+    np.testing.assert_allclose(stats["norm_stats"]["state"]["mean"], np.linspace(0.5, 2, 3))
+
+
+def test_padding_puts_layers_at_their_teacher_indices_between_zeros(params, exported):
+    read = weights.leaves(
+        weights.load_params(
+            exported["openpi-padded"],
+            pi0.abstract_params(assets.load(exported["openpi-padded"]).model),
+        )
+    )
+    for path, leaf in weights.leaves(params).items():
+        if path.startswith(weights.LAYERS):
+            assert read[path].shape[0] == TEACHER_DEPTH
+            np.testing.assert_array_equal(read[path][np.array(LAYERS)], leaf)
+            assert not np.asarray(read[path])[[0, 2, 4]].any()
+        else:
+            np.testing.assert_array_equal(read[path], leaf)
+
+
+@pytest.mark.parametrize("pi05", [False, True])
+def test_a_padded_model_is_the_same_function(tiny_config, tiny_params, tiny_observation, pi05):
+    config = tiny_config(pi05=pi05, depth=2)
+    params, observation = tiny_params(config), tiny_observation(config)
+    deep = pi0.at_depth(config, 4)
+    padded = jax.tree.map(jnp.asarray, export.pad(params, (0, 2), 4))
+    x_t = jax.random.normal(jax.random.key(0), (2, 5, 6))
+    t = jnp.array([0.3, 0.9])
+    shallow, _ = jax.jit(pi0.velocity, static_argnums=0)(config, params, observation, x_t, t)
+    same, _ = jax.jit(pi0.velocity, static_argnums=0)(deep, padded, observation, x_t, t)
+    np.testing.assert_allclose(same, shallow, rtol=1e-6, atol=1e-6)
+
+
+def test_openpis_pytorch_file_has_every_tensor_of_its_class(exported, own):
+    folder = exported["openpi-pytorch"]
+    names = set(safetensors.numpy.load_file(folder / "model.safetensors"))
+    with_expert = "paligemma_with_expert."
+    assert f"{with_expert}gemma_expert.lm_head.weight" in names
+    assert f"{with_expert}paligemma.model.language_model.layers.1.mlp.up_proj.weight" in names
+    assert f"{with_expert}paligemma.model.language_model.layers.2.mlp.up_proj.weight" not in names
+    content = json.loads((folder / "config.json").read_text())
+    assert (content["depth"], content["pi05"], content["action_horizon"]) == (2, False, 5)
+
+
+def test_files_can_be_read_by_others(exported):
+    for name in FORMATS:
+        for file in exported[name].rglob("*.safetensors"):
+            assert file.stat().st_mode & 0o044 == 0o044, file
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_card_says_what_it_is_and_how_to_run_it(exported, name):
+    card = (exported[name] / "README.md").read_text()
+    command = {
+        "openpi": "scripts/serve_openpi.py policy:checkpoint --policy.config=pi0_tiny_l2",
+        "openpi-padded": "at the indices\n1 3 of 5",
+        "openpi-pytorch": "dataclasses.replace(original(name), depth=2)",
+        "lerobot": "pip install plugins/lerobot_policy_shallow_pi",
+    }
+    assert "# π0 with 2 layers" in card
+    assert "teacher layers 1 3 of 5" in card
+    assert command[name] in card
+    assert "{" not in card
+
+
+def test_the_last_step_of_a_run_is_taken_and_goes_beside_it(run, params, tmp_path):
+    folder = tmp_path / "first"
+    shutil.copytree(run, folder)
+    said = []
+    made = export.export(folder, "openpi", any_size=True, num_steps=1, report=said.append)
+    assert made == folder / "exports" / "10-openpi"
+    read = weights.load_params(made, pi0.abstract_params(assets.load(made).model))
+    np.testing.assert_array_equal(
+        read["action_in_proj"]["kernel"], -params["action_in_proj"]["kernel"]
+    )
+    assert "Reading" in said[0]
+    assert "parameters equal" in said[-1]
+
+
+def test_stored_dtypes_are_kept_and_bfloat16_is_compared_in_bfloat16(own, params, tmp_path):
+    own = dataclasses.replace(own, model=dataclasses.replace(own.model, dtype="bfloat16"))
+    weights.save_params(tmp_path / "7" / "params", params)
+    own.save(tmp_path / "7" / "assets")
+    made = export.export(tmp_path / "7", "openpi-pytorch", any_size=True, num_steps=1)
+    stored = weights.stored_params(made)
+    assert {leaf.dtype for leaf in jax.tree.leaves(stored)} == {jnp.dtype("float32")}
+
+
+def test_nothing_is_overwritten(run, exported):
+    with pytest.raises(FileExistsError, match="never overwrites: move it away or"):
+        export.export(run / "2", "openpi", exported["openpi"], any_size=True)
+
+
+def test_sizes_openpi_does_not_have_are_refused_one_by_one(run, tmp_path):
+    with pytest.raises(ValueError, match=r"(?s)vocab_size is 320, theirs 257152.*--any-size"):
+        export.export(run / "2", "lerobot", tmp_path / "new")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_step_folder_alone_is_padded_by_the_layers_given(run, tmp_path):
+    shutil.copytree(run / "2", tmp_path / "2")
+    with pytest.raises(ValueError, match=r"no run's config\.json.*--layers 0 3 7"):
+        export.export(tmp_path / "2", "openpi-padded", any_size=True)
+    made = export.export(
+        tmp_path / "2", "openpi-padded", any_size=True, num_steps=1, layers=(0, 2), teacher_depth=3
+    )
+    assert weights.param_depth(made) == 3
+
+
+@pytest.mark.parametrize("layers", [(1,), (3, 1), (1, 1), (1, 5), (-1, 2)])
+def test_layers_that_do_not_fit_are_an_error(run, tmp_path, layers):
+    with pytest.raises(ValueError, match=r"does not place a student of 2 layers in a teacher of 5"):
+        export.export(run / "2", "openpi-padded", tmp_path / "x", any_size=True, layers=layers)
+
+
+def test_missing_statistics_or_a_half_copied_step_are_named(run, tmp_path):
+    shutil.copytree(run / "2", tmp_path / "2")
+    (tmp_path / "2" / "assets" / "turntable" / "norm_stats.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no normalization statistics at .*norm_stats"):
+        export.export(tmp_path / "2", "openpi", any_size=True)
+    shutil.copytree(run / "2", tmp_path / "3")
+    (tmp_path / "3" / "params" / "_METADATA").unlink()
+    with pytest.raises(ValueError, match=r"half written, copied or downloaded"):
+        export.export(tmp_path / "3", "openpi", any_size=True)
+    with pytest.raises(FileNotFoundError, match=r"no shallow_pi\.json"):
+        export.export(tmp_path / "absent", "openpi")
+
+
+def test_where_nothing_can_be_written_it_says_so(run, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError, match=r"file/new cannot be made .*give an --output"):
+        export.export(run / "2", "openpi", tmp_path / "file" / "new", any_size=True)
+
+
+def test_what_is_read_back_differently_is_not_kept(run, tmp_path, monkeypatch):
+    write = safetensors_file.write
+
+    def wrong(path, leaves, **options):
+        bias = np.asarray(leaves["action_out_proj/bias"]) + 1
+        write(path, {**leaves, "action_out_proj/bias": bias}, **options)
+
+    monkeypatch.setattr(safetensors_file, "write", wrong)
+    with pytest.raises(ValueError, match=r"other numbers than were written: .*action_out_pro"):
+        export.export(run / "2", "lerobot", tmp_path / "new", any_size=True, num_steps=1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_statistics_that_differ_are_not_kept(run, tmp_path, monkeypatch):
+    save = normalize.save
+
+    def wrong(folder, stats):
+        save(folder, {**stats, "actions": dataclasses.replace(stats["actions"], mean=np.ones(3))})
+
+    monkeypatch.setattr(normalize, "save", wrong)
+    with pytest.raises(ValueError, match=r"other numbers than .*\['statistics actions\.mean'\]"):
+        export.export(run / "2", "openpi", tmp_path / "new", any_size=True, num_steps=1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_actions_that_differ_are_not_kept(run, tmp_path, monkeypatch):
+    """Layers in another order are read back as they were written, and are another policy."""
+    pad = export.pad
+    monkeypatch.setattr(
+        export, "pad", lambda params, layers, depth: pad(params, list(layers)[::-1], depth)
+    )
+    with pytest.raises(ValueError, match=r"actions of .* differ from the student's by"):
+        export.export(run / "2", "openpi-padded", tmp_path / "new", any_size=True, num_steps=2)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_config_that_is_no_runs_is_an_error(run, tmp_path):
+    shutil.copytree(run / "2", tmp_path / "2")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"config\.json is not a run's config"):
+        export.export(tmp_path / "2", "openpi", any_size=True)

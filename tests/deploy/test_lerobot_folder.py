@@ -1,0 +1,153 @@
+"""What LeRobot computes with the folder's numbers is what our transforms compute."""
+
+import ast
+import dataclasses
+import json
+import pathlib
+import re
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from shallow_pi.data import assets, normalize, robots
+from shallow_pi.deploy import lerobot_folder
+from shallow_pi.models import safetensors_file
+from shallow_pi.models import safetensors_layout as layout
+
+PLUGIN = pathlib.Path(__file__).parents[2] / "plugins/lerobot_policy_shallow_pi/src"
+PLUGIN = PLUGIN / "lerobot_policy_shallow_pi"
+
+
+@pytest.fixture(scope="module")
+def make(tiny_config, tiny_dataset):
+    """Assets of a π0 or π0.5 for the turntable, every statistic another."""
+    ramp = np.linspace(0.5, 2, 4)
+
+    def stats(shift):
+        return normalize.NormStats(ramp + shift, ramp * 2, -ramp, ramp + 1 + shift)
+
+    def assets_of(robot=robots.TURNTABLE, **changes):
+        model = tiny_config(vocab_size=320, **changes)
+        both = {"state": stats(0.0), "actions": stats(3.0)}
+        return assets.Assets(model, robot, tiny_dataset[1], both, "turntable")
+
+    return assets_of
+
+
+def _steps(folder, name):
+    content = json.loads((folder / f"{name}.json").read_text())
+    return {step["registry_name"]: step for step in content["steps"]}
+
+
+def test_the_config_names_the_plugins_type_and_its_depth(make):
+    config = lerobot_folder.config(make())
+    assert (config["type"], config["depth"]) == ("shallow_pi0", 3)
+    assert lerobot_folder.config(make(pi05=True))["type"] == "shallow_pi05"
+    assert list(config["input_features"]) == [
+        "observation.images.base",
+        "observation.images.wrist",
+        "observation.state",
+    ]
+    assert config["output_features"] == {"action": {"type": "ACTION", "shape": [3]}}
+
+
+def test_plugin_and_exporter_agree_on_names():
+    """The plugin cannot be imported here (it needs torch); its literals can be read."""
+    source = PLUGIN.joinpath("configuration_shallow_pi.py").read_text()
+    assert re.findall(r'register_subclass\("(\w+)"\)', source) == ["shallow_pi0", "shallow_pi05"]
+    tree = ast.parse(PLUGIN.joinpath("modeling_shallow_pi.py").read_text())
+    literals = {
+        node.targets[0].id: node.value.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
+    }
+    assert literals == {
+        "FILE_NAME": safetensors_file.NAME,
+        "EMBEDDING": f"model.{layout.EMBEDDING}",
+        "TIED": f"model.{layout.TIED}",
+        "UNUSED": f"model.{layout.UNUSED[1]}",
+        "LAYERS": f"model.{layout.BACKBONE}layers.",
+    }
+
+
+def test_a_camera_the_robot_lacks_is_left_out_and_the_order_is_the_models(make):
+    cameras = ("left_wrist_0_rgb", "right_wrist_0_rgb", "base_0_rgb")
+    features = lerobot_folder.config(make(cameras=cameras))["input_features"]
+    pictures = [key for key in features if "images" in key]
+    assert pictures == ["observation.images.wrist", "observation.images.base"]
+
+
+@pytest.mark.parametrize("pi05", [False, True])
+def test_lerobots_normalization_is_ours(make, tmp_path, pi05):
+    """LeRobot: (x − mean) / (std + eps), and 2 (x − q01) / (q99 − q01) − 1."""
+    own = make(pi05=pi05)
+    lerobot_folder.write(tmp_path, own)
+    for name, kind, key, ours in (
+        ("policy_preprocessor", "normalizer_processor", "observation.state", "state"),
+        ("policy_postprocessor", "unnormalizer_processor", "action", "actions"),
+    ):
+        step = _steps(tmp_path, name)[kind]
+        stored = safetensors.numpy.load_file(tmp_path / step["state_file"])
+        mean, std, q01, q99 = (stored[f"{key}.{x}"] for x in ("mean", "std", "q01", "q99"))
+        assert mean.shape == (3,)
+        x = np.array([0.1, -2.0, 5.0])
+        if step["config"]["norm_map"]["STATE"] == "MEAN_STD":
+            theirs = (x - mean) / (std + step["config"]["eps"])
+        else:
+            theirs = 2 * (x - q01) / (q99 - q01) - 1
+        expected = normalize.normalize(x, own.stats[ours], own.kind)
+        np.testing.assert_allclose(theirs, expected, rtol=1e-6)
+        assert step["config"]["norm_map"]["STATE"] == ("QUANTILES" if pi05 else "MEAN_STD")
+
+
+@pytest.mark.parametrize(
+    ("delta", "enabled", "absolute"),
+    [
+        ((), False, ["action_000", "action_001", "action_002"]),
+        ((True, True, True), True, []),
+        ((True, False), True, ["action_001", "action_002"]),
+    ],
+)
+def test_relative_actions_are_the_robots(make, tmp_path, delta, enabled, absolute):
+    lerobot_folder.write(tmp_path, make(dataclasses.replace(robots.TURNTABLE, delta=delta)))
+    before = _steps(tmp_path, "policy_preprocessor")["relative_actions_processor"]["config"]
+    after = _steps(tmp_path, "policy_postprocessor")["absolute_actions_processor"]["config"]
+    assert before["enabled"] is after["enabled"] is enabled
+    assert before["exclude_joints"] == absolute
+    assert before["action_names"] == ["action_000", "action_001", "action_002"]
+
+
+def test_the_state_is_normalized_before_it_goes_into_the_prompt(make, tmp_path):
+    lerobot_folder.write(tmp_path, make(pi05=True, discrete_state_input=True))
+    names = list(_steps(tmp_path, "policy_preprocessor"))
+    state_in_prompt = names.index("pi05_prepare_state_tokenizer_processor_step")
+    assert names.index("normalizer_processor") < state_in_prompt
+    assert state_in_prompt < names.index("tokenizer_processor")
+    assert "pi0_new_line_processor" not in names
+
+
+def test_a_prompt_without_state_ends_in_a_newline(make, tmp_path):
+    lerobot_folder.write(tmp_path, make(pi05=True))
+    names = list(_steps(tmp_path, "policy_preprocessor"))
+    assert names.index("pi0_new_line_processor") < names.index("tokenizer_processor")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"state_key": "observation.joints"}, "state under 'observation.joints'"),
+        ({"prompt": "pick up the cup"}, "a fixed prompt"),
+        ({"state_more": ("observation.gripper",)}, "a state in several keys"),
+    ],
+)
+def test_a_robot_lerobots_steps_cannot_express_is_refused(make, tmp_path, change, message):
+    robot = dataclasses.replace(robots.TURNTABLE, **change)
+    with pytest.raises(ValueError, match=rf"robot turntable has .*{message}.* --format openpi"):
+        lerobot_folder.write(tmp_path, make(robot))
+    assert not list(tmp_path.iterdir())
+
+
+def test_units_and_signs_of_openpis_aloha_are_refused():
+    with pytest.raises(ValueError, match="its own units or signs of the state, its own units"):
+        lerobot_folder.check(robots.find("aloha"))

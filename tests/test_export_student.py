@@ -1,0 +1,88 @@
+"""The command: it exports, explains itself, and answers bad input with one error."""
+
+import importlib.util
+import json
+import pathlib
+import shutil
+import sys
+
+import pytest
+
+from shallow_pi.models import weights
+
+ROOT = pathlib.Path(__file__).parents[1]
+TEACHER = ROOT / "assets" / "pi0_turntable"
+
+
+@pytest.fixture
+def command(capsys, monkeypatch):
+    """Calls the script's `main` in this process: (exit status, stdout, stderr)."""
+    spec = importlib.util.spec_from_file_location(
+        "export_student", ROOT / "scripts" / "export_student.py"
+    )
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "export_student", module)  # tyro reads its source for --help.
+    spec.loader.exec_module(module)
+
+    def call(*arguments):
+        try:
+            module.main([str(argument) for argument in arguments])
+            status = 0
+        except SystemExit as error:
+            status = error.code
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return call
+
+
+def test_the_packaged_policy_is_exported_and_the_folder_printed(command, tmp_path):
+    target = tmp_path / "export"
+    arguments = ("--format", "openpi-pytorch", "--output", target, "--num-steps", 1, "--any-size")
+    status, out, _ = command(TEACHER, *arguments)
+    assert status == 0
+    assert out == f"{target}\n"
+    assert weights.param_depth(target) == 18
+    assert json.loads((target / "config.json").read_text())["depth"] == 18
+    status, _, err = command(TEACHER, *arguments)
+    assert status == 1
+    assert "already exists" in err
+
+
+def test_help_teaches(command):
+    status, out, _ = command("--help")
+    assert status == 0
+    for word in ("openpi-padded", "lerobot", "--layers", "never overwritten"):
+        assert word in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("nowhere", "--format", "openpi"), "no shallow_pi.json"),
+        ((TEACHER, "--format", "openpi"), "--any-size"),
+        (("s3://bucket/7", "--format", "openpi"), "expected a local path"),
+    ],
+)
+def test_bad_input_is_one_error_without_a_traceback(command, arguments, message):
+    status, out, err = command(*arguments)
+    assert status == 1
+    assert out == ""
+    assert err.startswith("error: ")
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_an_unknown_format_lists_the_formats(command):
+    status, _, err = command(TEACHER, "--format", "onnx")
+    assert status == 2
+    assert "openpi-padded" in err
+
+
+def test_a_truncated_safetensors_file_is_named(command, tmp_path):
+    broken = tmp_path / "7"
+    shutil.copytree(TEACHER / "assets", broken / "assets")
+    (broken / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
+    status, _, err = command(broken, "--format", "openpi", "--any-size")
+    assert status == 1
+    assert "model.safetensors could not be read" in err
