@@ -61,7 +61,7 @@ FOLDERS = {
         "turntable",
         "turntable_expert",
     ],
-    "evaluation/": ["intervals", "rollout", "latency", "flops", "plots", "report", "study"],
+    "evaluation/": ["intervals", "rollout", "latency", "flops", "benchmark", "plots", "report", "study"],
     "interop/": ["openpi", "openpi_configs"],
 }
 ORDER = [folder + file for folder, files in FOLDERS.items() for file in files]

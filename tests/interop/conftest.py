@@ -18,8 +18,6 @@ collect_ignore_glob = [] if OPENPI else ["*.py"]
 if OPENPI:
     # As in tests/conftest.py, but for one device, which openpi's restoring expects to fill.
     os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(TESTS.parent / ".cache" / "jax"))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 

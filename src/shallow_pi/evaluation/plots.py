@@ -207,3 +207,35 @@ def _enlarge(frame: UInt8[np.ndarray, "h w 3"], side: int) -> Image.Image:
     """Scale to height `side` without blurring, so that one sees the pixels the policy sees."""
     width = round(frame.shape[1] * side / frame.shape[0])
     return Image.fromarray(frame).resize((width, side), Image.Resampling.NEAREST)
+
+
+def breakdown(
+    path: pathlib.Path, timings: Sequence[tuple[int, Mapping[str, float]]], num_steps: int
+) -> None:
+    """Milliseconds of one inference by part, a bar for each depth (see `benchmark.Timing`)."""
+    figure, axes = _figure(1, 1, (6.4, 1.2 + 0.5 * len(timings)))
+    axis = axes[0][0]
+    labels = [f"{depth} layers" for depth, _ in timings]
+    left = np.zeros(len(timings))
+    for part in ("image tower", "rest of the prefix", f"{num_steps} steps"):
+        widths = np.array([_share(median, part) for _, median in timings])
+        axis.barh(labels, widths, left=left, height=0.6, label=part)
+        left += widths
+    for label, (_, median) in zip(labels, timings, strict=True):
+        axis.plot([median["whole"]] * 2, [label] * 2, "|", color="#222222", markersize=14)
+    axis.set(xlabel="ms (the mark: measured as a whole)", xlim=(0, None))
+    axis.legend(frameon=False, fontsize=8, loc="lower right")
+    axis.invert_yaxis()
+    _tidy(axis, "x")
+    figure.savefig(path)
+
+
+def _share(median: Mapping[str, float], part: str) -> float:
+    """The prefix's time has the image tower in it; what is left of the whole are the steps."""
+    return max(
+        0.0,
+        {
+            "image tower": median["image tower"],
+            "rest of the prefix": median["prefix"] - median["image tower"],
+        }.get(part, median["whole"] - median["prefix"]),
+    )
