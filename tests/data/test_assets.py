@@ -132,9 +132,20 @@ def test_a_damaged_description_is_named(own, tmp_path, damage):
         assets.load(tmp_path)
 
 
-def test_an_unknown_robot_is_named(own, tmp_path):
+@pytest.mark.parametrize("robot", [*robots.ROBOTS.values()], ids=lambda robot: robot.name)
+def test_every_robot_comes_back_as_it_was_saved(own, tmp_path, robot):
+    changed = dataclasses.replace(robot, name="not_listed", prompt="go")
+    dataclasses.replace(own, robot=changed).save(tmp_path / "assets")
+    assert assets.load(tmp_path).robot == changed
+
+
+def test_folders_that_only_name_their_robot_are_read(own, tmp_path):
     own.save(tmp_path / "assets")
     path = tmp_path / "assets" / "shallow_pi.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"robot": "crane"}))
+    content = json.loads(path.read_text())
+    del content["robot_fields"]
+    path.write_text(json.dumps(content))
+    assert assets.load(tmp_path).robot == own.robot
+    path.write_text(json.dumps(content | {"robot": "crane"}))
     with pytest.raises(ValueError, match="unknown robot 'crane'"):
         assets.load(tmp_path)

@@ -15,7 +15,12 @@ from shallow_pi.data import lerobot, robots
 
 FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures" / "lerobot"
 IMAGE, VIDEO = FIXTURES / "pusht_v30_image", FIXTURES / "pusht_v30_video"
-REFERENCES = [(IMAGE, "reference_v30_image.npz"), (VIDEO, "reference_v30_video.npz")]
+OLD, MULTI = FIXTURES / "pusht_v21_video", FIXTURES / "multi_v30_h264"
+REFERENCES = [
+    pytest.param(IMAGE, "reference_v30_image.npz", id="image"),
+    pytest.param(VIDEO, "reference_v30_video.npz", id="video"),
+    pytest.param(OLD, "reference_v21_video.npz", id="v2.1"),
+]
 
 PUSHT = robots.Robot(
     name="pusht",
@@ -45,7 +50,7 @@ def _edit_data(path: pathlib.Path, *columns: pl.Expr | pl.Series) -> None:
     pl.read_parquet(file).with_columns(*columns).write_parquet(file)
 
 
-@pytest.mark.parametrize(("path", "reference"), REFERENCES, ids=["image", "video"])
+@pytest.mark.parametrize(("path", "reference"), REFERENCES)
 def test_frames_equal_lerobots_in_any_order_from_any_thread(path, reference) -> None:
     dataset, expected = lerobot.Dataset(path), np.load(FIXTURES / reference)
     top, wrist = expected["top"], expected["wrist"]
@@ -62,7 +67,7 @@ def test_frames_equal_lerobots_in_any_order_from_any_thread(path, reference) -> 
         assert all(pool.map(equal, shuffled))
 
 
-@pytest.mark.parametrize(("path", "reference"), REFERENCES, ids=["image", "video"])
+@pytest.mark.parametrize(("path", "reference"), REFERENCES)
 def test_chunks_equal_lerobots(path, reference) -> None:
     dataset, expected = lerobot.Dataset(path), np.load(FIXTURES / reference)
     actions, pad = zip(*(dataset.chunk(i, 8) for i in range(len(dataset))), strict=True)
@@ -90,7 +95,7 @@ def test_read_decodes_only_the_cameras_asked_for() -> None:
         lerobot.Dataset(IMAGE).read(3, ["front"])
 
 
-@pytest.mark.parametrize("path", [IMAGE, VIDEO], ids=["image", "video"])
+@pytest.mark.parametrize("path", [IMAGE, VIDEO, OLD], ids=["image", "video", "v2.1"])
 def test_dataset_can_be_sent_to_another_process(path) -> None:
     dataset = lerobot.Dataset(path)
     before = dataset[50]
@@ -151,13 +156,13 @@ def test_empty_dataset_raises(copy) -> None:
         lerobot.Dataset(copy)
     _edit_info(copy, total_frames=110)
     shutil.rmtree(copy / "data")
-    with pytest.raises(ValueError, match="is empty"):
+    with pytest.raises(FileNotFoundError, match=r"episodes 0 to 3 .*file-000\.parquet is missing"):
         lerobot.Dataset(copy)
 
 
 def test_other_versions_and_absent_datasets_raise(copy, tmp_path) -> None:
     _edit_info(copy, codebase_version="v1.6")
-    with pytest.raises(ValueError, match=r"has LeRobot format v1\.6, expected v3\.0"):
+    with pytest.raises(ValueError, match=r"has LeRobot format v1\.6, expected one of v2\.0, v2"):
         lerobot.Dataset(copy)
     with pytest.raises(FileNotFoundError, match="no LeRobot dataset at"):
         lerobot.Dataset(tmp_path / "absent")
@@ -165,7 +170,7 @@ def test_other_versions_and_absent_datasets_raise(copy, tmp_path) -> None:
 
 def test_frames_that_do_not_add_up_raise(copy) -> None:
     _edit_info(copy, total_frames=200)
-    with pytest.raises(ValueError, match=r"has 110 frames in 1 data files but info\.json says 200"):
+    with pytest.raises(ValueError, match=r"4 episodes with 110 frames but info\.json says 200"):
         lerobot.Dataset(copy)
 
 
@@ -189,3 +194,146 @@ def test_corrupt_files_name_file_episode_and_frame(copy, tmp_path) -> None:
     file.unlink()
     with pytest.raises(FileNotFoundError, match=r"episode 0, frame 0: video file .* is missing"):
         dataset[0]
+
+
+def test_version_2_0_is_read_like_2_1(tmp_path) -> None:
+    """The two differ in where their statistics lie, which nothing reads."""
+    copy = shutil.copytree(OLD, tmp_path / "old")
+    _edit_info(copy, codebase_version="v2.0")
+    (copy / "meta" / "episodes_stats.jsonl").unlink()
+    dataset = lerobot.Dataset(copy)
+    assert (len(dataset), dataset.num_episodes) == (110, 4)
+    assert dataset[20]["task"] == "move the T away"
+    dataset.validate(PUSHT)
+
+
+def test_many_episodes_in_many_files_h264() -> None:
+    """Six episodes over five data files in three chunks, one video; frames count up in it."""
+    dataset = lerobot.Dataset(MULTI)
+    assert dataset.num_episodes == 6
+    frames = dataset.columns["frame_index"]
+    np.testing.assert_array_equal(dataset.columns["index"], np.arange(len(dataset)))
+    starts = np.flatnonzero(frames == 0)
+    assert len(starts) == 6
+    pictures = [dataset.picture(i, dataset.cameras[0]) for i in range(len(dataset))]
+    assert {picture.shape for picture in pictures} == {pictures[0].shape}
+    for i in reversed(range(len(dataset))):
+        np.testing.assert_array_equal(dataset.picture(i, dataset.cameras[0]), pictures[i])
+
+
+@pytest.mark.parametrize("path", [IMAGE, VIDEO, OLD], ids=["image", "video", "v2.1"])
+def test_chosen_episodes_are_those_of_the_whole(path, tmp_path) -> None:
+    whole, chosen = lerobot.Dataset(path), lerobot.Dataset(path, episodes=[3, 1])
+    assert (chosen.episodes, len(chosen)) == ([1, 3], 60)
+    for i, original in ((0, 20), (24, 44), (25, 75), (59, 109)):
+        for key, value in whole[original].items():
+            np.testing.assert_array_equal(chosen[i][key], value)
+        np.testing.assert_array_equal(chosen.chunk(i, 8)[0], whole.chunk(original, 8)[0])
+    assert len(pickle.loads(pickle.dumps(chosen))) == 60
+    with pytest.raises(ValueError, match=r"no episodes \[4, 9\] in dataset .* 4, 0 to 3"):
+        lerobot.Dataset(path, episodes=[1, 4, 9])
+    with pytest.raises(ValueError, match="no episodes were chosen"):
+        lerobot.Dataset(path, episodes=[])
+
+
+def test_files_of_other_episodes_need_not_be_there(tmp_path) -> None:
+    copy = shutil.copytree(OLD, tmp_path / "old")
+    for file in copy.rglob("episode_000002.*"):
+        file.unlink()
+    dataset = lerobot.Dataset(copy, episodes=[0, 3])
+    assert dataset[-1 + len(dataset)]["episode_index"] == 3
+    assert dataset.layout.files([0, 3], ["observation.images.top"]) == [
+        "data/chunk-000/episode_000000.parquet",
+        "data/chunk-000/episode_000003.parquet",
+        "videos/chunk-000/observation.images.top/episode_000000.mp4",
+        "videos/chunk-000/observation.images.top/episode_000003.mp4",
+    ]
+    with pytest.raises(FileNotFoundError, match=r"^episode 2 of .*episode_000002\.parquet is miss"):
+        lerobot.Dataset(copy)
+
+
+def test_bad_episodes_are_left_out_counted_and_named(tmp_path) -> None:
+    copy = shutil.copytree(OLD, tmp_path / "old")
+    data, top = copy / "data" / "chunk-000", copy / "videos" / "chunk-000"
+    (data / "episode_000000.parquet").write_bytes(b"junk")
+    file = top / "observation.images.wrist" / "episode_000001.mp4"
+    file.write_bytes(file.read_bytes()[:2000])
+    table = pl.read_parquet(data / "episode_000003.parquet")
+    table.head(30).write_parquet(data / "episode_000003.parquet")
+    with pytest.raises(ValueError, match=r"episode 0 of dataset .*cannot read"):
+        lerobot.Dataset(copy)
+    with pytest.raises(ValueError, match=r"has 30 frames of episode 3, the meta files say 35"):
+        lerobot.Dataset(copy, episodes=[3])
+    dataset = lerobot.Dataset(copy, skip_bad_episodes=True)
+    assert dataset.episodes == [2]
+    assert sorted(dataset.skipped) == [0, 1, 3]
+    assert "episode_000001.mp4" in dataset.skipped[1]
+    assert "episode 1, frame" in dataset.skipped[1]
+    whole = lerobot.Dataset(OLD)
+    np.testing.assert_array_equal(dataset[7]["action"], whole[52]["action"])
+    assert len(pickle.loads(pickle.dumps(dataset))) == 30
+    shutil.rmtree(copy / "videos")
+    with pytest.raises(ValueError, match=r"no episode of dataset .* can be read: "):
+        lerobot.Dataset(copy, skip_bad_episodes=True)
+
+
+def test_an_episode_that_is_not_finite_can_be_left_out(copy) -> None:
+    bad = pl.when(pl.col("index") == 27).then(float("nan")).otherwise(1.0).cast(pl.Float32)
+    _edit_data(copy, pl.concat_arr(bad, bad).alias("action"))
+    dataset = lerobot.Dataset(copy, skip_bad_episodes=True)
+    assert dataset.skipped == {1: "'action' is not finite in episode 1"}
+    dataset.validate(PUSHT)
+
+
+def test_frames_out_of_order_are_named(copy) -> None:
+    swapped = pl.when(pl.col("index") == 21).then(5).otherwise(pl.col("frame_index"))
+    _edit_data(copy, swapped.alias("frame_index"))
+    with pytest.raises(ValueError, match=r"row 1 of episode 1 is frame 5"):
+        lerobot.Dataset(copy)
+
+
+def test_damaged_meta_files_are_named(tmp_path) -> None:
+    old = shutil.copytree(OLD, tmp_path / "old")
+    with (old / "meta" / "episodes.jsonl").open("a") as file:
+        file.write("{cut")
+    with pytest.raises(ValueError, match=r"episodes\.jsonl, line 5 is not JSON"):
+        lerobot.Dataset(old)
+    (old / "meta" / "tasks.jsonl").unlink()
+    with pytest.raises(FileNotFoundError, match=r"tasks\.jsonl is missing"):
+        lerobot.Dataset(old)
+    new = shutil.copytree(IMAGE, tmp_path / "new")
+    (new / "meta" / "info.json").write_text("{")
+    with pytest.raises(ValueError, match=r"info\.json is not JSON"):
+        lerobot.Dataset(new)
+    shutil.copy(IMAGE / "meta" / "info.json", new / "meta")
+    shutil.rmtree(new / "meta" / "episodes")
+    with pytest.raises(FileNotFoundError, match=r"has no meta/episodes"):
+        lerobot.Dataset(new)
+
+
+def test_a_task_without_text_is_named(tmp_path) -> None:
+    old = shutil.copytree(OLD, tmp_path / "old")
+    file = old / "meta" / "tasks.jsonl"
+    file.write_text(file.read_text().splitlines()[0])
+    with pytest.raises(ValueError, match=r"episode 1, frame 0 .* has task 1; there are \[0\]"):
+        lerobot.Dataset(old)[20]
+
+
+def test_episodes_are_split_by_share_and_seed() -> None:
+    train, held_out = lerobot.split(range(10), 0.2, seed=1)
+    assert sorted(train + held_out) == list(range(10))
+    assert len(held_out) == 2
+    assert lerobot.split(range(10), 0.2, seed=1) == (train, held_out)
+    assert lerobot.split(range(10), 0.2, seed=2) != (train, held_out)
+    assert len(lerobot.split(range(10), 0.01)[1]) == 1, "at least one"
+    for episodes, share in ((range(1), 0.5), (range(10), 0.99), (range(10), 0.0), ([], 0.5)):
+        with pytest.raises(ValueError, match=r"cannot hold out .* at least one episode on each"):
+            lerobot.split(episodes, share)
+
+
+def test_memory_for_encoded_pictures_is_limited(monkeypatch) -> None:
+    dataset, expected = lerobot.Dataset(IMAGE), lerobot.Dataset(IMAGE)
+    monkeypatch.setattr(lerobot, "MAX_PICTURE_BYTES", 1)
+    for camera in (*dataset.cameras, *dataset.cameras):
+        np.testing.assert_array_equal(dataset.picture(5, camera), expected.picture(5, camera))
+        assert [key for _, key in dataset._pictures] == [camera]

@@ -7,7 +7,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from shallow_pi.data import lerobot, lerobot_writer
+from shallow_pi.data import lerobot, lerobot_writer, video_writer
 
 FIXTURE = pathlib.Path(__file__).parents[1] / "fixtures" / "lerobot" / "pusht_v30_image"
 FILES = [
@@ -171,3 +171,37 @@ def test_bad_episodes_are_refused(tmp_path) -> None:
     writer.finish()
     with pytest.raises(FileExistsError, match="exists; remove it"):
         lerobot_writer.Writer(tmp_path / "new", 20)
+
+
+def test_large_videos_are_split_into_files_between_episodes(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(lerobot_writer, "VIDEO_FILE_MB", 0.001)
+    encoding = video_writer.Encoding("h264", crf=10)
+    with lerobot_writer.Writer(tmp_path / "new", 20, encoding=encoding) as writer:
+        episodes = [_add_episode(writer, 30, seed, "touch") for seed in range(4)]
+    dataset = lerobot.Dataset(tmp_path / "new")
+    assert dataset.features["observation.images.base"]["dtype"] == "video"
+    files = sorted((tmp_path / "new" / "videos" / "observation.images.base").rglob("*.mp4"))
+    assert 1 < len(files) <= 4
+    for i in (0, 29, 30, 75, 119):
+        # Noise compresses badly; noise of another frame would not correlate at all.
+        expected = episodes[i // 30]["images"]["base"][i % 30].astype(float).mean(-1)
+        found = dataset.picture(i, "observation.images.base").astype(float).mean(-1)
+        assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > 0.7, f"frame {i}"
+
+
+def test_a_copied_video_has_a_file_of_its_own(tmp_path) -> None:
+    film = FIXTURE.parent / "pusht_v21_video" / "videos" / "chunk-000"
+    film = film / "observation.images.top" / "episode_000001.mp4"
+    picture, numbers = np.zeros((1, 96, 96, 3), np.uint8), np.arange(25.0)[:, None]
+    with lerobot_writer.Writer(tmp_path / "new", 10) as writer:
+        for _ in range(2):
+            images, copies = {"top": picture}, {"top": film}
+            writer.add(images, {"action": numbers}, ["go", "stop"] * 12 + ["go"], copies=copies)
+    copied = sorted((tmp_path / "new" / "videos" / "top").rglob("*.mp4"))
+    assert [file.read_bytes() for file in copied] == [film.read_bytes()] * 2
+    dataset = lerobot.Dataset(tmp_path / "new")
+    np.testing.assert_array_equal(dataset.picture(7, "top"), dataset.picture(32, "top"))
+    assert (dataset.task(1), dataset.task(24)) == ("stop", "go")
+    episodes = pl.read_parquet(tmp_path / "new" / FILES[1])
+    assert episodes["tasks"].to_list() == [["go", "stop"]] * 2
+    assert dataset.columns["action"].dtype == np.float64

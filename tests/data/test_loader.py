@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from shallow_pi.data import lerobot, loader, robots, tokenizer
+from shallow_pi.data import lerobot, lerobot_writer, loader, pipelines, robots, tokenizer
 
 FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures" / "lerobot"
 
@@ -140,7 +140,7 @@ def test_dataset_source_gives_the_batch_of_the_contract(tmp_path) -> None:
     )
     dataset = lerobot.Dataset(FIXTURES / "pusht_v30_image")
     tokenizer.train(dataset.tasks.values(), tmp_path / "small.model")
-    transform = robots.inputs(
+    transform = pipelines.inputs(
         robot,
         cameras=("base_0_rgb", "left_wrist_0_rgb"),
         image_size=48,
@@ -204,3 +204,45 @@ def test_bad_input_raises() -> None:
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     with pytest.raises(ValueError, match="prefetch depth must be at least 1"):
         loader.prefetch(loader.Loader(Numbers(20), 4), device, depth=0)
+
+
+@pytest.mark.parametrize("name", ["libero_delta", "droid_position", "ur5", "aloha_sim"])
+def test_recordings_of_other_robots_become_batches(tmp_path, name) -> None:
+    """In the keys of openpi's converters: states in parts, pictures under plain names."""
+    robot, rng = robots.find(name), np.random.default_rng(0)
+    more = len(robot.state_more)
+    sizes = [robot.state_dim - more] + [1] * more
+    with lerobot_writer.Writer(tmp_path / "data", robot.fps) as writer:
+        for length in (4, 6):
+            images = {
+                key: rng.integers(0, 256, (length, 6, 8, 3), np.uint8)
+                for key in robot.cameras.values()
+            }
+            columns = {
+                key: rng.uniform(0.1, 0.9, (length, size)).astype(np.float32)
+                for key, size in zip(robot.state_keys, sizes, strict=True)
+            }
+            columns[robot.action_key] = rng.normal(size=(length, robot.action_dim))
+            columns[robot.action_key] = columns[robot.action_key].astype(np.float32)
+            writer.add(images, columns, ["go"] * length)
+    dataset = lerobot.Dataset(tmp_path / "data")
+    tokenizer.train(["go"], tmp_path / "small.model")
+    stats = dataset.norm_stats(robot, 5)
+    transform = pipelines.inputs(
+        robot,
+        cameras=("base_0_rgb", "left_wrist_0_rgb"),
+        image_size=8,
+        action_dim=16,
+        tokenizer=tokenizer.Tokenizer(tmp_path / "small.model", 48),
+        stats=stats,
+        kind="z_score",
+    )
+    source = loader.DatasetSource(dataset, robot, 5, transform)
+    samples = [source[i] for i in range(len(source))]
+    for key, dim in (("state", robot.state_dim), ("actions", robot.action_dim)):
+        values = np.concatenate([np.atleast_2d(sample[key]) for sample in samples])[:, :dim]
+        np.testing.assert_allclose(values.mean(0), 0, atol=1e-4)
+        np.testing.assert_allclose(values.std(0), 1, atol=1e-3)
+    dataset.columns[robot.state_key] = np.zeros((10, 2), np.float32)
+    with pytest.raises(ValueError, match=rf"robot {name} expects \({robot.state_dim},\)"):
+        dataset.validate(robot)

@@ -1,91 +1,24 @@
-"""A robot's observation becomes a model sample, and model actions the robot's actions."""
+"""The robots are openpi's, one's own is a small file, and what cannot be is refused."""
 
-import numpy as np
+import dataclasses
+import json
+import textwrap
+
 import pytest
 
-from shallow_pi.data import normalize, robots, tokenizer
-
-CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
+from shallow_pi.data import conversions, robots
 
 
-@pytest.fixture(scope="module")
-def tokens(tmp_path_factory) -> tokenizer.Tokenizer:
-    path = tmp_path_factory.mktemp("tokenizer") / "small.model"
-    tokenizer.train(["touch the red block"], path)
-    return tokenizer.Tokenizer(path, 48)
-
-
-@pytest.fixture(scope="module")
-def stats() -> dict[str, normalize.NormStats]:
-    values = np.random.default_rng(0).normal(size=(100, 3)) * 0.1 + 0.3
-    return {"state": normalize.compute(values), "actions": normalize.compute(values * 2)}
-
-
-def _observation(**extra) -> dict:
-    rng = np.random.default_rng(1)
-    return {
-        "observation.images.base": rng.integers(0, 256, (48, 48, 3), np.uint8),
-        "observation.images.wrist": rng.integers(0, 256, (48, 48, 3), np.uint8),
-        "observation.state": rng.normal(size=3).astype(np.float32),
-        "task": "touch the red block",
-        "timestamp": 0.5,
-        **extra,
-    }
-
-
-def _inputs(tokens, stats, **changes):
-    arguments = {"cameras": CAMERAS, "image_size": 48, "action_dim": 8, "tokenizer": tokens}
-    arguments |= {"stats": stats, "kind": "z_score"} | changes
-    return robots.inputs(robots.TURNTABLE, **arguments)
-
-
-def test_training_sample_has_exactly_the_keys_and_types_of_a_batch(tokens, stats) -> None:
-    pad = np.array([False, False, True])
-    actions = np.random.default_rng(2).normal(size=(3, 3)).astype(np.float32)
-    observation = _observation(action=actions, action_is_pad=pad)
-    sample = _inputs(tokens, stats)(observation)
-    assert set(sample) == {
-        *("image", "image_mask", "state", "actions", "action_mask"),
-        *("tokenized_prompt", "tokenized_prompt_mask"),
-    }
-    wrist = observation["observation.images.wrist"]
-    np.testing.assert_array_equal(sample["image"]["left_wrist_0_rgb"], wrist)
-    assert [bool(sample["image_mask"][camera]) for camera in CAMERAS] == [True, True, False]
-    np.testing.assert_array_equal(sample["action_mask"], ~pad)
-    relative = actions - observation["observation.state"]
-    expected = normalize.normalize(relative, stats["actions"], "z_score")
-    np.testing.assert_array_equal(sample["actions"][:, :3], expected)
-    np.testing.assert_array_equal(sample["actions"][:, 3:], 0)
-    assert sample["state"].shape == (8,)
-    assert sample["state"].dtype == sample["actions"].dtype == np.float32
-
-
-def test_observation_without_actions_is_an_inference_sample(tokens, stats) -> None:
-    sample = _inputs(tokens, stats)(_observation())
-    assert "actions" not in sample
-    assert "action_mask" not in sample
-
-
-def test_discrete_state_is_the_normalized_state_before_padding(tokens, stats) -> None:
-    sample = _inputs(tokens, stats, kind="quantile", discrete_state=True)(
-        _observation(**{"observation.state": stats["state"].q01})
-    )
-    text = tokens.decode(sample["tokenized_prompt"][sample["tokenized_prompt_mask"]])
-    assert text == "Task: touch the red block, State: 0 0 0;\nAction: "
-
-
-@pytest.mark.parametrize("kind", ["z_score", "quantile"])
-def test_outputs_invert_inputs(tokens, stats, kind: normalize.Kind) -> None:
-    actions = np.random.default_rng(3).normal(size=(10, 3)).astype(np.float32)
-    observation = _observation(action=actions)
-    sample = _inputs(tokens, stats, kind=kind)(observation)
-    outputs = robots.outputs(robots.TURNTABLE, stats=stats, kind=kind)
-    raw = {"actions": sample["actions"], "state": observation["observation.state"]}
-    np.testing.assert_allclose(outputs(raw)["actions"], actions, atol=1e-5)
+def test_masks_are_written_as_groups() -> None:
+    assert robots.mask(2, -1, 1) == (True, True, False, True)
+    assert robots.ALOHA.delta == ((True,) * 6 + (False,)) * 2
 
 
 def test_aloha_maps_its_three_cameras() -> None:
-    keys = {camera: key.removeprefix("observation.images.") for camera, key in _aloha().items()}
+    keys = {
+        camera: key.removeprefix("observation.images.")
+        for camera, key in robots.find("aloha").cameras.items()
+    }
     assert keys == {
         "base_0_rgb": "cam_high",
         "left_wrist_0_rgb": "cam_left_wrist",
@@ -93,25 +26,86 @@ def test_aloha_maps_its_three_cameras() -> None:
     }
 
 
-def _aloha() -> dict[str, str]:
-    return dict(robots.find("aloha").cameras)
+@pytest.mark.parametrize(
+    ("name", "dims", "fps", "deltas"),
+    [
+        ("turntable", (3, 3), 20, 3),
+        ("aloha", (14, 14), 50, 12),
+        ("aloha_sim", (14, 14), 50, 0),
+        ("libero", (8, 7), 10, 0),
+        ("libero_delta", (8, 7), 10, 6),
+        ("droid", (8, 8), 15, 0),
+        ("droid_position", (8, 8), 15, 7),
+        ("ur5", (7, 7), 20, 6),
+    ],
+)
+def test_sizes_are_openpis(name, dims, fps, deltas) -> None:
+    robot = robots.find(name)
+    assert (robot.state_dim, robot.action_dim) == dims
+    assert robot.fps == fps
+    assert sum(robot.delta) == deltas
 
 
-def test_bad_input_raises(tokens, stats) -> None:
+def test_every_robot_survives_json() -> None:
+    for robot in robots.ROBOTS.values():
+        content = json.loads(json.dumps(dataclasses.asdict(robot)))
+        assert robots.from_dict(content) == robot
+
+
+def test_a_robot_can_be_a_file(tmp_path) -> None:
+    path = tmp_path / "my_arm.py"
+    path.write_text(
+        textwrap.dedent(
+            """
+            import dataclasses
+
+            from shallow_pi.data import robots
+
+            ROBOT = dataclasses.replace(robots.UR5, name="ur5_slow", fps=10)
+            """
+        )
+    )
+    robot = robots.find(str(path))
+    assert (robot.name, robot.fps, robot.delta) == ("ur5_slow", 10, robots.UR5.delta)
+    path.write_text("robot = 3")
+    with pytest.raises(ValueError, match=r"must define ROBOT = .* got nothing of that name"):
+        robots.find(str(path))
+    path.write_text("ROBOT = 'ur5'")
+    with pytest.raises(ValueError, match=r"must define ROBOT = .* got str"):
+        robots.find(str(path))
+    path.write_text(
+        "from shallow_pi.data import robots\nimport dataclasses\n"
+        "ROBOT = dataclasses.replace(robots.UR5, fps=3)"
+    )
+    with pytest.raises(ValueError, match="names its robot 'ur5', which is another: rename it"):
+        robots.find(str(path))
+    with pytest.raises(FileNotFoundError, match=r"no robot file .*other\.py"):
+        robots.find(str(tmp_path / "other.py"))
+
+
+def test_the_example_of_the_docstring_runs(tmp_path) -> None:
+    text = robots.__doc__
+    example = text[text.index("    from shallow_pi") : text.index("or a variant")]
+    (tmp_path / "example.py").write_text(textwrap.dedent(example))
+    assert robots.find(str(tmp_path / "example.py")).delta == (True,) * 6 + (False,)
+
+
+def test_unknown_robots_are_named() -> None:
     with pytest.raises(ValueError, match=r"unknown robot 'turntabel'.*did you mean 'turntable'"):
         robots.find("turntabel")
-    with pytest.raises(ValueError, match="dimension 3, more than the model's action_dim 2"):
-        _inputs(tokens, stats, action_dim=2)
-    with pytest.raises(ValueError, match="none in common"):
-        _inputs(tokens, stats, cameras=("front",))
-    with pytest.raises(ValueError, match="statistics lack 'actions'"):
-        _inputs(tokens, {"state": stats["state"]})
-    inputs = _inputs(tokens, stats)
-    observation = _observation()
-    del observation["observation.images.wrist"]
-    with pytest.raises(ValueError, match=r"'observation.images.wrist' \(for left_wrist_0_rgb\)"):
-        inputs(observation)
-    with pytest.raises(ValueError, match=r"'observation.state' has 4 dimensions, robot turntable"):
-        inputs(_observation(**{"observation.state": np.zeros(4)}))
-    with pytest.raises(ValueError, match=r"lacks \['task'\]"):
-        inputs({key: value for key, value in _observation().items() if key != "task"})
+    with pytest.raises(ValueError, match=r"unknown robot 'crane'.*name a file"):
+        robots.find("crane")
+
+
+def test_robots_that_do_not_fit_together_are_refused() -> None:
+    changes = {
+        "has no cameras": {"cameras": {}},
+        "positive state_dim, action_dim and fps, got 14, 0 and 50": {"action_dim": 0},
+        "delta names 15 dimensions, state and actions have 14 and 14": {"delta": (True,) * 15},
+        "action_conversion has 2 dimensions, action_dim is 14": {
+            "action_conversion": conversions.Conversion((1, 1))
+        },
+    }
+    for message, change in changes.items():
+        with pytest.raises(ValueError, match=message):
+            dataclasses.replace(robots.ALOHA, **change)

@@ -7,11 +7,9 @@ Where openpi is not installed, as in the main environment, nothing of this folde
 
 import importlib.util
 import os
-import pathlib
 
 import pytest
 
-TESTS = pathlib.Path(__file__).parents[1]
 OPENPI = importlib.util.find_spec("openpi") is not None
 collect_ignore_glob = [] if OPENPI else ["*.py"]
 

@@ -21,7 +21,7 @@ from openpi_client import websocket_client_policy
 
 from shallow_pi.data import assets as policy_assets
 from shallow_pi.data import normalize, robots
-from shallow_pi.deploy import policy
+from shallow_pi.deploy import export, policy
 from shallow_pi.interop import openpi as interop
 from shallow_pi.models import pi0, weights
 
@@ -107,6 +107,25 @@ def test_openpis_policy_of_a_step_folder_acts_as_ours(robot, changes, make_step)
     step, observation = make_step(robot, _model(**changes)), _observation(robot)
     interop.register_checkpoint("student_l6", step)
     served = policy_config.create_trained_policy(openpi_config.get_config("student_l6"), step)
+    own = policy.Policy.from_checkpoint(step)
+    noise = np.random.default_rng(5).standard_normal(own.noise_shape).astype(np.float32)
+    found = served.infer(_sent(robot, observation), noise=noise)["actions"]
+    _close(found, own.infer([observation], noise[None])[0])
+
+
+@pytest.mark.parametrize("layout", ["openpi", "openpi-padded"])
+def test_an_exported_student_acts_in_openpi_as_here(layout, make_step, tmp_path):
+    """From the exported folder alone; padded, at the depth openpi's own config would have."""
+    robot = robots.ALOHA
+    step, observation = make_step(robot, _model()), _observation(robot)
+    layers = (0, 1, 3, 4, 6, 7) if layout == "openpi-padded" else ()
+    folder = export.export(
+        step, layout, tmp_path / "given", layers=layers, teacher_depth=8, any_size=True
+    )
+    interop.register_checkpoint("student_l6", folder)
+    served = policy_config.create_trained_policy(openpi_config.get_config("student_l6"), folder)
+    kept = weights.param_depth(folder)
+    assert kept == (8 if layers else 6)
     own = policy.Policy.from_checkpoint(step)
     noise = np.random.default_rng(5).standard_normal(own.noise_shape).astype(np.float32)
     found = served.infer(_sent(robot, observation), noise=noise)["actions"]

@@ -53,7 +53,10 @@ def test_an_unknown_field_names_the_closest(capsys):
         (["--batch-size", "9", "--accumulation", "2"], "must be a multiple of accumulation 2"),
         (["--ema-decay", "1"], "ema_decay must lie in [0, 1), got 1.0"),
         (["--exp-name", "a/b"], "exp_name must be a plain folder name, got 'a/b'"),
-        (["--data.robot", "crane"], "unknown robot 'crane'; there are ['aloha', 'turntable']"),
+        (
+            ["--data.robot", "crane"],
+            "unknown robot 'crane'; there are ['aloha', 'aloha_sim', 'droid',",
+        ),
         (["--data.asset-id", ""], "data.asset_id must name a folder"),
         (["--data.num-threads", "-1"], "data.num_threads must be 0 or more, got -1"),
         (["--model.dtype", "float16"], "dtype must be 'bfloat16' or 'float32', got 'float16'"),

@@ -1,6 +1,6 @@
 """What a policy needs beside its parameters, and the files that carry it in every checkpoint.
 
-A step folder holds `assets/shallow_pi.json` (the model's sizes and the robot),
+A step folder holds `assets/shallow_pi.json` (the model's sizes, and the robot's),
 `assets/tokenizer.model` and openpi's `assets/<asset_id>/norm_stats.json`. With them `<step>` alone
 is a deployable policy, and `inputs` and `outputs` are the same transforms in training and on the
 robot.
@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Mapping
 from typing import Any
 
-from shallow_pi.data import normalize, robots, tokenizer, transforms
+from shallow_pi.data import normalize, pipelines, robots, tokenizer, transforms
 from shallow_pi.models import gemma, pi0, siglip
 
 FILE_NAME = "shallow_pi.json"
@@ -51,7 +51,7 @@ class Assets:
                 f"tokenizer {self.tokenizer} has {prompts.vocab_size} pieces, the model embeds "
                 f"{self.model.vocab_size}: give the one the model was trained with"
             )
-        return robots.inputs(
+        return pipelines.inputs(
             self.robot,
             cameras=self.model.cameras,
             image_size=self.model.image_size,
@@ -64,7 +64,7 @@ class Assets:
 
     def outputs(self) -> transforms.Transform:
         """Normalized model actions, with the robot's state beside them → robot actions."""
-        return robots.outputs(self.robot, stats=self.stats, kind=self.kind)
+        return pipelines.outputs(self.robot, stats=self.stats, kind=self.kind)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the files of an `assets` folder."""
@@ -75,6 +75,7 @@ class Assets:
         content = {
             "model": dataclasses.asdict(self.model),
             "robot": self.robot.name,
+            "robot_fields": dataclasses.asdict(self.robot),
             "asset_id": self.asset_id,
         }
         (folder / FILE_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -97,7 +98,9 @@ def load(step: str | os.PathLike[str]) -> Assets:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         model = model_from_dict(content["model"])
-        robot, asset_id = robots.find(content["robot"]), content["asset_id"]
+        # A policy keeps the robot it was trained for, listed or not; older folders name it only.
+        fields, asset_id = content.get("robot_fields"), content["asset_id"]
+        robot = robots.from_dict(fields) if fields else robots.find(content["robot"])
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}); export the policy again") from error
     stats = normalize.load(folder / asset_id)

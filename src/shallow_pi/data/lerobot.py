@@ -1,17 +1,16 @@
-"""Read LeRobot v3.0 datasets without torch: random access to frames and action chunks.
+"""Read LeRobot datasets (v2.0, v2.1, v3.0) without torch: random access to frames and chunks.
 
 Numeric columns live in memory as numpy; pictures are decoded when asked for, from PNG bytes in the
 parquet files or from video. All methods may be called from several threads at once, and a dataset
-can be pickled to another process. Frame `i` runs over the whole dataset, episodes in order.
+can be pickled to another process. Frame `i` runs over the frames of the chosen episodes, in order.
 """
 
-import functools
+import collections
 import io
-import json
 import os
 import pathlib
 import threading
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,48 +18,69 @@ import polars as pl
 from jaxtyping import Bool, Float
 from PIL import Image
 
-from shallow_pi.data import normalize, robots, transforms, video
+from shallow_pi import progress
+from shallow_pi.data import lerobot_layout, normalize, robots, statistics, video
 
-VERSION = "v3.0"
+# Written by lerobot_writer.
+VERSION = lerobot_layout.VERSIONS[-1]
+# Encoded pictures of parquet files kept in memory, per dataset.
+MAX_PICTURE_BYTES = 4 * 2**30
 
 
 class Dataset:
-    """A LeRobot v3.0 dataset in a local folder."""
+    """A LeRobot dataset in a local folder.
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    Args:
+      path: of the folder.
+      episodes: to read, by their index; None is all of them. Files of others are not opened.
+      skip_bad_episodes: leave out episodes that cannot be read, instead of raising: `skipped` then
+        says which and why. Looks at the first and last picture of each, with a progress bar.
+
+    Raises:
+      FileNotFoundError, ValueError: a dataset, file or episode that cannot be read; says which.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        episodes: Collection[int] | None = None,
+        skip_bad_episodes: bool = False,
+    ) -> None:
         self.path = pathlib.Path(path)
-        self.info = _read_info(self.path)
+        self.layout = lerobot_layout.read(self.path)
+        self.info = self.layout.info
         self.features: dict[str, dict[str, Any]] = self.info["features"]
-        if "fps" not in self.info:
-            raise ValueError(
-                f"{self.path}/meta/info.json has no 'fps'; add the frame rate of the recording"
-            )
         self.fps = float(self.info["fps"])
         self.cameras = tuple(
             key for key, feature in self.features.items() if feature["dtype"] in ("image", "video")
         )
-        self._files = sorted(self.path.glob("data/*/*.parquet"))
-        self.columns = self._read_columns()
-        episode = self.columns["episode_index"]
-        self.num_episodes = len(np.unique(episode))
-        self._ends = np.searchsorted(episode, episode, side="right")
-        self.tasks = _read_tasks(self.path)
+        self.tasks = self.layout.tasks
+        # Episodes left out, and why.
+        self.skipped: dict[int, str] = {}
         self._videos = video.Reader()
         self._lock = threading.Lock()
-        self._pictures: dict[tuple[int, str], pl.Series] = {}
+        self._pictures: collections.OrderedDict[tuple[str, str], pl.Series]
+        self._pictures = collections.OrderedDict()
+        self._open(self._chosen(episodes), skip_bad_episodes)
 
     def __len__(self) -> int:
-        return len(self.columns["episode_index"])
+        return len(self._rows)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         """All keys of frame `i`, flat: pictures uint8 (h, w, 3), vectors, `task` as text."""
         return self.read(i)
 
     def __getstate__(self) -> dict:
-        return {"path": self.path}
+        return {"path": self.path, "episodes": self.episodes}
 
     def __setstate__(self, state: dict) -> None:
         self.__init__(**state)  # type: ignore[misc]  # another process opens the files anew
+
+    @property
+    def num_episodes(self) -> int:
+        """How many episodes are read."""
+        return len(self.episodes)
 
     def read(self, i: int, cameras: Collection[str] | None = None) -> dict[str, Any]:
         """Frame `i` with only the pictures named by `cameras` (default: all)."""
@@ -74,7 +94,13 @@ class Dataset:
 
     def task(self, i: int) -> str:
         """The instruction of frame `i`."""
-        return self.tasks[int(self.columns["task_index"][i])]
+        task = int(self.columns["task_index"][i])
+        if task not in self.tasks:
+            raise ValueError(
+                f"{self.where(i)} of dataset {self.path} has task {task}; there are "
+                f"{sorted(self.tasks)} in its meta files"
+            )
+        return self.tasks[task]
 
     def chunk(
         self, i: int, horizon: int, key: str = "action"
@@ -89,8 +115,8 @@ class Dataset:
             raise ValueError(f"dataset {self.path} has no camera {camera!r}; it has {self.cameras}")
         if self.features[camera]["dtype"] == "video":
             return self._video_frame(i, camera)
-        file = int(np.searchsorted(self._starts, i, side="right")) - 1
-        data = self._png_column(file, camera)[i - int(self._starts[file])]
+        file = self.layout.data_file(int(self.columns["episode_index"][i]))
+        data = self._png_column(file, camera)[int(self._rows[i])]
         try:
             if data is None:
                 raise ValueError("no picture bytes in the parquet file")
@@ -98,7 +124,7 @@ class Dataset:
                 return np.asarray(picture.convert("RGB"))
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"cannot decode {camera} of {self.where(i)} in {self._files[file]}: {error}"
+                f"cannot decode {camera} of {self.where(i)} in {self.path / file}: {error}"
             ) from error
 
     def where(self, i: int) -> str:
@@ -106,19 +132,15 @@ class Dataset:
         episode, frame = self.columns["episode_index"][i], self.columns["frame_index"][i]
         return f"episode {episode}, frame {frame}"
 
-    def norm_stats(self, robot: robots.Robot, horizon: int) -> dict[str, normalize.NormStats]:
-        """Exact statistics of state and action chunks as the model sees them.
+    def norm_stats(
+        self, robot: robots.Robot, horizon: int, advance: progress.Advance | None = None
+    ) -> dict[str, normalize.NormStats]:
+        """Exact statistics of state and action chunks as the model sees them (`statistics`).
 
-        Delta actions are taken against the state at the chunk's start, so the horizon matters. No
-        picture is decoded.
+        No picture is decoded. `advance` is called once for each dimension of state and actions.
         """
-        state = self.columns[robot.state_key]
-        frames = np.arange(len(self))[:, None] + np.arange(horizon)
-        chunks = self.columns[robot.action_key][np.minimum(frames, self._ends[:, None] - 1)]
-        return {
-            "state": normalize.compute(state),
-            "actions": normalize.compute(transforms.delta(chunks, state, robot.delta)),
-        }
+        state, actions = robot.state(self.columns), self.columns[robot.action_key]
+        return statistics.compute(state, actions, self._ends, robot, horizon, advance)
 
     def validate(self, robot: robots.Robot) -> None:
         """Raise unless this dataset can train a policy of `robot`."""
@@ -129,20 +151,23 @@ class Dataset:
                     f"{list(self.cameras)}"
                 )
         vectors = sorted(set(self.columns) & set(self.features) - _BOOKKEEPING)
-        expected = ((robot.state_key, robot.state_dim), (robot.action_key, robot.action_dim))
-        for key, dim in expected:
+        for key in (*robot.state_keys, robot.action_key):
             if key not in self.columns:
                 raise ValueError(f"dataset {self.path} lacks {key!r}; it has {vectors}")
-            column = self.columns[key]
+        state, actions = robot.state(self.columns), self.columns[robot.action_key]
+        for key, column, dim in (
+            (" + ".join(map(repr, robot.state_keys)), state, robot.state_dim),
+            (repr(robot.action_key), actions, robot.action_dim),
+        ):
             if column.shape[1:] != (dim,):
                 raise ValueError(
-                    f"{key!r} of dataset {self.path} has shape {column.shape[1:]}, robot "
+                    f"{key} of dataset {self.path} has shape {column.shape[1:]}, robot "
                     f"{robot.name} expects ({dim},)"
                 )
             bad = np.flatnonzero(~np.isfinite(column).all(axis=1))
             if len(bad):
                 raise ValueError(
-                    f"{key!r} of dataset {self.path} is not finite in {self.where(int(bad[0]))}: "
+                    f"{key} of dataset {self.path} is not finite in {self.where(int(bad[0]))}: "
                     f"{column[bad[0]].tolist()} ({len(bad)} such frames); repair or leave out "
                     "the episode"
                 )
@@ -152,101 +177,164 @@ class Dataset:
                 f"{robot.fps:g}; resample the recording or set the robot's fps"
             )
 
-    def _read_columns(self) -> dict[str, np.ndarray]:
-        """Every numeric column over all data files; also sets where each file starts."""
-        if not self._files or not self.info.get("total_frames"):
+    def _chosen(self, episodes: Collection[int] | None) -> list[int]:
+        if not self.layout.lengths or not self.info.get("total_frames"):
             raise ValueError(
-                f"dataset {self.path} is empty (no data file, or total_frames is 0); record "
+                f"dataset {self.path} is empty (no episodes, or total_frames is 0); record "
                 "episodes, or check that the download is complete"
             )
+        known, frames = sorted(self.layout.lengths), sum(self.layout.lengths.values())
+        if frames != self.info["total_frames"]:
+            raise ValueError(
+                f"dataset {self.path} lists {len(known)} episodes with {frames} frames but "
+                f"info.json says {self.info['total_frames']}; a file is of another version of it"
+            )
+        if episodes is None:
+            return known
+        unknown = sorted(set(episodes) - set(known))
+        if unknown or not episodes:
+            raise ValueError(
+                f"no episodes {unknown or 'were chosen'} in dataset {self.path}; it has "
+                f"{len(known)}, {known[0]} to {known[-1]}"
+            )
+        return sorted(set(episodes))
+
+    def _open(self, chosen: list[int], skip: bool) -> None:
+        """Read every numeric column of the chosen episodes, file by file."""
         keys = [key for key, f in self.features.items() if f["dtype"] in _NUMERIC]
         missing = _BOOKKEEPING - set(keys)
         if missing:
             raise ValueError(f"dataset {self.path} lacks the features {sorted(missing)}")
-        tables = [_read_table(path, keys) for path in self._files]
-        self._starts = np.cumsum([0, *(len(table) for table in tables)])[:-1]
-        table = pl.concat(tables)
-        if len(table) != self.info["total_frames"]:
-            raise ValueError(
-                f"dataset {self.path} has {len(table)} frames in {len(tables)} data files but "
-                f"info.json says {self.info['total_frames']}; a file is missing or extra"
+        files: dict[str, list[int]] = {}
+        for episode in chosen:
+            files.setdefault(self.layout.data_file(episode), []).append(episode)
+        parts: dict[int, pl.DataFrame] = {}
+        for file, wanted in files.items():
+            try:
+                table = lerobot_layout.read_table(self.path / file, keys).with_row_index("row")
+            except (ValueError, FileNotFoundError) as error:
+                if not skip:
+                    raise type(error)(f"{_name(wanted)} of dataset {self.path}: {error}") from error
+                self.skipped |= dict.fromkeys(wanted, str(error))
+                continue
+            by_episode = table.partition_by("episode_index", as_dict=True)
+            for episode in wanted:
+                part = by_episode.get((episode,), table.clear())
+                problem = self._problem(part, file, episode)
+                if problem and not skip:
+                    raise ValueError(problem)
+                if problem:
+                    self.skipped[episode] = problem
+                else:
+                    parts[episode] = part
+        self._join(parts, keys)
+        if skip:
+            self._skip_unreadable(parts, keys)
+
+    def _problem(self, part: pl.DataFrame, file: str, episode: int) -> str:
+        """What is wrong with an episode's rows, or nothing."""
+        expected = self.layout.lengths[episode]
+        if len(part) != expected:
+            return (
+                f"{self.path / file} has {len(part)} frames of episode {episode}, the meta files "
+                f"say {expected}; it was cut off, or is of another version of the dataset"
             )
-        columns = {key: _to_numpy(table[key], self.features[key]) for key in keys}
-        if (np.diff(columns["episode_index"]) < 0).any():
-            raise ValueError(f"dataset {self.path}: episodes are not in order in the data files")
-        return columns
+        index = part["frame_index"].to_numpy()
+        wrong = np.flatnonzero(index != np.arange(expected))
+        if len(wrong):
+            return (
+                f"{self.path / file}: row {wrong[0]} of episode {episode} is frame "
+                f"{index[wrong[0]]}; frames must be in order and complete"
+            )
+        return ""
 
-    def _png_column(self, file: int, camera: str) -> pl.Series:
-        """The encoded pictures of one file, read at first use and kept."""
-        if (file, camera) not in self._pictures:
-            with self._lock:
-                if (file, camera) not in self._pictures:
-                    table = _read_table(self._files[file], [camera])
-                    self._pictures[file, camera] = table[camera].struct.field("bytes")
-        return self._pictures[file, camera]
+    def _join(self, parts: dict[int, pl.DataFrame], keys: list[str]) -> None:
+        if not parts:
+            reasons = "; ".join(list(self.skipped.values())[:2])
+            raise ValueError(f"no episode of dataset {self.path} can be read: {reasons}")
+        self.episodes = sorted(parts)
+        table = pl.concat([parts[episode] for episode in self.episodes])
+        self._rows = table["row"].to_numpy()
+        self.columns = {key: _to_numpy(table[key], self.features[key]) for key in keys}
+        episode = self.columns["episode_index"]
+        self._ends = np.searchsorted(episode, episode, side="right")
 
-    @functools.cached_property
-    def _episodes(self) -> dict[str, list]:
-        """Where each episode's videos lie: columns `videos/<key>/<what>`, by episode index."""
-        files = sorted(self.path.glob("meta/episodes/*/*.parquet"))
-        columns = pl.selectors.matches("^episode_index$|^videos/")
-        table = pl.concat([pl.scan_parquet(path).select(columns) for path in files])
-        return table.sort("episode_index").collect().to_dict(as_series=False)
+    def _skip_unreadable(self, parts: dict[int, pl.DataFrame], keys: list[str]) -> None:
+        """Leave out episodes with a number that is not finite, or pictures that do not decode."""
+        starts = np.flatnonzero(np.diff(self._ends, prepend=0))
+        with progress.bar("Check episodes", len(starts)) as advance:
+            for start in map(int, starts):
+                problem = self._unreadable(start, int(self._ends[start]) - 1)
+                if problem:
+                    self.skipped[int(self.columns["episode_index"][start])] = problem
+                advance(1)
+        kept = {episode: part for episode, part in parts.items() if episode not in self.skipped}
+        if len(kept) < len(parts):
+            self._join(kept, keys)
+
+    def _unreadable(self, first: int, last: int) -> str:
+        for key, column in self.columns.items():
+            if column.dtype.kind == "f" and not np.isfinite(column[first : last + 1]).all():
+                return f"{key!r} is not finite in {self.where(first).partition(',')[0]}"
+        try:
+            for camera in self.cameras:
+                self.picture(first, camera)
+                self.picture(last, camera)
+        except (ValueError, FileNotFoundError) as error:
+            return str(error)
+        return ""
+
+    def _png_column(self, file: str, camera: str) -> pl.Series:
+        """The encoded pictures of one file; the files used last are kept, up to a limit."""
+        key = (file, camera)
+        with self._lock:
+            if key in self._pictures:
+                self._pictures.move_to_end(key)
+                return self._pictures[key]
+        table = lerobot_layout.read_table(self.path / file, [camera])
+        column = table[camera].struct.field("bytes")
+        with self._lock:
+            self._pictures[key] = column
+            sizes = {kept: value.estimated_size() for kept, value in self._pictures.items()}
+            while sum(sizes.values()) > MAX_PICTURE_BYTES and len(sizes) > 1:
+                oldest, _ = self._pictures.popitem(last=False)
+                del sizes[oldest]
+        return column
 
     def _video_frame(self, i: int, camera: str) -> np.ndarray:
         episode, frame = (int(self.columns[k][i]) for k in ("episode_index", "frame_index"))
-        row = self._episodes["episode_index"].index(episode)
-        where = {
-            what: self._episodes[f"videos/{camera}/{what}"][row]
-            for what in ("chunk_index", "file_index", "from_timestamp")
-        }
-        path = self.path / self.info["video_path"].format(
-            video_key=camera, chunk_index=where["chunk_index"], file_index=where["file_index"]
-        )
+        file, start = self.layout.video(episode, camera)
         try:
-            seconds = where["from_timestamp"] + frame / self.fps
-            return self._videos.frame(path, seconds, tolerance=0.4 / self.fps)
+            seconds = start + frame / self.fps
+            return self._videos.frame(self.path / file, seconds, tolerance=0.4 / self.fps)
         except (ValueError, FileNotFoundError) as error:
             raise type(error)(f"{camera} of {self.where(i)}: {error}") from error
+
+
+def split(episodes: Sequence[int], validation: float, seed: int = 0) -> tuple[list[int], list[int]]:
+    """Episodes to train on, and a share `validation` of them, at least one, held out.
+
+    Raises:
+      ValueError: nothing would be left for one of the two.
+    """
+    held_out = max(1, round(validation * len(episodes)))
+    if not 0 < validation < 1 or held_out >= len(episodes):
+        raise ValueError(
+            f"cannot hold out {validation:g} of {len(episodes)} episodes: the share must lie "
+            "between 0 and 1 and leave at least one episode on each side"
+        )
+    order = np.random.default_rng(seed).permutation(np.asarray(sorted(episodes)))
+    return sorted(order[held_out:].tolist()), sorted(order[:held_out].tolist())
 
 
 _BOOKKEEPING = {"timestamp", "frame_index", "episode_index", "index", "task_index"}
 _NUMERIC = {"float32", "float64", "int32", "int64", "uint8", "int8", "int16", "bool"}
 
 
-def _read_info(path: pathlib.Path) -> dict[str, Any]:
-    file = path / "meta" / "info.json"
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"no LeRobot dataset at {path}: {file} is missing (was writing it interrupted?)"
-        )
-    try:
-        info = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-    version = info.get("codebase_version")
-    if version != VERSION:
-        raise ValueError(
-            f"dataset {path} has LeRobot format {version}, expected {VERSION}; convert it with "
-            "LeRobot's own converter first"
-        )
-    if "features" not in info:
-        raise ValueError(f"{file} has no 'features'")
-    return info
-
-
-def _read_table(path: pathlib.Path, keys: list[str] | None) -> pl.DataFrame:
-    try:
-        return pl.read_parquet(path, columns=keys)
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise ValueError(f"cannot read {keys} from {path}: {error}") from error
-
-
-def _read_tasks(path: pathlib.Path) -> dict[int, str]:
-    """Task texts; they are the unnamed pandas index, whose column name varies by writer."""
-    table = _read_table(path / "meta" / "tasks.parquet", None)
-    (text,) = (name for name, kind in table.schema.items() if kind == pl.String)
-    return dict(zip(table["task_index"].to_list(), table[text].to_list(), strict=True))
+def _name(episodes: Sequence[int]) -> str:
+    if len(episodes) == 1:
+        return f"episode {episodes[0]}"
+    return f"episodes {episodes[0]} to {episodes[-1]}"
 
 
 def _to_numpy(series: pl.Series, feature: dict[str, Any]) -> np.ndarray:

@@ -1,10 +1,9 @@
-"""Write LeRobot v3.0 datasets (pictures as PNG in parquet) without torch or pyarrow.
+"""Write LeRobot v3.0 datasets (pictures as PNG in parquet, or video) without torch or pyarrow.
 
 Everything goes to `<folder>.partial`, which `finish` renames: a folder that exists is complete.
 Statistics are exact over every frame, unlike LeRobot's own, which averages quantiles of episodes.
 """
 
-import io
 import json
 import os
 import pathlib
@@ -15,15 +14,14 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-from PIL import Image
 
-from shallow_pi.data import lerobot
+from shallow_pi.data import lerobot, lerobot_stats, lerobot_tables, video_writer
 
 STATE_KEY, ACTION_KEY, IMAGE_PREFIX = "observation.state", "action", "observation.images."
 DATA_FILE_MB, VIDEO_FILE_MB, CHUNK_FILES = 100, 200, 1000
 _DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 _EPISODES_PATH = "meta/episodes/chunk-000/file-000.parquet"
-_QUANTILES = {"q01": 0.01, "q10": 0.1, "q50": 0.5, "q90": 0.9, "q99": 0.99}
+_VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
 
 
 class Writer:
@@ -34,16 +32,20 @@ class Writer:
       fps: frame rate.
       state_names, action_names: of the dimensions; default `["0", "1", ...]`.
       robot_type: written to `info.json`.
+      names: of other columns' dimensions.
+      encoding: of video; None keeps pictures as they are, as PNG.
     """
 
     def __init__(
         self,
         folder: str | os.PathLike[str],
-        fps: int,
+        fps: int | float,
         *,
         state_names: Sequence[str] | None = None,
         action_names: Sequence[str] | None = None,
         robot_type: str | None = None,
+        names: Mapping[str, Sequence[str]] | None = None,
+        encoding: video_writer.Encoding | None = None,
     ) -> None:
         self.folder = pathlib.Path(folder)
         if self.folder.exists():
@@ -52,7 +54,10 @@ class Writer:
             )
         self.fps = fps
         self.robot_type = robot_type
-        self._names = {STATE_KEY: state_names, ACTION_KEY: action_names}
+        self.encoding = encoding
+        self._names = {STATE_KEY: state_names, ACTION_KEY: action_names, **(names or {})}
+        self._encoders: dict[str, video_writer.Encoder] = {}
+        self._video_files: dict[str, int] = {}
         self._partial = self.folder.with_name(self.folder.name + ".partial")
         shutil.rmtree(self._partial, ignore_errors=True)
         self._partial.mkdir(parents=True)
@@ -61,6 +66,7 @@ class Writer:
         self._episodes: list[dict[str, Any]] = []
         self._numbers: dict[str, list[np.ndarray]] = {}
         self._counts: dict[str, np.ndarray] = {}
+        self._seen: dict[str, int] = {}
         self._frames = 0
         self._file = 0
         self._buffer: list[pl.DataFrame] = []
@@ -75,6 +81,7 @@ class Writer:
         if kind is None:
             self.finish()
         else:
+            self._close_encoders()
             shutil.rmtree(self._partial, ignore_errors=True)
 
     def add_episode(
@@ -92,34 +99,66 @@ class Writer:
           action: float (T, rd).
           task: the instruction.
         """
-        images = {IMAGE_PREFIX + k.removeprefix(IMAGE_PREFIX): v for k, v in images.items()}
+        named = {IMAGE_PREFIX + k.removeprefix(IMAGE_PREFIX): v for k, v in images.items()}
         vectors = {STATE_KEY: np.asarray(state), ACTION_KEY: np.asarray(action)}
-        self._check(images, vectors, task)
-        length, episode = len(state), len(self._episodes)
+        vectors = {key: value.astype(np.float32) for key, value in vectors.items()}
+        self.add(named, vectors, [task] * len(state))
+
+    def add(
+        self,
+        images: Mapping[str, np.ndarray],
+        vectors: Mapping[str, np.ndarray],
+        tasks: Sequence[str],
+        *,
+        copies: Mapping[str, pathlib.Path] | None = None,
+    ) -> None:
+        """Append one episode of T frames under any keys.
+
+        Args:
+          images: uint8 (T, h, w, 3) by key; of a camera in `copies` any number of its frames, for
+            the statistics.
+          vectors: (T, dim) by key.
+          tasks: T instructions.
+          copies: video files of this very episode, which are copied as they are.
+        """
+        copies = copies or {}
+        self._check(images, vectors, tasks, copies)
+        length, episode = len(tasks), len(self._episodes)
         index = np.arange(length)
+        numbers = [self._tasks.setdefault(task, len(self._tasks)) for task in tasks]
         columns: dict[str, np.ndarray] = {
-            **{key: value.astype(np.float32) for key, value in vectors.items()},
+            **vectors,
             "timestamp": (index / self.fps).astype(np.float32),
             "frame_index": index,
             "episode_index": np.full(length, episode),
             "index": index + self._frames,
-            "task_index": np.full(length, self._tasks.setdefault(task, len(self._tasks))),
+            "task_index": np.array(numbers),
         }
-        counts = {key: _histogram(value) for key, value in images.items()}
-        stats = {key: _image_stats(value, length) for key, value in counts.items()}
-        stats |= {key: _stats(value) for key, value in columns.items()}
-        pictures = {key: [_png(picture) for picture in value] for key, value in images.items()}
-        self._buffer.append(_frames_table(pictures, columns))
+        counts = {key: lerobot_stats.histogram(value) for key, value in images.items()}
+        stats = {k: lerobot_stats.of_histogram(v, len(images[k])) for k, v in counts.items()}
+        stats |= {key: lerobot_stats.of_values(value) for key, value in columns.items()}
+        places = {}
+        for key, value in images.items():
+            if key in copies or self.encoding is not None:
+                places[key] = self._add_video(key, value, copies.get(key), length)
+        pictures = {
+            k: [lerobot_tables.png(x) for x in value]
+            for k, value in images.items()
+            if k not in places
+        }
+        self._buffer.append(lerobot_tables.frames(pictures, columns))
         self._buffer_bytes += sum(len(x) for column in pictures.values() for x in column)
+        self._buffer_bytes += sum(value.nbytes for value in columns.values())
         self._episodes.append(
             {
                 "episode_index": episode,
-                "tasks": [task],
+                "tasks": list(dict.fromkeys(tasks)),
                 "length": length,
                 "data/chunk_index": self._file // CHUNK_FILES,
                 "data/file_index": self._file % CHUNK_FILES,
                 "dataset_from_index": self._frames,
                 "dataset_to_index": self._frames + length,
+                **{f"videos/{k}/{n}": v for k, place in places.items() for n, v in place.items()},
                 **{f"stats/{k}/{n}": v.tolist() for k in stats for n, v in stats[k].items()},
                 "meta/episodes/chunk_index": 0,
                 "meta/episodes/file_index": 0,
@@ -130,33 +169,75 @@ class Writer:
             self._numbers.setdefault(key, []).append(value)
         for key, value in counts.items():
             self._counts[key] = self._counts.get(key, 0) + value
+            self._seen[key] = self._seen.get(key, 0) + len(images[key])
         if self._buffer_bytes >= DATA_FILE_MB * 2**20:
             self._flush()
+
+    def _add_video(
+        self, key: str, pictures: np.ndarray, copy: pathlib.Path | None, length: int
+    ) -> dict[str, Any]:
+        """Copy or encode an episode's video; says where it is, as the episodes' table does."""
+        file = self._video_files.setdefault(key, 0)
+        place = {"chunk_index": file // CHUNK_FILES, "file_index": file % CHUNK_FILES}
+        path = self._partial / _VIDEO_PATH.format(video_key=key, **place)
+        if copy is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(copy, path)
+            self._video_files[key] += 1
+            start = 0.0
+        else:
+            assert self.encoding is not None, "asked for by add"
+            if key not in self._encoders:
+                shape = (pictures.shape[1], pictures.shape[2])
+                self._encoders[key] = video_writer.Encoder(path, self.fps, shape, self.encoding)
+            encoder = self._encoders[key]
+            start = encoder.count / self.fps
+            for picture in pictures:
+                encoder.add(picture)
+            if encoder.nbytes >= VIDEO_FILE_MB * 2**20:
+                self._close_encoder(key)
+        return {**place, "from_timestamp": start, "to_timestamp": start + length / self.fps}
+
+    def _close_encoder(self, key: str) -> None:
+        self._encoders.pop(key).close()
+        self._video_files[key] += 1
+
+    def _close_encoders(self) -> None:
+        for key in list(self._encoders):
+            self._close_encoder(key)
 
     def finish(self) -> pathlib.Path:
         """Write what is left and the meta files, then rename; returns the dataset's folder."""
         if not self._episodes:
             raise ValueError(f"no episodes were added to {self.folder}; nothing to finish")
         self._flush()
-        stats = {key: _image_stats(value, self._frames) for key, value in self._counts.items()}
-        stats |= {key: _stats(np.concatenate(value)) for key, value in self._numbers.items()}
+        self._close_encoders()
+        for key in self._video_files:
+            first = _VIDEO_PATH.format(video_key=key, chunk_index=0, file_index=0)
+            self._features[key]["info"] = video_writer.describe(self._partial / first, self.fps)
+        stats = {k: lerobot_stats.of_histogram(v, self._seen[k]) for k, v in self._counts.items()}
+        numbers = {key: np.concatenate(value) for key, value in self._numbers.items()}
+        stats |= {key: lerobot_stats.of_values(value) for key, value in numbers.items()}
         meta = self._partial / "meta"
         episodes = self._partial / _EPISODES_PATH
         episodes.parent.mkdir(parents=True)
         pl.DataFrame(self._episodes, infer_schema_length=None).write_parquet(episodes)
-        _write_tasks(meta / "tasks.parquet", self._tasks)
+        lerobot_tables.write_tasks(meta / "tasks.parquet", self._tasks)
         content = {key: {n: v.tolist() for n, v in value.items()} for key, value in stats.items()}
         (meta / "stats.json").write_text(json.dumps(content, indent=4))
         (meta / "info.json").write_text(json.dumps(self._info(), indent=4))
         os.replace(self._partial, self.folder)
         return self.folder
 
-    def _check(self, images: Mapping[str, np.ndarray], vectors: Mapping, task: str) -> None:
+    def _check(
+        self, images: Mapping, vectors: Mapping, tasks: Sequence[str], copies: Mapping
+    ) -> None:
         where = f"episode {len(self._episodes)}"
-        lengths = {key: len(value) for key, value in {**images, **vectors}.items()}
+        whole = {key: value for key, value in images.items() if key not in copies}
+        lengths = {key: len(value) for key, value in {**whole, **vectors, "task": tasks}.items()}
         if len(set(lengths.values())) != 1 or 0 in lengths.values():
             raise ValueError(f"{where} needs the same, nonzero number of frames, got {lengths}")
-        if not task.strip():
+        if not all(task.strip() for task in tasks):
             raise ValueError(f"{where} has an empty task")
         for key, value in images.items():
             if value.dtype != np.uint8 or value.ndim != 4 or value.shape[-1] != 3:
@@ -169,25 +250,25 @@ class Writer:
             if not np.isfinite(value).all():
                 frame = np.argwhere(~np.isfinite(value))[0][0]
                 raise ValueError(f"{key} of {where}, frame {frame} is not finite: {value[frame]}")
-        features = self._describe(images, vectors)
+        features = self._describe(images, vectors, copies)
         if self._features and features != self._features:
             raise ValueError(f"{where} has features {features}, before {self._features}")
         self._features = features
 
-    def _describe(self, images: Mapping[str, np.ndarray], vectors: Mapping) -> dict[str, dict]:
+    def _describe(self, images: Mapping, vectors: Mapping, copies: Mapping) -> dict[str, dict]:
         features: dict[str, dict[str, Any]] = {
             key: {
-                "dtype": "image",
+                "dtype": "image" if self.encoding is None and key not in copies else "video",
                 "shape": list(value.shape[1:]),
                 "names": ["height", "width", "channels"],
             }
             for key, value in images.items()
         }
         for key, value in vectors.items():
-            names = list(self._names[key] or map(str, range(value.shape[1])))
+            names = list(self._names.get(key) or map(str, range(value.shape[1])))
             if len(names) != value.shape[1]:
                 raise ValueError(f"{key} has {value.shape[1]} dimensions but names {names}")
-            features[key] = {"dtype": "float32", "shape": [value.shape[1]], "names": names}
+            features[key] = {"dtype": value.dtype.name, "shape": [value.shape[1]], "names": names}
         for key in ("timestamp", "frame_index", "episode_index", "index", "task_index"):
             dtype = "float32" if key == "timestamp" else "int64"
             features[key] = {"dtype": dtype, "shape": [1], "names": None}
@@ -206,7 +287,7 @@ class Writer:
             "fps": self.fps,
             "splits": {"train": f"0:{len(self._episodes)}"},
             "data_path": _DATA_PATH,
-            "video_path": None,
+            "video_path": _VIDEO_PATH if self._video_files else None,
             "features": self._features,
         }
 
@@ -216,109 +297,9 @@ class Writer:
         chunk, file = divmod(self._file, CHUNK_FILES)
         path = self._partial / _DATA_PATH.format(chunk_index=chunk, file_index=file)
         path.parent.mkdir(parents=True, exist_ok=True)
-        features = {key: _hf_type(feature) for key, feature in self._features.items()}
+        stored = {k: v for k, v in self._features.items() if v["dtype"] != "video"}
+        features = {key: lerobot_tables.hf_type(feature) for key, feature in stored.items()}
         metadata = {"huggingface": json.dumps({"info": {"features": features}})}
         pl.concat(self._buffer).write_parquet(path, metadata=metadata)
         self._file += 1
         self._buffer, self._buffer_bytes = [], 0
-
-
-def _frames_table(pictures: Mapping[str, list], columns: Mapping[str, np.ndarray]) -> pl.DataFrame:
-    series = []
-    for key, encoded in pictures.items():
-        names = [f"frame-{i:06d}.png" for i in range(len(encoded))]
-        struct = pl.DataFrame({"bytes": encoded, "path": names}).to_struct(key)
-        series.append(struct)
-    for key, value in columns.items():
-        # LeRobot stores a vector of one element as a plain number.
-        series.append(pl.Series(key, value.squeeze(1) if value.shape[1:] == (1,) else value))
-    return pl.DataFrame(series)
-
-
-def _png(picture: np.ndarray) -> bytes:
-    data = io.BytesIO()
-    Image.fromarray(picture).save(data, format="PNG", compress_level=1)
-    return data.getvalue()
-
-
-def _hf_type(feature: Mapping[str, Any]) -> dict[str, Any]:
-    """A feature as the `datasets` library describes it in parquet metadata."""
-    if feature["dtype"] == "image":
-        return {"_type": "Image"}
-    value = {"dtype": feature["dtype"], "_type": "Value"}
-    size = feature["shape"][0]
-    return value if size == 1 else {"feature": value, "length": size, "_type": "List"}
-
-
-def _stats(values: np.ndarray) -> dict[str, np.ndarray]:
-    """Exact statistics over frames, as LeRobot shapes them."""
-    rows = values.reshape(len(values), -1)
-    exact = rows.astype(np.float64)
-    quantiles = np.quantile(exact, list(_QUANTILES.values()), axis=0)
-    return {
-        "min": rows.min(0),
-        "max": rows.max(0),
-        "mean": exact.mean(0),
-        "std": exact.std(0),
-        "count": np.array([len(rows)]),
-        **dict(zip(_QUANTILES, quantiles, strict=True)),
-    }
-
-
-def _histogram(images: np.ndarray) -> np.ndarray:
-    """How often each of 256 values occurs, by channel: statistics of pictures come from it."""
-    return np.stack([np.bincount(images[..., c].ravel(), minlength=256) for c in range(3)])
-
-
-def _image_stats(counts: np.ndarray, frames: int) -> dict[str, np.ndarray]:
-    """Exact statistics of pixels in [0, 1], shape (3, 1, 1), from a histogram by channel."""
-    value = np.arange(256) / 255
-    total = counts.sum(1)
-    mean = counts @ value / total
-    std = np.sqrt(np.maximum(counts @ value**2 / total - mean**2, 0))
-    cumulative = counts.cumsum(1)
-
-    def quantile(q: float) -> np.ndarray:
-        rank = q * (total - 1)
-        low, high = (
-            [
-                np.searchsorted(row, k, side="right")
-                for row, k in zip(cumulative, ranks, strict=True)
-            ]
-            for ranks in (np.floor(rank), np.ceil(rank))
-        )
-        return value[low] + (value[high] - value[low]) * (rank - np.floor(rank))
-
-    by_name = {"min": quantile(0.0), "max": quantile(1.0), "mean": mean, "std": std}
-    by_name |= {name: quantile(q) for name, q in _QUANTILES.items()}
-    shaped = {name: np.asarray(x).reshape(3, 1, 1) for name, x in by_name.items()}
-    head = {name: shaped.pop(name) for name in ("min", "max", "mean", "std")}
-    return {**head, "count": np.array([frames]), **shaped}
-
-
-def _write_tasks(path: pathlib.Path, tasks: Mapping[str, int]) -> None:
-    """LeRobot looks tasks up by a pandas index, so the file says which column is the index.
-
-    pyarrow ignores that note where the file also holds an Arrow schema, which polars always
-    writes: its key is renamed in place (same length), which leaves the parquet schema in force.
-    """
-    index = "__index_level_0__"
-    description = [
-        {
-            "name": name,
-            "field_name": field,
-            "pandas_type": kind,
-            "numpy_type": numpy,
-            "metadata": None,
-        }
-        for name, field, kind, numpy in (
-            ("task_index", "task_index", "int64", "int64"),
-            (None, index, "unicode", "object"),
-        )
-    ]
-    pandas = {"index_columns": [index], "column_indexes": [], "columns": description}
-    pandas |= {"attributes": {}, "pandas_version": "2.2.0"}
-    table = pl.DataFrame({"task_index": list(tasks.values()), index: list(tasks)})
-    data = io.BytesIO()
-    table.write_parquet(data, metadata={"pandas": json.dumps(pandas)})
-    path.write_bytes(data.getvalue().replace(b"ARROW:schema", b"polars:types"))

@@ -1,23 +1,48 @@
-"""A robot is its camera names, its key names and its sizes; two functions make pipelines of it.
+"""A robot is its camera names, its key names, its sizes and its units: data, no code.
 
-`inputs` turns a robot observation (LeRobot's flat keys, from a simulator, a robot or a dataset)
-into one model sample; `outputs` turns normalized model actions back into the robot's.
-To add a robot, write one `Robot(...)` below and list it in `ROBOTS`.
+`pipelines.py` makes transforms of it. The robots below read their data as openpi does, so that its
+checkpoints and statistics fit.
+
+Your own robot is a small file with one constant, given in place of a name (`--data.robot my.py`):
+
+    from shallow_pi.data import robots
+
+    ROBOT = robots.Robot(
+        name="my_arm",
+        cameras={
+            "base_0_rgb": "observation.images.front",
+            "left_wrist_0_rgb": "observation.images.hand",
+        },
+        state_dim=7,
+        action_dim=7,
+        fps=30,
+        delta=robots.mask(6, -1),  # six joints as differences from the state, the gripper as it is
+    )
+
+or a variant of a robot below, `ROBOT = dataclasses.replace(robots.UR5, name="ur5_slow", fps=10)`. A
+checkpoint holds all of it: a policy is served without the file.
 """
 
 import dataclasses
 import difflib
+import pathlib
+import runpy
 from collections.abc import Mapping
+from typing import Any
 
-from shallow_pi.data import normalize, tokenizer, transforms
+import numpy as np
+from jaxtyping import Float
+
+from shallow_pi.data import conversions
 
 
 @dataclasses.dataclass(frozen=True)
 class Robot:
-    """Names and sizes of one embodiment."""
+    """Names, sizes and units of one embodiment."""
 
     name: str
-    # Model camera → key of the picture in the robot's observations and datasets.
+    # Model camera → key of the picture in the robot's observations and datasets. A camera of the
+    # model that is not here is black and masked, for π0 and π0.5 alike, as in openpi.
     cameras: Mapping[str, str]
     state_dim: int
     action_dim: int
@@ -29,6 +54,54 @@ class Robot:
     # Leading action dimensions the model sees as the difference from the state (True) or as they
     # are (False); the robot's own actions stay absolute.
     delta: tuple[bool, ...] = ()
+    # To the model's units and signs; comes before the difference is taken.
+    state_conversion: conversions.Conversion | None = None
+    action_conversion: conversions.Conversion | None = None
+    # Keys appended to the state, in order, where a recording has it in parts.
+    state_more: tuple[str, ...] = ()
+    # Always this prompt, whatever recordings and observations say; empty takes theirs.
+    prompt: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.cameras:
+            raise ValueError(f"robot {self.name} has no cameras; the model needs at least one")
+        if self.state_dim < 1 or self.action_dim < 1 or self.fps <= 0:
+            raise ValueError(
+                f"robot {self.name} needs positive state_dim, action_dim and fps, got "
+                f"{self.state_dim}, {self.action_dim} and {self.fps}"
+            )
+        if len(self.delta) > min(self.state_dim, self.action_dim):
+            raise ValueError(
+                f"robot {self.name}: delta names {len(self.delta)} dimensions, state and actions "
+                f"have {self.state_dim} and {self.action_dim}"
+            )
+        for what, conversion, dim in (
+            ("state", self.state_conversion, self.state_dim),
+            ("action", self.action_conversion, self.action_dim),
+        ):
+            if conversion is not None and len(conversion.factor) != dim:
+                raise ValueError(
+                    f"robot {self.name}: {what}_conversion has {len(conversion.factor)} "
+                    f"dimensions, {what}_dim is {dim}"
+                )
+
+    @property
+    def state_keys(self) -> tuple[str, ...]:
+        """The keys that make up the state, in order."""
+        return (self.state_key, *self.state_more)
+
+    def state(self, observation: Mapping[str, Any]) -> Float[np.ndarray, "*n sd"]:
+        """The state vector out of an observation or a dataset's columns, not converted yet."""
+        parts = [np.asarray(observation[key], np.float32) for key in self.state_keys]
+        if len(parts) == 1:
+            return parts[0]
+        # A gripper's position may come as a plain number.
+        return np.concatenate([part[None] if part.ndim == 0 else part for part in parts], axis=-1)
+
+
+def mask(*groups: int) -> tuple[bool, ...]:
+    """Dimensions in a row: 6 is six times True, -1 once False."""
+    return tuple(group > 0 for group in groups for _ in range(abs(group)))
 
 
 # The embedded task: gantry position in metres, absolute position targets in metres.
@@ -41,11 +114,24 @@ TURNTABLE = Robot(
     state_dim=3,
     action_dim=3,
     fps=20,
-    delta=(True, True, True),
+    delta=mask(3),
 )
 
-# Bimanual ALOHA as its LeRobot datasets name things. Joint values are passed on as recorded:
-# the pi0_base teacher expects its own joint signs, gripper range and delta actions on top.
+# ALOHA's joints to the signs, and its grippers to the angles, of the runtime that recorded the data
+# π0 was trained on. States have finger positions, actions have angles of the leader's gripper.
+_SIGNS = (1, -1, -1, 1, 1, 1)
+_PI_LOW, _PI_HIGH = 0.5476, 1.6296  # Radians that π0 knows as 0 and 1.
+_LEADER_LOW, _LEADER_HIGH = -0.6213, 1.4910  # Radians that ALOHA's actions know as 0 and 1.
+ALOHA_STATE = conversions.Conversion(
+    factor=(*_SIGNS, 1 / (_PI_HIGH - _PI_LOW)) * 2,
+    offset=(*[0] * 6, -_PI_LOW / (_PI_HIGH - _PI_LOW)) * 2,
+    crank=(6, 13),
+)
+ALOHA_ACTIONS = conversions.Conversion(
+    factor=(*_SIGNS, _LEADER_HIGH - _LEADER_LOW) * 2, offset=(*[0] * 6, _LEADER_LOW - _PI_LOW) * 2
+)
+
+# Bimanual ALOHA as its LeRobot datasets name things; openpi's pi0_aloha and pi05_aloha.
 ALOHA = Robot(
     name="aloha",
     cameras={
@@ -56,103 +142,106 @@ ALOHA = Robot(
     state_dim=14,
     action_dim=14,
     fps=50,
+    delta=mask(6, -1, 6, -1),
+    state_conversion=ALOHA_STATE,
+    action_conversion=ALOHA_ACTIONS,
+)
+# The simulated transfer of a cube, one camera; openpi's pi0_aloha_sim has absolute actions.
+ALOHA_SIM = dataclasses.replace(
+    ALOHA,
+    name="aloha_sim",
+    cameras={"base_0_rgb": "observation.images.top"},
+    delta=(),
+    prompt="Transfer cube",
 )
 
-ROBOTS = {robot.name: robot for robot in (TURNTABLE, ALOHA)}
+# LIBERO's Panda: end-effector pose and two fingers in, differences of the pose and the gripper out.
+LIBERO = Robot(
+    name="libero",
+    cameras={"base_0_rgb": "image", "left_wrist_0_rgb": "wrist_image"},
+    state_dim=8,
+    action_dim=7,
+    fps=10,
+    state_key="state",
+    action_key="actions",
+)
+# As openpi's pi0_libero was trained: the state subtracted once more from actions that are
+# differences already (pi05_libero does without).
+LIBERO_DELTA = dataclasses.replace(LIBERO, name="libero_delta", delta=mask(6, -1))
+
+# DROID's Franka as openpi's converter names things: joint velocities and the gripper's position;
+# openpi's pi05_droid and pi05_droid_finetune.
+DROID = Robot(
+    name="droid",
+    cameras={"base_0_rgb": "exterior_image_1_left", "left_wrist_0_rgb": "wrist_image_left"},
+    state_dim=8,
+    action_dim=8,
+    fps=15,
+    state_key="joint_position",
+    state_more=("gripper_position",),
+    action_key="actions",
+)
+# The same with joint positions as actions; openpi's pi05_full_droid_finetune.
+DROID_POSITION = dataclasses.replace(DROID, name="droid_position", delta=mask(7, -1))
+
+# UR5 with one gripper, as openpi's example for it; π0's own UR5 runs at 20 Hz.
+UR5 = Robot(
+    name="ur5",
+    cameras={"base_0_rgb": "image", "left_wrist_0_rgb": "wrist_image"},
+    state_dim=7,
+    action_dim=7,
+    fps=20,
+    state_key="joints",
+    state_more=("gripper",),
+    action_key="actions",
+    delta=mask(6, -1),
+)
+
+ROBOTS = {
+    robot.name: robot
+    for robot in (
+        *(TURNTABLE, ALOHA, ALOHA_SIM, LIBERO, LIBERO_DELTA),
+        *(DROID, DROID_POSITION, UR5),
+    )
+}
 
 
 def find(name: str) -> Robot:
-    """The robot of that name."""
+    """The robot of that name, or the `ROBOT` of a Python file.
+
+    Raises:
+      ValueError: there is no such robot, or the file has no `ROBOT`.
+      FileNotFoundError: there is no such file.
+    """
+    if name.endswith(".py"):
+        return _from_file(pathlib.Path(name).expanduser())
     if name not in ROBOTS:
         close = difflib.get_close_matches(name, ROBOTS, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
+        hint = f"; did you mean {close[0]!r}?" if close else "; or name a file with a ROBOT, *.py"
         raise ValueError(f"unknown robot {name!r}; there are {sorted(ROBOTS)}{hint}")
     return ROBOTS[name]
 
 
-def inputs(
-    robot: Robot,
-    *,
-    cameras: tuple[str, ...],
-    image_size: int,
-    action_dim: int,
-    tokenizer: tokenizer.Tokenizer,
-    stats: Mapping[str, normalize.NormStats],
-    kind: normalize.Kind,
-    discrete_state: bool = False,
-) -> transforms.Transform:
-    """Robot observation to model sample (a SPEC batch without its batch axis).
-
-    Args:
-      robot: where the observation comes from.
-      cameras: the model's cameras in order; one the robot lacks becomes black with mask False.
-      image_size: side of the model's pictures.
-      action_dim: the model's action dimension, to which state and actions are padded.
-      tokenizer: of the prompt.
-      stats: statistics of `state` and `actions` in the robot's dimensions.
-      kind: z-score (π0) or quantile (π0.5).
-      discrete_state: whether the state is written into the prompt (π0.5).
-    """
-    if not set(cameras) & set(robot.cameras):
+def _from_file(path: pathlib.Path) -> Robot:
+    if not path.is_file():
+        raise FileNotFoundError(f"no robot file {path}; expected Python that defines ROBOT")
+    robot = runpy.run_path(str(path)).get("ROBOT")
+    if not isinstance(robot, Robot):
         raise ValueError(
-            f"robot {robot.name} has cameras for {sorted(robot.cameras)}, the model wants "
-            f"{list(cameras)}: none in common"
+            f"{path} must define ROBOT = robots.Robot(...) (see shallow_pi/data/robots.py), got "
+            f"{type(robot).__name__ if robot is not None else 'nothing of that name'}"
         )
-    for what, dim in (("state", robot.state_dim), ("action", robot.action_dim)):
-        if dim > action_dim:
-            raise ValueError(
-                f"robot {robot.name} has {what} dimension {dim}, more than the model's "
-                f"action_dim {action_dim}; use a model with a larger action_dim"
-            )
-    for key in ("state", "actions"):
-        if key not in stats:
-            raise ValueError(f"normalization statistics lack {key!r}; there are {sorted(stats)}")
-    wanted = {camera: key for camera, key in robot.cameras.items() if camera in cameras}
-    return transforms.compose(
-        transforms.Cameras(cameras, wanted, image_size),
-        _Rename(robot),
-        transforms.Resize(image_size),
-        transforms.DeltaActions(robot.delta),
-        transforms.Normalize(stats, kind),
-        transforms.TokenizePrompt(tokenizer, discrete_state),
-        transforms.PadDimensions(action_dim),
-    )
+    if ROBOTS.get(robot.name, robot) != robot:
+        raise ValueError(f"{path} names its robot {robot.name!r}, which is another: rename it")
+    return robot
 
 
-@dataclasses.dataclass(frozen=True)
-class _Rename:
-    """Robot keys to model keys, sizes checked; everything else is left behind."""
-
-    robot: Robot
-
-    def __call__(self, sample: transforms.Sample) -> transforms.Sample:
-        robot = self.robot
-        keys = {"image": "image", "image_mask": "image_mask"}
-        keys |= {"state": robot.state_key, "prompt": robot.prompt_key}
-        keys |= {"actions": robot.action_key, "action_is_pad": "action_is_pad"}
-        optional = ("actions", "action_is_pad")
-        sample = transforms.Repack(keys, optional)(sample)
-        for key, dim in (("state", robot.state_dim), ("actions", robot.action_dim)):
-            if key in sample and sample[key].shape[-1] != dim:
-                raise ValueError(
-                    f"{keys[key]!r} has {sample[key].shape[-1]} dimensions, robot {robot.name} "
-                    f"has {dim}; is this another robot's data?"
-                )
-        if "action_is_pad" in sample:
-            sample["action_mask"] = ~sample.pop("action_is_pad")
-        return sample
-
-
-def outputs(
-    robot: Robot, *, stats: Mapping[str, normalize.NormStats], kind: normalize.Kind
-) -> transforms.Transform:
-    """`{"actions": normalized (*n, ah, ad), "state"}` to `{"actions": the robot's (*n, ah, rd)}`.
-
-    Other keys pass through; `state` is the robot's own, not normalized, from which delta actions
-    were predicted.
-    """
-    return transforms.compose(
-        transforms.CutDimensions(robot.action_dim),
-        transforms.Unnormalize({"actions": stats["actions"]}, kind),
-        transforms.AbsoluteActions(robot.delta),
-    )
+def from_dict(values: Mapping[str, Any]) -> Robot:
+    """The inverse of `dataclasses.asdict` on a `Robot`, through JSON."""
+    lists = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
+    nested = {
+        key: conversions.Conversion(**{k: tuple(v) for k, v in values[key].items()})
+        for key in ("state_conversion", "action_conversion")
+        if values[key] is not None
+    }
+    return Robot(**{**values, **lists, **nested})

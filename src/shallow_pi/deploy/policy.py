@@ -76,7 +76,7 @@ class Policy:
                 f"{len(observations)} observations, got {np.shape(noise)}"
             )
         actions = self.sample(self.prepare(observations), noise)
-        state = np.stack([o[self.assets.robot.state_key] for o in observations])
+        state = np.stack([self.assets.robot.state(o) for o in observations])
         return self._outputs({"actions": np.asarray(actions), "state": state})["actions"]
 
     def prepare(self, observations: Sequence[Mapping[str, Any]]) -> observation.Observation:

@@ -9,8 +9,9 @@ import dataclasses
 import pathlib
 from typing import Literal
 
+from shallow_pi import progress
 from shallow_pi.data import assets as policy_assets
-from shallow_pi.data import lerobot, loader, normalize, robots
+from shallow_pi.data import hub, lerobot, loader, normalize, robots, statistics
 from shallow_pi.models import fetch, pi0
 
 PALIGEMMA_TOKENIZER = "gs://big_vision/paligemma_tokenizer.model"
@@ -22,9 +23,12 @@ class DataConfig:
 
     # "lerobot" reads a dataset; "synthetic" makes samples up, to try things out.
     source: Literal["lerobot", "synthetic"] = "lerobot"
-    # Folder of the LeRobot dataset; empty in a config with a simulated task, which then makes it.
+    # The LeRobot dataset: a folder, its address on the Hugging Face hub (owner/name) or gs://;
+    # empty in a config with a simulated task, which then makes it.
     path: str = ""
-    # The robot that made it.
+    # Leave out episodes that cannot be read, and say which.
+    skip_bad_episodes: bool = False
+    # The robot that made it: a name, or a Python file with a ROBOT.
     robot: str = "turntable"
     # SentencePiece model, local or gs://; empty takes the teacher's.
     tokenizer: str = ""
@@ -76,11 +80,13 @@ def open_source(
         )
         return made_up, None
     dataset, robot = _dataset(data)
+    for episode, reason in dataset.skipped.items():
+        progress.console.print(f"episode {episode} is left out: {reason}", highlight=False)
     assets = policy_assets.Assets(
         model=model,
         robot=robot,
         tokenizer=_tokenizer(data, model, teacher_step),
-        stats=_stats(data, dataset, robot, model.action_horizon, teacher_step),
+        stats=_stats(data, dataset, robot, model, teacher_step),
         asset_id=data.asset_id,
     )
     samples = loader.DatasetSource(dataset, robot, model.action_horizon, assets.inputs())
@@ -90,7 +96,12 @@ def open_source(
 def _dataset(data: DataConfig) -> tuple[lerobot.Dataset, robots.Robot]:
     if not data.path:
         raise ValueError("data.path is empty: name the folder of a LeRobot dataset (--data.path)")
-    dataset, robot = lerobot.Dataset(fetch.locate(data.path)), robots.find(data.robot)
+    robot = robots.find(data.robot)
+    if data.path.startswith("gs://"):
+        folder = fetch.locate(data.path)
+    else:
+        folder = hub.locate(data.path, cameras=tuple(robot.cameras.values()))
+    dataset = lerobot.Dataset(folder, skip_bad_episodes=data.skip_bad_episodes)
     dataset.validate(robot)
     return dataset, robot
 
@@ -116,13 +127,18 @@ def _stats(
     data: DataConfig,
     dataset: lerobot.Dataset,
     robot: robots.Robot,
-    horizon: int,
+    model: pi0.Pi0Config,
     teacher_step: pathlib.Path | None,
 ) -> dict[str, normalize.NormStats]:
     if data.norm_stats:
-        return normalize.load(fetch.locate(data.norm_stats))
+        given = normalize.load(fetch.locate(data.norm_stats))
+        found = dataset.norm_stats(robot, model.action_horizon)
+        kind: normalize.Kind = "quantile" if model.pi05 else "z_score"
+        for line in statistics.misfits(given, found, kind):
+            progress.console.print(f"warning: {line}", highlight=False)
+        return given
     if teacher_step is not None:
         own = teacher_step / "assets" / data.asset_id
         if (own / normalize.FILE_NAME).is_file():
             return normalize.load(own)
-    return dataset.norm_stats(robot, horizon)
+    return dataset.norm_stats(robot, model.action_horizon)

@@ -1,0 +1,100 @@
+"""Compute a dataset's normalization statistics, exactly and without decoding a picture.
+
+uv run scripts/compute_norm_stats.py NAME [--data.path PATH] [--output FOLDER]
+
+    pi0_aloha_l6 --data.path ~/data/my_aloha     robot, horizon and normalization of that config
+    --data.path ~/data/my_arm --data.robot my_arm.py --data.asset-id my_arm --horizon 50
+
+PATH is the folder of a LeRobot dataset or its address on the Hugging Face hub. The statistics are
+of states and of action chunks as the model is trained on them (converted, as differences from the
+state where the robot says so), and go to FOLDER/norm_stats.json in openpi's format (default:
+norm_stats/<config or dataset>/<asset id>). Train with them by `--data.norm-stats FOLDER`; without,
+a run takes its teacher's, which is right where the teacher knows the robot. Dimensions that make a
+poor scale are told. With `--data.norm-stats` here nothing is written, and the dataset is compared
+with the statistics given.
+"""
+
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Sequence
+
+import tyro
+
+from shallow_pi import progress
+from shallow_pi.data import hub, lerobot, normalize, robots, statistics
+from shallow_pi.models import fetch
+from shallow_pi.training import batches, config
+
+CONFIGS = pathlib.Path(__file__).parents[1] / "train_configs"
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """What to compute, and where to put it."""
+
+    # The dataset and its robot.
+    data: batches.DataConfig
+    # Actions of a chunk: the model's action horizon.
+    horizon: int = 50
+    # How the model normalizes: z_score (π0) or quantile (π0.5); for the warnings only.
+    kind: normalize.Kind = "z_score"
+    # Folder for norm_stats.json.
+    output: str = ""
+    # Leave out episodes that cannot be read, and count them.
+    skip_bad_episodes: bool = False
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse, compute, warn, write."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    with config.exit_on():
+        name = words.pop(0) if words and not words[0].startswith("-") else ""
+        default = Arguments(data=batches.DataConfig())
+        if name:
+            own = config.load(CONFIGS, name)
+            kind: normalize.Kind = "quantile" if own.model.pi05 else "z_score"
+            default = Arguments(own.data, own.model.action_horizon, kind)
+        given = tyro.cli(Arguments, args=words, default=default, description=__doc__)
+        if not given.data.path:
+            raise ValueError("name a dataset with --data.path: a folder, or owner/name on the hub")
+        if given.horizon < 1:
+            raise ValueError(f"horizon must be at least 1, got {given.horizon}")
+        robot = robots.find(given.data.robot)
+        # Without a look at pictures, no video of a dataset on the hub is fetched.
+        folder = hub.locate(given.data.path, cameras=None if given.skip_bad_episodes else ())
+        dataset = lerobot.Dataset(folder, skip_bad_episodes=given.skip_bad_episodes)
+        dataset.validate(robot)
+        with progress.bar("Statistics", robot.state_dim + robot.action_dim) as advance:
+            found = dataset.norm_stats(robot, given.horizon, advance)
+        _tell(dataset, found, given, name or folder.name)
+
+
+def _tell(
+    dataset: lerobot.Dataset, found: dict[str, normalize.NormStats], given: Arguments, name: str
+) -> None:
+    for episode, reason in dataset.skipped.items():
+        _warn(f"episode {episode} is left out: {reason}")
+    for line in statistics.doubtful(found):
+        _warn(line)
+    left_out = f", {len(dataset.skipped)} left out" if dataset.skipped else ""
+    print(f"{len(dataset)} frames of {dataset.num_episodes} episodes{left_out}")
+    if given.data.norm_stats:
+        theirs = normalize.load(fetch.locate(given.data.norm_stats))
+        lines = statistics.misfits(theirs, found, given.kind)
+        for line in lines:
+            _warn(line)
+        verdict = "do not fit" if lines else "fit"
+        print(f"the statistics in {given.data.norm_stats} {verdict} the dataset")
+        return
+    output = pathlib.Path(given.output or f"norm_stats/{name}/{given.data.asset_id}")
+    normalize.save(output, found)
+    print(output / normalize.FILE_NAME)
+
+
+def _warn(line: str) -> None:
+    progress.console.print(f"warning: {line}", highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""The statistics LeRobot keeps in `stats.json`, exact over every frame.
+
+LeRobot's own averages the quantiles of episodes, which are not quantiles of the whole.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+from jaxtyping import Int, Num, UInt8
+
+QUANTILES: Mapping[str, float] = {"q01": 0.01, "q10": 0.1, "q50": 0.5, "q90": 0.9, "q99": 0.99}
+
+
+def of_values(values: Num[np.ndarray, "n ..."]) -> dict[str, np.ndarray]:
+    """Exact statistics over frames, as LeRobot shapes them."""
+    rows = values.reshape(len(values), -1)
+    exact = rows.astype(np.float64)
+    quantiles = np.quantile(exact, list(QUANTILES.values()), axis=0)
+    return {
+        "min": rows.min(0),
+        "max": rows.max(0),
+        "mean": exact.mean(0),
+        "std": exact.std(0),
+        "count": np.array([len(rows)]),
+        **dict(zip(QUANTILES, quantiles, strict=True)),
+    }
+
+
+def histogram(images: UInt8[np.ndarray, "n h w 3"]) -> Int[np.ndarray, "3 256"]:
+    """How often each of 256 values occurs, by channel: statistics of pictures come from it."""
+    return np.stack([np.bincount(images[..., c].ravel(), minlength=256) for c in range(3)])
+
+
+def of_histogram(counts: Int[np.ndarray, "3 256"], frames: int) -> dict[str, np.ndarray]:
+    """Exact statistics of pixels in [0, 1], shape (3, 1, 1), from a histogram by channel."""
+    value = np.arange(256) / 255
+    total = counts.sum(1)
+    mean = counts @ value / total
+    std = np.sqrt(np.maximum(counts @ value**2 / total - mean**2, 0))
+    cumulative = counts.cumsum(1)
+
+    def quantile(q: float) -> np.ndarray:
+        rank = q * (total - 1)
+        low, high = (
+            [
+                np.searchsorted(row, k, side="right")
+                for row, k in zip(cumulative, ranks, strict=True)
+            ]
+            for ranks in (np.floor(rank), np.ceil(rank))
+        )
+        return value[low] + (value[high] - value[low]) * (rank - np.floor(rank))
+
+    by_name = {"min": quantile(0.0), "max": quantile(1.0), "mean": mean, "std": std}
+    by_name |= {name: quantile(q) for name, q in QUANTILES.items()}
+    shaped = {name: np.asarray(x).reshape(3, 1, 1) for name, x in by_name.items()}
+    head = {name: shaped.pop(name) for name in ("min", "max", "mean", "std")}
+    return {**head, "count": np.array([frames]), **shaped}

@@ -1,0 +1,103 @@
+"""Write video that is quick to read at random: short groups of pictures, one stream, no B frames.
+
+A picture is found by decoding from the key frame before it, so a group of two costs at most two
+decodes; LeRobot writes AV1 so. H.264 is larger and is decoded by everything.
+"""
+
+import dataclasses
+import fractions
+import os
+import pathlib
+from typing import Any, Literal
+
+import av
+import numpy as np
+from jaxtyping import UInt8
+
+_ENCODERS = {"av1": "libsvtav1", "h264": "libx264"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoding:
+    """How pictures become video."""
+
+    codec: Literal["av1", "h264"] = "av1"
+    # Pictures from one key frame to the next.
+    group: int = 2
+    # Constant rate factor: 0 is best, 63 (AV1) or 51 (H.264) smallest.
+    crf: int = 30
+
+    def __post_init__(self) -> None:
+        if self.codec not in _ENCODERS:
+            raise ValueError(f"unknown codec {self.codec!r}; expected one of {sorted(_ENCODERS)}")
+        if self.group < 1 or not 0 <= self.crf <= 63:
+            raise ValueError(
+                f"video needs group >= 1 and crf in 0…63, got {self.group} and {self.crf}"
+            )
+
+
+class Encoder:
+    """Pictures, one by one, to a file; `close` completes it.
+
+    `count` and `nbytes` are what went in and what came out; encoders hold some pictures back.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], fps: float, shape: tuple[int, int], encoding: Encoding
+    ) -> None:
+        height, width = shape
+        if height % 2 or width % 2:
+            raise ValueError(
+                f"video needs even sizes, got pictures of {height} by {width}: crop or pad them, "
+                "or write images"
+            )
+        self.count, self.nbytes = 0, 0
+        pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+        rate = fractions.Fraction(fps).limit_denominator(1001)
+        options = {"g": str(encoding.group), "crf": str(encoding.crf)}
+        if encoding.codec == "h264":
+            # Neither B frames nor key frames where the scene changes.
+            options |= {"bf": "0", "sc_threshold": "0"}
+        else:
+            options |= {"preset": "8"}
+            # The library prints its settings otherwise; 1 leaves errors.
+            os.environ.setdefault("SVT_LOG", "1")
+        self._container = av.open(os.fspath(path), "w")
+        stream = self._container.add_stream(_ENCODERS[encoding.codec], rate=rate, options=options)
+        assert isinstance(stream, av.VideoStream), "both encoders are of video"
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        self._stream = stream
+        # The file's own time base is another, and finer, once its header is written.
+        self._tick = 1 / rate
+        self._stream.codec_context.time_base = self._tick
+
+    def add(self, picture: UInt8[np.ndarray, "h w 3"]) -> None:
+        """Append one picture."""
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+        frame.pts, frame.time_base = self.count, self._tick
+        packets = self._stream.encode(frame)
+        self._container.mux(packets)
+        self.count += 1
+        self.nbytes += sum(packet.size for packet in packets)
+
+    def close(self) -> None:
+        """Write what the encoder holds back, and the file's index."""
+        self._container.mux(self._stream.encode())
+        self._container.close()
+
+
+def describe(path: str | os.PathLike[str], fps: float) -> dict[str, Any]:
+    """A video file as LeRobot's `info.json` describes it."""
+    with av.open(os.fspath(path)) as container:
+        context = container.streams.video[0].codec_context
+        return {
+            "video.height": context.height,
+            "video.width": context.width,
+            # PyAV names the decoder ("libdav1d"), LeRobot the format.
+            "video.codec": "av1" if "av1" in context.name or "dav1d" in context.name else "h264",
+            "video.pix_fmt": context.pix_fmt,
+            "video.is_depth_map": False,
+            "video.fps": int(fps) if fps == int(fps) else fps,
+            "video.channels": 3,
+            "has_audio": bool(container.streams.audio),
+        }

@@ -1,0 +1,113 @@
+"""The command writes what training would compute, warns, and compares."""
+
+import importlib.util
+import json
+import pathlib
+import shutil
+import sys
+
+import numpy as np
+import polars as pl
+import pytest
+
+from shallow_pi.data import lerobot, normalize, robots
+
+ROOT = pathlib.Path(__file__).parents[1]
+SCRIPT = ROOT / "scripts" / "compute_norm_stats.py"
+FIXTURE = ROOT / "tests" / "fixtures" / "lerobot" / "pusht_v21_video"
+ROBOT = """
+from shallow_pi.data import robots
+
+ROBOT = robots.Robot(
+    name="pusht",
+    cameras={"base_0_rgb": "observation.images.top"},
+    state_dim=2,
+    action_dim=2,
+    fps=10,
+    delta=robots.mask(2),
+)
+"""
+
+
+@pytest.fixture
+def script(monkeypatch):
+    spec = importlib.util.spec_from_file_location("compute_norm_stats", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run(script, tmp_path, monkeypatch, capsys):
+    """Runs the command in an empty folder with a robot file; gives its output and its warnings."""
+    monkeypatch.chdir(tmp_path)
+    pathlib.Path("pusht.py").write_text(ROBOT)
+
+    def call(*arguments):
+        given = ["--data.robot", "pusht.py", "--data.asset-id", "pusht", *arguments]
+        script.main(given if "--data.path" in given else ["--data.path", str(FIXTURE), *given])
+        captured = capsys.readouterr()
+        return captured.out, captured.err
+
+    return call
+
+
+def test_statistics_are_written_in_openpis_format(run):
+    out, _ = run("--horizon", "4")
+    file = pathlib.Path("norm_stats/pusht_v21_video/pusht/norm_stats.json")
+    assert out == f"110 frames of 4 episodes\n{file}\n"
+    assert sorted(json.loads(file.read_text())["norm_stats"]) == ["actions", "state"]
+    dataset = lerobot.Dataset(FIXTURE)
+    expected = dataset.norm_stats(robots.find("pusht.py"), 4)
+    for key, found in normalize.load(file.parent).items():
+        np.testing.assert_array_equal(found.mean, expected[key].mean)
+        np.testing.assert_array_equal(found.q99, expected[key].q99)
+    run("--horizon", "4", "--output", "elsewhere")
+    assert normalize.load("elsewhere")["state"].mean.shape == (2,)
+
+
+def test_a_config_brings_robot_horizon_and_kind(script, capsys):
+    with pytest.raises(SystemExit, match="1"):
+        script.main(["pi0_aloha_l6", "--data.path", str(FIXTURE)])
+    assert "lacks camera 'observation.images.cam_high'" in capsys.readouterr().err
+
+
+def test_given_statistics_are_compared_and_nothing_is_written(run):
+    run("--output", "own")
+    out, err = run("--data.norm-stats", "own")
+    assert "the statistics in own fit the dataset" in out
+    assert "warning" not in err
+    wrong = {k: normalize.compute(np.ones((9, 2)) * 5 + np.eye(9, 2)) for k in ("state", "actions")}
+    normalize.save("other", wrong)
+    out, err = run("--data.norm-stats", "other")
+    assert "the statistics in other do not fit the dataset" in out
+    assert "warning: state[0] is" in err
+    assert not pathlib.Path("norm_stats").exists()
+
+
+def test_constant_dimensions_are_told_and_bad_episodes_counted(run, tmp_path):
+    copy = shutil.copytree(FIXTURE, tmp_path / "copy")
+    for file in (copy / "data").rglob("*.parquet"):
+        moves, still = pl.col("observation.state").arr.get(0), pl.lit(3.0, pl.Float32)
+        column = pl.concat_arr(moves, still).alias("observation.state")
+        pl.read_parquet(file).with_columns(column).write_parquet(file)
+    (copy / "data" / "chunk-000" / "episode_000001.parquet").write_bytes(b"junk")
+    out, err = run("--data.path", str(copy), "--skip-bad-episodes")
+    assert out.startswith("85 frames of 3 episodes, 1 left out\n")
+    assert "warning: episode 1 is left out: cannot read" in err
+    assert "warning: state[1] is constant (3)" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data.path", ""], "name a dataset with --data.path"),
+        (["--data.path", "absent"], "no LeRobot dataset at absent"),
+        (["--horizon", "0"], "horizon must be at least 1"),
+    ],
+)
+def test_bad_input_is_told_in_one_line(run, capsys, arguments, message):
+    with pytest.raises(SystemExit, match="1"):
+        run(*arguments)
+    assert message in capsys.readouterr().err

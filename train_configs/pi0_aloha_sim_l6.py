@@ -1,0 +1,29 @@
+"""openpi's π0 of the simulated ALOHA cube transfer, 18 → 6 layers, at full size.
+
+uv run scripts/train_distill.py pi0_aloha_sim_l6 --exp-name first
+Teacher: gs://openpi-assets/checkpoints/pi0_aloha_sim. Data: lerobot/aloha_sim_transfer_cube_human,
+one camera at 50 Hz; fetched (uv sync --extra hf) or given by --data.path. As in openpi: joints and
+gripper converted, actions absolute, always the prompt "Transfer cube", horizon 50, 20,000 steps.
+Batch of 64, warm-up to 2.5e-5 in 1,000 steps, cosine to 2.5e-6. Not run at full size yet; one 80 GB
+device or more."""
+
+import _base
+
+from shallow_pi.models import pi0
+from shallow_pi.training import batches, config, optimizer
+
+DATASET = "lerobot/aloha_sim_transfer_cube_human"
+
+
+def get_config() -> config.DistillConfig:
+    """openpi's values; the paper's batch of 64."""
+    return config.DistillConfig(
+        name="pi0_aloha_sim_l6",
+        model=pi0.Pi0Config(),
+        data=batches.DataConfig(path=DATASET, robot="aloha_sim", asset_id=DATASET, num_threads=8),
+        teacher=config.TeacherConfig(path=f"{_base.OPENPI}/pi0_aloha_sim"),
+        student=config.StudentConfig(depth=6),
+        schedule=optimizer.CosineSchedule(decay_steps=20_000),
+        batch_size=64,
+        num_train_steps=20_000,
+    )
