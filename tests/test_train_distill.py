@@ -14,7 +14,7 @@ import pytest
 
 from shallow_pi.data import lerobot_writer
 from shallow_pi.evaluation import study
-from shallow_pi.models import pi0, weights
+from shallow_pi.models import fetch, pi0, weights
 from shallow_pi.training import config, metrics
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -232,7 +232,7 @@ def test_pi0_aloha_says_what_is_missing_and_where_to_put_it(command, tmp_path, m
     def offline(*_, **__):
         raise ConnectionError("no network")
 
-    monkeypatch.setattr(weights.fsspec, "filesystem", offline)
+    monkeypatch.setattr(fetch.fsspec, "filesystem", offline)
     monkeypatch.setenv("OPENPI_DATA_HOME", str(tmp_path / "openpi"))
     status, said = command("pi0_aloha_l6", *runs, "--data.source", "synthetic")
     assert status == 1

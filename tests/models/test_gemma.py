@@ -122,6 +122,7 @@ def test_captured_attention_is_that_of_the_chosen_layer(layer):
     np.testing.assert_allclose(capture.logits(ROWS), by_hand, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_remat_changes_no_gradient():
     params, inputs = _params(True), _inputs(True)
 

@@ -335,6 +335,7 @@ def test_the_prefix_sees_nothing_of_the_suffix(pi05, model):
 
 
 @BOTH
+@pytest.mark.slow
 def test_remat_changes_no_gradient(pi05, model, tiny_config):
     config, params, observation = model(pi05)
     x_t = _x_t(config, 2)

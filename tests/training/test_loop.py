@@ -182,6 +182,7 @@ def test_a_signal_saves_and_the_resumed_run_goes_on_exactly(whole, monkeypatch, 
     _assert_same_run(experiment, whole)
 
 
+@pytest.mark.slow
 def test_a_signal_in_the_last_step_ends_the_run_too(whole, monkeypatch):
     """A study would otherwise go on with its next stage."""
     experiment = dataclasses.replace(whole, exp_name="last")
@@ -195,6 +196,7 @@ class _Terminated(Exception):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
 def test_a_second_signal_is_immediate(whole, monkeypatch, number):
     def terminate(*_):
@@ -366,6 +368,7 @@ def test_a_strategy_that_measures_leaves_the_data_position_untouched(synthetic, 
     assert data[0] == data[1]
 
 
+@pytest.mark.slow
 def test_the_measured_layers_are_those_of_the_scores(synthetic, monkeypatch):
     scores = {"similarity": [0.1, 0.9, 0.5], "sensitivity": [0.1, 0.9, 0.5]}
     expected = {"similarity": (0, 2), "sensitivity": (1, 2)}
@@ -397,6 +400,7 @@ def test_the_measured_layers_are_those_of_the_scores(synthetic, monkeypatch):
     assert not np.array_equal(first["state"], next(feed)["state"])
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_the_layers_it_measured(synthetic, monkeypatch):
     student = config.StudentConfig(depth=2, strategy="similarity")
     experiment = dataclasses.replace(synthetic, exp_name="kept", num_train_steps=1, student=student)
