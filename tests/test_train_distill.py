@@ -242,6 +242,15 @@ def test_pi0_aloha_says_what_is_missing_and_where_to_put_it(command, tmp_path, m
     assert "Traceback" not in said
 
 
+def test_an_absent_teacher_that_can_be_trained_says_how(command, tmp_path):
+    arguments = ("--checkpoint-dir", tmp_path / "runs", "--teacher.path", tmp_path / "absent")
+    status, said = command("pi05_turntable_l6", *arguments)
+    assert status == 1
+    assert "there is no checkpoint at" in said
+    assert "--teacher.train makes it first, from pi05_turntable" in said
+    assert not (tmp_path / "runs").exists()
+
+
 def test_what_is_wrong_with_the_student_is_found_before_its_teacher_is_trained(
     command, tmp_path, monkeypatch
 ):

@@ -47,7 +47,15 @@ def validate(
     teacher_step = fetch.locate(experiment.teacher.path)
     if teacher_step.name == "params":  # Its assets lie beside it.
         teacher_step = teacher_step.parent
-    stored = weights.stored_params(teacher_step)
+    try:
+        stored = weights.stored_params(teacher_step)
+    except FileNotFoundError as error:
+        if not experiment.teacher.config:
+            raise
+        own = experiment.teacher.config
+        raise FileNotFoundError(
+            f"{error}; or --teacher.train makes it first, from {own}"
+        ) from error
     weights.check_tree(pi0.abstract_params(experiment.model), stored, f"teacher ({teacher_step})")
     return mesh, teacher_step
 
