@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         default = Arguments(data=batches.DataConfig())
         if name:
             own = config.load(CONFIGS, name)
-            kind: normalize.Kind = "quantile" if own.model.pi05 else "z_score"
+            kind = normalize.kind_of(own.model.pi05)
             default = Arguments(own.data, own.model.action_horizon, kind)
         given = tyro.cli(Arguments, args=words, default=default, description=__doc__)
         if not given.data.path:

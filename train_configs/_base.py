@@ -10,6 +10,8 @@ from shallow_pi.training import batches, config, optimizer
 ASSETS = pathlib.Path(__file__).parents[1] / "assets"
 OPENPI = "gs://openpi-assets/checkpoints"
 
+LIBERO = "physical-intelligence/libero"
+
 # The turntable's π0: two cameras of 16 tokens, four query heads on one kv head.
 TURNTABLE_PI0 = pi0.Pi0Config(
     depth=18,
@@ -92,4 +94,19 @@ def turntable_student(model: pi0.Pi0Config, teacher: str) -> config.DistillConfi
         log_interval=20,
         save_interval=100,
         keep_period=0,
+    )
+
+
+def pi05_libero(depth: int) -> config.DistillConfig:
+    """openpi's π0.5 of LIBERO with openpi's values, cut to `depth` layers."""
+    return config.DistillConfig(
+        name="",
+        model=pi0.Pi0Config(pi05=True, action_horizon=10, max_token_len=200),
+        data=batches.DataConfig(path=LIBERO, robot="libero", asset_id=LIBERO, num_threads=8),
+        teacher=config.TeacherConfig(path=f"{OPENPI}/pi05_libero"),
+        student=config.StudentConfig(depth=depth),
+        schedule=optimizer.CosineSchedule(warmup_steps=10_000, peak_lr=5e-5, end_lr=5e-5),
+        batch_size=256,
+        num_train_steps=30_000,
+        ema_decay=0.999,
     )

@@ -19,20 +19,6 @@ LAYERS, TEACHER_DEPTH = [1, 3], 5
 
 
 @pytest.fixture(scope="module")
-def own(tiny_config, tiny_dataset):
-    ramp = np.linspace(0.5, 2, 3)
-    stats = normalize.NormStats(mean=ramp, std=ramp + 1, q01=-ramp, q99=ramp)
-    model = tiny_config(depth=2, vocab_size=320)
-    both = {"state": stats, "actions": stats}
-    return assets.Assets(model, robots.TURNTABLE, tiny_dataset[1], both, "turntable")
-
-
-@pytest.fixture(scope="module")
-def params(own, tiny_params):
-    return tiny_params(own.model)
-
-
-@pytest.fixture(scope="module")
 def run(own, params, tmp_path_factory):
     """A run's folder with two steps; tests must not change it."""
     folder = tmp_path_factory.mktemp("runs") / "first"

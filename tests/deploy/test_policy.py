@@ -7,26 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from shallow_pi.data import assets, normalize, robots
 from shallow_pi.deploy import policy
 from shallow_pi.models import observation as observations
 from shallow_pi.models import sampler, weights
 
 PROMPTS = ("touch the red block", "touch the blue block")
-
-
-@pytest.fixture(scope="module")
-def own(tiny_config, tiny_dataset):
-    ramp = np.linspace(0.5, 2, 3)
-    stats = normalize.NormStats(mean=ramp, std=ramp + 1, q01=-ramp, q99=ramp)
-    model = tiny_config(depth=2, vocab_size=320)
-    both = {"state": stats, "actions": stats}
-    return assets.Assets(model, robots.TURNTABLE, tiny_dataset[1], both, "turntable")
-
-
-@pytest.fixture(scope="module")
-def params(own, tiny_params):
-    return tiny_params(own.model)
 
 
 @pytest.fixture(scope="module")

@@ -37,7 +37,7 @@ class Assets:
     @property
     def kind(self) -> normalize.Kind:
         """How the model's inputs are normalized: π0 by z-score, π0.5 by quantiles."""
-        return "quantile" if self.model.pi05 else "z_score"
+        return normalize.kind_of(self.model.pi05)
 
     def inputs(self) -> transforms.Transform:
         """Robot observation → model sample without its batch axis.

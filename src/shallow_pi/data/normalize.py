@@ -47,6 +47,11 @@ class NormStats:
             object.__setattr__(self, name, value)
 
 
+def kind_of(pi05: bool) -> Kind:
+    """How a model's inputs are normalized: π0 by z-score, π0.5 by quantiles."""
+    return "quantile" if pi05 else "z_score"
+
+
 def compute(values: Float[np.ndarray, "*n d"]) -> NormStats:
     """Exact statistics over every axis but the last."""
     rows = np.asarray(values, np.float64).reshape(-1, np.shape(values)[-1])

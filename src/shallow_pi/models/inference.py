@@ -19,7 +19,7 @@ from shallow_pi.models import observation as observations
 def prefill(
     config: pi0.Pi0Config, prepared: prepare.Prepared, observation: observations.Observation
 ) -> tuple[Any, Bool[Array, "b s"]]:
-    """Keys and values of the prefix (and of π0's state token, see `Savings`), and which exist."""
+    """Keys and values of the prefix in every layer, and which of its tokens exist."""
     params = {"params": {"PaliGemma": prepared.params["PaliGemma"]}}
     embedded: Any = pi0.Pi0(config).apply(params, observation, method="embed_prefix")
     tokens, valid = embedded

@@ -133,8 +133,7 @@ def _stats(
     if data.norm_stats:
         given = normalize.load(fetch.locate(data.norm_stats))
         found = dataset.norm_stats(robot, model.action_horizon)
-        kind: normalize.Kind = "quantile" if model.pi05 else "z_score"
-        for line in statistics.misfits(given, found, kind):
+        for line in statistics.misfits(given, found, normalize.kind_of(model.pi05)):
             progress.console.print(f"warning: {line}", highlight=False)
         return given
     if teacher_step is not None:
