@@ -133,21 +133,73 @@ def test_a_prompt_without_state_ends_in_a_newline(make, tmp_path):
     assert names.index("pi0_new_line_processor") < names.index("tokenizer_processor")
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"state_key": "observation.joints"}, "state under 'observation.joints'"),
-        ({"prompt": "pick up the cup"}, "a fixed prompt"),
-        ({"state_more": ("observation.gripper",)}, "a state in several keys"),
-    ],
-)
-def test_a_robot_lerobots_steps_cannot_express_is_refused(make, tmp_path, change, message):
-    robot = dataclasses.replace(robots.TURNTABLE, **change)
-    with pytest.raises(ValueError, match=rf"robot turntable has .*{message}.* --format openpi"):
-        lerobot_folder.write(tmp_path, make(robot))
-    assert not list(tmp_path.iterdir())
+def test_a_robots_own_units_come_before_the_difference_and_after_it(make, tmp_path):
+    """Order of openpi: units, difference, normalization; and back."""
+    aloha = make(robots.ALOHA, action_dim=14)
+    lerobot_folder.write(tmp_path, aloha)
+    before = list(_steps(tmp_path, "policy_preprocessor"))
+    after = list(_steps(tmp_path, "policy_postprocessor"))
+    wanted = ("shallow_pi_to_model", "relative_actions_processor", "normalizer_processor")
+    assert [name for name in before if name in wanted] == list(wanted)
+    wanted = ("unnormalizer_processor", "absolute_actions_processor", "shallow_pi_to_robot")
+    assert [name for name in after if name in wanted] == list(wanted)
 
 
-def test_units_and_signs_of_openpis_aloha_are_refused():
-    with pytest.raises(ValueError, match="its own units or signs of the state, its own units"):
-        lerobot_folder.check(robots.find("aloha"))
+def test_the_units_in_the_folder_are_the_robots(make, tmp_path):
+    """Computed from the folder's numbers alone, as the plugin does in torch."""
+    lerobot_folder.write(tmp_path, make(robots.ALOHA, action_dim=14))
+    config = _steps(tmp_path, "policy_preprocessor")["shallow_pi_to_model"]["config"]
+    back = _steps(tmp_path, "policy_postprocessor")["shallow_pi_to_robot"]["config"]
+    assert back["action"] == config["action"]
+    values = np.random.default_rng(0).uniform(0.1, 0.9, 14)
+    for ours, units in (
+        (robots.ALOHA.state_conversion, config["state"]),
+        (robots.ALOHA.action_conversion, config["action"]),
+    ):
+        found = values.copy()
+        for dim in units["crank"]:
+            fingers = found[dim] * (units["open"] - units["closed"]) + units["closed"]
+            sine = units["horn"] ** 2 + fingers**2 - units["arm"] ** 2
+            found[dim] = np.arcsin(sine / (2 * units["horn"] * fingers))
+        found = found * np.array(units["factor"]) + np.array(units["offset"])
+        np.testing.assert_allclose(found, ours.forward(values), rtol=1e-6)
+
+
+def test_other_names_become_lerobots_and_a_fixed_prompt_is_a_step(make, tmp_path):
+    droid = dataclasses.replace(robots.DROID, prompt="pick up the cup")
+    own = make(droid, action_dim=8)
+    lerobot_folder.write(tmp_path, own)
+    features = lerobot_folder.config(own)["input_features"]
+    assert list(features) == [
+        "observation.images.exterior_image_1_left",
+        "observation.images.wrist_image_left",
+        "observation.state",
+    ]
+    assert features["observation.state"]["shape"] == [8]
+    step = _steps(tmp_path, "policy_preprocessor")["shallow_pi_to_model"]["config"]
+    assert step == {"state": None, "action": None, "prompt": "pick up the cup"}
+    assert "shallow_pi_to_robot" not in _steps(tmp_path, "policy_postprocessor")
+
+
+def test_a_robot_in_lerobots_own_terms_needs_no_step_of_the_plugin(make, tmp_path):
+    lerobot_folder.write(tmp_path, make())
+    steps = {**_steps(tmp_path, "policy_preprocessor"), **_steps(tmp_path, "policy_postprocessor")}
+    assert not [name for name in steps if name.startswith("shallow_pi")]
+
+
+def test_the_plugin_registers_the_steps_and_takes_their_fields(make, tmp_path):
+    """The plugin cannot be imported here (it needs torch); its source can be read."""
+    lerobot_folder.write(tmp_path, make(robots.ALOHA_SIM, action_dim=14))
+    tree = ast.parse(PLUGIN.joinpath("units_shallow_pi.py").read_text())
+    fields = {
+        node.decorator_list[0].args[0].value: {
+            item.target.id for item in node.body if isinstance(item, ast.AnnAssign)
+        }
+        for node in tree.body
+        if isinstance(node, ast.ClassDef)
+    }
+    for pipeline in ("policy_preprocessor", "policy_postprocessor"):
+        for name, step in _steps(tmp_path, pipeline).items():
+            if name.startswith("shallow_pi"):
+                assert set(step["config"]) == fields.pop(name)
+    assert not fields

@@ -73,8 +73,6 @@ def export(
     assets = policy_assets.load(step)
     if not any_size:
         _check_sizes(assets.model)
-    if format == "lerobot":
-        lerobot_folder.check(assets.robot)
     origin = _origin(step)
     exported = assets
     if format == "openpi-padded":

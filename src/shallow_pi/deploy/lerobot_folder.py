@@ -3,7 +3,10 @@
 The types `shallow_pi0` and `shallow_pi05` come from the plugin `lerobot_policy_shallow_pi`
 (plugins/ in this repository), which reads the depth from the config and raises where the file does
 not fit. The pipelines are LeRobot's own steps with this policy's statistics, set so that they
-compute what `data.robots` computes: openpi's epsilon, and relative actions where the robot has any.
+compute what `data.robots` computes: openpi's epsilon, relative actions where the robot has any, and
+two steps of the plugin where it has units and signs of its own or a fixed prompt. LeRobot knows one
+state, `observation.state`, one `task`, and pictures under `observation.images.`: a robot whose
+recordings name things otherwise is given these names (`camera_key`), its state's parts in one.
 """
 
 import json
@@ -13,20 +16,16 @@ from typing import Any
 import numpy as np
 
 from shallow_pi.data import assets as policy_assets
-from shallow_pi.data import normalize, robots
+from shallow_pi.data import conversions, normalize
 from shallow_pi.models import safetensors_file
 
 TOKENIZER = "google/paligemma-3b-pt-224"
 STATE, ACTION, PROMPT = "observation.state", "action", "task"
+PICTURES = "observation.images."
 
 
 def write(folder: pathlib.Path, assets: policy_assets.Assets) -> None:
-    """Write `config.json`, `policy_preprocessor.json` and `policy_postprocessor.json`.
-
-    Raises:
-      ValueError: the robot's units or keys are more than LeRobot's steps can express.
-    """
-    check(assets.robot)
+    """Write `config.json`, `policy_preprocessor.json` and `policy_postprocessor.json`."""
     _dump(folder / "config.json", config(assets))
     for name, steps in (
         ("policy_preprocessor", _before(assets)),
@@ -40,23 +39,11 @@ def write(folder: pathlib.Path, assets: policy_assets.Assets) -> None:
         _dump(folder / f"{name}.json", {"name": name, "steps": steps})
 
 
-def check(robot: robots.Robot) -> None:
-    """Raise unless LeRobot's steps can do what this robot's transforms do."""
-    beyond = {
-        "its own units or signs of the state": robot.state_conversion,
-        "its own units or signs of the actions": robot.action_conversion,
-        "a state in several keys": robot.state_more,
-        "a fixed prompt": robot.prompt,
-        f"the state under {robot.state_key!r}": robot.state_key != STATE,
-        f"the prompt under {robot.prompt_key!r}": robot.prompt_key != PROMPT,
-    }
-    found = [what for what, present in beyond.items() if present]
-    if found:
-        raise ValueError(
-            f"robot {robot.name} has {', '.join(found)}, and LeRobot's pipelines have no step for "
-            "that: a policy there would get other numbers than it was trained on. Export it with "
-            "--format openpi and serve it, or record and train with a robot in LeRobot's own terms"
-        )
+def camera_key(key: str) -> str:
+    """LeRobot's name of a robot's camera."""
+    if key.startswith(PICTURES):
+        return key
+    return PICTURES + key.removeprefix("observation.").replace(".", "_")
 
 
 def config(assets: policy_assets.Assets) -> dict[str, Any]:
@@ -122,6 +109,7 @@ def _before(assets: policy_assets.Assets) -> list[dict[str, Any]]:
     return [
         _step("rename_observations_processor", {"rename_map": {}}),
         _step("to_batch_processor", {}),
+        *_to_model(assets),
         _step("relative_actions_processor", make_relative),
         _step("normalizer_processor", _normalizer(assets, features)),
         _step(*prompt),
@@ -134,8 +122,40 @@ def _after(assets: policy_assets.Assets) -> list[dict[str, Any]]:
     return [
         _step("unnormalizer_processor", _normalizer(assets, _outputs(assets))),
         _step("absolute_actions_processor", {"enabled": _relative(assets)[0]}),
+        *_to_robot(assets),
         _step("device_processor", {"device": "cpu", "float_dtype": None}),
     ]
+
+
+def _to_model(assets: policy_assets.Assets) -> list[dict[str, Any]]:
+    """The plugin's step before the difference is taken, if this robot needs it."""
+    robot = assets.robot
+    units = {
+        "state": _units(robot.state_conversion),
+        "action": _units(robot.action_conversion),
+        "prompt": robot.prompt,
+    }
+    return [_step("shallow_pi_to_model", units)] if any(units.values()) else []
+
+
+def _to_robot(assets: policy_assets.Assets) -> list[dict[str, Any]]:
+    """Its inverse on the actions."""
+    units = _units(assets.robot.action_conversion)
+    return [_step("shallow_pi_to_robot", {"action": units})] if units else []
+
+
+def _units(conversion: conversions.Conversion | None) -> dict[str, Any] | None:
+    if conversion is None:
+        return None
+    return {
+        "factor": list(conversion.factor),
+        "offset": list(conversion.offset or (0.0,) * len(conversion.factor)),
+        "crank": list(conversion.crank),
+        "closed": conversions.FINGERS_CLOSED,
+        "open": conversions.FINGERS_OPEN,
+        "arm": conversions.ARM,
+        "horn": conversions.HORN,
+    }
 
 
 def _step(name: str, settings: dict[str, Any]) -> dict[str, Any]:
@@ -154,7 +174,8 @@ def _modes(assets: policy_assets.Assets) -> dict[str, str]:
 def _inputs(assets: policy_assets.Assets) -> dict[str, Any]:
     """Pictures in the model's order (cameras the robot lacks are left out), and the state."""
     size, robot = assets.model.image_size, assets.robot
-    seen = [robot.cameras[name] for name in assets.model.cameras if name in robot.cameras]
+    own = [robot.cameras[name] for name in assets.model.cameras if name in robot.cameras]
+    seen = [camera_key(key) for key in own]
     pictures = {key: {"type": "VISUAL", "shape": [3, size, size]} for key in seen}
     return pictures | {STATE: {"type": "STATE", "shape": [robot.state_dim]}}
 

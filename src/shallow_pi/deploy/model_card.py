@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from shallow_pi.data import assets as policy_assets
+from shallow_pi.deploy import lerobot_folder
 from shallow_pi.models import pi0
 
 _OPENPI = """\
@@ -46,6 +47,7 @@ and must not be given this file as its own {kind}:
     pip install plugins/lerobot_policy_shallow_pi
     lerobot-eval --policy.path={folder} ...
 
+An observation has {names}.
 The plugin raises where the file and `config.json` do not fit each other. Pictures are resized by
 LeRobot's function there and by Pillow's here, which differ by a few grey levels; give pictures of
 {size} × {size} where that matters.
@@ -83,6 +85,7 @@ def text(
         "horizon": model.action_horizon,
         "kind": model.kind,
         "layers": " ".join(map(str, layers)),
+        "names": _lerobot_names(assets),
         "lerobot_type": "shallow_pi05" if model.pi05 else "shallow_pi0",
         "size": model.image_size,
         "student_depth": student.depth,
@@ -128,3 +131,14 @@ largest difference of a normalized action from the student's was {difference:.1e
 
 Weights that descend from openpi's contain PaliGemma's, to which Google's Gemma terms of use apply.
 """  # noqa: E501 (rows of a Markdown table)
+
+
+def _lerobot_names(assets: policy_assets.Assets) -> str:
+    """What LeRobot's names mean in the robot's own terms."""
+    robot = assets.robot
+    keys = [robot.cameras[name] for name in assets.model.cameras if name in robot.cameras]
+    pictures = [f"`{lerobot_folder.camera_key(key)}` (`{key}`)" for key in keys]
+    state = f"`{lerobot_folder.STATE}` ({robot.state_dim} numbers: "
+    state += " then ".join(f"`{key}`" for key in robot.state_keys) + ")"
+    prompt = "its prompt is always the same" if robot.prompt else "`task`"
+    return ", ".join([*pictures, state, prompt])
