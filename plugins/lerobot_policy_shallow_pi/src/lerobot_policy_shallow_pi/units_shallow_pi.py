@@ -1,6 +1,6 @@
 """Two steps LeRobot's pipelines lack: a robot's units and signs to the model's, and back.
 
-`model = factor · robot + offset` by dimension; in dimensions named by `crank`, the robot's number is
+`model = factor · robot + offset` by dimension; in dimensions named by `crank` the robot's number is
 the relative position of a gripper's fingers, and the angle of the servo that moves them through a
 crank takes its place first. The numbers, the crank's lengths (metres) too, come from the exported
 folder: the pipelines' JSON files.
