@@ -1,86 +1,118 @@
-"""Time one inference at batch 1, with random weights: by part, by depth, and by what is spared.
+"""Time one inference at batch 1, with random weights: by part, by size, and by what is spared.
 
 uv run scripts/benchmark.py [--model pi05] [--depths 18 6] [--cameras 2] [--output DIR]
 
-    --model pi0                     the full-size models: pi0, pi05; or turntable, for a CPU
-    --prompt 48 --horizon 50        tokens of the prompt, actions of a chunk
-    --output benchmarks/mine        also writes benchmark.json there, and benchmark.png
+    --model pi0                         the full-size models: pi0, pi05; for a CPU: turntable, small
+    --depths 18 9 6 4 --cameras 2 3     every list may have several values: all combinations are run
+    --prompts 48 200 --horizons 10 50 --num-steps 5 10
+    --against openpi                    also openpi's own sampler on the same weights, in turns with
+                                        ours (run it with the Python of an environment that has it)
+    --output benchmarks/mine            also writes benchmark.json there, and two pictures
 """
 
 import dataclasses
 import importlib.metadata
+import itertools
 import json
 import pathlib
+from collections.abc import Iterator
 from typing import Literal
 
 import jax
+import rich.box
+import rich.console
+import rich.table
 import tyro
 
 from shallow_pi.data import assets
-from shallow_pi.evaluation import benchmark, plots
-from shallow_pi.models import pi0
+from shallow_pi.evaluation import benchmark, plots, speed_plots
+from shallow_pi.interop import openpi
+from shallow_pi.models import gemma, pi0, siglip
 from shallow_pi.training import config, distributed
 
 ROOT = pathlib.Path(__file__).parents[1]
-GIGA = 1e9
+TERA, GIGA = 1e12, 1e9
+# Narrow, but with openpi's pictures, patches, cameras and vocabulary, which it hard-codes.
+SMALL = pi0.Pi0Config(
+    backbone=gemma.GemmaConfig(width=64, mlp_dim=256, num_heads=8, num_kv_heads=1, head_dim=16),
+    expert=gemma.GemmaConfig(width=32, mlp_dim=128, num_heads=8, num_kv_heads=1, head_dim=16),
+    image=siglip.SiglipConfig(width=64, depth=2, mlp_dim=128, num_heads=4, patch_size=14),
+    dtype="float32",
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
     """What to time."""
 
-    # Whose sizes.
-    model: Literal["pi0", "pi05", "turntable"] = "pi05"
+    # Whose sizes; "small" is a narrow π0 that openpi can run too.
+    model: Literal["pi0", "pi05", "turntable", "small"] = "pi05"
     # Layers of backbone and action expert.
     depths: tuple[int, ...] = (18, 6)
     # Cameras that are there.
-    cameras: int = 2
+    cameras: tuple[int, ...] = (2,)
     # Prompt tokens; 0 is the model's own number.
-    prompt: int = 0
+    prompts: tuple[int, ...] = (0,)
     # Actions of a chunk; 0 is 10 for the full-size models.
-    horizon: int = 0
+    horizons: tuple[int, ...] = (0,)
     # Integration steps.
-    num_steps: int = 10
+    num_steps: tuple[int, ...] = (10,)
     # Timed calls of each part.
     repeats: int = 50
     # Also time every saving switched off.
     ablate: bool = True
-    # Folder for benchmark.json and benchmark.png; empty for none.
+    # Another implementation to time in turns with ours, on the same weights.
+    against: Literal["", "openpi"] = ""
+    # Folder for benchmark.json and the pictures; empty for none.
     output: str = ""
 
-    def create(self, depth: int) -> pi0.Pi0Config:
-        """The model to time."""
+    def models(self) -> Iterator[tuple[pi0.Pi0Config, int]]:
+        """Every model to time, with its integration steps."""
+        for name in ("depths", "prompts", "horizons", "num_steps"):
+            if min(getattr(self, name), default=-1) < (name in ("depths", "num_steps")):
+                raise ValueError(f"--{name.replace('_', '-')} must be positive numbers")
+        for depth, cameras, prompt, horizon, steps in itertools.product(
+            self.depths, self.cameras, self.prompts, self.horizons, self.num_steps
+        ):
+            yield self._model(depth, cameras, prompt, horizon), steps
+
+    def _model(self, depth: int, cameras: int, prompt: int, horizon: int) -> pi0.Pi0Config:
         if self.model == "turntable":
             base = assets.load(ROOT / "assets" / "pi0_turntable").model
+        elif self.model == "small":
+            base = SMALL
         else:
             length = 200 if self.model == "pi05" else 48
             base = pi0.Pi0Config(pi05=self.model == "pi05", max_token_len=length, action_horizon=10)
-        if not 1 <= self.cameras <= len(base.cameras):
+        if not 1 <= cameras <= len(base.cameras):
             raise ValueError(
-                f"--cameras must lie in 1..{len(base.cameras)} for {self.model}, got {self.cameras}"
+                f"--cameras must lie in 1..{len(base.cameras)} for {self.model}, got {cameras}"
             )
         return dataclasses.replace(
             base,
             depth=depth,
-            cameras=base.cameras[: self.cameras],
-            max_token_len=self.prompt or base.max_token_len,
-            action_horizon=self.horizon or base.action_horizon,
+            cameras=base.cameras[:cameras],
+            max_token_len=prompt or base.max_token_len,
+            action_horizon=horizon or base.action_horizon,
         )
 
 
 def main() -> None:
-    """Time every depth, print a table, write what was asked for."""
+    """Time every model, print a table, write what was asked for."""
     distributed.cache_compilations()
     given = tyro.cli(Arguments, description=__doc__)
-    with config.exit_on():
-        models = [given.create(depth) for depth in given.depths]
+    with config.exit_on(ModuleNotFoundError):
+        models = list(given.models())
+        others = {"openpi": openpi.sampler} if given.against else {}
+        if others:
+            openpi.model_config(dataclasses.replace(models[0][0], cameras=pi0.CAMERAS))
         size = 2048 if jax.default_backend() == "cpu" else 8192
-        limit = benchmark.ceiling(models[0].dtype, size)
+        limit = benchmark.ceiling(models[0][0].dtype, size)
         timings = [
             benchmark.measure(
-                model, num_steps=given.num_steps, repeats=given.repeats, ablate=given.ablate
+                model, num_steps=steps, repeats=given.repeats, ablate=given.ablate, others=others
             )
-            for model in models
+            for model, steps in models
         ]
         _show(timings, limit)
         if given.output:
@@ -88,26 +120,44 @@ def main() -> None:
 
 
 def _show(timings: list[benchmark.Timing], limit: benchmark.Ceiling) -> None:
-    print(
-        f"{timings[0].device}: {limit.flops_per_second / 1e12:.2f} TFLOP/s, "
-        f"{limit.bytes_per_second / GIGA:.0f} GB/s measured"
+    first, last = timings[0], timings[-1]
+    console = rich.console.Console()
+    title = (
+        f"{first.device}: {limit.flops_per_second / TERA:.2f} TFLOP/s and "
+        f"{limit.bytes_per_second / GIGA:.0f} GB/s measured. Median ms, 95th percentile in brackets"
     )
+    table = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD, title_justify="left")
+    table.add_column("layers")
     for timing in timings:
-        parts = ", ".join(f"{name} {ms:.2f}" for name, ms in timing.median_ms.items())
+        table.add_column(str(timing.depth), justify="right")
+    for field in ("cameras", "prompt_tokens", "horizon", "num_steps"):
+        table.add_row(field.replace("_", " "), *(str(getattr(t, field)) for t in timings))
+    table.add_section()
+    for part in first.median_ms:
+        table.add_row(part, *(f"{t.median_ms[part]:.2f} ({t.p95_ms[part]:.2f})" for t in timings))
+    for name in first.others_ms:
+        table.add_row(f"{name}, whole", *(f"{t.others_ms[name]:.2f}" for t in timings))
+    table.add_section()
+    rates = [t.flops / (t.median_ms["whole"] / 1e3) / limit.flops_per_second for t in timings]
+    floors = [1e3 * t.weight_bytes / limit.bytes_per_second for t in timings]
+    table.add_row("GFLOP", *(f"{t.flops / GIGA:.2f}" for t in timings))
+    table.add_row("share of the matrix rate", *(f"{100 * rate:.0f} %" for rate in rates))
+    table.add_row("reading weights alone", *(f"{floor:.2f}" for floor in floors))
+    table.add_row("peak memory, GB", *(f"{t.peak_bytes / GIGA:.2f}" for t in timings))
+    console.print(table)
+    for timing in timings:
         whole = timing.median_ms["whole"]
-        share = timing.flops / (whole / 1e3) / limit.flops_per_second
-        floor = 1e3 * timing.weight_bytes / limit.bytes_per_second
-        print(f"{timing.depth:>2} layers, ms: {parts}")
-        print(
-            f"   {timing.flops / 1e12:.3f} TFLOP at {100 * share:.0f} % of the matrix rate; "
-            f"reading its weights alone takes {floor:.2f} ms"
-        )
-        for name, ms in timing.without_ms.items():
-            print(f"   without {name}: {ms:.2f} ms ({ms - whole:+.2f})")
-    slow, fast = timings[0], timings[-1]
-    if slow is not fast:
-        ratio = slow.median_ms["whole"] / fast.median_ms["whole"]
-        print(f"{fast.depth} layers are {ratio:.2f} times as fast as {slow.depth}")
+        spared = [f"{name} {ms - whole:+.2f}" for name, ms in timing.without_ms.items()]
+        if spared:
+            print(f"{timing.depth} layers, ms more without: {', '.join(spared)}")
+        for name, ms in timing.others_ms.items():
+            print(
+                f"{timing.depth} layers: ours is {ms / whole:.2f} times as fast as {name}'s "
+                f"(largest difference of an action {timing.others_difference:.1e})"
+            )
+    if first is not last:
+        ratio = first.median_ms["whole"] / last.median_ms["whole"]
+        print(f"the last row is {ratio:.2f} times as fast as the first")
 
 
 def _write(
@@ -125,9 +175,14 @@ def _write(
     }
     path = folder / "benchmark.json"
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    picture = folder / "benchmark.png"
-    plots.breakdown(picture, [(t.depth, t.median_ms) for t in timings], given.num_steps)
-    print(f"written: {path}, {picture}")
+    print(f"written: {path}")
+    for name, draw in (("breakdown", speed_plots.breakdown), ("growth", speed_plots.growth)):
+        try:
+            draw(folder / f"{name}.png", timings)
+        except plots.PlotsMissingError as error:
+            print(error)
+            return
+        print(f"written: {folder / name}.png")
 
 
 if __name__ == "__main__":

@@ -1,26 +1,53 @@
 """The benchmark times the real sampler, and what it says of its parts fits together."""
 
 import dataclasses
+import functools
 
+import jax
 import pytest
 
-from shallow_pi.evaluation import benchmark, flops, plots
-from shallow_pi.models import prepare
+from shallow_pi.evaluation import benchmark, flops, speed_plots
+from shallow_pi.models import observation, prepare, sampler
 
 
 @pytest.fixture(scope="module")
 def timing(tiny_config):
     config = tiny_config(dtype="bfloat16", pi05=True)
     savings = dataclasses.replace(prepare.LOOPS, fused=False)
-    return config, benchmark.measure(config, num_steps=2, repeats=2, savings=savings)
+    others = {"plain": _plain, "halved": _halved}
+    return config, benchmark.measure(config, num_steps=2, repeats=2, savings=savings, others=others)
+
+
+def _plain(config, params, batch, noise, num_steps):
+    """The sampler without any saving, on the weights and the observation it is given."""
+    nothing = prepare.Savings(**{f.name: False for f in dataclasses.fields(prepare.Savings)})
+    sample = functools.partial(sampler.sample_actions, config, num_steps=num_steps, savings=nothing)
+    seen = observation.Observation.from_batch(jax.device_put(batch))
+    return functools.partial(jax.jit(sample), params, seen, noise)
+
+
+def _halved(config, params, batch, noise, num_steps):
+    call = _plain(config, params, batch, noise, num_steps)
+    return lambda: 0.5 * call()
 
 
 def test_every_part_and_every_saving_that_is_on_is_timed(timing):
     _, found = timing
-    assert set(found.median_ms) == {"image tower", "prefix", "one step", "whole", "end to end"}
+    parts = {"image tower", "prefix", "one step", "whole", "host transfer", "end to end"}
+    assert set(found.median_ms) == parts
+    assert set(found.others_ms) == {"plain", "halved"}
     assert set(found.without_ms) == {"time_tables", "state_once"}
     assert min([*found.median_ms.values(), *found.without_ms.values()]) > 0
     assert all(found.p95_ms[name] >= found.median_ms[name] for name in found.median_ms)
+
+
+def test_a_sampler_that_differs_shows(timing, tiny_config):
+    """`_halved` gives half of what ours gives; `_plain` alone gives the same, to bfloat16."""
+    _, found = timing
+    alone = benchmark.measure(
+        tiny_config(pi05=True), num_steps=2, repeats=1, ablate=False, others={"plain": _plain}
+    )
+    assert alone.others_difference < 1e-4 < 0.1 < found.others_difference
 
 
 def test_counts_are_those_of_what_was_timed(timing):
@@ -37,7 +64,26 @@ def test_the_ceiling_is_operations_and_bytes_a_second():
     assert 1e7 < found.bytes_per_second < 1e14
 
 
-def test_the_breakdown_is_a_picture(timing, tmp_path):
+def test_sizes_are_the_models(timing):
+    config, found = timing
+    assert (found.cameras, found.prompt_tokens) == (len(config.cameras), config.max_token_len)
+    assert found.visual_tokens == len(config.cameras) * config.image_tokens
+    assert (found.horizon, found.num_steps) == (config.action_horizon, 2)
+
+
+@pytest.mark.parametrize("draw", [speed_plots.breakdown, speed_plots.growth])
+def test_timings_become_pictures(timing, tmp_path, draw):
     _, found = timing
-    plots.breakdown(tmp_path / "parts.png", [(found.depth, found.median_ms)], 2)
-    assert (tmp_path / "parts.png").stat().st_size > 1000
+    more = dataclasses.replace(found, depth=9, visual_tokens=2 * found.visual_tokens, cameras=4)
+    draw(tmp_path / "picture.png", [found, more])
+    assert (tmp_path / "picture.png").stat().st_size > 1000
+
+
+def test_a_breakdowns_parts_add_up_to_the_whole(timing):
+    _, found = timing
+    median = {"image tower": 1.0, "prefix": 3.0, "whole": 7.0}
+    assert [speed_plots._share(median, part) for part in speed_plots.PARTS] == [1.0, 2.0, 4.0]
+    assert speed_plots._label(found, [found]) == "3 layers"
+    assert "4 cameras" in speed_plots._label(
+        dataclasses.replace(found, cameras=4), [found, dataclasses.replace(found, cameras=4)]
+    )

@@ -1,5 +1,8 @@
 """openpi and our code on the same parameters and inputs, both computed here and now."""
 
+import dataclasses
+
+import jax.numpy as jnp
 import numpy as np
 import parity
 import pytest
@@ -7,6 +10,8 @@ import record_parity
 import theirs
 
 from shallow_pi.distill import layer_map
+from shallow_pi.evaluation import benchmark
+from shallow_pi.interop import openpi as interop
 from shallow_pi.models import pi0, weights
 
 
@@ -54,3 +59,15 @@ def test_a_student_padded_with_zero_layers_is_the_student(pi05, dtype):
     samples = parity.batch(config)
     shallow = theirs.sample(theirs.model(config, params), samples)
     np.testing.assert_array_equal(theirs.sample(deep, samples), shallow)
+
+
+def test_the_benchmark_times_openpis_sampler_on_the_same_model():
+    """Two cameras: openpi encodes the third one too, which is black and masked."""
+    config = parity.model(True, 2, "float32")
+    config = dataclasses.replace(config, cameras=config.cameras[:2])
+    found = benchmark.measure(
+        config, num_steps=2, repeats=1, ablate=False, others={"openpi": interop.sampler}
+    )
+    assert found.others_ms["openpi"] > 0
+    assert found.others_difference < 1e-4
+    assert jnp.isfinite(found.others_difference)

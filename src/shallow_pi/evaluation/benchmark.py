@@ -1,4 +1,4 @@
-"""Where the time of one inference goes: by part, by depth, and by what is spared.
+"""Where the time of one inference goes: by part, by size, by what is spared, and beside others.
 
 Random weights are the right load: no time depends on their values. All variants of a depth take
 turns in one process (see `latency`), so that ratios hold on a machine that is not quiet.
@@ -7,7 +7,7 @@ turns in one process (see `latency`), so that ratios hold on a machine that is n
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +24,22 @@ class Timing:
     """One model's inference at batch 1."""
 
     depth: int
-    # Milliseconds by part: "image tower", "prefix", "one step", "whole", "end to end".
+    cameras: int
+    # Tokens of the cameras, and of the prompt.
+    visual_tokens: int
+    prompt_tokens: int
+    horizon: int
+    num_steps: int
+    # Milliseconds by part: "image tower", "prefix", "one step", "whole", "host transfer" (pixels to
+    # the device and actions back, nothing computed), "end to end" (pixels and actions on the host).
     median_ms: dict[str, float]
     p95_ms: dict[str, float]
     # Milliseconds of the whole inference with one saving switched off, by its name.
     without_ms: dict[str, float]
+    # Milliseconds of other samplers on the same weights, observation and noise, by their names.
+    others_ms: dict[str, float]
+    # Largest difference of any of their actions from ours.
+    others_difference: float
     # Operations of the whole inference, and weight bytes it must read.
     flops: int
     weight_bytes: int
@@ -60,6 +71,19 @@ def ceiling(dtype: str, size: int = 8192, repeats: int = 10) -> Ceiling:
     )
 
 
+class Other(Protocol):
+    """Makes another sampler ready: what it returns samples once, from arrays on the device."""
+
+    def __call__(
+        self,
+        config: pi0.Pi0Config,
+        params: PyTree,
+        batch: Mapping[str, Any],
+        noise: Array,
+        num_steps: int,
+    ) -> Callable[[], Array]: ...
+
+
 def measure(
     config: pi0.Pi0Config,
     *,
@@ -67,6 +91,7 @@ def measure(
     repeats: int = 50,
     savings: prepare.Savings | None = None,
     ablate: bool = True,
+    others: Mapping[str, Other] | None = None,
 ) -> Timing:
     """Time one inference of a model with random weights.
 
@@ -76,6 +101,7 @@ def measure(
       repeats: timed calls of each part.
       savings: what is spared; None is the fastest on this backend.
       ablate: also time the whole inference with each saving that is on switched off.
+      others: other samplers to time in the same turns, by name.
     """
     savings = savings or prepare.best()
     params = _random(config)
@@ -88,7 +114,8 @@ def measure(
         }
     pictures = _pictures(config)
     observation = jax.device_put(observations.Observation.from_batch(pictures))
-    noise = jax.device_put(np.zeros((1, config.action_horizon, config.action_dim), np.float32))
+    shape = (1, config.action_horizon, config.action_dim)
+    noise = jax.random.normal(jax.random.key(0), shape)
     calls: dict[str, Callable[[], Any]] = {}
     for name, chosen in variants.items():
         weights = _prepared(config, params, num_steps, chosen)
@@ -98,15 +125,31 @@ def measure(
         calls[name] = functools.partial(run, weights, observation, noise)
         if name == "whole":
             calls |= _parts(config, weights, observation, noise)
+            calls["host transfer"] = functools.partial(
+                _transfer, jax.jit(jnp.negative), pictures, noise
+            )
             calls["end to end"] = functools.partial(_from_host, run, weights, pictures, noise)
+    ready = {
+        name: prepare_other(config, params, pictures, noise, num_steps)
+        for name, prepare_other in (others or {}).items()
+    }
+    difference = max((_difference(calls["whole"], call) for call in ready.values()), default=0.0)
+    calls |= ready
     found = latency.median_latency(calls, repeats=repeats, label=f"{config.depth} layers")
-    parts = [name for name in calls if name == "whole" or name not in variants]
+    parts = [n for n in calls if n == "whole" or (n not in variants and n not in ready)]
     statistics = jax.devices()[0].memory_stats() or {}
     return Timing(
         depth=config.depth,
+        cameras=len(config.cameras),
+        visual_tokens=config.prefix_tokens - config.max_token_len,
+        prompt_tokens=config.max_token_len,
+        horizon=config.action_horizon,
+        num_steps=num_steps,
         median_ms={name: found.median_ms[name] for name in parts},
         p95_ms={name: found.p95_ms[name] for name in parts},
         without_ms={name: found.median_ms[name] for name in variants if name != "whole"},
+        others_ms={name: found.median_ms[name] for name in ready},
+        others_difference=difference,
         flops=flops.inference_flops(config, num_steps=num_steps, savings=savings).total,
         weight_bytes=flops.weight_bytes(config, num_steps=num_steps).total,
         peak_bytes=int(statistics.get("peak_bytes_in_use", 0)),
@@ -142,6 +185,17 @@ def _parts(
         "prefix": functools.partial(prefill, weights, observation),
         "one step": functools.partial(step, weights, cache, valid, noise),
     }
+
+
+def _difference(ours: Callable[[], Array], theirs: Callable[[], Array]) -> float:
+    a, b = (np.asarray(call(), np.float64) for call in (ours, theirs))
+    return float(np.abs(a - b).max())
+
+
+def _transfer(touch: Callable[[Array], Array], pictures: Mapping[str, Any], noise: Array) -> Any:
+    """Pixels to the device, and as many numbers as the actions have back to the host."""
+    jax.block_until_ready(jax.device_put(pictures))
+    return np.asarray(touch(noise))
 
 
 def _from_host(

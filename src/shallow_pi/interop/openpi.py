@@ -13,10 +13,13 @@ import functools
 import importlib.util
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, PyTree
 
 from shallow_pi.data import assets as policy_assets
 from shallow_pi.data import conversions, pipelines, robots, transforms
@@ -99,11 +102,46 @@ def _sizes(model: pi0.Pi0Config) -> Iterator[None]:
         openpi_gemma.get_config, openpi_siglip.decode_variant = before
 
 
+def sampler(
+    model: pi0.Pi0Config,
+    params: PyTree,
+    batch: Mapping[str, Any],
+    noise: Array,
+    num_steps: int,
+) -> Callable[[], Array]:
+    """openpi's own `sample_actions` on these parameters, jitted as it serves: call it to sample.
+
+    Args:
+      model: sizes; cameras of openpi's that it lacks are given to openpi black and masked.
+      params: in the model's compute dtype.
+      batch: one batch of the loader.
+      noise: (b, action horizon, action dim).
+      num_steps: integration steps.
+    """
+    require()
+    from openpi.models import model as openpi_model
+    from openpi.shared import nnx_utils
+
+    cameras = openpi_model.IMAGE_KEYS
+    policy = model_config(dataclasses.replace(model, cameras=cameras)).load(params)
+    first = model.cameras[0]
+    black, absent = np.zeros_like(batch["image"][first]), np.zeros_like(batch["image_mask"][first])
+    full = {
+        **batch,
+        "image": {name: batch["image"].get(name, black) for name in cameras},
+        "image_mask": {name: batch["image_mask"].get(name, absent) for name in cameras},
+    }
+    observation = openpi_model.Observation.from_dict(jax.tree.map(jnp.asarray, full))
+    sample = nnx_utils.module_jit(policy.sample_actions)
+    key = jax.random.key(0)
+    return lambda: sample(key, observation, num_steps=num_steps, noise=noise)
+
+
 def train_config(name: str, model: pi0.Pi0Config, robot: robots.Robot, asset_id: str) -> Any:
     """openpi's TrainConfig of a student: its sizes, and what its robot sends and expects.
 
-    ALOHA, LIBERO and DROID speak with openpi's own clients, every other robot in the flat keys of
-    its recordings.
+    ALOHA, LIBERO and DROID speak with openpi's own clients, a robot of a config of openpi's as that
+    one does, every other robot in the flat keys of its recordings.
     """
     sizes = model_config(model)
     from openpi import transforms as openpi_transforms
@@ -111,6 +149,10 @@ def train_config(name: str, model: pi0.Pi0Config, robot: robots.Robot, asset_id:
     from openpi.training import config as configs
 
     assets = configs.AssetsConfig(asset_id=asset_id)
+    if robot.elsewhere:
+        source = configs.get_config(robot.elsewhere)
+        data = dataclasses.replace(source.data, assets=assets)
+        return dataclasses.replace(source, name=name, model=sizes, data=data)
     if robot in (robots.ALOHA, robots.ALOHA_SIM):
         data = configs.LeRobotAlohaDataConfig(
             assets=assets,
