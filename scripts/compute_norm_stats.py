@@ -5,9 +5,10 @@ uv run scripts/compute_norm_stats.py NAME [--data.path PATH] [--output FOLDER]
     pi0_aloha_l6 --data.path ~/data/my_aloha     robot, horizon and normalization of that config
     --data.path ~/data/my_arm --data.robot my_arm.py --data.asset-id my_arm --horizon 50
 
-PATH is the folder of a LeRobot dataset or its address on the Hugging Face hub. The statistics are
-of states and of action chunks as the model is trained on them (converted, as differences from the
-state where the robot says so), and go to FOLDER/norm_stats.json in openpi's format (default:
+PATH is the folder of a LeRobot dataset or its address on the Hugging Face hub; `--data.more` adds
+others, and what a run holds out (`--data.held-out`) is left out. The statistics are of states and
+of action chunks as the model is trained on them (converted, as differences from the state where the
+robot says so), and go to FOLDER/norm_stats.json in openpi's format (default:
 norm_stats/<config or dataset>/<asset id>). Train with them by `--data.norm-stats FOLDER`; without,
 a run takes its teacher's, which is right where the teacher knows the robot. Dimensions that make a
 poor scale are told. With `--data.norm-stats` here nothing is written, and the dataset is compared
@@ -22,7 +23,7 @@ from collections.abc import Sequence
 import tyro
 
 from shallow_pi import progress
-from shallow_pi.data import hub, lerobot, normalize, robots, statistics
+from shallow_pi.data import lerobot, normalize, robots, sources, statistics
 from shallow_pi.models import fetch
 from shallow_pi.training import batches, config
 
@@ -41,8 +42,6 @@ class Arguments:
     kind: normalize.Kind = "z_score"
     # Folder for norm_stats.json.
     output: str = ""
-    # Leave out episodes that cannot be read, and count them.
-    skip_bad_episodes: bool = False
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -62,23 +61,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise ValueError(f"horizon must be at least 1, got {given.horizon}")
         robot = robots.find(given.data.robot)
         # Without a look at pictures, no video of a dataset on the hub is fetched.
-        folder = hub.locate(given.data.path, cameras=None if given.skip_bad_episodes else ())
-        dataset = lerobot.Dataset(folder, skip_bad_episodes=given.skip_bad_episodes)
-        dataset.validate(robot)
+        looks = given.data.skip_bad_episodes
+        datasets, _ = batches.open_datasets(given.data, robot, pictures=looks)
         with progress.bar("Statistics", robot.state_dim + robot.action_dim) as advance:
-            found = dataset.norm_stats(robot, given.horizon, advance)
-        _tell(dataset, found, given, name or folder.name)
+            found = sources.norm_stats(datasets, robot, given.horizon, advance)
+        _tell(datasets, found, given, name or datasets[0].path.name)
 
 
 def _tell(
-    dataset: lerobot.Dataset, found: dict[str, normalize.NormStats], given: Arguments, name: str
+    datasets: Sequence[lerobot.Dataset],
+    found: dict[str, normalize.NormStats],
+    given: Arguments,
+    name: str,
 ) -> None:
-    for episode, reason in dataset.skipped.items():
-        _warn(f"episode {episode} is left out: {reason}")
     for line in statistics.doubtful(found):
         _warn(line)
-    left_out = f", {len(dataset.skipped)} left out" if dataset.skipped else ""
-    print(f"{len(dataset)} frames of {dataset.num_episodes} episodes{left_out}")
+    frames, episodes = sum(map(len, datasets)), sum(d.num_episodes for d in datasets)
+    skipped = sum(len(dataset.skipped) for dataset in datasets)
+    print(f"{frames} frames of {episodes} episodes{f', {skipped} left out' if skipped else ''}")
     if given.data.norm_stats:
         theirs = normalize.load(fetch.locate(given.data.norm_stats))
         lines = statistics.misfits(theirs, found, given.kind)

@@ -93,7 +93,7 @@ def test_constant_dimensions_are_told_and_bad_episodes_counted(run, tmp_path):
         column = pl.concat_arr(moves, still).alias("observation.state")
         pl.read_parquet(file).with_columns(column).write_parquet(file)
     (copy / "data" / "chunk-000" / "episode_000001.parquet").write_bytes(b"junk")
-    out, err = run("--data.path", str(copy), "--skip-bad-episodes")
+    out, err = run("--data.path", str(copy), "--data.skip-bad-episodes")
     assert out.startswith("85 frames of 3 episodes, 1 left out\n")
     assert "warning: episode 1 is left out: cannot read" in err
     assert "warning: state[1] is constant (3)" in err

@@ -19,7 +19,7 @@ def calls(tmp_path, monkeypatch):
     """Stands in for huggingface_hub: serves the v2.1 fixture and keeps what it was asked for."""
     asked = []
 
-    def snapshot_download(repo, *, repo_type, revision, allow_patterns):
+    def snapshot_download(repo, *, revision, allow_patterns, repo_type):
         asked.append((repo, repo_type, revision))
         target = tmp_path / "hub" / COMMIT
         for file in (FIXTURES / "pusht_v21_video").rglob("*"):
@@ -66,6 +66,7 @@ def test_a_folder_is_a_folder_even_if_it_looks_like_an_address(calls, tmp_path):
 def test_what_was_tried_is_told(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    message = r"no folder a/b, .*--extra hf.*hf download a/b --repo-type dataset --revision v3 "
+    message = r"dataset a/b could not be fetched .*--extra hf.*hf download a/b --repo-type dataset "
+    message += "--revision v3 "
     with pytest.raises(FileNotFoundError, match=message):
         hub.locate("a/b@v3")

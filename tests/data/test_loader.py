@@ -1,15 +1,22 @@
 """The order of samples is a function of the seed: shards, prefetch and resume cannot change it."""
 
+import contextlib
 import itertools
 import json
+import multiprocessing
+import os
 import pathlib
+import signal
+import subprocess
+import sys
 import threading
+import time
 
 import jax
 import numpy as np
 import pytest
 
-from shallow_pi.data import lerobot, lerobot_writer, loader, pipelines, robots, tokenizer
+from shallow_pi.data import loader, sources
 
 FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures" / "lerobot"
 
@@ -58,7 +65,7 @@ def test_batches_stack_nested_samples() -> None:
 @pytest.mark.parametrize("threads", [0, 3])
 @pytest.mark.parametrize("consumed", [0, 1, 5])
 def test_restore_continues_with_the_very_next_batch(threads: int, consumed: int) -> None:
-    source = loader.Cached(Numbers(20))
+    source = sources.Cached(Numbers(20))
     straight = loader.Loader(source, 6, seed=7, num_threads=threads)
     _indices(straight, consumed)
     state = json.loads(json.dumps(straight.state()))
@@ -95,22 +102,6 @@ def test_resume_on_another_number_of_processes_sees_the_same_global_batch() -> N
     assert sorted(seen) == sorted(expected)
 
 
-def test_cache_reads_each_sample_once_and_changes_nothing() -> None:
-    plain, counted = Numbers(20), Numbers(20)
-    cached = loader.Cached(counted)
-    expected = _indices(loader.Loader(plain, 5, seed=2), 12)
-    assert _indices(loader.Loader(cached, 5, seed=2, num_threads=0), 12) == expected
-    assert counted.reads == 21  # one more to learn the shapes
-    np.testing.assert_array_equal(cached[7]["vector"]["x"], plain[7]["vector"]["x"])
-    assert counted.reads == 21
-
-
-def test_cache_refuses_more_than_its_bound() -> None:
-    assert loader.Cached(Numbers(20)).nbytes == 20 * 16
-    with pytest.raises(ValueError, match="caching 20 samples needs 0 MiB, more than the 0 MiB"):
-        loader.Cached(Numbers(20), max_bytes=319)
-
-
 def test_prefetch_state_counts_what_was_handed_out() -> None:
     sharding = jax.sharding.NamedSharding(
         jax.sharding.Mesh(np.array(jax.devices()), ("data",)), jax.sharding.PartitionSpec("data")
@@ -132,56 +123,6 @@ def test_prefetch_state_counts_what_was_handed_out() -> None:
     assert _indices(ahead, 3) == expected[5:8]
     ahead.restore(start)
     assert _indices(ahead, 8) == expected
-
-
-def test_dataset_source_gives_the_batch_of_the_contract(tmp_path) -> None:
-    robot = robots.Robot(
-        "pusht", {"base_0_rgb": "observation.images.top"}, state_dim=2, action_dim=2, fps=10
-    )
-    dataset = lerobot.Dataset(FIXTURES / "pusht_v30_image")
-    tokenizer.train(dataset.tasks.values(), tmp_path / "small.model")
-    transform = pipelines.inputs(
-        robot,
-        cameras=("base_0_rgb", "left_wrist_0_rgb"),
-        image_size=48,
-        action_dim=6,
-        tokenizer=tokenizer.Tokenizer(tmp_path / "small.model", 24),
-        stats=dataset.norm_stats(robot, 8),
-        kind="z_score",
-    )
-    source = loader.DatasetSource(dataset, robot, 8, transform)
-    batch = next(loader.Loader(loader.Cached(source), 4))
-    shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype.name), batch)
-    assert shapes == {
-        "image": dict.fromkeys(("base_0_rgb", "left_wrist_0_rgb"), ((4, 48, 48, 3), "uint8")),
-        "image_mask": dict.fromkeys(("base_0_rgb", "left_wrist_0_rgb"), ((4,), "bool")),
-        "state": ((4, 6), "float32"),
-        "tokenized_prompt": ((4, 24), "int32"),
-        "tokenized_prompt_mask": ((4, 24), "bool"),
-        "actions": ((4, 8, 6), "float32"),
-        "action_mask": ((4, 8), "bool"),
-    }
-    everything = np.stack([source[i]["state"][:2] for i in range(len(source))])
-    np.testing.assert_allclose(everything.mean(0), 0, atol=1e-5)
-    np.testing.assert_allclose(everything.std(0), 1, atol=1e-5)
-    reference = np.load(FIXTURES / "reference_v30_image.npz")
-    np.testing.assert_array_equal(source[105]["action_mask"], ~reference["pad"][105])
-
-
-def test_synthetic_samples_are_deterministic_and_fit_the_contract() -> None:
-    sizes = {"cameras": ("base_0_rgb",), "image_size": 8, "action_dim": 4, "action_horizon": 5}
-    source, again = (
-        loader.SyntheticSource(**sizes, max_token_len=6, vocab_size=16, seed=1) for _ in range(2)
-    )
-    batch, same = (next(loader.Loader(s, 4)) for s in (source, again))
-    jax.tree.map(np.testing.assert_array_equal, batch, same)
-    assert batch["image"]["base_0_rgb"].shape == (4, 8, 8, 3)
-    assert batch["image"]["base_0_rgb"].dtype == np.uint8
-    assert batch["actions"].shape == (4, 5, 4)
-    assert batch["actions"].dtype == batch["state"].dtype == np.float32
-    assert batch["tokenized_prompt"].max() < 16
-    np.testing.assert_array_equal(batch["actions"][:, 0], batch["state"])
-    assert len(np.unique(batch["state"])) == 16
 
 
 def test_errors_of_the_source_reach_the_caller() -> None:
@@ -206,43 +147,143 @@ def test_bad_input_raises() -> None:
         loader.prefetch(loader.Loader(Numbers(20), 4), device, depth=0)
 
 
-@pytest.mark.parametrize("name", ["libero_delta", "droid_position", "ur5", "aloha_sim"])
-def test_recordings_of_other_robots_become_batches(tmp_path, name) -> None:
-    """In the keys of openpi's converters: states in parts, pictures under plain names."""
-    robot, rng = robots.find(name), np.random.default_rng(0)
-    more = len(robot.state_more)
-    sizes = [robot.state_dim - more] + [1] * more
-    with lerobot_writer.Writer(tmp_path / "data", robot.fps) as writer:
-        for length in (4, 6):
-            images = {
-                key: rng.integers(0, 256, (length, 6, 8, 3), np.uint8)
-                for key in robot.cameras.values()
-            }
-            columns = {
-                key: rng.uniform(0.1, 0.9, (length, size)).astype(np.float32)
-                for key, size in zip(robot.state_keys, sizes, strict=True)
-            }
-            columns[robot.action_key] = rng.normal(size=(length, robot.action_dim))
-            columns[robot.action_key] = columns[robot.action_key].astype(np.float32)
-            writer.add(images, columns, ["go"] * length)
-    dataset = lerobot.Dataset(tmp_path / "data")
-    tokenizer.train(["go"], tmp_path / "small.model")
-    stats = dataset.norm_stats(robot, 5)
-    transform = pipelines.inputs(
-        robot,
-        cameras=("base_0_rgb", "left_wrist_0_rgb"),
-        image_size=8,
-        action_dim=16,
-        tokenizer=tokenizer.Tokenizer(tmp_path / "small.model", 48),
-        stats=stats,
-        kind="z_score",
+def _worker_loader(workers: int, threads: int = 0, **changes) -> loader.Loader:
+    sizes = {"cameras": ("base_0_rgb",), "image_size": 4, "action_dim": 3, "action_horizon": 2}
+    source = sources.SyntheticSource(**sizes, max_token_len=4, vocab_size=16, length=20)
+    return loader.Loader(source, 4, seed=3, num_workers=workers, num_threads=threads, **changes)
+
+
+def _states(batches, count: int) -> np.ndarray:
+    return np.stack([batch["state"] for batch in itertools.islice(batches, count)])
+
+
+def test_workers_give_the_same_batches_and_positions_as_threads() -> None:
+    expected = _states(_worker_loader(0), 12)
+    threads = _worker_loader(0, threads=2)
+    _states(threads, 3)
+    with contextlib.closing(_worker_loader(2)) as workers:
+        workers.restore(json.loads(json.dumps(threads.state())))
+        np.testing.assert_array_equal(_states(workers, 5), expected[3:8])
+        assert multiprocessing.active_children(), "read by processes"
+        state = json.loads(json.dumps(workers.state()))
+    assert not multiprocessing.active_children(), "closed"
+    threads.restore(state)
+    np.testing.assert_array_equal(_states(threads, 4), expected[8:])
+
+
+SCRIPT = """
+import os, signal, sys, time
+from shallow_pi.data import loader, sources
+
+def main():
+    source = sources.SyntheticSource(
+        cameras=("base_0_rgb",), image_size=4, action_dim=3, action_horizon=2, max_token_len=4,
+        vocab_size=16,
     )
-    source = loader.DatasetSource(dataset, robot, 5, transform)
-    samples = [source[i] for i in range(len(source))]
-    for key, dim in (("state", robot.state_dim), ("actions", robot.action_dim)):
-        values = np.concatenate([np.atleast_2d(sample[key]) for sample in samples])[:, :dim]
-        np.testing.assert_allclose(values.mean(0), 0, atol=1e-4)
-        np.testing.assert_allclose(values.std(0), 1, atol=1e-3)
-    dataset.columns[robot.state_key] = np.zeros((10, 2), np.float32)
-    with pytest.raises(ValueError, match=rf"robot {name} expects \({robot.state_dim},\)"):
-        dataset.validate(robot)
+    batches = loader.Loader(source, 4, num_workers=1)
+    next(batches)
+    print("ready", flush=True)
+    try:
+        time.sleep(60)
+    except KeyboardInterrupt:
+        for _ in range(5):
+            next(batches)
+        print("went on", flush=True)
+    time.sleep(60)
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def _children(pid: int) -> set[int]:
+    found = pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return {int(child) for child in found}
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process is there and has not ended."""
+    try:
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1][0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.slow
+def test_workers_of_a_script_outlive_ctrl_c_but_not_the_script(tmp_path) -> None:
+    """Ctrl-C reaches the whole group; a script that is killed cannot clean up."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    script = subprocess.Popen(
+        [sys.executable, str(tmp_path / "script.py")],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    with script:
+        assert script.stdout.readline() == "ready\n"
+        workers = _children(script.pid)
+        assert workers
+        os.killpg(script.pid, signal.SIGINT)
+        assert script.stdout.readline() == "went on\n"
+        script.kill()
+    deadline = time.monotonic() + 10
+    while (left := [pid for pid in workers if _runs(pid)]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not left
+
+
+class Parts(Numbers):
+    """Sources of 6, 3 and 9 samples, drawn as 2 to 1 to 1."""
+
+    def __init__(self, weights=(2, 1, 1)) -> None:
+        super().__init__(18)
+        self.shares = list(zip((6, 3, 9), weights, strict=True))
+
+
+def _part(i: int) -> int:
+    return 0 if i < 6 else 1 if i < 9 else 2
+
+
+def test_a_mixture_is_drawn_in_its_shares_and_every_part_shuffled_by_epochs() -> None:
+    stream = list(itertools.chain(*_indices(loader.Loader(Parts(), 4, seed=1), 27)))
+    for k in range(0, 108, 4):
+        assert sorted(map(_part, stream[k : k + 4])) == [0, 0, 1, 2]
+    for part, samples in enumerate((range(6), range(6, 9), range(9, 18))):
+        own = [i for i in stream if _part(i) == part]
+        epochs = [own[k : k + len(samples)] for k in range(0, len(own), len(samples))]
+        whole = [epoch for epoch in epochs if len(epoch) == len(samples)]
+        assert all(sorted(epoch) == list(samples) for epoch in whole)
+        assert len(set(map(tuple, whole))) > 1, "another order in every epoch"
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [((0.7, 0.2, 0.1), (7, 2, 1)), ((1 / 3, 1 / 3, 1 / 3), (1, 1, 1)), ((3, 7.5, 1.5), (2, 5, 1))],
+)
+def test_shares_are_exact_for_any_weights(weights, expected) -> None:
+    stream = loader.order(Parts(weights).shares, seed=0)
+    period = sum(expected)
+    counts = np.bincount([_part(stream[k]) for k in range(5 * period)])
+    np.testing.assert_array_equal(counts, 5 * np.array(expected))
+
+
+def test_a_mixture_resumes_and_is_shared_by_processes() -> None:
+    whole = _indices(loader.Loader(Parts(), 8, seed=2), 12)
+    shards = [
+        _indices(loader.Loader(Parts(), 8, seed=2, process_index=p, process_count=4), 12)
+        for p in range(4)
+    ]
+    for k, batch in enumerate(whole):
+        assert sorted(itertools.chain(*(shard[k] for shard in shards))) == sorted(batch)
+    first = loader.Loader(Parts(), 8, seed=2)
+    _indices(first, 5)
+    resumed = loader.Loader(Parts(), 8, seed=2, num_threads=0)
+    resumed.restore(json.loads(json.dumps(first.state())))
+    assert _indices(resumed, 7) == whole[5:]
+    with pytest.raises(ValueError, match=r"differ in \{'weights': \(\[2, 1, 1\], \[1, 1, 1\]\)"):
+        loader.Loader(Parts((1, 1, 1)), 8, seed=2).restore(first.state())
+
+
+def test_workers_and_a_memory_cache_exclude_each_other() -> None:
+    with pytest.raises(ValueError, match=r"2 workers would each fill .*--data.cache disk"):
+        loader.Loader(sources.Cached(Numbers(20)), 4, num_workers=2)

@@ -213,3 +213,28 @@ def test_without_huggingface_hub_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(FileNotFoundError, match=r"uv sync --extra hf"):
         fetch.locate("hf://owner/repo")
+
+
+def test_a_part_is_not_taken_for_the_whole(home):
+    """Statistics fetched alone, then the checkpoint they belong to."""
+    part = fetch.locate("gs://bucket/model/assets", filesystem=Bucket())
+    assert _read(part) == {"b": b"two"}
+    assert fetch.kept("gs://bucket/model/assets") == part
+    assert fetch.kept("gs://bucket/model") is None
+    bucket = Bucket()
+    whole = fetch.locate("gs://bucket/model", filesystem=bucket)
+    assert _read(whole) == FILES
+    # What was there is not fetched again, and nothing is left beside it.
+    assert "b" not in {name for name, _, _ in bucket.served}
+    assert [path.name for path in (home / "bucket").iterdir() if path.suffix != ".lock"] == [
+        "model"
+    ]
+    assert fetch.kept("gs://bucket/model") == whole
+    assert fetch.locate("gs://bucket/model", filesystem=object()) == whole
+
+
+def test_what_is_on_this_machine_is_found_without_fetching(home, tmp_path):
+    assert fetch.kept(tmp_path) == tmp_path
+    assert fetch.kept(tmp_path / "no") is None
+    assert fetch.kept("gs://bucket/other") is None
+    assert fetch.kept("hf://lerobot/pi05_base") is None

@@ -13,6 +13,7 @@ from collections.abc import Collection
 
 from shallow_pi import progress
 from shallow_pi.data import lerobot_layout
+from shallow_pi.models import fetch
 
 _ADDRESS = re.compile(r"(hf://datasets/)?(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 
@@ -40,7 +41,7 @@ def locate(
     if local.exists() or match is None:
         return local
     repo, revision = match["repo"], match["revision"]
-    root = _snapshot(repo, revision, ["meta/*", "meta/**/*"])
+    root = fetch.snapshot(repo, revision, ["meta/*", "meta/**/*"], kind="dataset")
     layout = lerobot_layout.read(root)
     # The cache keeps a snapshot in a folder named after its commit.
     commit = root.name if re.fullmatch(r"[0-9a-f]{40}", root.name) else revision
@@ -48,23 +49,4 @@ def locate(
         progress.console.print(f"{repo} is {repo}@{commit}", highlight=False, soft_wrap=True)
     chosen = sorted(layout.lengths if episodes is None else set(episodes) & set(layout.lengths))
     keys = list(layout.info["features"] if cameras is None else cameras)
-    return _snapshot(repo, commit, layout.files(chosen, keys))
-
-
-def _snapshot(repo: str, revision: str | None, patterns: list[str]) -> pathlib.Path:
-    try:
-        import huggingface_hub
-
-        found = huggingface_hub.snapshot_download(
-            repo, repo_type="dataset", revision=revision, allow_patterns=patterns
-        )
-    except Exception as error:  # Not installed, no network, no rights, no such repository.
-        version = "" if revision is None else f" --revision {revision}"
-        raise FileNotFoundError(
-            f"there is no folder {repo}, and no dataset of that name could be fetched from the "
-            f"Hugging Face hub ({type(error).__name__}: {error}). It was looked for with "
-            "huggingface_hub (uv sync --extra hf), in its cache (HF_HOME) and on the network. Or "
-            f"fetch it on another machine with `hf download {repo} --repo-type dataset{version} "
-            "--local-dir DIR`, copy DIR here, and give DIR as the path"
-        ) from error
-    return pathlib.Path(found)
+    return fetch.snapshot(repo, commit, layout.files(chosen, keys), kind="dataset")

@@ -7,6 +7,7 @@ can be pickled to another process. Frame `i` runs over the frames of the chosen 
 
 import collections
 import io
+import itertools
 import os
 import pathlib
 import threading
@@ -60,8 +61,7 @@ class Dataset:
         self.skipped: dict[int, str] = {}
         self._videos = video.Reader()
         self._lock = threading.Lock()
-        self._pictures: collections.OrderedDict[tuple[str, str], pl.Series]
-        self._pictures = collections.OrderedDict()
+        self._pictures = collections.OrderedDict[tuple[str, str], pl.Series]()
         self._open(self._chosen(episodes), skip_bad_episodes)
 
     def __len__(self) -> int:
@@ -87,10 +87,8 @@ class Dataset:
         if not 0 <= i < len(self):
             raise IndexError(f"frame {i} of a dataset of {len(self)} frames")
         frame: dict[str, Any] = {key: column[i] for key, column in self.columns.items()}
-        for camera in self.cameras if cameras is None else cameras:
-            frame[camera] = self.picture(i, camera)
-        frame["task"] = self.task(i)
-        return frame
+        cameras = self.cameras if cameras is None else cameras
+        return frame | {key: self.picture(i, key) for key in cameras} | {"task": self.task(i)}
 
     def task(self, i: int) -> str:
         """The instruction of frame `i`."""
@@ -107,7 +105,7 @@ class Dataset:
     ) -> tuple[Float[np.ndarray, "ah rd"], Bool[np.ndarray, " ah"]]:
         """Actions from frame `i` on; beyond the episode's end its last one, marked True."""
         frames = np.arange(i, i + horizon)
-        return self.columns[key][np.minimum(frames, self._ends[i] - 1)], frames >= self._ends[i]
+        return self.columns[key][np.minimum(frames, self.ends[i] - 1)], frames >= self.ends[i]
 
     def picture(self, i: int, camera: str) -> np.ndarray:
         """One decoded picture, uint8 (h, w, 3)."""
@@ -132,15 +130,21 @@ class Dataset:
         episode, frame = self.columns["episode_index"][i], self.columns["frame_index"][i]
         return f"episode {episode}, frame {frame}"
 
+    def select(self, episodes: Collection[int]) -> "Dataset":
+        """This dataset with only some of its episodes; nothing is read again."""
+        chosen = np.isin(self.columns["episode_index"], list(episodes))
+        part = object.__new__(Dataset)
+        part.__dict__.update(self.__dict__)
+        columns = {key: column[chosen] for key, column in self.columns.items()}
+        part._keep(sorted(episodes), self._rows[chosen], columns)
+        return part
+
     def norm_stats(
         self, robot: robots.Robot, horizon: int, advance: progress.Advance | None = None
     ) -> dict[str, normalize.NormStats]:
-        """Exact statistics of state and action chunks as the model sees them (`statistics`).
-
-        No picture is decoded. `advance` is called once for each dimension of state and actions.
-        """
+        """Exact statistics of state and action chunks as the model sees them (`statistics`)."""
         state, actions = robot.state(self.columns), self.columns[robot.action_key]
-        return statistics.compute(state, actions, self._ends, robot, horizon, advance)
+        return statistics.compute(state, actions, self.ends, robot, horizon, advance)
 
     def validate(self, robot: robots.Robot) -> None:
         """Raise unless this dataset can train a policy of `robot`."""
@@ -252,19 +256,21 @@ class Dataset:
         if not parts:
             reasons = "; ".join(list(self.skipped.values())[:2])
             raise ValueError(f"no episode of dataset {self.path} can be read: {reasons}")
-        self.episodes = sorted(parts)
-        table = pl.concat([parts[episode] for episode in self.episodes])
-        self._rows = table["row"].to_numpy()
-        self.columns = {key: _to_numpy(table[key], self.features[key]) for key in keys}
-        episode = self.columns["episode_index"]
-        self._ends = np.searchsorted(episode, episode, side="right")
+        table = pl.concat([parts[episode] for episode in sorted(parts)])
+        columns = {key: _to_numpy(table[key], self.features[key]) for key in keys}
+        self._keep(sorted(parts), table["row"].to_numpy(), columns)
+
+    def _keep(self, episodes: list[int], rows: np.ndarray, columns: dict[str, np.ndarray]) -> None:
+        self.episodes, self.columns, self._rows = episodes, columns, rows
+        # For every frame the index after its episode's last frame.
+        self.ends = np.searchsorted(columns["episode_index"], columns["episode_index"], "right")
 
     def _skip_unreadable(self, parts: dict[int, pl.DataFrame], keys: list[str]) -> None:
         """Leave out episodes with a number that is not finite, or pictures that do not decode."""
-        starts = np.flatnonzero(np.diff(self._ends, prepend=0))
+        starts = np.flatnonzero(np.diff(self.ends, prepend=0))
         with progress.bar("Check episodes", len(starts)) as advance:
             for start in map(int, starts):
-                problem = self._unreadable(start, int(self._ends[start]) - 1)
+                problem = self._unreadable(start, int(self.ends[start]) - 1)
                 if problem:
                     self.skipped[int(self.columns["episode_index"][start])] = problem
                 advance(1)
@@ -277,9 +283,8 @@ class Dataset:
             if column.dtype.kind == "f" and not np.isfinite(column[first : last + 1]).all():
                 return f"{key!r} is not finite in {self.where(first).partition(',')[0]}"
         try:
-            for camera in self.cameras:
-                self.picture(first, camera)
-                self.picture(last, camera)
+            for camera, frame in itertools.product(self.cameras, (first, last)):
+                self.picture(frame, camera)
         except (ValueError, FileNotFoundError) as error:
             return str(error)
         return ""
@@ -332,9 +337,8 @@ _NUMERIC = {"float32", "float64", "int32", "int64", "uint8", "int8", "int16", "b
 
 
 def _name(episodes: Sequence[int]) -> str:
-    if len(episodes) == 1:
-        return f"episode {episodes[0]}"
-    return f"episodes {episodes[0]} to {episodes[-1]}"
+    first, *others = episodes
+    return f"episodes {first} to {others[-1]}" if others else f"episode {first}"
 
 
 def _to_numpy(series: pl.Series, feature: dict[str, Any]) -> np.ndarray:

@@ -1,150 +1,40 @@
 """From samples to batches: shuffle, shard by process, batch, prefetch, and resume exactly.
 
-A source is anything with `len` and `[i]` that gives model samples (dicts of numpy arrays without
-batch axis). The order of samples is a function of the seed alone: process p of n takes every n-th
-sample of one shuffled, endless stream, so global batch k holds the same samples however many
-processes share it, and a run resumes exactly, also on another number of processes.
+The order of samples is a function of the seed alone: process p of n takes every n-th sample of one
+endless stream, so global batch k holds the same samples however many processes share it. A position
+is the number of batches handed out, so a run resumes exactly, also on another number of processes,
+or with another number of threads or workers.
+
+Threads share memory and start at once; they serve as long as decoding, which leaves Python alone,
+is most of the work. Workers are processes: they start in seconds and hold their own copy of the
+numeric columns, but are not held up by Python, neither by each other's nor by the training loop's.
 """
 
 import collections
+import contextlib
+import fractions
+import functools
+import math
+import multiprocessing
+import multiprocessing.connection
+import multiprocessing.resource_tracker
+import os
+import signal
+import sys
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import grain  # type: ignore[import-untyped]  # ships no types
 import jax
 import numpy as np
+from absl import flags
 
-from shallow_pi.data import lerobot, robots, transforms
+from shallow_pi.data import sources
 
 Batch = dict[str, Any]
-
-
-@runtime_checkable
-class Source(Protocol):
-    """Random access to samples."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, i: int) -> transforms.Sample: ...
-
-
-class DatasetSource:
-    """Model samples of a LeRobot dataset: frame, action chunk, and the robot's transforms."""
-
-    def __init__(
-        self,
-        dataset: lerobot.Dataset,
-        robot: robots.Robot,
-        horizon: int,
-        transform: transforms.Transform,
-    ) -> None:
-        dataset.validate(robot)
-        self.dataset = dataset
-        self.robot = robot
-        self.horizon = horizon
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, i: int) -> transforms.Sample:
-        sample = self.dataset.read(i, tuple(self.robot.cameras.values()))
-        actions, is_pad = self.dataset.chunk(i, self.horizon, self.robot.action_key)
-        return self.transform({**sample, self.robot.action_key: actions, "action_is_pad": is_pad})
-
-
-class SyntheticSource:
-    """Deterministic, learnable samples without files: the actions follow state and prompt."""
-
-    def __init__(
-        self,
-        *,
-        cameras: Sequence[str],
-        image_size: int,
-        action_dim: int,
-        action_horizon: int,
-        max_token_len: int,
-        vocab_size: int,
-        seed: int = 0,
-        length: int = 1024,
-    ) -> None:
-        self.cameras = tuple(cameras)
-        self.image_size = image_size
-        self.action_dim = action_dim
-        self.action_horizon = action_horizon
-        self.max_token_len = max_token_len
-        self.vocab_size = vocab_size
-        self.seed = seed
-        self.length = length
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, i: int) -> transforms.Sample:
-        rng = np.random.default_rng([self.seed, i])
-        state = rng.uniform(-1, 1, self.action_dim).astype(np.float32)
-        task = int(rng.integers(2))
-        tokens = np.zeros(self.max_token_len, np.int32)
-        tokens[:3] = np.array([2, 4 + task, 3]) % self.vocab_size
-        grey = np.uint8(127.5 * (state[0] + 1))
-        picture = np.full((self.image_size, self.image_size, 3), grey, np.uint8)
-        ramp = np.linspace(0, 1, self.action_horizon, dtype=np.float32)[:, None]
-        return {
-            "image": dict.fromkeys(self.cameras, picture),
-            "image_mask": dict.fromkeys(self.cameras, np.bool_(True)),
-            "state": state,
-            "tokenized_prompt": tokens,
-            "tokenized_prompt_mask": np.arange(self.max_token_len) < 3,
-            "actions": state * (1 - ramp) + (2 * task - 1) * ramp,
-            "action_mask": np.ones(self.action_horizon, bool),
-        }
-
-
-class Cached:
-    """Keeps the samples of `source` in memory, each decoded when it is first asked for.
-
-    Memory grows to `self.nbytes`; a source that needs more than `max_bytes` is refused.
-    """
-
-    def __init__(self, source: Source, max_bytes: int = 2 * 2**30) -> None:
-        first = source[0]
-        sample_bytes = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(first))
-        self.nbytes = sample_bytes * len(source)
-        if self.nbytes > max_bytes:
-            raise ValueError(
-                f"caching {len(source)} samples needs {self.nbytes / 2**20:.0f} MiB, more than the "
-                f"{max_bytes / 2**20:.0f} MiB allowed; raise the limit or switch the cache off"
-            )
-        self.source = source
-        self._arrays = jax.tree.map(
-            lambda leaf: np.empty((len(source), *np.shape(leaf)), np.asarray(leaf).dtype), first
-        )
-        self._filled = np.zeros(len(source), bool)
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, i: int) -> transforms.Sample:
-        self._fill(i)
-        return jax.tree.map(lambda array: array[i], self._arrays)
-
-    def gather(self, indices: np.ndarray) -> Batch:
-        """The samples at `indices`, stacked: one copy per key."""
-        for i in indices[~self._filled[indices]]:
-            self._fill(int(i))
-        return jax.tree.map(lambda array: array[indices], self._arrays)
-
-    def _fill(self, i: int) -> None:
-        # Two threads may decode the same sample; both write the same bytes, the flag comes last.
-        if self._filled[i]:
-            return
-
-        def write(array: np.ndarray, leaf: Any) -> None:
-            array[i] = leaf
-
-        jax.tree.map(write, self._arrays, self.source[i])
-        self._filled[i] = True
+# Shares are met exactly within every so many samples at most.
+MAX_PERIOD = 10**6
 
 
 class Loader:
@@ -154,18 +44,21 @@ class Loader:
       source: of samples.
       batch_size: over all processes; each gets its share.
       seed: of the order.
-      num_threads: that read samples ahead; 0 reads in the calling thread.
-      prefetch_batches: how many batches are read ahead at most.
+      num_threads: that read batches ahead; 0 reads in the calling thread.
+      num_workers: processes that read batches ahead in place of the threads; 0 is none. The source
+        must be one that can be pickled.
+      prefetch_batches: how many batches are read ahead at most (by each worker, two).
       process_index, process_count: default to JAX's.
     """
 
     def __init__(
         self,
-        source: Source,
+        source: sources.Source,
         batch_size: int,
         *,
         seed: int = 0,
         num_threads: int = 2,
+        num_workers: int = 0,
         prefetch_batches: int = 4,
         process_index: int | None = None,
         process_count: int | None = None,
@@ -178,32 +71,46 @@ class Loader:
             raise ValueError(
                 f"batch_size {batch_size} must be a positive multiple of the {count} processes"
             )
+        if num_workers and isinstance(source, sources.Cached):
+            raise ValueError(
+                f"{num_workers} workers would each fill a memory cache of their own: read with "
+                "threads (--data.num-workers 0), or keep the pictures on disk (--data.cache disk)"
+            )
         self.batch_size = batch_size
         self.local_batch_size = batch_size // count
-        self._identity = {"seed": seed, "batch_size": batch_size, "samples": len(source)}
-
-        def gather(indices: np.ndarray) -> Batch:
-            if isinstance(source, Cached):
-                return source.gather(indices)
-            samples = [source[int(i)] for i in indices]
-            return jax.tree.map(lambda *leaves: np.stack(leaves), *samples)
-
-        indices = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
-        batches = indices[index::count].batch(self.local_batch_size).map(gather)
-        options = grain.ReadOptions(
-            num_threads=num_threads, prefetch_buffer_size=prefetch_batches if num_threads else 0
-        )
-        self._iterator = iter(batches.to_iter_dataset(options))
+        shares = sources.shares(source)
+        self._identity = {
+            "seed": seed,
+            "batch_size": batch_size,
+            "samples": [length for length, _ in shares],
+            "weights": [weight for _, weight in shares],
+        }
+        indices = order(shares, seed)[index::count].batch(self.local_batch_size)
+        self._batches = indices.map(functools.partial(_gather, source))
+        self._num_threads, self._num_workers = num_threads, num_workers
+        self._ahead = prefetch_batches
+        self._iterator: Any
+        self._started: bool
+        self._seek(0)
 
     def __iter__(self) -> "Loader":
         return self
 
     def __next__(self) -> Batch:
-        return next(self._iterator)
+        if not self._num_workers:
+            batch = next(self._iterator)
+        elif self._started:
+            batch = _own(next(self._iterator))
+        else:
+            with _interrupt_held():
+                batch = _own(next(self._iterator))
+            self._started = True
+        self._position += 1
+        return batch
 
     def state(self) -> dict[str, Any]:
         """JSON-able position: what `restore` needs to give the batch after the last one given."""
-        return {**self._identity, "iterator": self._iterator.get_state()}
+        return {**self._identity, "batch": self._position}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue exactly where `state` was taken."""
@@ -217,7 +124,105 @@ class Loader:
                 "cannot resume the data position; (saved, now) differ in "
                 f"{different}; resume with the same data, seed and batch size"
             )
-        self._iterator.set_state(state["iterator"])
+        self.close()
+        self._seek(state["batch"])
+
+    def close(self) -> None:
+        """Stop threads and workers."""
+        self._iterator.close()
+
+    def _seek(self, batch: int) -> None:
+        self._position, self._started = batch, False
+        # Every thread has a batch in hand.
+        threaded = self._num_threads and not self._num_workers
+        ahead = max(self._ahead, self._num_threads) if threaded else 0
+        options = grain.ReadOptions(num_threads=self._num_threads, prefetch_buffer_size=ahead)
+        batches = self._batches[batch:].to_iter_dataset(options)
+        if not self._num_workers:
+            self._iterator = iter(batches)
+            return
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # grain reads its own.
+        workers = grain.MultiprocessingOptions(self._num_workers, per_worker_buffer_size=2)
+        self._iterator = iter(batches.mp_prefetch(workers, _start_worker))
+
+
+def order(shares: Sequence[sources.Share], seed: int) -> grain.MapDataset:
+    """The endless stream of sample indices.
+
+    Every part is shuffled anew for each of its epochs and comes up in even spacing, so often that
+    the shares are met exactly in every period of the weights (2 1 1: every four samples).
+    """
+    parts, start = [], 0
+    for number, (length, _) in enumerate(shares):
+        part = grain.MapDataset.range(start, start + length)
+        parts.append(part.seed((seed + number) % 2**32).shuffle().repeat())
+        start += length
+    if len(parts) == 1:
+        return parts[0]
+    return grain.MapDataset.select_from_datasets(parts, _Turns([weight for _, weight in shares]))
+
+
+class _Turns:
+    """Whose turn it is at each place of the stream: (part, place within that part's stream)."""
+
+    def __init__(self, weights: Sequence[float]) -> None:
+        exact = [fractions.Fraction(str(weight)) for weight in weights]
+        scale = math.lcm(*(weight.denominator for weight in exact))
+        counts = [int(weight * scale) for weight in exact]
+        counts = [count // math.gcd(*counts) for count in counts]
+        if (total := sum(counts)) > MAX_PERIOD:
+            counts = [max(1, round(count / total * MAX_PERIOD)) for count in counts]
+        self._counts = counts
+        turns = np.concatenate([(np.arange(count) + 0.5) / count for count in counts])
+        in_order = np.argsort(turns, kind="stable")
+        self._parts = np.repeat(np.arange(len(counts)), counts)[in_order]
+        self._places = np.concatenate([np.arange(count) for count in counts])[in_order]
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, i: int) -> tuple[int, int]:
+        period, place = divmod(i, len(self._parts))
+        part = int(self._parts[place])
+        return part, period * self._counts[part] + int(self._places[place])
+
+
+def _gather(source: sources.Source, indices: np.ndarray) -> Batch:
+    if isinstance(source, sources.Cached):
+        return source.gather(indices)
+    samples = [source[int(i)] for i in indices]
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *samples)
+
+
+def _own(batch: Batch) -> Batch:
+    """A copy of what workers sent: it lies in shared memory, which ends with them."""
+    return jax.tree.map(np.array, batch)
+
+
+@contextlib.contextmanager
+def _interrupt_held() -> Iterator[None]:
+    """Processes started in here never see Ctrl-C: what it means is for the training loop to say."""
+    # Python's tracker, which comes with the first process, would undo it.
+    multiprocessing.resource_tracker.ensure_running()
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
+
+
+def _start_worker(index: int, count: int) -> None:
+    """Have a worker end with the process that started it, however that one ends."""
+    del index, count
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "workers are started by multiprocessing"
+
+    def watch() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 class Prefetch:
@@ -255,6 +260,11 @@ class Prefetch:
             self._loader.restore(state)
             self._ahead.clear()
             self._state = state
+
+    def close(self) -> None:
+        """Stop what reads ahead."""
+        with self._lock:
+            self._loader.close()
 
     def _to_device(self, batch: Batch) -> Batch:
         return jax.tree.map(

@@ -19,6 +19,8 @@ from jaxtyping import Bool, Float, Int
 logger = logging.getLogger(__name__)
 
 STATE_BINS = 256
+# PaliGemma's model file, which openpi's checkpoints go with.
+PALIGEMMA = "gs://big_vision/paligemma_tokenizer.model"
 
 
 class Tokenizer:

@@ -3,7 +3,8 @@
 `gs://B/P` is kept at `$OPENPI_DATA_HOME/B/P` (default `~/.cache/openpi`), as openpi keeps it and
 under openpi's own lock, so what either has fetched serves both. A download is made beside its
 place, file by file and block by block, and renamed when every size is right: it is complete or
-absent, and one that was interrupted goes on where it stopped. `hf://owner/repo[@revision][/path]`
+absent, and one that was interrupted goes on where it stopped. A folder of which only a part was
+asked for is marked (`<folder>.incomplete`) until all of it is fetched. `hf://owner/repo[@revision][/path]`
 is left to huggingface_hub, which caches (`HF_HOME`), locks and resumes by itself.
 """
 
@@ -12,7 +13,9 @@ import hashlib
 import os
 import pathlib
 import re
-from typing import Any
+import shutil
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import filelock
 import fsspec
@@ -50,15 +53,29 @@ def locate(url: str | os.PathLike[str], *, filesystem: Any = None) -> pathlib.Pa
     )
 
 
+def kept(url: str | os.PathLike[str]) -> pathlib.Path | None:
+    """Where `locate` would find it without fetching anything; None if it is not there, or hf://."""
+    scheme, separator, rest = os.fspath(url).partition("://")
+    if not separator:
+        path = pathlib.Path(url).expanduser()
+        return path if path.exists() else None
+    target = _home() / rest.strip("/")
+    return target if scheme == "gs" and _is_whole(target) else None
+
+
+def _home() -> pathlib.Path:
+    return pathlib.Path(os.environ.get("OPENPI_DATA_HOME", "~/.cache/openpi")).expanduser()
+
+
 def _from_bucket(source: str, filesystem: Any) -> pathlib.Path:
-    home = pathlib.Path(os.environ.get("OPENPI_DATA_HOME", "~/.cache/openpi")).expanduser()
+    home = _home()
     target = home / source
-    if target.exists():
+    if _is_whole(target):
         return target
     # openpi's name for it, so that neither disturbs the other.
     lock = filelock.FileLock(target.with_suffix(".lock"))
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        _make_parents(target, home)
         try:
             lock.acquire(timeout=0)
         except filelock.Timeout:
@@ -72,9 +89,17 @@ def _from_bucket(source: str, filesystem: Any) -> pathlib.Path:
         ) from error
     partial = target.with_name(f"{target.name}.unfinished")
     try:
-        if not target.exists():
+        if not _is_whole(target):
+            if target.is_dir():  # What was fetched of it alone.
+                shutil.copytree(target, partial, dirs_exist_ok=True)
             _download(source, partial, filesystem)
-            partial.rename(target)
+            if target.is_dir():
+                part = target.rename(target.with_name(f"{target.name}.part"))
+                partial.rename(target)
+                shutil.rmtree(part)
+            else:
+                partial.rename(target)
+            _marker(target).unlink(missing_ok=True)
     except Exception as error:  # No gcsfs, no network, no rights, no space: all end alike.
         kept = f" What came so far is kept in {partial}, and the next try goes on from there."
         raise FileNotFoundError(
@@ -87,6 +112,25 @@ def _from_bucket(source: str, filesystem: Any) -> pathlib.Path:
     finally:
         lock.release()
     return target
+
+
+def _marker(folder: pathlib.Path) -> pathlib.Path:
+    return folder.with_name(f"{folder.name}.incomplete")
+
+
+def _is_whole(target: pathlib.Path) -> bool:
+    return target.exists() and not _marker(target).exists()
+
+
+def _make_parents(target: pathlib.Path, home: pathlib.Path) -> None:
+    """Make the folders above `target`; they hold a part of what they stand for."""
+    above = [folder for folder in target.parents if home in folder.parents]
+    for folder in reversed(above):
+        if not folder.exists():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            _marker(folder).touch()
+            folder.mkdir(exist_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _download(source: str, partial: pathlib.Path, filesystem: Any) -> None:
@@ -153,21 +197,49 @@ def _from_hub(url: str, rest: str) -> pathlib.Path:
             "hf://<owner>/<repo>[@<revision>][/<path>], such as hf://lerobot/pi05_base"
         )
     repo, revision, path = match["repo"], match["revision"], match["path"]
-    try:
-        import huggingface_hub
-
-        patterns = None if path is None else [path, f"{path}/*"]
-        found = huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=patterns)
-    except Exception as error:  # Not installed, no network, no rights, no such repository.
-        include = "" if path is None else f" --include '{path}' '{path}/*'"
-        version = "" if revision is None else f" --revision {revision}"
-        raise FileNotFoundError(
-            f"{url} could not be fetched ({type(error).__name__}: {error}). It was looked for with "
-            "huggingface_hub (uv sync --extra hf), in its cache (HF_HOME) and on the network. Or "
-            f"fetch it on another machine with `hf download {repo}{version}{include} --local-dir "
-            f"DIR`, copy DIR here, and give DIR{'' if path is None else '/' + path} as the path"
-        ) from error
-    target = pathlib.Path(found) / (path or "")
+    patterns = None if path is None else [path, f"{path}/*"]
+    target = snapshot(repo, revision, patterns, part=path or "") / (path or "")
     if not target.exists():
         raise FileNotFoundError(f"{repo} has no {path!r}: look at the files of that repository")
     return target
+
+
+def snapshot(
+    repo: str,
+    revision: str | None,
+    patterns: Sequence[str] | None,
+    *,
+    kind: Literal["", "dataset"] = "",
+    part: str = "",
+) -> pathlib.Path:
+    """The folder of a repository of the Hugging Face hub, by way of its cache.
+
+    Args:
+      repo: `owner/name`.
+      revision: branch, tag or commit; None is the newest.
+      patterns: of the files that are needed; None is all.
+      kind: of the repository; empty is a model.
+      part: the folder or file of it that was asked for, for the message.
+
+    Raises:
+      FileNotFoundError: it cannot be fetched; says what was tried and how to fetch it by hand.
+    """
+    options = {"repo_type": kind} if kind else {}
+    try:
+        import huggingface_hub
+
+        found = huggingface_hub.snapshot_download(
+            repo, revision=revision, allow_patterns=patterns, **options
+        )
+    except Exception as error:  # Not installed, no network, no rights, no such repository.
+        what = f" --repo-type {kind}" if kind else ""
+        version = "" if revision is None else f" --revision {revision}"
+        include = f" --include '{part}' '{part}/*'" if part else ""
+        raise FileNotFoundError(
+            f"the {kind or 'model'} {repo} could not be fetched from the Hugging Face hub, and "
+            f"there is no such folder here ({type(error).__name__}: {error}). It was looked for "
+            "with huggingface_hub (uv sync --extra hf), in its cache (HF_HOME) and on the network. "
+            f"Or fetch it on another machine with `hf download {repo}{what}{version}{include} "
+            f"--local-dir DIR`, copy DIR here, and give DIR{'/' + part if part else ''} as the path"
+        ) from error
+    return pathlib.Path(found)

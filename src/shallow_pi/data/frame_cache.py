@@ -1,0 +1,211 @@
+"""Model-sized pictures on disk: each is decoded and resized once, for all processes and later runs.
+
+A dataset's camera has one file, named after everything that decides the bytes in it: the dataset's
+files (names, sizes, times of change), its layout, the camera, the size, and the versions of what
+decodes and resizes. A record of it is a picture behind its checksum. A file is sparse at first;
+records are written whole as pictures are asked for, and count only if their checksum holds, so a
+crash, or two processes that write the same record, do no harm. Delete the folder to free the space.
+"""
+
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import os
+import pathlib
+import shutil
+import struct
+import threading
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+
+from shallow_pi import progress
+from shallow_pi.data import lerobot, transforms
+
+# Where caches lie if nothing else is said: under this variable, or else here.
+VARIABLE, HOME = "SHALLOW_PI_CACHE", "~/.cache/shallow_pi"
+# Left free on the disk.
+RESERVE = 2**30
+# Of a record: it is there, and its checksum. Holes in a file read as zeros.
+_HEADER = struct.Struct("<II")
+_THERE = 1
+# To be raised when the same key should mean other bytes.
+_FORMAT = 1
+
+
+def default_folder() -> pathlib.Path:
+    """`$SHALLOW_PI_CACHE/frames`, by default in the user's cache folder."""
+    return pathlib.Path(os.environ.get(VARIABLE) or HOME).expanduser() / "frames"
+
+
+class FrameCache:
+    """The resized pictures of a dataset's cameras; `picture` stands in for the dataset's own.
+
+    It can be pickled to another process, which then opens the same files.
+
+    Args:
+      dataset: whose pictures they are; a part of a dataset shares its files with the whole.
+      cameras: keys of the dataset's cameras.
+      size: side of the model's pictures, to which they are resized with padding.
+      folder: of the files.
+      share: of the dataset's frames that are kept; the others are decoded each time.
+
+    Raises:
+      OSError: the folder cannot be written; says where to choose another.
+    """
+
+    def __init__(
+        self,
+        dataset: lerobot.Dataset,
+        cameras: Sequence[str],
+        size: int,
+        folder: pathlib.Path,
+        share: float = 1.0,
+    ) -> None:
+        self._dataset = dataset
+        self._size = size
+        lengths = dataset.layout.lengths
+        starts = itertools.accumulate((lengths[e] for e in sorted(lengths)), initial=0)
+        self._starts = dict(zip(sorted(lengths), starts, strict=False))
+        self._kept = int(share * sum(lengths.values()))
+        self._paths = {camera: folder / f"{key(dataset, camera, size)}.u8" for camera in cameras}
+        self._lock = threading.Lock()
+        self._files: dict[str, int] = {}
+        self._open()
+
+    def picture(self, i: int, camera: str) -> UInt8[np.ndarray, "s s 3"]:
+        """The picture of frame `i`, from the file if it is there, else decoded and put there."""
+        columns = self._dataset.columns
+        number = self._starts[int(columns["episode_index"][i])] + int(columns["frame_index"][i])
+        if number >= self._kept:
+            return self._decoded(i, camera)
+        found = self._read(camera, number)
+        if found is None:
+            found = self._decoded(i, camera)
+            self._write(camera, number, found)
+        return found
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self._files.values():
+            os.close(file)
+        self._files = {}
+
+    def _decoded(self, i: int, camera: str) -> np.ndarray:
+        return transforms.resize_with_pad(self._dataset.picture(i, camera), self._size)
+
+    @property
+    def _record(self) -> int:
+        return _HEADER.size + 3 * self._size**2
+
+    def _read(self, camera: str, number: int) -> np.ndarray | None:
+        record = os.pread(self._files[camera], self._record, number * self._record)
+        if len(record) < self._record:
+            return None
+        there, checksum = _HEADER.unpack_from(record)
+        data = memoryview(record)[_HEADER.size :]
+        if there != _THERE or zlib.crc32(data) != checksum:
+            return None
+        return np.frombuffer(data, np.uint8).reshape(self._size, self._size, 3)
+
+    def _write(self, camera: str, number: int, picture: np.ndarray) -> None:
+        data = picture.tobytes()
+        record = _HEADER.pack(_THERE, zlib.crc32(data)) + data
+        try:
+            os.pwrite(self._files[camera], record, number * self._record)
+        except OSError as error:
+            with self._lock:
+                if self._kept:
+                    progress.console.print(
+                        f"warning: nothing more goes into the frame cache, {self._paths[camera]}: "
+                        f"{error.strerror}; what it lacks is decoded each time",
+                        highlight=False,
+                    )
+                # What is there already would do, but a full disk is to be noticed, not to be used.
+                self._kept = 0
+
+    def _open(self) -> None:
+        for camera, path in self._paths.items():
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._files[camera] = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            except OSError as error:
+                raise OSError(
+                    f"no place for the frame cache at {path.parent}: {error}; choose another "
+                    f"folder with --data.cache-dir or ${VARIABLE}, or --data.cache none"
+                ) from error
+
+    def __del__(self) -> None:
+        if "_files" in self.__dict__:
+            self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("_files", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock(), _files={})
+        self._open()
+
+
+def key(dataset: lerobot.Dataset, camera: str, size: int) -> str:
+    """Names the bytes of a camera's pictures: changes with anything that may change them."""
+    layout = dataset.layout
+    if layout.info["features"][camera]["dtype"] == "video":
+        places = {episode: layout.video(episode, camera) for episode in sorted(layout.lengths)}
+    else:
+        places = {episode: (layout.data_file(episode), 0.0) for episode in sorted(layout.lengths)}
+    files = {}
+    for file in sorted({file for file, _ in places.values()}):
+        found = (dataset.path / file).stat() if (dataset.path / file).exists() else None
+        files[file] = found and (found.st_size, found.st_mtime_ns)
+    content = {
+        "format": _FORMAT,
+        "versions": [importlib.metadata.version(name) for name in ("av", "pillow")],
+        "camera": camera,
+        "size": size,
+        "fps": dataset.fps,
+        "episodes": [(n, layout.lengths[n], *place) for n, place in places.items()],
+        "files": files,
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def share(
+    datasets: Sequence[lerobot.Dataset],
+    cameras: Sequence[str],
+    size: int,
+    folder: pathlib.Path,
+    max_bytes: int | None = None,
+) -> float:
+    """How much of all pictures the cache may hold, 0 to 1; tells if that is not all of them.
+
+    Args:
+      datasets: to be cached; parts of one dataset count once.
+      cameras: keys of their cameras.
+      size: side of the pictures.
+      folder: of the cache.
+      max_bytes: the most it may hold; None is what the disk has free, up to a reserve.
+    """
+    frames = {dataset.path: sum(dataset.layout.lengths.values()) for dataset in datasets}
+    wanted = sum(frames.values()) * len(cameras) * (_HEADER.size + 3 * size**2)
+    allowed, why = max_bytes, "--data.cache-gib"
+    if allowed is None:
+        paths = {folder / f"{key(d, camera, size)}.u8" for d in datasets for camera in cameras}
+        there = sum(512 * path.stat().st_blocks for path in paths if path.exists())
+        nearest = next(parent for parent in (folder, *folder.parents) if parent.exists())
+        allowed = there + max(0, shutil.disk_usage(nearest).free - RESERVE)
+        why = "the disk has free"
+    if wanted <= allowed:
+        return 1.0
+    progress.console.print(
+        f"warning: the frame cache at {folder} holds {allowed / wanted:.0%} of the pictures: all "
+        f"need {wanted / 2**30:.1f} GiB, {allowed / 2**30:.1f} GiB are allowed ({why}); the others "
+        "are decoded each time",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return allowed / wanted

@@ -1,0 +1,230 @@
+"""Sources of samples: anything with `len` and `[i]` that gives model samples.
+
+A sample is a dict of numpy arrays without batch axis. Sources can be put together: a `Mixture` of
+several, and `Cached`, which keeps what it has read in memory. A source says nothing about the order
+it is read in, except in which shares (`shares`); the rest is up to `loader`.
+"""
+
+import bisect
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import numpy as np
+
+from shallow_pi import progress
+from shallow_pi.data import lerobot, normalize, robots, statistics, transforms
+
+# How many samples, and their weight in the stream.
+Share = tuple[int, float]
+# Gives the picture of frame i and a camera key, uint8 (h, w, 3).
+Pictures = Callable[[int, str], np.ndarray]
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Random access to samples."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int) -> transforms.Sample: ...
+
+
+class DatasetSource:
+    """Model samples of a LeRobot dataset: frame, action chunk, and the robot's transforms.
+
+    `pictures` reads a picture in place of the dataset, for instance from a cache of resized ones.
+    """
+
+    def __init__(
+        self,
+        dataset: lerobot.Dataset,
+        robot: robots.Robot,
+        horizon: int,
+        transform: transforms.Transform,
+        pictures: Pictures | None = None,
+    ) -> None:
+        dataset.validate(robot)
+        self.dataset = dataset
+        self.robot = robot
+        self.horizon = horizon
+        self.transform = transform
+        self.pictures = dataset.picture if pictures is None else pictures
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, i: int) -> transforms.Sample:
+        sample = self.dataset.read(i, cameras=())
+        for camera in self.robot.cameras.values():
+            sample[camera] = self.pictures(i, camera)
+        actions, is_pad = self.dataset.chunk(i, self.horizon, self.robot.action_key)
+        return self.transform({**sample, self.robot.action_key: actions, "action_is_pad": is_pad})
+
+
+class SyntheticSource:
+    """Deterministic, learnable samples without files: the actions follow state and prompt."""
+
+    def __init__(
+        self,
+        *,
+        cameras: Sequence[str],
+        image_size: int,
+        action_dim: int,
+        action_horizon: int,
+        max_token_len: int,
+        vocab_size: int,
+        seed: int = 0,
+        length: int = 1024,
+    ) -> None:
+        self.cameras = tuple(cameras)
+        self.image_size = image_size
+        self.action_dim = action_dim
+        self.action_horizon = action_horizon
+        self.max_token_len = max_token_len
+        self.vocab_size = vocab_size
+        self.seed = seed
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, i: int) -> transforms.Sample:
+        rng = np.random.default_rng([self.seed, i])
+        state = rng.uniform(-1, 1, self.action_dim).astype(np.float32)
+        task = int(rng.integers(2))
+        tokens = np.zeros(self.max_token_len, np.int32)
+        tokens[:3] = np.array([2, 4 + task, 3]) % self.vocab_size
+        grey = np.uint8(127.5 * (state[0] + 1))
+        picture = np.full((self.image_size, self.image_size, 3), grey, np.uint8)
+        ramp = np.linspace(0, 1, self.action_horizon, dtype=np.float32)[:, None]
+        return {
+            "image": dict.fromkeys(self.cameras, picture),
+            "image_mask": dict.fromkeys(self.cameras, np.bool_(True)),
+            "state": state,
+            "tokenized_prompt": tokens,
+            "tokenized_prompt_mask": np.arange(self.max_token_len) < 3,
+            "actions": state * (1 - ramp) + (2 * task - 1) * ramp,
+            "action_mask": np.ones(self.action_horizon, bool),
+        }
+
+
+class Mixture:
+    """Several sources, one after the other; `shares` says how often each is drawn from.
+
+    Args:
+      sources: of samples of one shape.
+      weights: of each in the stream of samples, in any unit; none are by number of samples, which
+        is one shuffle over all of them.
+
+    Raises:
+      ValueError: a weight that is not positive, or another number of weights than of sources.
+    """
+
+    def __init__(self, sources: Sequence[Source], weights: Sequence[float] = ()) -> None:
+        check_weights(weights, len(sources))
+        self.sources = tuple(sources)
+        lengths = [len(source) for source in sources]
+        self._starts = [0, *itertools.accumulate(lengths)]
+        self.shares: list[Share]
+        self.shares = list(zip(lengths, weights, strict=True)) if weights else [(len(self), 1.0)]
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, i: int) -> transforms.Sample:
+        if not 0 <= i < len(self):
+            raise IndexError(f"sample {i} of a mixture of {len(self)}")
+        part = bisect.bisect_right(self._starts, i) - 1
+        return self.sources[part][i - self._starts[part]]
+
+
+def shares(source: Source) -> list[Share]:
+    """How many samples of a source are drawn with which weight, in the order of its samples."""
+    return getattr(source, "shares", [(len(source), 1.0)])
+
+
+def check_weights(weights: Sequence[float], count: int) -> None:
+    """Raise unless there is a positive weight for each of `count` datasets, or none at all."""
+    if weights and len(weights) != count:
+        raise ValueError(
+            f"got {len(weights)} weights {list(weights)} for {count} datasets: give one for each, "
+            "in their order, or none to mix by number of frames"
+        )
+    if not all(0 < weight < math.inf for weight in weights):
+        raise ValueError(
+            f"weights must be positive and finite, got {list(weights)}; leave out the dataset that "
+            "is not wanted"
+        )
+
+
+class Cached:
+    """Keeps the samples of `source` in memory, each decoded when it is first asked for.
+
+    Memory grows to `self.nbytes`; a source that needs more than `max_bytes` is refused.
+    """
+
+    def __init__(self, source: Source, max_bytes: int = 2 * 2**30) -> None:
+        first = source[0]
+        sample_bytes = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(first))
+        self.nbytes = sample_bytes * len(source)
+        if self.nbytes > max_bytes:
+            raise ValueError(
+                f"caching {len(source)} samples needs {self.nbytes / 2**20:.0f} MiB, more than the "
+                f"{max_bytes / 2**20:.0f} MiB allowed; raise the limit (--data.cache-gib), or keep "
+                "the pictures on disk (--data.cache disk)"
+            )
+        self.source = source
+        self.shares = shares(source)
+        self._arrays = jax.tree.map(
+            lambda leaf: np.empty((len(source), *np.shape(leaf)), np.asarray(leaf).dtype), first
+        )
+        self._filled = np.zeros(len(source), bool)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, i: int) -> transforms.Sample:
+        self._fill(i)
+        return jax.tree.map(lambda array: array[i], self._arrays)
+
+    def gather(self, indices: np.ndarray) -> dict[str, Any]:
+        """The samples at `indices`, stacked: one copy per key."""
+        for i in indices[~self._filled[indices]]:
+            self._fill(int(i))
+        return jax.tree.map(lambda array: array[indices], self._arrays)
+
+    def _fill(self, i: int) -> None:
+        # Two threads may decode the same sample; both write the same bytes, the flag comes last.
+        if self._filled[i]:
+            return
+
+        def write(array: np.ndarray, leaf: Any) -> None:
+            array[i] = leaf
+
+        jax.tree.map(write, self._arrays, self.source[i])
+        self._filled[i] = True
+
+
+def norm_stats(
+    datasets: Sequence[lerobot.Dataset],
+    robot: robots.Robot,
+    horizon: int,
+    advance: progress.Advance | None = None,
+) -> dict[str, normalize.NormStats]:
+    """Exact statistics of state and action chunks over the frames of all datasets, unweighted.
+
+    `advance` is called once for each dimension of state and actions.
+    """
+    starts = itertools.accumulate([len(dataset) for dataset in datasets], initial=0)
+    columns = [dataset.columns for dataset in datasets]
+    return statistics.compute(
+        np.concatenate([robot.state(column) for column in columns]),
+        np.concatenate([column[robot.action_key] for column in columns]),
+        np.concatenate([d.ends + start for d, start in zip(datasets, starts, strict=False)]),
+        robot,
+        horizon,
+        advance,
+    )

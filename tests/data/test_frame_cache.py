@@ -1,0 +1,179 @@
+"""Pictures of the cache are those of the dataset, whatever happened to its files in between."""
+
+import os
+import pathlib
+import pickle
+import shutil
+import threading
+
+import numpy as np
+import pytest
+
+from shallow_pi.data import frame_cache, lerobot, transforms
+
+FIXTURE = pathlib.Path(__file__).parents[1] / "fixtures" / "lerobot" / "pusht_v30_video"
+CAMERA = "observation.images.top"
+SIZE = 40
+
+
+class Counted(lerobot.Dataset):
+    """Counts the pictures that are decoded."""
+
+    reads = 0
+
+    def picture(self, i, camera):
+        """As the dataset's."""
+        self.reads += 1
+        return super().picture(i, camera)
+
+
+@pytest.fixture
+def dataset():
+    return Counted(FIXTURE)
+
+
+def _cache(dataset, folder, share=1.0):
+    return frame_cache.FrameCache(dataset, [CAMERA], SIZE, folder, share)
+
+
+def _file(folder) -> pathlib.Path:
+    (file,) = folder.glob("*.u8")
+    return file
+
+
+def test_each_picture_is_decoded_once_and_is_the_one_the_model_sees(dataset, tmp_path):
+    frames = [3, 40, 109, 0]
+    expected = [
+        transforms.resize_with_pad(lerobot.Dataset(FIXTURE).picture(i, CAMERA), SIZE)
+        for i in frames
+    ]
+    cache = _cache(dataset, tmp_path / "frames")
+    for repeat in range(2):
+        for i, picture in zip(frames, expected, strict=True):
+            np.testing.assert_array_equal(cache.picture(i, CAMERA), picture, f"time {repeat}")
+    assert dataset.reads == 4
+    # Another run, and another process, find them.
+    again = _cache(dataset, tmp_path / "frames")
+    there = pickle.loads(pickle.dumps(cache))
+    for other in (again, there):
+        np.testing.assert_array_equal(other.picture(40, CAMERA), expected[1])
+    assert dataset.reads == 4
+    assert _file(tmp_path / "frames").stat().st_size <= 110 * (8 + 3 * SIZE**2)
+
+
+def test_episodes_of_a_part_share_the_file_of_the_whole(dataset, tmp_path):
+    part = dataset.select(dataset.episodes[2:])
+    first = int(np.flatnonzero(dataset.columns["episode_index"] == dataset.episodes[2])[0])
+    cached = _cache(dataset, tmp_path).picture(first + 1, CAMERA)
+    unread = lerobot.Dataset(FIXTURE, episodes=part.episodes)
+    unread.picture = None
+    np.testing.assert_array_equal(_cache(unread, tmp_path).picture(1, CAMERA), cached)
+
+
+def test_a_record_that_was_cut_off_or_damaged_is_written_anew(dataset, tmp_path):
+    cache = _cache(dataset, tmp_path)
+    expected = {i: cache.picture(i, CAMERA) for i in (0, 1, 2)}
+    record = 8 + 3 * SIZE**2
+    with _file(tmp_path).open("r+b") as file:
+        file.seek(500)
+        file.write(bytes(range(256)))  # A picture, behind its checksum.
+        file.truncate(3 * record - 100)  # A crash in the middle of the last one.
+    reads = dataset.reads
+    for i in (1, 0, 2):
+        np.testing.assert_array_equal(_cache(dataset, tmp_path).picture(i, CAMERA), expected[i])
+    assert dataset.reads == reads + 2
+    for i in (0, 1, 2):
+        _cache(dataset, tmp_path).picture(i, CAMERA)
+    assert dataset.reads == reads + 2
+
+
+def test_several_writers_at_once_agree(dataset, tmp_path):
+    expected = [
+        transforms.resize_with_pad(dataset.picture(i, CAMERA), SIZE) for i in range(0, 110, 10)
+    ]
+    wrong = []
+
+    def read(cache):
+        for k in range(11):
+            if not np.array_equal(cache.picture(10 * k, CAMERA), expected[k]):
+                wrong.append(k)
+
+    threads = [
+        threading.Thread(target=read, args=(_cache(lerobot.Dataset(FIXTURE), tmp_path),))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_the_key_changes_with_whatever_decides_the_bytes(tmp_path):
+    copy = shutil.copytree(FIXTURE, tmp_path / "copy")
+    video = min(copy.rglob("*.mp4"))
+    os.utime(video, ns=(0, 10**18))
+    keys = [frame_cache.key(lerobot.Dataset(copy), CAMERA, size) for size in (40, 48)]
+    os.utime(video, ns=(0, 10**18 + 1))
+    keys.append(frame_cache.key(lerobot.Dataset(copy), CAMERA, 40))
+    video.write_bytes(video.read_bytes() + b"x")
+    os.utime(video, ns=(0, 10**18))
+    keys.append(frame_cache.key(lerobot.Dataset(copy), CAMERA, 40))
+    assert len(set(keys)) == 4
+    moved = shutil.copytree(copy, tmp_path / "moved")  # Keeps the times.
+    assert frame_cache.key(lerobot.Dataset(moved), CAMERA, 40) == keys[-1]
+    subset = lerobot.Dataset(copy, episodes=[1])
+    assert frame_cache.key(subset, CAMERA, 40) == keys[-1]
+
+
+def test_a_limit_keeps_a_part_and_says_so(dataset, tmp_path, capsys):
+    record = 8 + 3 * SIZE**2
+    everything = [[dataset], [CAMERA], SIZE, tmp_path]
+    assert frame_cache.share(*everything, 110 * record) == 1.0
+    assert frame_cache.share(*everything) == 1.0
+    assert not capsys.readouterr().err
+    share = frame_cache.share(*everything, 55 * record)
+    assert share == 0.5
+    assert "holds 50% of the pictures" in capsys.readouterr().err
+    cache = _cache(dataset, tmp_path, share)
+    for i in (54, 54, 55, 55):
+        cache.picture(i, CAMERA)
+    assert dataset.reads == 3
+    assert _file(tmp_path).stat().st_size == 55 * record
+
+
+def test_a_disk_that_is_short_limits_the_cache(dataset, tmp_path, monkeypatch, capsys):
+    record = 8 + 3 * SIZE**2
+    free = frame_cache.RESERVE + 11 * record
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, free))
+    assert frame_cache.share([dataset], [CAMERA], SIZE, tmp_path) == pytest.approx(0.1)
+    assert "(the disk has free)" in capsys.readouterr().err
+
+
+def test_a_disk_that_fills_up_stops_the_cache_but_not_the_run(
+    dataset, tmp_path, monkeypatch, capsys
+):
+    cache = _cache(dataset, tmp_path)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    expected = transforms.resize_with_pad(dataset.picture(5, CAMERA), SIZE)
+    for _ in range(3):
+        np.testing.assert_array_equal(cache.picture(5, CAMERA), expected)
+    warned = capsys.readouterr().err
+    assert "".join(warned.split()).count("Nospaceleftondevice") == 1
+
+
+def test_a_folder_that_cannot_be_written_is_told(dataset, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError, match=r"no place for the frame cache at .*file.*--data\.cache-dir"):
+        _cache(dataset, tmp_path / "file" / "frames")
+
+
+def test_the_default_folder_follows_the_variable(monkeypatch):
+    monkeypatch.setenv("SHALLOW_PI_CACHE", "/somewhere")
+    assert frame_cache.default_folder() == pathlib.Path("/somewhere/frames")
+    monkeypatch.delenv("SHALLOW_PI_CACHE")
+    assert frame_cache.default_folder() == pathlib.Path("~/.cache/shallow_pi/frames").expanduser()

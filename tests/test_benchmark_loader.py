@@ -1,0 +1,67 @@
+"""The command measures every way on made-up video and on a dataset, and says who keeps up."""
+
+import importlib.util
+import json
+import pathlib
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+FIXTURES = ROOT / "tests" / "fixtures" / "lerobot"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    path = ROOT / "scripts" / "benchmark_loader.py"
+    spec = importlib.util.spec_from_file_location("benchmark_loader", path)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+SMALL = [
+    *("--height", "48", "--width", "64", "--frames", "24", "--image-size", "32", "--group", "2"),
+    *("--batch-size", "4", "--batches", "2", "--threads", "2", "--workers", "0", "--repeats", "2"),
+]
+
+
+def test_every_way_is_measured_on_made_up_video(script, tmp_path, capsys):
+    output = tmp_path / "new" / "numbers.json"
+    script.main([*SMALL, "--codec", "h264", "--step-ms", "100000", "--output", str(output)])
+    shown = capsys.readouterr().out
+    assert "h264, group 2, pictures of 48 by 64" in shown
+    assert shown.count("keeps up") == 5
+    rows = json.loads(output.read_text())["rows"]
+    assert list(rows) == [
+        "PyAV, as it comes",
+        "PyAV, decoders of one thread",
+        "loader, 2 threads",
+        "second epoch, memory, 2 threads",
+        "second epoch, disk, 2 threads",
+    ]
+    for row in rows.values():
+        assert len(row["all"]) == 2
+        assert row["frames_per_second"] == pytest.approx(sum(row["all"]) / 2)
+        assert row["batch_ms"] == pytest.approx(8000 / row["frames_per_second"])
+
+
+def test_a_dataset_is_read_and_a_slow_one_is_told(script, capsys):
+    path = ["--path", str(FIXTURES / "pusht_v21_video"), "--step-ms", "0.001"]
+    script.main([*SMALL, "--repeats", "1", *path])
+    assert capsys.readouterr().out.count("too slow") == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--path", str(FIXTURES / "pusht_v30_image")], "only video can be compared with PyAV"),
+        (["--path", "absent"], "no LeRobot dataset at absent"),
+        (["--batches", "0"], "batches must be at least 1, got 0"),
+    ],
+)
+def test_bad_input_is_told_in_one_line(script, capsys, arguments, message):
+    with pytest.raises(SystemExit):
+        script.main([*SMALL, *arguments])
+    assert message in "".join(capsys.readouterr().err)
