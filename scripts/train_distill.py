@@ -30,7 +30,7 @@ def main() -> None:
         arguments = arguments[2:]
     experiment = config.cli(CONFIGS, __doc__ or "", arguments, default)
     distributed.split_cpu(experiment.batch_size // experiment.accumulation)
-    with config.exit_on(loop.NonFiniteLossError, loop.InterruptedRunError):
+    with config.exit_on(*loop.ENDS, interrupted=loop.INTERRUPTED):
         teacher = experiment.teacher
         if teacher is not None and teacher.train:
             own = config.teacher_experiment(CONFIGS, experiment)

@@ -21,7 +21,7 @@ def main() -> None:
     distributed.cache_compilations()
     experiment = config.cli(ROOT / "train_configs", __doc__ or "", sys.argv[1:])
     distributed.split_cpu(experiment.batch_size // experiment.accumulation)
-    with config.exit_on(loop.NonFiniteLossError, loop.InterruptedRunError):
+    with config.exit_on(*loop.ENDS, interrupted=loop.INTERRUPTED):
         if experiment.teacher is not None:
             raise ValueError(
                 f"{experiment.name} distils a student from a teacher: run it with "

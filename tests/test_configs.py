@@ -130,6 +130,12 @@ def test_a_student_is_trained_from_a_teacher_that_its_config_makes(experiment):
     assert own.closed_loop.eval_seed == experiment.closed_loop.eval_seed, "the same episodes"
 
 
+def test_real_robots_hold_episodes_out_for_validation(experiment):
+    """A simulated task is measured in closed loop instead."""
+    is_real = experiment.closed_loop is None and experiment.data.source == "lerobot"
+    assert experiment.data.held_out == (0.02 if is_real else 0)
+
+
 def test_pi0_aloha_is_openpis_pi0_at_full_size():
     experiment = config.load(CONFIGS, "pi0_aloha_l6")
     assert experiment.fixed_layer_map().layers == (0, 3, 7, 10, 14, 17)

@@ -11,6 +11,8 @@ ASSETS = pathlib.Path(__file__).parents[1] / "assets"
 OPENPI = "gs://openpi-assets/checkpoints"
 
 LIBERO = "physical-intelligence/libero"
+# Share of a real robot's episodes that validation is measured on.
+HELD_OUT = 0.02
 
 # The turntable's π0: two cameras of 16 tokens, four query heads on one kv head.
 TURNTABLE_PI0 = pi0.Pi0Config(
@@ -45,7 +47,7 @@ DEBUG_PI0 = pi0.Pi0Config(
 TURNTABLE_PI05 = dataclasses.replace(
     TURNTABLE_PI0, pi05=True, discrete_state_input=True, max_token_len=36
 )
-TURNTABLE_DATA = batches.DataConfig(robot="turntable", asset_id="turntable", cache=True)
+TURNTABLE_DATA = batches.DataConfig(robot="turntable", asset_id="turntable", cache="memory")
 
 
 def short_schedule(steps: int, peak: float) -> optimizer.CosineSchedule:
@@ -102,7 +104,9 @@ def pi05_libero(depth: int) -> config.DistillConfig:
     return config.DistillConfig(
         name="",
         model=pi0.Pi0Config(pi05=True, action_horizon=10, max_token_len=200),
-        data=batches.DataConfig(path=LIBERO, robot="libero", asset_id=LIBERO, num_threads=8),
+        data=batches.DataConfig(
+            path=LIBERO, robot="libero", asset_id=LIBERO, held_out=HELD_OUT, num_threads=8
+        ),
         teacher=config.TeacherConfig(path=f"{OPENPI}/pi05_libero"),
         student=config.StudentConfig(depth=depth),
         schedule=optimizer.CosineSchedule(warmup_steps=10_000, peak_lr=5e-5, end_lr=5e-5),

@@ -5,8 +5,8 @@ Teacher: gs://openpi-assets/checkpoints/pi05_droid. Data: DROID, or recordings o
 as a LeRobot dataset in the keys of openpi's converter: one exterior and one wrist camera at 15 Hz,
 joint and gripper positions, joint velocities as actions. As in openpi: third camera masked, state
 in the prompt (200 tokens), horizon 15, the teacher's statistics (droid), 20,000 steps. Batch of 64,
-warm-up to 2.5e-5 in 1,000 steps, cosine to 2.5e-6. Not run at full size yet; one 80 GB device or
-more, see --mesh."""
+warm-up to 2.5e-5 in 1,000 steps, cosine to 2.5e-6. Validation on 2 % of the episodes. Not run at
+full size yet; one 80 GB device or more, see --mesh."""
 
 import _base
 
@@ -21,7 +21,9 @@ def get_config() -> config.DistillConfig:
         model=pi0.Pi0Config(
             pi05=True, action_horizon=15, max_token_len=200, discrete_state_input=True
         ),
-        data=batches.DataConfig(robot="droid", asset_id="droid", num_threads=8),
+        data=batches.DataConfig(
+            robot="droid", asset_id="droid", held_out=_base.HELD_OUT, num_threads=8
+        ),
         teacher=config.TeacherConfig(path=f"{_base.OPENPI}/pi05_droid"),
         student=config.StudentConfig(depth=6),
         schedule=optimizer.CosineSchedule(decay_steps=20_000),

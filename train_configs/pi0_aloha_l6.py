@@ -5,8 +5,8 @@ Teacher: gs://openpi-assets/checkpoints/pi0_base (about 6.5 GB in bfloat16), fet
 policy of openpi's pi0_aloha_pen_uncap fine-tuned on the same data: --teacher.path STEP. Data: a
 LeRobot dataset of a bimanual ALOHA with three cameras at 50 Hz. Joint signs, gripper angles, delta
 actions, horizon 50, prompt of 48 tokens and the statistics (trossen) are openpi's. Warm-up to
-2.5e-5 in 1,000 steps, cosine to 2.5e-6 at 30,000. Not run at full size yet; one 80 GB device or
-more, see --mesh."""
+2.5e-5 in 1,000 steps, cosine to 2.5e-6 at 30,000. Validation on 2 % of the episodes. Not run at
+full size yet; one 80 GB device or more, see --mesh."""
 
 import _base
 
@@ -19,7 +19,9 @@ def get_config() -> config.DistillConfig:
     return config.DistillConfig(
         name="pi0_aloha_l6",
         model=pi0.Pi0Config(),
-        data=batches.DataConfig(robot="aloha", asset_id="trossen", num_threads=8),
+        data=batches.DataConfig(
+            robot="aloha", asset_id="trossen", held_out=_base.HELD_OUT, num_threads=8
+        ),
         teacher=config.TeacherConfig(path=f"{_base.OPENPI}/pi0_base"),
         student=config.StudentConfig(depth=6),
         batch_size=64,

@@ -4,8 +4,8 @@ uv run scripts/train_distill.py pi0_aloha_sim_l6 --exp-name first
 Teacher: gs://openpi-assets/checkpoints/pi0_aloha_sim. Data: lerobot/aloha_sim_transfer_cube_human,
 one camera at 50 Hz; fetched (uv sync --extra hf) or given by --data.path. As in openpi: joints and
 gripper converted, actions absolute, always the prompt "Transfer cube", horizon 50, 20,000 steps.
-Batch of 64, warm-up to 2.5e-5 in 1,000 steps, cosine to 2.5e-6. Not run at full size yet; one 80 GB
-device or more."""
+Batch of 64, warm-up to 2.5e-5 in 1,000 steps, cosine to 2.5e-6. Validation on 2 % of the episodes.
+Not run at full size yet; one 80 GB device or more."""
 
 import _base
 
@@ -20,7 +20,13 @@ def get_config() -> config.DistillConfig:
     return config.DistillConfig(
         name="pi0_aloha_sim_l6",
         model=pi0.Pi0Config(),
-        data=batches.DataConfig(path=DATASET, robot="aloha_sim", asset_id=DATASET, num_threads=8),
+        data=batches.DataConfig(
+            path=DATASET,
+            robot="aloha_sim",
+            asset_id=DATASET,
+            held_out=_base.HELD_OUT,
+            num_threads=8,
+        ),
         teacher=config.TeacherConfig(path=f"{_base.OPENPI}/pi0_aloha_sim"),
         student=config.StudentConfig(depth=6),
         schedule=optimizer.CosineSchedule(decay_steps=20_000),

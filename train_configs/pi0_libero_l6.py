@@ -5,12 +5,13 @@ openpi publishes no such policy: train its config pi0_libero and name the step f
 physical-intelligence/libero, two cameras at 10 Hz; fetched (uv sync --extra hf) or given by
 --data.path. As in openpi: third camera masked, the state subtracted from actions 1 to 6 (robot
 libero_delta), horizon 50, prompt of 48 tokens, 30,000 steps. Batch of 64, warm-up to 2.5e-5 in
-1,000 steps, cosine to 2.5e-6. Not run at full size yet; one 80 GB device or more, see --mesh."""
+1,000 steps, cosine to 2.5e-6. Validation on 2 % of the episodes. Not run at full size yet; one 80
+GB device or more, see --mesh."""
+
+import _base
 
 from shallow_pi.models import pi0
 from shallow_pi.training import batches, config
-
-DATASET = "physical-intelligence/libero"
 
 
 def get_config() -> config.DistillConfig:
@@ -19,7 +20,11 @@ def get_config() -> config.DistillConfig:
         name="pi0_libero_l6",
         model=pi0.Pi0Config(),
         data=batches.DataConfig(
-            path=DATASET, robot="libero_delta", asset_id=DATASET, num_threads=8
+            path=_base.LIBERO,
+            robot="libero_delta",
+            asset_id=_base.LIBERO,
+            held_out=_base.HELD_OUT,
+            num_threads=8,
         ),
         teacher=config.TeacherConfig(path="checkpoints/pi0_libero"),
         student=config.StudentConfig(depth=6),

@@ -52,6 +52,24 @@ def test_every_robot_survives_json() -> None:
         assert robots.from_dict(content) == robot
 
 
+def test_a_robot_saved_without_groups_loads_as_one_group() -> None:
+    content = dataclasses.asdict(robots.UR5)
+    del content["groups"]
+    robot = robots.from_dict(content)
+    assert robot == dataclasses.replace(robots.UR5, groups=())
+    assert robot.action_groups == (robots.Group("action", 7),)
+
+
+def test_every_robot_names_the_groups_of_its_actions() -> None:
+    for robot in robots.ROBOTS.values():
+        assert robot.action_groups == robot.groups
+        assert sum(group.size for group in robot.groups) == robot.action_dim
+    assert [(g.name, g.size, g.unit) for g in robots.ALOHA.groups[:2]] == [
+        ("left_arm", 6, "rad"),
+        ("left_gripper", 1, ""),
+    ]
+
+
 def test_a_robot_can_be_a_file(tmp_path) -> None:
     path = tmp_path / "my_arm.py"
     path.write_text(
@@ -105,6 +123,11 @@ def test_robots_that_do_not_fit_together_are_refused() -> None:
         "action_conversion has 2 dimensions, action_dim is 14": {
             "action_conversion": conversions.Conversion((1, 1))
         },
+        r"its groups have 6 \+ 1 dimensions, action_dim is 14": {"groups": robots.UR5.groups},
+        r"groups need names that differ, without slashes, got \['a', 'a'\]": {
+            "groups": (robots.Group("a", 7), robots.Group("a", 7))
+        },
+        r"without slashes, got \['arm/left'\]": {"groups": (robots.Group("arm/left", 14),)},
     }
     for message, change in changes.items():
         with pytest.raises(ValueError, match=message):

@@ -10,7 +10,8 @@ import pytest
 import rich.console
 from PIL import Image
 
-from shallow_pi.evaluation import latency, plots, report, rollout
+from shallow_pi.data import robots
+from shallow_pi.evaluation import held_out, latency, plots, report, rollout
 
 
 def evaluation(label, outcomes):
@@ -209,3 +210,91 @@ def test_harder_variants_are_scopes_of_their_own(full):
     assert "tight" in report.contents(found)["differences"]["student - teacher"]
     assert "tight" not in report.contents(found)["differences"]["student - task_only"]
     assert report.tables(found)[1][0][-1] == "tight"
+
+
+def _row(step, to_data, to_teacher, **more):
+    return {
+        "step": step,
+        "task_loss": 1 / step,
+        "validation/task_loss": 2 / step,
+        "validation/error_to_data": to_data,
+        "validation/error_to_teacher": to_teacher,
+        "validation/teacher_error_to_data": 0.1,
+        **{f"validation/{name}": value for name, value in more.items()},
+    }
+
+
+@pytest.fixture
+def trained():
+    """A run without a task: measured at steps 10, 20 and 30, best to the data at 20."""
+    arm = {"error_to_data/left_arm": 0.03, "teacher_error_to_data/left_arm": 0.02}
+    rows = [
+        {"step": 5, "task_loss": 0.2},
+        _row(10, 0.4, 0.3),
+        _row(20, 0.2, 0.25, **arm),
+        _row(30, 0.3, 0.2),
+    ]
+    groups = (robots.Group("left_arm", 6, "rad"), robots.Group("gripper", 1))
+    return report.Report("pi0_aloha_l6/first", {}, curves={"student": rows}, groups=groups)
+
+
+def test_a_run_without_a_task_reports_held_out_errors_and_losses(trained):
+    errors, groups, losses = report.tables(trained)
+    assert errors[1] == [
+        ["teacher", "", "0.1", ""],
+        ["student, best step", "20", "0.2", "0.25"],
+        ["student, last step", "30", "0.3", "0.2"],
+    ]
+    assert groups == (
+        ["at the best step", "to the data", "teacher to the data"],
+        [["left arm (rad)", "0.03", "0.02"]],
+    )
+    assert losses[1] == [["student, task loss", "0.2", "0.0333", "0.0667"]]
+    found = report.contents(trained)["validation"]["student"]
+    assert found["best"]["step"] == 20
+    assert found["best"]["error_to_data/left_arm"] == 0.03
+    assert (found["last"]["step"], found["last"]["error_to_teacher"]) == (30, 0.2)
+    assert report.contents(trained)["success"] == {}
+
+
+def test_the_criterion_decides_which_step_is_the_best(trained):
+    by_teacher = dataclasses.replace(trained, criterion="validation/error_to_teacher")
+    assert report.contents(by_teacher)["validation"]["student"]["best"]["step"] == 30
+    rows = report.tables(by_teacher)[0][1]
+    assert rows[1:] == [["student, best and last step", "30", "0.3", "0.2"]]
+
+
+def test_a_run_without_held_out_data_reports_its_losses(tmp_path):
+    rows = [{"step": 10, "task_loss": 0.5}, {"step": 20, "task_loss": 0.25}]
+    bare = report.Report("debug/first", {}, curves={"student": rows})
+    assert report.tables(bare) == [
+        (["loss", "first", "last", "held out"], [["student, task loss", "0.5", "0.25", ""]])
+    ]
+    assert report.contents(bare)["validation"] == {}
+    written = {path.name for path in report.write(tmp_path, bare)}
+    assert written == {"report.json", "report.md", "losses.png"}
+    page = (tmp_path / "report.md").read_text()
+    assert "met the same episodes" not in page
+    assert held_out.NOTE not in page
+
+
+def test_held_out_errors_are_drawn_and_fit_a_terminal(trained, tmp_path):
+    written = report.write(tmp_path, trained)
+    names = ["losses.png", "validation.png", "validation_groups.png"]
+    assert [path.name for path in written[2:]] == names
+    for path in written[2:]:
+        assert np.asarray(Image.open(path).convert("L")).std() > 15
+    page = written[1].read_text()
+    assert "| left arm (rad) | 0.03 | 0.02 |" in page
+    assert held_out.NOTE in page
+    console = rich.console.Console(width=80, record=True, file=io.StringIO())
+    report.show(trained, console)
+    text = console.export_text()
+    assert "…" not in text
+    assert "student, best step" in text
+
+
+def test_held_out_errors_stand_beside_success(full, trained):
+    both = dataclasses.replace(full, curves=trained.curves, groups=trained.groups)
+    headers = [header[0] for header, _ in report.tables(both)]
+    assert headers == ["policy", "success in", "held-out action error", "at the best step"]

@@ -15,7 +15,7 @@ from shallow_pi.distill import losses, student
 from shallow_pi.evaluation import rollout, study
 from shallow_pi.evaluation.sims import turntable
 from shallow_pi.models import pi0, prepare, sampler, weights
-from shallow_pi.training import config, loop, metrics
+from shallow_pi.training import batches, config, loop, metrics, validation
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "train_configs"
 
@@ -119,6 +119,33 @@ def _refused(experiment, message, kind=(ValueError, FileNotFoundError)):
     assert [path.name for path in experiment.folder.parent.iterdir()] == ["first"]
     assert [path.name for path in experiment.folder.iterdir()] == ["3"]
     assert old.exists()
+
+
+@pytest.mark.slow
+def test_training_alone_ends_with_a_report(tmp_path, tiny_experiment, tiny_dataset, capsys):
+    """And so does the same run when it is resumed."""
+    dataset, tokenizer = tiny_dataset
+    data = batches.DataConfig(path=str(dataset), tokenizer=str(tokenizer), held_out=0.34)
+    experiment = tiny_experiment(
+        tmp_path,
+        data=data,
+        validation=validation.ValidationConfig(interval=1, samples=8, num_steps=2),
+        num_train_steps=2,
+    )
+    assert study.run(experiment) == experiment.folder / "2"
+    shown = capsys.readouterr().out
+    for words in ("student, ", "held-out action error", "gantry (m)", "task loss"):
+        assert words in shown
+    written = _report(experiment)
+    assert written["success"] == {}
+    assert written["stage_seconds"]["training"] > 0
+    best = written["validation"]["student"]["best"]
+    kept = json.loads((experiment.folder / "best.json").read_text())
+    assert kept == {"step": best["step"], "error": best["error_to_data"]}
+    for name in ("report.md", "losses.png", "validation.png", "validation_groups.png"):
+        assert (experiment.folder / name).stat().st_size > 100
+    study.run(dataclasses.replace(experiment, resume=True))
+    assert _report(experiment)["validation"] == written["validation"]
 
 
 @pytest.fixture(scope="module")

@@ -154,6 +154,46 @@ def test_saving_keeps_what_it_was_told_to(tmp_path):
     assert sorted(int(child.name) for child in tmp_path.iterdir()) == [4, 8, 9]
 
 
+def test_the_best_step_stays_and_is_pointed_to(tmp_path):
+    state = _init(ema=False)
+    errors = {1: 0.5, 2: 0.2, 3: None, 4: 0.3, 5: float("nan"), 6: 0.2}
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        for step, error in errors.items():
+            assert checkpoints.is_best(error) == (step in (1, 2))
+            checkpoints.save(step, state, None, _nothing, error=error)
+    assert checkpoints.best == (2, 0.2)
+    assert [step for step in range(9) if (tmp_path / str(step)).exists()] == [2, 6]
+    assert json.loads((tmp_path / "best.json").read_text()) == {"step": 2, "error": 0.2}
+    assert (tmp_path / "best").resolve() == tmp_path / "2"
+    deployed = weights.load_params(tmp_path / "best", jax.eval_shape(lambda: state.params))
+    _assert_same(deployed, state.params)
+
+
+def test_a_resumed_run_knows_the_best_step_from_the_steps_themselves(tmp_path):
+    """Also where it was killed before anything pointed to that step."""
+    state = _init(ema=False)
+    with checkpoint.Checkpoints(tmp_path, keep=2) as checkpoints:
+        checkpoints.save(1, state, None, _nothing, error=0.5)
+        checkpoints.save(2, state, None, _nothing, error=0.1)
+    (tmp_path / "best.json").unlink()
+    (tmp_path / "best").unlink()
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.best == (2, 0.1)
+        assert not checkpoints.is_best(0.4)
+        checkpoints.save(3, state, None, _nothing, error=0.4)
+        checkpoints.save(4, state, None, _nothing, error=0.05)
+        checkpoints.save(5, state, None, _nothing)
+    assert {int(child.name) for child in tmp_path.iterdir() if child.name.isdigit()} == {4, 5}
+    assert (tmp_path / "best").resolve() == tmp_path / "4"
+
+
+def test_a_step_saved_without_an_error_is_never_the_best(tmp_path):
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, _init(ema=False), None, _nothing)
+    assert checkpoints.best is None
+    assert [child.name for child in tmp_path.iterdir()] == ["1"]
+
+
 def test_a_disk_that_fills_up_while_assets_are_written_costs_only_that_step(tmp_path):
     def full(folder):
         (folder / "norm_stats.json").write_text("{")

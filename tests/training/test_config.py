@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from shallow_pi.training import config
+from shallow_pi.training import config, loop
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "train_configs"
 
@@ -58,6 +58,9 @@ def test_an_unknown_field_names_the_closest(capsys):
             "unknown robot 'crane'; there are ['aloha', 'aloha_sim', 'droid',",
         ),
         (["--data.asset-id", ""], "data.asset_id must name a folder"),
+        (["--validation.interval", "-1"], "validation.interval must be at least 0, got -1"),
+        (["--validation.samples", "0"], "validation.samples must be at least 1, got 0"),
+        (["--validation.against", "me"], "'data', 'teacher'"),
         (["--data.num-threads", "-1"], "data.num_threads must be 0 or more, got -1"),
         (["--model.dtype", "float16"], "dtype must be 'bfloat16' or 'float32', got 'float16'"),
         (["--schedule.peak-lr", "-1"], "peak_lr must be a positive number, got -1.0"),
@@ -79,7 +82,7 @@ def test_every_field_can_be_set():
     experiment = _cli(
         *("debug", "--batch-size", "64", "--losses.attention", "0.1", "--student.depth", "3"),
         *("--teacher.path", "somewhere", "--model.expert.width", "24", "--no-tensorboard"),
-        *("--mesh.fsdp", "2", "--data.cache", "--exp-name", "second"),
+        *("--mesh.fsdp", "2", "--data.cache", "memory", "--exp-name", "second"),
     )
     assert experiment.batch_size == 64
     assert experiment.losses.attention == 0.1
@@ -88,7 +91,7 @@ def test_every_field_can_be_set():
     assert experiment.model.expert.width == 24
     assert not experiment.tensorboard
     assert experiment.mesh.fsdp == 2
-    assert experiment.data.cache
+    assert experiment.data.cache == "memory"
     assert experiment.folder == pathlib.Path("checkpoints/debug/second")
     assert (
         dataclasses.replace(
@@ -105,6 +108,11 @@ def test_every_field_can_be_set():
         )
         == experiment
     ), "nothing else changed"
+
+
+def test_a_teacher_that_is_not_there_cannot_decide_the_best_step(capsys):
+    said = _refused(capsys, "pi0_turntable", "--validation.against", "teacher")
+    assert "validation.against is teacher, and there is none: it must be data" in said
 
 
 def test_listed_layers_set_the_depth_too():
@@ -221,7 +229,7 @@ def test_a_script_ends_with_one_line(capsys, error, status):
 
 
 def test_an_interruption_says_how_to_go_on(capsys):
-    with pytest.raises(SystemExit) as exit_, config.exit_on():
+    with pytest.raises(SystemExit) as exit_, config.exit_on(interrupted=loop.INTERRUPTED):
         raise KeyboardInterrupt
     assert exit_.value.code == 130
     assert "--resume" in capsys.readouterr().err

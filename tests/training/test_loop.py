@@ -15,11 +15,19 @@ import numpy as np
 import pytest
 
 from shallow_pi.data import assets as policy_assets
-from shallow_pi.data import loader
+from shallow_pi.data import loader, sources
 from shallow_pi.deploy import policy
 from shallow_pi.distill import layer_map
 from shallow_pi.models import pi0, weights
-from shallow_pi.training import batches, checkpoint, config, loop, metrics, setup
+from shallow_pi.training import (
+    batches,
+    checkpoint,
+    config,
+    loop,
+    metrics,
+    setup,
+    validation,
+)
 
 # Some thirty short runs: a busy machine takes its time.
 pytestmark = pytest.mark.timeout(900)
@@ -99,7 +107,7 @@ def test_two_steps_and_two_resumed_steps_equal_four(whole):
 def test_two_steps_and_two_resumed_steps_equal_four_on_a_dataset(whole_recorded):
     halves = dataclasses.replace(whole_recorded, exp_name="halves")
     _train(halves, num_train_steps=2)
-    cached = dataclasses.replace(halves.data, cache=True, num_threads=0)
+    cached = dataclasses.replace(halves.data, cache="memory", num_threads=0)
     _train(halves, resume=True, data=cached)
     _assert_same_run(halves, whole_recorded)
 
@@ -108,13 +116,13 @@ def test_two_steps_and_two_resumed_steps_equal_four_on_a_dataset(whole_recorded)
 def test_a_run_sees_every_sample_once_an_epoch_however_it_is_cut(recorded, monkeypatch):
     """24 frames, batches of 8: three steps are an epoch, also over an interruption."""
     seen = []
-    read = loader.DatasetSource.__getitem__
+    read = sources.DatasetSource.__getitem__
 
     def recording(self, i):
         seen.append(i)
         return read(self, i)
 
-    monkeypatch.setattr(loader.DatasetSource, "__getitem__", recording)
+    monkeypatch.setattr(sources.DatasetSource, "__getitem__", recording)
     monkeypatch.setattr(loader.Prefetch, "__init__", functools.partialmethod(_shallow_prefetch))
     experiment = dataclasses.replace(
         recorded, exp_name="epoch", data=dataclasses.replace(recorded.data, num_threads=0)
@@ -130,6 +138,72 @@ _prefetch = loader.Prefetch.__init__
 
 def _shallow_prefetch(self, source, sharding, depth=1):
     _prefetch(self, source, sharding, 1)
+
+
+@pytest.fixture(scope="module")
+def validated(recorded):
+    """One of the three episodes is held out and measured after every second step."""
+    experiment = dataclasses.replace(
+        recorded,
+        exp_name="validated",
+        data=dataclasses.replace(recorded.data, held_out=0.34),
+        validation=validation.ValidationConfig(interval=2, samples=8, num_steps=2),
+        save_interval=100,
+    )
+    _train(experiment)
+    return experiment
+
+
+def _errors(folder):
+    rows = {row["step"]: row for row in _rows(folder)}
+    return {n: row[validation.TO_DATA] for n, row in rows.items() if validation.TO_DATA in row}
+
+
+def test_validation_is_logged_at_its_interval_and_the_best_step_is_kept(validated):
+    found = _errors(validated.folder)
+    assert list(found) == [2, 4]
+    best = min(found, key=found.get)
+    assert (validated.folder / "best").resolve() == validated.folder / str(best)
+    kept = json.loads((validated.folder / "best.json").read_text())
+    assert kept == {"step": best, "error": found[best]}
+    assert {4, best} == {int(c.name) for c in validated.folder.iterdir() if c.name.isdigit()}
+
+
+def test_the_policy_of_a_step_makes_the_error_that_was_logged(validated):
+    """From raw observations, with the sampler of deployment, in the robot's units."""
+    data = batches.open_data(validated.data, validated.student_model, None)
+    source = data.held_out
+    deployed = policy.Policy.from_checkpoint(validated.folder / "4", num_steps=2, warm_up=False)
+    difference = []
+    for place in range(8):
+        i = place * len(source) // 8
+        sample = source.dataset.read(i, tuple(source.robot.cameras.values()))
+        actions, padded = source.dataset.chunk(i, source.horizon, source.robot.action_key)
+        shape = deployed.noise_shape
+        noise = np.random.default_rng([validated.seed, place]).standard_normal(shape)
+        chunk = deployed.infer(sample, noise.astype(np.float32))["actions"]
+        difference.append(np.abs(chunk - actions)[~padded])
+    logged = _rows(validated.folder)[-1][f"{validation.TO_DATA}/gantry"]
+    np.testing.assert_allclose(np.concatenate(difference).mean(), logged, rtol=1e-3)
+
+
+def test_validation_of_a_resumed_run_gives_the_same_numbers(validated):
+    halves = dataclasses.replace(validated, exp_name="validated-halves")
+    _train(halves, num_train_steps=3)
+    assert list(_errors(halves.folder)) == [2, 3], "also at the end"
+    _train(halves, resume=True)
+    rows, expected = _rows(halves.folder), _rows(validated.folder)
+    assert [rows[i] for i in (0, 1, 3)] == [expected[i] for i in (0, 1, 3)]
+
+
+@pytest.mark.slow
+def test_validation_does_not_change_what_is_learned(validated):
+    plain = dataclasses.replace(validated, exp_name="not-validated")
+    _train(plain, validation=validation.ValidationConfig(interval=0))
+    assert not (plain.folder / "best.json").exists()
+    (state, position), (other, same) = _state(plain, 4), _state(validated, 4)
+    jax.tree.map(np.testing.assert_array_equal, state, other)
+    assert position == same
 
 
 def test_a_finished_run_is_left_as_it_is(whole):
@@ -238,7 +312,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
         data=dataclasses.replace(whole.data, num_threads=0),
         log_interval=100,
     )
-    read, count = loader.SyntheticSource.__getitem__, []
+    read, count = sources.SyntheticSource.__getitem__, []
 
     def poisoned(self, i):
         count.append(i)
@@ -247,7 +321,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
         return sample | {"actions": sample["actions"] + poison} if third_batch else sample
 
     with monkeypatch.context() as patch:
-        patch.setattr(loader.SyntheticSource, "__getitem__", poisoned)
+        patch.setattr(sources.SyntheticSource, "__getitem__", poisoned)
         with pytest.raises(loop.NonFiniteLossError, match=r"step 3: .*task_loss = .*step 2 is kep"):
             _train(experiment)
     steps = [child.name for child in experiment.folder.iterdir() if child.name.isdigit()]
@@ -291,7 +365,7 @@ def test_a_step_folder_alone_is_the_policy_that_was_trained(whole_recorded):
     stored = weights.load_params(step / "params", expected)
     jax.tree.map(np.testing.assert_array_equal, stored, state.ema_params)
 
-    deployed = policy.Policy.from_checkpoint(step, num_steps=2)
+    deployed = policy.Policy.from_checkpoint(step, num_steps=2, warm_up=False)
     trained = policy.Policy(policy_assets.load(step), state.ema_params, num_steps=2)
     generator = np.random.default_rng(0)
     observation = {
@@ -301,9 +375,9 @@ def test_a_step_folder_alone_is_the_policy_that_was_trained(whole_recorded):
         "task": "touch the red block",
     }
     noise = generator.standard_normal((1, *deployed.noise_shape)).astype(np.float32)
-    actions = deployed.infer([observation], noise)
+    actions = deployed.infer_batch([observation], noise)
     assert actions.shape == (1, 8, 3)
-    np.testing.assert_allclose(actions, trained.infer([observation], noise), atol=1e-6)
+    np.testing.assert_allclose(actions, trained.infer_batch([observation], noise), atol=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -384,9 +458,9 @@ def test_the_measured_layers_are_those_of_the_scores(synthetic, monkeypatch):
     fake = types.SimpleNamespace(**{name: measuring(v) for name, v in scores.items()})
     monkeypatch.setattr(setup, "layer_scores", fake)
     mesh, _ = setup.validate(synthetic)
-    source, _ = batches.open_source(synthetic.data, synthetic.student_model, None)
+    data = batches.open_data(synthetic.data, synthetic.student_model, None)
     feed = loader.prefetch(
-        loader.Loader(source, 8),
+        loader.Loader(data.train, 8),
         jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data")),
     )
     first = next(feed)

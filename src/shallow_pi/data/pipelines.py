@@ -34,6 +34,7 @@ def inputs(
       kind: z-score (π0) or quantile (π0.5).
       discrete_state: whether the state is written into the prompt (π0.5).
     """
+    _check_here(robot)
     if not set(cameras) & set(robot.cameras):
         raise ValueError(
             f"robot {robot.name} has cameras for {sorted(robot.cameras)}, the model wants "
@@ -107,11 +108,21 @@ def outputs(
     Other keys pass through; `state` is the robot's own (`robot.state(observation)`), neither
     converted nor normalized, from which delta actions were predicted.
     """
+    _check_here(robot)
     return transforms.compose(
         transforms.CutDimensions(robot.action_dim),
         transforms.Unnormalize({"actions": stats["actions"]}, kind),
         _ToRobot(robot),
     )
+
+
+def _check_here(robot: robots.Robot) -> None:
+    if robot.elsewhere:
+        raise ValueError(
+            f"the transforms of robot {robot.name} are those of openpi's config {robot.elsewhere}: "
+            "serve its policy with openpi (scripts/serve_openpi.py), or describe the robot in a "
+            "file (data/robots.py)"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

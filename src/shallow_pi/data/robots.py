@@ -17,6 +17,7 @@ Your own robot is a small file with one constant, given in place of a name (`--d
         action_dim=7,
         fps=30,
         delta=robots.mask(6, -1),  # six joints as differences from the state, the gripper as it is
+        groups=(robots.Group("joints", 6, "rad"), robots.Group("gripper", 1)),
     )
 
 or a variant of a robot below, `ROBOT = dataclasses.replace(robots.UR5, name="ur5_slow", fps=10)`. A
@@ -34,6 +35,17 @@ import numpy as np
 from jaxtyping import Float
 
 from shallow_pi.data import conversions
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Action dimensions in a row that belong together, and whose errors are measured together."""
+
+    name: str
+    # How many dimensions.
+    size: int
+    # Of the robot's own actions; empty for numbers without one (0 closed, 1 open).
+    unit: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +73,11 @@ class Robot:
     state_more: tuple[str, ...] = ()
     # Always this prompt, whatever recordings and observations say; empty takes theirs.
     prompt: str = ""
+    # Where its transforms are, if they are code and not these fields: a config of openpi's by name.
+    # Its policies are served there.
+    elsewhere: str = ""
+    # The action dimensions in order; empty is one group of all (`action_groups`).
+    groups: tuple[Group, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.cameras:
@@ -84,6 +101,24 @@ class Robot:
                     f"robot {self.name}: {what}_conversion has {len(conversion.factor)} "
                     f"dimensions, {what}_dim is {dim}"
                 )
+        self._check_groups()
+
+    def _check_groups(self) -> None:
+        names, sizes = [g.name for g in self.groups], [g.size for g in self.groups]
+        if len(set(names)) < len(names) or any(not n or "/" in n for n in names):
+            raise ValueError(
+                f"robot {self.name}: groups need names that differ, without slashes, got {names}"
+            )
+        if sizes and (min(sizes) < 1 or sum(sizes) != self.action_dim):
+            raise ValueError(
+                f"robot {self.name}: its groups have {' + '.join(map(str, sizes))} dimensions, "
+                f"action_dim is {self.action_dim}; each dimension belongs to one group"
+            )
+
+    @property
+    def action_groups(self) -> tuple[Group, ...]:
+        """The groups of the action dimensions, at least one."""
+        return self.groups or (Group("action", self.action_dim),)
 
     @property
     def state_keys(self) -> tuple[str, ...]:
@@ -115,6 +150,7 @@ TURNTABLE = Robot(
     action_dim=3,
     fps=20,
     delta=mask(3),
+    groups=(Group("gantry", 3, "m"),),
 )
 
 # ALOHA's joints to the signs, and its grippers to the angles, of the runtime that recorded the data
@@ -145,6 +181,10 @@ ALOHA = Robot(
     delta=mask(6, -1, 6, -1),
     state_conversion=ALOHA_STATE,
     action_conversion=ALOHA_ACTIONS,
+    groups=(
+        *(Group("left_arm", 6, "rad"), Group("left_gripper", 1)),
+        *(Group("right_arm", 6, "rad"), Group("right_gripper", 1)),
+    ),
 )
 # The simulated transfer of a cube, one camera; openpi's pi0_aloha_sim has absolute actions.
 ALOHA_SIM = dataclasses.replace(
@@ -155,7 +195,8 @@ ALOHA_SIM = dataclasses.replace(
     prompt="Transfer cube",
 )
 
-# LIBERO's Panda: end-effector pose and two fingers in, differences of the pose and the gripper out.
+# LIBERO's Panda: end-effector pose and two fingers in, differences of the pose and the gripper out,
+# all of it in the controller's range of -1 to 1.
 LIBERO = Robot(
     name="libero",
     cameras={"base_0_rgb": "image", "left_wrist_0_rgb": "wrist_image"},
@@ -164,13 +205,14 @@ LIBERO = Robot(
     fps=10,
     state_key="state",
     action_key="actions",
+    groups=(Group("position", 3), Group("rotation", 3), Group("gripper", 1)),
 )
 # As openpi's pi0_libero was trained: the state subtracted once more from actions that are
 # differences already (pi05_libero does without).
 LIBERO_DELTA = dataclasses.replace(LIBERO, name="libero_delta", delta=mask(6, -1))
 
-# DROID's Franka as openpi's converter names things: joint velocities and the gripper's position;
-# openpi's pi05_droid and pi05_droid_finetune.
+# DROID's Franka as openpi's converter names things: joint velocities (shares of the greatest) and
+# the gripper's position; openpi's pi05_droid and pi05_droid_finetune.
 DROID = Robot(
     name="droid",
     cameras={"base_0_rgb": "exterior_image_1_left", "left_wrist_0_rgb": "wrist_image_left"},
@@ -180,9 +222,15 @@ DROID = Robot(
     state_key="joint_position",
     state_more=("gripper_position",),
     action_key="actions",
+    groups=(Group("joint_velocity", 7), Group("gripper", 1)),
 )
 # The same with joint positions as actions; openpi's pi05_full_droid_finetune.
-DROID_POSITION = dataclasses.replace(DROID, name="droid_position", delta=mask(7, -1))
+DROID_POSITION = dataclasses.replace(
+    DROID,
+    name="droid_position",
+    delta=mask(7, -1),
+    groups=(Group("joint_position", 7, "rad"), Group("gripper", 1)),
+)
 
 # UR5 with one gripper, as openpi's example for it; π0's own UR5 runs at 20 Hz.
 UR5 = Robot(
@@ -195,6 +243,7 @@ UR5 = Robot(
     state_more=("gripper",),
     action_key="actions",
     delta=mask(6, -1),
+    groups=(Group("joints", 6, "rad"), Group("gripper", 1)),
 )
 
 ROBOTS = {
@@ -244,4 +293,6 @@ def from_dict(values: Mapping[str, Any]) -> Robot:
         for key in ("state_conversion", "action_conversion")
         if values[key] is not None
     }
-    return Robot(**{**values, **lists, **nested})
+    # Policies saved before robots had groups lack them.
+    groups = tuple(Group(**group) for group in values.get("groups", ()))
+    return Robot(**{**values, **lists, **nested, "groups": groups})

@@ -1,4 +1,4 @@
-"""The report's pictures: loss curves, success per policy, a strip of frames and an animation.
+"""The report's pictures: curves, errors by group, success, a strip of frames and an animation.
 
 Figures need matplotlib (the extra `plots`), which is imported when the first one is drawn; the
 animation needs only Pillow. A policy has one colour throughout. Error bars are 95 % intervals.
@@ -41,7 +41,9 @@ class PlotsMissingError(ModuleNotFoundError):
     """Matplotlib is not installed."""
 
 
-def _figure(rows: int, columns: int, size: tuple[float, float], **kwargs: Any) -> tuple[Any, Any]:
+def make_figure(
+    rows: int, columns: int, size: tuple[float, float], **kwargs: Any
+) -> tuple[Any, Any]:
     """A figure without a display and its (rows, columns) array of axes."""
     try:
         from matplotlib.backends import backend_agg
@@ -56,7 +58,8 @@ def _figure(rows: int, columns: int, size: tuple[float, float], **kwargs: Any) -
     return figure, figure.subplots(rows, columns, squeeze=False, **kwargs)
 
 
-def _tidy(axis: Any, grid: str) -> None:
+def tidy(axis: Any, grid: str) -> None:
+    """No frame but the axes; grid lines of "x", "y" or "both"."""
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis=grid, color="#e4e4e4", linewidth=0.8)
     axis.set_axisbelow(True)
@@ -76,7 +79,7 @@ def loss_curves(
       panels: key in the rows → title.
       references: key of a panel → key of the teacher's own value, drawn dashed.
     """
-    figure, axes = _figure(1, len(panels), (4.0 * len(panels) + 0.6, 3.5))
+    figure, axes = make_figure(1, len(panels), (4.0 * len(panels) + 0.6, 3.5))
     for axis, (key, title) in zip(axes[0], panels.items(), strict=True):
         for run, rows in curves.items():
             steps, values = _series(rows, key)
@@ -92,10 +95,11 @@ def loss_curves(
             level = float(np.mean(known[0]))
             axis.axhline(level, color=COLORS["teacher"], linestyle="--", label="teacher (mean)")
         axis.set(title=title, xlabel="step")
-        if all(np.min(line.get_ydata()) > 0 for line in axis.lines):
+        drawn = np.concatenate([np.asarray(line.get_ydata(), float) for line in axis.lines])
+        if 0 < 5 * drawn.min() < drawn.max():
             axis.set_yscale("log")
             _plain_ticks(axis)
-        _tidy(axis, "both")
+        tidy(axis, "both")
         axis.legend(frameon=False, fontsize=8)
     figure.savefig(path)
 
@@ -124,11 +128,31 @@ def _smooth(values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
     return (padded[high] - padded[low]) / (high - low)
 
 
+def group_bars(path: pathlib.Path, errors: Mapping[str, Mapping[str, float]]) -> None:
+    """A panel for each group, on a scale of its own; a bar for each comparison.
+
+    Args:
+      path: PNG to write.
+      errors: group with its unit → whose actions are compared → error (`held_out.group_errors`).
+    """
+    figure, axes = make_figure(1, len(errors), (1.4 + 2.4 * len(errors), 2.0))
+    for axis, (group, bars) in zip(axes[0], errors.items(), strict=True):
+        colors = [COLORS["teacher" if words.startswith("teacher") else "student"] for words in bars]
+        axis.barh(list(bars), list(bars.values()), height=0.62, color=colors, alpha=0.85)
+        for place, value in enumerate(bars.values()):
+            axis.text(value, place, f" {value:.3g}", va="center", fontsize=8)
+        axis.set(title=group, xlim=(0, 1.3 * max(*bars.values(), 1e-12)))
+        axis.invert_yaxis()
+        tidy(axis, "x")
+        axis.label_outer()
+    figure.savefig(path)
+
+
 def success(path: pathlib.Path, scopes: Mapping[str, Mapping[str, rollout.Evaluation]]) -> None:
     """Success of every policy with its interval, a panel for each scope (see `report.scopes`)."""
     evaluations = next(iter(scopes.values()))
     height = 1.1 + 0.42 * len(evaluations)
-    figure, axes = _figure(1, len(scopes), (1.8 + 2.9 * len(scopes), height), sharey=True)
+    figure, axes = make_figure(1, len(scopes), (1.8 + 2.9 * len(scopes), height), sharey=True)
     places = {policy: i for i, policy in enumerate(evaluations)}
     for axis, (title, column) in zip(axes[0], scopes.items(), strict=True):
         for policy, evaluation in column.items():
@@ -144,7 +168,7 @@ def success(path: pathlib.Path, scopes: Mapping[str, Mapping[str, rollout.Evalua
         axis.set_title(f"{title} (n = {'/'.join(map(str, episodes))})", fontsize=10)
         axis.set_yticks(list(places.values()), [NAMES.get(policy, policy) for policy in places])
         axis.tick_params(axis="y", length=0)
-        _tidy(axis, "x")
+        tidy(axis, "x")
     axes[0][0].invert_yaxis()
     figure.savefig(path)
 
@@ -155,7 +179,7 @@ def strip(path: pathlib.Path, recording: rollout.Recording, count: int = 8) -> N
     chosen = np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(int))
     cameras = list(recording.frames)
     size = (1.35 * len(chosen) + 0.5, 1.4 * len(cameras) + 0.6)
-    figure, axes = _figure(len(cameras), len(chosen), size)
+    figure, axes = make_figure(len(cameras), len(chosen), size)
     for row, camera in zip(axes, cameras, strict=True):
         for axis, frame in zip(row, chosen, strict=True):
             axis.imshow(recording.frames[camera][frame], interpolation="nearest")
@@ -207,35 +231,3 @@ def _enlarge(frame: UInt8[np.ndarray, "h w 3"], side: int) -> Image.Image:
     """Scale to height `side` without blurring, so that one sees the pixels the policy sees."""
     width = round(frame.shape[1] * side / frame.shape[0])
     return Image.fromarray(frame).resize((width, side), Image.Resampling.NEAREST)
-
-
-def breakdown(
-    path: pathlib.Path, timings: Sequence[tuple[int, Mapping[str, float]]], num_steps: int
-) -> None:
-    """Milliseconds of one inference by part, a bar for each depth (see `benchmark.Timing`)."""
-    figure, axes = _figure(1, 1, (6.4, 1.2 + 0.5 * len(timings)))
-    axis = axes[0][0]
-    labels = [f"{depth} layers" for depth, _ in timings]
-    left = np.zeros(len(timings))
-    for part in ("image tower", "rest of the prefix", f"{num_steps} steps"):
-        widths = np.array([_share(median, part) for _, median in timings])
-        axis.barh(labels, widths, left=left, height=0.6, label=part)
-        left += widths
-    for label, (_, median) in zip(labels, timings, strict=True):
-        axis.plot([median["whole"]] * 2, [label] * 2, "|", color="#222222", markersize=14)
-    axis.set(xlabel="ms (the mark: measured as a whole)", xlim=(0, None))
-    axis.legend(frameon=False, fontsize=8, loc="lower right")
-    axis.invert_yaxis()
-    _tidy(axis, "x")
-    figure.savefig(path)
-
-
-def _share(median: Mapping[str, float], part: str) -> float:
-    """The prefix's time has the image tower in it; what is left of the whole are the steps."""
-    return max(
-        0.0,
-        {
-            "image tower": median["image tower"],
-            "rest of the prefix": median["prefix"] - median["image tower"],
-        }.get(part, median["whole"] - median["prefix"]),
-    )

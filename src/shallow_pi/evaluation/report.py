@@ -7,6 +7,7 @@ are named expert, teacher, student, cut_only, task_only and random_init.
 
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import os
@@ -20,19 +21,21 @@ import rich.box
 import rich.console
 import rich.table
 
-from shallow_pi.evaluation import intervals, plots, rollout
+from shallow_pi.data import robots
+from shallow_pi.evaluation import held_out, intervals, plots, rollout
 from shallow_pi.evaluation import latency as latencies
-from shallow_pi.training import distributed
+from shallow_pi.training import distributed, validation
 
 # Pairs whose difference is reported, wherever both were evaluated.
 COMPARISONS = (("student", "teacher"), ("student", "task_only"))
-# Panels of the loss curves: key in metrics.jsonl → title, and the teacher's own value of it.
-PANELS = {
-    "task_loss": "task loss",
-    "velocity_loss": "velocity loss",
-    "attention_loss": "attention loss",
-}
+# Panels of the curves: key in metrics.jsonl → title, and the teacher's own value of it.
+PANELS = held_out.LOSSES
 REFERENCES = {"task_loss": "teacher_task_loss"}
+ERROR_PANELS = {
+    validation.TO_DATA: "held-out action error to the data",
+    validation.TO_TEACHER: "held-out action error to the teacher",
+}
+ERROR_REFERENCES = {validation.TO_DATA: validation.TEACHER_TO_DATA}
 PACKAGES = (
     "shallow-pi",
     "jax",
@@ -57,8 +60,8 @@ class Report:
     title: str
     # The resolved config as plain JSON values.
     config: Any
-    # By policy, in the order of the table.
-    evaluations: Mapping[str, rollout.Evaluation]
+    # By policy, in the order of the table; empty without a simulated task.
+    evaluations: Mapping[str, rollout.Evaluation] = dataclasses.field(default_factory=dict)
     # Harder variant of the task, on which nobody was trained → by policy.
     harder: Mapping[str, Mapping[str, rollout.Evaluation]] = dataclasses.field(default_factory=dict)
     # Batch-1 inference of "teacher" and "student".
@@ -69,6 +72,10 @@ class Report:
     curves: Mapping[str, plots.Rows] = dataclasses.field(default_factory=dict)
     # One episode of the student.
     recording: rollout.Recording | None = None
+    # Groups of the robot's actions, whose held-out errors the rows have.
+    groups: Sequence[robots.Group] = ()
+    # The held-out error that decides which step is the best.
+    criterion: str = validation.TO_DATA
 
 
 def versions() -> dict[str, str]:
@@ -101,6 +108,7 @@ def contents(report: Report) -> dict[str, Any]:
             }
             for a, b in _comparisons(report)
         },
+        "validation": held_out.contents(report.curves, report.criterion),
         "stage_seconds": {stage: round(s, 3) for stage, s in report.stage_seconds.items()},
         "config": report.config,
         "versions": versions(),
@@ -160,13 +168,18 @@ def sentence(a: str, b: str, scope: str, difference: intervals.Difference) -> st
     )
 
 
-Table = tuple[list[str], list[list[str]]]
+def tables(report: Report) -> list[held_out.Table]:
+    """Headers and rows of the result: success, held-out errors; losses where there is no task."""
+    errors = held_out.error_tables(report.curves, report.groups, report.criterion)
+    if not report.evaluations:
+        return [*errors, *held_out.loss_table(report.curves)]
+    return [*_success_tables(report), *errors]
 
 
-def tables(report: Report) -> list[Table]:
-    """Header and rows of the result: success and latency, then success scope by scope."""
+def _success_tables(report: Report) -> list[held_out.Table]:
+    """Success and latency, then success scope by scope."""
     whole, *parts = scopes(report).items()
-    results: Table = (["policy", "success", "95 % interval", "episodes"], [])
+    results: held_out.Table = (["policy", "success", "95 % interval", "episodes"], [])
     if report.latency is not None:
         results[0].append("ms")
     for policy, evaluation in whole[1].items():
@@ -232,9 +245,16 @@ def markdown(report: Report, pictures: Mapping[str, str]) -> str:
     for header, rows in tables(report):
         lines += ["", _row(header), _row(["---", *["---:"] * (len(header) - 1)])]
         lines += [_row(row) for row in rows]
-    lines += ["", "All policies met the same episodes. Rates carry Wilson's interval, differences"]
-    lines += ["Newcombe's paired one; ms is the median time of one plan for one robot.", ""]
-    lines += [f"- {line}" for line in sentences(report)]
+    if report.evaluations:
+        lines += [
+            "",
+            "All policies met the same episodes. Rates carry Wilson's interval, differences",
+        ]
+        lines += ["Newcombe's paired one; ms is the median time of one plan for one robot."]
+    if held_out.contents(report.curves, report.criterion):
+        lines += ["", held_out.NOTE]
+    said = sentences(report)
+    lines += ["", *(f"- {line}" for line in said)] if said else []
     for caption, name in pictures.items():
         lines += ["", f"## {caption}", "", f"![{caption}]({name})"]
     if report.stage_seconds:
@@ -264,12 +284,22 @@ def write(folder: pathlib.Path, report: Report) -> list[pathlib.Path]:
     if report.evaluations:
         drawings["Success"] = ("success.png", lambda path: plots.success(path, scopes(report)))
     keys = {key for rows in curves.values() for row in rows for key in row}
-    panels = {key: title for key, title in PANELS.items() if key in keys}
-    if panels:
-        drawings["Losses"] = (
-            "losses.png",
-            lambda path: plots.loss_curves(path, curves, panels, REFERENCES),
-        )
+    for caption, name, every, references in (
+        ("Losses", "losses.png", PANELS, REFERENCES),
+        ("Held-out errors", "validation.png", ERROR_PANELS, ERROR_REFERENCES),
+    ):
+        panels = {key: title for key, title in every.items() if key in keys}
+        if panels:
+            drawings[caption] = (
+                name,
+                functools.partial(
+                    plots.loss_curves, curves=curves, panels=panels, references=references
+                ),
+            )
+    by_group = held_out.group_errors(curves, report.groups, report.criterion)
+    if by_group:
+        bars = functools.partial(plots.group_bars, errors=by_group)
+        drawings["Held-out errors at the best step, by group"] = "validation_groups.png", bars
     if recording is not None:
         drawings["One episode"] = ("episode.png", lambda path: plots.strip(path, recording))
         drawings["The same, moving"] = (

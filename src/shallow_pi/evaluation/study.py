@@ -8,6 +8,8 @@ study picks up where it was:
     <run>/baselines/<name>      what it is compared with, trained by the same loop
     <run>/evaluations           one line an episode
     <run>/report.{json,md}      and the pictures
+
+Without a simulated task it is training, and a report of losses and held-out errors.
 """
 
 import dataclasses
@@ -15,21 +17,20 @@ import functools
 import json
 import pathlib
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Float, Int, PyTree
+from jaxtyping import PyTree
 
 from shallow_pi import progress
 from shallow_pi.data import assets as policy_assets
-from shallow_pi.data import tokenizer
+from shallow_pi.data import robots, tokenizer
 from shallow_pi.deploy import policy as policies
 from shallow_pi.distill import layer_map, student
-from shallow_pi.evaluation import latency, report, rollout
-from shallow_pi.evaluation.sims import simulator, turntable, turntable_expert
+from shallow_pi.evaluation import actors, report, rollout
+from shallow_pi.evaluation.sims import turntable, turntable_expert
 from shallow_pi.models import pi0, weights
 from shallow_pi.training import (
     batches,
@@ -40,6 +41,7 @@ from shallow_pi.training import (
     run_folder,
     setup,
     sharding,
+    validation,
 )
 
 STAGES = "stages.json"
@@ -51,27 +53,11 @@ HARDER: dict[str, dict[str, Any]] = {
 REPORT = "report.json"
 
 
-@dataclasses.dataclass(frozen=True)
-class PolicyActor:
-    """A policy under test; its noise is a function of episode and plan alone."""
-
-    policy: policies.Policy
-
-    def act(
-        self,
-        observations: Sequence[Mapping[str, Any]],
-        keys: Int[np.ndarray, "b 2"],
-        sims: Sequence[simulator.Simulator],
-    ) -> Float[np.ndarray, "b ah rd"]:
-        """One chunk an observation."""
-        return self.policy.infer(observations, rollout.noise(keys, *self.policy.noise_shape))
-
-
 def run(experiment: config.DistillConfig) -> pathlib.Path:
     """Run or resume an experiment; returns the trained policy's step folder.
 
-    Without `closed_loop` this is training alone. With it, the report lies in the run's folder and
-    its table is printed.
+    The report lies in the run's folder, and its tables are printed; without `closed_loop` it holds
+    what training measured.
 
     Raises:
       ValueError, FileNotFoundError, OSError: something does not fit, is missing or is not writable.
@@ -79,9 +65,12 @@ def run(experiment: config.DistillConfig) -> pathlib.Path:
     """
     folder, task = experiment.folder, experiment.closed_loop
     if task is None:
-        return loop.run(experiment, folder, label=_label(experiment))
+        final = loop.run(experiment, folder, label=_label(experiment))
+        if distributed.is_main():
+            _tell(_outcome(experiment, {_trained_name(experiment): folder}), folder)
+        return final
     sim_config = turntable_config(task)
-    check(experiment, task)
+    experiment = check(experiment, task)
     resume = run_folder.prepare(folder, experiment.resume, experiment.overwrite)
     if resume and _is_finished(experiment):
         progress.console.print(
@@ -104,16 +93,18 @@ def run(experiment: config.DistillConfig) -> pathlib.Path:
     return final
 
 
-def check(experiment: config.DistillConfig, task: config.ClosedLoopConfig) -> None:
-    """Find out what cannot work before the run's folder is touched."""
+def check(experiment: config.DistillConfig, task: config.ClosedLoopConfig) -> config.DistillConfig:
+    """Find out what cannot work before the run's folder is touched; sizes are the teacher's."""
     _, teacher_step = setup.validate(experiment)
+    experiment = setup.resolve(experiment, teacher_step)
     if task.execute_steps > experiment.model.action_horizon:
         raise ValueError(
             f"closed_loop.execute_steps must be at most the action horizon "
             f"{experiment.model.action_horizon}, got {task.execute_steps}"
         )
     if experiment.data.path:
-        batches.open_source(experiment.data, experiment.student_model, teacher_step)
+        batches.open_data(experiment.data, experiment.student_model, teacher_step)
+    return experiment
 
 
 def train_teacher(
@@ -247,8 +238,8 @@ def _measure(
 ) -> None:
     folder, trained = experiment.folder, _trained_name(experiment)
     tested = _policies(experiment, task, runs)
-    actors: dict[str, rollout.Actor] = {"expert": turntable_expert.ExpertActor()}
-    actors |= {name: PolicyActor(policy) for name, policy in tested.items()}
+    acting: dict[str, rollout.Actor] = {"expert": turntable_expert.ExpertActor()}
+    acting |= {name: actors.PolicyActor(policy) for name, policy in tested.items()}
 
     scenes = {"": sim_config}
     scenes |= {name: dataclasses.replace(sim_config, **HARDER[name]) for name in task.harder}
@@ -256,7 +247,7 @@ def _measure(
     with stages.timed("evaluation"):
         for scene, scene_config in scenes.items():
             found[scene] = {}
-            for name, actor in actors.items():
+            for name, actor in acting.items():
                 label = f"{name} {scene}".strip()
                 file = f"{label.replace(' ', '-')}-{experiment.num_train_steps}.jsonl"
                 found[scene][name] = rollout.evaluate(
@@ -271,7 +262,7 @@ def _measure(
         make_sim = functools.partial(turntable.Turntable, sim_config)
         recording = rollout.record(
             make_sim,
-            actors[trained],
+            acting[trained],
             seed=task.eval_seed,
             execute_steps=task.execute_steps,
             label=trained,
@@ -280,17 +271,38 @@ def _measure(
     measured = None
     if "student" in tested:
         with stages.timed("latency"):
-            measured = _latency({n: tested[n] for n in ("teacher", "student")}, make_sim())
-    outcome = report.Report(
-        title=f"{experiment.name}/{experiment.exp_name}",
-        config=dataclasses.asdict(experiment),
+            pair = {name: tested[name] for name in ("teacher", "student")}
+            measured = actors.measure_latency(pair, make_sim())
+    outcome = dataclasses.replace(
+        _outcome(experiment, runs),
         evaluations=whole,
         harder=found,
         latency=measured,
         stage_seconds=stages.seconds,
-        curves={name: metrics.read(path) for name, path in runs.items()},
         recording=recording,
     )
+    _tell(outcome, folder)
+
+
+def _outcome(experiment: config.DistillConfig, runs: Mapping[str, pathlib.Path]) -> report.Report:
+    """What training measured."""
+    curves = {name: metrics.read(path) for name, path in runs.items()}
+    seconds, before = 0.0, 0
+    for row in next(iter(curves.values())):  # Each a mean over the steps since the last.
+        seconds += row["seconds_per_step"] * (row["step"] - before)
+        before = int(row["step"])
+    real, against = experiment.data.source != "synthetic", experiment.validation.against
+    return report.Report(
+        title=f"{experiment.name}/{experiment.exp_name}",
+        config=dataclasses.asdict(experiment),
+        stage_seconds={"training": seconds},
+        curves=curves,
+        groups=robots.find(experiment.data.robot).action_groups if real else (),
+        criterion=validation.TO_DATA if against == "data" else validation.TO_TEACHER,
+    )
+
+
+def _tell(outcome: report.Report, folder: pathlib.Path) -> None:
     written = report.write(folder, outcome)
     report.show(outcome)
     progress.console.print("Written: " + ", ".join(map(str, written)), soft_wrap=True)
@@ -306,7 +318,7 @@ def _policies(
     steps = {name: path / last for name, path in runs.items()}
 
     def trained(name: str) -> policies.Policy:
-        return policies.Policy.from_checkpoint(steps[name], num_steps=task.num_steps)
+        return policies.Policy.from_checkpoint(steps[name], num_steps=task.num_steps, warm_up=False)
 
     if experiment.teacher is None:
         return {"teacher": trained("teacher")}
@@ -332,15 +344,3 @@ def _cut(experiment: config.DistillConfig, teacher_params: PyTree) -> PyTree:
     saved = json.loads((experiment.folder / "config.json").read_text(encoding="utf-8"))
     layers = layer_map.explicit(saved["layer_map"], experiment.model.depth)
     return student.cut(experiment.model, teacher_params, layers)
-
-
-def _latency(pair: Mapping[str, policies.Policy], sim: turntable.Turntable) -> latency.Latency:
-    """Batch-1 inference from a prepared observation to actions on device, in turns."""
-    sim.reset(0)
-    first = next(iter(pair.values()))
-    batch = first.prepare([sim.observe()])
-    noise = rollout.noise(np.array([[0, 0]]), *first.noise_shape)
-    calls = {
-        name: (lambda policy=policy: policy.sample(batch, noise)) for name, policy in pair.items()
-    }
-    return latency.median_latency(calls, repeats=50)

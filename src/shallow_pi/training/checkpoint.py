@@ -2,13 +2,16 @@
 
 `<folder>/<step>/params` is `{"params": tree}`, the EMA where there is one: with `assets` beside it
 the step folder is a deployable policy. `train_state` holds the rest of the state, each array once;
-`data` the position in the data. One Orbax `CheckpointManager` writes all four under a temporary
-name and renames at the end, so a step folder is complete or absent.
+`data` the position in the data and the validation error. One Orbax `CheckpointManager` writes all
+four under a temporary name and renames at the end, so a step folder is complete or absent. The step
+with the lowest validation error stays; `<folder>/best` is a link to it.
 """
 
 import contextlib
 import dataclasses
 import errno
+import json
+import math
 import os
 import pathlib
 import shutil
@@ -24,6 +27,8 @@ from shallow_pi.training import distributed
 
 # A flax.struct dataclass with the fields step, params, opt_state and ema_params.
 State = Any
+# The step with the lowest validation error: its link, and its number and error in a file.
+BEST, BEST_FILE = "best", "best.json"
 # Writes deployable files (normalization, tokenizer, model config) into the folder it is given.
 WriteAssets = Callable[[pathlib.Path], None]
 
@@ -59,7 +64,8 @@ class Checkpoints:
 
     Args:
       folder: the run's folder; made if absent. What an interrupted save left is removed.
-      keep: how many of the last checkpoints stay; None keeps all.
+      keep: how many of the last checkpoints stay, besides the best one; None keeps all. What goes
+        is deleted once a later save is complete (`wait`).
       keep_period: checkpoints at multiples of it always stay.
       save_interval: `save` without `force` skips steps that are no multiple of it.
     """
@@ -79,8 +85,10 @@ class Checkpoints:
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be 1 or more, got {value}")
         self.folder = pathlib.Path(folder).expanduser().absolute()
+        self._keep, self._keep_period = keep, keep_period
         self._save_interval = save_interval
         self._saving: int | None = None
+        self._unsettled = False
         with _explained(f"{self.folder} cannot hold checkpoints", self._last_complete):
             self.folder.mkdir(parents=True, exist_ok=True)
             _remove_unfinished(self.folder)
@@ -92,12 +100,24 @@ class Checkpoints:
                     "assets": _AssetsHandler(),
                     "data": ocp.JsonCheckpointHandler(),
                 },
-                options=ocp.CheckpointManagerOptions(max_to_keep=keep, keep_period=keep_period),
+                options=ocp.CheckpointManagerOptions(),
             )
+        self._best = self._find_best()
 
     def should_save(self, step: int) -> bool:
         """Whether `save` would write at this step without `force`."""
         return step % self._save_interval == 0
+
+    @property
+    def best(self) -> tuple[int, float] | None:
+        """The step with the lowest validation error among those saved with one, and that error."""
+        return self._best
+
+    def is_best(self, error: float | None) -> bool:
+        """Whether a validation error is lower than any saved so far."""
+        if error is None or not math.isfinite(error):
+            return False
+        return self._best is None or error < self._best[1]
 
     def save(
         self,
@@ -106,6 +126,7 @@ class Checkpoints:
         data_state: Any,
         write_assets: WriteAssets,
         force: bool = False,
+        error: float | None = None,
     ) -> bool:
         """Start saving; the state may be donated or changed as soon as this returns.
 
@@ -115,6 +136,7 @@ class Checkpoints:
           data_state: what the data iterator needs to go on, as plain JSON; process 0's is kept.
           write_assets: called with the `assets` folder of the step, on process 0.
           force: save although the step is no multiple of `save_interval`.
+          error: on held-out data, where it was measured at this step; the best step stays.
 
         Returns:
           Whether a save was started. An error in the background surfaces in the next call of
@@ -128,23 +150,29 @@ class Checkpoints:
         params, rest = _split(state)
         self._saving = step
         with self._writing():
-            return self._manager.save(
+            self._unsettled = self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     params=ocp.args.PyTreeSave({"params": params}),
                     train_state=ocp.args.PyTreeSave(rest),
                     assets=_Assets(write_assets),
-                    data=ocp.args.JsonSave({"data": data_state}),
+                    data=ocp.args.JsonSave({"data": data_state, "error": error}),
                 ),
                 force=True,
             )
+        if error is not None and self.is_best(error):
+            self._best = step, error
+        return self._unsettled
 
     def wait(self) -> None:
         """Return when everything is on disk; raises what went wrong in the background."""
+        unsettled, self._unsettled = self._unsettled, False
         with self._writing():
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
         self._saving = None
+        if unsettled:  # A save is complete: what it replaces may go.
+            self._settle()
 
     def latest_step(self) -> int | None:
         """The last step that is complete on disk."""
@@ -205,6 +233,34 @@ class Checkpoints:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _find_best(self) -> tuple[int, float] | None:
+        found = []
+        for step in _steps(self.folder):
+            folder = self.folder / str(step)
+            if not (folder / "data").is_dir():
+                continue
+            args = ocp.args.Composite(data=ocp.args.JsonRestore())
+            try:
+                error = self._manager.restore(step, args=args)["data"].get("error")
+            except Exception as problem:
+                raise weights.damaged(folder, problem) from problem
+            if error is not None and math.isfinite(error):
+                found.append((error, step))
+        return (min(found)[1], min(found)[0]) if found else None
+
+    def _settle(self) -> None:
+        """Point to the best step, and delete those that need not stay."""
+        with _explained(f"{self.folder} cannot be tidied", self._last_complete):
+            if self._best is not None and distributed.is_main():
+                _point_to(self.folder, *self._best)
+            steps = sorted(self._manager.all_steps())
+            stay = set(steps if self._keep is None else steps[-self._keep :])
+            stay |= {step for step in steps if step % (self._keep_period or math.inf) == 0}
+            stay |= {step for step in steps if self._best is not None and step == self._best[0]}
+            for step in steps:
+                if step not in stay:
+                    self._manager.delete(step)
+
     def _last_complete(self) -> int | None:
         # Orbax counts the step that is being written; the disk does not, until it is complete.
         return max(_steps(self.folder), default=None)
@@ -237,6 +293,18 @@ def _steps(folder: pathlib.Path) -> list[int]:
     if not folder.is_dir():
         return []
     return sorted(int(child.name) for child in folder.iterdir() if child.name.isdigit())
+
+
+def _point_to(folder: pathlib.Path, step: int, error: float) -> None:
+    """Name the best step in a file and, where the file system has links, by a link."""
+    partial = folder / f"{BEST_FILE}.partial"
+    partial.write_text(json.dumps({"step": step, "error": error}) + "\n", encoding="utf-8")
+    partial.replace(folder / BEST_FILE)
+    link = folder / f"{BEST}.partial"
+    with contextlib.suppress(OSError):
+        link.unlink(missing_ok=True)
+        link.symlink_to(str(step))
+        link.replace(folder / BEST)
 
 
 def _remove_unfinished(folder: pathlib.Path) -> None:

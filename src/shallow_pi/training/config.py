@@ -23,6 +23,7 @@ from shallow_pi.distill import losses as loss_terms
 from shallow_pi.models import observation, pi0
 from shallow_pi.training import batches, sharding
 from shallow_pi.training import optimizer as optimizers
+from shallow_pi.training import validation as validations
 
 
 def _at_least(config: object, bound: int, *names: str, prefix: str = "") -> None:
@@ -130,9 +131,13 @@ class DistillConfig:
     )
     # AdamW and the clip before it.
     optimizer: optimizers.AdamW = dataclasses.field(default_factory=optimizers.AdamW)
+    # Errors on held-out episodes while training (data.held_out), and which step is the best.
+    validation: validations.ValidationConfig = dataclasses.field(
+        default_factory=validations.ValidationConfig
+    )
     # Devices.
     mesh: sharding.MeshConfig = dataclasses.field(default_factory=sharding.MeshConfig)
-    # Simulated task to measure policies on; without one the run ends with its checkpoint.
+    # Simulated task to measure policies on; without one the report holds losses and validation.
     closed_loop: ClosedLoopConfig | None = None
     # Name of this run; its folder is <checkpoint_dir>/<config>/<exp_name>.
     exp_name: str = "first"
@@ -160,7 +165,7 @@ class DistillConfig:
     gradient_interval: int = 0
     # Steps between checkpoints.
     save_interval: int = 1000
-    # Last checkpoints to keep.
+    # Last checkpoints to keep, besides the one of the lowest validation error (<run>/best).
     keep: int = 1
     # Checkpoints at multiples of it are kept for good; 0 keeps none so.
     keep_period: int = 5000
@@ -185,6 +190,8 @@ class DistillConfig:
             raise ValueError("--resume goes on with a run, --overwrite starts anew: give only one")
         if self.teacher is not None:
             self.fixed_layer_map()
+        elif self.validation.against == "teacher":
+            raise ValueError("validation.against is teacher, and there is none: it must be data")
 
     @property
     def folder(self) -> pathlib.Path:
@@ -218,28 +225,14 @@ class DistillConfig:
 
 # Fields that may change when a run is resumed.
 SAFE_TO_CHANGE = frozenset(
-    {
-        "resume",
-        "overwrite",
-        "checkpoint_dir",
-        "num_train_steps",
-        "log_interval",
-        "gradient_interval",
-        "save_interval",
-        "keep",
-        "keep_period",
-        "tensorboard",
-        "wandb",
-        "trackio",
-        "closed_loop.baselines",
-        "closed_loop.episodes",
-        "closed_loop.harder",
-        "mesh",
-        "data.num_threads",
-        "data.cache",
-        "teacher.train",
-        "teacher.config",
-    }
+    (
+        *("resume", "overwrite", "checkpoint_dir", "mesh", "num_train_steps", "save_interval"),
+        *("keep", "keep_period", "log_interval", "gradient_interval", "validation.interval"),
+        *("tensorboard", "wandb", "trackio", "data.num_threads", "data.num_workers"),
+        *("data.cache", "data.cache_dir", "data.cache_gib"),
+        *("closed_loop.baselines", "closed_loop.episodes", "closed_loop.harder"),
+        *("teacher.train", "teacher.config"),
+    )
 )
 
 
@@ -334,16 +327,17 @@ def teacher_experiment(folder: pathlib.Path, experiment: DistillConfig) -> Disti
 
 
 @contextlib.contextmanager
-def exit_on(*errors: type[Exception]) -> Iterator[None]:
+def exit_on(*errors: type[Exception], interrupted: str = "interrupted") -> Iterator[None]:
     """End a script with its error's message and status 1 instead of a traceback.
 
-    Covers what a user can cause (`ValueError`, `OSError`), and `errors`; Ctrl-C gives status 130.
+    Covers what a user can cause (`ValueError`, `OSError`), and `errors`; Ctrl-C gives status 130
+    and says `interrupted`.
     """
     caught: tuple[type[Exception], ...] = (ValueError, OSError, *errors)
     try:
         yield
     except KeyboardInterrupt as error:
-        print("error: interrupted; go on with --resume", file=sys.stderr)
+        print(f"error: {interrupted}", file=sys.stderr)
         raise SystemExit(130) from error
     except caught as error:
         print(f"error: {error}", file=sys.stderr)

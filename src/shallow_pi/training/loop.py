@@ -3,7 +3,8 @@
 Order of work: what can be wrong is found out before the run's folder is touched; the teacher is
 read straight into its shardings; the state comes from (1) this run's last checkpoint, else (2) the
 cut teacher, else (3) random parameters. A step is dispatched while the last one still runs; metrics
-are fetched together every `log_interval` steps.
+are fetched together every `log_interval` steps. Validation is measured after a step, logged in that
+step's row, and a step that is the best so far is saved.
 """
 
 import collections
@@ -29,11 +30,13 @@ from shallow_pi.training import (
     batches,
     checkpoint,
     config,
+    data_sheet,
     distributed,
     metrics,
     run_folder,
     setup,
     sharding,
+    validation,
 )
 
 # Steps dispatched ahead of the one whose result the host has seen.
@@ -46,6 +49,11 @@ class NonFiniteLossError(RuntimeError):
 
 class InterruptedRunError(RuntimeError):
     """The run was asked to stop; everything up to its last step is saved."""
+
+
+# How a run may end that is no fault of the code; and what a script says after Ctrl-C.
+ENDS = (NonFiniteLossError, InterruptedRunError)
+INTERRUPTED = "interrupted; go on with --resume"
 
 
 def run(
@@ -72,19 +80,21 @@ def run(
     if resume is None and not put_aside:
         resume = run_folder.prepare(folder, experiment.resume, overwrite=False)
     mesh, teacher_step = setup.validate(experiment)
-    source, assets = batches.open_source(experiment.data, experiment.student_model, teacher_step)
+    experiment = setup.resolve(experiment, teacher_step)
+    data = batches.open_data(experiment.data, experiment.student_model, teacher_step)
     feed = loader.prefetch(
         loader.Loader(
-            source,
+            data.train,
             experiment.batch_size,
             seed=experiment.seed,
             num_threads=experiment.data.num_threads,
+            num_workers=experiment.data.num_workers,
         ),
         sharding.batch_sharding(mesh),
     )
     teacher_params = setup.load_teacher(experiment, teacher_step, mesh)
     layers = setup.choose_layers(experiment, teacher_params, feed, folder if resume else None)
-    spec = setup.make_spec(experiment, layers)
+    spec = setup.make_spec(experiment, layers, mesh)
     if put_aside:
         resume = run_folder.prepare(folder, experiment.resume, overwrite=True)
     save_config(experiment, folder, bool(resume), layers)
@@ -100,10 +110,33 @@ def run(
             feed.restore(position)
         else:
             state = setup.initial_state(experiment, spec, teacher_params, abstract)
+            if distributed.is_main():
+                data_sheet.write(
+                    folder, data.train, data.assets, experiment.augmentation, experiment.seed
+                )
+        held_out = validation.create(
+            experiment.validation,
+            data.held_out,
+            data.assets,
+            spec,
+            teacher_params,
+            mesh=mesh,
+            batch_size=experiment.batch_size // experiment.accumulation,
+            seed=experiment.seed,
+        )
         if not spec.losses.needs_teacher:
             teacher_params = None
         return _loop(
-            experiment, spec, teacher_params, state, feed, checkpoints, assets, mesh, label
+            experiment,
+            spec,
+            teacher_params,
+            state,
+            feed,
+            checkpoints,
+            data.assets,
+            held_out,
+            mesh,
+            label,
         )
 
 
@@ -133,6 +166,7 @@ def _loop(
     feed: loader.Prefetch,
     checkpoints: checkpoint.Checkpoints,
     assets: policy_assets.Assets | None,
+    held_out: validation.Validation | None,
     mesh: jax.sharding.Mesh,
     label: str,
 ) -> pathlib.Path:
@@ -170,18 +204,25 @@ def _loop(
                 jax.block_until_ready(recent[-1 - AHEAD][1]["loss"])
             advance(1)
             stop = stopping.is_set  # Asked once: what is announced below must have been saved.
+            measures = held_out is not None and held_out.is_due(done, end)
             saves = stop or done == end or checkpoints.should_save(done)
-            if saves or done % experiment.log_interval == 0:
+            error = None
+            if saves or measures or done % experiment.log_interval == 0:
                 rows = _fetch(recent, checkpoints)
-                seconds, began = time.perf_counter() - began, time.perf_counter()
-                mean = _mean(rows)
+                seconds, mean = time.perf_counter() - began, _mean(rows)
                 mean |= {"seconds_per_step": seconds / len(rows), "data_wait": waited / len(rows)}
-                waited = 0.0
+                if measures:
+                    assert held_out is not None, "it was due"
+                    advance(0, note="validation")
+                    mean |= held_out.measure(teacher_params, state)
+                    error = mean[held_out.criterion]
+                    saves = saves or checkpoints.is_best(error)
                 log(done, mean)
                 advance(0, note=f"loss {mean['loss']:.4f}")
+                began, waited = time.perf_counter(), 0.0
             if saves:
                 write = (lambda _: None) if assets is None else assets.save
-                checkpoints.save(done, state, feed.state(), write, force=True)
+                checkpoints.save(done, state, feed.state(), write, force=True, error=error)
             if stop:
                 break
         checkpoints.wait()
@@ -189,7 +230,16 @@ def _loop(
             raise InterruptedRunError(
                 f"stopped by {stopping.name} after step {done}, which is saved; go on with --resume"
             )
+    if held_out is not None:
+        _name_best(checkpoints, held_out.criterion)
     return checkpoints.folder / str(end)
+
+
+def _name_best(checkpoints: checkpoint.Checkpoints, criterion: str) -> None:
+    if checkpoints.best is not None and distributed.is_main():
+        number, error = checkpoints.best
+        line = f"Best step: {number} ({criterion} {error:.4g}), {checkpoints.folder}/best"
+        progress.console.print(line, highlight=False, soft_wrap=True)
 
 
 def _fetch(
@@ -237,7 +287,10 @@ def _open_log(
         trackio=experiment.trackio or None,
         first_step=start + 1,
     )
-    return stack.enter_context(log).log
+    stack.enter_context(log)
+    if not start:
+        log.image(0, "data_sheet", data_sheet.read(folder))
+    return log.log
 
 
 def _bar(label: str, total: int, done: int) -> contextlib.AbstractContextManager[progress.Advance]:

@@ -13,7 +13,9 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, Self, SupportsFloat
 
+import numpy as np
 import tensorboardX
+from jaxtyping import UInt8
 
 FILE = "metrics.jsonl"
 
@@ -67,6 +69,11 @@ class MetricsLog:
                 self._board.add_scalar(name, value, int(step))
         for run in self._runs:
             run.log(scalars, step=int(step))
+
+    def image(self, step: int, name: str, picture: UInt8[np.ndarray, "h w 3"]) -> None:
+        """Show a picture in TensorBoard, where it is on."""
+        if self._board is not None:
+            self._board.add_image(name, picture, int(step), dataformats="HWC")
 
     def close(self) -> None:
         """Flush and close everything; safe to call twice."""

@@ -1,8 +1,8 @@
 """What a run starts from: its checks, its teacher, its layer map and its first state.
 
-What can be wrong is found out cheaply first (`validate`), before the run's folder is touched. The
-teacher is read straight into its shardings, the student is cut out of it where it will live, and
-everything else is shapes.
+What can be wrong is found out cheaply first (`validate`), before the run's folder is touched; sizes
+that the teacher's checkpoint fixes are taken from it (`resolve`). The teacher is read straight into
+its shardings, the student is cut out of it where it will live, and everything else is shapes.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from jaxtyping import Array, PyTree
 from shallow_pi import progress
 from shallow_pi.data import loader
 from shallow_pi.distill import layer_map, layer_scores, step, student
-from shallow_pi.models import fetch, pi0, weights
+from shallow_pi.models import fetch, pi0, sizes, weights
 from shallow_pi.training import batches, config, run_folder, sharding
 
 # The teacher's "path" that stands for made-up parameters.
@@ -36,17 +36,12 @@ def validate(
     """
     mesh = experiment.mesh.create()
     sharding.check_batch_size(mesh, experiment.batch_size // experiment.accumulation)
-    any_layers = None
-    if experiment.teacher is not None:
-        any_layers = layer_map.first(experiment.student_model.depth, experiment.model.depth)
-    make_spec(experiment, any_layers)  # Raises where losses and models do not go together.
+    any_spec(experiment)  # Raises where losses and models do not go together.
     if experiment.data.path or experiment.closed_loop is None:
         batches.check(experiment.data)  # Before the teacher, which may be a long download.
     if experiment.teacher is None or experiment.teacher.path == RANDOM:
         return mesh, None
-    teacher_step = fetch.locate(experiment.teacher.path)
-    if teacher_step.name == "params":  # Its assets lie beside it.
-        teacher_step = teacher_step.parent
+    teacher_step = _step_folder(fetch.locate(experiment.teacher.path))
     try:
         stored = weights.stored_params(teacher_step)
     except FileNotFoundError as error:
@@ -56,8 +51,46 @@ def validate(
         raise FileNotFoundError(
             f"{error}; or --teacher.train makes it first, from {own}"
         ) from error
-    weights.check_tree(pi0.abstract_params(experiment.model), stored, f"teacher ({teacher_step})")
+    model = sizes.resolve(experiment.model, stored)
+    weights.check_tree(pi0.abstract_params(model), stored, f"teacher ({teacher_step})")
     return mesh, teacher_step
+
+
+def teacher_on_disk(experiment: config.DistillConfig) -> pathlib.Path | None:
+    """The teacher's step folder if it lies on this machine; nothing is fetched."""
+    path = "" if experiment.teacher is None else experiment.teacher.path
+    if not path or path == RANDOM:
+        return None
+    folder = fetch.kept(path)
+    return None if folder is None else _step_folder(folder)
+
+
+def _step_folder(path: pathlib.Path) -> pathlib.Path:
+    """The folder of a step, whose assets lie beside its `params`."""
+    return path.parent if path.name == "params" else path
+
+
+def resolve(
+    experiment: config.DistillConfig, teacher_step: pathlib.Path | None
+) -> config.DistillConfig:
+    """The experiment with the tower sizes of its teacher's checkpoint; told where they differ.
+
+    Comes after `validate`, whose step folder it takes. Widths, MLPs, heads, vocabulary and pictures
+    are facts about a checkpoint, so a config need not repeat them; kind, depth and action dimension
+    are decisions of the config, which `validate` holds the checkpoint to.
+    """
+    if teacher_step is None:
+        return experiment
+    model = sizes.resolve(experiment.model, weights.stored_params(teacher_step))
+    found = sizes.differences(experiment.model, model)
+    if not found:
+        return experiment
+    progress.console.print(
+        f"The sizes are those of the teacher's checkpoint: {', '.join(found)}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return dataclasses.replace(experiment, model=model)
 
 
 def load_teacher(
@@ -118,8 +151,12 @@ def choose_layers(
     return choose(experiment.student.depth, np.asarray(scores))
 
 
-def make_spec(experiment: config.DistillConfig, layers: layer_map.LayerMap | None) -> step.Spec:
-    """The static part of the step."""
+def make_spec(
+    experiment: config.DistillConfig,
+    layers: layer_map.LayerMap | None,
+    mesh: jax.sharding.Mesh | None = None,
+) -> step.Spec:
+    """The static part of the step; on a mesh the models keep the batch split over it."""
     schedule = experiment.schedule.create()
     return step.Spec(
         student=experiment.student_model,
@@ -132,7 +169,16 @@ def make_spec(experiment: config.DistillConfig, layers: layer_map.LayerMap | Non
         draws=experiment.draws,
         accumulation=experiment.accumulation,
         ema_decay=experiment.ema_decay or None,
+        rows=None if mesh is None else sharding.batch_sharding(mesh),
     )
+
+
+def any_spec(experiment: config.DistillConfig, mesh: jax.sharding.Mesh | None = None) -> step.Spec:
+    """`make_spec` with some layers, for what does not depend on which: checks, sizes, compiling."""
+    layers = None
+    if experiment.teacher is not None:
+        layers = layer_map.first(experiment.student_model.depth, experiment.model.depth)
+    return make_spec(experiment, layers, mesh)
 
 
 def abstract_state(spec: step.Spec, mesh: jax.sharding.Mesh) -> PyTree:

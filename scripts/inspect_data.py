@@ -1,0 +1,126 @@
+"""Look at a config's data before training on it: pictures, prompts, ranges, and what is doubtful.
+
+uv run scripts/inspect_data.py NAME [--data.path PATH] [--field value ...]
+
+    pi0_aloha_l6 --data.path ~/data/my_aloha     what a run of that config would train on
+    pi05_libero_l6 --samples 512 --output here   more samples, another folder
+
+Reads samples at random through the whole data path of a run (conversions, differences,
+normalization, tokens, augmentation) and writes to FOLDER (default: data_sheets/NAME)
+
+    sheet.png        pictures as the model sees them, prompts, action chunks, ranges
+    histogram.png    each dimension of state and actions, normalized (uv sync --extra plots)
+
+and prints the ranges, the prompts and a warning for each thing a person should look at: constant or
+far-off dimensions, black pictures, prompts that are cut or all the same, much padding. The
+teacher's parameters are not needed: statistics and sizes are its own where it lies on this machine,
+else the statistics are computed from the dataset.
+"""
+
+import collections
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import tyro
+from PIL import Image
+
+from shallow_pi import progress
+from shallow_pi.data import normalize
+from shallow_pi.models import safetensors_file
+from shallow_pi.training import batches, config, data_check, data_sheet, setup
+
+CONFIGS = pathlib.Path(__file__).parents[1] / "train_configs"
+# Prompts that are printed.
+PROMPTS = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """What to look at, and where to put it."""
+
+    # The config; every field can be set, as for a run.
+    experiment: Annotated[config.DistillConfig, tyro.conf.arg(name="")]
+    # Samples to read.
+    samples: int = 64
+    # Folder for the pictures; empty is data_sheets/<config>.
+    output: str = ""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse, read, draw, tell."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0].startswith("-"):
+        config.cli(CONFIGS, __doc__ or "", words[:1])  # Lists the configs, and exits.
+    with config.exit_on():
+        given = tyro.cli(
+            Arguments,
+            args=words[1:],
+            default=Arguments(config.load(CONFIGS, words[0])),
+            prog=words[0],
+            description=__doc__,
+            config=(tyro.conf.AvoidSubcommands,),
+        )
+        experiment = given.experiment
+        teacher_step = setup.teacher_on_disk(experiment)
+        if teacher_step is not None and _has_params(teacher_step):  # Its assets alone are enough.
+            experiment = setup.resolve(experiment, teacher_step)
+        data = batches.open_data(experiment.data, experiment.student_model, teacher_step)
+        with progress.bar("Read samples", min(given.samples, len(data.train))) as advance:
+            batch = data_check.draw(data.train, given.samples, experiment.seed, advance)
+        folder = pathlib.Path(given.output or f"data_sheets/{experiment.name}")
+        folder.mkdir(parents=True, exist_ok=True)
+        picture = data_sheet.sheet(batch, data.assets, experiment.augmentation, experiment.seed)
+        Image.fromarray(picture).save(folder / "sheet.png")
+        written = ["sheet.png"]
+        try:
+            data_sheet.histograms(folder / "histogram.png", batch, data.assets)
+            written.append("histogram.png")
+        except data_sheet.PlotsMissingError as error:
+            _say(f"note: {error}")
+
+        found = data_check.ranges(batch, data.assets)
+        print(data_check.table(found), end="\n\n")
+        shown = collections.Counter(data_check.prompts(batch, data.assets)).most_common()
+        for prompt, count in shown[:PROMPTS]:
+            print(f"{count:>6} × {prompt}")
+        if len(shown) > PROMPTS:
+            print(f"{'':>8} and {len(shown) - PROMPTS} more")
+        print()
+        for line in [_statistics(experiment, teacher_step), *data_check.facts(batch, data.assets)]:
+            print(line)
+        for line in data_check.doubtful(batch, data.assets, found):
+            _say(f"warning: {line}")
+        print(*(folder / name for name in written), sep="\n")
+
+
+def _has_params(step: pathlib.Path) -> bool:
+    return (step / "params").is_dir() or safetensors_file.find(step) is not None
+
+
+def _statistics(experiment: config.DistillConfig, teacher_step: pathlib.Path | None) -> str:
+    """Whose statistics normalize, and whose a run would take."""
+    data = experiment.data
+    if data.source == "synthetic":
+        return "samples are made up: no statistics"
+    if data.norm_stats:
+        return f"statistics: {data.norm_stats}"
+    if teacher_step is None:
+        computed = "statistics: computed from the dataset"
+        if experiment.teacher is None:
+            return computed
+        return f"{computed}; a run takes those of {experiment.teacher.path}, which is not here"
+    own = teacher_step / "assets" / data.asset_id / normalize.FILE_NAME
+    if own.is_file():
+        return f"statistics: {own}"
+    return f"statistics: computed from the dataset; the teacher has none at {own}"
+
+
+def _say(line: str) -> None:
+    progress.console.print(line, highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

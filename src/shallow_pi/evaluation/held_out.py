@@ -1,0 +1,128 @@
+"""What the rows of metrics.jsonl say about held-out episodes (see `training.validation`).
+
+Pure functions from rows to tables and plain values: of every trained policy the step with the
+lowest error and the last one, the errors by group of joints in the robot's units, and the losses.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from shallow_pi.data import robots
+from shallow_pi.evaluation import plots
+from shallow_pi.training import validation
+
+# Header and rows of a table.
+Table = tuple[list[str], list[list[str]]]
+# Error in metrics.jsonl → whose actions are compared.
+ERRORS = {
+    validation.TO_DATA: "to the data",
+    validation.TO_TEACHER: "to the teacher",
+    validation.TEACHER_TO_DATA: "teacher to the data",
+}
+# What the tables show, below them on the page.
+NOTE = """Action errors are mean absolute differences on episodes held out of training, teacher and
+student from the same noise: normalized, and by group in the robot's units. The policy of the best
+step is kept as `best` in the run's folder."""
+# Loss in metrics.jsonl → its name in words.
+LOSSES = {name: name.replace("_", " ") for name in validation.LOSSES}
+
+
+def measured(rows: plots.Rows) -> plots.Rows:
+    """The rows of the steps at which held-out errors were measured."""
+    return [row for row in rows if row.get(validation.TO_DATA) is not None]
+
+
+def best(rows: plots.Rows, criterion: str) -> Mapping[str, Any] | None:
+    """The row of the step with the lowest error `criterion`, which is the one that is kept."""
+    found = [row for row in measured(rows) if row.get(criterion) is not None]
+    return min(found, key=lambda row: row[criterion], default=None)
+
+
+def labels(groups: Sequence[robots.Group]) -> dict[str, str]:
+    """Name of a group → how it is written, with its unit."""
+    return {g.name: f"{g.name.replace('_', ' ')} ({g.unit})".replace(" ()", "") for g in groups}
+
+
+def error_tables(
+    curves: Mapping[str, plots.Rows], groups: Sequence[robots.Group], criterion: str
+) -> list[Table]:
+    """Errors of every policy at its best and last step; those of the first one by group.
+
+    Args:
+      curves: policy → rows of its metrics.jsonl.
+      groups: of the robot's actions; empty for made-up samples.
+      criterion: name of the error that decides which step is the best.
+    """
+    rows, teacher = [], None
+    for policy, curve in curves.items():
+        top, seen = best(curve, criterion), measured(curve)
+        if top is None:
+            continue
+        name, last = plots.NAMES.get(policy, policy), seen[-1]
+        steps = {"best": top, "last": last} if top is not last else {"best and last": top}
+        for which, row in steps.items():
+            cells = [_cell(row.get(key)) for key in (validation.TO_DATA, validation.TO_TEACHER)]
+            rows.append([f"{name}, {which} step", str(row["step"]), *cells])
+        teacher = teacher or top.get(validation.TEACHER_TO_DATA)
+    if not rows:
+        return []
+    if teacher is not None:
+        rows.insert(0, ["teacher", "", _cell(teacher), ""])
+    tables = [(["held-out action error", "step", "to the data", "to the teacher"], rows)]
+    by_group = group_errors(curves, groups, criterion)
+    if by_group:
+        keys = list(dict.fromkeys(key for found in by_group.values() for key in found))
+        parts = [[label, *(_cell(e.get(key)) for key in keys)] for label, e in by_group.items()]
+        tables.append((["at the best step", *keys], parts))
+    return tables
+
+
+def group_errors(
+    curves: Mapping[str, plots.Rows], groups: Sequence[robots.Group], criterion: str
+) -> dict[str, dict[str, float]]:
+    """Group with its unit → whose actions → error of the first policy at its best step."""
+    row = next((top for rows in curves.values() if (top := best(rows, criterion))), {})
+    found: dict[str, dict[str, float]] = {}
+    for name, label in labels(groups).items():
+        errors = {words: row.get(f"{key}/{name}") for key, words in ERRORS.items()}
+        known = {words: value for words, value in errors.items() if value is not None}
+        if known:
+            found[label] = known
+    return found
+
+
+def loss_table(curves: Mapping[str, plots.Rows]) -> list[Table]:
+    """Each loss at the first and last logged step, and on held-out samples at the last one."""
+    header, table = ["loss", "first", "last", "held out"], []
+    for policy, rows in curves.items():
+        for name, words in LOSSES.items():
+            values = [row[name] for row in rows if row.get(name) is not None]
+            if values:
+                held_out = [row.get(f"{validation.PREFIX}{name}") for row in measured(rows)]
+                cells = [_cell(value) for value in (values[0], values[-1], *held_out[-1:])]
+                title = f"{plots.NAMES.get(policy, policy)}, {words}"
+                table.append([title, *cells, *[""] * (3 - len(cells))])
+    return [(header, table)] if table else []
+
+
+def contents(curves: Mapping[str, plots.Rows], criterion: str) -> dict[str, Any]:
+    """Policy → its best and last measured step with everything measured there, for report.json."""
+
+    def values(row: Mapping[str, Any]) -> dict[str, Any]:
+        kept = {k.removeprefix(validation.PREFIX): v for k, v in row.items() if _is_ours(k)}
+        return {"step": row["step"], **kept}
+
+    found = {}
+    for policy, rows in curves.items():
+        top = best(rows, criterion)
+        if top is not None:
+            found[policy] = {"best": values(top), "last": values(measured(rows)[-1])}
+    return found
+
+
+def _is_ours(key: str) -> bool:
+    return key.startswith(validation.PREFIX)
+
+
+def _cell(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"

@@ -1,0 +1,296 @@
+"""Validation on held-out episodes: how far sampled actions are from the data's and the teacher's.
+
+Samples and starting noise are drawn once, so every measurement of a run, resumed or not, answers
+the same question, and teacher and student start from the same noise. The teacher's actions are
+sampled once and kept. An error is the mean absolute difference over the actions that exist (not
+the padding behind an episode's end): of the normalized robot dimensions, and by group of joints in
+the robot's own units.
+"""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, PyTree
+
+from shallow_pi import progress
+from shallow_pi.data import assets as policy_assets
+from shallow_pi.data import loader, sources, transforms
+from shallow_pi.distill import step
+from shallow_pi.models import observation as observations
+from shallow_pi.models import pi0, prepare, sampler
+from shallow_pi.training import distributed, sharding
+
+# Names in metrics.jsonl; the errors have one more for each group, "<name>/<group>".
+PREFIX = "validation/"
+TO_DATA = f"{PREFIX}error_to_data"
+TO_TEACHER = f"{PREFIX}error_to_teacher"
+TEACHER_TO_DATA = f"{PREFIX}teacher_error_to_data"
+LOSSES = ("task_loss", "velocity_loss", "attention_loss")
+# Scanned and unfused: the quickest to compile, and no second arrangement of sharded weights.
+SAVINGS = dataclasses.replace(prepare.LOOPS, fused=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class ValidationConfig:
+    """Measurements on the episodes that data.held_out keeps from training."""
+
+    # Steps between them; there is one at the end too. 0 measures nothing.
+    interval: int = 1000
+    # Held-out samples, evenly spaced over the episodes; rounded up to fill the devices.
+    samples: int = 64
+    # Integration steps of the sampler.
+    num_steps: int = 10
+    # Whose actions decide which step is best. The recorded ones are what the task asks for, also
+    # where the teacher does not know it yet (a base model) and a good student moves away from it.
+    # The teacher's, from the same noise, are the goal where to reproduce it is all that is wanted.
+    against: Literal["data", "teacher"] = "data"
+
+    def __post_init__(self) -> None:
+        for name, bound in (("interval", 0), ("samples", 1), ("num_steps", 1)):
+            if (value := getattr(self, name)) < bound:
+                raise ValueError(f"validation.{name} must be at least {bound}, got {value}")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class HeldOut:
+    """The held-out samples of a run."""
+
+    # (batch of the loader, noise) on device, over the mesh.
+    batches: tuple[tuple[loader.Batch, Array], ...]
+    # All of them on every host, normalized: recorded actions, which of them exist, and states.
+    actions: Float[np.ndarray, "n ah ad"]
+    action_mask: Bool[np.ndarray, "n ah"]
+    state: Float[np.ndarray, "n ad"]
+
+
+def read(
+    source: sources.Source, samples: int, batch_size: int, mesh: jax.sharding.Mesh, seed: int
+) -> HeldOut:
+    """Evenly spaced samples of `source` on the devices of `mesh`, each with its own noise.
+
+    Args:
+      source: of held-out samples.
+      samples: how many at least; all devices get as many.
+      batch_size: the most that go through a model at once.
+      mesh: the devices; each process reads its own share.
+      seed: of the noise, which depends on the sample's place alone and not on the mesh.
+    """
+    ways = mesh.shape[sharding.DATA] * mesh.shape[sharding.FSDP]
+    batch_size = min(batch_size, -(-samples // ways) * ways)
+    total = -(-samples // batch_size) * batch_size
+    local = batch_size // jax.process_count()
+    put = functools.partial(jax.make_array_from_process_local_data, sharding.batch_sharding(mesh))
+    batches = []
+    with _bar("Held-out samples", total) as advance:
+        for start in range(0, total, batch_size):
+            first = start + jax.process_index() * local
+            places = range(first, first + local)
+            rows = []
+            for place in places:
+                rows.append(source[place * len(source) // total])
+                advance(jax.process_count())
+            batch = jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
+            shape = batch["actions"].shape[1:]
+            noise = np.stack([_noise(seed, place, shape) for place in places])
+            batches.append(jax.tree.map(put, (batch, noise)))
+    names = ("actions", "action_mask", "state")
+    gather = jax.jit(
+        lambda batch: {name: batch[name] for name in names}, out_shardings=sharding.replicated(mesh)
+    )
+    parts = jax.device_get([gather(batch) for batch, _ in batches])
+    found = {name: np.concatenate([part[name] for part in parts]) for name in names}
+    return HeldOut(tuple(batches), **found)
+
+
+def _bar(label: str, total: int) -> contextlib.AbstractContextManager[progress.Advance]:
+    if distributed.is_main():
+        return progress.bar(label, total)
+    return contextlib.nullcontext(lambda amount=1, note="": None)
+
+
+def _noise(seed: int, place: int, shape: tuple[int, ...]) -> np.ndarray:
+    return np.random.default_rng([seed, place]).standard_normal(shape).astype(np.float32)
+
+
+def to_robot(
+    assets: policy_assets.Assets,
+    actions: Float[np.ndarray, "n ah ad"],
+    state: Float[np.ndarray, "n ad"],
+) -> Float[np.ndarray, "n ah rd"]:
+    """Normalized actions in the robot's units, given the normalized states they started from."""
+    robot = assets.robot
+    restore = transforms.Unnormalize({"state": assets.stats["state"]}, assets.kind)
+    own = restore({"state": state[..., : robot.state_dim]})["state"]
+    if robot.state_conversion is not None:
+        own = robot.state_conversion.inverse(own)
+    return assets.outputs()({"actions": actions, "state": own})["actions"]
+
+
+def errors(
+    name: str,
+    actions: Float[np.ndarray, "n ah ad"],
+    reference: Float[np.ndarray, "n ah ad"],
+    held_out: HeldOut,
+    assets: policy_assets.Assets | None,
+) -> dict[str, float]:
+    """Mean absolute differences: `name` over the normalized robot dimensions, `name/<group>` each.
+
+    Without assets (made-up samples) there are no robot's units: all dimensions, and no groups. Nor
+    are there groups where the robot's transforms are not ours.
+    """
+
+    def mean(difference: np.ndarray) -> float:
+        return float(np.abs(difference[held_out.action_mask], dtype=np.float64).mean())
+
+    if assets is None:
+        return {name: mean(actions - reference)}
+    robot = assets.robot
+    found = {name: mean((actions - reference)[..., : robot.action_dim])}
+    if robot.elsewhere:
+        return found
+    own, other = (to_robot(assets, values, held_out.state) for values in (actions, reference))
+    start = 0
+    for group in robot.action_groups:
+        part = slice(start, start + group.size)
+        found[f"{name}/{group.name}"] = mean(own[..., part] - other[..., part])
+        start += group.size
+    return found
+
+
+def sample(
+    model: pi0.Pi0Config,
+    num_steps: int,
+    params: PyTree,
+    batch: Mapping[str, Any],
+    noise: Float[Array, "b ah ad"],
+) -> Float[Array, "b ah ad"]:
+    """Normalized actions of a model for a batch of the loader."""
+    observation = observations.Observation.from_batch(batch)
+    return sampler.sample_actions(
+        model, params, observation, noise, num_steps=num_steps, savings=SAVINGS
+    )
+
+
+def losses(
+    spec: step.Spec,
+    teacher_params: PyTree,
+    state: step.DistillState,
+    key: Array,
+    batch: Mapping[str, Any],
+) -> step.Metrics:
+    """The three losses of a batch; the compiler drops the update of the step, which nobody reads.
+
+    `key` stands for the noise and the times, whatever step the state is at.
+    """
+    state = dataclasses.replace(state, step=jnp.zeros_like(state.step), params=saved_params(state))
+    _, metrics = step.distill_step(spec, teacher_params, state, key, batch)
+    return {name: metrics[name] for name in LOSSES if name in metrics}
+
+
+def saved_params(state: step.DistillState) -> PyTree:
+    """What a checkpoint deploys: the moving average where there is one."""
+    return state.params if state.ema_params is None else state.ema_params
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Validation:
+    """Everything a measurement takes besides the state; made by `create`."""
+
+    interval: int
+    # Name of the error that decides which step is the best.
+    criterion: str
+    held_out: HeldOut
+    assets: policy_assets.Assets | None
+    # Sampled once, from the same noise; None without a teacher.
+    teacher_actions: Float[np.ndarray, "n ah ad"] | None
+    # Compiled `sample` of the student, and `losses`.
+    sample_student: Callable[..., Array]
+    losses: Callable[..., step.Metrics]
+    key: Array
+
+    def is_due(self, number: int, last: int) -> bool:
+        """Whether to measure after step `number` of `last`."""
+        return number % self.interval == 0 or number == last
+
+    def measure(self, teacher_params: PyTree, state: step.DistillState) -> dict[str, float]:
+        """All errors and losses of a state, by their name in metrics.jsonl.
+
+        Args:
+          teacher_params: of the teacher, where the losses need it.
+          state: the student's; read, not donated.
+        """
+        params = saved_params(state)
+        batches = self.held_out.batches
+        sampled = [self.sample_student(params, batch, noise) for batch, noise in batches]
+        terms = [self.losses(teacher_params, state, self.key, batch) for batch, _ in batches]
+        sampled, terms = jax.device_get((sampled, terms))
+        actions = np.concatenate(sampled)
+        compare = functools.partial(errors, held_out=self.held_out, assets=self.assets)
+        found = compare(TO_DATA, actions, self.held_out.actions)
+        if self.teacher_actions is not None:
+            found |= compare(TO_TEACHER, actions, self.teacher_actions)
+            found |= compare(TEACHER_TO_DATA, self.teacher_actions, self.held_out.actions)
+        names = terms[0]
+        return found | {
+            f"{PREFIX}{name}": float(np.mean([term[name] for term in terms])) for name in names
+        }
+
+
+def create(
+    config: ValidationConfig,
+    source: sources.Source | None,
+    assets: policy_assets.Assets | None,
+    spec: step.Spec,
+    teacher_params: PyTree,
+    *,
+    mesh: jax.sharding.Mesh,
+    batch_size: int,
+    seed: int,
+) -> Validation | None:
+    """Read the held-out samples and sample the teacher on them; None where there is nothing to do.
+
+    Args:
+      config: how often, how many, and what decides.
+      source: of held-out samples; None if no episode is held out.
+      assets: the way back to the robot's units; None for made-up samples.
+      spec: of the training step.
+      teacher_params: of the teacher, which are read here alone; None without one.
+      mesh: of the training.
+      batch_size: rows of a microbatch of the training, which fit.
+      seed: of the noise.
+    """
+    if source is None or not config.interval:
+        return None
+    held_out = read(source, config.samples, batch_size, mesh, seed)
+    whole = sharding.replicated(mesh)
+
+    def sampling(model: pi0.Pi0Config) -> Callable[..., Array]:
+        return jax.jit(functools.partial(sample, model, config.num_steps), out_shardings=whole)
+
+    teacher_actions = None
+    if spec.teacher is not None:
+        sample_teacher, parts = sampling(spec.teacher), []
+        with _bar("Held-out teacher", len(held_out.state)) as advance:
+            for batch, noise in held_out.batches:
+                parts.append(jax.device_get(sample_teacher(teacher_params, batch, noise)))
+                advance(len(noise))
+        teacher_actions = np.concatenate(parts)
+    plain = dataclasses.replace(
+        spec, augmentation=observations.NO_AUGMENTATION, draws=1, accumulation=1, ema_decay=None
+    )
+    return Validation(
+        interval=config.interval,
+        criterion=TO_DATA if config.against == "data" else TO_TEACHER,
+        held_out=held_out,
+        assets=assets,
+        teacher_actions=teacher_actions,
+        sample_student=sampling(spec.student),
+        losses=jax.jit(functools.partial(losses, plain), out_shardings=whole),
+        key=jax.random.key(seed),
+    )

@@ -1,0 +1,83 @@
+"""A run takes its teacher's tower sizes, and refuses what a config decides otherwise."""
+
+import dataclasses
+
+import pytest
+
+from shallow_pi.models import weights
+from shallow_pi.training import config, setup
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory, tiny_config, tiny_params):
+    """A step folder of sizes that no config has."""
+    step = tmp_path_factory.mktemp("teacher") / "9"
+    weights.save_params(step / "params", tiny_params(tiny_config(vocab_size=320)))
+    return step
+
+
+@pytest.fixture
+def experiment(tmp_path, tiny_experiment, teacher):
+    """The config `debug` with that teacher; its own widths are other ones."""
+
+    def make(path=teacher, **changes):
+        own = tiny_experiment(tmp_path, teacher=config.TeacherConfig(str(path)))
+        model = dataclasses.replace(own.model, **{"action_dim": 6, **changes})
+        return dataclasses.replace(own, model=model)
+
+    return make
+
+
+def test_tower_sizes_are_the_checkpoints_and_are_told(experiment, tiny_config, teacher, capsys):
+    own = experiment()
+    _, step = setup.validate(own)
+    assert step == teacher
+    resolved = setup.resolve(own, step)
+    assert resolved.model.backbone == tiny_config().backbone
+    assert resolved.student_model.expert == tiny_config().expert
+    assert dataclasses.replace(resolved, model=own.model) == own
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        "The sizes are those of the teacher's checkpoint: backbone.width 32 → 24"
+    )
+    assert setup.resolve(resolved, step) == resolved
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"depth": 4}, "the checkpoint has 3 layers, the config 4: set depth=3"),
+        ({"action_dim": 7}, "the checkpoint has 6 action dimensions, the config 7"),
+        ({"pi05": True}, "this is a π0 checkpoint and the config says π0.5: set pi05=False"),
+    ],
+)
+def test_what_the_config_decides_is_refused_and_widths_are_not(experiment, changes, message):
+    with pytest.raises(ValueError, match="teacher") as caught:
+        setup.validate(experiment(**changes))
+    assert message in str(caught.value)
+    wrong = [line for line in str(caught.value).splitlines() if "llm/embedder" in line]
+    assert not wrong, "sizes of a tower are taken over, so they do not differ"
+
+
+def test_a_made_up_teacher_keeps_the_configs_sizes(experiment):
+    own = experiment(setup.RANDOM)
+    assert setup.resolve(own, setup.validate(own)[1]) is own
+
+
+def test_a_teacher_is_looked_for_on_this_machine_alone(experiment, teacher, tmp_path, monkeypatch):
+    kept = tmp_path / "home" / "bucket" / "policy"
+    kept.mkdir(parents=True)
+    monkeypatch.setenv("OPENPI_DATA_HOME", str(tmp_path / "home"))
+    for path, found in {
+        teacher: teacher,
+        teacher / "params": teacher,
+        "gs://bucket/policy": kept,
+        "gs://bucket/policy/": kept,
+        "gs://bucket/other": None,
+        "hf://owner/policy": None,
+        tmp_path / "absent": None,
+        setup.RANDOM: None,
+    }.items():
+        assert setup.teacher_on_disk(experiment(path)) == found, path
+    assert setup.teacher_on_disk(dataclasses.replace(experiment(), teacher=None)) is None
