@@ -1,9 +1,9 @@
 """Give a student to openpi or LeRobot.
 
-uv run scripts/export_student.py STEP --format FORMAT [--output DIR]
+uv run scripts/export_student.py SOURCE --format FORMAT [--step last|best|N] [--output DIR]
 
-STEP is a step folder (checkpoints/<config>/<exp>/<step>) or a run's folder, whose last step is
-taken. Formats:
+SOURCE is a run's folder (checkpoints/<config>/<exp>), of which --step says what is taken, or a step
+folder in it. Formats:
 
     openpi            params/ and assets/ for openpi with a config of the student's depth
     openpi-padded     the same at the teacher's depth, for an unchanged openpi; no faster
@@ -15,6 +15,7 @@ actions compared with the student's; an existing one is never overwritten. Its R
 run it.
 
     uv run scripts/export_student.py checkpoints/pi0_aloha_l6/first --format openpi
+    uv run scripts/export_student.py checkpoints/pi0_aloha_l6/first --step best --format lerobot
     uv run scripts/export_student.py 30000 --format openpi-padded --layers 0 3 7 10 14 17
 """
 
@@ -34,10 +35,12 @@ from shallow_pi.training import config, distributed
 class Arguments:
     """What to export, and how."""
 
-    # The student's step folder, or its run's folder; local, gs:// or hf://.
-    step: Annotated[str, tyro.conf.Positional]
+    # The student's run folder, or a step folder; local, gs:// or hf://.
+    source: Annotated[str, tyro.conf.Positional]
     # Whose layout.
     format: export.Format
+    # Which step of a run: last, best (the one its best.json names) or a number.
+    step: str = "last"
     # The folder to make; empty is exports/<step>-<format> beside the step.
     output: str = ""
     # openpi-padded of a step folder without its run: teacher layers of the student's.
@@ -56,9 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     distributed.cache_compilations()
     with config.exit_on():
         folder = export.export(
-            given.step,
+            given.source,
             given.format,
             given.output or None,
+            step=given.step,
             layers=given.layers,
             teacher_depth=given.teacher_depth,
             any_size=given.any_size,

@@ -48,11 +48,11 @@ def test_an_export_is_a_policy_with_the_students_actions(run, exported, name):
         for key in robots.TURNTABLE.cameras.values()
     }
     found |= {"observation.state": np.ones(3, np.float32), "task": "touch the red block"}
-    noise = generator.standard_normal((1, 5, 6)).astype(np.float32)
-    student = policy.Policy.from_checkpoint(run / "2", num_steps=3)
-    other = policy.Policy.from_checkpoint(exported[name], num_steps=3)
-    actions = student.infer([found], noise)
-    np.testing.assert_allclose(other.infer([found], noise), actions, rtol=1e-5, atol=1e-6)
+    noise = generator.standard_normal((5, 6)).astype(np.float32)
+    student = policy.Policy.from_checkpoint(run / "2", num_steps=3, warm_up=False)
+    other = policy.Policy.from_checkpoint(exported[name], num_steps=3, warm_up=False)
+    actions = student.infer(found, noise)["actions"]
+    np.testing.assert_allclose(other.infer(found, noise)["actions"], actions, rtol=1e-5, atol=1e-6)
     assert np.abs(actions).max() > 0.1
 
 
@@ -137,6 +137,20 @@ def test_the_last_step_of_a_run_is_taken_and_goes_beside_it(run, params, tmp_pat
     )
     assert "Reading" in said[0]
     assert "parameters equal" in said[-1]
+
+
+def test_any_step_of_a_run_can_be_asked_for(run, params, tmp_path):
+    folder = tmp_path / "first"
+    shutil.copytree(run, folder)
+    (folder / "best.json").write_text(json.dumps({"step": 2}))
+    for step in ("best", 2):
+        made = export.export(folder, "openpi", tmp_path / str(step), step=step, any_size=True)
+        read = weights.load_params(made, pi0.abstract_params(assets.load(made).model))
+        np.testing.assert_array_equal(
+            read["action_in_proj"]["kernel"], params["action_in_proj"]["kernel"]
+        )
+    with pytest.raises(FileNotFoundError, match=r"no step 3 .*there are 2, 10 in"):
+        export.export(folder, "openpi", step=3, any_size=True)
 
 
 def test_stored_dtypes_are_kept_and_bfloat16_is_compared_in_bfloat16(own, params, tmp_path):

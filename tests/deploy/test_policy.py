@@ -1,9 +1,11 @@
 """A step folder alone is a policy: robot observations in, that robot's actions out."""
 
+import concurrent.futures
 import dataclasses
 import functools
 
 import jax
+import msgpack
 import numpy as np
 import pytest
 
@@ -24,7 +26,7 @@ def step(own, params, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def deployed(step):
-    return policy.Policy.from_checkpoint(step, num_steps=3)
+    return policy.Policy.from_checkpoint(step, num_steps=3, warm_up=False)
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +47,10 @@ def scene():
 
 
 def test_a_step_folder_gives_the_actions_of_the_parameters_in_memory(own, params, deployed, scene):
-    actions = deployed.infer(*scene)
+    actions = deployed.infer_batch(*scene)
     assert actions.shape == (2, 5, 3)
     in_memory = policy.Policy(own, params, num_steps=3)
-    np.testing.assert_allclose(actions, in_memory.infer(*scene), atol=1e-6)
+    np.testing.assert_allclose(actions, in_memory.infer_batch(*scene), atol=1e-6)
 
 
 def test_actions_are_the_samplers_in_the_robots_units(own, params, deployed, scene):
@@ -62,35 +64,40 @@ def test_actions_are_the_samplers_in_the_robots_units(own, params, deployed, sce
     stats = own.stats["actions"]
     state = np.stack([o["observation.state"] for o in found])
     expected = np.asarray(normalized)[..., :3] * (stats.std + 1e-6) + stats.mean + state[:, None]
-    np.testing.assert_allclose(deployed.infer(*scene), expected, atol=1e-4)
+    np.testing.assert_allclose(deployed.infer_batch(*scene), expected, atol=1e-4)
 
 
 def test_the_same_noise_gives_the_same_actions_and_another_does_not(deployed, scene):
     found, noise = scene
-    np.testing.assert_array_equal(deployed.infer(found, noise), deployed.infer(found, noise))
-    assert np.abs(deployed.infer(found, noise) - deployed.infer(found, -noise)).max() > 1e-3
+    np.testing.assert_array_equal(
+        deployed.infer_batch(found, noise), deployed.infer_batch(found, noise)
+    )
+    assert (
+        np.abs(deployed.infer_batch(found, noise) - deployed.infer_batch(found, -noise)).max()
+        > 1e-3
+    )
 
 
 def test_the_observations_of_a_batch_do_not_touch_each_other(deployed, scene):
     found, noise = scene
-    both = deployed.infer(found, noise)
-    swapped = deployed.infer(found[::-1], noise[::-1])
+    both = deployed.infer_batch(found, noise)
+    swapped = deployed.infer_batch(found[::-1], noise[::-1])
     np.testing.assert_allclose(both, swapped[::-1], atol=1e-5)
 
 
 @pytest.mark.parametrize("key", ["observation.images.wrist", "observation.state", "task"])
 def test_everything_observed_matters(deployed, scene, key):
     (first, second), noise = scene
-    changed = deployed.infer([{**first, key: second[key]}, second], noise)
-    assert np.abs(changed[0] - deployed.infer([first, second], noise)[0]).max() > 1e-5
+    changed = deployed.infer_batch([{**first, key: second[key]}, second], noise)
+    assert np.abs(changed[0] - deployed.infer_batch([first, second], noise)[0]).max() > 1e-5
 
 
 def test_parameters_are_read_in_the_models_compute_dtype(own, params, scene, tmp_path):
     model = dataclasses.replace(own.model, dtype="bfloat16")
     weights.save_params(tmp_path / "params", params)
     dataclasses.replace(own, model=model).save(tmp_path / "assets")
-    read = policy.Policy.from_checkpoint(tmp_path)
-    read.infer(*scene)
+    read = policy.Policy.from_checkpoint(tmp_path, warm_up=False)
+    read.infer_batch(*scene)
     assert {leaf.dtype for leaf in jax.tree.leaves(read.weights.params)} == {
         jax.numpy.dtype("bfloat16")
     }
@@ -100,14 +107,14 @@ def test_noise_of_another_shape_is_an_error(deployed, scene):
     found, noise = scene
     for bad in (noise[:1], noise[:, :4], noise[..., :3]):
         with pytest.raises(ValueError, match=r"noise must have shape \(2, 5, 6\) for 2 observ"):
-            deployed.infer(found, bad)
+            deployed.infer_batch(found, bad)
 
 
 def test_an_observation_without_a_camera_names_it(deployed, scene):
     found, noise = scene
     del (first := dict(found[0]))["observation.images.wrist"]
     with pytest.raises(ValueError, match=r"lacks camera 'observation\.images\.wrist'"):
-        deployed.infer([first], noise[:1])
+        deployed.infer_batch([first], noise[:1])
 
 
 def test_no_integration_steps_are_an_error(step):
@@ -126,6 +133,170 @@ def test_parameters_of_another_model_name_their_paths(own, params, tmp_path):
 
 def test_a_folder_that_is_no_step_says_what_is_expected(step):
     with pytest.raises(FileNotFoundError, match=r"no shallow_pi\.json .*<exp>/<step>"):
-        policy.Policy.from_checkpoint(step.parent)
-    with pytest.raises(FileNotFoundError, match=r"no shallow_pi\.json"):
         policy.Policy.from_checkpoint(step / "absent")
+
+
+def test_one_observation_gives_one_chunk_and_its_times(deployed, scene):
+    found, noise = scene
+    result = deployed.infer(found[0], noise[0])
+    assert result["actions"].dtype == np.float32
+    np.testing.assert_allclose(
+        result["actions"], deployed.infer_batch(found, noise)[0], rtol=1e-5, atol=1e-5
+    )
+    times = result["timing"]
+    assert all(isinstance(ms, float) and ms > 0 for ms in times.values())
+    parts = times["transform_ms"] + times["device_ms"] + times["output_ms"]
+    assert times["infer_ms"] == pytest.approx(parts)
+
+
+def test_the_nth_call_since_a_reset_draws_its_noise_from_the_seed_and_n(own, params, scene):
+    asked = policy.Policy(own, params, num_steps=3, seed=4)
+    observation = scene[0][0]
+    asked.reset()
+    found = [asked.infer(observation)["actions"] for _ in range(3)]
+    for n, actions in enumerate(found):
+        noise = jax.random.normal(jax.random.fold_in(jax.random.key(4), n), (5, 6))
+        expected = asked.infer(observation, np.asarray(noise))["actions"]
+        np.testing.assert_array_equal(actions, expected)
+    assert np.abs(found[0] - found[1]).max() > 1e-3
+    # Noise that is given does not count.
+    asked.reset()
+    np.testing.assert_array_equal(asked.infer(observation)["actions"], found[0])
+    with pytest.raises(ValueError, match="lacks"):
+        asked.infer({})
+    np.testing.assert_array_equal(asked.infer(observation)["actions"], found[1])
+
+
+def test_threads_get_the_actions_of_their_own_observation(deployed, scene):
+    (first, _), _ = scene
+    generator = np.random.default_rng(1)
+    noise = generator.standard_normal((12, 5, 6)).astype(np.float32)
+    seen = [
+        {**first, "observation.state": x} for x in generator.standard_normal((12, 3)).astype("f4")
+    ]
+    serial = [deployed.infer(*pair)["actions"] for pair in zip(seen, noise, strict=True)]
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        for _ in range(3):
+            found = pool.map(deployed.infer, seen, noise)
+            for ours, expected in zip(found, serial, strict=True):
+                np.testing.assert_array_equal(ours["actions"], expected)
+
+
+def test_threads_that_give_no_noise_never_share_it(deployed, scene):
+    observation = scene[0][0]
+    deployed.reset()
+    serial = [deployed.infer(observation)["actions"].tobytes() for _ in range(8)]
+    deployed.reset()
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        found = pool.map(lambda _: deployed.infer(observation)["actions"].tobytes(), range(8))
+        assert sorted(found) == sorted(serial)
+
+
+def test_metadata_is_plain_and_says_what_a_client_sends(deployed):
+    found = deployed.metadata
+    assert msgpack.unpackb(msgpack.packb(found)) == found
+    assert found == {
+        "model": "pi0",
+        "depth": 2,
+        "robot": "turntable",
+        "image_size": deployed.assets.model.image_size,
+        "action_horizon": 5,
+        "action_dim": 3,
+        "state_dim": 3,
+        "cameras": {
+            "base_0_rgb": "observation.images.base",
+            "left_wrist_0_rgb": "observation.images.wrist",
+        },
+        "state_keys": ["observation.state"],
+        "action_key": "action",
+        "prompt_key": "task",
+        "fps": 20,
+        "num_steps": 3,
+    }
+
+
+def test_a_default_prompt_stands_in_for_one_that_is_not_sent(own, params, scene):
+    (first, _), noise = scene
+    asked = policy.Policy(own, params, num_steps=1, prompt=PROMPTS[1])
+    unsaid = {key: value for key, value in first.items() if key != "task"}
+    expected = asked.infer({**first, "task": PROMPTS[1]}, noise[0])["actions"]
+    np.testing.assert_array_equal(asked.infer(unsaid, noise[0])["actions"], expected)
+    own_prompt = asked.infer(first, noise[0])["actions"]
+    assert np.abs(own_prompt - expected).max() > 1e-5
+
+
+def test_a_warm_policy_traces_nothing_more(step, scene, monkeypatch):
+    traced = []
+    original = sampler.sample_prepared
+
+    def counted(*arguments, **options):
+        traced.append(1)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(sampler, "sample_prepared", counted)
+    warm = policy.Policy.from_checkpoint(step, num_steps=1, prompt=PROMPTS[0])
+    assert len(traced) == 1
+    warm.warm_up(guided=True)
+    assert len(traced) == 2
+    asked = {key: value for key, value in scene[0][0].items() if key != "task"}
+    chunk = warm.infer(asked)["actions"]
+    warm.infer(asked, previous=chunk[2:], delay=1)
+    warm.infer(asked, previous=chunk[1:], delay=3, max_guidance_weight=2.0)
+    assert len(traced) == 2
+
+
+def test_a_chunk_goes_on_from_the_previous_one(deployed, scene):
+    """In the robot's absolute units, although the state, and with it every difference, moved."""
+    (first, second), noise = scene
+    previous = deployed.infer(first, noise[0])["actions"][2:]
+    moved = {**second, "observation.state": first["observation.state"] + 0.5}
+    plain = deployed.infer(moved, noise[1])["actions"]
+    found = deployed.infer(moved, noise[1], previous=previous, delay=2)["actions"]
+    before, after = (np.abs(chunk[:2] - previous[:2]).mean() for chunk in (plain, found))
+    assert after < 0.5 * before
+    ignored = deployed.infer(moved, noise[1], previous=previous, delay=2, max_guidance_weight=0)
+    np.testing.assert_allclose(ignored["actions"], plain, atol=1e-5)
+    nothing = deployed.infer(moved, noise[1], previous=previous[:0])
+    np.testing.assert_array_equal(nothing["actions"], plain)
+
+
+def test_the_previous_chunk_is_given_to_the_model_as_it_would_have_predicted_it(deployed, scene):
+    """The way there is the inverse of the way back: from this state, normalized, padded."""
+    (first, _), noise = scene
+    result = deployed.infer(first, noise[0])["actions"]
+    batch = deployed.prepare([first])
+    normalized = np.asarray(deployed.sample(batch, noise[:1]))
+    found = [deployed._clean(first)]
+    _, guidance = deployed._to_model(found, [result], 0, 5.0)
+    np.testing.assert_allclose(guidance.previous[..., :3], normalized[..., :3], atol=1e-5)
+    assert not guidance.previous[..., 3:].any()
+
+
+def test_chunks_of_a_batch_go_on_each_from_its_own_or_from_none(deployed, scene):
+    found, noise = scene
+    previous = deployed.infer(found[0], noise[1])["actions"][2:]
+    nothing = previous[:0]
+    both = deployed.infer_batch(found, noise, previous=[previous, nothing], delay=2)
+    alone = deployed.infer(found[0], noise[0], previous=previous, delay=2)["actions"]
+    np.testing.assert_allclose(both[0], alone, atol=1e-4)
+    np.testing.assert_allclose(both[1], deployed.infer_batch(found, noise)[1], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("previous", "delay", "said"),
+    [
+        (np.zeros((2, 4)), 0, r"must be \(n <= 5, 3\), .* got the shape \(2, 4\)"),
+        (np.zeros((6, 3)), 0, r"must be \(n <= 5, 3\), .* got the shape \(6, 3\)"),
+        (np.zeros((2, 3)), -1, r"a delay of 0 or more, got 1 and -1"),
+        (np.full((2, 3), np.nan), 0, r"not finite; begin without one"),
+    ],
+)
+def test_a_previous_chunk_that_cannot_be_meant_is_an_error(deployed, scene, previous, delay, said):
+    with pytest.raises(ValueError, match=said):
+        deployed.infer(scene[0][0], previous=previous, delay=delay)
+
+
+@pytest.mark.parametrize("weight", [-1, np.inf, np.nan])
+def test_a_guidance_weight_that_is_none_is_an_error(deployed, scene, weight):
+    with pytest.raises(ValueError, match=f"finite and 0 or more, got {weight}"):
+        deployed.infer(scene[0][0], previous=np.zeros((2, 3)), max_guidance_weight=weight)

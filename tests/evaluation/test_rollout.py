@@ -1,11 +1,13 @@
 """Closed-loop evaluation on a small world whose outcomes can be computed by hand."""
 
+import concurrent.futures
 import json
 
 import numpy as np
 import pytest
 
-from shallow_pi.evaluation import rollout
+from shallow_pi.deploy import executors
+from shallow_pi.evaluation import late_plans, rollout
 
 
 class Line:
@@ -228,3 +230,93 @@ def test_recording_shows_the_episode_that_was_evaluated():
     assert [int(frame[0, 0, 0]) for frame in frames] == [10 * s for s in range(episode.steps + 1)]
     np.testing.assert_allclose(found.times, np.arange(episode.steps + 1) / 20)
     assert found.prompt.startswith("go ")
+
+
+class Plan:
+    """The plans of `Wanderer` for one episode, one by one: what an executor asks."""
+
+    def __init__(self, seed):
+        self.actor, self.seed, self.plans = Wanderer(), seed, 0
+
+    def infer(self, observation):
+        (chunk,) = self.actor.act([observation], np.array([[self.seed, self.plans]]), [None])
+        self.plans += 1
+        return {"actions": chunk}
+
+
+@pytest.mark.parametrize("delay", [0, 1, 2])
+def test_late_plans_are_executed_as_an_executor_on_a_robot_does(delay):
+    """Step by step with `SkipLateActions`, whose plans come `delay` steps after they are due."""
+    found = run(
+        Wanderer(), episodes=8, execute_steps=2, delay=late_plans.Delay(delay, "skip")
+    ).episodes
+    for episode in found:
+        line, worker = Line(), Waiting()
+        line.reset(episode.seed)
+        with executors.SkipLateActions(Plan(episode.seed), 2, worker=worker) as executor:
+            while not line.done:
+                worker.finish(after=delay if line.steps else 0)
+                line.step(executor.infer(line.observe())["actions"])
+        assert (line.steps, line.success) == (episode.steps, episode.success)
+
+
+class Waiting(concurrent.futures.Executor):
+    """Does what it is asked at once for the first plan, then when it has waited long enough."""
+
+    def __init__(self):
+        self.asked, self.steps = None, 0
+        self.late = 0
+
+    def submit(self, function, /, *arguments):
+        future = concurrent.futures.Future()
+        self.asked, self.steps = (future, function, arguments), 0
+        if self.late == 0:
+            self.do()
+        return future
+
+    def finish(self, after):
+        self.late = after
+        self.steps += 1
+        if self.asked is not None and self.steps >= after:
+            self.do()
+
+    def do(self):
+        future, function, arguments = self.asked
+        self.asked = None
+        future.set_result(function(*arguments))
+
+
+def test_a_plan_executed_late_as_it_stands_misses_what_a_skipping_one_meets():
+    """The goal moves; each plan leads it exactly, for the time it is made at."""
+    chunk, before = np.arange(10, 16)[:, None], np.arange(4)[:, None]
+    skip, late = (late_plans.Delay(2, name).due(before, chunk, 3) for name in ("skip", "late"))
+    assert [part[:, 0].tolist() for part in skip] == [[0, 1, 12], [13, 14, 15]]
+    assert [part[:, 0].tolist() for part in late] == [[0, 1, 10], [11, 12, 13, 14, 15]]
+    first = late_plans.Delay(2, "late").due(None, chunk, 3)
+    assert [part[:, 0].tolist() for part in first] == [[10, 11, 12], [13, 14, 15]]
+
+
+def test_real_time_actors_are_given_what_is_left_of_each_episodes_chunk():
+    told = []
+
+    class Guided(Wanderer):
+        def act(self, observations, keys, sims, **conditions):
+            told.append((keys[:, 1].tolist(), conditions))
+            return super().act(observations, keys, sims)
+
+    run(Guided(), episodes=6, execute_steps=2, delay=late_plans.Delay(1, "real-time"))
+    assert told[0][1] == {}
+    for plans, conditions in told[1:]:
+        if conditions:
+            assert conditions["delay"] == 1
+            lengths = [len(left) for left in conditions["previous"]]
+            assert lengths == [0 if plan == 0 else 2 for plan in plans]
+
+
+def test_impossible_delays_are_refused():
+    with pytest.raises(ValueError, match="0 or more control steps late, got -1"):
+        late_plans.Delay(-1)
+    with pytest.raises(ValueError, match=r"3 control steps late .*got execute_steps 2"):
+        run(Wanderer(), execute_steps=2, delay=late_plans.Delay(3))
+    with pytest.raises(ValueError, match=r"ah >= 5.*got \(4, 4, 1\)"):
+        run(Wanderer(), execute_steps=3, delay=late_plans.Delay(2))

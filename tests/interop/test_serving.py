@@ -107,10 +107,10 @@ def test_openpis_policy_of_a_step_folder_acts_as_ours(robot, changes, make_step)
     step, observation = make_step(robot, _model(**changes)), _observation(robot)
     interop.register_checkpoint("student_l6", step)
     served = policy_config.create_trained_policy(openpi_config.get_config("student_l6"), step)
-    own = policy.Policy.from_checkpoint(step)
+    own = policy.Policy.from_checkpoint(step, warm_up=False)
     noise = np.random.default_rng(5).standard_normal(own.noise_shape).astype(np.float32)
     found = served.infer(_sent(robot, observation), noise=noise)["actions"]
-    _close(found, own.infer([observation], noise[None])[0])
+    _close(found, own.infer(observation, noise)["actions"])
 
 
 @pytest.mark.parametrize("layout", ["openpi", "openpi-padded"])
@@ -126,10 +126,10 @@ def test_an_exported_student_acts_in_openpi_as_here(layout, make_step, tmp_path)
     served = policy_config.create_trained_policy(openpi_config.get_config("student_l6"), folder)
     kept = weights.param_depth(folder)
     assert kept == (8 if layers else 6)
-    own = policy.Policy.from_checkpoint(step)
+    own = policy.Policy.from_checkpoint(step, warm_up=False)
     noise = np.random.default_rng(5).standard_normal(own.noise_shape).astype(np.float32)
     found = served.infer(_sent(robot, observation), noise=noise)["actions"]
-    _close(found, own.infer([observation], noise[None])[0])
+    _close(found, own.infer(observation, noise)["actions"])
 
 
 def test_a_default_prompt_reaches_a_robot_that_sends_none(make_step):
@@ -139,10 +139,10 @@ def test_a_default_prompt_reaches_a_robot_that_sends_none(make_step):
     named = policy_config.create_trained_policy(
         openpi_config.get_config("student_l6"), step, default_prompt=prompt
     )
-    own = policy.Policy.from_checkpoint(step)
+    own = policy.Policy.from_checkpoint(step, warm_up=False)
     noise = np.zeros(own.noise_shape, np.float32)
     found = named.infer(observation, noise=noise)["actions"]
-    _close(found, own.infer([{**observation, "task": prompt}], noise[None])[0])
+    _close(found, own.infer({**observation, "task": prompt}, noise)["actions"])
 
 
 def test_openpis_script_serves_a_student_to_openpis_client(make_step, tmp_path, data_home):
@@ -165,11 +165,11 @@ def test_openpis_script_serves_a_student_to_openpis_client(make_step, tmp_path, 
         finally:
             server.terminate()
             server.wait(30)
-    own = policy.Policy.from_checkpoint(step)
+    own = policy.Policy.from_checkpoint(step, warm_up=False)
     # What openpi draws for a policy's first request.
     key = jax.random.split(jax.random.key(0))[1]
     noise = np.asarray(jax.random.normal(key, (1, *own.noise_shape)))
-    _close(found, own.infer([observation], noise)[0])
+    _close(found, own.infer_batch([observation], noise)[0])
 
 
 def _wait(server, port, log):
@@ -236,9 +236,9 @@ def test_parameters_of_another_model_than_described_are_refused(make_step, chang
 
 def test_another_horizon_than_the_models_is_refused(make_step):
     step = make_step(robots.ALOHA, _model())
-    own = policy.Policy.from_checkpoint(step)
+    own = policy.Policy.from_checkpoint(step, warm_up=False)
     with pytest.raises(ValueError, match=r"noise must have shape \(1, 6, 16\).*got \(1, 50, 16\)"):
-        own.infer([_observation(robots.ALOHA)], np.zeros((1, 50, 16), np.float32))
+        own.infer_batch([_observation(robots.ALOHA)], np.zeros((1, 50, 16), np.float32))
 
 
 def test_missing_statistics_are_named_before_openpi_looks_for_them(make_step):

@@ -20,10 +20,10 @@ import numpy as np
 from jaxtyping import PyTree
 
 from shallow_pi.data import assets as policy_assets
-from shallow_pi.deploy import lerobot_folder, model_card
+from shallow_pi.deploy import lerobot_folder, model_card, step_folder
 from shallow_pi.deploy import policy as policies
-from shallow_pi.models import fetch, pi0, safetensors_file, weights
 from shallow_pi.models import observation as observations
+from shallow_pi.models import pi0, safetensors_file, weights
 
 Format = Literal["openpi", "openpi-padded", "openpi-pytorch", "lerobot"]
 # Largest difference of a normalized action; 0 where the same program runs.
@@ -37,6 +37,7 @@ def export(
     format: Format,
     output: str | os.PathLike[str] | None = None,
     *,
+    step: str | int = "last",
     layers: Sequence[int] = (),
     teacher_depth: int = 18,
     any_size: bool = False,
@@ -46,9 +47,10 @@ def export(
     """Write a student in another project's layout, and return the folder.
 
     Args:
-      source: a step folder, or a run's folder, whose last step is taken; `gs://`, `hf://` too.
+      source: a step folder, or a run's folder; `gs://`, `hf://` too.
       format: whose layout.
       output: the folder to make; None is `exports/<step>-<format>` beside the step.
+      step: of a run: "last", "best" or a number.
       layers: for `openpi-padded`, the teacher layers of the student's, where no run says so.
       teacher_depth: for `openpi-padded`, layers of the padded model, where no run says so.
       any_size: export a model of other sizes than openpi's too, which their classes cannot load.
@@ -62,25 +64,25 @@ def export(
       FileExistsError: the output exists: nothing is ever overwritten.
       OSError: the output cannot be written.
     """
-    step = step_folder(fetch.locate(source))
-    target = pathlib.Path(output or step.parent / "exports" / f"{step.name}-{format}")
+    folder = step_folder.find(source, step)
+    target = pathlib.Path(output or folder.parent / "exports" / f"{folder.name}-{format}")
     target = target.expanduser().absolute()
     if target.exists():
         raise FileExistsError(
             f"{target} already exists and an export never overwrites: move it away or give "
             "another --output"
         )
-    assets = policy_assets.load(step)
+    assets = policy_assets.load(folder)
     if not any_size:
         _check_sizes(assets.model)
-    origin = _origin(step)
+    origin = _origin(folder)
     exported = assets
     if format == "openpi-padded":
         layers, depth = _layer_map(assets.model.depth, layers, teacher_depth, origin)
         exported = dataclasses.replace(assets, model=pi0.at_depth(assets.model, depth))
 
-    report(f"Reading {step}: {assets.model.kind}, {assets.model.depth} layers")
-    params = weights.load_params(step, pi0.abstract_params(assets.model), what="student")
+    report(f"Reading {folder}: {assets.model.kind}, {assets.model.depth} layers")
+    params = weights.load_params(folder, pi0.abstract_params(assets.model), what="student")
     written = params if exported is assets else pad(params, layers, exported.model.depth)
 
     partial = target.with_name(f".{target.name}.unfinished-{os.getpid()}")
@@ -105,15 +107,6 @@ def export(
         shutil.rmtree(partial, ignore_errors=True)
     report(f"{target}: parameters equal, actions differ by at most {difference:.1e}")
     return target
-
-
-def step_folder(path: pathlib.Path) -> pathlib.Path:
-    """The path itself, or the last step of the run whose folder it is."""
-    path = path.expanduser().absolute()
-    if path.is_dir() and not (path / "assets").is_dir():
-        steps = [child for child in path.iterdir() if child.name.isdigit() and child.is_dir()]
-        return max(steps, key=lambda step: int(step.name), default=path)
-    return path
 
 
 def pad(params: PyTree, layers: Sequence[int], depth: int) -> PyTree:
@@ -254,7 +247,7 @@ def _verify(
     dtype = np.dtype(assets.model.dtype) if assets.model.dtype == "float32" else jax.numpy.bfloat16
     cast = jax.tree.map(lambda leaf: jax.numpy.asarray(leaf, dtype), params)
     student = policies.Policy(assets, cast, num_steps=num_steps)
-    other = policies.Policy.from_checkpoint(folder, num_steps=num_steps)
+    other = policies.Policy.from_checkpoint(folder, num_steps=num_steps, warm_up=False)
     observation, noise = _made_up(assets.model)
     want = np.asarray(student.sample(observation, noise))
     got = np.asarray(other.sample(observation, noise))

@@ -1,22 +1,29 @@
 """A policy: observations of a robot in, action chunks of that robot out.
 
 `Policy.from_checkpoint(step)` needs nothing but a step folder written by training; depth, model,
-robot, tokenizer and statistics are in it. Inference is batched; the starting noise is given by the
-caller, so that the same noise always gives the same actions.
+robot, tokenizer and statistics are in it. `infer` is what a robot or a server calls: one
+observation, its noise drawn from the seed. `infer_batch` takes several, and the noise from the
+caller. Both may be called from several threads at once.
 """
 
+import dataclasses
 import functools
 import os
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, PyTree
+from jaxtyping import Array, Float, PyTree
 
+from shallow_pi import progress
 from shallow_pi.data import assets as policy_assets
-from shallow_pi.models import observation, pi0, prepare, sampler, weights
+from shallow_pi.data import robots
+from shallow_pi.deploy import likely_shapes, previous_chunk, robot_observation, step_folder
+from shallow_pi.models import observation, pi0, prepare, real_time, sampler, weights
 
 
 class Policy:
@@ -26,68 +33,285 @@ class Policy:
       assets: the model's sizes, robot, tokenizer and statistics.
       params: the model's parameters.
       num_steps: integration steps of the sampler.
+      seed: of the noise `infer` draws.
+      prompt: what to do where an observation does not say.
     """
 
     def __init__(
-        self, assets: policy_assets.Assets, params: PyTree, *, num_steps: int = 10
+        self,
+        assets: policy_assets.Assets,
+        params: PyTree,
+        *,
+        num_steps: int = 10,
+        seed: int = 0,
+        prompt: str | None = None,
     ) -> None:
-        self.assets = assets
+        self.assets, self.num_steps, self.prompt = assets, num_steps, prompt
         self._inputs, self._outputs = assets.inputs(), assets.outputs()
         times, savings = sampler.integration_times(num_steps), prepare.best()
         self.weights = jax.jit(
             functools.partial(prepare.prepare, assets.model, times=times, savings=savings)
         )(params)
         self._sample = jax.jit(
-            functools.partial(sampler.sample_prepared, num_steps=num_steps, savings=savings),
-            static_argnums=0,
+            functools.partial(_sample, num_steps=num_steps, savings=savings), static_argnums=0
         )
+        self._draw = jax.jit(functools.partial(_draw, shape=(1, *self.noise_shape)))
+        self._key, self._calls, self._lock = jax.random.key(seed), 0, threading.Lock()
 
     @classmethod
-    def from_checkpoint(cls, step: str | os.PathLike[str], *, num_steps: int = 10) -> "Policy":
+    def from_checkpoint(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        step: str | int = "last",
+        num_steps: int = 10,
+        seed: int = 0,
+        robot: str | robots.Robot | None = None,
+        prompt: str | None = None,
+        warm_up: bool = True,
+        asset_id: str | None = None,
+        tokenizer: str | os.PathLike[str] | None = None,
+        **fields: Any,
+    ) -> "Policy":
         """The policy of a step folder, its parameters in the model's compute dtype.
+
+        Args:
+          path: a step folder of ours, an export of one or one of openpi's, or the folder of a run;
+            local, `gs://` or `hf://`.
+          step: of a run: "last", "best" or a number.
+          num_steps: integration steps of the sampler.
+          seed: of the noise `infer` draws.
+          robot: for a folder of openpi's, which robot it is for; see `step_folder.assets`.
+          prompt: what to do where an observation does not say.
+          warm_up: compile now what the first observation will need; see `warm_up`.
+          asset_id: of openpi's, whose statistics, where there are several.
+          tokenizer: of openpi's, where it is not PaliGemma's.
+          fields: of the `Pi0Config`, where they are to be others; openpi's checkpoints do not hold
+            `action_horizon` (50), `max_token_len` (48; π0.5: 200) and `discrete_state_input` (π0.5:
+            True).
 
         Raises:
           FileNotFoundError, ValueError: not a complete step folder, or parameters that do not fit
             the model described in its assets.
         """
-        assets = policy_assets.load(step)
+        folder = step_folder.find(path, step)
+        assets = step_folder.assets(
+            folder, robot=robot, asset_id=asset_id, tokenizer=tokenizer, **fields
+        )
         expected = pi0.abstract_params(assets.model)
         dtype = np.dtype(jnp.dtype(assets.model.dtype))
-        params = weights.load_params(step, expected, dtype=dtype, what="policy")
-        return cls(assets, params, num_steps=num_steps)
+        params = weights.load_params(folder, expected, dtype=dtype, what="policy")
+        policy = cls(assets, params, num_steps=num_steps, seed=seed, prompt=prompt)
+        if warm_up:
+            policy.warm_up()
+        return policy
 
     @property
     def noise_shape(self) -> tuple[int, int]:
         """Shape of the noise of one observation: (action horizon, action dim)."""
         return self.assets.model.action_horizon, self.assets.model.action_dim
 
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What a client needs to know, in plain values; `action_dim` is the robot's."""
+        model, robot = self.assets.model, self.assets.robot
+        return {
+            "model": "pi05" if model.pi05 else "pi0",
+            "depth": model.depth,
+            "robot": robot.name,
+            "image_size": model.image_size,
+            "action_horizon": model.action_horizon,
+            "action_dim": robot.action_dim,
+            "state_dim": robot.state_dim,
+            "cameras": {c: robot.cameras[c] for c in model.cameras if c in robot.cameras},
+            "state_keys": list(robot.state_keys),
+            "action_key": robot.action_key,
+            "prompt_key": robot.prompt_key,
+            "fps": robot.fps,
+            "num_steps": self.num_steps,
+        }
+
+    def reset(self) -> None:
+        """Begin an episode: the noise sequence starts anew from the seed."""
+        with self._lock:
+            self._calls = 0
+
     def infer(
-        self, observations: Sequence[Mapping[str, Any]], noise: Float[np.ndarray, "b ah ad"]
-    ) -> Float[np.ndarray, "b ah rd"]:
-        """Action chunks in the robot's units.
+        self,
+        observation: Mapping[str, Any],
+        noise: Float[np.ndarray, "ah ad"] | None = None,
+        *,
+        previous: Float[np.ndarray, "n rd"] | None = None,
+        delay: int = 0,
+        max_guidance_weight: float = real_time.MAX_WEIGHT,
+    ) -> dict[str, Any]:
+        """One action chunk in the robot's units.
 
         Args:
-          observations: b observations with the robot's (LeRobot's flat) keys.
-          noise: standard normal, one chunk an observation.
+          observation: the robot's (LeRobot's flat) keys; see `robot_observation`.
+          noise: standard normal; None draws it from `fold_in(seed, n)` in the n-th call since the
+            last reset, counted from 0.
+          previous: what is left of the chunk being executed, in the robot's units, its first row
+            the action due when the observation was made. The new chunk goes on from it (see
+            `real_time`).
+          delay: how many of these will have been executed when the new chunk arrives.
+          max_guidance_weight: upper bound β of the pull towards the previous chunk.
+
+        Returns:
+          `actions`: float32 (action horizon, robot's dimensions). `timing`: milliseconds of the
+          whole (`infer_ms`) and of its parts, `transform_ms`, `device_ms` and `output_ms`.
+
+        Raises:
+          ValueError: an observation the policy cannot be asked with; names the key.
+        """
+        start = time.perf_counter()
+        if noise is not None and np.shape(noise) != self.noise_shape:
+            raise ValueError(f"noise must have shape {self.noise_shape}, got {np.shape(noise)}")
+        found = self._clean(observation)
+        left = None if previous is None else [previous]
+        batch, guidance = self._to_model([found], left, delay, max_guidance_weight)
+        ready = time.perf_counter()
+        start_from = self._next_noise() if noise is None else np.asarray(noise)[None]
+        normalized = np.asarray(self.sample(batch, start_from, guidance))
+        sampled = time.perf_counter()
+        (actions,) = self._to_robot([found], normalized)
+        end = time.perf_counter()
+        parts = {
+            "infer_ms": end - start,
+            "transform_ms": ready - start,
+            "device_ms": sampled - ready,
+            "output_ms": end - sampled,
+        }
+        return {"actions": actions, "timing": {k: 1e3 * seconds for k, seconds in parts.items()}}
+
+    def infer_batch(
+        self,
+        observations: Sequence[Mapping[str, Any]],
+        noise: Float[np.ndarray, "b ah ad"],
+        *,
+        previous: Sequence[Float[np.ndarray, "n rd"]] | None = None,
+        delay: int = 0,
+        max_guidance_weight: float = real_time.MAX_WEIGHT,
+    ) -> Float[np.ndarray, "b ah rd"]:
+        """Action chunks of several observations in the robot's units; arguments as of `infer`.
+
+        Some may have no previous chunk (n = 0), or one shorter than the delay, which then ends with
+        it.
         """
         if np.shape(noise) != (len(observations), *self.noise_shape):
             raise ValueError(
                 f"noise must have shape {(len(observations), *self.noise_shape)} for "
                 f"{len(observations)} observations, got {np.shape(noise)}"
             )
-        actions = self.sample(self.prepare(observations), noise)
-        state = np.stack([self.assets.robot.state(o) for o in observations])
-        return self._outputs({"actions": np.asarray(actions), "state": state})["actions"]
+        found = [self._clean(one) for one in observations]
+        batch, guidance = self._to_model(found, previous, delay, max_guidance_weight)
+        return self._to_robot(found, np.asarray(self.sample(batch, noise, guidance)))
 
     def prepare(self, observations: Sequence[Mapping[str, Any]]) -> observation.Observation:
-        """The model's batch of observations."""
-        samples = [self._inputs(dict(o)) for o in observations]
-        batch = jax.tree.map(lambda *leaves: np.stack(leaves), *samples)
-        return observation.Observation.from_batch(batch)
+        """The model's batch of observations, on the host; pictures are still uint8."""
+        return self._to_model([self._clean(one) for one in observations], None, 0, 0.0)[0]
 
     def sample(
-        self, batch: observation.Observation, noise: Float[np.ndarray, "b ah ad"]
+        self,
+        batch: observation.Observation,
+        noise: Float[np.ndarray | Array, "b ah ad"],
+        guidance: real_time.Guidance | None = None,
     ) -> jax.Array:
         """Normalized actions on device: what a latency measurement calls."""
         config, batch = prepare.trim(self.assets.model, batch)
-        return self._sample(config, self.weights, batch, jnp.asarray(noise))
+        return self._sample(config, self.weights, batch, jnp.asarray(noise), guidance)
+
+    def warm_up(self, *, guided: bool = False) -> None:
+        """Compile for single observations, so that no robot waits for it.
+
+        Every prompt length (see `prepare.trim`) is compiled that the policy's prompt, or usual ones
+        where it has none, come to with the states of its statistics. JAX's persistent cache, where
+        it is on, keeps the programs.
+
+        Args:
+          guided: compile for chunks that go on from a previous one (`infer(previous=)`) as well.
+        """
+        plans: list[real_time.Guidance | None] = [None]
+        if guided:
+            actions = np.zeros((1, *self.noise_shape), np.float32)
+            plans.append(previous_chunk.guidance(actions, lengths=[1], delay=0, max_weight=0.0))
+        lengths = likely_shapes.prompt_lengths(self.assets, self.prompt)
+        with progress.bar("Compile", total=len(lengths) * len(plans)) as advance:
+            for length in lengths:
+                batch = likely_shapes.observation(self.assets, length)
+                for guidance in plans:
+                    jax.block_until_ready(self.sample(batch, self._draw(self._key, 0), guidance))
+                    advance(1)
+
+    def _clean(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        return robot_observation.clean(
+            self.assets.robot, self.assets.model.cameras, given, self.prompt
+        )
+
+    def _next_noise(self) -> Array:
+        with self._lock:
+            call, self._calls = self._calls, self._calls + 1
+        return self._draw(self._key, call)
+
+    def _to_model(
+        self,
+        found: Sequence[dict[str, Any]],
+        previous: Sequence[Float[np.ndarray, "n rd"]] | None,
+        delay: int,
+        max_weight: float,
+    ) -> tuple[observation.Observation, real_time.Guidance | None]:
+        """The model's batch, and the previous chunks as the model would have predicted them now."""
+        robot, horizon = self.assets.robot, self.noise_shape[0]
+        if previous is not None:
+            left = previous_chunk.padded(previous, (len(found), horizon, robot.action_dim), delay)
+            # The transforms of training: relative to this state, normalized, padded.
+            found = [{**o, robot.action_key: a} for o, a in zip(found, left, strict=True)]
+        samples = [self._inputs(dict(one)) for one in found]
+        batch = jax.tree.map(lambda *leaves: np.stack(leaves), *samples)
+        guidance = None
+        if previous is not None and any(map(len, previous)):
+            lengths = [len(one) for one in previous]
+            guidance = previous_chunk.guidance(batch["actions"], lengths, delay, max_weight)
+        return (
+            observation.Observation(
+                images=batch["image"],
+                image_masks=batch["image_mask"],
+                state=batch["state"],
+                tokenized_prompt=batch["tokenized_prompt"],
+                tokenized_prompt_mask=batch["tokenized_prompt_mask"],
+            ),
+            guidance,
+        )
+
+    def _to_robot(
+        self, found: Sequence[dict[str, Any]], normalized: np.ndarray
+    ) -> Float[np.ndarray, "b ah rd"]:
+        state = np.stack([self.assets.robot.state(one) for one in found])
+        return self._outputs({"actions": normalized, "state": state})["actions"]
+
+
+def _sample(
+    config: pi0.Pi0Config,
+    prepared: prepare.Prepared,
+    batch: observation.Observation,
+    noise: Float[Array, "b ah ad"],
+    guidance: real_time.Guidance | None,
+    *,
+    num_steps: int,
+    savings: prepare.Savings,
+) -> Float[Array, "b ah ad"]:
+    """The sampler on pictures as they come: bytes are a quarter of the floats to transfer."""
+    images = {name: observation.to_float(image) for name, image in batch.images.items()}
+    return sampler.sample_prepared(
+        config,
+        prepared,
+        dataclasses.replace(batch, images=images),
+        noise,
+        num_steps=num_steps,
+        savings=savings,
+        guidance=guidance,
+    )
+
+
+def _draw(key: Array, call: Any, *, shape: tuple[int, ...]) -> Float[Array, "1 ah ad"]:
+    return jax.random.normal(jax.random.fold_in(key, call), shape)

@@ -4,7 +4,8 @@ Every simulator replans after `execute_steps` control steps; whoever is finished
 next episode of the queue. An episode depends on nothing but its seed: it resets the simulator, and
 together with the index of the plan it names the sampling noise, so neither the batch size nor the
 order of the episodes changes what is measured (up to the rounding of a differently shaped matrix
-product). Policies evaluated with the same seed therefore saw the same episodes, pair by pair.
+product). Policies evaluated with the same seed therefore saw the same episodes, pair by pair. Plans
+come at once, or late by as many control steps as are injected (`late_plans`).
 """
 
 import contextlib
@@ -18,8 +19,10 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from shallow_pi import progress
-from shallow_pi.evaluation import intervals
+from shallow_pi.evaluation import intervals, late_plans
 from shallow_pi.evaluation.sims import simulator
+
+AT_ONCE = late_plans.Delay()
 
 
 @runtime_checkable
@@ -126,6 +129,8 @@ class _Slot:
     seed: int
     plans: int = 0
     steps: int = 0
+    # What is left of the chunk before; None at the first plan.
+    left: Float[np.ndarray, "n rd"] | None = None
 
     def execute(self, chunk: Float[np.ndarray, "ah rd"]) -> None:
         for action in chunk:
@@ -148,6 +153,7 @@ def evaluate(
     label: str,
     batch: int = 50,
     path: pathlib.Path | None = None,
+    delay: late_plans.Delay = AT_ONCE,
 ) -> Evaluation:
     """Run the episodes with seeds `seed`, `seed + 1`, ... and count successes.
 
@@ -162,6 +168,8 @@ def evaluate(
       path: file that keeps every finished episode as a line of JSON. Episodes found there are not
         run again, so an interrupted evaluation picks up where it was. The caller gives each policy
         its own file and deletes it when the policy changes.
+      delay: how late plans arrive. For "real-time" the actor's `act` is given `previous` and
+        `delay` by name as well (see `Policy.infer_batch`).
     """
     if min(episodes, execute_steps, batch) < 1:
         raise ValueError(
@@ -183,7 +191,7 @@ def evaluate(
                 sim, episode_seed = idle.pop(), queue.pop(0)
                 sim.reset(episode_seed)
                 slots.append(_Slot(sim, episode_seed))
-            chunks = _plan(actor, slots, batch, execute_steps, label)
+            chunks = _plan(actor, slots, batch, execute_steps, label, delay)
             for slot, chunk in zip(slots, chunks, strict=True):
                 slot.execute(chunk)
             ended = [slot for slot in slots if slot.sim.done]
@@ -200,26 +208,39 @@ def evaluate(
 
 
 def _plan(
-    actor: Actor, slots: Sequence[_Slot], batch: int, execute_steps: int, label: str
+    actor: Actor,
+    slots: Sequence[_Slot],
+    batch: int,
+    execute_steps: int,
+    label: str,
+    delay: late_plans.Delay,
 ) -> Float[np.ndarray, "n execute rd"]:
-    """One batched inference; checks what comes back, since a NaN would only look like a failure."""
+    """One batched inference, and the actions that are due by it.
+
+    Checks what comes back, since a NaN would only look like a failure.
+    """
+    horizon = delay.horizon(execute_steps)
     observations = [slot.sim.observe() for slot in slots]
     keys = [(slot.seed, slot.plans) for slot in slots]
     padding = batch - len(slots)
+    left = [slot.left for slot in slots]
+    act: Callable[..., Any] = actor.act
     chunks = np.asarray(
-        actor.act(
+        act(
             observations + observations[-1:] * padding,
             np.asarray(keys + keys[-1:] * padding),
             [slot.sim for slot in slots],
+            **delay.conditions(left + left[-1:] * padding),
         )
     )
-    if chunks.ndim != 3 or len(chunks) < len(slots) or chunks.shape[1] < execute_steps:
+    if chunks.ndim != 3 or len(chunks) < len(slots) or chunks.shape[1] < horizon:
         raise ValueError(
-            f"Expected actions of shape (n >= {len(slots)}, ah >= {execute_steps}, rd) from "
-            f"{label!r}, got {chunks.shape}; execute_steps must not exceed the action horizon."
+            f"Expected actions of shape (n >= {len(slots)}, ah >= {horizon}, rd) from "
+            f"{label!r}, got {chunks.shape}; execute_steps (and the control steps a plan is late) "
+            "must not exceed the action horizon."
         )
-    chunks = chunks[: len(slots), :execute_steps]
-    for slot, chunk in zip(slots, chunks, strict=True):
+    due = []
+    for slot, chunk in zip(slots, chunks[: len(slots)], strict=True):
         if not np.isfinite(chunk).all():
             raise ValueError(
                 f"Expected finite actions from {label!r}, got {chunk[~np.isfinite(chunk)][0]} in "
@@ -227,7 +248,9 @@ def _plan(
                 "parameters and normalization statistics."
             )
         slot.plans += 1
-    return chunks
+        actions, slot.left = delay.due(slot.left, chunk, execute_steps)
+        due.append(actions)
+    return np.stack(due)
 
 
 def _read_episodes(path: pathlib.Path | None) -> dict[int, Episode]:
@@ -280,6 +303,7 @@ def record(
     execute_steps: int,
     label: str,
     batch: int = 1,
+    delay: late_plans.Delay = AT_ONCE,
 ) -> Recording:
     """Run one episode as `evaluate` would and keep what its cameras saw.
 
@@ -300,7 +324,7 @@ def record(
 
     keep()
     while not slot.sim.done:
-        (chunk,) = _plan(actor, [slot], batch, execute_steps, label)
+        (chunk,) = _plan(actor, [slot], batch, execute_steps, label, delay)
         for action in chunk:
             if not slot.sim.done:
                 slot.execute(action[None])

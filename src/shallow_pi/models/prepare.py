@@ -104,8 +104,7 @@ def trim(
     seen = [c for c in config.cameras if np.asarray(observation.image_masks[c]).any()]
     seen = seen or [config.cameras[0]]
     columns = np.asarray(observation.tokenized_prompt_mask).any(axis=0)
-    words = int(np.flatnonzero(columns).max(initial=0)) + 1
-    length = min(-(-words // PROMPT_BUCKET) * PROMPT_BUCKET, config.max_token_len)
+    length = prompt_length(config, int(np.flatnonzero(columns).max(initial=0)) + 1)
     small = dataclasses.replace(config, cameras=tuple(seen), max_token_len=length)
     return small, dataclasses.replace(
         observation,
@@ -114,6 +113,11 @@ def trim(
         tokenized_prompt=observation.tokenized_prompt[:, :length],
         tokenized_prompt_mask=observation.tokenized_prompt_mask[:, :length],
     )
+
+
+def prompt_length(config: pi0.Pi0Config, words: int) -> int:
+    """What `trim` leaves of the prompt where the longest has `words` tokens."""
+    return min(-(-words // PROMPT_BUCKET) * PROMPT_BUCKET, config.max_token_len)
 
 
 def prepare(

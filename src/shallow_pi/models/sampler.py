@@ -3,7 +3,8 @@
 The backbone runs once; then N integration steps run the action expert alone against the cached
 prefix keys and values, `dt = -1/N`, from t = 1 (noise) to t = 0 (data), as in openpi
 (models/pi0.py, sample_actions). `x_t` and the time stay in float32; the loop's count is static, so
-the device never waits for the host to decide whether to go on. What is spared: see `prepare`.
+the device never waits for the host to decide whether to go on. What is spared: see `prepare`; how a
+chunk is made to go on from the previous one: see `real_time`.
 """
 
 from typing import Any
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from shallow_pi.models import inference, pi0, prepare
+from shallow_pi.models import inference, pi0, prepare, real_time
 from shallow_pi.models import observation as observations
 
 
@@ -37,6 +38,7 @@ def sample_actions(
     *,
     num_steps: int = 10,
     savings: prepare.Savings | None = None,
+    guidance: real_time.Guidance | None = None,
 ) -> Float[Array, "b ah ad"]:
     """Normalized actions for a batch of observations, float32.
 
@@ -50,11 +52,18 @@ def sample_actions(
       noise: the start of the path, standard normal.
       num_steps: integration steps N; openpi uses 10.
       savings: what is spared, which changes no result; None is the fastest on this backend.
+      guidance: the previous chunks, which the new ones are to agree with; None is plain sampling.
     """
     savings = savings or prepare.best()
     prepared = prepare.prepare(config, params, integration_times(num_steps), savings)
     return sample_prepared(
-        config, prepared, observation, noise, num_steps=num_steps, savings=savings
+        config,
+        prepared,
+        observation,
+        noise,
+        num_steps=num_steps,
+        savings=savings,
+        guidance=guidance,
     )
 
 
@@ -66,6 +75,7 @@ def sample_prepared(
     *,
     num_steps: int = 10,
     savings: prepare.Savings,
+    guidance: real_time.Guidance | None = None,
 ) -> Float[Array, "b ah ad"]:
     """`sample_actions` from weights prepared with the same savings and integration times."""
     observations.check(observation, config.cameras, config.image_size, config.action_dim)
@@ -77,15 +87,20 @@ def sample_prepared(
     dt = jnp.float32(-1.0 / num_steps)
 
     def integrate(x_t: Array, at: Any) -> tuple[Array, None]:
-        at = jax.tree.map(lambda leaf: leaf[None], at)
-        if prepared.tables is None:
-            at = prepare.make_tables(config, prepared.params, at)
-        v = inference.velocity(config, prepared, cache, valid, x_t, at, state)
+        t, tables = at
+        if tables is None:
+            tables = prepare.make_tables(config, prepared.params, t[None])
+        else:
+            tables = jax.tree.map(lambda leaf: leaf[None], tables)
+
+        def velocity(x: Array) -> Array:
+            return inference.velocity(config, prepared, cache, valid, x, tables, state)
+
+        v = velocity(x_t) if guidance is None else real_time.guided(velocity, x_t, t, guidance)
         return x_t + dt * v, None
 
     x_t = noise.astype(jnp.float32)
-    # The table's rows, or the times to make them from.
-    steps: Any = prepared.tables or jnp.asarray(integration_times(num_steps))
+    steps = jnp.asarray(integration_times(num_steps)), prepared.tables
     if not savings.unrolled_steps:
         return jax.lax.scan(integrate, x_t, steps)[0]
     for i in range(num_steps):

@@ -1,0 +1,110 @@
+"""A robot's observation, checked: what is wrong with it is said with the robot's own key.
+
+Accepted is what openpi accepts: pictures as uint8 or as floats in [0, 1], with the colours last or
+first. What comes out has uint8 pictures (height, width, 3), float32 vectors and a prompt, under the
+robot's keys, and nothing else.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+
+from shallow_pi.data import robots
+
+
+def clean(
+    robot: robots.Robot,
+    cameras: tuple[str, ...],
+    observation: Mapping[str, Any],
+    prompt: str | None = None,
+) -> dict[str, Any]:
+    """The parts of an observation a policy needs, each in its one form.
+
+    Args:
+      robot: whose observation it is.
+      cameras: the model's cameras; those the robot does not have are not asked for.
+      observation: the robot's (LeRobot's flat) keys; others are left behind.
+      prompt: what to do where the observation does not say.
+
+    Raises:
+      ValueError: something is missing, or of a kind that cannot be meant; names the key.
+    """
+    if not isinstance(observation, Mapping):
+        raise ValueError(
+            f"expected one observation, a mapping with the keys of robot {robot.name}, got "
+            f"{type(observation).__name__}; for several at once there is infer_batch"
+        )
+    keys = {robot.cameras[name]: name for name in cameras if name in robot.cameras}
+    wanted = {key: f"camera {key!r} (the model's {name})" for key, name in keys.items()}
+    wanted |= {key: f"state {key!r}" for key in robot.state_keys}
+    if not robot.prompt and prompt is None:
+        wanted[robot.prompt_key] = f"prompt {robot.prompt_key!r} (or give the policy a prompt=)"
+    missing = [what for key, what in wanted.items() if observation.get(key) is None]
+    if missing:
+        raise ValueError(
+            f"the observation lacks {', '.join(missing)}; robot {robot.name} sends these, and "
+            f"there are only {sorted(map(str, observation))}"
+        )
+    cleaned: dict[str, Any] = {key: picture(observation[key], key) for key in keys}
+    cleaned |= _state(robot, observation)
+    if not robot.prompt:
+        given = observation.get(robot.prompt_key)
+        cleaned[robot.prompt_key] = _prompt(prompt if given is None else given, robot.prompt_key)
+    return cleaned
+
+
+def picture(value: Any, key: str) -> UInt8[np.ndarray, "h w 3"]:
+    """A picture as uint8 with its colours last; `key` names it in errors."""
+    found = np.asarray(value)
+    if found.ndim == 3 and found.shape[0] == 3 != found.shape[-1]:
+        found = np.moveaxis(found, 0, -1)
+    if found.ndim != 3 or found.shape[-1] != 3 or not found.size:
+        raise ValueError(
+            f"{key!r} must be one RGB picture, (height, width, 3) or (3, height, width), got the "
+            f"shape {np.shape(value)}"
+        )
+    if np.issubdtype(found.dtype, np.floating):
+        if not (found.min() >= 0 and found.max() <= 1):
+            raise ValueError(
+                f"{key!r} is a {found.dtype} picture from {found.min():g} to {found.max():g}: "
+                "floats must lie in [0, 1], or give the bytes as uint8"
+            )
+        # As openpi rounds.
+        found = (255 * found).astype(np.uint8)
+    if found.dtype != np.uint8:
+        raise ValueError(f"{key!r} must be uint8, or floats in [0, 1], got {found.dtype}")
+    return found
+
+
+def _state(robot: robots.Robot, observation: Mapping[str, Any]) -> dict[str, Any]:
+    """The vectors of the state by key, the state they make up checked as a whole."""
+    for key in robot.state_keys:
+        found = np.asarray(observation[key])
+        if found.dtype.kind not in "fiu" or found.ndim > 1:
+            raise ValueError(
+                f"{key!r} must be a vector of numbers, got {found.dtype} of shape {found.shape}"
+            )
+    named = " + ".join(map(repr, robot.state_keys))
+    state = robot.state(observation)
+    if state.shape != (robot.state_dim,):
+        raise ValueError(
+            f"{named} must have {robot.state_dim} dimensions for robot {robot.name}, got the "
+            f"shape {state.shape}; is this another robot's observation?"
+        )
+    if not np.isfinite(state).all():
+        wrong = np.flatnonzero(~np.isfinite(state))
+        raise ValueError(
+            f"{named} is not finite: {state[wrong[0]]} in dimension {wrong.tolist()}; the policy "
+            "was not asked, because its actions would mean nothing"
+        )
+    return {key: np.asarray(observation[key], np.float32) for key in robot.state_keys}
+
+
+def _prompt(value: Any, key: str) -> str:
+    # openpi's clients may send it as an array of no dimensions.
+    text = value.item() if isinstance(value, np.ndarray | np.generic) and value.ndim == 0 else value
+    if not isinstance(text, str):
+        raise ValueError(f"{key!r} must be the instruction as a str, got {type(value).__name__}")
+    return text

@@ -1,0 +1,86 @@
+"""Real-time chunking: a chunk sampled so that it goes on from the one that is being executed.
+
+After "Real-Time Execution of Action Chunking Flow Policies" (arXiv 2506.07339). While a plan is
+computed, the robot executes d more actions of the previous chunk. They are frozen, the rest of the
+previous chunk is a wish that fades, and sampling is inpainting: at every integration step the
+velocity is pulled towards chunks that agree with the previous one, by pseudoinverse guidance
+(ΠGDM) through the action expert alone; the prefix cache does not depend on the noisy actions.
+
+The paper's time is τ = 1 − t and its velocity v = a − ε = −u (see `distill.flow`). It integrates
+
+    v + min(β, (1−τ) / (τ r²)) · (Y − Â)ᵀ diag(W) ∂Â/∂x,    Â = x + (1−τ) v,
+    r² = (1−τ)² / (τ² + (1−τ)²).
+
+With τ = 1 − t, and the sign turned because we integrate u = −v from t = 1 down to 0:
+
+    u − min(β, k(t)) · (W ∘ (Y − Â))ᵀ ∂Â/∂x,    Â = x − t u,    k(t) = ((1−t)² + t²) / (t (1−t)).
+
+Since ∂Â/∂x = 1 − t ∂u/∂x, the guidance for e = W ∘ (Y − Â) is e − t · (eᵀ ∂u/∂x): one
+vector-Jacobian product of the velocity. k is exact where actions are standard normal: with W = 1
+and no β the guided velocity is (x − Y) / t, the one of the path that ends in Y.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+# The paper's choice: enough with few integration steps, and more does harm.
+MAX_WEIGHT = 5.0
+
+
+class Guidance(NamedTuple):
+    """What new chunks are to agree with; all of it is traced: one program serves every delay."""
+
+    # Normalized actions of the previous chunk from now on; anything in the last `executed` rows.
+    previous: Float[Array, "b ah ad"]
+    # d: leading actions that will have been executed before the new chunk arrives.
+    delay: Int[Array, " b"]
+    # s: actions of the previous chunk executed until now, and so trailing ones it says nothing of.
+    executed: Int[Array, " b"]
+    # β: upper bound of the guidance weight; 0 turns it off.
+    max_weight: Float[Array, ""]
+
+
+def soft_mask(
+    delay: Int[Array, " b"], executed: Int[Array, " b"], horizon: int
+) -> Float[Array, "b {horizon}"]:
+    """W: 1 for i < d, 0 for i ≥ H − s, and c (eᶜ − 1) / (e − 1) between, where c falls from 1 to 0.
+
+    c = (H − s − i) / (H − s − d + 1).
+    """
+    i, d, end = jnp.arange(horizon)[None], delay[:, None], horizon - executed[:, None]
+    c = (end - i).astype(jnp.float32) / jnp.maximum(end - d + 1, 1).astype(jnp.float32)
+    # Outside of the ramp the exponential could overflow.
+    c = jnp.clip(c, 0.0, 1.0)
+    ramp = c * jnp.expm1(c) / jnp.expm1(jnp.float32(1.0))
+    return jnp.where(i >= end, 0.0, jnp.where(i < d, 1.0, ramp))
+
+
+def guidance_weight(t: Float[Array, ""], max_weight: Float[Array, ""]) -> Float[Array, ""]:
+    """min(β, k(t)) of the module's docstring; k is infinite at t = 1."""
+    tiny = jnp.finfo(jnp.float32).tiny
+    return jnp.minimum(max_weight, ((1 - t) ** 2 + t**2) / jnp.maximum(t * (1 - t), tiny))
+
+
+def guided(
+    velocity: Callable[[Array], Array],
+    x_t: Float[Array, "b ah ad"],
+    t: Float[Array, ""],
+    guidance: Guidance,
+) -> Float[Array, "b ah ad"]:
+    """The guided velocity at one time, float32.
+
+    Args:
+      velocity: noisy actions (b, ah, ad) to their velocity at time t.
+      x_t: the noisy actions.
+      t: their time, 1 is noise.
+      guidance: what the chunks are to agree with.
+    """
+    u, pull_back = jax.vjp(velocity, x_t)
+    mask = soft_mask(guidance.delay, guidance.executed, x_t.shape[1])
+    error = mask[..., None] * (guidance.previous - (x_t - t * u))
+    (through_velocity,) = pull_back(error)
+    return u - guidance_weight(t, guidance.max_weight) * (error - t * through_velocity)

@@ -1,0 +1,292 @@
+"""Executors, step by step: which plan is asked for when, and which of its actions is due."""
+
+import concurrent.futures
+import threading
+
+import numpy as np
+import pytest
+
+from shallow_pi.deploy import executors
+
+HORIZON = 6
+
+
+class Counting:
+    """Plans (plan, index) pairs; keeps what it was asked. Observations are control steps."""
+
+    def __init__(self):
+        self.asked, self.resets = [], 0
+
+    def infer(self, observation):
+        self.asked.append(int(observation["step"][0]))
+        plan = len(self.asked) - 1
+        actions = np.array([[plan, index] for index in range(HORIZON)])
+        return {"actions": actions, "timing": {"infer_ms": 1.0}}
+
+    def reset(self):
+        self.resets += 1
+
+
+class GoingOn(Counting):
+    """The same, and keeps what it was told of the previous chunk."""
+
+    def __init__(self):
+        super().__init__()
+        self.told = []
+
+    def infer(self, observation, *, previous=None, delay=0):
+        self.told.append(None if previous is None else (previous.tolist(), delay))
+        return super().infer(observation)
+
+
+class Later(concurrent.futures.Executor):
+    """Runs what it is given when it is told to."""
+
+    def __init__(self):
+        self.waiting = []
+
+    def submit(self, function, /, *arguments, **options):
+        future = concurrent.futures.Future()
+        self.waiting.append((future, function, arguments, options))
+        return future
+
+    def finish(self):
+        while self.waiting:
+            future, function, arguments, options = self.waiting.pop(0)
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function(*arguments, **options))
+                except ValueError as error:
+                    future.set_exception(error)
+
+
+class AtOnce(Later):
+    def submit(self, function, /, *arguments, **options):
+        future = super().submit(function, *arguments, **options)
+        self.finish()
+        return future
+
+
+def clock_of(worker, seconds):
+    """A clock on which every plan the robot waits for takes `seconds`; starting to wait ends it."""
+    now = [0.0]
+
+    def clock():
+        if worker.waiting:
+            worker.finish()
+            now[0] += seconds
+            return now[0] - seconds
+        return now[0]
+
+    return clock
+
+
+def run(executor, worker, steps, delay, start=0):
+    """Actions of `steps` control steps; plans are ready `delay` steps after they were asked for."""
+    found, age = [], 0
+    for step in range(start, start + steps):
+        age = age + 1 if worker.waiting else 0
+        if age >= delay:
+            worker.finish()
+        found.append(executor.infer({"step": np.array([step])}))
+        age = age if worker.waiting else 0
+    return [tuple(int(x) for x in result["actions"]) for result in found]
+
+
+def test_a_broker_gives_the_whole_chunk_one_by_one():
+    policy = Counting()
+    broker = executors.ActionChunkBroker(policy)
+    found = [broker.infer({"step": np.array([step])}) for step in range(8)]
+    assert [tuple(r["actions"]) for r in found] == [(0, i) for i in range(6)] + [(1, 0), (1, 1)]
+    assert policy.asked == [0, 6]
+    assert found[0]["timing"] == {"infer_ms": 1.0}
+    assert found[0]["late_steps"] == 0
+
+
+def test_a_receding_horizon_plans_again_before_the_end():
+    policy = Counting()
+    broker = executors.ActionChunkBroker(policy, execute_steps=2)
+    found = [tuple(broker.infer({"step": np.array([s])})["actions"]) for s in range(5)]
+    assert found == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0)]
+    assert policy.asked == [0, 2, 4]
+
+
+def test_a_reset_forgets_the_chunk_and_resets_the_policy():
+    policy = Counting()
+    broker = executors.ActionChunkBroker(policy)
+    broker.infer({"step": np.array([0])})
+    broker.reset()
+    assert tuple(broker.infer({"step": np.array([0])})["actions"]) == (1, 0)
+    assert policy.resets == 1
+
+
+def test_no_time_to_plan_makes_skipping_the_receding_horizon():
+    policy, worker = Counting(), AtOnce()
+    executor = executors.SkipLateActions(policy, 2, worker=worker)
+    found = [tuple(executor.infer({"step": np.array([s])})["actions"]) for s in range(5)]
+    assert found == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0)]
+    assert policy.asked == [0, 2, 4]
+
+
+@pytest.mark.parametrize("executor", [executors.SkipLateActions, executors.RealTimeChunking])
+def test_a_plan_that_comes_late_loses_its_first_actions(executor):
+    policy, worker = GoingOn(), Later()
+    asynchronous = executor(policy, 3, worker=worker, clock=clock_of(worker, 0.0))
+    found = run(asynchronous, worker, 10, delay=2)
+    # Asked at step 3, there at step 5: its actions of steps 3 and 4 are the old chunk's.
+    assert found[:5] == [(0, 0), (0, 1), (0, 2), (0, 3), (0, 4)]
+    # Three of its actions were due at step 6, where the next is asked for.
+    assert found[5:8] == [(1, 2), (1, 3), (1, 4)]
+    assert found[8:] == [(2, 2), (2, 3)]
+    assert asynchronous.infer({"step": np.array([10])})["late_steps"] == 2
+    worker.finish()
+    assert policy.asked == [0, 3, 6, 9]
+
+
+def test_without_actions_the_robot_waits_and_what_it_misses_is_late_too():
+    """Out of actions at step 6; the plan asked for at step 5 takes 0.2 s more, 2 steps at 10 Hz."""
+    for hz, expected in ((None, (1, 1)), (10.0, (1, 3))):
+        policy, worker = Counting(), Later()
+        clock = clock_of(worker, 0.2)
+        executor = executors.SkipLateActions(policy, 5, control_hz=hz, worker=worker, clock=clock)
+        found = run(executor, worker, 7, delay=100)
+        # The wait for the first plan costs no actions: nothing moves yet.
+        assert found[:6] == [(0, i) for i in range(6)]
+        assert found[6] == expected
+
+
+def test_a_plan_that_is_over_when_it_comes_is_made_anew():
+    policy, worker = Counting(), Later()
+    clock = clock_of(worker, 3.0)
+    executor = executors.SkipLateActions(policy, 5, control_hz=10, worker=worker, clock=clock)
+    found = run(executor, worker, 8, delay=100)
+    assert found[6:] == [(2, 0), (2, 1)]
+    assert policy.asked == [0, 5, 6]
+
+
+def test_real_time_plans_are_told_what_is_left_and_how_late_they_will_be():
+    policy, worker = GoingOn(), Later()
+    clock = clock_of(worker, 0.0)
+    executor = executors.RealTimeChunking(policy, 3, delay=1, worker=worker, clock=clock)
+    run(executor, worker, 4, delay=2)
+    worker.finish()
+    first, second = policy.told
+    assert first is None
+    # As expected at first, then as late as the latest was.
+    assert second == ([[0, 3], [0, 4], [0, 5]], 1)
+    run(executor, worker, 3, delay=2, start=4)
+    worker.finish()
+    assert policy.told[2] == ([[1, 3], [1, 4], [1, 5]], 1)
+    executor.reset()
+    run(executor, worker, 4, delay=3)
+    worker.finish()
+    assert policy.told[-2:] == [None, ([[3, 3], [3, 4], [3, 5]], 1)]
+
+
+def test_real_time_delays_are_the_largest_of_the_last_and_never_more_than_is_left():
+    policy, worker = GoingOn(), Later()
+    clock = clock_of(worker, 0.0)
+    executor = executors.RealTimeChunking(
+        policy, 4, delay=0, remember=2, worker=worker, clock=clock
+    )
+    # Late by 2, 1, 1 and 1 steps in turn.
+    wanted = iter([2, 1, 1, 1])
+    due = None
+    for step in range(21):
+        if worker.waiting and due is None:
+            due = next(wanted)
+        if worker.waiting:
+            due -= 1
+            if due == 0:
+                worker.finish()
+                due = None
+        executor.infer({"step": np.array([step])})
+    delays = [delay for _, delay in filter(None, policy.told)]
+    assert delays[:4] == [0, 2, 2, 1]
+
+
+def test_what_goes_wrong_in_the_background_is_raised_by_the_next_call_and_then_over():
+    policy, worker = Counting(), Later()
+    executor = executors.SkipLateActions(policy, 2, worker=worker, clock=clock_of(worker, 0.0))
+    run(executor, worker, 3, delay=100)
+    good, policy.infer = policy.infer, None
+
+    def broken(observation):
+        raise ValueError("the camera is unplugged")
+
+    future, _, arguments, options = worker.waiting.pop()
+    worker.waiting.append((future, broken, arguments, options))
+    worker.finish()
+    with pytest.raises(ValueError, match="the camera is unplugged"):
+        executor.infer({"step": np.array([3])})
+    policy.infer = good
+    # Nothing was executed by the call that failed.
+    assert run(executor, worker, 1, delay=100, start=3) == [(0, 3)]
+    worker.finish()
+    assert run(executor, worker, 1, delay=100, start=4) == [(1, 1)]
+
+
+def test_buffers_may_be_filled_again_while_a_plan_is_made():
+    policy, worker = Counting(), Later()
+    executor = executors.SkipLateActions(policy, 1, worker=worker, clock=clock_of(worker, 0.0))
+    buffer = np.zeros(1)
+    for step in range(3):
+        buffer[:] = step
+        executor.infer({"step": buffer})
+    buffer[:] = 100
+    worker.finish()
+    assert policy.asked == [0, 1]
+
+
+def test_a_thread_plans_while_actions_go_on_and_is_ended():
+    class Held(Counting):
+        """Its second plan waits to be let go."""
+
+        def __init__(self):
+            super().__init__()
+            self.go, self.threads = threading.Event(), set()
+
+        def infer(self, observation):
+            self.threads.add(threading.current_thread())
+            if self.asked:
+                assert self.go.wait(20)
+            return super().infer(observation)
+
+    policy = Held()
+    with executors.SkipLateActions(policy, 2) as executor:
+        found = [tuple(executor.infer({"step": np.array([s])})["actions"]) for s in range(4)]
+        assert found == [(0, 0), (0, 1), (0, 2), (0, 3)]
+        policy.go.set()
+        concurrent.futures.wait([executor._pending[0]], 20)
+        assert tuple(executor.infer({"step": np.array([4])})["actions"]) == (1, 2)
+    executor.close()
+    (thread,) = policy.threads
+    assert thread is not threading.current_thread()
+    assert not thread.is_alive()
+    with pytest.raises(ValueError, match="closed: make a new one"):
+        executor.infer({"step": np.array([5])})
+
+
+def test_a_reset_drops_the_plan_of_the_last_episode():
+    policy, worker = Counting(), Later()
+    executor = executors.SkipLateActions(policy, 2, worker=worker, clock=clock_of(worker, 0.0))
+    run(executor, worker, 3, delay=100)
+    executor.reset()
+    assert run(executor, worker, 2, delay=100) == [(1, 0), (1, 1)]
+    assert (policy.asked, policy.resets) == ([0, 0], 1)
+
+
+def test_what_cannot_be_executed_is_an_error():
+    with pytest.raises(ValueError, match="execute_steps must be at least 1, got 0"):
+        executors.ActionChunkBroker(Counting(), 0)
+    with pytest.raises(ValueError, match="control_hz must be positive, got 0"):
+        executors.SkipLateActions(Counting(), 2, control_hz=0)
+    with pytest.raises(ValueError, match=r"Counting.infer takes \['observation'\]: real-time"):
+        executors.RealTimeChunking(Counting(), 2)
+    with pytest.raises(ValueError, match="expected delay >= 0 and remember >= 1, got -1 and 10"):
+        executors.RealTimeChunking(GoingOn(), 2, delay=-1)
+    too_short = r"horizon >= 7 executed steps, dimensions\), got the shape \(6, 2\)"
+    with pytest.raises(ValueError, match=too_short):
+        executors.ActionChunkBroker(Counting(), 7).infer({"step": np.array([0])})
+    with pytest.raises(ValueError, match=too_short):
+        executors.SkipLateActions(Counting(), 7, worker=AtOnce()).infer({"step": np.array([0])})

@@ -1,0 +1,111 @@
+"""What openpi accepts is accepted, and everything else is refused by its key."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from shallow_pi.data import robots
+from shallow_pi.deploy import robot_observation
+
+CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
+BASE = "observation.images.base"
+
+
+@pytest.fixture
+def seen():
+    generator = np.random.default_rng(0)
+    pictures = generator.integers(0, 256, (2, 12, 16, 3), np.uint8)
+    return {
+        BASE: pictures[0],
+        "observation.images.wrist": pictures[1],
+        "observation.state": np.array([1, 2, 3], np.float64),
+        "task": "touch the red block",
+    }
+
+
+def clean(observation, robot=robots.TURNTABLE, **options):
+    return robot_observation.clean(robot, CAMERAS, observation, **options)
+
+
+def test_what_is_needed_comes_out_in_one_form_and_nothing_else(seen):
+    found = clean({**seen, "action": np.zeros(3), "timestamp": 1.5})
+    assert set(found) == set(seen)
+    np.testing.assert_array_equal(found[BASE], seen[BASE])
+    assert found["observation.state"].dtype == np.float32
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_floats_from_0_to_1_are_bytes_as_openpi_makes_them(seen, dtype):
+    given = (seen[BASE] / 255).astype(dtype)
+    found = clean({**seen, BASE: given})[BASE]
+    assert found.dtype == np.uint8
+    np.testing.assert_array_equal(found, (255 * given).astype(np.uint8))
+
+
+def test_colours_may_come_first(seen):
+    found = clean({**seen, BASE: np.moveaxis(seen[BASE], -1, 0)})
+    np.testing.assert_array_equal(found[BASE], seen[BASE])
+    # Three rows of pixels are a picture as they stand.
+    flat = seen[BASE][:3]
+    np.testing.assert_array_equal(clean({**seen, BASE: flat})[BASE], flat)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        (BASE, np.zeros((8, 8, 3), np.int64), "must be uint8, or floats in .0, 1., got int64"),
+        (BASE, np.full((8, 8, 3), 200.0), "float64 picture from 200 to 200: floats must lie in"),
+        (BASE, np.full((8, 8, 3), -1.0), r"picture from -1 to -1"),
+        (BASE, np.full((8, 8, 3), np.nan), "picture from nan to nan"),
+        (BASE, np.zeros((8, 8), np.uint8), r"one RGB picture.* got the shape \(8, 8\)"),
+        (BASE, np.zeros((8, 8, 4), np.uint8), r"got the shape \(8, 8, 4\)"),
+        (BASE, np.zeros((1, 8, 8, 3), np.uint8), r"got the shape \(1, 8, 8, 3\)"),
+        (BASE, np.zeros((0, 8, 3), np.uint8), r"got the shape \(0, 8, 3\)"),
+        ("observation.state", np.zeros(4), r"must have 3 dimensions .* another robot's"),
+        (
+            "observation.state",
+            np.zeros((1, 3)),
+            r"vector of numbers, got float64 of shape \(1, 3\)",
+        ),
+        ("observation.state", ["a", "b", "c"], "must be a vector of numbers, got <U1"),
+        ("observation.state", [0, np.nan, np.inf], r"not finite: nan in dimension \[1, 2\]"),
+        ("task", ["touch the red block"], "'task' must be the instruction as a str, got list"),
+        ("task", b"touch", "as a str, got bytes"),
+    ],
+)
+def test_what_cannot_be_meant_names_its_key(seen, key, value, said):
+    with pytest.raises(ValueError, match=said) as caught:
+        clean({**seen, key: value})
+    assert key in str(caught.value)
+
+
+def test_everything_missing_is_named_at_once_with_what_is_there(seen):
+    said = (
+        r"lacks camera 'observation\.images\.base' \(the model's base_0_rgb\), state "
+        r"'observation\.state', prompt 'task' \(or give the policy a prompt=\).* only "
+        r"\['observation\.images\.wrist'\]"
+    )
+    with pytest.raises(ValueError, match=said):
+        clean({"observation.images.wrist": seen["observation.images.wrist"]})
+    with pytest.raises(ValueError, match=r"got list; for several at once there is infer_batch"):
+        clean([seen])
+
+
+def test_prompts_come_from_the_robot_or_the_observation_or_the_policy(seen):
+    unsaid = {key: value for key, value in seen.items() if key != "task"}
+    assert clean(unsaid, prompt="wait")["task"] == "wait"
+    assert clean(seen, prompt="wait")["task"] == "touch the red block"
+    assert clean({**seen, "task": np.array("go")})["task"] == "go"
+    always = dataclasses.replace(robots.TURNTABLE, prompt="dance")
+    assert "task" not in clean(unsaid, always)
+
+
+def test_a_state_in_parts_is_checked_as_a_whole():
+    picture = np.zeros((8, 8, 3), np.uint8)
+    seen = dict.fromkeys(robots.DROID.cameras.values(), picture) | {"task": "go"}
+    parts = {"joint_position": np.arange(7), "gripper_position": 0.5}
+    found = clean({**seen, **parts}, robots.DROID)
+    np.testing.assert_array_equal(robots.DROID.state(found), [*range(7), 0.5])
+    with pytest.raises(ValueError, match=r"'joint_position' \+ 'gripper_position' must have 8"):
+        clean({**seen, **parts, "joint_position": np.arange(6)}, robots.DROID)

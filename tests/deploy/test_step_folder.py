@@ -1,0 +1,128 @@
+"""Which step of a run is read, and policies from folders that say less than ours."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from shallow_pi.data import normalize, robots
+from shallow_pi.deploy import policy, step_folder
+from shallow_pi.models import weights
+
+
+@pytest.fixture
+def run(tmp_path):
+    for step in ("2", "10", "9"):
+        (tmp_path / "first" / step / "assets").mkdir(parents=True)
+    return tmp_path / "first"
+
+
+@pytest.fixture(scope="module")
+def openpis(own, params, tmp_path_factory):
+    """A step folder as openpi writes it: parameters and statistics. Tests must not change it."""
+    folder = tmp_path_factory.mktemp("openpi") / "29999"
+    weights.save_params(folder / "params", params)
+    normalize.save(folder / "assets" / "org" / "turntable", own.stats)
+    return folder
+
+
+def fields(own):
+    return {"action_horizon": 5, "max_token_len": 7, "dtype": "float32"} | {
+        "cameras": own.model.cameras
+    }
+
+
+def test_a_run_stands_for_its_last_step_or_the_one_asked_for(run):
+    assert step_folder.find(run) == run / "10"
+    assert step_folder.find(run, 9) == run / "9"
+    assert step_folder.find(run, "2") == run / "2"
+    (run / "best.json").write_text(json.dumps({"step": 9, "loss": 0.1}))
+    assert step_folder.find(run, "best") == run / "9"
+    # A step folder is itself, and so is its params folder.
+    assert step_folder.find(run / "2") == step_folder.find(run / "2", 2) == run / "2"
+    assert step_folder.find(run / "2" / "params") == run / "2"
+
+
+def test_a_step_that_is_not_there_says_which_are(run):
+    with pytest.raises(FileNotFoundError, match=r"no step 3 .*there are 2, 9, 10 in"):
+        step_folder.find(run, 3)
+    with pytest.raises(FileNotFoundError, match=r"no best\.json in .*take the last one"):
+        step_folder.find(run, "best")
+    with pytest.raises(ValueError, match="'last', 'best' or a number, got 'first'"):
+        step_folder.find(run, "first")
+    with pytest.raises(ValueError, match=r"step best was asked for, and .* is not the folder of"):
+        step_folder.find(run / "2", "best")
+    (run / "best.json").write_text(json.dumps({"step": 4}))
+    with pytest.raises(FileNotFoundError, match=r"no step 4 \(asked for: best\)"):
+        step_folder.find(run, "best")
+    (run / "best.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"best\.json is damaged"):
+        step_folder.find(run, "best")
+
+
+def test_a_folder_of_openpis_is_the_same_policy_once_its_robot_is_known(own, params, openpis):
+    observation = {
+        key: np.full((24, 24, 3), 100, np.uint8) for key in robots.TURNTABLE.cameras.values()
+    } | {"observation.state": np.ones(3, np.float32), "task": "touch the red block"}
+    found = policy.Policy.from_checkpoint(
+        openpis,
+        robot="turntable",
+        tokenizer=own.tokenizer,
+        num_steps=2,
+        warm_up=False,
+        **fields(own),
+    )
+    assert found.assets.model == dataclasses.replace(own.model, remat=True)
+    assert found.assets.asset_id == "org/turntable"
+    expected = policy.Policy(own, params, num_steps=2).infer(observation)["actions"]
+    np.testing.assert_allclose(found.infer(observation)["actions"], expected, atol=1e-6)
+
+
+def test_what_no_shape_tells_is_openpis_default(own, openpis, tiny_config, tiny_params, tmp_path):
+    asked = {"robot": robots.TURNTABLE, "tokenizer": own.tokenizer}
+    model = step_folder.assets(openpis, **asked).model
+    assert (model.pi05, model.depth, model.action_dim) == (False, 2, 6)
+    assert (model.action_horizon, model.max_token_len, model.dtype) == (50, 48, "bfloat16")
+    weights.save_params(tmp_path / "params", tiny_params(tiny_config(pi05=True, vocab_size=320)))
+    shutil.copytree(openpis / "assets", tmp_path / "assets")
+    model = step_folder.assets(tmp_path, **asked, action_horizon=10).model
+    assert (model.pi05, model.discrete_state_input) == (True, True)
+    assert (model.action_horizon, model.max_token_len) == (10, 200)
+
+
+def test_openpis_folder_without_a_robot_or_tokenizer_or_statistics_is_an_error(own, openpis):
+    with pytest.raises(ValueError, match=r"no assets/shallow_pi\.json.* Give robot=.*'turntable'"):
+        policy.Policy.from_checkpoint(openpis)
+    with pytest.raises(FileNotFoundError, match=r"vocabulary of 320 is not PaliGemma's: give tok"):
+        step_folder.assets(openpis, robot="turntable")
+    with pytest.raises(FileNotFoundError, match=r"no statistics of 'other' .*\['org/turntable'\]"):
+        step_folder.assets(openpis, robot="turntable", asset_id="other")
+    with pytest.raises(ValueError, match=r"a model has no \['horizon'\]; it has \['action_dim'"):
+        step_folder.assets(openpis, robot="turntable", horizon=3)
+    with pytest.raises(ValueError, match=r"unknown robot 'turntabel'; .*did you mean 'turntable'"):
+        step_folder.assets(openpis, robot="turntabel")
+
+
+def test_one_of_several_statistics_is_the_robots_or_the_one_named(own, openpis, tmp_path):
+    shutil.copytree(openpis, tmp_path / "1")
+    shutil.move(tmp_path / "1/assets/org", tmp_path / "1/assets/first")
+    shutil.copytree(tmp_path / "1/assets/first/turntable", tmp_path / "1/assets/second")
+    asked = {"robot": robots.TURNTABLE, "tokenizer": own.tokenizer}
+    assert step_folder.assets(tmp_path / "1", **asked).asset_id == "first/turntable"
+    assert step_folder.assets(tmp_path / "1", **asked, asset_id="second").asset_id == "second"
+    renamed = {**asked, "robot": dataclasses.replace(robots.TURNTABLE, name="mine")}
+    with pytest.raises(FileNotFoundError, match=r"'mine' .*\['first/turntable', 'second'\]"):
+        step_folder.assets(tmp_path / "1", **renamed)
+    assert step_folder.assets(openpis, **renamed).asset_id == "org/turntable"
+
+
+def test_a_trained_robot_may_be_given_other_names_but_no_other_units(own, params, tmp_path):
+    weights.save_params(tmp_path / "params", params)
+    own.save(tmp_path / "assets")
+    renamed = dataclasses.replace(robots.TURNTABLE, name="mine", state_key="q", prompt_key="say")
+    assert step_folder.assets(tmp_path, robot=renamed).robot == renamed
+    absolute = dataclasses.replace(robots.TURNTABLE, name="absolute", delta=())
+    with pytest.raises(ValueError, match=r"absolute has other units: delta is .*, given \(\)"):
+        step_folder.assets(tmp_path, robot=absolute)
