@@ -1,0 +1,152 @@
+"""Serve a policy to robots, with openpi's protocol; neither openpi nor torch is needed.
+
+uv run scripts/serve_policy.py --policy.dir checkpoints/pi0_turntable_l6/first
+
+Any openpi client drives it unchanged, from the same machine:
+
+    from openpi_client import websocket_client_policy
+    policy = websocket_client_policy.WebsocketClientPolicy("127.0.0.1", 8000)
+    actions = policy.infer(observation)["actions"]  # (action horizon, robot's dimensions)
+
+`observation` has the robot's keys, pictures as uint8; `policy.get_server_metadata()` lists them. A
+page at http://127.0.0.1:8000/ shows cameras, actions, latency and errors; /metrics is for
+Prometheus, /healthz for whoever starts servers. Ctrl-C or SIGTERM ends it after the running
+inference, a second one at once.
+
+For robots on other machines open it, with a key that clients give as `api_key=`:
+
+    SHALLOW_PI_API_KEY=... uv run scripts/serve_policy.py --policy.dir ... --host 0.0.0.0
+
+--record DIR keeps observations and actions, a file a connection; read them with
+`shallow_pi.deploy.recorder.read`.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import os
+import pathlib
+import sys
+from collections.abc import Sequence
+
+import tyro
+
+from shallow_pi.deploy import policy, recorder, server, server_config
+from shallow_pi.training import config, distributed
+
+KEY_VARIABLE = "SHALLOW_PI_API_KEY"
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyArguments:
+    """Which policy."""
+
+    # A step folder, a run's folder (its last step is taken), or a step folder of openpi's.
+    dir: str
+    # Which step of a run: last, best (on held-out episodes) or its number.
+    step: str = "last"
+    # Integration steps of the sampler.
+    num_steps: int = 10
+    # Seed of the noise.
+    seed: int = 0
+    # For a folder of openpi's: which robot it is for, a name or a file with a ROBOT.
+    robot: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """What to serve, and where."""
+
+    policy: PolicyArguments
+    # Address to listen on; 0.0.0.0 opens the server to the network.
+    host: str = "127.0.0.1"
+    # Port; 0 takes a free one.
+    port: int = 8000
+    # What to do where an observation does not say.
+    prompt: str = ""
+    # File with the key clients must give; without it, the variable SHALLOW_PI_API_KEY; without
+    # both, no key is asked for.
+    api_key_file: str = ""
+    # Certificate chain for wss://, a PEM file.
+    tls_cert: str = ""
+    # Private key of the certificate, a PEM file.
+    tls_key: str = ""
+    # Folder to keep observations and actions in.
+    record: str = ""
+    # Recording ends after this many gigabytes.
+    record_limit_gb: float = 20.0
+    # Largest observation, MiB.
+    max_request_mb: int = 64
+    # Clients at once; one more is answered 503.
+    max_clients: int = 32
+    # Observations that may wait for their turn; one more is refused.
+    max_waiting: int = 16
+
+    def create(self) -> server_config.ServerConfig:
+        """The server's config, with the key that was given."""
+        shared = {field.name for field in dataclasses.fields(server_config.ServerConfig)}
+        given = {name: getattr(self, name) for name in shared - {"api_key"}}
+        return server_config.ServerConfig(**given, api_key=_api_key(self.api_key_file))
+
+
+def _api_key(path: str) -> str:
+    if not path:
+        return os.environ.get(KEY_VARIABLE, "")
+    file = pathlib.Path(path).expanduser()
+    if not file.is_file():
+        raise FileNotFoundError(f"no API key file {file}; expected one line with the key")
+    if not (key := file.read_text(encoding="utf-8").strip()):
+        raise ValueError(f"the API key file {file} is empty; expected one line with the key")
+    return key
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Load, warm up, serve until stopped."""
+    given = tyro.cli(Arguments, args=arguments, description=__doc__)
+    # Over what the libraries set up when they are imported.
+    line = "%(asctime)s %(levelname)s %(message)s"
+    logging.basicConfig(format=line, level=logging.WARNING, force=True)
+    logging.getLogger("shallow_pi").setLevel(logging.INFO)
+    with config.exit_on(), contextlib.ExitStack() as stack:
+        serving = given.create()
+        serving.check()
+        distributed.cache_compilations()
+        chosen = policy.Policy.from_checkpoint(
+            given.policy.dir,
+            step=given.policy.step,
+            num_steps=given.policy.num_steps,
+            seed=given.policy.seed,
+            robot=given.policy.robot or None,
+            prompt=given.prompt or None,
+        )
+        record = None
+        if given.record:
+            limit = int(given.record_limit_gb * 1e9)
+            record = recorder.Recorder(given.record, chosen.metadata, limit_bytes=limit)
+            stack.callback(record.close)
+        server.run(chosen, serving, ready=lambda url: _ready(url, serving, chosen), record=record)
+
+
+def _ready(url: str, serving: server_config.ServerConfig, chosen: policy.Policy) -> None:
+    """Say where to connect, and how."""
+    found = chosen.metadata
+    keys = [*found["cameras"].values(), *found["state_keys"], found["prompt_key"]]
+    host, port = url.rsplit(":", 1)
+    there = host if serving.tls_cert else host.removeprefix("ws://")
+    there = there.replace("0.0.0.0", "<this machine's address>")
+    key = ', api_key="..."' if serving.api_key else ""
+    print(
+        f"{found['model']} of {found['depth']} layers for {found['robot']} on {url}, page at "
+        f"http{url.removeprefix('ws')}/\n"
+        f"an observation has {', '.join(map(repr, keys))}; a client is\n"
+        "    from openpi_client import websocket_client_policy\n"
+        "    policy = websocket_client_policy.WebsocketClientPolicy("
+        f'"{there}", {port}{key})\n'
+        f'    actions = policy.infer(observation)["actions"]  '
+        f"# ({found['action_horizon']}, {found['action_dim']})",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

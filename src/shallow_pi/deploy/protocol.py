@@ -1,0 +1,170 @@
+"""openpi's wire format: msgpack, in which an array is a map of its bytes, dtype and shape.
+
+`pack` writes and `unpack` reads what `openpi_client.msgpack_numpy` reads and writes. Nothing is
+ever unpickled, and what comes from a client is bounded before memory is spent on it: dtypes are
+numbers, booleans and text, an array is as long as its bytes, and depth and number of items are
+limited. Arrays are read-only views of the message.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import msgpack
+import numpy as np
+
+# What an observation may hold: entries of all its maps and lists together, and levels of them.
+# Pictures and states are arrays, which count as one.
+MAX_ITEMS = 65_536
+MAX_DEPTH = 16
+MAX_ARRAY_AXES = 8
+
+_DTYPE = re.compile(r"[<>|=]?(b1|\?|[iu][1248]|f[248]|[US]\d{1,5})")
+_ARRAY, _SCALAR = b"__ndarray__", b"__npgeneric__"
+# Python types a NumPy scalar is built from, by the kind of its dtype.
+_SCALAR_TYPES: dict[str, tuple[type, ...]] = {
+    "b": (bool,),
+    "i": (int,),
+    "u": (int,),
+    "f": (int, float),
+    "U": (str,),
+    "S": (bytes,),
+}
+_PLAIN = (str, bytes, bool, int, float, np.ndarray, np.generic, type(None))
+
+
+def pack(value: Any) -> bytes:
+    """msgpack of maps, lists, text, numbers and NumPy arrays and scalars.
+
+    Raises:
+      ValueError: an array of objects, records or complex numbers.
+      TypeError: something else msgpack does not know.
+    """
+    packed: bytes = msgpack.packb(value, default=_pack_numpy)
+    return packed
+
+
+def unpack(message: bytes, *, max_items: int = MAX_ITEMS, max_depth: int = MAX_DEPTH) -> Any:
+    """The inverse of `pack`.
+
+    Raises:
+      ValueError: not msgpack, cut short, too much in it, or a map that claims to be an array and
+        is none; the message says which.
+    """
+    count = _Counter(max_items)
+    try:
+        value = msgpack.unpackb(
+            message,
+            object_hook=lambda found: _unpack_numpy(count(found)),
+            list_hook=count,
+            ext_hook=_refuse_extension,
+            max_array_len=max_items,
+            max_map_len=max_items,
+        )
+    except (msgpack.UnpackException, ValueError, TypeError, OverflowError) as error:
+        why = str(error) or type(error).__name__
+        raise ValueError(f"not a readable msgpack message: {why}") from error
+    _check(value, max_depth)
+    return value
+
+
+class _Counter:
+    """Counts the entries of lists and maps as they are read, and stops at a limit."""
+
+    def __init__(self, limit: int) -> None:
+        self._left = self._limit = limit
+
+    def __call__(self, found: Any) -> Any:
+        self._left -= len(found)
+        if self._left < 0:
+            raise ValueError(
+                f"more than {self._limit} entries in lists and maps; send pictures and states as "
+                "arrays"
+            )
+        return found
+
+
+def _pack_numpy(value: Any) -> Any:
+    if not isinstance(value, np.ndarray | np.generic):
+        raise TypeError(f"cannot send a {type(value).__name__}; send text, numbers and arrays")
+    if not _DTYPE.fullmatch(value.dtype.str):
+        raise ValueError(f"cannot send dtype {value.dtype}; send booleans, numbers or text")
+    if isinstance(value, np.generic):
+        return {_SCALAR: True, b"data": value.item(), b"dtype": value.dtype.str}
+    return {
+        _ARRAY: True,
+        b"data": value.tobytes(),
+        b"dtype": value.dtype.str,
+        b"shape": value.shape,
+    }
+
+
+def _unpack_numpy(found: dict[Any, Any]) -> Any:
+    if _ARRAY in found:
+        return _array(found)
+    if _SCALAR in found:
+        dtype, value = _dtype(found), found.get(b"data")
+        if not isinstance(value, _SCALAR_TYPES[dtype.kind]):
+            raise ValueError(f"a {dtype} scalar cannot hold a {type(value).__name__}")
+        if isinstance(value, int) and dtype.kind in "iu" and not _fits(value, dtype):
+            raise ValueError(f"a {dtype} scalar cannot hold {value}")
+        with np.errstate(over="ignore"):
+            return dtype.type(value)
+    return found
+
+
+def _fits(value: int, dtype: np.dtype[Any]) -> bool:
+    return bool(np.iinfo(dtype).min <= value <= np.iinfo(dtype).max)
+
+
+def _dtype(found: Mapping[Any, Any]) -> np.dtype[Any]:
+    name = found.get(b"dtype")
+    if not isinstance(name, str) or not _DTYPE.fullmatch(name):
+        raise ValueError(
+            f"an array of dtype {str(name)[:40]!r} is refused; send booleans, numbers or text"
+        )
+    return np.dtype(name)
+
+
+def _array(found: Mapping[Any, Any]) -> np.ndarray:
+    dtype, shape, data = _dtype(found), found.get(b"shape"), found.get(b"data")
+    if not isinstance(data, bytes):
+        raise ValueError(f"an array's data must be bytes, got {type(data).__name__}")
+    if (
+        not isinstance(shape, list)
+        or len(shape) > MAX_ARRAY_AXES
+        or not all(type(n) is int and 0 <= n < 2**48 for n in shape)
+    ):
+        raise ValueError(
+            f"an array's shape must be at most {MAX_ARRAY_AXES} lengths, got {str(shape)[:80]}"
+        )
+    if math.prod(shape) * dtype.itemsize != len(data):
+        raise ValueError(
+            f"an array of shape {shape} and dtype {dtype} needs "
+            f"{math.prod(shape) * dtype.itemsize} bytes, got {len(data)}"
+        )
+    return np.ndarray(shape, dtype, data)
+
+
+def _refuse_extension(code: int, _: bytes) -> Any:
+    raise ValueError(f"msgpack extension type {code} is refused")
+
+
+def _check(value: Any, levels: int) -> None:
+    """Refuse what is nested too deep, and anything but plain values under names."""
+    if isinstance(value, dict):
+        for name in value:
+            if not isinstance(name, str):
+                raise ValueError(f"names must be text, got {str(name)[:60]}")
+        inner = list(value.values())
+    elif isinstance(value, list):
+        inner = value
+    elif isinstance(value, _PLAIN):
+        return
+    else:
+        raise ValueError(f"a {type(value).__name__} is refused; send text, numbers and arrays")
+    if levels <= 0:
+        raise ValueError("lists and maps are nested too deep")
+    for part in inner:
+        _check(part, levels - 1)

@@ -1,0 +1,237 @@
+"""What a server has been doing: Prometheus metrics, and the recent past for its page.
+
+`Telemetry` is told of every client, answer and failure by the server, on its event loop, and never
+asks anything of the policy. A robot does not report what it executed; an executed step here is a
+step of a chunk that was due, at the robot's frequency, before the client's next observation came.
+"""
+
+import collections
+import dataclasses
+import itertools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import prometheus_client
+from jaxtyping import Float
+
+# Kept for the page.
+SERVED, FAILURES, CHUNKS = 500, 20, 12
+_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+# Seconds a failure keeps the page red.
+ALARM = 10.0
+
+Kind = Literal["message", "observation", "too_large", "busy", "unauthorized", "internal"]
+Level = Literal["good", "idle", "warn", "bad"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """A predicted chunk and where it belongs on its client's axis of control steps."""
+
+    # Control step of its first action.
+    start: int
+    # (ah, rd).
+    actions: Float[np.ndarray, "ah rd"]
+    # The state it was predicted from, where one was found.
+    state: np.ndarray | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Served:
+    """One answered observation; times in milliseconds, `at` in seconds of `clock`."""
+
+    at: float
+    client: int
+    queue_ms: float
+    infer_ms: float
+    total_ms: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """One observation or connection that was refused."""
+
+    at: float
+    client: str
+    kind: Kind
+    text: str
+
+
+@dataclasses.dataclass
+class Client:
+    """A connection that sends observations."""
+
+    number: int
+    address: str
+    since: float
+    requests: int = 0
+    # When it last sent an observation; it is the start while it has sent none.
+    last: float = 0.0
+    observation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    chunks: collections.deque[Chunk] = dataclasses.field(
+        default_factory=lambda: collections.deque(maxlen=CHUNKS)
+    )
+
+
+class Telemetry:
+    """Counts and remembers.
+
+    Args:
+      metadata: the policy's; `fps` and `action_horizon` give the time a chunk lasts.
+      clock: seconds, for tests.
+    """
+
+    def __init__(
+        self, metadata: Mapping[str, Any], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.metadata, self.clock = dict(metadata), clock
+        self.fps = float(metadata.get("fps") or 0)
+        self.clients: dict[int, Client] = {}
+        self.served: collections.deque[Served] = collections.deque(maxlen=SERVED)
+        self.failures: collections.deque[Failure] = collections.deque(maxlen=FAILURES)
+        self.waiting = 0
+        self.requests = self.errors = 0
+        # Rises with everything that happens, so that a page is sent only what is new.
+        self.version = 0
+        self._numbers = itertools.count(1)
+        self.start = clock()
+        self.registry = registry = prometheus_client.CollectorRegistry()
+        self._requests = prometheus_client.Counter(
+            "shallow_pi_requests", "Observations answered with actions.", registry=registry
+        )
+        self._errors = prometheus_client.Counter(
+            "shallow_pi_errors", "What was refused or failed.", ["kind"], registry=registry
+        )
+        self._clients = prometheus_client.Gauge(
+            "shallow_pi_clients", "Connections that send observations.", registry=registry
+        )
+        self._queue = prometheus_client.Gauge(
+            "shallow_pi_queue_length", "Observations that wait for inference.", registry=registry
+        )
+        self._seconds = {
+            name: prometheus_client.Histogram(
+                f"shallow_pi_{name}_seconds", text, buckets=_BUCKETS, registry=registry
+            )
+            for name, text in (
+                ("request", "From an observation's arrival to its answer."),
+                ("queue", "Of it, until inference began."),
+                ("inference", "Of it, in the policy."),
+            )
+        }
+        self._clients.set_function(lambda: len(self.clients))
+        self._queue.set_function(lambda: self.waiting)
+        for kind in ("message", "observation", "too_large", "busy", "unauthorized", "internal"):
+            self._errors.labels(kind)  # There from the start, at zero.
+
+    @property
+    def chunk_seconds(self) -> float | None:
+        """How long the actions of one chunk last on the robot, where its frequency is known."""
+        horizon = float(self.metadata.get("action_horizon") or 0)
+        return horizon / self.fps if self.fps > 0 and horizon > 0 else None
+
+    def exposition(self) -> bytes:
+        """The metrics in Prometheus' text format."""
+        return prometheus_client.generate_latest(self.registry)
+
+    def connect(self, address: str) -> Client:
+        """A new client."""
+        now = self.clock()
+        client = Client(next(self._numbers), address, now, last=now)
+        self.clients[client.number] = client
+        self.version += 1
+        return client
+
+    def disconnect(self, client: Client) -> None:
+        """It left."""
+        del self.clients[client.number]
+        self.version += 1
+
+    def answer(
+        self,
+        client: Client,
+        observation: Mapping[str, Any],
+        actions: Float[np.ndarray, "ah rd"],
+        *,
+        queue_ms: float,
+        infer_ms: float,
+        total_ms: float,
+    ) -> None:
+        """An observation that was answered."""
+        now = self.clock()
+        client.chunks.append(
+            Chunk(
+                self._next_step(client, now - total_ms / 1000, len(actions)),
+                actions,
+                find_state(observation, self.metadata.get("state_keys") or ()),
+            )
+        )
+        client.observation, client.last = observation, now - total_ms / 1000
+        client.requests += 1
+        self.requests += 1
+        self.version += 1
+        self.served.append(Served(now, client.number, queue_ms, infer_ms, total_ms))
+        self._requests.inc()
+        for name, ms in (("request", total_ms), ("queue", queue_ms), ("inference", infer_ms)):
+            self._seconds[name].observe(ms / 1000)
+
+    def fail(self, kind: Kind, client: str, text: str) -> None:
+        """Something that was refused or went wrong."""
+        self.errors += 1
+        self.version += 1
+        self.failures.append(Failure(self.clock(), client, kind, text))
+        self._errors.labels(kind).inc()
+
+    def _next_step(self, client: Client, arrived: float, horizon: int) -> int:
+        """Where a chunk begins: as many steps on as were due since the observation before."""
+        if not client.chunks:
+            return 0
+        due = round((arrived - client.last) * self.fps)
+        return client.chunks[-1].start + min(max(due, 1), horizon)
+
+    def health(self) -> tuple[Level, str]:
+        """What a person beside the robot must know, worst first."""
+        now = self.clock()
+        # A stranger's key is no concern of the robot's.
+        failures = [f for f in self.failures if f.kind != "unauthorized"]
+        if failures and now - failures[-1].at < ALARM:
+            return "bad", f"Refused: {failures[-1].text.strip().splitlines()[-1]}"
+        if not self.clients:
+            return "idle", "Ready; no robot is connected"
+        recent = [s.total_ms for s in self.served if now - s.at < ALARM]
+        if not recent:
+            silent = now - max(client.last for client in self.clients.values())
+            if not any(client.requests for client in self.clients.values()):
+                return "idle", "Connected; no observation has come yet"
+            return "warn", f"Silent: no observation for {silent:.0f} s"
+        slow = float(np.percentile(recent, 95))
+        lasts = self.chunk_seconds
+        compared = f"answers take up to {slow:.0f} ms"
+        if lasts is not None:
+            compared += f", a chunk lasts {1000 * lasts:.0f} ms"
+        if lasts is not None and slow > 1000 * lasts:
+            return "warn", f"Too slow: {compared}"
+        return "good", f"Running: {compared}"
+
+
+def flatten(observation: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested maps as one, names joined by a slash."""
+    flat: dict[str, Any] = {}
+    for name, value in observation.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{name}/")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def find_state(observation: Mapping[str, Any], keys: Sequence[str]) -> np.ndarray | None:
+    """The state out of an observation, float32; None where a part of it is not there."""
+    flat = flatten(observation)
+    if not keys or not all(key in flat for key in keys):
+        return None
+    try:
+        return np.concatenate([np.asarray(flat[key], np.float32).reshape(-1) for key in keys])
+    except ValueError:
+        return None

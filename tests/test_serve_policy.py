@@ -1,0 +1,156 @@
+"""The command that serves a policy, the one that loads it, and what they say."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from shallow_pi.deploy import recorder
+
+ROOT = pathlib.Path(__file__).parents[1]
+POLICY = ROOT / "assets" / "pi0_turntable"
+
+
+def command(name):
+    """A script's module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    # The command line reads the comments of its dataclasses.
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def failing(capsys):
+    """Calls a script's `main`: (exit status, stdout, stderr)."""
+
+    def call(name, *arguments):
+        with pytest.raises(SystemExit) as exit_:
+            command(name).main(arguments)
+        said = capsys.readouterr()
+        return exit_.value.code, said.out, said.err
+
+    return call
+
+
+def serve(*arguments, key=""):
+    """The real command in a process of its own, once it can be connected to: (process, said)."""
+    process = subprocess.Popen(
+        [sys.executable, "scripts/serve_policy.py", "--policy.dir", POLICY, "--port", "0"]
+        + [str(argument) for argument in arguments],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "SHALLOW_PI_API_KEY": key},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    said = []
+    for line in process.stdout:
+        said.append(line)
+        if "actions = policy.infer" in line:
+            return process, "".join(said)
+    raise AssertionError(f"it ended with {process.wait()}: {''.join(said)}")
+
+
+def test_a_packaged_policy_is_served_loaded_recorded_and_stopped(tmp_path):
+    pytest.importorskip("openpi_client", reason="no openpi-client here")
+    process, said = serve("--record", tmp_path / "kept", key="secret")
+    try:
+        url = re.search(r"ws://[\d.:]+", said).group()
+        assert said.startswith("pi0 of 18 layers for turntable on ws://127.0.0.1:")
+        assert f"page at {url.replace('ws', 'http')}/" in said
+        assert "'observation.images.base', 'observation.images.wrist'" in said
+        assert 'api_key="..."' in said
+        # What it prints works as it stands.
+        lines = [line.strip() for line in said.splitlines()[2:]]
+        example = [
+            "import warnings; warnings.simplefilter('ignore')",
+            "import numpy as np",
+            "picture = np.zeros((48, 48, 3), np.uint8)",
+            "observation = {'observation.images.base': picture, 'observation.state': np.zeros(3),",
+            "    'observation.images.wrist': picture, 'task': 'touch the red block'}",
+            *lines,
+            "print(actions.shape)",
+        ]
+        example = "\n".join(example).replace('"..."', '"secret"')
+        run = [sys.executable, "-c", example]
+        found = subprocess.run(run, capture_output=True, text=True, timeout=60)
+        assert found.stdout == "(10, 3)\n", found.stderr
+        load = ["--url", url, "--clients", "3", "--seconds", "1", "--picture-size", "48"]
+        found = subprocess.run(
+            [sys.executable, "scripts/load_test.py", *load],
+            **{"cwd": ROOT, "capture_output": True, "text": True, "timeout": 60},
+            env=os.environ | {"SHALLOW_PI_API_KEY": "secret"},
+        )
+        result = json.loads(found.stdout)
+        assert result["errors"] == 0
+        assert result["requests"] >= 3 * result["fewest_of_a_client"] > 0
+        assert 0 < result["p50_ms"] <= result["p95_ms"] <= result["p99_ms"] <= result["max_ms"]
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+        process.stdout.close()
+    counts = [len(list(recorder.read(file))) for file in (tmp_path / "kept").iterdir()]
+    assert len(counts) == 4
+    assert sum(counts) == 1 + result["requests"]
+
+
+def test_help_teaches(failing):
+    status, said, _ = failing("serve_policy", "--help")
+    assert status == 0
+    for words in ("websocket_client_policy", "0.0.0.0 opens the server", "recorder.read"):
+        assert words in said
+    assert "Answers a second" not in said
+    status, said, _ = failing("load_test", "--help")
+    assert status == 0
+    assert "random observations" in " ".join(said.split())
+
+
+def test_a_port_in_use_is_known_before_the_policy_is_loaded(failing):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        found = failing("serve_policy", "--policy.dir", "nowhere", "--port", str(port))
+    assert found[0] == 1
+    assert f"error: port {port} of 127.0.0.1 is in use" in found[2]
+
+
+def test_what_is_missing_is_named(failing, tmp_path):
+    (tmp_path / "empty").write_text("\n")
+    for arguments, why in (
+        (["--policy.dir", tmp_path / "absent"], "error: .*absent"),
+        (["--api-key-file", tmp_path / "absent"], "error: no API key file .*absent; expected one"),
+        (["--api-key-file", tmp_path / "empty"], "error: the API key file .* is empty"),
+        (["--tls-cert", "a.pem"], "error: TLS needs a certificate and its key"),
+        (["--tls-cert", "a.pem", "--tls-key", "b.pem"], "error: no TLS file a.pem"),
+    ):
+        given = ["--policy.dir", POLICY, "--port", "0", *arguments]
+        status, _, said = failing("serve_policy", *map(str, given))
+        assert status == 1
+        assert re.search(why, said), said
+
+
+def test_the_key_comes_from_its_file_before_the_variable(monkeypatch, tmp_path):
+    script = command("serve_policy")
+    monkeypatch.setenv("SHALLOW_PI_API_KEY", "of the variable".replace(" ", "-"))
+    (tmp_path / "key").write_text("of-the-file\n")
+    given = script.Arguments(script.PolicyArguments("nowhere"))
+    assert given.create().api_key == "of-the-variable"
+    given = script.Arguments(script.PolicyArguments("nowhere"), api_key_file=str(tmp_path / "key"))
+    assert given.create().api_key == "of-the-file"
+
+
+def test_a_load_test_of_nothing_says_so(failing):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    status, said, wrong = failing("load_test", "--url", f"ws://127.0.0.1:{port}", "--seconds", "1")
+    assert status == 1
+    assert not said
+    assert wrong.splitlines()[-1].startswith("error: ")
