@@ -12,7 +12,7 @@ from openpi import transforms as openpi_transforms
 from openpi.training import config as openpi_config
 
 from shallow_pi.data import robots
-from shallow_pi.interop import openpi_configs
+from shallow_pi.interop import openpi_configs, openpi_data
 from shallow_pi.models import pi0
 
 
@@ -79,7 +79,9 @@ def test_the_teacher_is_what_openpi_publishes_or_ones_own_run():
         ("pi05_libro", "not found. Did you mean"),
     ],
 )
-def test_what_cannot_be_taken_over_is_refused_with_the_reason(name, reason):
+def test_what_cannot_be_taken_over_is_refused_with_the_reason(monkeypatch, name, reason):
+    """Without LeRobot, openpi's loader cannot run what no robot of ours says."""
+    monkeypatch.setattr(openpi_data, "available", lambda _: False)
     with pytest.raises(ValueError, match=reason):
         openpi_configs.experiment(name)
 
@@ -90,11 +92,16 @@ def test_other_transforms_than_a_known_robots_are_refused(monkeypatch):
     data = dataclasses.replace(source.data, data_transforms=lambda _: group)
     changed = dataclasses.replace(source, data=data)
     monkeypatch.setitem(openpi_config._CONFIGS_DICT, "mine", changed)
+    monkeypatch.setattr(openpi_data, "available", lambda _: False)
     with pytest.raises(ValueError, match=r"mine cannot be taken over: .* SimpleDataConfig"):
         openpi_configs.experiment("mine")
 
 
-def test_every_config_of_openpi_is_taken_over_or_refused():
+@pytest.mark.parametrize("lerobot", [False, True])
+def test_every_config_of_openpi_is_taken_over_or_refused(monkeypatch, lerobot):
+    """With openpi's loader, all but π0-FAST and what only RLDS reads or nobody can."""
+    if not lerobot:
+        monkeypatch.setattr(openpi_data, "available", lambda _: False)
     refused = {}
     for name in openpi_config._CONFIGS_DICT:
         try:
@@ -104,3 +111,5 @@ def test_every_config_of_openpi_is_taken_over_or_refused():
     taken = set(openpi_config._CONFIGS_DICT) - set(refused)
     assert {"pi0_libero", "pi05_libero", "pi0_droid", "debug", "debug_pi05"} <= taken
     assert all(name in reason for name, reason in refused.items())
+    if lerobot:
+        assert "pi0_aloha_pen_uncap" in taken

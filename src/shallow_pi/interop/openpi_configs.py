@@ -1,15 +1,15 @@
 """openpi's training configs as experiments of ours, by name.
 
-Taken over are the model and what its data path does to a robot's recordings, where a `Robot` can
-say the same; any other config is refused with the part that cannot be said. Losses, schedule and
-batch size are those of the method.
+Taken over are the model and the data: samples come from openpi's own loader where it can run, and
+otherwise from recordings through a `Robot` that does what the config's transforms do. Losses,
+schedule and batch size are those of the method.
 """
 
 import dataclasses
 from typing import Any
 
 from shallow_pi.data import robots
-from shallow_pi.interop import openpi
+from shallow_pi.interop import openpi, openpi_data
 from shallow_pi.models import gemma, pi0
 from shallow_pi.training import batches, config
 
@@ -24,8 +24,8 @@ def experiment(name: str = "") -> config.DistillConfig:
     runs, to be completed by experiment and step.
 
     Raises:
-      ValueError: no config of that name, or one whose model or transforms our data path does not
-        have; says which part.
+      ValueError: no config of that name, or one whose model we do not have, or whose transforms
+        neither we have nor openpi's loader can run here; says which part.
     """
     openpi.require()
     from openpi.training import config as configs
@@ -38,7 +38,7 @@ def experiment(name: str = "") -> config.DistillConfig:
     return config.DistillConfig(
         name=f"{name}_l6",
         model=model,
-        data=_data(name, source.data, source.model),
+        data=_data(name, source),
         teacher=config.TeacherConfig(path=path),
         student=config.StudentConfig(depth=min(6, model.depth)),
     )
@@ -75,19 +75,27 @@ def _model(name: str, source: Any) -> pi0.Pi0Config:
     )
 
 
-def _data(name: str, source: Any, model: Any) -> batches.DataConfig:
+def _data(name: str, source: Any) -> batches.DataConfig:
     from openpi.training import config as configs
 
-    if isinstance(source, configs.FakeDataConfig):
+    if isinstance(source.data, configs.FakeDataConfig):
         return batches.DataConfig(source="synthetic")
-    robot = _robot(name, source, model)
-    asset_id = source.assets.asset_id or source.repo_id
-    folder = source.assets.assets_dir
-    return batches.DataConfig(
-        robot=robot.name,
+    assets = source.data.assets
+    asset_id = assets.asset_id or source.data.repo_id
+    common = batches.DataConfig(
         asset_id=asset_id,
-        norm_stats=f"{folder.rstrip('/')}/{asset_id}" if folder else "",
+        norm_stats=f"{assets.assets_dir.rstrip('/')}/{asset_id}" if assets.assets_dir else "",
     )
+    openpis = openpi_data.available(source)
+    try:
+        robot = _robot(name, source.data, source.model).name
+    except ValueError:
+        if not openpis:
+            raise
+        robot = f"{openpi_data.PREFIX}{name}"
+    if not openpis:
+        return dataclasses.replace(common, robot=robot)
+    return dataclasses.replace(common, source=openpi_data.SOURCE, path=name, robot=robot)
 
 
 def _robot(name: str, source: Any, model: Any) -> robots.Robot:

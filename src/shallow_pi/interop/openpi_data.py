@@ -1,0 +1,185 @@
+"""Samples from openpi's own datasets and transforms, where openpi and its LeRobot are installed.
+
+`--openpi.config NAME` trains on exactly what openpi's data loader of that config gives: its
+dataset, repacking, robot transforms, normalization and prompt. Order, batches, held-out episodes
+and exact resume are our loader's. `--data.source lerobot --data.path FOLDER` reads the recordings
+with our own reader instead, which is faster.
+"""
+
+import dataclasses
+import importlib
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from shallow_pi.data import assets as policy_assets
+from shallow_pi.data import lerobot, normalize, robots, transforms
+from shallow_pi.interop import openpi
+from shallow_pi.models import fetch, pi0
+from shallow_pi.training import batches
+
+# What `data.source` names this module's `open_data` by.
+SOURCE = "shallow_pi.interop.openpi_data:open_data"
+# Before the name of a config whose transforms are no robot of ours.
+PREFIX = "openpi:"
+
+
+class Source:
+    """Model samples of one of openpi's training configs.
+
+    Args:
+      data: openpi's `DataConfig`, with statistics.
+      model: openpi's model config.
+      dataset: what `create_torch_dataset` gives for them.
+      frames: which of its frames; None is all.
+    """
+
+    def __init__(
+        self, data: Any, model: Any, dataset: Any, frames: np.ndarray | None = None
+    ) -> None:
+        self.data = data
+        self.model = model
+        self.dataset = dataset
+        self.frames = np.arange(len(dataset)) if frames is None else frames
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def __getitem__(self, i: int) -> transforms.Sample:
+        from openpi.training import data_loader
+
+        item = self.dataset[int(self.frames[i])]
+        # openpi's own function, on a dataset of this item: its transforms, in its order.
+        (key, *_) = self.data.action_sequence_keys
+        is_pad = item.get(f"{key}_is_pad", np.zeros(self.model.action_horizon, bool))
+        found = data_loader.transform_dataset([item], self.data)[0]
+        return {
+            "image": {name: np.asarray(picture) for name, picture in found["image"].items()},
+            "image_mask": {name: np.bool_(mask) for name, mask in found["image_mask"].items()},
+            "state": np.asarray(found["state"], np.float32),
+            "actions": np.asarray(found["actions"], np.float32),
+            # openpi trains on the repeated last action beyond an episode's end too; we do not.
+            "action_mask": ~np.asarray(is_pad, bool),
+            "tokenized_prompt": np.asarray(found["tokenized_prompt"], np.int32),
+            "tokenized_prompt_mask": np.asarray(found["tokenized_prompt_mask"], bool),
+        }
+
+
+def open_data(
+    data: batches.DataConfig, model: pi0.Pi0Config, teacher_step: pathlib.Path | None
+) -> batches.Data:
+    """The samples of the openpi config named by `data.path`, and the assets of its policy.
+
+    Statistics are those of `data.norm_stats`, else the teacher's, else the config's own.
+
+    Raises:
+      ModuleNotFoundError: openpi, or the LeRobot it reads datasets with, is not installed.
+      FileNotFoundError: there are no statistics; says where they were looked for.
+      ValueError: a config without recordings, or one that only TensorFlow's RLDS reads.
+    """
+    openpi.require()
+    from openpi.training import config as configs
+    from openpi.training import data_loader
+
+    name = data.path
+    if data.more or data.weights:
+        raise ValueError(
+            f"{name} is one dataset of openpi's: mixtures (data.more) need --data.source lerobot"
+        )
+    try:
+        source = configs.get_config(name)
+    except ValueError as error:
+        raise ValueError(
+            f"{error} Here data.path names a config of openpi's; for a folder of recordings, add "
+            "--data.source lerobot and --data.robot"
+        ) from error
+    if not available(source):
+        raise ValueError(
+            f"openpi's loader cannot read the data of {name} here (it takes LeRobot's package and "
+            "a LeRobot dataset): give recordings, --data.source lerobot --data.path FOLDER"
+        )
+    # Statistics at another address are in data.norm_stats already.
+    local = dataclasses.replace(source.data.assets, assets_dir=None)
+    factory = dataclasses.replace(source.data, assets=local)
+    found = factory.create(source.assets_dirs, source.model)
+    stats = _stats(data, found, teacher_step)
+    robot = _robot(data.robot, model, stats)
+    found = dataclasses.replace(found, norm_stats=_openpis(stats))
+    dataset = data_loader.create_torch_dataset(found, source.model.action_horizon, source.model)
+    assets = policy_assets.Assets(
+        model=model,
+        robot=robot,
+        tokenizer=batches.tokenizer_file(data, model, teacher_step),
+        stats=stats,
+        asset_id=data.asset_id,
+    )
+    parts: list[Source | None] = [Source(found, source.model, dataset), None]
+    if data.held_out:
+        episodes = _episodes(dataset)
+        chosen = lerobot.split(np.unique(episodes).tolist(), data.held_out)
+        frames = (np.flatnonzero(np.isin(episodes, which)) for which in chosen)
+        parts = [Source(found, source.model, dataset, these) for these in frames]
+    train, held_out = (part and batches.cached(data, part) for part in parts)
+    assert train is not None, "the first part holds the training episodes"
+    return batches.Data(train, held_out, assets)
+
+
+def available(source: Any) -> bool:
+    """Whether openpi's loader can read the data of this openpi training config here."""
+    try:
+        importlib.import_module("lerobot")
+    except ModuleNotFoundError:
+        return False
+    # openpi marks a missing repository with an object, RLDS with a folder of its own.
+    return isinstance(source.data.repo_id, str) and not hasattr(source.data, "rlds_data_dir")
+
+
+def _robot(name: str, model: pi0.Pi0Config, stats: dict[str, normalize.NormStats]) -> robots.Robot:
+    """The robot of that name; for transforms of openpi alone, one that says where they are."""
+    if not name.startswith(PREFIX):
+        return robots.find(name)
+    return robots.Robot(
+        name=name,
+        cameras={camera: camera for camera in model.cameras},
+        state_dim=len(stats["state"].mean),
+        action_dim=len(stats["actions"].mean),
+        fps=1,
+        elsewhere=name.removeprefix(PREFIX),
+    )
+
+
+def _stats(
+    data: batches.DataConfig, source: Any, teacher_step: pathlib.Path | None
+) -> dict[str, normalize.NormStats]:
+    folders = [fetch.locate(data.norm_stats)] if data.norm_stats else []
+    if teacher_step is not None:
+        folders.append(teacher_step / "assets" / data.asset_id)
+    for folder in folders:
+        if (folder / normalize.FILE_NAME).is_file():
+            return normalize.load(folder)
+    if source.norm_stats is None:
+        looked = ", ".join(map(str, folders)) or "no folder was named"
+        raise FileNotFoundError(
+            f"no statistics for {data.path} (looked in: {looked}; and where openpi keeps its own): "
+            "run openpi's scripts/compute_norm_stats.py, or name a folder with --data.norm-stats"
+        )
+    return {
+        key: normalize.NormStats(**{name: np.asarray(x) for name, x in vars(value).items()})
+        for key, value in source.norm_stats.items()
+    }
+
+
+def _openpis(stats: dict[str, normalize.NormStats]) -> dict[str, Any]:
+    from openpi.shared import normalize as openpi_normalize
+
+    return {
+        key: openpi_normalize.NormStats(**dataclasses.asdict(value)) for key, value in stats.items()
+    }
+
+
+def _episodes(dataset: Any) -> np.ndarray:
+    """The episode of every frame; openpi wraps LeRobot's dataset where it takes prompts from it."""
+    while hasattr(dataset, "_dataset"):
+        dataset = dataset._dataset
+    return np.asarray(dataset.hf_dataset["episode_index"])

@@ -1,0 +1,206 @@
+"""openpi's own dataset and transforms as a source of ours, against our reader and robots."""
+
+import dataclasses
+import pathlib
+
+import numpy as np
+import pytest
+import stand_in_lerobot
+import stand_ins
+
+stand_ins.install()
+
+# ruff: noqa: E402 (openpi comes after the stand-ins)
+import lerobot.common.datasets.lerobot_dataset as lerobot_dataset
+from openpi import transforms as openpi_transforms
+from openpi.training import config as openpi_config
+
+from shallow_pi.data import lerobot_writer, loader, normalize, robots
+from shallow_pi.interop import openpi as interop
+from shallow_pi.interop import openpi_configs, openpi_data
+from shallow_pi.models import pi0
+from shallow_pi.training import batches, config
+
+MODEL = pi0.Pi0Config(pi05=True, action_horizon=10, max_token_len=200)
+REPO = "physical-intelligence/libero"
+PROMPTS = ("fold the towel", "touch the red block")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory, data_home):
+    """LIBERO in miniature where LeRobot would keep it; three episodes of 6, 7 and 8 frames."""
+    folder = tmp_path_factory.mktemp("lerobot")
+    rng = np.random.default_rng(0)
+    (folder / REPO).parent.mkdir(parents=True)
+    with lerobot_writer.Writer(folder / REPO, 10) as writer:
+        for episode, length in enumerate((6, 7, 8)):
+            pictures = rng.integers(0, 256, (2, length, 32, 32, 3), np.uint8)
+            vectors = {
+                "state": rng.normal(size=(length, 8)).astype(np.float32),
+                "actions": rng.normal(size=(length, 7)).astype(np.float32),
+            }
+            images = {"image": pictures[0], "wrist_image": pictures[1]}
+            writer.add(images, vectors, [PROMPTS[episode % 2]] * length)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def reader(monkeypatch, home, tmp_path):
+    """openpi finds the dataset by its name, and runs write their statistics aside."""
+    monkeypatch.setenv("HF_LEROBOT_HOME", str(home))
+    monkeypatch.chdir(tmp_path)
+    for name in ("LeRobotDataset", "LeRobotDatasetMetadata"):
+        monkeypatch.setattr(lerobot_dataset, name, getattr(stand_in_lerobot, name))
+
+
+@pytest.fixture
+def teacher(tmp_path):
+    """A step folder with statistics."""
+    rng = np.random.default_rng(1)
+
+    def stats(dim):
+        low = rng.uniform(-2, -1, dim)
+        return normalize.NormStats(rng.normal(size=dim), np.ones(dim), low, low + 3)
+
+    both = {"state": stats(8), "actions": stats(7)}
+    normalize.save(tmp_path / "teacher" / "assets" / REPO, both)
+    return tmp_path / "teacher"
+
+
+def _data(name="pi05_libero", **changes):
+    data = openpi_configs.experiment(name).data
+    tokenizer = "gs://big_vision/paligemma_tokenizer.model"
+    return dataclasses.replace(data, tokenizer=tokenizer, **changes)
+
+
+def _close(a, b):
+    assert set(a) == set(b)
+    for key in ("image", "image_mask"):
+        assert set(a[key]) == set(b[key])
+        for camera in a[key]:
+            # openpi cuts k / 255 · 255 off to whole numbers, which may be k − 1.
+            x, y = (np.asarray(sample[key][camera], np.int64) for sample in (a, b))
+            assert np.abs(x - y).max() <= (1 if key == "image" else 0)
+    for key in ("tokenized_prompt", "tokenized_prompt_mask", "action_mask"):
+        np.testing.assert_array_equal(a[key], b[key])
+    for key in ("state", "actions"):
+        np.testing.assert_allclose(a[key], b[key], rtol=1e-5, atol=1e-5)
+
+
+def test_openpis_samples_are_those_of_our_reader_and_robot(home, teacher):
+    theirs = batches.open_data(_data(), MODEL, teacher)
+    ours = batches.open_data(
+        _data(source="lerobot", path=str(home / REPO), robot="libero"), MODEL, teacher
+    )
+    assert len(theirs.train) == len(ours.train) == 21
+    for i in (0, 5, 6, 20):
+        _close(theirs.train[i], ours.train[i])
+    assert theirs.assets.robot == robots.LIBERO
+
+
+def test_held_out_episodes_are_those_of_our_reader(home, teacher):
+    theirs = batches.open_data(_data(held_out=0.3), MODEL, teacher)
+    ours = batches.open_data(
+        _data(source="lerobot", path=str(home / REPO), robot="libero", held_out=0.3),
+        MODEL,
+        teacher,
+    )
+    assert len(theirs.train) + len(theirs.held_out) == 21
+    assert len(theirs.held_out) == len(ours.held_out)
+    _close(theirs.held_out[0], ours.held_out[0])
+    _close(theirs.train[len(theirs.train) - 1], ours.train[len(ours.train) - 1])
+
+
+def test_batches_of_openpis_samples_resume(teacher):
+    source = batches.open_data(_data(), MODEL, teacher).train
+    first = loader.Loader(source, 4, seed=3)
+    next(first)
+    position, expected = first.state(), next(first)
+    second = loader.Loader(source, 4, seed=3)
+    second.restore(position)
+    np.testing.assert_array_equal(next(second)["actions"], expected["actions"])
+
+
+def test_a_config_of_ones_own_transforms_is_taken_over_with_openpis_loader(
+    monkeypatch, home, teacher
+):
+    """No robot of ours subsamples actions; openpi's own code does it, and serves it."""
+    source = openpi_config.get_config("pi05_libero")
+    factory = openpi_config.SimpleDataConfig(
+        repo_id=REPO,
+        assets=openpi_config.AssetsConfig(asset_id=REPO),
+        data_transforms=lambda model: openpi_transforms.Group(
+            inputs=[
+                openpi_transforms.RepackTransform(
+                    {
+                        "image": {"base_0_rgb": "image", "left_wrist_0_rgb": "wrist_image"},
+                        "state": "state",
+                        "actions": "actions",
+                        "prompt": "prompt",
+                    }
+                ),
+                _Mine(),
+            ]
+        ),
+        base_config=openpi_config.DataConfig(prompt_from_task=True),
+    )
+    mine = dataclasses.replace(source, name="pi05_mine", data=factory)
+    monkeypatch.setitem(openpi_config._CONFIGS_DICT, "pi05_mine", mine)
+    experiment = openpi_configs.experiment("pi05_mine")
+    found = batches.open_data(
+        dataclasses.replace(experiment.data, tokenizer="gs://big_vision/paligemma_tokenizer.model"),
+        MODEL,
+        teacher,
+    )
+    plain = batches.open_data(_data(), MODEL, teacher)
+    np.testing.assert_allclose(
+        found.train[0]["state"], plain.train[0]["state"], rtol=1e-5, atol=1e-5
+    )
+    assert found.train[0]["image_mask"]["right_wrist_0_rgb"] == np.bool_(False)
+    robot = found.assets.robot
+    assert (robot.state_dim, robot.action_dim) == (8, 7)
+    with pytest.raises(ValueError, match=r"pi05_mine.*scripts/serve_openpi\.py"):
+        found.assets.inputs()
+    # Its student speaks as that config does, at its own depth.
+    student = interop.train_config("student", pi0.at_depth(MODEL, 6), robot, REPO)
+    made = student.data.create(student.assets_dirs, student.model)
+    assert made.data_transforms.inputs[-1] == _Mine()
+    assert (student.name, student.model.sizes.depth, made.asset_id) == ("student", 6, REPO)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Mine(openpi_transforms.DataTransformFn):
+    """Pictures with channels last, a black third camera, masks."""
+
+    def __call__(self, data):
+        image = {
+            name: (255 * np.moveaxis(np.asarray(picture), 0, -1)).astype(np.uint8)
+            for name, picture in data["image"].items()
+        }
+        image["right_wrist_0_rgb"] = np.zeros_like(image["base_0_rgb"])
+        mask = {name: np.bool_(name != "right_wrist_0_rgb") for name in image}
+        return {**data, "image": image, "image_mask": mask}
+
+
+def test_statistics_are_asked_for_where_there_are_none():
+    with pytest.raises(FileNotFoundError, match=r"compute_norm_stats\.py, or .*--data\.norm-stats"):
+        batches.open_data(_data(), MODEL, None)
+
+
+def test_a_folder_needs_our_reader(home, teacher):
+    with pytest.raises(ValueError, match=r"--data\.source lerobot"):
+        batches.open_data(_data(path=str(home / REPO)), MODEL, teacher)
+
+
+def test_without_lerobot_our_reader_is_taken(monkeypatch):
+    monkeypatch.setattr(openpi_data, "available", lambda source: False)
+    data = openpi_configs.experiment("pi05_libero").data
+    assert (data.source, data.path, data.robot) == ("lerobot", "", "libero")
+
+
+def test_every_saved_config_is_plain(teacher):
+    """The experiment goes into config.json: its data are text and numbers."""
+    experiment = openpi_configs.experiment("pi05_libero")
+    assert isinstance(experiment, config.DistillConfig)
+    assert experiment.data.source == openpi_data.SOURCE
+    assert pathlib.Path(experiment.data.path).name == "pi05_libero"
