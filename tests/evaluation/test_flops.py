@@ -76,3 +76,16 @@ def test_weights_are_those_of_the_layers():
     assert counted.prefix / 2 / 18 == pytest.approx(110.1e6, rel=0.01)
     assert counted.step / 2 / 18 == pytest.approx(17.3e6, rel=0.01)
     assert counted.vision / 2 == pytest.approx(415e6, rel=0.01)
+
+
+def test_a_training_step_is_the_teachers_pass_and_three_of_the_students(tiny_config):
+    """The prefix does not depend on the draws; they cost one pass of the suffix each."""
+    student, teacher = tiny_config(depth=2), tiny_config(depth=5)
+    alone = flops.training_flops(student, None, batch=1)
+    both = flops.training_flops(student, teacher, batch=1)
+    assert both - alone == flops.training_flops(teacher, None, batch=1) / 3
+    assert flops.training_flops(student, teacher, batch=8) == 8 * both
+    more = flops.training_flops(student, None, batch=1, draws=3) - alone
+    nothing = prepare.Savings(**{f.name: False for f in dataclasses.fields(prepare.Savings)})
+    step = flops.inference_flops(student, num_steps=1, savings=nothing).step
+    assert more == 3 * 2 * step

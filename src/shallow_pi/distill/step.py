@@ -55,6 +55,8 @@ class Spec:
     # Microbatches a step is cut into; the result is that of the whole batch.
     accumulation: int = 1
     ema_decay: float | None = None
+    # How the batch is split over devices, which the models then keep to; None leaves it to XLA.
+    rows: jax.sharding.Sharding | None = None
 
     def __post_init__(self) -> None:
         if self.draws < 1 or self.accumulation < 1:
@@ -252,6 +254,7 @@ def _teacher_outputs(spec: Spec, teacher_params: PyTree, inputs: Inputs) -> _Ref
         inputs.x_t,
         inputs.t,
         attention_layer=layer,
+        rows=spec.rows,
     )
     return jax.lax.stop_gradient(_Reference(*outputs))
 
@@ -263,7 +266,13 @@ def _total_loss(
     weights = spec.losses
     layer = spec.attention_layers[0] if weights.attention > 0 else None
     v_student, attention = pi0.velocity(
-        spec.student, params, inputs.observation, inputs.x_t, inputs.t, attention_layer=layer
+        spec.student,
+        params,
+        inputs.observation,
+        inputs.x_t,
+        inputs.t,
+        attention_layer=layer,
+        rows=spec.rows,
     )
 
     def mean(values: Float[Array, "b r ah"]) -> Float[Array, ""]:

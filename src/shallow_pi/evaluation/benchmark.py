@@ -7,7 +7,7 @@ turns in one process (see `latency`), so that ratios hold on a machine that is n
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,17 +71,9 @@ def ceiling(dtype: str, size: int = 8192, repeats: int = 10) -> Ceiling:
     )
 
 
-class Other(Protocol):
-    """Makes another sampler ready: what it returns samples once, from arrays on the device."""
-
-    def __call__(
-        self,
-        config: pi0.Pi0Config,
-        params: PyTree,
-        batch: Mapping[str, Any],
-        noise: Array,
-        num_steps: int,
-    ) -> Callable[[], Array]: ...
+# Makes another sampler ready, from (model, params, batch, noise, integration steps): what it
+# returns samples once, from arrays on the device.
+Other = Callable[[pi0.Pi0Config, PyTree, Mapping[str, Any], Array, int], Callable[[], Array]]
 
 
 def measure(

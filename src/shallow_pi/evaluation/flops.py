@@ -53,6 +53,21 @@ def inference_flops(
     return Count(batch * _vision(config, d), batch * prefix, batch * step, num_steps)
 
 
+def training_flops(
+    student: pi0.Pi0Config, teacher: pi0.Pi0Config | None, *, batch: int, draws: int = 1
+) -> int:
+    """Useful operations of one training step: the teacher's pass and three of the student's.
+
+    The backward pass counts twice the forward one; what remat computes again does not count.
+    """
+    plain = prepare.Savings(**{field.name: False for field in dataclasses.fields(prepare.Savings)})
+
+    def forward(config: pi0.Pi0Config) -> int:
+        return inference_flops(config, batch=batch, num_steps=draws, savings=plain).total
+
+    return 3 * forward(student) + (0 if teacher is None else forward(teacher))
+
+
 def weight_bytes(config: pi0.Pi0Config, *, num_steps: int = 10) -> Count:
     """Bytes of weights read at batch 1: what bandwidth alone makes an inference take."""
     size = BYTES[config.dtype]

@@ -2,7 +2,7 @@
 
 import itertools
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -13,7 +13,7 @@ PARTS = ("image tower", "rest of the prefix", "steps")
 
 def breakdown(path: pathlib.Path, timings: Sequence[benchmark.Timing]) -> None:
     """Milliseconds of one inference by part, a bar for each timing."""
-    figure, axes = plots._figure(1, 1, (6.4, 1.2 + 0.5 * len(timings)))
+    figure, axes = plots.make_figure(1, 1, (6.4, 1.2 + 0.5 * len(timings)))
     axis = axes[0][0]
     labels = [_label(timing, timings) for timing in timings]
     left = np.zeros(len(timings))
@@ -26,7 +26,7 @@ def breakdown(path: pathlib.Path, timings: Sequence[benchmark.Timing]) -> None:
     axis.set(xlabel="ms (the mark: measured as a whole)", xlim=(0, None))
     axis.legend(frameon=False, fontsize=8, loc="lower right")
     axis.invert_yaxis()
-    plots._tidy(axis, "x")
+    plots.tidy(axis, "x")
     figure.savefig(path)
 
 
@@ -35,7 +35,7 @@ def growth(path: pathlib.Path, timings: Sequence[benchmark.Timing]) -> None:
 
     The paper's Figure 2. Other samplers of the same run are dashed.
     """
-    figure, axes = plots._figure(1, 2, (9.0, 3.4), sharey=True)
+    figure, axes = plots.make_figure(1, 2, (9.0, 3.4), sharey=True)
     depth = ("depth", "layers", lambda timing: timing.visual_tokens, "{} visual tokens")
     tokens = ("visual_tokens", "visual tokens", lambda timing: timing.depth, "{} layers")
     for axis, (field, title, line, label) in zip(axes[0], (depth, tokens), strict=True):
@@ -47,12 +47,12 @@ def growth(path: pathlib.Path, timings: Sequence[benchmark.Timing]) -> None:
                 axis.plot(*zip(*points, strict=True), label=f"{name} {label.format(of)}", **style)
         axis.set(xlabel=title, ylim=(0, None))
         axis.legend(frameon=False, fontsize=8)
-        plots._tidy(axis, "y")
+        plots.tidy(axis, "y")
     axes[0][0].set(ylabel="ms, whole inference")
     figure.savefig(path)
 
 
-def _points(timings: Sequence[benchmark.Timing], field: str, name: str) -> list[tuple[int, float]]:
+def _points(timings: Iterable[benchmark.Timing], field: str, name: str) -> list[tuple[int, float]]:
     return [
         (getattr(timing, field), timing.others_ms[name] if name else timing.median_ms["whole"])
         for timing in timings

@@ -204,6 +204,8 @@ class Block(nn.Module):
     capture_layer: int | None
     # What is stacked over the layers: nothing, the prefix keys and values, or the residual streams.
     outputs: Outputs
+    # How the batch is split over devices; see `layers.keep_rows`.
+    rows: jax.sharding.Sharding | None = None
 
     @nn.compact
     def __call__(
@@ -213,7 +215,7 @@ class Block(nn.Module):
         geometry: Geometry,
     ) -> tuple[tuple[Array, Array, Capture | None], Any]:
         prefix, suffix, captured = carry
-        streams = [prefix, suffix]
+        streams = [layers.keep_rows(x, self.rows) for x in (prefix, suffix)]
         conditions = (None, geometry.condition)
 
         def norm(name: str) -> list[tuple[Array, Array | None]]:
@@ -240,6 +242,7 @@ class Block(nn.Module):
             captured = jax.tree.map(
                 lambda new, old: jnp.where(layer == self.capture_layer, new, old), capture, captured
             )
+        streams = [layers.keep_rows(x, self.rows) for x in streams]
         stacked = {"nothing": None, "cache": keys_values, "hidden": tuple(streams)}[self.outputs]
         return (streams[0], streams[1], captured), stacked
 
@@ -257,6 +260,8 @@ class Module(nn.Module):
     dtype: jnp.dtype
     # Recompute each layer in the backward pass instead of keeping its activations.
     remat: bool = True
+    # How the batch is split over devices; see `layers.keep_rows`.
+    rows: jax.sharding.Sharding | None = None
 
     def setup(self) -> None:
         self.embedder = layers.Embedder(self.vocab_size, self.configs[0].width)
@@ -295,7 +300,7 @@ class Module(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast),
             length=self.depth,
-        )(self.configs, action_rows, capture_layer, outputs, name="layers")
+        )(self.configs, action_rows, capture_layer, outputs, self.rows, name="layers")
         embedded = prefix, suffix
         (_, suffix, captured), stacked = scanned(
             (prefix, suffix, captured), jnp.arange(self.depth), geometry

@@ -37,6 +37,17 @@ def apply_rope(x: Float[Array, "*b s n h"], table: tuple[Array, Array]) -> Array
     return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
+def keep_rows(
+    x: Float[Array, " b *more"], rows: jax.sharding.Sharding | None
+) -> Float[Array, " b *more"]:
+    """`x` with its first axis split as `rows` says, and nothing else; None leaves it to XLA.
+
+    Where parameters are split over the same devices as the batch, XLA might otherwise gather the
+    batch instead of the parameters.
+    """
+    return x if rows is None else jax.lax.with_sharding_constraint(x, rows)
+
+
 def time_embedding(
     time: Float[Array, "*b"], width: int, min_period: float = 4e-3, max_period: float = 4.0
 ) -> Float[Array, "*b e"]:

@@ -116,21 +116,25 @@ class PrefixAttention(NamedTuple):
 
 class _PaliGemma(nn.Module):
     config: Pi0Config
+    rows: jax.sharding.Sharding | None = None
 
     def setup(self) -> None:
         c, dtype = self.config, jnp.dtype(self.config.dtype)
-        self.llm = gemma.Module((c.backbone, c.expert), c.depth, c.vocab_size, dtype, c.remat)
-        self.img = siglip.Module(c.image, c.backbone.width, dtype, c.remat)
+        streams = (c.backbone, c.expert)
+        self.llm = gemma.Module(streams, c.depth, c.vocab_size, dtype, c.remat, self.rows)
+        self.img = siglip.Module(c.image, c.backbone.width, dtype, c.remat, self.rows)
 
 
 class Pi0(nn.Module):
     """The Linen module behind the functions below; its attribute names make openpi's tree."""
 
     config: Pi0Config
+    # How the batch is split over devices; see `layers.keep_rows`.
+    rows: jax.sharding.Sharding | None = None
 
     def setup(self) -> None:
         c = self.config
-        self.PaliGemma = _PaliGemma(c)
+        self.PaliGemma = _PaliGemma(c, self.rows)
         self.action_in_proj = nn.Dense(c.expert.width)
         self.action_out_proj = nn.Dense(c.action_dim)
         if c.pi05:
@@ -146,11 +150,11 @@ class Pi0(nn.Module):
     ) -> tuple[Float[Array, "b s d"], Bool[Array, "b s"]]:
         """Image tokens of every camera as one batch, then prompt tokens; and which exist."""
         c = self.config
-        pictures = jnp.concatenate([observation.images[name] for name in c.cameras], axis=0)
-        image_tokens = self.PaliGemma.img(pictures)
-        b = observation.state.shape[0]
-        image_tokens = image_tokens.reshape(len(c.cameras), b, c.image_tokens, -1)
-        image_tokens = jnp.swapaxes(image_tokens, 0, 1).reshape(b, -1, c.backbone.width)
+        # Cameras inside, observations outside: rows split over devices stay where they are.
+        pictures = jnp.stack([observation.images[name] for name in c.cameras], axis=1)
+        b, n, *shape = pictures.shape
+        image_tokens = self.PaliGemma.img(pictures.reshape(b * n, *shape))
+        image_tokens = image_tokens.reshape(b, -1, c.backbone.width)
         prompt_tokens = self.PaliGemma.llm.embed(observation.tokenized_prompt)
         tokens = jnp.concatenate([image_tokens, prompt_tokens], axis=1)
         return tokens, prefix_valid(c, observation)
@@ -239,6 +243,7 @@ def velocity(
     t: Float[Array, " b *r"],
     *,
     attention_layer: int | None = None,
+    rows: jax.sharding.Sharding | None = None,
 ) -> tuple[Float[Array, "b *r ah ad"], PrefixAttention | None]:
     """The velocity v(x_t, o, t) in float32, for one draw or for r draws of each observation.
 
@@ -249,6 +254,7 @@ def velocity(
       x_t: noisy actions, with or without the axis of draws.
       t: their times in [0, 1], 1 is noise.
       attention_layer: layer whose action-to-prefix attention logits are returned as well.
+      rows: how the batch is split over devices; None leaves it to XLA.
 
     Returns:
       The velocity, and the attention (None unless asked for; always with the axis of draws).
@@ -265,7 +271,10 @@ def velocity(
     single = x_t.ndim == 3
     if single:
         x_t, t = x_t[:, None], t[:, None]
-    v, attention, _ = _apply(config, params, "__call__", observation, x_t, t, attention_layer)
+    arrays = (observation, x_t, t)
+    v, attention, _ = _apply(
+        config, params, "__call__", *arrays, rows=rows, attention_layer=attention_layer
+    )
     v = v.astype(jnp.float32)
     return (v[:, 0] if single else v), attention
 
@@ -283,8 +292,15 @@ def hidden_states(
     return _apply(config, params, "__call__", *arrays, outputs="hidden")[2]
 
 
-def _apply(config: Pi0Config, params: PyTree, method: str, *arrays: Any, **static: Any) -> Any:
-    return Pi0(config).apply({"params": params}, *arrays, method=method, **static)
+def _apply(
+    config: Pi0Config,
+    params: PyTree,
+    method: str,
+    *arrays: Any,
+    rows: jax.sharding.Sharding | None = None,
+    **static: Any,
+) -> Any:
+    return Pi0(config, rows).apply({"params": params}, *arrays, method=method, **static)
 
 
 def _check(

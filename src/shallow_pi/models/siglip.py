@@ -9,8 +9,11 @@ import dataclasses
 import functools
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from shallow_pi.models import layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,10 +33,12 @@ class EncoderBlock(nn.Module):
 
     config: SiglipConfig
     dtype: jnp.dtype
+    rows: jax.sharding.Sharding | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "b s d"], _: None) -> tuple[Float[Array, "b s d"], None]:
         c = self.config
+        x = layers.keep_rows(x, self.rows)
         normed = nn.LayerNorm(dtype=self.dtype, name="LayerNorm_0")(x)
         x = x + nn.MultiHeadDotProductAttention(
             num_heads=c.num_heads,
@@ -43,7 +48,8 @@ class EncoderBlock(nn.Module):
             name="MultiHeadDotProductAttention_0",
         )(normed, normed)
         normed = nn.LayerNorm(dtype=self.dtype, name="LayerNorm_1")(x)
-        return x + Mlp(c.mlp_dim, self.dtype, name="MlpBlock_0")(normed), None
+        x = x + Mlp(c.mlp_dim, self.dtype, name="MlpBlock_0")(normed)
+        return layers.keep_rows(x, self.rows), None
 
 
 class Mlp(nn.Module):
@@ -72,6 +78,7 @@ class Encoder(nn.Module):
     config: SiglipConfig
     dtype: jnp.dtype
     remat: bool
+    rows: jax.sharding.Sharding | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
@@ -81,7 +88,7 @@ class Encoder(nn.Module):
             variable_axes={"params": 0},
             split_rngs={"params": True},
             length=self.config.depth,
-        )(self.config, self.dtype, name="encoderblock")(x, None)
+        )(self.config, self.dtype, self.rows, name="encoderblock")(x, None)
         return nn.LayerNorm(dtype=self.dtype, name="encoder_norm")(x)
 
 
@@ -93,11 +100,14 @@ class Module(nn.Module):
     out_width: int
     dtype: jnp.dtype
     remat: bool = True
+    # How the pictures are split over devices; see `layers.keep_rows`.
+    rows: jax.sharding.Sharding | None = None
 
     @nn.compact
     def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b s d"]:
         """Encode pictures in [-1, 1] into (h/patch)·(w/patch) tokens, row by row."""
         c = self.config
+        images = layers.keep_rows(images, self.rows)
         x = nn.Conv(
             c.width,
             (c.patch_size, c.patch_size),
@@ -113,5 +123,6 @@ class Module(nn.Module):
             (1, x.shape[1], c.width),
         )
         x = (x + positions.astype(jnp.float32)).astype(self.dtype)
-        x = Encoder(c, self.dtype, self.remat, name="Transformer")(x)
-        return nn.Dense(self.out_width, dtype=self.dtype, name="head")(x)
+        x = Encoder(c, self.dtype, self.remat, self.rows, name="Transformer")(x)
+        x = nn.Dense(self.out_width, dtype=self.dtype, name="head")(x)
+        return layers.keep_rows(x, self.rows)

@@ -1,0 +1,103 @@
+"""Compile a config's step for devices that are not there: does it fit, and what does it exchange?
+
+uv run scripts/compile_ahead.py NAME --topology v5e:8x8 [--field value ...]
+
+    pi0_aloha_l6 --topology v5e:4x4 --mesh.fsdp 16      a TPU slice, on a CPU (needs libtpu)
+    pi0_aloha_l6 --devices 8 --mesh.fsdp 8              eight virtual CPU devices
+    --output benchmarks/ahead                           also writes NAME-TOPOLOGY.json there
+
+The step is compiled from shapes alone; a full-size one takes some minutes.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import sys
+import time
+from typing import Any
+
+import jax
+
+from shallow_pi import progress
+from shallow_pi.evaluation import flops, report
+from shallow_pi.training import ahead, config, hlo, setup
+
+CONFIGS = pathlib.Path(__file__).parents[1] / "train_configs"
+GIGA, TERA = 1e9, 1e12
+
+
+def main() -> None:
+    """Parse, compile, print, write."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--devices", type=int, default=1)
+    parser.add_argument("--topology", default="")
+    parser.add_argument("--output", default="")
+    own, arguments = parser.parse_known_args()
+    jax.config.update("jax_platforms", "cpu")
+    with config.exit_on():
+        if own.devices < 1:
+            raise ValueError(f"--devices must be 1 or more, got {own.devices}")
+        jax.config.update("jax_num_cpu_devices", own.devices)
+        experiment = config.cli(CONFIGS, __doc__ or "", arguments)
+        devices = ahead.topology(own.topology) if own.topology else jax.devices()
+        mesh = experiment.mesh.create(devices)
+        spec = setup.any_spec(experiment, mesh)
+        dtype = experiment.teacher.dtype if experiment.teacher else "bfloat16"
+        name = own.topology or f"cpu:{own.devices}"
+        progress.console.print(f"Compiling {experiment.name} for {name}: minutes at full size")
+        began = time.perf_counter()
+        program = ahead.compile_step(spec, mesh, experiment.batch_size, dtype)
+        seconds = time.perf_counter() - began
+        useful = flops.training_flops(
+            spec.student,
+            spec.teacher if spec.losses.needs_teacher else None,
+            batch=experiment.batch_size,
+            draws=experiment.draws,
+        )
+        found = _contents(program, useful / mesh.size)
+        _show(f"{experiment.name}, {name}", found, own.topology.partition(":")[0])
+        print(f"compiled in {seconds:.0f} s")
+        if own.output:
+            shape = "-".join(f"{axis}{n}" for axis, n in mesh.shape.items() if n > 1)
+            file = f"{experiment.name}-{name.replace(':', '-')}-{shape}.json"
+            path = pathlib.Path(own.output) / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            more = {"mesh": dict(mesh.shape), "versions": report.versions()}
+            path.write_text(json.dumps(found | more, indent=2) + "\n", encoding="utf-8")
+            print(f"written: {path}")
+
+
+def _contents(program: ahead.Program, useful: float) -> dict[str, Any]:
+    """What is told of a program, as plain values."""
+    values = {k: v for k, v in dataclasses.asdict(program).items() if k != "collectives"}
+    largest = sorted(program.collectives, key=lambda c: -c.times * c.bytes)[:10]
+    return {
+        **values,
+        "useful_flops_per_device": useful,
+        "collectives": {
+            kind: {"times": times, "bytes": size}
+            for kind, (times, size) in hlo.totals(program.collectives).items()
+        },
+        "largest_collectives": [dataclasses.asdict(one) for one in largest],
+    }
+
+
+def _show(title: str, found: dict[str, Any], card: str) -> None:
+    print(f"{title}: batch {found['batch_size']} on {found['devices']} devices")
+    for name, size in {**found["given"], "temporary": found["temporary"]}.items():
+        print(f"  {name:<12} {size / GIGA:7.2f} GB a device")
+    fits = ""
+    if card in ahead.CARDS:
+        room = ahead.USABLE * ahead.CARDS[card]
+        fits = f": {'fits' if found['total'] <= room else 'does not fit'} in {room / GIGA:.0f} GB"
+    print(f"  {'in all':<12} {found['total'] / GIGA:7.2f} GB a device{fits}")
+    print(f"  useful work  {found['useful_flops_per_device'] / TERA:7.2f} TFLOP a device")
+    for kind, one in found["collectives"].items():
+        print(f"  {kind:<20} {one['times']:>6} times, {one['bytes'] / GIGA:7.2f} GB a device")
+
+
+if __name__ == "__main__":
+    if "--help" in sys.argv[2:] or "-h" in sys.argv[2:]:
+        print((__doc__ or "").strip(), end="\n\n")
+    main()

@@ -1,0 +1,101 @@
+"""Collectives in a compiled program: kinds, how often they run, and how many bytes they move.
+
+Read from the text of the optimized HLO. A collective inside a loop counts as often as the loop
+runs (XLA writes a loop's trip count beside it where it knows it). Bytes are those of the result on
+one device, whatever the network then makes of them.
+"""
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(")
+_CALLED = re.compile(r"(?:body|condition|to_apply|calls|computation)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_TRIPS = re.compile(r'known_trip_count[^0-9]*"?n"?[^0-9]*(\d+)')
+_ARRAY = re.compile(r"\b(pred|[suf]\d+|bf16|f8\w*|c64|c128)\[([\d,]*)\]")
+_PATH = re.compile(r'op_name="([^"]*)"')
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective instruction."""
+
+    kind: str
+    # How often one run of the program executes it.
+    times: int
+    # Of its result on one device, once.
+    bytes: int
+    # Where it comes from, in JAX's terms.
+    source: str
+
+
+def collectives(text: str) -> list[Collective]:
+    """Every collective of a program (`compiled.as_text()`), in the order of the text."""
+    bodies, entry = _computations(text)
+    times = _times(bodies, entry)
+    found = []
+    for name, lines in bodies.items():
+        for line in lines:
+            match = _COLLECTIVE.search(line)
+            if match and times[name]:
+                path = _PATH.search(line)
+                arrays = list(_sizes(match[1]))
+                # An asynchronous start gives its operands along with its result.
+                size = arrays[-1] if match[3] and len(arrays) > 1 else sum(arrays)
+                found.append(Collective(match[2], times[name], size, path[1] if path else ""))
+    return found
+
+
+def totals(found: list[Collective]) -> dict[str, tuple[int, int]]:
+    """Kind → (how many run, bytes they move) in one run of the program."""
+    counts = {kind: [c for c in found if c.kind == kind] for kind in KINDS}
+    return {
+        kind: (sum(c.times for c in some), sum(c.times * c.bytes for c in some))
+        for kind, some in counts.items()
+    }
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+    """The lines of each computation, and the name of the one that is run."""
+    bodies: dict[str, list[str]] = {}
+    entry = name = ""
+    for line in text.splitlines():
+        header = _HEADER.match(line)
+        if header:
+            name = header[2]
+            bodies[name] = []
+            entry = name if header[1] else entry
+        elif name:
+            bodies[name].append(line)
+    return bodies, entry
+
+
+def _times(bodies: dict[str, list[str]], entry: str) -> collections.Counter[str]:
+    """How often each computation runs; the caller of a computation comes after it in the text."""
+    times: collections.Counter[str] = collections.Counter({entry: 1})
+    for name in reversed(bodies):
+        for line in bodies[name]:
+            trips = _TRIPS.search(line)
+            for called in _calls(line):
+                times[called] += times[name] * (int(trips[1]) if trips else 1)
+    return times
+
+
+def _calls(line: str) -> Iterator[str]:
+    yield from _CALLED.findall(line)
+    for group in _BRANCHES.findall(line):
+        yield from re.findall(r"%?([\w.\-]+)", group)
+
+
+def _sizes(shape: str) -> Iterator[int]:
+    """Bytes of each array of a shape's text, such as `(f32[8,16]{1,0}, u32[])`."""
+    for dtype, dimensions in _ARRAY.findall(shape):
+        bits = 8 if dtype == "pred" else int(re.findall(r"\d+", dtype)[0])
+        count = math.prod(int(n) for n in dimensions.split(",") if n)
+        yield count * max(bits // 8, 1)

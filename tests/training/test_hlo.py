@@ -1,0 +1,79 @@
+"""Collectives are counted as often as they run, with the bytes they give."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from shallow_pi.training import hlo, sharding
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return sharding.MeshConfig(data=8).create()
+
+
+def _text(function, mesh, out, *arguments):
+    """The optimized program; arguments are (shape, spec)."""
+    given = [
+        jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
+        for shape, spec in arguments
+    ]
+    whole = NamedSharding(mesh, out)
+    return jax.jit(function, out_shardings=whole).lower(*given).compile().as_text()
+
+
+def test_a_sum_over_devices_is_one_all_reduce_of_its_result(mesh):
+    """x @ w with the contracted dimension split: every device has a part of the (4, 16) sum."""
+    text = _text(
+        lambda x, w: x @ w,
+        mesh,
+        PartitionSpec(),
+        ((4, 32), PartitionSpec(None, "data")),
+        ((32, 16), PartitionSpec("data", None)),
+    )
+    found = hlo.collectives(text)
+    assert [(c.kind, c.times, c.bytes) for c in found] == [("all-reduce", 1, 4 * 16 * 4)]
+    assert "dot_general" in found[0].source
+    assert hlo.totals(found)["all-reduce"] == (1, 256)
+
+
+def test_a_collective_in_a_loop_counts_as_often_as_it_runs(mesh):
+    def repeat(x, w):
+        return jax.lax.scan(lambda y, _: (jnp.tanh(y @ w @ w.T), None), x, length=5)[0]
+
+    text = _text(
+        repeat,
+        mesh,
+        PartitionSpec(),
+        ((4, 32), PartitionSpec()),
+        ((32, 16), PartitionSpec(None, "data")),
+    )
+    count, size = hlo.totals(hlo.collectives(text))["all-reduce"]
+    assert (count, size) == (5, 5 * 4 * 32 * 4)
+
+
+def test_gathering_gives_the_bytes_of_the_whole(mesh):
+    text = _text(lambda x: 2 * x, mesh, PartitionSpec(), ((64, 8), PartitionSpec("data")))
+    assert hlo.totals(hlo.collectives(text))["all-gather"] == (1, 64 * 8 * 4)
+
+
+def test_a_program_of_one_device_has_none():
+    text = jax.jit(lambda x: x @ x).lower(jnp.ones((4, 4))).compile().as_text()
+    assert hlo.collectives(text) == []
+    assert set(hlo.totals([])) == set(hlo.KINDS)
+
+
+def test_text_of_an_asynchronous_start_gives_its_result_alone():
+    """TPUs and GPUs split a collective in two; the start's shape holds operand and result."""
+    text = """
+%body (p: f32[8]) -> f32[8] {
+  %a = (bf16[2,8]{1,0}, bf16[16,8]{1,0}) all-gather-start(bf16[2,8]{1,0} %x), dimensions={0}
+}
+
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %w = f32[8] while(%p), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"6"}}
+}
+"""
+    (found,) = hlo.collectives(text)
+    assert (found.kind, found.times, found.bytes) == ("all-gather", 6, 16 * 8 * 2)
