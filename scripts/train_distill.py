@@ -21,7 +21,8 @@ CONFIGS = pathlib.Path(__file__).parents[1] / "train_configs"
 
 def main() -> None:
     """Parse, train the teacher first where that was asked for, then run the study."""
-    distributed.initialize()
+    with config.exit_on():
+        distributed.initialize()
     distributed.cache_compilations()
     arguments, default = sys.argv[1:], None
     if arguments[:1] == ["--openpi.config"]:

@@ -17,7 +17,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 def main() -> None:
     """Parse, train, measure, package."""
-    distributed.initialize()
+    with config.exit_on():
+        distributed.initialize()
     distributed.cache_compilations()
     experiment = config.cli(ROOT / "train_configs", __doc__ or "", sys.argv[1:])
     distributed.split_cpu(experiment.batch_size // experiment.accumulation)

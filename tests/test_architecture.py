@@ -56,7 +56,9 @@ FOLDERS = {
     "training/": [
         "optimizer",
         "sharding",
+        "roll_call",
         "distributed",
+        "agreement",
         "checkpoint",
         "run_folder",
         "metrics",

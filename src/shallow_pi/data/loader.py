@@ -1,7 +1,7 @@
 """From samples to batches: shuffle, shard by process, batch, prefetch, and resume exactly.
 
-The order of samples is a function of the seed alone: process p of n takes every n-th sample of one
-endless stream, so global batch k holds the same samples however many processes share it. A position
+The order of samples is a function of the seed alone, and each process takes its block of rows of
+every global batch: batch k is the same, row for row, however many processes share it. A position
 is the number of batches handed out, so a run resumes exactly, also on another number of processes,
 or with another number of threads or workers.
 
@@ -18,6 +18,7 @@ import math
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.resource_tracker
+import operator
 import os
 import signal
 import sys
@@ -85,7 +86,8 @@ class Loader:
             "samples": [length for length, _ in shares],
             "weights": [weight for _, weight in shares],
         }
-        indices = order(shares, seed)[index::count].batch(self.local_batch_size)
+        own = slice(index * self.local_batch_size, (index + 1) * self.local_batch_size)
+        indices = order(shares, seed).batch(batch_size).map(operator.itemgetter(own))
         self._batches = indices.map(functools.partial(_gather, source))
         self._num_threads, self._num_workers = num_threads, num_workers
         self._ahead = prefetch_batches

@@ -97,6 +97,10 @@ def check(experiment: config.DistillConfig, task: config.ClosedLoopConfig) -> co
     """Find out what cannot work before the run's folder is touched; sizes are the teacher's."""
     _, teacher_step = setup.validate(experiment)
     experiment = setup.resolve(experiment, teacher_step)
+    if jax.process_count() > 1 and not experiment.data.path:
+        raise ValueError(
+            f"{experiment.name} makes its demonstrations itself, in one process: give --data.path"
+        )
     if task.execute_steps > experiment.model.action_horizon:
         raise ValueError(
             f"closed_loop.execute_steps must be at most the action horizon "

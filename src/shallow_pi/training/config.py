@@ -21,7 +21,7 @@ import tyro
 from shallow_pi.distill import layer_map
 from shallow_pi.distill import losses as loss_terms
 from shallow_pi.models import observation, pi0
-from shallow_pi.training import batches, sharding
+from shallow_pi.training import batches, distributed, sharding
 from shallow_pi.training import optimizer as optimizers
 from shallow_pi.training import validation as validations
 
@@ -331,14 +331,20 @@ def exit_on(*errors: type[Exception], interrupted: str = "interrupted") -> Itera
     """End a script with its error's message and status 1 instead of a traceback.
 
     Covers what a user can cause (`ValueError`, `OSError`), and `errors`; Ctrl-C gives status 130
-    and says `interrupted`.
+    and says `interrupted`. In a job of several processes every error, a crash too, has its process
+    in front and ends it (`distributed.leave`).
     """
     caught: tuple[type[Exception], ...] = (ValueError, OSError, *errors)
     try:
         yield
     except KeyboardInterrupt as error:
-        print(f"error: {interrupted}", file=sys.stderr)
+        print(f"{distributed.prefix()}error: {interrupted}", file=sys.stderr)
+        distributed.leave(130)
         raise SystemExit(130) from error
     except caught as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{distributed.prefix()}error: {error}", file=sys.stderr)
+        distributed.leave(1)
         raise SystemExit(1) from error
+    except Exception:
+        distributed.report_crash()
+        raise

@@ -27,6 +27,7 @@ from shallow_pi.data import assets as policy_assets
 from shallow_pi.data import loader
 from shallow_pi.distill import layer_map, step
 from shallow_pi.training import (
+    agreement,
     batches,
     checkpoint,
     config,
@@ -76,12 +77,14 @@ def run(
       ValueError, FileNotFoundError: something does not fit or is missing.
       NonFiniteLossError, InterruptedRunError: see there.
     """
+    agreement.check_shared(folder.parent)
     put_aside = resume is None and experiment.overwrite
     if resume is None and not put_aside:
         resume = run_folder.prepare(folder, experiment.resume, overwrite=False)
     mesh, teacher_step = setup.validate(experiment)
     experiment = setup.resolve(experiment, teacher_step)
     data = batches.open_data(experiment.data, experiment.student_model, teacher_step)
+    agreement.check(experiment, data.train)
     feed = loader.prefetch(
         loader.Loader(
             data.train,
@@ -203,7 +206,7 @@ def _loop(
             if len(recent) > AHEAD:
                 jax.block_until_ready(recent[-1 - AHEAD][1]["loss"])
             advance(1)
-            stop = stopping.is_set  # Asked once: what is announced below must have been saved.
+            stop = stopping.after(done)  # Asked once: what is told below must have been saved.
             measures = held_out is not None and held_out.is_due(done, end)
             saves = stop or done == end or checkpoints.should_save(done)
             error = None
@@ -226,7 +229,7 @@ def _loop(
             if stop:
                 break
         checkpoints.wait()
-        if stopping.is_set:
+        if stopping.name:
             raise InterruptedRunError(
                 f"stopped by {stopping.name} after step {done}, which is saved; go on with --resume"
             )
@@ -304,25 +307,35 @@ class _Stop:
 
     name = ""
 
-    @property
-    def is_set(self) -> bool:
+    def after(self, number: int) -> bool:
+        """Whether to stop after this step; every process of the job gets the same answer."""
+        if distributed.stops_here(number):
+            self.name = signal.SIGTERM.name
         return bool(self.name)
 
 
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[_Stop]:
-    """Turn the first Ctrl-C or SIGTERM into a flag; a second one acts as usual."""
+    """Turn the first Ctrl-C or SIGTERM into a flag; a second one acts as usual.
+
+    In a job of several processes SIGTERM is JAX's, which tells the others (`stops_here`).
+    """
     stop = _Stop()
     previous: dict[int, Any] = {}
+    alone = jax.process_count() == 1
 
     def ask(number: int, _: Any) -> None:
-        stop.name = signal.Signals(number).name
-        progress.console.print(f"{stop.name}: saving after this step, once more to stop at once")
+        name = signal.Signals(number).name
+        progress.console.print(f"{name}: saving after this step, once more to stop at once")
+        if alone:
+            stop.name = name
+        else:
+            signal.raise_signal(signal.SIGTERM)
         for n, handler in previous.items():
             signal.signal(n, handler)
 
     with contextlib.suppress(ValueError):  # Handlers can be set in the main thread alone.
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM) if alone else (signal.SIGINT,):
             previous[number] = signal.signal(number, ask)
     try:
         yield stop

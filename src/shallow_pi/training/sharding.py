@@ -83,9 +83,16 @@ class MeshConfig:
                 "(data=-1 takes what fsdp and tensor leave)"
             )
         shape = (data, self.fsdp, self.tensor)
+        grid = np.array(devices).reshape(shape)
         if devices[0].platform == "tpu":  # Neighbours in the mesh are neighbours in the torus.
-            return Mesh(mesh_utils.create_device_mesh(shape, devices), AXES)
-        return Mesh(np.array(devices).reshape(shape), AXES)
+            grid = mesh_utils.create_device_mesh(shape, devices)
+        owners = [{d.process_index for d in group} for group in grid.reshape(-1, self.tensor)]
+        if any(len(owner) > 1 for owner in owners):
+            raise ValueError(
+                f"mesh.tensor {self.tensor} spans processes, each of which reads its own rows: set "
+                f"it to a divisor of the {jax.local_device_count()} devices of a process"
+            )
+        return Mesh(grid, AXES)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Distil on every host of a TPU slice. From a machine with gcloud:
+#
+#   TPU=my-slice ZONE=us-central2-b NFS=10.0.0.2:/share REPOSITORY=ADDRESS \
+#     scripts/launch/tpu_pod.sh pi0_aloha_l6 --data.path /shared/my_aloha \
+#       --checkpoint-dir /shared/runs --mesh.fsdp 16
+#
+# The same command again goes on with the run, after a preemption for instance. STOP=1 in front of it
+# has the run save and end. What it needs: docs/launch.md.
+set -euo pipefail
+: "${TPU:?name of the TPU VM}" "${ZONE:?its zone}"
+on_every_host() {
+  gcloud compute tpus tpu-vm ssh "$TPU" --zone "$ZONE" --worker=all --command "$1"
+}
+if [[ -n "${STOP:-}" ]]; then
+  on_every_host "pkill -TERM -f '^[^ ]*python[^ ]* scripts/train_distill.py' || true"
+  exit
+fi
+
+: "${NFS:?host:/share of a file system for checkpoints and data}"
+: "${REPOSITORY:?address to clone shallow_pi from}" "${REVISION:=main}"
+# As words that the shell over there reads as they are here.
+printf -v arguments ' %q' "$@"
+on_every_host "
+  set -e
+  command -v mount.nfs > /dev/null || sudo apt-get install --yes --quiet nfs-common
+  sudo mkdir -p /shared
+  mountpoint --quiet /shared || sudo mount -t nfs $NFS /shared
+  test -d shallow_pi || git clone --quiet $REPOSITORY shallow_pi
+  cd shallow_pi
+  git fetch --quiet origin $REVISION && git checkout --quiet --detach FETCH_HEAD
+  python3 -m pip install --quiet --user uv
+  ~/.local/bin/uv sync --quiet --extra tpu --extra gcs
+  SHALLOW_PI_MULTIHOST=1 ~/.local/bin/uv run --no-sync scripts/train_distill.py$arguments --resume"
