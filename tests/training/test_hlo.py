@@ -69,11 +69,32 @@ def test_text_of_an_asynchronous_start_gives_its_result_alone():
     text = """
 %body (p: f32[8]) -> f32[8] {
   %a = (bf16[2,8]{1,0}, bf16[16,8]{1,0}) all-gather-start(bf16[2,8]{1,0} %x), dimensions={0}
+  %b = (f32[4]{0}, f32[4]{0}, u32[], u32[]) collective-permute-start(f32[4]{0} %y)
 }
 
 ENTRY %main (p: f32[8]) -> f32[8] {
   %w = f32[8] while(%p), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"6"}}
 }
 """
+    found = [(c.kind, c.times, c.bytes) for c in hlo.collectives(text)]
+    assert found == [("all-gather", 6, 16 * 8 * 2), ("collective-permute", 6, 16)]
+
+
+def test_a_loop_without_a_count_has_its_conditions_bound():
+    text = """
+%condition (p: (s32[], f32[8])) -> pred[] {
+  %bound = s32[]{:T(128)} constant(18)
+  %count = s32[] get-tuple-element(%p), index=0
+  ROOT %less = pred[] compare(%count, %bound), direction=LT
+}
+
+%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %a = f32[8]{0:T(128)} all-reduce(%x), to_apply=%sum
+}
+
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %w = (s32[], f32[8]) while(%tuple), condition=%condition, body=%body
+}
+"""
     (found,) = hlo.collectives(text)
-    assert (found.kind, found.times, found.bytes) == ("all-gather", 6, 16 * 8 * 2)
+    assert (found.kind, found.times, found.bytes) == ("all-reduce", 18, 32)

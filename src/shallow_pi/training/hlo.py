@@ -1,7 +1,8 @@
 """Collectives in a compiled program: kinds, how often they run, and how many bytes they move.
 
 Read from the text of the optimized HLO. A collective inside a loop counts as often as the loop
-runs (XLA writes a loop's trip count beside it where it knows it). Bytes are those of the result on
+runs: XLA writes the trip count beside it, or else (for TPUs) it is the bound that the loop's
+condition compares its counter with. Bytes are those of the result on
 one device, whatever the network then makes of them.
 """
 
@@ -18,6 +19,8 @@ _COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(")
 _CALLED = re.compile(r"(?:body|condition|to_apply|calls|computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'known_trip_count[^0-9]*"?n"?[^0-9]*(\d+)')
+_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
+_BOUND = re.compile(r"= s32\[\]\S* constant\((\d+)\)")
 _ARRAY = re.compile(r"\b(pred|[suf]\d+|bf16|f8\w*|c64|c128)\[([\d,]*)\]")
 _PATH = re.compile(r'op_name="([^"]*)"')
 
@@ -46,8 +49,10 @@ def collectives(text: str) -> list[Collective]:
             if match and times[name]:
                 path = _PATH.search(line)
                 arrays = list(_sizes(match[1]))
-                # An asynchronous start gives its operands along with its result.
-                size = arrays[-1] if match[3] and len(arrays) > 1 else sum(arrays)
+                size = sum(arrays)
+                if match[3] and len(arrays) > 1:
+                    # An asynchronous start gives operand, result and marks of its own.
+                    size = sorted(arrays)[-2] if match[2] == "reduce-scatter" else max(arrays)
                 found.append(Collective(match[2], times[name], size, path[1] if path else ""))
     return found
 
@@ -81,10 +86,21 @@ def _times(bodies: dict[str, list[str]], entry: str) -> collections.Counter[str]
     times: collections.Counter[str] = collections.Counter({entry: 1})
     for name in reversed(bodies):
         for line in bodies[name]:
-            trips = _TRIPS.search(line)
+            trips = _trips(line, bodies)
             for called in _calls(line):
-                times[called] += times[name] * (int(trips[1]) if trips else 1)
+                times[called] += times[name] * trips
     return times
+
+
+def _trips(line: str, bodies: dict[str, list[str]]) -> int:
+    """How often what a line calls runs: once, but for a loop."""
+    known, condition = _TRIPS.search(line), _CONDITION.search(line)
+    if known:
+        return int(known[1])
+    if not condition:
+        return 1
+    bounds = [_BOUND.search(one) for one in bodies.get(condition[1], [])]
+    return max((int(bound[1]) for bound in bounds if bound), default=1)
 
 
 def _calls(line: str) -> Iterator[str]:

@@ -58,7 +58,14 @@ def _take(address: str, processes: int, timeout: float) -> None:
     waiting: list[socket.socket] = []
     problem = ""
     with _listen(port) as server, progress.bar("Processes", processes, done=1) as advance:
-        while len(present) < processes - 1 and not problem:
+        while not problem:
+            if len(present) == processes - 1:
+                gone = [index for index, connection in present.items() if _is_closed(connection)]
+                if not gone:
+                    break
+                for index in gone:  # It came, and ended: whoever starts it again comes anew.
+                    del present[index]
+                    advance(-1)
             left = deadline - time.monotonic()
             if left <= 0:
                 break
@@ -181,3 +188,5 @@ def _is_closed(connection: socket.socket) -> bool:
         return False
     except OSError:
         return True
+    finally:
+        connection.settimeout(_PATIENCE)
