@@ -182,8 +182,8 @@ def main():
     )
     batches = loader.Loader(source, 4, num_workers=1)
     next(batches)
-    print("ready", flush=True)
     try:
+        print("ready", flush=True)
         time.sleep(60)
     except KeyboardInterrupt:
         for _ in range(5):
