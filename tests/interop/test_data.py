@@ -13,6 +13,7 @@ stand_ins.install()
 # ruff: noqa: E402 (openpi comes after the stand-ins)
 import lerobot.common.datasets.lerobot_dataset as lerobot_dataset
 from openpi import transforms as openpi_transforms
+from openpi.models import gemma as openpi_gemma
 from openpi.training import config as openpi_config
 
 from shallow_pi.data import lerobot_writer, loader, normalize, robots
@@ -162,7 +163,8 @@ def test_a_config_of_ones_own_transforms_is_taken_over_with_openpis_loader(
     with pytest.raises(ValueError, match=r"pi05_mine.*scripts/serve_openpi\.py"):
         found.assets.inputs()
     # Its student speaks as that config does, at its own depth.
-    student = interop.train_config("student", pi0.at_depth(MODEL, 6), robot, REPO)
+    sizes = {"depth": 6, "vocab_size": openpi_gemma.PALIGEMMA_VOCAB_SIZE}
+    student = interop.train_config("student", dataclasses.replace(MODEL, **sizes), robot, REPO)
     made = student.data.create(student.assets_dirs, student.model)
     assert made.data_transforms.inputs[-1] == _Mine()
     assert (student.name, student.model.sizes.depth, made.asset_id) == ("student", 6, REPO)
