@@ -17,8 +17,6 @@ import sys
 import time
 from typing import Any
 
-import jax
-
 from shallow_pi import progress
 from shallow_pi.evaluation import flops, report
 from shallow_pi.training import ahead, config, hlo, setup
@@ -34,14 +32,9 @@ def main() -> None:
     parser.add_argument("--topology", default="")
     parser.add_argument("--output", default="")
     own, arguments = parser.parse_known_args()
-    jax.config.update("jax_platforms", "cpu")
     with config.exit_on():
-        if own.devices < 1:
-            raise ValueError(f"--devices must be 1 or more, got {own.devices}")
-        jax.config.update("jax_num_cpu_devices", own.devices)
         experiment = config.cli(CONFIGS, __doc__ or "", arguments)
-        devices = ahead.topology(own.topology) if own.topology else jax.devices()
-        mesh = experiment.mesh.create(devices)
+        mesh = experiment.mesh.create(ahead.devices(own.devices, own.topology))
         spec = setup.any_spec(experiment, mesh)
         dtype = experiment.teacher.dtype if experiment.teacher else "bfloat16"
         name = own.topology or f"cpu:{own.devices}"

@@ -20,8 +20,9 @@ def timing(tiny_config):
 
 def _plain(config, params, batch, noise, num_steps):
     """The sampler without any saving, on the weights and the observation it is given."""
-    nothing = prepare.Savings(**{f.name: False for f in dataclasses.fields(prepare.Savings)})
-    sample = functools.partial(sampler.sample_actions, config, num_steps=num_steps, savings=nothing)
+    sample = functools.partial(
+        sampler.sample_actions, config, num_steps=num_steps, savings=prepare.NOTHING
+    )
     seen = observation.Observation.from_batch(jax.device_put(batch))
     return functools.partial(jax.jit(sample), params, seen, noise)
 

@@ -66,7 +66,7 @@ def test_pi05_counts_what_is_known_of_it(depth, teraflop):
         max_token_len=200,
         action_horizon=10,
     )
-    counted = flops.inference_flops(config, savings=prepare.Savings(*[False] * 5))
+    counted = flops.inference_flops(config, savings=prepare.NOTHING)
     assert counted.total / 1e12 == pytest.approx(teraflop, rel=0.02)
 
 
@@ -86,6 +86,5 @@ def test_a_training_step_is_the_teachers_pass_and_three_of_the_students(tiny_con
     assert both - alone == flops.training_flops(teacher, None, batch=1) / 3
     assert flops.training_flops(student, teacher, batch=8) == 8 * both
     more = flops.training_flops(student, None, batch=1, draws=3) - alone
-    nothing = prepare.Savings(**{f.name: False for f in dataclasses.fields(prepare.Savings)})
-    step = flops.inference_flops(student, num_steps=1, savings=nothing).step
+    step = flops.inference_flops(student, num_steps=1, savings=prepare.NOTHING).step
     assert more == 3 * 2 * step

@@ -12,7 +12,7 @@ from shallow_pi.models import inference, pi0, prepare, sampler
 
 _sample = jax.jit(sampler.sample_actions, static_argnames=("config", "num_steps", "savings"))
 EVERYTHING = prepare.ALL
-NOTHING = prepare.Savings(False, False, False, False, False)
+NOTHING = prepare.NOTHING
 SAVINGS = {
     "all": EVERYTHING,
     "none": NOTHING,

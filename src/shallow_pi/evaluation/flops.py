@@ -60,10 +60,9 @@ def training_flops(
 
     The backward pass counts twice the forward one; what remat computes again does not count.
     """
-    plain = prepare.Savings(**{field.name: False for field in dataclasses.fields(prepare.Savings)})
 
     def forward(config: pi0.Pi0Config) -> int:
-        return inference_flops(config, batch=batch, num_steps=draws, savings=plain).total
+        return inference_flops(config, batch=batch, num_steps=draws, savings=prepare.NOTHING).total
 
     return 3 * forward(student) + (0 if teacher is None else forward(teacher))
 

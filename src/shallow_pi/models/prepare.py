@@ -46,6 +46,7 @@ class Savings:
 
 
 ALL = Savings()
+NOTHING = Savings(*[False] * len(dataclasses.fields(Savings)))
 # On CPUs long programs cost more (to compile, and small ones to run) than their loops.
 LOOPS = dataclasses.replace(ALL, unrolled_layers=False, unrolled_steps=False)
 

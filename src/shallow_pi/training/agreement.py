@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from shallow_pi.data import sources
-from shallow_pi.training import distributed
+from shallow_pi.training import distributed, run_folder
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 # Parts of a sample that are compared; pictures would have to be decoded alike to the last bit.
@@ -34,7 +34,10 @@ def facts(config: Any, source: sources.Source) -> dict[str, str]:
       config: the resolved config, a dataclass.
       source: of the training samples.
     """
-    fields = {f"--{name}": repr(value) for name, value in _flat(dataclasses.asdict(config)).items()}
+    fields = {
+        f"--{name}": repr(value)
+        for name, value in run_folder.flatten(dataclasses.asdict(config)).items()
+    }
     return {
         **fields,
         "shallow_pi's sources": code_hash(),
@@ -135,10 +138,3 @@ def _numbers(indices: Sequence[int]) -> str:
     """ "0, 2 and 3"; of many, the first."""
     shown = [str(n) for n in indices[:8]] + ([f"{len(indices) - 8} more"] if indices[8:] else [])
     return " and ".join(part for part in (", ".join(shown[:-1]), shown[-1]) if part)
-
-
-def _flat(tree: Any, name: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {name: tree}
-    parts = [_flat(child, f"{name}.{key}" if name else key) for key, child in tree.items()]
-    return {key: value for part in parts for key, value in part.items()}

@@ -59,6 +59,19 @@ class Program:
         return self.total <= USABLE * card
 
 
+def devices(count: int, topology_name: str = "") -> Sequence[jax.Device]:
+    """`count` virtual CPU devices, or those of a TPU topology; call it before JAX has any.
+
+    Raises:
+      ValueError: a count below 1, or see `topology`.
+    """
+    if count < 1:
+        raise ValueError(f"--devices must be 1 or more, got {count}")
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", count)
+    return topology(topology_name) if topology_name else jax.devices()
+
+
 def topology(name: str) -> Sequence[jax.Device]:
     """The devices of a TPU topology such as "v5e:8x8", for compiling alone.
 

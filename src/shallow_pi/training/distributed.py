@@ -7,6 +7,7 @@ slice, or with `SHALLOW_PI_MULTIHOST=1`, JAX finds everything itself. Call `init
 anything touches a device.
 """
 
+import contextlib
 import dataclasses
 import inspect
 import json
@@ -224,6 +225,15 @@ def cache_compilations() -> None:
 def is_main() -> bool:
     """Whether this process prints, logs and writes plain files."""
     return jax.process_index() == 0
+
+
+def bar(
+    label: str, total: int, done: int = 0
+) -> contextlib.AbstractContextManager[progress.Advance]:
+    """`progress.bar` in the process that prints, nothing in the others."""
+    if is_main():
+        return progress.bar(label, total, done)
+    return contextlib.nullcontext(lambda amount=1, note="": None)
 
 
 def sync(name: str) -> None:

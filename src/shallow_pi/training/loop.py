@@ -192,7 +192,7 @@ def _loop(
     with contextlib.ExitStack() as stack:
         stopping = stack.enter_context(_stop_signals())
         log = _open_log(experiment, checkpoints.folder, start, stack)
-        advance = stack.enter_context(_bar(label, end, start))
+        advance = stack.enter_context(distributed.bar(label, end, start))
         began, waited = time.perf_counter(), 0.0
         for done in range(start + 1, end + 1):
             asked = time.perf_counter()
@@ -294,12 +294,6 @@ def _open_log(
     if not start:
         log.image(0, "data_sheet", data_sheet.read(folder))
     return log.log
-
-
-def _bar(label: str, total: int, done: int) -> contextlib.AbstractContextManager[progress.Advance]:
-    if distributed.is_main():
-        return progress.bar(label, total=total, done=done)
-    return contextlib.nullcontext(lambda amount=1, note="": None)
 
 
 class _Stop:

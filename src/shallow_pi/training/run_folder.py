@@ -67,8 +67,8 @@ def compare_config(
         raise FileNotFoundError(
             f"{path} is missing: this folder cannot be resumed, use --overwrite"
         )
-    old = _flat(json.loads(path.read_text(encoding="utf-8")))
-    new = _flat(json.loads(json.dumps(config)))
+    old = flatten(json.loads(path.read_text(encoding="utf-8")))
+    new = flatten(json.loads(json.dumps(config)))
     absent = "absent"
     different = [
         f"{name}: saved {old.get(name, absent)!r}, now {new.get(name, absent)!r}"
@@ -84,10 +84,11 @@ def compare_config(
         )
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, fields named as on the command line ("losses.attention")."""
     if not isinstance(tree, dict) or not tree:
         return {prefix: tree}
     flat: dict[str, Any] = {}
     for name, child in tree.items():
-        flat |= _flat(child, f"{prefix}.{name}" if prefix else name)
+        flat |= flatten(child, f"{prefix}.{name}" if prefix else name)
     return flat

@@ -7,7 +7,6 @@ the padding behind an episode's end): of the normalized robot dimensions, and by
 the robot's own units.
 """
 
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
@@ -18,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
-from shallow_pi import progress
 from shallow_pi.data import assets as policy_assets
 from shallow_pi.data import loader, sources, transforms
 from shallow_pi.distill import step
@@ -87,7 +85,7 @@ def read(
     local = batch_size // jax.process_count()
     put = functools.partial(jax.make_array_from_process_local_data, sharding.batch_sharding(mesh))
     batches = []
-    with _bar("Held-out samples", total) as advance:
+    with distributed.bar("Held-out samples", total) as advance:
         for start in range(0, total, batch_size):
             first = start + jax.process_index() * local
             places = range(first, first + local)
@@ -106,12 +104,6 @@ def read(
     parts = jax.device_get([gather(batch) for batch, _ in batches])
     found = {name: np.concatenate([part[name] for part in parts]) for name in names}
     return HeldOut(tuple(batches), **found)
-
-
-def _bar(label: str, total: int) -> contextlib.AbstractContextManager[progress.Advance]:
-    if distributed.is_main():
-        return progress.bar(label, total)
-    return contextlib.nullcontext(lambda amount=1, note="": None)
 
 
 def _noise(seed: int, place: int, shape: tuple[int, ...]) -> np.ndarray:
@@ -276,7 +268,7 @@ def create(
     teacher_actions = None
     if spec.teacher is not None:
         sample_teacher, parts = sampling(spec.teacher), []
-        with _bar("Held-out teacher", len(held_out.state)) as advance:
+        with distributed.bar("Held-out teacher", len(held_out.state)) as advance:
             for batch, noise in held_out.batches:
                 parts.append(jax.device_get(sample_teacher(teacher_params, batch, noise)))
                 advance(len(noise))
