@@ -61,7 +61,6 @@ def tiny_config():
             "action_horizon": 5,
             "max_token_len": 7,
             "dtype": "float32",
-            "remat": False,
         }
         return pi0.Pi0Config(**(sizes | changes))
 
@@ -125,12 +124,11 @@ def tiny_experiment():
 
     def make(folder, **changes):
         debug = configs.load(TRAIN_CONFIGS, "debug")
-        model = dataclasses.replace(
-            debug.model, depth=3, vocab_size=320, dtype="float32", remat=False
-        )
+        model = dataclasses.replace(debug.model, depth=3, vocab_size=320, dtype="float32")
         fields = {
             "model": model,
             "batch_size": 8,
+            "remat": "none",
             "ema_decay": 0.5,
             "num_train_steps": 4,
             "save_interval": 2,

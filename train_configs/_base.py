@@ -41,7 +41,6 @@ DEBUG_PI0 = pi0.Pi0Config(
     action_horizon=8,
     max_token_len=8,
     dtype="float32",
-    remat=False,
 )
 # The same as a π0.5; the state's three integers make the prompt longer.
 TURNTABLE_PI05 = dataclasses.replace(

@@ -74,7 +74,7 @@ def test_a_folder_of_openpis_is_the_same_policy_once_its_robot_is_known(own, par
         warm_up=False,
         **fields(own),
     )
-    assert found.assets.model == dataclasses.replace(own.model, remat=True)
+    assert found.assets.model == own.model
     assert found.assets.asset_id == "org/turntable"
     expected = policy.Policy(own, params, num_steps=2).infer(observation)["actions"]
     np.testing.assert_allclose(found.infer(observation)["actions"], expected, atol=1e-6)

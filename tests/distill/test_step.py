@@ -11,11 +11,15 @@ import optax
 import pytest
 
 from shallow_pi.distill import layer_map, losses, step, student
+from shallow_pi.distill import norms as gradient_norms
 from shallow_pi.models import observation as observations
 from shallow_pi.models import pi0, weights
+from shallow_pi.models.layers import Execution
 from shallow_pi.training import sharding
 
 KEY = jax.random.key(5)
+TASK = losses.Losses(velocity=0.0, attention=0.0)
+PLAIN = Execution(remat="none")
 _draw = jax.jit(step.draw_inputs, static_argnums=0)
 _velocity = jax.jit(pi0.velocity, static_argnums=0)
 
@@ -45,6 +49,7 @@ def setting(tiny_config, tiny_params, tiny_batch):
         losses=losses.Losses(task=1.0, velocity=0.5, attention=2.0),
         teacher=teacher_config,
         layer_map=layers,
+        execution=PLAIN,
     )
     cut = student.cut(teacher_config, teacher, layers)
     moved = jax.tree.map(lambda x, y: x + 0.1 * y, cut, tiny_params(spec.student, seed=3))
@@ -119,9 +124,9 @@ def test_the_attention_loss_is_in_the_loss_and_its_weight_counts(setting, result
     full = _update(result[0], state)
     without = _update(_step(_with(spec, attention=0.0), teacher, state, KEY, batch)[0], state)
     difference = jax.tree.map(jnp.subtract, full, without)
-    assert step.global_norm(difference) > 1e-3
+    assert gradient_norms.global_norm(difference) > 1e-3
     expected = norms["grad_norm_of/attention_loss"]
-    np.testing.assert_allclose(step.global_norm(difference), expected, rtol=1e-3)
+    np.testing.assert_allclose(gradient_norms.global_norm(difference), expected, rtol=1e-3)
     # Of the tower it moves what makes the compared layer's queries and keys, and nothing after.
     queries = difference["PaliGemma"]["llm"]["layers"]["attn"]["q_einsum_1"]["w"]
     assert np.abs(queries[0]).max() > 1e-4
@@ -296,9 +301,13 @@ def test_gradient_norms_of_the_parts_make_the_whole(setting, result):
     assert min(norms) > 0
     np.testing.assert_allclose(metrics["grad_norm"], np.linalg.norm(norms), rtol=1e-5)
     gradient = _update(result[0], setting[2])
-    np.testing.assert_allclose(metrics["grad_norm"], step.global_norm(gradient), rtol=1e-3)
+    np.testing.assert_allclose(
+        metrics["grad_norm"], gradient_norms.global_norm(gradient), rtol=1e-3
+    )
     expert = [x for path, x in weights.leaves(gradient).items() if "_1/" in path and "llm" in path]
-    np.testing.assert_allclose(metrics["grad_norm/expert"], step.global_norm(expert), rtol=1e-3)
+    np.testing.assert_allclose(
+        metrics["grad_norm/expert"], gradient_norms.global_norm(expert), rtol=1e-3
+    )
     np.testing.assert_allclose(metrics["learning_rate"], 0.1)
 
 
@@ -328,6 +337,10 @@ def test_a_batch_that_does_not_divide_raises(setting):
         ({"teacher": None}, "go together"),
         ({"layer_map": None}, "go together"),
         ({"teacher": None, "layer_map": None}, "need a teacher; give one, or set both to 0"),
+        (
+            {"teacher": None, "layer_map": None, "losses": TASK, "freeze": ("vision",)},
+            "freeze vision keeps parts of a teacher, and there is none",
+        ),
         ({"losses": losses.Losses(attention_layer=2)}, r"must lie in 0\.\.1, or be -1; got 2"),
     ],
 )
@@ -340,5 +353,5 @@ def test_teacher_and_student_of_two_models_raise(setting, tiny_config):
     other = tiny_config(cameras=("base_0_rgb",), depth=2, action_horizon=4, vocab_size=33)
     with pytest.raises(ValueError, match=r"vocab_size \(32 and 33\), action_horizon \(5 and 4\)"):
         dataclasses.replace(setting[0], student=other)
-    low = tiny_config(cameras=("base_0_rgb",), depth=2, dtype="bfloat16", remat=True)
+    low = tiny_config(cameras=("base_0_rgb",), depth=2, dtype="bfloat16")
     assert dataclasses.replace(setting[0], student=low).student.dtype == "bfloat16"

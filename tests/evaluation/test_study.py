@@ -27,7 +27,6 @@ def _small(name, folder, **changes):
         experiment.model,
         depth=2,
         image=dataclasses.replace(experiment.model.image, depth=1),
-        remat=False,
     )
     task = dataclasses.replace(
         experiment.closed_loop, demonstrations=3, episodes=2, num_steps=2, harder=()
@@ -38,6 +37,7 @@ def _small(name, folder, **changes):
         "checkpoint_dir": str(folder),
         "batch_size": 8,
         "draws": 1,
+        "remat": "none",
         "num_train_steps": 3,
         "log_interval": 1,
         "save_interval": 3,

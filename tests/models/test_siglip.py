@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from shallow_pi.models import siglip
+from shallow_pi.models import layers, siglip
 
 CONFIG = siglip.SiglipConfig(width=12, depth=2, mlp_dim=20, num_heads=3, patch_size=4)
 
 
 def _module(**changes):
-    settings = {"out_width": 10, "dtype": jnp.dtype("float32"), "remat": False} | changes
+    settings = {"out_width": 10, "dtype": jnp.dtype("float32")} | changes
     return siglip.Module(CONFIG, **settings)
 
 
@@ -83,15 +83,19 @@ def test_pictures_of_a_batch_do_not_see_each_other(params):
 
 def test_remat_changes_neither_tokens_nor_gradient(params):
     def loss(params, remat):
-        return jnp.sum(_run(_module(remat=remat), params, _images()) ** 2)
+        module = _module(execution=layers.Execution(remat))
+        return jnp.sum(_run(module, params, _images()) ** 2)
 
     gradient = jax.jit(jax.grad(loss), static_argnums=1)
-    plain, recomputed = gradient(params, False), gradient(params, True)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), plain, recomputed
-    )
-    traced = str(jax.make_jaxpr(lambda p: jax.grad(loss)(p, True))(params))
-    assert re.search("remat|checkpoint", traced)
+    plain = gradient(params, "none")
+    for remat in ("layers", "dots"):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
+            plain,
+            gradient(params, remat),
+        )
+        traced = str(jax.make_jaxpr(lambda p, r=remat: jax.grad(loss)(p, r))(params))
+        assert re.search("remat|checkpoint", traced)
 
 
 def test_bfloat16_is_close_to_float32(params):

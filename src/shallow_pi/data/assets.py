@@ -115,4 +115,6 @@ def model_from_dict(values: Mapping[str, Any]) -> pi0.Pi0Config:
         "image": siglip.SiglipConfig(**values["image"]),
         "cameras": tuple(values["cameras"]),
     }
-    return pi0.Pi0Config(**{**values, **nested})
+    # Older folders say how the training ran, which is not the model's.
+    own = {name: value for name, value in values.items() if name != "remat"}
+    return pi0.Pi0Config(**{**own, **nested})

@@ -4,12 +4,12 @@
 
 Randomness (augmentation, noise, time) is drawn once, from `fold_in(key, step)`, before either model
 runs, so teacher and student see one x_t. The teacher is an argument: outside the gradient, never
-donated, never in the state. Without a teacher the same step fine-tunes, or trains from scratch, on
-the task loss. Bind `spec` with `functools.partial` and jit the rest, donating `state`.
+donated, never in the state. Parts of the student that are frozen are the teacher's own leaves, and
+a frozen image tower runs once for both. Without a teacher the same step fine-tunes, or trains from
+scratch, on the task loss. Bind `spec` with `functools.partial` and jit the rest, donating `state`.
 """
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -19,19 +19,21 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from shallow_pi.distill import flow, losses
+from shallow_pi.distill import flow, losses, norms
 from shallow_pi.distill import layer_map as layer_maps
+from shallow_pi.distill import student as students
+from shallow_pi.models import layers, pi0
 from shallow_pi.models import observation as observations
-from shallow_pi.models import pi0
 
-Metrics = dict[str, Float[Array, ""]]
+Metrics = norms.Metrics
 
 
 @flax.struct.dataclass
 class DistillState:
-    """What training changes, and all that a checkpoint holds."""
+    """What training changes: all that a checkpoint holds, but for the frozen parts."""
 
     step: Int[Array, ""]
+    # The student's parameters without the frozen parts.
     params: PyTree
     opt_state: PyTree
     # Exponential moving average of the parameters, or None.
@@ -49,14 +51,18 @@ class Spec:
     # The teacher and the layers the student was cut from; None trains on the task loss alone.
     teacher: pi0.Pi0Config | None = None
     layer_map: layer_maps.LayerMap | None = None
+    # Parts of the student that stay the teacher's.
+    freeze: tuple[students.Part, ...] = ()
     augmentation: observations.Augmentation = observations.NO_AUGMENTATION
     # (noise, time) pairs drawn for every observation; they share the prefix.
     draws: int = 1
     # Microbatches a step is cut into; the result is that of the whole batch.
     accumulation: int = 1
     ema_decay: float | None = None
-    # How the batch is split over devices, which the models then keep to; None leaves it to XLA.
-    rows: jax.sharding.Sharding | None = None
+    # How both models are run.
+    execution: layers.Execution = layers.DEFAULT_EXECUTION
+    # The teacher's layers lie in the host's memory, and are copied one by one.
+    offload_teacher: bool = False
 
     def __post_init__(self) -> None:
         if self.draws < 1 or self.accumulation < 1:
@@ -70,8 +76,13 @@ class Spec:
                 f"losses.velocity {self.losses.velocity} and losses.attention "
                 f"{self.losses.attention} need a teacher; give one, or set both to 0."
             )
+        if self.freeze and self.teacher is None:
+            raise ValueError(
+                f"student.freeze {' '.join(self.freeze)} keeps parts of a teacher, and there is "
+                "none: leave it out."
+            )
         if self.teacher is not None:
-            _check_pair(self.teacher, self.student)
+            students.check_pair(self.teacher, self.student)
         if self.losses.attention_layer >= self.student.depth:
             raise ValueError(
                 f"losses.attention_layer must lie in 0..{self.student.depth - 1}, or be -1; got "
@@ -99,6 +110,7 @@ class Inputs(NamedTuple):
 
 def init_state(spec: Spec, params: PyTree) -> DistillState:
     """A fresh state around parameters, which become float32 (the teacher's may be bfloat16)."""
+    params, _ = students.split(params, spec.freeze)
     # A copy, never an alias: the state is donated, and the caller keeps the parameters it gave.
     params = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), params)
     return DistillState(
@@ -141,7 +153,8 @@ def distill_step(
 
     Args:
       spec: the static part.
-      teacher_params: parameters of `spec.teacher` in any float dtype; None without a teacher.
+      teacher_params: parameters of `spec.teacher` in any float dtype; where no loss needs them, the
+        frozen parts are enough. None without a teacher.
       state: the student's state.
       key: the run's key, the same at every step.
       batch: a batch of the loader (see `data.loader`).
@@ -158,9 +171,9 @@ def distill_step(
     if spec.ema_decay is not None:
         decay = spec.ema_decay
         ema_params = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema_params, params)
-    metrics |= gradient_norms(grads)
+    metrics |= norms.by_part(grads)
     metrics["learning_rate"] = jnp.asarray(spec.schedule(state.step), jnp.float32)
-    metrics["param_norm"] = global_norm(params)
+    metrics["param_norm"] = norms.global_norm(params)
     new_state = DistillState(
         step=state.step + 1, params=params, opt_state=opt_state, ema_params=ema_params
     )
@@ -175,45 +188,14 @@ def loss_gradient_norms(
     Costs one backward pass a loss, so the loop calls it now and then, not every step.
     """
     inputs = draw_inputs(spec, jax.random.fold_in(key, state.step), batch)
-    norms = {}
+    found = {}
     for name in _terms(spec.losses):
         alone: dict[str, Any] = {"task": 0.0, "velocity": 0.0, "attention": 0.0}
         alone[name] = getattr(spec.losses, name)
         single = dataclasses.replace(spec, losses=dataclasses.replace(spec.losses, **alone))
         grads, _ = _gradient(single, teacher_params, state.params, inputs)
-        norms[f"grad_norm_of/{name}_loss"] = global_norm(grads)
-    return norms
-
-
-def global_norm(tree: PyTree) -> Float[Array, ""]:
-    """Root of the sum of all squares; Optax renamed its own between the versions we support."""
-    squares = [jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree)]
-    return jnp.sqrt(jnp.sum(jnp.stack(squares)))
-
-
-def gradient_norms(grads: PyTree) -> Metrics:
-    """Global norm of the gradient, in all and by part of the model."""
-    parts: dict[str, list[Array]] = {
-        "vision": [],
-        "embedder": [],
-        "backbone": [],
-        "expert": [],
-        "projections": [],
-    }
-    for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
-        parts[_part(tuple(key.key for key in path))].append(leaf)
-    norms = {f"grad_norm/{name}": global_norm(leaves) for name, leaves in parts.items()}
-    return {"grad_norm": global_norm(grads), **norms}
-
-
-def _part(path: tuple[str, ...]) -> str:
-    if path[:2] == ("PaliGemma", "img"):
-        return "vision"
-    if path[:3] == ("PaliGemma", "llm", "embedder"):
-        return "embedder"
-    if path[0] == "PaliGemma":
-        return "expert" if any(name.endswith("_1") for name in path[2:5]) else "backbone"
-    return "projections"
+        found[f"grad_norm_of/{name}_loss"] = norms.global_norm(grads)
+    return found
 
 
 def _gradient(
@@ -223,8 +205,17 @@ def _gradient(
     count = jnp.maximum(jnp.sum(inputs.action_mask.astype(jnp.float32)), 1.0)
 
     def microbatch(part: Inputs) -> tuple[PyTree, Metrics]:
-        reference = _teacher_outputs(spec, teacher_params, part)
-        loss = functools.partial(_total_loss, spec, reference=reference, inputs=part, count=count)
+        tokens = None
+        if "vision" in spec.freeze:
+            tokens = pi0.embed_images(
+                spec.student, teacher_params, part.observation, spec.execution
+            )
+        reference = _teacher_outputs(spec, teacher_params, part, tokens)
+
+        def loss(params: PyTree) -> tuple[Float[Array, ""], Metrics]:
+            whole = students.join(params, teacher_params, spec.freeze)
+            return _total_loss(spec, whole, reference, part, tokens, count)
+
         return jax.grad(loss, has_aux=True)(params)
 
     if spec.accumulation == 1:
@@ -242,7 +233,9 @@ class _Reference(NamedTuple):
     attention: pi0.PrefixAttention | None
 
 
-def _teacher_outputs(spec: Spec, teacher_params: PyTree, inputs: Inputs) -> _Reference | None:
+def _teacher_outputs(
+    spec: Spec, teacher_params: PyTree, inputs: Inputs, image_tokens: Array | None
+) -> _Reference | None:
     """The teacher's velocity, and its attention where that loss is on; no gradient flows back."""
     if spec.teacher is None or not spec.losses.needs_teacher:
         return None
@@ -253,14 +246,20 @@ def _teacher_outputs(spec: Spec, teacher_params: PyTree, inputs: Inputs) -> _Ref
         inputs.observation,
         inputs.x_t,
         inputs.t,
+        image_tokens=image_tokens,
         attention_layer=layer,
-        rows=spec.rows,
+        execution=dataclasses.replace(spec.execution, offloaded=spec.offload_teacher),
     )
     return jax.lax.stop_gradient(_Reference(*outputs))
 
 
 def _total_loss(
-    spec: Spec, params: PyTree, reference: _Reference | None, inputs: Inputs, count: Array
+    spec: Spec,
+    params: PyTree,
+    reference: _Reference | None,
+    inputs: Inputs,
+    image_tokens: Array | None,
+    count: Array,
 ) -> tuple[Float[Array, ""], Metrics]:
     """The weighted loss of a microbatch as its share of the mean over the whole batch."""
     weights = spec.losses
@@ -271,8 +270,9 @@ def _total_loss(
         inputs.observation,
         inputs.x_t,
         inputs.t,
+        image_tokens=image_tokens,
         attention_layer=layer,
-        rows=spec.rows,
+        execution=spec.execution,
     )
 
     def mean(values: Float[Array, "b r ah"]) -> Float[Array, ""]:
@@ -324,20 +324,3 @@ def _split(inputs: Inputs, parts: int) -> Inputs:
         return jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
 
     return jax.tree.map(split, inputs)
-
-
-def _check_pair(teacher: pi0.Pi0Config, student: pi0.Pi0Config) -> None:
-    """Teacher and student may differ in depth, dtype and remat, and in nothing else."""
-    same = dataclasses.replace(
-        teacher, depth=student.depth, dtype=student.dtype, remat=student.remat
-    )
-    if same != student:
-        differing = [
-            f"{field.name} ({getattr(teacher, field.name)} and {getattr(student, field.name)})"
-            for field in dataclasses.fields(teacher)
-            if getattr(same, field.name) != getattr(student, field.name)
-        ]
-        raise ValueError(
-            "teacher and student must be one model up to depth; they differ in "
-            f"{', '.join(differing)}."
-        )

@@ -4,8 +4,16 @@ The leaves under `PaliGemma/llm/layers/` carry the tower's layers on axis 0, bac
 expert alike, and are indexed with the layer map. Every other leaf (image encoder, embedder, final
 norms, projections) is copied. Leaves are told apart by path, never by shape: the image encoder has
 a leading layer axis of its own. Every path is accounted for, or the cut refuses.
+
+What comes before the layers may stay as it is (`Part`): those leaves are then the teacher's own, in
+one copy for both models, and the student's tree is put together where it is needed (`join`).
 """
 
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +23,12 @@ from shallow_pi.distill import layer_map as layer_maps
 from shallow_pi.models import pi0, weights
 
 LAYERS = ("PaliGemma", "llm", "layers")
+# What can be frozen: the image tower, and the token embedding.
+Part = Literal["vision", "embedder"]
+PARTS: dict[Part, tuple[str, ...]] = {
+    "vision": ("PaliGemma", "img"),
+    "embedder": ("PaliGemma", "llm", "embedder"),
+}
 
 
 def is_layer(path: tuple[str, ...]) -> bool:
@@ -56,3 +70,44 @@ def cut(
     expected = pi0.abstract_params(pi0.at_depth(teacher_config, layer_map.depth))
     weights.check_tree(expected, student, "student")
     return student
+
+
+def split(params: PyTree, parts: Sequence[Part]) -> tuple[PyTree, PyTree]:
+    """A tree of parameters as two: what is trained, and the parts that are not.
+
+    Args:
+      params: a whole tree, or any that holds the parts; leaves may be of any kind.
+      parts: what is frozen; of nothing the second tree is empty.
+    """
+    trained: dict[tuple[str, ...], Any] = {}
+    frozen: dict[tuple[str, ...], Any] = {}
+    prefixes = [PARTS[part] for part in parts]
+    for path, leaf in flax.traverse_util.flatten_dict(params).items():
+        held = any(path[: len(prefix)] == prefix for prefix in prefixes)
+        (frozen if held else trained)[path] = leaf
+    unflatten = flax.traverse_util.unflatten_dict
+    return unflatten(trained), unflatten(frozen)
+
+
+def join(trained: PyTree, params: PyTree, parts: Sequence[Part]) -> PyTree:
+    """The whole tree again: `trained`, and the frozen parts of `params` (the teacher's)."""
+    if not parts:
+        return trained
+    flatten = flax.traverse_util.flatten_dict
+    whole = flatten(trained) | flatten(split(params, parts)[1])
+    return flax.traverse_util.unflatten_dict(whole)
+
+
+def check_pair(teacher: pi0.Pi0Config, student: pi0.Pi0Config) -> None:
+    """Teacher and student may differ in depth and dtype, and in nothing else."""
+    same = dataclasses.replace(teacher, depth=student.depth, dtype=student.dtype)
+    if same != student:
+        differing = [
+            f"{field.name} ({getattr(teacher, field.name)} and {getattr(student, field.name)})"
+            for field in dataclasses.fields(teacher)
+            if getattr(same, field.name) != getattr(student, field.name)
+        ]
+        raise ValueError(
+            "teacher and student must be one model up to depth; they differ in "
+            f"{', '.join(differing)}."
+        )

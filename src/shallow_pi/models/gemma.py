@@ -204,8 +204,7 @@ class Block(nn.Module):
     capture_layer: int | None
     # What is stacked over the layers: nothing, the prefix keys and values, or the residual streams.
     outputs: Outputs
-    # How the batch is split over devices; see `layers.keep_rows`.
-    rows: jax.sharding.Sharding | None = None
+    execution: layers.Execution
 
     @nn.compact
     def __call__(
@@ -215,7 +214,7 @@ class Block(nn.Module):
         geometry: Geometry,
     ) -> tuple[tuple[Array, Array, Capture | None], Any]:
         prefix, suffix, captured = carry
-        streams = [layers.keep_rows(x, self.rows) for x in (prefix, suffix)]
+        streams = [self.execution.keep_rows(x) for x in (prefix, suffix)]
         conditions = (None, geometry.condition)
 
         def norm(name: str) -> list[tuple[Array, Array | None]]:
@@ -242,7 +241,7 @@ class Block(nn.Module):
             captured = jax.tree.map(
                 lambda new, old: jnp.where(layer == self.capture_layer, new, old), capture, captured
             )
-        streams = [layers.keep_rows(x, self.rows) for x in streams]
+        streams = [self.execution.keep_rows(x) for x in streams]
         stacked = {"nothing": None, "cache": keys_values, "hidden": tuple(streams)}[self.outputs]
         return (streams[0], streams[1], captured), stacked
 
@@ -258,10 +257,7 @@ class Module(nn.Module):
     depth: int
     vocab_size: int
     dtype: jnp.dtype
-    # Recompute each layer in the backward pass instead of keeping its activations.
-    remat: bool = True
-    # How the batch is split over devices; see `layers.keep_rows`.
-    rows: jax.sharding.Sharding | None = None
+    execution: layers.Execution = layers.DEFAULT_EXECUTION
 
     def setup(self) -> None:
         self.embedder = layers.Embedder(self.vocab_size, self.configs[0].width)
@@ -293,14 +289,13 @@ class Module(nn.Module):
                 jnp.zeros((*suffix.shape[:2], k, q, h), self.dtype),
                 jnp.zeros((*prefix.shape[:2], k, h), self.dtype),
             )
-        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
         scanned = nn.scan(
-            block,
+            self.execution.layer(Block),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast),
             length=self.depth,
-        )(self.configs, action_rows, capture_layer, outputs, self.rows, name="layers")
+        )(self.configs, action_rows, capture_layer, outputs, self.execution, name="layers")
         embedded = prefix, suffix
         (_, suffix, captured), stacked = scanned(
             (prefix, suffix, captured), jnp.arange(self.depth), geometry

@@ -2,8 +2,11 @@
 
 Each computes what openpi's part of the same name does (models/gemma.py, models/pi0.py), parameter
 names included. Parameters are cast to the dtype of the activations; norms, angles and softmax are
-float32.
+float32. `Execution` says how a stack of layers is run, which changes no result.
 """
+
+import dataclasses
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -12,6 +15,54 @@ from jaxtyping import Array, Bool, Float, Int
 
 MASKED = -2.3819763e38
 ROPE_WAVELENGTH = 10_000.0
+# What the backward pass finds of a layer: its input alone, and it computes the rest again; also the
+# products with weights, so that only what lies between them is computed again; or everything.
+Remat = Literal["layers", "dots", "none"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """How a model is run. Nothing here changes a result."""
+
+    remat: Remat = "layers"
+    # How the batch is split over devices, which every layer then keeps to; None leaves it to XLA.
+    rows: jax.sharding.Sharding | None = None
+    # The parameters lie in the host's memory: each layer's are copied to the device when it runs.
+    offloaded: bool = False
+
+    def __post_init__(self) -> None:
+        if self.remat not in ("layers", "dots", "none"):
+            raise ValueError(f"remat must be layers, dots or none, got {self.remat!r}.")
+
+    def layer(self, module: type[nn.Module]) -> Any:
+        """A layer's class, to be scanned, as this execution runs it."""
+        if self.offloaded:
+            module = nn.map_variables(module, "params", trans_in_fn=to_device, init=False)
+        if self.remat == "none":
+            return module
+        policy = None if self.remat == "layers" else _SAVE_DOTS
+        return nn.remat(module, prevent_cse=False, policy=policy)
+
+    def keep_rows(self, x: Float[Array, " b *more"]) -> Float[Array, " b *more"]:
+        """`x` with its first axis split as `rows` says, and nothing else.
+
+        Where parameters are split over the same devices as the batch, XLA might otherwise gather
+        the batch instead of the parameters.
+        """
+        return x if self.rows is None else jax.lax.with_sharding_constraint(x, self.rows)
+
+
+DEFAULT_EXECUTION = Execution()
+_SAVE_DOTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+
+
+def to_device(tree: Any) -> Any:
+    """A tree of arrays copied from the host's memory to that of their devices, inside a jit."""
+    if hasattr(jax, "memory"):
+        memory: Any = jax.memory.Space.Device
+    else:  # Its name before JAX 0.7.
+        memory = getattr(jax.sharding, "TransferToMemoryKind")("device")  # noqa: B009 (for mypy)
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, memory), tree)
 
 
 def _row(values: Float[Array, " d"], ndim: int) -> Array:
@@ -35,17 +86,6 @@ def apply_rope(x: Float[Array, "*b s n h"], table: tuple[Array, Array]) -> Array
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = (first * cos - second * sin, second * cos + first * sin)
     return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
-
-
-def keep_rows(
-    x: Float[Array, " b *more"], rows: jax.sharding.Sharding | None
-) -> Float[Array, " b *more"]:
-    """`x` with its first axis split as `rows` says, and nothing else; None leaves it to XLA.
-
-    Where parameters are split over the same devices as the batch, XLA might otherwise gather the
-    batch instead of the parameters.
-    """
-    return x if rows is None else jax.lax.with_sharding_constraint(x, rows)
 
 
 def time_embedding(

@@ -56,8 +56,6 @@ class Pi0Config:
     discrete_state_input: bool = False
     # Dtype of activations; parameters keep their own.
     dtype: str = "bfloat16"
-    # Recompute layers in the backward pass instead of keeping their activations.
-    remat: bool = True
 
     def __post_init__(self) -> None:
         a, b = self.backbone, self.expert
@@ -116,25 +114,24 @@ class PrefixAttention(NamedTuple):
 
 class _PaliGemma(nn.Module):
     config: Pi0Config
-    rows: jax.sharding.Sharding | None = None
+    execution: layers.Execution
 
     def setup(self) -> None:
         c, dtype = self.config, jnp.dtype(self.config.dtype)
         streams = (c.backbone, c.expert)
-        self.llm = gemma.Module(streams, c.depth, c.vocab_size, dtype, c.remat, self.rows)
-        self.img = siglip.Module(c.image, c.backbone.width, dtype, c.remat, self.rows)
+        self.llm = gemma.Module(streams, c.depth, c.vocab_size, dtype, self.execution)
+        self.img = siglip.Module(c.image, c.backbone.width, dtype, self.execution)
 
 
 class Pi0(nn.Module):
     """The Linen module behind the functions below; its attribute names make openpi's tree."""
 
     config: Pi0Config
-    # How the batch is split over devices; see `layers.keep_rows`.
-    rows: jax.sharding.Sharding | None = None
+    execution: layers.Execution = layers.DEFAULT_EXECUTION
 
     def setup(self) -> None:
         c = self.config
-        self.PaliGemma = _PaliGemma(c, self.rows)
+        self.PaliGemma = _PaliGemma(c, self.execution)
         self.action_in_proj = nn.Dense(c.expert.width)
         self.action_out_proj = nn.Dense(c.action_dim)
         if c.pi05:
@@ -145,19 +142,25 @@ class Pi0(nn.Module):
             self.action_time_mlp_in = nn.Dense(c.expert.width)
             self.action_time_mlp_out = nn.Dense(c.expert.width)
 
-    def embed_prefix(
-        self, observation: observations.Observation
-    ) -> tuple[Float[Array, "b s d"], Bool[Array, "b s"]]:
-        """Image tokens of every camera as one batch, then prompt tokens; and which exist."""
-        c = self.config
+    def embed_images(self, observation: observations.Observation) -> Float[Array, "b n d"]:
+        """The tokens of every camera, encoded as one batch."""
         # Cameras inside, observations outside: rows split over devices stay where they are.
-        pictures = jnp.stack([observation.images[name] for name in c.cameras], axis=1)
+        pictures = jnp.stack([observation.images[name] for name in self.config.cameras], axis=1)
         b, n, *shape = pictures.shape
-        image_tokens = self.PaliGemma.img(pictures.reshape(b * n, *shape))
-        image_tokens = image_tokens.reshape(b, -1, c.backbone.width)
+        tokens = self.PaliGemma.img(pictures.reshape(b * n, *shape))
+        return tokens.reshape(b, -1, self.config.backbone.width)
+
+    def embed_prefix(
+        self,
+        observation: observations.Observation,
+        image_tokens: Float[Array, "b n d"] | None = None,
+    ) -> tuple[Float[Array, "b s d"], Bool[Array, "b s"]]:
+        """Image tokens, encoded here unless they are given, then prompt tokens; and which exist."""
+        if image_tokens is None:
+            image_tokens = self.embed_images(observation)
         prompt_tokens = self.PaliGemma.llm.embed(observation.tokenized_prompt)
         tokens = jnp.concatenate([image_tokens, prompt_tokens], axis=1)
-        return tokens, prefix_valid(c, observation)
+        return tokens, prefix_valid(self.config, observation)
 
     def embed_suffix(
         self,
@@ -184,11 +187,12 @@ class Pi0(nn.Module):
         observation: observations.Observation,
         x_t: Float[Array, "b r ah ad"],
         time: Float[Array, "b r"],
+        image_tokens: Float[Array, "b n d"] | None = None,
         attention_layer: int | None = None,
         outputs: gemma.Outputs = "nothing",
     ) -> tuple[Float[Array, "b r ah ad"], PrefixAttention | None, gemma.Hidden | None]:
         """The velocity in one joint pass; on request one layer's attention, or all streams."""
-        prefix, valid = self.embed_prefix(observation)
+        prefix, valid = self.embed_prefix(observation, image_tokens)
         suffix, condition = self.embed_suffix(observation.state, x_t, time)
         head_dim, horizon = self.config.expert.head_dim, self.config.action_horizon
         geometry = gemma.Geometry.create(valid, head_dim, suffix.shape[2], horizon, condition)
@@ -242,8 +246,9 @@ def velocity(
     x_t: Float[Array, "b *r ah ad"],
     t: Float[Array, " b *r"],
     *,
+    image_tokens: Float[Array, "b n d"] | None = None,
     attention_layer: int | None = None,
-    rows: jax.sharding.Sharding | None = None,
+    execution: layers.Execution = layers.DEFAULT_EXECUTION,
 ) -> tuple[Float[Array, "b *r ah ad"], PrefixAttention | None]:
     """The velocity v(x_t, o, t) in float32, for one draw or for r draws of each observation.
 
@@ -253,8 +258,9 @@ def velocity(
       observation: batch of b observations.
       x_t: noisy actions, with or without the axis of draws.
       t: their times in [0, 1], 1 is noise.
+      image_tokens: of `embed_images`, where they are known already.
       attention_layer: layer whose action-to-prefix attention logits are returned as well.
-      rows: how the batch is split over devices; None leaves it to XLA.
+      execution: how it is run.
 
     Returns:
       The velocity, and the attention (None unless asked for; always with the axis of draws).
@@ -271,12 +277,33 @@ def velocity(
     single = x_t.ndim == 3
     if single:
         x_t, t = x_t[:, None], t[:, None]
-    arrays = (observation, x_t, t)
-    v, attention, _ = _apply(
-        config, params, "__call__", *arrays, rows=rows, attention_layer=attention_layer
+    arrays = (observation, x_t, t, image_tokens)
+    outputs: Any = Pi0(config, execution).apply(
+        {"params": params}, *arrays, attention_layer=attention_layer
     )
+    v, attention, _ = outputs
     v = v.astype(jnp.float32)
     return (v[:, 0] if single else v), attention
+
+
+def embed_images(
+    config: Pi0Config,
+    params: PyTree,
+    observation: observations.Observation,
+    execution: layers.Execution = layers.DEFAULT_EXECUTION,
+) -> Float[Array, "b n d"]:
+    """The image tokens of `velocity`, for models that share one image tower.
+
+    Args:
+      config: the model.
+      params: its parameters, of which `PaliGemma/img` is read.
+      observation: batch of b observations.
+      execution: how it is run.
+    """
+    _check(config, observation)
+    held = {"params": {"PaliGemma": {"img": params["PaliGemma"]["img"]}}}
+    tokens: Any = Pi0(config, execution).apply(held, observation, method="embed_images")
+    return tokens
 
 
 def hidden_states(
@@ -289,18 +316,8 @@ def hidden_states(
     """Both residual streams around every layer, the suffix's with one draw."""
     _check(config, observation, x_t.shape[-2:])
     arrays = (observation, x_t[:, None], t[:, None])
-    return _apply(config, params, "__call__", *arrays, outputs="hidden")[2]
-
-
-def _apply(
-    config: Pi0Config,
-    params: PyTree,
-    method: str,
-    *arrays: Any,
-    rows: jax.sharding.Sharding | None = None,
-    **static: Any,
-) -> Any:
-    return Pi0(config, rows).apply({"params": params}, *arrays, method=method, **static)
+    result: Any = Pi0(config).apply({"params": params}, *arrays, outputs="hidden")
+    return result[2]
 
 
 def _check(

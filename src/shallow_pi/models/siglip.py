@@ -2,14 +2,13 @@
 
 A patch embedding and learned positions in float32, pre-norm encoder layers scanned over a leading
 axis of their parameters (their own 27, not the tower's), a final norm, and a linear head to the
-backbone's width. Every patch gives one token; there is no pooling. Scan and remat as in `gemma`.
+backbone's width. Every patch gives one token; there is no pooling.
 """
 
 import dataclasses
 import functools
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -33,12 +32,12 @@ class EncoderBlock(nn.Module):
 
     config: SiglipConfig
     dtype: jnp.dtype
-    rows: jax.sharding.Sharding | None = None
+    execution: layers.Execution
 
     @nn.compact
     def __call__(self, x: Float[Array, "b s d"], _: None) -> tuple[Float[Array, "b s d"], None]:
         c = self.config
-        x = layers.keep_rows(x, self.rows)
+        x = self.execution.keep_rows(x)
         normed = nn.LayerNorm(dtype=self.dtype, name="LayerNorm_0")(x)
         x = x + nn.MultiHeadDotProductAttention(
             num_heads=c.num_heads,
@@ -49,7 +48,7 @@ class EncoderBlock(nn.Module):
         )(normed, normed)
         normed = nn.LayerNorm(dtype=self.dtype, name="LayerNorm_1")(x)
         x = x + Mlp(c.mlp_dim, self.dtype, name="MlpBlock_0")(normed)
-        return layers.keep_rows(x, self.rows), None
+        return self.execution.keep_rows(x), None
 
 
 class Mlp(nn.Module):
@@ -77,18 +76,16 @@ class Encoder(nn.Module):
 
     config: SiglipConfig
     dtype: jnp.dtype
-    remat: bool
-    rows: jax.sharding.Sharding | None = None
+    execution: layers.Execution
 
     @nn.compact
     def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
-        block = nn.remat(EncoderBlock, prevent_cse=False) if self.remat else EncoderBlock
         x, _ = nn.scan(
-            block,
+            self.execution.layer(EncoderBlock),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             length=self.config.depth,
-        )(self.config, self.dtype, self.rows, name="encoderblock")(x, None)
+        )(self.config, self.dtype, self.execution, name="encoderblock")(x, None)
         return nn.LayerNorm(dtype=self.dtype, name="encoder_norm")(x)
 
 
@@ -99,15 +96,13 @@ class Module(nn.Module):
     # Width of the tokens that come out.
     out_width: int
     dtype: jnp.dtype
-    remat: bool = True
-    # How the pictures are split over devices; see `layers.keep_rows`.
-    rows: jax.sharding.Sharding | None = None
+    execution: layers.Execution = layers.DEFAULT_EXECUTION
 
     @nn.compact
     def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b s d"]:
         """Encode pictures in [-1, 1] into (h/patch)·(w/patch) tokens, row by row."""
         c = self.config
-        images = layers.keep_rows(images, self.rows)
+        images = self.execution.keep_rows(images)
         x = nn.Conv(
             c.width,
             (c.patch_size, c.patch_size),
@@ -123,6 +118,6 @@ class Module(nn.Module):
             (1, x.shape[1], c.width),
         )
         x = (x + positions.astype(jnp.float32)).astype(self.dtype)
-        x = Encoder(c, self.dtype, self.remat, self.rows, name="Transformer")(x)
+        x = Encoder(c, self.dtype, self.execution, name="Transformer")(x)
         x = nn.Dense(self.out_width, dtype=self.dtype, name="head")(x)
-        return layers.keep_rows(x, self.rows)
+        return self.execution.keep_rows(x)

@@ -52,6 +52,8 @@ class Program:
     temporary: int
     # Bytes on one device in all.
     total: int
+    # Bytes in the host's memory for one device: an offloaded teacher.
+    host: int
     collectives: list[hlo.Collective]
 
     def fits(self, card: int) -> bool:
@@ -151,6 +153,7 @@ def compile_step(
         given=given,
         temporary=plan.temp_size_in_bytes,
         total=total + plan.temp_size_in_bytes + plan.generated_code_size_in_bytes,
+        host=bytes_per_device(teacher, host=True),
         collectives=hlo.collectives(text),
     )
 
@@ -178,15 +181,16 @@ def largest_batch(programs: Sequence[Program], card: int, multiple: int) -> int:
 
 
 def abstract_teacher(spec: step.Spec, mesh: Mesh, dtype: str) -> PyTree:
-    """Shapes and shardings of the teacher's parameters; None where no loss needs them."""
-    if spec.teacher is None or not spec.losses.needs_teacher:
+    """Shapes and shardings of what the step needs of the teacher; None if nothing."""
+    if spec.teacher is None:
         return None
     shapes = pi0.abstract_params(spec.teacher)
-    return jax.tree.map(
+    whole = jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype), sharding=where),
         shapes,
         sharding.param_sharding(mesh, shapes),
     )
+    return setup.held_teacher(spec, whole)
 
 
 def abstract_batch(model: pi0.Pi0Config, mesh: Mesh, batch_size: int) -> dict[str, Any]:
@@ -207,11 +211,13 @@ def abstract_batch(model: pi0.Pi0Config, mesh: Mesh, batch_size: int) -> dict[st
     }
 
 
-def bytes_per_device(tree: PyTree) -> int:
-    """Bytes of a pytree of sharded shapes on one device."""
+def bytes_per_device(tree: PyTree, *, host: bool = False) -> int:
+    """Bytes of a pytree of sharded shapes on one device, or for it in its host's memory."""
 
     def one(leaf: Any) -> int:
         assert isinstance(leaf.sharding, NamedSharding), "everything lies on the mesh"
+        if (leaf.sharding.memory_kind == setup.HOST_MEMORY) != host:
+            return 0
         shape = leaf.sharding.shard_shape(leaf.shape)
         return math.prod(shape) * np.dtype(leaf.dtype).itemsize
 

@@ -1,10 +1,11 @@
 """A run on disk: step folders in openpi's layout, saved asynchronously, resumed bit for bit.
 
-`<folder>/<step>/params` is `{"params": tree}`, the EMA where there is one: with `assets` beside it
-the step folder is a deployable policy. `train_state` holds the rest of the state, each array once;
-`data` the position in the data and the validation error. One Orbax `CheckpointManager` writes all
-four under a temporary name and renames at the end, so a step folder is complete or absent. The step
-with the lowest validation error stays; `<folder>/best` is a link to it.
+`<folder>/<step>/params` is `{"params": tree}`, the EMA where there is one, with the frozen parts
+that no state holds: with `assets` beside it the step folder is a deployable policy. `train_state`
+holds the rest of the state, each array once; `data` the position in the data and the validation
+error. One Orbax `CheckpointManager` writes all four under a temporary name and renames at the end,
+so a step folder is complete or absent. The step with the lowest validation error stays;
+`<folder>/best` is a link to it.
 """
 
 import contextlib
@@ -16,9 +17,10 @@ import os
 import pathlib
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
+import flax.traverse_util
 import jax
 import orbax.checkpoint as ocp
 
@@ -68,6 +70,7 @@ class Checkpoints:
         is deleted once a later save is complete (`wait`).
       keep_period: checkpoints at multiples of it always stay.
       save_interval: `save` without `force` skips steps that are no multiple of it.
+      frozen: parameters that complete the state's in every step; a nested dictionary of arrays.
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class Checkpoints:
         keep: int | None = 1,
         keep_period: int | None = None,
         save_interval: int = 1,
+        frozen: Mapping[str, Any] | None = None,
     ) -> None:
         for name, value in (
             ("keep", keep),
@@ -87,6 +91,7 @@ class Checkpoints:
         self.folder = pathlib.Path(folder).expanduser().absolute()
         self._keep, self._keep_period = keep, keep_period
         self._save_interval = save_interval
+        self._frozen = flax.traverse_util.flatten_dict(frozen or {})
         self._saving: int | None = None
         self._unsettled = False
         with _explained(f"{self.folder} cannot hold checkpoints", self._last_complete):
@@ -147,7 +152,7 @@ class Checkpoints:
         self.wait()
         if step in self._manager.all_steps():
             return False
-        params, rest = _split(state)
+        params, rest = self._split(state)
         self._saving = step
         with self._writing():
             self._unsettled = self._manager.save(
@@ -196,7 +201,7 @@ class Checkpoints:
                 f"(complete steps: {found}): start without --resume, or name one of these"
             )
         folder = self.folder / str(step)
-        params, rest = _split(abstract)
+        params, rest = self._split(abstract)
         expected = {"params": {"params": params}, "train_state": rest}
         for item, tree in expected.items():
             weights.check_tree(tree, weights.stored_shapes(folder / item), str(folder / item))
@@ -216,7 +221,9 @@ class Checkpoints:
             )
         except Exception as error:  # Orbax raises whatever TensorStore did, bare ones included.
             raise weights.damaged(folder, error) from error
-        state = _merge(abstract, read["params"]["params"], read["train_state"])
+        params = flax.traverse_util.flatten_dict(read["params"]["params"])
+        params = {path: leaf for path, leaf in params.items() if path not in self._frozen}
+        state = _merge(abstract, flax.traverse_util.unflatten_dict(params), read["train_state"])
         return state, read["data"]["data"]
 
     def close(self) -> None:
@@ -261,6 +268,19 @@ class Checkpoints:
                 if step not in stay:
                     self._manager.delete(step)
 
+    def _split(self, state: State) -> tuple[Any, dict[str, Any]]:
+        """The deployable parameters, and everything else, so that nothing is stored twice."""
+        rest = {
+            field.name: getattr(state, field.name)
+            for field in dataclasses.fields(state)
+            if field.metadata.get("pytree_node", True)
+        }
+        ema, params = rest.pop("ema_params"), rest.pop("params")
+        if ema is not None:
+            params, rest["params"] = ema, params
+        whole = flax.traverse_util.flatten_dict(params) | self._frozen
+        return flax.traverse_util.unflatten_dict(whole), rest
+
     def _last_complete(self) -> int | None:
         # Orbax counts the step that is being written; the disk does not, until it is complete.
         return max(_steps(self.folder), default=None)
@@ -270,17 +290,6 @@ class Checkpoints:
             f"checkpoint {self.folder / str(self._saving)} could not be written",
             self._last_complete,
         )
-
-
-def _split(state: State) -> tuple[Any, dict[str, Any]]:
-    """The deployable parameters, and everything else, so that nothing is stored twice."""
-    rest = {
-        field.name: getattr(state, field.name)
-        for field in dataclasses.fields(state)
-        if field.metadata.get("pytree_node", True)
-    }
-    ema = rest.pop("ema_params")
-    return (rest.pop("params"), rest) if ema is None else (ema, rest)
 
 
 def _merge(abstract: State, params: Any, rest: dict[str, Any]) -> State:

@@ -20,7 +20,8 @@ import tyro
 
 from shallow_pi.distill import layer_map
 from shallow_pi.distill import losses as loss_terms
-from shallow_pi.models import observation, pi0
+from shallow_pi.distill import student as students
+from shallow_pi.models import layers, observation, pi0
 from shallow_pi.training import batches, distributed, sharding
 from shallow_pi.training import optimizer as optimizers
 from shallow_pi.training import validation as validations
@@ -41,6 +42,9 @@ class TeacherConfig:
     path: str
     # Dtype it is held in.
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    # Keep its layers in the host's memory, and copy one at a time to the devices: frees 4.6 GB at
+    # full size, for a transfer of as much each step.
+    offload: bool = False
     # Train it anew first, from its own config, instead of reading `path`.
     train: bool = False
     # The config that trains it (scripts/train_teacher.py); empty where that is not ours to do.
@@ -61,6 +65,9 @@ class StudentConfig:
     layer_seed: int = 0
     # Where the parameters start: cut out of the teacher, or at random.
     init: Literal["cut", "random"] = "cut"
+    # Parts that stay the teacher's and are not trained: "vision" (the image tower, which then runs
+    # once for both models), "embedder" (the token embedding). Frozen parts need no moments.
+    freeze: tuple[students.Part, ...] = ()
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "depth", prefix="student.")
@@ -155,6 +162,9 @@ class DistillConfig:
     draws: int = 1
     # Microbatches a step is cut into.
     accumulation: int = 1
+    # What the backward pass computes again instead of keeping it: whole "layers" (least memory),
+    # what lies between their "dots" (products with weights), or "none" of it (least time).
+    remat: layers.Remat = "layers"
     # Optimizer steps.
     num_train_steps: int = 30_000
     # Decay of the moving average of the parameters; 0 keeps none.
@@ -229,6 +239,7 @@ SAFE_TO_CHANGE = frozenset(
         *("resume", "overwrite", "checkpoint_dir", "mesh", "num_train_steps", "save_interval"),
         *("keep", "keep_period", "log_interval", "gradient_interval", "validation.interval"),
         *("tensorboard", "wandb", "trackio", "data.num_threads", "data.num_workers"),
+        *("remat", "teacher.offload"),
         *("data.cache", "data.cache_dir", "data.cache_gib"),
         *("closed_loop.baselines", "closed_loop.episodes", "closed_loop.harder"),
         *("teacher.train", "teacher.config"),

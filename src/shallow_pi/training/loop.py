@@ -25,7 +25,7 @@ from jaxtyping import PyTree
 from shallow_pi import progress
 from shallow_pi.data import assets as policy_assets
 from shallow_pi.data import loader
-from shallow_pi.distill import layer_map, step
+from shallow_pi.distill import layer_map, step, student
 from shallow_pi.training import (
     agreement,
     batches,
@@ -107,6 +107,7 @@ def run(
         keep=experiment.keep,
         keep_period=experiment.keep_period or None,
         save_interval=experiment.save_interval,
+        frozen=student.split(teacher_params or {}, spec.freeze)[1],
     ) as checkpoints:
         if resume and checkpoints.latest_step() is not None:
             state, position = checkpoints.restore(abstract)
@@ -127,12 +128,10 @@ def run(
             batch_size=experiment.batch_size // experiment.accumulation,
             seed=experiment.seed,
         )
-        if not spec.losses.needs_teacher:
-            teacher_params = None
         return _loop(
             experiment,
             spec,
-            teacher_params,
+            setup.held_teacher(spec, teacher_params),
             state,
             feed,
             checkpoints,

@@ -10,6 +10,7 @@ import functools
 import json
 import pathlib
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +20,13 @@ from jaxtyping import Array, PyTree
 from shallow_pi import progress
 from shallow_pi.data import loader
 from shallow_pi.distill import layer_map, layer_scores, step, student
-from shallow_pi.models import fetch, pi0, sizes, weights
+from shallow_pi.models import fetch, layers, pi0, sizes, weights
 from shallow_pi.training import batches, config, run_folder, sharding
 
 # The teacher's "path" that stands for made-up parameters.
 RANDOM = "random"
+# What JAX calls memory of the host that devices reach by themselves.
+HOST_MEMORY = "pinned_host"
 
 
 def validate(
@@ -111,6 +114,40 @@ def load_teacher(
     return weights.load_params(teacher_step, expected, dtype=dtype, sharding=shardings)
 
 
+def held_teacher(spec: step.Spec, teacher_params: PyTree) -> PyTree:
+    """What the steps need of the teacher, where they want it; None if nothing.
+
+    All of it, its layers in the host's memory if `spec` says so; or the student's frozen parts.
+    """
+    if spec.losses.needs_teacher:
+        return offload(teacher_params) if spec.offload_teacher else teacher_params
+    return student.split(teacher_params, spec.freeze)[1] if spec.freeze else None
+
+
+def offload(params: PyTree) -> PyTree:
+    """Parameters, or their shapes, with the tower's layers in the memory of their devices' host.
+
+    Raises:
+      ValueError: the devices cannot reach memory of the host's.
+    """
+
+    def move(path: Any, leaf: Any) -> Any:
+        if not student.is_layer(tuple(key.key for key in path)):
+            return leaf
+        where = leaf.sharding.with_memory_kind(HOST_MEMORY)
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+        return jax.device_put(leaf, where)
+
+    try:
+        return jax.tree_util.tree_map_with_path(move, params)
+    except ValueError as error:
+        raise ValueError(
+            f"--teacher.offload needs {HOST_MEMORY} memory, which these devices lack with JAX "
+            f"{jax.__version__}: leave it out ({str(error).splitlines()[0]})"
+        ) from error
+
+
 def choose_layers(
     experiment: config.DistillConfig,
     teacher_params: PyTree,
@@ -153,7 +190,7 @@ def choose_layers(
 
 def make_spec(
     experiment: config.DistillConfig,
-    layers: layer_map.LayerMap | None,
+    chosen: layer_map.LayerMap | None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> step.Spec:
     """The static part of the step; on a mesh the models keep the batch split over it."""
@@ -163,22 +200,26 @@ def make_spec(
         optimizer=experiment.optimizer.create(schedule),
         schedule=schedule,
         losses=experiment.losses,
-        teacher=None if layers is None else experiment.model,
-        layer_map=layers,
+        teacher=None if chosen is None else experiment.model,
+        layer_map=chosen,
         augmentation=experiment.augmentation,
         draws=experiment.draws,
         accumulation=experiment.accumulation,
         ema_decay=experiment.ema_decay or None,
-        rows=None if mesh is None else sharding.batch_sharding(mesh),
+        freeze=experiment.student.freeze,
+        execution=layers.Execution(
+            experiment.remat, None if mesh is None else sharding.batch_sharding(mesh)
+        ),
+        offload_teacher=experiment.teacher is not None and experiment.teacher.offload,
     )
 
 
 def any_spec(experiment: config.DistillConfig, mesh: jax.sharding.Mesh | None = None) -> step.Spec:
     """`make_spec` with some layers, for what does not depend on which: checks, sizes, compiling."""
-    layers = None
+    chosen = None
     if experiment.teacher is not None:
-        layers = layer_map.first(experiment.student_model.depth, experiment.model.depth)
-    return make_spec(experiment, layers, mesh)
+        chosen = layer_map.first(experiment.student_model.depth, experiment.model.depth)
+    return make_spec(experiment, chosen, mesh)
 
 
 def abstract_state(spec: step.Spec, mesh: jax.sharding.Mesh) -> PyTree:
@@ -199,10 +240,10 @@ def initial_state(
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     if spec.layer_map is not None and experiment.student.init == "cut":
         assert spec.teacher is not None, "a layer map comes with a teacher"
-        teacher, layers = spec.teacher, spec.layer_map
+        teacher, chosen = spec.teacher, spec.layer_map
 
         def cut(params: PyTree) -> step.DistillState:
-            return step.init_state(spec, student.cut(teacher, params, layers))
+            return step.init_state(spec, student.cut(teacher, params, chosen))
 
         return jax.jit(cut, out_shardings=shardings)(teacher_params)
 

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from shallow_pi.data import assets as policy_assets
 from shallow_pi.data import loader, sources, transforms
-from shallow_pi.distill import step
+from shallow_pi.distill import step, student
 from shallow_pi.models import observation as observations
 from shallow_pi.models import pi0, prepare, sampler
 from shallow_pi.training import distributed, sharding
@@ -186,7 +186,7 @@ def losses(
 
 
 def saved_params(state: step.DistillState) -> PyTree:
-    """What a checkpoint deploys: the moving average where there is one."""
+    """What a checkpoint deploys besides frozen parts: the moving average where there is one."""
     return state.params if state.ema_params is None else state.ema_params
 
 
@@ -205,6 +205,8 @@ class Validation:
     sample_student: Callable[..., Array]
     losses: Callable[..., step.Metrics]
     key: Array
+    # Parts of the student that are the teacher's.
+    freeze: tuple[student.Part, ...] = ()
 
     def is_due(self, number: int, last: int) -> bool:
         """Whether to measure after step `number` of `last`."""
@@ -214,10 +216,10 @@ class Validation:
         """All errors and losses of a state, by their name in metrics.jsonl.
 
         Args:
-          teacher_params: of the teacher, where the losses need it.
+          teacher_params: of the teacher, where the losses need them, or the frozen parts alone.
           state: the student's; read, not donated.
         """
-        params = saved_params(state)
+        params = student.join(saved_params(state), teacher_params, self.freeze)
         batches = self.held_out.batches
         sampled = [self.sample_student(params, batch, noise) for batch, noise in batches]
         terms = [self.losses(teacher_params, state, self.key, batch) for batch, _ in batches]
@@ -285,4 +287,5 @@ def create(
         sample_student=sampling(spec.student),
         losses=jax.jit(functools.partial(losses, plain), out_shardings=whole),
         key=jax.random.key(seed),
+        freeze=spec.freeze,
     )
