@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -30,11 +31,20 @@ def test_schedule_without_warm_up_starts_at_the_peak():
     assert math.isclose(float(rate(5)), 5e-4, rel_tol=1e-6)
 
 
-def test_adamw_is_the_published_update_after_the_clip():
-    config = optimizer.AdamW(b1=0.8, b2=0.9, eps=1e-3, weight_decay=0.1, clip_norm=2.0)
+@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
+def test_adamw_is_the_published_update_after_the_clip(moments):
+    """With moments in bfloat16, those of the last step are rounded to it."""
+    config = optimizer.AdamW(
+        b1=0.8, b2=0.9, eps=1e-3, weight_decay=0.1, clip_norm=2.0, moments=moments
+    )
+
+    def kept(moment):
+        return np.asarray(jnp.asarray(moment, moments), np.float64)
+
     transform = config.create(0.5)
     params = np.array([1.0, -2.0], np.float32)
-    gradients = [np.array([3.0, 4.0]), np.array([0.6, -0.8])]  # Norms 5 (clipped to 2) and 1.
+    # Norms 5 (clipped to 2) and 1; neither's moments are numbers of bfloat16.
+    gradients = [np.array([3.0, 4.0]), np.array([0.6, -0.8]), np.array([0.3, 0.1])]
     state = transform.init(jnp.asarray(params))
     mean = square = np.zeros(2)
     ours, oracle = jnp.asarray(params), params.astype(np.float64)
@@ -47,6 +57,21 @@ def test_adamw_is_the_published_update_after_the_clip():
         step = (mean / (1 - 0.8**count)) / (np.sqrt(square / (1 - 0.9**count)) + 1e-3)
         oracle = oracle - 0.5 * (step + 0.1 * oracle)
         np.testing.assert_allclose(ours, oracle, rtol=1e-5)
+        mean, square = kept(mean), kept(square)
+
+
+def test_moments_in_bfloat16_take_half_the_bytes_and_stay_so():
+    params = {"kernel": jnp.ones((4, 8))}
+    sizes = {}
+    for moments in ("float32", "bfloat16"):
+        transform = optimizer.AdamW(moments=moments).create(0.1)
+        state = transform.init(params)
+        _, after = transform.update(params, state, params)
+        for tree in (state, after):
+            leaves = [leaf for leaf in jax.tree.leaves(tree) if leaf.ndim]
+            assert {leaf.dtype for leaf in leaves} == {jnp.dtype(moments)}
+        sizes[moments] = sum(leaf.nbytes for leaf in leaves)
+    assert sizes["float32"] == 2 * sizes["bfloat16"] == 2 * 4 * 32
 
 
 def test_the_mask_says_what_decays():
@@ -69,6 +94,7 @@ def test_the_mask_says_what_decays():
         (lambda: optimizer.AdamW(b2=-0.1), "b2 must lie in"),
         (lambda: optimizer.AdamW(eps=0.0), "eps must be positive"),
         (lambda: optimizer.AdamW(clip_norm=0.0), "clip_norm must be positive, got 0.0"),
+        (lambda: optimizer.AdamW(moments="int8"), "float32 or bfloat16, got 'int8'"),
         (lambda: optimizer.AdamW(weight_decay=-1.0), "weight_decay must be 0 or more"),
     ],
 )

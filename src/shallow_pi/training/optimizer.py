@@ -7,9 +7,12 @@ AdamW sees them.
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, Literal
 
+import jax
+import jax.numpy as jnp
 import optax
+from jaxtyping import PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +66,8 @@ class AdamW:
     weight_decay: float = 1e-10
     # Largest global norm of the gradient.
     clip_norm: float = 1.0
+    # Dtype both moments are kept in between steps; they are computed in float32.
+    moments: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
         for name in ("b1", "b2"):
@@ -71,6 +76,8 @@ class AdamW:
         for name in ("eps", "clip_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.moments not in ("float32", "bfloat16"):
+            raise ValueError(f"moments must be float32 or bfloat16, got {self.moments!r}")
         if not self.weight_decay >= 0:
             raise ValueError(f"weight_decay must be 0 or more, got {self.weight_decay}")
 
@@ -78,14 +85,38 @@ class AdamW:
         self, schedule: optax.ScalarOrSchedule, weight_decay_mask: Any = None
     ) -> optax.GradientTransformation:
         """Clip, then AdamW. `weight_decay_mask`: pytree of bools (or params -> pytree), or None."""
-        return optax.chain(
-            optax.clip_by_global_norm(self.clip_norm),
-            optax.adamw(
-                schedule,
-                b1=self.b1,
-                b2=self.b2,
-                eps=self.eps,
-                weight_decay=self.weight_decay,
-                mask=weight_decay_mask,
-            ),
+        adamw = optax.adamw(
+            schedule,
+            b1=self.b1,
+            b2=self.b2,
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+            mask=weight_decay_mask,
         )
+        if self.moments != "float32":
+            adamw = _kept_in(adamw, jnp.dtype(self.moments))
+        return optax.chain(optax.clip_by_global_norm(self.clip_norm), adamw)
+
+
+def _kept_in(
+    transform: optax.GradientTransformation, dtype: jnp.dtype
+) -> optax.GradientTransformation:
+    """The transformation with the floats of its state in `dtype` between updates.
+
+    Bfloat16 has the exponents of float32, so no moment underflows, and its 8 bits resolve what a
+    step changes (a tenth and a twentieth of a moment with the decays here).
+    """
+
+    def cast(state: PyTree, to: jnp.dtype) -> PyTree:
+        return jax.tree.map(
+            lambda x: x.astype(to) if jnp.issubdtype(x.dtype, jnp.floating) else x, state
+        )
+
+    def init(params: PyTree) -> PyTree:
+        return cast(transform.init(params), dtype)
+
+    def update(updates: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, PyTree]:
+        updates, state = transform.update(updates, cast(state, jnp.dtype("float32")), params)
+        return updates, cast(state, dtype)
+
+    return optax.GradientTransformation(init, update)
