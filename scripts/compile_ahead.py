@@ -19,7 +19,7 @@ from typing import Any
 
 from shallow_pi import progress
 from shallow_pi.evaluation import flops, report
-from shallow_pi.training import ahead, config, hlo, setup
+from shallow_pi.training import ahead, config, hlo, memory, setup
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "train_configs"
 GIGA, TERA = 1e9, 1e12
@@ -34,9 +34,9 @@ def main() -> None:
     own, arguments = parser.parse_known_args()
     with config.exit_on():
         experiment = config.cli(CONFIGS, __doc__ or "", arguments)
-        mesh = experiment.mesh.create(ahead.devices(own.devices, own.topology))
+        mesh = setup.make_mesh(experiment, ahead.devices(own.devices, own.topology))
         spec = setup.any_spec(experiment, mesh)
-        dtype = experiment.teacher.dtype if experiment.teacher else "bfloat16"
+        dtype = setup.teacher_dtype(experiment)
         name = own.topology or f"cpu:{own.devices}"
         progress.console.print(f"Compiling {experiment.name} for {name}: minutes at full size")
         began = time.perf_counter()
@@ -82,8 +82,8 @@ def _show(title: str, found: dict[str, Any], card: str) -> None:
     for name, size in {**found["given"], "temporary": found["temporary"]}.items():
         print(f"  {name:<12} {size / GIGA:7.2f} GB a device")
     fits = ""
-    if card in ahead.CARDS:
-        room = ahead.USABLE * ahead.CARDS[card]
+    if card in memory.CARDS:
+        room = memory.USABLE * memory.CARDS[card]
         fits = f": {'fits' if found['total'] <= room else 'does not fit'} in {room / GIGA:.0f} GB"
     print(f"  {'in all':<12} {found['total'] / GIGA:7.2f} GB a device{fits}")
     print(f"  useful work  {found['useful_flops_per_device'] / TERA:7.2f} TFLOP a device")

@@ -14,7 +14,7 @@ import pathlib
 import sys
 
 from shallow_pi import progress
-from shallow_pi.training import ahead, config, setup
+from shallow_pi.training import ahead, config, memory, setup
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "train_configs"
 GIGA = 1e9
@@ -25,13 +25,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--topology", default="")
-    parser.add_argument("--card", default="", choices=["", *ahead.CARDS])
+    parser.add_argument("--card", default="", choices=["", *memory.CARDS])
     own, arguments = parser.parse_known_args()
     with config.exit_on():
         experiment = config.cli(CONFIGS, __doc__ or "", arguments)
-        mesh = experiment.mesh.create(ahead.devices(own.devices, own.topology))
+        mesh = setup.make_mesh(experiment, ahead.devices(own.devices, own.topology))
         spec = setup.any_spec(experiment, mesh)
-        dtype = experiment.teacher.dtype if experiment.teacher else "bfloat16"
+        dtype = setup.teacher_dtype(experiment)
         ways = mesh.shape["data"] * mesh.shape["fsdp"] * experiment.accumulation
         sizes = (experiment.batch_size, 2 * experiment.batch_size)
         programs = []
@@ -54,8 +54,8 @@ def _show(
     for name, size in rows.items():
         print(f"  {name:<26} {size / GIGA:8.2f}")
     print(f"  {'in all':<26} {program.total / GIGA:8.2f}")
-    for name in [card] if card in ahead.CARDS else ahead.CARDS:
-        size = ahead.CARDS[name]
+    for name in [card] if card in memory.CARDS else memory.CARDS:
+        size = memory.CARDS[name]
         largest = ahead.largest_batch(programs, size, ways)
         verdict = "fits" if program.fits(size) else "does not fit"
         print(f"  {name:<8} {size / GIGA:4.0f} GB: {verdict}; largest batch {largest}")

@@ -14,7 +14,7 @@ from shallow_pi.data import robots
 from shallow_pi.distill import layer_map, step, student
 from shallow_pi.evaluation import study
 from shallow_pi.models import pi0, weights
-from shallow_pi.training import config, setup, sharding
+from shallow_pi.training import config, setup, shapes, sharding
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "train_configs"
 NAMES = sorted(config.names(CONFIGS))
@@ -74,7 +74,7 @@ def test_a_docstring_says_what_it_is_and_how_to_run_it(experiment):
 
 def test_the_state_evaluates_abstractly(experiment):
     mesh = sharding.MeshConfig().create()
-    state = setup.abstract_state(_spec(experiment), mesh)
+    state = shapes.abstract_state(_spec(experiment), mesh)
     weights.check_tree(pi0.abstract_params(experiment.student_model), state.params, "state")
     for path, leaf in weights.leaves(state).items():
         assert leaf.dtype == (jnp.int32 if path.endswith(("step", "count")) else jnp.float32), path
@@ -85,7 +85,7 @@ def test_the_state_evaluates_abstractly(experiment):
 def test_a_step_evaluates_abstractly(experiment):
     """Traced, not compiled: teacher, student, losses and optimizer fit together."""
     spec = _spec(experiment)
-    state = setup.abstract_state(spec, sharding.MeshConfig().create())
+    state = shapes.abstract_state(spec, sharding.MeshConfig().create())
     teacher = None
     if experiment.teacher is not None:
         teacher = pi0.abstract_params(experiment.model)
@@ -153,7 +153,7 @@ def test_pi0_aloha_is_split_over_eight_devices():
     """Student, moments and teacher: an eighth a device, but for what is too small to matter."""
     experiment = config.load(CONFIGS, "pi0_aloha_l6")
     mesh = sharding.MeshConfig(fsdp=8).create()
-    state = setup.abstract_state(_spec(experiment), mesh)
+    state = shapes.abstract_state(_spec(experiment), mesh)
     teacher = pi0.abstract_params(experiment.model)
     teacher_sharding = weights.leaves(sharding.param_sharding(mesh, teacher))
     pairs = [(leaf.shape, leaf.sharding) for leaf in jax.tree.leaves(state)]

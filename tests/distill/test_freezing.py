@@ -10,7 +10,7 @@ import pytest
 
 from shallow_pi.distill import layer_map, losses, step, student
 from shallow_pi.models import layers, pi0, weights
-from shallow_pi.training import setup, sharding
+from shallow_pi.training import shapes, sharding
 
 KEY = jax.random.key(5)
 TASK = losses.Losses(velocity=0.0, attention=0.0)
@@ -112,12 +112,12 @@ def test_a_frozen_tower_runs_once_for_both_models(setting):
 def test_without_the_teachers_losses_its_frozen_parts_are_enough(setting):
     spec, teacher, params, batch = setting
     spec = dataclasses.replace(spec, losses=TASK, freeze=FREEZE)
-    held = setup.held_teacher(spec, teacher)
+    held = shapes.held_teacher(spec, teacher)
     assert _paths(held) == _paths(student.split(teacher, FREEZE)[1])
     state, metrics = _advance(spec, held, params, batch)
     expected, same = _advance(spec, teacher, params, batch)
     jax.tree.map(np.testing.assert_array_equal, (state, metrics), (expected, same))
-    assert setup.held_teacher(dataclasses.replace(spec, freeze=()), teacher) is None
+    assert shapes.held_teacher(dataclasses.replace(spec, freeze=()), teacher) is None
 
 
 def test_an_offloaded_teacher_makes_the_same_step(setting, frozen):
@@ -126,7 +126,7 @@ def test_an_offloaded_teacher_makes_the_same_step(setting, frozen):
     spec = dataclasses.replace(spec, freeze=FREEZE, offload_teacher=True)
     mesh = sharding.MeshConfig(fsdp=2).create(jax.devices()[:2])
     placed = jax.device_put(teacher, sharding.param_sharding(mesh, teacher))
-    held = setup.held_teacher(spec, placed)
+    held = shapes.held_teacher(spec, placed)
     for path, leaf in weights.leaves(held).items():
         assert (leaf.sharding.memory_kind == "pinned_host") == ("llm/layers" in path), path
     place = functools.partial(jax.device_put, device=sharding.replicated(mesh))

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from shallow_pi.models import pi0
-from shallow_pi.training import ahead, hlo, setup, sharding
+from shallow_pi.training import ahead, hlo, memory, setup, shapes, sharding
 
 BATCH = 16
 
@@ -43,8 +43,8 @@ def test_bytes_of_what_is_given_are_those_of_the_arrays(spec, programs):
     assert given["student"] == given["ema"] == _bytes(student, 4)
     # Two moments, and the counts of the optimizer's parts.
     assert 0 <= given["moments"] - 2 * given["student"] < 100
-    one_row = ahead.abstract_batch(spec.student, sharding.MeshConfig(8).create(), 8)
-    assert given["batch"] == BATCH // 8 * ahead.bytes_per_device(one_row)
+    one_row = shapes.abstract_batch(spec.student, sharding.MeshConfig(8).create(), 8)
+    assert given["batch"] == BATCH // 8 * shapes.bytes_per_device(one_row)
 
 
 def test_splitting_parameters_takes_less_of_each_device(programs):
@@ -87,7 +87,7 @@ def test_no_layout_gathers_the_whole_model_at_once(spec, programs):
 def test_the_largest_batch_lies_on_the_line_through_two(programs):
     small = dataclasses.replace(programs[8, 1, 1], batch_size=10, total=1000)
     large = dataclasses.replace(small, batch_size=20, total=1500)
-    card = round(2000 / ahead.USABLE)  # 50 bytes an observation, 500 besides: 30 of them.
+    card = round(2000 / memory.USABLE)  # 50 bytes an observation, 500 besides: 30 of them.
     assert ahead.largest_batch([large, small], card, 1) == 30
     assert ahead.largest_batch([large, small], card, 8) == 24
     assert ahead.largest_batch([large, small], 100, 1) == 0

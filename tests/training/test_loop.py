@@ -27,6 +27,7 @@ from shallow_pi.training import (
     loop,
     metrics,
     setup,
+    shapes,
     validation,
 )
 
@@ -53,7 +54,7 @@ def _state(experiment, step):
     mesh, _ = setup.validate(experiment)
     spec = setup.make_spec(experiment, layer_map.explicit((0, 2), 3))
     with checkpoint.Checkpoints(experiment.folder, keep=None) as checkpoints:
-        state, position = checkpoints.restore(setup.abstract_state(spec, mesh), step)
+        state, position = checkpoints.restore(shapes.abstract_state(spec, mesh), step)
     return jax.device_get(state), position
 
 
@@ -398,7 +399,7 @@ def test_a_teacher_from_disk_is_cut_bit_for_bit_and_left_unchanged(teacher, synt
     mesh, step = setup.validate(experiment)
     held = setup.load_teacher(experiment, step, mesh)
     spec = setup.make_spec(experiment, experiment.fixed_layer_map())
-    start = setup.initial_state(experiment, spec, held, setup.abstract_state(spec, mesh))
+    start = setup.initial_state(experiment, spec, held, shapes.abstract_state(spec, mesh))
     stored = weights.leaves(weights.load_params(teacher, pi0.abstract_params(experiment.model)))
     for path, leaf in weights.leaves(start.params).items():
         original = np.asarray(stored[path], np.float32)

@@ -185,6 +185,8 @@ def test_the_rest_of_the_devices_is_data():
         "fsdp": 2,
         "tensor": 2,
     }
+    assert sharding.MeshConfig().create().devices.shape == (8, 1, 1)
+    assert sharding.MeshConfig(data=2, tensor=2).create().devices.shape == (2, 2, 2)
     mesh = sharding.MeshConfig(data=1).create(jax.devices()[3:4])
     assert mesh.devices.tolist() == [[[jax.devices()[3]]]]
 
@@ -193,9 +195,13 @@ def test_the_rest_of_the_devices_is_data():
     ("make", "message"),
     [
         (lambda: sharding.MeshConfig(fsdp=3).create(), "fsdp=3, tensor=1 does not fit 8 devices"),
-        (lambda: sharding.MeshConfig(data=4).create(), "data=4, .*product must be 8"),
+        (lambda: sharding.MeshConfig(data=4, fsdp=1).create(), "data=4, .*product must be 8"),
+        (lambda: sharding.MeshConfig(data=3).create(), "data=3, .*product must be 8"),
         (lambda: sharding.MeshConfig(fsdp=16).create(), "does not fit 8 devices"),
-        (lambda: sharding.MeshConfig(fsdp=0), "axis fsdp must be 1 or more, got 0"),
+        (
+            lambda: sharding.MeshConfig(fsdp=0),
+            "fsdp must be 1 or more, or -1 to choose, got 0",
+        ),
         (lambda: sharding.MeshConfig(data=0), "axis data must be 1 or more, or -1"),
         (lambda: sharding.MeshConfig(tensor=-1), "axis tensor must be 1 or more, got -1"),
     ],

@@ -9,34 +9,14 @@ for another of the same layout, not a promise.
 import contextlib
 import dataclasses
 import functools
-import math
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jaxtyping import PyTree
+from jax.sharding import Mesh
 
 from shallow_pi.distill import step
-from shallow_pi.models import pi0
-from shallow_pi.training import hlo, setup, sharding
-
-# Memory of one device, bytes, by its name here.
-CARDS = {
-    "h100": 80 * 10**9,
-    "h200": 141 * 10**9,
-    "a100": 80 * 10**9,
-    "a100-40": 40 * 10**9,
-    "rtx4090": 24 * 10**9,
-    "v5e": 16 * 2**30,
-    "v5p": 95 * 2**30,
-    "v6e": 32 * 2**30,
-}
-# What a runtime leaves to a program, as a share of the card.
-USABLE = 0.92
+from shallow_pi.training import hlo, memory, shapes, sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +25,7 @@ class Program:
 
     devices: int
     batch_size: int
-    # Bytes on one device of what the step is given, by what it is: "teacher", "student", "moments",
-    # "ema", "batch".
+    # Bytes on one device of what the step is given, by what it is (see `shapes.given`).
     given: dict[str, int]
     # Bytes on one device that the step needs besides: activations, gradients, gathered parameters.
     temporary: int
@@ -58,7 +37,7 @@ class Program:
 
     def fits(self, card: int) -> bool:
         """Whether it fits into a device of so many bytes."""
-        return self.total <= USABLE * card
+        return self.total <= memory.USABLE * card
 
 
 def devices(count: int, topology_name: str = "") -> Sequence[jax.Device]:
@@ -123,9 +102,9 @@ def compile_step(
       ValueError: a batch or a layout the mesh cannot split.
     """
     sharding.check_batch_size(mesh, batch_size // spec.accumulation)
-    teacher = abstract_teacher(spec, mesh, teacher_dtype)
-    state = setup.abstract_state(spec, mesh)
-    batch = abstract_batch(spec.student, mesh, batch_size)
+    teacher = shapes.abstract_teacher(spec, mesh, teacher_dtype)
+    state = shapes.abstract_state(spec, mesh)
+    batch = shapes.abstract_batch(spec.student, mesh, batch_size)
     whole = sharding.replicated(mesh)
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
@@ -139,21 +118,14 @@ def compile_step(
     plan, text = compiled.memory_analysis(), compiled.as_text()
     if plan is None or text is None:
         raise ValueError(f"the compiler of {mesh.devices.flat[0].platform} tells no memory plan")
-    given = {
-        "teacher": bytes_per_device(teacher),
-        "student": bytes_per_device(state.params),
-        "moments": bytes_per_device(state.opt_state),
-        "ema": bytes_per_device(state.ema_params),
-        "batch": bytes_per_device(batch),
-    }
     total = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
     return Program(
         devices=mesh.size,
         batch_size=batch_size,
-        given=given,
+        given=shapes.given(teacher, state, batch),
         temporary=plan.temp_size_in_bytes,
         total=total + plan.temp_size_in_bytes + plan.generated_code_size_in_bytes,
-        host=bytes_per_device(teacher, host=True),
+        host=shapes.bytes_per_device(teacher, host=True),
         collectives=hlo.collectives(text),
     )
 
@@ -176,49 +148,5 @@ def largest_batch(programs: Sequence[Program], card: int, multiple: int) -> int:
             f"batches of {small.batch_size} and {large.batch_size} take {small.total} and "
             f"{large.total} bytes: too small to tell what an observation costs; give larger ones"
         )
-    most = small.batch_size + (USABLE * card - small.total) / slope
+    most = small.batch_size + (memory.USABLE * card - small.total) / slope
     return max(0, int(most) // multiple * multiple)
-
-
-def abstract_teacher(spec: step.Spec, mesh: Mesh, dtype: str) -> PyTree:
-    """Shapes and shardings of what the step needs of the teacher; None if nothing."""
-    if spec.teacher is None:
-        return None
-    shapes = pi0.abstract_params(spec.teacher)
-    whole = jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype), sharding=where),
-        shapes,
-        sharding.param_sharding(mesh, shapes),
-    )
-    return setup.held_teacher(spec, whole)
-
-
-def abstract_batch(model: pi0.Pi0Config, mesh: Mesh, batch_size: int) -> dict[str, Any]:
-    """Shapes and shardings of a batch as the loader gives it."""
-    b, side, where = batch_size, model.image_size, sharding.batch_sharding(mesh)
-
-    def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((b, *shape), dtype, sharding=where)
-
-    return {
-        "image": {name: array((side, side, 3), np.uint8) for name in model.cameras},
-        "image_mask": {name: array((), np.bool_) for name in model.cameras},
-        "state": array((model.action_dim,), np.float32),
-        "tokenized_prompt": array((model.max_token_len,), np.int32),
-        "tokenized_prompt_mask": array((model.max_token_len,), np.bool_),
-        "actions": array((model.action_horizon, model.action_dim), np.float32),
-        "action_mask": array((model.action_horizon,), np.bool_),
-    }
-
-
-def bytes_per_device(tree: PyTree, *, host: bool = False) -> int:
-    """Bytes of a pytree of sharded shapes on one device, or for it in its host's memory."""
-
-    def one(leaf: Any) -> int:
-        assert isinstance(leaf.sharding, NamedSharding), "everything lies on the mesh"
-        if (leaf.sharding.memory_kind == setup.HOST_MEMORY) != host:
-            return 0
-        shape = leaf.sharding.shard_shape(leaf.shape)
-        return math.prod(shape) * np.dtype(leaf.dtype).itemsize
-
-    return sum(map(one, jax.tree.leaves(tree)))

@@ -36,6 +36,7 @@ from shallow_pi.training import (
     metrics,
     run_folder,
     setup,
+    shapes,
     sharding,
     validation,
 )
@@ -83,6 +84,8 @@ def run(
         resume = run_folder.prepare(folder, experiment.resume, overwrite=False)
     mesh, teacher_step = setup.validate(experiment)
     experiment = setup.resolve(experiment, teacher_step)
+    line = setup.describe_mesh(experiment, mesh)
+    progress.console.print(line, highlight=False, soft_wrap=True)
     data = batches.open_data(experiment.data, experiment.student_model, teacher_step)
     agreement.check(experiment, data.train)
     feed = loader.prefetch(
@@ -101,7 +104,7 @@ def run(
     if put_aside:
         resume = run_folder.prepare(folder, experiment.resume, overwrite=True)
     save_config(experiment, folder, bool(resume), layers)
-    abstract = setup.abstract_state(spec, mesh)
+    abstract = shapes.abstract_state(spec, mesh)
     with checkpoint.Checkpoints(
         folder,
         keep=experiment.keep,
@@ -131,7 +134,7 @@ def run(
         return _loop(
             experiment,
             spec,
-            setup.held_teacher(spec, teacher_params),
+            shapes.held_teacher(spec, teacher_params),
             state,
             feed,
             checkpoints,
@@ -173,7 +176,7 @@ def _loop(
     label: str,
 ) -> pathlib.Path:
     key = jax.random.key(experiment.seed)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, setup.abstract_state(spec, mesh))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes.abstract_state(spec, mesh))
     advance_state = jax.jit(
         functools.partial(step.distill_step, spec),
         out_shardings=(shardings, sharding.replicated(mesh)),

@@ -9,8 +9,7 @@ import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +20,10 @@ from shallow_pi import progress
 from shallow_pi.data import loader
 from shallow_pi.distill import layer_map, layer_scores, step, student
 from shallow_pi.models import fetch, layers, pi0, sizes, weights
-from shallow_pi.training import batches, config, run_folder, sharding
+from shallow_pi.training import batches, config, memory, run_folder, sharding
 
 # The teacher's "path" that stands for made-up parameters.
 RANDOM = "random"
-# What JAX calls memory of the host that devices reach by themselves.
-HOST_MEMORY = "pinned_host"
 
 
 def validate(
@@ -37,9 +34,8 @@ def validate(
     Returns:
       The mesh, and the teacher's step folder on this machine (None without a teacher on disk).
     """
-    mesh = experiment.mesh.create()
+    mesh = make_mesh(experiment, jax.devices())
     sharding.check_batch_size(mesh, experiment.batch_size // experiment.accumulation)
-    any_spec(experiment)  # Raises where losses and models do not go together.
     if experiment.data.path or experiment.closed_loop is None:
         batches.check(experiment.data)  # Before the teacher, which may be a long download.
     if experiment.teacher is None or experiment.teacher.path == RANDOM:
@@ -57,6 +53,40 @@ def validate(
     model = sizes.resolve(experiment.model, stored)
     weights.check_tree(pi0.abstract_params(model), stored, f"teacher ({teacher_step})")
     return mesh, teacher_step
+
+
+def make_mesh(experiment: config.DistillConfig, devices: Sequence[jax.Device]) -> jax.sharding.Mesh:
+    """The mesh over some devices, its `fsdp` chosen by their memory where that was left open.
+
+    Raises:
+      ValueError: they cannot share it as the config says, or its losses and models do not fit.
+    """
+    spec = any_spec(experiment)
+    mesh = memory.choose(
+        experiment.mesh, devices, spec, experiment.batch_size, teacher_dtype(experiment)
+    )
+    return mesh.create(devices)
+
+
+def teacher_dtype(experiment: config.DistillConfig) -> str:
+    """The dtype a teacher is held in, or would be."""
+    return "bfloat16" if experiment.teacher is None else experiment.teacher.dtype
+
+
+def describe_mesh(experiment: config.DistillConfig, mesh: jax.sharding.Mesh) -> str:
+    """One line: the mesh, and what a step needs on each of its devices."""
+    spec, device = any_spec(experiment), mesh.devices.flat[0]
+    needed = memory.estimate(spec, mesh, experiment.batch_size, teacher_dtype(experiment))
+    room = memory.memory_of(device)
+    axes = " × ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    of = f" of {room / memory.GIGA:.0f} GB" if room else ""
+    line = f"Mesh: {axes} ({mesh.size} {device.device_kind}); a device needs about {needed}{of}"
+    if room and needed.total > memory.USABLE * room:
+        line += (
+            "; it may not fit: try --student.freeze vision embedder, --optimizer.moments bfloat16, "
+            "--teacher.offload or --accumulation"
+        )
+    return line
 
 
 def teacher_on_disk(experiment: config.DistillConfig) -> pathlib.Path | None:
@@ -112,40 +142,6 @@ def load_teacher(
 
         return jax.jit(random, out_shardings=shardings)(jax.random.key(experiment.seed))
     return weights.load_params(teacher_step, expected, dtype=dtype, sharding=shardings)
-
-
-def held_teacher(spec: step.Spec, teacher_params: PyTree) -> PyTree:
-    """What the steps need of the teacher, where they want it; None if nothing.
-
-    All of it, its layers in the host's memory if `spec` says so; or the student's frozen parts.
-    """
-    if spec.losses.needs_teacher:
-        return offload(teacher_params) if spec.offload_teacher else teacher_params
-    return student.split(teacher_params, spec.freeze)[1] if spec.freeze else None
-
-
-def offload(params: PyTree) -> PyTree:
-    """Parameters, or their shapes, with the tower's layers in the memory of their devices' host.
-
-    Raises:
-      ValueError: the devices cannot reach memory of the host's.
-    """
-
-    def move(path: Any, leaf: Any) -> Any:
-        if not student.is_layer(tuple(key.key for key in path)):
-            return leaf
-        where = leaf.sharding.with_memory_kind(HOST_MEMORY)
-        if isinstance(leaf, jax.ShapeDtypeStruct):
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
-        return jax.device_put(leaf, where)
-
-    try:
-        return jax.tree_util.tree_map_with_path(move, params)
-    except ValueError as error:
-        raise ValueError(
-            f"--teacher.offload needs {HOST_MEMORY} memory, which these devices lack with JAX "
-            f"{jax.__version__}: leave it out ({str(error).splitlines()[0]})"
-        ) from error
 
 
 def choose_layers(
@@ -220,17 +216,6 @@ def any_spec(experiment: config.DistillConfig, mesh: jax.sharding.Mesh | None = 
     if experiment.teacher is not None:
         chosen = layer_map.first(experiment.student_model.depth, experiment.model.depth)
     return make_spec(experiment, chosen, mesh)
-
-
-def abstract_state(spec: step.Spec, mesh: jax.sharding.Mesh) -> PyTree:
-    """Shapes, dtypes and shardings of the whole state."""
-    params = pi0.abstract_params(spec.student)
-    shapes = jax.eval_shape(functools.partial(step.init_state, spec), params)
-    return jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-        shapes,
-        sharding.param_sharding(mesh, shapes),
-    )
 
 
 def initial_state(

@@ -55,26 +55,34 @@ class MeshConfig:
 
     # Devices along `data`; -1 is whatever the other two leave.
     data: int = -1
-    # Devices over which parameters, moments and the batch are split.
-    fsdp: int = 1
+    # Devices over which parameters, moments and the batch are split; -1 is as few as have room, or
+    # with `data` given whatever that leaves.
+    fsdp: int = -1
     # Devices over which heads and MLP columns are split.
     tensor: int = 1
 
     def __post_init__(self) -> None:
         for name in AXES:
             size = getattr(self, name)
-            if size < 1 and not (name == DATA and size == -1):
-                allowed = "1 or more, or -1 for the rest" if name == DATA else "1 or more"
+            if size < 1 and not (name in (DATA, FSDP) and size == -1):
+                others = {DATA: ", or -1 for the rest", FSDP: ", or -1 to choose"}
+                allowed = f"1 or more{others.get(name, '')}"
                 raise ValueError(f"mesh axis {name} must be {allowed}, got {size}")
 
     def create(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
-        """The mesh over `devices` (default: all of the job)."""
+        """The mesh over `devices` (default: all of the job).
+
+        An `fsdp` that nobody has chosen (`memory.choose`) is 1, or what a given `data` leaves.
+        """
         if jax.__version_info__ < (0, 7):
             # Before Shardy became the default, XLA's partitioner could swap the batch rows of two
             # devices, and with them give `action_in_proj` a wrong gradient on a 2 × 2 × 2 mesh.
             jax.config.update("jax_use_shardy_partitioner", True)
         devices = list(jax.devices() if devices is None else devices)
-        given = self.fsdp * self.tensor
+        fsdp = self.fsdp
+        if fsdp == -1:
+            fsdp = 1 if self.data == -1 else max(1, len(devices) // (self.data * self.tensor))
+        given = fsdp * self.tensor
         data = len(devices) // given if self.data == -1 else self.data
         if data * given != len(devices) or data < 1:
             raise ValueError(
@@ -82,7 +90,7 @@ class MeshConfig:
                 f"{len(devices)} devices: their product must be {len(devices)} "
                 "(data=-1 takes what fsdp and tensor leave)"
             )
-        shape = (data, self.fsdp, self.tensor)
+        shape = (data, fsdp, self.tensor)
         grid = np.array(devices).reshape(shape)
         if devices[0].platform == "tpu":  # Neighbours in the mesh are neighbours in the torus.
             grid = mesh_utils.create_device_mesh(shape, devices)
