@@ -106,6 +106,7 @@ def test_a_batch_the_mesh_cannot_split_is_refused(spec):
         ahead.compile_step(spec, sharding.MeshConfig(8).create(), 12)
 
 
-def test_an_unknown_topology_names_the_known_ones():
-    with pytest.raises(ValueError, match=r"'v9:1x1'.*v5e:4x4"):
-        ahead.topology("v9:1x1")
+@pytest.mark.parametrize("name", ["v9:1x1", "h100:many", "v5e"])
+def test_an_unknown_topology_names_the_known_ones(name):
+    with pytest.raises(ValueError, match=rf"topology '{name}'.*v5e:4x4.*h100:8"):
+        ahead.topology(name)

@@ -1,9 +1,9 @@
 """The distillation step compiled ahead of the machine: what it needs, without running it.
 
 Everything is shapes: no parameter is made. The devices may be this machine's, virtual CPU devices,
-or those of a TPU topology that is not there at all (`topology`): libtpu compiles for it on a CPU.
-Bytes are those the compiler plans per device; what it plans for one kind of device is a fair proxy
-for another of the same layout, not a promise.
+or those of a TPU slice or a GPU host that is not there at all (`topology`): libtpu and XLA's GPU
+plugin compile for them on a CPU. Bytes are those the compiler plans per device; what it plans for
+one kind of device is a fair proxy for another of the same layout, not a promise.
 """
 
 import contextlib
@@ -17,6 +17,39 @@ from jax.sharding import Mesh
 
 from shallow_pi.distill import step
 from shallow_pi.training import hlo, memory, shapes, sharding
+
+# What XLA's GPU compiler has to know of a device it cannot ask.
+_HOPPER = """
+gpu_device_info {{
+  cuda_compute_capability {{ major: 9 }}
+  core_count: 132
+  fpus_per_core: 128
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  threads_per_core_limit: 2048
+  registers_per_block_limit: 65536
+  registers_per_core_limit: 65536
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  l2_cache_size: 52428800
+  clock_rate_ghz: 1.98
+  device_memory_size: {memory}
+  memory_bandwidth: {bandwidth}
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 }}
+device_description_str: "{name}"
+"""
+GPUS = {
+    "h100": _HOPPER.format(
+        name="NVIDIA H100 80GB HBM3", memory=84_942_979_072, bandwidth=3_352_320_000_000
+    ),
+    "h200": _HOPPER.format(name="NVIDIA H200", memory=150_754_820_096, bandwidth=4_800_000_000_000),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +74,7 @@ class Program:
 
 
 def devices(count: int, topology_name: str = "") -> Sequence[jax.Device]:
-    """`count` virtual CPU devices, or those of a TPU topology; call it before JAX has any.
+    """`count` virtual CPU devices, or those of a topology; call it before JAX has any.
 
     Raises:
       ValueError: a count below 1, or see `topology`.
@@ -54,21 +87,27 @@ def devices(count: int, topology_name: str = "") -> Sequence[jax.Device]:
 
 
 def topology(name: str) -> Sequence[jax.Device]:
-    """The devices of a TPU topology such as "v5e:8x8", for compiling alone.
+    """The devices of "v5e:8x8" (a TPU slice) or "h100:8" (a GPU host), for compiling alone.
 
     Raises:
-      ValueError: no such topology, or no libtpu to ask.
+      ValueError: no such topology, or no compiler for it.
     """
     # Not an attribute of jax until somebody imports it.
     from jax.experimental import topologies
 
+    kind, _, count = name.partition(":")
     try:
+        if kind in GPUS:
+            return topologies.get_topology_desc(
+                kind, "cuda", target_config=GPUS[kind], topology=f"1x1x{int(count or 1)}"
+            ).devices
         with _quiet():
             return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
     except (RuntimeError, ValueError, NotImplementedError) as error:
         raise ValueError(
-            f"cannot compile for the TPU topology {name!r}: {error}. Names are like v5e:4x4, "
-            "v5p:2x2x1 or v6e:4x4, and libtpu has to be installed (uv sync --extra tpu)"
+            f"cannot compile for the topology {name!r}: {str(error).splitlines()[0]}. Names are "
+            "like v5e:4x4, v5p:2x2x1 or v6e:4x4, for which libtpu has to be installed (uv sync "
+            "--extra tpu), and h100:8 (uv sync --extra cuda)"
         ) from error
 
 
@@ -114,7 +153,10 @@ def compile_step(
         out_shardings=(shardings, whole),
         donate_argnums=1,
     )
-    compiled = advance.lower(teacher, state, key, batch).compile()
+    # Nothing is tuned for a GPU that is not there, and a Triton product that was not may not compile.
+    on_gpu = mesh.devices.flat[0].platform == "gpu"
+    options = {"xla_gpu_enable_triton_gemm": False} if on_gpu else None
+    compiled = advance.lower(teacher, state, key, batch).compile(compiler_options=options)
     plan, text = compiled.memory_analysis(), compiled.as_text()
     if plan is None or text is None:
         raise ValueError(f"the compiler of {mesh.devices.flat[0].platform} tells no memory plan")
