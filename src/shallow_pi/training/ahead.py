@@ -153,7 +153,7 @@ def compile_step(
         out_shardings=(shardings, whole),
         donate_argnums=1,
     )
-    # Nothing is tuned for a GPU that is not there, and a Triton product that was not may not compile.
+    # Nothing is tuned for a GPU that is not there, and an untuned Triton product may not compile.
     on_gpu = mesh.devices.flat[0].platform == "gpu"
     options = {"xla_gpu_enable_triton_gemm": False} if on_gpu else None
     compiled = advance.lower(teacher, state, key, batch).compile(compiler_options=options)
