@@ -52,7 +52,7 @@ FOLDERS = {
         "loader",
         "assets",
     ],
-    "distill/": ["flow", "layer_map", "student", "layer_scores", "losses", "step"],
+    "distill/": ["flow", "layer_map", "student", "layer_scores", "losses", "norms", "step"],
     "training/": [
         "optimizer",
         "sharding",
@@ -65,6 +65,8 @@ FOLDERS = {
         "batches",
         "data_check",
         "data_sheet",
+        "shapes",
+        "memory",
         "validation",
         "config",
         "setup",
