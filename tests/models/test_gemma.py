@@ -116,8 +116,8 @@ def test_captured_attention_is_that_of_the_chosen_layer(layer):
     _, cache, _ = _run(_module(), params, prefix, suffix, geometry, outputs="cache")
     np.testing.assert_allclose(capture.keys, cache.keys[layer], atol=1e-5)
     assert np.abs(capture.keys - cache.keys[1]).max() > 0.1
-    queries = np.asarray(capture.queries).reshape(2, 2, 2, ROWS, 2, 8)
-    by_hand = np.einsum("brkagh,bskh->brkgas", queries, capture.keys).reshape(2, 2, 4, ROWS, 5)
+    by_hand = np.einsum("brakgh,bskh->brkgas", capture.queries, capture.keys)
+    by_hand = by_hand.reshape(2, 2, 4, ROWS, 5)
     np.testing.assert_allclose(capture.logits(ROWS), by_hand, atol=1e-5)
 
 

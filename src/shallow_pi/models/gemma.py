@@ -7,8 +7,9 @@ suffix over the prefix and itself. That is openpi's joint attention without the 
 it lets R draws of (noise, time) of one observation share its prefix.
 
 Letters in einsums: B batch, R draws, T query, S key/value, N query heads, K kv heads, G queries per
-kv head, H head dim, D width; Q is T and G as one axis, so that all queries of a kv head make one
-matrix.
+kv head, H head dim, D width. Heads stay axes of their own (N of the parameters is K, G), so that
+devices can share them; T and G lie side by side wherever they are rows of one matrix: XLA then makes
+it of them on each device.
 """
 
 import dataclasses
@@ -51,16 +52,16 @@ class Cache(NamedTuple):
 class Capture(NamedTuple):
     """What one layer's attention of the action rows over the prefix columns is made of."""
 
-    # Scaled, rotated queries of the last rows of the suffix, grouped as in `Attention`.
-    queries: Float[Array, "b r k q h"]
+    # Scaled, rotated queries of the last rows of the suffix, the action tokens.
+    queries: Float[Array, "b r a k g h"]
     keys: Float[Array, "b s k h"]
 
     def logits(self, action_rows: int) -> Float[Array, "b r n a s"]:
-        """The attention logits in float32, before any mask, one map a query head."""
-        logits = _logits("BRKQH,BSKH->BRKQS", self.queries, self.keys)
-        b, r, k, _, s = logits.shape
-        logits = logits.reshape(b, r, k, action_rows, -1, s)
-        return jnp.moveaxis(logits, 3, 4).reshape(b, r, -1, action_rows, s)
+        """The last rows' attention logits in float32, before any mask, one map a query head."""
+        queries = self.queries[:, :, -action_rows:]
+        logits = _logits("BRTKGH,BSKH->BRKTGS", queries, self.keys)
+        b, r, k, a, g, s = logits.shape
+        return jnp.moveaxis(logits, 4, 3).reshape(b, r, k * g, a, s)
 
 
 class Hidden(NamedTuple):
@@ -134,18 +135,18 @@ class Attention(nn.Module):
         geometry: Geometry,
     ) -> tuple[Array, Array, tuple[Array, Array], Capture]:
         queries, keys, values = self._project(0, prefix, geometry.prefix_rope)
-        logits = _logits("BKQH,BSKH->BKQS", queries, keys)
-        probabilities = layers.softmax(logits, geometry.prefix_valid[:, None, None, :])
-        mixed = jnp.einsum("BKQS,BSKH->BKQH", probabilities.astype(values.dtype), values)
+        logits = _logits("BTKGH,BSKH->BKTGS", queries, keys)
+        probabilities = layers.softmax(logits, geometry.prefix_valid[:, None, None, None, :])
+        mixed = jnp.einsum("BKTGS,BSKH->BTKGH", probabilities.astype(values.dtype), values)
         prefix_out = self._output(0, mixed)
         queries, own_keys, own_values = self._project(1, suffix, geometry.suffix_rope)
-        to_prefix = _logits("BRKQH,BSKH->BRKQS", queries, keys)
-        to_own = _logits("BRKQH,BRSKH->BRKQS", queries, own_keys)
-        groups = queries.shape[-2] // suffix.shape[-2]
+        to_prefix = _logits("BRTKGH,BSKH->BRKTGS", queries, keys)
+        to_own = _logits("BRTKGH,BRSKH->BRKTGS", queries, own_keys)
+        prefix_valid = geometry.prefix_valid[:, None, None, None, None, :]
         mask = jnp.concatenate(
             [
-                jnp.broadcast_to(geometry.prefix_valid[:, None, None, None, :], to_prefix.shape),
-                jnp.broadcast_to(jnp.repeat(geometry.suffix_mask, groups, 0), to_own.shape),
+                jnp.broadcast_to(prefix_valid, to_prefix.shape),
+                jnp.broadcast_to(geometry.suffix_mask[:, None, :], to_own.shape),
             ],
             axis=-1,
         )
@@ -154,16 +155,18 @@ class Attention(nn.Module):
             probabilities.astype(values.dtype), [to_prefix.shape[-1]], axis=-1
         )
         mixed = jnp.einsum(
-            "BRKQS,BSKH->BRKQH", on_prefix, values, preferred_element_type=jnp.float32
-        ) + jnp.einsum("BRKQS,BRSKH->BRKQH", on_own, own_values, preferred_element_type=jnp.float32)
+            "BRKTGS,BSKH->BRTKGH", on_prefix, values, preferred_element_type=jnp.float32
+        ) + jnp.einsum(
+            "BRKTGS,BRSKH->BRTKGH", on_own, own_values, preferred_element_type=jnp.float32
+        )
         suffix_out = self._output(1, mixed.astype(suffix.dtype))
-        capture = Capture(queries[..., -self.action_rows * groups :, :], keys)
+        capture = Capture(queries[:, :, -self.action_rows :], keys)
         return prefix_out, suffix_out, (keys, values), capture
 
     def _project(
         self, stream: int, x: Array, rope: tuple[Array, Array]
     ) -> tuple[Array, Array, Array]:
-        """Rotated, scaled queries (..., K, Q, H), rotated keys and values (..., S, K, H)."""
+        """Rotated, scaled queries (..., T, K, G, H), rotated keys and values (..., S, K, H)."""
         c = self.configs[stream]
         queries = layers.Einsum(
             (c.num_heads, c.width, c.head_dim),
@@ -177,16 +180,12 @@ class Attention(nn.Module):
         )("...SD,CKDH->C...SKH", x)
         queries = layers.apply_rope(queries, rope) * jnp.asarray(c.head_dim**-0.5, queries.dtype)
         groups = c.num_heads // c.num_kv_heads
-        *batch, t, _, _ = queries.shape
-        queries = queries.reshape(*batch, t, c.num_kv_heads, groups, c.head_dim)
-        queries = jnp.moveaxis(queries, -3, -4).reshape(*batch, c.num_kv_heads, -1, c.head_dim)
+        queries = queries.reshape(*queries.shape[:-2], c.num_kv_heads, groups, c.head_dim)
         return queries, layers.apply_rope(key_value[0], rope), key_value[1]
 
     def _output(self, stream: int, mixed: Array) -> Array:
         c = self.configs[stream]
-        *batch, kv_heads, _, head_dim = mixed.shape
-        mixed = mixed.reshape(*batch, kv_heads, -1, c.num_heads // kv_heads, head_dim)
-        mixed = jnp.moveaxis(mixed, -4, -3).reshape(*batch, -1, c.num_heads, head_dim)
+        mixed = mixed.reshape(*mixed.shape[:-3], c.num_heads, c.head_dim)
         return layers.Einsum(
             (c.num_heads, c.head_dim, c.width),
             nn.initializers.lecun_normal(in_axis=(-3, -2), out_axis=-1),
@@ -284,9 +283,9 @@ class Module(nn.Module):
         captured = None
         if capture_layer is not None:
             c = self.configs[0]
-            k, h, q = c.num_kv_heads, c.head_dim, action_rows * c.num_heads // c.num_kv_heads
+            k, g, h = c.num_kv_heads, c.num_heads // c.num_kv_heads, c.head_dim
             captured = Capture(
-                jnp.zeros((*suffix.shape[:2], k, q, h), self.dtype),
+                jnp.zeros((*suffix.shape[:2], action_rows, k, g, h), self.dtype),
                 jnp.zeros((*prefix.shape[:2], k, h), self.dtype),
             )
         scanned = nn.scan(
