@@ -132,7 +132,7 @@ def _saved(step):
 
 def _rows(folder):
     """What was logged, without how long it took."""
-    clock = ("seconds_per_step", "data_wait")
+    clock = ("seconds_per_step", "data_wait", "checkpoint_stall")
     return [{k: v for k, v in row.items() if k not in clock} for row in metrics.read(folder)]
 
 

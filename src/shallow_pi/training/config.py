@@ -22,7 +22,7 @@ from shallow_pi.distill import layer_map
 from shallow_pi.distill import losses as loss_terms
 from shallow_pi.distill import student as students
 from shallow_pi.models import layers, observation, pi0
-from shallow_pi.training import batches, distributed, sharding
+from shallow_pi.training import batches, distributed, profiling, sharding
 from shallow_pi.training import optimizer as optimizers
 from shallow_pi.training import validation as validations
 
@@ -179,6 +179,8 @@ class DistillConfig:
     keep: int = 1
     # Checkpoints at multiples of it are kept for good; 0 keeps none so.
     keep_period: int = 5000
+    # Steps to trace, FIRST:END as Python's ranges: 10:15 traces 10 to 14; empty for none.
+    profile: str = ""
     # Write TensorBoard events.
     tensorboard: bool = True
     # Weights & Biases project to log to; empty for none.
@@ -190,6 +192,7 @@ class DistillConfig:
         counts = ("batch_size", "draws", "accumulation", "num_train_steps", "log_interval")
         _at_least(self, 1, *counts, "save_interval", "keep")
         _at_least(self, 0, "gradient_interval", "keep_period")
+        profiling.parse(self.profile, self.num_train_steps)
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must lie in [0, 1), got {self.ema_decay}")
         if self.batch_size % (n := self.accumulation):
@@ -225,12 +228,8 @@ class DistillConfig:
         if student.strategy in ("similarity", "sensitivity"):
             layer_map.first(student.depth, teacher_depth)  # Checks the depth.
             return None
-        choose = {
-            "uniform": layer_map.uniform,
-            "first": layer_map.first,
-            "last": layer_map.last,
-        }[student.strategy]
-        return choose(student.depth, teacher_depth)
+        choose = {"uniform": layer_map.uniform, "first": layer_map.first, "last": layer_map.last}
+        return choose[student.strategy](student.depth, teacher_depth)
 
 
 # Fields that may change when a run is resumed.
@@ -238,7 +237,7 @@ SAFE_TO_CHANGE = frozenset(
     (
         *("resume", "overwrite", "checkpoint_dir", "mesh", "num_train_steps", "save_interval"),
         *("keep", "keep_period", "log_interval", "gradient_interval", "validation.interval"),
-        *("tensorboard", "wandb", "trackio", "data.num_threads", "data.num_workers"),
+        *("tensorboard", "wandb", "trackio", "profile", "data.num_threads", "data.num_workers"),
         *("remat", "teacher.offload"),
         *("data.cache", "data.cache_dir", "data.cache_gib"),
         *("closed_loop.baselines", "closed_loop.episodes", "closed_loop.harder"),
