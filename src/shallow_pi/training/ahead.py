@@ -111,7 +111,14 @@ def _quiet() -> Iterator[None]:
 def compile_step(
     spec: step.Spec, mesh: Mesh, batch_size: int, teacher_dtype: str = "bfloat16"
 ) -> Program:
-    """Compile the step of a global batch for the devices of a mesh.
+    """Compile the step of a global batch for the devices of a mesh; see `build`."""
+    return build(spec, mesh, batch_size, teacher_dtype)[1]
+
+
+def build(
+    spec: step.Spec, mesh: Mesh, batch_size: int, teacher_dtype: str = "bfloat16"
+) -> tuple[jax.stages.Compiled, Program]:
+    """The compiled step (of teacher, state, which is donated, key and batch), and what it needs.
 
     Args:
       spec: the static part of the step.
@@ -147,7 +154,7 @@ def compile_step(
         "batch": bytes_per_device(batch),
     }
     total = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
-    return Program(
+    program = Program(
         devices=mesh.size,
         batch_size=batch_size,
         given=given,
@@ -156,6 +163,7 @@ def compile_step(
         host=bytes_per_device(teacher, host=True),
         collectives=hlo.collectives(text),
     )
+    return compiled, program
 
 
 def largest_batch(programs: Sequence[Program], card: int, multiple: int) -> int:
