@@ -69,14 +69,14 @@ def traced(
     """
     steps = parse(text, last)
     place = folder / FOLDER / f"steps-{steps.start}-{steps.stop - 1}"
-    if not steps or place.exists() or not distributed.is_main():
-        yield iter(range(first, last + 1))
-        return
-    if steps[0] < first:
+    if steps and steps[0] < first and not place.exists():
         raise ValueError(
             f"profile {text} begins before step {first}, at which this run goes on: give a later "
             "range, or leave --profile out"
         )
+    if not steps or place.exists() or not distributed.is_main():
+        yield iter(range(first, last + 1))
+        return
     with contextlib.closing(_traced(first, last, steps, place, wait)) as numbers:
         yield numbers
 
