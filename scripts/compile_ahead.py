@@ -47,6 +47,7 @@ def main() -> None:
             spec.teacher if spec.losses.needs_teacher else None,
             batch=experiment.batch_size,
             draws=experiment.draws,
+            freeze=experiment.student.freeze,
         )
         found = _contents(program, useful / mesh.size)
         _show(f"{experiment.name}, {name}", found, own.topology.partition(":")[0])

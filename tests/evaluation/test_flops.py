@@ -88,3 +88,14 @@ def test_a_training_step_is_the_teachers_pass_and_three_of_the_students(tiny_con
     more = flops.training_flops(student, None, batch=1, draws=3) - alone
     step = flops.inference_flops(student, num_steps=1, savings=prepare.NOTHING).step
     assert more == 3 * 2 * step
+
+
+def test_a_frozen_tower_counts_once_for_both_models(tiny_config):
+    """Forward for the teacher, forward and twice backward for the student, are four passes."""
+    student, teacher = tiny_config(depth=2), tiny_config(depth=5)
+    tower = flops.inference_flops(student, savings=prepare.ALL).vision
+    trained, frozen = (
+        flops.training_flops(student, teacher, batch=1, freeze=freeze)
+        for freeze in ((), ("vision",))
+    )
+    assert trained - frozen == 3 * tower

@@ -6,6 +6,7 @@ and the sampler's vector arithmetic are not (under 5 % together at any size of i
 """
 
 import dataclasses
+from collections.abc import Collection
 
 from shallow_pi.models import gemma, pi0, prepare
 
@@ -54,17 +55,36 @@ def inference_flops(
 
 
 def training_flops(
-    student: pi0.Pi0Config, teacher: pi0.Pi0Config | None, *, batch: int, draws: int = 1
+    student: pi0.Pi0Config,
+    teacher: pi0.Pi0Config | None,
+    *,
+    batch: int,
+    draws: int = 1,
+    freeze: Collection[str] = (),
 ) -> int:
     """Useful operations of one training step: the teacher's pass and three of the student's.
 
-    The backward pass counts twice the forward one; what remat computes again does not count.
+    The backward pass counts twice the forward one. What remat computes again does not count, nor
+    what the last layer adds to a prefix that nobody reads, nor a frozen tower more than once.
+
+    Args:
+      student: what is trained.
+      teacher: None where no loss needs it.
+      batch: observations.
+      draws: (noise, time) pairs of each.
+      freeze: parts that are not trained, "vision" among them or not.
     """
+    useful = dataclasses.replace(prepare.NOTHING, unrolled_layers=True)
 
-    def forward(config: pi0.Pi0Config) -> int:
-        return inference_flops(config, batch=batch, num_steps=draws, savings=prepare.NOTHING).total
+    def forward(config: pi0.Pi0Config | None) -> tuple[int, int]:
+        """Of the image tower, and of the rest."""
+        if config is None:
+            return 0, 0
+        count = inference_flops(config, batch=batch, num_steps=draws, savings=useful)
+        return count.vision, count.total - count.vision
 
-    return 3 * forward(student) + (0 if teacher is None else forward(teacher))
+    (own, layers), (others, teachers) = forward(student), forward(teacher)
+    return 3 * layers + teachers + (own if "vision" in freeze else 3 * own + others)
 
 
 def weight_bytes(config: pi0.Pi0Config, *, num_steps: int = 10) -> Count:
