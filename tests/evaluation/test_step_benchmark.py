@@ -1,6 +1,7 @@
 """Both steps are the training's own, on one state that goes from hand to hand."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -82,6 +83,25 @@ def test_the_plan_is_the_compilers_and_knows_that_fine_tuning_needs_no_teacher(p
     assert timing.plan["distillation"]["in all"] == program.total
     assert timing.plan["distillation"]["teacher"] == program.given["teacher"] > 0
     assert timing.plan["fine-tuning"]["teacher"] == 0
+
+
+def test_a_frozen_tower_is_shared_in_the_time_the_count_and_the_plan(parts):
+    spec, mesh, teacher, _ = parts
+    frozen = dataclasses.replace(spec, freeze=("vision", "embedder"))
+    abstract = setup.abstract_state(frozen, mesh)
+    state = jax.tree.map(lambda leaf: jax.numpy.zeros(leaf.shape, leaf.dtype), abstract)
+    state = jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, abstract))
+    timing = step_benchmark.measure(
+        frozen, mesh, teacher, state, batch_size=8, repeats=1, warmup=1
+    )
+    count = functools.partial(flops.training_flops, spec.student, batch=8, draws=2)
+    assert timing.flops == {
+        "distillation": count(spec.teacher, freeze=frozen.freeze),
+        "fine-tuning": count(None, freeze=frozen.freeze),
+    }
+    assert timing.flops["fine-tuning"] < count(None)
+    plan = timing.plan
+    assert 0 < plan["fine-tuning"]["teacher"] < plan["distillation"]["teacher"], "the frozen parts"
 
 
 def test_a_batch_is_full_and_split_over_the_mesh(parts):

@@ -141,7 +141,9 @@ def measure(
         found = latency.median_latency(calls, repeats=repeats, warmup=warmup, label="Steps")
     statistics = [device.memory_stats() or {} for device in jax.local_devices()]
     student, teacher_model = spec.student, spec.teacher
-    count = functools.partial(flops.training_flops, student, batch=batch_size, draws=spec.draws)
+    count = functools.partial(
+        flops.training_flops, student, batch=batch_size, draws=spec.draws, freeze=spec.freeze
+    )
     suffix = student.action_horizon + (not student.pi05)
     return Timing(
         batch_size=batch_size,
