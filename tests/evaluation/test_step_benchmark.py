@@ -91,9 +91,7 @@ def test_a_frozen_tower_is_shared_in_the_time_the_count_and_the_plan(parts):
     abstract = setup.abstract_state(frozen, mesh)
     state = jax.tree.map(lambda leaf: jax.numpy.zeros(leaf.shape, leaf.dtype), abstract)
     state = jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, abstract))
-    timing = step_benchmark.measure(
-        frozen, mesh, teacher, state, batch_size=8, repeats=1, warmup=1
-    )
+    timing = step_benchmark.measure(frozen, mesh, teacher, state, batch_size=8, repeats=1, warmup=1)
     count = functools.partial(flops.training_flops, spec.student, batch=8, draws=2)
     assert timing.flops == {
         "distillation": count(spec.teacher, freeze=frozen.freeze),
