@@ -28,7 +28,7 @@ from shallow_pi.data import assets
 from shallow_pi.evaluation import benchmark, plots, speed_plots
 from shallow_pi.interop import openpi
 from shallow_pi.models import gemma, pi0, siglip
-from shallow_pi.training import config, distributed
+from shallow_pi.training import command_line, distributed
 
 ROOT = pathlib.Path(__file__).parents[1]
 TERA, GIGA = 1e12, 1e9
@@ -101,7 +101,7 @@ def main() -> None:
     """Time every model, print a table, write what was asked for."""
     distributed.cache_compilations()
     given = tyro.cli(Arguments, description=__doc__)
-    with config.exit_on(ModuleNotFoundError):
+    with command_line.exit_on(ModuleNotFoundError):
         models = list(given.models())
         others = {"openpi": openpi.sampler} if given.against else {}
         if others:

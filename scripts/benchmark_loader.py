@@ -46,7 +46,7 @@ from shallow_pi.data import (
     tokenizer,
     video_writer,
 )
-from shallow_pi.training import config
+from shallow_pi.training import command_line
 
 HORIZON = 50
 # From a seed to pictures a second, and to seconds of processor time a picture.
@@ -96,7 +96,7 @@ class Arguments:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, measure, print."""
-    with config.exit_on():
+    with command_line.exit_on():
         words = sys.argv[1:] if arguments is None else arguments
         given = tyro.cli(Arguments, args=words, description=__doc__)
         with tempfile.TemporaryDirectory() as scratch:

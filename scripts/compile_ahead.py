@@ -19,7 +19,7 @@ from typing import Any
 
 from shallow_pi import progress
 from shallow_pi.evaluation import flops, report
-from shallow_pi.training import ahead, config, hlo, memory, setup
+from shallow_pi.training import ahead, command_line, hlo, memory, setup
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "train_configs"
 GIGA, TERA = 1e9, 1e12
@@ -32,8 +32,8 @@ def main() -> None:
     parser.add_argument("--topology", default="")
     parser.add_argument("--output", default="")
     own, arguments = parser.parse_known_args()
-    with config.exit_on():
-        experiment = config.cli(CONFIGS, __doc__ or "", arguments)
+    with command_line.exit_on():
+        experiment = command_line.cli(CONFIGS, __doc__ or "", arguments)
         mesh = setup.make_mesh(experiment, ahead.devices(own.devices, own.topology))
         spec = setup.any_spec(experiment, mesh)
         dtype = setup.teacher_dtype(experiment)

@@ -25,7 +25,7 @@ import tyro
 from shallow_pi import progress
 from shallow_pi.data import lerobot, normalize, robots, sources, statistics
 from shallow_pi.models import fetch
-from shallow_pi.training import batches, config
+from shallow_pi.training import batches, command_line
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "train_configs"
 
@@ -47,11 +47,11 @@ class Arguments:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, compute, warn, write."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    with config.exit_on():
+    with command_line.exit_on():
         name = words.pop(0) if words and not words[0].startswith("-") else ""
         default = Arguments(data=batches.DataConfig())
         if name:
-            own = config.load(CONFIGS, name)
+            own = command_line.load(CONFIGS, name)
             kind = normalize.kind_of(own.model.pi05)
             default = Arguments(own.data, own.model.action_horizon, kind)
         given = tyro.cli(Arguments, args=words, default=default, description=__doc__)

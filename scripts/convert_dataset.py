@@ -22,7 +22,7 @@ import tyro
 
 from shallow_pi import progress
 from shallow_pi.data import hub, lerobot, lerobot_writer, video_writer
-from shallow_pi.training import config
+from shallow_pi.training import command_line
 
 SAMPLED = 20
 BOOKKEEPING = {"timestamp", "frame_index", "episode_index", "index", "task_index"}
@@ -49,7 +49,7 @@ class Arguments:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, convert, say where it is."""
     given = tyro.cli(Arguments, args=arguments, description=__doc__)
-    with config.exit_on():
+    with command_line.exit_on():
         source = lerobot.Dataset(
             hub.locate(given.source), skip_bad_episodes=given.skip_bad_episodes
         )

@@ -14,7 +14,7 @@ import pathlib
 import sys
 
 from shallow_pi import progress
-from shallow_pi.training import ahead, config, memory, setup
+from shallow_pi.training import ahead, command_line, config, memory, setup
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "train_configs"
 GIGA = 1e9
@@ -27,8 +27,8 @@ def main() -> None:
     parser.add_argument("--topology", default="")
     parser.add_argument("--card", default="", choices=["", *memory.CARDS])
     own, arguments = parser.parse_known_args()
-    with config.exit_on():
-        experiment = config.cli(CONFIGS, __doc__ or "", arguments)
+    with command_line.exit_on():
+        experiment = command_line.cli(CONFIGS, __doc__ or "", arguments)
         mesh = setup.make_mesh(experiment, ahead.devices(own.devices, own.topology))
         spec = setup.any_spec(experiment, mesh)
         dtype = setup.teacher_dtype(experiment)

@@ -28,7 +28,7 @@ import tyro
 
 from shallow_pi import progress
 from shallow_pi.deploy import export
-from shallow_pi.training import config, distributed
+from shallow_pi.training import command_line, distributed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, export, say where it is."""
     given = tyro.cli(Arguments, args=arguments, description=__doc__)
     distributed.cache_compilations()
-    with config.exit_on():
+    with command_line.exit_on():
         folder = export.export(
             given.source,
             given.format,

@@ -30,7 +30,7 @@ from PIL import Image
 from shallow_pi import progress
 from shallow_pi.data import normalize
 from shallow_pi.models import safetensors_file
-from shallow_pi.training import batches, config, data_check, data_sheet, setup
+from shallow_pi.training import batches, command_line, config, data_check, data_sheet, setup
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "train_configs"
 # Prompts that are printed.
@@ -53,12 +53,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, read, draw, tell."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0].startswith("-"):
-        config.cli(CONFIGS, __doc__ or "", words[:1])  # Lists the configs, and exits.
-    with config.exit_on():
+        command_line.cli(CONFIGS, __doc__ or "", words[:1])  # Lists the configs, and exits.
+    with command_line.exit_on():
         given = tyro.cli(
             Arguments,
             args=words[1:],
-            default=Arguments(config.load(CONFIGS, words[0])),
+            default=Arguments(command_line.load(CONFIGS, words[0])),
             prog=words[0],
             description=__doc__,
             config=(tyro.conf.AvoidSubcommands,),

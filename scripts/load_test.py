@@ -25,7 +25,7 @@ import websockets.exceptions
 
 from shallow_pi import progress
 from shallow_pi.deploy import protocol
-from shallow_pi.training import config
+from shallow_pi.training import command_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +139,7 @@ async def measure(given: Arguments) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, measure, print."""
-    with config.exit_on(websockets.exceptions.WebSocketException):
+    with command_line.exit_on(websockets.exceptions.WebSocketException):
         given = tyro.cli(Arguments, args=arguments, description=__doc__)
         try:
             result = asyncio.run(measure(given))

@@ -32,7 +32,7 @@ from collections.abc import Sequence
 import tyro
 
 from shallow_pi.deploy import policy, recorder, server, server_config
-from shallow_pi.training import config, distributed
+from shallow_pi.training import command_line, distributed
 
 KEY_VARIABLE = "SHALLOW_PI_API_KEY"
 
@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     line = "%(asctime)s %(levelname)s %(message)s"
     logging.basicConfig(format=line, level=logging.WARNING, force=True)
     logging.getLogger("shallow_pi").setLevel(logging.INFO)
-    with config.exit_on(), contextlib.ExitStack() as stack:
+    with command_line.exit_on(), contextlib.ExitStack() as stack:
         serving = given.create()
         serving.check()
         distributed.cache_compilations()

@@ -14,27 +14,27 @@ import sys
 
 from shallow_pi.evaluation import study
 from shallow_pi.interop import openpi_configs
-from shallow_pi.training import config, distributed, loop
+from shallow_pi.training import command_line, distributed, loop
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "train_configs"
 
 
 def main() -> None:
     """Parse, train the teacher first where that was asked for, then run the study."""
-    with config.exit_on():
+    with command_line.exit_on():
         distributed.initialize()
     distributed.cache_compilations()
     arguments, default = sys.argv[1:], None
     if arguments[:1] == ["--openpi.config"]:
-        with config.exit_on(ModuleNotFoundError):
+        with command_line.exit_on(ModuleNotFoundError):
             default = openpi_configs.experiment(*arguments[1:2])
         arguments = arguments[2:]
-    experiment = config.cli(CONFIGS, __doc__ or "", arguments, default)
+    experiment = command_line.cli(CONFIGS, __doc__ or "", arguments, default)
     distributed.split_cpu(experiment.batch_size // experiment.accumulation)
-    with config.exit_on(*loop.ENDS, interrupted=loop.INTERRUPTED):
+    with command_line.exit_on(*loop.ENDS, interrupted=loop.INTERRUPTED):
         teacher = experiment.teacher
         if teacher is not None and teacher.train:
-            own = config.teacher_experiment(CONFIGS, experiment)
+            own = command_line.teacher_experiment(CONFIGS, experiment)
             experiment = study.train_teacher(experiment, own)
         study.run(experiment)
 

@@ -10,19 +10,19 @@ import pathlib
 import sys
 
 from shallow_pi.evaluation import study
-from shallow_pi.training import config, distributed, loop
+from shallow_pi.training import command_line, distributed, loop
 
 ROOT = pathlib.Path(__file__).parents[1]
 
 
 def main() -> None:
     """Parse, train, measure, package."""
-    with config.exit_on():
+    with command_line.exit_on():
         distributed.initialize()
     distributed.cache_compilations()
-    experiment = config.cli(ROOT / "train_configs", __doc__ or "", sys.argv[1:])
+    experiment = command_line.cli(ROOT / "train_configs", __doc__ or "", sys.argv[1:])
     distributed.split_cpu(experiment.batch_size // experiment.accumulation)
-    with config.exit_on(*loop.ENDS, interrupted=loop.INTERRUPTED):
+    with command_line.exit_on(*loop.ENDS, interrupted=loop.INTERRUPTED):
         if experiment.teacher is not None:
             raise ValueError(
                 f"{experiment.name} distils a student from a teacher: run it with "

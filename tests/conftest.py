@@ -25,7 +25,7 @@ import pytest
 from shallow_pi.data import lerobot_writer, tokenizer
 from shallow_pi.models import gemma, pi0, siglip
 from shallow_pi.models import observation as observations
-from shallow_pi.training import config as configs
+from shallow_pi.training import command_line
 
 TRAIN_CONFIGS = pathlib.Path(__file__).parents[1] / "train_configs"
 
@@ -123,7 +123,7 @@ def tiny_experiment():
     """Makes the config `debug` still smaller: three layers to two in float32, four steps."""
 
     def make(folder, **changes):
-        debug = configs.load(TRAIN_CONFIGS, "debug")
+        debug = command_line.load(TRAIN_CONFIGS, "debug")
         model = dataclasses.replace(debug.model, depth=3, vocab_size=320, dtype="float32")
         fields = {
             "model": model,

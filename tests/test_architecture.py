@@ -62,6 +62,8 @@ FOLDERS = {
         "run_folder",
         "agreement",
         "metrics",
+        "rows",
+        "profiling",
         "batches",
         "data_check",
         "data_sheet",
@@ -69,6 +71,7 @@ FOLDERS = {
         "memory",
         "validation",
         "config",
+        "command_line",
         "setup",
         "loop",
         "hlo",
@@ -109,6 +112,7 @@ FOLDERS = {
         "actors",
         "flops",
         "benchmark",
+        "step_benchmark",
         "plots",
         "speed_plots",
         "held_out",
@@ -247,7 +251,7 @@ def test_every_import_is_declared():
 
 def test_the_whole_config_is_seen_by_the_host_side_alone():
     allowed = {"training/config", "training/setup", "training/loop", "evaluation/study"}
-    allowed |= {"interop/openpi_configs"}
+    allowed |= {"interop/openpi_configs", "training/command_line"}
     for path in SOURCES:
         named = {
             getattr(node, "id", None) or getattr(node, "attr", None) or getattr(node, "name", None)

@@ -14,15 +14,15 @@ from shallow_pi.data import robots
 from shallow_pi.distill import layer_map, step, student
 from shallow_pi.evaluation import study
 from shallow_pi.models import pi0, weights
-from shallow_pi.training import config, setup, shapes, sharding
+from shallow_pi.training import command_line, setup, shapes, sharding
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "train_configs"
-NAMES = sorted(config.names(CONFIGS))
+NAMES = sorted(command_line.names(CONFIGS))
 
 
 @pytest.fixture(params=NAMES)
 def experiment(request):
-    return config.load(CONFIGS, request.param)
+    return command_line.load(CONFIGS, request.param)
 
 
 def _spec(experiment):
@@ -121,7 +121,7 @@ def test_the_schedule_ends_with_the_run(experiment):
 def test_a_student_is_trained_from_a_teacher_that_its_config_makes(experiment):
     if experiment.teacher is None or not experiment.teacher.config:
         return
-    own = config.load(CONFIGS, experiment.teacher.config)
+    own = command_line.load(CONFIGS, experiment.teacher.config)
     assert own.teacher is None
     assert own.model == experiment.model
     assert own.data == experiment.data
@@ -137,7 +137,7 @@ def test_real_robots_hold_episodes_out_for_validation(experiment):
 
 
 def test_pi0_aloha_is_openpis_pi0_at_full_size():
-    experiment = config.load(CONFIGS, "pi0_aloha_l6")
+    experiment = command_line.load(CONFIGS, "pi0_aloha_l6")
     assert experiment.fixed_layer_map().layers == (0, 3, 7, 10, 14, 17)
     assert experiment.teacher.path == "gs://openpi-assets/checkpoints/pi0_base"
     assert experiment.batch_size == 64
@@ -151,7 +151,7 @@ def test_pi0_aloha_is_openpis_pi0_at_full_size():
 
 def test_pi0_aloha_is_split_over_eight_devices():
     """Student, moments and teacher: an eighth a device, but for what is too small to matter."""
-    experiment = config.load(CONFIGS, "pi0_aloha_l6")
+    experiment = command_line.load(CONFIGS, "pi0_aloha_l6")
     mesh = sharding.MeshConfig(fsdp=8).create()
     state = shapes.abstract_state(_spec(experiment), mesh)
     teacher = pi0.abstract_params(experiment.model)
@@ -165,6 +165,6 @@ def test_pi0_aloha_is_split_over_eight_devices():
 
 
 def test_a_measured_strategy_has_a_spec_before_it_is_measured():
-    experiment = config.load(CONFIGS, "pi0_aloha_l6")
+    experiment = command_line.load(CONFIGS, "pi0_aloha_l6")
     spec = setup.make_spec(experiment, layer_map.first(6, 18))
     assert spec.student.depth == 6

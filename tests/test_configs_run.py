@@ -19,11 +19,13 @@ import pytest
 from shallow_pi.data import lerobot, lerobot_writer, normalize, robots, tokenizer
 from shallow_pi.deploy import policy
 from shallow_pi.models import weights
-from shallow_pi.training import config, metrics
+from shallow_pi.training import command_line, metrics
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIGS = ROOT / "train_configs"
-NAMES = [name for name in config.names(CONFIGS) if "turntable" not in name and name != "debug"]
+NAMES = [
+    name for name in command_line.names(CONFIGS) if "turntable" not in name and name != "debug"
+]
 PROMPTS = ("pick up the red cup", "open the top drawer", "Transfer cube")
 
 pytestmark = pytest.mark.timeout(600)
@@ -132,7 +134,7 @@ def _saved(step):
 
 def _rows(folder):
     """What was logged, without how long it took."""
-    clock = ("seconds_per_step", "data_wait")
+    clock = ("seconds_per_step", "data_wait", "checkpoint_stall")
     return [{k: v for k, v in row.items() if k not in clock} for row in metrics.read(folder)]
 
 
@@ -141,7 +143,7 @@ def start(command, record, publish, words, tmp_path):
     """Runs a config to a step, in a folder of its own; gives the run's folder and its parts."""
 
     def call(name, *arguments):
-        experiment = config.load(CONFIGS, name)
+        experiment = command_line.load(CONFIGS, name)
         dataset = record(robots.find(experiment.data.robot))
         teacher, small = publish(experiment, dataset)
         run = (
@@ -172,7 +174,7 @@ def _assert_serves(experiment, step, dataset, small):
 
 def test_a_config_runs_and_serves(start):
     """One of them in full every time; the others, and resuming, are slow."""
-    experiment = config.load(CONFIGS, "pi0_libero_l6")
+    experiment = command_line.load(CONFIGS, "pi0_libero_l6")
     _, folder, dataset, small = start(experiment.name, "--num-train-steps", 2)
     saved = json.loads((folder / "config.json").read_text())
     assert tuple(saved["layer_map"]) == (0, 3, 7, 10, 14, 17)
@@ -202,4 +204,4 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(start, command, t
     before, _ = _saved(whole / "2")
     kernel = "params/params/action_out_proj/kernel"
     assert np.any(before[kernel] != expected[kernel]), "steps 3 and 4 change something"
-    _assert_serves(config.load(CONFIGS, name), again / "4", dataset, small)
+    _assert_serves(command_line.load(CONFIGS, name), again / "4", dataset, small)

@@ -15,7 +15,7 @@ import pytest
 from shallow_pi.data import lerobot_writer
 from shallow_pi.evaluation import study
 from shallow_pi.models import fetch, pi0, weights
-from shallow_pi.training import config, metrics
+from shallow_pi.training import command_line, metrics
 
 ROOT = pathlib.Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "train_distill.py"
@@ -92,7 +92,7 @@ def test_debug_runs_and_resumes_through_the_real_command(tmp_path):
     for name in ("task_loss", "velocity_loss", "attention_loss", "learning_rate", "grad_norm"):
         assert name in rows[0]
     assert ["grad_norm_of/attention_loss" in row for row in rows] == [False] * 3 + [True]
-    student = config.load(ROOT / "train_configs", "debug").student_model
+    student = command_line.load(ROOT / "train_configs", "debug").student_model
     weights.load_params(folder / "40" / "params", pi0.abstract_params(student))
     assert (folder / "tensorboard").is_dir()
     assert json.loads((folder / "config.json").read_text())["layer_map"] == [0, 3]
@@ -185,7 +185,7 @@ def test_data_without_a_path_or_a_tokenizer_are_refused(refused, tiny_dataset):
 
 
 def _params(change=lambda tree: None):
-    model = config.load(ROOT / "train_configs", "debug").model
+    model = command_line.load(ROOT / "train_configs", "debug").model
     generator = np.random.default_rng(0)
     tree = jax.tree.map(
         lambda leaf: generator.standard_normal(leaf.shape).astype(np.float32),

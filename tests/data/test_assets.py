@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from shallow_pi.data import assets, normalize, robots, tokenizer
-from shallow_pi.training import config
+from shallow_pi.training import command_line
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "train_configs"
 
@@ -87,9 +87,9 @@ def test_pi0_takes_z_scores_and_pi05_quantiles(own, observation, pi05, kind):
     np.testing.assert_allclose(sample["state"][:3], expected[kind], atol=1e-5)
 
 
-@pytest.mark.parametrize("name", sorted(config.names(CONFIGS)))
+@pytest.mark.parametrize("name", sorted(command_line.names(CONFIGS)))
 def test_a_model_survives_json(name):
-    model = config.load(CONFIGS, name).model
+    model = command_line.load(CONFIGS, name).model
     assert assets.model_from_dict(json.loads(json.dumps(dataclasses.asdict(model)))) == model
 
 

@@ -15,14 +15,14 @@ from shallow_pi.distill import losses, student
 from shallow_pi.evaluation import rollout, study
 from shallow_pi.evaluation.sims import turntable
 from shallow_pi.models import pi0, prepare, sampler, weights
-from shallow_pi.training import batches, config, loop, metrics, validation
+from shallow_pi.training import batches, command_line, config, loop, metrics, validation
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "train_configs"
 
 
 def _small(name, folder, **changes):
     """A turntable config with two layers, three steps, three demonstrations, two episodes."""
-    experiment = config.load(CONFIGS, name)
+    experiment = command_line.load(CONFIGS, name)
     model = dataclasses.replace(
         experiment.model,
         depth=2,
@@ -47,7 +47,9 @@ def _small(name, folder, **changes):
 
 
 def _student(folder, teacher, **changes):
-    path = dataclasses.replace(config.load(CONFIGS, "pi0_turntable_l6").teacher, path=str(teacher))
+    path = dataclasses.replace(
+        command_line.load(CONFIGS, "pi0_turntable_l6").teacher, path=str(teacher)
+    )
     shallow = config.StudentConfig(depth=1)
     return _small("pi0_turntable_l6", folder, teacher=path, student=shallow, **changes)
 

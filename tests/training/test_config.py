@@ -6,13 +6,13 @@ import re
 
 import pytest
 
-from shallow_pi.training import config, loop
+from shallow_pi.training import command_line, config, loop
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "train_configs"
 
 
 def _cli(*arguments):
-    return config.cli(CONFIGS, "Usage of the script.", arguments)
+    return command_line.cli(CONFIGS, "Usage of the script.", arguments)
 
 
 def _refused(capsys, *arguments):
@@ -189,11 +189,11 @@ def test_a_config_is_named_by_its_file(tmp_path):
     )
     (tmp_path / "_shared.py").write_text(
         "import pathlib\nfrom shallow_pi.training import config\n"
-        f"make = lambda: config.load(pathlib.Path({str(CONFIGS)!r}), 'debug')\n"
+        f"make = lambda: command_line.load(pathlib.Path({str(CONFIGS)!r}), 'debug')\n"
     )
-    assert config.names(tmp_path) == {"mine": "First line."}
-    loaded = config.load(tmp_path, "mine")
-    assert loaded == dataclasses.replace(config.load(CONFIGS, "debug"), name="mine")
+    assert command_line.names(tmp_path) == {"mine": "First line."}
+    loaded = command_line.load(tmp_path, "mine")
+    assert loaded == dataclasses.replace(command_line.load(CONFIGS, "debug"), name="mine")
 
 
 def test_a_teacher_is_trained_by_its_own_config_and_as_the_student_wants_it():
@@ -201,7 +201,7 @@ def test_a_teacher_is_trained_by_its_own_config_and_as_the_student_wants_it():
         *("pi0_turntable_l6", "--exp-name", "x", "--checkpoint-dir", "c", "--resume"),
         *("--model.depth", "7"),
     )
-    own = config.teacher_experiment(CONFIGS, experiment)
+    own = command_line.teacher_experiment(CONFIGS, experiment)
     assert own.name == "pi0_turntable"
     assert own.teacher is None
     assert own.model == experiment.model
@@ -213,7 +213,7 @@ def test_a_teacher_is_trained_by_its_own_config_and_as_the_student_wants_it():
 
 def test_a_teacher_nobody_here_can_train_is_an_error():
     with pytest.raises(ValueError, match=r"debug names no config that trains its teacher.*--teach"):
-        config.teacher_experiment(CONFIGS, _cli("debug", "--teacher.train"))
+        command_line.teacher_experiment(CONFIGS, _cli("debug", "--teacher.train"))
 
 
 @pytest.mark.parametrize(
@@ -222,21 +222,21 @@ def test_a_teacher_nobody_here_can_train_is_an_error():
     ids=lambda value: type(value).__name__,
 )
 def test_a_script_ends_with_one_line(capsys, error, status):
-    with pytest.raises(SystemExit) as exit_, config.exit_on(KeyError):
+    with pytest.raises(SystemExit) as exit_, command_line.exit_on(KeyError):
         raise error
     assert exit_.value.code == status
     assert re.fullmatch(r"error: '?bad'?\n", capsys.readouterr().err)
 
 
 def test_an_interruption_says_how_to_go_on(capsys):
-    with pytest.raises(SystemExit) as exit_, config.exit_on(interrupted=loop.INTERRUPTED):
+    with pytest.raises(SystemExit) as exit_, command_line.exit_on(interrupted=loop.INTERRUPTED):
         raise KeyboardInterrupt
     assert exit_.value.code == 130
     assert "--resume" in capsys.readouterr().err
 
 
 def test_a_programming_error_keeps_its_traceback():
-    with pytest.raises(TypeError), config.exit_on(KeyError):
+    with pytest.raises(TypeError), command_line.exit_on(KeyError):
         raise TypeError
 
 

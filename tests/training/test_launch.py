@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from shallow_pi.training import config, distributed
+from shallow_pi.training import command_line, distributed
 
 ROOT = pathlib.Path(__file__).parents[2]
 LAUNCH = ROOT / "scripts" / "launch"
@@ -53,7 +53,7 @@ def test_its_command_line_is_one_of_train_distill(name):
     else:
         found = re.search(r"train_distill\.py (.*)", text.replace("\\\n", " "))
     arguments = shlex.split(found[1].partition("\n \n")[0])
-    experiment = config.cli(CONFIGS, "", [*arguments, "--resume"])
+    experiment = command_line.cli(CONFIGS, "", [*arguments, "--resume"])
     assert experiment.name == "pi0_aloha_l6"
     assert experiment.checkpoint_dir.startswith("/shared/")
     assert experiment.data.path.startswith("/shared/")

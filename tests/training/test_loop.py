@@ -33,7 +33,7 @@ from shallow_pi.training import (
 
 # Some thirty short runs: a busy machine takes its time.
 pytestmark = pytest.mark.timeout(900)
-CLOCK = ("seconds_per_step", "data_wait")
+CLOCK = ("seconds_per_step", "data_wait", "checkpoint_stall")
 
 
 def _train(experiment, **changes):
@@ -251,7 +251,7 @@ def test_overwrite_starts_anew_and_keeps_the_old_run(whole_recorded):
 def test_a_signal_saves_and_the_resumed_run_goes_on_exactly(whole, monkeypatch, number):
     experiment = dataclasses.replace(whole, exp_name=number.name, save_interval=100)
     with monkeypatch.context() as patch:
-        _send(patch, number, after_step=2)
+        _send(patch, number, after_step=1)
         with pytest.raises(loop.InterruptedRunError, match=f"{number.name} after step 3.*--resume"):
             _train(experiment)
     assert checkpoint.Checkpoints(experiment.folder).latest_step() == 3
@@ -282,7 +282,7 @@ def test_a_second_signal_is_immediate(whole, monkeypatch, number):
     experiment = dataclasses.replace(whole, exp_name=f"twice-{number.name}", save_interval=100)
     before = signal.signal(number, terminate)
     try:
-        _send(monkeypatch, number, after_step=2, times=2)
+        _send(monkeypatch, number, after_step=1, times=2)
         with pytest.raises(_Terminated):
             _train(experiment)
         assert signal.getsignal(number) is terminate
@@ -292,7 +292,7 @@ def test_a_second_signal_is_immediate(whole, monkeypatch, number):
 
 
 def _send(patch, number, after_step, times=1):
-    """Send a signal to this process when a step is logged."""
+    """Send a signal to this process when a step is logged: two steps on, or when it is saved."""
     log = metrics.MetricsLog.log
 
     def sending(self, step, values):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 import types
 
@@ -88,3 +89,13 @@ def test_an_extra_gets_every_row(tmp_path, monkeypatch, name):
     with metrics.MetricsLog(tmp_path, tensorboard=False, **{name: "shallow"}) as log:
         log.log(5, {"loss": 1.0})
     assert calls == ["shallow", (5, {"loss": 1.0}), "end"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has a disk that is always full")
+def test_a_full_disk_is_told_with_the_files_name_and_what_to_do(tmp_path):
+    message = r"metrics.jsonl cannot be written \(No space left on device\).*--resume"
+    with metrics.MetricsLog(tmp_path, tensorboard=False) as log:
+        log._file.close()
+        log._file = open("/dev/full", "w")  # noqa: SIM115 (the log closes it)
+        with pytest.raises(OSError, match=message):
+            log.log(1, {"loss": 1.0})

@@ -1,5 +1,7 @@
 """A run that exists is never overwritten, and resumed only with the config it was started with."""
 
+import pathlib
+
 import pytest
 
 from shallow_pi.training import run_folder
@@ -51,3 +53,26 @@ def test_a_resumed_config_may_differ_in_safe_fields_alone(tmp_path):
         run_folder.compare_config(tmp_path, {**config, "seed": 1})
     with pytest.raises(FileNotFoundError, match="use --overwrite"):
         run_folder.compare_config(tmp_path / "elsewhere", config)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_that_cannot_be_written_says_what_to_do(tmp_path, monkeypatch, overwrite):
+    """As root every folder is writable, so the system call says it."""
+    (tmp_path / "run").mkdir()
+    if overwrite:
+        (tmp_path / "run" / "1").mkdir()
+
+    def refused(self, *_, **__):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(pathlib.Path, "rename" if overwrite else "mkdir", refused)
+    with pytest.raises(OSError, match=r"run cannot be written \(Permission denied\).*--checkpoint"):
+        run_folder.prepare(tmp_path / "run", resume=False, overwrite=overwrite)
+
+
+def test_a_place_where_nothing_can_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"file/run cannot be written \(Not a directory\)"):
+        run_folder.prepare(tmp_path / "file" / "run", resume=False, overwrite=False)
+    with pytest.raises(OSError, match=r"file/run cannot be written \(Not a directory\)"):
+        run_folder.save_config(tmp_path / "file" / "run", {})

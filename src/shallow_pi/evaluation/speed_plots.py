@@ -1,4 +1,4 @@
-"""Pictures of the benchmark: where one inference's time goes, and what it grows with."""
+"""Pictures of the benchmarks: where an inference's time goes and what it grows with; a step."""
 
 import itertools
 import pathlib
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from shallow_pi.evaluation import benchmark, plots
+from shallow_pi.evaluation import benchmark, plots, step_benchmark
 
 PARTS = ("image tower", "rest of the prefix", "steps")
 
@@ -49,6 +49,27 @@ def growth(path: pathlib.Path, timings: Sequence[benchmark.Timing]) -> None:
         axis.legend(frameon=False, fontsize=8)
         plots.tidy(axis, "y")
     axes[0][0].set(ylabel="ms, whole inference")
+    figure.savefig(path)
+
+
+def training_step(path: pathlib.Path, timing: step_benchmark.Timing) -> None:
+    """Milliseconds of the two kinds of step, and what the memory of a device holds in each."""
+    figure, axes = plots.make_figure(1, 2, (9.0, 2.2), sharey=True)
+    kinds, (times, memory) = list(timing.median_ms), axes[0]
+    for kind in kinds:
+        times.barh([kind], [timing.median_ms[kind]], height=0.6, color="#0072b2")
+        times.plot([timing.p95_ms[kind]], [kind], "|", color="#222222", markersize=14)
+    times.set(xlabel=f"ms, batch {timing.batch_size} (the mark: 95th percentile)", xlim=(0, None))
+    left = np.zeros(len(kinds))
+    for part in [part for part in timing.plan[kinds[0]] if part != "in all"]:
+        widths = np.array([timing.plan[kind][part] for kind in kinds]) / 1e9
+        memory.barh(kinds, widths, left=left, height=0.6, label=part)
+        left += widths
+    memory.set(xlabel="GB a device, as planned", xlim=(0, 1.5 * left.max()))
+    memory.legend(frameon=False, fontsize=7, loc="center right")
+    times.invert_yaxis()
+    for axis in (times, memory):
+        plots.tidy(axis, "x")
     figure.savefig(path)
 
 

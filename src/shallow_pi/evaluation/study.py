@@ -175,14 +175,12 @@ def turntable_config(task: config.ClosedLoopConfig) -> turntable.TurntableConfig
 
 
 def baselines(experiment: config.DistillConfig) -> dict[str, config.DistillConfig]:
-    """What the student is compared with: the task loss alone, from the cut and from random weights.
-
-    Same data, same steps, same schedule.
-    """
+    """Students by the task loss alone, from the cut and from random weights; all else the same."""
     alone = dataclasses.replace(
         experiment,
         losses=dataclasses.replace(experiment.losses, task=1.0, velocity=0.0, attention=0.0),
         gradient_interval=0,
+        profile="",
     )
     random = dataclasses.replace(alone.student, init="random")
     return {"task_only": alone, "random_init": dataclasses.replace(alone, student=random)}

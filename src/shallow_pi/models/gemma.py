@@ -8,8 +8,8 @@ it lets R draws of (noise, time) of one observation share its prefix.
 
 Letters in einsums: B batch, R draws, T query, S key/value, N query heads, K kv heads, G queries per
 kv head, H head dim, D width. Heads stay axes of their own (N of the parameters is K, G), so that
-devices can share them; T and G lie side by side wherever they are rows of one matrix: XLA then makes
-it of them on each device.
+devices can share them; T and G lie side by side wherever they are rows of one matrix, which XLA
+then makes of them on each device.
 """
 
 import dataclasses

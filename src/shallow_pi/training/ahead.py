@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -129,7 +130,14 @@ def _quiet() -> Iterator[None]:
 def compile_step(
     spec: step.Spec, mesh: Mesh, batch_size: int, teacher_dtype: str = "bfloat16"
 ) -> Program:
-    """Compile the step of a global batch for the devices of a mesh.
+    """Compile the step of a global batch for the devices of a mesh; see `build`."""
+    return build(spec, mesh, batch_size, teacher_dtype)[1]
+
+
+def build(
+    spec: step.Spec, mesh: Mesh, batch_size: int, teacher_dtype: str = "bfloat16"
+) -> tuple[jax.stages.Compiled, Program]:
+    """The compiled step (of teacher, state, which is donated, key and batch), and what it needs.
 
     Args:
       spec: the static part of the step.
@@ -154,14 +162,15 @@ def compile_step(
         donate_argnums=1,
     )
     # Nothing is tuned for a GPU that is not there, and an untuned Triton product may not compile.
-    on_gpu = mesh.devices.flat[0].platform == "gpu"
-    options = {"xla_gpu_enable_triton_gemm": False} if on_gpu else None
+    device = mesh.devices.flat[0]
+    described = device.platform == "gpu" and device not in jax.devices()
+    options: Any = {"xla_gpu_enable_triton_gemm": False} if described else None
     compiled = advance.lower(teacher, state, key, batch).compile(compiler_options=options)
     plan, text = compiled.memory_analysis(), compiled.as_text()
     if plan is None or text is None:
         raise ValueError(f"the compiler of {mesh.devices.flat[0].platform} tells no memory plan")
     total = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
-    return Program(
+    program = Program(
         devices=mesh.size,
         batch_size=batch_size,
         given=shapes.given(teacher, state, batch),
@@ -170,6 +179,7 @@ def compile_step(
         host=shapes.bytes_per_device(teacher, host=True),
         collectives=hlo.collectives(text),
     )
+    return compiled, program
 
 
 def largest_batch(programs: Sequence[Program], card: int, multiple: int) -> int:

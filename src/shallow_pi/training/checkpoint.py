@@ -81,11 +81,8 @@ class Checkpoints:
         save_interval: int = 1,
         frozen: Mapping[str, Any] | None = None,
     ) -> None:
-        for name, value in (
-            ("keep", keep),
-            ("keep_period", keep_period),
-            ("save_interval", save_interval),
-        ):
+        counts = {"keep": keep, "keep_period": keep_period, "save_interval": save_interval}
+        for name, value in counts.items():
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be 1 or more, got {value}")
         self.folder = pathlib.Path(folder).expanduser().absolute()

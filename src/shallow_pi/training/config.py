@@ -1,19 +1,12 @@
-"""Experiments: `DistillConfig`, the parts it is made of, and the command line over them.
+"""Experiments: `DistillConfig`, and the parts it is made of.
 
 An experiment is a file of `train_configs/` with a docstring and `get_config() -> DistillConfig`;
-the file's name is the experiment's. `cli` lists them, finds one by name and lets every field be
-overridden. Only `training/{config,setup,loop}.py`, `evaluation/study.py` and `scripts/` ever
-see a `DistillConfig`; everything else is given the small dataclass it needs.
+the file's name is the experiment's (see `command_line`). Only what CONTRIBUTING.md lists ever sees
+a `DistillConfig`; everything else is given the small dataclass it needs.
 """
 
-import ast
-import contextlib
 import dataclasses
-import difflib
-import importlib.util
 import pathlib
-import sys
-from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import tyro
@@ -22,7 +15,7 @@ from shallow_pi.distill import layer_map
 from shallow_pi.distill import losses as loss_terms
 from shallow_pi.distill import student as students
 from shallow_pi.models import layers, observation, pi0
-from shallow_pi.training import batches, distributed, sharding
+from shallow_pi.training import batches, profiling, sharding
 from shallow_pi.training import optimizer as optimizers
 from shallow_pi.training import validation as validations
 
@@ -179,6 +172,8 @@ class DistillConfig:
     keep: int = 1
     # Checkpoints at multiples of it are kept for good; 0 keeps none so.
     keep_period: int = 5000
+    # Steps to trace, FIRST:END as Python's ranges: 10:15 traces 10 to 14; empty for none.
+    profile: str = ""
     # Write TensorBoard events.
     tensorboard: bool = True
     # Weights & Biases project to log to; empty for none.
@@ -190,6 +185,7 @@ class DistillConfig:
         counts = ("batch_size", "draws", "accumulation", "num_train_steps", "log_interval")
         _at_least(self, 1, *counts, "save_interval", "keep")
         _at_least(self, 0, "gradient_interval", "keep_period")
+        profiling.parse(self.profile, self.num_train_steps)
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must lie in [0, 1), got {self.ema_decay}")
         if self.batch_size % (n := self.accumulation):
@@ -225,12 +221,8 @@ class DistillConfig:
         if student.strategy in ("similarity", "sensitivity"):
             layer_map.first(student.depth, teacher_depth)  # Checks the depth.
             return None
-        choose = {
-            "uniform": layer_map.uniform,
-            "first": layer_map.first,
-            "last": layer_map.last,
-        }[student.strategy]
-        return choose(student.depth, teacher_depth)
+        choose = {"uniform": layer_map.uniform, "first": layer_map.first, "last": layer_map.last}
+        return choose[student.strategy](student.depth, teacher_depth)
 
 
 # Fields that may change when a run is resumed.
@@ -238,124 +230,10 @@ SAFE_TO_CHANGE = frozenset(
     (
         *("resume", "overwrite", "checkpoint_dir", "mesh", "num_train_steps", "save_interval"),
         *("keep", "keep_period", "log_interval", "gradient_interval", "validation.interval"),
-        *("tensorboard", "wandb", "trackio", "data.num_threads", "data.num_workers"),
+        *("tensorboard", "wandb", "trackio", "profile", "data.num_threads", "data.num_workers"),
         *("remat", "teacher.offload"),
         *("data.cache", "data.cache_dir", "data.cache_gib"),
         *("closed_loop.baselines", "closed_loop.episodes", "closed_loop.harder"),
         *("teacher.train", "teacher.config"),
     )
 )
-
-
-def names(folder: pathlib.Path) -> dict[str, str]:
-    """Every experiment of a folder and the first line of its docstring, without importing any."""
-    found = {}
-    for path in sorted(folder.glob("[!_]*.py")):
-        found[path.stem] = _docstring(path).partition("\n")[0]
-    return found
-
-
-def _docstring(path: pathlib.Path) -> str:
-    return ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-
-
-def load(folder: pathlib.Path, name: str) -> DistillConfig:
-    """The experiment of that name.
-
-    Raises:
-      ValueError: there is none; lists them and the closest.
-    """
-    available = names(folder)
-    if name not in available:
-        close = difflib.get_close_matches(name, available, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"unknown config {name!r}; there are {', '.join(available)}.{hint}")
-    path = folder / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"train_configs.{name}", path)
-    assert spec is not None, f"{path} is a Python file"
-    assert spec.loader is not None, f"{path} is a Python file"
-    module = importlib.util.module_from_spec(spec)
-    # Variants import what they share from files beside them.
-    sys.path.insert(0, str(folder))
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(folder))
-    return dataclasses.replace(module.get_config(), name=name)
-
-
-def cli(
-    folder: pathlib.Path, usage: str, arguments: Sequence[str], default: DistillConfig | None = None
-) -> DistillConfig:
-    """Read `NAME [--field value ...]`; exits with 0 after --help, with 2 on anything wrong.
-
-    Args:
-      folder: of the experiments.
-      usage: the script's docstring, shown by --help.
-      arguments: of the command line.
-      default: an experiment that is no file of `folder`; every argument is a field then.
-    """
-    if default is None and (not arguments or arguments[0] in ("-h", "--help")):
-        print(usage.strip(), "\n\nconfigs:")
-        for name, line in names(folder).items():
-            print(f"  {name:<20} {line}")
-        print("\nNAME --help lists every field of a config with its default.")
-        raise SystemExit(0 if arguments else 2)
-    try:
-        description = usage
-        if default is None:
-            name, arguments = arguments[0], arguments[1:]
-            default, description = load(folder, name), _docstring(folder / f"{name}.py")
-        return tyro.cli(
-            DistillConfig,
-            default=default,
-            args=arguments,
-            prog=default.name,
-            description=description,
-            config=(tyro.conf.AvoidSubcommands,),
-        )
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
-
-
-def teacher_experiment(folder: pathlib.Path, experiment: DistillConfig) -> DistillConfig:
-    """The experiment that trains the teacher of another one, under the same run name."""
-    assert experiment.teacher is not None, "asked for by teacher.train"
-    if not experiment.teacher.config:
-        raise ValueError(
-            f"{experiment.name} names no config that trains its teacher (teacher.config); "
-            "leave --teacher.train out and give --teacher.path"
-        )
-    return dataclasses.replace(
-        load(folder, experiment.teacher.config),
-        model=experiment.model,
-        exp_name=experiment.exp_name,
-        checkpoint_dir=experiment.checkpoint_dir,
-        resume=experiment.resume,
-        overwrite=experiment.overwrite,
-    )
-
-
-@contextlib.contextmanager
-def exit_on(*errors: type[Exception], interrupted: str = "interrupted") -> Iterator[None]:
-    """End a script with its error's message and status 1 instead of a traceback.
-
-    Covers what a user can cause (`ValueError`, `OSError`), and `errors`; Ctrl-C gives status 130
-    and says `interrupted`. In a job of several processes every error, a crash too, has its process
-    in front and ends it (`distributed.leave`).
-    """
-    caught: tuple[type[Exception], ...] = (ValueError, OSError, *errors)
-    try:
-        yield
-    except KeyboardInterrupt as error:
-        print(f"{distributed.prefix()}error: {interrupted}", file=sys.stderr)
-        distributed.leave(130)
-        raise SystemExit(130) from error
-    except caught as error:
-        print(f"{distributed.prefix()}error: {error}", file=sys.stderr)
-        distributed.leave(1)
-        raise SystemExit(1) from error
-    except Exception:
-        distributed.report_crash()
-        raise

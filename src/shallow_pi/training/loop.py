@@ -2,24 +2,21 @@
 
 Order of work: what can be wrong is found out before the run's folder is touched; the teacher is
 read straight into its shardings; the state comes from (1) this run's last checkpoint, else (2) the
-cut teacher, else (3) random parameters. A step is dispatched while the last one still runs; metrics
-are fetched together every `log_interval` steps. Validation is measured after a step, logged in that
-step's row, and a step that is the best so far is saved.
+cut teacher, else (3) random parameters. A step is dispatched while the last one still runs, and its
+metrics are fetched while later ones run (`rows`). Validation is measured after a step, logged in
+that step's row, and a step that is the best so far is saved.
 """
 
-import collections
 import contextlib
 import dataclasses
 import functools
 import math
 import pathlib
 import signal
-import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from jaxtyping import PyTree
 
 from shallow_pi import progress
@@ -34,15 +31,14 @@ from shallow_pi.training import (
     data_sheet,
     distributed,
     metrics,
+    profiling,
+    rows,
     run_folder,
     setup,
     shapes,
     sharding,
     validation,
 )
-
-# Steps dispatched ahead of the one whose result the host has seen.
-AHEAD = 2
 
 
 class NonFiniteLossError(RuntimeError):
@@ -190,44 +186,47 @@ def _loop(
             f"{checkpoints.folder} is at step {start} already, beyond num_train_steps {end}: raise "
             "--num-train-steps, or use another --exp-name"
         )
-    recent: collections.deque[tuple[int, step.Metrics]] = collections.deque()
     with contextlib.ExitStack() as stack:
+        profile, folder = experiment.profile, checkpoints.folder
+        steps = profiling.traced(
+            start + 1, end, profile, folder, lambda: jax.block_until_ready(state)
+        )
         stopping = stack.enter_context(_stop_signals())
         log = _open_log(experiment, checkpoints.folder, start, stack)
         advance = stack.enter_context(distributed.bar(label, end, start))
-        began, waited = time.perf_counter(), 0.0
-        for done in range(start + 1, end + 1):
-            asked = time.perf_counter()
-            batch = next(feed)
-            waited += time.perf_counter() - asked
+
+        def write(number: int, row: rows.Values) -> None:
+            log(number, row)
+            advance(0, note=f"loss {row['loss']:.4f}")
+
+        check = functools.partial(_require_finite, checkpoints)
+        logged = rows.Rows(write, check, experiment.log_interval)
+        for done in stack.enter_context(steps):
+            with logged.waiting():
+                batch = next(feed)
             extra: Mapping[str, Any] = {}
             if experiment.gradient_interval and done % experiment.gradient_interval == 0:
                 extra = gradient_norms(teacher_params, state, key, batch)
             state, values = advance_state(teacher_params, state, key, batch)
-            recent.append((done, {**values, **extra}))
-            if len(recent) > AHEAD:
-                jax.block_until_ready(recent[-1 - AHEAD][1]["loss"])
+            logged.add(done, {**values, **extra})
             advance(1)
             stop = stopping.after(done)  # Asked once: what is told below must have been saved.
             measures = held_out is not None and held_out.is_due(done, end)
             saves = stop or done == end or checkpoints.should_save(done)
-            error = None
-            if saves or measures or done % experiment.log_interval == 0:
-                rows = _fetch(recent, checkpoints)
-                seconds, mean = time.perf_counter() - began, _mean(rows)
-                mean |= {"seconds_per_step": seconds / len(rows), "data_wait": waited / len(rows)}
-                if measures:
-                    assert held_out is not None, "it was due"
-                    advance(0, note="validation")
-                    mean |= held_out.measure(teacher_params, state)
-                    error = mean[held_out.criterion]
-                    saves = saves or checkpoints.is_best(error)
-                log(done, mean)
-                advance(0, note=f"loss {mean['loss']:.4f}")
-                began, waited = time.perf_counter(), 0.0
-            if saves:
-                write = (lambda _: None) if assets is None else assets.save
-                checkpoints.save(done, state, feed.state(), write, force=True, error=error)
+            if saves or measures:
+                with logged.closing() as row:
+                    error = None
+                    if measures:
+                        assert held_out is not None, "it was due"
+                        advance(0, note="validation")
+                        row |= held_out.measure(teacher_params, state)
+                        error = row[held_out.criterion]
+                    if saves or checkpoints.is_best(error):
+                        keep = (lambda _: None) if assets is None else assets.save
+                        with logged.stalling(row):
+                            checkpoints.save(
+                                done, state, feed.state(), keep, force=True, error=error
+                            )
             if stop:
                 break
         checkpoints.wait()
@@ -247,34 +246,19 @@ def _name_best(checkpoints: checkpoint.Checkpoints, criterion: str) -> None:
         progress.console.print(line, highlight=False, soft_wrap=True)
 
 
-def _fetch(
-    recent: collections.deque[tuple[int, step.Metrics]], checkpoints: checkpoint.Checkpoints
-) -> list[tuple[int, dict[str, float]]]:
-    """Take the metrics of the last steps off the device; raise at the first not finite."""
-    fetched = jax.device_get(list(recent))
-    recent.clear()
-    rows = [(n, {name: float(v) for name, v in values.items()}) for n, values in fetched]
-    for number, values in rows:
-        broken = [f"{name} = {value}" for name, value in values.items() if not math.isfinite(value)]
-        if broken:
-            with contextlib.suppress(Exception):
-                checkpoints.wait()
-            last = checkpoints.latest_step()
-            kept = "no checkpoint was written yet" if last is None else f"step {last} is kept"
-            raise NonFiniteLossError(
-                f"step {number}: {', '.join(broken)}; {kept}. Look at the data of that step and go "
-                "on with --resume, or lower --schedule.peak-lr under another --exp-name"
-            )
-    return rows
-
-
-def _mean(rows: list[tuple[int, dict[str, float]]]) -> dict[str, float]:
-    """Each metric's mean over the steps that have it."""
-    names = dict.fromkeys(name for _, values in rows for name in values)
-    return {
-        name: float(np.mean([values[name] for _, values in rows if name in values]))
-        for name in names
-    }
+def _require_finite(
+    checkpoints: checkpoint.Checkpoints, number: int, values: Mapping[str, float]
+) -> None:
+    broken = [f"{name} = {value}" for name, value in values.items() if not math.isfinite(value)]
+    if broken:
+        with contextlib.suppress(Exception):
+            checkpoints.wait()
+        last = checkpoints.latest_step()
+        kept = "no checkpoint was written yet" if last is None else f"step {last} is kept"
+        raise NonFiniteLossError(
+            f"step {number}: {', '.join(broken)}; {kept}. Look at the data of that step and go "
+            "on with --resume, or lower --schedule.peak-lr under another --exp-name"
+        )
 
 
 def _open_log(

@@ -5,6 +5,7 @@ a resumed run drops the lines that an interrupted one wrote after its last check
 first process of a multi-host job opens a log.
 """
 
+import contextlib
 import importlib
 import json
 import math
@@ -62,8 +63,15 @@ class MetricsLog:
         scalars = {name: _scalar(name, value) for name, value in values.items()}
         # JSON has no NaN: null stands for what is not a finite number.
         row = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
-        self._file.write(json.dumps({"step": int(step), **row}, allow_nan=False) + "\n")
-        self._file.flush()
+        line = json.dumps({"step": int(step), **row}, allow_nan=False) + "\n"
+        try:
+            self._file.write(line)
+            self._file.flush()
+        except OSError as error:
+            raise OSError(
+                f"{self.folder / FILE} cannot be written ({error.strerror}): free space there, "
+                "then go on with --resume"
+            ) from error
         if self._board is not None:
             for name, value in scalars.items():
                 self._board.add_scalar(name, value, int(step))
@@ -77,7 +85,8 @@ class MetricsLog:
 
     def close(self) -> None:
         """Flush and close everything; safe to call twice."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # Every line was flushed; a full disk raises again.
+            self._file.close()
         if self._board is not None:
             self._board.close()
         for run in self._runs:

@@ -4,11 +4,12 @@
 config it was started with, but for fields that change nothing it has learned.
 """
 
+import contextlib
 import itertools
 import json
 import os
 import pathlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -37,10 +38,11 @@ def prepare(path: str | os.PathLike[str], resume: bool, overwrite: bool) -> bool
         )
     distributed.sync("looked at the run folder")
     if jax.process_index() == 0:
-        if occupied and overwrite:
-            names = (folder.with_name(f"{folder.name}.old-{n}") for n in itertools.count(1))
-            folder.rename(next(name for name in names if not name.exists()))
-        folder.mkdir(parents=True, exist_ok=True)
+        with _explained(folder):
+            if occupied and overwrite:
+                names = (folder.with_name(f"{folder.name}.old-{n}") for n in itertools.count(1))
+                folder.rename(next(name for name in names if not name.exists()))
+            folder.mkdir(parents=True, exist_ok=True)
     distributed.sync("prepared the run folder")
     return occupied and resume
 
@@ -50,8 +52,9 @@ def save_config(folder: str | os.PathLike[str], config: Mapping[str, Any]) -> No
     if jax.process_index() == 0:
         path = pathlib.Path(folder) / CONFIG_FILE
         partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        partial.replace(path)
+        with _explained(path.parent):
+            partial.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            partial.replace(path)
 
 
 def compare_config(
@@ -82,6 +85,17 @@ def compare_config(
             + "\n  ".join(different)
             + "\nresume with the saved values, or use --overwrite or another --exp-name"
         )
+
+
+@contextlib.contextmanager
+def _explained(folder: pathlib.Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"the run's folder {folder} cannot be written ({error.strerror or error}): make it "
+            "writable and free space there, or give another --checkpoint-dir"
+        ) from error
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -1,0 +1,133 @@
+"""The command line of the scripts: experiments by name, every field of them, and how a script ends.
+
+`cli` lists the experiments of a folder, finds one by its file's name and lets every field be
+overridden; `exit_on` ends a script with a message where a user can do something about an error.
+"""
+
+import ast
+import contextlib
+import dataclasses
+import difflib
+import importlib.util
+import pathlib
+import sys
+from collections.abc import Iterator, Sequence
+
+import tyro
+
+from shallow_pi.training import distributed
+from shallow_pi.training.config import DistillConfig
+
+
+def names(folder: pathlib.Path) -> dict[str, str]:
+    """Every experiment of a folder and the first line of its docstring, without importing any."""
+    found = {}
+    for path in sorted(folder.glob("[!_]*.py")):
+        found[path.stem] = _docstring(path).partition("\n")[0]
+    return found
+
+
+def _docstring(path: pathlib.Path) -> str:
+    return ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+
+
+def load(folder: pathlib.Path, name: str) -> DistillConfig:
+    """The experiment of that name.
+
+    Raises:
+      ValueError: there is none; lists them and the closest.
+    """
+    available = names(folder)
+    if name not in available:
+        close = difflib.get_close_matches(name, available, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"unknown config {name!r}; there are {', '.join(available)}.{hint}")
+    path = folder / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"train_configs.{name}", path)
+    assert spec is not None, f"{path} is a Python file"
+    assert spec.loader is not None, f"{path} is a Python file"
+    module = importlib.util.module_from_spec(spec)
+    # Variants import what they share from files beside them.
+    sys.path.insert(0, str(folder))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(folder))
+    return dataclasses.replace(module.get_config(), name=name)
+
+
+def cli(
+    folder: pathlib.Path, usage: str, arguments: Sequence[str], default: DistillConfig | None = None
+) -> DistillConfig:
+    """Read `NAME [--field value ...]`; exits with 0 after --help, with 2 on anything wrong.
+
+    Args:
+      folder: of the experiments.
+      usage: the script's docstring, shown by --help.
+      arguments: of the command line.
+      default: an experiment that is no file of `folder`; every argument is a field then.
+    """
+    if default is None and (not arguments or arguments[0] in ("-h", "--help")):
+        print(usage.strip(), "\n\nconfigs:")
+        for name, line in names(folder).items():
+            print(f"  {name:<20} {line}")
+        print("\nNAME --help lists every field of a config with its default.")
+        raise SystemExit(0 if arguments else 2)
+    try:
+        description = usage
+        if default is None:
+            name, arguments = arguments[0], arguments[1:]
+            default, description = load(folder, name), _docstring(folder / f"{name}.py")
+        return tyro.cli(
+            DistillConfig,
+            default=default,
+            args=arguments,
+            prog=default.name,
+            description=description,
+            config=(tyro.conf.AvoidSubcommands,),
+        )
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def teacher_experiment(folder: pathlib.Path, experiment: DistillConfig) -> DistillConfig:
+    """The experiment that trains the teacher of another one, under the same run name."""
+    assert experiment.teacher is not None, "asked for by teacher.train"
+    if not experiment.teacher.config:
+        raise ValueError(
+            f"{experiment.name} names no config that trains its teacher (teacher.config); "
+            "leave --teacher.train out and give --teacher.path"
+        )
+    return dataclasses.replace(
+        load(folder, experiment.teacher.config),
+        model=experiment.model,
+        exp_name=experiment.exp_name,
+        checkpoint_dir=experiment.checkpoint_dir,
+        resume=experiment.resume,
+        overwrite=experiment.overwrite,
+    )
+
+
+@contextlib.contextmanager
+def exit_on(*errors: type[Exception], interrupted: str = "interrupted") -> Iterator[None]:
+    """End a script with its error's message and status 1 instead of a traceback.
+
+    Covers what a user can cause (`ValueError`, `OSError`), and `errors`; Ctrl-C gives status 130
+    and says `interrupted`. In a job of several processes every error, a crash too, has its process
+    in front and ends it (`distributed.leave`).
+    """
+    caught: tuple[type[Exception], ...] = (ValueError, OSError, *errors)
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        print(f"{distributed.prefix()}error: {interrupted}", file=sys.stderr)
+        distributed.leave(130)
+        raise SystemExit(130) from error
+    except caught as error:
+        print(f"{distributed.prefix()}error: {error}", file=sys.stderr)
+        distributed.leave(1)
+        raise SystemExit(1) from error
+    except Exception:
+        distributed.report_crash()
+        raise

@@ -1,0 +1,123 @@
+"""A trace of a few steps: what device and host did when, for XProf, TensorBoard and Perfetto.
+
+`--profile 10:15` is a range as Python's: steps 10 to 14. The device is idle when a trace begins and
+done with its last step when it ends, so that it holds these steps and nothing else; each is named
+(`train`, with its number). Process 0 alone traces, its own devices.
+"""
+
+import contextlib
+import pathlib
+import re
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
+
+import jax
+
+from shallow_pi import progress
+from shallow_pi.training import distributed
+
+FOLDER = "profile"
+# The event that encloses a step; its argument `step_num` is the step's number.
+EVENT = "train"
+
+
+def parse(text: str, last_step: int | None = None) -> range:
+    """The steps to trace; an empty range for an empty text.
+
+    Args:
+      text: "FIRST:END", of which END is the first step that is not traced.
+      last_step: of the run, where it is known.
+
+    Raises:
+      ValueError: no such range, or steps the run does not have.
+    """
+    if not text:
+        return range(0)
+    found = re.fullmatch(r"(\d+):(\d+)", text)
+    steps = range(int(found[1]), int(found[2])) if found else range(0)
+    if not steps or steps[0] < 1:
+        raise ValueError(
+            f"profile must be FIRST:END with 1 <= FIRST < END, got {text!r}; END is not traced any "
+            "more: 10:15 traces steps 10 to 14"
+        )
+    if last_step is not None and steps[-1] > last_step:
+        raise ValueError(
+            f"profile {text} traces step {steps[-1]}, and the last one is {last_step} "
+            f"(num_train_steps): END may be {last_step + 1} at most"
+        )
+    return steps
+
+
+@contextlib.contextmanager
+def traced(
+    first: int, last: int, text: str, folder: pathlib.Path, wait: Callable[[], object]
+) -> Iterator[Iterator[int]]:
+    """The steps `first` to `last` to loop over, of which those in the range `text` are traced.
+
+    Leaving it in mid-range ends the trace and keeps it. A trace that was begun before is not begun
+    anew, so that the same command can go on with a run.
+
+    Args:
+      first: the first step of the run, or of what is left of it.
+      last: the last one.
+      text: see `parse`.
+      folder: of the run.
+      wait: returns when the device is done with what was dispatched.
+
+    Raises:
+      ValueError: some of the range lies before `first`.
+    """
+    steps = parse(text, last)
+    place = folder / FOLDER / f"steps-{steps.start}-{steps.stop - 1}"
+    if steps and steps[0] < first and not place.exists():
+        raise ValueError(
+            f"profile {text} begins before step {first}, at which this run goes on: give a later "
+            "range, or leave --profile out"
+        )
+    if not steps or place.exists() or not distributed.is_main():
+        yield iter(range(first, last + 1))
+        return
+    with contextlib.closing(_traced(first, last, steps, place, wait)) as numbers:
+        yield numbers
+
+
+def _traced(
+    first: int, last: int, steps: range, place: pathlib.Path, wait: Callable[[], object]
+) -> Generator[int, None, None]:
+    yield from range(first, steps.start)
+    wait()
+    place.mkdir(parents=True)
+    jax.profiler.start_trace(place, create_perfetto_trace=True, **_options())
+    try:
+        for number in steps:
+            with jax.profiler.StepTraceAnnotation(EVENT, step_num=number):
+                yield number
+        wait()
+    finally:
+        _stop(place)
+    yield from range(steps.stop, last + 1)
+
+
+def _options() -> dict[str, Any]:
+    """Leave out every call of Python, which crowd out the rest, where JAX can do so (0.7)."""
+    if not hasattr(jax.profiler, "ProfileOptions"):
+        return {}
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0
+    return {"profiler_options": options}
+
+
+def _stop(place: pathlib.Path) -> None:
+    try:
+        jax.profiler.stop_trace()
+    except Exception as error:  # Whatever the profiler raises, it is no reason to end a run.
+        problem = f"{type(error).__name__}: {error}"
+        progress.console.print(f"The trace in {place} could not be written: {problem}")
+        return
+    written = max(place.rglob("perfetto_trace.json.gz"), default=place)
+    progress.console.print(
+        f"Trace: tensorboard --logdir {place.parent} (needs the package xprof), or drop {written} "
+        "on https://ui.perfetto.dev",
+        highlight=False,
+        soft_wrap=True,
+    )
