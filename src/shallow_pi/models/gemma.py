@@ -7,9 +7,8 @@ suffix over the prefix and itself. That is openpi's joint attention without the 
 it lets R draws of (noise, time) of one observation share its prefix.
 
 Letters in einsums: B batch, R draws, T query, S key/value, N query heads, K kv heads, G queries per
-kv head, H head dim, D width. Heads stay axes of their own (N of the parameters is K, G), so that
-devices can share them; T and G lie side by side wherever they are rows of one matrix: XLA then makes
-it of them on each device.
+kv head, H head dim, D width. Heads stay axes of their own (N is K and G), so that devices can share
+them; on each device XLA makes T and G the rows of one matrix.
 """
 
 import dataclasses
@@ -310,4 +309,4 @@ class Module(nn.Module):
 
     def embed(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
         """Scaled embeddings of prompt tokens in the compute dtype."""
-        return self.embedder(tokens, self.dtype)
+        return self.execution.keep_columns(self.embedder(tokens, self.dtype))
