@@ -7,9 +7,8 @@ suffix over the prefix and itself. That is openpi's joint attention without the 
 it lets R draws of (noise, time) of one observation share its prefix.
 
 Letters in einsums: B batch, R draws, T query, S key/value, N query heads, K kv heads, G queries per
-kv head, H head dim, D width. Heads stay axes of their own (N of the parameters is K, G), so that
-devices can share them; T and G lie side by side wherever they are rows of one matrix, which XLA
-then makes of them on each device.
+kv head, H head dim, D width. Heads stay axes of their own (N is K and G), so that devices can share
+them; on each device XLA makes T and G the rows of one matrix.
 """
 
 import dataclasses
@@ -56,10 +55,9 @@ class Capture(NamedTuple):
     queries: Float[Array, "b r a k g h"]
     keys: Float[Array, "b s k h"]
 
-    def logits(self, action_rows: int) -> Float[Array, "b r n a s"]:
-        """The last rows' attention logits in float32, before any mask, one map a query head."""
-        queries = self.queries[:, :, -action_rows:]
-        logits = _logits("BRTKGH,BSKH->BRKTGS", queries, self.keys)
+    def logits(self) -> Float[Array, "b r n a s"]:
+        """The attention logits in float32, before any mask, one map a query head."""
+        logits = _logits("BRTKGH,BSKH->BRKTGS", self.queries, self.keys)
         b, r, k, a, g, s = logits.shape
         return jnp.moveaxis(logits, 4, 3).reshape(b, r, k * g, a, s)
 
@@ -310,4 +308,4 @@ class Module(nn.Module):
 
     def embed(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
         """Scaled embeddings of prompt tokens in the compute dtype."""
-        return self.embedder(tokens, self.dtype)
+        return self.execution.keep_columns(self.embedder(tokens, self.dtype))

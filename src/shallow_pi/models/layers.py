@@ -11,6 +11,7 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 MASKED = -2.3819763e38
@@ -50,6 +51,20 @@ class Execution:
         the batch instead of the parameters.
         """
         return x if self.rows is None else jax.lax.with_sharding_constraint(x, self.rows)
+
+    def keep_columns(self, x: Float[Array, " b *more d"]) -> Float[Array, " b *more d"]:
+        """`x`, looked up in a table, with its columns split as the table's.
+
+        These are the last of the axes that split `rows`, so rows and columns change places on the
+        way in and out. Told nothing, XLA copies the gradient of `x` to every device in between.
+        """
+        if not isinstance(self.rows, NamedSharding) or not isinstance(self.rows.spec[0], tuple):
+            return x
+        *others, last = self.rows.spec[0]
+        if x.shape[-1] % self.rows.mesh.shape[last]:
+            return x
+        spec = PartitionSpec(tuple(others), *[None] * (x.ndim - 2), last)
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.rows.mesh, spec))
 
 
 DEFAULT_EXECUTION = Execution()

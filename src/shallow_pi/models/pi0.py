@@ -204,7 +204,7 @@ class Pi0(nn.Module):
             capture_layer=attention_layer,
             outputs=outputs,
         )
-        attention = None if capture is None else PrefixAttention(capture.logits(horizon), valid)
+        attention = None if capture is None else PrefixAttention(capture.logits(), valid)
         return self.action_out_proj(suffix[:, :, -horizon:]), attention, stacked
 
 

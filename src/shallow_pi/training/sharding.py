@@ -41,10 +41,16 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
         PartitionSpec(None, FSDP, TENSOR, None),  # l d n h
     ),
     (r"MultiHeadDotProductAttention_0/out/kernel", PartitionSpec(None, TENSOR, None, FSDP)),
+    (
+        r"MultiHeadDotProductAttention_0/(query|key|value)/bias",
+        PartitionSpec(None, TENSOR, None),  # l n h
+    ),
     (r"MlpBlock_0/Dense_0/kernel", PartitionSpec(None, FSDP, TENSOR)),  # l d f
+    (r"MlpBlock_0/Dense_0/bias", PartitionSpec(None, TENSOR)),  # l f
     (r"MlpBlock_0/Dense_1/kernel", PartitionSpec(None, TENSOR, FSDP)),  # l f d
     (r"img/head/kernel", PartitionSpec(FSDP, None)),
     (r"(action_)?time_mlp_in/kernel", PartitionSpec(FSDP, TENSOR)),
+    (r"(action_)?time_mlp_in/bias", PartitionSpec(TENSOR)),
     (r"(action_)?time_mlp_out/kernel", PartitionSpec(TENSOR, FSDP)),
 )
 
