@@ -114,8 +114,12 @@ def topology(name: str) -> Sequence[jax.Device]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Tell libtpu that there is no TPU and no metadata server to look for."""
-    names = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
+    """Tell libtpu that there is no TPU, no metadata server to look for, and nothing to lock."""
+    names = {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
     before = {name: os.environ.get(name) for name in names}
     os.environ.update(names)
     try:
