@@ -99,7 +99,8 @@ class MeshConfig:
         shape = (data, fsdp, self.tensor)
         grid = np.array(devices).reshape(shape)
         if devices[0].platform == "tpu":  # Neighbours in the mesh are neighbours in the torus.
-            grid = mesh_utils.create_device_mesh(shape, devices)
+            # An axis may be a part of one of the torus's: two of a side of four.
+            grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
         owners = [{d.process_index for d in group} for group in grid.reshape(-1, self.tensor)]
         if any(len(owner) > 1 for owner in owners):
             raise ValueError(
