@@ -86,13 +86,14 @@ def test_what_trimming_spares_changes_no_action(tiny_config, tiny_params):
     untrimmed = benchmark._untrimmed(config, config.max_token_len + 5)
     assert set(untrimmed) == {"masked camera", "prompt bucket"}
     batch = observation.Observation.from_batch(benchmark.make_batch(config))
-    expected = sampler.sample_actions(config, params, batch, noise, num_steps=2)
+    sample = jax.jit(sampler.sample_actions, static_argnames=("config", "num_steps"))
+    expected = sample(config, params, batch, noise, num_steps=2)
     for larger, seen in untrimmed.values():
         assert larger.prefix_tokens > config.prefix_tokens
         small, trimmed = prepare.trim(larger, seen)
         assert small.cameras == config.cameras
         assert trimmed.tokenized_prompt_mask.sum() == config.max_token_len
-        found = sampler.sample_actions(larger, params, seen, noise, num_steps=2)
+        found = sample(larger, params, seen, noise, num_steps=2)
         if larger.cameras == config.cameras:  # Other pictures are drawn beside a third one.
             np.testing.assert_allclose(found, expected, atol=1e-5)
 

@@ -40,5 +40,5 @@ def test_the_fastest_that_runs_is_taken(tiny_config, monkeypatch):
 
 def test_nothing_that_runs_raises(tiny_config):
     tried = {"lacking": prepare.Savings(attention="cudnn")}
-    with pytest.raises(RuntimeError, match="nothing compiles on cpu: lacking: .*'xla'"):
+    with pytest.raises(RuntimeError, match=r"nothing compiles on cpu: lacking: .*'xla'"):
         tuner.tune(tiny_config(), num_steps=2, tried=tried)
