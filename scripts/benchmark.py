@@ -7,13 +7,16 @@ uv run scripts/benchmark.py [--model pi05] [--depths 18 6] [--cameras 2] [--outp
     --prompts 48 200 --horizons 10 50 --num-steps 5 10
     --against openpi                    also openpi's own sampler on the same weights, in turns with
                                         ours (run it with the Python of an environment that has it)
+    --tune                              first find out whether layers and steps written out or
+                                        looped, and which attention kernel, are fastest here, and
+                                        keep it for the policies and benchmarks to come
     --output benchmarks/mine            also writes benchmark.json there, and two pictures
 """
 
 import dataclasses
-import importlib.metadata
 import itertools
 import json
+import os
 import pathlib
 from collections.abc import Iterator
 from typing import Literal
@@ -25,13 +28,15 @@ import rich.table
 import tyro
 
 from shallow_pi.data import assets
-from shallow_pi.evaluation import benchmark, plots, speed_plots
+from shallow_pi.evaluation import benchmark, plots, report, speed_plots, tuner
 from shallow_pi.interop import openpi
-from shallow_pi.models import gemma, pi0, siglip
+from shallow_pi.models import gemma, pi0, siglip, tuning
 from shallow_pi.training import command_line, distributed
 
 ROOT = pathlib.Path(__file__).parents[1]
 TERA, GIGA = 1e12, 1e9
+# What tells XLA how to compile.
+FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 # Narrow, but with openpi's pictures, patches, cameras and vocabulary, which it hard-codes.
 SMALL = pi0.Pi0Config(
     backbone=gemma.GemmaConfig(width=64, mlp_dim=256, num_heads=8, num_kv_heads=1, head_dim=16),
@@ -59,6 +64,8 @@ class Arguments:
     num_steps: tuple[int, ...] = (10,)
     # Timed calls of each part.
     repeats: int = 50
+    # Measure first which way of running each model is the fastest, and keep it.
+    tune: bool = False
     # Also time every saving switched off.
     ablate: bool = True
     # Another implementation to time in turns with ours, on the same weights.
@@ -76,14 +83,17 @@ class Arguments:
         ):
             yield self._model(depth, cameras, prompt, horizon), steps
 
-    def _model(self, depth: int, cameras: int, prompt: int, horizon: int) -> pi0.Pi0Config:
+    def base(self) -> pi0.Pi0Config:
+        """The model whose sizes are varied; its prompts are padded to their full length."""
         if self.model == "turntable":
-            base = assets.load(ROOT / "assets" / "pi0_turntable").model
-        elif self.model == "small":
-            base = SMALL
-        else:
-            length = 200 if self.model == "pi05" else 48
-            base = pi0.Pi0Config(pi05=self.model == "pi05", max_token_len=length, action_horizon=10)
+            return assets.load(ROOT / "assets" / "pi0_turntable").model
+        if self.model == "small":
+            return SMALL
+        length = 200 if self.model == "pi05" else 48
+        return pi0.Pi0Config(pi05=self.model == "pi05", max_token_len=length, action_horizon=10)
+
+    def _model(self, depth: int, cameras: int, prompt: int, horizon: int) -> pi0.Pi0Config:
+        base = self.base()
         if not 1 <= cameras <= len(base.cameras):
             raise ValueError(
                 f"--cameras must lie in 1..{len(base.cameras)} for {self.model}, got {cameras}"
@@ -106,17 +116,39 @@ def main() -> None:
         others = {"openpi": openpi.sampler} if given.against else {}
         if others:
             openpi.model_config(dataclasses.replace(models[0][0], cameras=pi0.CAMERAS))
+        if given.tune:
+            for model, steps in models:
+                _tune(model, steps, given.repeats)
         size = 2048 if jax.default_backend() == "cpu" else 8192
         limit = benchmark.ceiling(models[0][0].dtype, size)
         timings = [
             benchmark.measure(
-                model, num_steps=steps, repeats=given.repeats, ablate=given.ablate, others=others
+                model,
+                num_steps=steps,
+                repeats=given.repeats,
+                ablate=given.ablate,
+                padded_to=given.base().max_token_len,
+                others=others,
             )
             for model, steps in models
         ]
         _show(timings, limit)
         if given.output:
             _write(pathlib.Path(given.output), given, timings, limit)
+
+
+def _tune(model: pi0.Pi0Config, num_steps: int, repeats: int) -> None:
+    found = tuner.tune(model, num_steps=num_steps, repeats=repeats)
+    title = f"{model.depth} layers: ways to run them, median ms"
+    table = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD, title_justify="left")
+    table.add_column("")
+    table.add_column("ms", justify="right")
+    for name, milliseconds in found.median_ms.items():
+        table.add_row(name, f"{milliseconds:.2f}")
+    rich.console.Console().print(table)
+    for name, reason in found.failed.items():
+        print(f"skipped: {name}: {reason}")
+    print(f"written: {tuning.store(model, found.savings, found.median_ms)}")
 
 
 def _show(timings: list[benchmark.Timing], limit: benchmark.Ceiling) -> None:
@@ -138,11 +170,13 @@ def _show(timings: list[benchmark.Timing], limit: benchmark.Ceiling) -> None:
     for name in first.others_ms:
         table.add_row(f"{name}, whole", *(f"{t.others_ms[name]:.2f}" for t in timings))
     table.add_section()
-    rates = [t.flops / (t.median_ms["whole"] / 1e3) / limit.flops_per_second for t in timings]
-    floors = [1e3 * t.weight_bytes / limit.bytes_per_second for t in timings]
-    table.add_row("GFLOP", *(f"{t.flops / GIGA:.2f}" for t in timings))
-    table.add_row("share of the matrix rate", *(f"{100 * rate:.0f} %" for rate in rates))
-    table.add_row("reading weights alone", *(f"{floor:.2f}" for floor in floors))
+    table.add_row("GFLOP", *(f"{t.flops['whole'] / GIGA:.2f}" for t in timings))
+    table.add_row("weights read, GB", *(f"{t.weight_bytes['whole'] / GIGA:.2f}" for t in timings))
+    shares = [timing.shares(limit) for timing in timings]
+    for part in shares[0]:
+        percent = [f"{100 * s[part][0]:.0f}, {100 * s[part][1]:.0f} %" for s in shares]
+        table.add_row(f"{part}: share of both rates", *percent)
+    table.add_row("program, GB", *(f"{t.program_bytes / GIGA:.2f}" for t in timings))
     table.add_row("peak memory, GB", *(f"{t.peak_bytes / GIGA:.2f}" for t in timings))
     console.print(table)
     for timing in timings:
@@ -170,8 +204,11 @@ def _write(
     content = {
         "arguments": dataclasses.asdict(dataclasses.replace(given, output="")),
         "ceiling": dataclasses.asdict(limit),
-        "timings": [dataclasses.asdict(timing) for timing in timings],
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy")},
+        "timings": [
+            dataclasses.asdict(timing) | {"shares": timing.shares(limit)} for timing in timings
+        ],
+        "flags": {name: os.environ.get(name, "") for name in FLAGS},
+        "versions": report.versions(),
     }
     path = folder / "benchmark.json"
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -11,7 +11,7 @@ import pytest
 
 from shallow_pi.deploy import policy
 from shallow_pi.models import observation as observations
-from shallow_pi.models import sampler, weights
+from shallow_pi.models import prepare, sampler, tuning, weights
 
 PROMPTS = ("touch the red block", "touch the blue block")
 
@@ -51,6 +51,16 @@ def test_a_step_folder_gives_the_actions_of_the_parameters_in_memory(own, params
     assert actions.shape == (2, 5, 3)
     in_memory = policy.Policy(own, params, num_steps=3)
     np.testing.assert_allclose(actions, in_memory.infer_batch(*scene), atol=1e-6)
+
+
+def test_a_policy_runs_as_was_measured_here(own, params, deployed, scene, monkeypatch, tmp_path):
+    """Layers are written out then, which they are not on a CPU of their own accord."""
+    monkeypatch.setenv("SHALLOW_PI_CACHE", str(tmp_path))
+    tuning.store(own.model, dataclasses.replace(prepare.LOOPS, unrolled_layers=True), {})
+    tuned = policy.Policy(own, params, num_steps=3)
+    assert isinstance(tuned.weights.prefix, list)
+    assert not isinstance(deployed.weights.prefix, list)
+    np.testing.assert_allclose(tuned.infer_batch(*scene), deployed.infer_batch(*scene), atol=1e-5)
 
 
 def test_actions_are_the_samplers_in_the_robots_units(own, params, deployed, scene):

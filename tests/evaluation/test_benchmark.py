@@ -4,6 +4,8 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from shallow_pi.evaluation import benchmark, flops, speed_plots
@@ -14,8 +16,15 @@ from shallow_pi.models import observation, prepare, sampler
 def timing(tiny_config):
     config = tiny_config(dtype="bfloat16", pi05=True)
     savings = dataclasses.replace(prepare.LOOPS, fused=False)
-    others = {"plain": _plain, "halved": _halved}
-    return config, benchmark.measure(config, num_steps=2, repeats=2, savings=savings, others=others)
+    found = benchmark.measure(
+        config,
+        num_steps=2,
+        repeats=2,
+        savings=savings,
+        padded_to=config.max_token_len + 5,
+        others={"plain": _plain, "halved": _halved},
+    )
+    return config, found
 
 
 def _plain(config, params, batch, noise, num_steps):
@@ -37,7 +46,7 @@ def test_every_part_and_every_saving_that_is_on_is_timed(timing):
     parts = {"image tower", "prefix", "one step", "whole", "host transfer", "end to end"}
     assert set(found.median_ms) == parts
     assert set(found.others_ms) == {"plain", "halved"}
-    assert set(found.without_ms) == {"time_tables", "state_once"}
+    assert set(found.without_ms) == {"time_tables", "state_once", "masked camera", "prompt bucket"}
     assert min([*found.median_ms.values(), *found.without_ms.values()]) > 0
     assert all(found.p95_ms[name] >= found.median_ms[name] for name in found.median_ms)
 
@@ -54,9 +63,39 @@ def test_a_sampler_that_differs_shows(timing, tiny_config):
 def test_counts_are_those_of_what_was_timed(timing):
     config, found = timing
     savings = dataclasses.replace(prepare.LOOPS, fused=False)
-    assert found.flops == flops.inference_flops(config, num_steps=2, savings=savings).total
-    assert found.weight_bytes == flops.weight_bytes(config, num_steps=2).total
+    assert found.savings == savings
+    assert found.flops == flops.inference_flops(config, num_steps=2, savings=savings).by_part
+    assert found.weight_bytes == flops.weight_bytes(config, num_steps=2, savings=savings).by_part
+    # The program holds the weights, and the embedder and small change besides.
+    assert found.program_bytes > found.weight_bytes["prefix"] + found.weight_bytes["one step"]
     assert found.depth == config.depth
+
+
+def test_a_share_is_work_in_time_over_the_ceiling(timing):
+    _, found = timing
+    known = dataclasses.replace(
+        found, median_ms={"prefix": 500.0}, flops={"prefix": 30}, weight_bytes={"prefix": 80}
+    )
+    assert known.shares(benchmark.Ceiling(120.0, 200.0)) == {"prefix": (0.5, 0.8)}
+
+
+def test_what_trimming_spares_changes_no_action(tiny_config, tiny_params):
+    """An absent camera and prompt padding cost time, and nothing else."""
+    config = tiny_config()
+    params, noise = tiny_params(config), jnp.ones((1, config.action_horizon, config.action_dim))
+    untrimmed = benchmark._untrimmed(config, config.max_token_len + 5)
+    assert set(untrimmed) == {"masked camera", "prompt bucket"}
+    batch = observation.Observation.from_batch(benchmark.make_batch(config))
+    sample = jax.jit(sampler.sample_actions, static_argnames=("config", "num_steps"))
+    expected = sample(config, params, batch, noise, num_steps=2)
+    for larger, seen in untrimmed.values():
+        assert larger.prefix_tokens > config.prefix_tokens
+        small, trimmed = prepare.trim(larger, seen)
+        assert small.cameras == config.cameras
+        assert trimmed.tokenized_prompt_mask.sum() == config.max_token_len
+        found = sample(larger, params, seen, noise, num_steps=2)
+        if larger.cameras == config.cameras:  # Other pictures are drawn beside a third one.
+            np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_the_ceiling_is_operations_and_bytes_a_second():

@@ -16,10 +16,7 @@ NOTHING = prepare.NOTHING
 SAVINGS = {
     "all": EVERYTHING,
     "none": NOTHING,
-    **{
-        f"no {field.name}": dataclasses.replace(EVERYTHING, **{field.name: False})
-        for field in dataclasses.fields(EVERYTHING)
-    },
+    **{f"no {name}": dataclasses.replace(EVERYTHING, **{name: False}) for name in EVERYTHING.on},
 }
 
 

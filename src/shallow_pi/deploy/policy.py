@@ -23,7 +23,7 @@ from shallow_pi import progress
 from shallow_pi.data import assets as policy_assets
 from shallow_pi.data import robots
 from shallow_pi.deploy import likely_shapes, previous_chunk, robot_observation, step_folder
-from shallow_pi.models import observation, pi0, prepare, real_time, sampler, weights
+from shallow_pi.models import observation, pi0, prepare, real_time, sampler, tuning, weights
 
 
 class Policy:
@@ -48,7 +48,7 @@ class Policy:
     ) -> None:
         self.assets, self.num_steps, self.prompt = assets, num_steps, prompt
         self._inputs, self._outputs = assets.inputs(), assets.outputs()
-        times, savings = sampler.integration_times(num_steps), prepare.best()
+        times, savings = sampler.integration_times(num_steps), tuning.best(assets.model)
         self.weights = jax.jit(
             functools.partial(prepare.prepare, assets.model, times=times, savings=savings)
         )(params)

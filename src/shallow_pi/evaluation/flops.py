@@ -31,6 +31,16 @@ class Count:
         """Of the whole inference."""
         return self.vision + self.prefix + self.num_steps * self.step
 
+    @property
+    def by_part(self) -> dict[str, int]:
+        """By the parts that the benchmark times; the prefix includes the image tower."""
+        return {
+            "image tower": self.vision,
+            "prefix": self.vision + self.prefix,
+            "one step": self.step,
+            "whole": self.total,
+        }
+
 
 def inference_flops(
     config: pi0.Pi0Config, *, batch: int = 1, num_steps: int = 10, savings: prepare.Savings
@@ -87,18 +97,22 @@ def training_flops(
     return 3 * layers + teachers + (own if "vision" in freeze else 3 * own + others)
 
 
-def weight_bytes(config: pi0.Pi0Config, *, num_steps: int = 10) -> Count:
-    """Bytes of weights read at batch 1: what bandwidth alone makes an inference take."""
+def weight_bytes(
+    config: pi0.Pi0Config, *, num_steps: int = 10, savings: prepare.Savings | None = None
+) -> Count:
+    """Bytes of weights read at batch 1: what bandwidth alone makes an inference take.
+
+    With `savings` that write layers out, those of the last layer that nobody reads do not count.
+    """
     size = BYTES[config.dtype]
     image, d = config.image, config.backbone.width
     layer = 4 * image.width**2 + 2 * image.width * image.mlp_dim
     vision = image.depth * layer + 3 * image.patch_size**2 * image.width + image.width * d
-    return Count(
-        size * vision,
-        size * config.depth * _layer_weights(config.backbone),
-        size * config.depth * _layer_weights(config.expert),
-        num_steps,
-    )
+    prefix = config.depth * _layer_weights(config.backbone)
+    if savings is not None and savings.unrolled_layers:
+        prefix += _projections(config.backbone, 1)[0] // 2 - _layer_weights(config.backbone)
+    step = config.depth * _layer_weights(config.expert)
+    return Count(size * vision, size * prefix, size * step, num_steps)
 
 
 def _vision(config: pi0.Pi0Config, out_width: int) -> int:

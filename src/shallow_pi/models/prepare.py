@@ -8,7 +8,8 @@ functions of the same parameters with every saving that leaves the result as it 
 - π0's state token depends on neither noise nor time, so its keys and values join the prefix cache;
 - everything that depends on time alone (π0's half of an MLP, all of π0.5's adaptive modulations) is
   a table over the N integration times;
-- query, key and value, and gate and up, are one matrix each, in the compute dtype.
+- query, key and value, and gate and up, are one matrix each, in the compute dtype;
+- keys and values are written into one buffer a layer (see `attention`), never copied to be joined.
 
 `Savings` switches them off one by one, to measure what each gains. What a batch does not need
 (absent cameras, prompt padding) is dropped by `trim`.
@@ -23,15 +24,21 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from shallow_pi.models import layers, pi0
+from shallow_pi.models import attention as attentions
+from shallow_pi.models import image_tower, layers, pi0
 from shallow_pi.models import observation as observations
 
 PROMPT_BUCKET = 16
+# Keys a layer has room for are a multiple of this, so that no kernel has to pad them.
+KEY_BLOCK = 128
 
 
 @dataclasses.dataclass(frozen=True)
 class Savings:
-    """What is spared without changing a result; all of it, unless a benchmark asks for less."""
+    """What is spared without changing a result; all of it, unless a benchmark asks for less.
+
+    And by which kernel attention is computed, which changes no result either.
+    """
 
     # One matrix for query, key and value, one for gate and up.
     fused: bool = True
@@ -39,20 +46,28 @@ class Savings:
     time_tables: bool = True
     # π0's state token runs once, not at every integration step.
     state_once: bool = True
-    # Layers are written out instead of scanned: spares the last layer's unread prefix work.
+    # Layers are written out instead of scanned: spares the last layer's unread prefix work, and
+    # copies of weights out of their stacks.
     unrolled_layers: bool = True
     # Integration steps are written out too.
     unrolled_steps: bool = True
+    # What computes attention.
+    attention: attentions.Kernel = "xla"
+
+    @property
+    def on(self) -> tuple[str, ...]:
+        """The names of what is spared."""
+        return tuple(name for name, value in dataclasses.asdict(self).items() if value is True)
 
 
 ALL = Savings()
-NOTHING = Savings(*[False] * len(dataclasses.fields(Savings)))
+NOTHING = Savings(False, False, False, False, False)
 # On CPUs long programs cost more (to compile, and small ones to run) than their loops.
 LOOPS = dataclasses.replace(ALL, unrolled_layers=False, unrolled_steps=False)
 
 
 def best() -> Savings:
-    """The fastest on JAX's default backend."""
+    """The fastest on JAX's default backend, as far as is known without a measurement (`tuning`)."""
     return LOOPS if jax.default_backend() == "cpu" else ALL
 
 
@@ -85,8 +100,9 @@ class Tables(NamedTuple):
 class Prepared(NamedTuple):
     """A model's weights as `sampler.sample_actions` takes them."""
 
-    # Image tower, embedder and everything outside the layers, as in openpi's tree.
+    # Embedder and everything outside the layers, as in openpi's tree.
     params: PyTree
+    image: image_tower.Tower
     # By layer, or stacked where layers are scanned.
     prefix: Any
     suffix: Any
@@ -121,6 +137,16 @@ def prompt_length(config: pi0.Pi0Config, words: int) -> int:
     return min(-(-words // PROMPT_BUCKET) * PROMPT_BUCKET, config.max_token_len)
 
 
+def cache_length(config: pi0.Pi0Config) -> int:
+    """Keys a layer's buffer has room for: prefix, state and actions, rounded up.
+
+    To `KEY_BLOCK`s, or where that would be much, to 16.
+    """
+    tokens = config.prefix_tokens + (not config.pi05) + config.action_horizon
+    block = KEY_BLOCK if tokens >= 4 * KEY_BLOCK else 16
+    return -(-tokens // block) * block
+
+
 def prepare(
     config: pi0.Pi0Config,
     params: PyTree,
@@ -143,7 +169,7 @@ def prepare(
             for stack in stacks
         ]
     llm = {k: v for k, v in params["PaliGemma"]["llm"].items() if k != "layers"}
-    rest = {**params, "PaliGemma": {**params["PaliGemma"], "llm": llm}}
+    rest = {**params, "PaliGemma": {"llm": llm}}
     if config.pi05:
         rest["modulation"] = {
             name: params["PaliGemma"]["llm"]["layers"][f"{name}_1"]["Dense_0"]
@@ -151,7 +177,14 @@ def prepare(
         }
     tables = make_tables(config, rest, jnp.asarray(times)) if savings.time_tables else None
     prefix, suffix = stacks
-    return Prepared(rest, prefix, suffix, tables)
+    image = image_tower.prepare(
+        config.image,
+        params["PaliGemma"]["img"],
+        jnp.dtype(config.dtype),
+        fused=savings.fused,
+        unrolled=savings.unrolled_layers,
+    )
+    return Prepared(rest, image, prefix, suffix, tables)
 
 
 def make_tables(config: pi0.Pi0Config, params: PyTree, times: Float[Array, " n"]) -> Tables:

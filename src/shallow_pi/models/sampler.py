@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from shallow_pi.models import inference, pi0, prepare, real_time
+from shallow_pi.models import attention, inference, pi0, prepare, real_time
 from shallow_pi.models import observation as observations
 
 
@@ -79,30 +79,38 @@ def sample_prepared(
 ) -> Float[Array, "b ah ad"]:
     """`sample_actions` from weights prepared with the same savings and integration times."""
     observations.check(observation, config.cameras, config.image_size, config.action_dim)
-    cache, valid = inference.prefill(config, prepared, observation)
+    kernel = savings.attention
+    cache, valid = inference.prefill(config, prepared, observation, kernel)
     state = None if config.pi05 else observation.state
     if state is not None and savings.state_once:
-        cache, valid = inference.append_state(config, prepared, state, cache, valid)
+        cache, valid = inference.append_state(config, prepared, state, cache, valid, kernel)
         state = None
     dt = jnp.float32(-1.0 / num_steps)
 
-    def integrate(x_t: Array, at: Any) -> tuple[Array, None]:
+    def integrate(carry: tuple[Array, Any], at: Any) -> tuple[tuple[Array, Any], None]:
+        x_t, cache = carry
         t, tables = at
         if tables is None:
             tables = prepare.make_tables(config, prepared.params, t[None])
         else:
             tables = jax.tree.map(lambda leaf: leaf[None], tables)
 
-        def velocity(x: Array) -> Array:
-            return inference.velocity(config, prepared, cache, valid, x, tables, state)
+        def velocity(x: Array, kernel: attention.Kernel = "xla") -> tuple[Array, Any]:
+            return inference.velocity(
+                config, prepared, cache, valid, x, tables, state, kernel=kernel
+            )
 
-        v = velocity(x_t) if guidance is None else real_time.guided(velocity, x_t, t, guidance)
-        return x_t + dt * v, None
+        if guidance is None:
+            v, cache = velocity(x_t, kernel)
+        else:  # It differentiates, which not every kernel can, and is small beside the prefix.
+            v = real_time.guided(lambda x: velocity(x)[0], x_t, t, guidance)
+        return (x_t + dt * v, cache), None
 
-    x_t = noise.astype(jnp.float32)
+    carry = noise.astype(jnp.float32), cache
     steps = jnp.asarray(integration_times(num_steps)), prepared.tables
     if not savings.unrolled_steps:
-        return jax.lax.scan(integrate, x_t, steps)[0]
+        carry, _ = jax.lax.scan(integrate, carry, steps)
+        return carry[0]
     for i in range(num_steps):
-        x_t, _ = integrate(x_t, jax.tree.map(lambda leaf, i=i: leaf[i], steps))
-    return x_t
+        carry, _ = integrate(carry, jax.tree.map(lambda leaf, i=i: leaf[i], steps))
+    return carry[0]
