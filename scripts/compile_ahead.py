@@ -19,7 +19,7 @@ from typing import Any
 
 from shallow_pi import progress
 from shallow_pi.evaluation import flops, report
-from shallow_pi.training import ahead, command_line, hlo, memory, setup
+from shallow_pi.training import ahead, cards, command_line, hlo, memory, setup
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "train_configs"
 GIGA, TERA = 1e9, 1e12
@@ -50,7 +50,11 @@ def main() -> None:
             freeze=experiment.student.freeze,
         )
         found = _contents(program, useful / mesh.size)
-        _show(f"{experiment.name}, {name}", found, own.topology.partition(":")[0])
+        card = cards.find(mesh.devices.flat[0].device_kind)
+        if card is not None:
+            seconds_of = ahead.predict(program, useful / mesh.size, card)
+            found["predicted_seconds"] = dict(zip(("compute", "exchange"), seconds_of, strict=True))
+        _show(f"{experiment.name}, {name}", found, card)
         print(f"compiled in {seconds:.0f} s")
         if own.output:
             shape = "-".join(f"{axis}{n}" for axis, n in mesh.shape.items() if n > 1)
@@ -77,18 +81,24 @@ def _contents(program: ahead.Program, useful: float) -> dict[str, Any]:
     }
 
 
-def _show(title: str, found: dict[str, Any], card: str) -> None:
+def _show(title: str, found: dict[str, Any], card: cards.Card | None) -> None:
     print(f"{title}: batch {found['batch_size']} on {found['devices']} devices")
     for name, size in {**found["given"], "temporary": found["temporary"]}.items():
         print(f"  {name:<12} {size / GIGA:7.2f} GB a device")
     fits = ""
-    if card in memory.CARDS:
-        room = memory.USABLE * memory.CARDS[card]
+    if card is not None:
+        room = memory.USABLE * card.memory
         fits = f": {'fits' if found['total'] <= room else 'does not fit'} in {room / GIGA:.0f} GB"
     print(f"  {'in all':<12} {found['total'] / GIGA:7.2f} GB a device{fits}")
     print(f"  useful work  {found['useful_flops_per_device'] / TERA:7.2f} TFLOP a device")
     for kind, one in found["collectives"].items():
         print(f"  {kind:<20} {one['times']:>6} times, {one['bytes'] / GIGA:7.2f} GB a device")
+    if card is not None:
+        compute, exchange = found["predicted_seconds"].values()
+        print(
+            f"  forecast: {compute:.2f} s of computing at {100 * ahead.UTILIZATION:.0f} % of the "
+            f"card's rate, {exchange:.2f} s of exchange beside it"
+        )
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import pathlib
 import sys
 
 from shallow_pi import progress
-from shallow_pi.training import ahead, command_line, config, memory, setup
+from shallow_pi.training import ahead, cards, command_line, config, setup
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "train_configs"
 GIGA = 1e9
@@ -25,7 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--topology", default="")
-    parser.add_argument("--card", default="", choices=["", *memory.CARDS])
+    parser.add_argument("--card", default="", choices=["", *cards.CARDS])
     own, arguments = parser.parse_known_args()
     with command_line.exit_on():
         experiment = command_line.cli(CONFIGS, __doc__ or "", arguments)
@@ -54,8 +54,8 @@ def _show(
     for name, size in rows.items():
         print(f"  {name:<26} {size / GIGA:8.2f}")
     print(f"  {'in all':<26} {program.total / GIGA:8.2f}")
-    for name in [card] if card in memory.CARDS else memory.CARDS:
-        size = memory.CARDS[name]
+    for name in [card] if card in cards.CARDS else cards.CARDS:
+        size = cards.CARDS[name].memory
         largest = ahead.largest_batch(programs, size, ways)
         verdict = "fits" if program.fits(size) else "does not fit"
         print(f"  {name:<8} {size / GIGA:4.0f} GB: {verdict}; largest batch {largest}")

@@ -71,6 +71,7 @@ FOLDERS = {
         "data_check",
         "data_sheet",
         "shapes",
+        "cards",
         "memory",
         "validation",
         "config",

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from shallow_pi.models import pi0
-from shallow_pi.training import ahead, hlo, memory, setup, shapes, sharding
+from shallow_pi.training import ahead, cards, hlo, memory, setup, shapes, sharding
 
 BATCH = 16
 
@@ -93,6 +93,17 @@ def test_the_largest_batch_lies_on_the_line_through_two(programs):
     assert ahead.largest_batch([large, small], 100, 1) == 0
     with pytest.raises(ValueError, match="too small to tell"):
         ahead.largest_batch([small, dataclasses.replace(large, total=1000)], card, 1)
+
+
+def test_a_forecast_is_work_and_traffic_over_what_the_card_states(programs):
+    """A sum over devices is scattered and gathered: twice its bytes."""
+    found = [hlo.Collective("all-reduce", 3, 100, ""), hlo.Collective("all-gather", 2, 50, "")]
+    program = dataclasses.replace(programs[8, 1, 1], collectives=found)
+    card = cards.Card("made up", memory=1, flops=1000.0, links=20.0)
+    compute, exchange = ahead.predict(program, 90.0, card)
+    assert compute == pytest.approx(90 / 1000 / ahead.UTILIZATION)
+    assert exchange == pytest.approx((3 * 100 * 2 + 2 * 50) / 10)
+    assert ahead.predict(program, 90.0, dataclasses.replace(card, links=0.0))[1] == 0
 
 
 def test_a_program_fits_below_what_a_runtime_leaves(programs):

@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from shallow_pi.models import pi0
-from shallow_pi.training import ahead, memory, setup, sharding
+from shallow_pi.training import ahead, cards, memory, setup, sharding
 
 GIGA = 10**9
 
@@ -131,7 +131,7 @@ def test_a_run_tells_its_mesh_and_when_it_may_not_fit(full_size, monkeypatch):
 )
 def test_cards_are_known_by_what_jax_calls_them(kind, card):
     device = types.SimpleNamespace(device_kind=kind, memory_stats=lambda: None)
-    assert memory.card_of(device) == card
-    assert memory.memory_of(device) == memory.CARDS.get(card)
+    assert cards.find(kind) == cards.CARDS.get(card)
+    assert memory.memory_of(device) == (cards.CARDS[card].memory if card else None)
     told = types.SimpleNamespace(device_kind=kind, memory_stats=lambda: {"bytes_limit": 5})
     assert memory.memory_of(told) == 5

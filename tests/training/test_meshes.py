@@ -12,6 +12,7 @@ import tempfile
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from shallow_pi.distill import layer_map, losses, step, student
 from shallow_pi.models import gemma, layers, pi0, siglip, weights
@@ -77,7 +78,10 @@ def _spec(layout, mesh):
 
 @contextlib.contextmanager
 def _warnings_of_xla(found):
-    """What compiling writes to stderr, past Python's own; from the compile cache comes nothing."""
+    """What compiling writes to stderr, past Python's own; a program read from the cache is mute."""
+    folder = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
     with tempfile.TemporaryFile() as file:
         before = os.dup(2)
         os.dup2(file.fileno(), 2)
@@ -86,6 +90,8 @@ def _warnings_of_xla(found):
         finally:
             os.dup2(before, 2)
             os.close(before)
+            jax.config.update("jax_compilation_cache_dir", folder)
+            compilation_cache.reset_cache()
             file.seek(0)
             found.append(file.read().decode(errors="replace"))
 
@@ -132,18 +138,22 @@ def run(given):
     return of
 
 
-def _assert_close(actual, expected):
+def _assert_close(actual, expected, atol=1e-5):
     expected = weights.leaves(expected)
     for path, leaf in weights.leaves(actual).items():
         scale = max(1.0, float(np.abs(expected[path]).max()))
-        np.testing.assert_allclose(leaf / scale, expected[path] / scale, atol=1e-5, err_msg=path)
+        np.testing.assert_allclose(leaf / scale, expected[path] / scale, atol=atol, err_msg=path)
 
 
 @every_layout
 def test_three_steps_on_eight_devices_are_those_of_one(layout, run, given):
     state, history, *_ = run((1, 1, 1))
     split_state, split_history, *_ = run(layout)
-    _assert_close(split_history, history)
+    for metrics, expected in zip(split_history, history, strict=True):
+        norms = {name for name in metrics if "norm" in name}
+        _assert_close(*({n: m[n] for n in m.keys() - norms} for m in (metrics, expected)))
+        # Sums of squares over all parameters, of gradients that three steps have carried apart.
+        _assert_close(*({n: m[n] for n in norms} for m in (metrics, expected)), atol=1e-4)
     _assert_close(split_state.params, state.params)
     _assert_close(split_state.ema_params, state.ema_params)
     _assert_close(split_state.opt_state, state.opt_state)

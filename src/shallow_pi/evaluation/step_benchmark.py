@@ -19,24 +19,10 @@ from jaxtyping import PyTree
 from shallow_pi.distill import step
 from shallow_pi.evaluation import flops, latency
 from shallow_pi.models import pi0
-from shallow_pi.training import ahead, shapes, sharding
+from shallow_pi.training import ahead, cards, shapes, sharding
 
 DISTILLATION, FINE_TUNING = "distillation", "fine-tuning"
 GIGA = 1e9
-# Dense bfloat16 operations a second of one device by its data sheet; the first name that occurs in
-# JAX's name of the device. An H100 without "PCIe" is taken for the SXM module.
-DATA_SHEETS = {
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "RTX 4090": 165e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6": 918e12,
-}
 
 
 class DoesNotFitError(ValueError):
@@ -83,9 +69,8 @@ class Timing:
 
 def data_sheet(device: str, dtype: str) -> float | None:
     """Operations a second that a device's maker states for matrices of this dtype, where known."""
-    if dtype != "bfloat16":
-        return None
-    return next((rate for name, rate in DATA_SHEETS.items() if name in device), None)
+    card = cards.find(device)
+    return card.flops if card and dtype == "bfloat16" else None
 
 
 def fine_tuning(spec: step.Spec) -> step.Spec:

@@ -17,8 +17,18 @@ import jax
 from jax.sharding import Mesh
 
 from shallow_pi.distill import step
-from shallow_pi.training import hlo, memory, shapes, sharding
+from shallow_pi.training import cards, hlo, memory, shapes, sharding
 
+# Share of a card's matrix rate that useful work reaches: what a tuned step of this size does.
+UTILIZATION = 0.45
+# Bytes a device sends for each of a collective's result: a sum is scattered, then gathered.
+TRAFFIC = {
+    "all-reduce": 2.0,
+    "all-gather": 1.0,
+    "reduce-scatter": 1.0,
+    "all-to-all": 1.0,
+    "collective-permute": 1.0,
+}
 # What XLA's GPU compiler has to know of a device it cannot ask.
 _HOPPER = """
 gpu_device_info {{
@@ -184,6 +194,19 @@ def build(
         collectives=hlo.collectives(text),
     )
     return compiled, program
+
+
+def predict(program: Program, useful_flops: float, card: cards.Card) -> tuple[float, float]:
+    """Seconds a step computes, and seconds it exchanges, which may overlap: a forecast.
+
+    Args:
+      program: the compiled step.
+      useful_flops: of the step, on one device.
+      card: of its devices.
+    """
+    moved = sum(c.times * c.bytes * TRAFFIC[c.kind] for c in program.collectives)
+    exchanges = moved / (card.links / 2) if card.links else 0.0
+    return useful_flops / (UTILIZATION * card.flops), exchanges
 
 
 def largest_batch(programs: Sequence[Program], card: int, multiple: int) -> int:

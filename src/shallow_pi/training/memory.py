@@ -6,7 +6,6 @@ compilers plan. For what a compiler plans to the byte, in minutes instead of at 
 """
 
 import dataclasses
-import re
 from collections.abc import Sequence
 
 import jax
@@ -15,30 +14,8 @@ from jax.sharding import Mesh
 
 from shallow_pi.distill import step
 from shallow_pi.models import gemma, siglip
-from shallow_pi.training import distributed, shapes, sharding
+from shallow_pi.training import cards, distributed, shapes, sharding
 
-# Bytes of one device, by its name here.
-CARDS = {
-    "h100": 80 * 10**9,
-    "h200": 141 * 10**9,
-    "a100": 80 * 10**9,
-    "a100-40": 40 * 10**9,
-    "rtx4090": 24 * 10**9,
-    "v5e": 16 * 2**30,
-    "v5p": 95 * 2**30,
-    "v6e": 32 * 2**30,
-}
-# What JAX calls them.
-KINDS = {
-    "h100": r".*H100.*",
-    "h200": r".*H200.*",
-    "a100-40": r".*A100.*40GB.*",
-    "a100": r".*A100.*",
-    "rtx4090": r".*RTX 4090",
-    "v5e": r"TPU v5( lite|e)",
-    "v5p": r"TPU v5p?",
-    "v6e": r"TPU v6( lite|e)",
-}
 # What a runtime leaves to a program, as a share of the card.
 USABLE = 0.92
 GIGA = 1e9
@@ -126,16 +103,8 @@ def memory_of(device: jax.Device) -> int | None:
         told = {}  # It is described, and not there.
     if told.get("bytes_limit"):
         return int(told["bytes_limit"])
-    name = card_of(device)
-    return CARDS[name] if name else None
-
-
-def card_of(device: jax.Device) -> str:
-    """The name in `CARDS` of a device; empty where it has none."""
-    for name, kind in KINDS.items():
-        if re.fullmatch(kind, device.device_kind, re.IGNORECASE):
-            return name
-    return ""
+    card = cards.find(device.device_kind)
+    return card.memory if card else None
 
 
 def _activations(spec: step.Spec) -> float:
