@@ -5,6 +5,7 @@ uv run scripts/estimate_memory.py NAME [--devices 1] [--card h100] [--field valu
     pi0_aloha_l6                            one device, the config's own batch
     pi0_aloha_l6 --devices 8 --mesh.fsdp 8  parameters and moments split over eight
     pi05_libero_l6 --topology v5e:4x4       as TPUs would hold it (needs libtpu)
+    pi0_aloha_l6 --topology h100            as an H100 would (needs the CUDA extra, and no GPU)
 
 The step is compiled from shapes alone, on virtual CPU devices unless a topology is named.
 """
@@ -51,6 +52,7 @@ def _show(
         f"{experiment.name}, batch {program.batch_size} on {program.devices} devices; GB a device"
     )
     rows = {**program.given, "activations and gradients": program.temporary}
+    rows |= {"teacher, on the host": program.host} if program.host else {}
     for name, size in rows.items():
         print(f"  {name:<26} {size / GIGA:8.2f}")
     print(f"  {'in all':<26} {program.total / GIGA:8.2f}")

@@ -98,3 +98,41 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 """
     (found,) = hlo.collectives(text)
     assert (found.kind, found.times, found.bytes) == ("all-reduce", 18, 32)
+
+
+def test_a_tpus_fusion_of_sum_and_slice_is_a_reduce_scatter():
+    text = """
+%all-reduce-scatter.3.clone (input.1: bf16[16,8]) -> bf16[4,8] {
+  %sum = bf16[16,8]{1,0:T(8,128)} all-reduce(%input.1), channel_id=5, to_apply=%add
+  ROOT %part = bf16[4,8]{1,0} dynamic-slice(%sum, %n, %zero), dynamic_slice_sizes={4,8}
+}
+
+ENTRY %main (p: bf16[16,8]) -> bf16[4,8] {
+  ROOT %fusion = bf16[4,8]{1,0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.3.clone
+}
+"""
+    (found,) = hlo.collectives(text)
+    assert (found.kind, found.times, found.bytes) == ("reduce-scatter", 1, 4 * 8 * 2)
+
+
+def test_a_collective_that_several_fusions_carry_counts_once():
+    """One channel is one collective; another channel, or kind, is another."""
+    text = """
+%one (p: bf16[2,8]) -> bf16[8,8] {
+  %a = bf16[8,8]{1,0} all-gather(%p), channel_id=7, dimensions={0}
+}
+
+%two (p: bf16[2,8]) -> bf16[8,8] {
+  %b = bf16[8,8]{1,0} all-gather(%p), channel_id=7, dimensions={0}
+  %c = bf16[8,8]{1,0} all-gather(%q), channel_id=8, dimensions={0}
+  %d = f32[8]{0} all-reduce(%r), channel_id=7, to_apply=%add
+}
+
+ENTRY %main (p: bf16[2,8]) -> bf16[8,8] {
+  %x = bf16[8,8]{1,0} fusion(%p), kind=kCustom, calls=%one
+  %y = bf16[8,8]{1,0} fusion(%x), kind=kCustom, calls=%two
+}
+"""
+    totals = hlo.totals(hlo.collectives(text))
+    assert totals["all-gather"] == (2, 2 * 8 * 8 * 2)
+    assert totals["all-reduce"] == (1, 32)

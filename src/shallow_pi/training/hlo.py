@@ -2,7 +2,9 @@
 
 Read from the text of the optimized HLO. A collective inside a loop counts as often as the loop
 runs: XLA writes the trip count beside it, or else (for TPUs) it is the bound that the loop's
-condition compares its counter with. Bytes are those of the result on
+condition compares its counter with. Two more habits of the TPU compiler: a collective that runs
+beside other work is named in each fusion it runs beside, with one channel, and counts once; a
+reduce-scatter is a fusion of that meaning around an all-reduce. Bytes are those of the result on
 one device, whatever the network then makes of them.
 """
 
@@ -14,7 +16,8 @@ from collections.abc import Iterator
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
-_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*?(?:-> (.*))?\{$")
+_SCATTER = re.compile(r"all-reduce-scatter(\.|$)")
 _COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(")
 _CALLED = re.compile(r"(?:body|condition|to_apply|calls|computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
@@ -22,6 +25,7 @@ _TRIPS = re.compile(r'known_trip_count[^0-9]*"?n"?[^0-9]*(\d+)')
 _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 _BOUND = re.compile(r"= s32\[\]\S* constant\((\d+)\)")
 _ARRAY = re.compile(r"\b(pred|[suf]\d+|bf16|f8\w*|c64|c128)\[([\d,]*)\]")
+_CHANNEL = re.compile(r"channel_id=(\d+)")
 _PATH = re.compile(r'op_name="([^"]*)"')
 
 
@@ -40,20 +44,28 @@ class Collective:
 
 def collectives(text: str) -> list[Collective]:
     """Every collective of a program (`compiled.as_text()`), in the order of the text."""
-    bodies, entry = _computations(text)
+    bodies, results, entry = _computations(text)
     times = _times(bodies, entry)
-    found = []
+    found: list[Collective] = []
+    channels: set[tuple[str, str]] = set()
     for name, lines in bodies.items():
         for line in lines:
             match = _COLLECTIVE.search(line)
             if match and times[name]:
+                channel = _CHANNEL.search(line)
+                if channel and (match[2], channel[1]) in channels:
+                    continue
+                if channel:
+                    channels.add((match[2], channel[1]))
                 path = _PATH.search(line)
-                arrays = list(_sizes(match[1]))
+                arrays, kind = list(_sizes(match[1])), match[2]
                 size = sum(arrays)
                 if match[3] and len(arrays) > 1:
                     # An asynchronous start gives operand, result and marks of its own.
-                    size = sorted(arrays)[-2] if match[2] == "reduce-scatter" else max(arrays)
-                found.append(Collective(match[2], times[name], size, path[1] if path else ""))
+                    size = sorted(arrays)[-2] if kind == "reduce-scatter" else max(arrays)
+                if _SCATTER.match(name):
+                    kind, size = "reduce-scatter", sum(_sizes(results[name]))
+                found.append(Collective(kind, times[name], size, path[1] if path else ""))
     return found
 
 
@@ -66,19 +78,20 @@ def totals(found: list[Collective]) -> dict[str, tuple[int, int]]:
     }
 
 
-def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """The lines of each computation, and the name of the one that is run."""
+def _computations(text: str) -> tuple[dict[str, list[str]], dict[str, str], str]:
+    """The lines and the result's shape of each computation, and the name of the one that is run."""
     bodies: dict[str, list[str]] = {}
+    results: dict[str, str] = {}
     entry = name = ""
     for line in text.splitlines():
         header = _HEADER.match(line)
         if header:
             name = header[2]
-            bodies[name] = []
+            bodies[name], results[name] = [], header[3] or ""
             entry = name if header[1] else entry
         elif name:
             bodies[name].append(line)
-    return bodies, entry
+    return bodies, results, entry
 
 
 def _times(bodies: dict[str, list[str]], entry: str) -> collections.Counter[str]:
