@@ -14,7 +14,7 @@ CONFIG = siglip.SiglipConfig(width=24, depth=3, mlp_dim=40, num_heads=3, patch_s
 
 @pytest.fixture(scope="module")
 def setting():
-    module = siglip.Module(CONFIG, out_width=10, dtype=jnp.float32, remat=False)
+    module = siglip.Module(CONFIG, out_width=10, dtype=jnp.float32)
     generator = np.random.default_rng(0)
     images = jnp.asarray(generator.uniform(-1, 1, (2, 12, 8, 3)), jnp.float32)
     params = jax.eval_shape(module.init, jax.random.key(0), images)["params"]

@@ -64,7 +64,7 @@ def test_an_unknown_field_names_the_closest(capsys):
         (["--data.num-threads", "-1"], "data.num_threads must be 0 or more, got -1"),
         (["--model.dtype", "float16"], "dtype must be 'bfloat16' or 'float32', got 'float16'"),
         (["--schedule.peak-lr", "-1"], "peak_lr must be a positive number, got -1.0"),
-        (["--mesh.fsdp", "0"], "mesh axis fsdp must be 1 or more, got 0"),
+        (["--mesh.fsdp", "0"], "mesh axis fsdp must be 1 or more, or -1 to choose, got 0"),
         (["--losses.task", "-1"], "-1"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -188,7 +188,7 @@ def test_a_config_is_named_by_its_file(tmp_path):
         '"""First line.\n\nSecond."""\nimport _shared\nget_config = _shared.make\n'
     )
     (tmp_path / "_shared.py").write_text(
-        "import pathlib\nfrom shallow_pi.training import config\n"
+        "import pathlib\nfrom shallow_pi.training import command_line\n"
         f"make = lambda: command_line.load(pathlib.Path({str(CONFIGS)!r}), 'debug')\n"
     )
     assert command_line.names(tmp_path) == {"mine": "First line."}

@@ -80,8 +80,6 @@ def run(
         resume = run_folder.prepare(folder, experiment.resume, overwrite=False)
     mesh, teacher_step = setup.validate(experiment)
     experiment = setup.resolve(experiment, teacher_step)
-    line = setup.describe_mesh(experiment, mesh)
-    progress.console.print(line, highlight=False, soft_wrap=True)
     data = batches.open_data(experiment.data, experiment.student_model, teacher_step)
     agreement.check(experiment, data.train)
     feed = loader.prefetch(
@@ -97,6 +95,8 @@ def run(
     teacher_params = setup.load_teacher(experiment, teacher_step, mesh)
     layers = setup.choose_layers(experiment, teacher_params, feed, folder if resume else None)
     spec = setup.make_spec(experiment, layers, mesh)
+    line = setup.describe_mesh(experiment, mesh)
+    progress.console.print(line, highlight=False, soft_wrap=True)
     if put_aside:
         resume = run_folder.prepare(folder, experiment.resume, overwrite=True)
     save_config(experiment, folder, bool(resume), layers)
