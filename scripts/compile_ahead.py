@@ -69,10 +69,12 @@ def main() -> None:
 def _contents(program: ahead.Program, useful: float) -> dict[str, Any]:
     """What is told of a program, as plain values."""
     values = {k: v for k, v in dataclasses.asdict(program).items() if k != "collectives"}
+    values["useful_flops_per_device"] = useful
+    if program.collectives is None:
+        return {**values, "collectives": None}
     largest = sorted(program.collectives, key=lambda c: -c.times * c.bytes)[:10]
     return {
         **values,
-        "useful_flops_per_device": useful,
         "collectives": {
             kind: {"times": times, "bytes": size}
             for kind, (times, size) in hlo.totals(program.collectives).items()
@@ -91,14 +93,15 @@ def _show(title: str, found: dict[str, Any], card: cards.Card | None) -> None:
         fits = f": {'fits' if found['total'] <= room else 'does not fit'} in {room / GIGA:.0f} GB"
     print(f"  {'in all':<12} {found['total'] / GIGA:7.2f} GB a device{fits}")
     print(f"  useful work  {found['useful_flops_per_device'] / TERA:7.2f} TFLOP a device")
-    for kind, one in found["collectives"].items():
+    if found["collectives"] is None:
+        print("  this JAX cannot read the compiler's program: what it exchanges is unknown")
+    for kind, one in (found["collectives"] or {}).items():
         print(f"  {kind:<20} {one['times']:>6} times, {one['bytes'] / GIGA:7.2f} GB a device")
     if card is not None:
         compute, exchange = found["predicted_seconds"].values()
-        print(
-            f"  forecast: {compute:.2f} s of computing at {100 * ahead.UTILIZATION:.0f} % of the "
-            f"card's rate, {exchange:.2f} s of exchange beside it"
-        )
+        beside = "" if exchange is None else f", {exchange:.2f} s of exchange beside it"
+        share = f"{100 * ahead.UTILIZATION:.0f} % of the card's rate"
+        print(f"  forecast: {compute:.2f} s of computing at {share}{beside}")
 
 
 if __name__ == "__main__":

@@ -103,7 +103,9 @@ def test_a_forecast_is_work_and_traffic_over_what_the_card_states(programs):
     compute, exchange = ahead.predict(program, 90.0, card)
     assert compute == pytest.approx(90 / 1000 / ahead.UTILIZATION)
     assert exchange == pytest.approx((3 * 100 * 2 + 2 * 50) / 10)
-    assert ahead.predict(program, 90.0, dataclasses.replace(card, links=0.0))[1] == 0
+    assert ahead.predict(program, 90.0, dataclasses.replace(card, links=0.0))[1] is None
+    unread = dataclasses.replace(program, collectives=None)
+    assert ahead.predict(unread, 90.0, card) == (compute, None)
 
 
 def test_a_program_fits_below_what_a_runtime_leaves(programs):

@@ -77,7 +77,8 @@ class Program:
     total: int
     # Bytes in the host's memory for one device: an offloaded teacher.
     host: int
-    collectives: list[hlo.Collective]
+    # None where this JAX cannot read the compiler's program: some of libtpu's for v5p and v6e.
+    collectives: list[hlo.Collective] | None
 
     def fits(self, card: int) -> bool:
         """Whether it fits into a device of so many bytes."""
@@ -180,8 +181,12 @@ def build(
     described = device.platform == "gpu" and device not in jax.devices()
     options: Any = {"xla_gpu_enable_triton_gemm": False} if described else None
     compiled = advance.lower(teacher, state, key, batch).compile(compiler_options=options)
-    plan, text = compiled.memory_analysis(), compiled.as_text()
-    if plan is None or text is None:
+    plan = compiled.memory_analysis()
+    try:
+        text = compiled.as_text()
+    except jax.errors.JaxRuntimeError:
+        text = None
+    if plan is None:
         raise ValueError(f"the compiler of {mesh.devices.flat[0].platform} tells no memory plan")
     total = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
     program = Program(
@@ -191,22 +196,24 @@ def build(
         temporary=plan.temp_size_in_bytes,
         total=total + plan.temp_size_in_bytes + plan.generated_code_size_in_bytes,
         host=shapes.bytes_per_device(teacher, host=True),
-        collectives=hlo.collectives(text),
+        collectives=None if text is None else hlo.collectives(text),
     )
     return compiled, program
 
 
-def predict(program: Program, useful_flops: float, card: cards.Card) -> tuple[float, float]:
-    """Seconds a step computes, and seconds it exchanges, which may overlap: a forecast.
+def predict(program: Program, useful_flops: float, card: cards.Card) -> tuple[float, float | None]:
+    """Seconds a step computes, and seconds it exchanges (None: unknown), which may overlap.
 
     Args:
       program: the compiled step.
       useful_flops: of the step, on one device.
       card: of its devices.
     """
-    moved = sum(c.times * c.bytes * TRAFFIC[c.kind] for c in program.collectives)
-    exchanges = moved / (card.links / 2) if card.links else 0.0
-    return useful_flops / (UTILIZATION * card.flops), exchanges
+    computes, exchanges = useful_flops / (UTILIZATION * card.flops), None
+    if program.collectives is not None and card.links:
+        moved = sum(c.times * c.bytes * TRAFFIC[c.kind] for c in program.collectives)
+        exchanges = moved / (card.links / 2)
+    return computes, exchanges
 
 
 def largest_batch(programs: Sequence[Program], card: int, multiple: int) -> int:
