@@ -10,6 +10,10 @@ import pytest
 from shallow_pi.training import loop, metrics, profiling
 
 pytestmark = pytest.mark.timeout(300)
+exact = pytest.mark.skipif(
+    not hasattr(jax.profiler, "ProfileOptions"),
+    reason="this JAX traces Python's calls too, which may crowd steps out of a trace",
+)
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +39,7 @@ def _steps(folder):
     return found
 
 
+@exact
 def test_a_trace_holds_the_steps_of_its_range(experiment, capsys):
     folder = _train(experiment, exp_name="traced", profile="2:5")
     assert _steps(folder) == {"steps-2-4": [2, 3, 4]}
@@ -43,6 +48,7 @@ def test_a_trace_holds_the_steps_of_its_range(experiment, capsys):
     assert "https://ui.perfetto.dev" in said
 
 
+@exact
 def test_an_end_or_an_error_in_mid_range_keeps_the_trace(experiment, monkeypatch):
     assert _steps(_train(experiment, exp_name="end", profile="6:7")) == {"steps-6-6": [6]}
 
