@@ -25,7 +25,7 @@ import pytest
 from shallow_pi.data import lerobot_writer, tokenizer
 from shallow_pi.models import gemma, pi0, siglip
 from shallow_pi.models import observation as observations
-from shallow_pi.training import command_line
+from shallow_pi.training import command_line, shapes
 
 TRAIN_CONFIGS = pathlib.Path(__file__).parents[1] / "train_configs"
 
@@ -38,6 +38,13 @@ def strict():
     """Pure modules must not rely on rank or dtype promotion."""
     with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
         yield
+
+
+@pytest.fixture(scope="session")
+def offloads():
+    """Whether CPU devices have memory of their host's beside their own, as JAX 0.5.3's have not."""
+    kinds = [memory.kind for memory in jax.devices()[0].addressable_memories()]
+    return shapes.HOST_MEMORY in kinds
 
 
 @pytest.fixture(scope="session")

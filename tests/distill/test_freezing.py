@@ -120,8 +120,10 @@ def test_without_the_teachers_losses_its_frozen_parts_are_enough(setting):
     assert shapes.held_teacher(dataclasses.replace(spec, freeze=()), teacher) is None
 
 
-def test_an_offloaded_teacher_makes_the_same_step(setting, frozen):
+def test_an_offloaded_teacher_makes_the_same_step(setting, frozen, offloads):
     """Its layers lie in the host's memory, split over devices, and nothing else does."""
+    if not offloads:
+        pytest.skip("this JAX's CPU devices have no memory of their host's beside their own")
     spec, teacher, params, batch = setting
     spec = dataclasses.replace(spec, freeze=FREEZE, offload_teacher=True)
     mesh = sharding.MeshConfig(fsdp=2).create(jax.devices()[:2])
@@ -136,3 +138,18 @@ def test_an_offloaded_teacher_makes_the_same_step(setting, frozen):
     expected = weights.leaves(frozen[0].params)
     for path, leaf in weights.leaves(state.params).items():
         np.testing.assert_allclose(leaf, expected[path], rtol=1e-4, atol=1e-5, err_msg=path)
+
+
+@pytest.mark.parametrize("what", ["arrays", "shapes"])
+def test_offloading_where_devices_cannot_is_refused(setting, what, monkeypatch):
+    monkeypatch.setattr(shapes, "HOST_MEMORY", "memory_of_nobody")
+    _, teacher, _, _ = setting
+    mesh = sharding.MeshConfig(fsdp=2).create(jax.devices()[:2])
+    placed = jax.device_put(teacher, sharding.param_sharding(mesh, teacher))
+    if what == "shapes":
+        placed = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
+            placed,
+        )
+    with pytest.raises(ValueError, match=r"--teacher\.offload needs .* leave it out"):
+        shapes.offload(placed)

@@ -25,12 +25,12 @@ def teacher(tmp_path_factory, tiny_experiment, tiny_params):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, tiny_experiment, teacher):
-    """Four uninterrupted steps."""
+def whole(tmp_path_factory, tiny_experiment, teacher, offloads):
+    """Four uninterrupted steps; the teacher stays where it is where it cannot be offloaded."""
     experiment = tiny_experiment(tmp_path_factory.mktemp("run"), exp_name="whole")
     experiment = dataclasses.replace(
         experiment,
-        teacher=config.TeacherConfig(str(teacher), offload=True),
+        teacher=config.TeacherConfig(str(teacher), offload=offloads),
         student=dataclasses.replace(experiment.student, freeze=FREEZE),
         optimizer=dataclasses.replace(experiment.optimizer, moments="bfloat16"),
         data=dataclasses.replace(experiment.data, held_out=0.5),
