@@ -27,8 +27,9 @@ import rich.console
 import rich.table
 import tyro
 
+from shallow_pi import figures
 from shallow_pi.data import assets
-from shallow_pi.evaluation import benchmark, plots, report, speed_plots, tuner
+from shallow_pi.evaluation import benchmark, report, speed_plots, tuner
 from shallow_pi.interop import openpi
 from shallow_pi.models import gemma, pi0, siglip, tuning
 from shallow_pi.training import command_line, distributed
@@ -216,7 +217,7 @@ def _write(
     for name, draw in (("breakdown", speed_plots.breakdown), ("growth", speed_plots.growth)):
         try:
             draw(folder / f"{name}.png", timings)
-        except plots.PlotsMissingError as error:
+        except figures.PlotsMissingError as error:
             print(error)
             return
         print(f"written: {folder / name}.png")

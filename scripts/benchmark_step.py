@@ -28,7 +28,8 @@ import rich.box
 import rich.console
 import rich.table
 
-from shallow_pi.evaluation import benchmark, plots, report, speed_plots, step_benchmark
+from shallow_pi import figures
+from shallow_pi.evaluation import benchmark, report, speed_plots, step_benchmark
 from shallow_pi.training import command_line, config, distributed, setup, shapes
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "train_configs"
@@ -145,7 +146,7 @@ def _write(
     try:
         speed_plots.training_step(folder / "step.png", timing)
         print(f"written: {folder / 'step.png'}")
-    except plots.PlotsMissingError as error:
+    except figures.PlotsMissingError as error:
         print(error)
 
 

@@ -27,7 +27,7 @@ from typing import Annotated
 import tyro
 from PIL import Image
 
-from shallow_pi import progress
+from shallow_pi import figures, progress
 from shallow_pi.data import normalize
 from shallow_pi.models import safetensors_file
 from shallow_pi.training import batches, command_line, config, data_check, data_sheet, setup
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         try:
             data_sheet.histograms(folder / "histogram.png", batch, data.assets)
             written.append("histogram.png")
-        except data_sheet.PlotsMissingError as error:
+        except figures.PlotsMissingError as error:
             _say(f"note: {error}")
 
         found = data_check.ranges(batch, data.assets)

@@ -1,8 +1,9 @@
 """Every test sees eight virtual CPU devices, so that sharded code is always tested sharded.
 
-Most of the time goes into compiling, so XLA is told to optimize little, and every program is kept
-in `.cache/jax` for the processes and runs after it (delete the folder to start anew), but not by
-JAX 0.5, which hangs on programs for several CPU devices that it reads back.
+Most of the time goes into compiling, so XLA is told to optimize little and to emit code the plain
+way (a third of the time), and every program is kept in `.cache/jax` for the processes and runs
+after it (delete the folder to start anew), but not by JAX 0.5, which hangs on programs for several
+CPU devices that it reads back.
 """
 
 # ruff: noqa: E402 (the variables come before JAX, which reads them when it is imported)
@@ -12,8 +13,12 @@ import os
 import pathlib
 
 CACHE = pathlib.Path(__file__).parents[1] / ".cache" / "jax"
+JAX = tuple(map(int, importlib.metadata.version("jax").split(".")[:2]))
 # As variables, so that the scripts the tests start see them too.
-if not importlib.metadata.version("jax").startswith("0.5."):
+os.environ["XLA_FLAGS"] = "--xla_cpu_parallel_codegen_split_count=1"
+if JAX < (0, 11):  # XLA aborts at a flag that it does not know any more.
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+if JAX >= (0, 6):
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")

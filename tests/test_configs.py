@@ -82,6 +82,7 @@ def test_the_state_evaluates_abstractly(experiment):
     assert (state.ema_params is None) == (experiment.ema_decay == 0)
 
 
+@pytest.mark.slow
 def test_a_step_evaluates_abstractly(experiment):
     """Traced, not compiled: teacher, student, losses and optimizer fit together."""
     spec = _spec(experiment)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from shallow_pi import figures
 from shallow_pi.data import lerobot, lerobot_writer, normalize, robots, tokenizer
 from shallow_pi.models import weights
 from shallow_pi.training import data_sheet
@@ -135,11 +136,11 @@ def test_made_up_samples_and_given_statistics_are_named(run, dataset):
 
 def test_without_matplotlib_the_sheet_is_written_and_a_note(run, dataset, monkeypatch):
     def missing(*_):
-        raise data_sheet.PlotsMissingError("the histograms need matplotlib: uv sync --extra plots")
+        raise figures.PlotsMissingError("figures need matplotlib: uv sync --extra plots")
 
     monkeypatch.setattr(data_sheet, "histograms", missing)
     out, err = run("pi05_libero_l6", "--data.path", dataset)
-    assert "note: the histograms need matplotlib" in err
+    assert "note: figures need matplotlib" in err
     assert out.splitlines()[-1].endswith("sheet.png")
 
 

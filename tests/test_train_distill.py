@@ -66,8 +66,7 @@ def refused(command, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_debug_runs_and_resumes_through_the_real_command(tmp_path):
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("XLA_")}
-    environment["JAX_PLATFORMS"] = "cpu"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     arguments = [sys.executable, str(SCRIPT), "debug", "--checkpoint-dir", str(tmp_path / "runs")]
     folder = tmp_path / "runs" / "debug" / "first"
 

@@ -1,5 +1,5 @@
-"""One step of the distillation: what is in the loss, who is trained, and that cutting the batch,
-splitting it over devices or repeating it changes nothing."""
+"""One step of the distillation: what is in the loss, who is trained, and that cutting the batch or
+repeating a step changes nothing. (`training/test_meshes` splits steps over devices.)"""
 
 import dataclasses
 import functools
@@ -15,7 +15,6 @@ from shallow_pi.distill import norms as gradient_norms
 from shallow_pi.models import observation as observations
 from shallow_pi.models import pi0, weights
 from shallow_pi.models.layers import Execution
-from shallow_pi.training import sharding
 
 KEY = jax.random.key(5)
 TASK = losses.Losses(velocity=0.0, attention=0.0)
@@ -151,26 +150,6 @@ def test_every_student_parameter_trains_that_can(setting, result):
     idle = {path for path, leaf in update.items() if np.abs(leaf).max() < 1e-6}
     block = "PaliGemma/img/Transformer/encoderblock/MultiHeadDotProductAttention_0"
     assert idle == {"PaliGemma/llm/final_norm/scale", f"{block}/key/bias"}
-
-
-def test_eight_devices_make_the_step_of_one(setting, result):
-    """Two ways to split the batch, and two to split the parameters."""
-    spec, teacher, state, batch = setting
-    mesh = sharding.MeshConfig(data=2, fsdp=2, tensor=2).create()
-    layout = sharding.param_sharding(mesh, jax.eval_shape(lambda: state))
-    teacher_layout = sharding.param_sharding(mesh, jax.eval_shape(lambda: teacher))
-    rows, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-    run = jax.jit(
-        functools.partial(step.distill_step, spec),
-        in_shardings=(teacher_layout, layout, everywhere, rows),
-        out_shardings=(layout, everywhere),
-    )
-    new_state, metrics = run(teacher, state, KEY, batch)
-    assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(new_state)} == {8}
-    kernel = new_state.params["PaliGemma"]["llm"]["layers"]["mlp"]["linear"]
-    assert kernel.addressable_shards[0].data.size == kernel.size // 4
-    _assert_close(_update(new_state, state), _update(result[0], state))
-    _assert_close(metrics, result[1])
 
 
 def test_accumulated_microbatches_make_the_step_of_the_whole_batch(setting, result, norms):

@@ -10,7 +10,7 @@ import pytest
 from shallow_pi.evaluation import flops, latency, speed_plots, step_benchmark
 from shallow_pi.training import ahead, setup, shapes, sharding
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 @pytest.fixture(scope="module")

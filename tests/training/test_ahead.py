@@ -35,6 +35,7 @@ def _bytes(params, size):
     return size * sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
+@pytest.mark.slow
 def test_bytes_of_what_is_given_are_those_of_the_arrays(spec, programs):
     """Data-parallel devices hold everything whole, and an eighth of the batch."""
     given = programs[8, 1, 1].given
@@ -47,6 +48,7 @@ def test_bytes_of_what_is_given_are_those_of_the_arrays(spec, programs):
     assert given["batch"] == BATCH // 8 * shapes.bytes_per_device(one_row)
 
 
+@pytest.mark.slow
 def test_splitting_parameters_takes_less_of_each_device(programs):
     whole, split = programs[8, 1, 1].given, programs[1, 8, 1].given
     for what in ("teacher", "student", "moments", "ema"):
@@ -54,6 +56,7 @@ def test_splitting_parameters_takes_less_of_each_device(programs):
     assert split["batch"] == whole["batch"]
 
 
+@pytest.mark.slow
 def test_data_parallel_steps_exchange_gradients_and_nothing_else(spec, programs):
     """One gradient's worth of bytes, metrics apart; rows of the batch stay where they are."""
     totals = hlo.totals(programs[8, 1, 1].collectives)
@@ -62,6 +65,7 @@ def test_data_parallel_steps_exchange_gradients_and_nothing_else(spec, programs)
     assert 0.99 * gradient <= totals["all-reduce"][1] <= 1.05 * gradient
 
 
+@pytest.mark.slow
 def test_split_parameters_are_gathered_and_not_the_batch(spec, programs):
     """One gradient is exchanged; each model's layers are gathered once a pass, two the student's.
 
@@ -75,6 +79,7 @@ def test_split_parameters_are_gathered_and_not_the_batch(spec, programs):
     assert totals["all-gather"][1] <= teacher + 2 * student
 
 
+@pytest.mark.slow
 def test_no_layout_gathers_the_whole_model_at_once(spec, programs):
     """A gathered array is one parameter's, of one layer where it has layers."""
     leaves = pi0.abstract_params(spec.student)
@@ -84,6 +89,7 @@ def test_no_layout_gathers_the_whole_model_at_once(spec, programs):
         assert max(gathered, default=0) <= 4 * largest, layout
 
 
+@pytest.mark.slow
 def test_the_largest_batch_lies_on_the_line_through_two(programs):
     small = dataclasses.replace(programs[8, 1, 1], batch_size=10, total=1000)
     large = dataclasses.replace(small, batch_size=20, total=1500)
@@ -95,6 +101,7 @@ def test_the_largest_batch_lies_on_the_line_through_two(programs):
         ahead.largest_batch([small, dataclasses.replace(large, total=1000)], card, 1)
 
 
+@pytest.mark.slow
 def test_a_forecast_is_work_and_traffic_over_what_the_card_states(programs):
     """A sum over devices is scattered and gathered: twice its bytes."""
     found = [hlo.Collective("all-reduce", 3, 100, ""), hlo.Collective("all-gather", 2, 50, "")]
@@ -108,6 +115,7 @@ def test_a_forecast_is_work_and_traffic_over_what_the_card_states(programs):
     assert ahead.predict(unread, 90.0, card) == (compute, None)
 
 
+@pytest.mark.slow
 def test_a_program_fits_below_what_a_runtime_leaves(programs):
     program = dataclasses.replace(programs[8, 1, 1], total=920)
     assert program.fits(1000)

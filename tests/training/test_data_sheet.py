@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from shallow_pi import figures
 from shallow_pi.data import assets, lerobot, robots, sources
 from shallow_pi.models import observation
 from shallow_pi.training import data_check, data_sheet
@@ -115,6 +116,6 @@ def test_histograms_are_drawn_and_say_what_they_need(own, batch, tmp_path, monke
         return real(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(data_sheet.PlotsMissingError, match="uv sync --extra plots"):
+    with pytest.raises(figures.PlotsMissingError, match="uv sync --extra plots"):
         data_sheet.histograms(tmp_path / "absent.png", batch, own)
     assert not (tmp_path / "absent.png").exists()

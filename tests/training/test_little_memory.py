@@ -10,7 +10,7 @@ from shallow_pi.distill import student
 from shallow_pi.models import pi0, weights
 from shallow_pi.training import checkpoint, config, loop, metrics, setup, shapes
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 FREEZE = ("vision", "embedder")
 
 

@@ -39,6 +39,7 @@ def _steps(folder):
     return found
 
 
+@pytest.mark.slow
 @exact
 def test_a_trace_holds_the_steps_of_its_range(experiment, capsys):
     folder = _train(experiment, exp_name="traced", profile="2:5")
@@ -48,6 +49,7 @@ def test_a_trace_holds_the_steps_of_its_range(experiment, capsys):
     assert "https://ui.perfetto.dev" in said
 
 
+@pytest.mark.slow
 @exact
 def test_an_end_or_an_error_in_mid_range_keeps_the_trace(experiment, monkeypatch):
     assert _steps(_train(experiment, exp_name="end", profile="6:7")) == {"steps-6-6": [6]}

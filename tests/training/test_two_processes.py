@@ -34,7 +34,7 @@ class Job:
     def __init__(self, runs, *arguments, processes=2, devices=2, each=((), ()), only=None):
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("XLA_")} | {
+        environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": str(devices),
             "SHALLOW_PI_NUM_PROCESSES": str(processes),

@@ -23,11 +23,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from shallow_pi import progress
+from shallow_pi import progress, user_cache
 from shallow_pi.data import lerobot, transforms
 
-# Where caches lie if nothing else is said: under this variable, or else here.
-VARIABLE, HOME = "SHALLOW_PI_CACHE", "~/.cache/shallow_pi"
 # Left free on the disk.
 RESERVE = 2**30
 # Of a record: it is there, and its checksum. Holes in a file read as zeros.
@@ -39,7 +37,7 @@ _FORMAT = 1
 
 def default_folder() -> pathlib.Path:
     """`$SHALLOW_PI_CACHE/frames`, by default in the user's cache folder."""
-    return pathlib.Path(os.environ.get(VARIABLE) or HOME).expanduser() / "frames"
+    return user_cache.folder("frames")
 
 
 class FrameCache:
@@ -136,7 +134,7 @@ class FrameCache:
             except OSError as error:
                 raise OSError(
                     f"no place for the frame cache at {path.parent}: {error}; choose another "
-                    f"folder with --data.cache-dir or ${VARIABLE}, or --data.cache none"
+                    f"folder with --data.cache-dir or ${user_cache.VARIABLE}, or --data.cache none"
                 ) from error
 
     def __del__(self) -> None:

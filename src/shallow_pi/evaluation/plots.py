@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
+from shallow_pi import figures
 from shallow_pi.evaluation import rollout
 
 # Okabe and Ito's palette, which stays distinct for colour-blind readers and in print.
@@ -37,27 +38,6 @@ NAMES = {
 Rows = Sequence[Mapping[str, Any]]
 
 
-class PlotsMissingError(ModuleNotFoundError):
-    """Matplotlib is not installed."""
-
-
-def make_figure(
-    rows: int, columns: int, size: tuple[float, float], **kwargs: Any
-) -> tuple[Any, Any]:
-    """A figure without a display and its (rows, columns) array of axes."""
-    try:
-        from matplotlib.backends import backend_agg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise PlotsMissingError(
-            "Expected matplotlib for the figures, found none; install it with "
-            "`uv sync --extra plots` and run the same command again with --resume."
-        ) from error
-    figure = Figure(figsize=size, layout="constrained", dpi=150)
-    backend_agg.FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, columns, squeeze=False, **kwargs)
-
-
 def tidy(axis: Any, grid: str) -> None:
     """No frame but the axes; grid lines of "x", "y" or "both"."""
     axis.spines[["top", "right"]].set_visible(False)
@@ -79,7 +59,7 @@ def loss_curves(
       panels: key in the rows → title.
       references: key of a panel → key of the teacher's own value, drawn dashed.
     """
-    figure, axes = make_figure(1, len(panels), (4.0 * len(panels) + 0.6, 3.5))
+    figure, axes = figures.make(1, len(panels), (4.0 * len(panels) + 0.6, 3.5))
     for axis, (key, title) in zip(axes[0], panels.items(), strict=True):
         for run, rows in curves.items():
             steps, values = _series(rows, key)
@@ -135,7 +115,7 @@ def group_bars(path: pathlib.Path, errors: Mapping[str, Mapping[str, float]]) ->
       path: PNG to write.
       errors: group with its unit → whose actions are compared → error (`held_out.group_errors`).
     """
-    figure, axes = make_figure(1, len(errors), (1.4 + 2.4 * len(errors), 2.0))
+    figure, axes = figures.make(1, len(errors), (1.4 + 2.4 * len(errors), 2.0))
     for axis, (group, bars) in zip(axes[0], errors.items(), strict=True):
         colors = [COLORS["teacher" if words.startswith("teacher") else "student"] for words in bars]
         axis.barh(list(bars), list(bars.values()), height=0.62, color=colors, alpha=0.85)
@@ -152,7 +132,7 @@ def success(path: pathlib.Path, scopes: Mapping[str, Mapping[str, rollout.Evalua
     """Success of every policy with its interval, a panel for each scope (see `report.scopes`)."""
     evaluations = next(iter(scopes.values()))
     height = 1.1 + 0.42 * len(evaluations)
-    figure, axes = make_figure(1, len(scopes), (1.8 + 2.9 * len(scopes), height), sharey=True)
+    figure, axes = figures.make(1, len(scopes), (1.8 + 2.9 * len(scopes), height), sharey=True)
     places = {policy: i for i, policy in enumerate(evaluations)}
     for axis, (title, column) in zip(axes[0], scopes.items(), strict=True):
         for policy, evaluation in column.items():
@@ -179,7 +159,7 @@ def strip(path: pathlib.Path, recording: rollout.Recording, count: int = 8) -> N
     chosen = np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(int))
     cameras = list(recording.frames)
     size = (1.35 * len(chosen) + 0.5, 1.4 * len(cameras) + 0.6)
-    figure, axes = make_figure(len(cameras), len(chosen), size)
+    figure, axes = figures.make(len(cameras), len(chosen), size)
     for row, camera in zip(axes, cameras, strict=True):
         for axis, frame in zip(row, chosen, strict=True):
             axis.imshow(recording.frames[camera][frame], interpolation="nearest")

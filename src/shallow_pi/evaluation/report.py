@@ -21,6 +21,7 @@ import rich.box
 import rich.console
 import rich.table
 
+from shallow_pi import figures
 from shallow_pi.data import robots
 from shallow_pi.evaluation import held_out, intervals, plots, rollout
 from shallow_pi.evaluation import latency as latencies
@@ -312,7 +313,7 @@ def write(folder: pathlib.Path, report: Report) -> list[pathlib.Path]:
         try:
             draw(folder / name)
             pictures[caption] = name
-        except plots.PlotsMissingError as error:
+        except figures.PlotsMissingError as error:
             missing = str(error)
     page = markdown(report, pictures)
     if missing:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from shallow_pi import figures
 from shallow_pi.evaluation import benchmark, plots, step_benchmark
 
 PARTS = ("image tower", "rest of the prefix", "steps")
@@ -13,7 +14,7 @@ PARTS = ("image tower", "rest of the prefix", "steps")
 
 def breakdown(path: pathlib.Path, timings: Sequence[benchmark.Timing]) -> None:
     """Milliseconds of one inference by part, a bar for each timing."""
-    figure, axes = plots.make_figure(1, 1, (6.4, 1.2 + 0.5 * len(timings)))
+    figure, axes = figures.make(1, 1, (6.4, 1.2 + 0.5 * len(timings)))
     axis = axes[0][0]
     labels = [_label(timing, timings) for timing in timings]
     left = np.zeros(len(timings))
@@ -35,7 +36,7 @@ def growth(path: pathlib.Path, timings: Sequence[benchmark.Timing]) -> None:
 
     The paper's Figure 2. Other samplers of the same run are dashed.
     """
-    figure, axes = plots.make_figure(1, 2, (9.0, 3.4), sharey=True)
+    figure, axes = figures.make(1, 2, (9.0, 3.4), sharey=True)
     depth = ("depth", "layers", lambda timing: timing.visual_tokens, "{} visual tokens")
     tokens = ("visual_tokens", "visual tokens", lambda timing: timing.depth, "{} layers")
     for axis, (field, title, line, label) in zip(axes[0], (depth, tokens), strict=True):
@@ -54,7 +55,7 @@ def growth(path: pathlib.Path, timings: Sequence[benchmark.Timing]) -> None:
 
 def training_step(path: pathlib.Path, timing: step_benchmark.Timing) -> None:
     """Milliseconds of the two kinds of step, and what the memory of a device holds in each."""
-    figure, axes = plots.make_figure(1, 2, (9.0, 2.2), sharey=True)
+    figure, axes = figures.make(1, 2, (9.0, 2.2), sharey=True)
     kinds, (times, memory) = list(timing.median_ms), axes[0]
     for kind in kinds:
         times.barh([kind], [timing.median_ms[kind]], height=0.6, color="#0072b2")

@@ -9,6 +9,7 @@ dim, s prefix tokens, t suffix tokens.
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -236,7 +237,12 @@ def init(config: Pi0Config, key: Array) -> PyTree:
 
 def abstract_params(config: Pi0Config) -> PyTree:
     """Shapes and dtypes of the parameters, computed without allocating any."""
-    return jax.eval_shape(lambda key: init(config, key), jax.random.key(0))
+    return jax.tree.map(lambda leaf: leaf, _abstract_params(config))
+
+
+@functools.cache
+def _abstract_params(config: Pi0Config) -> PyTree:
+    return jax.eval_shape(functools.partial(init, config), jax.random.key(0))
 
 
 def velocity(

@@ -18,9 +18,8 @@ from typing import Any
 
 import jax
 
+from shallow_pi import user_cache
 from shallow_pi.models import attention, pi0, prepare
-
-VARIABLE, HOME = "SHALLOW_PI_CACHE", "~/.cache/shallow_pi"
 
 
 def best(config: pi0.Pi0Config) -> prepare.Savings:
@@ -45,8 +44,7 @@ def path(config: pi0.Pi0Config) -> pathlib.Path:
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
     device = re.sub(r"[^a-z0-9]+", "-", content["device"].lower()).strip("-")
     name = f"{device}-jax-{jax.__version__}-{'pi05' if config.pi05 else 'pi0'}-l{config.depth}"
-    folder = pathlib.Path(os.environ.get(VARIABLE) or HOME).expanduser() / "tuning"
-    return folder / f"{name}-{digest}.json"
+    return user_cache.folder("tuning") / f"{name}-{digest}.json"
 
 
 def store(

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
+from shallow_pi import figures
 from shallow_pi.data import assets as policy_assets
 from shallow_pi.data import loader, sources
 from shallow_pi.models import observation
@@ -32,10 +33,6 @@ _COLORS = (
     *("#0072b2", "#d55e00", "#009e73", "#cc79a7"),
     *("#e69f00", "#56b4e9", "#7f7f7f", "#000000"),
 )
-
-
-class PlotsMissingError(ModuleNotFoundError):
-    """Matplotlib is not installed."""
 
 
 def write(
@@ -243,22 +240,14 @@ def histograms(
       assets: of the policy; None for synthetic samples.
 
     Raises:
-      PlotsMissingError: matplotlib is not installed.
+      figures.PlotsMissingError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends import backend_agg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise PlotsMissingError(
-            "the histograms need matplotlib: install it with `uv sync --extra plots`"
-        ) from error
     found = data_check.values(batch, assets)
     owns = {own.name: own for own in data_check.ranges(batch, assets)}
     columns = min(8, max(value.shape[1] for value in found.values()))
     heights = [-(-value.shape[1] // columns) for value in found.values()]
-    figure = Figure(figsize=(1.7 * columns, 1.5 * sum(heights)), layout="constrained", dpi=110)
-    backend_agg.FigureCanvasAgg(figure)
-    axes = figure.subplots(sum(heights), columns, squeeze=False)
+    size = (1.7 * columns, 1.5 * sum(heights))
+    figure, axes = figures.make(sum(heights), columns, size, dpi=110)
     figure.suptitle("after normalization; −1 to 1 is grey", fontsize=9)
     for axis in axes.flat:
         axis.axis("off")

@@ -12,7 +12,6 @@ import dataclasses
 import inspect
 import json
 import os
-import pathlib
 import re
 import sys
 import threading
@@ -24,7 +23,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from shallow_pi import progress
+from shallow_pi import progress, user_cache
 from shallow_pi.training import roll_call
 
 COORDINATOR = "SHALLOW_PI_COORDINATOR"
@@ -211,15 +210,14 @@ def split_cpu(rows: int) -> None:
 
 
 def cache_compilations() -> None:
-    """Keep compiled programs in `~/.cache/shallow_pi`, so that the next run starts at once.
+    """Keep compiled programs in the user's cache folder, so that the next run starts at once.
 
     `JAX_COMPILATION_CACHE_DIR` names another folder; set and empty, it turns the cache off. JAX
     before 0.7 keeps none of its own accord: a program for several CPU devices that is read back
     hangs or crashes there.
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ and jax.__version_info__ >= (0, 7):
-        folder = pathlib.Path("~/.cache/shallow_pi/compiled").expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_compilation_cache_dir", str(user_cache.folder("compiled")))
 
 
 def is_main() -> bool:

@@ -172,7 +172,7 @@ def _loop(
     label: str,
 ) -> pathlib.Path:
     key = jax.random.key(experiment.seed)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes.abstract_state(spec, mesh))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     advance_state = jax.jit(
         functools.partial(step.distill_step, spec),
         out_shardings=(shardings, sharding.replicated(mesh)),

@@ -1,0 +1,28 @@
+"""Figures without a display, where matplotlib (the extra `plots`) is installed."""
+
+from typing import Any
+
+
+class PlotsMissingError(ModuleNotFoundError):
+    """Matplotlib is not installed."""
+
+
+def make(
+    rows: int, columns: int, size: tuple[float, float], *, dpi: int = 150, **kwargs: Any
+) -> tuple[Any, Any]:
+    """A figure of a size in inches, and its (rows, columns) array of axes.
+
+    Raises:
+      PlotsMissingError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends import backend_agg
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise PlotsMissingError(
+            "figures need matplotlib: install it with `uv sync --extra plots`, and run the same "
+            "command again for them"
+        ) from error
+    figure = Figure(figsize=size, layout="constrained", dpi=dpi)
+    backend_agg.FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False, **kwargs)
