@@ -94,7 +94,8 @@ def _show(title: str, found: dict[str, Any], card: cards.Card | None) -> None:
     print(f"  {'in all':<12} {found['total'] / GIGA:7.2f} GB a device{fits}")
     print(f"  useful work  {found['useful_flops_per_device'] / TERA:7.2f} TFLOP a device")
     if found["collectives"] is None:
-        print("  this JAX cannot read the compiler's program: what it exchanges is unknown")
+        print("  what it exchanges is unknown: its compiler is newer than this JAX, which can read")
+        print("  programs of the libtpu that it names itself (uv sync --extra tpu)")
     for kind, one in (found["collectives"] or {}).items():
         print(f"  {kind:<20} {one['times']:>6} times, {one['bytes'] / GIGA:7.2f} GB a device")
     if card is not None:

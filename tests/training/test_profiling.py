@@ -41,16 +41,6 @@ def _steps(folder):
 
 @pytest.mark.slow
 @exact
-def test_a_trace_holds_the_steps_of_its_range(experiment, capsys):
-    folder = _train(experiment, exp_name="traced", profile="2:5")
-    assert _steps(folder) == {"steps-2-4": [2, 3, 4]}
-    said = capsys.readouterr().err
-    assert f"tensorboard --logdir {folder.absolute() / 'profile'}" in said
-    assert "https://ui.perfetto.dev" in said
-
-
-@pytest.mark.slow
-@exact
 def test_an_end_or_an_error_in_mid_range_keeps_the_trace(experiment, monkeypatch):
     assert _steps(_train(experiment, exp_name="end", profile="6:7")) == {"steps-6-6": [6]}
 
@@ -70,9 +60,13 @@ def test_an_end_or_an_error_in_mid_range_keeps_the_trace(experiment, monkeypatch
 
 
 @pytest.mark.slow
-def test_a_resumed_run_traces_what_is_ahead_of_it_once(experiment):
+@exact
+def test_a_trace_holds_its_range_and_a_resumed_runs_what_is_ahead_of_it(experiment, capsys):
     changes = {"exp_name": "resumed", "num_train_steps": 3}
     folder = _train(experiment, **changes, profile="1:3")
+    said = capsys.readouterr().err
+    assert f"tensorboard --logdir {folder.absolute() / 'profile'}" in said
+    assert "https://ui.perfetto.dev" in said
     # As a scheduler does, with the same command: nothing is left to trace, and nothing is wrong.
     _train(experiment, **changes | {"num_train_steps": 4}, profile="1:3", resume=True)
     with pytest.raises(ValueError, match=r"profile 3:6 begins before step 5, at which this run go"):

@@ -41,6 +41,8 @@ PACKAGES = (
     "shallow-pi",
     "jax",
     "jaxlib",
+    "jax-cuda12-plugin",
+    "libtpu",
     "flax",
     "optax",
     "orbax-checkpoint",

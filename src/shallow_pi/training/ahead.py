@@ -77,7 +77,7 @@ class Program:
     total: int
     # Bytes in the host's memory for one device: an offloaded teacher.
     host: int
-    # None where this JAX cannot read the compiler's program: some of libtpu's for v5p and v6e.
+    # None where the compiler's program is of a newer XLA than this JAX can read.
     collectives: list[hlo.Collective] | None
 
     def fits(self, card: int) -> bool:
