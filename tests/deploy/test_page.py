@@ -1,6 +1,5 @@
 """The page at / in a real browser: numbers, cameras and curves, and nothing from elsewhere."""
 
-import contextlib
 import threading
 import time
 
@@ -27,14 +26,19 @@ def observation(value):
 
 
 def robot(running, stop, **client):
-    """Sends an observation every 50 ms until told otherwise."""
+    """Sends an observation every 50 ms until told otherwise, or until the server stops."""
     connected = websocket_client_policy.WebsocketClientPolicy(running.url, **client)
     count = 0
-    with contextlib.suppress(websockets.exceptions.ConnectionClosed):
+    try:
         while not stop.is_set():
             connected.infer(observation(np.sin(count / 5)))
             count += 1
             time.sleep(0.05)
+    except websockets.exceptions.ConnectionClosed:
+        pass
+    except RuntimeError as error:  # What the client makes of an answer in words.
+        if "the server stops" not in str(error):
+            raise
     connected._ws.close()
 
 
