@@ -209,7 +209,7 @@ def test_imports_point_down(path):
 def test_deploy_needs_models_and_data_alone(path):
     if name_of(path).startswith("deploy/"):
         found = {other.split("/")[0] for other in ours(path)}
-        assert found <= {"models", "data", "deploy", "progress", "user_cache"}
+        assert found <= {"models", "data", "deploy", "progress"}
 
 
 def _tests() -> list[pathlib.Path]:

@@ -186,6 +186,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(start, command, t
     run, whole, dataset, small = start(name, "--num-train-steps", 4)
     assert _steps(whole) == [2, 4]
     resolved = json.loads((whole / "config.json").read_text())
+    assert tuple(resolved["layer_map"]) == (0, 3, 7, 10, 14, 17)
     assert resolved["model"]["backbone"]["width"] == small.backbone.width
     # The same run, as it was when step 2 was its last.
     again = tmp_path / "again" / name / "first"

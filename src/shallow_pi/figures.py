@@ -21,7 +21,7 @@ def make(
     except ModuleNotFoundError as error:
         raise PlotsMissingError(
             "figures need matplotlib: install it with `uv sync --extra plots`, and run the same "
-            "command again for them"
+            "command again for them (training with --resume)"
         ) from error
     figure = Figure(figsize=size, layout="constrained", dpi=dpi)
     backend_agg.FigureCanvasAgg(figure)
