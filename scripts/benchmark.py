@@ -28,11 +28,14 @@ import rich.table
 import tyro
 
 from shallow_pi import figures
-from shallow_pi.data import assets
-from shallow_pi.evaluation import benchmark, report, speed_plots, tuner
+from shallow_pi.data.robots import assets
+from shallow_pi.evaluation import report
+from shallow_pi.inference import tuning
 from shallow_pi.interop import openpi
-from shallow_pi.models import gemma, pi0, siglip, tuning
-from shallow_pi.training import command_line, distributed
+from shallow_pi.models import gemma, pi0, siglip
+from shallow_pi.parallel import processes
+from shallow_pi.speed import inference, plots, tuner
+from shallow_pi.training import command_line
 
 ROOT = pathlib.Path(__file__).parents[1]
 TERA, GIGA = 1e12, 1e9
@@ -110,7 +113,7 @@ class Arguments:
 
 def main() -> None:
     """Time every model, print a table, write what was asked for."""
-    distributed.cache_compilations()
+    processes.cache_compilations()
     given = tyro.cli(Arguments, description=__doc__)
     with command_line.exit_on(ModuleNotFoundError):
         models = list(given.models())
@@ -121,9 +124,9 @@ def main() -> None:
             for model, steps in models:
                 _tune(model, steps, given.repeats)
         size = 2048 if jax.default_backend() == "cpu" else 8192
-        limit = benchmark.ceiling(models[0][0].dtype, size)
+        limit = inference.ceiling(models[0][0].dtype, size)
         timings = [
-            benchmark.measure(
+            inference.measure(
                 model,
                 num_steps=steps,
                 repeats=given.repeats,
@@ -152,7 +155,7 @@ def _tune(model: pi0.Pi0Config, num_steps: int, repeats: int) -> None:
     print(f"written: {tuning.store(model, found.savings, found.median_ms)}")
 
 
-def _show(timings: list[benchmark.Timing], limit: benchmark.Ceiling) -> None:
+def _show(timings: list[inference.Timing], limit: inference.Ceiling) -> None:
     first, last = timings[0], timings[-1]
     console = rich.console.Console()
     title = (
@@ -198,8 +201,8 @@ def _show(timings: list[benchmark.Timing], limit: benchmark.Ceiling) -> None:
 def _write(
     folder: pathlib.Path,
     given: Arguments,
-    timings: list[benchmark.Timing],
-    limit: benchmark.Ceiling,
+    timings: list[inference.Timing],
+    limit: inference.Ceiling,
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     content = {
@@ -214,7 +217,7 @@ def _write(
     path = folder / "benchmark.json"
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     print(f"written: {path}")
-    for name, draw in (("breakdown", speed_plots.breakdown), ("growth", speed_plots.growth)):
+    for name, draw in (("breakdown", plots.breakdown), ("growth", plots.growth)):
         try:
             draw(folder / f"{name}.png", timings)
         except figures.PlotsMissingError as error:

@@ -34,18 +34,11 @@ import numpy as np
 import tyro
 
 from shallow_pi import progress
-from shallow_pi.data import (
-    frame_cache,
-    hub,
-    lerobot,
-    lerobot_writer,
-    loader,
-    pipelines,
-    robots,
-    sources,
-    tokenizer,
-    video_writer,
-)
+from shallow_pi.data import frame_cache, loader, sources
+from shallow_pi.data.lerobot import hub, reader, video_writer
+from shallow_pi.data.lerobot import writer as lerobot_writer
+from shallow_pi.data.robots import pipelines, tokenizer
+from shallow_pi.data.robots import robot as robots
 from shallow_pi.training import command_line
 
 HORIZON = 50
@@ -110,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def measure(given: Arguments, scratch: pathlib.Path) -> dict[str, Any]:
     """Pictures a second of every way, medians of repeats that take turns."""
-    dataset = lerobot.Dataset(hub.locate(given.path) if given.path else _make_up(given, scratch))
+    dataset = reader.Dataset(hub.locate(given.path) if given.path else _make_up(given, scratch))
     video = [c for c in dataset.cameras if dataset.features[c]["dtype"] == "video"]
     if not video or len(video) < len(dataset.cameras):
         raise ValueError(
@@ -173,7 +166,7 @@ PLAIN, TUNED = "PyAV, as it comes", "PyAV, decoders of one thread"
 
 
 def _ways(
-    given: Arguments, dataset: lerobot.Dataset, source: sources.DatasetSource, scratch: pathlib.Path
+    given: Arguments, dataset: reader.Dataset, source: sources.DatasetSource, scratch: pathlib.Path
 ) -> dict[str, tuple[_Run, int]]:
     """For every way what gives its pictures a second, and how many threads or processes it has."""
     cameras, samples = list(dataset.cameras), given.batch_size * given.batches
@@ -243,7 +236,7 @@ class _Timer:
 
 
 def _pyav(
-    dataset: lerobot.Dataset, order: list[int], threads: int, tuned: bool
+    dataset: reader.Dataset, order: list[int], threads: int, tuned: bool
 ) -> tuple[float, float]:
     """Decode the pictures of `order` to RGB with PyAV alone."""
     local = threading.local()
@@ -277,7 +270,7 @@ def _pyav(
 
 
 def _source(
-    dataset: lerobot.Dataset, image_size: int, scratch: pathlib.Path
+    dataset: reader.Dataset, image_size: int, scratch: pathlib.Path
 ) -> sources.DatasetSource:
     """Everything a run does to its samples, whatever robot made them."""
     state = dataset.columns[lerobot_writer.STATE_KEY].shape[1]

@@ -29,8 +29,10 @@ import rich.console
 import rich.table
 
 from shallow_pi import figures
-from shallow_pi.evaluation import benchmark, report, speed_plots, step_benchmark
-from shallow_pi.training import command_line, config, distributed, setup, shapes
+from shallow_pi.evaluation import report
+from shallow_pi.parallel import processes, shapes
+from shallow_pi.speed import inference, plots, step
+from shallow_pi.training import command_line, config, setup
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "train_configs"
 GIGA, TERA = 1e9, 1e12
@@ -46,32 +48,32 @@ def main() -> None:
     with command_line.exit_on():
         if own.repeats < 1:
             raise ValueError(f"--repeats must be 1 or more, got {own.repeats}")
-        distributed.initialize()
-        distributed.cache_compilations()
+        processes.initialize()
+        processes.cache_compilations()
         experiment = command_line.cli(CONFIGS, __doc__ or "", arguments)
-        distributed.split_cpu(experiment.batch_size // experiment.accumulation)
+        processes.split_cpu(experiment.batch_size // experiment.accumulation)
         timing, limit = _measure(experiment, own.repeats)
-        if distributed.is_main():
+        if processes.is_main():
             dtype = experiment.model.dtype
-            _show(experiment.name, timing, limit, step_benchmark.data_sheet(timing.device, dtype))
+            _show(experiment.name, timing, limit, step.data_sheet(timing.device, dtype))
             if own.output:
                 _write(pathlib.Path(own.output), arguments, timing, limit)
 
 
 def _measure(
     experiment: config.DistillConfig, repeats: int
-) -> tuple[step_benchmark.Timing, benchmark.Ceiling]:
+) -> tuple[step.Timing, inference.Ceiling]:
     if experiment.teacher is not None:
         made_up = dataclasses.replace(experiment.teacher, path=setup.RANDOM)
         experiment = dataclasses.replace(experiment, teacher=made_up)
     mesh = setup.make_mesh(experiment, jax.devices())
     spec = setup.any_spec(experiment, mesh)
     size = 2048 if jax.default_backend() == "cpu" else 8192
-    with step_benchmark.explained(experiment.batch_size):
-        limit = benchmark.ceiling(experiment.model.dtype, size)
+    with step.explained(experiment.batch_size):
+        limit = inference.ceiling(experiment.model.dtype, size)
         teacher = setup.load_teacher(experiment, None, mesh)
         abstract = shapes.abstract_state(spec, mesh)
-        timing = step_benchmark.measure(
+        timing = step.measure(
             spec,
             mesh,
             teacher,
@@ -84,8 +86,8 @@ def _measure(
 
 def _show(
     name: str,
-    timing: step_benchmark.Timing,
-    limit: benchmark.Ceiling,
+    timing: step.Timing,
+    limit: inference.Ceiling,
     data_sheet: float | None,
 ) -> None:
     title = (
@@ -121,15 +123,15 @@ def _show(
         print(f"peak memory of a device, both steps: {timing.peak_bytes / GIGA:.3g} GB")
     ratio = timing.ratio
     print(f"a distillation step costs {ratio:.2f} fine-tuning steps (target: {MOST_RATIO} at most)")
-    share = timing.utilization(step_benchmark.DISTILLATION, data_sheet or limit.flops_per_second)
+    share = timing.utilization(step.DISTILLATION, data_sheet or limit.flops_per_second)
     print(f"MFU {100 * share:.0f} % (target: {100 * LEAST_UTILIZATION:.0f} % or more)")
 
 
 def _write(
     folder: pathlib.Path,
     arguments: list[str],
-    timing: step_benchmark.Timing,
-    limit: benchmark.Ceiling,
+    timing: step.Timing,
+    limit: inference.Ceiling,
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     content = {
@@ -144,7 +146,7 @@ def _write(
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     print(f"written: {path}")
     try:
-        speed_plots.training_step(folder / "step.png", timing)
+        plots.training_step(folder / "step.png", timing)
         print(f"written: {folder / 'step.png'}")
     except figures.PlotsMissingError as error:
         print(error)

@@ -18,8 +18,10 @@ import time
 from typing import Any
 
 from shallow_pi import progress
-from shallow_pi.evaluation import flops, report
-from shallow_pi.training import ahead, cards, command_line, hlo, memory, setup
+from shallow_pi.evaluation import report
+from shallow_pi.planning import accelerators, compile, hlo, memory
+from shallow_pi.speed import flops
+from shallow_pi.training import command_line, setup
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "train_configs"
 GIGA, TERA = 1e9, 1e12
@@ -34,13 +36,13 @@ def main() -> None:
     own, arguments = parser.parse_known_args()
     with command_line.exit_on():
         experiment = command_line.cli(CONFIGS, __doc__ or "", arguments)
-        mesh = setup.make_mesh(experiment, ahead.devices(own.devices, own.topology))
+        mesh = setup.make_mesh(experiment, compile.devices(own.devices, own.topology))
         spec = setup.any_spec(experiment, mesh)
         dtype = setup.teacher_dtype(experiment)
         name = own.topology or f"cpu:{own.devices}"
         progress.console.print(f"Compiling {experiment.name} for {name}: minutes at full size")
         began = time.perf_counter()
-        program = ahead.compile_step(spec, mesh, experiment.batch_size, dtype)
+        program = compile.compile_step(spec, mesh, experiment.batch_size, dtype)
         seconds = time.perf_counter() - began
         useful = flops.training_flops(
             spec.student,
@@ -50,9 +52,9 @@ def main() -> None:
             freeze=experiment.student.freeze,
         )
         found = _contents(program, useful / mesh.size)
-        card = cards.find(mesh.devices.flat[0].device_kind)
+        card = accelerators.find(mesh.devices.flat[0].device_kind)
         if card is not None:
-            seconds_of = ahead.predict(program, useful / mesh.size, card)
+            seconds_of = compile.predict(program, useful / mesh.size, card)
             found["predicted_seconds"] = dict(zip(("compute", "exchange"), seconds_of, strict=True))
         _show(f"{experiment.name}, {name}", found, card)
         print(f"compiled in {seconds:.0f} s")
@@ -66,7 +68,7 @@ def main() -> None:
             print(f"written: {path}")
 
 
-def _contents(program: ahead.Program, useful: float) -> dict[str, Any]:
+def _contents(program: compile.Program, useful: float) -> dict[str, Any]:
     """What is told of a program, as plain values."""
     values = {k: v for k, v in dataclasses.asdict(program).items() if k != "collectives"}
     values["useful_flops_per_device"] = useful
@@ -83,7 +85,7 @@ def _contents(program: ahead.Program, useful: float) -> dict[str, Any]:
     }
 
 
-def _show(title: str, found: dict[str, Any], card: cards.Card | None) -> None:
+def _show(title: str, found: dict[str, Any], card: accelerators.Card | None) -> None:
     print(f"{title}: batch {found['batch_size']} on {found['devices']} devices")
     for name, size in {**found["given"], "temporary": found["temporary"]}.items():
         print(f"  {name:<12} {size / GIGA:7.2f} GB a device")
@@ -101,7 +103,7 @@ def _show(title: str, found: dict[str, Any], card: cards.Card | None) -> None:
     if card is not None:
         compute, exchange = found["predicted_seconds"].values()
         beside = "" if exchange is None else f", {exchange:.2f} s of exchange beside it"
-        share = f"{100 * ahead.UTILIZATION:.0f} % of the card's rate"
+        share = f"{100 * compile.UTILIZATION:.0f} % of the card's rate"
         print(f"  forecast: {compute:.2f} s of computing at {share}{beside}")
 
 

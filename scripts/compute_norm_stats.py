@@ -23,9 +23,12 @@ from collections.abc import Sequence
 import tyro
 
 from shallow_pi import progress
-from shallow_pi.data import lerobot, normalize, robots, sources, statistics
-from shallow_pi.models import fetch
-from shallow_pi.training import batches, command_line
+from shallow_pi.checkpoints import fetch
+from shallow_pi.data import opening, sources
+from shallow_pi.data.lerobot import reader
+from shallow_pi.data.robots import normalize, statistics
+from shallow_pi.data.robots import robot as robots
+from shallow_pi.training import command_line
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "train_configs"
 
@@ -35,7 +38,7 @@ class Arguments:
     """What to compute, and where to put it."""
 
     # The dataset and its robot.
-    data: batches.DataConfig
+    data: opening.DataConfig
     # Actions of a chunk: the model's action horizon.
     horizon: int = 50
     # How the model normalizes: z_score (π0) or quantile (π0.5); for the warnings only.
@@ -49,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if arguments is None else arguments)
     with command_line.exit_on():
         name = words.pop(0) if words and not words[0].startswith("-") else ""
-        default = Arguments(data=batches.DataConfig())
+        default = Arguments(data=opening.DataConfig())
         if name:
             own = command_line.load(CONFIGS, name)
             kind = normalize.kind_of(own.model.pi05)
@@ -62,14 +65,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         robot = robots.find(given.data.robot)
         # Without a look at pictures, no video of a dataset on the hub is fetched.
         looks = given.data.skip_bad_episodes
-        datasets, _ = batches.open_datasets(given.data, robot, pictures=looks)
+        datasets, _ = opening.open_datasets(given.data, robot, pictures=looks)
         with progress.bar("Statistics", robot.state_dim + robot.action_dim) as advance:
             found = sources.norm_stats(datasets, robot, given.horizon, advance)
         _tell(datasets, found, given, name or datasets[0].path.name)
 
 
 def _tell(
-    datasets: Sequence[lerobot.Dataset],
+    datasets: Sequence[reader.Dataset],
     found: dict[str, normalize.NormStats],
     given: Arguments,
     name: str,

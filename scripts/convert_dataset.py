@@ -21,7 +21,8 @@ import numpy as np
 import tyro
 
 from shallow_pi import progress
-from shallow_pi.data import hub, lerobot, lerobot_writer, video_writer
+from shallow_pi.data.lerobot import hub, reader, video_writer
+from shallow_pi.data.lerobot import writer as lerobot_writer
 from shallow_pi.training import command_line
 
 SAMPLED = 20
@@ -50,15 +51,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, convert, say where it is."""
     given = tyro.cli(Arguments, args=arguments, description=__doc__)
     with command_line.exit_on():
-        source = lerobot.Dataset(
-            hub.locate(given.source), skip_bad_episodes=given.skip_bad_episodes
-        )
+        source = reader.Dataset(hub.locate(given.source), skip_bad_episodes=given.skip_bad_episodes)
         for episode, reason in source.skipped.items():
             progress.console.print(f"warning: episode {episode} is left out: {reason}")
         print(convert(source, given))
 
 
-def convert(source: lerobot.Dataset, given: Arguments) -> str:
+def convert(source: reader.Dataset, given: Arguments) -> str:
     """Write the dataset anew, episode by episode."""
     videos = [key for key in source.cameras if source.features[key]["dtype"] == "video"]
     if given.pictures == "copy" and videos and source.layout.version == "v3.0":

@@ -15,7 +15,8 @@ import pathlib
 import sys
 
 from shallow_pi import progress
-from shallow_pi.training import ahead, cards, command_line, config, setup
+from shallow_pi.planning import accelerators, compile
+from shallow_pi.training import command_line, config, setup
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "train_configs"
 GIGA = 1e9
@@ -26,11 +27,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--topology", default="")
-    parser.add_argument("--card", default="", choices=["", *cards.CARDS])
+    parser.add_argument("--card", default="", choices=["", *accelerators.CARDS])
     own, arguments = parser.parse_known_args()
     with command_line.exit_on():
         experiment = command_line.cli(CONFIGS, __doc__ or "", arguments)
-        mesh = setup.make_mesh(experiment, ahead.devices(own.devices, own.topology))
+        mesh = setup.make_mesh(experiment, compile.devices(own.devices, own.topology))
         spec = setup.any_spec(experiment, mesh)
         dtype = setup.teacher_dtype(experiment)
         ways = mesh.shape["data"] * mesh.shape["fsdp"] * experiment.accumulation
@@ -38,14 +39,14 @@ def main() -> None:
         programs = []
         with progress.bar("Compile", total=len(sizes)) as advance:
             for size in sizes:
-                programs.append(ahead.compile_step(spec, mesh, size, dtype))
+                programs.append(compile.compile_step(spec, mesh, size, dtype))
                 advance(1)
         card = own.card or own.topology.partition(":")[0]
         _show(experiment, programs, card, ways)
 
 
 def _show(
-    experiment: config.DistillConfig, programs: list[ahead.Program], card: str, ways: int
+    experiment: config.DistillConfig, programs: list[compile.Program], card: str, ways: int
 ) -> None:
     program = programs[0]
     print(
@@ -56,9 +57,9 @@ def _show(
     for name, size in rows.items():
         print(f"  {name:<26} {size / GIGA:8.2f}")
     print(f"  {'in all':<26} {program.total / GIGA:8.2f}")
-    for name in [card] if card in cards.CARDS else cards.CARDS:
-        size = cards.CARDS[name].memory
-        largest = ahead.largest_batch(programs, size, ways)
+    for name in [card] if card in accelerators.CARDS else accelerators.CARDS:
+        size = accelerators.CARDS[name].memory
+        largest = compile.largest_batch(programs, size, ways)
         verdict = "fits" if program.fits(size) else "does not fit"
         print(f"  {name:<8} {size / GIGA:4.0f} GB: {verdict}; largest batch {largest}")
 

@@ -28,7 +28,8 @@ import tyro
 
 from shallow_pi import progress
 from shallow_pi.deploy import export
-from shallow_pi.training import command_line, distributed
+from shallow_pi.parallel import processes
+from shallow_pi.training import command_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Arguments:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, export, say where it is."""
     given = tyro.cli(Arguments, args=arguments, description=__doc__)
-    distributed.cache_compilations()
+    processes.cache_compilations()
     with command_line.exit_on():
         folder = export.export(
             given.source,

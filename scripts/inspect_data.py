@@ -28,9 +28,10 @@ import tyro
 from PIL import Image
 
 from shallow_pi import figures, progress
-from shallow_pi.data import normalize
-from shallow_pi.models import safetensors_file
-from shallow_pi.training import batches, command_line, config, data_check, data_sheet, setup
+from shallow_pi.checkpoints import safetensors_file
+from shallow_pi.data import inspection, opening, sheet
+from shallow_pi.data.robots import normalize
+from shallow_pi.training import command_line, config, setup
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "train_configs"
 # Prompts that are printed.
@@ -67,31 +68,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
         teacher_step = setup.teacher_on_disk(experiment)
         if teacher_step is not None and _has_params(teacher_step):  # Its assets alone are enough.
             experiment = setup.resolve(experiment, teacher_step)
-        data = batches.open_data(experiment.data, experiment.student_model, teacher_step)
+        data = opening.open_data(experiment.data, experiment.student_model, teacher_step)
         with progress.bar("Read samples", min(given.samples, len(data.train))) as advance:
-            batch = data_check.draw(data.train, given.samples, experiment.seed, advance)
+            batch = inspection.draw(data.train, given.samples, experiment.seed, advance)
         folder = pathlib.Path(given.output or f"data_sheets/{experiment.name}")
         folder.mkdir(parents=True, exist_ok=True)
-        picture = data_sheet.sheet(batch, data.assets, experiment.augmentation, experiment.seed)
+        picture = sheet.sheet(batch, data.assets, experiment.augmentation, experiment.seed)
         Image.fromarray(picture).save(folder / "sheet.png")
         written = ["sheet.png"]
         try:
-            data_sheet.histograms(folder / "histogram.png", batch, data.assets)
+            sheet.histograms(folder / "histogram.png", batch, data.assets)
             written.append("histogram.png")
         except figures.PlotsMissingError as error:
             _say(f"note: {error}")
 
-        found = data_check.ranges(batch, data.assets)
-        print(data_check.table(found), end="\n\n")
-        shown = collections.Counter(data_check.prompts(batch, data.assets)).most_common()
+        found = inspection.ranges(batch, data.assets)
+        print(inspection.table(found), end="\n\n")
+        shown = collections.Counter(inspection.prompts(batch, data.assets)).most_common()
         for prompt, count in shown[:PROMPTS]:
             print(f"{count:>6} × {prompt}")
         if len(shown) > PROMPTS:
             print(f"{'':>8} and {len(shown) - PROMPTS} more")
         print()
-        for line in [_statistics(experiment, teacher_step), *data_check.facts(batch, data.assets)]:
+        for line in [_statistics(experiment, teacher_step), *inspection.facts(batch, data.assets)]:
             print(line)
-        for line in data_check.doubtful(batch, data.assets, found):
+        for line in inspection.doubtful(batch, data.assets, found):
             _say(f"warning: {line}")
         print(*(folder / name for name in written), sep="\n")
 

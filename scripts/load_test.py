@@ -24,7 +24,7 @@ import websockets.asyncio.client
 import websockets.exceptions
 
 from shallow_pi import progress
-from shallow_pi.deploy import protocol
+from shallow_pi.serving import protocol
 from shallow_pi.training import command_line
 
 

@@ -18,7 +18,7 @@ For robots on other machines open it, with a key that clients give as `api_key=`
     SHALLOW_PI_API_KEY=... uv run scripts/serve_policy.py --policy.dir ... --host 0.0.0.0
 
 --record DIR keeps observations and actions, a file a connection; read them with
-`shallow_pi.deploy.recorder.read`.
+`shallow_pi.serving.recorder.read`.
 """
 
 import contextlib
@@ -31,8 +31,10 @@ from collections.abc import Sequence
 
 import tyro
 
-from shallow_pi.deploy import policy, recorder, server, server_config
-from shallow_pi.training import command_line, distributed
+from shallow_pi.deploy import policy
+from shallow_pi.parallel import processes
+from shallow_pi.serving import recorder, server, server_config
+from shallow_pi.training import command_line
 
 KEY_VARIABLE = "SHALLOW_PI_API_KEY"
 
@@ -110,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with command_line.exit_on(), contextlib.ExitStack() as stack:
         serving = given.create()
         serving.check()
-        distributed.cache_compilations()
+        processes.cache_compilations()
         chosen = policy.Policy.from_checkpoint(
             given.policy.dir,
             step=given.policy.step,

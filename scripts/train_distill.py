@@ -14,7 +14,8 @@ import sys
 
 from shallow_pi.evaluation import study
 from shallow_pi.interop import openpi_configs
-from shallow_pi.training import command_line, distributed, loop
+from shallow_pi.parallel import processes
+from shallow_pi.training import command_line, loop
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "train_configs"
 
@@ -22,15 +23,15 @@ CONFIGS = pathlib.Path(__file__).parents[1] / "train_configs"
 def main() -> None:
     """Parse, train the teacher first where that was asked for, then run the study."""
     with command_line.exit_on():
-        distributed.initialize()
-    distributed.cache_compilations()
+        processes.initialize()
+    processes.cache_compilations()
     arguments, default = sys.argv[1:], None
     if arguments[:1] == ["--openpi.config"]:
         with command_line.exit_on(ModuleNotFoundError):
             default = openpi_configs.experiment(*arguments[1:2])
         arguments = arguments[2:]
     experiment = command_line.cli(CONFIGS, __doc__ or "", arguments, default)
-    distributed.split_cpu(experiment.batch_size // experiment.accumulation)
+    processes.split_cpu(experiment.batch_size // experiment.accumulation)
     with command_line.exit_on(*loop.ENDS, interrupted=loop.INTERRUPTED):
         teacher = experiment.teacher
         if teacher is not None and teacher.train:

@@ -10,7 +10,8 @@ import pathlib
 import sys
 
 from shallow_pi.evaluation import study
-from shallow_pi.training import command_line, distributed, loop
+from shallow_pi.parallel import processes
+from shallow_pi.training import command_line, loop
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -18,10 +19,10 @@ ROOT = pathlib.Path(__file__).parents[1]
 def main() -> None:
     """Parse, train, measure, package."""
     with command_line.exit_on():
-        distributed.initialize()
-    distributed.cache_compilations()
+        processes.initialize()
+    processes.cache_compilations()
     experiment = command_line.cli(ROOT / "train_configs", __doc__ or "", sys.argv[1:])
-    distributed.split_cpu(experiment.batch_size // experiment.accumulation)
+    processes.split_cpu(experiment.batch_size // experiment.accumulation)
     with command_line.exit_on(*loop.ENDS, interrupted=loop.INTERRUPTED):
         if experiment.teacher is not None:
             raise ValueError(

@@ -27,10 +27,12 @@ import jax
 import numpy as np
 import pytest
 
-from shallow_pi.data import lerobot_writer, tokenizer
+from shallow_pi.data.lerobot import writer as lerobot_writer
+from shallow_pi.data.robots import assets, normalize, robot, tokenizer
 from shallow_pi.models import gemma, pi0, siglip
 from shallow_pi.models import observation as observations
-from shallow_pi.training import command_line, shapes
+from shallow_pi.parallel import shapes
+from shallow_pi.training import command_line
 
 TRAIN_CONFIGS = pathlib.Path(__file__).parents[1] / "train_configs"
 
@@ -168,3 +170,19 @@ def tiny_dataset(tmp_path_factory):
             writer.add_episode(images, state, action, prompts[episode % 2])
     tokenizer.train(prompts, folder / "tokenizer.model", vocab_size=320)
     return folder / "dataset", folder / "tokenizer.model"
+
+
+@pytest.fixture(scope="module")
+def own(tiny_config, tiny_dataset):
+    """A small policy's assets."""
+    ramp = np.linspace(0.5, 2, 3)
+    stats = normalize.NormStats(mean=ramp, std=ramp + 1, q01=-ramp, q99=ramp)
+    model = tiny_config(depth=2, vocab_size=320)
+    both = {"state": stats, "actions": stats}
+    return assets.Assets(model, robot.TURNTABLE, tiny_dataset[1], both, "turntable")
+
+
+@pytest.fixture(scope="module")
+def params(own, tiny_params):
+    """Its parameters."""
+    return tiny_params(own.model)

@@ -14,8 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from shallow_pi.checkpoints import weights
 from shallow_pi.distill import losses, step
-from shallow_pi.models import gemma, pi0, sampler, siglip, weights
+from shallow_pi.inference import sampler
+from shallow_pi.models import gemma, pi0, siglip
 from shallow_pi.models import observation as observations
 
 # Small enough for a test; openpi's module constant is set to it where its side runs.

@@ -1,4 +1,4 @@
-"""Holds the source to CONTRIBUTING's table: who imports whom, and what lies where."""
+"""Holds the source to CONTRIBUTING's table of folders: imports point down, without circles."""
 
 import ast
 import pathlib
@@ -11,122 +11,33 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "shallow_pi"
 
-# Bottom first: a file imports only from files before it. CONTRIBUTING.md holds the same table.
-FOLDERS = {
-    "": ["progress", "figures", "user_cache"],
-    "models/": [
-        "observation",
-        "layers",
-        "attention",
-        "gemma",
-        "siglip",
-        "image_tower",
-        "pi0",
-        "prepare",
-        "tuning",
-        "inference",
-        "real_time",
-        "sampler",
-        "fetch",
-        "lora",
-        "safetensors_layout",
-        "safetensors_file",
-        "weights",
-        "sizes",
-    ],
-    "data/": [
-        "normalize",
-        "tokenizer",
-        "transforms",
-        "conversions",
-        "robots",
-        "pipelines",
-        "statistics",
-        "video",
-        "video_writer",
-        "lerobot_layout",
-        "lerobot",
-        "lerobot_stats",
-        "lerobot_tables",
-        "lerobot_writer",
-        "hub",
-        "sources",
-        "frame_cache",
-        "loader",
-        "assets",
-    ],
-    "distill/": ["flow", "layer_map", "student", "layer_scores", "losses", "norms", "step"],
-    "training/": [
-        "optimizer",
-        "sharding",
-        "roll_call",
-        "distributed",
-        "checkpoint",
-        "run_folder",
-        "agreement",
-        "metrics",
-        "rows",
-        "profiling",
-        "batches",
-        "data_check",
-        "data_sheet",
-        "shapes",
-        "cards",
-        "memory",
-        "validation",
-        "config",
-        "command_line",
-        "setup",
-        "loop",
-        "hlo",
-        "ahead",
-    ],
-    "deploy/": [
-        "robot_observation",
-        "step_folder",
-        "likely_shapes",
-        "previous_chunk",
-        "policy",
-        "executors",
-        "protocol",
-        "recorder",
-        "server_config",
-        "telemetry",
-        "live",
-        "routes",
-        "viewers",
-        "sessions",
-        "server",
-        "lerobot_folder",
-        "model_card",
-        "export",
-    ],
-    "evaluation/sims/": [
-        "simulator",
-        "raycast",
-        "turntable_scene",
-        "turntable",
-        "turntable_expert",
-    ],
-    "evaluation/": [
-        "intervals",
-        "late_plans",
-        "rollout",
-        "latency",
-        "actors",
-        "flops",
-        "benchmark",
-        "step_benchmark",
-        "tuner",
-        "plots",
-        "speed_plots",
-        "held_out",
-        "report",
-        "study",
-    ],
-    "interop/": ["openpi", "openpi_data", "openpi_configs"],
+# Bottom first: a folder imports only from folders before it. CONTRIBUTING.md maps the same ones.
+FOLDERS = [
+    "",
+    "models",
+    "inference",
+    "checkpoints",
+    "data/robots",
+    "data/lerobot",
+    "data",
+    "distill",
+    "parallel",
+    "planning",
+    "training",
+    "deploy",
+    "serving",
+    "sims",
+    "speed",
+    "evaluation",
+    "interop",
+]
+# What a folder may import where that is less than everything above it.
+NARROW = {
+    "deploy": {"", "models", "inference", "checkpoints", "data/robots"},
+    "serving": {"", "deploy"},
 }
-ORDER = [folder + file for folder, files in FOLDERS.items() for file in files]
+# Packages whose names users type in their own files: `from shallow_pi.data import robots`.
+PUBLIC = {"data/robots"}
 
 # Import name → name in pyproject.toml, where they differ.
 DISTRIBUTIONS = {
@@ -176,40 +87,41 @@ def ours(path: pathlib.Path) -> list[str]:
     return found
 
 
-def test_every_file_has_its_place_in_the_order():
-    names = {name_of(path) for path in SOURCES if path.name != "__init__.py"}
-    assert not names - set(ORDER), "add the file where its row belongs, here and in CONTRIBUTING.md"
+def folder_of(name: str) -> str:
+    """`data/robots/robot` → `data/robots`."""
+    return name.rpartition("/")[0]
 
 
-def test_contributing_holds_the_same_table():
+def test_contributing_maps_every_folder():
     rows = re.findall(
-        r"^\| (\(package\)|`[a-z/]+`) \|([^|]*)\|",
-        (ROOT / "CONTRIBUTING.md").read_text(),
-        re.MULTILINE,
+        r"^\| (\(package\)|`[a-z/]+`) \|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE
     )
-    written = {
-        folder.strip("`").replace("(package)", ""): re.findall(r"`(\w+)`", files)
-        for folder, files in rows
-    }
-    assert list(written.items()) == list(FOLDERS.items())
+    assert [row.strip("`/").replace("(package)", "") for row in rows] == FOLDERS
+    assert {folder_of(name_of(path)) for path in SOURCES} == set(FOLDERS)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_imports_point_down(path):
-    if path.name == "__init__.py":
+    if path.name == "__init__.py" and folder_of(name_of(path)) not in PUBLIC:
         (docstring,) = ast.parse(path.read_text()).body
         assert isinstance(docstring, ast.Expr), f"{path} holds more than a docstring"
-        return
-    name = name_of(path)
-    before = ORDER[: ORDER.index(name)]
-    assert not [other for other in ours(path) if other not in before]
+    folder = folder_of(name_of(path))
+    above = NARROW.get(folder, set(FOLDERS[: FOLDERS.index(folder)])) | {folder}
+    assert not [other for other in ours(path) if folder_of(other) not in above]
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_deploy_needs_models_and_data_alone(path):
-    if name_of(path).startswith("deploy/"):
-        found = {other.split("/")[0] for other in ours(path)}
-        assert found <= {"models", "data", "deploy", "progress"}
+def test_no_circles():
+    graph = {name_of(path): ours(path) for path in SOURCES if path.name != "__init__.py"}
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, f"a circle: {' → '.join([*path, name])}"
+        for other in graph[name] if name not in done else ():
+            visit(other, (*path, name))
+        done.add(name)
+
+    for name in graph:
+        visit(name, ())
 
 
 def _tests() -> list[pathlib.Path]:
@@ -255,30 +167,19 @@ def test_every_import_is_declared():
 
 
 def test_the_whole_config_is_seen_by_the_host_side_alone():
-    allowed = {"training/config", "training/setup", "training/loop", "evaluation/study"}
-    allowed |= {"interop/openpi_configs", "training/command_line"}
+    allowed = {"training", "interop"}
     for path in SOURCES:
         named = {
             getattr(node, "id", None) or getattr(node, "attr", None) or getattr(node, "name", None)
             for node in ast.walk(ast.parse(path.read_text()))
         }
-        assert "DistillConfig" not in named or name_of(path) in allowed, path
+        seen = folder_of(name_of(path)) in allowed or name_of(path) == "evaluation/study"
+        assert "DistillConfig" not in named or seen, path
 
 
 @pytest.mark.parametrize("path", [*SOURCES, *ENTRY_POINTS], ids=lambda path: path.stem)
 def test_files_are_short_and_say_what_they_are_for(path):
     text = path.read_text()
-    assert len(text.splitlines()) <= 350, f"{path} is asking to be two files"
+    assert len(text.splitlines()) <= 500, f"{path} is asking to be two files"
     assert ast.get_docstring(ast.parse(text)), f"{path} opens without a docstring"
     assert path.stem not in {"utils", "common", "helpers", "misc"}
-
-
-def test_readme_maps_every_file():
-    readme = (ROOT / "README.md").read_text()
-    section = re.search(r"^## File map\n(.*?)(?=^## |\Z)", readme, re.MULTILINE | re.DOTALL)
-    assert section, "README.md has no section '## File map'"
-    blocks = re.findall(r"^```\w*\n(.*?)^```", section.group(1), re.MULTILINE | re.DOTALL)
-    named = {line.split()[0] for block in blocks for line in block.splitlines() if line.strip()}
-    assert not {name for name in named if not (ROOT / name).exists()}, "named but absent"
-    files = [path for path in [*SOURCES, *ENTRY_POINTS] if path.name != "__init__.py"]
-    assert not {path.relative_to(ROOT).as_posix() for path in files} - named, "not in the map"

@@ -10,7 +10,8 @@ import numpy as np
 import polars as pl
 import pytest
 
-from shallow_pi.data import lerobot, normalize, robots
+from shallow_pi.data.lerobot import reader
+from shallow_pi.data.robots import normalize, robot
 
 ROOT = pathlib.Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "compute_norm_stats.py"
@@ -58,8 +59,8 @@ def test_statistics_are_written_in_openpis_format(run):
     file = pathlib.Path("norm_stats/pusht_v21_video/pusht/norm_stats.json")
     assert out == f"110 frames of 4 episodes\n{file}\n"
     assert sorted(json.loads(file.read_text())["norm_stats"]) == ["actions", "state"]
-    dataset = lerobot.Dataset(FIXTURE)
-    expected = dataset.norm_stats(robots.find("pusht.py"), 4)
+    dataset = reader.Dataset(FIXTURE)
+    expected = dataset.norm_stats(robot.find("pusht.py"), 4)
     for key, found in normalize.load(file.parent).items():
         np.testing.assert_array_equal(found.mean, expected[key].mean)
         np.testing.assert_array_equal(found.q99, expected[key].q99)

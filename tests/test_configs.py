@@ -10,11 +10,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from shallow_pi.data import robots
+from shallow_pi.checkpoints import weights
+from shallow_pi.data.robots import robot as robots
 from shallow_pi.distill import layer_map, step, student
 from shallow_pi.evaluation import study
-from shallow_pi.models import pi0, weights
-from shallow_pi.training import command_line, setup, shapes, sharding
+from shallow_pi.models import pi0
+from shallow_pi.parallel import shapes, sharding
+from shallow_pi.training import command_line, setup
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "train_configs"
 NAMES = sorted(command_line.names(CONFIGS))

@@ -16,9 +16,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from shallow_pi.data import lerobot, lerobot_writer, normalize, robots, tokenizer
+from shallow_pi.checkpoints import weights
+from shallow_pi.data.lerobot import reader
+from shallow_pi.data.lerobot import writer as lerobot_writer
+from shallow_pi.data.robots import normalize, tokenizer
+from shallow_pi.data.robots import robot as robots
 from shallow_pi.deploy import policy
-from shallow_pi.models import weights
 from shallow_pi.training import command_line, metrics
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -101,7 +104,7 @@ def publish(tmp_path_factory, tiny_config, tiny_params):
         with ocp.PyTreeCheckpointer() as checkpointer:
             checkpointer.save(step / "params", {"params": tree})
         robot = robots.find(experiment.data.robot)
-        stats = lerobot.Dataset(dataset).norm_stats(robot, model.action_horizon)
+        stats = reader.Dataset(dataset).norm_stats(robot, model.action_horizon)
         padded = {
             key: normalize.NormStats(
                 *(
@@ -166,7 +169,7 @@ def _assert_serves(experiment, step, dataset, small):
     assert (model.depth, model.pi05) == (experiment.student.depth, experiment.model.pi05)
     assert (model.backbone, model.image) == (small.backbone, small.image)
     assert model.action_horizon == experiment.model.action_horizon
-    observation = lerobot.Dataset(dataset)[3]
+    observation = reader.Dataset(dataset)[3]
     del observation[robot.action_key]
     noise = np.random.default_rng(0).standard_normal((1, *trained.noise_shape), np.float32)
     actions = trained.infer_batch([observation], noise)

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from shallow_pi.data import lerobot
+from shallow_pi.data.lerobot import reader
 
 ROOT = pathlib.Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "convert_dataset.py"
@@ -26,7 +26,7 @@ def convert(monkeypatch, tmp_path):
 
     def call(source, *arguments):
         module.main([str(source), str(tmp_path / "new"), *arguments])
-        return lerobot.Dataset(tmp_path / "new")
+        return reader.Dataset(tmp_path / "new")
 
     return call
 
@@ -42,7 +42,7 @@ def _same_numbers(found, source):
 
 
 def test_an_old_dataset_keeps_every_bit(convert):
-    found, source = convert(OLD), lerobot.Dataset(OLD)
+    found, source = convert(OLD), reader.Dataset(OLD)
     _same_numbers(found, source)
     for camera in source.cameras:
         for i in (0, 19, 20, 57, 109):
@@ -60,7 +60,7 @@ def test_an_old_dataset_keeps_every_bit(convert):
 
 @pytest.mark.parametrize("codec", ["av1", "h264"])
 def test_pictures_can_be_encoded_anew(convert, codec):
-    source = lerobot.Dataset(FIXTURES / "pusht_v30_image")
+    source = reader.Dataset(FIXTURES / "pusht_v30_image")
     found = convert(FIXTURES / "pusht_v30_image", "--pictures", codec, "--crf", "12")
     _same_numbers(found, source)
     for camera in source.cameras:
@@ -75,7 +75,7 @@ def test_pictures_can_be_encoded_anew(convert, codec):
 
 
 def test_video_can_become_images(convert):
-    found, source = convert(OLD, "--pictures", "png"), lerobot.Dataset(OLD)
+    found, source = convert(OLD, "--pictures", "png"), reader.Dataset(OLD)
     _same_numbers(found, source)
     for i in (0, 57, 109):
         np.testing.assert_array_equal(

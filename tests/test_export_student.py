@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from shallow_pi.models import weights
+from shallow_pi.checkpoints import weights
 
 ROOT = pathlib.Path(__file__).parents[1]
 TEACHER = ROOT / "assets" / "pi0_turntable"

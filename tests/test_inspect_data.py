@@ -9,9 +9,11 @@ import pytest
 from PIL import Image
 
 from shallow_pi import figures
-from shallow_pi.data import lerobot, lerobot_writer, normalize, robots, tokenizer
-from shallow_pi.models import weights
-from shallow_pi.training import data_sheet
+from shallow_pi.checkpoints import weights
+from shallow_pi.data import sheet
+from shallow_pi.data.lerobot import reader
+from shallow_pi.data.lerobot import writer as lerobot_writer
+from shallow_pi.data.robots import normalize, robot, tokenizer
 
 ROOT = pathlib.Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "inspect_data.py"
@@ -127,7 +129,7 @@ def test_statistics_and_sizes_are_the_teachers_where_it_is_here(
 def test_made_up_samples_and_given_statistics_are_named(run, dataset):
     out, _ = run("debug", "--model.image-size", 24)
     assert "samples are made up: no statistics" in out
-    found = lerobot.Dataset(dataset).norm_stats(robots.LIBERO, 10)
+    found = reader.Dataset(dataset).norm_stats(robot.LIBERO, 10)
     normalize.save("own", found)
     out, err = run("pi05_libero_l6", "--data.path", dataset, "--data.norm-stats", "own")
     assert "statistics: own" in out
@@ -138,7 +140,7 @@ def test_without_matplotlib_the_sheet_is_written_and_a_note(run, dataset, monkey
     def missing(*_):
         raise figures.PlotsMissingError("figures need matplotlib: uv sync --extra plots")
 
-    monkeypatch.setattr(data_sheet, "histograms", missing)
+    monkeypatch.setattr(sheet, "histograms", missing)
     out, err = run("pi05_libero_l6", "--data.path", dataset)
     assert "note: figures need matplotlib" in err
     assert out.splitlines()[-1].endswith("sheet.png")

@@ -12,7 +12,7 @@ import sys
 
 import pytest
 
-from shallow_pi.deploy import recorder
+from shallow_pi.serving import recorder
 
 ROOT = pathlib.Path(__file__).parents[1]
 POLICY = ROOT / "assets" / "pi0_turntable"

@@ -12,9 +12,10 @@ import numpy as np
 import polars as pl
 import pytest
 
-from shallow_pi.data import lerobot_writer
+from shallow_pi.checkpoints import fetch, weights
+from shallow_pi.data.lerobot import writer as lerobot_writer
 from shallow_pi.evaluation import study
-from shallow_pi.models import fetch, pi0, weights
+from shallow_pi.models import pi0
 from shallow_pi.training import command_line, metrics
 
 ROOT = pathlib.Path(__file__).parents[1]

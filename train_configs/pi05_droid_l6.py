@@ -10,8 +10,9 @@ full size yet; one 80 GB device or more, see --mesh."""
 
 import _base
 
+from shallow_pi.data import opening
 from shallow_pi.models import pi0
-from shallow_pi.training import batches, config, optimizer
+from shallow_pi.training import config, optimizer
 
 
 def get_config() -> config.DistillConfig:
@@ -21,7 +22,7 @@ def get_config() -> config.DistillConfig:
         model=pi0.Pi0Config(
             pi05=True, action_horizon=15, max_token_len=200, discrete_state_input=True
         ),
-        data=batches.DataConfig(
+        data=opening.DataConfig(
             robot="droid", asset_id="droid", held_out=_base.HELD_OUT, num_threads=8
         ),
         teacher=config.TeacherConfig(path=f"{_base.OPENPI}/pi05_droid"),

@@ -10,8 +10,9 @@ full size yet; one 80 GB device or more, see --mesh."""
 
 import _base
 
+from shallow_pi.data import opening
 from shallow_pi.models import pi0
-from shallow_pi.training import batches, config
+from shallow_pi.training import config
 
 
 def get_config() -> config.DistillConfig:
@@ -19,7 +20,7 @@ def get_config() -> config.DistillConfig:
     return config.DistillConfig(
         name="pi0_aloha_l6",
         model=pi0.Pi0Config(),
-        data=batches.DataConfig(
+        data=opening.DataConfig(
             robot="aloha", asset_id="trossen", held_out=_base.HELD_OUT, num_threads=8
         ),
         teacher=config.TeacherConfig(path=f"{_base.OPENPI}/pi0_base"),

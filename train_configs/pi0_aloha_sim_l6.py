@@ -9,8 +9,9 @@ Not run at full size yet; one 80 GB device or more."""
 
 import _base
 
+from shallow_pi.data import opening
 from shallow_pi.models import pi0
-from shallow_pi.training import batches, config, optimizer
+from shallow_pi.training import config, optimizer
 
 DATASET = "lerobot/aloha_sim_transfer_cube_human"
 
@@ -20,7 +21,7 @@ def get_config() -> config.DistillConfig:
     return config.DistillConfig(
         name="pi0_aloha_sim_l6",
         model=pi0.Pi0Config(),
-        data=batches.DataConfig(
+        data=opening.DataConfig(
             path=DATASET,
             robot="aloha_sim",
             asset_id=DATASET,

@@ -26,3 +26,10 @@ def make(
     figure = Figure(figsize=size, layout="constrained", dpi=dpi)
     backend_agg.FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns, squeeze=False, **kwargs)
+
+
+def tidy(axis: Any, grid: str) -> None:
+    """No frame but the axes; grid lines of "x", "y" or "both"."""
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(axis=grid, color="#e4e4e4", linewidth=0.8)
+    axis.set_axisbelow(True)

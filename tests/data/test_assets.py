@@ -7,7 +7,8 @@ import pathlib
 import numpy as np
 import pytest
 
-from shallow_pi.data import assets, normalize, robots, tokenizer
+from shallow_pi.data.robots import assets, normalize, tokenizer
+from shallow_pi.data.robots import robot as robots
 from shallow_pi.training import command_line
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "train_configs"

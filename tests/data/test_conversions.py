@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from shallow_pi.data import conversions, robots
+from shallow_pi.data.robots import conversions, robot
 
-BOTH = [robots.ALOHA_STATE, robots.ALOHA_ACTIONS]
+BOTH = [robot.ALOHA_STATE, robot.ALOHA_ACTIONS]
 
 
 @pytest.mark.parametrize("conversion", BOTH, ids=["state", "actions"])
@@ -35,7 +35,7 @@ def test_positions_out_of_reach_end_at_a_right_angle() -> None:
 
 def test_only_the_joints_named_are_flipped() -> None:
     ones = np.ones(14, np.float32)
-    signs = robots.ALOHA_ACTIONS.forward(ones)[:6]
+    signs = robot.ALOHA_ACTIONS.forward(ones)[:6]
     np.testing.assert_array_equal(signs, [1, -1, -1, 1, 1, 1])
 
 

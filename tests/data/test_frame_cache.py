@@ -9,14 +9,16 @@ import threading
 import numpy as np
 import pytest
 
-from shallow_pi.data import frame_cache, lerobot, transforms
+from shallow_pi.data import frame_cache
+from shallow_pi.data.lerobot import reader
+from shallow_pi.data.robots import transforms
 
 FIXTURE = pathlib.Path(__file__).parents[1] / "fixtures" / "lerobot" / "pusht_v30_video"
 CAMERA = "observation.images.top"
 SIZE = 40
 
 
-class Counted(lerobot.Dataset):
+class Counted(reader.Dataset):
     """Counts the pictures that are decoded."""
 
     reads = 0
@@ -44,8 +46,7 @@ def _file(folder) -> pathlib.Path:
 def test_each_picture_is_decoded_once_and_is_the_one_the_model_sees(dataset, tmp_path):
     frames = [3, 40, 109, 0]
     expected = [
-        transforms.resize_with_pad(lerobot.Dataset(FIXTURE).picture(i, CAMERA), SIZE)
-        for i in frames
+        transforms.resize_with_pad(reader.Dataset(FIXTURE).picture(i, CAMERA), SIZE) for i in frames
     ]
     cache = _cache(dataset, tmp_path / "frames")
     for repeat in range(2):
@@ -65,7 +66,7 @@ def test_episodes_of_a_part_share_the_file_of_the_whole(dataset, tmp_path):
     part = dataset.select(dataset.episodes[2:])
     first = int(np.flatnonzero(dataset.columns["episode_index"] == dataset.episodes[2])[0])
     cached = _cache(dataset, tmp_path).picture(first + 1, CAMERA)
-    unread = lerobot.Dataset(FIXTURE, episodes=part.episodes)
+    unread = reader.Dataset(FIXTURE, episodes=part.episodes)
     unread.picture = None
     np.testing.assert_array_equal(_cache(unread, tmp_path).picture(1, CAMERA), cached)
 
@@ -99,7 +100,7 @@ def test_several_writers_at_once_agree(dataset, tmp_path):
                 wrong.append(k)
 
     threads = [
-        threading.Thread(target=read, args=(_cache(lerobot.Dataset(FIXTURE), tmp_path),))
+        threading.Thread(target=read, args=(_cache(reader.Dataset(FIXTURE), tmp_path),))
         for _ in range(4)
     ]
     for thread in threads:
@@ -113,16 +114,16 @@ def test_the_key_changes_with_whatever_decides_the_bytes(tmp_path):
     copy = shutil.copytree(FIXTURE, tmp_path / "copy")
     video = min(copy.rglob("*.mp4"))
     os.utime(video, ns=(0, 10**18))
-    keys = [frame_cache.key(lerobot.Dataset(copy), CAMERA, size) for size in (40, 48)]
+    keys = [frame_cache.key(reader.Dataset(copy), CAMERA, size) for size in (40, 48)]
     os.utime(video, ns=(0, 10**18 + 1))
-    keys.append(frame_cache.key(lerobot.Dataset(copy), CAMERA, 40))
+    keys.append(frame_cache.key(reader.Dataset(copy), CAMERA, 40))
     video.write_bytes(video.read_bytes() + b"x")
     os.utime(video, ns=(0, 10**18))
-    keys.append(frame_cache.key(lerobot.Dataset(copy), CAMERA, 40))
+    keys.append(frame_cache.key(reader.Dataset(copy), CAMERA, 40))
     assert len(set(keys)) == 4
     moved = shutil.copytree(copy, tmp_path / "moved")  # Keeps the times.
-    assert frame_cache.key(lerobot.Dataset(moved), CAMERA, 40) == keys[-1]
-    subset = lerobot.Dataset(copy, episodes=[1])
+    assert frame_cache.key(reader.Dataset(moved), CAMERA, 40) == keys[-1]
+    subset = reader.Dataset(copy, episodes=[1])
     assert frame_cache.key(subset, CAMERA, 40) == keys[-1]
 
 

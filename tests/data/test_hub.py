@@ -8,7 +8,7 @@ import types
 
 import pytest
 
-from shallow_pi.data import hub, lerobot
+from shallow_pi.data.lerobot import hub, reader
 
 FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures" / "lerobot"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -38,7 +38,7 @@ def calls(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("address", ["lerobot/pusht", "hf://datasets/lerobot/pusht"])
 def test_a_dataset_of_the_hub_is_fetched_whole_at_one_commit(calls, address, capsys):
-    dataset = lerobot.Dataset(hub.locate(address))
+    dataset = reader.Dataset(hub.locate(address))
     assert len([dataset[i] for i in range(0, 110, 20)]) == 6
     assert calls == [("lerobot/pusht", "dataset", None), ("lerobot/pusht", "dataset", COMMIT)]
     assert f"lerobot/pusht@{COMMIT}" in capsys.readouterr().err
@@ -53,7 +53,7 @@ def test_only_the_files_of_chosen_episodes_and_cameras_come(calls):
         "data/chunk-000/episode_000002.parquet",
         f"videos/chunk-000/{camera}/episode_000002.mp4",
     }
-    assert len(lerobot.Dataset(root, episodes=[2])) == 30
+    assert len(reader.Dataset(root, episodes=[2])) == 30
 
 
 def test_a_folder_is_a_folder_even_if_it_looks_like_an_address(calls, tmp_path):

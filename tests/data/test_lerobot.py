@@ -11,7 +11,8 @@ import numpy as np
 import polars as pl
 import pytest
 
-from shallow_pi.data import lerobot, robots
+from shallow_pi.data.lerobot import reader
+from shallow_pi.data.robots import robot as robots
 
 FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures" / "lerobot"
 IMAGE, VIDEO = FIXTURES / "pusht_v30_image", FIXTURES / "pusht_v30_video"
@@ -52,7 +53,7 @@ def _edit_data(path: pathlib.Path, *columns: pl.Expr | pl.Series) -> None:
 
 @pytest.mark.parametrize(("path", "reference"), REFERENCES)
 def test_frames_equal_lerobots_in_any_order_from_any_thread(path, reference) -> None:
-    dataset, expected = lerobot.Dataset(path), np.load(FIXTURES / reference)
+    dataset, expected = reader.Dataset(path), np.load(FIXTURES / reference)
     top, wrist = expected["top"], expected["wrist"]
     assert len(dataset) == len(top) == 110
 
@@ -69,7 +70,7 @@ def test_frames_equal_lerobots_in_any_order_from_any_thread(path, reference) -> 
 
 @pytest.mark.parametrize(("path", "reference"), REFERENCES)
 def test_chunks_equal_lerobots(path, reference) -> None:
-    dataset, expected = lerobot.Dataset(path), np.load(FIXTURES / reference)
+    dataset, expected = reader.Dataset(path), np.load(FIXTURES / reference)
     actions, pad = zip(*(dataset.chunk(i, 8) for i in range(len(dataset))), strict=True)
     np.testing.assert_array_equal(np.stack(actions), expected["action"])
     np.testing.assert_array_equal(np.stack(pad), expected["pad"])
@@ -77,7 +78,7 @@ def test_chunks_equal_lerobots(path, reference) -> None:
 
 
 def test_frame_carries_its_task_and_bookkeeping() -> None:
-    dataset = lerobot.Dataset(IMAGE)
+    dataset = reader.Dataset(IMAGE)
     assert dataset[0]["task"] == "push the T block onto the target"
     assert dataset[20]["task"] == "move the T away"
     assert (dataset[20]["episode_index"], dataset[20]["frame_index"]) == (1, 0)
@@ -88,16 +89,16 @@ def test_frame_carries_its_task_and_bookkeeping() -> None:
 
 
 def test_read_decodes_only_the_cameras_asked_for() -> None:
-    frame = lerobot.Dataset(IMAGE).read(3, ["observation.images.wrist"])
+    frame = reader.Dataset(IMAGE).read(3, ["observation.images.wrist"])
     assert "observation.images.wrist" in frame
     assert "observation.images.top" not in frame
     with pytest.raises(ValueError, match="has no camera 'front'"):
-        lerobot.Dataset(IMAGE).read(3, ["front"])
+        reader.Dataset(IMAGE).read(3, ["front"])
 
 
 @pytest.mark.parametrize("path", [IMAGE, VIDEO, OLD], ids=["image", "video", "v2.1"])
 def test_dataset_can_be_sent_to_another_process(path) -> None:
-    dataset = lerobot.Dataset(path)
+    dataset = reader.Dataset(path)
     before = dataset[50]
     after = pickle.loads(pickle.dumps(dataset))[50]
     for key, value in before.items():
@@ -105,7 +106,7 @@ def test_dataset_can_be_sent_to_another_process(path) -> None:
 
 
 def test_norm_stats_are_those_of_the_columns() -> None:
-    dataset = lerobot.Dataset(VIDEO)
+    dataset = reader.Dataset(VIDEO)
     stats = dataset.norm_stats(PUSHT, horizon=1)
     np.testing.assert_allclose(stats["actions"].mean, dataset.columns["action"].mean(0), rtol=1e-5)
     expected = np.quantile(dataset.columns["observation.state"].astype(float), 0.99, axis=0)
@@ -113,7 +114,7 @@ def test_norm_stats_are_those_of_the_columns() -> None:
 
 
 def test_norm_stats_of_delta_actions_are_those_of_what_the_model_sees() -> None:
-    dataset = lerobot.Dataset(VIDEO)
+    dataset = reader.Dataset(VIDEO)
     robot = dataclasses.replace(PUSHT, delta=(True, False))
     seen = np.concatenate([dataset.chunk(i, 4)[0] for i in range(len(dataset))])
     seen = seen.reshape(-1, 4, 2).astype(float)
@@ -123,12 +124,12 @@ def test_norm_stats_of_delta_actions_are_those_of_what_the_model_sees() -> None:
 
 
 def test_fixture_passes_validation() -> None:
-    lerobot.Dataset(IMAGE).validate(PUSHT)
-    lerobot.Dataset(VIDEO).validate(PUSHT)
+    reader.Dataset(IMAGE).validate(PUSHT)
+    reader.Dataset(VIDEO).validate(PUSHT)
 
 
 def test_missing_camera_state_and_fps_are_named(copy) -> None:
-    dataset = lerobot.Dataset(copy)
+    dataset = reader.Dataset(copy)
     other = dict(PUSHT.cameras, right_wrist_0_rgb="observation.images.side")
     with pytest.raises(ValueError, match=r"lacks camera 'observation.images.side' .*images.top'"):
         dataset.validate(robots.Robot("pusht", other, 2, 2, 10))
@@ -140,38 +141,38 @@ def test_missing_camera_state_and_fps_are_named(copy) -> None:
         dataset.validate(robots.Robot("pusht", PUSHT.cameras, 2, 2, 50))
     _edit_info(copy, fps=None)
     with pytest.raises(ValueError, match=r"info\.json has no 'fps'"):
-        lerobot.Dataset(copy)
+        reader.Dataset(copy)
 
 
 def test_nan_names_episode_and_frame(copy) -> None:
     bad = pl.when(pl.col("index") == 27).then(float("nan")).otherwise(1.0).cast(pl.Float32)
     _edit_data(copy, pl.concat_arr(bad, bad).alias("observation.state"))
     with pytest.raises(ValueError, match=r"'observation.state' .* in episode 1, frame 7: \[nan"):
-        lerobot.Dataset(copy).validate(PUSHT)
+        reader.Dataset(copy).validate(PUSHT)
 
 
 def test_empty_dataset_raises(copy) -> None:
     _edit_info(copy, total_frames=0)
     with pytest.raises(ValueError, match="is empty"):
-        lerobot.Dataset(copy)
+        reader.Dataset(copy)
     _edit_info(copy, total_frames=110)
     shutil.rmtree(copy / "data")
     with pytest.raises(FileNotFoundError, match=r"episodes 0 to 3 .*file-000\.parquet is missing"):
-        lerobot.Dataset(copy)
+        reader.Dataset(copy)
 
 
 def test_other_versions_and_absent_datasets_raise(copy, tmp_path) -> None:
     _edit_info(copy, codebase_version="v1.6")
     with pytest.raises(ValueError, match=r"has LeRobot format v1\.6, expected one of v2\.0, v2"):
-        lerobot.Dataset(copy)
+        reader.Dataset(copy)
     with pytest.raises(FileNotFoundError, match="no LeRobot dataset at"):
-        lerobot.Dataset(tmp_path / "absent")
+        reader.Dataset(tmp_path / "absent")
 
 
 def test_frames_that_do_not_add_up_raise(copy) -> None:
     _edit_info(copy, total_frames=200)
     with pytest.raises(ValueError, match=r"4 episodes with 110 frames but info\.json says 200"):
-        lerobot.Dataset(copy)
+        reader.Dataset(copy)
 
 
 def test_corrupt_files_name_file_episode_and_frame(copy, tmp_path) -> None:
@@ -180,13 +181,13 @@ def test_corrupt_files_name_file_episode_and_frame(copy, tmp_path) -> None:
     with pytest.raises(
         ValueError, match=r"images.top of episode 1, frame 2 in .*file-000\.parquet"
     ):
-        lerobot.Dataset(copy)[22]
+        reader.Dataset(copy)[22]
     (copy / "data" / "chunk-000" / "file-000.parquet").write_bytes(b"junk")
     with pytest.raises(ValueError, match=r"cannot read .* from .*file-000\.parquet"):
-        lerobot.Dataset(copy)
+        reader.Dataset(copy)
     video = shutil.copytree(VIDEO, tmp_path / "video")
     file = next((video / "videos" / "observation.images.top").rglob("*.mp4"))
-    dataset = lerobot.Dataset(video)
+    dataset = reader.Dataset(video)
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"images.top of episode 3, frame 34: .*file-000\.mp4"):
@@ -201,7 +202,7 @@ def test_version_2_0_is_read_like_2_1(tmp_path) -> None:
     copy = shutil.copytree(OLD, tmp_path / "old")
     _edit_info(copy, codebase_version="v2.0")
     (copy / "meta" / "episodes_stats.jsonl").unlink()
-    dataset = lerobot.Dataset(copy)
+    dataset = reader.Dataset(copy)
     assert (len(dataset), dataset.num_episodes) == (110, 4)
     assert dataset[20]["task"] == "move the T away"
     dataset.validate(PUSHT)
@@ -209,7 +210,7 @@ def test_version_2_0_is_read_like_2_1(tmp_path) -> None:
 
 def test_many_episodes_in_many_files_h264() -> None:
     """Six episodes over five data files in three chunks, one video; frames count up in it."""
-    dataset = lerobot.Dataset(MULTI)
+    dataset = reader.Dataset(MULTI)
     assert dataset.num_episodes == 6
     frames = dataset.columns["frame_index"]
     np.testing.assert_array_equal(dataset.columns["index"], np.arange(len(dataset)))
@@ -223,7 +224,7 @@ def test_many_episodes_in_many_files_h264() -> None:
 
 @pytest.mark.parametrize("path", [IMAGE, VIDEO, OLD], ids=["image", "video", "v2.1"])
 def test_chosen_episodes_are_those_of_the_whole(path, tmp_path) -> None:
-    whole, chosen = lerobot.Dataset(path), lerobot.Dataset(path, episodes=[3, 1])
+    whole, chosen = reader.Dataset(path), reader.Dataset(path, episodes=[3, 1])
     assert (chosen.episodes, len(chosen)) == ([1, 3], 60)
     for i, original in ((0, 20), (24, 44), (25, 75), (59, 109)):
         for key, value in whole[original].items():
@@ -231,16 +232,16 @@ def test_chosen_episodes_are_those_of_the_whole(path, tmp_path) -> None:
         np.testing.assert_array_equal(chosen.chunk(i, 8)[0], whole.chunk(original, 8)[0])
     assert len(pickle.loads(pickle.dumps(chosen))) == 60
     with pytest.raises(ValueError, match=r"no episodes \[4, 9\] in dataset .* 4, 0 to 3"):
-        lerobot.Dataset(path, episodes=[1, 4, 9])
+        reader.Dataset(path, episodes=[1, 4, 9])
     with pytest.raises(ValueError, match="no episodes were chosen"):
-        lerobot.Dataset(path, episodes=[])
+        reader.Dataset(path, episodes=[])
 
 
 def test_files_of_other_episodes_need_not_be_there(tmp_path) -> None:
     copy = shutil.copytree(OLD, tmp_path / "old")
     for file in copy.rglob("episode_000002.*"):
         file.unlink()
-    dataset = lerobot.Dataset(copy, episodes=[0, 3])
+    dataset = reader.Dataset(copy, episodes=[0, 3])
     assert dataset[-1 + len(dataset)]["episode_index"] == 3
     assert dataset.layout.files([0, 3], ["observation.images.top"]) == [
         "data/chunk-000/episode_000000.parquet",
@@ -249,7 +250,7 @@ def test_files_of_other_episodes_need_not_be_there(tmp_path) -> None:
         "videos/chunk-000/observation.images.top/episode_000003.mp4",
     ]
     with pytest.raises(FileNotFoundError, match=r"^episode 2 of .*episode_000002\.parquet is miss"):
-        lerobot.Dataset(copy)
+        reader.Dataset(copy)
 
 
 def test_bad_episodes_are_left_out_counted_and_named(tmp_path) -> None:
@@ -261,26 +262,26 @@ def test_bad_episodes_are_left_out_counted_and_named(tmp_path) -> None:
     table = pl.read_parquet(data / "episode_000003.parquet")
     table.head(30).write_parquet(data / "episode_000003.parquet")
     with pytest.raises(ValueError, match=r"episode 0 of dataset .*cannot read"):
-        lerobot.Dataset(copy)
+        reader.Dataset(copy)
     with pytest.raises(ValueError, match=r"has 30 frames of episode 3, the meta files say 35"):
-        lerobot.Dataset(copy, episodes=[3])
-    dataset = lerobot.Dataset(copy, skip_bad_episodes=True)
+        reader.Dataset(copy, episodes=[3])
+    dataset = reader.Dataset(copy, skip_bad_episodes=True)
     assert dataset.episodes == [2]
     assert sorted(dataset.skipped) == [0, 1, 3]
     assert "episode_000001.mp4" in dataset.skipped[1]
     assert "episode 1, frame" in dataset.skipped[1]
-    whole = lerobot.Dataset(OLD)
+    whole = reader.Dataset(OLD)
     np.testing.assert_array_equal(dataset[7]["action"], whole[52]["action"])
     assert len(pickle.loads(pickle.dumps(dataset))) == 30
     shutil.rmtree(copy / "videos")
     with pytest.raises(ValueError, match=r"no episode of dataset .* can be read: "):
-        lerobot.Dataset(copy, skip_bad_episodes=True)
+        reader.Dataset(copy, skip_bad_episodes=True)
 
 
 def test_an_episode_that_is_not_finite_can_be_left_out(copy) -> None:
     bad = pl.when(pl.col("index") == 27).then(float("nan")).otherwise(1.0).cast(pl.Float32)
     _edit_data(copy, pl.concat_arr(bad, bad).alias("action"))
-    dataset = lerobot.Dataset(copy, skip_bad_episodes=True)
+    dataset = reader.Dataset(copy, skip_bad_episodes=True)
     assert dataset.skipped == {1: "'action' is not finite in episode 1"}
     dataset.validate(PUSHT)
 
@@ -289,7 +290,7 @@ def test_frames_out_of_order_are_named(copy) -> None:
     swapped = pl.when(pl.col("index") == 21).then(5).otherwise(pl.col("frame_index"))
     _edit_data(copy, swapped.alias("frame_index"))
     with pytest.raises(ValueError, match=r"row 1 of episode 1 is frame 5"):
-        lerobot.Dataset(copy)
+        reader.Dataset(copy)
 
 
 def test_damaged_meta_files_are_named(tmp_path) -> None:
@@ -297,18 +298,18 @@ def test_damaged_meta_files_are_named(tmp_path) -> None:
     with (old / "meta" / "episodes.jsonl").open("a") as file:
         file.write("{cut")
     with pytest.raises(ValueError, match=r"episodes\.jsonl, line 5 is not JSON"):
-        lerobot.Dataset(old)
+        reader.Dataset(old)
     (old / "meta" / "tasks.jsonl").unlink()
     with pytest.raises(FileNotFoundError, match=r"tasks\.jsonl is missing"):
-        lerobot.Dataset(old)
+        reader.Dataset(old)
     new = shutil.copytree(IMAGE, tmp_path / "new")
     (new / "meta" / "info.json").write_text("{")
     with pytest.raises(ValueError, match=r"info\.json is not JSON"):
-        lerobot.Dataset(new)
+        reader.Dataset(new)
     shutil.copy(IMAGE / "meta" / "info.json", new / "meta")
     shutil.rmtree(new / "meta" / "episodes")
     with pytest.raises(FileNotFoundError, match=r"has no meta/episodes"):
-        lerobot.Dataset(new)
+        reader.Dataset(new)
 
 
 def test_a_task_without_text_is_named(tmp_path) -> None:
@@ -316,24 +317,24 @@ def test_a_task_without_text_is_named(tmp_path) -> None:
     file = old / "meta" / "tasks.jsonl"
     file.write_text(file.read_text().splitlines()[0])
     with pytest.raises(ValueError, match=r"episode 1, frame 0 .* has task 1; there are \[0\]"):
-        lerobot.Dataset(old)[20]
+        reader.Dataset(old)[20]
 
 
 def test_episodes_are_split_by_share_and_seed() -> None:
-    train, held_out = lerobot.split(range(10), 0.2, seed=1)
+    train, held_out = reader.split(range(10), 0.2, seed=1)
     assert sorted(train + held_out) == list(range(10))
     assert len(held_out) == 2
-    assert lerobot.split(range(10), 0.2, seed=1) == (train, held_out)
-    assert lerobot.split(range(10), 0.2, seed=2) != (train, held_out)
-    assert len(lerobot.split(range(10), 0.01)[1]) == 1, "at least one"
+    assert reader.split(range(10), 0.2, seed=1) == (train, held_out)
+    assert reader.split(range(10), 0.2, seed=2) != (train, held_out)
+    assert len(reader.split(range(10), 0.01)[1]) == 1, "at least one"
     for episodes, share in ((range(1), 0.5), (range(10), 0.99), (range(10), 0.0), ([], 0.5)):
         with pytest.raises(ValueError, match=r"cannot hold out .* at least one episode on each"):
-            lerobot.split(episodes, share)
+            reader.split(episodes, share)
 
 
 def test_memory_for_encoded_pictures_is_limited(monkeypatch) -> None:
-    dataset, expected = lerobot.Dataset(IMAGE), lerobot.Dataset(IMAGE)
-    monkeypatch.setattr(lerobot, "MAX_PICTURE_BYTES", 1)
+    dataset, expected = reader.Dataset(IMAGE), reader.Dataset(IMAGE)
+    monkeypatch.setattr(reader, "MAX_PICTURE_BYTES", 1)
     for camera in (*dataset.cameras, *dataset.cameras):
         np.testing.assert_array_equal(dataset.picture(5, camera), expected.picture(5, camera))
         assert [key for _, key in dataset._pictures] == [camera]

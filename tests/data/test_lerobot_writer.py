@@ -7,7 +7,8 @@ import numpy as np
 import polars as pl
 import pytest
 
-from shallow_pi.data import lerobot, lerobot_writer, video_writer
+from shallow_pi.data.lerobot import reader, video_writer
+from shallow_pi.data.lerobot import writer as lerobot_writer
 
 FIXTURE = pathlib.Path(__file__).parents[1] / "fixtures" / "lerobot" / "pusht_v30_image"
 FILES = [
@@ -37,7 +38,7 @@ def test_reader_returns_what_was_written(tmp_path) -> None:
         first = _add_episode(writer, 7, 0, "touch the red block")
         second = _add_episode(writer, 5, 1, "touch the blue block")
         _add_episode(writer, 4, 2, "touch the red block")
-    dataset = lerobot.Dataset(tmp_path / "new")
+    dataset = reader.Dataset(tmp_path / "new")
     assert (len(dataset), dataset.num_episodes, dataset.fps) == (16, 3, 20)
     for start, episode in ((0, first), (7, second)):
         for i in range(len(episode["state"])):
@@ -57,8 +58,8 @@ def test_reader_returns_what_was_written(tmp_path) -> None:
     np.testing.assert_array_equal(pad, [False, False, True, True])
 
 
-def _rewrite_fixture(folder: pathlib.Path) -> lerobot.Dataset:
-    source = lerobot.Dataset(FIXTURE)
+def _rewrite_fixture(folder: pathlib.Path) -> reader.Dataset:
+    source = reader.Dataset(FIXTURE)
     names = {"state_names": ["x", "y"], "action_names": ["x", "y"]}
     with lerobot_writer.Writer(folder, 10, robot_type="pusht", **names) as writer:
         for episode in range(source.num_episodes):
@@ -73,7 +74,7 @@ def _rewrite_fixture(folder: pathlib.Path) -> lerobot.Dataset:
 
 def test_files_and_schemas_are_lerobots(tmp_path) -> None:
     source = _rewrite_fixture(tmp_path / "new")
-    new = lerobot.Dataset(tmp_path / "new")
+    new = reader.Dataset(tmp_path / "new")
     assert new.info == source.info
     written = {p.relative_to(tmp_path / "new") for p in (tmp_path / "new").rglob("*.*")}
     assert written == {p.relative_to(FIXTURE) for p in FIXTURE.rglob("*.*")}
@@ -134,7 +135,7 @@ def test_interrupted_write_leaves_no_dataset(tmp_path) -> None:
     assert not (tmp_path / "new").exists()
     with lerobot_writer.Writer(tmp_path / "new", 20) as writer:
         _add_episode(writer, 4, 0, "touch")
-    assert len(lerobot.Dataset(tmp_path / "new")) == 4
+    assert len(reader.Dataset(tmp_path / "new")) == 4
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
 
 
@@ -142,7 +143,7 @@ def test_large_datasets_are_split_into_files(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(lerobot_writer, "DATA_FILE_MB", 0.004)
     with lerobot_writer.Writer(tmp_path / "new", 20) as writer:
         episodes = [_add_episode(writer, 5, seed, "touch") for seed in range(4)]
-    dataset = lerobot.Dataset(tmp_path / "new")
+    dataset = reader.Dataset(tmp_path / "new")
     assert len(list((tmp_path / "new" / "data").rglob("*.parquet"))) > 1
     for i in range(20):
         expected = episodes[i // 5]["images"]["base"][i % 5]
@@ -178,7 +179,7 @@ def test_large_videos_are_split_into_files_between_episodes(tmp_path, monkeypatc
     encoding = video_writer.Encoding("h264", crf=10)
     with lerobot_writer.Writer(tmp_path / "new", 20, encoding=encoding) as writer:
         episodes = [_add_episode(writer, 30, seed, "touch") for seed in range(4)]
-    dataset = lerobot.Dataset(tmp_path / "new")
+    dataset = reader.Dataset(tmp_path / "new")
     assert dataset.features["observation.images.base"]["dtype"] == "video"
     files = sorted((tmp_path / "new" / "videos" / "observation.images.base").rglob("*.mp4"))
     assert 1 < len(files) <= 4
@@ -199,7 +200,7 @@ def test_a_copied_video_has_a_file_of_its_own(tmp_path) -> None:
             writer.add(images, {"action": numbers}, ["go", "stop"] * 12 + ["go"], copies=copies)
     copied = sorted((tmp_path / "new" / "videos" / "top").rglob("*.mp4"))
     assert [file.read_bytes() for file in copied] == [film.read_bytes()] * 2
-    dataset = lerobot.Dataset(tmp_path / "new")
+    dataset = reader.Dataset(tmp_path / "new")
     np.testing.assert_array_equal(dataset.picture(7, "top"), dataset.picture(32, "top"))
     assert (dataset.task(1), dataset.task(24)) == ("stop", "go")
     episodes = pl.read_parquet(tmp_path / "new" / FILES[1])

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from shallow_pi.data import normalize
+from shallow_pi.data.robots import normalize
 
 
 def _values(shape: tuple[int, ...] = (200, 3)) -> np.ndarray:

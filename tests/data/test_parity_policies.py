@@ -6,7 +6,8 @@ import numpy as np
 import openpi_policies as cases
 import pytest
 
-from shallow_pi.data import normalize, pipelines, robots, tokenizer
+from shallow_pi.data.robots import normalize, pipelines, tokenizer
+from shallow_pi.data.robots import robot as robots
 
 RECORDED = pathlib.Path(__file__).with_name("openpi_policies.npz")
 CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")

@@ -5,7 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from shallow_pi.data import normalize, pipelines, robots, tokenizer
+from shallow_pi.data.robots import normalize, pipelines, tokenizer
+from shallow_pi.data.robots import robot as robots
 
 CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
 

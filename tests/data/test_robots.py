@@ -6,7 +6,8 @@ import textwrap
 
 import pytest
 
-from shallow_pi.data import conversions, robots
+from shallow_pi.data.robots import conversions
+from shallow_pi.data.robots import robot as robots
 
 
 def test_masks_are_written_as_groups() -> None:

@@ -7,7 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from shallow_pi.data import lerobot, lerobot_writer, loader, pipelines, robots, sources, tokenizer
+from shallow_pi.data import loader, sources
+from shallow_pi.data.lerobot import reader
+from shallow_pi.data.lerobot import writer as lerobot_writer
+from shallow_pi.data.robots import pipelines, tokenizer
+from shallow_pi.data.robots import robot as robots
 
 FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures" / "lerobot"
 
@@ -53,7 +57,7 @@ def test_dataset_source_gives_the_batch_of_the_contract(tmp_path) -> None:
     robot = robots.Robot(
         "pusht", {"base_0_rgb": "observation.images.top"}, state_dim=2, action_dim=2, fps=10
     )
-    dataset = lerobot.Dataset(FIXTURES / "pusht_v30_image")
+    dataset = reader.Dataset(FIXTURES / "pusht_v30_image")
     tokenizer.train(dataset.tasks.values(), tmp_path / "small.model")
     transform = pipelines.inputs(
         robot,
@@ -118,7 +122,7 @@ def test_recordings_of_other_robots_become_batches(tmp_path, name) -> None:
             columns[robot.action_key] = rng.normal(size=(length, robot.action_dim))
             columns[robot.action_key] = columns[robot.action_key].astype(np.float32)
             writer.add(images, columns, ["go"] * length)
-    dataset = lerobot.Dataset(tmp_path / "data")
+    dataset = reader.Dataset(tmp_path / "data")
     tokenizer.train(["go"], tmp_path / "small.model")
     stats = dataset.norm_stats(robot, 5)
     transform = pipelines.inputs(
@@ -180,7 +184,7 @@ def test_statistics_of_several_datasets_are_those_of_all_their_frames() -> None:
         fps=10,
         delta=robots.mask(2),
     )
-    whole = lerobot.Dataset(FIXTURES / "pusht_v30_image")
+    whole = reader.Dataset(FIXTURES / "pusht_v30_image")
     parts = [whole.select(whole.episodes[:1]), whole.select(whole.episodes[1:])]
     assert sum(map(len, parts)) == len(whole)
     found, expected = sources.norm_stats(parts, robot, 7), whole.norm_stats(robot, 7)
@@ -194,9 +198,9 @@ def test_statistics_of_several_datasets_are_those_of_all_their_frames() -> None:
 
 def test_selected_episodes_read_as_if_opened_alone() -> None:
     path = FIXTURES / "pusht_v30_video"
-    whole = lerobot.Dataset(path)
+    whole = reader.Dataset(path)
     chosen = whole.episodes[1::2]
-    part, alone = whole.select(chosen), lerobot.Dataset(path, episodes=chosen)
+    part, alone = whole.select(chosen), reader.Dataset(path, episodes=chosen)
     assert part.episodes == alone.episodes
     assert len(part) == len(alone) < len(whole)
     for i in (0, len(part) // 2, len(part) - 1):

@@ -7,7 +7,8 @@ import threading
 import numpy as np
 import pytest
 
-from shallow_pi.data import normalize, pipelines, robots, statistics
+from shallow_pi.data.robots import normalize, pipelines, statistics
+from shallow_pi.data.robots import robot as robots
 
 ROBOT = robots.Robot(
     "arm", {"base_0_rgb": "top"}, state_dim=3, action_dim=2, fps=10, delta=(True, False)

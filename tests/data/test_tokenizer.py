@@ -7,7 +7,7 @@ import pickle
 import numpy as np
 import pytest
 
-from shallow_pi.data import tokenizer
+from shallow_pi.data.robots import tokenizer
 
 PROMPTS = ["touch the red block", "touch the blue block", "put the peg into the green cup"]
 

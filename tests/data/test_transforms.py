@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shallow_pi.data import normalize, transforms
+from shallow_pi.data.robots import normalize, transforms
 
 
 def _picture(height: int, width: int) -> np.ndarray:

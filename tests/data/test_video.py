@@ -6,7 +6,7 @@ import av
 import numpy as np
 import pytest
 
-from shallow_pi.data import video
+from shallow_pi.data.lerobot import video
 
 FPS, COUNT = 20, 90
 

@@ -4,7 +4,7 @@ import av
 import numpy as np
 import pytest
 
-from shallow_pi.data import video, video_writer
+from shallow_pi.data.lerobot import video, video_writer
 
 
 def _film(length=12, shape=(48, 64)):

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from shallow_pi.data import assets, normalize, robots
+from shallow_pi.checkpoints import safetensors_file, weights
+from shallow_pi.data.robots import assets, normalize, robot
 from shallow_pi.deploy import export, policy
-from shallow_pi.models import pi0, safetensors_file, weights
+from shallow_pi.models import pi0
 
 FORMATS = ("openpi", "openpi-padded", "openpi-pytorch", "lerobot")
 LAYERS, TEACHER_DEPTH = [1, 3], 5
@@ -45,7 +46,7 @@ def test_an_export_is_a_policy_with_the_students_actions(run, exported, name):
     generator = np.random.default_rng(3)
     found = {
         key: generator.integers(0, 256, (24, 24, 3), np.uint8)
-        for key in robots.TURNTABLE.cameras.values()
+        for key in robot.TURNTABLE.cameras.values()
     }
     found |= {"observation.state": np.ones(3, np.float32), "task": "touch the red block"}
     noise = generator.standard_normal((5, 6)).astype(np.float32)

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from shallow_pi.data import assets, normalize, robots
+from shallow_pi.checkpoints import safetensors_file
+from shallow_pi.checkpoints import safetensors_layout as layout
+from shallow_pi.data.robots import assets, normalize
+from shallow_pi.data.robots import robot as robots
 from shallow_pi.deploy import lerobot_folder
-from shallow_pi.models import safetensors_file
-from shallow_pi.models import safetensors_layout as layout
 
 PLUGIN = pathlib.Path(__file__).parents[2] / "plugins/lerobot_policy_shallow_pi/src"
 PLUGIN = PLUGIN / "lerobot_policy_shallow_pi"

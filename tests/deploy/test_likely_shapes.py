@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from shallow_pi.deploy import likely_shapes
-from shallow_pi.models import prepare
+from shallow_pi.inference import prepare
 
 PROMPT = "touch the red block"
 

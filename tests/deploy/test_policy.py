@@ -9,9 +9,10 @@ import msgpack
 import numpy as np
 import pytest
 
+from shallow_pi.checkpoints import weights
 from shallow_pi.deploy import policy
+from shallow_pi.inference import prepare, sampler, tuning
 from shallow_pi.models import observation as observations
-from shallow_pi.models import prepare, sampler, tuning, weights
 
 PROMPTS = ("touch the red block", "touch the blue block")
 

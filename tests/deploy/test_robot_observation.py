@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from shallow_pi.data import robots
+from shallow_pi.data.robots import robot as robots
 from shallow_pi.deploy import robot_observation
 
 CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")

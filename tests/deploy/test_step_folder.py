@@ -7,9 +7,9 @@ import shutil
 import numpy as np
 import pytest
 
-from shallow_pi.data import normalize, robots
+from shallow_pi.checkpoints import weights
+from shallow_pi.data.robots import normalize, robot
 from shallow_pi.deploy import policy, step_folder
-from shallow_pi.models import weights
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_a_step_that_is_not_there_says_which_are(run):
 
 def test_a_folder_of_openpis_is_the_same_policy_once_its_robot_is_known(own, params, openpis):
     observation = {
-        key: np.full((24, 24, 3), 100, np.uint8) for key in robots.TURNTABLE.cameras.values()
+        key: np.full((24, 24, 3), 100, np.uint8) for key in robot.TURNTABLE.cameras.values()
     } | {"observation.state": np.ones(3, np.float32), "task": "touch the red block"}
     found = policy.Policy.from_checkpoint(
         openpis,
@@ -81,7 +81,7 @@ def test_a_folder_of_openpis_is_the_same_policy_once_its_robot_is_known(own, par
 
 
 def test_what_no_shape_tells_is_openpis_default(own, openpis, tiny_config, tiny_params, tmp_path):
-    asked = {"robot": robots.TURNTABLE, "tokenizer": own.tokenizer}
+    asked = {"robot": robot.TURNTABLE, "tokenizer": own.tokenizer}
     model = step_folder.assets(openpis, **asked).model
     assert (model.pi05, model.depth, model.action_dim) == (False, 2, 6)
     assert (model.action_horizon, model.max_token_len, model.dtype) == (50, 48, "bfloat16")
@@ -109,10 +109,10 @@ def test_one_of_several_statistics_is_the_robots_or_the_one_named(own, openpis, 
     shutil.copytree(openpis, tmp_path / "1")
     shutil.move(tmp_path / "1/assets/org", tmp_path / "1/assets/first")
     shutil.copytree(tmp_path / "1/assets/first/turntable", tmp_path / "1/assets/second")
-    asked = {"robot": robots.TURNTABLE, "tokenizer": own.tokenizer}
+    asked = {"robot": robot.TURNTABLE, "tokenizer": own.tokenizer}
     assert step_folder.assets(tmp_path / "1", **asked).asset_id == "first/turntable"
     assert step_folder.assets(tmp_path / "1", **asked, asset_id="second").asset_id == "second"
-    renamed = {**asked, "robot": dataclasses.replace(robots.TURNTABLE, name="mine")}
+    renamed = {**asked, "robot": dataclasses.replace(robot.TURNTABLE, name="mine")}
     with pytest.raises(FileNotFoundError, match=r"'mine' .*\['first/turntable', 'second'\]"):
         step_folder.assets(tmp_path / "1", **renamed)
     assert step_folder.assets(openpis, **renamed).asset_id == "org/turntable"
@@ -121,8 +121,8 @@ def test_one_of_several_statistics_is_the_robots_or_the_one_named(own, openpis, 
 def test_a_trained_robot_may_be_given_other_names_but_no_other_units(own, params, tmp_path):
     weights.save_params(tmp_path / "params", params)
     own.save(tmp_path / "assets")
-    renamed = dataclasses.replace(robots.TURNTABLE, name="mine", state_key="q", prompt_key="say")
+    renamed = dataclasses.replace(robot.TURNTABLE, name="mine", state_key="q", prompt_key="say")
     assert step_folder.assets(tmp_path, robot=renamed).robot == renamed
-    absolute = dataclasses.replace(robots.TURNTABLE, name="absolute", delta=())
+    absolute = dataclasses.replace(robot.TURNTABLE, name="absolute", delta=())
     with pytest.raises(ValueError, match=r"absolute has other units: delta is .*, given \(\)"):
         step_folder.assets(tmp_path, robot=absolute)

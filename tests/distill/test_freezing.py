@@ -8,9 +8,10 @@ import numpy as np
 import optax
 import pytest
 
+from shallow_pi.checkpoints import weights
 from shallow_pi.distill import layer_map, losses, step, student
-from shallow_pi.models import layers, pi0, weights
-from shallow_pi.training import shapes, sharding
+from shallow_pi.models import layers, pi0
+from shallow_pi.parallel import shapes, sharding
 
 KEY = jax.random.key(5)
 TASK = losses.Losses(velocity=0.0, attention=0.0)

@@ -10,10 +10,11 @@ import numpy as np
 import optax
 import pytest
 
+from shallow_pi.checkpoints import weights
 from shallow_pi.distill import layer_map, losses, step, student
 from shallow_pi.distill import norms as gradient_norms
 from shallow_pi.models import observation as observations
-from shallow_pi.models import pi0, weights
+from shallow_pi.models import pi0
 from shallow_pi.models.layers import Execution
 
 KEY = jax.random.key(5)

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from shallow_pi.checkpoints import weights
 from shallow_pi.distill import layer_map, student
-from shallow_pi.models import pi0, siglip, weights
+from shallow_pi.models import pi0, siglip
 
 LAYERS = "PaliGemma/llm/layers/"
 

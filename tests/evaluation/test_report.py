@@ -10,8 +10,9 @@ import pytest
 import rich.console
 from PIL import Image
 
-from shallow_pi.data import robots
-from shallow_pi.evaluation import held_out, latency, plots, report, rollout
+from shallow_pi.data.robots import robot
+from shallow_pi.evaluation import held_out, plots, report, rollout
+from shallow_pi.speed import latency
 
 
 def evaluation(label, outcomes):
@@ -234,7 +235,7 @@ def trained():
         _row(20, 0.2, 0.25, **arm),
         _row(30, 0.3, 0.2),
     ]
-    groups = (robots.Group("left_arm", 6, "rad"), robots.Group("gripper", 1))
+    groups = (robot.Group("left_arm", 6, "rad"), robot.Group("gripper", 1))
     return report.Report("pi0_aloha_l6/first", {}, curves={"student": rows}, groups=groups)
 
 

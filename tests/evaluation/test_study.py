@@ -10,12 +10,15 @@ import jax
 import numpy as np
 import pytest
 
-from shallow_pi.data import assets
+from shallow_pi.checkpoints import weights
+from shallow_pi.data import opening
+from shallow_pi.data.robots import assets
 from shallow_pi.distill import losses, student
 from shallow_pi.evaluation import rollout, study
-from shallow_pi.evaluation.sims import turntable
-from shallow_pi.models import pi0, prepare, sampler, weights
-from shallow_pi.training import batches, command_line, config, loop, metrics, validation
+from shallow_pi.inference import prepare, sampler
+from shallow_pi.models import pi0
+from shallow_pi.sims import turntable
+from shallow_pi.training import command_line, config, loop, metrics, validation
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "train_configs"
 
@@ -127,7 +130,7 @@ def _refused(experiment, message, kind=(ValueError, FileNotFoundError)):
 def test_training_alone_ends_with_a_report(tmp_path, tiny_experiment, tiny_dataset, capsys):
     """And so does the same run when it is resumed."""
     dataset, tokenizer = tiny_dataset
-    data = batches.DataConfig(path=str(dataset), tokenizer=str(tokenizer), held_out=0.34)
+    data = opening.DataConfig(path=str(dataset), tokenizer=str(tokenizer), held_out=0.34)
     experiment = tiny_experiment(
         tmp_path,
         data=data,

@@ -30,7 +30,7 @@ def pytest_terminal_summary(terminalreporter):
 @pytest.fixture(scope="session")
 def data_home(tmp_path_factory):
     """openpi's cache folder, for child processes too, with a small tokenizer for PaliGemma's."""
-    from shallow_pi.data import tokenizer
+    from shallow_pi.data.robots import tokenizer
 
     home = tmp_path_factory.mktemp("data_home")
     path = home / "big_vision" / "paligemma_tokenizer.model"

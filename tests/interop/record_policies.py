@@ -106,7 +106,8 @@ def main() -> None:
     import openpi_policies as cases
     import stand_ins
 
-    from shallow_pi.data import robots, tokenizer
+    from shallow_pi.data.robots import robot as robots
+    from shallow_pi.data.robots import tokenizer
 
     stand_ins.install()
     with tempfile.TemporaryDirectory() as home:

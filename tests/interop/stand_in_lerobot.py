@@ -10,11 +10,11 @@ import pathlib
 
 import numpy as np
 
-from shallow_pi.data import lerobot
+from shallow_pi.data.lerobot import reader
 
 
-def _open(repo_id: str) -> lerobot.Dataset:
-    return lerobot.Dataset(pathlib.Path(os.environ["HF_LEROBOT_HOME"]) / repo_id)
+def _open(repo_id: str) -> reader.Dataset:
+    return reader.Dataset(pathlib.Path(os.environ["HF_LEROBOT_HOME"]) / repo_id)
 
 
 class LeRobotDatasetMetadata:

@@ -16,10 +16,12 @@ from openpi.shared import normalize as openpi_normalize
 from openpi.training import checkpoints as openpi_checkpoints
 from openpi.training import utils as openpi_utils
 
-from shallow_pi.data import normalize
+from shallow_pi.checkpoints import weights
+from shallow_pi.data.robots import normalize
 from shallow_pi.distill import layer_map, student
+from shallow_pi.inference import sampler
 from shallow_pi.models import observation as observations
-from shallow_pi.models import pi0, sampler, weights
+from shallow_pi.models import pi0
 
 DEPTH = 18
 STATS = {

@@ -16,11 +16,14 @@ from openpi import transforms as openpi_transforms
 from openpi.models import gemma as openpi_gemma
 from openpi.training import config as openpi_config
 
-from shallow_pi.data import lerobot_writer, loader, normalize, robots
+from shallow_pi.data import loader, opening
+from shallow_pi.data.lerobot import writer as lerobot_writer
+from shallow_pi.data.robots import normalize
+from shallow_pi.data.robots import robot as robots
 from shallow_pi.interop import openpi as interop
 from shallow_pi.interop import openpi_configs, openpi_data
 from shallow_pi.models import pi0
-from shallow_pi.training import batches, config
+from shallow_pi.training import config
 
 MODEL = pi0.Pi0Config(pi05=True, action_horizon=10, max_token_len=200)
 REPO = "physical-intelligence/libero"
@@ -89,8 +92,8 @@ def _close(a, b):
 
 
 def test_openpis_samples_are_those_of_our_reader_and_robot(home, teacher):
-    theirs = batches.open_data(_data(), MODEL, teacher)
-    ours = batches.open_data(
+    theirs = opening.open_data(_data(), MODEL, teacher)
+    ours = opening.open_data(
         _data(source="lerobot", path=str(home / REPO), robot="libero"), MODEL, teacher
     )
     assert len(theirs.train) == len(ours.train) == 21
@@ -100,8 +103,8 @@ def test_openpis_samples_are_those_of_our_reader_and_robot(home, teacher):
 
 
 def test_held_out_episodes_are_those_of_our_reader(home, teacher):
-    theirs = batches.open_data(_data(held_out=0.3), MODEL, teacher)
-    ours = batches.open_data(
+    theirs = opening.open_data(_data(held_out=0.3), MODEL, teacher)
+    ours = opening.open_data(
         _data(source="lerobot", path=str(home / REPO), robot="libero", held_out=0.3),
         MODEL,
         teacher,
@@ -113,7 +116,7 @@ def test_held_out_episodes_are_those_of_our_reader(home, teacher):
 
 
 def test_batches_of_openpis_samples_resume(teacher):
-    source = batches.open_data(_data(), MODEL, teacher).train
+    source = opening.open_data(_data(), MODEL, teacher).train
     first = loader.Loader(source, 4, seed=3)
     next(first)
     position, expected = first.state(), next(first)
@@ -148,12 +151,12 @@ def test_a_config_of_ones_own_transforms_is_taken_over_with_openpis_loader(
     mine = dataclasses.replace(source, name="pi05_mine", data=factory)
     monkeypatch.setitem(openpi_config._CONFIGS_DICT, "pi05_mine", mine)
     experiment = openpi_configs.experiment("pi05_mine")
-    found = batches.open_data(
+    found = opening.open_data(
         dataclasses.replace(experiment.data, tokenizer="gs://big_vision/paligemma_tokenizer.model"),
         MODEL,
         teacher,
     )
-    plain = batches.open_data(_data(), MODEL, teacher)
+    plain = opening.open_data(_data(), MODEL, teacher)
     np.testing.assert_allclose(
         found.train[0]["state"], plain.train[0]["state"], rtol=1e-5, atol=1e-5
     )
@@ -186,12 +189,12 @@ class _Mine(openpi_transforms.DataTransformFn):
 
 def test_statistics_are_asked_for_where_there_are_none():
     with pytest.raises(FileNotFoundError, match=r"compute_norm_stats\.py, or .*--data\.norm-stats"):
-        batches.open_data(_data(), MODEL, None)
+        opening.open_data(_data(), MODEL, None)
 
 
 def test_a_folder_needs_our_reader(home, teacher):
     with pytest.raises(ValueError, match=r"--data\.source lerobot"):
-        batches.open_data(_data(path=str(home / REPO)), MODEL, teacher)
+        opening.open_data(_data(path=str(home / REPO)), MODEL, teacher)
 
 
 def test_without_lerobot_our_reader_is_taken(monkeypatch):

@@ -11,7 +11,7 @@ stand_ins.install()
 from openpi import transforms as openpi_transforms
 from openpi.training import config as openpi_config
 
-from shallow_pi.data import robots
+from shallow_pi.data.robots import robot as robots
 from shallow_pi.interop import openpi_configs, openpi_data
 from shallow_pi.models import pi0
 

@@ -9,10 +9,11 @@ import pytest
 import record_parity
 import theirs
 
+from shallow_pi.checkpoints import weights
 from shallow_pi.distill import layer_map
-from shallow_pi.evaluation import benchmark
 from shallow_pi.interop import openpi as interop
-from shallow_pi.models import pi0, weights
+from shallow_pi.models import pi0
+from shallow_pi.speed import inference
 
 
 @pytest.fixture(scope="module", params=parity.MODELS)
@@ -65,7 +66,7 @@ def test_the_benchmark_times_openpis_sampler_on_the_same_model():
     """Two cameras: openpi encodes the third one too, which is black and masked."""
     config = parity.model(True, 2, "float32")
     config = dataclasses.replace(config, cameras=config.cameras[:2])
-    found = benchmark.measure(
+    found = inference.measure(
         config, num_steps=2, repeats=1, ablate=False, others={"openpi": interop.sampler}
     )
     assert found.others_ms["openpi"] > 0

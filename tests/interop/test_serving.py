@@ -19,11 +19,13 @@ from openpi.policies import policy_config
 from openpi.training import config as openpi_config
 from openpi_client import websocket_client_policy
 
-from shallow_pi.data import assets as policy_assets
-from shallow_pi.data import normalize, robots
+from shallow_pi.checkpoints import weights
+from shallow_pi.data.robots import assets as policy_assets
+from shallow_pi.data.robots import normalize
+from shallow_pi.data.robots import robot as robots
 from shallow_pi.deploy import export, policy
 from shallow_pi.interop import openpi as interop
-from shallow_pi.models import pi0, weights
+from shallow_pi.models import pi0
 
 HERE = pathlib.Path(__file__).parent
 SCRIPT = HERE.parents[1] / "scripts" / "serve_openpi.py"

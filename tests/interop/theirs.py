@@ -19,9 +19,10 @@ from openpi.models import model as openpi_model
 from openpi.models import pi0 as openpi_pi0
 from openpi.shared import nnx_utils
 
+from shallow_pi.checkpoints import weights
 from shallow_pi.distill import student
 from shallow_pi.interop import openpi as interop
-from shallow_pi.models import pi0, weights
+from shallow_pi.models import pi0
 
 openpi.models.gemma.PALIGEMMA_VOCAB_SIZE = parity.VOCAB_SIZE
 

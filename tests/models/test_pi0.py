@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from shallow_pi.models import layers, pi0, siglip, weights
+from shallow_pi.checkpoints import weights
+from shallow_pi.models import layers, pi0, siglip
 
 BOTH = pytest.mark.parametrize("pi05", [False, True], ids=["pi0", "pi05"])
 # Small, for float32 knows the sine of 2π·t/0.004 only so well: 1e-4 at t = 1.

@@ -12,8 +12,9 @@ import numpy as np
 import optax
 import pytest
 
-from shallow_pi.models import weights
-from shallow_pi.training import checkpoint, optimizer, sharding
+from shallow_pi.checkpoints import weights
+from shallow_pi.parallel import sharding
+from shallow_pi.training import checkpoint, optimizer
 
 
 @flax.struct.dataclass

@@ -7,7 +7,8 @@ import subprocess
 
 import pytest
 
-from shallow_pi.training import command_line, distributed
+from shallow_pi.parallel import processes
+from shallow_pi.training import command_line
 
 ROOT = pathlib.Path(__file__).parents[2]
 LAUNCH = ROOT / "scripts" / "launch"
@@ -67,7 +68,7 @@ def test_a_run_that_was_cut_short_goes_on(name):
 
 @pytest.mark.parametrize("name", [*NAMES, "../../docs/launch.md"])
 def test_it_sets_no_variable_that_nobody_reads(name):
-    read = {value for value in vars(distributed).values() if isinstance(value, str)}
+    read = {value for value in vars(processes).values() if isinstance(value, str)}
     assert set(re.findall(r"SHALLOW_PI_\w+", (LAUNCH / name).read_text())) <= read
 
 
@@ -77,7 +78,7 @@ def test_the_pods_of_the_jobset_find_each_other():
     job = replicated["template"]["spec"]
     (container,) = job["template"]["spec"]["containers"]
     given = {variable["name"]: variable["value"] for variable in container["env"]}
-    found = distributed.find(given | {"JOB_COMPLETION_INDEX": "1"})
+    found = processes.find(given | {"JOB_COMPLETION_INDEX": "1"})
     name = jobset["metadata"]["name"]
     assert found.coordinator == f"{name}-{replicated['name']}-0-0.{name}:8476"
     assert found.count == job["completions"] == job["parallelism"]

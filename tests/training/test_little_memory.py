@@ -6,9 +6,11 @@ import jax
 import numpy as np
 import pytest
 
+from shallow_pi.checkpoints import weights
 from shallow_pi.distill import student
-from shallow_pi.models import pi0, weights
-from shallow_pi.training import checkpoint, config, loop, metrics, setup, shapes
+from shallow_pi.models import pi0
+from shallow_pi.parallel import shapes
+from shallow_pi.training import checkpoint, config, loop, metrics, setup
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 FREEZE = ("vision", "embedder")

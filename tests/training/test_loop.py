@@ -14,22 +14,14 @@ import jax
 import numpy as np
 import pytest
 
-from shallow_pi.data import assets as policy_assets
-from shallow_pi.data import loader, sources
+from shallow_pi.checkpoints import weights
+from shallow_pi.data import loader, opening, sheet, sources
+from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.deploy import policy
 from shallow_pi.distill import layer_map
-from shallow_pi.models import pi0, weights
-from shallow_pi.training import (
-    batches,
-    checkpoint,
-    config,
-    data_sheet,
-    loop,
-    metrics,
-    setup,
-    shapes,
-    validation,
-)
+from shallow_pi.models import pi0
+from shallow_pi.parallel import shapes
+from shallow_pi.training import checkpoint, config, loop, metrics, setup, validation
 
 # Some thirty short runs: a busy machine takes its time.
 pytestmark = pytest.mark.timeout(900)
@@ -86,7 +78,7 @@ def whole(synthetic):
 def recorded(tmp_path_factory, tiny_experiment, tiny_dataset):
     """The same on a dataset, read by threads; a checkpoint after every step."""
     dataset, tokenizer = tiny_dataset
-    data = batches.DataConfig(path=str(dataset), tokenizer=str(tokenizer), num_threads=2)
+    data = opening.DataConfig(path=str(dataset), tokenizer=str(tokenizer), num_threads=2)
     folder = tmp_path_factory.mktemp("recorded")
     return tiny_experiment(folder, exp_name="whole", data=data, save_interval=1)
 
@@ -131,7 +123,7 @@ def test_a_run_sees_every_sample_once_an_epoch_however_it_is_cut(recorded, monke
     )
     _train(experiment, num_train_steps=2)
     # The data sheet reads samples of its own first.
-    first, seen[:] = seen[data_sheet.SAMPLES :][:16], []
+    first, seen[:] = seen[sheet.SAMPLES :][:16], []
     _train(experiment, num_train_steps=3, resume=True)
     assert sorted(first + seen[:8]) == list(range(24))
 
@@ -174,7 +166,7 @@ def test_validation_is_logged_at_its_interval_and_the_best_step_is_kept(validate
 
 def test_the_policy_of_a_step_makes_the_error_that_was_logged(validated):
     """From raw observations, with the sampler of deployment, in the robot's units."""
-    data = batches.open_data(validated.data, validated.student_model, None)
+    data = opening.open_data(validated.data, validated.student_model, None)
     source = data.held_out
     deployed = policy.Policy.from_checkpoint(validated.folder / "4", num_steps=2, warm_up=False)
     difference = []
@@ -320,7 +312,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
     def poisoned(self, i):
         count.append(i)
         sample = read(self, i)
-        third_batch = 16 < len(count) - data_sheet.SAMPLES <= 24
+        third_batch = 16 < len(count) - sheet.SAMPLES <= 24
         return sample | {"actions": sample["actions"] + poison} if third_batch else sample
 
     with monkeypatch.context() as patch:
@@ -461,7 +453,7 @@ def test_the_measured_layers_are_those_of_the_scores(synthetic, monkeypatch):
     fake = types.SimpleNamespace(**{name: measuring(v) for name, v in scores.items()})
     monkeypatch.setattr(setup, "layer_scores", fake)
     mesh, _ = setup.validate(synthetic)
-    data = batches.open_data(synthetic.data, synthetic.student_model, None)
+    data = opening.open_data(synthetic.data, synthetic.student_model, None)
     feed = loader.prefetch(
         loader.Loader(data.train, 8),
         jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data")),

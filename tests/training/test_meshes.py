@@ -14,9 +14,12 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from shallow_pi.checkpoints import weights
 from shallow_pi.distill import layer_map, losses, step, student
-from shallow_pi.models import gemma, layers, pi0, siglip, weights
-from shallow_pi.training import hlo, optimizer, sharding
+from shallow_pi.models import gemma, layers, pi0, siglip
+from shallow_pi.parallel import sharding
+from shallow_pi.planning import hlo
+from shallow_pi.training import optimizer
 
 # (data, fsdp, tensor)
 LAYOUTS = [

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from shallow_pi.models import weights
+from shallow_pi.checkpoints import weights
 from shallow_pi.training import config, setup
 
 

@@ -7,11 +7,14 @@ import jax
 import numpy as np
 import pytest
 
-from shallow_pi.data import assets as policy_assets
-from shallow_pi.data import normalize, pipelines, robots, sources, transforms
+from shallow_pi.data import sources
+from shallow_pi.data.robots import assets as policy_assets
+from shallow_pi.data.robots import normalize, pipelines, transforms
+from shallow_pi.data.robots import robot as robots
 from shallow_pi.distill import layer_map, losses, step, student
 from shallow_pi.models import observation, pi0
-from shallow_pi.training import optimizer, sharding, validation
+from shallow_pi.parallel import sharding
+from shallow_pi.training import optimizer, validation
 
 ONE, EIGHT = sharding.MeshConfig(), sharding.MeshConfig(data=2, fsdp=4)
 

@@ -24,7 +24,8 @@ import numpy as np
 from jaxtyping import UInt8
 
 from shallow_pi import progress, user_cache
-from shallow_pi.data import lerobot, transforms
+from shallow_pi.data.lerobot import reader
+from shallow_pi.data.robots import transforms
 
 # Left free on the disk.
 RESERVE = 2**30
@@ -58,7 +59,7 @@ class FrameCache:
 
     def __init__(
         self,
-        dataset: lerobot.Dataset,
+        dataset: reader.Dataset,
         cameras: Sequence[str],
         size: int,
         folder: pathlib.Path,
@@ -149,7 +150,7 @@ class FrameCache:
         self._open()
 
 
-def key(dataset: lerobot.Dataset, camera: str, size: int) -> str:
+def key(dataset: reader.Dataset, camera: str, size: int) -> str:
     """Names the bytes of a camera's pictures: changes with anything that may change them."""
     layout = dataset.layout
     if layout.info["features"][camera]["dtype"] == "video":
@@ -173,7 +174,7 @@ def key(dataset: lerobot.Dataset, camera: str, size: int) -> str:
 
 
 def share(
-    datasets: Sequence[lerobot.Dataset],
+    datasets: Sequence[reader.Dataset],
     cameras: Sequence[str],
     size: int,
     folder: pathlib.Path,

@@ -15,7 +15,9 @@ import jax
 import numpy as np
 
 from shallow_pi import progress
-from shallow_pi.data import lerobot, normalize, robots, statistics, transforms
+from shallow_pi.data.lerobot import reader
+from shallow_pi.data.robots import normalize, statistics, transforms
+from shallow_pi.data.robots import robot as robots
 
 # How many samples, and their weight in the stream.
 Share = tuple[int, float]
@@ -40,7 +42,7 @@ class DatasetSource:
 
     def __init__(
         self,
-        dataset: lerobot.Dataset,
+        dataset: reader.Dataset,
         robot: robots.Robot,
         horizon: int,
         transform: transforms.Transform,
@@ -209,7 +211,7 @@ class Cached:
 
 
 def norm_stats(
-    datasets: Sequence[lerobot.Dataset],
+    datasets: Sequence[reader.Dataset],
     robot: robots.Robot,
     horizon: int,
     advance: progress.Advance | None = None,

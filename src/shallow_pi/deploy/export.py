@@ -19,11 +19,12 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from shallow_pi.data import assets as policy_assets
+from shallow_pi.checkpoints import safetensors_file, weights
+from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.deploy import lerobot_folder, model_card, step_folder
 from shallow_pi.deploy import policy as policies
 from shallow_pi.models import observation as observations
-from shallow_pi.models import pi0, safetensors_file, weights
+from shallow_pi.models import pi0
 
 Format = Literal["openpi", "openpi-padded", "openpi-pytorch", "lerobot"]
 # Largest difference of a normalized action; 0 where the same program runs.

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from shallow_pi.data import assets as policy_assets
-from shallow_pi.data import conversions, normalize
-from shallow_pi.models import safetensors_file
+from shallow_pi.checkpoints import safetensors_file
+from shallow_pi.data.robots import assets as policy_assets
+from shallow_pi.data.robots import conversions, normalize
 
 TOKENIZER = "google/paligemma-3b-pt-224"
 STATE, ACTION, PROMPT = "observation.state", "action", "task"

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from shallow_pi.data import assets as policy_assets
-from shallow_pi.data import tokenizer
+from shallow_pi.data.robots import assets as policy_assets
+from shallow_pi.data.robots import tokenizer
+from shallow_pi.inference import prepare
 from shallow_pi.models import observation as observations
-from shallow_pi.models import prepare
 
 # Instructions as short and as long as they usually are: for a policy without a prompt of its own.
 LIKELY_PROMPTS = (

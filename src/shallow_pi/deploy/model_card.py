@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from shallow_pi.data import assets as policy_assets
+from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.deploy import lerobot_folder
 from shallow_pi.models import pi0
 

@@ -20,10 +20,12 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from shallow_pi import progress
-from shallow_pi.data import assets as policy_assets
-from shallow_pi.data import robots
+from shallow_pi.checkpoints import weights
+from shallow_pi.data.robots import assets as policy_assets
+from shallow_pi.data.robots import robot as robots
 from shallow_pi.deploy import likely_shapes, previous_chunk, robot_observation, step_folder
-from shallow_pi.models import observation, pi0, prepare, real_time, sampler, tuning, weights
+from shallow_pi.inference import prepare, real_time, sampler, tuning
+from shallow_pi.models import observation, pi0
 
 
 class Policy:

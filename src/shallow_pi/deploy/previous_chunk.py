@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from shallow_pi.models import real_time
+from shallow_pi.inference import real_time
 
 
 def padded(

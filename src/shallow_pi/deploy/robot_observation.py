@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from shallow_pi.data import robots
+from shallow_pi.data.robots import robot as robots
 
 
 def clean(

@@ -10,10 +10,12 @@ import os
 import pathlib
 from typing import Any
 
-from shallow_pi.data import assets as policy_assets
-from shallow_pi.data import normalize, robots
-from shallow_pi.data import tokenizer as prompts
-from shallow_pi.models import fetch, pi0, safetensors_file, sizes, weights
+from shallow_pi.checkpoints import fetch, safetensors_file, sizes, weights
+from shallow_pi.data.robots import assets as policy_assets
+from shallow_pi.data.robots import normalize
+from shallow_pi.data.robots import robot as robots
+from shallow_pi.data.robots import tokenizer as prompts
+from shallow_pi.models import pi0
 
 BEST_FILE = "best.json"
 # What statistics and parameters were made for; the rest of a robot is names.

@@ -19,8 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, PyTree
 
+from shallow_pi.checkpoints import weights
 from shallow_pi.distill import layer_map as layer_maps
-from shallow_pi.models import pi0, weights
+from shallow_pi.models import pi0
 
 LAYERS = ("PaliGemma", "llm", "layers")
 # What can be frozen: the image tower, and the token embedding.

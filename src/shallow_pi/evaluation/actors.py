@@ -8,8 +8,9 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from shallow_pi.deploy import policy as policies
-from shallow_pi.evaluation import latency, rollout
-from shallow_pi.evaluation.sims import simulator
+from shallow_pi.evaluation import rollout
+from shallow_pi.sims import simulator
+from shallow_pi.speed import latency
 
 
 @dataclasses.dataclass(frozen=True)

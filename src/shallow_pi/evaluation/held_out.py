@@ -7,7 +7,7 @@ lowest error and the last one, the errors by group of joints in the robot's unit
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from shallow_pi.data import robots
+from shallow_pi.data.robots import robot
 from shallow_pi.evaluation import plots
 from shallow_pi.training import validation
 
@@ -38,13 +38,13 @@ def best(rows: plots.Rows, criterion: str) -> Mapping[str, Any] | None:
     return min(found, key=lambda row: row[criterion], default=None)
 
 
-def labels(groups: Sequence[robots.Group]) -> dict[str, str]:
+def labels(groups: Sequence[robot.Group]) -> dict[str, str]:
     """Name of a group → how it is written, with its unit."""
     return {g.name: f"{g.name.replace('_', ' ')} ({g.unit})".replace(" ()", "") for g in groups}
 
 
 def error_tables(
-    curves: Mapping[str, plots.Rows], groups: Sequence[robots.Group], criterion: str
+    curves: Mapping[str, plots.Rows], groups: Sequence[robot.Group], criterion: str
 ) -> list[Table]:
     """Errors of every policy at its best and last step; those of the first one by group.
 
@@ -78,7 +78,7 @@ def error_tables(
 
 
 def group_errors(
-    curves: Mapping[str, plots.Rows], groups: Sequence[robots.Group], criterion: str
+    curves: Mapping[str, plots.Rows], groups: Sequence[robot.Group], criterion: str
 ) -> dict[str, dict[str, float]]:
     """Group with its unit → whose actions → error of the first policy at its best step."""
     row = next((top for rows in curves.values() if (top := best(rows, criterion))), {})

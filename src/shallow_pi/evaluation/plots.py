@@ -38,13 +38,6 @@ NAMES = {
 Rows = Sequence[Mapping[str, Any]]
 
 
-def tidy(axis: Any, grid: str) -> None:
-    """No frame but the axes; grid lines of "x", "y" or "both"."""
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.grid(axis=grid, color="#e4e4e4", linewidth=0.8)
-    axis.set_axisbelow(True)
-
-
 def loss_curves(
     path: pathlib.Path,
     curves: Mapping[str, Rows],
@@ -79,7 +72,7 @@ def loss_curves(
         if 0 < 5 * drawn.min() < drawn.max():
             axis.set_yscale("log")
             _plain_ticks(axis)
-        tidy(axis, "both")
+        figures.tidy(axis, "both")
         axis.legend(frameon=False, fontsize=8)
     figure.savefig(path)
 
@@ -123,7 +116,7 @@ def group_bars(path: pathlib.Path, errors: Mapping[str, Mapping[str, float]]) ->
             axis.text(value, place, f" {value:.3g}", va="center", fontsize=8)
         axis.set(title=group, xlim=(0, 1.3 * max(*bars.values(), 1e-12)))
         axis.invert_yaxis()
-        tidy(axis, "x")
+        figures.tidy(axis, "x")
         axis.label_outer()
     figure.savefig(path)
 
@@ -148,7 +141,7 @@ def success(path: pathlib.Path, scopes: Mapping[str, Mapping[str, rollout.Evalua
         axis.set_title(f"{title} (n = {'/'.join(map(str, episodes))})", fontsize=10)
         axis.set_yticks(list(places.values()), [NAMES.get(policy, policy) for policy in places])
         axis.tick_params(axis="y", length=0)
-        tidy(axis, "x")
+        figures.tidy(axis, "x")
     axes[0][0].invert_yaxis()
     figure.savefig(path)
 

@@ -22,10 +22,11 @@ import rich.console
 import rich.table
 
 from shallow_pi import figures
-from shallow_pi.data import robots
+from shallow_pi.data.robots import robot
 from shallow_pi.evaluation import held_out, intervals, plots, rollout
-from shallow_pi.evaluation import latency as latencies
-from shallow_pi.training import distributed, validation
+from shallow_pi.parallel import processes
+from shallow_pi.speed import latency as latencies
+from shallow_pi.training import validation
 
 # Pairs whose difference is reported, wherever both were evaluated.
 COMPARISONS = (("student", "teacher"), ("student", "task_only"))
@@ -76,7 +77,7 @@ class Report:
     # One episode of the student.
     recording: rollout.Recording | None = None
     # Groups of the robot's actions, whose held-out errors the rows have.
-    groups: Sequence[robots.Group] = ()
+    groups: Sequence[robot.Group] = ()
     # The held-out error that decides which step is the best.
     criterion: str = validation.TO_DATA
 
@@ -344,7 +345,7 @@ class Stages:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-            if distributed.is_main():
+            if processes.is_main():
                 partial = self.path.with_suffix(".partial")
                 partial.write_text(json.dumps(self.seconds, indent=2) + "\n", encoding="utf-8")
                 partial.replace(self.path)

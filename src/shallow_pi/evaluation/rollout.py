@@ -20,7 +20,7 @@ from jaxtyping import Float, Int, UInt8
 
 from shallow_pi import progress
 from shallow_pi.evaluation import intervals, late_plans
-from shallow_pi.evaluation.sims import simulator
+from shallow_pi.sims import simulator
 
 AT_ONCE = late_plans.Delay()
 

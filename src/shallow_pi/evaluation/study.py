@@ -25,24 +25,17 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from shallow_pi import progress
-from shallow_pi.data import assets as policy_assets
-from shallow_pi.data import robots, tokenizer
+from shallow_pi.checkpoints import run_folder, weights
+from shallow_pi.data import opening
+from shallow_pi.data.robots import assets as policy_assets
+from shallow_pi.data.robots import robot, tokenizer
 from shallow_pi.deploy import policy as policies
 from shallow_pi.distill import layer_map, student
 from shallow_pi.evaluation import actors, report, rollout
-from shallow_pi.evaluation.sims import turntable, turntable_expert
-from shallow_pi.models import pi0, weights
-from shallow_pi.training import (
-    batches,
-    config,
-    distributed,
-    loop,
-    metrics,
-    run_folder,
-    setup,
-    sharding,
-    validation,
-)
+from shallow_pi.models import pi0
+from shallow_pi.parallel import processes, sharding
+from shallow_pi.sims import turntable, turntable_expert
+from shallow_pi.training import config, loop, metrics, setup, validation
 
 STAGES = "stages.json"
 # What makes the task harder than the demonstrations: less play, more to choose from.
@@ -66,12 +59,14 @@ def run(experiment: config.DistillConfig) -> pathlib.Path:
     folder, task = experiment.folder, experiment.closed_loop
     if task is None:
         final = loop.run(experiment, folder, label=_label(experiment))
-        if distributed.is_main():
+        if processes.is_main():
             _tell(_outcome(experiment, {_trained_name(experiment): folder}), folder)
         return final
     sim_config = turntable_config(task)
     experiment = check(experiment, task)
-    resume = run_folder.prepare(folder, experiment.resume, experiment.overwrite)
+    resume = run_folder.prepare(
+        folder, experiment.resume, experiment.overwrite, meet=processes.sync
+    )
     if resume and _is_finished(experiment):
         progress.console.print(
             f"Finished already: {folder / REPORT}; delete it to measure again", soft_wrap=True
@@ -88,7 +83,7 @@ def run(experiment: config.DistillConfig) -> pathlib.Path:
             runs[name] = folder / "baselines" / name
             with stages.timed(f"training {name}"):
                 loop.run(baseline, runs[name], resume=True, label=name)
-    if distributed.is_main():
+    if processes.is_main():
         _measure(experiment, task, sim_config, runs, stages)
     return final
 
@@ -107,7 +102,7 @@ def check(experiment: config.DistillConfig, task: config.ClosedLoopConfig) -> co
             f"{experiment.model.action_horizon}, got {task.execute_steps}"
         )
     if experiment.data.path:
-        batches.open_data(experiment.data, experiment.student_model, teacher_step)
+        opening.open_data(experiment.data, experiment.student_model, teacher_step)
     return experiment
 
 
@@ -123,7 +118,9 @@ def train_teacher(
     made_up = dataclasses.replace(teacher, path=setup.RANDOM)
     setup.validate(dataclasses.replace(experiment, teacher=made_up))
     if not experiment.overwrite:
-        run_folder.prepare(experiment.folder, experiment.resume, overwrite=False)
+        run_folder.prepare(
+            experiment.folder, experiment.resume, overwrite=False, meet=processes.sync
+        )
     trained = dataclasses.replace(teacher, path=str(run(own)), train=False)
     return dataclasses.replace(experiment, teacher=trained)
 
@@ -158,7 +155,7 @@ def package(experiment: config.DistillConfig, step: pathlib.Path, target: pathli
     (partial / "recipe.json").write_text(
         json.dumps(recipe, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
     )
-    run_folder.prepare(target, resume=False, overwrite=True)
+    run_folder.prepare(target, resume=False, overwrite=True, meet=processes.sync)
     partial.rename(target)  # On the empty folder that is there now.
     progress.console.print(f"Packaged: {target}", soft_wrap=True)
 
@@ -299,7 +296,7 @@ def _outcome(experiment: config.DistillConfig, runs: Mapping[str, pathlib.Path])
         config=dataclasses.asdict(experiment),
         stage_seconds={"training": seconds},
         curves=curves,
-        groups=robots.find(experiment.data.robot).action_groups if real else (),
+        groups=robot.find(experiment.data.robot).action_groups if real else (),
         criterion=validation.TO_DATA if against == "data" else validation.TO_TEACHER,
     )
 

@@ -21,9 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from shallow_pi.data import assets as policy_assets
-from shallow_pi.data import conversions, pipelines, robots, transforms
-from shallow_pi.models import fetch, pi0, weights
+from shallow_pi.checkpoints import fetch, weights
+from shallow_pi.data.robots import assets as policy_assets
+from shallow_pi.data.robots import conversions, pipelines, transforms
+from shallow_pi.data.robots import robot as robots
+from shallow_pi.models import pi0
 
 # Variants whose look-up is swapped; any other name is an error there.
 BACKBONE, EXPERT = "gemma_2b", "gemma_300m"

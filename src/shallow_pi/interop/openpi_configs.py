@@ -8,10 +8,11 @@ schedule and batch size are those of the method.
 import dataclasses
 from typing import Any
 
-from shallow_pi.data import robots
+from shallow_pi.data import opening
+from shallow_pi.data.robots import robot as robots
 from shallow_pi.interop import openpi, openpi_data
 from shallow_pi.models import gemma, pi0
-from shallow_pi.training import batches, config
+from shallow_pi.training import config
 
 # Names under which openpi publishes trained policies (its README); elsewhere they are one's own.
 PUBLISHED = ("pi05_libero", "pi05_droid", "pi0_droid", "pi0_aloha_sim")
@@ -75,14 +76,14 @@ def _model(name: str, source: Any) -> pi0.Pi0Config:
     )
 
 
-def _data(name: str, source: Any) -> batches.DataConfig:
+def _data(name: str, source: Any) -> opening.DataConfig:
     from openpi.training import config as configs
 
     if isinstance(source.data, configs.FakeDataConfig):
-        return batches.DataConfig(source="synthetic")
+        return opening.DataConfig(source="synthetic")
     assets = source.data.assets
     asset_id = assets.asset_id or source.data.repo_id
-    common = batches.DataConfig(
+    common = opening.DataConfig(
         asset_id=asset_id,
         norm_stats=f"{assets.assets_dir.rstrip('/')}/{asset_id}" if assets.assets_dir else "",
     )

@@ -13,11 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from shallow_pi.data import assets as policy_assets
-from shallow_pi.data import lerobot, normalize, robots, transforms
+from shallow_pi.checkpoints import fetch
+from shallow_pi.data import opening
+from shallow_pi.data.lerobot import reader
+from shallow_pi.data.robots import assets as policy_assets
+from shallow_pi.data.robots import normalize, transforms
+from shallow_pi.data.robots import robot as robots
 from shallow_pi.interop import openpi
-from shallow_pi.models import fetch, pi0
-from shallow_pi.training import batches
+from shallow_pi.models import pi0
 
 # What `data.source` names this module's `open_data` by.
 SOURCE = "shallow_pi.interop.openpi_data:open_data"
@@ -67,8 +70,8 @@ class Source:
 
 
 def open_data(
-    data: batches.DataConfig, model: pi0.Pi0Config, teacher_step: pathlib.Path | None
-) -> batches.Data:
+    data: opening.DataConfig, model: pi0.Pi0Config, teacher_step: pathlib.Path | None
+) -> opening.Data:
     """The samples of the openpi config named by `data.path`, and the assets of its policy.
 
     Statistics are those of `data.norm_stats`, else the teacher's, else the config's own.
@@ -110,19 +113,19 @@ def open_data(
     assets = policy_assets.Assets(
         model=model,
         robot=robot,
-        tokenizer=batches.tokenizer_file(data, model, teacher_step),
+        tokenizer=opening.tokenizer_file(data, model, teacher_step),
         stats=stats,
         asset_id=data.asset_id,
     )
     parts: list[Source | None] = [Source(found, source.model, dataset), None]
     if data.held_out:
         episodes = _episodes(dataset)
-        chosen = lerobot.split(np.unique(episodes).tolist(), data.held_out)
+        chosen = reader.split(np.unique(episodes).tolist(), data.held_out)
         frames = (np.flatnonzero(np.isin(episodes, which)) for which in chosen)
         parts = [Source(found, source.model, dataset, these) for these in frames]
-    train, held_out = (part and batches.cached(data, part) for part in parts)
+    train, held_out = (part and opening.cached(data, part) for part in parts)
     assert train is not None, "the first part holds the training episodes"
-    return batches.Data(train, held_out, assets)
+    return opening.Data(train, held_out, assets)
 
 
 def available(source: Any) -> bool:
@@ -150,7 +153,7 @@ def _robot(name: str, model: pi0.Pi0Config, stats: dict[str, normalize.NormStats
 
 
 def _stats(
-    data: batches.DataConfig, source: Any, teacher_step: pathlib.Path | None
+    data: opening.DataConfig, source: Any, teacher_step: pathlib.Path | None
 ) -> dict[str, normalize.NormStats]:
     folders = [fetch.locate(data.norm_stats)] if data.norm_stats else []
     if teacher_step is not None:

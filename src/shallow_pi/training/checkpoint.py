@@ -24,8 +24,8 @@ import flax.traverse_util
 import jax
 import orbax.checkpoint as ocp
 
-from shallow_pi.models import weights
-from shallow_pi.training import distributed
+from shallow_pi.checkpoints import weights
+from shallow_pi.parallel import processes
 
 # A flax.struct dataclass with the fields step, params, opt_state and ema_params.
 State = Any
@@ -255,7 +255,7 @@ class Checkpoints:
     def _settle(self) -> None:
         """Point to the best step, and delete those that need not stay."""
         with _explained(f"{self.folder} cannot be tidied", self._last_complete):
-            if self._best is not None and distributed.is_main():
+            if self._best is not None and processes.is_main():
                 _point_to(self.folder, *self._best)
             steps = sorted(self._manager.all_steps())
             stay = set(steps if self._keep is None else steps[-self._keep :])
@@ -315,11 +315,11 @@ def _point_to(folder: pathlib.Path, step: int, error: float) -> None:
 
 def _remove_unfinished(folder: pathlib.Path) -> None:
     """Delete what an interrupted save left; Orbax's own clean-up does so in some versions alone."""
-    distributed.sync("opened the checkpoints")
+    processes.sync("opened the checkpoints")
     if jax.process_index() == 0:
         for child in folder.glob("[0-9]*.orbax-checkpoint-tmp*"):
             _remove(child)
-    distributed.sync("removed unfinished checkpoints")
+    processes.sync("removed unfinished checkpoints")
 
 
 def _remove(folder: pathlib.Path, attempts: int = 20) -> None:

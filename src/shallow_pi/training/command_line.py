@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 
 import tyro
 
-from shallow_pi.training import distributed
+from shallow_pi.parallel import processes
 from shallow_pi.training.config import DistillConfig
 
 
@@ -121,13 +121,13 @@ def exit_on(*errors: type[Exception], interrupted: str = "interrupted") -> Itera
     try:
         yield
     except KeyboardInterrupt as error:
-        print(f"{distributed.prefix()}error: {interrupted}", file=sys.stderr)
-        distributed.leave(130)
+        print(f"{processes.prefix()}error: {interrupted}", file=sys.stderr)
+        processes.leave(130)
         raise SystemExit(130) from error
     except caught as error:
-        print(f"{distributed.prefix()}error: {error}", file=sys.stderr)
-        distributed.leave(1)
+        print(f"{processes.prefix()}error: {error}", file=sys.stderr)
+        processes.leave(1)
         raise SystemExit(1) from error
     except Exception:
-        distributed.report_crash()
+        processes.report_crash()
         raise

@@ -11,12 +11,14 @@ from typing import Literal
 
 import tyro
 
+from shallow_pi.data import opening
 from shallow_pi.distill import layer_map
 from shallow_pi.distill import losses as loss_terms
 from shallow_pi.distill import student as students
 from shallow_pi.models import layers, observation, pi0
-from shallow_pi.training import batches, profiling, sharding
+from shallow_pi.parallel import sharding
 from shallow_pi.training import optimizer as optimizers
+from shallow_pi.training import profiling
 from shallow_pi.training import validation as validations
 
 
@@ -114,7 +116,7 @@ class DistillConfig:
     # The teacher's architecture; the student is the same at another depth.
     model: pi0.Pi0Config
     # Where batches come from.
-    data: batches.DataConfig
+    data: opening.DataConfig
     # The trained deep policy; without one `model` itself is trained, on the task loss.
     teacher: TeacherConfig | None = None
     # How the shallow policy is cut.

@@ -20,25 +20,12 @@ import jax
 from jaxtyping import PyTree
 
 from shallow_pi import progress
-from shallow_pi.data import assets as policy_assets
-from shallow_pi.data import loader
+from shallow_pi.checkpoints import run_folder
+from shallow_pi.data import loader, opening, sheet
+from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.distill import layer_map, step, student
-from shallow_pi.training import (
-    agreement,
-    batches,
-    checkpoint,
-    config,
-    data_sheet,
-    distributed,
-    metrics,
-    profiling,
-    rows,
-    run_folder,
-    setup,
-    shapes,
-    sharding,
-    validation,
-)
+from shallow_pi.parallel import agreement, processes, shapes, sharding
+from shallow_pi.training import checkpoint, config, metrics, profiling, rows, setup, validation
 
 
 class NonFiniteLossError(RuntimeError):
@@ -77,10 +64,10 @@ def run(
     agreement.check_shared(folder.parent)
     put_aside = resume is None and experiment.overwrite
     if resume is None and not put_aside:
-        resume = run_folder.prepare(folder, experiment.resume, overwrite=False)
+        resume = run_folder.prepare(folder, experiment.resume, overwrite=False, meet=processes.sync)
     mesh, teacher_step = setup.validate(experiment)
     experiment = setup.resolve(experiment, teacher_step)
-    data = batches.open_data(experiment.data, experiment.student_model, teacher_step)
+    data = opening.open_data(experiment.data, experiment.student_model, teacher_step)
     agreement.check(experiment, data.train)
     feed = loader.prefetch(
         loader.Loader(
@@ -98,7 +85,7 @@ def run(
     line = setup.describe_mesh(experiment, mesh)
     progress.console.print(line, highlight=False, soft_wrap=True)
     if put_aside:
-        resume = run_folder.prepare(folder, experiment.resume, overwrite=True)
+        resume = run_folder.prepare(folder, experiment.resume, overwrite=True, meet=processes.sync)
     save_config(experiment, folder, bool(resume), layers)
     abstract = shapes.abstract_state(spec, mesh)
     with checkpoint.Checkpoints(
@@ -113,8 +100,8 @@ def run(
             feed.restore(position)
         else:
             state = setup.initial_state(experiment, spec, teacher_params, abstract)
-            if distributed.is_main():
-                data_sheet.write(
+            if processes.is_main():
+                sheet.write(
                     folder, data.train, data.assets, experiment.augmentation, experiment.seed
                 )
         held_out = validation.create(
@@ -154,7 +141,7 @@ def save_config(
     }
     if resume and (folder / "config.json").exists():
         run_folder.compare_config(folder, values, config.SAFE_TO_CHANGE)
-    if distributed.is_main():
+    if processes.is_main():
         folder.mkdir(parents=True, exist_ok=True)
         run_folder.save_config(folder, values)
 
@@ -193,7 +180,7 @@ def _loop(
         )
         stopping = stack.enter_context(_stop_signals())
         log = _open_log(experiment, checkpoints.folder, start, stack)
-        advance = stack.enter_context(distributed.bar(label, end, start))
+        advance = stack.enter_context(processes.bar(label, end, start))
 
         def write(number: int, row: rows.Values) -> None:
             log(number, row)
@@ -240,7 +227,7 @@ def _loop(
 
 
 def _name_best(checkpoints: checkpoint.Checkpoints, criterion: str) -> None:
-    if checkpoints.best is not None and distributed.is_main():
+    if checkpoints.best is not None and processes.is_main():
         number, error = checkpoints.best
         line = f"Best step: {number} ({criterion} {error:.4g}), {checkpoints.folder}/best"
         progress.console.print(line, highlight=False, soft_wrap=True)
@@ -267,7 +254,7 @@ def _open_log(
     start: int,
     stack: contextlib.ExitStack,
 ) -> Any:
-    if not distributed.is_main():
+    if not processes.is_main():
         return lambda number, values: None
     log = metrics.MetricsLog(
         folder,
@@ -278,7 +265,7 @@ def _open_log(
     )
     stack.enter_context(log)
     if not start:
-        log.image(0, "data_sheet", data_sheet.read(folder))
+        log.image(0, "data_sheet", sheet.read(folder))
     return log.log
 
 
@@ -289,7 +276,7 @@ class _Stop:
 
     def after(self, number: int) -> bool:
         """Whether to stop after this step; every process of the job gets the same answer."""
-        if distributed.stops_here(number):
+        if processes.stops_here(number):
             self.name = signal.SIGTERM.name
         return bool(self.name)
 

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from shallow_pi import progress
-from shallow_pi.training import distributed
+from shallow_pi.parallel import processes
 
 FOLDER = "profile"
 # The event that encloses a step; its argument `step_num` is the step's number.
@@ -74,7 +74,7 @@ def traced(
             f"profile {text} begins before step {first}, at which this run goes on: give a later "
             "range, or leave --profile out"
         )
-    if not steps or place.exists() or not distributed.is_main():
+    if not steps or place.exists() or not processes.is_main():
         yield iter(range(first, last + 1))
         return
     with contextlib.closing(_traced(first, last, steps, place, wait)) as numbers:

@@ -17,10 +17,13 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from shallow_pi import progress
-from shallow_pi.data import loader
+from shallow_pi.checkpoints import fetch, run_folder, sizes, weights
+from shallow_pi.data import loader, opening
 from shallow_pi.distill import layer_map, layer_scores, step, student
-from shallow_pi.models import fetch, layers, pi0, sizes, weights
-from shallow_pi.training import batches, config, memory, run_folder, sharding
+from shallow_pi.models import layers, pi0
+from shallow_pi.parallel import sharding
+from shallow_pi.planning import memory
+from shallow_pi.training import config
 
 # The teacher's "path" that stands for made-up parameters.
 RANDOM = "random"
@@ -37,7 +40,7 @@ def validate(
     mesh = make_mesh(experiment, jax.devices())
     sharding.check_batch_size(mesh, experiment.batch_size // experiment.accumulation)
     if experiment.data.path or experiment.closed_loop is None:
-        batches.check(experiment.data)  # Before the teacher, which may be a long download.
+        opening.check(experiment.data)  # Before the teacher, which may be a long download.
     if experiment.teacher is None or experiment.teacher.path == RANDOM:
         return mesh, None
     teacher_step = _step_folder(fetch.locate(experiment.teacher.path))

@@ -17,12 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
-from shallow_pi.data import assets as policy_assets
-from shallow_pi.data import loader, sources, transforms
+from shallow_pi.data import loader, sources
+from shallow_pi.data.robots import assets as policy_assets
+from shallow_pi.data.robots import transforms
 from shallow_pi.distill import step, student
+from shallow_pi.inference import prepare, sampler
 from shallow_pi.models import observation as observations
-from shallow_pi.models import pi0, prepare, sampler
-from shallow_pi.training import distributed, sharding
+from shallow_pi.models import pi0
+from shallow_pi.parallel import processes, sharding
 
 # Names in metrics.jsonl; the errors have one more for each group, "<name>/<group>".
 PREFIX = "validation/"
@@ -85,7 +87,7 @@ def read(
     local = batch_size // jax.process_count()
     put = functools.partial(jax.make_array_from_process_local_data, sharding.batch_sharding(mesh))
     batches = []
-    with distributed.bar("Held-out samples", total) as advance:
+    with processes.bar("Held-out samples", total) as advance:
         for start in range(0, total, batch_size):
             first = start + jax.process_index() * local
             places = range(first, first + local)
@@ -270,7 +272,7 @@ def create(
     teacher_actions = None
     if spec.teacher is not None:
         sample_teacher, parts = sampling(spec.teacher), []
-        with distributed.bar("Held-out teacher", len(held_out.state)) as advance:
+        with processes.bar("Held-out teacher", len(held_out.state)) as advance:
             for batch, noise in held_out.batches:
                 parts.append(jax.device_get(sample_teacher(teacher_params, batch, noise)))
                 advance(len(noise))

@@ -1,0 +1,208 @@
+"""openpi's parameters in a safetensors file: PyTorch checkpoints read and written without torch.
+
+A file of openpi or LeRobot is seen as openpi's JAX tree by the table of `safetensors_layout`. It
+does not say how many heads a matrix has: they are openpi's, unless the header (`write` fills it)
+says otherwise. Tensors are read one at a time, so the host never holds a whole model.
+"""
+
+import functools
+import os
+import pathlib
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from shallow_pi.checkpoints import safetensors_layout as layout
+
+NAME = "model.safetensors"
+_DTYPES = {"F32": jnp.float32, "BF16": jnp.bfloat16, "F16": jnp.float16, "F64": jnp.float64}
+
+
+def find(path: str | os.PathLike[str]) -> pathlib.Path | None:
+    """The safetensors file that `path` is or, where it is a folder without `params`, holds."""
+    path = pathlib.Path(path).expanduser().absolute()
+    if path.suffix == ".safetensors" and not path.is_dir():
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no checkpoint at {path}: check the spelling")
+        return path
+    if (path / "params").is_dir():
+        return None
+    if (path / f"{NAME}.index.json").is_file():
+        raise ValueError(
+            f"{path} holds a checkpoint in several files ({NAME}.index.json): save it as one "
+            f"{NAME} first (save_pretrained with max_shard_size above its size)"
+        )
+    return path / NAME if (path / NAME).is_file() else None
+
+
+class File:
+    """An open safetensors file, seen as openpi's JAX tree.
+
+    Raises:
+      ValueError: the file is damaged, is no π0 or π0.5, or has tensors the table does not know.
+    """
+
+    def __init__(self, path: pathlib.Path) -> None:
+        self.path = path
+        try:
+            self._file = safetensors.safe_open(path, "numpy")
+        except (safetensors.SafetensorError, OSError) as error:
+            raise ValueError(
+                f"{path} could not be read ({type(error).__name__}: {error}). If it was copied or "
+                "downloaded, it is probably truncated: delete it and fetch it again"
+            ) from error
+        stored = list(self._file.keys())
+        prefix = "model." if stored and all(name.startswith("model.") for name in stored) else ""
+        self._stored = {name.removeprefix(prefix): name for name in stored}
+        if layout.EMBEDDING not in self._stored and layout.TIED in self._stored:
+            self._stored[layout.EMBEDDING] = self._stored[layout.TIED]
+        header = self._file.metadata() or {}
+        self._known = {"u": 1, "k": int(header.get("num_kv_heads", 1))}
+        self._known["m"] = int(header.get("num_image_heads", 16))
+        first_keys = f"{layout.BACKBONE}layers.0.self_attn.k_proj.weight"
+        if first_keys not in self._stored or "action_in_proj.weight" not in self._stored:
+            fast = "it looks like a π0-FAST checkpoint, which has no action expert" * (
+                first_keys in self._stored
+            )
+            raise ValueError(
+                f"{path} is not a π0 or π0.5 checkpoint of openpi or LeRobot: "
+                f"{fast or 'it lacks the backbone or action_in_proj'}. Its tensors start with "
+                f"{sorted(stored)[:3]}; give a π0 or π0.5 checkpoint"
+            )
+        self._known["h"] = self._shape(first_keys)[0] // self._known["k"]
+        self._layers = {rule.path: self._count(rule) for rule in layout.RULES}
+        self._check_names()
+
+    def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shape and dtype of every leaf, by path."""
+        found = {}
+        for rule in self._rules():
+            name = rule.names[0].format(0)
+            sizes = rule.sizes(self._shape(name), self._known)
+            shape = [sizes[letter] for letter in rule.axes]
+            shape = [len(rule.names), *shape] if len(rule.names) > 1 else shape
+            shape = [self._layers[rule.path], *shape] if rule.layered else shape
+            dtype = _DTYPES[self._file.get_slice(self._stored[name]).get_dtype()]
+            found[rule.path] = jax.ShapeDtypeStruct(tuple(shape), dtype)
+        return found
+
+    def read(
+        self, shardings: Mapping[str, jax.sharding.Sharding], dtype: Any
+    ) -> dict[str, jax.Array]:
+        """Every leaf on its devices; the host holds this process's shards of one leaf at a time.
+
+        Args:
+          shardings: where each leaf goes, by path.
+          dtype: what they are cast to; None keeps what is stored.
+        """
+        shapes = self.shapes()
+        read: dict[str, jax.Array] = {}
+        for rule in self._rules():
+            block = self._block(rule, dtype)
+            shape = shapes[rule.path].shape
+            read[rule.path] = jax.make_array_from_callback(shape, shardings[rule.path], block)
+        return read
+
+    def _rules(self) -> list[layout.Rule]:
+        return [rule for rule in layout.RULES if self._layers[rule.path]]
+
+    def _block(self, rule: layout.Rule, dtype: Any) -> Callable[[Any], np.ndarray]:
+        """What `jax.make_array_from_callback` asks for the elements at an index."""
+
+        def layer(number: int) -> np.ndarray:
+            tensors = [self._read(name.format(number)) for name in rule.names]
+            parts = [rule.part(tensor, self._known) for tensor in tensors]
+            return np.stack(parts) if len(parts) > 1 else parts[0]
+
+        @functools.cache  # Devices that hold the same elements share them.
+        def elements(spans: tuple[tuple[Any, Any], ...]) -> np.ndarray:
+            index = tuple(slice(*span) for span in spans)
+            if not rule.layered:
+                block = layer(0)[index]
+            else:
+                chosen = range(self._layers[rule.path])[index[0]]
+                block = np.stack([layer(number)[index[1:]] for number in chosen])
+            return block if dtype is None else block.astype(dtype)
+
+        return lambda index: elements(tuple((part.start, part.stop) for part in index))
+
+    def _read(self, name: str) -> np.ndarray:
+        return self._file.get_tensor(self._stored[name])
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._file.get_slice(self._stored[name]).get_shape())
+
+    def _count(self, rule: layout.Rule) -> int:
+        """Layers of a leaf that are here, 1 for one without a layer axis, 0 for none."""
+        if not rule.layered:
+            return int(rule.names[0] in self._stored)
+        pattern = re.compile(re.escape(rule.names[0]).replace(r"\{\}", r"(\d+)"))
+        found = [int(match[1]) for name in self._stored if (match := pattern.fullmatch(name))]
+        return max(found, default=-1) + 1
+
+    def _check_names(self) -> None:
+        expected = {
+            name.format(layer)
+            for rule in self._rules()
+            for name in rule.names
+            for layer in range(self._layers[rule.path])
+        }
+        missing = [f"missing {name}" for name in sorted(expected - set(self._stored))]
+        unknown = set(self._stored) - expected - set(layout.UNUSED)
+        problems = missing + [f"unknown {self._stored[name]}" for name in sorted(unknown)]
+        if problems:
+            lines = [f"{self.path} does not have openpi's tensors ({len(problems)} differ):"]
+            lines += [f"  {problem}" for problem in problems]
+            raise ValueError("\n".join(lines))
+
+
+def write(
+    path: pathlib.Path,
+    leaves: Mapping[str, Any],
+    *,
+    num_kv_heads: int,
+    num_image_heads: int,
+    prefix: str = "",
+    unused: bool = False,
+) -> None:
+    """Write parameters as openpi's PyTorch model (`prefix="model."`: LeRobot's) names them.
+
+    Args:
+      path: the file; it must not exist.
+      leaves: the parameters by path; every one has to have its rule.
+      num_kv_heads, num_image_heads: kept in the header, since the tensors do not tell.
+      prefix: goes before every name.
+      unused: write the action expert's output matrix too, as zeros; openpi's class has it.
+    """
+    rules = {rule.path: rule for rule in layout.RULES}
+    if unknown := sorted(set(leaves) - set(rules)):
+        raise ValueError(f"{unknown} have no name in PyTorch: expected the leaves of a π0 or π0.5")
+    if path.exists():
+        raise FileExistsError(f"{path} already exists and is never overwritten: move it away")
+    tensors = {}
+    for leaf_path, leaf in leaves.items():
+        rule, values = rules[leaf_path], np.asarray(leaf)
+        for layer, of_layer in enumerate(values if rule.layered else values[None]):
+            parts = of_layer if len(rule.names) > 1 else of_layer[None]
+            for name, part in zip(rule.names, parts, strict=True):
+                tensors[prefix + name.format(layer)] = rule.tensor(part)
+    if unused:
+        embedding = tensors[prefix + layout.EMBEDDING]
+        width = np.shape(leaves["action_in_proj/bias"])[0]
+        tensors[prefix + layout.UNUSED[1]] = np.zeros((len(embedding), width), embedding.dtype)
+    heads = {"num_kv_heads": str(num_kv_heads), "num_image_heads": str(num_image_heads)}
+    save(tensors, path, heads)
+
+
+def save(
+    tensors: dict[str, np.ndarray], path: pathlib.Path, header: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors, which have to be contiguous, as a file that others may read too."""
+    safetensors.numpy.save_file(tensors, path, metadata={"format": "pt", **(header or {})})
+    path.chmod(0o644)  # Newer safetensors leaves it to its owner alone.

@@ -1,0 +1,334 @@
+"""Parameters on disk in openpi's layout: read, write, compare.
+
+A `params` folder is an Orbax PyTree checkpoint `{"params": tree}`; its paths are openpi's, so
+checkpoints travel in both directions with no renaming. openpi's trainer writes every leaf one level
+deeper, under a key "value"; it is stripped where all leaves have it. LoRA adapters are merged into
+their matrices, and a PyTorch checkpoint (`model.safetensors`) is seen as the same tree. What comes
+from disk is compared with the expected tree before a byte of it is read, and the error names every
+path; each shard goes straight to its device.
+"""
+
+import math
+import os
+import pathlib
+from collections.abc import Iterable
+from typing import Any, cast
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from etils import epath
+
+from shallow_pi.checkpoints import lora, safetensors_file
+
+# Any pytree: nested dicts of arrays, of shapes or of shardings.
+Tree = Any
+
+LAYERS = "PaliGemma/llm/layers/"
+# What the host may hold at once of a checkpoint that is being read, in 10⁹ bytes; a parameter that
+# is larger comes alone.
+HOST_GB = 2
+
+
+def save_params(path: str | os.PathLike[str], params: Tree) -> None:
+    """Write `params` as openpi's `params` folder, under a temporary name until it is complete."""
+    folder = _absolute(path)
+    if folder.exists():
+        raise FileExistsError(
+            f"{folder} already exists and a checkpoint is never overwritten: "
+            "move it away or write to another folder"
+        )
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(folder, {"params": params})
+
+
+def load_params(
+    path: str | os.PathLike[str],
+    expected: Tree,
+    *,
+    dtype: Any = None,
+    sharding: Tree | None = None,
+    what: str = "teacher",
+) -> Tree:
+    """Read a `params` folder, the step folder that holds it or a safetensors file; check it first.
+
+    Args:
+      path: `<step>/params`, `<step>`, `model.safetensors` or its folder.
+      expected: pytree of `jax.ShapeDtypeStruct`; its dtypes do not matter, floating or not does.
+      dtype: floating leaves are cast to it while reading; None keeps what is stored, but a matrix
+        with a LoRA adapter becomes float32.
+      sharding: one sharding or a pytree of them like `expected`; None is the first local device.
+      what: the word for these parameters in errors.
+    """
+    if sharding is None:
+        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    if isinstance(sharding, jax.sharding.Sharding):
+        shardings = dict.fromkeys(leaves(expected), sharding)
+    else:
+        shardings = leaves(sharding)
+
+    if (file := safetensors_file.find(path)) is not None:
+        opened = safetensors_file.File(file)
+        check_tree(expected, opened.shapes(), f"{what} ({file})")
+        found = opened.read(shardings, dtype)
+    else:
+        folder = params_folder(path)
+        stored = _stored(folder)
+        merged = _merged(_plain(stored), folder)
+        check_tree(expected, merged, f"{what} ({folder})")
+        found = _restore(folder, stored, shardings, dtype)
+    # The tree has the caller's containers and order, whatever the file's were.
+    return jax.tree_util.tree_map_with_path(lambda path, _: found[path_name(path)], expected)
+
+
+def _restore(
+    folder: pathlib.Path, stored: Tree, shardings: dict[str, jax.sharding.Sharding], dtype: Any
+) -> dict[str, jax.Array]:
+    """Every parameter of a checked `params` folder by path, each on its devices."""
+    nested = _has_value_keys(stored)
+    adapters = lora.adapters(leaves(_plain(stored)))
+    # An adapter is small: every device that holds some of its matrix gets all of it.
+    factors = {path: base for base, pair in adapters.items() for path in pair}
+
+    def restore_args(path: Any, leaf: jax.ShapeDtypeStruct) -> ocp.ArrayRestoreArgs:
+        name = path_name(path[:-1] if nested else path)
+        cast_to = dtype if jnp.issubdtype(leaf.dtype, jnp.floating) else None
+        if name in adapters or name in factors:
+            cast_to = None  # Rounded once, when they are merged.
+        where = _replicated(shardings[factors[name]]) if name in factors else shardings[name]
+        return ocp.ArrayRestoreArgs(
+            restore_type=jax.Array, sharding=where, dtype=cast_to or leaf.dtype
+        )
+
+    args = {"params": jax.tree_util.tree_map_with_path(restore_args, stored)}
+    item = jax.tree.map(lambda _: 0, args)
+    try:
+        # Orbax reads everything at once and casts it then: a full copy on the host, if let.
+        largest = max(
+            math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(stored)
+        )
+        handler = ocp.PyTreeCheckpointHandler(
+            restore_concurrent_gb=max(HOST_GB, -(-largest // 10**9))
+        )
+        with ocp.Checkpointer(handler) as checkpointer:
+            read = checkpointer.restore(
+                folder, args=ocp.args.PyTreeRestore(item=item, restore_args=args)
+            )
+    except Exception as error:  # Orbax raises whatever TensorStore did, bare Exception included.
+        raise damaged(folder, error) from error
+    found = leaves(_plain(read["params"]))
+    for base, pair in adapters.items():
+        found[base] = _merge(
+            base, dtype or jnp.float32, shardings[base], found[base], *(found.pop(p) for p in pair)
+        )
+    return found
+
+
+def _merge(
+    path: str, dtype: Any, where: jax.sharding.Sharding, w: jax.Array, a: jax.Array, b: jax.Array
+) -> jax.Array:
+    """A matrix and its adapter as one, where the matrix lies."""
+
+    def merge(w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+        return lora.merge(path, w, a, b).astype(dtype)
+
+    return jax.jit(merge, out_shardings=where)(w, a, b)
+
+
+def _replicated(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+    return sharding
+
+
+def param_depth(path: str | os.PathLike[str]) -> int:
+    """How many Gemma layers the checkpoint at `path` has, from its metadata."""
+    depth = _depth(leaves(stored_params(path)))
+    if depth is None:
+        raise ValueError(
+            f"{path} holds no {LAYERS}...: it is not a π0 or π0.5 checkpoint; "
+            "give the folder of one, such as <step>/params"
+        )
+    return depth
+
+
+def stored_shapes(folder: str | os.PathLike[str]) -> Tree:
+    """Shapes and dtypes of an Orbax PyTree checkpoint, from its metadata alone."""
+    folder = _absolute(folder)
+    try:
+        # The handler's answer, unlike a Checkpointer's, has one form in every Orbax we support.
+        tree = ocp.PyTreeCheckpointHandler().metadata(epath.Path(folder)).tree
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+    except Exception as error:  # Orbax raises whatever TensorStore did, bare Exception included.
+        raise damaged(folder, error) from error
+
+
+def stored_params(path: str | os.PathLike[str]) -> Tree:
+    """Shapes and dtypes of the parameters at `path`, which is any that `load_params` reads."""
+    if (file := safetensors_file.find(path)) is not None:
+        shapes = safetensors_file.File(file).shapes()
+    else:
+        folder = params_folder(path)
+        shapes = _merged(_plain(_stored(folder)), folder)
+    return flax.traverse_util.unflatten_dict(shapes, sep="/")
+
+
+def check_tree(expected: Tree, actual: Tree, what: str) -> None:
+    """Raise a ValueError that names every missing, extra and misshapen path."""
+    want, have = leaves(expected), leaves(actual)
+    missing = [f"missing {path} {want[path].shape}" for path in want if path not in have]
+    extra = [f"extra {path} {have[path].shape}" for path in have if path not in want]
+    wrong = []
+    for path in want:
+        if path not in have:
+            continue
+        if tuple(want[path].shape) != tuple(have[path].shape):
+            wrong.append(f"shape {path}: expected {want[path].shape}, found {have[path].shape}")
+        elif _is_float(want[path]) != _is_float(have[path]):
+            wrong.append(f"dtype {path}: expected {want[path].dtype}, found {have[path].dtype}")
+    problems = [*missing, *extra, *wrong]
+    if problems:
+        lines = [f"{what} does not have the expected parameters ({len(problems)} differ):"]
+        lines += [f"  {problem}" for problem in problems]
+        lines += [f"hint: {hint}" for hint in _hints(want, have)]
+        raise ValueError("\n".join(lines))
+
+
+def leaves(tree: Tree) -> dict[str, Any]:
+    """The leaves of a pytree by path, such as "PaliGemma/llm/embedder/input_embedding"."""
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def path_name(path: Iterable[Any]) -> str:
+    """A key path of jax.tree_util as "a/b/0"."""
+    names = []
+    for key in path:
+        name = getattr(key, "key", getattr(key, "name", getattr(key, "idx", None)))
+        names.append(str(key if name is None else name))
+    return "/".join(names)
+
+
+def params_folder(path: str | os.PathLike[str]) -> pathlib.Path:
+    """The `params` folder at or in `path`; an error that says what is there instead."""
+    folder = _absolute(path)
+    if (folder / "params").is_dir():
+        folder = folder / "params"
+    if not folder.is_dir():
+        partial = sorted(folder.parent.glob(f"{folder.name}.orbax-checkpoint-tmp*"))
+        found = f"; only {partial[0].name}, a save that never finished" if partial else ""
+        raise FileNotFoundError(
+            f"there is no checkpoint at {folder}{found}: give a step folder "
+            "(…/<step>) or its params folder, and check the spelling"
+        )
+    if not (folder / "_METADATA").exists():
+        inside = sorted(child.name for child in folder.iterdir())
+        steps = [name for name in inside if name.isdigit()]
+        if steps:
+            last = max(steps, key=int)
+            advice = f"it holds the steps {', '.join(steps)}: name one, such as {folder / last}"
+        else:
+            advice = f"it holds {inside or 'nothing'}: it was half written, copied or downloaded"
+            advice += "; delete it and write or fetch it again"
+        raise ValueError(f"{folder} is not a params folder (no _METADATA in it); {advice}")
+    return folder
+
+
+def _stored(folder: pathlib.Path) -> Tree:
+    tree = stored_shapes(folder)
+    if not isinstance(tree, dict) or "params" not in tree:
+        top = sorted(tree) if isinstance(tree, dict) else type(tree).__name__
+        raise ValueError(
+            f'{folder} holds {top}, expected one entry "params": give the params folder of a step'
+        )
+    return tree["params"]
+
+
+def _merged(plain: Tree, folder: pathlib.Path) -> dict[str, Any]:
+    """The leaves by path, adapters left out, once it is sure that they can be merged.
+
+    Raises:
+      ValueError: adapters that cannot be merged, or no action expert (π0-FAST).
+    """
+    flat = leaves(plain)
+    backbone = f"{LAYERS}attn/q_einsum/w"
+    if backbone in flat and not any(path.startswith("action_in_proj/") for path in flat):
+        raise ValueError(
+            f"{folder} is a π0-FAST checkpoint: it has a backbone ({backbone}) and no action "
+            "expert, and predicts action tokens instead of a velocity. Expected π0 or π0.5; give "
+            "one of their checkpoints, such as gs://openpi-assets/checkpoints/pi0_base"
+        )
+    try:
+        lora.adapters(flat)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+    return {path: leaf for path, leaf in flat.items() if not lora.is_adapter(path)}
+
+
+def _has_value_keys(tree: Tree) -> bool:
+    paths = list(leaves(tree))
+    return bool(paths) and all(path.endswith("/value") for path in paths)
+
+
+def _plain(tree: Tree) -> Tree:
+    """Without openpi's trailing "value" keys."""
+    return _strip_value(tree) if _has_value_keys(tree) else tree
+
+
+def _strip_value(tree: dict[str, Any]) -> Tree:
+    if set(tree) == {"value"} and not isinstance(tree["value"], dict):
+        return tree["value"]
+    return {key: _strip_value(child) for key, child in tree.items()}
+
+
+def _is_float(leaf: Any) -> bool:
+    return bool(jnp.issubdtype(leaf.dtype, jnp.floating))
+
+
+def _depth(flat: dict[str, Any]) -> int | None:
+    return next((leaf.shape[0] for path, leaf in flat.items() if LAYERS in path), None)
+
+
+def _hints(want: dict[str, Any], have: dict[str, Any]) -> list[str]:
+    """The three usual mistakes, where the difference shows one of them."""
+
+    def family(flat: dict[str, Any]) -> str | None:
+        if any("time_mlp_in/" in path and "action_time" not in path for path in flat):
+            return "π0.5"
+        return "π0" if any("state_proj/" in path for path in flat) else None
+
+    def action_dim(flat: dict[str, Any]) -> int | None:
+        return next((x.shape[0] for p, x in flat.items() if "action_in_proj/kernel" in p), None)
+
+    hints = []
+    if family(want) and family(have) and family(want) != family(have):
+        hints.append(
+            f"this is a {family(have)} checkpoint and the config says {family(want)}: "
+            f"set pi05={family(have) == 'π0.5'} or use the other checkpoint"
+        )
+    for name, of in (("layers", _depth), ("action dimensions", action_dim)):
+        expected, found = of(want), of(have)
+        if expected is not None and found is not None and expected != found:
+            field = "depth" if name == "layers" else "action_dim"
+            hints.append(
+                f"the checkpoint has {found} {name}, the config {expected}: set {field}={found} "
+                "or use the other checkpoint"
+            )
+    return hints
+
+
+def damaged(folder: pathlib.Path, error: Exception) -> Exception:
+    """The error to raise for a checkpoint that cannot be read because of `error`."""
+    if not folder.exists():
+        return FileNotFoundError(f"there is no checkpoint at {folder}")
+    first_line = next(iter(str(error).splitlines()), "")[:300]
+    return ValueError(
+        f"{folder} could not be read ({type(error).__name__}: {first_line}). If it was copied or "
+        "downloaded, it is probably truncated: delete it and fetch it again; a run continues "
+        "from its previous step folder"
+    )
+
+
+def _absolute(path: str | os.PathLike[str]) -> pathlib.Path:
+    """Orbax wants absolute paths."""
+    return pathlib.Path(cast(str, path)).expanduser().absolute()

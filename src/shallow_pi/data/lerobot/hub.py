@@ -1,0 +1,52 @@
+"""Datasets by address: a local folder, or a dataset of the Hugging Face hub, needed files only.
+
+`owner/name[@revision]` (also written `hf://datasets/owner/name[@revision]`) is left to
+huggingface_hub, which caches (`HF_HOME`), locks and resumes by itself. The meta files come first;
+they say which data files and videos the chosen episodes and cameras need. A revision that moves
+(`main`) is pinned to its commit between the two, and the commit is told.
+"""
+
+import os
+import pathlib
+import re
+from collections.abc import Collection
+
+from shallow_pi import progress
+from shallow_pi.checkpoints import fetch
+from shallow_pi.data.lerobot import layout as lerobot_layout
+
+_ADDRESS = re.compile(r"(hf://datasets/)?(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+
+
+def locate(
+    path: str | os.PathLike[str],
+    *,
+    episodes: Collection[int] | None = None,
+    cameras: Collection[str] | None = None,
+) -> pathlib.Path:
+    """The local folder of a dataset, fetched first where it has to be.
+
+    Args:
+      path: a local folder, or an address on the hub.
+      episodes: whose files are needed; None is all.
+      cameras: whose videos are needed; None is all.
+
+    Raises:
+      FileNotFoundError: it is neither; says what was tried and how to fetch it by hand.
+      ValueError: a dataset of a version that cannot be read.
+    """
+    text = os.fspath(path)
+    local = pathlib.Path(text).expanduser()
+    match = _ADDRESS.fullmatch(text)
+    if local.exists() or match is None:
+        return local
+    repo, revision = match["repo"], match["revision"]
+    root = fetch.snapshot(repo, revision, ["meta/*", "meta/**/*"], kind="dataset")
+    layout = lerobot_layout.read(root)
+    # The cache keeps a snapshot in a folder named after its commit.
+    commit = root.name if re.fullmatch(r"[0-9a-f]{40}", root.name) else revision
+    if revision is None and commit:
+        progress.console.print(f"{repo} is {repo}@{commit}", highlight=False, soft_wrap=True)
+    chosen = sorted(layout.lengths if episodes is None else set(episodes) & set(layout.lengths))
+    keys = list(layout.info["features"] if cameras is None else cameras)
+    return fetch.snapshot(repo, commit, layout.files(chosen, keys), kind="dataset")

@@ -1,0 +1,288 @@
+"""From a data config to samples and assets: what a run trains on, and what its policy will need.
+
+Statistics and tokenizer are the teacher's wherever its checkpoint has them, because teacher and
+student velocities can only be compared in one normalization. Otherwise statistics are computed from
+the dataset, and the tokenizer has to be named.
+"""
+
+import dataclasses
+import pathlib
+import pkgutil
+from collections.abc import Sequence
+from typing import Literal
+
+from shallow_pi import progress
+from shallow_pi.checkpoints import fetch
+from shallow_pi.data import frame_cache, sources
+from shallow_pi.data.lerobot import hub, reader
+from shallow_pi.data.robots import assets as policy_assets
+from shallow_pi.data.robots import normalize, statistics
+from shallow_pi.data.robots import robot as robots
+from shallow_pi.data.robots import tokenizer as prompts
+from shallow_pi.models import pi0
+
+# What `cache memory` may hold if nothing else is said.
+MEMORY_GIB = 2.0
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where batches come from."""
+
+    # "lerobot" reads a dataset; "synthetic" makes samples up, to try things out; "MODULE:FUNCTION"
+    # names a function such as `open_data`.
+    source: str = "lerobot"
+    # The LeRobot dataset: a folder, its address on the Hugging Face hub (owner/name) or gs://;
+    # empty in a config with a simulated task, which then makes it.
+    path: str = ""
+    # More datasets of the same robot, mixed with the first.
+    more: tuple[str, ...] = ()
+    # Share of each dataset among the samples, in any unit, the first one's first; empty goes by
+    # their numbers of frames.
+    weights: tuple[float, ...] = ()
+    # Share of the episodes of each dataset held out for validation; 0 holds none out.
+    held_out: float = 0.0
+    # Leave out episodes that cannot be read, and say which.
+    skip_bad_episodes: bool = False
+    # The robot that made it: a name, or a Python file with a ROBOT.
+    robot: str = "turntable"
+    # SentencePiece model, local or gs://; empty takes the teacher's.
+    tokenizer: str = ""
+    # Folder of the norm_stats.json to use; empty takes the teacher's, or computes it.
+    norm_stats: str = ""
+    # Name of the statistics' folder in a checkpoint's assets.
+    asset_id: str = "turntable"
+    # Threads that read batches ahead: enough where decoding is most of the work.
+    num_threads: int = 1
+    # Processes that read ahead in place of the threads; 0 is none. They take seconds to start and
+    # their own memory; on many cores they read faster than as many threads.
+    num_workers: int = 0
+    # What is kept of decoded, resized pictures: nothing, all samples in memory, or the pictures on
+    # disk, for all processes and later runs.
+    cache: Literal["none", "memory", "disk"] = "none"
+    # Where pictures are kept on disk; empty is $SHALLOW_PI_CACHE/frames, or else
+    # ~/.cache/shallow_pi/frames.
+    cache_dir: str = ""
+    # The most the cache may hold, GiB. In memory 0 is 2, and more is refused; on disk 0 is all but
+    # 1 GiB of the free space, and pictures beyond it are decoded each time.
+    cache_gib: float = 0.0
+
+    def __post_init__(self) -> None:
+        if ":" not in self.source and self.source not in ("lerobot", "synthetic"):
+            raise ValueError(
+                f"data.source must be lerobot, synthetic or MODULE:FUNCTION, got {self.source!r}"
+            )
+        if self.num_threads < 0:
+            raise ValueError(f"data.num_threads must be 0 or more, got {self.num_threads}")
+        if self.num_workers < 0:
+            raise ValueError(f"data.num_workers must be 0 or more, got {self.num_workers}")
+        if self.cache not in ("none", "memory", "disk"):
+            raise ValueError(f"data.cache must be none, memory or disk, got {self.cache!r}")
+        if self.cache_gib < 0:
+            raise ValueError(f"data.cache_gib must be 0 or more, got {self.cache_gib}")
+        if self.num_workers and self.cache == "memory":
+            raise ValueError(
+                "data.cache memory is one process's, data.num_workers are several: cache on disk "
+                "(--data.cache disk), or read with threads (--data.num-workers 0)"
+            )
+        if not 0 <= self.held_out < 1:
+            raise ValueError(
+                f"data.held_out is a share of the episodes, from 0 to below 1, got {self.held_out}"
+            )
+        sources.check_weights(self.weights, 1 + len(self.more))
+        if ":" not in self.source:
+            robots.find(self.robot)
+        if not self.asset_id:
+            raise ValueError("data.asset_id must name a folder, got an empty string")
+
+
+def check(data: DataConfig) -> None:
+    """Raise unless the dataset is there and fits its robot."""
+    if data.source == "lerobot":
+        open_datasets(data, robots.find(data.robot))
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What a run trains on."""
+
+    # Samples of the training episodes.
+    train: sources.Source
+    # Samples of the episodes held out; None holds none out.
+    held_out: sources.Source | None
+    # What the policy needs beside its parameters; None for synthetic samples.
+    assets: policy_assets.Assets | None
+
+
+def open_data(data: DataConfig, model: pi0.Pi0Config, teacher_step: pathlib.Path | None) -> Data:
+    """The samples of a run, and the assets of its policy.
+
+    Args:
+      data: where they come from.
+      model: the architecture they are for.
+      teacher_step: the teacher's step folder, whose assets are used where it has some.
+
+    Raises:
+      FileNotFoundError: dataset, tokenizer or statistics are missing; says which and what to do.
+      ValueError: a dataset that does not fit the robot, a tokenizer that does not fit the model, or
+        too few episodes to hold some out.
+    """
+    if ":" in data.source:
+        try:
+            opens = pkgutil.resolve_name(data.source)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ValueError(
+                f"data.source {data.source!r} names no function that can be imported ({error}): "
+                "expected MODULE:FUNCTION, a function such as shallow_pi.data.opening:open_data"
+            ) from error
+        return opens(data, model, teacher_step)
+    if data.source == "synthetic":
+        made_up = [_synthetic(model, seed) for seed in (0, 1)]
+        return Data(made_up[0], made_up[1] if data.held_out else None, None)
+    robot = robots.find(data.robot)
+    train, held_out = open_datasets(data, robot)
+    assets = policy_assets.Assets(
+        model=model,
+        robot=robot,
+        tokenizer=tokenizer_file(data, model, teacher_step),
+        stats=_stats(data, train, robot, model, teacher_step),
+        asset_id=data.asset_id,
+    )
+    share = _cached_share(data, train, assets)
+    return Data(
+        _samples(data, train, assets, share),
+        _samples(data, held_out, assets, share) if held_out else None,
+        assets,
+    )
+
+
+def _synthetic(model: pi0.Pi0Config, seed: int) -> sources.SyntheticSource:
+    return sources.SyntheticSource(
+        cameras=model.cameras,
+        image_size=model.image_size,
+        action_dim=model.action_dim,
+        action_horizon=model.action_horizon,
+        max_token_len=model.max_token_len,
+        vocab_size=model.vocab_size,
+        seed=seed,
+    )
+
+
+def open_datasets(
+    data: DataConfig, robot: robots.Robot, *, pictures: bool = True
+) -> tuple[list[reader.Dataset], list[reader.Dataset]]:
+    """Each dataset's training episodes, and its held-out ones (no dataset if none are held out).
+
+    Args:
+      data: where they are.
+      robot: they have to fit.
+      pictures: whether the videos of a dataset on the hub are fetched too.
+
+    Raises:
+      FileNotFoundError, ValueError: a dataset that is missing, cannot be read, or does not fit.
+    """
+    if not data.path:
+        raise ValueError("data.path is empty: name the folder of a LeRobot dataset (--data.path)")
+    cameras = tuple(robot.cameras.values()) if pictures else ()
+    found = []
+    for path in (data.path, *data.more):
+        folder = fetch.locate(path) if "gs://" in path else hub.locate(path, cameras=cameras)
+        dataset = reader.Dataset(folder, skip_bad_episodes=data.skip_bad_episodes)
+        dataset.validate(robot)
+        for episode, reason in dataset.skipped.items():
+            line = f"warning: episode {episode} is left out: {reason}"
+            progress.console.print(line, highlight=False, soft_wrap=True)
+        found.append(dataset)
+    if not data.held_out:
+        return found, []
+    train, held_out = [], []
+    for dataset in found:
+        try:
+            chosen = reader.split(dataset.episodes, data.held_out)
+        except ValueError as error:
+            raise ValueError(f"data.held_out, dataset {dataset.path}: {error}") from error
+        train.append(dataset.select(chosen[0]))
+        held_out.append(dataset.select(chosen[1]))
+    return train, held_out
+
+
+def _samples(
+    data: DataConfig,
+    datasets: Sequence[reader.Dataset],
+    assets: policy_assets.Assets,
+    share: float,
+) -> sources.Source:
+    model, robot = assets.model, assets.robot
+    transform, cameras = assets.inputs(), tuple(robot.cameras.values())
+    parts: list[sources.Source] = []
+    for dataset in datasets:
+        pictures = None
+        if data.cache == "disk":
+            folder = _cache_folder(data)
+            kept = frame_cache.FrameCache(dataset, cameras, model.image_size, folder, share)
+            pictures = kept.picture
+        parts.append(
+            sources.DatasetSource(dataset, robot, model.action_horizon, transform, pictures)
+        )
+    return cached(data, parts[0] if len(parts) == 1 else sources.Mixture(parts, data.weights))
+
+
+def cached(data: DataConfig, source: sources.Source) -> sources.Source:
+    """The source itself, or kept in memory if the config says so."""
+    if data.cache != "memory":
+        return source
+    return sources.Cached(source, int((data.cache_gib or MEMORY_GIB) * 2**30))
+
+
+def _cached_share(
+    data: DataConfig, datasets: Sequence[reader.Dataset], assets: policy_assets.Assets
+) -> float:
+    if data.cache != "disk":
+        return 1.0
+    limit = int(data.cache_gib * 2**30) if data.cache_gib else None
+    cameras = tuple(assets.robot.cameras.values())
+    return frame_cache.share(datasets, cameras, assets.model.image_size, _cache_folder(data), limit)
+
+
+def _cache_folder(data: DataConfig) -> pathlib.Path:
+    if data.cache_dir:
+        return pathlib.Path(data.cache_dir).expanduser()
+    return frame_cache.default_folder()
+
+
+def tokenizer_file(
+    data: DataConfig, model: pi0.Pi0Config, teacher_step: pathlib.Path | None
+) -> pathlib.Path:
+    """The SentencePiece model: the one named, else the teacher's, else PaliGemma's."""
+    if data.tokenizer:
+        return fetch.locate(data.tokenizer)
+    if teacher_step is not None:
+        own = teacher_step / "assets" / policy_assets.TOKENIZER_NAME
+        if own.is_file():
+            return own
+    if model.vocab_size == pi0.PALIGEMMA_VOCAB_SIZE:
+        return fetch.locate(prompts.PALIGEMMA)
+    raise FileNotFoundError(
+        f"no tokenizer for a vocabulary of {model.vocab_size}: the teacher's checkpoint has none "
+        f"({policy_assets.TOKENIZER_NAME} in its assets); name one with --data.tokenizer"
+    )
+
+
+def _stats(
+    data: DataConfig,
+    datasets: list[reader.Dataset],
+    robot: robots.Robot,
+    model: pi0.Pi0Config,
+    teacher_step: pathlib.Path | None,
+) -> dict[str, normalize.NormStats]:
+    if data.norm_stats:
+        given = normalize.load(fetch.locate(data.norm_stats))
+        found = sources.norm_stats(datasets, robot, model.action_horizon)
+        for line in statistics.misfits(given, found, normalize.kind_of(model.pi05)):
+            progress.console.print(f"warning: {line}", highlight=False)
+        return given
+    if teacher_step is not None:
+        own = teacher_step / "assets" / data.asset_id
+        if (own / normalize.FILE_NAME).is_file():
+            return normalize.load(own)
+    return sources.norm_stats(datasets, robot, model.action_horizon)

@@ -1,0 +1,121 @@
+"""What a policy needs beside its parameters, and the files that carry it in every checkpoint.
+
+A step folder holds `assets/shallow_pi.json` (the model's sizes, and the robot's),
+`assets/tokenizer.model` and openpi's `assets/<asset_id>/norm_stats.json`. With them `<step>` alone
+is a deployable policy, and `inputs` and `outputs` are the same transforms in training and on the
+robot.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+from shallow_pi.data.robots import normalize, pipelines, tokenizer, transforms
+from shallow_pi.data.robots import robot as robots
+from shallow_pi.models import gemma, pi0, siglip
+
+FILE_NAME = "shallow_pi.json"
+TOKENIZER_NAME = "tokenizer.model"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Assets:
+    """A model's sizes, its robot, tokenizer and statistics."""
+
+    model: pi0.Pi0Config
+    robot: robots.Robot
+    # SentencePiece model file.
+    tokenizer: pathlib.Path
+    # Statistics of `state` and `actions`.
+    stats: Mapping[str, normalize.NormStats]
+    # Folder of the statistics under `assets/`, as in openpi.
+    asset_id: str
+
+    @property
+    def kind(self) -> normalize.Kind:
+        """How the model's inputs are normalized: π0 by z-score, π0.5 by quantiles."""
+        return normalize.kind_of(self.model.pi05)
+
+    def inputs(self) -> transforms.Transform:
+        """Robot observation → model sample without its batch axis.
+
+        Raises:
+          ValueError: robot, tokenizer or statistics do not fit the model.
+        """
+        prompts = tokenizer.Tokenizer(self.tokenizer, self.model.max_token_len)
+        if prompts.vocab_size > self.model.vocab_size:
+            raise ValueError(
+                f"tokenizer {self.tokenizer} has {prompts.vocab_size} pieces, the model embeds "
+                f"{self.model.vocab_size}: give the one the model was trained with"
+            )
+        return pipelines.inputs(
+            self.robot,
+            cameras=self.model.cameras,
+            image_size=self.model.image_size,
+            action_dim=self.model.action_dim,
+            tokenizer=prompts,
+            stats=self.stats,
+            kind=self.kind,
+            discrete_state=self.model.discrete_state_input,
+        )
+
+    def outputs(self) -> transforms.Transform:
+        """Normalized model actions, with the robot's state beside them → robot actions."""
+        return pipelines.outputs(self.robot, stats=self.stats, kind=self.kind)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the files of an `assets` folder."""
+        folder = pathlib.Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        normalize.save(folder / self.asset_id, self.stats)
+        shutil.copyfile(self.tokenizer, folder / TOKENIZER_NAME)
+        content = {
+            "model": dataclasses.asdict(self.model),
+            "robot": self.robot.name,
+            "robot_fields": dataclasses.asdict(self.robot),
+            "asset_id": self.asset_id,
+        }
+        (folder / FILE_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def load(step: str | os.PathLike[str]) -> Assets:
+    """Read the assets of a step folder.
+
+    Raises:
+      FileNotFoundError: a file is missing; says which.
+      ValueError: `shallow_pi.json` is not what `save` writes.
+    """
+    folder = pathlib.Path(step) / "assets"
+    path = folder / FILE_NAME
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no {FILE_NAME} in {folder}: expected a step folder written by shallow_pi, such as "
+            "checkpoints/<config>/<exp>/<step>"
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        model = model_from_dict(content["model"])
+        # A policy keeps the robot it was trained for, listed or not; older folders name it only.
+        fields, asset_id = content.get("robot_fields"), content["asset_id"]
+        robot = robots.from_dict(fields) if fields else robots.find(content["robot"])
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}); export the policy again") from error
+    stats = normalize.load(folder / asset_id)
+    return Assets(model, robot, folder / TOKENIZER_NAME, stats, asset_id)
+
+
+def model_from_dict(values: Mapping[str, Any]) -> pi0.Pi0Config:
+    """The inverse of `dataclasses.asdict` on a `Pi0Config`, through JSON."""
+    nested = {
+        "backbone": gemma.GemmaConfig(**values["backbone"]),
+        "expert": gemma.GemmaConfig(**values["expert"]),
+        "image": siglip.SiglipConfig(**values["image"]),
+        "cameras": tuple(values["cameras"]),
+    }
+    # Older folders say how the training ran, which is not the model's.
+    own = {name: value for name, value in values.items() if name != "remat"}
+    return pi0.Pi0Config(**{**own, **nested})

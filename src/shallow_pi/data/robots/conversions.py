@@ -1,0 +1,103 @@
+"""A robot's numbers in the units and signs a pretrained model knows, and back.
+
+`model = factor · robot + offset` by dimension. ALOHA needs one step more in front: it reports its
+grippers as the linear position of the fingers (0 closed, 1 open), the model knows the angle of the
+servo that moves them, and a crank lies in between. A conversion is declared, not programmed, so
+that it is saved with a policy and read back without running anybody's code.
+"""
+
+import dataclasses
+
+import numpy as np
+from jaxtyping import Float
+
+from shallow_pi.data.robots import transforms
+
+# The crank of ALOHA's gripper (metres): finger positions closed and open, arm and horn.
+FINGERS_CLOSED, FINGERS_OPEN = 0.01844, 0.05800
+ARM, HORN = 0.036, 0.022
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """Elementwise, by dimension; `crank` names the dimensions that are gripper positions."""
+
+    factor: tuple[float, ...]
+    # Empty is zero.
+    offset: tuple[float, ...] = ()
+    crank: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        dims = len(self.factor)
+        if len(self.offset) not in (0, dims):
+            raise ValueError(
+                f"a conversion of {dims} factors has {len(self.offset)} offsets; give one for each "
+                "or none"
+            )
+        if not all(self.factor):
+            raise ValueError(f"a factor of 0 cannot be undone: {self.factor}")
+        if not set(self.crank) <= set(range(dims)):
+            raise ValueError(f"crank names dimensions {self.crank} of {dims}")
+
+    def forward(self, values: Float[np.ndarray, "*n d"]) -> Float[np.ndarray, "*n d"]:
+        """The robot's numbers to the model's."""
+        values = self._checked(values)
+        for dim in self.crank:
+            values[..., dim] = crank_angle(values[..., dim])
+        return (values * self.factor + self._shift).astype(np.float32)
+
+    def inverse(self, values: Float[np.ndarray, "*n d"]) -> Float[np.ndarray, "*n d"]:
+        """The model's numbers to the robot's."""
+        values = (self._checked(values) - self._shift) / self.factor
+        for dim in self.crank:
+            values[..., dim] = crank_position(values[..., dim])
+        return values.astype(np.float32)
+
+    @property
+    def _shift(self) -> np.ndarray:
+        return np.asarray(self.offset or np.zeros(len(self.factor)))
+
+    def _checked(self, values: np.ndarray) -> np.ndarray:
+        if values.shape[-1] != len(self.factor):
+            raise ValueError(
+                f"a conversion of {len(self.factor)} dimensions was given {values.shape[-1]}"
+            )
+        return np.array(values, np.float64)
+
+
+def crank_angle(position: Float[np.ndarray, "*n"]) -> Float[np.ndarray, "*n"]:
+    """Angle (radians) of the servo at a relative finger position."""
+    fingers = position * (FINGERS_OPEN - FINGERS_CLOSED) + FINGERS_CLOSED
+    sine = (HORN**2 + fingers**2 - ARM**2) / (2 * HORN * fingers)
+    return np.arcsin(np.clip(sine, -1.0, 1.0))
+
+
+def crank_position(angle: Float[np.ndarray, "*n"]) -> Float[np.ndarray, "*n"]:
+    """Relative finger position at an angle (radians): the far root of the law of cosines."""
+    fingers = HORN * np.sin(angle) + np.sqrt(ARM**2 - (HORN * np.cos(angle)) ** 2)
+    return (fingers - FINGERS_CLOSED) / (FINGERS_OPEN - FINGERS_CLOSED)
+
+
+@dataclasses.dataclass(frozen=True)
+class ToModel:
+    """Convert `state`, and `actions` where there are some; None leaves a key as it is."""
+
+    state: Conversion | None
+    actions: Conversion | None
+
+    def __call__(self, sample: transforms.Sample) -> transforms.Sample:
+        both = {"state": self.state, "actions": self.actions}
+        new = {k: c.forward(sample[k]) for k, c in both.items() if c is not None and k in sample}
+        return {**sample, **new}
+
+
+@dataclasses.dataclass(frozen=True)
+class ToRobot:
+    """Convert `actions` back; the inverse of `ToModel` on them."""
+
+    actions: Conversion | None
+
+    def __call__(self, sample: transforms.Sample) -> transforms.Sample:
+        if self.actions is None:
+            return sample
+        return {**sample, "actions": self.actions.inverse(sample["actions"])}

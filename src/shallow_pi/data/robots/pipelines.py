@@ -1,0 +1,139 @@
+"""A robot's transforms in the order of openpi: what training and the robot itself both run.
+
+`inputs` turns a robot observation (LeRobot's flat keys, from a simulator, a robot or a dataset)
+into one model sample; `outputs` turns normalized model actions back into the robot's. In between
+lie the robot's units, delta actions and the normalization, in this order.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+from shallow_pi.data.robots import conversions, normalize, tokenizer, transforms
+from shallow_pi.data.robots import robot as robots
+
+
+def inputs(
+    robot: robots.Robot,
+    *,
+    cameras: tuple[str, ...],
+    image_size: int,
+    action_dim: int,
+    tokenizer: tokenizer.Tokenizer,
+    stats: Mapping[str, normalize.NormStats],
+    kind: normalize.Kind,
+    discrete_state: bool = False,
+) -> transforms.Transform:
+    """Robot observation to model sample (a SPEC batch without its batch axis).
+
+    Args:
+      robot: where the observation comes from.
+      cameras: the model's cameras in order; one the robot lacks becomes black with mask False.
+      image_size: side of the model's pictures.
+      action_dim: the model's action dimension, to which state and actions are padded.
+      tokenizer: of the prompt.
+      stats: statistics of `state` and `actions` in the robot's dimensions.
+      kind: z-score (π0) or quantile (π0.5).
+      discrete_state: whether the state is written into the prompt (π0.5).
+    """
+    _check_here(robot)
+    if not set(cameras) & set(robot.cameras):
+        raise ValueError(
+            f"robot {robot.name} has cameras for {sorted(robot.cameras)}, the model wants "
+            f"{list(cameras)}: none in common"
+        )
+    for what, dim in (("state", robot.state_dim), ("action", robot.action_dim)):
+        if dim > action_dim:
+            raise ValueError(
+                f"robot {robot.name} has {what} dimension {dim}, more than the model's "
+                f"action_dim {action_dim}; use a model with a larger action_dim"
+            )
+    for key in ("state", "actions"):
+        if key not in stats:
+            raise ValueError(f"normalization statistics lack {key!r}; there are {sorted(stats)}")
+    wanted = {camera: key for camera, key in robot.cameras.items() if camera in cameras}
+    return transforms.compose(
+        transforms.Cameras(cameras, wanted, image_size),
+        _Rename(robot),
+        transforms.Resize(image_size),
+        to_model(robot),
+        transforms.Normalize(stats, kind),
+        transforms.TokenizePrompt(tokenizer, discrete_state),
+        transforms.PadDimensions(action_dim),
+    )
+
+
+def to_model(robot: robots.Robot) -> transforms.Transform:
+    """`state` and `actions` of the robot to those the model is trained on, not yet normalized."""
+    return transforms.compose(
+        conversions.ToModel(robot.state_conversion, robot.action_conversion),
+        transforms.DeltaActions(robot.delta),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rename:
+    """Robot keys to model keys, sizes checked; everything else is left behind."""
+
+    robot: robots.Robot
+
+    def __call__(self, sample: transforms.Sample) -> transforms.Sample:
+        robot = self.robot
+        keys = {key: key for key in ("image", "image_mask", "action_is_pad", *robot.state_keys)}
+        keys["actions"] = robot.action_key
+        if not robot.prompt:
+            keys["prompt"] = robot.prompt_key
+        found = transforms.Repack(keys, ("actions", "action_is_pad"))(sample)
+        sample = {key: value for key, value in found.items() if key not in robot.state_keys}
+        sample["state"] = robot.state(found)
+        sample.setdefault("prompt", robot.prompt)
+        named = " + ".join(map(repr, robot.state_keys))
+        for key, what, dim in (
+            ("state", named, robot.state_dim),
+            ("actions", repr(robot.action_key), robot.action_dim),
+        ):
+            if key in sample and sample[key].shape[-1] != dim:
+                raise ValueError(
+                    f"{what} has {sample[key].shape[-1]} dimensions, robot {robot.name} "
+                    f"has {dim}; is this another robot's data?"
+                )
+        if "action_is_pad" in sample:
+            sample["action_mask"] = ~sample.pop("action_is_pad")
+        return sample
+
+
+def outputs(
+    robot: robots.Robot, *, stats: Mapping[str, normalize.NormStats], kind: normalize.Kind
+) -> transforms.Transform:
+    """`{"actions": normalized (*n, ah, ad), "state"}` to `{"actions": the robot's (*n, ah, rd)}`.
+
+    Other keys pass through; `state` is the robot's own (`robot.state(observation)`), neither
+    converted nor normalized, from which delta actions were predicted.
+    """
+    _check_here(robot)
+    return transforms.compose(
+        transforms.CutDimensions(robot.action_dim),
+        transforms.Unnormalize({"actions": stats["actions"]}, kind),
+        _ToRobot(robot),
+    )
+
+
+def _check_here(robot: robots.Robot) -> None:
+    if robot.elsewhere:
+        raise ValueError(
+            f"the transforms of robot {robot.name} are those of openpi's config {robot.elsewhere}: "
+            "serve its policy with openpi (scripts/serve_openpi.py), or describe the robot in a "
+            "file (data/robots.py)"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _ToRobot:
+    """The inverse of `to_model` on `actions`; the robot's own `state` stays beside them."""
+
+    robot: robots.Robot
+
+    def __call__(self, sample: transforms.Sample) -> transforms.Sample:
+        robot = self.robot
+        convert = conversions.ToModel(robot.state_conversion, None)
+        found = transforms.AbsoluteActions(robot.delta)(convert(sample))
+        return {**sample, "actions": conversions.ToRobot(robot.action_conversion)(found)["actions"]}

@@ -1,0 +1,298 @@
+"""A robot is its camera names, its key names, its sizes and its units: data, no code.
+
+`pipelines.py` makes transforms of it. The robots below read their data as openpi does, so that its
+checkpoints and statistics fit.
+
+Your own robot is a small file with one constant, given in place of a name (`--data.robot my.py`):
+
+    from shallow_pi.data import robots
+
+    ROBOT = robots.Robot(
+        name="my_arm",
+        cameras={
+            "base_0_rgb": "observation.images.front",
+            "left_wrist_0_rgb": "observation.images.hand",
+        },
+        state_dim=7,
+        action_dim=7,
+        fps=30,
+        delta=robots.mask(6, -1),  # six joints as differences from the state, the gripper as it is
+        groups=(robots.Group("joints", 6, "rad"), robots.Group("gripper", 1)),
+    )
+
+or a variant of a robot below, `ROBOT = dataclasses.replace(robots.UR5, name="ur5_slow", fps=10)`. A
+checkpoint holds all of it: a policy is served without the file.
+"""
+
+import dataclasses
+import difflib
+import pathlib
+import runpy
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from shallow_pi.data.robots import conversions
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Action dimensions in a row that belong together, and whose errors are measured together."""
+
+    name: str
+    # How many dimensions.
+    size: int
+    # Of the robot's own actions; empty for numbers without one (0 closed, 1 open).
+    unit: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Robot:
+    """Names, sizes and units of one embodiment."""
+
+    name: str
+    # Model camera → key of the picture in the robot's observations and datasets. A camera of the
+    # model that is not here is black and masked, for π0 and π0.5 alike, as in openpi.
+    cameras: Mapping[str, str]
+    state_dim: int
+    action_dim: int
+    # Control frequency (Hz), which is also the frame rate of its datasets.
+    fps: int | float
+    state_key: str = "observation.state"
+    action_key: str = "action"
+    prompt_key: str = "task"
+    # Leading action dimensions the model sees as the difference from the state (True) or as they
+    # are (False); the robot's own actions stay absolute.
+    delta: tuple[bool, ...] = ()
+    # To the model's units and signs; comes before the difference is taken.
+    state_conversion: conversions.Conversion | None = None
+    action_conversion: conversions.Conversion | None = None
+    # Keys appended to the state, in order, where a recording has it in parts.
+    state_more: tuple[str, ...] = ()
+    # Always this prompt, whatever recordings and observations say; empty takes theirs.
+    prompt: str = ""
+    # Where its transforms are, if they are code and not these fields: a config of openpi's by name.
+    # Its policies are served there.
+    elsewhere: str = ""
+    # The action dimensions in order; empty is one group of all (`action_groups`).
+    groups: tuple[Group, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.cameras:
+            raise ValueError(f"robot {self.name} has no cameras; the model needs at least one")
+        if self.state_dim < 1 or self.action_dim < 1 or self.fps <= 0:
+            raise ValueError(
+                f"robot {self.name} needs positive state_dim, action_dim and fps, got "
+                f"{self.state_dim}, {self.action_dim} and {self.fps}"
+            )
+        if len(self.delta) > min(self.state_dim, self.action_dim):
+            raise ValueError(
+                f"robot {self.name}: delta names {len(self.delta)} dimensions, state and actions "
+                f"have {self.state_dim} and {self.action_dim}"
+            )
+        for what, conversion, dim in (
+            ("state", self.state_conversion, self.state_dim),
+            ("action", self.action_conversion, self.action_dim),
+        ):
+            if conversion is not None and len(conversion.factor) != dim:
+                raise ValueError(
+                    f"robot {self.name}: {what}_conversion has {len(conversion.factor)} "
+                    f"dimensions, {what}_dim is {dim}"
+                )
+        self._check_groups()
+
+    def _check_groups(self) -> None:
+        names, sizes = [g.name for g in self.groups], [g.size for g in self.groups]
+        if len(set(names)) < len(names) or any(not n or "/" in n for n in names):
+            raise ValueError(
+                f"robot {self.name}: groups need names that differ, without slashes, got {names}"
+            )
+        if sizes and (min(sizes) < 1 or sum(sizes) != self.action_dim):
+            raise ValueError(
+                f"robot {self.name}: its groups have {' + '.join(map(str, sizes))} dimensions, "
+                f"action_dim is {self.action_dim}; each dimension belongs to one group"
+            )
+
+    @property
+    def action_groups(self) -> tuple[Group, ...]:
+        """The groups of the action dimensions, at least one."""
+        return self.groups or (Group("action", self.action_dim),)
+
+    @property
+    def state_keys(self) -> tuple[str, ...]:
+        """The keys that make up the state, in order."""
+        return (self.state_key, *self.state_more)
+
+    def state(self, observation: Mapping[str, Any]) -> Float[np.ndarray, "*n sd"]:
+        """The state vector out of an observation or a dataset's columns, not converted yet."""
+        parts = [np.asarray(observation[key], np.float32) for key in self.state_keys]
+        if len(parts) == 1:
+            return parts[0]
+        # A gripper's position may come as a plain number.
+        return np.concatenate([part[None] if part.ndim == 0 else part for part in parts], axis=-1)
+
+
+def mask(*groups: int) -> tuple[bool, ...]:
+    """Dimensions in a row: 6 is six times True, -1 once False."""
+    return tuple(group > 0 for group in groups for _ in range(abs(group)))
+
+
+# The embedded task: gantry position in metres, absolute position targets in metres.
+TURNTABLE = Robot(
+    name="turntable",
+    cameras={
+        "base_0_rgb": "observation.images.base",
+        "left_wrist_0_rgb": "observation.images.wrist",
+    },
+    state_dim=3,
+    action_dim=3,
+    fps=20,
+    delta=mask(3),
+    groups=(Group("gantry", 3, "m"),),
+)
+
+# ALOHA's joints to the signs, and its grippers to the angles, of the runtime that recorded the data
+# π0 was trained on. States have finger positions, actions have angles of the leader's gripper.
+_SIGNS = (1, -1, -1, 1, 1, 1)
+_PI_LOW, _PI_HIGH = 0.5476, 1.6296  # Radians that π0 knows as 0 and 1.
+_LEADER_LOW, _LEADER_HIGH = -0.6213, 1.4910  # Radians that ALOHA's actions know as 0 and 1.
+ALOHA_STATE = conversions.Conversion(
+    factor=(*_SIGNS, 1 / (_PI_HIGH - _PI_LOW)) * 2,
+    offset=(*[0] * 6, -_PI_LOW / (_PI_HIGH - _PI_LOW)) * 2,
+    crank=(6, 13),
+)
+ALOHA_ACTIONS = conversions.Conversion(
+    factor=(*_SIGNS, _LEADER_HIGH - _LEADER_LOW) * 2, offset=(*[0] * 6, _LEADER_LOW - _PI_LOW) * 2
+)
+
+# Bimanual ALOHA as its LeRobot datasets name things; openpi's pi0_aloha and pi05_aloha.
+ALOHA = Robot(
+    name="aloha",
+    cameras={
+        "base_0_rgb": "observation.images.cam_high",
+        "left_wrist_0_rgb": "observation.images.cam_left_wrist",
+        "right_wrist_0_rgb": "observation.images.cam_right_wrist",
+    },
+    state_dim=14,
+    action_dim=14,
+    fps=50,
+    delta=mask(6, -1, 6, -1),
+    state_conversion=ALOHA_STATE,
+    action_conversion=ALOHA_ACTIONS,
+    groups=(
+        *(Group("left_arm", 6, "rad"), Group("left_gripper", 1)),
+        *(Group("right_arm", 6, "rad"), Group("right_gripper", 1)),
+    ),
+)
+# The simulated transfer of a cube, one camera; openpi's pi0_aloha_sim has absolute actions.
+ALOHA_SIM = dataclasses.replace(
+    ALOHA,
+    name="aloha_sim",
+    cameras={"base_0_rgb": "observation.images.top"},
+    delta=(),
+    prompt="Transfer cube",
+)
+
+# LIBERO's Panda: end-effector pose and two fingers in, differences of the pose and the gripper out,
+# all of it in the controller's range of -1 to 1.
+LIBERO = Robot(
+    name="libero",
+    cameras={"base_0_rgb": "image", "left_wrist_0_rgb": "wrist_image"},
+    state_dim=8,
+    action_dim=7,
+    fps=10,
+    state_key="state",
+    action_key="actions",
+    groups=(Group("position", 3), Group("rotation", 3), Group("gripper", 1)),
+)
+# As openpi's pi0_libero was trained: the state subtracted once more from actions that are
+# differences already (pi05_libero does without).
+LIBERO_DELTA = dataclasses.replace(LIBERO, name="libero_delta", delta=mask(6, -1))
+
+# DROID's Franka as openpi's converter names things: joint velocities (shares of the greatest) and
+# the gripper's position; openpi's pi05_droid and pi05_droid_finetune.
+DROID = Robot(
+    name="droid",
+    cameras={"base_0_rgb": "exterior_image_1_left", "left_wrist_0_rgb": "wrist_image_left"},
+    state_dim=8,
+    action_dim=8,
+    fps=15,
+    state_key="joint_position",
+    state_more=("gripper_position",),
+    action_key="actions",
+    groups=(Group("joint_velocity", 7), Group("gripper", 1)),
+)
+# The same with joint positions as actions; openpi's pi05_full_droid_finetune.
+DROID_POSITION = dataclasses.replace(
+    DROID,
+    name="droid_position",
+    delta=mask(7, -1),
+    groups=(Group("joint_position", 7, "rad"), Group("gripper", 1)),
+)
+
+# UR5 with one gripper, as openpi's example for it; π0's own UR5 runs at 20 Hz.
+UR5 = Robot(
+    name="ur5",
+    cameras={"base_0_rgb": "image", "left_wrist_0_rgb": "wrist_image"},
+    state_dim=7,
+    action_dim=7,
+    fps=20,
+    state_key="joints",
+    state_more=("gripper",),
+    action_key="actions",
+    delta=mask(6, -1),
+    groups=(Group("joints", 6, "rad"), Group("gripper", 1)),
+)
+
+ROBOTS = {
+    robot.name: robot
+    for robot in (
+        *(TURNTABLE, ALOHA, ALOHA_SIM, LIBERO, LIBERO_DELTA),
+        *(DROID, DROID_POSITION, UR5),
+    )
+}
+
+
+def find(name: str) -> Robot:
+    """The robot of that name, or the `ROBOT` of a Python file.
+
+    Raises:
+      ValueError: there is no such robot, or the file has no `ROBOT`.
+      FileNotFoundError: there is no such file.
+    """
+    if name.endswith(".py"):
+        return _from_file(pathlib.Path(name).expanduser())
+    if name not in ROBOTS:
+        close = difflib.get_close_matches(name, ROBOTS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else "; or name a file with a ROBOT, *.py"
+        raise ValueError(f"unknown robot {name!r}; there are {sorted(ROBOTS)}{hint}")
+    return ROBOTS[name]
+
+
+def _from_file(path: pathlib.Path) -> Robot:
+    if not path.is_file():
+        raise FileNotFoundError(f"no robot file {path}; expected Python that defines ROBOT")
+    robot = runpy.run_path(str(path)).get("ROBOT")
+    if not isinstance(robot, Robot):
+        raise ValueError(
+            f"{path} must define ROBOT = robots.Robot(...) (see shallow_pi/data/robots.py), got "
+            f"{type(robot).__name__ if robot is not None else 'nothing of that name'}"
+        )
+    if ROBOTS.get(robot.name, robot) != robot:
+        raise ValueError(f"{path} names its robot {robot.name!r}, which is another: rename it")
+    return robot
+
+
+def from_dict(values: Mapping[str, Any]) -> Robot:
+    """The inverse of `dataclasses.asdict` on a `Robot`, through JSON."""
+    lists = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
+    nested = {
+        key: conversions.Conversion(**{k: tuple(v) for k, v in values[key].items()})
+        for key in ("state_conversion", "action_conversion")
+        if values[key] is not None
+    }
+    # Policies saved before robots had groups lack them.
+    groups = tuple(Group(**group) for group in values.get("groups", ()))
+    return Robot(**{**values, **lists, **nested, "groups": groups})

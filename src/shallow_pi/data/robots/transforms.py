@@ -1,0 +1,240 @@
+"""Small pure transforms from sample to sample, and their inverses.
+
+A sample is a plain dict without batch axis. Robot side: LeRobot's flat keys. Model side: `image`
+and `image_mask` (dicts by model camera), `state`, `prompt`, in training also `actions` and
+`action_mask`. Every transform is a frozen dataclass that returns a new dict; what a transform does
+not know it passes on, and a missing `actions` is normal (inference).
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image
+
+from shallow_pi.data.robots import normalize, tokenizer
+
+Sample = dict[str, Any]
+Transform = Callable[[Sample], Sample]
+
+
+def compose(*transforms: Transform) -> Transform:
+    """Apply `transforms` from left to right."""
+    return _Composed(transforms)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Composed:
+    parts: tuple[Transform, ...]
+
+    def __call__(self, sample: Sample) -> Sample:
+        for part in self.parts:
+            sample = part(sample)
+        return sample
+
+
+@dataclasses.dataclass(frozen=True)
+class Repack:
+    """Keep and rename: `keys` maps new name to old name; `optional` ones may be absent."""
+
+    keys: Mapping[str, str]
+    optional: tuple[str, ...] = ()
+
+    def __call__(self, sample: Sample) -> Sample:
+        missing = [k for n, k in self.keys.items() if k not in sample and n not in self.optional]
+        if missing:
+            raise ValueError(f"sample lacks {missing}; expected these keys, got {sorted(sample)}")
+        return {new: sample[old] for new, old in self.keys.items() if old in sample}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cameras:
+    """Collect pictures under `image` by model camera; `keys` maps model camera to sample key.
+
+    A model camera that no key is given for becomes a black picture with mask False.
+    """
+
+    cameras: tuple[str, ...]
+    keys: Mapping[str, str]
+    image_size: int
+
+    def __call__(self, sample: Sample) -> Sample:
+        missing = [
+            f"{key!r} (for {camera})"
+            for camera, key in self.keys.items()
+            if camera in self.cameras and key not in sample
+        ]
+        if missing:
+            there = sorted(key for key in sample if "image" in key)
+            raise ValueError(f"sample lacks camera {', '.join(missing)}; pictures there: {there}")
+        black = np.zeros((self.image_size, self.image_size, 3), np.uint8)
+        used = set(self.keys.values())
+        return {
+            **{key: value for key, value in sample.items() if key not in used},
+            "image": {
+                camera: _picture(sample[self.keys[camera]], self.keys[camera])
+                if camera in self.keys
+                else black
+                for camera in self.cameras
+            },
+            "image_mask": {camera: np.bool_(camera in self.keys) for camera in self.cameras},
+        }
+
+
+def _picture(value: Any, key: str) -> np.ndarray:
+    picture = np.asarray(value)
+    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[-1] != 3:
+        raise ValueError(
+            f"{key!r} must be a uint8 picture (height, width, 3), got {picture.dtype} "
+            f"{picture.shape}"
+        )
+    return picture
+
+
+@dataclasses.dataclass(frozen=True)
+class Resize:
+    """Resize every picture to a square of `size`, keeping its proportions, padded with black."""
+
+    size: int
+
+    def __call__(self, sample: Sample) -> Sample:
+        images = {name: resize_with_pad(x, self.size) for name, x in sample["image"].items()}
+        return {**sample, "image": images}
+
+
+def resize_with_pad(image: UInt8[np.ndarray, "h w 3"], size: int) -> UInt8[np.ndarray, "s s 3"]:
+    """PIL bilinear, rounded as openpi's client rounds; the same array if the size fits."""
+    height, width = image.shape[:2]
+    if (height, width) == (size, size):
+        return image
+    ratio = max(width / size, height / size)
+    new_height, new_width = int(height / ratio), int(width / ratio)
+    picture = Image.fromarray(image).resize((new_width, new_height), Image.Resampling.BILINEAR)
+    padded = np.zeros((size, size, 3), np.uint8)
+    top, left = (size - new_height) // 2, (size - new_width) // 2
+    padded[top : top + new_height, left : left + new_width] = np.asarray(picture)
+    return padded
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Normalize:
+    """Physical units to the model's scale for every key of `stats` that is there."""
+
+    stats: Mapping[str, normalize.NormStats]
+    kind: normalize.Kind
+
+    def __call__(self, sample: Sample) -> Sample:
+        new = {
+            key: normalize.normalize(sample[key], stats, self.kind)
+            for key, stats in self.stats.items()
+            if key in sample
+        }
+        return {**sample, **new}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Unnormalize:
+    """Inverse of `Normalize`."""
+
+    stats: Mapping[str, normalize.NormStats]
+    kind: normalize.Kind
+
+    def __call__(self, sample: Sample) -> Sample:
+        new = {
+            key: normalize.unnormalize(sample[key], stats, self.kind)
+            for key, stats in self.stats.items()
+            if key in sample
+        }
+        return {**sample, **new}
+
+
+@dataclasses.dataclass(frozen=True)
+class DeltaActions:
+    """Absolute `actions` to their difference from `state` where `mask` holds; others stay."""
+
+    mask: tuple[bool, ...]
+
+    def __call__(self, sample: Sample) -> Sample:
+        if "actions" not in sample:
+            return sample
+        return {**sample, "actions": delta(sample["actions"], sample["state"], self.mask)}
+
+
+@dataclasses.dataclass(frozen=True)
+class AbsoluteActions:
+    """Inverse of `DeltaActions`; needs the `state` the actions were predicted from."""
+
+    mask: tuple[bool, ...]
+
+    def __call__(self, sample: Sample) -> Sample:
+        return {**sample, "actions": delta(sample["actions"], -sample["state"], self.mask)}
+
+
+def delta(
+    actions: Float[np.ndarray, "*n ah rd"],
+    state: Float[np.ndarray, "*n sd"],
+    mask: tuple[bool, ...],
+) -> Float[np.ndarray, "*n ah rd"]:
+    """Actions minus state in the dimensions of `mask`, which lead in both."""
+    width = len(mask)
+    if width > min(actions.shape[-1], state.shape[-1]):
+        raise ValueError(
+            f"delta actions in {width} dimensions need as many in state and actions, got "
+            f"{state.shape[-1]} and {actions.shape[-1]}"
+        )
+    shift = np.zeros((*state.shape[:-1], 1, actions.shape[-1]), np.float32)
+    shift[..., 0, :width] = np.where(mask, state[..., :width], 0)
+    return np.asarray(actions, np.float32) - shift
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizePrompt:
+    """Replace `prompt` by tokens; with `discrete_state` the normalized state goes into the text."""
+
+    tokenizer: tokenizer.Tokenizer
+    discrete_state: bool = False
+
+    def __call__(self, sample: Sample) -> Sample:
+        rest = {key: value for key, value in sample.items() if key != "prompt"}
+        if "prompt" not in sample:
+            raise ValueError(f"sample has no 'prompt'; got {sorted(sample)}")
+        state = sample["state"] if self.discrete_state else None
+        tokens, mask = self.tokenizer.tokenize(str(sample["prompt"]), state)
+        return {**rest, "tokenized_prompt": tokens, "tokenized_prompt_mask": mask}
+
+
+@dataclasses.dataclass(frozen=True)
+class PadDimensions:
+    """Zero-pad the last axis of `state` and `actions` to the model's action dimension."""
+
+    dim: int
+
+    def __call__(self, sample: Sample) -> Sample:
+        new = {key: pad_last(sample[key], self.dim, key) for key in _VECTORS if key in sample}
+        return {**sample, **new}
+
+
+_VECTORS = ("state", "actions")
+
+
+def pad_last(value: np.ndarray, dim: int, what: str = "value") -> np.ndarray:
+    """Zero-pad the last axis to `dim`, as float32."""
+    value = np.asarray(value, np.float32)
+    if value.shape[-1] > dim:
+        raise ValueError(
+            f"{what} has {value.shape[-1]} dimensions but the model's action_dim is {dim}; "
+            "use a model with a larger action_dim or select fewer dimensions"
+        )
+    return np.pad(value, [(0, 0)] * (value.ndim - 1) + [(0, dim - value.shape[-1])])
+
+
+@dataclasses.dataclass(frozen=True)
+class CutDimensions:
+    """Keep the first `dim` dimensions of `actions`: the inverse of their padding."""
+
+    dim: int
+
+    def __call__(self, sample: Sample) -> Sample:
+        return {**sample, "actions": np.asarray(sample["actions"])[..., : self.dim]}

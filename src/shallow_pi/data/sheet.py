@@ -1,0 +1,267 @@
+"""A batch on one sheet: pictures as the model sees them, prompts, action chunks and ranges.
+
+`write` puts it into a run's folder before the first step, and `scripts/inspect_data.py` draws it
+without a run. The sheet needs only Pillow; the histograms need matplotlib (the extra `plots`),
+which is imported when they are drawn.
+"""
+
+import functools
+import os
+import pathlib
+import textwrap
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageDraw, ImageFont
+
+from shallow_pi import figures
+from shallow_pi.data import inspection, loader, sources
+from shallow_pi.data.robots import assets as policy_assets
+from shallow_pi.models import observation
+
+FILE = "data_sheet.png"
+# Samples that are looked at, and how many of them are drawn.
+SAMPLES, DRAWN = 16, 6
+# Sizes in pixels: pictures are enlarged to about _SIDE.
+_SIDE, _GAP, _LINE, _TEXT, _PLOT = 192, 8, 18, 330, 300
+_INK, _GREY, _RED = "#222222", "#8a8a8a", "#c0392b"
+# Okabe and Ito's palette, once around for dimensions 0 to 7, then again.
+_COLORS = (
+    *("#0072b2", "#d55e00", "#009e73", "#cc79a7"),
+    *("#e69f00", "#56b4e9", "#7f7f7f", "#000000"),
+)
+
+
+def write(
+    folder: str | os.PathLike[str],
+    source: sources.Source,
+    assets: policy_assets.Assets | None,
+    augmentation: observation.Augmentation,
+    seed: int = 0,
+) -> UInt8[np.ndarray, "h w 3"]:
+    """Draw samples of `source`, write the sheet to `<folder>/data_sheet.png` and return it.
+
+    Args:
+      folder: of the run; made if absent.
+      source: of the samples a run trains on; read apart from the loader, whose order stays.
+      assets: of the policy; None for synthetic samples.
+      augmentation: of the training pictures.
+      seed: of the choice and of the augmentation.
+    """
+    picture = sheet(inspection.draw(source, SAMPLES, seed), assets, augmentation, seed)
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture).save(folder / FILE)
+    return picture
+
+
+def read(folder: str | os.PathLike[str]) -> UInt8[np.ndarray, "h w 3"]:
+    """The sheet that `write` left in a run's folder."""
+    with Image.open(pathlib.Path(folder) / FILE) as picture:
+        return np.asarray(picture)
+
+
+def sheet(
+    batch: loader.Batch,
+    assets: policy_assets.Assets | None,
+    augmentation: observation.Augmentation,
+    seed: int = 0,
+) -> UInt8[np.ndarray, "h w 3"]:
+    """The batch as a picture: a row for each of a few samples, then the ranges and doubts.
+
+    Args:
+      batch: of the loader, as numpy arrays.
+      assets: of the policy; None for synthetic samples.
+      augmentation: of the training pictures.
+      seed: of the augmentation.
+    """
+    count = min(DRAWN, len(batch["state"]))
+    drawn = np.linspace(0, len(batch["state"]) - 1, count).round().astype(int).tolist()
+    pictures = _augmented(jax.tree.map(lambda leaf: leaf[drawn], batch), augmentation, seed)
+    shown, cut = inspection.prompts(batch, assets), inspection.truncated(batch, assets)
+    found = inspection.ranges(batch, assets)
+    table = inspection.rows(found)
+    notes = [(line, _RED) for line in inspection.doubtful(batch, assets, found)]
+    notes += [(line, _INK) for line in inspection.facts(batch, assets)]
+    side = max(1, round(_SIDE / next(iter(pictures.values())).shape[1]))
+    side *= next(iter(pictures.values())).shape[1]
+
+    top, pitch = 2 * _LINE, side + _GAP
+    text_left = _GAP + len(pictures) * pitch
+    plot_left = text_left + _TEXT + _GAP
+    width = plot_left + _PLOT + _GAP
+    table_top = top + count * pitch + _LINE
+    columns = max(1, min(width // _COLUMN, -(-len(found) // 8)))
+    per_column = -(-len(found) // columns)
+    lines = [
+        (part, color)
+        for line, color in notes
+        for part in textwrap.wrap(line, max(40, width // 8), subsequent_indent="    ")
+    ]
+    width = max(width, _COLUMN + 2 * _GAP)
+    notes_top = table_top + (per_column + 2) * _LINE + _GAP
+    height = notes_top + len(lines) * _LINE + _GAP
+    canvas = Image.new("RGB", (width, height), "white")
+    pen = _Pen(ImageDraw.Draw(canvas))
+
+    for column, name in enumerate(pictures):
+        pen.text(_GAP + column * pitch, _GAP, name)
+    pen.text(text_left, _GAP, "prompt, decoded from its tokens")
+    pen.text(plot_left, _GAP, f"actions, normalized, within ±{_CHUNK_LIMIT:g}")
+    for row, sample in enumerate(drawn):
+        y = top + row * pitch
+        for column, (name, own) in enumerate(pictures.items()):
+            x = _GAP + column * pitch
+            pen.frame(x, y, side)
+            if batch["image_mask"][name][sample]:
+                enlarged = Image.fromarray(own[row]).resize((side, side), Image.Resampling.NEAREST)
+                canvas.paste(enlarged, (x, y))
+            else:
+                pen.absent(x, y, side)
+        used = int(batch["tokenized_prompt_mask"][sample].sum())
+        budget = batch["tokenized_prompt"].shape[1]
+        length = f"{used} of {budget} tokens"
+        pen.prompt(text_left, y, side, shown[sample], length, bool(cut[sample]))
+        actions, mask = batch["actions"][sample], batch["action_mask"][sample]
+        pen.chunk(plot_left, y, side, actions, mask, assets)
+    for start in range(columns):
+        body = table[2 + start * per_column : 2 + (start + 1) * per_column]
+        pen.table(_GAP + start * _COLUMN, table_top, [*table[:2], *body])
+    for i, (line, color) in enumerate(lines):
+        pen.text(_GAP, notes_top + i * _LINE, line, color)
+    return np.asarray(canvas)
+
+
+def _augmented(
+    batch: loader.Batch, augmentation: observation.Augmentation, seed: int
+) -> dict[str, np.ndarray]:
+    """Pictures by camera as the model gets them, as bytes again."""
+    seen = _augment(jax.random.key(seed), observation.Observation.from_batch(batch), augmentation)
+    return {
+        name: np.asarray(np.round((np.asarray(seen.images[name]) + 1) * 127.5), np.uint8)
+        for name in batch["image"]
+    }
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _augment(
+    key: Any, seen: observation.Observation, augmentation: observation.Augmentation
+) -> observation.Observation:
+    return observation.augment(key, seen, augmentation)
+
+
+# Of a block of ranges: the name, then numbers that end at these places.
+_ENDS = (168, 240, 312, 384, 446, 508, 576)
+_COLUMN = _ENDS[-1] + 36
+_CHUNK_LIMIT = 3.0
+
+
+class _Pen:
+    """Draws the parts of the sheet at given places."""
+
+    def __init__(self, draw: ImageDraw.ImageDraw) -> None:
+        self._draw = draw
+        self._font = ImageFont.load_default(size=13)
+
+    def text(self, x: float, y: float, text: str, color: str = _INK, anchor: str = "la") -> None:
+        self._draw.text((x, y), text, fill=color, font=self._font, anchor=anchor)
+
+    def frame(self, x: int, y: int, side: int) -> None:
+        """A line around a picture, outside it."""
+        self._draw.rectangle((x - 1, y - 1, x + side, y + side), outline="#bbbbbb")
+
+    def absent(self, x: int, y: int, side: int) -> None:
+        """A camera the robot does not have: the model sees black, and is told not to look."""
+        self._draw.rectangle((x, y, x + side - 1, y + side - 1), fill="#dddddd")
+        for shift in range(-side, side, 16):
+            start, end = max(0, shift), min(side, side + shift)
+            ends = (x + start, y + start - shift, x + end - 1, y + end - shift - 1)
+            self._draw.line(ends, fill="#c4c4c4")
+        self.text(x + side / 2, y + side / 2, "absent, masked", _INK, "mm")
+
+    def prompt(self, x: int, y: int, side: int, text: str, tokens: str, is_cut: bool) -> None:
+        """The prompt, as much of it as there is room for, over its length in tokens."""
+        lines = textwrap.wrap(text, 46)
+        room = max(1, side // _LINE - 2)
+        if len(lines) > room:
+            lines = [*lines[: room - 1], lines[room - 1][:42] + " …"]
+        for i, line in enumerate(lines):
+            self.text(x, y + i * _LINE, line)
+        below = y + (len(lines) + 0.4) * _LINE
+        self.text(x, below, tokens + (", CUT" if is_cut else ""), _RED if is_cut else _GREY)
+
+    def chunk(
+        self,
+        x: int,
+        y: int,
+        side: int,
+        actions: np.ndarray,
+        mask: np.ndarray,
+        assets: policy_assets.Assets | None,
+    ) -> None:
+        """A line for each action dimension over the horizon; what is masked lies on grey."""
+        horizon, dims = actions.shape
+        dims = dims if assets is None else assets.robot.action_dim
+        step = _PLOT / max(1, horizon - 1)
+        if not mask.all():
+            left = x + step * (int(mask.sum()) - 0.5)
+            self._draw.rectangle((left, y, x + _PLOT, y + side - 1), fill="#e6e6e6")
+        middle, scale = y + side / 2, (side / 2 - 2) / _CHUNK_LIMIT
+        self._draw.line((x, middle, x + _PLOT, middle), fill="#bbbbbb")
+        for dim in range(dims):
+            heights = np.clip(np.nan_to_num(actions[:, dim]), -_CHUNK_LIMIT, _CHUNK_LIMIT)
+            points = [(x + i * step, middle - h * scale) for i, h in enumerate(heights.tolist())]
+            color = _COLORS[dim % len(_COLORS)]
+            if horizon > 1:
+                self._draw.line(points, fill=color, width=1)
+        self._draw.rectangle((x, y, x + _PLOT, y + side - 1), outline="#999999")
+
+    def table(self, x: int, y: int, rows: list[tuple[str, ...]]) -> None:
+        """Names on the left, numbers right-aligned below each other."""
+        for i, (name, *cells) in enumerate(rows):
+            top = y + i * _LINE
+            color = _GREY if i < 2 else _RED if cells[-1] else _INK
+            self.text(x, top, name, color)
+            for end, cell in zip(_ENDS, cells, strict=True):
+                self.text(x + end, top, cell, color, "ra")
+
+
+def histograms(
+    path: str | os.PathLike[str], batch: loader.Batch, assets: policy_assets.Assets | None
+) -> None:
+    """A panel for each dimension of state and actions, normalized; doubtful ones are red.
+
+    Args:
+      path: PNG to write.
+      batch: of the loader, as numpy arrays.
+      assets: of the policy; None for synthetic samples.
+
+    Raises:
+      figures.PlotsMissingError: matplotlib is not installed.
+    """
+    found = inspection.values(batch, assets)
+    owns = {own.name: own for own in inspection.ranges(batch, assets)}
+    columns = min(8, max(value.shape[1] for value in found.values()))
+    heights = [-(-value.shape[1] // columns) for value in found.values()]
+    size = (1.7 * columns, 1.5 * sum(heights))
+    figure, axes = figures.make(sum(heights), columns, size, dpi=110)
+    figure.suptitle("after normalization; −1 to 1 is grey", fontsize=9)
+    for axis in axes.flat:
+        axis.axis("off")
+    for top, (key, value) in zip((0, heights[0]), found.items(), strict=True):
+        for dim, column in enumerate(value.T):
+            axis, own = axes[top + dim // columns][dim % columns], owns[f"{key}[{dim}]"]
+            color = "#c0392b" if own.beyond or own.is_constant else "#0072b2"
+            low, high = min(-3.0, own.after[0]), max(3.0, own.after[2])
+            finite = column[np.isfinite(column)]
+            axis.axis("on")
+            axis.axvspan(-1, 1, color="#eeeeee")
+            if np.isfinite([low, high]).all():
+                axis.hist(finite, bins=40, range=(low, high), color=color)
+            axis.set_title(own.name, fontsize=8, color=color)
+            axis.set_yticks([])
+            axis.tick_params(labelsize=7)
+            axis.spines[["top", "left", "right"]].set_visible(False)
+    figure.savefig(path)

@@ -1,1 +1,0 @@
-"""Simulators behind one small interface, with their scripted experts."""

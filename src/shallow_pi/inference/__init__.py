@@ -1,0 +1,1 @@
+"""The forward pass made fast: prepared weights, kernels, sampler, real-time chunking."""

@@ -1,0 +1,115 @@
+"""Sampling actions: Euler integration of the velocity from noise to data, over a prefix cache.
+
+The backbone runs once; then N integration steps run the action expert alone against the cached
+prefix keys and values, `dt = -1/N`, from t = 1 (noise) to t = 0 (data), as in openpi
+(models/pi0.py, sample_actions). `x_t` and the time stay in float32; the loop's count is static, so
+the device never waits for the host to decide whether to go on. What is spared: see `prepare`; how a
+chunk is made to go on from the previous one: see `real_time`.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PyTree
+
+from shallow_pi.inference import attention, forward, prepare, real_time
+from shallow_pi.models import observation as observations
+from shallow_pi.models import pi0
+
+
+def integration_times(num_steps: int) -> Float[np.ndarray, " n"]:
+    """Times at which the velocity is evaluated, accumulated in float32 from 1 like openpi's."""
+    if num_steps < 1:
+        raise ValueError(f"num_steps must be at least 1, got {num_steps}.")
+    times = np.empty(num_steps, np.float32)
+    time, dt = np.float32(1.0), np.float32(-1.0 / num_steps)
+    for index in range(num_steps):
+        times[index] = time
+        time = np.float32(time + dt)
+    return times
+
+
+def sample_actions(
+    config: pi0.Pi0Config,
+    params: PyTree,
+    observation: observations.Observation,
+    noise: Float[Array, "b ah ad"],
+    *,
+    num_steps: int = 10,
+    savings: prepare.Savings | None = None,
+    guidance: real_time.Guidance | None = None,
+) -> Float[Array, "b ah ad"]:
+    """Normalized actions for a batch of observations, float32.
+
+    Jit it with `config`, `num_steps` and `savings` static. Where one policy is asked often, prepare
+    its weights once (`prepare.prepare`) and call `sample_prepared`.
+
+    Args:
+      config: the model.
+      params: its parameters.
+      observation: batch of b observations.
+      noise: the start of the path, standard normal.
+      num_steps: integration steps N; openpi uses 10.
+      savings: what is spared, which changes no result; None is the fastest on this backend.
+      guidance: the previous chunks, which the new ones are to agree with; None is plain sampling.
+    """
+    savings = savings or prepare.best()
+    prepared = prepare.prepare(config, params, integration_times(num_steps), savings)
+    return sample_prepared(
+        config,
+        prepared,
+        observation,
+        noise,
+        num_steps=num_steps,
+        savings=savings,
+        guidance=guidance,
+    )
+
+
+def sample_prepared(
+    config: pi0.Pi0Config,
+    prepared: prepare.Prepared,
+    observation: observations.Observation,
+    noise: Float[Array, "b ah ad"],
+    *,
+    num_steps: int = 10,
+    savings: prepare.Savings,
+    guidance: real_time.Guidance | None = None,
+) -> Float[Array, "b ah ad"]:
+    """`sample_actions` from weights prepared with the same savings and integration times."""
+    observations.check(observation, config.cameras, config.image_size, config.action_dim)
+    kernel = savings.attention
+    cache, valid = forward.prefill(config, prepared, observation, kernel)
+    state = None if config.pi05 else observation.state
+    if state is not None and savings.state_once:
+        cache, valid = forward.append_state(config, prepared, state, cache, valid, kernel)
+        state = None
+    dt = jnp.float32(-1.0 / num_steps)
+
+    def integrate(carry: tuple[Array, Any], at: Any) -> tuple[tuple[Array, Any], None]:
+        x_t, cache = carry
+        t, tables = at
+        if tables is None:
+            tables = prepare.make_tables(config, prepared.params, t[None])
+        else:
+            tables = jax.tree.map(lambda leaf: leaf[None], tables)
+
+        def velocity(x: Array, kernel: attention.Kernel = "xla") -> tuple[Array, Any]:
+            return forward.velocity(config, prepared, cache, valid, x, tables, state, kernel=kernel)
+
+        if guidance is None:
+            v, cache = velocity(x_t, kernel)
+        else:  # It differentiates, which not every kernel can, and is small beside the prefix.
+            v = real_time.guided(lambda x: velocity(x)[0], x_t, t, guidance)
+        return (x_t + dt * v, cache), None
+
+    carry = noise.astype(jnp.float32), cache
+    steps = jnp.asarray(integration_times(num_steps)), prepared.tables
+    if not savings.unrolled_steps:
+        carry, _ = jax.lax.scan(integrate, carry, steps)
+        return carry[0]
+    for i in range(num_steps):
+        carry, _ = integrate(carry, jax.tree.map(lambda leaf, i=i: leaf[i], steps))
+    return carry[0]

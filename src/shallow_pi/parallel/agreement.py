@@ -1,0 +1,141 @@
+"""Processes that train together must be doing the same: config, code, packages, data, folder.
+
+A process that differs would train on, with every number a little wrong, or hang in a collective
+the others never enter. So all tell each other what they have right after the start (`check`), and
+all end with one error that names who differs in what.
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import pathlib
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from shallow_pi.checkpoints import run_folder
+from shallow_pi.data import sources
+from shallow_pi.parallel import processes
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+# Parts of a sample that are compared; pictures would have to be decoded alike to the last bit.
+_COMPARED = ("state", "actions", "tokenized_prompt")
+# Seconds a shared file system may take to show another host's file.
+_VISIBLE_SECONDS = 30.0
+
+
+def facts(config: Any, source: sources.Source) -> dict[str, str]:
+    """What must be the same in every process, by name; config fields as on the command line.
+
+    Args:
+      config: the resolved config, a dataclass.
+      source: of the training samples.
+    """
+    fields = {
+        f"--{name}": repr(value)
+        for name, value in run_folder.flatten(dataclasses.asdict(config)).items()
+    }
+    return {
+        **fields,
+        "shallow_pi's sources": code_hash(),
+        "python": ".".join(platform.python_version_tuple()[:2]),
+        **{name: importlib.metadata.version(name) for name in PACKAGES},
+        "number of samples": str(len(source)),
+        "first, middle and last sample": sample_hash(source),
+    }
+
+
+def differences(found: Sequence[Mapping[str, str]]) -> list[str]:
+    """One line for each fact in which processes differ, with who has which value."""
+    lines = []
+    for name in dict.fromkeys(name for one in found for name in one):
+        holders: dict[str, list[int]] = {}
+        for index, one in enumerate(found):
+            holders.setdefault(one.get(name, "absent"), []).append(index)
+        if len(holders) > 1:
+            # The many first: who differs is who comes after.
+            ranked = sorted(holders.items(), key=lambda item: (-len(item[1]), item[1]))
+            values = [f"{value} in process {_numbers(who)}" for value, who in ranked]
+            lines.append(f"{name}: {'; '.join(values)}")
+    return lines
+
+
+def check(config: Any, source: sources.Source) -> None:
+    """Raise in every process, with the same message, unless all have the same `facts`."""
+    if jax.process_count() == 1:
+        return
+    if different := differences(processes.gather(facts(config, source))):
+        raise ValueError(
+            "the processes of this job differ in\n  "
+            + "\n  ".join(different)
+            + "\nstart all with the same command, checkout, packages and data"
+        )
+
+
+def check_shared(folder: pathlib.Path) -> None:
+    """Raise in every process unless all see one another's files in `folder`, which exists.
+
+    Raises:
+      ValueError: says which process does not see whose files, and what to do.
+    """
+    if jax.process_count() == 1:
+        return
+    token, index = processes.gather(time.time_ns())[0], jax.process_index()
+    own = folder / f".process-{token}-{index}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)  # One that is not shared is not there.
+        own.touch()
+        problem = ""
+    except OSError as error:
+        problem = f"process {index} cannot write there ({error.strerror})"
+    processes.sync("wrote to the run folder")
+    if not problem and (unseen := _unseen(folder, token)):
+        problem = f"process {index} does not see the files of process {_numbers(unseen)}"
+    problems = [line for line in processes.gather(problem) if line]
+    own.unlink(missing_ok=True)
+    if problems:
+        raise ValueError(
+            f"{folder} must be one folder for all processes: {'; '.join(problems)}. Give a "
+            "--checkpoint-dir on a file system that all hosts share (docs/launch.md)"
+        )
+
+
+def code_hash() -> str:
+    """A short hash of this package's sources, changed or committed alike."""
+    package = pathlib.Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(str(path.relative_to(package)).encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def sample_hash(source: sources.Source) -> str:
+    """A short hash of three samples, to four decimals: normalized states, actions and prompts."""
+    digest = hashlib.sha256()
+    for i in (0, len(source) // 2, len(source) - 1):
+        sample = source[i]
+        for name in _COMPARED:
+            # Machines may differ in the last bits of a sine; adding zero makes -0 a 0.
+            digest.update((np.round(np.asarray(sample[name], np.float64), 4) + 0.0).tobytes())
+    return digest.hexdigest()[:12]
+
+
+def _unseen(folder: pathlib.Path, token: int) -> list[int]:
+    deadline = time.monotonic() + _VISIBLE_SECONDS
+    while True:
+        here = {path.name for path in folder.iterdir()}
+        everyone = range(jax.process_count())
+        unseen = [n for n in everyone if f".process-{token}-{n}" not in here]
+        if not unseen or time.monotonic() > deadline:
+            return unseen
+        time.sleep(0.2)
+
+
+def _numbers(indices: Sequence[int]) -> str:
+    """ "0, 2 and 3"; of many, the first."""
+    shown = [str(n) for n in indices[:8]] + ([f"{len(indices) - 8} more"] if indices[8:] else [])
+    return " and ".join(part for part in (", ".join(shown[:-1]), shown[-1]) if part)

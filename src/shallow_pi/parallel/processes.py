@@ -1,0 +1,291 @@
+"""Start and end of a job of one or several processes, and what they do together.
+
+`SHALLOW_PI_COORDINATOR` (host:port of process 0) makes a job of several processes; their number and
+this one's are `SHALLOW_PI_NUM_PROCESSES` and `SHALLOW_PI_PROCESS_ID`, or what SLURM, Open MPI or
+an indexed Kubernetes job says. Under SLURM and Open MPI 4 the coordinator is found too; on a TPU
+slice, or with `SHALLOW_PI_MULTIHOST=1`, JAX finds everything itself. Call `initialize` before
+anything touches a device.
+"""
+
+import contextlib
+import dataclasses
+import inspect
+import json
+import os
+import re
+import sys
+import threading
+import traceback
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from shallow_pi import progress, user_cache
+from shallow_pi.parallel import roll_call
+
+COORDINATOR = "SHALLOW_PI_COORDINATOR"
+NUM_PROCESSES = "SHALLOW_PI_NUM_PROCESSES"
+PROCESS_ID = "SHALLOW_PI_PROCESS_ID"
+MULTIHOST = "SHALLOW_PI_MULTIHOST"
+# Seconds until all processes must have met, and until one that is silent counts as dead.
+INITIALIZATION_TIMEOUT = "SHALLOW_PI_INITIALIZATION_TIMEOUT"
+HEARTBEAT_TIMEOUT = "SHALLOW_PI_HEARTBEAT_TIMEOUT"
+# A process that is done waits for process 0, which may have a report to make.
+SHUTDOWN_SECONDS = 24 * 3600
+# How long a process that failed waits for others that fail by the same error.
+LEAVE_SECONDS = 10.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Processes:
+    """The processes of this job, as one of them knows them."""
+
+    # host:port of process 0; empty where JAX found it.
+    coordinator: str
+    # Processes of the job.
+    count: int
+    # Of this one.
+    index: int
+    # Accelerators of this host that are its own; None for all.
+    local_devices: tuple[int, ...] | None = None
+
+
+# Set once, by `initialize`: asking JAX itself may wait for processes that are gone.
+_joined: Processes | None = None
+
+
+def initialize() -> None:
+    """Join the other processes of this job; does nothing in a job of one process.
+
+    Raises:
+      ValueError: the environment is incomplete, or processes contradict each other.
+      TimeoutError: not all processes were there in time; says who was not, and what to check.
+      OSError: the coordinator's port is taken.
+    """
+    global _joined
+    found = find(os.environ)
+    if found is None or (found.coordinator and found.count == 1):
+        return
+    if getattr(jax.config, "jax_platforms", None) == "cpu":  # A field mypy does not know.
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    patience = _seconds(INITIALIZATION_TIMEOUT, 300)
+    limits: dict[str, Any] = {
+        "initialization_timeout": patience,
+        "heartbeat_timeout_seconds": _seconds(HEARTBEAT_TIMEOUT, 100),
+        "shutdown_timeout_seconds": SHUTDOWN_SECONDS,
+    }
+    known = inspect.signature(jax.distributed.initialize).parameters
+    limits = {name: value for name, value in limits.items() if name in known}
+    if found.coordinator:
+        progress.console.quiet = found.index != 0
+        _joined = found
+        roll_call.meet(found.coordinator, found.count, found.index, patience)
+        jax.distributed.initialize(
+            found.coordinator,
+            found.count,
+            found.index,
+            found.local_devices,
+            cluster_detection_method="deactivate",
+            **limits,
+        )
+    else:
+        jax.distributed.initialize(**limits)
+        _joined = Processes("", jax.process_count(), jax.process_index())
+        progress.console.quiet = _joined.index != 0
+
+
+def find(environment: Mapping[str, str]) -> Processes | None:
+    """The processes an environment tells of; None for a job of one, `count` 0 if JAX is to ask.
+
+    Raises:
+      ValueError: it names some of what is needed and not the rest, or what cannot be.
+    """
+    given = {name: value for name, value in environment.items() if value}
+    launched = _slurm(given) or _open_mpi(given)
+    by_hand = [name for name in (COORDINATOR, NUM_PROCESSES, PROCESS_ID) if name in given]
+    if by_hand:
+        values = {
+            COORDINATOR: launched.coordinator if launched else "",
+            NUM_PROCESSES: str(launched.count) if launched else "",
+            PROCESS_ID: str(launched.index) if launched else given.get("JOB_COMPLETION_INDEX", ""),
+        } | {name: given[name] for name in by_hand}
+        if missing := [name for name, value in values.items() if not value]:
+            raise ValueError(
+                f"{', '.join(by_hand)} without {', '.join(missing)}: set all three, or none in a "
+                "job of one process"
+            )
+        found = Processes(
+            values[COORDINATOR],
+            _whole(NUM_PROCESSES, values[NUM_PROCESSES]),
+            _whole(PROCESS_ID, values[PROCESS_ID]),
+            launched.local_devices if launched else None,
+        )
+        roll_call.parse(found.coordinator)
+        if not 0 <= found.index < found.count:
+            raise ValueError(
+                f"{PROCESS_ID} must lie in 0…{found.count - 1}, as there are {found.count} "
+                f"processes, got {found.index}"
+            )
+        return found
+    if launched is None:
+        ask = given.get(MULTIHOST) == "1" or "," in given.get("TPU_WORKER_HOSTNAMES", "")
+        return Processes("", 0, 0) if ask else None
+    if not launched.coordinator:
+        raise ValueError(
+            f"{launched.count} processes of Open MPI, and it does not say where the first one is: "
+            f"set {COORDINATOR}=HOST:PORT, the host of rank 0 and a free port"
+        )
+    return launched
+
+
+def _slurm(given: Mapping[str, str]) -> Processes | None:
+    # A shell inside an allocation has SLURM_NTASKS too, but srun alone sets a step's nodes.
+    if not {"SLURM_PROCID", "SLURM_STEP_NODELIST", "SLURM_JOB_ID"} <= given.keys():
+        return None
+    count = int(given.get("SLURM_STEP_NUM_TASKS") or given.get("SLURM_NTASKS") or 1)
+    if count == 1:
+        return None
+    # The first of "node7,node9", "node[7-9]" or "node[07,9]".
+    first = re.match(r"([^,\[]+)(?:\[([^],-]+))?", given["SLURM_STEP_NODELIST"])
+    assert first is not None, "a list of nodes starts with a name"
+    port = 61440 + int(given["SLURM_JOB_ID"]) % 4096
+    on_host = re.match(r"\d+", given.get("SLURM_STEP_TASKS_PER_NODE", "1"))
+    local = None
+    if on_host is not None and int(on_host[0]) > 1:
+        local = _one_device(given, int(given["SLURM_LOCALID"]))
+    coordinator = f"{first[1]}{first[2] or ''}:{port}"
+    return Processes(coordinator, count, int(given["SLURM_PROCID"]), local)
+
+
+def _open_mpi(given: Mapping[str, str]) -> Processes | None:
+    count = int(given.get("OMPI_COMM_WORLD_SIZE", "1"))
+    if count == 1:
+        return None
+    # Version 4 tells where mpirun was called, "<job × 4096>.0;tcp://10.0.0.1,…:port"; 5 does not.
+    caller = re.match(r"(\d+)\..*?tcp://([^,:]+)", given.get("OMPI_MCA_orte_hnp_uri", ""))
+    coordinator = f"{caller[2]}:{61440 + int(caller[1]) // 4096 % 4096}" if caller else ""
+    local = None
+    if int(given.get("OMPI_COMM_WORLD_LOCAL_SIZE", "1")) > 1:
+        local = _one_device(given, int(given["OMPI_COMM_WORLD_LOCAL_RANK"]))
+    return Processes(coordinator, count, int(given["OMPI_COMM_WORLD_RANK"]), local)
+
+
+def _one_device(given: Mapping[str, str], local_index: int) -> tuple[int, ...] | None:
+    """Of several processes on a host each takes one device, unless it is shown no other."""
+    shown = given.get("CUDA_VISIBLE_DEVICES", given.get("ROCR_VISIBLE_DEVICES", ","))
+    return (local_index,) if "," in shown else None
+
+
+def _whole(name: str, text: str) -> int:
+    if not text.isdigit():
+        raise ValueError(f"expected a whole number in {name}, got {text!r}")
+    return int(text)
+
+
+def _seconds(name: str, default: int) -> int:
+    seconds = _whole(name, os.environ.get(name) or str(default))
+    if seconds < 1:
+        raise ValueError(f"{name} must be at least 1 second, got {seconds}")
+    return seconds
+
+
+def split_cpu(rows: int) -> None:
+    """Where there are CPUs alone, show JAX as many devices as there are cores.
+
+    XLA runs the small operations of a small model on one core; split over the batch it uses all.
+    `JAX_NUM_CPU_DEVICES` sets another number. Accelerators are not affected.
+
+    Args:
+      rows: of a microbatch, over all processes; the number of devices divides them.
+    """
+    if "JAX_NUM_CPU_DEVICES" in os.environ or (_joined is not None and not _joined.coordinator):
+        return
+    rows //= 1 if _joined is None else _joined.count
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    devices = max(n for n in range(1, (cores or 1) + 1) if rows % n == 0)
+    jax.config.update("jax_num_cpu_devices", devices)
+
+
+def cache_compilations() -> None:
+    """Keep compiled programs in the user's cache folder, so that the next run starts at once.
+
+    `JAX_COMPILATION_CACHE_DIR` names another folder; set and empty, it turns the cache off. JAX
+    before 0.7 keeps none of its own accord: a program for several CPU devices that is read back
+    hangs or crashes there.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ and jax.__version_info__ >= (0, 7):
+        jax.config.update("jax_compilation_cache_dir", str(user_cache.folder("compiled")))
+
+
+def is_main() -> bool:
+    """Whether this process prints, logs and writes plain files."""
+    return jax.process_index() == 0
+
+
+def bar(
+    label: str, total: int, done: int = 0
+) -> contextlib.AbstractContextManager[progress.Advance]:
+    """`progress.bar` in the process that prints, nothing in the others."""
+    if is_main():
+        return progress.bar(label, total, done)
+    return contextlib.nullcontext(lambda amount=1, note="": None)
+
+
+def sync(name: str) -> None:
+    """Wait until every process of the job has come to the point of that name."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def gather(value: Any) -> list[Any]:
+    """The plain JSON value of every process, in their order; all of them must call it."""
+    if jax.process_count() == 1:
+        return [value]
+    data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array(data.size, np.int32))
+    padded = np.zeros(sizes.max(), np.uint8)
+    padded[: data.size] = data
+    rows = np.asarray(multihost_utils.process_allgather(padded), np.uint8)
+    return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+
+
+def prefix() -> str:
+    """What stands before an error of this process; empty in a job of one."""
+    return "" if _joined is None else f"process {_joined.index} of {_joined.count}: "
+
+
+def leave(status: int) -> None:
+    """End this process because of an error; returns only in a job of one.
+
+    Others may wait in a collective for what this process will never send. JAX's own exit would wait
+    for them in turn, so it gets a few seconds (all may end by the same error) and no more. Their
+    collectives then fail, at the latest when the heartbeat of this process is missed.
+    """
+    if _joined is None:
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    shutdown = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+    shutdown.start()
+    shutdown.join(LEAVE_SECONDS)
+    os._exit(status)
+
+
+def report_crash() -> None:
+    """Print the traceback of the error that is being handled, and end; in a job of one, nothing."""
+    if _joined is not None:
+        lines = traceback.format_exc().splitlines()
+        print("\n".join(f"{prefix()}{line}" for line in lines), file=sys.stderr)
+        leave(1)
+
+
+def stops_here(step: int) -> bool:
+    """Whether the processes have agreed to stop after this step, as one of them got a SIGTERM.
+
+    JAX takes the signal in a job of several processes, and the coordinator picks a step none has
+    passed; all processes must ask after every step. False in a job of one.
+    """
+    return jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step)

@@ -1,0 +1,1 @@
+"""The cost of a step before it runs: memory, compilation, collectives."""

@@ -1,0 +1,241 @@
+"""The distillation step compiled ahead of the machine: what it needs, without running it.
+
+Everything is shapes: no parameter is made. The devices may be this machine's, virtual CPU devices,
+or those of a TPU slice or a GPU host that is not there at all (`topology`): libtpu and XLA's GPU
+plugin compile for them on a CPU. Bytes are those the compiler plans per device; what it plans for
+one kind of device is a fair proxy for another of the same layout, not a promise.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from shallow_pi.distill import step
+from shallow_pi.parallel import shapes, sharding
+from shallow_pi.planning import accelerators, hlo, memory
+
+# Share of a card's matrix rate that useful work reaches: what a tuned step of this size does.
+UTILIZATION = 0.45
+# Bytes a device sends for each of a collective's result: a sum is scattered, then gathered.
+TRAFFIC = {
+    "all-reduce": 2.0,
+    "all-gather": 1.0,
+    "reduce-scatter": 1.0,
+    "all-to-all": 1.0,
+    "collective-permute": 1.0,
+}
+# What XLA's GPU compiler has to know of a device it cannot ask.
+_HOPPER = """
+gpu_device_info {{
+  cuda_compute_capability {{ major: 9 }}
+  core_count: 132
+  fpus_per_core: 128
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  threads_per_core_limit: 2048
+  registers_per_block_limit: 65536
+  registers_per_core_limit: 65536
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  l2_cache_size: 52428800
+  clock_rate_ghz: 1.98
+  device_memory_size: {memory}
+  memory_bandwidth: {bandwidth}
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 }}
+device_description_str: "{name}"
+"""
+GPUS = {
+    "h100": _HOPPER.format(
+        name="NVIDIA H100 80GB HBM3", memory=84_942_979_072, bandwidth=3_352_320_000_000
+    ),
+    "h200": _HOPPER.format(name="NVIDIA H200", memory=150_754_820_096, bandwidth=4_800_000_000_000),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The compiled step of one layout."""
+
+    devices: int
+    batch_size: int
+    # Bytes on one device of what the step is given, by what it is (see `shapes.given`).
+    given: dict[str, int]
+    # Bytes on one device that the step needs besides: activations, gradients, gathered parameters.
+    temporary: int
+    # Bytes on one device in all.
+    total: int
+    # Bytes in the host's memory for one device: an offloaded teacher.
+    host: int
+    # None where the compiler's program is of a newer XLA than this JAX can read.
+    collectives: list[hlo.Collective] | None
+
+    def fits(self, card: int) -> bool:
+        """Whether it fits into a device of so many bytes."""
+        return self.total <= memory.USABLE * card
+
+
+def devices(count: int, topology_name: str = "") -> Sequence[jax.Device]:
+    """`count` virtual CPU devices, or those of a topology; call it before JAX has any.
+
+    Raises:
+      ValueError: a count below 1, or see `topology`.
+    """
+    if count < 1:
+        raise ValueError(f"--devices must be 1 or more, got {count}")
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", count)
+    return topology(topology_name) if topology_name else jax.devices()
+
+
+def topology(name: str) -> Sequence[jax.Device]:
+    """The devices of "v5e:8x8" (a TPU slice) or "h100:8" (a GPU host), for compiling alone.
+
+    Raises:
+      ValueError: no such topology, or no compiler for it.
+    """
+    # Not an attribute of jax until somebody imports it.
+    from jax.experimental import topologies
+
+    kind, _, count = name.partition(":")
+    try:
+        if kind in GPUS:
+            return topologies.get_topology_desc(
+                kind, "cuda", target_config=GPUS[kind], topology=f"1x1x{int(count or 1)}"
+            ).devices
+        with _quiet():
+            return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        raise ValueError(
+            f"cannot compile for the topology {name!r}: {str(error).splitlines()[0]}. Names are "
+            "like v5e:4x4, v5p:2x2x1 or v6e:4x4, for which libtpu has to be installed (uv sync "
+            "--extra tpu), and h100:8 (uv sync --extra cuda)"
+        ) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Tell libtpu that there is no TPU, no metadata server to look for, and nothing to lock."""
+    names = {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(names)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+
+
+def compile_step(
+    spec: step.Spec, mesh: Mesh, batch_size: int, teacher_dtype: str = "bfloat16"
+) -> Program:
+    """Compile the step of a global batch for the devices of a mesh; see `build`."""
+    return build(spec, mesh, batch_size, teacher_dtype)[1]
+
+
+def build(
+    spec: step.Spec, mesh: Mesh, batch_size: int, teacher_dtype: str = "bfloat16"
+) -> tuple[jax.stages.Compiled, Program]:
+    """The compiled step (of teacher, state, which is donated, key and batch), and what it needs.
+
+    Args:
+      spec: the static part of the step.
+      mesh: over any devices, also such as are not there.
+      batch_size: observations, over all devices.
+      teacher_dtype: in which the teacher is held.
+
+    Raises:
+      ValueError: a batch or a layout the mesh cannot split.
+    """
+    sharding.check_batch_size(mesh, batch_size // spec.accumulation)
+    teacher = shapes.abstract_teacher(spec, mesh, teacher_dtype)
+    state = shapes.abstract_state(spec, mesh)
+    batch = shapes.abstract_batch(spec.student, mesh, batch_size)
+    whole = sharding.replicated(mesh)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    advance = jax.jit(
+        functools.partial(step.distill_step, spec),
+        out_shardings=(shardings, whole),
+        donate_argnums=1,
+    )
+    # Nothing is tuned for a GPU that is not there, and an untuned Triton product may not compile.
+    device = mesh.devices.flat[0]
+    described = device.platform == "gpu" and device not in jax.devices()
+    options: Any = {"xla_gpu_enable_triton_gemm": False} if described else None
+    compiled = advance.lower(teacher, state, key, batch).compile(compiler_options=options)
+    plan = compiled.memory_analysis()
+    try:
+        text = compiled.as_text()
+    except jax.errors.JaxRuntimeError:
+        text = None
+    if plan is None:
+        raise ValueError(f"the compiler of {mesh.devices.flat[0].platform} tells no memory plan")
+    total = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
+    program = Program(
+        devices=mesh.size,
+        batch_size=batch_size,
+        given=shapes.given(teacher, state, batch),
+        temporary=plan.temp_size_in_bytes,
+        total=total + plan.temp_size_in_bytes + plan.generated_code_size_in_bytes,
+        host=shapes.bytes_per_device(teacher, host=True),
+        collectives=None if text is None else hlo.collectives(text),
+    )
+    return compiled, program
+
+
+def predict(
+    program: Program, useful_flops: float, card: accelerators.Card
+) -> tuple[float, float | None]:
+    """Seconds a step computes, and seconds it exchanges (None: unknown), which may overlap.
+
+    Args:
+      program: the compiled step.
+      useful_flops: of the step, on one device.
+      card: of its devices.
+    """
+    computes, exchanges = useful_flops / (UTILIZATION * card.flops), None
+    if program.collectives is not None and card.links:
+        moved = sum(c.times * c.bytes * TRAFFIC[c.kind] for c in program.collectives)
+        exchanges = moved / (card.links / 2)
+    return computes, exchanges
+
+
+def largest_batch(programs: Sequence[Program], card: int, multiple: int) -> int:
+    """The largest batch that fits a card, by the straight line through two compiled batches.
+
+    Args:
+      programs: of two batch sizes on the same layout.
+      card: bytes of a device.
+      multiple: of which a batch must be one.
+
+    Returns:
+      0 where not even one multiple fits.
+    """
+    small, large = sorted(programs, key=lambda program: program.batch_size)
+    slope = (large.total - small.total) / (large.batch_size - small.batch_size)
+    if slope <= 0:
+        raise ValueError(
+            f"batches of {small.batch_size} and {large.batch_size} take {small.total} and "
+            f"{large.total} bytes: too small to tell what an observation costs; give larger ones"
+        )
+    most = small.batch_size + (memory.USABLE * card - small.total) / slope
+    return max(0, int(most) // multiple * multiple)

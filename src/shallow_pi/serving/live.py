@@ -1,0 +1,161 @@
+"""The server's page: one HTML file, and the JSON it draws.
+
+The page loads nothing from elsewhere, and its Content-Security-Policy lets it run only its own
+script and talk only to this server. It holds no data: what it shows comes through the websocket
+`/live`, at most ten times a second and only while someone looks.
+"""
+
+import base64
+import functools
+import hashlib
+import importlib.resources
+import io
+import json
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import PIL.Image
+
+from shallow_pi.serving import telemetry
+
+# Longest side of a picture on the page, pixels.
+PICTURE_SIZE = 320
+
+
+@functools.cache
+def page() -> tuple[bytes, str]:
+    """The HTML, and the Content-Security-Policy that goes with it."""
+    file = importlib.resources.files("shallow_pi.serving") / "page.html"
+    text = file.read_text(encoding="utf-8")
+
+    def hashes(tag: str) -> str:
+        found = re.findall(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
+        digests = [hashlib.sha256(inner.encode()).digest() for inner in found]
+        return " ".join(f"'sha256-{base64.b64encode(d).decode()}'" for d in digests)
+
+    policy = (
+        f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; "
+        "img-src data:; connect-src 'self'; form-action 'none'; base-uri 'none'; "
+        "frame-ancestors 'none'"
+    )
+    return text.encode(), policy
+
+
+def snapshot(
+    seen: telemetry.Telemetry, max_waiting: int, client: int | None = None
+) -> tuple[dict[str, Any], Mapping[str, Any]]:
+    """All the page shows but the pictures, and the observation they are in.
+
+    Args:
+      seen: what happened.
+      max_waiting: the queue's bound.
+      client: number of the client to look at; by default the one that is there longest.
+    """
+    now = seen.clock()
+    level, text = seen.health()
+    served = [s for s in seen.served if now - s.at < 60]
+    recent = [s.total_ms for s in served]
+    shown = _shown(seen, client)
+    content = {
+        "health": {"level": level, "text": text},
+        "metadata": {k: v for k, v in seen.metadata.items() if isinstance(v, str | int | float)},
+        "uptime": now - seen.start,
+        "requests": seen.requests,
+        "errors": seen.errors,
+        "queue": {"waiting": seen.waiting, "limit": max_waiting},
+        "budget_ms": None if seen.chunk_seconds is None else 1000 * seen.chunk_seconds,
+        "rate": sum(now - s.at < 5 for s in served) / 5,
+        "percentiles": dict(
+            zip(("p50", "p95", "p99"), np.percentile(recent, [50, 95, 99]), strict=True)
+        )
+        if recent
+        else None,
+        "latency": [[now - s.at, s.client, s.queue_ms, s.infer_ms, s.total_ms] for s in served],
+        "clients": [
+            {
+                "number": c.number,
+                "address": c.address,
+                "connected": now - c.since,
+                "requests": c.requests,
+                "silent": now - c.last,
+            }
+            for c in seen.clients.values()
+        ],
+        "failures": [
+            {"ago": now - f.at, "client": f.client, "kind": f.kind, "text": f.text}
+            for f in reversed(seen.failures)
+        ],
+        "view": None if shown is None else _view(shown),
+    }
+    return content, {} if shown is None else shown.observation
+
+
+def message(content: dict[str, Any], observation: Mapping[str, Any]) -> str:
+    """A snapshot with its pictures, as JSON; it may take a while, and runs in any thread."""
+    whole = {**content, "cameras": pictures(observation)}
+    return json.dumps(_finite(whole), separators=(",", ":"))
+
+
+def pictures(observation: Mapping[str, Any]) -> dict[str, str]:
+    """Every picture of an observation as a small JPEG in a data: URL.
+
+    A picture is an array (h, w, 3) or (3, h, w), uint8 or float in [0, 1].
+    """
+    found = {}
+    for name, value in telemetry.flatten(observation).items():
+        if not isinstance(value, np.ndarray) or value.ndim != 3 or value.dtype.kind not in "uf":
+            continue
+        if value.shape[-1] != 3:
+            value = np.moveaxis(value, 0, -1)
+        if value.shape[-1] != 3 or min(value.shape[:2]) < 8:
+            continue
+        # Before anything is converted: every second pixel, or third, of a large picture is enough.
+        value = value[(stride := max(1, max(value.shape) // (2 * PICTURE_SIZE))) - 1 :: stride]
+        value = value[:, stride - 1 :: stride]
+        if value.dtype.kind == "f":
+            value = (255 * np.clip(np.nan_to_num(value), 0, 1)).round()
+        picture = PIL.Image.fromarray(np.ascontiguousarray(value.astype(np.uint8)))
+        picture.thumbnail((PICTURE_SIZE, PICTURE_SIZE))
+        buffer = io.BytesIO()
+        picture.save(buffer, "JPEG", quality=80)
+        found[name] = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return found
+
+
+def _shown(seen: telemetry.Telemetry, number: int | None) -> telemetry.Client | None:
+    clients = [client for client in seen.clients.values() if client.requests]
+    chosen = [client for client in clients if client.number == number]
+    return min(chosen or clients, key=lambda client: client.number, default=None)
+
+
+def _view(client: telemetry.Client) -> dict[str, Any]:
+    chunks = list(client.chunks)
+    return {
+        "number": client.number,
+        "texts": {
+            name: value[:300]
+            for name, value in telemetry.flatten(client.observation).items()
+            if isinstance(value, str)
+        },
+        "chunks": [[chunk.start, chunk.actions.tolist()] for chunk in chunks],
+        "states": [
+            [chunk.start, chunk.state.tolist()]
+            for chunk in chunks
+            # A state is drawn over the actions only where they are the same quantities.
+            if chunk.state is not None and chunk.state.shape == chunk.actions.shape[1:]
+        ],
+    }
+
+
+def _finite(value: Any) -> Any:
+    """Numbers short, and null where JSON has none."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}") if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_finite(part) for part in value]
+    return value

@@ -1,0 +1,158 @@
+"""What passed a server, on disk: one file a connection, a stream of msgpack records.
+
+`Recorder` writes in its own thread from a bounded queue, so a slow or full disk costs records and
+never time of an inference. The messages are kept as they came and went; `read` gives them back:
+
+    for record in recorder.read("recordings/20260131-120000-1.msgpack"):
+        record.observation["observation.state"], record.answer["actions"]
+"""
+
+import contextlib
+import dataclasses
+import logging
+import os
+import pathlib
+import queue
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, BinaryIO
+
+import msgpack
+
+from shallow_pi.serving import protocol
+
+FORMAT = "shallow_pi recording 1"
+SUFFIX = ".msgpack"
+# Bytes waiting for the disk; what comes on top of them is not recorded.
+BACKLOG = 256 * 2**20
+
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One observation and what it was answered with."""
+
+    # Seconds since 1970 when the observation came.
+    time: float
+    # As the client sent it.
+    observation: dict[str, Any]
+    # As the client got it: "actions" (ah, rd) and timings.
+    answer: dict[str, Any]
+
+
+class Recorder:
+    """Writes connections to a folder; close it to have everything on disk.
+
+    Args:
+      folder: made if it is not there.
+      metadata: the server's, repeated at the head of every file.
+      limit_bytes: recording ends, with a warning, when that much was written.
+
+    Raises:
+      ValueError, OSError: the folder cannot be written to.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        metadata: Mapping[str, Any],
+        *,
+        limit_bytes: int = 20 * 10**9,
+    ) -> None:
+        self.folder = pathlib.Path(folder).expanduser()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(self.folder, os.W_OK):
+            raise ValueError(f"cannot write recordings to {self.folder}: give another --record")
+        # Records that were not written: the disk was slow or full, or the limit reached.
+        self.dropped = 0
+        self._metadata, self._left = dict(metadata), limit_bytes
+        self._queue: queue.SimpleQueue[tuple[str, dict[str, Any] | None] | None]
+        self._queue = queue.SimpleQueue()
+        self._waiting, self._lock = 0, threading.Lock()
+        self._files: dict[str, BinaryIO] = {}
+        self._thread = threading.Thread(target=self._write_all, name="recorder", daemon=True)
+        self._thread.start()
+
+    def begin(self, client: int) -> str:
+        """The name of the file a connection's records go to."""
+        return f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{client}{SUFFIX}"
+
+    def add(self, name: str, observation: bytes, answer: bytes) -> None:
+        """Queue one observation and its answer, both packed; returns at once."""
+        size = len(observation) + len(answer)
+        with self._lock:
+            if self._left < size or self._waiting + size > BACKLOG:
+                if not self.dropped:
+                    _log.warning("not everything is recorded: disk too slow, or limit reached")
+                self.dropped += 1
+                return
+            self._left -= size
+            self._waiting += size
+        record = {"time": time.time(), "observation": observation, "answer": answer}
+        self._queue.put((name, record))
+
+    def end(self, name: str) -> None:
+        """No more will come under this name."""
+        self._queue.put((name, None))
+
+    def close(self) -> None:
+        """Write what waits and close the files."""
+        self._queue.put(None)
+        self._thread.join()
+
+    def _write_all(self) -> None:
+        failed = False
+        while (item := self._queue.get()) is not None:
+            name, record = item
+            if record is None:
+                if name in self._files:
+                    self._files.pop(name).close()
+                continue
+            with self._lock:
+                self._waiting -= len(record["observation"]) + len(record["answer"])
+            try:
+                if not failed:
+                    self._write(name, msgpack.packb(record))
+            except OSError as error:
+                # A record may be there in part now: nothing may follow it.
+                failed = True
+                _log.warning("recording to %s ends: %s", self.folder, error)
+                with self._lock:
+                    self._left = 0
+            if failed:
+                self.dropped += 1
+        for file in self._files.values():
+            with contextlib.suppress(OSError):
+                file.close()
+
+    def _write(self, name: str, record: bytes) -> None:
+        if name not in self._files:
+            # It is closed when its client leaves, or at the end.
+            self._files[name] = (self.folder / name).open("xb")
+            head = {"format": FORMAT, "metadata": self._metadata}
+            self._files[name].write(protocol.pack(head))
+        self._files[name].write(record)
+        self._files[name].flush()
+
+
+def read(path: str | os.PathLike[str]) -> Iterator[Record]:
+    """The records of one file in order; a last one that was cut off in the middle is left out.
+
+    Raises:
+      FileNotFoundError, ValueError: there is no such file, or it is no recording.
+    """
+    with pathlib.Path(path).open("rb") as file:
+        stream = msgpack.Unpacker(file, max_buffer_size=2**32 - 1)
+        head = None
+        with contextlib.suppress(msgpack.UnpackException, ValueError):
+            head = next(stream, None)
+        if not isinstance(head, dict) or head.get("format") != FORMAT:
+            raise ValueError(f"{path} is no recording of this server ({FORMAT!r})")
+        for found in stream:
+            yield Record(
+                found["time"],
+                protocol.unpack(found["observation"]),
+                protocol.unpack(found["answer"]),
+            )

@@ -1,0 +1,218 @@
+"""The clients of a server: observations in turn, and answers.
+
+Clients take turns, one observation each, in one worker thread. What cannot be answered is a text
+frame that says why, then a close, as openpi's server does it, and concerns that client alone. A
+client that comes while no other is there begins an episode: the policy is reset.
+"""
+
+import asyncio
+import concurrent.futures
+import dataclasses
+import functools
+import logging
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import websockets.asyncio.server
+import websockets.exceptions
+import websockets.protocol
+
+from shallow_pi.serving import protocol, recorder, routes, server_config, telemetry, viewers
+
+_log = logging.getLogger(__name__)
+
+# Close codes of the websocket protocol.
+GOING_AWAY, TOO_LARGE, FAILED, TRY_AGAIN = 1001, 1009, 1011, 1013
+
+Connection = websockets.asyncio.server.ServerConnection
+
+
+class Policy(Protocol):
+    """What is served; `deploy.policy.Policy` is one."""
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """What clients are told on connecting: plain values that msgpack knows."""
+
+    def infer(self, observation: Mapping[str, Any]) -> Mapping[str, Any]:
+        """`{"actions": (ah, rd), "timing": {...}}`; a ValueError names what is wrong."""
+
+    def reset(self) -> None:
+        """A new episode begins."""
+
+
+class _Refusal(Exception):
+    """Why an observation is not answered: its kind, what the client is told, the close code."""
+
+    def __init__(self, kind: telemetry.Kind, text: str, code: int = FAILED) -> None:
+        super().__init__(text)
+        self.kind, self.text, self.code = kind, text, code
+
+
+@dataclasses.dataclass(frozen=True)
+class _Answer:
+    """What one turn gave; times in milliseconds."""
+
+    observation: Mapping[str, Any]
+    actions: np.ndarray
+    # The whole answer as it is sent.
+    packed: bytes
+    queue_ms: float
+    infer_ms: float
+
+
+class Sessions:
+    """The connections of one server; everything but `_infer` runs on the event loop."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        config: server_config.ServerConfig,
+        record: recorder.Recorder | None,
+        worker: concurrent.futures.Executor,
+    ) -> None:
+        self.seen = telemetry.Telemetry(policy.metadata)
+        self._policy, self._config, self._record = policy, config, record
+        self._metadata = protocol.pack(dict(policy.metadata))
+        self._worker = worker
+        # First come, first served: with one observation a client under way, clients take turns.
+        self._turn = asyncio.Lock()
+        self._stopping = False
+        self._open: set[Connection] = set()
+        self._busy: set[Connection] = set()
+
+    async def handle(self, connection: Connection) -> None:
+        """One websocket, from its first frame to its last."""
+        assert connection.request is not None
+        self._open.add(connection)
+        try:
+            if routes.path(connection.request) == routes.LIVE:
+                await viewers.watch(connection, self.seen, self._config)
+            else:
+                await self._drive(connection)
+        except websockets.exceptions.ConnectionClosed:
+            pass  # With or without a close frame: it left.
+        finally:
+            self._open.discard(connection)
+
+    async def finish(self) -> None:
+        """Close the idle with 1001, and the others once the running inference is answered."""
+        self._stopping = True
+        idle = [c.close(GOING_AWAY, "the server stops") for c in self._open - self._busy]
+        await asyncio.gather(*idle)
+        while self._open:
+            await asyncio.sleep(0.02)
+
+    async def _drive(self, connection: Connection) -> None:
+        client = self.seen.connect(routes.address(connection))
+        name = self._record.begin(client.number) if self._record is not None else ""
+        _log.info("client %d connected from %s", client.number, client.address)
+        previous: dict[str, float] = {}
+        try:
+            if len(self.seen.clients) == 1:
+                await self._reset()
+            await connection.send(self._metadata)
+            while not self._stopping:
+                message = await connection.recv()
+                arrived = time.monotonic()
+                self._busy.add(connection)
+                answer = await self._in_turn(
+                    connection, functools.partial(self._infer, message, arrived, previous)
+                )
+                await connection.send(answer.packed)
+                total_ms = 1000 * (time.monotonic() - arrived)
+                previous = {"prev_total_ms": total_ms}
+                self.seen.answer(
+                    client,
+                    answer.observation,
+                    answer.actions,
+                    queue_ms=answer.queue_ms,
+                    infer_ms=answer.infer_ms,
+                    total_ms=total_ms,
+                )
+                if self._record is not None and isinstance(message, bytes):
+                    self._record.add(name, message, answer.packed)
+                self._busy.discard(connection)
+            await connection.close(GOING_AWAY, "the server stops")
+        except websockets.exceptions.ConnectionClosed as closed:
+            if closed.sent is not None and closed.sent.code == TOO_LARGE:
+                text = f"an observation larger than {self._config.max_request_mb} MiB"
+                self.seen.fail("too_large", f"client {client.number}", text)
+                _log.warning("client %d: %s", client.number, text)
+        except _Refusal as refusal:
+            _log.warning("client %d: %s", client.number, refusal.text)
+            await self._refuse(connection, client, refusal)
+        except Exception:
+            _log.exception("client %d: its observation could not be answered", client.number)
+            await self._refuse(connection, client, _Refusal("internal", traceback.format_exc()))
+        finally:
+            self._busy.discard(connection)
+            self.seen.disconnect(client)
+            if self._record is not None:
+                self._record.end(name)
+            _log.info("client %d left after %d observations", client.number, client.requests)
+
+    async def _refuse(
+        self, connection: Connection, client: telemetry.Client, refusal: _Refusal
+    ) -> None:
+        self.seen.fail(refusal.kind, f"client {client.number}", refusal.text)
+        await connection.send(refusal.text)
+        await connection.close(refusal.code, "the reason is in the frame before")
+
+    async def _in_turn(self, connection: Connection, call: Callable[[], _Answer]) -> _Answer:
+        """Wait for this client's turn, unless too many wait already."""
+        if self.seen.waiting >= self._config.max_waiting:
+            raise _Refusal(
+                "busy",
+                f"busy: {self.seen.waiting} observations wait already, which is the limit "
+                "(max_waiting); connect again later",
+                TRY_AGAIN,
+            )
+        self.seen.waiting += 1
+        try:
+            await self._turn.acquire()
+        finally:
+            self.seen.waiting -= 1
+        try:
+            if connection.state is not websockets.protocol.State.OPEN:
+                # It left while it waited: sending raises what happened.
+                await connection.send(b"")
+            if self._stopping:
+                raise _Refusal("busy", "the server stops", GOING_AWAY)
+            return await asyncio.get_running_loop().run_in_executor(self._worker, call)
+        finally:
+            self._turn.release()
+
+    async def _reset(self) -> None:
+        async with self._turn:
+            await asyncio.get_running_loop().run_in_executor(self._worker, self._policy.reset)
+
+    def _infer(self, message: str | bytes, arrived: float, previous: dict[str, float]) -> _Answer:
+        """One turn, in the worker thread."""
+        began = time.monotonic()
+        if isinstance(message, str):
+            raise _Refusal("message", "expected an observation in a binary frame, got text")
+        try:
+            observation = protocol.unpack(message)
+        except ValueError as error:
+            raise _Refusal("message", str(error)) from error
+        if not isinstance(observation, dict):
+            found = type(observation).__name__
+            raise _Refusal("message", f"expected an observation, which is a map, got a {found}")
+        try:
+            result = dict(self._policy.infer(observation))
+        except ValueError as error:
+            raise _Refusal("observation", str(error)) from error
+        actions = np.asarray(result.pop("actions"))
+        if not np.isfinite(actions).all():
+            raise _Refusal("internal", "the policy gave actions that are not finite; none are sent")
+        queue_ms, infer_ms = 1000 * (began - arrived), 1000 * (time.monotonic() - began)
+        timing = {"infer_ms": infer_ms, "queue_ms": queue_ms, **previous}
+        policy_timing = result.pop("timing", {})
+        packed = protocol.pack(
+            {"actions": actions, "policy_timing": policy_timing, "server_timing": timing, **result}
+        )
+        return _Answer(observation, actions, packed, queue_ms, infer_ms)

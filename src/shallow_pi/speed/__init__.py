@@ -1,0 +1,1 @@
+"""Time and operations, measured side by side: one inference, one training step."""

@@ -1,0 +1,291 @@
+"""Where the time of one inference goes: by part, by size, by what is spared, and beside others.
+
+Random weights are the right load: no time depends on their values. All variants of a depth take
+turns in one process (see `latency`), so that ratios hold on a machine that is not quiet.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from shallow_pi.inference import attention, forward, image_tower, prepare, sampler, tuning
+from shallow_pi.models import observation as observations
+from shallow_pi.models import pi0
+from shallow_pi.speed import flops, latency
+
+
+@dataclasses.dataclass(frozen=True)
+class Ceiling:
+    """What the device reaches on the simplest load there is."""
+
+    # Of a large matrix product in the model's dtype.
+    flops_per_second: float
+    # Of copying a large array, read and write together.
+    bytes_per_second: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """One model's inference at batch 1."""
+
+    depth: int
+    cameras: int
+    # Tokens of the cameras, and of the prompt.
+    visual_tokens: int
+    prompt_tokens: int
+    horizon: int
+    num_steps: int
+    # Milliseconds by part: "image tower", "prefix", "one step", "whole", "host transfer" (pixels to
+    # the device and actions back, nothing computed), "end to end" (pixels and actions on the host).
+    median_ms: dict[str, float]
+    p95_ms: dict[str, float]
+    # Milliseconds of the whole inference with one saving switched off, by its name: of `Savings`,
+    # and "masked camera" (one more camera, absent, is encoded all the same) and "prompt bucket"
+    # (the prompt is padded to the model's own length).
+    without_ms: dict[str, float]
+    # Milliseconds of other samplers on the same weights, observation and noise, by their names.
+    others_ms: dict[str, float]
+    # Largest difference of any of their actions from ours.
+    others_difference: float
+    # Operations, and bytes of weights read, by part; the prefix includes the image tower.
+    flops: dict[str, int]
+    weight_bytes: dict[str, int]
+    # Bytes the compiled program needs at once: weights, inputs, results, temporary arrays.
+    program_bytes: int
+    # Bytes in use on the device while everything ran, at most; 0 where the backend does not tell.
+    peak_bytes: int
+    # How it ran.
+    savings: prepare.Savings
+    device: str
+
+    def shares(self, limit: Ceiling) -> dict[str, tuple[float, float]]:
+        """By part, the achieved share of the device's matrix rate and of its copy rate."""
+        return {
+            part: (
+                operations / (self.median_ms[part] / 1e3) / limit.flops_per_second,
+                self.weight_bytes[part] / (self.median_ms[part] / 1e3) / limit.bytes_per_second,
+            )
+            for part, operations in self.flops.items()
+        }
+
+
+def ceiling(dtype: str, size: int = 8192, repeats: int = 10) -> Ceiling:
+    """Measure the device's matrix rate and copy rate."""
+    a = jnp.ones((size, size), dtype)
+    multiply, copy = jax.jit(lambda x: x @ x), jax.jit(lambda x: -x)
+    found = latency.median_latency(
+        {"multiply": lambda: multiply(a), "copy": lambda: copy(a)}, repeats=repeats, label="Ceiling"
+    )
+    return Ceiling(
+        2 * size**3 / found.median_ms["multiply"] * 1e3,
+        2 * a.nbytes / found.median_ms["copy"] * 1e3,
+    )
+
+
+# Makes another sampler ready, from (model, params, batch, noise, integration steps): what it
+# returns samples once, from arrays on the device.
+Other = Callable[[pi0.Pi0Config, PyTree, Mapping[str, Any], Array, int], Callable[[], Array]]
+
+
+def measure(
+    config: pi0.Pi0Config,
+    *,
+    num_steps: int = 10,
+    repeats: int = 50,
+    savings: prepare.Savings | None = None,
+    ablate: bool = True,
+    padded_to: int = 0,
+    others: Mapping[str, Other] | None = None,
+) -> Timing:
+    """Time one inference of a model with random weights.
+
+    Args:
+      config: the model, with the cameras and the prompt length that are really there.
+      num_steps: integration steps.
+      repeats: timed calls of each part.
+      savings: what is spared; None is the fastest that is known here.
+      ablate: also time the whole inference with each saving that is on switched off.
+      padded_to: the prompt length of a model that pads; more than the config's, it is timed too.
+      others: other samplers to time in the same turns, by name.
+    """
+    savings = savings or tuning.best(config)
+    params = random_params(config)
+    variants = {"whole": savings}
+    if ablate:
+        off: dict[str, Any] = {name: {name: False} for name in savings.on}
+        variants |= {name: dataclasses.replace(savings, **change) for name, change in off.items()}
+    pictures = make_batch(config)
+    observation = jax.device_put(observations.Observation.from_batch(pictures))
+    shape = (1, config.action_horizon, config.action_dim)
+    noise = jax.random.normal(jax.random.key(0), shape)
+    calls: dict[str, Callable[[], Any]] = {}
+    program_bytes = 0
+    for name, chosen in variants.items():
+        weights = prepare_weights(config, params, num_steps, chosen)
+        run = sampling(config, num_steps, chosen)
+        calls[name] = functools.partial(run, weights, observation, noise)
+        if name == "whole":
+            program_bytes = _program_bytes(run, weights, observation, noise)
+            calls |= _parts(config, weights, observation, noise, savings.attention)
+            calls["host transfer"] = functools.partial(
+                _transfer, jax.jit(jnp.negative), pictures, noise
+            )
+            calls["end to end"] = functools.partial(_from_host, run, weights, pictures, noise)
+            untrimmed = _untrimmed(config, padded_to) if ablate else {}
+            for saving, (larger, seen) in untrimmed.items():
+                calls[saving] = functools.partial(
+                    sampling(larger, num_steps, chosen), weights, jax.device_put(seen), noise
+                )
+    ready = {
+        name: prepare_other(config, params, pictures, noise, num_steps)
+        for name, prepare_other in (others or {}).items()
+    }
+    difference = max((_difference(calls["whole"], call) for call in ready.values()), default=0.0)
+    calls |= ready
+    found = latency.median_latency(calls, repeats=repeats, label=f"{config.depth} layers")
+    without = [name for name in (*variants, *untrimmed) if name != "whole"]
+    parts = [name for name in calls if name not in without and name not in ready]
+    statistics = jax.devices()[0].memory_stats() or {}
+    return Timing(
+        depth=config.depth,
+        cameras=len(config.cameras),
+        visual_tokens=config.prefix_tokens - config.max_token_len,
+        prompt_tokens=config.max_token_len,
+        horizon=config.action_horizon,
+        num_steps=num_steps,
+        median_ms={name: found.median_ms[name] for name in parts},
+        p95_ms={name: found.p95_ms[name] for name in parts},
+        without_ms={name: found.median_ms[name] for name in without},
+        others_ms={name: found.median_ms[name] for name in ready},
+        others_difference=difference,
+        flops=flops.inference_flops(config, num_steps=num_steps, savings=savings).by_part,
+        weight_bytes=flops.weight_bytes(config, num_steps=num_steps, savings=savings).by_part,
+        program_bytes=program_bytes,
+        peak_bytes=int(statistics.get("peak_bytes_in_use", 0)),
+        savings=savings,
+        device=found.device,
+    )
+
+
+def sampling(
+    config: pi0.Pi0Config, num_steps: int, savings: prepare.Savings
+) -> Callable[..., Array]:
+    """The jitted sampler of (prepared weights, observation, noise)."""
+    return jax.jit(
+        functools.partial(sampler.sample_prepared, config, num_steps=num_steps, savings=savings)
+    )
+
+
+def _untrimmed(
+    config: pi0.Pi0Config, padded_to: int
+) -> dict[str, tuple[pi0.Pi0Config, observations.Observation]]:
+    """The same observation as `prepare.trim` was spared it: an absent camera, prompt padding."""
+    more = dataclasses.replace(config, cameras=(*config.cameras, "absent_0_rgb"))
+    batch = make_batch(more)
+    batch["image_mask"]["absent_0_rgb"][:] = False
+    found = {"masked camera": (more, observations.Observation.from_batch(batch))}
+    if padded_to > config.max_token_len:
+        padded = dataclasses.replace(config, max_token_len=padded_to)
+        batch = make_batch(padded)
+        batch["tokenized_prompt_mask"][:, config.max_token_len :] = False
+        found["prompt bucket"] = padded, observations.Observation.from_batch(batch)
+    return found
+
+
+def _program_bytes(run: Any, *arguments: Any) -> int:
+    memory = run.lower(*arguments).compile().memory_analysis()
+    if memory is None:
+        return 0
+    given = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    return int(given + memory.temp_size_in_bytes - memory.alias_size_in_bytes)
+
+
+def _parts(
+    config: pi0.Pi0Config,
+    weights: prepare.Prepared,
+    observation: observations.Observation,
+    noise: Array,
+    kernel: attention.Kernel,
+) -> dict[str, Callable[[], Any]]:
+    tower = jax.jit(
+        lambda held, images: image_tower.encode(config.image, held, jnp.concatenate(images), kernel)
+    )
+    prefill = jax.jit(functools.partial(forward.prefill, config, kernel=kernel))
+    cache, valid = prefill(weights, observation)
+
+    def one(held: prepare.Prepared, cache: Any, valid: Array, x_t: Array) -> Array:
+        tables = held.tables
+        if tables is None:
+            tables = prepare.make_tables(config, held.params, jnp.ones(1))
+        tables = jax.tree.map(lambda leaf: leaf[:1], tables)
+        return forward.velocity(config, held, cache, valid, x_t, tables, kernel=kernel)[0]
+
+    step = jax.jit(one)
+    images = [observation.images[name] for name in config.cameras]
+    return {
+        "image tower": functools.partial(tower, weights.image, images),
+        "prefix": functools.partial(prefill, weights, observation),
+        "one step": functools.partial(step, weights, cache, valid, noise),
+    }
+
+
+def _difference(ours: Callable[[], Array], theirs: Callable[[], Array]) -> float:
+    a, b = (np.asarray(call(), np.float64) for call in (ours, theirs))
+    return float(np.abs(a - b).max())
+
+
+def _transfer(touch: Callable[[Array], Array], pictures: Mapping[str, Any], noise: Array) -> Any:
+    """Pixels to the device, and as many numbers as the actions have back to the host."""
+    jax.block_until_ready(jax.device_put(pictures))
+    return np.asarray(touch(noise))
+
+
+def _from_host(
+    run: Callable[..., Array],
+    weights: prepare.Prepared,
+    pictures: Mapping[str, Any],
+    noise: Array,
+) -> np.ndarray:
+    """Pixels on the host to actions on the host."""
+    observation = observations.Observation.from_batch(jax.device_put(pictures))
+    return np.asarray(run(weights, observation, noise))
+
+
+def random_params(config: pi0.Pi0Config) -> PyTree:
+    """Parameters in the compute dtype, made leaf by leaf: never all of them in float32."""
+
+    def leaf(path: Any, shape: jax.ShapeDtypeStruct) -> Array:
+        key = jax.random.key(abs(hash(str(path))) % 2**31)
+        return 0.02 * jax.random.normal(key, shape.shape, config.dtype)
+
+    return jax.tree_util.tree_map_with_path(leaf, pi0.abstract_params(config))
+
+
+def prepare_weights(
+    config: pi0.Pi0Config, params: PyTree, num_steps: int, savings: prepare.Savings
+) -> prepare.Prepared:
+    """What `sampling` takes, on the device."""
+    times = sampler.integration_times(num_steps)
+    return jax.jit(functools.partial(prepare.prepare, config, times=times, savings=savings))(params)
+
+
+def make_batch(config: pi0.Pi0Config) -> dict[str, Any]:
+    """A batch of one as the loader would give it: every camera there, the prompt full."""
+    side, prompt = config.image_size, config.max_token_len
+    generator = np.random.default_rng(0)
+    return {
+        "image": {
+            name: generator.integers(0, 256, (1, side, side, 3), np.uint8)
+            for name in config.cameras
+        },
+        "image_mask": {name: np.ones(1, bool) for name in config.cameras},
+        "state": np.zeros((1, config.action_dim), np.float32),
+        "tokenized_prompt": np.ones((1, prompt), np.int32),
+        "tokenized_prompt_mask": np.ones((1, prompt), bool),
+    }

@@ -1,0 +1,101 @@
+"""Pictures of the benchmarks: where an inference's time goes and what it grows with; a step."""
+
+import itertools
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from shallow_pi import figures
+from shallow_pi.speed import inference, step
+
+PARTS = ("image tower", "rest of the prefix", "steps")
+
+
+def breakdown(path: pathlib.Path, timings: Sequence[inference.Timing]) -> None:
+    """Milliseconds of one inference by part, a bar for each timing."""
+    figure, axes = figures.make(1, 1, (6.4, 1.2 + 0.5 * len(timings)))
+    axis = axes[0][0]
+    labels = [_label(timing, timings) for timing in timings]
+    left = np.zeros(len(timings))
+    for part in PARTS:
+        widths = np.array([_share(timing.median_ms, part) for timing in timings])
+        axis.barh(labels, widths, left=left, height=0.6, label=part)
+        left += widths
+    for label, timing in zip(labels, timings, strict=True):
+        axis.plot([timing.median_ms["whole"]] * 2, [label] * 2, "|", color="#222222", markersize=14)
+    axis.set(xlabel="ms (the mark: measured as a whole)", xlim=(0, None))
+    axis.legend(frameon=False, fontsize=8, loc="lower right")
+    axis.invert_yaxis()
+    figures.tidy(axis, "x")
+    figure.savefig(path)
+
+
+def growth(path: pathlib.Path, timings: Sequence[inference.Timing]) -> None:
+    """Milliseconds against depth, a line for each number of visual tokens, and the reverse.
+
+    The paper's Figure 2. Other samplers of the same run are dashed.
+    """
+    figure, axes = figures.make(1, 2, (9.0, 3.4), sharey=True)
+    depth = ("depth", "layers", lambda timing: timing.visual_tokens, "{} visual tokens")
+    tokens = ("visual_tokens", "visual tokens", lambda timing: timing.depth, "{} layers")
+    for axis, (field, title, line, label) in zip(axes[0], (depth, tokens), strict=True):
+        for name in ("", *timings[0].others_ms):
+            axis.set_prop_cycle(None)
+            for of, group in itertools.groupby(sorted(timings, key=line), key=line):
+                points = sorted(_points(group, field, name))
+                style = {"linestyle": "--" if name else "-", "marker": "o", "markersize": 4}
+                axis.plot(*zip(*points, strict=True), label=f"{name} {label.format(of)}", **style)
+        axis.set(xlabel=title, ylim=(0, None))
+        axis.legend(frameon=False, fontsize=8)
+        figures.tidy(axis, "y")
+    axes[0][0].set(ylabel="ms, whole inference")
+    figure.savefig(path)
+
+
+def training_step(path: pathlib.Path, timing: step.Timing) -> None:
+    """Milliseconds of the two kinds of step, and what the memory of a device holds in each."""
+    figure, axes = figures.make(1, 2, (9.0, 2.2), sharey=True)
+    kinds, (times, memory) = list(timing.median_ms), axes[0]
+    for kind in kinds:
+        times.barh([kind], [timing.median_ms[kind]], height=0.6, color="#0072b2")
+        times.plot([timing.p95_ms[kind]], [kind], "|", color="#222222", markersize=14)
+    times.set(xlabel=f"ms, batch {timing.batch_size} (the mark: 95th percentile)", xlim=(0, None))
+    left = np.zeros(len(kinds))
+    for part in [part for part in timing.plan[kinds[0]] if part != "in all"]:
+        widths = np.array([timing.plan[kind][part] for kind in kinds]) / 1e9
+        memory.barh(kinds, widths, left=left, height=0.6, label=part)
+        left += widths
+    memory.set(xlabel="GB a device, as planned", xlim=(0, 1.5 * left.max()))
+    memory.legend(frameon=False, fontsize=7, loc="center right")
+    times.invert_yaxis()
+    for axis in (times, memory):
+        figures.tidy(axis, "x")
+    figure.savefig(path)
+
+
+def _points(timings: Iterable[inference.Timing], field: str, name: str) -> list[tuple[int, float]]:
+    return [
+        (getattr(timing, field), timing.others_ms[name] if name else timing.median_ms["whole"])
+        for timing in timings
+    ]
+
+
+def _label(timing: inference.Timing, timings: Sequence[inference.Timing]) -> str:
+    """The depth, and whatever else differs between the timings."""
+    words = {
+        "cameras": f"{timing.cameras} camera{'s' * (timing.cameras > 1)}",
+        "prompt_tokens": f"prompt {timing.prompt_tokens}",
+        "horizon": f"horizon {timing.horizon}",
+        "num_steps": f"{timing.num_steps} steps",
+    }
+    differing = [
+        word for field, word in words.items() if len({getattr(t, field) for t in timings}) > 1
+    ]
+    return ", ".join([f"{timing.depth} layers", *differing])
+
+
+def _share(median: Mapping[str, float], part: str) -> float:
+    """The prefix's time has the image tower in it; what is left of the whole are the steps."""
+    tower, prefix, whole = (median[name] for name in ("image tower", "prefix", "whole"))
+    return max(0.0, {PARTS[0]: tower, PARTS[1]: prefix - tower, PARTS[2]: whole - prefix}[part])

@@ -1,0 +1,206 @@
+"""What a training step takes: the distillation step beside the student's own fine-tuning step.
+
+Both run on the same state, which each call hands to the next as training does (it is donated), on
+the same made-up batch and with random weights: no time depends on their values. The steps take
+turns and each is waited for, so the host's part, which training hides, is in the numbers.
+"""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import PyTree
+
+from shallow_pi.distill import step
+from shallow_pi.models import pi0
+from shallow_pi.parallel import shapes, sharding
+from shallow_pi.planning import accelerators, compile
+from shallow_pi.speed import flops, latency
+
+DISTILLATION, FINE_TUNING = "distillation", "fine-tuning"
+GIGA = 1e9
+
+
+class DoesNotFitError(ValueError):
+    """The devices' memory is too small for this batch."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """The two steps, by name, over all devices."""
+
+    batch_size: int
+    draws: int
+    devices: int
+    device: str
+    # Prefix and suffix of one observation, all its draws.
+    tokens: int
+    median_ms: dict[str, float]
+    p95_ms: dict[str, float]
+    # Useful operations of one step.
+    flops: dict[str, int]
+    # Bytes on one device as the compiler plans them: what the step is given, "temporary", "in all".
+    plan: dict[str, dict[str, int]]
+    # Bytes in use on a device at most, since the process began; 0 where the backend does not tell.
+    peak_bytes: int
+
+    @property
+    def ratio(self) -> float:
+        """How many fine-tuning steps a distillation step costs."""
+        return self.median_ms[DISTILLATION] / self.median_ms[FINE_TUNING]
+
+    def samples_per_second(self, name: str) -> float:
+        """Observations a second."""
+        return 1e3 * self.batch_size / self.median_ms[name]
+
+    def tokens_per_second(self, name: str) -> float:
+        """Tokens of the student a second."""
+        return self.tokens * self.samples_per_second(name)
+
+    def utilization(self, name: str, flops_per_second: float) -> float:
+        """Share of the devices' matrix rate, given that of one. Virtual CPU devices share one."""
+        devices = 1 if self.device == "cpu" else self.devices
+        return self.flops[name] / (self.median_ms[name] / 1e3) / (devices * flops_per_second)
+
+
+def data_sheet(device: str, dtype: str) -> float | None:
+    """Operations a second that a device's maker states for matrices of this dtype, where known."""
+    card = accelerators.find(device)
+    return card.flops if card and dtype == "bfloat16" else None
+
+
+def fine_tuning(spec: step.Spec) -> step.Spec:
+    """The same step on the task loss alone, which needs no teacher."""
+    task = dataclasses.replace(spec.losses, task=1.0, velocity=0.0, attention=0.0)
+    return dataclasses.replace(spec, losses=task)
+
+
+def measure(
+    spec: step.Spec,
+    mesh: Mesh,
+    teacher_params: PyTree,
+    state: step.DistillState,
+    *,
+    batch_size: int,
+    repeats: int = 20,
+    warmup: int = 3,
+) -> Timing:
+    """Time both steps.
+
+    Args:
+      spec: the static part of the distillation step.
+      mesh: the devices.
+      teacher_params: of any values, as `setup.load_teacher` makes them.
+      state: of any values; it is used up.
+      batch_size: observations a step, over all devices.
+      repeats: timed steps of each kind.
+      warmup: untimed steps of each kind before.
+
+    Raises:
+      ValueError: nothing to compare; a batch the mesh cannot split.
+      DoesNotFitError: see there.
+    """
+    if not spec.losses.needs_teacher:
+        raise ValueError(
+            "the config has no teacher, or no loss that needs one: its step is the fine-tuning "
+            "step already; name a config with both"
+        )
+    specs = {DISTILLATION: spec, FINE_TUNING: fine_tuning(spec)}
+    dtype = str(jax.tree.leaves(teacher_params)[0].dtype)
+    plan: dict[str, dict[str, int]] = {}
+    with explained(batch_size, plan):
+        calls, held = {}, [state]
+        del state
+        batch = made_up_batch(spec.student, mesh, batch_size)
+        whole = sharding.replicated(mesh)
+        key = jax.jit(lambda: jax.random.key(0), out_shardings=whole)()
+        for name, one in specs.items():
+            compiled, program = compile.build(one, mesh, batch_size, dtype)
+            plan[name] = {**program.given, "temporary": program.temporary, "in all": program.total}
+            teacher = shapes.held_teacher(one, teacher_params)
+            calls[name] = functools.partial(_advance, compiled, teacher, held, key, batch)
+        found = latency.median_latency(calls, repeats=repeats, warmup=warmup, label="Steps")
+    statistics = [device.memory_stats() or {} for device in jax.local_devices()]
+    student, teacher_model = spec.student, spec.teacher
+    count = functools.partial(
+        flops.training_flops, student, batch=batch_size, draws=spec.draws, freeze=spec.freeze
+    )
+    suffix = student.action_horizon + (not student.pi05)
+    return Timing(
+        batch_size=batch_size,
+        draws=spec.draws,
+        devices=mesh.size,
+        device=found.device,
+        tokens=student.prefix_tokens + spec.draws * suffix,
+        median_ms=found.median_ms,
+        p95_ms=found.p95_ms,
+        flops={DISTILLATION: count(teacher_model), FINE_TUNING: count(None)},
+        plan=plan,
+        peak_bytes=max(int(one.get("peak_bytes_in_use", 0)) for one in statistics),
+    )
+
+
+def made_up_batch(model: pi0.Pi0Config, mesh: Mesh, batch_size: int) -> dict[str, Any]:
+    """A batch as the loader gives it: noise, with every camera there and the prompt full."""
+    generator = np.random.default_rng(0)
+
+    def fill(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        if leaf.dtype == np.bool_:
+            values = np.ones(leaf.shape, bool)
+        elif np.issubdtype(leaf.dtype, np.integer):
+            top = 256 if leaf.dtype == np.uint8 else model.vocab_size
+            values = generator.integers(0, top, leaf.shape, leaf.dtype)
+        else:
+            values = generator.standard_normal(leaf.shape).astype(leaf.dtype)
+        assert leaf.sharding is not None, "the batch lies on the mesh"
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda rows: values[rows])
+
+    return jax.tree.map(fill, shapes.abstract_batch(model, mesh, batch_size))
+
+
+@contextlib.contextmanager
+def explained(
+    batch_size: int, plan: Mapping[str, Mapping[str, int]] | None = None
+) -> Iterator[None]:
+    """Turn an error of a device that is out of memory into what to change.
+
+    Args:
+      batch_size: that was tried.
+      plan: what the compiler planned, as far as it came.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
+            raise
+        device = jax.local_devices()[0]
+        limit = (device.memory_stats() or {}).get("bytes_limit")
+        room = f" ({limit / GIGA:.1f} GB)" if limit else ""
+        needs = "".join(
+            f"; the {name} step is planned to need {parts['in all'] / GIGA:.3g} GB a device ("
+            + ", ".join(f"{p} {n / GIGA:.3g}" for p, n in parts.items() if p != "in all")
+            + ")"
+            for name, parts in (plan or {}).items()
+        )
+        raise DoesNotFitError(
+            f"a batch of {batch_size} does not fit into the memory of {device.device_kind}{room}"
+            f"{needs}. Try --batch-size {max(1, batch_size // 2)}, --accumulation 2 (the same "
+            "batch in halves), --student.freeze vision embedder, --optimizer.moments bfloat16, "
+            "--teacher.offload, or --mesh.fsdp N on several devices"
+        ) from error
+
+
+def _advance(
+    compiled: jax.stages.Compiled,
+    teacher_params: PyTree,
+    held: list[Any],
+    key: jax.Array,
+    batch: Mapping[str, Any],
+) -> Any:
+    held[0], metrics = compiled(teacher_params, held[0], key, batch)
+    return metrics

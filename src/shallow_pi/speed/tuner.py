@@ -1,0 +1,98 @@
+"""Which way of running a model is the fastest on this device: measured, to be kept by `tuning`.
+
+Layers written out or scanned, steps written out or scanned, and every attention kernel the backend
+could have, all of them combined and timed in turns (see `latency`). What does not compile (a kernel
+the hardware lacks, a program too large) is told of, not hidden.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from jaxtyping import Array
+
+from shallow_pi import progress
+from shallow_pi.inference import attention, prepare
+from shallow_pi.models import observation as observations
+from shallow_pi.models import pi0
+from shallow_pi.speed import inference, latency
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuned:
+    """What was tried."""
+
+    # The fastest.
+    savings: prepare.Savings
+    # Of each candidate that ran, by its name, the fastest first.
+    median_ms: dict[str, float]
+    # Of those that did not, why.
+    failed: dict[str, str]
+
+
+def candidates(dtype: str) -> dict[str, prepare.Savings]:
+    """Every combination worth trying, by name."""
+    words = {True: "written out", False: "scanned"}
+    return {
+        f"layers {words[layers]}, steps {words[steps]}, {kernel} attention": dataclasses.replace(
+            prepare.ALL, unrolled_layers=layers, unrolled_steps=steps, attention=kernel
+        )
+        for kernel, layers, steps in itertools.product(
+            attention.available(dtype), (True, False), (True, False)
+        )
+    }
+
+
+def tune(
+    config: pi0.Pi0Config,
+    *,
+    num_steps: int = 10,
+    repeats: int = 20,
+    tried: Mapping[str, prepare.Savings] | None = None,
+) -> Tuned:
+    """Time a model with random weights in every way.
+
+    Args:
+      config: the model, with the cameras and the prompt length of a usual observation.
+      num_steps: integration steps.
+      repeats: timed calls of each.
+      tried: what to time, by name; None is `candidates`.
+
+    Raises:
+      RuntimeError: nothing compiles.
+    """
+    tried = candidates(config.dtype) if tried is None else tried
+    params = inference.random_params(config)
+    observation = jax.device_put(observations.Observation.from_batch(inference.make_batch(config)))
+    shape = (1, config.action_horizon, config.action_dim)
+    noise = jax.random.normal(jax.random.key(0), shape)
+    # Steps and kernels share their weights.
+    weights: dict[bool, prepare.Prepared] = {}
+    calls: dict[str, Callable[[], Array]] = {}
+    failed: dict[str, str] = {}
+    with progress.bar("Compile", total=len(tried)) as advance:
+        for name, savings in tried.items():
+            if savings.unrolled_layers not in weights:
+                weights[savings.unrolled_layers] = inference.prepare_weights(
+                    config, params, num_steps, savings
+                )
+            given = weights[savings.unrolled_layers], observation, noise
+            try:
+                calls[name] = _ready(inference.sampling(config, num_steps, savings), given)
+            except (RuntimeError, NotImplementedError, ValueError) as error:
+                failed[name] = (str(error).strip() or repr(error)).splitlines()[0]
+            advance(1)
+    if not calls:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
+        raise RuntimeError(f"nothing compiles on {jax.devices()[0].device_kind}: {reasons}")
+    found = latency.median_latency(calls, repeats=repeats, label="Tune").median_ms
+    order = sorted(found, key=lambda name: found[name])
+    return Tuned(tried[order[0]], {name: found[name] for name in order}, failed)
+
+
+def _ready(run: Any, given: tuple[Any, ...]) -> Callable[[], Array]:
+    """A call without arguments that has run once."""
+    jax.block_until_ready(run(*given))
+    return lambda: run(*given)

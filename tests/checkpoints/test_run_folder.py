@@ -1,0 +1,78 @@
+"""A run that exists is never overwritten, and resumed only with the config it was started with."""
+
+import pathlib
+
+import pytest
+
+from shallow_pi.checkpoints import run_folder
+
+
+def test_an_existing_run_needs_resume_or_overwrite(tmp_path):
+    run = tmp_path / "run"
+    assert not run_folder.prepare(run, resume=True, overwrite=False)  # Nothing there yet.
+    assert not run_folder.prepare(run, resume=False, overwrite=False)
+    (run / "1").mkdir()
+    with pytest.raises(ValueError, match=r"already holds a run: --resume .* --overwrite"):
+        run_folder.prepare(run, resume=False, overwrite=False)
+    with pytest.raises(ValueError, match="give only one"):
+        run_folder.prepare(run, resume=True, overwrite=True)
+    assert (run / "1").is_dir()
+    assert run_folder.prepare(run, resume=True, overwrite=False)
+    assert (run / "1").is_dir()
+
+
+def test_overwrite_puts_the_old_run_aside(tmp_path):
+    run = tmp_path / "run"
+    for number in ("1", "2"):
+        (run / number).mkdir(parents=True)
+        assert not run_folder.prepare(run, resume=False, overwrite=True)
+        assert list(run.iterdir()) == []
+    assert (tmp_path / "run.old-1" / "1").is_dir()
+    assert (tmp_path / "run.old-2" / "2").is_dir()
+
+
+def test_a_run_folder_that_is_a_file_is_an_error(tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(ValueError, match="is a file, expected a folder"):
+        run_folder.prepare(tmp_path / "run", resume=False, overwrite=True)
+
+
+def test_a_resumed_config_may_differ_in_safe_fields_alone(tmp_path):
+    config = {"batch_size": 32, "losses": {"task": 1.0, "layers": (1, 2)}, "log": {"every": 10}}
+    run_folder.save_config(tmp_path, config)
+    run_folder.compare_config(tmp_path, config)
+    changed = {"batch_size": 64, "losses": {"task": 0.5, "layers": (1, 2)}, "log": {"every": 20}}
+    with pytest.raises(ValueError, match="another config") as caught:
+        run_folder.compare_config(tmp_path, changed, safe={"log"})
+    assert str(caught.value).splitlines()[1:3] == [
+        "  batch_size: saved 32, now 64",
+        "  losses.task: saved 1.0, now 0.5",
+    ]
+    run_folder.compare_config(tmp_path, changed, safe={"log", "batch_size", "losses.task"})
+    with pytest.raises(ValueError, match="seed: saved 'absent', now 1"):
+        run_folder.compare_config(tmp_path, {**config, "seed": 1})
+    with pytest.raises(FileNotFoundError, match="use --overwrite"):
+        run_folder.compare_config(tmp_path / "elsewhere", config)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_that_cannot_be_written_says_what_to_do(tmp_path, monkeypatch, overwrite):
+    """As root every folder is writable, so the system call says it."""
+    (tmp_path / "run").mkdir()
+    if overwrite:
+        (tmp_path / "run" / "1").mkdir()
+
+    def refused(self, *_, **__):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(pathlib.Path, "rename" if overwrite else "mkdir", refused)
+    with pytest.raises(OSError, match=r"run cannot be written \(Permission denied\).*--checkpoint"):
+        run_folder.prepare(tmp_path / "run", resume=False, overwrite=overwrite)
+
+
+def test_a_place_where_nothing_can_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"file/run cannot be written \(Not a directory\)"):
+        run_folder.prepare(tmp_path / "file" / "run", resume=False, overwrite=False)
+    with pytest.raises(OSError, match=r"file/run cannot be written \(Not a directory\)"):
+        run_folder.save_config(tmp_path / "file" / "run", {})

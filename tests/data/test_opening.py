@@ -1,0 +1,173 @@
+"""From a data config to samples: held-out episodes, mixtures, statistics over all, caches."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from shallow_pi.data import loader, opening, sources
+from shallow_pi.data.lerobot import reader
+from shallow_pi.data.lerobot import writer as lerobot_writer
+from shallow_pi.data.robots import normalize
+
+
+@pytest.fixture(scope="module")
+def more(tmp_path_factory):
+    """Other recordings of the same robot: two episodes of 6 and 4 frames."""
+    folder = tmp_path_factory.mktemp("more") / "dataset"
+    _record(folder, (6, 4))
+    return folder
+
+
+def _record(folder, lengths, fps=20, cameras=("base", "wrist"), dims=3):
+    generator = np.random.default_rng(1)
+    with lerobot_writer.Writer(folder, fps) as writer:
+        for length in lengths:
+            images = {c: generator.integers(0, 256, (length, 24, 24, 3), np.uint8) for c in cameras}
+            state, action = 5 + generator.standard_normal((2, length, dims)).astype(np.float32)
+            writer.add_episode(images, state, action, "touch the red block")
+
+
+@pytest.fixture
+def model(tiny_config):
+    return tiny_config(vocab_size=320, max_token_len=12)
+
+
+@pytest.fixture
+def data(tiny_dataset):
+    dataset, tokens = tiny_dataset
+    return opening.DataConfig(path=str(dataset), tokenizer=str(tokens))
+
+
+def _states(source: sources.Source) -> np.ndarray:
+    return np.stack([source[i]["state"] for i in range(len(source))])
+
+
+def test_all_episodes_are_trained_on_unless_some_are_held_out(data, model):
+    found = opening.open_data(data, model, None)
+    assert len(found.train) == 9 + 7 + 8
+    assert found.held_out is None
+    assert found.assets is not None
+
+
+def test_held_out_episodes_are_whole_and_shape_neither_samples_nor_statistics(data, model):
+    found = opening.open_data(dataclasses.replace(data, held_out=0.3), model, None)
+    dataset = reader.Dataset(data.path)
+    train, held_out = reader.split(dataset.episodes, 0.3)
+    assert len(found.train) == sum(dataset.layout.lengths[e] for e in train)
+    assert len(found.held_out) == sum(dataset.layout.lengths[e] for e in held_out)
+    alone = reader.Dataset(data.path, episodes=train)
+    state, _ = np.stack(alone.columns["observation.state"]), None
+    np.testing.assert_allclose(found.assets.stats["state"].mean, state.mean(0), rtol=1e-5)
+    # In one normalization, and not a frame in both.
+    np.testing.assert_allclose(_states(found.train)[:, :3].mean(0), 0, atol=1e-5)
+    both = np.concatenate([_states(found.train), _states(found.held_out)])
+    assert len(np.unique(both, axis=0)) == 24
+
+
+@pytest.mark.parametrize("share", [0.01, 0.9])
+def test_an_empty_split_is_told(data, model, share):
+    few = dataclasses.replace(data, held_out=share)
+    if share == 0.01:  # At least one.
+        assert len(opening.open_data(few, model, None).held_out) in (7, 8, 9)
+    else:
+        for ask in (lambda: opening.open_data(few, model, None), lambda: opening.check(few)):
+            with pytest.raises(ValueError, match=r"data\.held_out, .*cannot hold out 0.9 of 3 epi"):
+                ask()
+
+
+def test_synthetic_samples_can_be_held_out_too(model):
+    data = opening.DataConfig(source="synthetic", held_out=0.1)
+    found = opening.open_data(data, model, None)
+    assert found.assets is None
+    train, held_out = (_states(s)[:50] for s in (found.train, found.held_out))
+    assert len(np.unique(np.concatenate([train, held_out]), axis=0)) == 100
+    without = opening.open_data(dataclasses.replace(data, held_out=0.0), model, None)
+    assert without.held_out is None
+
+
+def test_datasets_are_mixed_by_weight_and_held_out_each(data, model, more):
+    data = dataclasses.replace(data, more=(str(more),), weights=(1, 3), held_out=0.4)
+    found = opening.open_data(data, model, None)
+    first, second = found.train.sources
+    assert (len(first) + len(found.held_out.sources[0])) == 24
+    assert len(second) + len(found.held_out.sources[1]) == 10
+    assert [weight for _, weight in sources.shares(found.held_out)] == [1, 3]
+    both = reader.Dataset(data.path), reader.Dataset(more)
+    parts = [d.select(reader.split(d.episodes, 0.4)[0]) for d in both]
+    state = np.concatenate([part.columns["observation.state"] for part in parts])
+    np.testing.assert_allclose(found.assets.stats["state"].mean, state.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(found.assets.stats["state"].std, state.std(0), rtol=1e-5)
+    # The second was recorded around 5, the first around 0.
+    batch = next(loader.Loader(found.train, 8, num_threads=0))
+    back = normalize.unnormalize(batch["state"][:, :3], found.assets.stats["state"], "z_score")
+    assert (back.mean(1) > 2.5).sum() == 6
+
+
+def test_datasets_without_weights_are_one(data, model, more):
+    found = opening.open_data(dataclasses.replace(data, more=(str(more),)), model, None)
+    assert sources.shares(found.train) == [(34, 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("recorded", "message"),
+    [
+        ({"fps": 10}, "is recorded at 10 fps, robot turntable runs at 20"),
+        ({"dims": 4}, r"has shape \(4,\), robot turntable expects \(3,\)"),
+        ({"cameras": ("base", "side")}, "lacks camera 'observation.images.wrist'"),
+    ],
+)
+def test_a_dataset_of_another_robot_cannot_be_mixed_in(data, model, tmp_path, recorded, message):
+    _record(tmp_path / "other", (4, 4), **recorded)
+    with pytest.raises(ValueError, match=message):
+        opening.open_data(dataclasses.replace(data, more=(str(tmp_path / "other"),)), model, None)
+
+
+@pytest.mark.parametrize("cache", ["memory", "disk"])
+def test_caches_change_no_sample(data, model, more, tmp_path, cache):
+    data = dataclasses.replace(data, more=(str(more),), weights=(2, 1), held_out=0.3)
+    plain = opening.open_data(data, model, None)
+    kept = dataclasses.replace(data, cache=cache, cache_dir=str(tmp_path / "frames"))
+    for _ in range(2):
+        cached = opening.open_data(kept, model, None)
+        for left, right in ((plain.train, cached.train), (plain.held_out, cached.held_out)):
+            expected = next(loader.Loader(left, 8, seed=4, num_threads=0))
+            found = next(loader.Loader(right, 8, seed=4, num_threads=0))
+            for key in ("base_0_rgb", "left_wrist_0_rgb"):
+                np.testing.assert_array_equal(found["image"][key], expected["image"][key])
+            np.testing.assert_array_equal(found["actions"], expected["actions"])
+    assert len(list(tmp_path.glob("frames/*.u8"))) == (4 if cache == "disk" else 0)
+
+
+def test_a_memory_cache_has_a_limit(data, model):
+    with pytest.raises(ValueError, match=r"caching 24 samples needs 0 MiB, more than .*cache-gib"):
+        opening.open_data(dataclasses.replace(data, cache="memory", cache_gib=1e-5), model, None)
+
+
+def test_a_source_can_be_a_function_of_somebody_else(model):
+    data = opening.DataConfig(source="shallow_pi.data.opening:Data", path="here")
+    assert opening.open_data(data, model, None) == opening.Data(data, model, None)
+
+
+@pytest.mark.parametrize("source", ["no_such_module:open", "shallow_pi.data.opening:no", ":"])
+def test_a_source_nobody_can_import_is_told(model, source):
+    with pytest.raises(ValueError, match="names no function that can be imported"):
+        opening.open_data(opening.DataConfig(source=source), model, None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"held_out": 1.0}, "data.held_out is a share of the episodes"),
+        ({"weights": (1, 2)}, r"got 2 weights \[1, 2\] for 1 datasets"),
+        ({"more": ("b",), "weights": (1, -2)}, "weights must be positive"),
+        ({"num_workers": -1}, "data.num_workers must be 0 or more, got -1"),
+        ({"num_workers": 1, "cache": "memory"}, "data.cache memory is one process's"),
+        ({"cache": True}, "data.cache must be none, memory or disk, got True"),
+        ({"cache_gib": -1.0}, "data.cache_gib must be 0 or more"),
+        ({"source": "lerobots"}, "data.source must be lerobot, synthetic or MODULE:FUNCTION"),
+    ],
+)
+def test_bad_configs_are_told(changes, message):
+    with pytest.raises(ValueError, match=message):
+        opening.DataConfig(**changes)

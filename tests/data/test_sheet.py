@@ -1,0 +1,122 @@
+"""The sheet shows the pictures the model gets, marks what is absent or cut, and is the run's."""
+
+import builtins
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from shallow_pi import figures
+from shallow_pi.data import inspection, sheet, sources
+from shallow_pi.data.lerobot import reader
+from shallow_pi.data.robots import assets, robot
+from shallow_pi.models import observation
+
+
+@pytest.fixture(scope="module")
+def own(tiny_config, tiny_dataset):
+    dataset, words = tiny_dataset
+    model = tiny_config(
+        vocab_size=320, max_token_len=24, cameras=("base_0_rgb", "left_wrist_0_rgb", "other")
+    )
+    stats = reader.Dataset(dataset).norm_stats(robot.TURNTABLE, model.action_horizon)
+    return assets.Assets(model, robot.TURNTABLE, words, stats, "turntable")
+
+
+@pytest.fixture(scope="module")
+def source(own, tiny_dataset):
+    dataset = reader.Dataset(tiny_dataset[0])
+    return sources.DatasetSource(dataset, own.robot, own.model.action_horizon, own.inputs())
+
+
+@pytest.fixture(scope="module")
+def batch(source):
+    return inspection.draw(source, 8)
+
+
+def test_without_augmentation_the_pictures_are_the_batchs(own, batch):
+    """Enlarged without blur, so each of the model's pixels is a block."""
+    picture = sheet.sheet(batch, own, observation.NO_AUGMENTATION)
+    block = 192 // 24
+    left, top = sheet._GAP, 2 * sheet._LINE
+    for column, camera in enumerate(("base_0_rgb", "left_wrist_0_rgb")):
+        x = left + column * (192 + sheet._GAP)
+        shown = picture[top : top + 192 : block, x : x + 192 : block]
+        np.testing.assert_array_equal(shown, batch["image"][camera][0])
+
+
+def test_an_absent_camera_is_not_shown_as_black(own, batch):
+    assert not batch["image"]["other"].any()
+    picture = sheet.sheet(batch, own, observation.NO_AUGMENTATION)
+    x = sheet._GAP + 2 * (192 + sheet._GAP)
+    tile = picture[2 * sheet._LINE :][:192, x : x + 192]
+    assert np.median(tile) > 150
+
+
+def test_augmentation_shows_and_depends_on_the_seed(own, batch):
+    sheets = [
+        sheet.sheet(batch, own, strength, seed)
+        for strength, seed in (
+            (observation.NO_AUGMENTATION, 0),
+            (observation.Augmentation(), 0),
+            (observation.Augmentation(), 0),
+            (observation.Augmentation(), 1),
+        )
+    ]
+    np.testing.assert_array_equal(sheets[1], sheets[2])
+    assert not np.array_equal(sheets[0], sheets[1])
+    assert not np.array_equal(sheets[1], sheets[3])
+
+
+def test_what_is_doubtful_is_in_red(own, batch):
+    red = np.array([0xC0, 0x39, 0x2B])
+
+    def has_red(one):
+        picture = sheet.sheet(one, own, observation.NO_AUGMENTATION)
+        below = picture[2 * sheet._LINE + 6 * 200 :]  # Pictures have any colour.
+        return (below == red).all(axis=-1).any()
+
+    assert not has_red(batch)
+    assert has_red({**batch, "state": batch["state"] * 100})
+
+
+def test_the_sheet_of_a_run_lies_in_its_folder(own, source, tmp_path):
+    drawn = sheet.write(tmp_path / "run", source, own, observation.Augmentation())
+    with Image.open(tmp_path / "run" / "data_sheet.png") as written:
+        np.testing.assert_array_equal(np.asarray(written), drawn)
+    assert drawn.dtype == np.uint8
+
+
+def test_made_up_samples_have_a_sheet_too(tmp_path):
+    made_up = sources.SyntheticSource(
+        cameras=("base_0_rgb",),
+        image_size=8,
+        action_dim=2,
+        action_horizon=1,
+        max_token_len=4,
+        vocab_size=16,
+        length=3,
+    )
+    sheet.write(tmp_path, made_up, None, observation.Augmentation())
+    assert (tmp_path / sheet.FILE).is_file()
+
+
+def test_histograms_are_drawn_and_say_what_they_need(own, batch, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    spoiled = {**batch, "state": batch["state"].copy()}
+    spoiled["state"][0, 0] = np.nan
+    for name, one in (("sound", batch), ("spoiled", spoiled)):
+        sheet.histograms(tmp_path / f"{name}.png", one, own)
+        with Image.open(tmp_path / f"{name}.png") as picture:
+            assert min(picture.size) > 100
+    real = builtins.__import__
+
+    def without(name, *rest):
+        if name.startswith("matplotlib"):
+            raise ModuleNotFoundError(name)
+        return real(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(figures.PlotsMissingError, match="uv sync --extra plots"):
+        sheet.histograms(tmp_path / "absent.png", batch, own)
+    assert not (tmp_path / "absent.png").exists()

@@ -1,0 +1,135 @@
+"""The step compiled from shapes: what is promised of a layout, read from the program."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from shallow_pi.models import pi0
+from shallow_pi.parallel import shapes, sharding
+from shallow_pi.planning import accelerators, compile, hlo, memory
+from shallow_pi.training import setup
+
+BATCH = 16
+
+
+@pytest.fixture(scope="module")
+def experiment(tiny_experiment, tmp_path_factory):
+    return tiny_experiment(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def spec(experiment):
+    return setup.any_spec(experiment)
+
+
+@pytest.fixture(scope="module")
+def programs(experiment):
+    """By (data, fsdp, tensor)."""
+    found = {}
+    for layout in ((8, 1, 1), (1, 8, 1), (2, 2, 2)):
+        mesh = sharding.MeshConfig(*layout).create()
+        found[layout] = compile.compile_step(setup.any_spec(experiment, mesh), mesh, BATCH)
+    return found
+
+
+def _bytes(params, size):
+    return size * sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+@pytest.mark.slow
+def test_bytes_of_what_is_given_are_those_of_the_arrays(spec, programs):
+    """Data-parallel devices hold everything whole, and an eighth of the batch."""
+    given = programs[8, 1, 1].given
+    student = pi0.abstract_params(spec.student)
+    assert given["teacher"] == _bytes(pi0.abstract_params(spec.teacher), 2)
+    assert given["student"] == given["ema"] == _bytes(student, 4)
+    # Two moments, and the counts of the optimizer's parts.
+    assert 0 <= given["moments"] - 2 * given["student"] < 100
+    one_row = shapes.abstract_batch(spec.student, sharding.MeshConfig(8).create(), 8)
+    assert given["batch"] == BATCH // 8 * shapes.bytes_per_device(one_row)
+
+
+@pytest.mark.slow
+def test_splitting_parameters_takes_less_of_each_device(programs):
+    whole, split = programs[8, 1, 1].given, programs[1, 8, 1].given
+    for what in ("teacher", "student", "moments", "ema"):
+        assert split[what] < 0.6 * whole[what]
+    assert split["batch"] == whole["batch"]
+
+
+@pytest.mark.slow
+def test_data_parallel_steps_exchange_gradients_and_nothing_else(spec, programs):
+    """One gradient's worth of bytes, metrics apart; rows of the batch stay where they are."""
+    totals = hlo.totals(programs[8, 1, 1].collectives)
+    assert {kind for kind, (count, _) in totals.items() if count} == {"all-reduce"}
+    gradient = _bytes(pi0.abstract_params(spec.student), 4)
+    assert 0.99 * gradient <= totals["all-reduce"][1] <= 1.05 * gradient
+
+
+@pytest.mark.slow
+def test_split_parameters_are_gathered_and_not_the_batch(spec, programs):
+    """One gradient is exchanged; each model's layers are gathered once a pass, two the student's.
+
+    A program that split activations by their width instead would exchange them in every layer.
+    """
+    totals = hlo.totals(programs[1, 8, 1].collectives)
+    student = _bytes(pi0.abstract_params(spec.student), 4)
+    teacher = _bytes(pi0.abstract_params(spec.teacher), 4)
+    exchanged = totals["all-reduce"][1] + totals["reduce-scatter"][1]
+    assert exchanged <= 1.05 * student
+    assert totals["all-gather"][1] <= teacher + 2 * student
+
+
+@pytest.mark.slow
+def test_no_layout_gathers_the_whole_model_at_once(spec, programs):
+    """A gathered array is one parameter's, of one layer where it has layers."""
+    leaves = pi0.abstract_params(spec.student)
+    largest = max(leaf.size for leaf in jax.tree.leaves(leaves))
+    for layout, program in programs.items():
+        gathered = [c.bytes for c in program.collectives if c.kind == "all-gather"]
+        assert max(gathered, default=0) <= 4 * largest, layout
+
+
+@pytest.mark.slow
+def test_the_largest_batch_lies_on_the_line_through_two(programs):
+    small = dataclasses.replace(programs[8, 1, 1], batch_size=10, total=1000)
+    large = dataclasses.replace(small, batch_size=20, total=1500)
+    card = round(2000 / memory.USABLE)  # 50 bytes an observation, 500 besides: 30 of them.
+    assert compile.largest_batch([large, small], card, 1) == 30
+    assert compile.largest_batch([large, small], card, 8) == 24
+    assert compile.largest_batch([large, small], 100, 1) == 0
+    with pytest.raises(ValueError, match="too small to tell"):
+        compile.largest_batch([small, dataclasses.replace(large, total=1000)], card, 1)
+
+
+@pytest.mark.slow
+def test_a_forecast_is_work_and_traffic_over_what_the_card_states(programs):
+    """A sum over devices is scattered and gathered: twice its bytes."""
+    found = [hlo.Collective("all-reduce", 3, 100, ""), hlo.Collective("all-gather", 2, 50, "")]
+    program = dataclasses.replace(programs[8, 1, 1], collectives=found)
+    card = accelerators.Card("made up", memory=1, flops=1000.0, links=20.0)
+    compute, exchange = compile.predict(program, 90.0, card)
+    assert compute == pytest.approx(90 / 1000 / compile.UTILIZATION)
+    assert exchange == pytest.approx((3 * 100 * 2 + 2 * 50) / 10)
+    assert compile.predict(program, 90.0, dataclasses.replace(card, links=0.0))[1] is None
+    unread = dataclasses.replace(program, collectives=None)
+    assert compile.predict(unread, 90.0, card) == (compute, None)
+
+
+@pytest.mark.slow
+def test_a_program_fits_below_what_a_runtime_leaves(programs):
+    program = dataclasses.replace(programs[8, 1, 1], total=920)
+    assert program.fits(1000)
+    assert not program.fits(999)
+
+
+def test_a_batch_the_mesh_cannot_split_is_refused(spec):
+    with pytest.raises(ValueError, match="batch size 12 is not divisible by the 8 devices"):
+        compile.compile_step(spec, sharding.MeshConfig(8).create(), 12)
+
+
+@pytest.mark.parametrize("name", ["v9:1x1", "h100:many", "v5e"])
+def test_an_unknown_topology_names_the_known_ones(name):
+    with pytest.raises(ValueError, match=rf"topology '{name}'.*v5e:4x4.*h100:8"):
+        compile.topology(name)

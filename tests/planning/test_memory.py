@@ -1,0 +1,139 @@
+"""What a step needs is estimated, and parameters are split over as few devices as have room."""
+
+import dataclasses
+import types
+
+import jax
+import pytest
+
+from shallow_pi.models import pi0
+from shallow_pi.parallel import sharding
+from shallow_pi.planning import accelerators, compile, memory
+from shallow_pi.training import setup
+
+GIGA = 10**9
+
+
+@pytest.fixture(scope="module")
+def full_size(tiny_experiment, tmp_path_factory):
+    """The spec of π0, 18 → 6 layers, at openpi's sizes."""
+    experiment = tiny_experiment(tmp_path_factory.mktemp("run"))
+    student = dataclasses.replace(experiment.student, depth=6)
+    return dataclasses.replace(experiment, model=pi0.Pi0Config(), student=student, ema_decay=0.0)
+
+
+def _estimate(experiment, mesh=(1, 1, 1), batch=32):
+    devices = jax.devices()[: mesh[0] * mesh[1] * mesh[2]]
+    mesh = sharding.MeshConfig(*mesh).create(devices)
+    return memory.estimate(setup.any_spec(experiment), mesh, batch, "bfloat16")
+
+
+def _with(experiment, **changes):
+    student = dataclasses.replace(experiment.student, freeze=changes.pop("freeze", ()))
+    return dataclasses.replace(experiment, student=student, **changes)
+
+
+def test_what_is_given_is_counted_to_the_byte(full_size):
+    """FACTS of the paper's sizes: 3.238 and 1.709 billion parameters, 942 million frozen."""
+    found = _estimate(_with(full_size, remat="layers"))
+    assert found.given["teacher"] == 2 * 3_238_048_528
+    assert found.given["student"] == found.gradient == 4 * 1_709_150_992
+    assert 0 <= found.given["moments"] - 2 * found.given["student"] < 100
+    assert found.total == sum(found.given.values()) + found.gradient + found.activations
+    frozen = _estimate(_with(full_size, remat="layers", freeze=("vision", "embedder")))
+    held = frozen.given["student"] / 4
+    assert 1_709_150_992 - held == pytest.approx(415e6 + 257_152 * 2048, rel=0.01)
+    assert frozen.given["teacher"] == found.given["teacher"]
+    low = dataclasses.replace(full_size.optimizer, moments="bfloat16")
+    half = _estimate(_with(full_size, remat="layers", optimizer=low))
+    assert half.given["moments"] == pytest.approx(found.given["moments"] / 2, rel=1e-6)
+
+
+def test_more_is_kept_the_less_is_computed_again(full_size):
+    """And activations grow with the rows of a device, and with nothing else of the mesh's size."""
+    sizes = [
+        _estimate(_with(full_size, remat=remat)).activations for remat in ("layers", "dots", "none")
+    ]
+    assert sizes == sorted(sizes)
+    assert sizes[2] > 2 * sizes[0]
+    one = _estimate(_with(full_size, remat="layers"))
+    assert (
+        _estimate(_with(full_size, remat="layers"), (8, 1, 1), 256).activations == one.activations
+    )
+    twice = _estimate(_with(full_size, remat="layers"), batch=64).activations
+    assert twice == pytest.approx(2 * one.activations, rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["layers", "none"])
+def test_an_estimate_is_near_what_the_compiler_plans(tiny_experiment, tmp_path, remat):
+    """On a model whose activations outweigh its parameters."""
+    experiment = tiny_experiment(tmp_path, remat=remat, batch_size=64)
+    mesh = sharding.MeshConfig().create(jax.devices()[:1])
+    spec = setup.any_spec(experiment, mesh)
+    planned = compile.compile_step(spec, mesh, 64)
+    found = memory.estimate(spec, mesh, 64, "bfloat16")
+    assert found.given == planned.given
+    assert 0.5 < (found.activations + found.gradient) / planned.temporary < 2
+
+
+def _devices(count, room, monkeypatch):
+    monkeypatch.setattr(memory, "memory_of", lambda device: room)
+    return jax.devices()[:count]
+
+
+@pytest.mark.parametrize(
+    ("room", "chosen"),
+    [(None, -1), (80 * GIGA, 1), (24 * GIGA, 2), (16 * GIGA, 4), (8 * GIGA, 8), (GIGA, 8)],
+)
+def test_parameters_are_split_over_the_fewest_devices_with_room(
+    full_size, monkeypatch, room, chosen
+):
+    """The widest split is taken where even that has no room: the run then says so."""
+    spec = setup.any_spec(_with(full_size, remat="layers"))
+    devices = _devices(8, room, monkeypatch)
+    found = memory.choose(sharding.MeshConfig(), devices, spec, 64, "bfloat16")
+    assert found == sharding.MeshConfig(fsdp=chosen)
+    if room and room > GIGA:
+        needed = memory.estimate(spec, found.create(devices), 64, "bfloat16").total
+        less = sharding.MeshConfig(fsdp=max(chosen // 2, 1)).create(devices)
+        assert needed <= memory.USABLE * room
+        assert (
+            chosen == 1 or memory.estimate(spec, less, 64, "bfloat16").total > memory.USABLE * room
+        )
+
+
+def test_a_mesh_somebody_chose_is_kept(full_size, monkeypatch):
+    spec, devices = setup.any_spec(full_size), _devices(8, GIGA, monkeypatch)
+    for mesh in (sharding.MeshConfig(fsdp=1), sharding.MeshConfig(data=4)):
+        assert memory.choose(mesh, devices, spec, 64, "bfloat16") == mesh
+
+
+def test_a_run_tells_its_mesh_and_when_it_may_not_fit(full_size, monkeypatch):
+    devices = _devices(8, 16 * GIGA, monkeypatch)
+    experiment = dataclasses.replace(full_size, batch_size=64, remat="layers")
+    mesh = setup.make_mesh(experiment, devices)
+    line = setup.describe_mesh(experiment, mesh)
+    assert line.startswith("Mesh: data 2 × fsdp 4 × tensor 1 (8 cpu); a device needs about ")
+    assert line.endswith("of 16 GB")
+    big = dataclasses.replace(experiment, batch_size=512)
+    assert "may not fit: try --student.freeze" in setup.describe_mesh(big, mesh)
+
+
+@pytest.mark.parametrize(
+    ("kind", "card"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40"),
+        ("TPU v5 lite", "v5e"),
+        ("TPU v5", "v5p"),
+        ("TPU v6 lite", "v6e"),
+        ("cpu", ""),
+    ],
+)
+def test_cards_are_known_by_what_jax_calls_them(kind, card):
+    device = types.SimpleNamespace(device_kind=kind, memory_stats=lambda: None)
+    assert accelerators.find(kind) == accelerators.CARDS.get(card)
+    assert memory.memory_of(device) == (accelerators.CARDS[card].memory if card else None)
+    told = types.SimpleNamespace(device_kind=kind, memory_stats=lambda: {"bytes_limit": 5})
+    assert memory.memory_of(told) == 5

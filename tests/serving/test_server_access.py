@@ -1,0 +1,134 @@
+"""Who may come in, and where a server listens."""
+
+import shutil
+import ssl
+import subprocess
+
+import pytest
+import serving
+import websockets.exceptions
+
+from shallow_pi.serving import protocol, server_config
+
+pytestmark = pytest.mark.filterwarnings(serving.OPENPI_WARNS)
+
+
+@pytest.fixture(scope="module")
+def echo():
+    with serving.running(serving.Echo()) as running:
+        yield running
+
+
+def test_the_api_key_is_asked_for_before_anything():
+    with serving.running(serving.Echo(), api_key="secret") as running:
+        for wrong in (None, "secre", "secret2", "geheim"):
+            with pytest.raises(websockets.exceptions.InvalidStatus) as refused:
+                serving.openpi(running, api_key=wrong)
+            assert refused.value.response.status_code == 401
+        assert serving.openpi(running, api_key="secret").infer(serving.STATE)["actions"].shape == (
+            4,
+            2,
+        )
+        assert running.get("/metrics")[0] == 401
+        status, text, _ = running.get("/metrics", Authorization="Api-Key secret")
+        assert status == 200
+        assert 'shallow_pi_errors_total{kind="unauthorized"} 5.0' in text
+        assert running.get("/healthz")[0] == 200
+
+
+def test_one_client_too_many_is_told_so():
+    with serving.running(serving.Echo(), max_clients=1) as running, running.connect():
+        with pytest.raises(websockets.exceptions.InvalidStatus, match="503") as refused:
+            running.connect()
+        assert b"1 clients are connected" in refused.value.response.body
+
+
+def test_a_path_that_is_not_there_says_what_is(echo):
+    status, text, _ = echo.get("/favicon.ico")
+    assert status == 404
+    assert "/healthz" in text
+
+
+def test_a_web_site_cannot_drive_the_robot(echo):
+    for path in ("", "/live"):
+        with pytest.raises(websockets.exceptions.InvalidStatus, match="403"):
+            echo.connect(path, origin="https://example.com")
+    with echo.connect("/live", origin=echo.http) as page:
+        page.send("{}")
+        assert page.recv(timeout=10).startswith("{")
+
+
+def test_a_page_needs_the_key_too():
+    with serving.running(serving.Echo(), api_key="secret") as running:
+        assert running.get("/")[0] == 200
+        for said in ("{}", '{"key": "wrong"}', '{"key": "\\ud800"}', "[", b"\x00", '{"key": 5}'):
+            with running.connect("/live") as page:
+                page.send(said)
+                assert serving.close_code(page) == 4401
+        with running.connect("/live") as page:
+            page.send('{"key": "secret"}')
+            assert page.recv(timeout=10).startswith("{")
+
+
+def test_tls_is_spoken_where_a_certificate_is_given(tmp_path):
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl program to make a certificate with")
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    make = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -addext"
+    files = ["-keyout", str(key), "-out", str(cert)]
+    name = "subjectAltName=IP:127.0.0.1"
+    subprocess.run([*make.split(), name, *files], check=True, capture_output=True)
+    context = ssl.create_default_context(cafile=cert)
+    with serving.running(serving.Echo(), tls_cert=str(cert), tls_key=str(key)) as running:
+        assert running.url.startswith("wss://")
+        with running.connect(ssl=context) as raw:
+            raw.recv()
+            serving.ask(raw, serving.STATE)
+            assert protocol.unpack(raw.recv())["actions"].shape == (4, 2)
+    cert.write_text("not PEM")
+    with pytest.raises(ValueError, match="not a PEM certificate and its private key"):
+        server_config.ServerConfig(tls_cert=str(cert), tls_key=str(key)).ssl_context()
+
+
+def test_a_port_in_use_says_so(echo):
+    port = int(echo.url.rsplit(":", 1)[1])
+    expected = pytest.raises(ValueError, match=rf"port {port} of 127.0.0.1 is in use.*--port")
+    with expected, serving.running(serving.Echo(), port=port):
+        pass
+    with expected:
+        server_config.ServerConfig(port=port).check()
+
+
+def test_an_address_that_is_not_this_machines_says_so():
+    expected = pytest.raises(ValueError, match=r"cannot listen on 192\.0\.2\.1:0")
+    with expected, serving.running(serving.Echo(), host="192.0.2.1"):
+        pass
+    with expected:
+        server_config.ServerConfig(host="192.0.2.1", port=0).check()
+
+
+def test_an_open_server_without_a_key_warns(caplog):
+    with serving.running(serving.Echo(), host="0.0.0.0"):
+        assert "whoever reaches 0.0.0.0 can drive this policy" in caplog.text
+    caplog.clear()
+    with serving.running(serving.Echo(), host="0.0.0.0", api_key="k"):
+        assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "why"),
+    [
+        ({"port": 70_000}, ValueError, "port must lie in 0..65535, got 70000"),
+        ({"max_waiting": 0}, ValueError, "max_waiting must be at least 1"),
+        ({"tls_cert": "a.pem"}, ValueError, "TLS needs a certificate and its key"),
+        ({"tls_cert": "a.pem", "tls_key": "b.pem"}, FileNotFoundError, "no TLS file a.pem"),
+        ({"api_key": "two words"}, ValueError, "printable ASCII without spaces"),
+    ],
+)
+def test_a_config_that_cannot_be_served_is_refused(fields, error, why):
+    with pytest.raises(error, match=why):
+        server_config.ServerConfig(**fields).ssl_context()
+
+
+def test_the_key_is_not_shown():
+    assert "secret" not in repr(server_config.ServerConfig(api_key="secret"))

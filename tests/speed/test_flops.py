@@ -1,0 +1,102 @@
+"""What is counted is what the compiler counts, and what is known of the published sizes."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from shallow_pi.inference import forward, prepare, sampler
+from shallow_pi.models import gemma, pi0, siglip
+from shallow_pi.speed import flops
+
+
+def _config(pi05):
+    """Small, but matrix products dominate, as they do at full size."""
+    sizes = {"num_heads": 4, "num_kv_heads": 1, "head_dim": 64}
+    return pi0.Pi0Config(
+        pi05=pi05,
+        depth=3,
+        backbone=gemma.GemmaConfig(width=256, mlp_dim=1024, **sizes),
+        expert=gemma.GemmaConfig(width=128, mlp_dim=512, **sizes),
+        image=siglip.SiglipConfig(width=128, depth=1, mlp_dim=512, num_heads=4, patch_size=14),
+        image_size=56,
+        vocab_size=64,
+        cameras=("base_0_rgb", "left_wrist_0_rgb"),
+        action_horizon=16,
+        max_token_len=32,
+        dtype="float32",
+    )
+
+
+def _compiled(function, *arguments):
+    analysis = jax.jit(function).lower(*arguments).compile().cost_analysis()
+    return (analysis[0] if isinstance(analysis, list) else analysis)["flops"]
+
+
+@pytest.mark.parametrize("pi05", [False, True], ids=["pi0", "pi05"])
+@pytest.mark.parametrize("once", [False, True], ids=["every step", "once"])
+def test_operations_are_those_the_compiler_counts(pi05, once):
+    """Unrolled, since the compiler counts the body of a loop once."""
+    config = _config(pi05)
+    savings = dataclasses.replace(prepare.ALL, time_tables=once, state_once=once)
+    params = pi0.abstract_params(config)
+    times = sampler.integration_times(2)
+    prepared = jax.eval_shape(lambda p: prepare.prepare(config, p, times, savings), params)
+    observation = jax.eval_shape(functools.partial(pi0.dummy_observation, config))
+    noise = jax.ShapeDtypeStruct((1, 16, 32), np.float32)
+    sample = functools.partial(sampler.sample_prepared, config, num_steps=2, savings=savings)
+    counted = flops.inference_flops(config, num_steps=2, savings=savings)
+    assert _compiled(sample, prepared, observation, noise) == pytest.approx(counted.total, rel=0.05)
+
+    prefill = functools.partial(forward.prefill, config)
+    without_state = dataclasses.replace(savings, state_once=False)
+    expected = flops.inference_flops(config, savings=without_state)
+    found = _compiled(prefill, prepared, observation)
+    assert found == pytest.approx(expected.vision + expected.prefix, rel=0.05)
+
+
+@pytest.mark.parametrize(("depth", "teraflop"), [(18, 3.41), (9, 1.93), (6, 1.43), (4, 1.10)])
+def test_pi05_counts_what_is_known_of_it(depth, teraflop):
+    """Two cameras, 200 prompt tokens, horizon 10, nothing spared."""
+    config = pi0.Pi0Config(
+        pi05=True,
+        depth=depth,
+        cameras=pi0.CAMERAS[:2],
+        max_token_len=200,
+        action_horizon=10,
+    )
+    counted = flops.inference_flops(config, savings=prepare.NOTHING)
+    assert counted.total / 1e12 == pytest.approx(teraflop, rel=0.02)
+
+
+def test_weights_are_those_of_the_layers():
+    config = pi0.Pi0Config()
+    counted = flops.weight_bytes(config)
+    assert counted.prefix / 2 / 18 == pytest.approx(110.1e6, rel=0.01)
+    assert counted.step / 2 / 18 == pytest.approx(17.3e6, rel=0.01)
+    assert counted.vision / 2 == pytest.approx(415e6, rel=0.01)
+
+
+def test_a_training_step_is_the_teachers_pass_and_three_of_the_students(tiny_config):
+    """The prefix does not depend on the draws; they cost one pass of the suffix each."""
+    student, teacher = tiny_config(depth=2), tiny_config(depth=5)
+    alone = flops.training_flops(student, None, batch=1)
+    both = flops.training_flops(student, teacher, batch=1)
+    assert both - alone == flops.training_flops(teacher, None, batch=1) / 3
+    assert flops.training_flops(student, teacher, batch=8) == 8 * both
+    more = flops.training_flops(student, None, batch=1, draws=3) - alone
+    step = flops.inference_flops(student, num_steps=1, savings=prepare.NOTHING).step
+    assert more == 3 * 2 * step
+
+
+def test_a_frozen_tower_counts_once_for_both_models(tiny_config):
+    """Forward for the teacher, forward and twice backward for the student, are four passes."""
+    student, teacher = tiny_config(depth=2), tiny_config(depth=5)
+    tower = flops.inference_flops(student, savings=prepare.ALL).vision
+    trained, frozen = (
+        flops.training_flops(student, teacher, batch=1, freeze=freeze)
+        for freeze in ((), ("vision",))
+    )
+    assert trained - frozen == 3 * tower

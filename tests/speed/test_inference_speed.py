@@ -1,0 +1,130 @@
+"""The benchmark times the real sampler, and what it says of its parts fits together."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from shallow_pi.inference import prepare, sampler
+from shallow_pi.models import observation
+from shallow_pi.speed import flops, inference, plots
+
+
+@pytest.fixture(scope="module")
+def timing(tiny_config):
+    config = tiny_config(dtype="bfloat16", pi05=True)
+    savings = dataclasses.replace(prepare.LOOPS, fused=False)
+    found = inference.measure(
+        config,
+        num_steps=2,
+        repeats=2,
+        savings=savings,
+        padded_to=config.max_token_len + 5,
+        others={"plain": _plain, "halved": _halved},
+    )
+    return config, found
+
+
+def _plain(config, params, batch, noise, num_steps):
+    """The sampler without any saving, on the weights and the observation it is given."""
+    sample = functools.partial(
+        sampler.sample_actions, config, num_steps=num_steps, savings=prepare.NOTHING
+    )
+    seen = observation.Observation.from_batch(jax.device_put(batch))
+    return functools.partial(jax.jit(sample), params, seen, noise)
+
+
+def _halved(config, params, batch, noise, num_steps):
+    call = _plain(config, params, batch, noise, num_steps)
+    return lambda: 0.5 * call()
+
+
+def test_every_part_and_every_saving_that_is_on_is_timed(timing):
+    _, found = timing
+    parts = {"image tower", "prefix", "one step", "whole", "host transfer", "end to end"}
+    assert set(found.median_ms) == parts
+    assert set(found.others_ms) == {"plain", "halved"}
+    assert set(found.without_ms) == {"time_tables", "state_once", "masked camera", "prompt bucket"}
+    assert min([*found.median_ms.values(), *found.without_ms.values()]) > 0
+    assert all(found.p95_ms[name] >= found.median_ms[name] for name in found.median_ms)
+
+
+def test_a_sampler_that_differs_shows(timing, tiny_config):
+    """`_halved` gives half of what ours gives; `_plain` alone gives the same, to bfloat16."""
+    _, found = timing
+    alone = inference.measure(
+        tiny_config(pi05=True), num_steps=2, repeats=1, ablate=False, others={"plain": _plain}
+    )
+    assert alone.others_difference < 1e-4 < 0.1 < found.others_difference
+
+
+def test_counts_are_those_of_what_was_timed(timing):
+    config, found = timing
+    savings = dataclasses.replace(prepare.LOOPS, fused=False)
+    assert found.savings == savings
+    assert found.flops == flops.inference_flops(config, num_steps=2, savings=savings).by_part
+    assert found.weight_bytes == flops.weight_bytes(config, num_steps=2, savings=savings).by_part
+    # The program holds the weights, and the embedder and small change besides.
+    assert found.program_bytes > found.weight_bytes["prefix"] + found.weight_bytes["one step"]
+    assert found.depth == config.depth
+
+
+def test_a_share_is_work_in_time_over_the_ceiling(timing):
+    _, found = timing
+    known = dataclasses.replace(
+        found, median_ms={"prefix": 500.0}, flops={"prefix": 30}, weight_bytes={"prefix": 80}
+    )
+    assert known.shares(inference.Ceiling(120.0, 200.0)) == {"prefix": (0.5, 0.8)}
+
+
+def test_what_trimming_spares_changes_no_action(tiny_config, tiny_params):
+    """An absent camera and prompt padding cost time, and nothing else."""
+    config = tiny_config()
+    params, noise = tiny_params(config), jnp.ones((1, config.action_horizon, config.action_dim))
+    untrimmed = inference._untrimmed(config, config.max_token_len + 5)
+    assert set(untrimmed) == {"masked camera", "prompt bucket"}
+    batch = observation.Observation.from_batch(inference.make_batch(config))
+    sample = jax.jit(sampler.sample_actions, static_argnames=("config", "num_steps"))
+    expected = sample(config, params, batch, noise, num_steps=2)
+    for larger, seen in untrimmed.values():
+        assert larger.prefix_tokens > config.prefix_tokens
+        small, trimmed = prepare.trim(larger, seen)
+        assert small.cameras == config.cameras
+        assert trimmed.tokenized_prompt_mask.sum() == config.max_token_len
+        found = sample(larger, params, seen, noise, num_steps=2)
+        if larger.cameras == config.cameras:  # Other pictures are drawn beside a third one.
+            np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_the_ceiling_is_operations_and_bytes_a_second():
+    found = inference.ceiling("float32", size=256, repeats=2)
+    assert 1e8 < found.flops_per_second < 1e16
+    assert 1e7 < found.bytes_per_second < 1e14
+
+
+def test_sizes_are_the_models(timing):
+    config, found = timing
+    assert (found.cameras, found.prompt_tokens) == (len(config.cameras), config.max_token_len)
+    assert found.visual_tokens == len(config.cameras) * config.image_tokens
+    assert (found.horizon, found.num_steps) == (config.action_horizon, 2)
+
+
+@pytest.mark.parametrize("draw", [plots.breakdown, plots.growth])
+def test_timings_become_pictures(timing, tmp_path, draw):
+    _, found = timing
+    more = dataclasses.replace(found, depth=9, visual_tokens=2 * found.visual_tokens, cameras=4)
+    draw(tmp_path / "picture.png", [found, more])
+    assert (tmp_path / "picture.png").stat().st_size > 1000
+
+
+def test_a_breakdowns_parts_add_up_to_the_whole(timing):
+    _, found = timing
+    median = {"image tower": 1.0, "prefix": 3.0, "whole": 7.0}
+    assert [plots._share(median, part) for part in plots.PARTS] == [1.0, 2.0, 4.0]
+    assert plots._label(found, [found]) == "3 layers"
+    assert "4 cameras" in plots._label(
+        dataclasses.replace(found, cameras=4), [found, dataclasses.replace(found, cameras=4)]
+    )

@@ -1,0 +1,166 @@
+"""Both steps are the training's own, on one state that goes from hand to hand."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from shallow_pi.parallel import shapes, sharding
+from shallow_pi.planning import compile
+from shallow_pi.speed import flops, latency, plots, step
+from shallow_pi.training import setup
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+
+@pytest.fixture(scope="module")
+def parts(tiny_experiment, tmp_path_factory):
+    experiment = tiny_experiment(tmp_path_factory.mktemp("run"), draws=2)
+    mesh = sharding.MeshConfig(8).create()
+    spec = setup.any_spec(experiment, mesh)
+    teacher = setup.load_teacher(experiment, None, mesh)
+
+    def state():
+        return setup.initial_state(experiment, spec, teacher, shapes.abstract_state(spec, mesh))
+
+    return spec, mesh, teacher, state
+
+
+@pytest.fixture(scope="module")
+def measured(parts):
+    """A timing, the state it was given, and what the latency's calls were."""
+    spec, mesh, teacher, state = parts
+    kept, given = {}, state()
+    with pytest.MonkeyPatch.context() as patch:
+        real = latency.median_latency
+
+        def median_latency(calls, **more):
+            kept.update(calls)
+            return real(calls, **more)
+
+        patch.setattr(latency, "median_latency", median_latency)
+        timing = step.measure(spec, mesh, teacher, given, batch_size=8, repeats=2, warmup=1)
+    return timing, given, kept
+
+
+def test_steps_of_both_kinds_take_turns_on_one_state_that_is_donated(measured):
+    timing, given, calls = measured
+    assert list(timing.median_ms) == list(calls) == ["distillation", "fine-tuning"]
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given.params)), "as in training"
+    with_teacher, alone = calls["distillation"](), calls["fine-tuning"]()
+    assert "velocity_loss" in with_teacher
+    assert "velocity_loss" not in alone
+    (state,) = calls["distillation"].args[2]
+    assert int(state.step) == 3 * 2 + 2, "three turns were timed, and two steps asked for here"
+    assert np.isfinite(alone["loss"])
+
+
+def test_counts_and_rates_are_those_of_the_step(parts, measured):
+    spec, _, _, _ = parts
+    timing, _, _ = measured
+    count = flops.training_flops(spec.student, spec.teacher, batch=8, draws=2)
+    assert timing.flops["distillation"] == count > timing.flops["fine-tuning"]
+    assert timing.tokens == spec.student.prefix_tokens + 2 * (1 + spec.student.action_horizon)
+    known = dataclasses.replace(
+        timing,
+        device="H100",
+        median_ms={"distillation": 160.0, "fine-tuning": 100.0},
+        flops={"distillation": 64, "fine-tuning": 32},
+    )
+    assert known.ratio == 1.6
+    assert known.samples_per_second("distillation") == 50.0
+    assert known.tokens_per_second("distillation") == 50.0 * timing.tokens
+    assert known.utilization("distillation", 100.0) == 64 / 0.16 / (8 * 100.0)
+    assert dataclasses.replace(known, device="cpu").utilization("distillation", 100.0) == 4.0
+
+
+def test_the_plan_is_the_compilers_and_knows_that_fine_tuning_needs_no_teacher(parts, measured):
+    spec, mesh, _, _ = parts
+    timing, _, _ = measured
+    program = compile.compile_step(spec, mesh, 8)
+    assert timing.plan["distillation"]["in all"] == program.total
+    assert timing.plan["distillation"]["teacher"] == program.given["teacher"] > 0
+    assert timing.plan["fine-tuning"]["teacher"] == 0
+
+
+def test_a_frozen_tower_is_shared_in_the_time_the_count_and_the_plan(parts):
+    spec, mesh, teacher, _ = parts
+    frozen = dataclasses.replace(spec, freeze=("vision", "embedder"))
+    abstract = shapes.abstract_state(frozen, mesh)
+    state = jax.tree.map(lambda leaf: jax.numpy.zeros(leaf.shape, leaf.dtype), abstract)
+    state = jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, abstract))
+    timing = step.measure(frozen, mesh, teacher, state, batch_size=8, repeats=1, warmup=1)
+    count = functools.partial(flops.training_flops, spec.student, batch=8, draws=2)
+    assert timing.flops == {
+        "distillation": count(spec.teacher, freeze=frozen.freeze),
+        "fine-tuning": count(None, freeze=frozen.freeze),
+    }
+    assert timing.flops["fine-tuning"] < count(None)
+    plan = timing.plan
+    assert 0 < plan["fine-tuning"]["teacher"] < plan["distillation"]["teacher"], "the frozen parts"
+
+
+def test_a_batch_is_full_and_split_over_the_mesh(parts):
+    spec, mesh, _, _ = parts
+    batch = step.made_up_batch(spec.student, mesh, 16)
+    assert all(mask.all() for mask in batch["image_mask"].values())
+    assert batch["tokenized_prompt_mask"].all()
+    assert 0 < batch["tokenized_prompt"].max() < spec.student.vocab_size
+    for leaf in jax.tree.leaves(batch):
+        assert leaf.sharding.shard_shape(leaf.shape)[0] == 2
+
+
+def test_a_batch_that_does_not_fit_says_what_to_change(parts, monkeypatch):
+    spec, mesh, teacher, state = parts
+
+    def full(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
+
+    monkeypatch.setattr(step, "_advance", full)
+    with pytest.raises(step.DoesNotFitError) as caught:
+        step.measure(spec, mesh, teacher, state(), batch_size=8)
+    for words in (
+        "a batch of 8 does not fit into the memory of cpu",
+        "the distillation step is planned to need 0.",
+        "Try --batch-size 4, --accumulation 2",
+        "--student.freeze vision",
+    ):
+        assert words in str(caught.value)
+
+
+def test_another_error_of_the_device_is_left_as_it_is():
+    with (
+        pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"),
+        step.explained(8),
+    ):
+        raise jax.errors.JaxRuntimeError("INTERNAL: no such kernel")
+
+
+def test_without_a_teacher_there_is_nothing_to_compare(parts):
+    spec, mesh, teacher, _ = parts
+    alone = step.fine_tuning(spec)
+    with pytest.raises(ValueError, match="is the fine-tuning step already; name a config with bo"):
+        step.measure(alone, mesh, teacher, None, batch_size=8)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "rate"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bfloat16", 989e12),
+        ("NVIDIA H100 PCIe", "bfloat16", 756e12),
+        ("TPU v5 lite", "bfloat16", 197e12),
+        ("TPU v5p", "bfloat16", 459e12),
+        ("NVIDIA H100 80GB HBM3", "float32", None),
+        ("cpu", "bfloat16", None),
+    ],
+)
+def test_a_data_sheet_holds_for_its_device_and_for_bfloat16(device, dtype, rate):
+    assert step.data_sheet(device, dtype) == rate
+
+
+def test_a_timing_becomes_a_picture(measured, tmp_path):
+    timing, _, _ = measured
+    plots.training_step(tmp_path / "step.png", timing)
+    assert (tmp_path / "step.png").stat().st_size > 1000
