@@ -27,6 +27,7 @@ import jax
 import numpy as np
 import pytest
 
+from shallow_pi import progress
 from shallow_pi.data.lerobot import writer as lerobot_writer
 from shallow_pi.data.robots import assets, normalize, robot, tokenizer
 from shallow_pi.models import gemma, pi0, siglip
@@ -38,6 +39,13 @@ TRAIN_CONFIGS = pathlib.Path(__file__).parents[1] / "train_configs"
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
+
+
+@pytest.fixture(autouse=True)
+def untold(monkeypatch):
+    """Every test hears the warnings that an earlier one has heard."""
+    monkeypatch.setattr(progress, "_told", set())
+    monkeypatch.setattr(progress, "_strict", False)
 
 
 @pytest.fixture

@@ -1,9 +1,10 @@
-"""Progress bars with an estimate of the time left, for everything over a few seconds.
+"""Progress bars with an estimate of the time left, for everything over a few seconds; warnings.
 
 One call, so that every stage of a run looks alike:
 `with bar("Demonstrations", total=300) as advance: advance(1)`. On a terminal the bar redraws in
 place; elsewhere (a log file, CI) a line is printed about every ten seconds. Only the first process
-of a multi-host job should open one.
+of a multi-host job should open one. `warn` names something that is used in another way than a user
+may think (an ignored key, a guessed value), once; after `be_strict` (`--strict`) it is an error.
 """
 
 import contextlib
@@ -15,6 +16,32 @@ import rich.console
 import rich.progress
 
 console = rich.console.Console(stderr=True)
+_told: set[str] = set()
+_strict = False
+
+
+def say(text: str) -> None:
+    """Print one line, however long, without rich's colours."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def warn(text: str) -> None:
+    """Print a warning, the same text once in a process.
+
+    Raises:
+      ValueError: warnings are errors (`be_strict`).
+    """
+    if _strict:
+        raise ValueError(f"{text} (--strict makes this warning an error)")
+    if text not in _told:
+        _told.add(text)
+        say(f"warning: {text}")
+
+
+def be_strict(strict: bool = True) -> None:
+    """Make every later warning an error, or a warning again."""
+    global _strict
+    _strict = strict
 
 
 class Advance(Protocol):
