@@ -1,4 +1,4 @@
-"""Time one inference at batch 1, with random weights: by part, by size, and by what is spared.
+"""Time one inference at batch 1, with random weights: by part, by size, and by optimization.
 
 uv run scripts/benchmark.py [--model pi05] [--depths 18 6] [--cameras 2] [--output DIR]
 
@@ -152,7 +152,7 @@ def _tune(model: pi0.Pi0Config, num_steps: int, repeats: int) -> None:
     rich.console.Console().print(table)
     for name, reason in found.failed.items():
         print(f"skipped: {name}: {reason}")
-    print(f"written: {tuning.store(model, found.savings, found.median_ms)}")
+    print(f"written: {tuning.store(model, found.options, found.median_ms)}")
 
 
 def _show(timings: list[inference.Timing], limit: inference.Ceiling) -> None:
@@ -185,9 +185,9 @@ def _show(timings: list[inference.Timing], limit: inference.Ceiling) -> None:
     console.print(table)
     for timing in timings:
         whole = timing.median_ms["whole"]
-        spared = [f"{name} {ms - whole:+.2f}" for name, ms in timing.without_ms.items()]
-        if spared:
-            print(f"{timing.depth} layers, ms more without: {', '.join(spared)}")
+        slower = [f"{name} {ms - whole:+.2f}" for name, ms in timing.without_ms.items()]
+        if slower:
+            print(f"{timing.depth} layers, ms more without: {', '.join(slower)}")
         for name, ms in timing.others_ms.items():
             print(
                 f"{timing.depth} layers: ours is {ms / whole:.2f} times as fast as {name}'s "

@@ -11,7 +11,7 @@ import pytest
 
 from shallow_pi.checkpoints import weights
 from shallow_pi.deploy import policy
-from shallow_pi.inference import prepare, sampler, tuning
+from shallow_pi.inference import sampler, tuning
 from shallow_pi.models import observation as observations
 
 PROMPTS = ("touch the red block", "touch the blue block")
@@ -57,7 +57,7 @@ def test_a_step_folder_gives_the_actions_of_the_parameters_in_memory(own, params
 def test_a_policy_runs_as_was_measured_here(own, params, deployed, scene, monkeypatch, tmp_path):
     """Layers are written out then, which they are not on a CPU of their own accord."""
     monkeypatch.setenv("SHALLOW_PI_CACHE", str(tmp_path))
-    tuning.store(own.model, dataclasses.replace(prepare.LOOPS, unrolled_layers=True), {})
+    tuning.store(own.model, dataclasses.replace(tuning.SCANNED, unrolled_layers=True), {})
     tuned = policy.Policy(own, params, num_steps=3)
     assert isinstance(tuned.weights.prefix, list)
     assert not isinstance(deployed.weights.prefix, list)

@@ -15,7 +15,7 @@ from shallow_pi.data import opening
 from shallow_pi.data.robots import assets
 from shallow_pi.distill import losses, student
 from shallow_pi.evaluation import rollout, study
-from shallow_pi.inference import prepare, sampler
+from shallow_pi.inference import prepare, sampler, tuning
 from shallow_pi.models import pi0
 from shallow_pi.sims import turntable
 from shallow_pi.training import command_line, config, loop, metrics, validation
@@ -253,7 +253,7 @@ def test_policies_under_test_are_what_the_table_calls_them(studied):
 def _assert_holds(policy, params):
     """The policy's weights are those of `params`, layer by layer."""
     times = sampler.integration_times(2)
-    expected = prepare.prepare(policy.assets.model, params, times, prepare.best())
+    expected = prepare.prepare(policy.assets.model, params, times, tuning.default())
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), policy.weights, expected)
 
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from shallow_pi.inference import forward, prepare, real_time, sampler
+from shallow_pi.inference import forward, real_time, sampler, tuning
 
-_sample = jax.jit(sampler.sample_actions, static_argnames=("config", "num_steps", "savings"))
+_sample = jax.jit(sampler.sample_actions, static_argnames=("config", "num_steps", "options"))
 HORIZON = 5
 
 
@@ -146,7 +146,7 @@ def test_loops_and_written_out_steps_are_the_same_function(setting):
     guidance = make(setting[-1], delay=2, executed=1)
     loops = sample(setting, guidance)
     scale = float(np.abs(loops).max())
-    unrolled = sample(setting, guidance, savings=prepare.ALL)
+    unrolled = sample(setting, guidance, options=tuning.ALL_ON)
     np.testing.assert_allclose(loops / scale, unrolled / scale, atol=2e-5)
 
 
@@ -160,7 +160,9 @@ def test_one_program_serves_every_delay_and_runs_the_prefix_once(setting, monkey
         return prefill(*arguments)
 
     monkeypatch.setattr(forward, "prefill", counted)
-    sampling = functools.partial(sampler.sample_actions, config, num_steps=2, savings=prepare.LOOPS)
+    sampling = functools.partial(
+        sampler.sample_actions, config, num_steps=2, options=tuning.SCANNED
+    )
     run = jax.jit(lambda guidance: sampling(params, observation, noise, guidance=guidance))
     found = [
         run(make(previous, delay, executed, weight))

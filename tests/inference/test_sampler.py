@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from shallow_pi.inference import forward, prepare, sampler
+from shallow_pi.inference import forward, prepare, sampler, tuning
 from shallow_pi.models import pi0
 
-_sample = jax.jit(sampler.sample_actions, static_argnames=("config", "num_steps", "savings"))
-EVERYTHING = prepare.ALL
-NOTHING = prepare.NOTHING
-SAVINGS = {
+_sample = jax.jit(sampler.sample_actions, static_argnames=("config", "num_steps", "options"))
+EVERYTHING = tuning.ALL_ON
+NOTHING = tuning.ALL_OFF
+CHOICES = {
     "all": EVERYTHING,
     "none": NOTHING,
     **{f"no {name}": dataclasses.replace(EVERYTHING, **{name: False}) for name in EVERYTHING.on},
@@ -46,10 +46,10 @@ def _assert_same(actions, setting):
     assert np.abs(actions - noise).max() > 0.1
 
 
-@pytest.mark.parametrize("name", SAVINGS)
-def test_sampling_equals_euler_on_the_velocity_whatever_is_spared(setting, name):
+@pytest.mark.parametrize("name", CHOICES)
+def test_sampling_equals_euler_on_the_velocity_for_all_options(setting, name):
     config, params, observation, noise, _ = setting
-    actions = _sample(config, params, observation, noise, num_steps=4, savings=SAVINGS[name])
+    actions = _sample(config, params, observation, noise, num_steps=4, options=CHOICES[name])
     _assert_same(actions, setting)
 
 
@@ -77,8 +77,8 @@ def test_weights_prepared_once_serve_every_observation(setting):
     config, params, observation, noise, _ = setting
     times = sampler.integration_times(4)
     prepared = jax.jit(lambda p: prepare.prepare(config, p, times, EVERYTHING))(params)
-    sample = jax.jit(sampler.sample_prepared, static_argnames=("config", "num_steps", "savings"))
-    actions = sample(config, prepared, observation, noise, num_steps=4, savings=EVERYTHING)
+    sample = jax.jit(sampler.sample_prepared, static_argnames=("config", "num_steps", "options"))
+    actions = sample(config, prepared, observation, noise, num_steps=4, options=EVERYTHING)
     _assert_same(actions, setting)
 
 

@@ -6,9 +6,9 @@ import json
 import jax
 import pytest
 
-from shallow_pi.inference import prepare, tuning
+from shallow_pi.inference import tuning
 
-CHOICE = dataclasses.replace(prepare.ALL, unrolled_steps=False, fused=False)
+CHOICE = dataclasses.replace(tuning.ALL_ON, unrolled_steps=False, fused=False)
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +20,7 @@ def folder(monkeypatch, tmp_path):
 def test_what_is_stored_is_the_best(tiny_config, folder):
     config = tiny_config()
     assert tuning.load(config) is None
-    assert tuning.best(config) == prepare.best() != CHOICE
+    assert tuning.best(config) == tuning.default() != CHOICE
     file = tuning.store(config, CHOICE, {"loops": 2.0, "written out": 1.0})
     assert tuning.best(config) == CHOICE
     assert list(folder.iterdir()) == [file]
@@ -48,20 +48,20 @@ def _changed(file, **changes):
 
 
 @pytest.mark.parametrize(
-    ("savings", "message"),
+    ("options", "message"),
     [
-        ({"fused": True}, "'savings' must hold fused, time_tables"),
+        ({"fused": True}, "'options' must hold fused, time_tables"),
         (dataclasses.asdict(CHOICE) | {"fused": "no"}, "fused must be true or false"),
         (dataclasses.asdict(CHOICE) | {"attention": "magic"}, "must be one of xla, cudnn"),
         (dataclasses.asdict(CHOICE) | {"attention": "cudnn"}, "needs an NVIDIA GPU"),
-        (None, "'savings' must hold"),
+        (None, "'options' must hold"),
     ],
 )
-def test_a_choice_that_makes_no_sense_is_ignored_with_a_warning(tiny_config, savings, message):
+def test_a_choice_that_makes_no_sense_is_ignored_with_a_warning(tiny_config, options, message):
     config = tiny_config()
-    _changed(tuning.store(config, CHOICE, {}), savings=savings)
+    _changed(tuning.store(config, CHOICE, {}), options=options)
     with pytest.warns(UserWarning, match=f"is ignored: .*{message}"):
-        assert tuning.best(config) == prepare.best()
+        assert tuning.best(config) == tuning.default()
 
 
 def test_a_damaged_file_is_ignored_with_a_warning(tiny_config):

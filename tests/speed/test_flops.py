@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from shallow_pi.inference import forward, prepare, sampler
+from shallow_pi.inference import forward, prepare, sampler, tuning
 from shallow_pi.models import gemma, pi0, siglip
 from shallow_pi.speed import flops
 
@@ -40,26 +40,26 @@ def _compiled(function, *arguments):
 def test_operations_are_those_the_compiler_counts(pi05, once):
     """Unrolled, since the compiler counts the body of a loop once."""
     config = _config(pi05)
-    savings = dataclasses.replace(prepare.ALL, time_tables=once, state_once=once)
+    options = dataclasses.replace(tuning.ALL_ON, time_tables=once, state_once=once)
     params = pi0.abstract_params(config)
     times = sampler.integration_times(2)
-    prepared = jax.eval_shape(lambda p: prepare.prepare(config, p, times, savings), params)
+    prepared = jax.eval_shape(lambda p: prepare.prepare(config, p, times, options), params)
     observation = jax.eval_shape(functools.partial(pi0.dummy_observation, config))
     noise = jax.ShapeDtypeStruct((1, 16, 32), np.float32)
-    sample = functools.partial(sampler.sample_prepared, config, num_steps=2, savings=savings)
-    counted = flops.inference_flops(config, num_steps=2, savings=savings)
+    sample = functools.partial(sampler.sample_prepared, config, num_steps=2, options=options)
+    counted = flops.inference_flops(config, num_steps=2, options=options)
     assert _compiled(sample, prepared, observation, noise) == pytest.approx(counted.total, rel=0.05)
 
     prefill = functools.partial(forward.prefill, config)
-    without_state = dataclasses.replace(savings, state_once=False)
-    expected = flops.inference_flops(config, savings=without_state)
+    without_state = dataclasses.replace(options, state_once=False)
+    expected = flops.inference_flops(config, options=without_state)
     found = _compiled(prefill, prepared, observation)
     assert found == pytest.approx(expected.vision + expected.prefix, rel=0.05)
 
 
 @pytest.mark.parametrize(("depth", "teraflop"), [(18, 3.41), (9, 1.93), (6, 1.43), (4, 1.10)])
 def test_pi05_counts_what_is_known_of_it(depth, teraflop):
-    """Two cameras, 200 prompt tokens, horizon 10, nothing spared."""
+    """Two cameras, 200 prompt tokens, horizon 10, no optimization."""
     config = pi0.Pi0Config(
         pi05=True,
         depth=depth,
@@ -67,7 +67,7 @@ def test_pi05_counts_what_is_known_of_it(depth, teraflop):
         max_token_len=200,
         action_horizon=10,
     )
-    counted = flops.inference_flops(config, savings=prepare.NOTHING)
+    counted = flops.inference_flops(config, options=tuning.ALL_OFF)
     assert counted.total / 1e12 == pytest.approx(teraflop, rel=0.02)
 
 
@@ -87,14 +87,14 @@ def test_a_training_step_is_the_teachers_pass_and_three_of_the_students(tiny_con
     assert both - alone == flops.training_flops(teacher, None, batch=1) / 3
     assert flops.training_flops(student, teacher, batch=8) == 8 * both
     more = flops.training_flops(student, None, batch=1, draws=3) - alone
-    step = flops.inference_flops(student, num_steps=1, savings=prepare.NOTHING).step
+    step = flops.inference_flops(student, num_steps=1, options=tuning.ALL_OFF).step
     assert more == 3 * 2 * step
 
 
 def test_a_frozen_tower_counts_once_for_both_models(tiny_config):
     """Forward for the teacher, forward and twice backward for the student, are four passes."""
     student, teacher = tiny_config(depth=2), tiny_config(depth=5)
-    tower = flops.inference_flops(student, savings=prepare.ALL).vision
+    tower = flops.inference_flops(student, options=tuning.ALL_ON).vision
     trained, frozen = (
         flops.training_flops(student, teacher, batch=1, freeze=freeze)
         for freeze in ((), ("vision",))

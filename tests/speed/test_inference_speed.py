@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from shallow_pi.inference import prepare, sampler
+from shallow_pi.inference import prepare, sampler, tuning
 from shallow_pi.models import observation
 from shallow_pi.speed import flops, inference, plots
 
@@ -16,12 +16,12 @@ from shallow_pi.speed import flops, inference, plots
 @pytest.fixture(scope="module")
 def timing(tiny_config):
     config = tiny_config(dtype="bfloat16", pi05=True)
-    savings = dataclasses.replace(prepare.LOOPS, fused=False)
+    options = dataclasses.replace(tuning.SCANNED, fused=False)
     found = inference.measure(
         config,
         num_steps=2,
         repeats=2,
-        savings=savings,
+        options=options,
         padded_to=config.max_token_len + 5,
         others={"plain": _plain, "halved": _halved},
     )
@@ -31,7 +31,7 @@ def timing(tiny_config):
 def _plain(config, params, batch, noise, num_steps):
     """The sampler without any saving, on the weights and the observation it is given."""
     sample = functools.partial(
-        sampler.sample_actions, config, num_steps=num_steps, savings=prepare.NOTHING
+        sampler.sample_actions, config, num_steps=num_steps, options=tuning.ALL_OFF
     )
     seen = observation.Observation.from_batch(jax.device_put(batch))
     return functools.partial(jax.jit(sample), params, seen, noise)
@@ -63,10 +63,10 @@ def test_a_sampler_that_differs_shows(timing, tiny_config):
 
 def test_counts_are_those_of_what_was_timed(timing):
     config, found = timing
-    savings = dataclasses.replace(prepare.LOOPS, fused=False)
-    assert found.savings == savings
-    assert found.flops == flops.inference_flops(config, num_steps=2, savings=savings).by_part
-    assert found.weight_bytes == flops.weight_bytes(config, num_steps=2, savings=savings).by_part
+    options = dataclasses.replace(tuning.SCANNED, fused=False)
+    assert found.options == options
+    assert found.flops == flops.inference_flops(config, num_steps=2, options=options).by_part
+    assert found.weight_bytes == flops.weight_bytes(config, num_steps=2, options=options).by_part
     # The program holds the weights, and the embedder and small change besides.
     assert found.program_bytes > found.weight_bytes["prefix"] + found.weight_bytes["one step"]
     assert found.depth == config.depth

@@ -2,7 +2,7 @@
 
 import pytest
 
-from shallow_pi.inference import attention, prepare
+from shallow_pi.inference import attention, tuning
 from shallow_pi.speed import latency, tuner
 
 
@@ -11,7 +11,7 @@ def test_every_combination_is_a_candidate(monkeypatch):
     monkeypatch.setattr(attention, "available", lambda dtype: ("xla", "cudnn"))
     found = tuner.candidates("bfloat16")
     assert len(set(found.values())) == len(found) == 8
-    assert found["layers scanned, steps written out, cudnn attention"] == prepare.Savings(
+    assert found["layers scanned, steps written out, cudnn attention"] == tuning.InferenceOptions(
         unrolled_layers=False, attention="cudnn"
     )
 
@@ -19,9 +19,9 @@ def test_every_combination_is_a_candidate(monkeypatch):
 def test_the_fastest_that_runs_is_taken(tiny_config, monkeypatch):
     """cuDNN does not run on a CPU."""
     tried = {
-        "lacking": prepare.Savings(attention="cudnn"),
-        "slow": prepare.LOOPS,
-        "fast": prepare.Savings(unrolled_steps=False),
+        "lacking": tuning.InferenceOptions(attention="cudnn"),
+        "slow": tuning.SCANNED,
+        "fast": tuning.InferenceOptions(unrolled_steps=False),
     }
 
     def timed(calls, **_):
@@ -32,13 +32,13 @@ def test_the_fastest_that_runs_is_taken(tiny_config, monkeypatch):
 
     monkeypatch.setattr(latency, "median_latency", timed)
     found = tuner.tune(tiny_config(), num_steps=2, tried=tried)
-    assert found.savings == tried["fast"]
+    assert found.options == tried["fast"]
     assert list(found.median_ms.items()) == [("fast", 2.0), ("slow", 3.0)]
     assert set(found.failed) == {"lacking"}
     assert "needs an NVIDIA GPU" in found.failed["lacking"]
 
 
 def test_nothing_that_runs_raises(tiny_config):
-    tried = {"lacking": prepare.Savings(attention="cudnn")}
+    tried = {"lacking": tuning.InferenceOptions(attention="cudnn")}
     with pytest.raises(RuntimeError, match=r"nothing compiles on cpu: lacking: .*'xla'"):
         tuner.tune(tiny_config(), num_steps=2, tried=tried)

@@ -50,12 +50,12 @@ class Policy:
     ) -> None:
         self.assets, self.num_steps, self.prompt = assets, num_steps, prompt
         self._inputs, self._outputs = assets.inputs(), assets.outputs()
-        times, savings = sampler.integration_times(num_steps), tuning.best(assets.model)
+        times, options = sampler.integration_times(num_steps), tuning.best(assets.model)
         self.weights = jax.jit(
-            functools.partial(prepare.prepare, assets.model, times=times, savings=savings)
+            functools.partial(prepare.prepare, assets.model, times=times, options=options)
         )(params)
         self._sample = jax.jit(
-            functools.partial(_sample, num_steps=num_steps, savings=savings), static_argnums=0
+            functools.partial(_sample, num_steps=num_steps, options=options), static_argnums=0
         )
         self._draw = jax.jit(functools.partial(_draw, shape=(1, *self.noise_shape)))
         self._key, self._calls, self._lock = jax.random.key(seed), 0, threading.Lock()
@@ -300,7 +300,7 @@ def _sample(
     guidance: real_time.Guidance | None,
     *,
     num_steps: int,
-    savings: prepare.Savings,
+    options: tuning.InferenceOptions,
 ) -> Float[Array, "b ah ad"]:
     """The sampler on pictures as they come: bytes are a quarter of the floats to transfer."""
     images = {name: observation.to_float(image) for name, image in batch.images.items()}
@@ -310,7 +310,7 @@ def _sample(
         dataclasses.replace(batch, images=images),
         noise,
         num_steps=num_steps,
-        savings=savings,
+        options=options,
         guidance=guidance,
     )
 

@@ -1,7 +1,7 @@
 """The model's weights as inference wants them: prepared once, nothing computed twice.
 
 Training runs both streams through scanned Linen layers (`gemma`). `inference` computes the same
-functions of the same parameters with every saving that leaves the result as it is:
+functions of the same parameters with optimizations that leave the result unchanged:
 
 - the prefix runs once, and what its last layer computes beyond keys and values falls away, because
   without a scan the compiler sees that nobody reads it;
@@ -11,8 +11,8 @@ functions of the same parameters with every saving that leaves the result as it 
 - query, key and value, and gate and up, are one matrix each, in the compute dtype;
 - keys and values are written into one buffer a layer (see `attention`), never copied to be joined.
 
-`Savings` switches them off one by one, to measure what each gains. What a batch does not need
-(absent cameras, prompt padding) is dropped by `trim`.
+`tuning.InferenceOptions` switches each of them off, to measure its gain. `trim` drops what a batch
+does not need: absent cameras and prompt padding.
 """
 
 import dataclasses
@@ -24,52 +24,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from shallow_pi.inference import attention as attentions
-from shallow_pi.inference import image_tower
+from shallow_pi.inference import image_tower, tuning
 from shallow_pi.models import layers, pi0
 from shallow_pi.models import observation as observations
 
 PROMPT_BUCKET = 16
 # Keys a layer has room for are a multiple of this, so that no kernel has to pad them.
 KEY_BLOCK = 128
-
-
-@dataclasses.dataclass(frozen=True)
-class Savings:
-    """What is spared without changing a result; all of it, unless a benchmark asks for less.
-
-    And by which kernel attention is computed, which changes no result either.
-    """
-
-    # One matrix for query, key and value, one for gate and up.
-    fused: bool = True
-    # What depends on time alone comes from tables.
-    time_tables: bool = True
-    # π0's state token runs once, not at every integration step.
-    state_once: bool = True
-    # Layers are written out instead of scanned: spares the last layer's unread prefix work, and
-    # copies of weights out of their stacks.
-    unrolled_layers: bool = True
-    # Integration steps are written out too.
-    unrolled_steps: bool = True
-    # What computes attention.
-    attention: attentions.Kernel = "xla"
-
-    @property
-    def on(self) -> tuple[str, ...]:
-        """The names of what is spared."""
-        return tuple(name for name, value in dataclasses.asdict(self).items() if value is True)
-
-
-ALL = Savings()
-NOTHING = Savings(False, False, False, False, False)
-# On CPUs long programs cost more (to compile, and small ones to run) than their loops.
-LOOPS = dataclasses.replace(ALL, unrolled_layers=False, unrolled_steps=False)
-
-
-def best() -> Savings:
-    """The fastest on JAX's default backend, as far as is known without a measurement (`tuning`)."""
-    return LOOPS if jax.default_backend() == "cpu" else ALL
 
 
 class Layer(NamedTuple):
@@ -152,7 +113,7 @@ def prepare(
     config: pi0.Pi0Config,
     params: PyTree,
     times: Float[np.ndarray, " n"],
-    savings: Savings,
+    options: tuning.InferenceOptions,
 ) -> Prepared:
     """Rearrange parameters for inference. Jit it: nothing is kept twice then.
 
@@ -160,10 +121,10 @@ def prepare(
       config: the model.
       params: its parameters, in any float dtype.
       times: the integration times, for the tables.
-      savings: what to spare.
+      options: the optimizations to use.
     """
-    stacks: list[Any] = [_stack(config, params, stream, savings) for stream in (0, 1)]
-    if savings.unrolled_layers:
+    stacks: list[Any] = [_stack(config, params, stream, options) for stream in (0, 1)]
+    if options.unrolled_layers:
         # One array a layer: a slice of a stack would be copied at every call.
         stacks = [
             [jax.tree.map(lambda leaf, i=i: leaf[i], stack) for i in range(config.depth)]
@@ -176,14 +137,14 @@ def prepare(
             name: params["PaliGemma"]["llm"]["layers"][f"{name}_1"]["Dense_0"]
             for name in ("pre_attention_norm", "pre_ffw_norm")
         }
-    tables = make_tables(config, rest, jnp.asarray(times)) if savings.time_tables else None
+    tables = make_tables(config, rest, jnp.asarray(times)) if options.time_tables else None
     prefix, suffix = stacks
     image = image_tower.prepare(
         config.image,
         params["PaliGemma"]["img"],
         jnp.dtype(config.dtype),
-        fused=savings.fused,
-        unrolled=savings.unrolled_layers,
+        fused=options.fused,
+        unrolled=options.unrolled_layers,
     )
     return Prepared(rest, image, prefix, suffix, tables)
 
@@ -213,7 +174,9 @@ def make_tables(config: pi0.Pi0Config, params: PyTree, times: Float[Array, " n"]
     return Tables(None, jnp.moveaxis(jnp.stack(per_layer, axis=2), 1, 0), final)
 
 
-def _stack(config: pi0.Pi0Config, params: PyTree, stream: int, savings: Savings) -> Layer:
+def _stack(
+    config: pi0.Pi0Config, params: PyTree, stream: int, options: tuning.InferenceOptions
+) -> Layer:
     """One stream's layers on a leading axis."""
     c = (config.backbone, config.expert)[stream]
     end, dtype = ("", "_1")[stream], jnp.dtype(config.dtype)
@@ -229,7 +192,7 @@ def _stack(config: pi0.Pi0Config, params: PyTree, stream: int, savings: Savings)
     key, value = (matrix(key_value[:, i], c.width) for i in (0, 1))
     gate, up = (mlp["gating_einsum"][:, i].astype(dtype) for i in (0, 1))
     parts: list[tuple[Array, ...]] = [(query, key, value), (gate, up)]
-    if savings.fused:
+    if options.fused:
         parts = [(jnp.concatenate(part, axis=-1),) for part in parts]
 
     def norm(name: str) -> Array | None:

@@ -3,8 +3,8 @@
 The backbone runs once; then N integration steps run the action expert alone against the cached
 prefix keys and values, `dt = -1/N`, from t = 1 (noise) to t = 0 (data), as in openpi
 (models/pi0.py, sample_actions). `x_t` and the time stay in float32; the loop's count is static, so
-the device never waits for the host to decide whether to go on. What is spared: see `prepare`; how a
-chunk is made to go on from the previous one: see `real_time`.
+the device never waits for the host to decide whether to go on. `tuning` lists the optimizations,
+`real_time` says how a chunk continues the previous one.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from shallow_pi.inference import attention, forward, prepare, real_time
+from shallow_pi.inference import attention, forward, prepare, real_time, tuning
 from shallow_pi.models import observation as observations
 from shallow_pi.models import pi0
 
@@ -38,12 +38,12 @@ def sample_actions(
     noise: Float[Array, "b ah ad"],
     *,
     num_steps: int = 10,
-    savings: prepare.Savings | None = None,
+    options: tuning.InferenceOptions | None = None,
     guidance: real_time.Guidance | None = None,
 ) -> Float[Array, "b ah ad"]:
     """Normalized actions for a batch of observations, float32.
 
-    Jit it with `config`, `num_steps` and `savings` static. Where one policy is asked often, prepare
+    Jit it with `config`, `num_steps` and `options` static. Where one policy is asked often, prepare
     its weights once (`prepare.prepare`) and call `sample_prepared`.
 
     Args:
@@ -52,18 +52,18 @@ def sample_actions(
       observation: batch of b observations.
       noise: the start of the path, standard normal.
       num_steps: integration steps N; openpi uses 10.
-      savings: what is spared, which changes no result; None is the fastest on this backend.
+      options: result-preserving optimizations; None is the default of this backend.
       guidance: the previous chunks, which the new ones are to agree with; None is plain sampling.
     """
-    savings = savings or prepare.best()
-    prepared = prepare.prepare(config, params, integration_times(num_steps), savings)
+    options = options or tuning.default()
+    prepared = prepare.prepare(config, params, integration_times(num_steps), options)
     return sample_prepared(
         config,
         prepared,
         observation,
         noise,
         num_steps=num_steps,
-        savings=savings,
+        options=options,
         guidance=guidance,
     )
 
@@ -75,15 +75,15 @@ def sample_prepared(
     noise: Float[Array, "b ah ad"],
     *,
     num_steps: int = 10,
-    savings: prepare.Savings,
+    options: tuning.InferenceOptions,
     guidance: real_time.Guidance | None = None,
 ) -> Float[Array, "b ah ad"]:
-    """`sample_actions` from weights prepared with the same savings and integration times."""
+    """`sample_actions` from weights prepared with the same options and integration times."""
     observations.check(observation, config.cameras, config.image_size, config.action_dim)
-    kernel = savings.attention
+    kernel = options.attention
     cache, valid = forward.prefill(config, prepared, observation, kernel)
     state = None if config.pi05 else observation.state
-    if state is not None and savings.state_once:
+    if state is not None and options.state_once:
         cache, valid = forward.append_state(config, prepared, state, cache, valid, kernel)
         state = None
     dt = jnp.float32(-1.0 / num_steps)
@@ -107,7 +107,7 @@ def sample_prepared(
 
     carry = noise.astype(jnp.float32), cache
     steps = jnp.asarray(integration_times(num_steps)), prepared.tables
-    if not savings.unrolled_steps:
+    if not options.unrolled_steps:
         carry, _ = jax.lax.scan(integrate, carry, steps)
         return carry[0]
     for i in range(num_steps):

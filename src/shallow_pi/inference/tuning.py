@@ -1,9 +1,9 @@
-"""How a model runs fastest on this device, as `scripts/benchmark.py --tune` measured and kept it.
+"""Result-preserving optimizations of inference, and the fastest of them measured on this device.
 
-Whether layers and steps are written out or looped, and which kernel computes attention, is a matter
-of the device and of the compiler. What was found is a small JSON file in the user's cache, one for
-each device kind, version of JAX and set of sizes. A file that is damaged, or of another content
-than its name says, is told of and left alone.
+Layers and steps run fastest unrolled or scanned, and attention fastest in one kernel or another,
+depending on device and compiler. `scripts/benchmark.py --tune` measures the combinations and keeps
+the fastest as a small JSON file in the user's cache, one for each device kind, JAX version and set
+of sizes. A damaged file, or one of another model, is ignored with a warning.
 """
 
 import dataclasses
@@ -19,13 +19,48 @@ from typing import Any
 import jax
 
 from shallow_pi import user_cache
-from shallow_pi.inference import attention, prepare
+from shallow_pi.inference import attention as attentions
 from shallow_pi.models import pi0
 
 
-def best(config: pi0.Pi0Config) -> prepare.Savings:
-    """The fastest that was measured here, else the fastest as far as is known without."""
-    return load(config) or prepare.best()
+@dataclasses.dataclass(frozen=True)
+class InferenceOptions:
+    """Optimizations that change no result, all on by default, and the attention kernel."""
+
+    # One matrix for query, key and value, one for gate and up.
+    fused: bool = True
+    # Everything that depends on time alone is computed once, into tables.
+    time_tables: bool = True
+    # π0's state token runs once, not at every integration step.
+    state_once: bool = True
+    # Layers are unrolled instead of scanned: no unread prefix work in the last layer, and no
+    # copies of weights out of their stacks.
+    unrolled_layers: bool = True
+    # Integration steps are unrolled too.
+    unrolled_steps: bool = True
+    # The kernel that computes attention.
+    attention: attentions.Kernel = "xla"
+
+    @property
+    def on(self) -> tuple[str, ...]:
+        """Names of the optimizations that are on."""
+        return tuple(name for name, value in dataclasses.asdict(self).items() if value is True)
+
+
+ALL_ON = InferenceOptions()
+ALL_OFF = InferenceOptions(False, False, False, False, False)
+# On CPUs unrolled programs take longer to compile, and small ones longer to run.
+SCANNED = dataclasses.replace(ALL_ON, unrolled_layers=False, unrolled_steps=False)
+
+
+def default() -> InferenceOptions:
+    """The options expected to be fastest on JAX's default backend, before any measurement."""
+    return SCANNED if jax.default_backend() == "cpu" else ALL_ON
+
+
+def best(config: pi0.Pi0Config) -> InferenceOptions:
+    """The options measured as fastest on this device, else the default ones."""
+    return load(config) or default()
 
 
 def key(config: pi0.Pi0Config) -> dict[str, Any]:
@@ -49,20 +84,20 @@ def path(config: pi0.Pi0Config) -> pathlib.Path:
 
 
 def store(
-    config: pi0.Pi0Config, savings: prepare.Savings, milliseconds: Mapping[str, float]
+    config: pi0.Pi0Config, options: InferenceOptions, milliseconds: Mapping[str, float]
 ) -> pathlib.Path:
     """Keep the fastest, with everything that was measured; returns the file.
 
     Args:
       config: the model.
-      savings: the fastest.
+      options: the fastest.
       milliseconds: of each candidate, by its name.
     """
     file = path(config)
     file.parent.mkdir(parents=True, exist_ok=True)
     content = {
         "key": key(config),
-        "savings": dataclasses.asdict(savings),
+        "options": dataclasses.asdict(options),
         "milliseconds": dict(milliseconds),
     }
     # Complete under its name, or not there: a robot may be reading.
@@ -72,11 +107,11 @@ def store(
     return file
 
 
-def load(config: pi0.Pi0Config) -> prepare.Savings | None:
+def load(config: pi0.Pi0Config) -> InferenceOptions | None:
     """What `store` kept for this model, device and JAX; None, with a warning, if damaged."""
     file = path(config)
     try:
-        return _savings(config, json.loads(file.read_text(encoding="utf-8")))
+        return _options(config, json.loads(file.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
@@ -88,15 +123,15 @@ def load(config: pi0.Pi0Config) -> prepare.Savings | None:
         return None
 
 
-def _savings(config: pi0.Pi0Config, content: Any) -> prepare.Savings:
+def _options(config: pi0.Pi0Config, content: Any) -> InferenceOptions:
     """A file's choice; ValueError where it makes no sense."""
     if not isinstance(content, dict) or content.get("key") != key(config):
         raise ValueError("it is of another model, device or version of JAX")
-    given, fields = content.get("savings"), dataclasses.asdict(prepare.ALL)
+    given, fields = content.get("options"), dataclasses.asdict(ALL_ON)
     if not isinstance(given, dict) or set(given) != set(fields):
-        raise ValueError(f"'savings' must hold {', '.join(fields)}")
-    wrong = [name for name in prepare.ALL.on if not isinstance(given[name], bool)]
+        raise ValueError(f"'options' must hold {', '.join(fields)}")
+    wrong = [name for name in ALL_ON.on if not isinstance(given[name], bool)]
     if wrong:
         raise ValueError(f"{', '.join(wrong)} must be true or false")
-    attention.check(given["attention"], config.dtype)
-    return prepare.Savings(**given)
+    attentions.check(given["attention"], config.dtype)
+    return InferenceOptions(**given)

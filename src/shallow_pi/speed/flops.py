@@ -2,13 +2,13 @@
 
 A multiply-add counts two operations; matrix products and attention are counted, norms, activations
 and the sampler's vector arithmetic are not (under 5 % together at any size of interest). With
-`prepare.Savings` the counts follow what the sampler really runs.
+`tuning.InferenceOptions` the counts follow what the sampler really runs.
 """
 
 import dataclasses
 from collections.abc import Collection
 
-from shallow_pi.inference import prepare
+from shallow_pi.inference import tuning
 from shallow_pi.models import gemma, pi0
 
 BYTES = {"bfloat16": 2, "float32": 4}
@@ -44,24 +44,24 @@ class Count:
 
 
 def inference_flops(
-    config: pi0.Pi0Config, *, batch: int = 1, num_steps: int = 10, savings: prepare.Savings
+    config: pi0.Pi0Config, *, batch: int = 1, num_steps: int = 10, options: tuning.InferenceOptions
 ) -> Count:
     """Operations of `sampler.sample_actions` for a batch with these cameras and prompt length."""
     d, e, length = config.backbone.width, config.expert.width, config.prefix_tokens
     whole = _layer(config.backbone, length, length)
     prefix = config.depth * whole
-    if savings.unrolled_layers:  # The last layer's queries are made with its keys and values.
+    if options.unrolled_layers:  # The last layer's queries are made with its keys and values.
         prefix += _projections(config.backbone, length)[0] - whole
     horizon, cached = config.action_horizon, length + (not config.pi05)
-    if not config.pi05 and savings.state_once:
+    if not config.pi05 and options.state_once:
         token = _layer(config.expert, 1, cached)
         prefix += config.depth * token + 2 * config.action_dim * e
-        if savings.unrolled_layers:
+        if options.unrolled_layers:
             prefix += _projections(config.expert, 1)[0] - token
-    extra = not config.pi05 and not savings.state_once
+    extra = not config.pi05 and not options.state_once
     step = config.depth * _layer(config.expert, horizon + extra, cached + horizon)
     step += 4 * config.action_horizon * config.action_dim * e  # In and out of the expert's width.
-    step += _time(config, savings)
+    step += _time(config, options)
     return Count(batch * _vision(config, d), batch * prefix, batch * step, num_steps)
 
 
@@ -85,13 +85,13 @@ def training_flops(
       draws: (noise, time) pairs of each.
       freeze: parts that are not trained, "vision" among them or not.
     """
-    useful = dataclasses.replace(prepare.NOTHING, unrolled_layers=True)
+    useful = dataclasses.replace(tuning.ALL_OFF, unrolled_layers=True)
 
     def forward(config: pi0.Pi0Config | None) -> tuple[int, int]:
         """Of the image tower, and of the rest."""
         if config is None:
             return 0, 0
-        count = inference_flops(config, batch=batch, num_steps=draws, savings=useful)
+        count = inference_flops(config, batch=batch, num_steps=draws, options=useful)
         return count.vision, count.total - count.vision
 
     (own, layers), (others, teachers) = forward(student), forward(teacher)
@@ -99,18 +99,18 @@ def training_flops(
 
 
 def weight_bytes(
-    config: pi0.Pi0Config, *, num_steps: int = 10, savings: prepare.Savings | None = None
+    config: pi0.Pi0Config, *, num_steps: int = 10, options: tuning.InferenceOptions | None = None
 ) -> Count:
     """Bytes of weights read at batch 1: what bandwidth alone makes an inference take.
 
-    With `savings` that write layers out, those of the last layer that nobody reads do not count.
+    With `options` that write layers out, those of the last layer that nobody reads do not count.
     """
     size = BYTES[config.dtype]
     image, d = config.image, config.backbone.width
     layer = 4 * image.width**2 + 2 * image.width * image.mlp_dim
     vision = image.depth * layer + 3 * image.patch_size**2 * image.width + image.width * d
     prefix = config.depth * _layer_weights(config.backbone)
-    if savings is not None and savings.unrolled_layers:
+    if options is not None and options.unrolled_layers:
         prefix += _projections(config.backbone, 1)[0] // 2 - _layer_weights(config.backbone)
     step = config.depth * _layer_weights(config.expert)
     return Count(size * vision, size * prefix, size * step, num_steps)
@@ -139,10 +139,10 @@ def _layer_weights(c: gemma.GemmaConfig) -> int:
     return sum(_projections(c, 1)) // 2 + 3 * c.width * c.mlp_dim
 
 
-def _time(config: pi0.Pi0Config, savings: prepare.Savings) -> int:
+def _time(config: pi0.Pi0Config, options: tuning.InferenceOptions) -> int:
     """What the flow time costs a step."""
     e = config.expert.width
     if not config.pi05:
         halves = 2 * config.action_horizon * 2 * e * e  # The actions' half in, and out.
-        return halves if savings.time_tables else halves + 2 * e * e
-    return 0 if savings.time_tables else 4 * e * e + (2 * config.depth + 1) * 6 * e * e
+        return halves if options.time_tables else halves + 2 * e * e
+    return 0 if options.time_tables else 4 * e * e + (2 * config.depth + 1) * 6 * e * e

@@ -1,4 +1,4 @@
-"""Where the time of one inference goes: by part, by size, by what is spared, and beside others.
+"""Time of one inference by part, by size, by optimization, and beside other samplers.
 
 Random weights are the right load: no time depends on their values. All variants of a depth take
 turns in one process (see `latency`), so that ratios hold on a machine that is not quiet.
@@ -45,9 +45,9 @@ class Timing:
     # the device and actions back, nothing computed), "end to end" (pixels and actions on the host).
     median_ms: dict[str, float]
     p95_ms: dict[str, float]
-    # Milliseconds of the whole inference with one saving switched off, by its name: of `Savings`,
-    # and "masked camera" (one more camera, absent, is encoded all the same) and "prompt bucket"
-    # (the prompt is padded to the model's own length).
+    # Milliseconds of the whole inference with one optimization off, by its name in
+    # `InferenceOptions`; with one more camera, absent ("masked camera"); and with the prompt padded
+    # to the model's own length ("prompt bucket").
     without_ms: dict[str, float]
     # Milliseconds of other samplers on the same weights, observation and noise, by their names.
     others_ms: dict[str, float]
@@ -61,7 +61,7 @@ class Timing:
     # Bytes in use on the device while everything ran, at most; 0 where the backend does not tell.
     peak_bytes: int
     # How it ran.
-    savings: prepare.Savings
+    options: tuning.InferenceOptions
     device: str
 
     def shares(self, limit: Ceiling) -> dict[str, tuple[float, float]]:
@@ -98,7 +98,7 @@ def measure(
     *,
     num_steps: int = 10,
     repeats: int = 50,
-    savings: prepare.Savings | None = None,
+    options: tuning.InferenceOptions | None = None,
     ablate: bool = True,
     padded_to: int = 0,
     others: Mapping[str, Other] | None = None,
@@ -109,17 +109,17 @@ def measure(
       config: the model, with the cameras and the prompt length that are really there.
       num_steps: integration steps.
       repeats: timed calls of each part.
-      savings: what is spared; None is the fastest that is known here.
-      ablate: also time the whole inference with each saving that is on switched off.
+      options: the optimizations; None is `tuning.best`.
+      ablate: also time the whole inference with each optimization in turn switched off.
       padded_to: the prompt length of a model that pads; more than the config's, it is timed too.
       others: other samplers to time in the same turns, by name.
     """
-    savings = savings or tuning.best(config)
+    options = options or tuning.best(config)
     params = random_params(config)
-    variants = {"whole": savings}
+    variants = {"whole": options}
     if ablate:
-        off: dict[str, Any] = {name: {name: False} for name in savings.on}
-        variants |= {name: dataclasses.replace(savings, **change) for name, change in off.items()}
+        off: dict[str, Any] = {name: {name: False} for name in options.on}
+        variants |= {name: dataclasses.replace(options, **change) for name, change in off.items()}
     pictures = make_batch(config)
     observation = jax.device_put(observations.Observation.from_batch(pictures))
     shape = (1, config.action_horizon, config.action_dim)
@@ -132,14 +132,14 @@ def measure(
         calls[name] = functools.partial(run, weights, observation, noise)
         if name == "whole":
             program_bytes = _program_bytes(run, weights, observation, noise)
-            calls |= _parts(config, weights, observation, noise, savings.attention)
+            calls |= _parts(config, weights, observation, noise, options.attention)
             calls["host transfer"] = functools.partial(
                 _transfer, jax.jit(jnp.negative), pictures, noise
             )
             calls["end to end"] = functools.partial(_from_host, run, weights, pictures, noise)
             untrimmed = _untrimmed(config, padded_to) if ablate else {}
-            for saving, (larger, seen) in untrimmed.items():
-                calls[saving] = functools.partial(
+            for name, (larger, seen) in untrimmed.items():
+                calls[name] = functools.partial(
                     sampling(larger, num_steps, chosen), weights, jax.device_put(seen), noise
                 )
     ready = {
@@ -164,28 +164,28 @@ def measure(
         without_ms={name: found.median_ms[name] for name in without},
         others_ms={name: found.median_ms[name] for name in ready},
         others_difference=difference,
-        flops=flops.inference_flops(config, num_steps=num_steps, savings=savings).by_part,
-        weight_bytes=flops.weight_bytes(config, num_steps=num_steps, savings=savings).by_part,
+        flops=flops.inference_flops(config, num_steps=num_steps, options=options).by_part,
+        weight_bytes=flops.weight_bytes(config, num_steps=num_steps, options=options).by_part,
         program_bytes=program_bytes,
         peak_bytes=int(statistics.get("peak_bytes_in_use", 0)),
-        savings=savings,
+        options=options,
         device=found.device,
     )
 
 
 def sampling(
-    config: pi0.Pi0Config, num_steps: int, savings: prepare.Savings
+    config: pi0.Pi0Config, num_steps: int, options: tuning.InferenceOptions
 ) -> Callable[..., Array]:
     """The jitted sampler of (prepared weights, observation, noise)."""
     return jax.jit(
-        functools.partial(sampler.sample_prepared, config, num_steps=num_steps, savings=savings)
+        functools.partial(sampler.sample_prepared, config, num_steps=num_steps, options=options)
     )
 
 
 def _untrimmed(
     config: pi0.Pi0Config, padded_to: int
 ) -> dict[str, tuple[pi0.Pi0Config, observations.Observation]]:
-    """The same observation as `prepare.trim` was spared it: an absent camera, prompt padding."""
+    """The same observation with what `prepare.trim` drops: an absent camera, prompt padding."""
     more = dataclasses.replace(config, cameras=(*config.cameras, "absent_0_rgb"))
     batch = make_batch(more)
     batch["image_mask"]["absent_0_rgb"][:] = False
@@ -268,11 +268,11 @@ def random_params(config: pi0.Pi0Config) -> PyTree:
 
 
 def prepare_weights(
-    config: pi0.Pi0Config, params: PyTree, num_steps: int, savings: prepare.Savings
+    config: pi0.Pi0Config, params: PyTree, num_steps: int, options: tuning.InferenceOptions
 ) -> prepare.Prepared:
     """What `sampling` takes, on the device."""
     times = sampler.integration_times(num_steps)
-    return jax.jit(functools.partial(prepare.prepare, config, times=times, savings=savings))(params)
+    return jax.jit(functools.partial(prepare.prepare, config, times=times, options=options))(params)
 
 
 def make_batch(config: pi0.Pi0Config) -> dict[str, Any]:

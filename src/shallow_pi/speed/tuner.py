@@ -14,7 +14,7 @@ import jax
 from jaxtyping import Array
 
 from shallow_pi import progress
-from shallow_pi.inference import attention, prepare
+from shallow_pi.inference import attention, prepare, tuning
 from shallow_pi.models import observation as observations
 from shallow_pi.models import pi0
 from shallow_pi.speed import inference, latency
@@ -25,19 +25,19 @@ class Tuned:
     """What was tried."""
 
     # The fastest.
-    savings: prepare.Savings
+    options: tuning.InferenceOptions
     # Of each candidate that ran, by its name, the fastest first.
     median_ms: dict[str, float]
     # Of those that did not, why.
     failed: dict[str, str]
 
 
-def candidates(dtype: str) -> dict[str, prepare.Savings]:
+def candidates(dtype: str) -> dict[str, tuning.InferenceOptions]:
     """Every combination worth trying, by name."""
     words = {True: "written out", False: "scanned"}
     return {
         f"layers {words[layers]}, steps {words[steps]}, {kernel} attention": dataclasses.replace(
-            prepare.ALL, unrolled_layers=layers, unrolled_steps=steps, attention=kernel
+            tuning.ALL_ON, unrolled_layers=layers, unrolled_steps=steps, attention=kernel
         )
         for kernel, layers, steps in itertools.product(
             attention.available(dtype), (True, False), (True, False)
@@ -50,7 +50,7 @@ def tune(
     *,
     num_steps: int = 10,
     repeats: int = 20,
-    tried: Mapping[str, prepare.Savings] | None = None,
+    tried: Mapping[str, tuning.InferenceOptions] | None = None,
 ) -> Tuned:
     """Time a model with random weights in every way.
 
@@ -73,14 +73,14 @@ def tune(
     calls: dict[str, Callable[[], Array]] = {}
     failed: dict[str, str] = {}
     with progress.bar("Compile", total=len(tried)) as advance:
-        for name, savings in tried.items():
-            if savings.unrolled_layers not in weights:
-                weights[savings.unrolled_layers] = inference.prepare_weights(
-                    config, params, num_steps, savings
+        for name, options in tried.items():
+            if options.unrolled_layers not in weights:
+                weights[options.unrolled_layers] = inference.prepare_weights(
+                    config, params, num_steps, options
                 )
-            given = weights[savings.unrolled_layers], observation, noise
+            given = weights[options.unrolled_layers], observation, noise
             try:
-                calls[name] = _ready(inference.sampling(config, num_steps, savings), given)
+                calls[name] = _ready(inference.sampling(config, num_steps, options), given)
             except (RuntimeError, NotImplementedError, ValueError) as error:
                 failed[name] = (str(error).strip() or repr(error)).splitlines()[0]
             advance(1)

@@ -21,7 +21,7 @@ from shallow_pi.data import loader, sources
 from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.data.robots import transforms
 from shallow_pi.distill import step, student
-from shallow_pi.inference import prepare, sampler
+from shallow_pi.inference import sampler, tuning
 from shallow_pi.models import observation as observations
 from shallow_pi.models import pi0
 from shallow_pi.parallel import processes, sharding
@@ -33,7 +33,7 @@ TO_TEACHER = f"{PREFIX}error_to_teacher"
 TEACHER_TO_DATA = f"{PREFIX}teacher_error_to_data"
 LOSSES = ("task_loss", "velocity_loss", "attention_loss")
 # Scanned and unfused: the quickest to compile, and no second arrangement of sharded weights.
-SAVINGS = dataclasses.replace(prepare.LOOPS, fused=False)
+OPTIONS = dataclasses.replace(tuning.SCANNED, fused=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +167,7 @@ def sample(
     """Normalized actions of a model for a batch of the loader."""
     observation = observations.Observation.from_batch(batch)
     return sampler.sample_actions(
-        model, params, observation, noise, num_steps=num_steps, savings=SAVINGS
+        model, params, observation, noise, num_steps=num_steps, options=OPTIONS
     )
 
 
