@@ -164,6 +164,23 @@ def test_a_state_in_parts_is_joined_and_its_size_checked(tokens) -> None:
         inputs(wrong)
 
 
+def test_actions_in_parts_are_joined_and_a_whole_chunk_passes(tokens) -> None:
+    robot = dataclasses.replace(robots.UR5, action_key="velocity", action_more=("close",))
+    recording = _recording(robot)
+    whole = recording["velocity"]
+    stats = {key: normalize.compute(np.eye(7)) for key in ("state", "actions")}
+    arguments = {"cameras": CAMERAS, "image_size": 8, "action_dim": 8, "tokenizer": tokens}
+    inputs = pipelines.inputs(robot, **arguments, stats=stats, kind="z_score")
+    expected = inputs(dict(recording))["actions"]
+    parts = {"velocity": whole[:, :6], "close": whole[:, 6:]}
+    np.testing.assert_array_equal(inputs(recording | parts)["actions"], expected)
+    parts["close"] = whole[:, 5:]
+    with pytest.raises(
+        ValueError, match=r"'velocity' \+ 'close' has 8 dimensions, robot ur5 has 7"
+    ):
+        inputs(recording | parts)
+
+
 def test_bad_input_raises(tokens, stats) -> None:
     with pytest.raises(ValueError, match="dimension 3, more than the model's action_dim 2"):
         _inputs(tokens, stats, action_dim=2)

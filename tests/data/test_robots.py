@@ -109,6 +109,13 @@ def test_the_example_of_the_docstring_runs(tmp_path) -> None:
     assert robots.find(str(tmp_path / "example.py")).delta == (True,) * 6 + (False,)
 
 
+def test_keys_that_repeat_or_are_empty_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"names that differ, got \['joints', 'joints'\]"):
+        dataclasses.replace(robots.UR5, state_more=("joints",))
+    with pytest.raises(ValueError, match=r"names that differ, got \['actions', ''\]"):
+        dataclasses.replace(robots.UR5, action_more=("",))
+
+
 def test_unknown_robots_are_named() -> None:
     with pytest.raises(ValueError, match=r"unknown robot 'turntabel'.*did you mean 'turntable'"):
         robots.find("turntabel")

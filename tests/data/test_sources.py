@@ -1,5 +1,6 @@
 """Sources of samples: what a sample holds, mixtures of datasets, and what is kept in memory."""
 
+import dataclasses
 import itertools
 import pathlib
 
@@ -103,12 +104,12 @@ def test_synthetic_samples_are_deterministic_and_fit_the_contract() -> None:
     assert len(np.unique(batch["state"])) == 16
 
 
-@pytest.mark.parametrize("name", ["libero_delta", "droid_position", "ur5", "aloha_sim"])
+@pytest.mark.parametrize("name", ["libero_delta", "droid_position", "ur5", "aloha_sim", "in parts"])
 def test_recordings_of_other_robots_become_batches(tmp_path, name) -> None:
     """In the keys of openpi's converters: states in parts, pictures under plain names."""
-    robot, rng = robots.find(name), np.random.default_rng(0)
-    more = len(robot.state_more)
-    sizes = [robot.state_dim - more] + [1] * more
+    in_parts = dataclasses.replace(robots.UR5, action_key="velocity", action_more=("close",))
+    robot = in_parts if name == "in parts" else robots.find(name)
+    rng = np.random.default_rng(0)
     with lerobot_writer.Writer(tmp_path / "data", robot.fps) as writer:
         for length in (4, 6):
             images = {
@@ -117,10 +118,12 @@ def test_recordings_of_other_robots_become_batches(tmp_path, name) -> None:
             }
             columns = {
                 key: rng.uniform(0.1, 0.9, (length, size)).astype(np.float32)
-                for key, size in zip(robot.state_keys, sizes, strict=True)
+                for keys, dim in (
+                    (robot.state_keys, robot.state_dim),
+                    (robot.action_keys, robot.action_dim),
+                )
+                for key, size in zip(keys, [dim - len(keys) + 1] + [1] * len(keys), strict=False)
             }
-            columns[robot.action_key] = rng.normal(size=(length, robot.action_dim))
-            columns[robot.action_key] = columns[robot.action_key].astype(np.float32)
             writer.add(images, columns, ["go"] * length)
     dataset = reader.Dataset(tmp_path / "data")
     tokenizer.train(["go"], tmp_path / "small.model")
@@ -141,7 +144,7 @@ def test_recordings_of_other_robots_become_batches(tmp_path, name) -> None:
         np.testing.assert_allclose(values.mean(0), 0, atol=1e-4)
         np.testing.assert_allclose(values.std(0), 1, atol=1e-3)
     dataset.columns[robot.state_key] = np.zeros((10, 2), np.float32)
-    with pytest.raises(ValueError, match=rf"robot {name} expects \({robot.state_dim},\)"):
+    with pytest.raises(ValueError, match=rf"robot {robot.name} expects \({robot.state_dim},\)"):
         dataset.validate(robot)
 
 

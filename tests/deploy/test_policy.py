@@ -220,6 +220,7 @@ def test_metadata_is_plain_and_says_what_a_client_sends(deployed):
         },
         "state_keys": ["observation.state"],
         "action_key": "action",
+        "action_keys": ["action"],
         "prompt_key": "task",
         "fps": 20,
         "num_steps": 3,

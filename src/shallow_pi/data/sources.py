@@ -62,8 +62,9 @@ class DatasetSource:
         sample = self.dataset.read(i, cameras=())
         for camera in self.robot.cameras.values():
             sample[camera] = self.pictures(i, camera)
-        actions, is_pad = self.dataset.chunk(i, self.horizon, self.robot.action_key)
-        return self.transform({**sample, self.robot.action_key: actions, "action_is_pad": is_pad})
+        for key in self.robot.action_keys:
+            sample[key], sample["action_is_pad"] = self.dataset.chunk(i, self.horizon, key)
+        return self.transform(sample)
 
 
 class SyntheticSource:
@@ -224,7 +225,7 @@ def norm_stats(
     columns = [dataset.columns for dataset in datasets]
     return statistics.compute(
         np.concatenate([robot.state(column) for column in columns]),
-        np.concatenate([column[robot.action_key] for column in columns]),
+        np.concatenate([robot.actions(column) for column in columns]),
         np.concatenate([d.ends + start for d, start in zip(datasets, starts, strict=False)]),
         robot,
         horizon,

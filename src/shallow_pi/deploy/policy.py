@@ -128,6 +128,7 @@ class Policy:
             "cameras": {c: robot.cameras[c] for c in model.cameras if c in robot.cameras},
             "state_keys": list(robot.state_keys),
             "action_key": robot.action_key,
+            "action_keys": list(robot.action_keys),
             "prompt_key": robot.prompt_key,
             "fps": robot.fps,
             "num_steps": self.num_steps,

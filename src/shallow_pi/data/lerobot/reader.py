@@ -145,7 +145,7 @@ class Dataset:
         self, robot: robots.Robot, horizon: int, advance: progress.Advance | None = None
     ) -> dict[str, normalize.NormStats]:
         """Exact statistics of state and action chunks as the model sees them (`statistics`)."""
-        state, actions = robot.state(self.columns), self.columns[robot.action_key]
+        state, actions = robot.state(self.columns), robot.actions(self.columns)
         return statistics.compute(state, actions, self.ends, robot, horizon, advance)
 
     def validate(self, robot: robots.Robot) -> None:
@@ -157,13 +157,13 @@ class Dataset:
                     f"{list(self.cameras)}"
                 )
         vectors = sorted(set(self.columns) & set(self.features) - _BOOKKEEPING)
-        for key in (*robot.state_keys, robot.action_key):
+        for key in (*robot.state_keys, *robot.action_keys):
             if key not in self.columns:
                 raise ValueError(f"dataset {self.path} lacks {key!r}; it has {vectors}")
-        state, actions = robot.state(self.columns), self.columns[robot.action_key]
+        state, actions = robot.state(self.columns), robot.actions(self.columns)
         for key, column, dim in (
             (" + ".join(map(repr, robot.state_keys)), state, robot.state_dim),
-            (repr(robot.action_key), actions, robot.action_dim),
+            (" + ".join(map(repr, robot.action_keys)), actions, robot.action_dim),
         ):
             if column.shape[1:] != (dim,):
                 raise ValueError(

@@ -79,17 +79,20 @@ class _Rename:
     def __call__(self, sample: transforms.Sample) -> transforms.Sample:
         robot = self.robot
         keys = {key: key for key in ("image", "image_mask", "action_is_pad", *robot.state_keys)}
-        keys["actions"] = robot.action_key
         if not robot.prompt:
             keys["prompt"] = robot.prompt_key
-        found = transforms.Repack(keys, ("actions", "action_is_pad"))(sample)
+        found = transforms.Repack(keys, ("action_is_pad",))(sample)
+        if robot.action_key in sample:
+            # A whole vector under the first key: what a policy goes on from.
+            whole = not any(key in sample for key in robot.action_more)
+            found["actions"] = sample[robot.action_key] if whole else robot.actions(sample)
         sample = {key: value for key, value in found.items() if key not in robot.state_keys}
         sample["state"] = robot.state(found)
         sample.setdefault("prompt", robot.prompt)
         named = " + ".join(map(repr, robot.state_keys))
         for key, what, dim in (
             ("state", named, robot.state_dim),
-            ("actions", repr(robot.action_key), robot.action_dim),
+            ("actions", " + ".join(map(repr, robot.action_keys)), robot.action_dim),
         ):
             if key in sample and sample[key].shape[-1] != dim:
                 raise ValueError(

@@ -71,6 +71,8 @@ class Robot:
     action_conversion: conversions.Conversion | None = None
     # Keys appended to the state, in order, where a recording has it in parts.
     state_more: tuple[str, ...] = ()
+    # Keys appended to the actions likewise. A policy answers with one vector of all parts.
+    action_more: tuple[str, ...] = ()
     # Always this prompt, whatever recordings and observations say; empty takes theirs.
     prompt: str = ""
     # Where its transforms are, if they are code and not these fields: a config of openpi's by name.
@@ -101,6 +103,11 @@ class Robot:
                     f"robot {self.name}: {what}_conversion has {len(conversion.factor)} "
                     f"dimensions, {what}_dim is {dim}"
                 )
+        for keys in (self.state_keys, self.action_keys):
+            if len(set(keys)) < len(keys) or not all(keys):
+                raise ValueError(
+                    f"robot {self.name}: keys must be names that differ, got {list(keys)}"
+                )
         self._check_groups()
 
     def _check_groups(self) -> None:
@@ -127,11 +134,24 @@ class Robot:
 
     def state(self, observation: Mapping[str, Any]) -> Float[np.ndarray, "*n sd"]:
         """The state vector out of an observation or a dataset's columns, not converted yet."""
-        parts = [np.asarray(observation[key], np.float32) for key in self.state_keys]
-        if len(parts) == 1:
-            return parts[0]
-        # A gripper's position may come as a plain number.
-        return np.concatenate([part[None] if part.ndim == 0 else part for part in parts], axis=-1)
+        return _joined(observation, self.state_keys)
+
+    @property
+    def action_keys(self) -> tuple[str, ...]:
+        """The keys that make up the actions, in order."""
+        return (self.action_key, *self.action_more)
+
+    def actions(self, columns: Mapping[str, Any]) -> Float[np.ndarray, "*n rd"]:
+        """The action vectors out of a dataset's columns, not converted yet."""
+        return _joined(columns, self.action_keys)
+
+
+def _joined(values: Mapping[str, Any], keys: tuple[str, ...]) -> Float[np.ndarray, "*n d"]:
+    parts = [np.asarray(values[key], np.float32) for key in keys]
+    if len(parts) == 1:
+        return parts[0]
+    # A gripper's position may come as a plain number.
+    return np.concatenate([part[None] if part.ndim == 0 else part for part in parts], axis=-1)
 
 
 def mask(*groups: int) -> tuple[bool, ...]:
