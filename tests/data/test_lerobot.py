@@ -338,3 +338,20 @@ def test_memory_for_encoded_pictures_is_limited(monkeypatch) -> None:
     for camera in (*dataset.cameras, *dataset.cameras):
         np.testing.assert_array_equal(dataset.picture(5, camera), expected.picture(5, camera))
         assert [key for _, key in dataset._pictures] == [camera]
+
+
+@pytest.mark.parametrize("name", ["run [12]", "st*r?", "折り ü", "a:b", "x{y}%20", "~home", "k=v"])
+def test_a_folder_may_have_any_name(name, tmp_path, monkeypatch) -> None:
+    """Brackets are a pattern to polars, and `a:` a protocol to FFmpeg."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(IMAGE, tmp_path / "run 1")
+    for source in (IMAGE, OLD):
+        folder = shutil.copytree(source, tmp_path / name / "set")
+        expected = reader.Dataset(source)
+        _edit_data(tmp_path / "run 1", pl.lit(7).alias("task_index"))
+        for path in (folder, f"./{name}/set/", pathlib.Path(name, "set")):
+            dataset = reader.Dataset(path)
+            assert dataset.task(0) == expected.task(0)
+            camera = dataset.cameras[0]
+            np.testing.assert_array_equal(dataset.picture(3, camera), expected.picture(3, camera))
+        shutil.rmtree(folder)

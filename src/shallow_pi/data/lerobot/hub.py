@@ -36,7 +36,7 @@ def locate(
       ValueError: a dataset of a version that cannot be read.
     """
     text = os.fspath(path)
-    local = pathlib.Path(text).expanduser()
+    local = pathlib.Path(os.path.expanduser(text))  # Unlike pathlib, lets `~nobody` be.
     match = _ADDRESS.fullmatch(text)
     if local.exists() or match is None:
         return local

@@ -89,7 +89,8 @@ def read_table(path: pathlib.Path, keys: list[str] | None) -> pl.DataFrame:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; is the download complete?")
     try:
-        return pl.read_parquet(path, columns=keys)
+        # A path is no pattern: folders may have brackets in their names.
+        return pl.read_parquet(path, columns=keys, glob=False, hive_partitioning=False)
     except (pl.exceptions.PolarsError, OSError) as error:
         raise ValueError(f"cannot read {keys or 'all columns'} from {path}: {error}") from error
 

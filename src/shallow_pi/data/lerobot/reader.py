@@ -50,7 +50,8 @@ class Dataset:
         episodes: Collection[int] | None = None,
         skip_bad_episodes: bool = False,
     ) -> None:
-        self.path = pathlib.Path(path)
+        # Absolute, because FFmpeg takes `a:` before a relative path for a protocol.
+        self.path = pathlib.Path(os.path.expanduser(path)).absolute()
         self.layout = layout.read(self.path)
         self.info = self.layout.info
         self.features: dict[str, dict[str, Any]] = self.info["features"]
