@@ -31,7 +31,7 @@ from collections.abc import Sequence
 
 import tyro
 
-from shallow_pi.deploy import policy
+from shallow_pi.deploy import policy, state_check
 from shallow_pi.parallel import processes
 from shallow_pi.serving import recorder, server, server_config
 from shallow_pi.training import command_line
@@ -51,8 +51,14 @@ class PolicyArguments:
     num_steps: int = 10
     # Seed of the noise.
     seed: int = 0
-    # For a folder of openpi's: which robot it is for, a name or a file with a ROBOT.
+    # For a folder of openpi's: which robot it is for, a name or a file with a ROBOT. For any
+    # policy, such a file may give the keys of observations other names.
     robot: str = ""
+    # A state this many spreads outside its training data (its range q01 to q99) is answered with a
+    # warning; 0 never warns.
+    state_warn: float = state_check.WARN
+    # A state this many spreads outside its training data is refused; 0 refuses none.
+    state_refuse: float = state_check.REFUSE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +126,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             seed=given.policy.seed,
             robot=given.policy.robot or None,
             prompt=given.prompt or None,
+            state_warn=given.policy.state_warn,
+            state_refuse=given.policy.state_refuse,
         )
         record = None
         if given.record:

@@ -114,7 +114,7 @@ def test_the_page_shows_what_the_robot_does_and_calls_nobody(tab, driven, tmp_pa
             raw.recv()
             raw.send(msgpack.packb({b"<img src=/x onerror=alert(1)>": 1}))
             serving.refusal(raw)
-        tab.wait("document.getElementById('failures').innerText.includes('<img src=/x')")
+        tab.wait("document.getElementById('events').innerText.includes('<img src=/x')")
         assert tab.run("document.getElementById('health').className") == "bad"
         end()
         tab.wait("latest.clients.length === 0")

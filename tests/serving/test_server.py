@@ -96,6 +96,7 @@ def test_timings_come_as_from_openpis_server(served, observation):
         ({"observation.state": np.zeros(4, np.float32)}, "must have 3 dimensions"),
         ({"observation.state": np.float32([0, np.nan, 0])}, "is not finite"),
         ({"observation.state": np.array(["a", "b", "c"])}, "must be a vector of numbers"),
+        ({"observation.state": np.float32([0, 1e30, 0])}, r"dimension 1 is 1e\+30 .trained on"),
     ],
 )
 def test_a_bad_observation_is_refused_with_the_reason_alone(served, observation, changes, why):
@@ -195,6 +196,26 @@ def test_actions_that_are_not_finite_are_never_sent():
         with pytest.raises(RuntimeError, match="not finite; none are sent"):
             serving.openpi(running).infer({"state": np.float32([0, np.inf])})
         assert running.metric('shallow_pi_errors_total{kind="internal"}') == 1
+
+
+def test_a_state_far_from_training_is_answered_with_a_warning(served, observation):
+    client = serving.openpi(served)
+    assert "warnings" not in client.infer(observation)
+    before = served.metric("shallow_pi_warnings_total")
+    (warning,) = client.infer({**observation, "observation.state": np.float32([60, 0, 0])})[
+        "warnings"
+    ]
+    assert "'observation.state' is far from the training data: dimension 0 is 60" in warning
+    served.wait_for("shallow_pi_warnings_total", before + 1)
+
+
+def test_openpis_broker_passes_a_warning_on(served, observation):
+    far = {**observation, "observation.state": np.float32([60, 0, 0])}
+    broker = action_chunk_broker.ActionChunkBroker(serving.openpi(served), action_horizon=5)
+    for _ in range(2):
+        found = broker.infer(far)
+        assert found["actions"].shape == (3,)
+        assert "far from the training data" in found["warnings"][0]
 
 
 def test_what_passed_is_recorded_as_it_passed(served, tiny, observation, tmp_path):

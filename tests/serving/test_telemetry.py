@@ -29,10 +29,12 @@ def seen(clock):
     return telemetry.Telemetry(METADATA, clock)
 
 
-def answer(seen, client, *, total_ms=20.0, value=0.0, **observation):
+def answer(seen, client, *, total_ms=20.0, value=0.0, warnings=(), **observation):
     observation = {"state": np.float32([value, value])} | observation
     actions = np.full((5, 2), value, np.float32)
-    seen.answer(client, observation, actions, queue_ms=5, infer_ms=10, total_ms=total_ms)
+    seen.answer(
+        client, observation, actions, queue_ms=5, infer_ms=10, total_ms=total_ms, warnings=warnings
+    )
 
 
 def test_health_names_the_worst(seen, clock):
@@ -55,6 +57,19 @@ def test_health_names_the_worst(seen, clock):
     assert seen.health()[0] == "warn"
     seen.disconnect(client)
     assert seen.health()[0] == "idle"
+
+
+def test_warnings_are_counted_and_shown_in_one_line_a_client(seen, clock):
+    client = seen.connect("robot")
+    for _ in range(3):
+        answer(seen, client, warnings=["the state is far from the training data"])
+    assert seen.health() == ("warn", "Warning: the state is far from the training data")
+    assert b"shallow_pi_warnings_total 3.0" in seen.exposition()
+    assert [(e.kind, e.client) for e in seen.events] == [("warning", "client 1")]
+    assert seen.errors == 0
+    clock.now += telemetry.ALARM + 1
+    answer(seen, client)
+    assert seen.health()[0] == "good"
 
 
 def test_a_strangers_wrong_key_is_no_alarm(seen):
@@ -81,7 +96,7 @@ def test_what_is_kept_is_bounded(seen):
         answer(seen, client)
         seen.fail("message", "client 1", "bad")
     assert len(seen.served) == telemetry.SERVED
-    assert len(seen.failures) == telemetry.FAILURES
+    assert len(seen.events) == telemetry.EVENTS
     assert len(client.chunks) == telemetry.CHUNKS
 
 

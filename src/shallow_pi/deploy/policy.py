@@ -23,7 +23,13 @@ from shallow_pi import progress
 from shallow_pi.checkpoints import weights
 from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.data.robots import robot as robots
-from shallow_pi.deploy import likely_shapes, previous_chunk, robot_observation, step_folder
+from shallow_pi.deploy import (
+    likely_shapes,
+    previous_chunk,
+    robot_observation,
+    state_check,
+    step_folder,
+)
 from shallow_pi.inference import prepare, real_time, sampler, tuning
 from shallow_pi.models import observation, pi0
 
@@ -37,6 +43,9 @@ class Policy:
       num_steps: integration steps of the sampler.
       seed: of the noise `infer` draws.
       prompt: what to do where an observation does not say.
+      state_warn: spreads outside its training data beyond which a state is warned of; see
+        `state_check`.
+      state_refuse: the same, beyond which it is refused; 0 refuses none.
     """
 
     def __init__(
@@ -47,9 +56,14 @@ class Policy:
         num_steps: int = 10,
         seed: int = 0,
         prompt: str | None = None,
+        state_warn: float = state_check.WARN,
+        state_refuse: float = state_check.REFUSE,
     ) -> None:
         self.assets, self.num_steps, self.prompt = assets, num_steps, prompt
         self._inputs, self._outputs = assets.inputs(), assets.outputs()
+        self._check_state = state_check.StateCheck.create(
+            assets.robot, assets.stats["state"], warn=state_warn, refuse=state_refuse
+        )
         times, options = sampler.integration_times(num_steps), tuning.best(assets.model)
         self.weights = jax.jit(
             functools.partial(prepare.prepare, assets.model, times=times, options=options)
@@ -73,6 +87,8 @@ class Policy:
         warm_up: bool = True,
         asset_id: str | None = None,
         tokenizer: str | os.PathLike[str] | None = None,
+        state_warn: float = state_check.WARN,
+        state_refuse: float = state_check.REFUSE,
         **fields: Any,
     ) -> "Policy":
         """The policy of a step folder, its parameters in the model's compute dtype.
@@ -88,6 +104,8 @@ class Policy:
           warm_up: compile now what the first observation will need; see `warm_up`.
           asset_id: of openpi's, whose statistics, where there are several.
           tokenizer: of openpi's, where it is not PaliGemma's.
+          state_warn: as of `Policy`.
+          state_refuse: as of `Policy`.
           fields: of the `Pi0Config`, where they are to be others; openpi's checkpoints do not hold
             `action_horizon` (50), `max_token_len` (48; π0.5: 200) and `discrete_state_input` (π0.5:
             True).
@@ -103,7 +121,15 @@ class Policy:
         expected = pi0.abstract_params(assets.model)
         dtype = np.dtype(jnp.dtype(assets.model.dtype))
         params = weights.load_params(folder, expected, dtype=dtype, what="policy")
-        policy = cls(assets, params, num_steps=num_steps, seed=seed, prompt=prompt)
+        policy = cls(
+            assets,
+            params,
+            num_steps=num_steps,
+            seed=seed,
+            prompt=prompt,
+            state_warn=state_warn,
+            state_refuse=state_refuse,
+        )
         if warm_up:
             policy.warm_up()
         return policy
@@ -163,6 +189,7 @@ class Policy:
         Returns:
           `actions`: float32 (action horizon, robot's dimensions). `timing`: milliseconds of the
           whole (`infer_ms`) and of its parts, `transform_ms`, `device_ms` and `output_ms`.
+          `warnings`: a list of texts, only where there is something to warn of.
 
         Raises:
           ValueError: an observation the policy cannot be asked with; names the key.
@@ -171,6 +198,7 @@ class Policy:
         if noise is not None and np.shape(noise) != self.noise_shape:
             raise ValueError(f"noise must have shape {self.noise_shape}, got {np.shape(noise)}")
         found = self._clean(observation)
+        warning = self._check_state(self.assets.robot.state(found))
         left = None if previous is None else [previous]
         batch, guidance = self._to_model([found], left, delay, max_guidance_weight)
         ready = time.perf_counter()
@@ -185,7 +213,9 @@ class Policy:
             "device_ms": sampled - ready,
             "output_ms": end - sampled,
         }
-        return {"actions": actions, "timing": {k: 1e3 * seconds for k, seconds in parts.items()}}
+        timing = {k: 1e3 * seconds for k, seconds in parts.items()}
+        result: dict[str, Any] = {"actions": actions, "timing": timing}
+        return result | ({"warnings": [warning]} if warning else {})
 
     def infer_batch(
         self,
@@ -198,6 +228,7 @@ class Policy:
     ) -> Float[np.ndarray, "b ah rd"]:
         """Action chunks of several observations in the robot's units; arguments as of `infer`.
 
+        An absurd state is refused as there; nothing is warned of.
         Some may have no previous chunk (n = 0), or one shorter than the delay, which then ends with
         it.
         """
@@ -207,6 +238,8 @@ class Policy:
                 f"{len(observations)} observations, got {np.shape(noise)}"
             )
         found = [self._clean(one) for one in observations]
+        for one in found:
+            self._check_state(self.assets.robot.state(one))
         batch, guidance = self._to_model(found, previous, delay, max_guidance_weight)
         return self._to_robot(found, np.asarray(self.sample(batch, noise, guidance)))
 

@@ -84,9 +84,9 @@ def snapshot(
             }
             for c in seen.clients.values()
         ],
-        "failures": [
-            {"ago": now - f.at, "client": f.client, "kind": f.kind, "text": f.text}
-            for f in reversed(seen.failures)
+        "events": [
+            {"ago": now - e.at, "client": e.client, "kind": e.kind, "text": e.text}
+            for e in reversed(seen.events)
         ],
         "view": None if shown is None else _view(shown),
     }

@@ -12,7 +12,7 @@ import functools
 import logging
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -38,7 +38,11 @@ class Policy(Protocol):
         """What clients are told on connecting: plain values that msgpack knows."""
 
     def infer(self, observation: Mapping[str, Any]) -> Mapping[str, Any]:
-        """`{"actions": (ah, rd), "timing": {...}}`; a ValueError names what is wrong."""
+        """`{"actions": (ah, rd), "timing": {...}}`, perhaps with `warnings` (a list of texts).
+
+        Raises:
+          ValueError: an observation that cannot be answered; says why.
+        """
 
     def reset(self) -> None:
         """A new episode begins."""
@@ -60,6 +64,7 @@ class _Answer:
     actions: np.ndarray
     # The whole answer as it is sent.
     packed: bytes
+    warnings: Sequence[str]
     queue_ms: float
     infer_ms: float
 
@@ -111,6 +116,7 @@ class Sessions:
         name = self._record.begin(client.number) if self._record is not None else ""
         _log.info("client %d connected from %s", client.number, client.address)
         previous: dict[str, float] = {}
+        warned = False
         try:
             if len(self.seen.clients) == 1:
                 await self._reset()
@@ -132,7 +138,11 @@ class Sessions:
                     queue_ms=answer.queue_ms,
                     infer_ms=answer.infer_ms,
                     total_ms=total_ms,
+                    warnings=answer.warnings,
                 )
+                if answer.warnings and not warned:
+                    warned = True
+                    _log.warning("client %d: %s", client.number, "; ".join(answer.warnings))
                 if self._record is not None and isinstance(message, bytes):
                     self._record.add(name, message, answer.packed)
                 self._busy.discard(connection)
@@ -215,4 +225,4 @@ class Sessions:
         packed = protocol.pack(
             {"actions": actions, "policy_timing": policy_timing, "server_timing": timing, **result}
         )
-        return _Answer(observation, actions, packed, queue_ms, infer_ms)
+        return _Answer(observation, actions, packed, result.get("warnings", ()), queue_ms, infer_ms)

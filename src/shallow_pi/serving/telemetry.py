@@ -17,12 +17,14 @@ import prometheus_client
 from jaxtyping import Float
 
 # Kept for the page.
-SERVED, FAILURES, CHUNKS = 500, 20, 12
+SERVED, EVENTS, CHUNKS = 500, 20, 12
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 # Seconds a failure keeps the page red.
 ALARM = 10.0
 
 Kind = Literal["message", "observation", "too_large", "busy", "unauthorized", "internal"]
+# What the page lists: a refusal or failure of one kind, or a warning in an answer.
+Listed = Kind | Literal["warning"]
 Level = Literal["good", "idle", "warn", "bad"]
 
 
@@ -50,12 +52,12 @@ class Served:
 
 
 @dataclasses.dataclass(frozen=True)
-class Failure:
-    """One observation or connection that was refused."""
+class Event:
+    """An observation or connection that was refused, or an answer with a warning."""
 
     at: float
     client: str
-    kind: Kind
+    kind: Listed
     text: str
 
 
@@ -90,7 +92,7 @@ class Telemetry:
         self.fps = float(metadata.get("fps") or 0)
         self.clients: dict[int, Client] = {}
         self.served: collections.deque[Served] = collections.deque(maxlen=SERVED)
-        self.failures: collections.deque[Failure] = collections.deque(maxlen=FAILURES)
+        self.events: collections.deque[Event] = collections.deque(maxlen=EVENTS)
         self.waiting = 0
         self.requests = self.errors = 0
         # Rises with everything that happens, so that a page is sent only what is new.
@@ -103,6 +105,11 @@ class Telemetry:
         )
         self._errors = prometheus_client.Counter(
             "shallow_pi_errors", "What was refused or failed.", ["kind"], registry=registry
+        )
+        self._warnings = prometheus_client.Counter(
+            "shallow_pi_warnings",
+            "Answers with a warning, such as of a state far from the training data.",
+            registry=registry,
         )
         self._clients = prometheus_client.Gauge(
             "shallow_pi_clients", "Connections that send observations.", registry=registry
@@ -157,8 +164,9 @@ class Telemetry:
         queue_ms: float,
         infer_ms: float,
         total_ms: float,
+        warnings: Sequence[str] = (),
     ) -> None:
-        """An observation that was answered."""
+        """Note an observation that was answered."""
         now = self.clock()
         client.chunks.append(
             Chunk(
@@ -175,13 +183,23 @@ class Telemetry:
         self._requests.inc()
         for name, ms in (("request", total_ms), ("queue", queue_ms), ("inference", infer_ms)):
             self._seconds[name].observe(ms / 1000)
+        if warnings:
+            self._warnings.inc()
+            self._list("warning", f"client {client.number}", "; ".join(warnings))
 
     def fail(self, kind: Kind, client: str, text: str) -> None:
-        """Something that was refused or went wrong."""
+        """Note something that was refused or went wrong."""
         self.errors += 1
-        self.version += 1
-        self.failures.append(Failure(self.clock(), client, kind, text))
+        self._list(kind, client, text)
         self._errors.labels(kind).inc()
+
+    def _list(self, kind: Listed, client: str, text: str) -> None:
+        last = self.events[-1] if self.events else None
+        if kind == "warning" and last is not None and (last.kind, last.client) == (kind, client):
+            # A robot that is warned in every answer fills one line of the page, not all.
+            self.events.pop()
+        self.events.append(Event(self.clock(), client, kind, text))
+        self.version += 1
 
     def _next_step(self, client: Client, arrived: float, horizon: int) -> int:
         """Where a chunk begins: as many steps on as were due since the observation before."""
@@ -191,12 +209,13 @@ class Telemetry:
         return client.chunks[-1].start + min(max(due, 1), horizon)
 
     def health(self) -> tuple[Level, str]:
-        """What a person beside the robot must know, worst first."""
+        """The state of the server for a person beside the robot, the worst news first."""
         now = self.clock()
+        recent_events = [e for e in self.events if now - e.at < ALARM]
         # A stranger's key is no concern of the robot's.
-        failures = [f for f in self.failures if f.kind != "unauthorized"]
-        if failures and now - failures[-1].at < ALARM:
-            return "bad", f"Refused: {failures[-1].text.strip().splitlines()[-1]}"
+        refused = [e for e in recent_events if e.kind not in ("unauthorized", "warning")]
+        if refused:
+            return "bad", f"Refused: {refused[-1].text.strip().splitlines()[-1]}"
         if not self.clients:
             return "idle", "Ready; no robot is connected"
         recent = [s.total_ms for s in self.served if now - s.at < ALARM]
@@ -212,6 +231,8 @@ class Telemetry:
             compared += f", a chunk lasts {1000 * lasts:.0f} ms"
         if lasts is not None and slow > 1000 * lasts:
             return "warn", f"Too slow: {compared}"
+        if warned := [e for e in recent_events if e.kind == "warning"]:
+            return "warn", f"Warning: {warned[-1].text}"
         return "good", f"Running: {compared}"
 
 
