@@ -7,10 +7,12 @@ CPU devices that it reads back.
 """
 
 # ruff: noqa: E402 (the variables come before JAX, which reads them when it is imported)
+import contextlib
 import dataclasses
 import importlib.metadata
 import os
 import pathlib
+import resource
 
 CACHE = pathlib.Path(__file__).parents[1] / ".cache" / "jax"
 JAX = tuple(map(int, importlib.metadata.version("jax").split(".")[:2]))
@@ -46,6 +48,22 @@ def untold(monkeypatch):
     """Every test hears the warnings that an earlier one has heard."""
     monkeypatch.setattr(progress, "_told", set())
     monkeypatch.setattr(progress, "_strict", False)
+
+
+@pytest.fixture
+def small_disk():
+    """Makes the system refuse to write files beyond a size, as a full disk does, in any thread."""
+
+    @contextlib.contextmanager
+    def limit(size):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limit
 
 
 @pytest.fixture

@@ -74,5 +74,20 @@ def test_a_place_where_nothing_can_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"file/run cannot be written \(Not a directory\)"):
         run_folder.prepare(tmp_path / "file" / "run", resume=False, overwrite=False)
-    with pytest.raises(OSError, match=r"file/run cannot be written \(Not a directory\)"):
+    with pytest.raises(OSError, match=r"file/run/config.json cannot be written \(Not"):
         run_folder.save_config(tmp_path / "file" / "run", {})
+
+
+def test_a_config_that_the_disk_has_no_room_for_names_its_file(tmp_path, small_disk):
+    with (
+        small_disk(10),
+        pytest.raises(OSError, match=r"config.json cannot be written \(File too large\): free"),
+    ):
+        run_folder.save_config(tmp_path, {"seed": 42})
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_a_damaged_config_is_named(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config.json is damaged .*--overwrite"):
+        run_folder.compare_config(tmp_path, {})

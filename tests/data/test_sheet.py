@@ -87,6 +87,14 @@ def test_the_sheet_of_a_run_lies_in_its_folder(own, source, tmp_path):
     assert drawn.dtype == np.uint8
 
 
+def test_a_sheet_that_the_disk_has_no_room_for_names_its_file(own, source, tmp_path, small_disk):
+    with (
+        small_disk(100),
+        pytest.raises(OSError, match=r"data_sheet.png cannot be written \(File too large\)"),
+    ):
+        sheet.write(tmp_path, source, own, observation.Augmentation())
+
+
 def test_made_up_samples_have_a_sheet_too(tmp_path):
     made_up = sources.SyntheticSource(
         cameras=("base_0_rgb",),
@@ -98,7 +106,7 @@ def test_made_up_samples_have_a_sheet_too(tmp_path):
         length=3,
     )
     sheet.write(tmp_path, made_up, None, observation.Augmentation())
-    assert (tmp_path / sheet.FILE).is_file()
+    assert (tmp_path / "data_sheet.png").is_file()
 
 
 def test_histograms_are_drawn_and_say_what_they_need(own, batch, tmp_path, monkeypatch):

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import resource
 import shutil
 
 import flax.struct
@@ -147,12 +146,78 @@ def test_a_step_folder_is_deployable_and_holds_nothing_twice(tmp_path, ema):
 
 def test_saving_keeps_what_it_was_told_to(tmp_path):
     state = _init(ema=False)
-    with checkpoint.Checkpoints(tmp_path, keep=2, keep_period=4, save_interval=2) as checkpoints:
-        saved = [checkpoints.save(step, state, None, _nothing) for step in range(2, 10)]
-        assert saved == [True, False] * 4
-        assert checkpoints.save(9, state, None, _nothing, force=True)
-        assert not checkpoints.save(9, state, None, _nothing, force=True)
+    with checkpoint.Checkpoints(tmp_path, keep=2, keep_period=4) as checkpoints:
+        for step in (2, 4, 6, 8, 9):
+            assert checkpoints.save(step, state, None, _nothing)
+        assert not checkpoints.save(9, state, None, _nothing)
     assert sorted(int(child.name) for child in tmp_path.iterdir()) == [4, 8, 9]
+
+
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory):
+    """Steps 1, the best, and 2."""
+    folder, state = tmp_path_factory.mktemp("two"), _init(ema=False)
+    with checkpoint.Checkpoints(folder, keep=2) as checkpoints:
+        checkpoints.save(1, state, "one", _nothing, error=0.1)
+        checkpoints.save(2, state, "two", _nothing, error=0.3)
+    return folder, state
+
+
+@pytest.mark.parametrize("order", ["forwards", "backwards", "shuffled"])
+def test_a_damaged_old_step_stops_no_resume(two_steps, tmp_path, order, capsys):
+    """Its entries go one at a time, as in a deletion that was killed."""
+    source, state = two_steps
+    folder = shutil.copytree(source, tmp_path / "run", symlinks=True)
+    old = sorted((folder / "1").rglob("*"))
+    if order == "shuffled":
+        np.random.default_rng(0).shuffle(old)
+    for path in old[::-1] if order == "backwards" else old:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+        with checkpoint.Checkpoints(folder) as checkpoints:
+            assert checkpoints.restore(state)[1] == "two"
+            whole = all((folder / "1" / part).exists() for part in checkpoint._PARTS)
+            assert checkpoints.best == ((1, 0.1) if whole else (2, 0.3))
+    assert f"warning: {folder}/1 is damaged and left alone: it lacks params" in (
+        capsys.readouterr().err
+    )
+    with checkpoint.Checkpoints(folder) as checkpoints:
+        checkpoints.save(3, state, None, _nothing)
+    assert [path.name for path in sorted(folder.glob("[0-9]*"))] == ["2", "3"]
+
+
+def test_a_step_is_never_seen_half_deleted(two_steps, tmp_path, monkeypatch):
+    """A kill after any number of removals leaves a folder that the next start removes."""
+    source, _ = two_steps
+    folder = shutil.copytree(source, tmp_path / "run", symlinks=True)
+
+    class Killed(BaseException):
+        pass
+
+    def killed(path):
+        next(entry for entry in path.rglob("*") if entry.is_file()).unlink()
+        raise Killed
+
+    checkpoints = checkpoint.Checkpoints(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.shutil, "rmtree", killed)
+        with pytest.raises(Killed):
+            checkpoint._delete(folder / "1")
+    checkpoints.close()
+    assert len(list(folder.glob("1.orbax*"))) == 1
+    with checkpoint.Checkpoints(folder) as checkpoints:
+        assert checkpoints.best == (2, 0.3)
+    assert [path.name for path in folder.glob("[0-9]*")] == ["2"]
+
+
+def test_a_step_whose_data_cannot_be_read_is_not_the_best(two_steps, tmp_path, capsys):
+    folder = shutil.copytree(two_steps[0], tmp_path / "run", symlinks=True)
+    (folder / "1" / "data" / "metadata").write_text("{")
+    with checkpoint.Checkpoints(folder) as checkpoints:
+        assert checkpoints.best == (2, 0.3)
+    assert f"warning: {folder}/1 is damaged and left alone (JSON" in capsys.readouterr().err
 
 
 def test_the_best_step_stays_and_is_pointed_to(tmp_path):
@@ -216,8 +281,10 @@ def test_a_disk_that_fills_up_while_assets_are_written_costs_only_that_step(tmp_
         assert checkpoints.save(2, state, None, _assets)
 
 
-def test_a_disk_that_fills_up_in_the_background_costs_only_that_step(tmp_path):
-    """The system refuses to write files beyond a size, in TensorStore's threads too."""
+def test_a_disk_that_fills_up_in_the_background_costs_only_that_step(
+    tmp_path, small_disk, capfd, caplog
+):
+    """In TensorStore's threads too; Orbax's tracebacks do not bury the one line."""
     small = _init(ema=False)
     # Noise does not compress: the file must exceed the limit.
     noise = np.random.default_rng(0).standard_normal((64, 1024)).astype(np.float32)
@@ -225,19 +292,18 @@ def test_a_disk_that_fills_up_in_the_background_costs_only_that_step(tmp_path):
     checkpoints = checkpoint.Checkpoints(tmp_path)
     checkpoints.save(1, small, None, _assets)
     checkpoints.wait()
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
-    try:
+    with small_disk(1 << 16):
         checkpoints.save(2, large, None, _assets)
-        with pytest.raises(
-            checkpoint.SaveError, match=r"/2 could not be written.*step 1 is intact"
-        ):
+        with pytest.raises(checkpoint.SaveError) as error:
             checkpoints.wait()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert str(error.value) == (
+        f"checkpoint {tmp_path}/2 could not be written (File too large); step 1 is intact. Free "
+        "space there or make it writable, then go on with --resume"
+    )
     assert checkpoints.latest_step() == 1
     _assert_same(checkpoints.restore(small)[0], small)
     checkpoints.close()
+    assert "Traceback" not in capfd.readouterr().err + caplog.text
     with checkpoint.Checkpoints(tmp_path) as checkpoints:
         assert [child.name for child in tmp_path.iterdir()] == ["1"]
 

@@ -2,12 +2,14 @@
 
 import json
 import math
-import os
+import struct
 import sys
 import types
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from tensorboardX.proto import event_pb2
 
 from shallow_pi.training import metrics
 
@@ -91,11 +93,43 @@ def test_an_extra_gets_every_row(tmp_path, monkeypatch, name):
     assert calls == ["shallow", (5, {"loss": 1.0}), "end"]
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has a disk that is always full")
-def test_a_full_disk_is_told_with_the_files_name_and_what_to_do(tmp_path):
-    message = r"metrics.jsonl cannot be written \(No space left on device\).*--resume"
-    with metrics.MetricsLog(tmp_path, tensorboard=False) as log:
-        log._file.close()
-        log._file = open("/dev/full", "w")  # noqa: SIM115 (the log closes it)
+def test_events_of_a_resumed_run_hide_what_came_after_its_checkpoint(tmp_path):
+    picture = np.zeros((2, 3, 3), np.uint8)
+    with metrics.MetricsLog(tmp_path, first_step=3) as log:
+        log.image(3, "sheet", picture)
+        log.log(3, {"loss": 0.5})
+    (file,) = (tmp_path / "tensorboard").glob("events.*")
+    events = [event_pb2.Event.FromString(record) for record in _records(file)]
+    assert events[1].step == 3
+    assert events[1].session_log.status == event_pb2.SessionLog.START
+    values = [(event.step, value.tag) for event in events for value in event.summary.value]
+    assert values == [(3, "sheet"), (3, "loss")]
+    assert events[-1].summary.value[0].simple_value == 0.5
+
+
+def _records(path):
+    """Of a TFRecord file: length, checksum, record, checksum."""
+    data, start = path.read_bytes(), 0
+    while start < len(data):
+        (length,) = struct.unpack_from("<Q", data, start)
+        yield data[start + 12 : start + 12 + length]
+        start += length + 16
+
+
+def test_a_full_disk_is_told_with_the_files_name_and_what_to_do(tmp_path, small_disk):
+    row = {f"loss {i}": 1.0 for i in range(200)}
+    with small_disk(1000):
+        log = metrics.MetricsLog(tmp_path, tensorboard=False)
+        message = r"metrics.jsonl cannot be written \(File too large\).*--resume"
         with pytest.raises(OSError, match=message):
-            log.log(1, {"loss": 1.0})
+            log.log(1, row)
+        log.close()
+
+
+def test_a_full_disk_ends_the_events_of_tensorboard_too(tmp_path, small_disk):
+    """tensorboardX's own thread dies of it, and the run would wait for it for good."""
+    log = metrics.MetricsLog(tmp_path)
+    message = r"tensorboard cannot be written \(File too large\)"
+    with small_disk(2000), pytest.raises(OSError, match=message):
+        log.image(1, "sheet", np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8))
+    log.close()

@@ -1,10 +1,12 @@
-"""The folder of a run: what becomes of one that exists, and the resolved config in it.
+"""A run's folder: the names of everything in it, starting or resuming it, and its saved config.
 
-`<folder>/config.json` lies beside the steps (see `checkpoint`). A run that is resumed must have the
-config it was started with, but for fields that change nothing it has learned.
+Everybody who reads or writes a run takes the file names from here. `config.json` holds the resolved
+config; a resumed run must have the config it was started with, except in fields that change nothing
+it has learned.
 """
 
 import contextlib
+import errno
 import itertools
 import json
 import os
@@ -14,7 +16,62 @@ from typing import Any
 
 import jax
 
+# Beside the step folders.
 CONFIG_FILE = "config.json"
+METRICS_FILE = "metrics.jsonl"
+SHEET_FILE = "data_sheet.png"
+TENSORBOARD_FOLDER = "tensorboard"
+PROFILE_FOLDER = "profile"
+# The step with the lowest validation error: a link to it, and its number and error in a file.
+BEST, BEST_FILE = "best", "best.json"
+# What a study adds.
+REPORT_FILE, REPORT_PAGE = "report.json", "report.md"
+STAGES_FILE = "stages.json"
+DEMONSTRATIONS, BASELINES, EVALUATIONS = "demonstrations", "baselines", "evaluations"
+# In a step folder: deployable parameters, the rest of the state, assets, and the data position.
+PARAMS, TRAIN_STATE, ASSETS, DATA = "params", "train_state", "assets", "data"
+DATA_FILE = "metadata"
+
+# What a full, read-only or broken disk says, in words that Orbax passes on inside longer texts.
+_REASONS = [
+    os.strerror(code)
+    for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
+]
+
+
+class WriteError(OSError):
+    """A file of a run could not be written; names it and says what to do."""
+
+
+@contextlib.contextmanager
+def writing(path: pathlib.Path) -> Iterator[None]:
+    """Raise an `OSError` of the block as one that names `path` and says what to do."""
+    try:
+        yield
+    except WriteError:
+        raise
+    except OSError as error:
+        raise WriteError(
+            f"{path} cannot be written ({reason(error)}): free space there or make it writable, "
+            "then go on with --resume, or give another --checkpoint-dir"
+        ) from error
+
+
+def reason(error: Exception) -> str:
+    """An error in a few words: the system's own where it is in the text."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = str(error)
+    first_line = next(iter(text.splitlines()), "")[:300]
+    own = f"{type(error).__name__}: {first_line}"
+    return next((words for words in _REASONS if words in text), own)
+
+
+def steps(folder: pathlib.Path) -> list[int]:
+    """The complete steps: a step folder gets its plain name when everything is in it."""
+    if not folder.is_dir():
+        return []
+    return sorted(int(child.name) for child in folder.iterdir() if child.name.isdigit())
 
 
 def prepare(
@@ -41,7 +98,7 @@ def prepare(
         )
     meet("looked at the run folder")
     if jax.process_index() == 0:
-        with _explained(folder):
+        with writing(folder):
             if occupied and overwrite:
                 names = (folder.with_name(f"{folder.name}.old-{n}") for n in itertools.count(1))
                 folder.rename(next(name for name in names if not name.exists()))
@@ -50,14 +107,31 @@ def prepare(
     return occupied and resume
 
 
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Write a file of a run, complete or not at all."""
+    partial = path.with_name(f"{path.name}.partial")
+    with writing(path):
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+
+
 def save_config(folder: str | os.PathLike[str], config: Mapping[str, Any]) -> None:
-    """Write the resolved config beside the checkpoints, complete or not at all."""
+    """Write the resolved config beside the checkpoints, from process 0."""
     if jax.process_index() == 0:
-        path = pathlib.Path(folder) / CONFIG_FILE
-        partial = path.with_suffix(".partial")
-        with _explained(path.parent):
-            partial.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            partial.replace(path)
+        write_text(pathlib.Path(folder) / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
+
+
+def read_config(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """The config a run was saved with; None where there is none yet."""
+    path = pathlib.Path(folder) / CONFIG_FILE
+    if not path.exists():
+        return None
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): expected the config of a run; use --overwrite"
+        ) from error
 
 
 def compare_config(
@@ -68,12 +142,13 @@ def compare_config(
     Fields are named as on the command line ("losses.attention"); a safe name covers what lies
     below it.
     """
-    path = pathlib.Path(folder) / CONFIG_FILE
-    if not path.exists():
+    saved = read_config(folder)
+    if saved is None:
         raise FileNotFoundError(
-            f"{path} is missing: this folder cannot be resumed, use --overwrite"
+            f"{pathlib.Path(folder) / CONFIG_FILE} is missing: this folder cannot be resumed, use "
+            "--overwrite"
         )
-    old = flatten(json.loads(path.read_text(encoding="utf-8")))
+    old = flatten(saved)
     new = flatten(json.loads(json.dumps(config)))
     absent = "absent"
     different = [
@@ -88,17 +163,6 @@ def compare_config(
             + "\n  ".join(different)
             + "\nresume with the saved values, or use --overwrite or another --exp-name"
         )
-
-
-@contextlib.contextmanager
-def _explained(folder: pathlib.Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise OSError(
-            f"the run's folder {folder} cannot be written ({error.strerror or error}): make it "
-            "writable and free space there, or give another --checkpoint-dir"
-        ) from error
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

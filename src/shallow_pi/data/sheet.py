@@ -17,11 +17,11 @@ from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from shallow_pi import figures
+from shallow_pi.checkpoints import run_folder
 from shallow_pi.data import inspection, loader, sources
 from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.models import observation
 
-FILE = "data_sheet.png"
 # Samples that are looked at, and how many of them are drawn.
 SAMPLES, DRAWN = 16, 6
 # Sizes in pixels: pictures are enlarged to about _SIDE.
@@ -51,16 +51,11 @@ def write(
       seed: of the choice and of the augmentation.
     """
     picture = sheet(inspection.draw(source, SAMPLES, seed), assets, augmentation, seed)
-    folder = pathlib.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture).save(folder / FILE)
+    path = pathlib.Path(folder) / run_folder.SHEET_FILE
+    with run_folder.writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(path)
     return picture
-
-
-def read(folder: str | os.PathLike[str]) -> UInt8[np.ndarray, "h w 3"]:
-    """The sheet that `write` left in a run's folder."""
-    with Image.open(pathlib.Path(folder) / FILE) as picture:
-        return np.asarray(picture)
 
 
 def sheet(

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from shallow_pi.checkpoints import safetensors_file, weights
+from shallow_pi.checkpoints import run_folder, safetensors_file, weights
 from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.deploy import lerobot_folder, model_card, step_folder
 from shallow_pi.deploy import policy as policies
@@ -129,7 +129,7 @@ def pad(params: PyTree, layers: Sequence[int], depth: int) -> PyTree:
 
 def _origin(step: pathlib.Path) -> dict[str, Any]:
     """The resolved config of the run a step belongs to; empty for a step folder alone."""
-    path = step.parent / "config.json"
+    path = step.parent / run_folder.CONFIG_FILE
     if not path.is_file():
         return {}
     try:

@@ -10,14 +10,13 @@ import os
 import pathlib
 from typing import Any
 
-from shallow_pi.checkpoints import fetch, safetensors_file, sizes, weights
+from shallow_pi.checkpoints import fetch, run_folder, safetensors_file, sizes, weights
 from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.data.robots import normalize
 from shallow_pi.data.robots import robot as robots
 from shallow_pi.data.robots import tokenizer as prompts
 from shallow_pi.models import pi0
 
-BEST_FILE = "best.json"
 # What statistics and parameters were made for; the rest of a robot is names.
 _UNITS = ("state_dim", "action_dim", "delta", "state_conversion", "action_conversion")
 
@@ -59,11 +58,11 @@ def find(path: str | os.PathLike[str], step: str | int = "last") -> pathlib.Path
 
 
 def _best(run: pathlib.Path) -> str:
-    path = run / BEST_FILE
+    path = run / run_folder.BEST_FILE
     if not path.is_file():
         raise FileNotFoundError(
-            f"no {BEST_FILE} in {run}: this run did not keep its best step; take the last one or "
-            "name its number"
+            f"no {run_folder.BEST_FILE} in {run}: this run did not keep its best step; take "
+            "the last one or name its number"
         )
     try:
         return str(int(json.loads(path.read_text(encoding="utf-8"))["step"]))

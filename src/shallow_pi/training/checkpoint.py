@@ -1,17 +1,18 @@
-"""A run on disk: step folders in openpi's layout, saved asynchronously, resumed bit for bit.
+"""Checkpoints of a run: step folders in openpi's layout, saved asynchronously, resumed bit for bit.
 
 `<folder>/<step>/params` is `{"params": tree}`, the EMA where there is one, with the frozen parts
 that no state holds: with `assets` beside it the step folder is a deployable policy. `train_state`
 holds the rest of the state, each array once; `data` the position in the data and the validation
 error. One Orbax `CheckpointManager` writes all four under a temporary name and renames at the end,
-so a step folder is complete or absent. The step with the lowest validation error stays;
-`<folder>/best` is a link to it.
+and a superseded step is renamed before it is deleted, so a step folder is complete or absent. The
+step with the lowest validation error stays; `<folder>/best` is a link to it.
 """
 
 import contextlib
 import dataclasses
 import errno
 import json
+import logging
 import math
 import os
 import pathlib
@@ -24,18 +25,26 @@ import flax.traverse_util
 import jax
 import orbax.checkpoint as ocp
 
-from shallow_pi.checkpoints import weights
+from shallow_pi import progress
+from shallow_pi.checkpoints import run_folder, weights
 from shallow_pi.parallel import processes
 
 # A flax.struct dataclass with the fields step, params, opt_state and ema_params.
 State = Any
-# The step with the lowest validation error: its link, and its number and error in a file.
-BEST, BEST_FILE = "best", "best.json"
+# Between a step's number and anything else: what is being written or deleted.
+_TEMPORARY = ".orbax-checkpoint-tmp"
 # Writes deployable files (normalization, tokenizer, model config) into the folder it is given.
 WriteAssets = Callable[[pathlib.Path], None]
+# Files and folders without which a step cannot be restored.
+_PARTS = (
+    f"{run_folder.PARAMS}/_METADATA",
+    f"{run_folder.TRAIN_STATE}/_METADATA",
+    run_folder.ASSETS,
+    f"{run_folder.DATA}/{run_folder.DATA_FILE}",
+)
 
 
-class SaveError(OSError):
+class SaveError(run_folder.WriteError):
     """A checkpoint could not be written; the ones before it are intact."""
 
 
@@ -69,7 +78,6 @@ class Checkpoints:
       keep: how many of the last checkpoints stay, besides the best one; None keeps all. What goes
         is deleted once a later save is complete (`wait`).
       keep_period: checkpoints at multiples of it always stay.
-      save_interval: `save` without `force` skips steps that are no multiple of it.
       frozen: parameters that complete the state's in every step; a nested dictionary of arrays.
     """
 
@@ -78,37 +86,31 @@ class Checkpoints:
         folder: str | os.PathLike[str],
         keep: int | None = 1,
         keep_period: int | None = None,
-        save_interval: int = 1,
         frozen: Mapping[str, Any] | None = None,
     ) -> None:
-        counts = {"keep": keep, "keep_period": keep_period, "save_interval": save_interval}
-        for name, value in counts.items():
+        for name, value in {"keep": keep, "keep_period": keep_period}.items():
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be 1 or more, got {value}")
         self.folder = pathlib.Path(folder).expanduser().absolute()
         self._keep, self._keep_period = keep, keep_period
-        self._save_interval = save_interval
         self._frozen = flax.traverse_util.flatten_dict(frozen or {})
         self._saving: int | None = None
         self._unsettled = False
+        logging.getLogger("absl").addFilter(_is_not_orbaxs_traceback)
         with _explained(f"{self.folder} cannot hold checkpoints", self._last_complete):
             self.folder.mkdir(parents=True, exist_ok=True)
             _remove_unfinished(self.folder)
             self._manager = ocp.CheckpointManager(
                 self.folder,
                 item_handlers={
-                    "params": ocp.PyTreeCheckpointHandler(),
-                    "train_state": ocp.PyTreeCheckpointHandler(),
-                    "assets": _AssetsHandler(),
-                    "data": ocp.JsonCheckpointHandler(),
+                    run_folder.PARAMS: ocp.PyTreeCheckpointHandler(),
+                    run_folder.TRAIN_STATE: ocp.PyTreeCheckpointHandler(),
+                    run_folder.ASSETS: _AssetsHandler(),
+                    run_folder.DATA: ocp.JsonCheckpointHandler(run_folder.DATA_FILE),
                 },
                 options=ocp.CheckpointManagerOptions(),
             )
         self._best = self._find_best()
-
-    def should_save(self, step: int) -> bool:
-        """Whether `save` would write at this step without `force`."""
-        return step % self._save_interval == 0
 
     @property
     def best(self) -> tuple[int, float] | None:
@@ -127,7 +129,6 @@ class Checkpoints:
         state: State,
         data_state: Any,
         write_assets: WriteAssets,
-        force: bool = False,
         error: float | None = None,
     ) -> bool:
         """Start saving; the state may be donated or changed as soon as this returns.
@@ -137,17 +138,14 @@ class Checkpoints:
           state: arrays on every device of the job.
           data_state: what the data iterator needs to go on, as plain JSON; process 0's is kept.
           write_assets: called with the `assets` folder of the step, on process 0.
-          force: save although the step is no multiple of `save_interval`.
           error: on held-out data, where it was measured at this step; the best step stays.
 
         Returns:
           Whether a save was started. An error in the background surfaces in the next call of
           `save`, `wait` or `close`.
         """
-        if not (force or self.should_save(step)):
-            return False
         self.wait()
-        if step in self._manager.all_steps():
+        if step in run_folder.steps(self.folder):
             return False
         params, rest = self._split(state)
         self._saving = step
@@ -192,7 +190,7 @@ class Checkpoints:
         """
         step = self.latest_step() if step is None else step
         if step is None or not (self.folder / str(step)).is_dir():
-            found = ", ".join(map(str, _steps(self.folder))) or "none"
+            found = ", ".join(map(str, run_folder.steps(self.folder))) or "none"
             raise FileNotFoundError(
                 f"{self.folder} has no checkpoint {'' if step is None else step} "
                 f"(complete steps: {found}): start without --resume, or name one of these"
@@ -238,16 +236,19 @@ class Checkpoints:
         self.close()
 
     def _find_best(self) -> tuple[int, float] | None:
+        """The best of the steps that are whole; the others are named, and stop nothing here."""
         found = []
-        for step in _steps(self.folder):
+        for step in run_folder.steps(self.folder):
             folder = self.folder / str(step)
-            if not (folder / "data").is_dir():
+            if lacks := [name for name in _PARTS if not (folder / name).exists()]:
+                progress.warn(f"{folder} is damaged and left alone: it lacks {', '.join(lacks)}")
                 continue
-            args = ocp.args.Composite(data=ocp.args.JsonRestore())
             try:
-                error = self._manager.restore(step, args=args)["data"].get("error")
-            except Exception as problem:
-                raise weights.damaged(folder, problem) from problem
+                text = (folder / run_folder.DATA / run_folder.DATA_FILE).read_text(encoding="utf-8")
+                error = json.loads(text)["error"]
+            except (OSError, ValueError, TypeError, KeyError) as problem:
+                progress.warn(f"{folder} is damaged and left alone ({problem!r})")
+                continue
             if error is not None and math.isfinite(error):
                 found.append((error, step))
         return (min(found)[1], min(found)[0]) if found else None
@@ -255,15 +256,17 @@ class Checkpoints:
     def _settle(self) -> None:
         """Point to the best step, and delete those that need not stay."""
         with _explained(f"{self.folder} cannot be tidied", self._last_complete):
-            if self._best is not None and processes.is_main():
+            if not processes.is_main():
+                return
+            if self._best is not None:
                 _point_to(self.folder, *self._best)
-            steps = sorted(self._manager.all_steps())
+            steps = run_folder.steps(self.folder)
             stay = set(steps if self._keep is None else steps[-self._keep :])
             stay |= {step for step in steps if step % (self._keep_period or math.inf) == 0}
             stay |= {step for step in steps if self._best is not None and step == self._best[0]}
             for step in steps:
                 if step not in stay:
-                    self._manager.delete(step)
+                    _delete(self.folder / str(step))
 
     def _split(self, state: State) -> tuple[Any, dict[str, Any]]:
         """The deployable parameters, and everything else, so that nothing is stored twice."""
@@ -280,7 +283,7 @@ class Checkpoints:
 
     def _last_complete(self) -> int | None:
         # Orbax counts the step that is being written; the disk does not, until it is complete.
-        return max(_steps(self.folder), default=None)
+        return max(run_folder.steps(self.folder), default=None)
 
     def _writing(self) -> contextlib.AbstractContextManager[None]:
         return _explained(
@@ -294,30 +297,29 @@ def _merge(abstract: State, params: Any, rest: dict[str, Any]) -> State:
     return dataclasses.replace(abstract, **rest, **{name: params})
 
 
-def _steps(folder: pathlib.Path) -> list[int]:
-    """The complete steps: a step folder gets its plain name when everything is in it."""
-    if not folder.is_dir():
-        return []
-    return sorted(int(child.name) for child in folder.iterdir() if child.name.isdigit())
-
-
 def _point_to(folder: pathlib.Path, step: int, error: float) -> None:
     """Name the best step in a file and, where the file system has links, by a link."""
-    partial = folder / f"{BEST_FILE}.partial"
-    partial.write_text(json.dumps({"step": step, "error": error}) + "\n", encoding="utf-8")
-    partial.replace(folder / BEST_FILE)
-    link = folder / f"{BEST}.partial"
+    best = json.dumps({"step": step, "error": error}) + "\n"
+    run_folder.write_text(folder / run_folder.BEST_FILE, best)
+    link = folder / f"{run_folder.BEST}.partial"
     with contextlib.suppress(OSError):
         link.unlink(missing_ok=True)
         link.symlink_to(str(step))
-        link.replace(folder / BEST)
+        link.replace(folder / run_folder.BEST)
+
+
+def _delete(step: pathlib.Path) -> None:
+    """Delete a step; killed in the middle, it leaves a folder that the next start removes."""
+    doomed = step.with_name(f"{step.name}{_TEMPORARY}-superseded")
+    step.rename(doomed)
+    _remove(doomed)
 
 
 def _remove_unfinished(folder: pathlib.Path) -> None:
-    """Delete what an interrupted save left; Orbax's own clean-up does so in some versions alone."""
+    """Delete what an interrupted save or deletion left; not every version of Orbax does so."""
     processes.sync("opened the checkpoints")
     if jax.process_index() == 0:
-        for child in folder.glob("[0-9]*.orbax-checkpoint-tmp*"):
+        for child in folder.glob(f"[0-9]*{_TEMPORARY}*"):
             _remove(child)
     processes.sync("removed unfinished checkpoints")
 
@@ -339,12 +341,16 @@ def _explained(problem: str, last_complete: Callable[[], int | None]) -> Iterato
     try:
         yield
     except Exception as error:  # Orbax raises whatever TensorStore did, bare Exception included.
-        reason = next(iter(str(error).splitlines()), "")[:300]
         step = last_complete()
         rescue = (
             "no checkpoint of this run is complete" if step is None else f"step {step} is intact"
         )
         raise SaveError(
-            f"{problem} ({type(error).__name__}: {reason}); {rescue}. Free space there or make it "
-            "writable, then continue with --resume"
+            f"{problem} ({run_folder.reason(error)}); {rescue}. Free space there or make it "
+            "writable, then go on with --resume"
         ) from error
+
+
+def _is_not_orbaxs_traceback(record: logging.LogRecord) -> bool:
+    """False for the tracebacks Orbax logs of errors that it raises too: `SaveError` names those."""
+    return not (record.exc_info and "orbax" in record.pathname)

@@ -17,7 +17,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-from jaxtyping import PyTree
+import numpy as np
+from jaxtyping import PyTree, UInt8
 
 from shallow_pi import progress
 from shallow_pi.checkpoints import run_folder
@@ -92,16 +93,16 @@ def run(
         folder,
         keep=experiment.keep,
         keep_period=experiment.keep_period or None,
-        save_interval=experiment.save_interval,
         frozen=student.split(teacher_params or {}, spec.freeze)[1],
     ) as checkpoints:
+        picture = None
         if resume and checkpoints.latest_step() is not None:
             state, position = checkpoints.restore(abstract)
             feed.restore(position)
         else:
             state = setup.initial_state(experiment, spec, teacher_params, abstract)
             if processes.is_main():
-                sheet.write(
+                picture = sheet.write(
                     folder, data.train, data.assets, experiment.augmentation, experiment.seed
                 )
         held_out = validation.create(
@@ -125,6 +126,7 @@ def run(
             held_out,
             mesh,
             label,
+            picture,
         )
 
 
@@ -139,7 +141,7 @@ def save_config(
         **dataclasses.asdict(experiment),
         "layer_map": None if layers is None else list(layers.layers),
     }
-    if resume and (folder / "config.json").exists():
+    if resume and (folder / run_folder.CONFIG_FILE).exists():
         run_folder.compare_config(folder, values, config.SAFE_TO_CHANGE)
     if processes.is_main():
         folder.mkdir(parents=True, exist_ok=True)
@@ -157,6 +159,7 @@ def _loop(
     held_out: validation.Validation | None,
     mesh: jax.sharding.Mesh,
     label: str,
+    picture: UInt8[np.ndarray, "h w 3"] | None,
 ) -> pathlib.Path:
     key = jax.random.key(experiment.seed)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
@@ -179,7 +182,7 @@ def _loop(
             start + 1, end, profile, folder, lambda: jax.block_until_ready(state)
         )
         stopping = stack.enter_context(_stop_signals())
-        log = _open_log(experiment, checkpoints.folder, start, stack)
+        log = _open_log(experiment, checkpoints.folder, start, picture, stack)
         advance = stack.enter_context(processes.bar(label, end, start))
 
         def write(number: int, row: rows.Values) -> None:
@@ -199,7 +202,7 @@ def _loop(
             advance(1)
             stop = stopping.after(done)  # Asked once: what is told below must have been saved.
             measures = held_out is not None and held_out.is_due(done, end)
-            saves = stop or done == end or checkpoints.should_save(done)
+            saves = stop or done == end or done % experiment.save_interval == 0
             if saves or measures:
                 with logged.closing() as row:
                     error = None
@@ -211,9 +214,7 @@ def _loop(
                     if saves or checkpoints.is_best(error):
                         keep = (lambda _: None) if assets is None else assets.save
                         with logged.stalling(row):
-                            checkpoints.save(
-                                done, state, feed.state(), keep, force=True, error=error
-                            )
+                            checkpoints.save(done, state, feed.state(), keep, error=error)
             if stop:
                 break
         checkpoints.wait()
@@ -252,6 +253,7 @@ def _open_log(
     experiment: config.DistillConfig,
     folder: pathlib.Path,
     start: int,
+    picture: UInt8[np.ndarray, "h w 3"] | None,
     stack: contextlib.ExitStack,
 ) -> Any:
     if not processes.is_main():
@@ -264,8 +266,8 @@ def _open_log(
         first_step=start + 1,
     )
     stack.enter_context(log)
-    if not start:
-        log.image(0, "data_sheet", sheet.read(folder))
+    if picture is not None:
+        log.image(0, "data_sheet", picture)
     return log.log
 
 

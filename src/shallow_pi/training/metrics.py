@@ -11,14 +11,16 @@ import json
 import math
 import os
 import pathlib
+import time
 from collections.abc import Mapping
 from typing import Any, Self, SupportsFloat
 
 import numpy as np
-import tensorboardX
 from jaxtyping import UInt8
+from tensorboardX import event_file_writer, summary
+from tensorboardX.proto import event_pb2, summary_pb2
 
-FILE = "metrics.jsonl"
+from shallow_pi.checkpoints import run_folder
 
 
 class MetricsLog:
@@ -46,15 +48,20 @@ class MetricsLog:
             for name, project in (("wandb", wandb), ("trackio", trackio))
             if project is not None
         ]
-        self.folder.mkdir(parents=True, exist_ok=True)
-        _drop_from(self.folder, first_step)
-        self._file = (self.folder / FILE).open("a", encoding="utf-8")
-        self._board = (
-            tensorboardX.SummaryWriter(str(self.folder / "tensorboard"), purge_step=first_step)
-            if tensorboard
-            else None
-        )
-        self._runs = [module.init(project=project) for module, project in modules]
+        path = self.folder / run_folder.METRICS_FILE
+        with contextlib.ExitStack() as opened:
+            with run_folder.writing(path):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                _drop_from(path, first_step)
+                self._file = opened.enter_context(path.open("a", encoding="utf-8"))
+            self._board = None
+            if tensorboard:
+                self._board = _Board(self.folder / run_folder.TENSORBOARD_FOLDER, first_step)
+                opened.callback(self._board.close)
+            self._runs = [module.init(project=project) for module, project in modules]
+            for run in self._runs:
+                opened.callback(run.finish)
+            self._opened = opened.pop_all()
 
     def log(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
         """Record the scalars of one step."""
@@ -64,33 +71,24 @@ class MetricsLog:
         # JSON has no NaN: null stands for what is not a finite number.
         row = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
         line = json.dumps({"step": int(step), **row}, allow_nan=False) + "\n"
-        try:
+        with run_folder.writing(self.folder / run_folder.METRICS_FILE):
             self._file.write(line)
             self._file.flush()
-        except OSError as error:
-            raise OSError(
-                f"{self.folder / FILE} cannot be written ({error.strerror}): free space there, "
-                "then go on with --resume"
-            ) from error
         if self._board is not None:
-            for name, value in scalars.items():
-                self._board.add_scalar(name, value, int(step))
+            summaries = (summary.scalar(name, value) for name, value in scalars.items())
+            self._board.write(int(step), *summaries)
         for run in self._runs:
             run.log(scalars, step=int(step))
 
     def image(self, step: int, name: str, picture: UInt8[np.ndarray, "h w 3"]) -> None:
         """Show a picture in TensorBoard, where it is on."""
         if self._board is not None:
-            self._board.add_image(name, picture, int(step), dataformats="HWC")
+            self._board.write(int(step), summary.image(name, picture, dataformats="HWC"))
 
     def close(self) -> None:
-        """Flush and close everything; safe to call twice."""
+        """Close everything; safe to call twice."""
         with contextlib.suppress(OSError):  # Every line was flushed; a full disk raises again.
-            self._file.close()
-        if self._board is not None:
-            self._board.close()
-        for run in self._runs:
-            run.finish()
+            self._opened.close()
         self._board, self._runs = None, []
 
     def __enter__(self) -> Self:
@@ -100,10 +98,40 @@ class MetricsLog:
         self.close()
 
 
+class _Board:
+    """TensorBoard events, written as they come.
+
+    tensorboardX's own writer does so in a thread, which a full disk ends: the run would wait for it
+    without an end.
+    """
+
+    def __init__(self, folder: pathlib.Path, first_step: int) -> None:
+        self._folder = folder
+        with run_folder.writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._writer = event_file_writer.EventsWriter(str(folder / "events"))
+            # Hides what an interrupted run wrote from this step on.
+            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self._write(first_step, session_log=start)
+
+    def write(self, step: int, *summaries: summary_pb2.Summary) -> None:
+        with run_folder.writing(self._folder):
+            for one in summaries:
+                self._write(step, summary=one)
+            self._writer.flush()
+
+    def _write(self, step: int, **content: Any) -> None:
+        self._writer.write_event(event_pb2.Event(wall_time=time.time(), step=step, **content))
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # All was flushed; a full disk raises again.
+            self._writer.close()
+
+
 def read(folder: str | os.PathLike[str]) -> list[dict[str, float]]:
     """The rows of `metrics.jsonl` in order; a value that was not finite is NaN."""
     rows = []
-    for row in _rows(pathlib.Path(folder) / FILE):
+    for row in _rows(pathlib.Path(folder) / run_folder.METRICS_FILE):
         rows.append({name: math.nan if value is None else value for name, value in row.items()})
     return rows
 
@@ -125,14 +153,11 @@ def _rows(path: pathlib.Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _drop_from(folder: pathlib.Path, first_step: int) -> None:
-    path = folder / FILE
+def _drop_from(path: pathlib.Path, first_step: int) -> None:
     if not path.exists():
         return
     kept = [json.dumps(row) + "\n" for row in _rows(path) if row["step"] < first_step]
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(kept), encoding="utf-8")
-    partial.replace(path)
+    run_folder.write_text(path, "".join(kept))
 
 
 def _scalar(name: str, value: SupportsFloat) -> float:

@@ -14,9 +14,9 @@ from typing import Any
 import jax
 
 from shallow_pi import progress
+from shallow_pi.checkpoints import run_folder
 from shallow_pi.parallel import processes
 
-FOLDER = "profile"
 # The event that encloses a step; its argument `step_num` is the step's number.
 EVENT = "train"
 
@@ -68,7 +68,7 @@ def traced(
       ValueError: some of the range lies before `first`.
     """
     steps = parse(text, last)
-    place = folder / FOLDER / f"steps-{steps.start}-{steps.stop - 1}"
+    place = folder / run_folder.PROFILE_FOLDER / f"steps-{steps.start}-{steps.stop - 1}"
     if steps and steps[0] < first and not place.exists():
         raise ValueError(
             f"profile {text} begins before step {first}, at which this run goes on: give a later "
@@ -86,7 +86,8 @@ def _traced(
 ) -> Generator[int, None, None]:
     yield from range(first, steps.start)
     wait()
-    place.mkdir(parents=True)
+    with run_folder.writing(place):
+        place.mkdir(parents=True)
     jax.profiler.start_trace(place, create_perfetto_trace=True, **_options())
     try:
         for number in steps:
