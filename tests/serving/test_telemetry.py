@@ -116,7 +116,7 @@ def test_the_state_is_found_under_its_keys():
     nested = {"observation": {"joints": np.arange(3), "gripper": 0.5}}
     keys = ["observation/joints", "observation/gripper"]
     np.testing.assert_array_equal(telemetry.find_state(nested, keys), [0, 1, 2, 0.5])
-    assert telemetry.find_state(nested, ["joints"]) is None
+    assert telemetry.find_state(nested, ["angles"]) is None
     assert telemetry.find_state({"a": "text"}, ["a"]) is None
     assert telemetry.find_state(nested, []) is None
 

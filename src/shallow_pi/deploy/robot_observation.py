@@ -1,8 +1,8 @@
-"""A robot's observation, checked: what is wrong with it is said with the robot's own key.
+"""A robot's observation, checked: errors name the robot's own key.
 
-Accepted is what openpi accepts: pictures as uint8 or as floats in [0, 1], with the colours last or
-first. What comes out has uint8 pictures (height, width, 3), float32 vectors and a prompt, under the
-robot's keys, and nothing else.
+Everything is accepted that openpi accepts: its clients' names for the keys (`observation_keys`),
+pictures as uint8 or as floats in [0, 1], with the colours last or first. The result has uint8
+pictures (height, width, 3), float32 vectors and a prompt, under the robot's keys, and nothing else.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
+from shallow_pi import progress
 from shallow_pi.data.robots import robot as robots
+from shallow_pi.deploy import observation_keys
+
+# What rows of a dataset have beside an observation.
+_BOOKKEEPING = {"timestamp", "frame_index", "episode_index", "index", "task_index"}
 
 
 def clean(
@@ -25,7 +30,8 @@ def clean(
     Args:
       robot: whose observation it is.
       cameras: the model's cameras; those the robot does not have are not asked for.
-      observation: the robot's (LeRobot's flat) keys; others are left behind.
+      observation: the robot's keys in any spelling (`observation_keys`); others are left behind,
+        with a warning.
       prompt: what to do where the observation does not say.
 
     Raises:
@@ -39,13 +45,21 @@ def clean(
     keys = {robot.cameras[name]: name for name in cameras if name in robot.cameras}
     wanted = {key: f"camera {key!r} (the model's {name})" for key, name in keys.items()}
     wanted |= {key: f"state {key!r}" for key in robot.state_keys}
-    if not robot.prompt and prompt is None:
-        wanted[robot.prompt_key] = f"prompt {robot.prompt_key!r} (or give the policy a prompt=)"
-    missing = [what for key, what in wanted.items() if observation.get(key) is None]
+    if not robot.prompt:
+        wanted[robot.prompt_key] = (
+            f"prompt {robot.prompt_key!r} (or give the policy a prompt: serve_policy's --prompt)"
+        )
+    flat = observation_keys.flatten(observation)
+    spelled = observation_keys.find(observation, wanted)
+    _warn_of_unused(robot, flat, spelled)
+    if prompt is not None:
+        wanted.pop(robot.prompt_key, None)
+    observation = {key: flat[spelling] for key, spelling in spelled.items()}
+    missing = [what for key, what in wanted.items() if key not in observation]
     if missing:
         raise ValueError(
             f"the observation lacks {', '.join(missing)}; robot {robot.name} sends these, and "
-            f"there are only {sorted(map(str, observation))}"
+            f"there are only {sorted(flat)}"
         )
     cleaned: dict[str, Any] = {key: picture(observation[key], key) for key in keys}
     cleaned |= _state(robot, observation)
@@ -53,6 +67,17 @@ def clean(
         given = observation.get(robot.prompt_key)
         cleaned[robot.prompt_key] = _prompt(prompt if given is None else given, robot.prompt_key)
     return cleaned
+
+
+def _warn_of_unused(
+    robot: robots.Robot, flat: Mapping[str, Any], spelled: Mapping[str, str]
+) -> None:
+    used = {*spelled.values(), *robot.action_keys, *_BOOKKEEPING}
+    if unused := sorted(set(flat) - used):
+        progress.warn(
+            f"the observation has {', '.join(map(repr, unused))}, which the policy of robot "
+            f"{robot.name} does not use"
+        )
 
 
 def picture(value: Any, key: str) -> UInt8[np.ndarray, "h w 3"]:
@@ -105,6 +130,8 @@ def _state(robot: robots.Robot, observation: Mapping[str, Any]) -> dict[str, Any
 def _prompt(value: Any, key: str) -> str:
     # openpi's clients may send it as an array of no dimensions.
     text = value.item() if isinstance(value, np.ndarray | np.generic) and value.ndim == 0 else value
+    if isinstance(text, bytes):  # As openpi's policy for DROID takes it.
+        text = text.decode(errors="replace")
     if not isinstance(text, str):
         raise ValueError(f"{key!r} must be the instruction as a str, got {type(value).__name__}")
     return text

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
+from shallow_pi.deploy import observation_keys
 from shallow_pi.serving import telemetry
 
 # Longest side of a picture on the page, pixels.
@@ -105,7 +106,7 @@ def pictures(observation: Mapping[str, Any]) -> dict[str, str]:
     A picture is an array (h, w, 3) or (3, h, w), uint8 or float in [0, 1].
     """
     found = {}
-    for name, value in telemetry.flatten(observation).items():
+    for name, value in observation_keys.flatten(observation).items():
         if not isinstance(value, np.ndarray) or value.ndim != 3 or value.dtype.kind not in "uf":
             continue
         if value.shape[-1] != 3:
@@ -137,7 +138,7 @@ def _view(client: telemetry.Client) -> dict[str, Any]:
         "number": client.number,
         "texts": {
             name: value[:300]
-            for name, value in telemetry.flatten(client.observation).items()
+            for name, value in observation_keys.flatten(client.observation).items()
             if isinstance(value, str)
         },
         "chunks": [[chunk.start, chunk.actions.tolist()] for chunk in chunks],

@@ -16,6 +16,8 @@ import numpy as np
 import prometheus_client
 from jaxtyping import Float
 
+from shallow_pi.deploy import observation_keys
+
 # Kept for the page.
 SERVED, EVENTS, CHUNKS = 500, 20, 12
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
@@ -236,23 +238,14 @@ class Telemetry:
         return "good", f"Running: {compared}"
 
 
-def flatten(observation: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested maps as one, names joined by a slash."""
-    flat: dict[str, Any] = {}
-    for name, value in observation.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{name}/")
-        else:
-            flat[prefix + name] = value
-    return flat
-
-
 def find_state(observation: Mapping[str, Any], keys: Sequence[str]) -> np.ndarray | None:
-    """The state out of an observation, float32; None where a part of it is not there."""
-    flat = flatten(observation)
-    if not keys or not all(key in flat for key in keys):
-        return None
+    """The state of an observation as float32; None if a part of it is missing or no number."""
+    flat = observation_keys.flatten(observation)
     try:
-        return np.concatenate([np.asarray(flat[key], np.float32).reshape(-1) for key in keys])
+        spelled = observation_keys.find(observation, keys)
+        if not keys or len(spelled) < len(keys):
+            return None
+        parts = [np.asarray(flat[spelled[key]], np.float32).reshape(-1) for key in keys]
+        return np.concatenate(parts)
     except ValueError:
         return None
