@@ -44,6 +44,27 @@ def test_the_bytes_are_openpis():
     assert protocol.pack(OBSERVATION) == msgpack_numpy.packb(OBSERVATION)
 
 
+def packed_by_msgpack_numpy(value):
+    """The public format of the PyPI package msgpack-numpy."""
+
+    def encode(found):
+        fields = {b"type": found.dtype.str, b"data": found.tobytes()}
+        if isinstance(found, np.ndarray):
+            return {b"nd": True, b"kind": b"", b"shape": found.shape} | fields
+        return {b"nd": False} | fields
+
+    return msgpack.packb(value, default=encode)
+
+
+def test_arrays_of_msgpack_numpy_are_read_and_answered_alike():
+    message = packed_by_msgpack_numpy(OBSERVATION)
+    found, packing = protocol.read(message)
+    assert_same(found, OBSERVATION)
+    assert packing == "msgpack-numpy"
+    assert msgpack.unpackb(protocol.pack(OBSERVATION, packing)) == msgpack.unpackb(message)
+    assert protocol.read(protocol.pack(OBSERVATION))[1] == "openpi"
+
+
 def test_an_array_out_of_order_in_memory_arrives_in_order():
     picture = np.arange(24).reshape(2, 3, 4).transpose(2, 0, 1)[::-1]
     np.testing.assert_array_equal(protocol.unpack(protocol.pack({"p": picture}))["p"], picture)
@@ -119,6 +140,10 @@ def deep(levels):
         (array(shape="2"), "shape must be"),
         (array(shape=[2**40, 2**40]), "needs"),
         (array(shape=[1] * 9), "at most 8 lengths"),
+        (msgpack.packb({"a": {b"nd": True, b"type": "|O", b"kind": b"O"}}), "'|O' is refused"),
+        (msgpack.packb({"a": {b"nd": False, b"type": "<f4", b"data": b"1"}}), "needs 4 bytes"),
+        (msgpack.packb({"a": {b"nd": 1, b"type": "<f4"}}), "packed as by openpi_client"),
+        (msgpack.packb({"a": {b"numpy": True}}), "got b'numpy'; arrays are packed as by openpi"),
         (scalar("text", "<f4"), "a float32 scalar cannot hold a str"),
         (scalar(300, "|u1"), "a uint8 scalar cannot hold 300"),
         (scalar([1], "|O"), "is refused"),

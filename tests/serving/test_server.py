@@ -84,6 +84,15 @@ def test_timings_come_as_from_openpis_server(served, observation):
     assert first["server_timing"]["infer_ms"] <= second["server_timing"]["prev_total_ms"]
 
 
+def test_a_client_of_msgpack_numpy_is_answered_in_its_own_packing(echo):
+    with echo.connect() as connection:
+        connection.recv()
+        connection.send(protocol.pack(serving.STATE, "msgpack-numpy"))
+        found, packing = protocol.read(connection.recv())
+    assert packing == "msgpack-numpy"
+    np.testing.assert_array_equal(found["actions"], [[1, 2]] * 4)
+
+
 @pytest.mark.parametrize(
     ("changes", "why"),
     [

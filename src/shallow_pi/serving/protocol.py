@@ -1,15 +1,16 @@
 """openpi's wire format: msgpack, in which an array is a map of its bytes, dtype and shape.
 
-`pack` writes and `unpack` reads what `openpi_client.msgpack_numpy` reads and writes. Nothing is
-ever unpickled, and what comes from a client is bounded before memory is spent on it: dtypes are
-numbers, booleans and text, an array is as long as its bytes, and depth and number of items are
-limited. Arrays are read-only views of the message.
+`pack` writes and `unpack` reads the messages of `openpi_client.msgpack_numpy`; arrays as the PyPI
+package msgpack-numpy packs them are understood too, and such a client is answered alike. Nothing is
+ever unpickled, and a client's message is bounded before memory is spent on it: dtypes are numbers,
+booleans and text, an array is as long as its bytes, and depth and number of items are limited.
+Arrays are read-only views of the message.
 """
 
 import math
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 import msgpack
 import numpy as np
@@ -22,6 +23,11 @@ MAX_ARRAY_AXES = 8
 
 _DTYPE = re.compile(r"[<>|=]?(b1|\?|[iu][1248]|f[248]|[US]\d{1,5})")
 _ARRAY, _SCALAR = b"__ndarray__", b"__npgeneric__"
+# msgpack-numpy's: True in the map of an array, False in that of a scalar.
+_EITHER = b"nd"
+
+# How arrays are packed: by openpi_client.msgpack_numpy, or by the PyPI package msgpack-numpy.
+Packing = Literal["openpi", "msgpack-numpy"]
 # Python types a NumPy scalar is built from, by the kind of its dtype.
 _SCALAR_TYPES: dict[str, tuple[type, ...]] = {
     "b": (bool,),
@@ -34,29 +40,45 @@ _SCALAR_TYPES: dict[str, tuple[type, ...]] = {
 _PLAIN = (str, bytes, bool, int, float, np.ndarray, np.generic, type(None))
 
 
-def pack(value: Any) -> bytes:
-    """msgpack of maps, lists, text, numbers and NumPy arrays and scalars.
+def pack(value: Any, packing: Packing = "openpi") -> bytes:
+    """Msgpack of maps, lists, text, numbers and NumPy arrays and scalars.
 
     Raises:
       ValueError: an array of objects, records or complex numbers.
       TypeError: something else msgpack does not know.
     """
-    packed: bytes = msgpack.packb(value, default=_pack_numpy)
+    packed: bytes = msgpack.packb(value, default=_PACKERS[packing])
     return packed
 
 
 def unpack(message: bytes, *, max_items: int = MAX_ITEMS, max_depth: int = MAX_DEPTH) -> Any:
-    """The inverse of `pack`.
+    """The inverse of `pack`, in either packing.
 
     Raises:
       ValueError: not msgpack, cut short, too much in it, or a map that claims to be an array and
         is none; the message says which.
     """
+    return read(message, max_items=max_items, max_depth=max_depth)[0]
+
+
+def read(
+    message: bytes, *, max_items: int = MAX_ITEMS, max_depth: int = MAX_DEPTH
+) -> tuple[Any, Packing]:
+    """As `unpack`, with the packing of its arrays, in which a client wants its answer."""
     count = _Counter(max_items)
+    packing: Packing = "openpi"
+
+    def read_map(found: dict[Any, Any]) -> Any:
+        nonlocal packing
+        count(found)
+        if isinstance(found.get(_EITHER), bool):
+            packing = "msgpack-numpy"
+        return _unpack_numpy(found)
+
     try:
         value = msgpack.unpackb(
             message,
-            object_hook=lambda found: _unpack_numpy(count(found)),
+            object_hook=read_map,
             list_hook=count,
             ext_hook=_refuse_extension,
             max_array_len=max_items,
@@ -66,7 +88,7 @@ def unpack(message: bytes, *, max_items: int = MAX_ITEMS, max_depth: int = MAX_D
         why = str(error) or type(error).__name__
         raise ValueError(f"not a readable msgpack message: {why}") from error
     _check(value, max_depth)
-    return value
+    return value, packing
 
 
 class _Counter:
@@ -85,11 +107,8 @@ class _Counter:
         return found
 
 
-def _pack_numpy(value: Any) -> Any:
-    if not isinstance(value, np.ndarray | np.generic):
-        raise TypeError(f"cannot send a {type(value).__name__}; send text, numbers and arrays")
-    if not _DTYPE.fullmatch(value.dtype.str):
-        raise ValueError(f"cannot send dtype {value.dtype}; send booleans, numbers or text")
+def _pack_openpi(value: Any) -> Any:
+    _check_sendable(value)
     if isinstance(value, np.generic):
         return {_SCALAR: True, b"data": value.item(), b"dtype": value.dtype.str}
     return {
@@ -100,26 +119,54 @@ def _pack_numpy(value: Any) -> Any:
     }
 
 
+def _pack_msgpack_numpy(value: Any) -> Any:
+    _check_sendable(value)
+    found = {_EITHER: False, b"type": value.dtype.str, b"data": value.tobytes()}
+    if isinstance(value, np.ndarray):
+        found |= {_EITHER: True, b"kind": b"", b"shape": value.shape}
+    return found
+
+
+_PACKERS: dict[Packing, Callable[[Any], Any]] = {
+    "openpi": _pack_openpi,
+    "msgpack-numpy": _pack_msgpack_numpy,
+}
+
+
+def _check_sendable(value: Any) -> None:
+    if not isinstance(value, np.ndarray | np.generic):
+        raise TypeError(f"cannot send a {type(value).__name__}; send text, numbers and arrays")
+    if not _DTYPE.fullmatch(value.dtype.str):
+        raise ValueError(f"cannot send dtype {value.dtype}; send booleans, numbers or text")
+
+
 def _unpack_numpy(found: dict[Any, Any]) -> Any:
     if _ARRAY in found:
-        return _array(found)
+        return _array(found.get(b"dtype"), found.get(b"shape"), found.get(b"data"))
     if _SCALAR in found:
-        dtype, value = _dtype(found), found.get(b"data")
-        if not isinstance(value, _SCALAR_TYPES[dtype.kind]):
-            raise ValueError(f"a {dtype} scalar cannot hold a {type(value).__name__}")
-        if isinstance(value, int) and dtype.kind in "iu" and not _fits(value, dtype):
-            raise ValueError(f"a {dtype} scalar cannot hold {value}")
-        with np.errstate(over="ignore"):
-            return dtype.type(value)
+        return _scalar(_dtype(found.get(b"dtype")), found.get(b"data"))
+    if found.get(_EITHER) is True:
+        return _array(found.get(b"type"), found.get(b"shape"), found.get(b"data"))
+    if found.get(_EITHER) is False:
+        return _array(found.get(b"type"), [], found.get(b"data"))[()]
     return found
+
+
+def _scalar(dtype: np.dtype[Any], value: Any) -> np.generic:
+    if not isinstance(value, _SCALAR_TYPES[dtype.kind]):
+        raise ValueError(f"a {dtype} scalar cannot hold a {type(value).__name__}")
+    if isinstance(value, int) and dtype.kind in "iu" and not _fits(value, dtype):
+        raise ValueError(f"a {dtype} scalar cannot hold {value}")
+    with np.errstate(over="ignore"):
+        scalar: np.generic = dtype.type(value)
+    return scalar
 
 
 def _fits(value: int, dtype: np.dtype[Any]) -> bool:
     return bool(np.iinfo(dtype).min <= value <= np.iinfo(dtype).max)
 
 
-def _dtype(found: Mapping[Any, Any]) -> np.dtype[Any]:
-    name = found.get(b"dtype")
+def _dtype(name: Any) -> np.dtype[Any]:
     if not isinstance(name, str) or not _DTYPE.fullmatch(name):
         raise ValueError(
             f"an array of dtype {str(name)[:40]!r} is refused; send booleans, numbers or text"
@@ -127,8 +174,8 @@ def _dtype(found: Mapping[Any, Any]) -> np.dtype[Any]:
     return np.dtype(name)
 
 
-def _array(found: Mapping[Any, Any]) -> np.ndarray:
-    dtype, shape, data = _dtype(found), found.get(b"shape"), found.get(b"data")
+def _array(name: Any, shape: Any, data: Any) -> np.ndarray:
+    dtype = _dtype(name)
     if not isinstance(data, bytes):
         raise ValueError(f"an array's data must be bytes, got {type(data).__name__}")
     if (
@@ -156,7 +203,10 @@ def _check(value: Any, levels: int) -> None:
     if isinstance(value, dict):
         for name in value:
             if not isinstance(name, str):
-                raise ValueError(f"names must be text, got {str(name)[:60]}")
+                raise ValueError(
+                    f"names must be text, got {str(name)[:60]}; arrays are packed as by "
+                    "openpi_client.msgpack_numpy, or by msgpack-numpy"
+                )
         inner = list(value.values())
     elif isinstance(value, list):
         inner = value

@@ -206,7 +206,7 @@ class Sessions:
         if isinstance(message, str):
             raise _Refusal("message", "expected an observation in a binary frame, got text")
         try:
-            observation = protocol.unpack(message)
+            observation, packing = protocol.read(message)
         except ValueError as error:
             raise _Refusal("message", str(error)) from error
         if not isinstance(observation, dict):
@@ -222,7 +222,6 @@ class Sessions:
         queue_ms, infer_ms = 1000 * (began - arrived), 1000 * (time.monotonic() - began)
         timing = {"infer_ms": infer_ms, "queue_ms": queue_ms, **previous}
         policy_timing = result.pop("timing", {})
-        packed = protocol.pack(
-            {"actions": actions, "policy_timing": policy_timing, "server_timing": timing, **result}
-        )
+        whole = {"actions": actions, "policy_timing": policy_timing, "server_timing": timing}
+        packed = protocol.pack({**whole, **result}, packing)
         return _Answer(observation, actions, packed, result.get("warnings", ()), queue_ms, infer_ms)
