@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from shallow_pi.data.lerobot import reader
+from shallow_pi.data.lerobot import pictures, reader
 from shallow_pi.data.robots import robot as robots
 
 FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures" / "lerobot"
@@ -179,7 +179,8 @@ def test_corrupt_files_name_file_episode_and_frame(copy, tmp_path) -> None:
     junk = pl.struct(bytes=pl.lit(b"junk"), path=pl.lit("x")).alias("observation.images.top")
     _edit_data(copy, junk)
     with pytest.raises(
-        ValueError, match=r"images.top of episode 1, frame 2 in .*file-000\.parquet"
+        ValueError,
+        match=r"images.top of episode 1, frame 2: cannot decode it from .*file-000\.parquet",
     ):
         reader.Dataset(copy)[22]
     (copy / "data" / "chunk-000" / "file-000.parquet").write_bytes(b"junk")
@@ -334,10 +335,10 @@ def test_episodes_are_split_by_share_and_seed() -> None:
 
 def test_memory_for_encoded_pictures_is_limited(monkeypatch) -> None:
     dataset, expected = reader.Dataset(IMAGE), reader.Dataset(IMAGE)
-    monkeypatch.setattr(reader, "MAX_PICTURE_BYTES", 1)
+    monkeypatch.setattr(pictures, "MAX_PICTURE_BYTES", 1)
     for camera in (*dataset.cameras, *dataset.cameras):
         np.testing.assert_array_equal(dataset.picture(5, camera), expected.picture(5, camera))
-        assert [key for _, key in dataset._pictures] == [camera]
+        assert [key for _, key in dataset._pictures._columns] == [camera]
 
 
 @pytest.mark.parametrize("name", ["run [12]", "st*r?", "折り ü", "a:b", "x{y}%20", "~home", "k=v"])

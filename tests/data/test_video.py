@@ -95,6 +95,6 @@ def test_a_time_without_a_frame_is_told(film):
     path, frames = film
     reader = video.Reader()
     for seconds in (COUNT / FPS, 100.0, 0.5 / FPS):
-        with pytest.raises(ValueError, match=r"has no frame within 0\.02.* is it truncated"):
+        with pytest.raises(ValueError, match=r"has no frame within 0\.02.* was the video cut off"):
             reader.frame(path, seconds, 0.4 / FPS)
     np.testing.assert_array_equal(reader.frame(path, 0.0, 0.4 / FPS), frames[0])

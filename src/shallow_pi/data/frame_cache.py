@@ -33,7 +33,7 @@ RESERVE = 2**30
 _HEADER = struct.Struct("<II")
 _THERE = 1
 # To be raised when the same key should mean other bytes.
-_FORMAT = 1
+_FORMAT = 2
 
 
 def default_folder() -> pathlib.Path:
@@ -158,7 +158,9 @@ def key(dataset: reader.Dataset, camera: str, size: int) -> str:
     else:
         places = {episode: (layout.data_file(episode), 0.0) for episode in sorted(layout.lengths)}
     files = {}
-    for file in sorted({file for file, _ in places.values()}):
+    # Data files too: their timestamps say which picture of a video belongs to a frame.
+    numbers = {layout.data_file(episode) for episode in layout.lengths}
+    for file in sorted(numbers.union(file for file, _ in places.values())):
         found = (dataset.path / file).stat() if (dataset.path / file).exists() else None
         files[file] = found and (found.st_size, found.st_mtime_ns)
     content = {

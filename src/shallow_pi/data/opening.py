@@ -187,7 +187,7 @@ def open_datasets(
     found = []
     for path in (data.path, *data.more):
         folder = fetch.locate(path) if "gs://" in path else hub.locate(path, cameras=cameras)
-        dataset = reader.Dataset(folder, skip_bad_episodes=data.skip_bad_episodes)
+        dataset = reader.Dataset(folder, cameras=cameras, skip_bad_episodes=data.skip_bad_episodes)
         dataset.validate(robot)
         for episode, reason in dataset.skipped.items():
             line = f"warning: episode {episode} is left out: {reason}"

@@ -5,29 +5,23 @@ parquet files or from video. All methods may be called from several threads at o
 can be pickled to another process. Frame `i` runs over the frames of the chosen episodes, in order.
 """
 
-import collections
-import io
 import itertools
 import os
 import pathlib
-import threading
 from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
 import polars as pl
 from jaxtyping import Bool, Float
-from PIL import Image
 
 from shallow_pi import progress
-from shallow_pi.data.lerobot import layout, video
+from shallow_pi.data.lerobot import layout, pictures
 from shallow_pi.data.robots import normalize, statistics
 from shallow_pi.data.robots import robot as robots
 
 # Written by lerobot_writer.
 VERSION = layout.VERSIONS[-1]
-# Encoded pictures of parquet files kept in memory, per dataset.
-MAX_PICTURE_BYTES = 4 * 2**30
 
 
 class Dataset:
@@ -36,6 +30,8 @@ class Dataset:
     Args:
       path: of the folder.
       episodes: to read, by their index; None is all of them. Files of others are not opened.
+      cameras: whose pictures will be read, so that their videos must be there and show a picture at
+        the time of every frame; None checks the videos that are there.
       skip_bad_episodes: leave out episodes that cannot be read, instead of raising: `skipped` then
         says which and why. Looks at the first and last picture of each, with a progress bar.
 
@@ -48,6 +44,7 @@ class Dataset:
         path: str | os.PathLike[str],
         *,
         episodes: Collection[int] | None = None,
+        cameras: Collection[str] | None = None,
         skip_bad_episodes: bool = False,
     ) -> None:
         # Absolute, because FFmpeg takes `a:` before a relative path for a protocol.
@@ -62,9 +59,9 @@ class Dataset:
         self.tasks = self.layout.tasks
         # Episodes left out, and why.
         self.skipped: dict[int, str] = {}
-        self._videos = video.Reader()
-        self._lock = threading.Lock()
-        self._pictures = collections.OrderedDict[tuple[str, str], pl.Series]()
+        self._pictures = pictures.Pictures(self.layout)
+        # Cameras that were asked for; None is not known.
+        self._asked = None if cameras is None else tuple(cameras)
         self._open(self._chosen(episodes), skip_bad_episodes)
 
     def __len__(self) -> int:
@@ -75,7 +72,8 @@ class Dataset:
         return self.read(i)
 
     def __getstate__(self) -> dict:
-        return {"path": self.path, "episodes": self.episodes}
+        # Its videos have been checked.
+        return {"path": self.path, "episodes": self.episodes, "cameras": ()}
 
     def __setstate__(self, state: dict) -> None:
         self.__init__(**state)  # type: ignore[misc]  # another process opens the files anew
@@ -111,22 +109,18 @@ class Dataset:
         return self.columns[key][np.minimum(frames, self.ends[i] - 1)], frames >= self.ends[i]
 
     def picture(self, i: int, camera: str) -> np.ndarray:
-        """One decoded picture, uint8 (h, w, 3)."""
+        """One decoded picture, uint8 (h, w, 3); of a depth camera the numbers stored, (h, w, 1)."""
         if camera not in self.cameras:
             raise ValueError(f"dataset {self.path} has no camera {camera!r}; it has {self.cameras}")
-        if self.features[camera]["dtype"] == "video":
-            return self._video_frame(i, camera)
-        file = self.layout.data_file(int(self.columns["episode_index"][i]))
-        data = self._png_column(file, camera)[int(self._rows[i])]
+        episode, row = int(self.columns["episode_index"][i]), int(self._rows[i])
         try:
-            if data is None:
-                raise ValueError("no picture bytes in the parquet file")
-            with Image.open(io.BytesIO(data)) as picture:
-                return np.asarray(picture.convert("RGB"))
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"cannot decode {camera} of {self.where(i)} in {self.path / file}: {error}"
-            ) from error
+            return self._pictures.read(camera, episode, row, float(self._seconds[i]))
+        except (ValueError, FileNotFoundError) as error:
+            raise type(error)(f"{camera} of {self.where(i)}: {error}") from error
+
+    def depth(self, camera: str) -> str:
+        """How a camera is known to record depth instead of a picture; empty if it is a picture."""
+        return self._pictures.depth(camera, self.episodes[0])
 
     def where(self, i: int) -> str:
         """`episode 3, frame 17`, for messages."""
@@ -156,6 +150,12 @@ class Dataset:
                 raise ValueError(
                     f"dataset {self.path} lacks camera {key!r} (for {camera}); it has "
                     f"{list(self.cameras)}"
+                )
+            if reason := self.depth(key):
+                raise ValueError(
+                    f"camera {key!r} (for {camera}) of dataset {self.path} records depth "
+                    f"({reason}); a policy sees 8-bit colour: name a colour camera in the robot's "
+                    "cameras"
                 )
         vectors = sorted(set(self.columns) & set(self.features) - _BOOKKEEPING)
         for key in (*robot.state_keys, *robot.action_keys):
@@ -235,8 +235,32 @@ class Dataset:
                 else:
                     parts[episode] = part
         self._join(parts, keys)
+        self._check_videos(parts, keys, skip)
         if skip:
             self._skip_unreadable(parts, keys)
+
+    def _check_videos(self, parts: dict[int, pl.DataFrame], keys: list[str], skip: bool) -> None:
+        """Raise for, or leave out, episodes with frames at whose time no picture is shown."""
+        starts = np.flatnonzero(np.diff(self.ends, prepend=0))
+        bounds = zip(starts.tolist(), self.ends[starts].tolist(), strict=True)
+        spans = dict(zip(self.columns["episode_index"][starts].tolist(), bounds, strict=True))
+        cameras = self.cameras if self._asked is None else self._asked
+        problems = self._pictures.unmatched(
+            spans,
+            self._seconds,
+            [camera for camera in cameras if camera in self.cameras],
+            missing_ok=self._asked is None,
+        )
+        if not problems:
+            return
+        if not skip:
+            raise ValueError(
+                f"{len(problems)} of {len(spans)} episodes of dataset {self.path} have frames "
+                f"without a picture, the first {next(iter(problems.values()))}; record or convert "
+                "them again, or leave them out (--data.skip-bad-episodes)"
+            )
+        self.skipped |= problems
+        self._join({e: part for e, part in parts.items() if e not in problems}, keys)
 
     def _problem(self, part: pl.DataFrame, file: str, episode: int) -> str:
         """What is wrong with an episode's rows, or nothing."""
@@ -267,6 +291,7 @@ class Dataset:
         self.episodes, self.columns, self._rows = episodes, columns, rows
         # For every frame the index after its episode's last frame.
         self.ends = np.searchsorted(columns["episode_index"], columns["episode_index"], "right")
+        self._seconds = pictures.times(columns["timestamp"], columns["frame_index"], self.fps)
 
     def _skip_unreadable(self, parts: dict[int, pl.DataFrame], keys: list[str]) -> None:
         """Leave out episodes with a number that is not finite, or pictures that do not decode."""
@@ -291,32 +316,6 @@ class Dataset:
         except (ValueError, FileNotFoundError) as error:
             return str(error)
         return ""
-
-    def _png_column(self, file: str, camera: str) -> pl.Series:
-        """The encoded pictures of one file; the files used last are kept, up to a limit."""
-        key = (file, camera)
-        with self._lock:
-            if key in self._pictures:
-                self._pictures.move_to_end(key)
-                return self._pictures[key]
-        table = layout.read_table(self.path / file, [camera])
-        column = table[camera].struct.field("bytes")
-        with self._lock:
-            self._pictures[key] = column
-            sizes = {kept: value.estimated_size() for kept, value in self._pictures.items()}
-            while sum(sizes.values()) > MAX_PICTURE_BYTES and len(sizes) > 1:
-                oldest, _ = self._pictures.popitem(last=False)
-                del sizes[oldest]
-        return column
-
-    def _video_frame(self, i: int, camera: str) -> np.ndarray:
-        episode, frame = (int(self.columns[k][i]) for k in ("episode_index", "frame_index"))
-        file, start = self.layout.video(episode, camera)
-        try:
-            seconds = start + frame / self.fps
-            return self._videos.frame(self.path / file, seconds, tolerance=0.4 / self.fps)
-        except (ValueError, FileNotFoundError) as error:
-            raise type(error)(f"{camera} of {self.where(i)}: {error}") from error
 
 
 def split(episodes: Sequence[int], validation: float, seed: int = 0) -> tuple[list[int], list[int]]:

@@ -1,9 +1,10 @@
 """Frames of a video file by time, decoded with PyAV exactly as LeRobot's PyAV backend does.
 
-Every thread has its own decoders, because a container shared between threads crashes the process;
-pickling leaves them behind. A jump seeks to the last key frame at or before the frame, a short step
-ahead decodes on, so videos with short groups of pictures are the fast ones. A decoder is single
-threaded: with threads of its own it would decode pictures ahead that nobody asked for.
+The frame nearest to a time is found in the file's index (`video_times`), then decoded. Every thread
+has its own decoders, because a container shared between threads crashes the process; pickling
+leaves them behind. A jump seeks to the last key frame at or before the frame, a short step ahead
+decodes on, so videos with short groups of pictures are the fast ones. A decoder is single threaded:
+with threads of its own it would decode pictures ahead that nobody asked for.
 """
 
 import collections
@@ -17,7 +18,9 @@ from typing import Any
 import av
 import numpy as np
 from av.video import reformatter
-from jaxtyping import UInt8
+from jaxtyping import UInt
+
+from shallow_pi.data.lerobot import video_times
 
 # Open files per thread; the least recently used one is closed first.
 MAX_OPEN = 8
@@ -25,6 +28,8 @@ MAX_OPEN = 8
 _ONE_THREAD: dict[str, Any] = {"threads": 1} if int(av.__version__.split(".")[0]) >= 17 else {}
 # Seconds between key frames, until a file has shown its own.
 _GROUP = 1.0
+# Seconds by which a decoder's time of a frame may differ from the index: rounding of doubles.
+_ROUNDING = 1e-6
 
 
 @dataclasses.dataclass
@@ -72,35 +77,59 @@ class Reader:
         self._local = threading.local()
 
     def frame(
-        self, path: str | os.PathLike[str], seconds: float, tolerance: float
-    ) -> UInt8[np.ndarray, "h w 3"]:
-        """The frame shown at `seconds`; raises if none lies within `tolerance` of it."""
-        path = os.fspath(path)
+        self, path: str | os.PathLike[str], seconds: float, tolerance: float, deep: bool = False
+    ) -> UInt[np.ndarray, "h w c"]:
+        """The frame shown nearest to `seconds`: uint8 RGB, or numbers of one channel as stored.
+
+        Args:
+          path: of the file.
+          seconds: since the file's start.
+          tolerance: the most by which the frame's own time may differ, in seconds.
+          deep: give the first plane as it is stored (uint16 above 8 bits), as for depth, instead of
+            RGB.
+
+        Raises:
+          FileNotFoundError, ValueError: no file, no frame near enough, or one that is damaged.
+        """
+        path = os.path.abspath(path)
+        shown = video_times.of(path)
+        nearest = shown[video_times.nearest(shown, np.asarray(seconds))]
+        if abs(nearest - seconds) > tolerance:
+            raise ValueError(
+                f"{path} has no frame within {tolerance:.4f} s of {seconds:.4f} s: the nearest is "
+                f"shown at {nearest:.4f} s, the last at {shown[-1]:.4f} s; was the video cut off, "
+                "or recorded by another clock?"
+            )
         try:
             stream = self._open(path)
-            for start in self._starts(stream, seconds, tolerance):
+            for start in self._starts(stream, nearest):
                 if start is not None:
                     stream.seek(start)
-                frame = stream.decode_to(seconds - tolerance)
-                if frame is not None and abs(stream.last - seconds) <= tolerance:
+                frame = stream.decode_to(nearest - _ROUNDING)
+                if frame is not None and abs(stream.last - nearest) <= _ROUNDING:
+                    if deep:
+                        return _first_plane(frame)
                     rgb = stream.to_rgb.reformat(frame, format="rgb24", **_ONE_THREAD)
                     return rgb.to_ndarray()
-        except av.FFmpegError as error:
+        # PyAV's errors, and Python's where a format is one that it does not know.
+        except (av.FFmpegError, ValueError, IndexError, NotImplementedError) as error:
             self._close(path)
-            raise ValueError(f"cannot decode {path} at {seconds:.3f} s: {error}") from error
+            raise ValueError(
+                f"cannot decode {path} at {nearest:.4f} s: {error}{video_times.hint(path)}"
+            ) from error
         self._close(path)
         raise ValueError(
-            f"{path} has no frame within {tolerance:.4f} s of {seconds:.3f} s; is it truncated, or "
-            "is the dataset's fps wrong?"
+            f"cannot decode {path} at {nearest:.4f} s: its index lists a frame there, the decoder "
+            "gives none; was the recording or the download cut off?"
         )
 
     @staticmethod
-    def _starts(stream: _Stream, seconds: float, tolerance: float) -> Iterator[float | None]:
-        """Where to decode from, the next one if a frame was not found: None is to go on."""
+    def _starts(stream: _Stream, seconds: float) -> Iterator[float | None]:
+        """Times to decode from, the next one if a frame was not found; None is to go on."""
         if 0 < seconds - stream.last <= stream.group:
             yield None
         else:
-            yield seconds + tolerance
+            yield seconds
         # Key frames are found by decoding time: with B frames the one found may be shown later.
         yield seconds - _GROUP
         yield 0.0
@@ -109,8 +138,6 @@ class Reader:
         streams: collections.OrderedDict[str, _Stream]
         streams = self._local.__dict__.setdefault("streams", collections.OrderedDict())
         if path not in streams:
-            if not os.path.exists(path):
-                raise FileNotFoundError(f"video file {path} is missing")
             container = av.open(path)
             video = container.streams.video[0]
             video.thread_type = "NONE"
@@ -132,3 +159,33 @@ class Reader:
 
     def __setstate__(self, state: dict) -> None:
         self._local = threading.local()
+
+
+def pixel_format(path: str | os.PathLike[str]) -> str:
+    """FFmpeg's name of how a file stores its pixels, such as `yuv420p` or `gray12le`.
+
+    Raises:
+      ValueError: a file that cannot be read.
+    """
+    path = os.path.abspath(path)
+    try:
+        with av.open(path) as container:
+            return container.streams.video[0].codec_context.pix_fmt or "unknown"
+    except (av.FFmpegError, IndexError) as error:
+        raise ValueError(f"cannot read {path}: {error}{video_times.hint(path)}") from error
+
+
+def is_deep_grey(pixels: str) -> bool:
+    """A pixel format of one channel above 8 bits holds numbers such as depth, not a picture."""
+    return pixels.startswith("gray") and pixels not in ("gray", "gray8")
+
+
+def _first_plane(frame: av.VideoFrame) -> UInt[np.ndarray, "h w 1"]:
+    """Numbers of the first plane as stored: depth, or the brightness of a colour format."""
+    component = frame.format.components[0]
+    order = ">" if frame.format.is_big_endian else "<"
+    kind = np.dtype(f"{order}u2" if component.bits > 8 else "u1")
+    plane = frame.planes[0]
+    numbers = np.frombuffer(bytes(plane), kind)
+    rows = numbers.reshape(-1, plane.line_size // kind.itemsize)[: frame.height]
+    return rows[:, : frame.width, None].astype(kind.newbyteorder("="))

@@ -1,0 +1,313 @@
+"""Pictures of a dataset's frames: found by row in parquet files or by time in videos, and decoded.
+
+A video's picture belongs to a frame by the frame's recorded time plus the episode's start in the
+file, as LeRobot reads it: the picture shown nearest, at most a quarter of a frame away. Colour
+comes out as uint8 RGB, depth as the numbers that are stored.
+"""
+
+import collections
+import concurrent.futures
+import io
+import pathlib
+import threading
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import polars as pl
+from jaxtyping import Float
+from PIL import Image, ImageOps
+
+from shallow_pi import progress
+from shallow_pi.data.lerobot import layout as lerobot_layout
+from shallow_pi.data.lerobot import video, video_times
+
+# Encoded pictures of parquet files kept in memory, per dataset.
+MAX_PICTURE_BYTES = 4 * 2**30
+# The most by which a picture's time may differ from a frame's, in frames.
+TOLERANCE = 0.25
+# A recorded time this near to frame number / fps is that: what LeRobot itself allows, seconds.
+ROUNDING = 1e-4
+# Videos whose times are checked when a dataset is opened; of more, as many in even spacing and all
+# whose frames are not at frame number / fps. The others are checked when they are read.
+MAX_CHECKED = 20_000
+_THREADS = 8
+# Pillow's modes of one channel above 8 bits.
+_DEEP = ("I", "F")
+
+
+def times(
+    recorded: Float[np.ndarray, " n"], frames: np.ndarray, fps: float
+) -> Float[np.ndarray, " n"]:
+    """Recorded times in double precision, which the float32 of a long episode is not.
+
+    Times that are frame number / fps but for rounding become exactly that.
+    """
+    recorded = recorded.astype(np.float64)
+    regular = frames / fps
+    rounding = np.maximum(ROUNDING, np.spacing(np.abs(recorded).astype(np.float32)))
+    return np.where(np.abs(recorded - regular) <= rounding, regular, recorded)
+
+
+class Pictures:
+    """Decoded pictures of any camera, from any thread."""
+
+    def __init__(self, layout: lerobot_layout.Layout) -> None:
+        self._layout = layout
+        self._features: Mapping[str, Mapping[str, Any]] = layout.info["features"]
+        self._fps = float(layout.info["fps"])
+        self._videos = video.Reader()
+        self._lock = threading.Lock()
+        self._columns = collections.OrderedDict[tuple[str, str], pl.Series]()
+        self._depth: dict[str, str] = {}
+        self._sizes: dict[str, tuple[int, int]] = {}
+
+    def is_video(self, camera: str) -> bool:
+        """True for a camera in video files, False for one in parquet files."""
+        return self._features[camera]["dtype"] == "video"
+
+    def read(self, camera: str, episode: int, row: int, seconds: float) -> np.ndarray:
+        """One picture: uint8 (h, w, 3), or a depth camera's numbers (h, w, 1).
+
+        Args:
+          camera: its key.
+          episode: whose frame it is.
+          row: of the frame in the episode's data file, for pictures in parquet.
+          seconds: the frame's time since the episode's start, for video.
+
+        Raises:
+          FileNotFoundError, ValueError: a picture that is missing or damaged; says which file.
+        """
+        if self.is_video(camera):
+            file, start = self._layout.video(episode, camera)
+            deep = bool(self.depth(camera, episode))
+            picture = self._videos.frame(
+                self._layout.root / file, start + seconds, TOLERANCE / self._fps, deep
+            )
+            self._compare_size(camera, picture)
+            return picture
+        file = self._layout.data_file(episode)
+        try:
+            picture = self._decode(self._encoded(file, camera, episode, row), camera)
+        # Pillow lets any error through that a damaged file causes.
+        except Exception as error:
+            raise ValueError(f"cannot decode it from {self._layout.root / file}: {error}") from (
+                error
+            )
+        self._compare_size(camera, picture)
+        return picture
+
+    def depth(self, camera: str, episode: int) -> str:
+        """How a camera is known to hold depth or other numbers instead of a picture; or nothing.
+
+        Looks at `info.json`, then at the episode's first picture, if it is there.
+        """
+        with self._lock:
+            if camera in self._depth:
+                return self._depth[camera]
+        found = is_marked_depth(self._features[camera])
+        reason = "info.json marks it as a depth map" if found else ""
+        if not found and self.is_video(camera):
+            path = self._layout.root / self._layout.video(episode, camera)[0]
+            if not path.is_file():
+                return ""
+            pixels = video.pixel_format(path)
+            if video.is_deep_grey(pixels):
+                reason = f"its video holds one channel above 8 bits ({pixels})"
+        elif not found:
+            file = self._layout.data_file(episode)
+            if not (self._layout.root / file).is_file():
+                return ""
+            mode = self._mode(file, camera, episode)
+            if mode.startswith(_DEEP):
+                reason = f"its pictures have one channel above 8 bits (Pillow's mode {mode})"
+        with self._lock:
+            self._depth[camera] = reason
+        return reason
+
+    def unmatched(
+        self,
+        spans: Mapping[int, tuple[int, int]],
+        seconds: Float[np.ndarray, " n"],
+        cameras: Collection[str],
+        *,
+        missing_ok: bool,
+    ) -> dict[int, str]:
+        """Episodes with a frame that no picture belongs to, and the worst such frame.
+
+        Reads the index of each video file once, no picture.
+
+        Args:
+          spans: first row and last row + 1 of each episode in `seconds`.
+          seconds: time of each frame since its episode's start.
+          cameras: to look at; those in parquet files need no times.
+          missing_ok: pass over video files that are not there.
+        """
+        files: dict[tuple[str, str], list[tuple[int, float]]] = {}
+        for camera in cameras:
+            if self.is_video(camera):
+                for episode in spans:
+                    file, start = self._layout.video(episode, camera)
+                    files.setdefault((camera, file), []).append((episode, start))
+        chosen = list(files)
+        if len(files) > MAX_CHECKED:
+            sample = set(np.linspace(0, len(files) - 1, MAX_CHECKED).astype(int).tolist())
+            odd = {e for e, (a, b) in spans.items() if not self._is_regular(seconds[a:b])}
+            chosen = [
+                key
+                for number, key in enumerate(files)
+                if number in sample or odd.intersection(e for e, _ in files[key])
+            ]
+
+        def check(key: tuple[str, str]) -> dict[int, str]:
+            return self._check_file(*key, files[key], spans, seconds, missing_ok)
+
+        found: dict[int, str] = {}
+        with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+            for problems in pool.map(check, chosen):
+                for episode, problem in problems.items():
+                    found.setdefault(episode, problem)
+        return found
+
+    def _is_regular(self, seconds: Float[np.ndarray, " n"]) -> bool:
+        return bool((seconds == np.arange(len(seconds)) / self._fps).all())
+
+    def _check_file(
+        self,
+        camera: str,
+        file: str,
+        episodes: Iterable[tuple[int, float]],
+        spans: Mapping[int, tuple[int, int]],
+        seconds: Float[np.ndarray, " n"],
+        missing_ok: bool,
+    ) -> dict[int, str]:
+        path = self._layout.root / file
+        if missing_ok and not path.is_file():
+            return {}
+        try:
+            shown = video_times.of(str(path))
+        except (ValueError, FileNotFoundError) as error:
+            return {e: f"{camera} of episode {e}, frame 0: {error}" for e, _ in episodes}
+        problems = {}
+        for episode, start in episodes:
+            first, last = spans[episode]
+            wanted = seconds[first:last] + start
+            there = shown[video_times.nearest(shown, wanted)]
+            away = np.abs(there - wanted)
+            bad = ~(away <= TOLERANCE / self._fps)  # True of NaN too.
+            if bad.any():
+                worst = int(np.argmax(np.where(np.isnan(away), np.inf, away)))
+                problems[episode] = (
+                    f"{camera} of episode {episode}, frame {worst}: recorded at "
+                    f"{wanted[worst]:.4f} s, but {path} shows its nearest picture at "
+                    f"{there[worst]:.4f} s, {away[worst]:.4f} s away, more than a quarter of a "
+                    f"frame ({TOLERANCE / self._fps:.4f} s); {bad.sum()} of {last - first} frames "
+                    f"of the episode have no picture of their time (the video has {len(shown)}, "
+                    f"from {shown[0]:.4f} to {shown[-1]:.4f} s)"
+                )
+        return problems
+
+    def _encoded(self, file: str, camera: str, episode: int, row: int) -> Any:
+        """A picture as the parquet file holds it: bytes, or numbers."""
+        value: Any = self._column(file, camera)[row]
+        name = None
+        if isinstance(value, dict):
+            value, name = value.get("bytes"), value.get("path")
+        elif isinstance(value, str):
+            value, name = None, value
+        if value is None and name:
+            value = self._beside(file, camera, episode, name).read_bytes()
+        if value is None:
+            raise ValueError("the parquet file holds neither bytes nor the path of a file")
+        return value
+
+    def _beside(self, file: str, camera: str, episode: int, name: str) -> pathlib.Path:
+        """The file that a path in a parquet file names."""
+        root = self._layout.root
+        folders = (root, (root / file).parent, root / f"images/{camera}/episode_{episode:06d}")
+        for folder in folders:
+            if (folder / name).is_file():
+                return folder / name
+        raise ValueError(f"its file {name!r} is in none of {', '.join(map(str, folders))}")
+
+    def _mode(self, file: str, camera: str, episode: int) -> str:
+        """Pillow's mode of a file's first picture; empty where that cannot be said."""
+        try:
+            encoded = self._encoded(file, camera, episode, 0)
+            with Image.open(io.BytesIO(encoded)) as picture:
+                return picture.mode
+        except Exception:  # Reading the picture says what is wrong with it.
+            return ""
+
+    def _decode(self, encoded: Any, camera: str) -> np.ndarray:
+        if not isinstance(encoded, bytes):
+            return _from_numbers(np.asarray(encoded))
+        with Image.open(io.BytesIO(encoded)) as opened:
+            # As LeRobot does, by way of the `datasets` library.
+            picture = ImageOps.exif_transpose(opened)
+            if picture.mode.startswith(_DEEP):
+                return np.asarray(picture)[..., None]
+            if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+                picture = picture.convert("RGBA")
+                if picture.getextrema()[-1] != (255, 255):
+                    progress.warn(
+                        f"pictures of {camera} in dataset {self._layout.root} are partly "
+                        "transparent; their colours are used as recorded, without transparency"
+                    )
+            return np.asarray(picture.convert("RGB"))
+
+    def _compare_size(self, camera: str, picture: np.ndarray) -> None:
+        size = picture.shape[:2]
+        expected = self._sizes.setdefault(camera, declared_size(self._features[camera]) or size)
+        if size != expected:
+            progress.warn(
+                f"pictures of {camera} in dataset {self._layout.root} differ in size: expected "
+                f"{expected[0]} by {expected[1]}, got {size[0]} by {size[1]}; each is resized by "
+                "itself"
+            )
+
+    def _column(self, file: str, camera: str) -> pl.Series:
+        """The pictures of one data file; the files used last are kept, up to a limit."""
+        key = (file, camera)
+        with self._lock:
+            if key in self._columns:
+                self._columns.move_to_end(key)
+                return self._columns[key]
+        column = lerobot_layout.read_table(self._layout.root / file, [camera])[camera]
+        with self._lock:
+            self._columns[key] = column
+            sizes = {kept: value.estimated_size() for kept, value in self._columns.items()}
+            while sum(sizes.values()) > MAX_PICTURE_BYTES and len(sizes) > 1:
+                oldest, _ = self._columns.popitem(last=False)
+                del sizes[oldest]
+        return column
+
+
+def is_marked_depth(feature: Mapping[str, Any]) -> bool:
+    """True where `info.json` says that a camera records depth, in any of LeRobot's spellings."""
+    places = (feature, feature.get("info") or {}, feature.get("video_info") or {})
+    names = ("is_depth_map", "video.is_depth_map")
+    return any(bool(place.get(name)) for place in places for name in names)
+
+
+def declared_size(feature: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Height and width of a camera's pictures as `info.json` says; None if it does not."""
+    shape, names = list(feature.get("shape") or ()), feature.get("names")
+    if isinstance(names, list) and {"height", "width"} <= set(names) and len(names) == len(shape):
+        return shape[names.index("height")], shape[names.index("width")]
+    if len(shape) != 3:
+        return None
+    return (shape[1], shape[2]) if shape[0] in (1, 3, 4) else (shape[0], shape[1])
+
+
+def _from_numbers(picture: np.ndarray) -> np.ndarray:
+    """A picture stored as nested lists, channels first or last."""
+    if picture.ndim == 2:
+        picture = picture[..., None]
+    if picture.ndim == 3 and picture.shape[0] in (1, 3) and picture.shape[-1] not in (1, 3):
+        picture = picture.transpose(1, 2, 0)
+    if picture.ndim != 3 or picture.shape[-1] not in (1, 3) or picture.dtype.kind not in "iu":
+        raise ValueError(f"expected numbers (h, w, 3), got {picture.dtype} {picture.shape}")
+    if picture.min() < 0 or picture.max() > 255:
+        raise ValueError(f"expected colours of 0 to 255, got {picture.min()} to {picture.max()}")
+    return np.repeat(picture, 3 // picture.shape[-1], axis=-1).astype(np.uint8)
