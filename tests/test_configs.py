@@ -16,6 +16,7 @@ from shallow_pi.distill import layer_map, step, student
 from shallow_pi.evaluation import study
 from shallow_pi.models import pi0
 from shallow_pi.parallel import shapes, sharding
+from shallow_pi.sims import simulator
 from shallow_pi.training import command_line, setup
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "train_configs"
@@ -110,10 +111,10 @@ def test_robot_and_task_fit_the_model(experiment):
     assert max(robot.state_dim, robot.action_dim) <= model.action_dim
     task = experiment.closed_loop
     if task is not None:
-        study.turntable_config(task)
+        suite = study.find_suite(task)
         assert task.execute_steps <= model.action_horizon
-        assert study.turntable_config(task).control_hz == robot.fps
-        assert study.turntable_config(task).image_size == model.image_size
+        simulator.check_robot(suite, robot)
+        assert suite.image_size == model.image_size
 
 
 def test_the_schedule_ends_with_the_run(experiment):

@@ -11,7 +11,7 @@ import rich.console
 from PIL import Image
 
 from shallow_pi.data.robots import robot
-from shallow_pi.evaluation import held_out, plots, report, rollout
+from shallow_pi.evaluation import plots, report, rollout, validation_tables
 from shallow_pi.speed import latency
 
 
@@ -276,7 +276,7 @@ def test_a_run_without_held_out_data_reports_its_losses(tmp_path):
     assert written == {"report.json", "report.md", "losses.png"}
     page = (tmp_path / "report.md").read_text()
     assert "met the same episodes" not in page
-    assert held_out.NOTE not in page
+    assert validation_tables.NOTE not in page
 
 
 def test_held_out_errors_are_drawn_and_fit_a_terminal(trained, tmp_path):
@@ -287,7 +287,7 @@ def test_held_out_errors_are_drawn_and_fit_a_terminal(trained, tmp_path):
         assert np.asarray(Image.open(path).convert("L")).std() > 15
     page = written[1].read_text()
     assert "| left arm (rad) | 0.03 | 0.02 |" in page
-    assert held_out.NOTE in page
+    assert validation_tables.NOTE in page
     console = rich.console.Console(width=80, record=True, file=io.StringIO())
     report.show(trained, console)
     text = console.export_text()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from shallow_pi.deploy import executors
-from shallow_pi.evaluation import late_plans, rollout
+from shallow_pi.evaluation import policies, rollout
 
 
 class Line:
@@ -60,7 +60,7 @@ class Line:
 class Expert:
     """Knows the goal: plans unit steps and the rest."""
 
-    def act(self, observations, keys, sims):
+    def plan(self, observations, keys, sims, **_):
         chunks = []
         for sim in sims:
             position, chunk = sim.position, []
@@ -77,17 +77,17 @@ class Wanderer:
     def __init__(self):
         self.shapes, self.keys = set(), []
 
-    def act(self, observations, keys, sims):
+    def plan(self, observations, keys, sims, **_):
         self.shapes.add((len(observations), keys.shape))
         self.keys += [tuple(int(k) for k in key) for key in keys[: len(sims)]]
         state = np.stack([o["observation.state"] for o in observations])
-        return rollout.noise(keys, 4, 1) - 0.1 * state[:, None]
+        return policies.noise(keys, 4, 1) - 0.1 * state[:, None]
 
 
-def run(actor, *, batch=4, episodes=30, seed=100, execute_steps=3, **kwargs):
+def run(policy, *, batch=4, episodes=30, seed=100, execute_steps=3, **kwargs):
     return rollout.evaluate(
         Line,
-        actor,
+        policy,
         episodes=episodes,
         seed=seed,
         execute_steps=execute_steps,
@@ -121,21 +121,21 @@ def test_result_of_an_episode_does_not_depend_on_the_others():
 
 
 def test_every_inference_has_the_full_batch_and_every_plan_its_own_key():
-    actor = Wanderer()
-    run(actor)
-    assert actor.shapes == {(4, (4, 2))}
-    assert len(set(actor.keys)) == len(actor.keys)
+    policy = Wanderer()
+    run(policy)
+    assert policy.shapes == {(4, (4, 2))}
+    assert len(set(policy.keys)) == len(policy.keys)
     # A failing episode of 20 steps in threes is planned 7 times, from its reset on.
     failed = next(e for e in run(Wanderer()).episodes if not e.success)
-    assert [plan for seed, plan in actor.keys if seed == failed.seed] == list(range(7))
+    assert [plan for seed, plan in policy.keys if seed == failed.seed] == list(range(7))
 
 
 def test_only_the_executed_part_of_a_chunk_is_used():
     class Backwards(Expert):
         """Right for two actions, then the other way."""
 
-        def act(self, observations, keys, sims):
-            return super().act(observations, keys, sims) * np.array([1, 1, -1, -1])[:, None]
+        def plan(self, observations, keys, sims, **_):
+            return super().plan(observations, keys, sims) * np.array([1, 1, -1, -1])[:, None]
 
     assert run(Backwards(), execute_steps=2).rate == 1
     assert run(Backwards(), execute_steps=4).rate < 1
@@ -143,8 +143,8 @@ def test_only_the_executed_part_of_a_chunk_is_used():
 
 def test_noise_is_standard_normal_and_a_function_of_the_key():
     keys = np.array([[5, 0], [5, 1], [6, 0]])
-    draws = rollout.noise(keys, 50, 32)
-    np.testing.assert_array_equal(draws[1], rollout.noise(keys[1:2], 50, 32)[0])
+    draws = policies.noise(keys, 50, 32)
+    np.testing.assert_array_equal(draws[1], policies.noise(keys[1:2], 50, 32)[0])
     assert abs(np.corrcoef(draws.reshape(3, -1))[np.triu_indices(3, 1)]).max() < 0.1
     assert abs(draws.mean()) < 0.05
     assert draws.std() == pytest.approx(1, abs=0.05)
@@ -155,10 +155,10 @@ def test_interrupted_evaluation_picks_up_where_it_was(tmp_path):
     path = tmp_path / "student" / "episodes.jsonl"
 
     class Interrupted(Wanderer):
-        def act(self, observations, keys, sims):
+        def plan(self, observations, keys, sims, **_):
             if len(self.keys) > 60:
                 raise KeyboardInterrupt
-            return super().act(observations, keys, sims)
+            return super().plan(observations, keys, sims)
 
     with pytest.raises(KeyboardInterrupt):
         run(Interrupted(), path=path)
@@ -166,18 +166,13 @@ def test_interrupted_evaluation_picks_up_where_it_was(tmp_path):
     done = {json.loads(line)["seed"] for line in kept.splitlines()}
     assert 0 < len(done) < 30
     path.write_text(kept + '{"seed": 104, "ta')  # killed while writing
-    actor = Wanderer()
-    assert run(actor, path=path) == run(Wanderer())
-    assert not done & {seed for seed, _ in actor.keys}
+    policy = Wanderer()
+    assert run(policy, path=path) == run(Wanderer())
+    assert not done & {seed for seed, _ in policy.keys}
     # All there: nothing is run.
-    actor = Wanderer()
-    assert run(actor, path=path) == run(Wanderer())
-    assert not actor.keys
-
-
-def test_evaluation_survives_json():
-    found = run(Wanderer())
-    assert rollout.Evaluation.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+    policy = Wanderer()
+    assert run(policy, path=path) == run(Wanderer())
+    assert not policy.keys
 
 
 def test_evaluation_splits_by_task():
@@ -206,8 +201,8 @@ def test_too_short_a_chunk_is_refused():
 
 def test_non_finite_actions_name_the_episode():
     class Broken(Expert):
-        def act(self, observations, keys, sims):
-            chunks = super().act(observations, keys, sims)
+        def plan(self, observations, keys, sims, **_):
+            chunks = super().plan(observations, keys, sims)
             chunks[(keys == [102, 1]).all(1)[: len(sims)], 1] = np.nan
             return chunks
 
@@ -236,10 +231,10 @@ class Plan:
     """The plans of `Wanderer` for one episode, one by one: what an executor asks."""
 
     def __init__(self, seed):
-        self.actor, self.seed, self.plans = Wanderer(), seed, 0
+        self.policy, self.seed, self.plans = Wanderer(), seed, 0
 
     def infer(self, observation):
-        (chunk,) = self.actor.act([observation], np.array([[self.seed, self.plans]]), [None])
+        (chunk,) = self.policy.plan([observation], np.array([[self.seed, self.plans]]), [None])
         self.plans += 1
         return {"actions": chunk}
 
@@ -248,7 +243,7 @@ class Plan:
 def test_late_plans_are_executed_as_an_executor_on_a_robot_does(delay):
     """Step by step with `SkipLateActions`, whose plans come `delay` steps after they are due."""
     found = run(
-        Wanderer(), episodes=8, execute_steps=2, delay=late_plans.Delay(delay, "skip")
+        Wanderer(), episodes=8, execute_steps=2, delay=rollout.Delay(delay, "skip")
     ).episodes
     for episode in found:
         line, worker = Line(), Waiting()
@@ -289,25 +284,25 @@ class Waiting(concurrent.futures.Executor):
 def test_a_plan_executed_late_as_it_stands_misses_what_a_skipping_one_meets():
     """The goal moves; each plan leads it exactly, for the time it is made at."""
     chunk, before = np.arange(10, 16)[:, None], np.arange(4)[:, None]
-    skip, late = (late_plans.Delay(2, name).due(before, chunk, 3) for name in ("skip", "late"))
+    skip, late = (rollout.Delay(2, name).due(before, chunk, 3) for name in ("skip", "late"))
     assert [part[:, 0].tolist() for part in skip] == [[0, 1, 12], [13, 14, 15]]
     assert [part[:, 0].tolist() for part in late] == [[0, 1, 10], [11, 12, 13, 14, 15]]
-    first = late_plans.Delay(2, "late").due(None, chunk, 3)
+    first = rollout.Delay(2, "late").due(None, chunk, 3)
     assert [part[:, 0].tolist() for part in first] == [[10, 11, 12], [13, 14, 15]]
 
 
-def test_real_time_actors_are_given_what_is_left_of_each_episodes_chunk():
+def test_real_time_policys_are_given_what_is_left_of_each_episodes_chunk():
     told = []
 
     class Guided(Wanderer):
-        def act(self, observations, keys, sims, **conditions):
+        def plan(self, observations, keys, sims, **conditions):
             told.append((keys[:, 1].tolist(), conditions))
-            return super().act(observations, keys, sims)
+            return super().plan(observations, keys, sims)
 
-    run(Guided(), episodes=6, execute_steps=2, delay=late_plans.Delay(1, "real-time"))
-    assert told[0][1] == {}
+    run(Guided(), episodes=6, execute_steps=2, delay=rollout.Delay(1, "real-time"))
+    assert told[0][1] == {"previous": None, "delay": 0}
     for plans, conditions in told[1:]:
-        if conditions:
+        if conditions["previous"] is not None:
             assert conditions["delay"] == 1
             lengths = [len(left) for left in conditions["previous"]]
             assert lengths == [0 if plan == 0 else 2 for plan in plans]
@@ -315,8 +310,8 @@ def test_real_time_actors_are_given_what_is_left_of_each_episodes_chunk():
 
 def test_impossible_delays_are_refused():
     with pytest.raises(ValueError, match="0 or more control steps late, got -1"):
-        late_plans.Delay(-1)
+        rollout.Delay(-1)
     with pytest.raises(ValueError, match=r"3 control steps late .*got execute_steps 2"):
-        run(Wanderer(), execute_steps=2, delay=late_plans.Delay(3))
+        run(Wanderer(), execute_steps=2, delay=rollout.Delay(3))
     with pytest.raises(ValueError, match=r"ah >= 5.*got \(4, 4, 1\)"):
-        run(Wanderer(), execute_steps=3, delay=late_plans.Delay(2))
+        run(Wanderer(), execute_steps=3, delay=rollout.Delay(2))

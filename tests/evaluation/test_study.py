@@ -88,6 +88,9 @@ def test_baselines_differ_from_the_student_in_loss_and_start_alone(tmp_path):
         ({"execute_steps": 11}, "execute_steps must be at most the action horizon 10, got 11"),
         ({"clearance_mm": 20.0}, "clearance_mm: expected 0.5 to 8"),
         ({"tasks": ("juggle",)}, "tasks: expected some of"),
+        ({"sim": "turntabel"}, "unknown simulator 'turntabel'.* did you mean 'turntable'"),
+        ({"options": ("size=9",)}, "no option 'size'; there are .*'image_size'"),
+        ({"harder": ("thigt",)}, "no harder variant 'thigt'.* did you mean 'tight'"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -295,9 +298,9 @@ def test_reference_policies_can_be_added_to_a_finished_study(studied, monkeypatc
     experiment, written = studied
     evaluated, evaluate = [], rollout.evaluate
 
-    def noting(make_sim, actor, **arguments):
+    def noting(make_sim, policy, **arguments):
         done = arguments["path"].exists()
-        found = evaluate(make_sim, actor, **arguments)
+        found = evaluate(make_sim, policy, **arguments)
         evaluated.append((arguments["label"], done))
         return found
 

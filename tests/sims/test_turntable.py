@@ -5,19 +5,19 @@ import mujoco
 import numpy as np
 import pytest
 
-from shallow_pi.sims import raycast, turntable, turntable_expert, turntable_scene
+from shallow_pi.sims import demonstrations, raycast, turntable, turntable_scene
 
 
 def _sim(**changes) -> turntable.Turntable:
-    return turntable.Turntable(turntable.TurntableConfig(**changes))
+    return turntable.Suite(**changes).make()
 
 
 def _run(sim: turntable.Turntable, seed: int) -> np.ndarray:
     """Play the expert to the episode's end; the path of the tip."""
-    expert, path = turntable_expert.Expert(), []
+    path = []
     sim.reset(seed)
     while not sim.done:
-        sim.step(expert.action(sim))
+        sim.step(turntable.expert(sim))
         path.append(sim.tip)
     return np.array(path)
 
@@ -48,15 +48,15 @@ def test_observation_has_lerobot_keys_and_proprioception_only():
 
 
 def test_pickled_simulator_goes_on_bit_for_bit():
-    sim, expert = _sim(disc_speed_deg=15.0), turntable_expert.Expert()
+    sim = _sim(disc_speed_deg=15.0)
     sim.reset(4)
     for _ in range(12):
-        sim.step(expert.action(sim))
+        sim.step(turntable.expert(sim))
     twin = pickle.loads(pickle.dumps(sim))
     np.testing.assert_array_equal(sim.render("wrist"), twin.render("wrist"))
     while not sim.done:
-        sim.step(expert.action(sim))
-        twin.step(expert.action(twin))
+        sim.step(turntable.expert(sim))
+        twin.step(turntable.expert(twin))
         np.testing.assert_array_equal(sim.tip, twin.tip)
     assert twin.done
     assert twin.success == sim.success
@@ -79,56 +79,56 @@ def test_expert_succeeds(task, changes):
 
 
 def test_expert_action_is_smooth_in_the_tips_position():
-    sim, expert = _sim(tasks=("insert",)), turntable_expert.Expert()
+    sim = _sim(tasks=("insert",))
     sim.reset(1)
     sim.data.qpos[1:] = sim.positions[sim.target] + [0.05, 0.0, 0.005]
     actions = []
     for _ in range(500):  # towards the target, 0.1 mm at a time
         sim.data.qpos[1] -= 1e-4
         mujoco.mj_forward(sim.model, sim.data)
-        actions.append(expert.action(sim))
+        actions.append(turntable.expert(sim))
     assert np.linalg.norm(np.diff(actions, axis=0), axis=1).max() < 2e-3
 
 
 @pytest.mark.parametrize("task", ["touch", "insert"])
 def test_success_needs_the_target_to_be_held(task):
-    sim, expert = _sim(tasks=(task,)), turntable_expert.Expert()
+    sim = _sim(tasks=(task,))
     sim.reset(2)
     while sim._holding() is None:
         assert not sim.done
-        sim.step(expert.action(sim))
+        sim.step(turntable.expert(sim))
     for _ in range(turntable.HOLD_STEPS - 1):
         assert not sim.success
         assert not sim.done
-        sim.step(expert.action(sim))
+        sim.step(turntable.expert(sim))
     assert sim.success
     assert sim.done
     assert not sim.failure
 
 
 def test_touch_that_is_broken_off_starts_to_count_anew():
-    sim, expert = _sim(tasks=("touch",)), turntable_expert.Expert()
+    sim = _sim(tasks=("touch",))
     sim.reset(2)
     while sim._held_steps < 2:
-        sim.step(expert.action(sim))
+        sim.step(turntable.expert(sim))
     while sim._holding() is not None:
         sim.step(sim.tip + np.array([0.0, 0.0, 0.02]))
     assert sim._held_steps == 0
     while sim._holding() is None:
-        sim.step(expert.action(sim))
+        sim.step(turntable.expert(sim))
     assert not sim.success
 
 
 @pytest.mark.parametrize(("task", "wrong"), [("touch", 0), ("touch", 2), ("insert", 0)])
 def test_wrong_object_ends_the_episode_as_a_failure(task, wrong):
-    sim, expert = _sim(tasks=(task,)), turntable_expert.Expert()
+    sim = _sim(tasks=(task,))
     seed = next(s for s in itertools.count() if sim.reset(s) or sim.target != wrong)
     sim.reset(seed)
     meant = sim.target
     while not sim.done:
         sim.target = wrong  # mislead the expert, not the judge
         sim._task = "insert" if wrong >= 2 else "touch"
-        action = expert.action(sim)
+        action = turntable.expert(sim)
         sim.target, sim._task = meant, task
         sim.step(action)
     assert sim.failure
@@ -248,7 +248,7 @@ def test_prompts_name_every_colour_and_noun():
 )
 def test_bad_config_says_what_is_expected(changes, message):
     with pytest.raises(ValueError, match=message):
-        turntable.TurntableConfig(**changes)
+        turntable.Suite(**changes)
 
 
 @pytest.mark.parametrize("action", [np.zeros(2), np.array([0.0, np.nan, 0.0])])
@@ -260,43 +260,41 @@ def test_bad_action_is_refused(action):
 
 
 def test_demonstrations_record_clean_actions_of_perturbed_states():
-    config = turntable.TurntableConfig()
-    clean, noisy = (
-        list(turntable_expert.demonstrations(config, 4, 7, noise)) for noise in (0.0, 1.0)
-    )
+    config = turntable.Suite()
+    clean, noisy = (list(demonstrations.collect(config, 4, 7, noise)) for noise in (0.0, 1.0))
     for episode in (*clean, *noisy):
-        length = len(episode.state)
-        assert episode.success
-        assert episode.action.shape == (length, 3)
-        assert episode.images["base"].shape == (length, 48, 48, 3)
-        assert (episode.state.dtype, episode.action.dtype) == (np.float32, np.float32)
-        assert episode.task in turntable.prompts((episode.name,))
-        reach = np.linalg.norm(episode.action - episode.state, axis=1)
-        assert reach.max() <= np.sqrt(2) * turntable_expert.STRIDE + 1e-6  # no noise in labels
+        state, action = (episode.vectors[key] for key in ("observation.state", "action"))
+        assert state.shape == action.shape == (len(state), 3)
+        assert episode.images["observation.images.base"].shape == (len(state), 48, 48, 3)
+        assert (state.dtype, action.dtype) == (np.float32, np.float32)
+        assert episode.prompt in turntable.prompts((episode.task,))
+        reach = np.linalg.norm(action - state, axis=1)
+        assert reach.max() <= np.sqrt(2) * turntable.STRIDE + 1e-6  # no noise in labels
     # Without noise a record is the expert's own path, as played from the episode's seed.
     sim = _sim()
     path = _run(sim, clean[0].seed)
-    np.testing.assert_allclose(clean[0].state[1:], path[:-1], atol=1e-6)
-    assert any(len(a.state) != len(b.state) for a, b in zip(clean, noisy, strict=True))
+    states = [[e.vectors["observation.state"] for e in part] for part in (clean, noisy)]
+    np.testing.assert_allclose(states[0][0][1:], path[:-1], atol=1e-6)
+    assert any(len(a) != len(b) for a, b in zip(*states, strict=True))
 
 
 def test_noise_beyond_measure_is_reported():
-    config = turntable.TurntableConfig(max_seconds=0.2)
+    config = turntable.Suite(max_seconds=0.2)
     with pytest.raises(ValueError, match="no success in 100 attempts"):
-        next(turntable_expert.demonstrations(config, 1, 0))
+        next(demonstrations.collect(config, 1, 0))
 
 
 @pytest.mark.slow
 def test_two_workers_give_the_episodes_of_one():
-    config = turntable.TurntableConfig()
-    one = turntable_expert.collect(config, 6, 3, workers=1)
-    two = turntable_expert.collect(config, 6, 3, workers=2)
+    config = turntable.Suite()
+    one = demonstrations.collect(config, 6, 3, workers=1)
+    two = demonstrations.collect(config, 6, 3, workers=2)
     for a, b in zip(one, two, strict=True):
-        assert (a.task, a.seed, a.discarded) == (b.task, b.seed, b.discarded)
-        np.testing.assert_array_equal(a.action, b.action)
-        np.testing.assert_array_equal(a.state, b.state)
-        for camera in turntable.CAMERAS:
-            np.testing.assert_array_equal(a.images[camera], b.images[camera])
+        assert (a.prompt, a.seed, a.discarded) == (b.prompt, b.seed, b.discarded)
+        for mine, other in ((a.vectors, b.vectors), (a.images, b.images)):
+            assert list(mine) == list(other)
+            for key in mine:
+                np.testing.assert_array_equal(mine[key], other[key])
 
 
 def test_slipping_from_one_object_to_the_next_starts_to_count_anew(monkeypatch):

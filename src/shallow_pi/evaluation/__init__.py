@@ -1,1 +1,1 @@
-"""From policy to numbers: simulators, closed-loop success, latency, reports."""
+"""From policies to numbers: closed-loop success, intervals, reports and their pictures."""

@@ -106,7 +106,7 @@ def group_bars(path: pathlib.Path, errors: Mapping[str, Mapping[str, float]]) ->
 
     Args:
       path: PNG to write.
-      errors: group with its unit → whose actions are compared → error (`held_out.group_errors`).
+      errors: group with its unit → whose actions are compared → error (see `validation_tables`).
     """
     figure, axes = figures.make(1, len(errors), (1.4 + 2.4 * len(errors), 2.0))
     for axis, (group, bars) in zip(axes[0], errors.items(), strict=True):

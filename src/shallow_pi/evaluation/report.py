@@ -23,7 +23,7 @@ import rich.table
 
 from shallow_pi import figures
 from shallow_pi.data.robots import robot
-from shallow_pi.evaluation import held_out, intervals, plots, rollout
+from shallow_pi.evaluation import intervals, plots, rollout, validation_tables
 from shallow_pi.parallel import processes
 from shallow_pi.speed import latency as latencies
 from shallow_pi.training import validation
@@ -31,7 +31,7 @@ from shallow_pi.training import validation
 # Pairs whose difference is reported, wherever both were evaluated.
 COMPARISONS = (("student", "teacher"), ("student", "task_only"))
 # Panels of the curves: key in metrics.jsonl → title, and the teacher's own value of it.
-PANELS = held_out.LOSSES
+PANELS = validation_tables.LOSSES
 REFERENCES = {"task_loss": "teacher_task_loss"}
 ERROR_PANELS = {
     validation.TO_DATA: "held-out action error to the data",
@@ -112,7 +112,7 @@ def contents(report: Report) -> dict[str, Any]:
             }
             for a, b in _comparisons(report)
         },
-        "validation": held_out.contents(report.curves, report.criterion),
+        "validation": validation_tables.contents(report.curves, report.criterion),
         "stage_seconds": {stage: round(s, 3) for stage, s in report.stage_seconds.items()},
         "config": report.config,
         "versions": versions(),
@@ -172,18 +172,18 @@ def sentence(a: str, b: str, scope: str, difference: intervals.Difference) -> st
     )
 
 
-def tables(report: Report) -> list[held_out.Table]:
+def tables(report: Report) -> list[validation_tables.Table]:
     """Headers and rows of the result: success, held-out errors; losses where there is no task."""
-    errors = held_out.error_tables(report.curves, report.groups, report.criterion)
+    errors = validation_tables.error_tables(report.curves, report.groups, report.criterion)
     if not report.evaluations:
-        return [*errors, *held_out.loss_table(report.curves)]
+        return [*errors, *validation_tables.loss_table(report.curves)]
     return [*_success_tables(report), *errors]
 
 
-def _success_tables(report: Report) -> list[held_out.Table]:
+def _success_tables(report: Report) -> list[validation_tables.Table]:
     """Success and latency, then success scope by scope."""
     whole, *parts = scopes(report).items()
-    results: held_out.Table = (["policy", "success", "95 % interval", "episodes"], [])
+    results: validation_tables.Table = (["policy", "success", "95 % interval", "episodes"], [])
     if report.latency is not None:
         results[0].append("ms")
     for policy, evaluation in whole[1].items():
@@ -255,8 +255,8 @@ def markdown(report: Report, pictures: Mapping[str, str]) -> str:
             "All policies met the same episodes. Rates carry Wilson's interval, differences",
         ]
         lines += ["Newcombe's paired one; ms is the median time of one plan for one robot."]
-    if held_out.contents(report.curves, report.criterion):
-        lines += ["", held_out.NOTE]
+    if validation_tables.contents(report.curves, report.criterion):
+        lines += ["", validation_tables.NOTE]
     said = sentences(report)
     lines += ["", *(f"- {line}" for line in said)] if said else []
     for caption, name in pictures.items():
@@ -300,7 +300,7 @@ def write(folder: pathlib.Path, report: Report) -> list[pathlib.Path]:
                     plots.loss_curves, curves=curves, panels=panels, references=references
                 ),
             )
-    by_group = held_out.group_errors(curves, report.groups, report.criterion)
+    by_group = validation_tables.group_errors(curves, report.groups, report.criterion)
     if by_group:
         bars = functools.partial(plots.group_bars, errors=by_group)
         drawings["Held-out errors at the best step, by group"] = "validation_groups.png", bars

@@ -1,61 +1,94 @@
 """Closed-loop success: many simulators in lock-step, one batched inference for all of them.
 
-Every simulator replans after `execute_steps` control steps; whoever is finished makes room for the
-next episode of the queue. An episode depends on nothing but its seed: it resets the simulator, and
-together with the index of the plan it names the sampling noise, so neither the batch size nor the
-order of the episodes changes what is measured (up to the rounding of a differently shaped matrix
-product). Policies evaluated with the same seed therefore saw the same episodes, pair by pair. Plans
-come at once, or late by as many control steps as are injected (`late_plans`).
+Every simulator replans after `execute_steps` control steps; a finished one begins the next episode
+of the queue. An episode depends on nothing but its seed: it resets the simulator, and together with
+the index of the plan it names the sampling noise, so neither the batch size nor the order of the
+episodes changes what is measured (up to the rounding of a differently shaped matrix product).
+Policies evaluated with the same seed therefore meet the same episodes, pair by pair.
+
+Simulators wait for a policy; robots do not. With a `Delay`, a plan arrives some control steps after
+its observation, and meanwhile the chunk before is executed further, as `deploy.executors` does it
+on a robot. The first plan of an episode is waited for.
 """
 
 import contextlib
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
 
 import numpy as np
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, UInt8
 
 from shallow_pi import progress
-from shallow_pi.evaluation import intervals, late_plans
+from shallow_pi.evaluation import intervals, policies
 from shallow_pi.sims import simulator
 
-AT_ONCE = late_plans.Delay()
+Executor = Literal["skip", "late", "real-time"]
 
 
-@runtime_checkable
-class Actor(Protocol):
-    """Plans a chunk of robot actions for several episodes at once."""
+@dataclasses.dataclass(frozen=True)
+class Delay:
+    """How late plans arrive, and how a late one is executed."""
 
-    def act(
+    # Control steps between an observation and the arrival of its plan.
+    steps: int = 0
+    # "skip" drops the actions whose time is over, "late" executes a plan from its first action,
+    # "real-time" skips, and has the plan go on from what is executed meanwhile.
+    executor: Executor = "skip"
+
+    def __post_init__(self) -> None:
+        if self.steps < 0:
+            raise ValueError(f"a plan is 0 or more control steps late, got {self.steps}")
+
+    def horizon(self, execute_steps: int) -> int:
+        """Actions a chunk needs.
+
+        Raises:
+          ValueError: plans would arrive after the next was asked for.
+        """
+        if self.steps > execute_steps:
+            raise ValueError(
+                f"plans that are {self.steps} control steps late arrive after the next is asked "
+                f"for: execute at least as many, got execute_steps {execute_steps}"
+            )
+        return execute_steps + self.steps
+
+    def due(
         self,
-        observations: Sequence[Mapping[str, Any]],
-        keys: Int[np.ndarray, "b 2"],
-        sims: Sequence[simulator.Simulator],
-    ) -> Float[np.ndarray, "n ah rd"]:
-        """Actions in the robot's units, one chunk per simulator.
+        before: Float[np.ndarray, "n rd"] | None,
+        chunk: Float[np.ndarray, "ah rd"],
+        execute_steps: int,
+    ) -> tuple[Float[np.ndarray, "execute rd"], Float[np.ndarray, "m rd"]]:
+        """The actions until the next observation, and what is left of the chunk then.
 
         Args:
-          observations: flat LeRobot observations, always a full batch: behind the last simulator's
-            the last one is repeated, so that a jitted policy compiles for one shape only.
-          keys: (episode seed, index of the plan) of each observation; see `noise`.
-          sims: the simulators themselves, n <= b. Only a privileged expert looks into them.
-
-        Returns:
-          At least n chunks; those behind the n-th are ignored.
+          before: what was left of the chunk before at the observation; None at the first.
+          chunk: the plan for that observation.
+          execute_steps: control steps between two observations.
         """
-        ...
+        if before is None:
+            return chunk[:execute_steps], chunk[execute_steps:]
+        start = 0 if self.executor == "late" else self.steps
+        end = start + execute_steps - self.steps
+        return np.concatenate([before[: self.steps], chunk[start:end]]), chunk[end:]
+
+    def previous(
+        self, left: list[Float[np.ndarray, "n rd"] | None]
+    ) -> list[Float[np.ndarray, "n rd"]] | None:
+        """What plans have to go on from: for "real-time" what is left of each chunk before.
+
+        Args:
+          left: of each episode's chunk; None at its first plan.
+        """
+        seen = next((chunk for chunk in left if chunk is not None), None)
+        if self.executor != "real-time" or seen is None:
+            return None
+        return [seen[:0] if chunk is None else chunk for chunk in left]
 
 
-def noise(
-    keys: Int[np.ndarray, "b 2"], action_horizon: int, action_dim: int
-) -> Float[np.ndarray, "b ah ad"]:
-    """The noise a policy starts from: standard normal, a function of each row's key alone."""
-    shape = (action_horizon, action_dim)
-    draws = [np.random.default_rng([int(k) for k in key]).standard_normal(shape) for key in keys]
-    return np.stack(draws).astype(np.float32)
+AT_ONCE = Delay()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,15 +144,6 @@ class Evaluation:
             [e.success for e in self.episodes], [e.success for e in other.episodes]
         )
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; `from_dict` is the inverse."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Evaluation":
-        episodes = tuple(Episode(**episode) for episode in values["episodes"])
-        return cls(values["label"], values["execute_steps"], episodes)
-
 
 @dataclasses.dataclass
 class _Slot:
@@ -145,7 +169,7 @@ class _Slot:
 
 def evaluate(
     make_sim: Callable[[], simulator.Simulator],
-    actor: Actor,
+    policy: policies.Policy,
     *,
     episodes: int,
     seed: int,
@@ -153,13 +177,13 @@ def evaluate(
     label: str,
     batch: int = 50,
     path: pathlib.Path | None = None,
-    delay: late_plans.Delay = AT_ONCE,
+    delay: Delay = AT_ONCE,
 ) -> Evaluation:
     """Run the episodes with seeds `seed`, `seed + 1`, ... and count successes.
 
     Args:
       make_sim: builds one simulator; called at most `batch` times.
-      actor: plans for all simulators at once.
+      policy: plans for all simulators at once.
       episodes: how many episodes.
       seed: the first episode's seed.
       execute_steps: how many actions of a chunk are executed before the next plan.
@@ -168,8 +192,7 @@ def evaluate(
       path: file that keeps every finished episode as a line of JSON. Episodes found there are not
         run again, so an interrupted evaluation picks up where it was. The caller gives each policy
         its own file and deletes it when the policy changes.
-      delay: how late plans arrive. For "real-time" the actor's `act` is given `previous` and
-        `delay` by name as well (see `Policy.infer_batch`).
+      delay: how late plans arrive.
     """
     if min(episodes, execute_steps, batch) < 1:
         raise ValueError(
@@ -191,7 +214,7 @@ def evaluate(
                 sim, episode_seed = idle.pop(), queue.pop(0)
                 sim.reset(episode_seed)
                 slots.append(_Slot(sim, episode_seed))
-            chunks = _plan(actor, slots, batch, execute_steps, label, delay)
+            chunks = _plan(policy, slots, batch, execute_steps, label, delay)
             for slot, chunk in zip(slots, chunks, strict=True):
                 slot.execute(chunk)
             ended = [slot for slot in slots if slot.sim.done]
@@ -208,12 +231,12 @@ def evaluate(
 
 
 def _plan(
-    actor: Actor,
+    policy: policies.Policy,
     slots: Sequence[_Slot],
     batch: int,
     execute_steps: int,
     label: str,
-    delay: late_plans.Delay,
+    delay: Delay,
 ) -> Float[np.ndarray, "n execute rd"]:
     """One batched inference, and the actions that are due by it.
 
@@ -224,13 +247,14 @@ def _plan(
     keys = [(slot.seed, slot.plans) for slot in slots]
     padding = batch - len(slots)
     left = [slot.left for slot in slots]
-    act: Callable[..., Any] = actor.act
+    previous = delay.previous(left + left[-1:] * padding)
     chunks = np.asarray(
-        act(
+        policy.plan(
             observations + observations[-1:] * padding,
             np.asarray(keys + keys[-1:] * padding),
             [slot.sim for slot in slots],
-            **delay.conditions(left + left[-1:] * padding),
+            previous=previous,
+            delay=0 if previous is None else delay.steps,
         )
     )
     if chunks.ndim != 3 or len(chunks) < len(slots) or chunks.shape[1] < horizon:
@@ -297,13 +321,13 @@ class Recording:
 
 def record(
     make_sim: Callable[[], simulator.Simulator],
-    actor: Actor,
+    policy: policies.Policy,
     *,
     seed: int,
     execute_steps: int,
     label: str,
     batch: int = 1,
-    delay: late_plans.Delay = AT_ONCE,
+    delay: Delay = AT_ONCE,
 ) -> Recording:
     """Run one episode as `evaluate` would and keep what its cameras saw.
 
@@ -324,7 +348,7 @@ def record(
 
     keep()
     while not slot.sim.done:
-        (chunk,) = _plan(actor, [slot], batch, execute_steps, label, delay)
+        (chunk,) = _plan(policy, [slot], batch, execute_steps, label, delay)
         for action in chunk:
             if not slot.sim.done:
                 slot.execute(action[None])

@@ -13,12 +13,10 @@ Without a simulated task it is training, and a report of losses and held-out err
 """
 
 import dataclasses
-import functools
 import json
 import pathlib
 import shutil
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,20 +27,15 @@ from shallow_pi.checkpoints import run_folder, weights
 from shallow_pi.data import opening
 from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.data.robots import robot, tokenizer
-from shallow_pi.deploy import policy as policies
+from shallow_pi.deploy import policy as deployed
 from shallow_pi.distill import layer_map, student
-from shallow_pi.evaluation import actors, report, rollout
+from shallow_pi.evaluation import policies, report, rollout
 from shallow_pi.models import pi0
 from shallow_pi.parallel import processes, sharding
-from shallow_pi.sims import turntable, turntable_expert
+from shallow_pi.sims import demonstrations, simulator
 from shallow_pi.training import config, loop, metrics, setup, validation
 
 STAGES = "stages.json"
-# What makes the task harder than the demonstrations: less play, more to choose from.
-HARDER: dict[str, dict[str, Any]] = {
-    "tight": {"tasks": ("insert",), "clearance_mm": 1.5},
-    "crowded": {"num_blocks": 3, "num_cups": 3},
-}
 REPORT = "report.json"
 
 
@@ -62,8 +55,8 @@ def run(experiment: config.DistillConfig) -> pathlib.Path:
         if processes.is_main():
             _tell(_outcome(experiment, {_trained_name(experiment): folder}), folder)
         return final
-    sim_config = turntable_config(task)
-    experiment = check(experiment, task)
+    suite = find_suite(task)
+    experiment = check(experiment, task, suite)
     resume = run_folder.prepare(
         folder, experiment.resume, experiment.overwrite, meet=processes.sync
     )
@@ -74,7 +67,7 @@ def run(experiment: config.DistillConfig) -> pathlib.Path:
         return folder / str(experiment.num_train_steps)
     stages = report.Stages(folder / STAGES)
     if not experiment.data.path:
-        experiment = _with_data(experiment, task, sim_config, stages)
+        experiment = _with_data(experiment, task, suite, stages)
     with stages.timed("training"):
         final = loop.run(experiment, folder, resume=resume, label=_label(experiment))
     runs = {_trained_name(experiment): folder}
@@ -84,12 +77,20 @@ def run(experiment: config.DistillConfig) -> pathlib.Path:
             with stages.timed(f"training {name}"):
                 loop.run(baseline, runs[name], resume=True, label=name)
     if processes.is_main():
-        _measure(experiment, task, sim_config, runs, stages)
+        _measure(experiment, task, suite, runs, stages)
     return final
 
 
-def check(experiment: config.DistillConfig, task: config.ClosedLoopConfig) -> config.DistillConfig:
+def check(
+    experiment: config.DistillConfig, task: config.ClosedLoopConfig, suite: simulator.Suite
+) -> config.DistillConfig:
     """Find out what cannot work before the run's folder is touched; sizes are the teacher's."""
+    simulator.harder(suite, task.set_harder())
+    simulator.check_robot(suite, robot.find(experiment.data.robot))
+    if not experiment.data.path and suite.expert() is None:
+        raise ValueError(
+            f"simulator {task.sim!r} has no expert that demonstrates its tasks: give --data.path"
+        )
     _, teacher_step = setup.validate(experiment)
     experiment = setup.resolve(experiment, teacher_step)
     if jax.process_count() > 1 and not experiment.data.path:
@@ -160,15 +161,12 @@ def package(experiment: config.DistillConfig, step: pathlib.Path, target: pathli
     progress.console.print(f"Packaged: {target}", soft_wrap=True)
 
 
-def turntable_config(task: config.ClosedLoopConfig) -> turntable.TurntableConfig:
-    """The simulator's own config."""
-    return turntable.TurntableConfig(
-        tasks=task.tasks,
-        num_blocks=task.num_blocks,
-        num_cups=task.num_cups,
-        clearance_mm=task.clearance_mm,
-        disc_speed_deg=task.disc_speed_deg,
-    )
+def find_suite(task: config.ClosedLoopConfig) -> simulator.Suite:
+    """The simulator that a config names, with the options it sets."""
+    try:
+        return simulator.find(task.sim, task.set_options())
+    except ValueError as error:
+        raise ValueError(f"closed_loop: {error}") from error
 
 
 def baselines(experiment: config.DistillConfig) -> dict[str, config.DistillConfig]:
@@ -210,19 +208,19 @@ def _trained_name(experiment: config.DistillConfig) -> str:
 def _with_data(
     experiment: config.DistillConfig,
     task: config.ClosedLoopConfig,
-    sim_config: turntable.TurntableConfig,
+    suite: simulator.Suite,
     stages: report.Stages,
 ) -> config.DistillConfig:
     """Make demonstrations, and for a run without teacher the tokenizer; name them in the config."""
     path = experiment.folder / "demonstrations"
     if not path.exists():
         with stages.timed("demonstrations"):
-            turntable_expert.write(path, sim_config, task.demonstrations, task.seed, task.noise)
+            demonstrations.write(path, suite, task.demonstrations, task.seed, task.noise)
     named = experiment.data.tokenizer
     if not named and experiment.teacher is None:
         model = experiment.folder / policy_assets.TOKENIZER_NAME
         if not model.exists():
-            tokenizer.train(turntable.prompts(), model, vocab_size=experiment.model.vocab_size)
+            tokenizer.train(suite.prompts(), model, vocab_size=experiment.model.vocab_size)
         named = str(model)
     data = dataclasses.replace(experiment.data, path=str(path), tokenizer=named)
     return dataclasses.replace(experiment, data=data)
@@ -231,36 +229,36 @@ def _with_data(
 def _measure(
     experiment: config.DistillConfig,
     task: config.ClosedLoopConfig,
-    sim_config: turntable.TurntableConfig,
+    suite: simulator.Suite,
     runs: Mapping[str, pathlib.Path],
     stages: report.Stages,
 ) -> None:
     folder, trained = experiment.folder, _trained_name(experiment)
     tested = _policies(experiment, task, runs)
-    acting: dict[str, rollout.Actor] = {"expert": turntable_expert.ExpertActor()}
-    acting |= {name: actors.PolicyActor(policy) for name, policy in tested.items()}
+    acting: dict[str, policies.Policy] = {}
+    if (expert := suite.expert()) is not None:
+        acting["expert"] = policies.Scripted(expert)
+    acting |= {name: policies.Trained(policy) for name, policy in tested.items()}
 
-    scenes = {"": sim_config}
-    scenes |= {name: dataclasses.replace(sim_config, **HARDER[name]) for name in task.harder}
+    scenes = {"": suite} | simulator.harder(suite, task.set_harder())
     found: dict[str, dict[str, rollout.Evaluation]] = {}
     with stages.timed("evaluation"):
-        for scene, scene_config in scenes.items():
+        for scene, variant in scenes.items():
             found[scene] = {}
-            for name, actor in acting.items():
+            for name, policy in acting.items():
                 label = f"{name} {scene}".strip()
                 file = f"{label.replace(' ', '-')}-{experiment.num_train_steps}.jsonl"
                 found[scene][name] = rollout.evaluate(
-                    functools.partial(turntable.Turntable, scene_config),
-                    actor,
+                    variant.make,
+                    policy,
                     episodes=task.episodes,
                     seed=task.eval_seed,
                     execute_steps=1 if name == "expert" else task.execute_steps,
                     label=label,
                     path=folder / "evaluations" / file,
                 )
-        make_sim = functools.partial(turntable.Turntable, sim_config)
         recording = rollout.record(
-            make_sim,
+            suite.make,
             acting[trained],
             seed=task.eval_seed,
             execute_steps=task.execute_steps,
@@ -271,7 +269,7 @@ def _measure(
     if "student" in tested:
         with stages.timed("latency"):
             pair = {name: tested[name] for name in ("teacher", "student")}
-            measured = actors.measure_latency(pair, make_sim())
+            measured = policies.measure_latency(pair, suite.make())
     outcome = dataclasses.replace(
         _outcome(experiment, runs),
         evaluations=whole,
@@ -311,13 +309,13 @@ def _policies(
     experiment: config.DistillConfig,
     task: config.ClosedLoopConfig,
     runs: Mapping[str, pathlib.Path],
-) -> dict[str, policies.Policy]:
+) -> dict[str, deployed.Policy]:
     """Every policy under test, in the order of the table."""
     last = str(experiment.num_train_steps)
     steps = {name: path / last for name, path in runs.items()}
 
-    def trained(name: str) -> policies.Policy:
-        return policies.Policy.from_checkpoint(steps[name], num_steps=task.num_steps, warm_up=False)
+    def trained(name: str) -> deployed.Policy:
+        return deployed.Policy.from_checkpoint(steps[name], num_steps=task.num_steps, warm_up=False)
 
     if experiment.teacher is None:
         return {"teacher": trained("teacher")}
@@ -329,9 +327,9 @@ def _policies(
     # As a deployed policy has them (`Policy.from_checkpoint`), so that times compare.
     teacher_params = jax.tree.map(lambda leaf: leaf.astype(experiment.model.dtype), held)
     found = {
-        "teacher": policies.Policy(whole, teacher_params, num_steps=task.num_steps),
+        "teacher": deployed.Policy(whole, teacher_params, num_steps=task.num_steps),
         "student": trained("student"),
-        "cut_only": policies.Policy(
+        "cut_only": deployed.Policy(
             own, _cut(experiment, teacher_params), num_steps=task.num_steps
         ),
     }

@@ -1,27 +1,40 @@
-"""What every simulator offers to rollouts and to data collection.
+"""The interface of a simulator, and the table that finds one by name.
 
-An episode is a function of its seed alone (scene, task, prompt). `observe` gives a robot
-observation under flat LeRobot keys; `step` takes one absolute action and advances one control
-period.
+A simulator is one file with two parts. Its `Suite` is a frozen dataclass whose fields are the
+options a user may set; it says which robot it drives, which instructions it gives, and whether it
+has an expert and demonstrations. `Suite.make` builds a `Simulator`: one running world, an episode
+of which is a function of its seed alone (task, prompt, initial state). To add one, write the file
+and name its suite in `SUITES`; its package is imported when the suite is first asked for.
 """
 
-from typing import Any, Protocol
+import dataclasses
+import difflib
+import pkgutil
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from jaxtyping import Float
 
+from shallow_pi.data.robots import robot as robots
+
+# Flat LeRobot keys: `observation.images.*`, `observation.state`, `task` or as the robot names them.
+Observation = dict[str, Any]
+Action = Float[np.ndarray, " ad"]
+
 
 class Simulator(Protocol):
-    """A seeded, picklable control task with a language prompt."""
+    """One running world; it can be pickled between two steps."""
 
     def reset(self, seed: int) -> None:
         """Begin the episode that `seed` names."""
 
-    def observe(self) -> dict[str, Any]:
-        """Render and return `observation.images.*`, `observation.state` and `task`."""
+    def observe(self) -> Observation:
+        """Render, and return what the robot sees under its own keys, with the prompt."""
 
-    def step(self, action: Float[np.ndarray, " ad"]) -> None:
-        """Apply one action for one control period."""
+    def step(self, action: Action) -> None:
+        """Apply one action in the robot's units for one control period."""
 
     @property
     def task(self) -> str:
@@ -33,12 +46,165 @@ class Simulator(Protocol):
 
     @property
     def success(self) -> bool:
-        """The goal was reached and held."""
+        """The goal was reached and, where the task asks for it, held."""
 
     @property
     def done(self) -> bool:
-        """Success, failure or time-out."""
+        """Success, failure, or the end of the time that an episode has."""
 
     @property
     def time(self) -> float:
         """Seconds since the episode began."""
+
+
+# Gives the next action of a privileged expert, which may look into the simulator.
+Expert = Callable[[Any], Action]
+
+
+class Suite(Protocol):
+    """Tasks of one simulator, as a frozen dataclass of its options that can be pickled."""
+
+    def __hash__(self) -> int:
+        """Of the options, so that worlds can be kept by suite."""
+        ...
+
+    @property
+    def robot(self) -> robots.Robot:
+        """The robot it drives; its `fps` is the control rate."""
+
+    def names(self) -> Mapping[str, Sequence[str]]:
+        """Names of the dimensions of states and actions by the robot's keys, for a dataset."""
+
+    def make(self) -> Simulator:
+        """Build one world; `reset` comes before anything else."""
+
+    def prompts(self) -> Sequence[str]:
+        """Every instruction of every task, whichever tasks are chosen: for training a tokenizer."""
+
+    def harder(self) -> Mapping[str, "Suite"]:
+        """Variants by name that policies are measured on, but not trained on."""
+
+    def expert(self) -> Expert | None:
+        """A scripted expert, or None. What it has to remember it keeps in the simulator."""
+
+    def demonstrate(
+        self, sim: Simulator, rng: np.random.Generator, noise: float
+    ) -> Iterator[tuple[Observation, Action]]:
+        """Let the expert play the episode that was just reset; asked for only if there is one.
+
+        Args:
+          sim: made by this suite.
+          rng: of the perturbations.
+          noise: their scale; 0 for the expert's own path.
+
+        Yields:
+          Each observation, and the expert's own action there.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A line of the table."""
+
+    # MODULE:CLASS of the suite.
+    suite: str
+    # Extra of this project that installs its packages; empty if every installation has them.
+    extra: str = ""
+
+
+SUITES: dict[str, Entry] = {
+    "turntable": Entry("shallow_pi.sims.turntable:Suite"),
+}
+
+
+def find(name: str, options: Mapping[str, Any]) -> Suite:
+    """The suite of that name with these options; text is read as the option's type asks.
+
+    Args:
+      name: a key of `SUITES`, or MODULE:CLASS of a suite of your own.
+      options: fields of the suite; those left out keep their defaults.
+
+    Raises:
+      ValueError: an unknown name or option, a value that does not fit, or a package that is not
+        installed.
+    """
+    if ":" not in name and name not in SUITES:
+        raise ValueError(f"unknown simulator {name!r}; {_known(name, SUITES)}")
+    entry = SUITES.get(name) or Entry(name)
+    try:
+        kind = pkgutil.resolve_name(entry.suite)
+    except (ImportError, AttributeError, ValueError) as error:
+        missing = getattr(error, "name", None) or entry.suite
+        advice = "expected MODULE:CLASS that can be imported"
+        if isinstance(error, ModuleNotFoundError) and not str(missing).startswith("shallow_pi"):
+            extra = f"uv sync --extra {entry.extra}" if entry.extra else f"uv pip install {missing}"
+            advice = f"its package {missing!r} is not installed: {extra}"
+        raise ValueError(f"simulator {name!r}: {advice} ({error})") from error
+    hints = typing.get_type_hints(kind)
+    fields = [field.name for field in dataclasses.fields(kind)]
+    for option in options:
+        if option not in fields:
+            raise ValueError(
+                f"simulator {name!r} has no option {option!r}; {_known(option, fields)}"
+            )
+    return kind(**{key: _read(key, value, hints[key]) for key, value in options.items()})
+
+
+def _read(option: str, value: Any, hint: Any) -> Any:
+    """A value given as text, as the type of the option asks; other values as they are."""
+    if not isinstance(value, str) or hint is str:
+        return value
+    if typing.get_origin(hint) is tuple:
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    if typing.get_origin(hint) is Literal:
+        return value  # The suite checks its own choices.
+    if hint is bool and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    if hint in (int, float):
+        try:
+            return hint(value)
+        except ValueError as error:
+            raise ValueError(f"{option}: expected {hint.__name__}, got {value!r}") from error
+    raise ValueError(f"{option}: expected {hint}, got {value!r}")
+
+
+def _known(name: str, names: Sequence[str] | Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(name, names, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return f"there are {sorted(names)}{hint}"
+
+
+def harder(suite: Suite, names: Sequence[str] | None) -> dict[str, Suite]:
+    """The harder variants of these names, in this order; None takes all.
+
+    Raises:
+      ValueError: the simulator has no such variant.
+    """
+    found = suite.harder()
+    for name in names or ():
+        if name not in found:
+            raise ValueError(f"no harder variant {name!r}; {_known(name, found)}")
+    return {name: found[name] for name in (found if names is None else names)}
+
+
+def check_robot(suite: Suite, robot: robots.Robot) -> None:
+    """Raise unless a policy of `robot` can drive the suite's own robot."""
+    own = suite.robot
+    differing = [
+        f"{what} {theirs} (the simulator's: {ours})"
+        for what, theirs, ours in (
+            ("state keys", list(robot.state_keys), list(own.state_keys)),
+            ("state dimensions", robot.state_dim, own.state_dim),
+            ("action dimensions", robot.action_dim, own.action_dim),
+            ("control rate", robot.fps, own.fps),
+        )
+        if theirs != ours
+    ]
+    absent = sorted(set(robot.cameras.values()) - set(own.cameras.values()))
+    if absent:
+        differing.append(f"cameras {absent} (the simulator's: {sorted(own.cameras.values())})")
+    if differing:
+        raise ValueError(
+            f"robot {robot.name!r} does not fit the simulator's, {own.name!r}: it has "
+            f"{'; '.join(differing)}; give --data.robot {own.name}, or another --closed-loop.sim"
+        )

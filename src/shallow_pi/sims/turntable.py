@@ -1,20 +1,28 @@
-"""The embedded task: a peg on a gantry touches the named block or enters the named cup.
+"""The turntable: a peg on a gantry touches the named block or enters the named cup.
 
-A disc, still or turning, carries blocks and cups in random places and colours; which one is meant
-is said in words only. Actions are absolute targets [x, y, z] in metres for the peg's tip, followed
-by position servos; the state is the tip's own position. Success is physical and must be held for
+A disc, still or turning, carries blocks and cups in random places and colours; only the prompt says
+which one is meant. Actions are absolute targets [x, y, z] in metres for the peg's tip, followed by
+position servos; the state is the tip's own position. Success is physical and must be held for
 `HOLD_STEPS` control steps; holding on anything else as long ends the episode as a failure.
-Everything about an episode derives from its seed.
+
+The expert sees the true scene and has no memory: its action is a smooth function of the tip and the
+target, so that a policy can imitate it from one observation. The height it asks for falls with the
+distance to the target like the wall of a funnel. Demonstrations perturb what is executed and record
+the expert's own action in every state reached, and some begin after an unrecorded excursion that
+leaves the peg low and a few centimetres off, so that recoveries are in the data while no label has
+to foresee a perturbation.
 """
 
 import dataclasses
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import mujoco
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from shallow_pi.sims import raycast, turntable_scene
+from shallow_pi.data.robots import robot as robots
+from shallow_pi.sims import raycast, simulator, turntable_scene
 
 PROMPTS: dict[str, tuple[str, ...]] = {
     "touch": ("touch the {colour} block", "tap the {colour} block"),
@@ -28,12 +36,19 @@ MIN_RADIUS, MAX_RADIUS = 0.04, 0.12  # of the objects' places on the disc
 SEPARATION = 0.052  # of two objects' centres: the peg passes between any two
 PHYSICS_TIMESTEP = 0.005  # at most, seconds
 
+# Of the expert, metres.
+HOVER = 0.035  # above the target's top
+STRIDE = 0.008  # longest way from the tip to the commanded point: about 0.2 m/s
+PRESS_DEPTH = 0.004  # commanded below a block's top
+PLUNGE_DEPTH = 0.020  # commanded below a cup's rim
+SERVO_LAG = turntable_scene.SERVO_DAMPING / turntable_scene.SERVO_STIFFNESS  # seconds
+
 
 @dataclasses.dataclass(frozen=True)
-class TurntableConfig:
-    """One family of episodes; all of them share one compiled scene."""
+class Suite:
+    """One family of episodes; all of them share one compiled scene (see `simulator.Suite`)."""
 
-    # Tasks to draw from, each as likely: names in PROMPTS.
+    # Tasks to draw from, equally likely: names in PROMPTS.
     tasks: tuple[str, ...] = ("touch", "insert")
     # Blocks on the disc, each of another colour.
     num_blocks: int = 2
@@ -73,6 +88,41 @@ class TurntableConfig:
         """Of a cup's hole, metres."""
         return turntable_scene.PEG_RADIUS + self.clearance_mm / 1000
 
+    @property
+    def robot(self) -> robots.Robot:
+        """The gantry."""
+        return dataclasses.replace(robots.TURNTABLE, fps=self.control_hz)
+
+    def names(self) -> Mapping[str, tuple[str, ...]]:
+        """Axes of the tip's position and of its target."""
+        return dict.fromkeys((*self.robot.state_keys, self.robot.action_key), ("x", "y", "z"))
+
+    def make(self) -> "Turntable":
+        """Compile the scene."""
+        return Turntable(self)
+
+    def prompts(self) -> list[str]:
+        """Every instruction of every task."""
+        return prompts()
+
+    def harder(self) -> Mapping[str, "Suite"]:
+        """Less play; more to choose from."""
+        return {
+            "tight": dataclasses.replace(self, tasks=("insert",), clearance_mm=1.5),
+            "crowded": dataclasses.replace(self, num_blocks=3, num_cups=3),
+        }
+
+    def expert(self) -> simulator.Expert:
+        """Go above the target, descend while coming into line, and keep pressing."""
+        return expert
+
+    def demonstrate(
+        self, sim: simulator.Simulator, rng: np.random.Generator, noise: float
+    ) -> Iterator[tuple[simulator.Observation, simulator.Action]]:
+        """Play a perturbed episode; yield what is seen, and the expert's own action there."""
+        assert isinstance(sim, Turntable), "made by this suite"
+        return _demonstrate(sim, rng, noise)
+
 
 def prompts(tasks: tuple[str, ...] = tuple(PROMPTS)) -> list[str]:
     """Every instruction the tasks can give."""
@@ -87,7 +137,7 @@ def prompts(tasks: tuple[str, ...] = tuple(PROMPTS)) -> list[str]:
 class Turntable:
     """The simulator (see `simulator.Simulator`); call `reset` before anything else."""
 
-    def __init__(self, config: TurntableConfig):
+    def __init__(self, config: Suite):
         self.config = config
         self._substeps = int(np.ceil(1 / config.control_hz / PHYSICS_TIMESTEP - 1e-9))
         timestep = 1 / config.control_hz / self._substeps
@@ -278,3 +328,67 @@ def _scatter(rng: np.random.Generator, count: int) -> Float[np.ndarray, "n 2"]:
                 places.append(place)
             if len(places) == count:
                 return np.stack(places)
+
+
+def _ramp(value: float, low: float, high: float) -> float:
+    """0 below `low`, 1 above `high`, smooth between."""
+    x = float(np.clip((value - low) / (high - low), 0.0, 1.0))
+    return x * x * (3 - 2 * x)
+
+
+def _limit(way: Float[np.ndarray, " n"], longest: float) -> Float[np.ndarray, " n"]:
+    """`way`, shortened smoothly so that it never exceeds `longest`."""
+    return way / np.sqrt(1 + (way @ way) / longest**2)
+
+
+def expert(sim: Turntable) -> Float[np.ndarray, "3"]:
+    """The absolute target for the tip, from the simulator's true state."""
+    tip, goal = sim.tip, sim.positions[sim.target]
+    turn = np.deg2rad(sim.config.disc_speed_deg) * (SERVO_LAG + 0.5 / sim.config.control_hz)
+    cos, sin = np.cos(turn), np.sin(turn)
+    ahead = np.array([[cos, -sin], [sin, cos]]) @ goal[:2]  # where a turning target will be
+    error = float(np.hypot(*(tip[:2] - goal[:2])))
+    if sim.task == "insert":
+        play = sim.config.clearance_mm / 1000
+        depth, inner, outer = PLUNGE_DEPTH, 0.7 * play, 1.5 * play
+    else:
+        depth, inner, outer = PRESS_DEPTH, 0.004, 0.011
+    brim = 0.004  # kept above the target's top until in line
+    height = -depth + (brim + depth) * _ramp(error, inner, outer)
+    height += (HOVER - brim) * _ramp(error, outer, outer + 0.022)
+    # Beside the target and low: rise first, so as not to push against its side.
+    low = 1 - _ramp(tip[2] - goal[2], -0.004, 0.002)
+    free = 1 - low * _ramp(error, outer, 1.5 * outer)
+    across = _limit(free * (ahead - tip[:2]), STRIDE)
+    down = _limit(np.array([goal[2] + height - tip[2]]), STRIDE)
+    return tip + np.concatenate([across, down])
+
+
+def _demonstrate(
+    sim: Turntable, rng: np.random.Generator, noise: float
+) -> Iterator[tuple[simulator.Observation, simulator.Action]]:
+    if noise and rng.uniform() < 0.4:
+        _excursion(sim, rng, noise)
+    play = sim.config.clearance_mm / 1000 if sim.task == "insert" else np.inf
+    spread = noise * rng.uniform(0, min(0.003, play))  # metres, of the perturbation
+    wander = np.zeros(3)
+    while not sim.done:
+        clean = expert(sim)
+        yield sim.observe(), clean
+        wander = 0.7 * wander + np.sqrt(1 - 0.7**2) * rng.normal(scale=spread, size=3)
+        sim.step(clean + wander)
+
+
+def _excursion(sim: Turntable, rng: np.random.Generator, noise: float) -> None:
+    """Bring the peg, unrecorded, near some object: mostly the target, at any height above it."""
+    wanted = sim.target if rng.uniform() < 0.8 else int(rng.integers(len(sim.positions)))
+    spot = sim.positions[wanted] + [*rng.normal(scale=noise * 0.02, size=2), 0.0]
+    spot[2] += rng.uniform(0.002, HOVER)
+    expert_height = turntable_scene.CUP_HEIGHT + HOVER
+    for _ in range(40):
+        way = spot - sim.tip
+        if np.hypot(*way[:2]) > 0.01:
+            way[2] = max(spot[2], expert_height) - sim.tip[2]
+        if np.linalg.norm(way) < 0.004 or sim.done:
+            return
+        sim.step(sim.tip + _limit(way, 5 * STRIDE))

@@ -7,7 +7,7 @@ a `DistillConfig`; everything else is given the small dataclass it needs.
 
 import dataclasses
 import pathlib
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
@@ -70,18 +70,22 @@ class StudentConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ClosedLoopConfig:
-    """The simulated task that gives demonstrations and measures policies (the turntable)."""
+    """The simulator that makes demonstrations and measures policies."""
 
-    # Tasks to draw from.
+    # A simulator by name, or MODULE:CLASS of a suite of your own (see sims/simulator.py).
+    sim: str = "turntable"
+    # Tasks to draw from: touch, insert. Another simulator has tasks of its own, and all by default.
     tasks: tuple[str, ...] = ("touch", "insert")
-    # Blocks in a scene.
+    # Blocks in a scene of the turntable.
     num_blocks: int = 2
-    # Cups in a scene.
+    # Cups in a scene of the turntable.
     num_cups: int = 2
-    # Radial play of the peg in a cup, millimetres.
+    # Radial play of the turntable's peg in a cup, millimetres.
     clearance_mm: float = 3.0
-    # Speed of the disc, degrees a second.
+    # Speed of the turntable's disc, degrees a second.
     disc_speed_deg: float = 0.0
+    # More options of the simulator, NAME=VALUE, such as image_size=96.
+    options: tuple[str, ...] = ()
     # Demonstrations to collect.
     demonstrations: int = 400
     # Scale of the perturbations during demonstrations.
@@ -92,9 +96,10 @@ class ClosedLoopConfig:
     episodes: int = 100
     # Seed of the first of them.
     eval_seed: int = 1_000_000
-    # Harder variants the policies are measured on too, though none was trained on them: "tight"
-    # (insert with 1.5 mm of play), "crowded" (three blocks and three cups).
-    harder: tuple[Literal["tight", "crowded"], ...] = ("tight", "crowded")
+    # Harder variants that policies are measured on but not trained on: tight (insert with 1.5 mm of
+    # play), crowded (three blocks and three cups). Another simulator has its own, and all by
+    # default.
+    harder: tuple[str, ...] = ("tight", "crowded")
     # Actions of a chunk that are executed before the next plan.
     execute_steps: int = 5
     # Integration steps of the sampler.
@@ -105,6 +110,23 @@ class ClosedLoopConfig:
     def __post_init__(self) -> None:
         counts = ("demonstrations", "episodes", "execute_steps", "num_steps")
         _at_least(self, 1, *counts, prefix="closed_loop.")
+        for pair in self.options:
+            if not all(pair.partition("=")[::2]):
+                raise ValueError(f"closed_loop.options: expected NAME=VALUE, got {pair!r}")
+
+    def set_options(self) -> dict[str, Any]:
+        """Options of the simulator that are set: fields that differ from their defaults, and pairs.
+
+        The simulator has the defaults of the others, which for the turntable are the same.
+        """
+        own = ("tasks", "num_blocks", "num_cups", "clearance_mm", "disc_speed_deg")
+        found = {name: getattr(self, name) for name in own}
+        found = {name: value for name, value in found.items() if value != getattr(type(self), name)}
+        return found | dict(pair.split("=", 1) for pair in self.options)
+
+    def set_harder(self) -> tuple[str, ...] | None:
+        """Harder variants to measure on; None, the default, is all that the simulator has."""
+        return None if self.harder == type(self).harder else self.harder
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,76 @@
+"""Simulators are found by name with their options; what does not fit is named with what does."""
+
+import dataclasses
+import sys
+
+import pytest
+
+from shallow_pi.data.robots import robot as robots
+from shallow_pi.sims import simulator, turntable
+from shallow_pi.training import config
+
+
+def test_a_suite_is_found_by_name_or_by_its_class():
+    suite = simulator.find("turntable", {"num_cups": 3, "clearance_mm": "1.5", "tasks": "insert"})
+    assert suite == turntable.Suite(tasks=("insert",), num_cups=3, clearance_mm=1.5)
+    assert simulator.find("shallow_pi.sims.turntable:Suite", {}) == turntable.Suite()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("turntabel", {}, r"unknown simulator 'turntabel'; there are .*did you mean 'turntable'"),
+        ("nowhere:Suite", {}, "package 'nowhere' is not installed: uv pip install nowhere"),
+        ("shallow_pi.sims.turntable:Sweet", {}, "expected MODULE:CLASS that can be imported"),
+        ("turntable", {"num_cup": 3}, r"no option 'num_cup'; .*did you mean 'num_cups'"),
+        ("turntable", {"num_cups": "three"}, "num_cups: expected int, got 'three'"),
+        ("turntable", {"renderer": "vulkan"}, 'renderer: expected "ray" or "gl"'),
+    ],
+)
+def test_what_is_unknown_is_named_with_what_there_is(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        simulator.find(name, options)
+
+
+def test_a_simulators_package_is_imported_when_it_is_asked_for(monkeypatch):
+    names = ("mujoco", "shallow_pi.sims.turntable", "shallow_pi.sims.raycast")
+    for name in names:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "mujoco", None)
+    monkeypatch.setitem(
+        simulator.SUITES, "turntable", simulator.Entry("shallow_pi.sims.turntable:Suite", "table")
+    )
+    with pytest.raises(ValueError, match="'mujoco' is not installed: uv sync --extra table"):
+        simulator.find("turntable", {})
+
+
+def test_the_config_sets_what_differs_from_the_simulators_defaults():
+    assert simulator.find("turntable", config.ClosedLoopConfig().set_options()) == turntable.Suite()
+    own = {field.name: field.default for field in dataclasses.fields(turntable.Suite)}
+    for name in ("tasks", "num_blocks", "num_cups", "clearance_mm", "disc_speed_deg"):
+        assert getattr(config.ClosedLoopConfig(), name) == own[name], name
+    given = config.ClosedLoopConfig(num_cups=3, options=("renderer=gl", "image_size=96"))
+    assert given.set_options() == {"num_cups": 3, "renderer": "gl", "image_size": "96"}
+    with pytest.raises(ValueError, match="expected NAME=VALUE, got 'image_size'"):
+        config.ClosedLoopConfig(options=("image_size",))
+
+
+def test_harder_variants_are_all_or_those_named():
+    suite = turntable.Suite()
+    assert list(simulator.harder(suite, None)) == ["tight", "crowded"]
+    (found,) = simulator.harder(suite, ("crowded",)).values()
+    assert found == turntable.Suite(num_blocks=3, num_cups=3)
+    assert simulator.harder(suite, ()) == {}
+    with pytest.raises(ValueError, match="did you mean 'crowded'"):
+        simulator.harder(suite, ("crowd",))
+
+
+def test_another_robot_is_refused_with_what_differs():
+    suite = turntable.Suite()
+    simulator.check_robot(suite, robots.TURNTABLE)
+    simulator.check_robot(suite, dataclasses.replace(robots.TURNTABLE, name="mine", delta=()))
+    with pytest.raises(ValueError, match=r"state dimensions 14 \(the simulator's: 3\).*cam_high"):
+        simulator.check_robot(suite, robots.ALOHA)
+    slow = dataclasses.replace(suite, control_hz=10.0)
+    with pytest.raises(ValueError, match=r"control rate 20 \(the simulator's: 10.0\)"):
+        simulator.check_robot(slow, robots.TURNTABLE)
