@@ -1,4 +1,4 @@
-"""Executors, step by step: which plan is asked for when, and which of its actions is due."""
+"""Executors, step by step: which chunk is asked for when, and which of its actions is due."""
 
 import concurrent.futures
 import threading
@@ -12,15 +12,16 @@ HORIZON = 6
 
 
 class Counting:
-    """Plans (plan, index) pairs; keeps what it was asked. Observations are control steps."""
+    """Chunks of (chunk, index) pairs; keeps what it was asked. Observations are control steps."""
 
-    def __init__(self):
-        self.asked, self.resets = [], 0
+    def __init__(self, horizons=(HORIZON,)):
+        self.asked, self.resets, self.horizons = [], 0, horizons
 
     def infer(self, observation):
         self.asked.append(int(observation["step"][0]))
         plan = len(self.asked) - 1
-        actions = np.array([[plan, index] for index in range(HORIZON)])
+        horizon = self.horizons[min(plan, len(self.horizons) - 1)]
+        actions = np.array([[plan, index] for index in range(horizon)])
         return {"actions": actions, "timing": {"infer_ms": 1.0}}
 
     def reset(self):
@@ -78,6 +79,7 @@ def clock_of(worker, seconds):
             return now[0] - seconds
         return now[0]
 
+    clock.now = now
     return clock
 
 
@@ -143,25 +145,90 @@ def test_a_plan_that_comes_late_loses_its_first_actions(executor):
     assert policy.asked == [0, 3, 6, 9]
 
 
-def test_without_actions_the_robot_waits_and_what_it_misses_is_late_too():
-    """Out of actions at step 6; the plan asked for at step 5 takes 0.2 s more, 2 steps at 10 Hz."""
-    for hz, expected in ((None, (1, 1)), (10.0, (1, 3))):
+class Robot:
+    """Moves one unit a control step towards where it is told to be, and cannot do more.
+
+    Its policy leads on from the position it sees, one unit a step.
+    """
+
+    def __init__(self, horizon):
+        self.position, self.horizon, self.jumps = 0.0, horizon, []
+
+    def infer(self, observation, *, previous=None, delay=0):
+        start = observation["arm"]["joints"][0]
+        return {"actions": (start + 1 + np.arange(self.horizon))[:, None]}
+
+    def drive(self, executor, steps, before_step=lambda step: None):
+        # One buffer for all observations, as a driver of a robot has it.
+        joints = np.zeros(1)
+        for step in range(steps):
+            before_step(step)
+            joints[:] = self.position
+            command = executor.infer({"arm": {"joints": joints}})["actions"][0]
+            self.jumps.append(command - self.position)
+            self.position = command
+
+
+@pytest.mark.parametrize("hz", [None, 50.0])
+@pytest.mark.parametrize("delay", [0, 2, 1000])
+@pytest.mark.parametrize("execute_steps", [1, 4, 7, 10])
+@pytest.mark.parametrize("kind", [executors.SkipLateActions, executors.RealTimeChunking])
+def test_no_action_is_further_than_the_robot_can_have_come(kind, execute_steps, delay, hz):
+    """Chunks take longer than the actions last: the robot starves, stands, and goes on from there.
+
+    In the middle nobody asks for two minutes, as when an operator stops it.
+    """
+    worker, robot = Later(), Robot(horizon=10)
+    clock = clock_of(worker, 8 / 50)
+    waiting = []
+
+    def before_step(step):
+        if step == 30:
+            clock.now[0] += 120.0
+        waiting.append(bool(worker.waiting))
+        if sum(waiting[-delay - 1 :]) > delay:
+            worker.finish()
+
+    executor = kind(robot, execute_steps, control_hz=hz, worker=worker, clock=clock)
+    robot.drive(executor, 60, before_step)
+    assert robot.jumps == [1.0] * 60
+
+
+def test_a_broker_goes_on_from_where_the_robot_stands():
+    robot = Robot(horizon=10)
+    robot.drive(executors.ActionChunkBroker(robot, 7), 30)
+    assert robot.jumps == [1.0] * 30
+
+
+def test_a_starved_robot_skips_what_it_executed_and_counts_how_long_it_stood():
+    """Out of actions at step 6; the chunk asked for at step 5 takes 0.2 s more."""
+    for hz, late in ((None, 1), (10.0, 3)):
         policy, worker = Counting(), Later()
         clock = clock_of(worker, 0.2)
         executor = executors.SkipLateActions(policy, 5, control_hz=hz, worker=worker, clock=clock)
-        found = run(executor, worker, 7, delay=100)
-        # The wait for the first plan costs no actions: nothing moves yet.
-        assert found[:6] == [(0, i) for i in range(6)]
-        assert found[6] == expected
+        found = run(executor, worker, 6, delay=100)
+        # The wait for the first chunk costs no actions: nothing moves yet.
+        assert found == [(0, i) for i in range(6)]
+        result = executor.infer({"step": np.array([6])})
+        assert tuple(result["actions"]) == (1, 1)
+        assert result["late_steps"] == late
 
 
-def test_a_plan_that_is_over_when_it_comes_is_made_anew():
-    policy, worker = Counting(), Later()
-    clock = clock_of(worker, 3.0)
-    executor = executors.SkipLateActions(policy, 5, control_hz=10, worker=worker, clock=clock)
+def test_a_chunk_that_is_over_when_it_comes_is_asked_for_anew():
+    policy, worker = Counting(horizons=(6, 3, 6)), Later()
+    executor = executors.SkipLateActions(policy, 2, worker=worker, clock=clock_of(worker, 0.0))
     found = run(executor, worker, 8, delay=100)
-    assert found[6:] == [(2, 0), (2, 1)]
-    assert policy.asked == [0, 5, 6]
+    assert found[5:] == [(0, 5), (2, 0), (2, 1)]
+    assert policy.asked == [0, 2, 6]
+
+
+def test_a_robot_may_change_the_action_it_is_given():
+    policy, worker = GoingOn(), Later()
+    executor = executors.RealTimeChunking(policy, 1, worker=worker, clock=clock_of(worker, 0.0))
+    for step in range(2):
+        executor.infer({"step": np.array([step])})["actions"][:] = -1
+    worker.finish()
+    assert policy.told == [None, ([[0, i] for i in range(1, 6)], 1)]
 
 
 def test_real_time_plans_are_told_what_is_left_and_how_late_they_will_be():
@@ -224,18 +291,6 @@ def test_what_goes_wrong_in_the_background_is_raised_by_the_next_call_and_then_o
     assert run(executor, worker, 1, delay=100, start=3) == [(0, 3)]
     worker.finish()
     assert run(executor, worker, 1, delay=100, start=4) == [(1, 1)]
-
-
-def test_buffers_may_be_filled_again_while_a_plan_is_made():
-    policy, worker = Counting(), Later()
-    executor = executors.SkipLateActions(policy, 1, worker=worker, clock=clock_of(worker, 0.0))
-    buffer = np.zeros(1)
-    for step in range(3):
-        buffer[:] = step
-        executor.infer({"step": buffer})
-    buffer[:] = 100
-    worker.finish()
-    assert policy.asked == [0, 1]
 
 
 def test_a_thread_plans_while_actions_go_on_and_is_ended():

@@ -1,20 +1,22 @@
-"""From chunks to single actions: when to plan, and which action of which chunk is due now.
+"""From chunks to single actions: when to ask for a chunk, and which action of which is due now.
 
-An executor is called once every control step and gives one action. It asks anything that has
-`infer(observation)` and answers with a mapping of "actions" (horizon, dimensions): a `Policy`, or a
-client of openpi's server. Executors have `infer` and `reset` themselves, so that they fit where
-openpi's `ActionChunkBroker` fits.
+An executor is called once every control step and gives one action. It asks a policy: anything that
+has `infer(observation)` and answers with a mapping of "actions" (horizon, dimensions), such as
+`policy.Policy` or a client of openpi's server. Executors have `infer` and `reset` themselves, so
+that they fit where openpi's `ActionChunkBroker` fits.
 
-    ActionChunkBroker    plans when the chunk is used up; the robot waits for the plan
-    SkipLateActions      plans in the background; a plan that comes d steps late loses its first d
-    RealTimeChunking     the same, and the plan goes on from the actions executed meanwhile
+    ActionChunkBroker    asks when the chunk is used up; the robot waits for the next
+    SkipLateActions      asks in the background; a chunk that comes d steps late loses its first d
+    RealTimeChunking     the same, and the chunk goes on from the actions executed meanwhile
 
-Control steps are counted, not timed: an action belongs to the step it was predicted for. Time is
-looked at only where the robot runs out of actions and has to wait.
+Control steps are counted, not timed: a step is an action that was given to the robot. A robot that
+runs out of actions stands until the next chunk comes, so only those of its actions are skipped that
+the robot executed others for; to skip by the clock would make it jump.
 """
 
 import collections
 import concurrent.futures
+import copy
 import dataclasses
 import inspect
 import threading
@@ -26,8 +28,8 @@ import numpy as np
 from jaxtyping import Float
 
 
-class Planner(Protocol):
-    """Plans a chunk of actions for one observation."""
+class Policy(Protocol):
+    """Predicts a chunk of actions for one observation."""
 
     def infer(self, observation: Mapping[str, Any], /) -> Mapping[str, Any]:
         """A mapping with `actions` (horizon, robot's dimensions), the first one due now."""
@@ -35,38 +37,38 @@ class Planner(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class _Chunk:
-    """A plan, and the control step of its first action."""
+    """A chunk, and the control step of its first action."""
 
     actions: Float[np.ndarray, "ah rd"]
     result: Mapping[str, Any]
     start: int
-    # Control steps between its observation and its arrival.
+    # Control steps between its observation and its arrival, with those the robot waited.
     late: int = 0
 
     def at(self, step: int) -> dict[str, Any]:
-        """What the executor answers at a control step."""
-        index = step - self.start
-        return {**self.result, "actions": self.actions[index], "late_steps": self.late}
+        """The executor's answer at a control step."""
+        action = self.actions[step - self.start].copy()
+        return {**self.result, "actions": action, "late_steps": self.late}
 
 
 class ActionChunkBroker:
-    """One action a call; a new plan when `execute_steps` actions of the last are executed.
+    """One action a call; a new chunk when `execute_steps` actions of the last are executed.
 
     With fewer steps than the chunk has actions this is receding horizon control.
 
     Args:
-      policy: what plans.
+      policy: predicts the chunks.
       execute_steps: actions executed of each chunk; None is all of them.
     """
 
-    def __init__(self, policy: Planner, execute_steps: int | None = None) -> None:
+    def __init__(self, policy: Policy, execute_steps: int | None = None) -> None:
         _check_positive(execute_steps)
         self._policy, self._execute_steps = policy, execute_steps
         self._chunk: _Chunk | None = None
         self._step = 0
 
     def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
-        """The action due now, (robot's dimensions), as `actions`, beside the rest of its plan."""
+        """The action due now, (robot's dimensions), as `actions`, beside the policy's answer."""
         chunk = self._chunk
         if chunk is None or self._step - chunk.start >= (self._execute_steps or len(chunk.actions)):
             result = self._policy.infer(observation)
@@ -82,26 +84,25 @@ class ActionChunkBroker:
 
 
 class SkipLateActions:
-    """Plans in the background while the last chunk is executed, and skips what came too late.
+    """Asks in the background while the last chunk is executed, and skips what comes too late.
 
-    A plan is asked for as soon as `execute_steps` actions of the last one were due and none is
-    under way. When it arrives d control steps after its observation, its action d is executed next.
-    The robot waits for the first plan, and where a chunk is used up before the next is there; if
-    that is over too when it comes, a new one is asked for, and what goes by until then is not
-    counted, since the robot stands. What goes wrong in the background is raised by the next call.
+    A chunk is asked for as soon as `execute_steps` actions of the last one were given and none is
+    under way. If d actions were given between its observation and its arrival, its action d comes
+    next. The robot waits for the first chunk, and wherever a chunk is used up before the next is
+    there. What goes wrong in the background is raised by the next call.
 
     Args:
-      policy: what plans; called from one other thread, one plan at a time.
-      execute_steps: actions of a chunk that are due before the next plan is asked for.
-      control_hz: control steps a second. Given, the steps that go by while the robot waits count as
-        late too; None for a world that waits with the robot.
-      worker: runs the planning; None is a thread of its own, ended by `close`.
+      policy: predicts the chunks; called from one other thread, one chunk at a time.
+      execute_steps: actions given of a chunk before the next one is asked for.
+      control_hz: control steps a second. With it, `late_steps` (and the delay that real-time
+        chunking expects) counts the time the robot waited too; actions are skipped alike.
+      worker: runs the policy; None is a thread of its own, ended by `close`.
       clock: seconds, from anywhere.
     """
 
     def __init__(
         self,
-        policy: Planner,
+        policy: Policy,
         execute_steps: int,
         *,
         control_hz: float | None = None,
@@ -114,7 +115,7 @@ class SkipLateActions:
         self._policy, self._execute_steps = policy, execute_steps
         self._control_hz, self._clock = control_hz, clock
         self._owns_worker = worker is None
-        self._worker = worker or concurrent.futures.ThreadPoolExecutor(1, "plan")
+        self._worker = worker or concurrent.futures.ThreadPoolExecutor(1, "policy")
         self._chunk: _Chunk | None = None
         self._pending: tuple[concurrent.futures.Future[Mapping[str, Any]], int] | None = None
         self._step = 0
@@ -122,12 +123,12 @@ class SkipLateActions:
         self._lock = threading.Lock()
 
     def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
-        """The action due now, (robot's dimensions), as `actions`, beside the rest of its plan.
+        """The action due now, (robot's dimensions), as `actions`, beside the policy's answer.
 
-        `late_steps` says how late that plan was.
+        `late_steps` says how late its chunk was.
 
         Raises:
-          Whatever the policy raised since the last call; the next call plans anew.
+          Whatever the policy raised since the last call; the next call asks again.
         """
         with self._lock:
             if self._closed:
@@ -141,14 +142,14 @@ class SkipLateActions:
             return chunk.at(self._step - 1)
 
     def reset(self) -> None:
-        """Begin an episode; waits for a plan that is under way, and drops it."""
+        """Begin an episode; waits for a chunk that is under way, and drops it."""
         with self._lock:
             self._drop()
             self._chunk, self._step = None, 0
             _reset(self._policy)
 
     def close(self) -> None:
-        """Wait for a plan that is under way, and end the thread; closing twice is no error."""
+        """Wait for a chunk that is under way, and end the thread; closing twice is no error."""
         with self._lock:
             self._drop()
             self._closed = True
@@ -162,25 +163,24 @@ class SkipLateActions:
         self.close()
 
     def _executed(self) -> float:
-        """How many actions of the chunk were due; without one, more than any chunk has."""
+        """Number of actions given of the chunk; without one, more than any chunk has."""
         return np.inf if self._chunk is None else self._step - self._chunk.start
 
     def _conditions(self) -> dict[str, Any]:
-        """What the policy is given beside the observation."""
+        """Arguments for the policy beside the observation."""
         return {}
 
     def _ask(self, observation: Mapping[str, Any]) -> None:
         # A robot may fill the same buffers with the next observation.
-        kept = {k: v.copy() if isinstance(v, np.ndarray) else v for k, v in observation.items()}
-        asked = self._worker.submit(self._policy.infer, kept, **self._conditions())
+        asked = self._worker.submit(self._policy.infer, _copy(observation), **self._conditions())
         self._pending = asked, self._step
 
-    def _take_arrived(self) -> None:
+    def _take_arrived(self, waited: int = 0) -> None:
         if self._pending is not None and self._pending[0].done():
             (asked, start), self._pending = self._pending, None
             result = asked.result()
             actions = _actions(result, self._execute_steps)
-            self._chunk = _Chunk(actions, result, start, late=self._step - start)
+            self._chunk = _Chunk(actions, result, start, late=self._step - start + waited)
 
     def _wait(self, observation: Mapping[str, Any]) -> _Chunk:
         """The chunk that has an action for this step."""
@@ -191,10 +191,10 @@ class SkipLateActions:
                 continue
             began = self._clock()
             concurrent.futures.wait([self._pending[0]])
-            seconds = self._clock() - began
+            waited = 0.0
             if self._chunk is not None and self._control_hz is not None:
-                self._step += round(seconds * self._control_hz)
-            self._take_arrived()
+                waited = (self._clock() - began) * self._control_hz
+            self._take_arrived(round(waited))
         return self._chunk
 
     def _drop(self) -> None:
@@ -206,24 +206,24 @@ class SkipLateActions:
 
 
 class RealTimeChunking(SkipLateActions):
-    """`SkipLateActions` whose plans go on from the chunk they replace (see `models.real_time`).
+    """`SkipLateActions` whose chunks go on from the one they replace (`inference.real_time`).
 
     The policy is given what is left of the chunk and how many of these actions it will find
     executed: the largest of the last delays. It must take both, `infer(observation, previous=...,
-    delay=...)`, as `Policy` does; call its `warm_up(guided=True)` first, so that no plan has to
-    wait for the compiler.
+    delay=...)`, as `policy.Policy` does; call its `warm_up(guided=True)` first, so that no chunk
+    has to wait for the compiler.
 
     Args:
-      policy: what plans.
+      policy: predicts the chunks.
       execute_steps: as there.
-      delay: control steps the first plans are expected to be late.
-      remember: how many of the last delays the expectation is made of.
+      delay: control steps the first chunks are expected to be late.
+      remember: number of the last delays of which the largest is expected.
       options: `control_hz`, `worker` and `clock`, as there.
     """
 
     def __init__(
         self,
-        policy: Planner,
+        policy: Policy,
         execute_steps: int,
         *,
         delay: int = 1,
@@ -256,15 +256,15 @@ class RealTimeChunking(SkipLateActions):
             return {}
         return {"previous": left, "delay": min(max(self._delays), len(left))}
 
-    def _take_arrived(self) -> None:
+    def _take_arrived(self, waited: int = 0) -> None:
         before = self._chunk
-        super()._take_arrived()
+        super()._take_arrived(waited)
         if before is not None and self._chunk is not None and self._chunk is not before:
             self._delays.append(self._chunk.late)
 
 
 def _actions(result: Mapping[str, Any], execute_steps: int) -> Float[np.ndarray, "ah rd"]:
-    actions = np.asarray(result["actions"])
+    actions = np.array(result["actions"])
     if actions.ndim != 2 or len(actions) < execute_steps:
         raise ValueError(
             f"expected a chunk of actions (horizon >= {execute_steps} executed steps, dimensions), "
@@ -273,12 +273,19 @@ def _actions(result: Mapping[str, Any], execute_steps: int) -> Float[np.ndarray,
     return actions
 
 
+def _copy(value: Any) -> Any:
+    """A copy of an observation with everything in it, nested or not."""
+    if isinstance(value, Mapping):
+        return {name: _copy(part) for name, part in value.items()}
+    return copy.deepcopy(value)
+
+
 def _check_positive(execute_steps: int | None) -> None:
     if execute_steps is not None and execute_steps < 1:
         raise ValueError(f"execute_steps must be at least 1, got {execute_steps}")
 
 
-def _reset(policy: Planner) -> None:
+def _reset(policy: Policy) -> None:
     reset = getattr(policy, "reset", None)
     if reset is not None:
         reset()
