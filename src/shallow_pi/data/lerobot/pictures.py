@@ -7,6 +7,7 @@ comes out as uint8 RGB, depth as the numbers that are stored.
 
 import collections
 import concurrent.futures
+import dataclasses
 import io
 import pathlib
 import threading
@@ -34,6 +35,16 @@ MAX_CHECKED = 20_000
 _THREADS = 8
 # Pillow's modes of one channel above 8 bits.
 _DEEP = ("I", "F")
+
+
+@dataclasses.dataclass(frozen=True)
+class Unmatched:
+    """An episode with frames that no picture belongs to."""
+
+    # Seconds from its worst frame to the picture nearest to it.
+    away: float
+    # Says which frame that is, and the numbers.
+    problem: str
 
 
 def times(
@@ -132,8 +143,8 @@ class Pictures:
         cameras: Collection[str],
         *,
         missing_ok: bool,
-    ) -> dict[int, str]:
-        """Episodes with a frame that no picture belongs to, and the worst such frame.
+    ) -> dict[int, Unmatched]:
+        """Episodes with a frame that no picture belongs to.
 
         Reads the index of each video file once, no picture.
 
@@ -159,10 +170,10 @@ class Pictures:
                 if number in sample or odd.intersection(e for e, _ in files[key])
             ]
 
-        def check(key: tuple[str, str]) -> dict[int, str]:
+        def check(key: tuple[str, str]) -> dict[int, Unmatched]:
             return self._check_file(*key, files[key], spans, seconds, missing_ok)
 
-        found: dict[int, str] = {}
+        found: dict[int, Unmatched] = {}
         with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
             for problems in pool.map(check, chosen):
                 for episode, problem in problems.items():
@@ -180,30 +191,31 @@ class Pictures:
         spans: Mapping[int, tuple[int, int]],
         seconds: Float[np.ndarray, " n"],
         missing_ok: bool,
-    ) -> dict[int, str]:
+    ) -> dict[int, Unmatched]:
         path = self._layout.root / file
         if missing_ok and not path.is_file():
             return {}
         try:
             shown = video_times.of(str(path))
         except (ValueError, FileNotFoundError) as error:
-            return {e: f"{camera} of episode {e}, frame 0: {error}" for e, _ in episodes}
+            where = f"{camera} of episode {{}}, frame 0: {error}"
+            return {e: Unmatched(np.inf, where.format(e)) for e, _ in episodes}
         problems = {}
         for episode, start in episodes:
             first, last = spans[episode]
             wanted = seconds[first:last] + start
             there = shown[video_times.nearest(shown, wanted)]
-            away = np.abs(there - wanted)
-            bad = ~(away <= TOLERANCE / self._fps)  # True of NaN too.
+            away = np.nan_to_num(np.abs(there - wanted), nan=np.inf)
+            bad = away > TOLERANCE / self._fps
             if bad.any():
-                worst = int(np.argmax(np.where(np.isnan(away), np.inf, away)))
-                problems[episode] = (
+                worst = int(np.argmax(away))
+                problems[episode] = Unmatched(
+                    float(away[worst]),
                     f"{camera} of episode {episode}, frame {worst}: recorded at "
-                    f"{wanted[worst]:.4f} s, but {path} shows its nearest picture at "
-                    f"{there[worst]:.4f} s, {away[worst]:.4f} s away, more than a quarter of a "
-                    f"frame ({TOLERANCE / self._fps:.4f} s); {bad.sum()} of {last - first} frames "
-                    f"of the episode have no picture of their time (the video has {len(shown)}, "
-                    f"from {shown[0]:.4f} to {shown[-1]:.4f} s)"
+                    f"{wanted[worst]:.4f} s, nearest picture at {there[worst]:.4f} s "
+                    f"({away[worst]:.4f} s away, at most {TOLERANCE / self._fps:.4f} s allowed); "
+                    f"{bad.sum()} of {last - first} frames have none; {file} shows {len(shown)}, "
+                    f"from {shown[0]:.4f} to {shown[-1]:.4f} s",
                 )
         return problems
 
@@ -241,7 +253,8 @@ class Pictures:
 
     def _decode(self, encoded: Any, camera: str) -> np.ndarray:
         if not isinstance(encoded, bytes):
-            return _from_numbers(np.asarray(encoded))
+            lists = encoded.to_list() if isinstance(encoded, pl.Series) else encoded
+            return _from_numbers(np.array(lists))
         with Image.open(io.BytesIO(encoded)) as opened:
             # As LeRobot does, by way of the `datasets` library.
             picture = ImageOps.exif_transpose(opened)

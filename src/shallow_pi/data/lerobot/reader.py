@@ -255,11 +255,11 @@ class Dataset:
             return
         if not skip:
             raise ValueError(
-                f"{len(problems)} of {len(spans)} episodes of dataset {self.path} have frames "
-                f"without a picture, the first {next(iter(problems.values()))}; record or convert "
-                "them again, or leave them out (--data.skip-bad-episodes)"
+                f"{max(problems.values(), key=lambda found: found.away).problem}. {len(problems)} "
+                f"of {len(spans)} episodes of dataset {self.path} have such frames: record them "
+                "again, or leave them out (--data.skip-bad-episodes)"
             )
-        self.skipped |= problems
+        self.skipped |= {episode: found.problem for episode, found in problems.items()}
         self._join({e: part for e, part in parts.items() if e not in problems}, keys)
 
     def _problem(self, part: pl.DataFrame, file: str, episode: int) -> str:

@@ -1,0 +1,314 @@
+"""A picture is the one recorded with its frame, read for what it is or refused by name."""
+
+import fractions
+import io
+import pathlib
+
+import av
+import numpy as np
+import polars as pl
+import pytest
+from PIL import Image
+
+from shallow_pi.data.lerobot import pictures, reader
+from shallow_pi.data.lerobot import writer as lerobot_writer
+from shallow_pi.data.robots import robot as robots
+
+TOP = "observation.images.top"
+FPS, COUNT = 10, 20
+ROBOT = robots.Robot("any", {"base_0_rgb": TOP}, state_dim=1, action_dim=1, fps=FPS)
+
+
+def _film(path, times, codec="libx264", pixels="yuv420p", options=None) -> pathlib.Path:
+    """A video whose picture i is grey, 12 * i bright, shown at times[i]."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tick = fractions.Fraction(1, 90_000)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=FPS, options=options or {"crf": "5", "bf": "2"})
+        stream.width, stream.height, stream.pix_fmt = 32, 32, pixels
+        stream.codec_context.time_base = tick
+        for i, time in enumerate(times):
+            picture = np.full((32, 32, 3), 12 * i, np.uint8)
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts, frame.time_base = round(time * 90_000), tick
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def _dataset(folder, film, timestamps) -> pathlib.Path:
+    """Two episodes with one and the same video and timestamps."""
+    numbers = np.zeros((len(timestamps), 1), np.float32)
+    vectors = {"observation.state": numbers, "action": numbers}
+    with lerobot_writer.Writer(folder, FPS) as writer:
+        for _ in range(2):
+            some = {TOP: np.zeros((1, 32, 32, 3), np.uint8)}
+            writer.add(some, vectors, ["go"] * len(numbers), copies={TOP: film})
+    data = folder / "data" / "chunk-000" / "file-000.parquet"
+    stamps = pl.Series("timestamp", np.tile(timestamps, 2), pl.Float32)
+    pl.read_parquet(data).with_columns(stamps).write_parquet(data)
+    return folder
+
+
+def _seen(dataset, start=0) -> list[int]:
+    """Numbers of the pictures that an episode's frames have."""
+    rows = range(start, start + len(dataset) // 2)
+    return [round(float(dataset.picture(i, TOP).mean()) / 12) for i in rows]
+
+
+GRID = np.arange(COUNT) / FPS
+CLOCK = np.arange(COUNT) / 9.7
+JITTER = np.cumsum(np.random.default_rng(0).uniform(0.05, 0.2, COUNT))
+
+
+@pytest.mark.parametrize(
+    ("shown", "timestamps", "expected"),
+    [
+        pytest.param(GRID, GRID[5:], range(5, COUNT), id="trimmed start"),
+        pytest.param(CLOCK, CLOCK, range(COUNT), id="slow clock"),
+        pytest.param(JITTER, JITTER, range(COUNT), id="variable rate"),
+        pytest.param(JITTER, JITTER[::3], range(0, COUNT, 3), id="frames left out"),
+        pytest.param(GRID + 0.2, GRID + 0.2, range(COUNT), id="late video"),
+        pytest.param(GRID, GRID + np.linspace(0, 0.02, COUNT), range(COUNT), id="small drift"),
+        pytest.param(np.arange(COUNT) / 9.99, GRID, range(COUNT), id="fractional rate"),
+    ],
+)
+def test_picture_is_the_one_of_the_recorded_time(tmp_path, shown, timestamps, expected) -> None:
+    dataset = reader.Dataset(
+        _dataset(tmp_path / "set", _film(tmp_path / "a.mp4", shown), timestamps)
+    )
+    assert _seen(dataset) == list(expected)
+    assert _seen(dataset, start=len(timestamps)) == list(expected)
+
+
+@pytest.mark.parametrize(
+    ("shown", "timestamps", "worst"),
+    [
+        pytest.param(GRID, CLOCK, "frame 19: recorded at 1.9588 s, .*0.0588 s away", id="drift"),
+        pytest.param(GRID, GRID + 0.04, r"frame \d+: .*0.0400 s away, at most 0.0250", id="offset"),
+        pytest.param(
+            GRID + 0.2, GRID, "frame 0: .* nearest picture at 0.2000 s .* 2 of 20", id="late"
+        ),
+        pytest.param(GRID[:-3], GRID, "frame 19: .* 3 of 20 .* to 1.6000", id="short"),
+        pytest.param(GRID, GRID * np.nan, "frame 0: recorded at nan s", id="no times"),
+    ],
+)
+def test_frames_without_a_picture_are_refused_when_opened(
+    tmp_path, shown, timestamps, worst
+) -> None:
+    folder = _dataset(tmp_path / "set", _film(tmp_path / "a.mp4", shown), timestamps)
+    expected = rf"{TOP} of episode 0, {worst}.*2 of 2 episodes of dataset .*/set .*skip-bad"
+    with pytest.raises(ValueError, match=expected):
+        reader.Dataset(folder)
+    assert len(reader.Dataset(folder, cameras=[])) == 2 * COUNT, "videos that are not read"
+
+
+def test_an_episode_without_pictures_can_be_left_out(tmp_path) -> None:
+    folder = _dataset(tmp_path / "set", _film(tmp_path / "a.mp4", GRID), GRID)
+    second = folder / "videos" / TOP / "chunk-000" / "file-001.mp4"
+    _film(second, GRID[:9])
+    dataset = reader.Dataset(folder, skip_bad_episodes=True)
+    assert dataset.episodes == [0]
+    assert "11 of 20 frames" in dataset.skipped[1]
+    second.unlink()
+    assert len(reader.Dataset(folder)) == 2 * COUNT, "nobody asked for the video"
+    with pytest.raises(ValueError, match=r"episode 1, frame 0: video file .*001\.mp4 is missing"):
+        reader.Dataset(folder, cameras=[TOP])
+
+
+def test_only_a_share_of_very_many_regular_videos_is_checked(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(pictures, "MAX_CHECKED", 1)
+    folder = _dataset(tmp_path / "set", _film(tmp_path / "a.mp4", GRID), GRID)
+    _film(folder / "videos" / TOP / "chunk-000" / "file-001.mp4", GRID[:9])
+    dataset = reader.Dataset(folder)
+    with pytest.raises(ValueError, match=r"episode 1, frame 19: .* no frame within 0\.0250 s of"):
+        dataset.picture(2 * COUNT - 1, TOP)
+    data = folder / "data" / "chunk-000" / "file-000.parquet"
+    later = pl.col("timestamp") + pl.when(pl.col("episode_index") == 1).then(0.01).otherwise(0)
+    pl.read_parquet(data).with_columns(later.cast(pl.Float32)).write_parquet(data)
+    with pytest.raises(ValueError, match="1 of 2 episodes"):
+        reader.Dataset(folder)
+
+
+def test_float32_times_of_a_long_episode_are_made_exact() -> None:
+    frames = np.arange(10**6)
+    exact = frames / 30
+    found = pictures.times(exact.astype(np.float32), frames, 30.0)
+    np.testing.assert_array_equal(found, exact)
+    later = exact[:1000] + 0.001
+    np.testing.assert_array_equal(pictures.times(later, frames[:1000], 30.0), later)
+
+
+def _encoded(picture, **options) -> bytes:
+    data = io.BytesIO()
+    picture.save(data, **{"format": "PNG", **options})
+    return data.getvalue()
+
+
+def _with_pictures(folder, column) -> reader.Dataset:
+    """A dataset whose camera is stored as `column`."""
+    length = len(column)
+    with lerobot_writer.Writer(folder, FPS) as writer:
+        images = {TOP: np.zeros((length, 6, 8, 3), np.uint8)}
+        writer.add_episode(images, np.zeros((length, 1)), np.zeros((length, 1)), "go")
+    data = folder / "data" / "chunk-000" / "file-000.parquet"
+    pl.read_parquet(data).with_columns(pl.Series(TOP, column)).write_parquet(data)
+    return reader.Dataset(folder)
+
+
+def _structs(*pictures) -> list[dict]:
+    return [{"bytes": data, "path": None} for data in pictures]
+
+
+COLOUR = np.random.default_rng(0).integers(0, 256, (6, 8, 3), np.uint8)
+GREY = np.repeat(COLOUR[..., :1], 3, axis=-1)
+
+
+@pytest.mark.parametrize(
+    ("picture", "options", "expected"),
+    [
+        (Image.fromarray(COLOUR), {}, COLOUR),
+        (Image.fromarray(COLOUR), {"format": "BMP"}, COLOUR),
+        (Image.fromarray(COLOUR).convert("RGBA"), {}, COLOUR),
+        (Image.fromarray(COLOUR[..., 0]), {}, GREY),
+        (Image.fromarray(COLOUR[..., 0]).convert("P"), {}, GREY),
+        (Image.fromarray(COLOUR[..., 0]).convert("LA"), {}, GREY),
+        (Image.fromarray(COLOUR[..., 0] > 127), {}, 255 * (GREY > 127)),
+        (Image.fromarray(255 - GREY).convert("CMYK"), {"format": "TIFF"}, 255 - GREY),
+    ],
+    ids=["RGB", "BMP", "RGBA", "grey", "palette", "grey alpha", "1 bit", "CMYK"],
+)
+def test_every_kind_of_colour_becomes_rgb(tmp_path, capsys, picture, options, expected) -> None:
+    dataset = _with_pictures(tmp_path / "set", _structs(_encoded(picture, **options)))
+    np.testing.assert_array_equal(dataset.picture(0, TOP), expected)
+    dataset.validate(ROBOT)
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_a_picture_taken_sideways_is_turned(tmp_path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # The camera was turned: show it a quarter clockwise.
+    column = _structs(_encoded(Image.fromarray(COLOUR), exif=exif))
+    found = _with_pictures(tmp_path / "set", column).picture(0, TOP)
+    np.testing.assert_array_equal(found, np.rot90(COLOUR, -1))
+
+
+def test_transparency_and_changing_sizes_are_told_once(tmp_path, capsys) -> None:
+    clear = np.concatenate([COLOUR, np.full((6, 8, 1), 9, np.uint8)], axis=-1)
+    column = _structs(
+        _encoded(Image.fromarray(clear)),
+        _encoded(Image.fromarray(COLOUR[:4])),
+        _encoded(Image.fromarray(COLOUR[:3])),
+    )
+    dataset = _with_pictures(tmp_path / "set", column)
+    np.testing.assert_array_equal(dataset.picture(0, TOP), COLOUR)
+    np.testing.assert_array_equal(dataset.picture(1, TOP), COLOUR[:4])
+    dataset.picture(1, TOP)
+    told = capsys.readouterr().err
+    assert told.count("partly transparent") == 1
+    assert told.count("expected 6 by 8, got 4 by 8") == 1
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_depth_is_read_as_numbers_and_refused_as_a_camera(tmp_path, mode) -> None:
+    kind = {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]
+    depth = np.linspace(300, 3000, 48).reshape(6, 8).astype(kind)
+    column = _structs(_encoded(Image.fromarray(depth), format="TIFF"))
+    dataset = _with_pictures(tmp_path / "set", column)
+    np.testing.assert_array_equal(dataset.picture(0, TOP), depth[..., None])
+    with pytest.raises(ValueError, match=rf"'{TOP}' \(for base_0_rgb\) of .* records depth \(its"):
+        dataset.validate(ROBOT)
+
+
+@pytest.mark.parametrize(
+    ("codec", "pixels", "options"),
+    [
+        ("ffv1", "gray16le", None),
+        ("ffv1", "gray12le", None),
+        ("libx265", "gray12le", {"x265-params": "lossless=1:log-level=none"}),
+    ],
+)
+def test_depth_video_is_read_as_numbers(tmp_path, codec, pixels, options) -> None:
+    path = tmp_path / ("a.mkv" if codec == "ffv1" else "a.mp4")
+    code = np.arange(64, dtype=np.uint16).reshape(8, 8).repeat(8, 0).repeat(8, 1) * 60
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=FPS, options=options)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, pixels
+        for i in range(3):
+            frame = av.VideoFrame(64, 64, pixels)
+            rows = np.zeros((64, frame.planes[0].line_size // 2), np.uint16)
+            rows[:, :64] = code + i
+            frame.planes[0].update(rows.tobytes())
+            frame.pts, frame.time_base = i, fractions.Fraction(1, FPS)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    folder = _dataset(tmp_path / "set", _film(tmp_path / "b.mp4", GRID[:3]), GRID[:3])
+    for file in (folder / "videos").rglob("*.mp4"):
+        file.write_bytes(path.read_bytes())
+    dataset = reader.Dataset(folder)
+    np.testing.assert_array_equal(dataset.picture(2, TOP), (code + 2)[..., None])
+    with pytest.raises(ValueError, match=rf"above 8 bits \({pixels}\)"):
+        dataset.validate(ROBOT)
+
+
+def test_deep_colour_and_grey_video_are_pictures(tmp_path) -> None:
+    silent = {"crf": "5", "x265-params": "log-level=none"}
+    film = _film(tmp_path / "deep.mp4", GRID, "libx265", "yuv420p10le", silent)
+    deep = reader.Dataset(_dataset(tmp_path / "deep", film, GRID))
+    assert _seen(deep) == list(range(COUNT))
+    film = _film(tmp_path / "grey.mp4", GRID, "libx264", "gray")
+    grey = reader.Dataset(_dataset(tmp_path / "grey", film, GRID)).picture(9, TOP)
+    np.testing.assert_allclose(grey, 107, atol=2)
+    assert (grey == grey[..., :1]).all()
+    deep.validate(ROBOT)
+
+
+def test_pictures_are_found_however_they_are_stored(tmp_path) -> None:
+    data = _encoded(Image.fromarray(COLOUR))
+    nested = pl.Series([COLOUR.tolist()], dtype=pl.List(pl.List(pl.List(pl.UInt8))))
+    columns = [[data], nested, pl.Series([COLOUR.transpose(2, 0, 1).tolist()]), ["frame_0.png"]]
+    columns.append([{"bytes": None, "path": "frame_0.png"}])
+    for number, column in enumerate(columns):
+        folder = tmp_path / str(number)
+        dataset = _with_pictures(folder, column)
+        beside = folder / "images" / TOP / "episode_000000"
+        beside.mkdir(parents=True)
+        (beside / "frame_0.png").write_bytes(data)
+        np.testing.assert_array_equal(dataset.picture(0, TOP), COLOUR, f"column {number}")
+    (beside / "frame_0.png").unlink()
+    dataset = reader.Dataset(folder)
+    with pytest.raises(ValueError, match=r"episode 0, frame 0: .*'frame_0\.png' is in none of"):
+        dataset.picture(0, TOP)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_a_damaged_picture_is_named(tmp_path, kind) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    whole = _encoded(Image.fromarray(noise), format=kind)
+    broken = whole[:40] + b"\0" * 40 + whole[80:]
+    column = _structs(whole[: len(whole) // 2], broken[: len(broken) - 9], b"", None)
+    dataset = _with_pictures(tmp_path / "set", column)
+    for i in range(4):
+        with pytest.raises(ValueError, match=rf"^{TOP} of episode 0, frame {i}: .*file-000\.parq"):
+            dataset.picture(i, TOP)
+
+
+def test_a_file_that_is_no_video_is_named_when_opened(tmp_path) -> None:
+    folder = _dataset(tmp_path / "set", _film(tmp_path / "a.mp4", GRID), GRID)
+    file = folder / "videos" / TOP / "chunk-000" / "file-001.mp4"
+    whole = file.read_bytes()
+    with av.open(str(tmp_path / "sound.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=8000, layout="mono")
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+        sound.sample_rate = 8000
+        container.mux(stream.encode(sound))
+        container.mux(stream.encode())
+    for content, reason in (
+        (whole[: len(whole) // 2], "cut off"),
+        (b"", "is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+        ((tmp_path / "sound.mp4").read_bytes(), "no video stream"),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"episode 1, frame 0: .*001\.mp4.*{reason}"):
+            reader.Dataset(folder)
