@@ -78,6 +78,41 @@ def test_nan_names_row_and_dimension() -> None:
         normalize.compute(values)
 
 
+def test_percentiles_may_be_absent_where_the_mean_normalizes(tmp_path) -> None:
+    for more in ({}, {"q01": None, "q99": None}):
+        entry = {"mean": [0.0, 1.0], "std": [1.0, 2.0], **more}
+        text = json.dumps({"norm_stats": {"state": entry}})
+        (tmp_path / "norm_stats.json").write_text(text, encoding="utf-8-sig")
+        stats = normalize.load(tmp_path)["state"]
+        values = np.array([1.0, 3.0])
+        np.testing.assert_allclose(normalize.normalize(values, stats, "z_score"), 1, atol=1e-5)
+        with pytest.raises(ValueError, match=r"without q01 and q99 .*compute_norm_stats\.py"):
+            normalize.normalize(values, stats, "quantile")
+        normalize.save(tmp_path / "again", {"state": stats})
+        assert normalize.load(tmp_path / "again")["state"].q01 is None
+
+
+def test_statistics_that_cannot_be_the_robots_are_refused_or_told(capsys) -> None:
+    mean = normalize.NormStats(np.zeros(3), np.ones(3))
+    with pytest.raises(
+        ValueError, match=r"'state' have no q01 and q99, and π0\.5 .*--data\.norm-st"
+    ):
+        normalize.check({"state": mean}, {"state": 3}, "quantile")
+    with pytest.raises(
+        ValueError, match=r"'state' have 3 dimensions, the robot has 4: they are an"
+    ):
+        normalize.check({"state": mean}, {"state": 4}, "z_score")
+    with pytest.raises(ValueError, match=r"lack 'actions'; there are \['state'\]"):
+        normalize.check({"state": mean}, {"actions": 3}, "z_score")
+    for padding in (0, 1):
+        std = np.array([1.0, 2.0, padding])
+        normalize.check({"state": normalize.NormStats(np.zeros(3), std)}, {"state": 2}, "z_score")
+    assert capsys.readouterr().err == ""
+    moving = normalize.NormStats(np.array([0, 0, 0.3]), np.ones(3))
+    normalize.check({"state": moving}, {"state": 2}, "z_score")
+    assert "3 dimensions that move, the robot has 2: are they another" in capsys.readouterr().err
+
+
 def test_bad_statistics_raise(tmp_path) -> None:
     with pytest.raises(ValueError, match="at least one row"):
         normalize.compute(np.zeros((0, 3)))
@@ -86,6 +121,15 @@ def test_bad_statistics_raise(tmp_path) -> None:
     (tmp_path / "norm_stats.json").write_text('{"norm_stats": {"state": {"mean": [1]}}}')
     with pytest.raises(ValueError, match=r"is not a norm_stats\.json file"):
         normalize.load(tmp_path)
+    (tmp_path / "norm_stats.json").write_text(
+        '{"norm_stats": {"state": {"mean": [1], "std": [NaN]}}}'
+    )
+    with pytest.raises(
+        ValueError, match=r"norm_stats\.json: .*std is not finite in dimension \[0\]"
+    ):
+        normalize.load(tmp_path)
+    with pytest.raises(ValueError, match=r"one of q01 and q99 is absent"):
+        normalize.NormStats(np.zeros(1), np.ones(1), np.zeros(1))
     with pytest.raises(ValueError, match=r"std is not finite in dimension \[1\]"):
         normalize.NormStats(*[np.array([0.0, x]) for x in (1, np.nan, 1, 1)])
     # The type checker, where it runs, is the first to object.

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from shallow_pi import progress
 from shallow_pi.data import loader, opening, sources
 from shallow_pi.data.lerobot import reader
 from shallow_pi.data.lerobot import writer as lerobot_writer
@@ -137,6 +138,28 @@ def test_caches_change_no_sample(data, model, more, tmp_path, cache):
                 np.testing.assert_array_equal(found["image"][key], expected["image"][key])
             np.testing.assert_array_equal(found["actions"], expected["actions"])
     assert len(list(tmp_path.glob("frames/*.u8"))) == (4 if cache == "disk" else 0)
+
+
+def test_statistics_are_the_teachers_the_datasets_only_with_a_word(data, model, tmp_path, capsys):
+    computed = opening.open_data(data, model, None).assets.stats
+    assert "Statistics: computed from the dataset" in capsys.readouterr().err
+    wide = {key: dataclasses.replace(x, std=x.std * 100) for key, x in computed.items()}
+    normalize.save(tmp_path / "teacher" / "assets" / "other", wide)
+    found = opening.open_data(data, model, tmp_path / "teacher").assets.stats
+    np.testing.assert_array_equal(found["actions"].std, wide["actions"].std)
+    told = capsys.readouterr().err
+    assert "taking its only ones, 'other'" in told
+    assert "Statistics: " in told
+    assert "times narrower than they say" in told
+    own = dataclasses.replace(data, norm_stats="dataset")
+    found = opening.open_data(own, model, tmp_path / "teacher").assets.stats
+    np.testing.assert_array_equal(found["actions"].std, computed["actions"].std)
+    assert "warning" not in capsys.readouterr().err
+    opening.open_data(data, model, tmp_path / "without")
+    assert "has no statistics: using the dataset's, right only if" in capsys.readouterr().err
+    progress.be_strict()
+    with pytest.raises(ValueError, match=r"has no statistics.*\(--strict makes"):
+        opening.open_data(data, model, tmp_path / "without")
 
 
 def test_a_memory_cache_has_a_limit(data, model):

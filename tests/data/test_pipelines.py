@@ -1,6 +1,7 @@
 """A robot's observation becomes a model sample, and model actions the robot's actions."""
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -179,6 +180,16 @@ def test_actions_in_parts_are_joined_and_a_whole_chunk_passes(tokens) -> None:
         ValueError, match=r"'velocity' \+ 'close' has 8 dimensions, robot ur5 has 7"
     ):
         inputs(recording | parts)
+
+
+def test_a_camera_the_model_does_not_have_is_told_once(tokens, stats, capsys) -> None:
+    cameras = {"base_rgb": "top", "left_wrist_0_rgb": "observation.images.wrist"}
+    robot = dataclasses.replace(robots.TURNTABLE, cameras=cameras)
+    arguments = {"cameras": CAMERAS, "image_size": 8, "action_dim": 8, "tokenizer": tokens}
+    for _ in range(2):
+        pipelines.inputs(robot, **arguments, stats=stats, kind="z_score")
+    message = r"warning: 'top' of robot turntable is not used.*did you mean 'base_0_rgb'\?\n"
+    assert re.fullmatch(message, capsys.readouterr().err)
 
 
 def test_bad_input_raises(tokens, stats) -> None:

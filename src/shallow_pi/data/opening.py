@@ -1,8 +1,9 @@
 """From a data config to samples and assets: what a run trains on, and what its policy will need.
 
 Statistics and tokenizer are the teacher's wherever its checkpoint has them, because teacher and
-student velocities can only be compared in one normalization. Otherwise statistics are computed from
-the dataset, and the tokenizer has to be named.
+student velocities can only be compared in one normalization; which statistics are used is told.
+They are computed from the dataset where there is no teacher or it has none (with a warning), and a
+tokenizer has to be named then.
 """
 
 import dataclasses
@@ -16,13 +17,19 @@ from shallow_pi.checkpoints import fetch
 from shallow_pi.data import frame_cache, sources
 from shallow_pi.data.lerobot import hub, reader
 from shallow_pi.data.robots import assets as policy_assets
-from shallow_pi.data.robots import normalize, statistics
+from shallow_pi.data.robots import checkpoint_statistics, normalize, statistics
 from shallow_pi.data.robots import robot as robots
 from shallow_pi.data.robots import tokenizer as prompts
 from shallow_pi.models import pi0
 
 # What `cache memory` may hold if nothing else is said.
 MEMORY_GIB = 2.0
+# Word for `norm_stats` that asks for the dataset's own.
+OF_DATASET = "dataset"
+# Dimensions that do not fit given statistics, named one by one.
+MOST_MISFITS = 6
+# About so many frames of a dataset are compared with given statistics.
+COMPARED_FRAMES = 100_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +55,8 @@ class DataConfig:
     robot: str = "turntable"
     # SentencePiece model, local or gs://; empty takes the teacher's.
     tokenizer: str = ""
-    # Folder of the norm_stats.json to use; empty takes the teacher's, or computes it.
+    # Folder of the norm_stats.json to use; empty takes the teacher's, or computes it where there is
+    # none; "dataset" computes it.
     norm_stats: str = ""
     # Name of the statistics' folder in a checkpoint's assets.
     asset_id: str = "turntable"
@@ -275,14 +283,34 @@ def _stats(
     model: pi0.Pi0Config,
     teacher_step: pathlib.Path | None,
 ) -> dict[str, normalize.NormStats]:
-    if data.norm_stats:
-        given = normalize.load(fetch.locate(data.norm_stats))
-        found = sources.norm_stats(datasets, robot, model.action_horizon)
-        for line in statistics.misfits(given, found, normalize.kind_of(model.pi05)):
-            progress.console.print(f"warning: {line}", highlight=False)
-        return given
-    if teacher_step is not None:
-        own = teacher_step / "assets" / data.asset_id
-        if (own / normalize.FILE_NAME).is_file():
-            return normalize.load(own)
-    return sources.norm_stats(datasets, robot, model.action_horizon)
+    kind, found = normalize.kind_of(model.pi05), None
+    if data.norm_stats and data.norm_stats != OF_DATASET:
+        found = checkpoint_statistics.at(fetch.locate(data.norm_stats), data.asset_id)
+    elif teacher_step is not None and not data.norm_stats:
+        found = policy_assets.teacher_statistics(teacher_step, data.asset_id, robot, model)
+        if found is None:
+            progress.warn(
+                f"the teacher in {teacher_step} has no statistics: using the dataset's, right only "
+                "if it was trained with these (--data.norm-stats FOLDER gives others)"
+            )
+    if found is None:
+        progress.say("Statistics: computed from the dataset")
+        return sources.norm_stats(datasets, robot, model.action_horizon)
+    progress.say(f"Statistics: {found.path}")
+    dims = {"state": robot.state_dim, "actions": robot.action_dim}
+    normalize.check(found.stats, dims, kind)
+    compared = [_part(dataset) for dataset in datasets]
+    lines = statistics.misfits(
+        found.stats, sources.norm_stats(compared, robot, model.action_horizon), kind
+    )
+    for line in lines[:MOST_MISFITS]:
+        progress.warn(line)
+    if len(lines) > MOST_MISFITS:
+        progress.warn(f"{len(lines) - MOST_MISFITS} more dimensions do not fit the statistics")
+    return found.stats
+
+
+def _part(dataset: reader.Dataset) -> reader.Dataset:
+    """A dataset, or of a large one so many of its episodes as show whether statistics fit."""
+    every = -(-len(dataset) // COMPARED_FRAMES)
+    return dataset if every == 1 else dataset.select(dataset.episodes[::every])

@@ -82,10 +82,8 @@ def statistics(assets: policy_assets.Assets) -> dict[str, np.ndarray]:
         ("state", STATE, assets.robot.state_dim),
         ("actions", ACTION, assets.robot.action_dim),
     ):
-        stats = assets.stats[key]
-        values = {"mean": stats.mean, "std": stats.std, "q01": stats.q01}
-        values["q99"] = stats.q99 + normalize.EPSILON
-        for kind, value in values.items():
+        for kind, value in assets.stats[key].items():
+            value = value + normalize.EPSILON if kind == "q99" else value
             found[f"{name}.{kind}"] = np.ascontiguousarray(value[:dim], np.float32)
     return found
 

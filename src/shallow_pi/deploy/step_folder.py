@@ -17,9 +17,6 @@ from shallow_pi.data.robots import robot as robots
 from shallow_pi.data.robots import tokenizer as prompts
 from shallow_pi.models import pi0
 
-# What statistics and parameters were made for; the rest of a robot is names.
-_UNITS = ("state_dim", "action_dim", "delta", "state_conversion", "action_conversion")
-
 
 def find(path: str | os.PathLike[str], step: str | int = "last") -> pathlib.Path:
     """The step folder at `path`, or one of the run whose folder it is.
@@ -161,11 +158,7 @@ def _tokenizer(
 
 
 def _check_units(own: robots.Robot, given: robots.Robot) -> None:
-    different = [
-        f"{name} is {getattr(own, name)}, given {getattr(given, name)}"
-        for name in _UNITS
-        if getattr(own, name) != getattr(given, name)
-    ]
+    different = robots.unit_differences(own, given)
     if different:
         raise ValueError(
             f"the policy was trained for robot {own.name}, and {given.name} has other units: "

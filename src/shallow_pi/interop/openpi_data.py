@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from shallow_pi import progress
 from shallow_pi.checkpoints import fetch
 from shallow_pi.data import opening
 from shallow_pi.data.lerobot import reader
 from shallow_pi.data.robots import assets as policy_assets
-from shallow_pi.data.robots import normalize, transforms
+from shallow_pi.data.robots import checkpoint_statistics, normalize, transforms
 from shallow_pi.data.robots import robot as robots
 from shallow_pi.interop import openpi
 from shallow_pi.models import pi0
@@ -106,7 +107,7 @@ def open_data(
     local = dataclasses.replace(source.data.assets, assets_dir=None)
     factory = dataclasses.replace(source.data, assets=local)
     found = factory.create(source.assets_dirs, source.model)
-    stats = _stats(data, found, teacher_step)
+    stats = _stats(data, found, model, teacher_step)
     robot = _robot(data.robot, model, stats)
     found = dataclasses.replace(found, norm_stats=_openpis(stats))
     dataset = data_loader.create_torch_dataset(found, source.model.action_horizon, source.model)
@@ -153,22 +154,34 @@ def _robot(name: str, model: pi0.Pi0Config, stats: dict[str, normalize.NormStats
 
 
 def _stats(
-    data: opening.DataConfig, source: Any, teacher_step: pathlib.Path | None
+    data: opening.DataConfig,
+    source: Any,
+    model: pi0.Pi0Config,
+    teacher_step: pathlib.Path | None,
 ) -> dict[str, normalize.NormStats]:
-    folders = [fetch.locate(data.norm_stats)] if data.norm_stats else []
-    if teacher_step is not None:
-        folders.append(teacher_step / "assets" / data.asset_id)
-    for folder in folders:
-        if (folder / normalize.FILE_NAME).is_file():
-            return normalize.load(folder)
+    found = None
+    if data.norm_stats:
+        found = checkpoint_statistics.at(fetch.locate(data.norm_stats), data.asset_id)
+    elif teacher_step is not None:
+        kind = normalize.kind_of(model.pi05)
+        options = "--data.asset-id NAME, or --data.norm-stats FOLDER"
+        found = checkpoint_statistics.find(teacher_step, data.asset_id, kind, options=options)
+    if found is not None:
+        progress.say(f"Statistics: {found.path}")
+        return found.stats
     if source.norm_stats is None:
-        looked = ", ".join(map(str, folders)) or "no folder was named"
         raise FileNotFoundError(
-            f"no statistics for {data.path} (looked in: {looked}; and where openpi keeps its own): "
-            "run openpi's scripts/compute_norm_stats.py, or name a folder with --data.norm-stats"
+            f"no statistics for {data.path}: neither the teacher's checkpoint nor the folder where "
+            "openpi keeps its own has any: run openpi's scripts/compute_norm_stats.py, or name a "
+            "folder with --data.norm-stats"
+        )
+    if teacher_step is not None:
+        progress.warn(
+            f"the teacher in {teacher_step} has no statistics: using those of openpi's config, "
+            "right only if it was trained with these (--data.norm-stats FOLDER gives others)"
         )
     return {
-        key: normalize.NormStats(**{name: np.asarray(x) for name, x in vars(value).items()})
+        key: normalize.NormStats(value.mean, value.std, value.q01, value.q99)
         for key, value in source.norm_stats.items()
     }
 

@@ -14,7 +14,13 @@ import shutil
 from collections.abc import Mapping
 from typing import Any
 
-from shallow_pi.data.robots import normalize, pipelines, tokenizer, transforms
+from shallow_pi.data.robots import (
+    checkpoint_statistics,
+    normalize,
+    pipelines,
+    tokenizer,
+    transforms,
+)
 from shallow_pi.data.robots import robot as robots
 from shallow_pi.models import gemma, pi0, siglip
 
@@ -106,6 +112,44 @@ def load(step: str | os.PathLike[str]) -> Assets:
         raise ValueError(f"{path} is damaged ({error!r}); export the policy again") from error
     stats = normalize.load(folder / asset_id)
     return Assets(model, robot, folder / TOKENIZER_NAME, stats, asset_id)
+
+
+def teacher_statistics(
+    step: pathlib.Path, asset_id: str, robot: robots.Robot, model: pi0.Pi0Config
+) -> checkpoint_statistics.Found | None:
+    """The statistics of a teacher's step folder; None where it has none.
+
+    Args:
+      step: the folder; ours, openpi's or LeRobot's.
+      asset_id: name of the statistics.
+      robot: the student's.
+      model: the teacher's sizes, as the run takes them.
+
+    Raises:
+      ValueError: the folder says that the teacher is for a robot of other units or reads other
+        prompts, or none of its several statistics has that name.
+    """
+    if (step / "assets" / FILE_NAME).is_file():
+        own = load(step)
+        different = robots.unit_differences(own.robot, robot)
+        if own.model.discrete_state_input != model.discrete_state_input:
+            different.append(
+                f"model.discrete_state_input is {own.model.discrete_state_input}, given "
+                f"{model.discrete_state_input}"
+            )
+        if different:
+            raise ValueError(
+                f"the teacher in {step} was trained for robot {own.robot.name}, not for "
+                f"{robot.name}: {'; '.join(different)}. Velocities compare in the same units only: "
+                "give a robot file with the teacher's (--data.robot), or another --teacher.path"
+            )
+    checkpoint_statistics.check_robot(step, robot)
+    return checkpoint_statistics.find(
+        step,
+        asset_id,
+        normalize.kind_of(model.pi05),
+        options="--data.asset-id NAME, or --data.norm-stats FOLDER",
+    )
 
 
 def model_from_dict(values: Mapping[str, Any]) -> pi0.Pi0Config:

@@ -2,8 +2,9 @@
 
 π0 takes z-scores, (x − mean) / (std + 1e-6); π0.5 maps the 1st and 99th percentile to −1 and 1,
 (x − q01) / (q99 − q01 + 1e-6) · 2 − 1. Statistics are exact (numpy over every frame) and are stored
-as openpi's `norm_stats.json`. Statistics longer than the values are cut to their leading
-dimensions, because openpi's own files are sometimes padded to the model's action dimension.
+as openpi's `norm_stats.json`, whose percentiles may be absent: π0 does without. Statistics longer
+than the values are cut to their leading dimensions, because openpi's own files are sometimes padded
+to the model's action dimension (`check` tells padding from another robot's numbers).
 """
 
 import dataclasses
@@ -16,10 +17,15 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float
 
+from shallow_pi import progress
+
 Kind = Literal["z_score", "quantile"]
 FILE_NAME = "norm_stats.json"
 EPSILON = 1e-6
-_FIELDS = ("mean", "std", "q01", "q99")
+FIELDS = ("mean", "std", "q01", "q99")
+_COMPUTE = (
+    "compute them with scripts/compute_norm_stats.py and name their folder with --data.norm-stats"
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -28,12 +34,14 @@ class NormStats:
 
     mean: np.ndarray
     std: np.ndarray
-    q01: np.ndarray
-    q99: np.ndarray
+    # The 1st and 99th percentile: both or neither.
+    q01: np.ndarray | None = None
+    q99: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        for name in _FIELDS:
-            value = np.asarray(getattr(self, name), np.float64)
+        if (self.q01 is None) != (self.q99 is None):
+            raise ValueError("normalization statistics: one of q01 and q99 is absent, give both")
+        for name, value in self.items():
             if value.ndim != 1 or value.shape != np.shape(self.mean):
                 raise ValueError(
                     f"normalization statistics: {name} has shape {value.shape}, expected one "
@@ -45,6 +53,19 @@ class NormStats:
                     f"{np.flatnonzero(~np.isfinite(value)).tolist()}; compute them from clean data"
                 )
             object.__setattr__(self, name, value)
+
+    def items(self) -> list[tuple[str, np.ndarray]]:
+        """Name and values of every statistic there is."""
+        values = ((name, getattr(self, name)) for name in FIELDS)
+        return [
+            (name, np.asarray(value, np.float64)) for name, value in values if value is not None
+        ]
+
+    def range(self, dim: int, kind: Kind = "quantile") -> tuple[float, float]:
+        """Where 98 % of a dimension lie: its percentiles, or as far as mean and deviation tell."""
+        if kind == "z_score" or self.q01 is None or self.q99 is None:
+            return self.mean[dim] - 2.33 * self.std[dim], self.mean[dim] + 2.33 * self.std[dim]
+        return self.q01[dim], self.q99[dim]
 
 
 def kind_of(pi05: bool) -> Kind:
@@ -65,6 +86,42 @@ def compute(values: Float[np.ndarray, "*n d"]) -> NormStats:
         )
     q01, q99 = np.quantile(rows, [0.01, 0.99], axis=0)
     return NormStats(rows.mean(0), rows.std(0), q01, q99)
+
+
+def check(stats: Mapping[str, NormStats], dims: Mapping[str, int], kind: Kind) -> None:
+    """Raise unless statistics can normalize vectors of these dimensions.
+
+    Args:
+      stats: by key (`state`, `actions`).
+      dims: the robot's dimensions by key.
+      kind: the model's normalization.
+
+    Raises:
+      ValueError: a key, its percentiles or some of its dimensions are absent.
+    """
+    for key, dim in dims.items():
+        if key not in stats:
+            raise ValueError(
+                f"normalization statistics lack {key!r}; there are {sorted(stats)}: {_COMPUTE}"
+            )
+        found = stats[key]
+        if kind == "quantile" and found.q01 is None:
+            raise ValueError(
+                f"the statistics of {key!r} have no q01 and q99, and π0.5 normalizes by them: "
+                f"{_COMPUTE}"
+            )
+        if len(found.mean) < dim:
+            raise ValueError(
+                f"the statistics of {key!r} have {len(found.mean)} dimensions, the robot has {dim}"
+                f": they are another robot's; {_COMPUTE}"
+            )
+        mean, std = found.mean[dim:], found.std[dim:]
+        # Padding is written as zeros, or as what leaves zeros alone.
+        if ((std != 0) & ~((mean == 0) & (std == 1))).any():
+            progress.warn(
+                f"the statistics of {key!r} have {len(found.mean)} dimensions that move, the robot "
+                f"has {dim}: are they another robot's?"
+            )
 
 
 def normalize(
@@ -93,24 +150,27 @@ def _shift_and_scale(stats: NormStats, kind: Kind, dim: int) -> tuple[np.ndarray
     if kind == "z_score":
         return stats.mean[:dim], stats.std[:dim] + EPSILON
     if kind == "quantile":
+        if stats.q01 is None or stats.q99 is None:
+            raise ValueError(f"statistics without q01 and q99 cannot normalize π0.5: {_COMPUTE}")
         half = (stats.q99[:dim] - stats.q01[:dim] + EPSILON) / 2
         return stats.q01[:dim] + half, half
     raise ValueError(f"unknown normalization {kind!r}; expected 'z_score' or 'quantile'")
 
 
 def save(folder: str | os.PathLike[str], stats: Mapping[str, NormStats]) -> None:
-    """Write `folder/norm_stats.json`."""
+    """Write `folder/norm_stats.json`; percentiles that are not there are left out."""
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     content = {
-        key: {name: getattr(value, name).tolist() for name in _FIELDS}
+        key: {name: values.tolist() for name, values in value.items()}
         for key, value in stats.items()
     }
-    (folder / FILE_NAME).write_text(json.dumps({"norm_stats": content}, indent=2))
+    text = json.dumps({"norm_stats": content}, indent=2)
+    (folder / FILE_NAME).write_text(text, encoding="utf-8")
 
 
 def load(folder: str | os.PathLike[str]) -> dict[str, NormStats]:
-    """Read `folder/norm_stats.json`, ours or openpi's."""
+    """Read `folder/norm_stats.json`, ours or openpi's; q01 and q99 may be absent or null."""
     path = pathlib.Path(folder) / FILE_NAME
     if not path.exists():
         raise FileNotFoundError(
@@ -118,13 +178,23 @@ def load(folder: str | os.PathLike[str]) -> dict[str, NormStats]:
             "under the teacher checkpoint's assets folder"
         )
     try:
-        content = json.loads(path.read_text())["norm_stats"]
-        return {
-            key: NormStats(**{name: np.asarray(entry[name]) for name in _FIELDS})
-            for key, entry in content.items()
-        }
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))["norm_stats"]
+        found = {key: _from_json(key, entry) for key, entry in content.items()}
+    except (AttributeError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(
             f"{path} is not a norm_stats.json file: expected "
-            f'{{"norm_stats": {{"state": {{{", ".join(_FIELDS)}}}, "actions": ...}}}} ({error!r})'
+            f'{{"norm_stats": {{"state": {{{", ".join(FIELDS)}}}, "actions": ...}}}} ({error!r})'
         ) from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return found
+
+
+def _from_json(key: str, entry: Mapping[str, list[float] | None]) -> NormStats:
+    values = {}
+    for name in FIELDS:
+        value = entry[name] if name in ("mean", "std") else entry.get(name)
+        values[name] = None if value is None else np.asarray(value, np.float64)
+    if values["mean"] is None or values["std"] is None:
+        raise ValueError(f"{key} has no mean or no std")
+    return NormStats(values["mean"], values["std"], values["q01"], values["q99"])

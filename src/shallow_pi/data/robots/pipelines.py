@@ -6,8 +6,10 @@ lie the robot's units, delta actions and the normalization, in this order.
 """
 
 import dataclasses
+import difflib
 from collections.abc import Mapping
 
+from shallow_pi import progress
 from shallow_pi.data.robots import conversions, normalize, tokenizer, transforms
 from shallow_pi.data.robots import robot as robots
 
@@ -47,9 +49,15 @@ def inputs(
                 f"robot {robot.name} has {what} dimension {dim}, more than the model's "
                 f"action_dim {action_dim}; use a model with a larger action_dim"
             )
-    for key in ("state", "actions"):
-        if key not in stats:
-            raise ValueError(f"normalization statistics lack {key!r}; there are {sorted(stats)}")
+    normalize.check(stats, {"state": robot.state_dim, "actions": robot.action_dim}, kind)
+    for camera in robot.cameras:
+        if camera not in cameras:
+            close = difflib.get_close_matches(camera, set(cameras) - set(robot.cameras), n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            progress.warn(
+                f"{robot.cameras[camera]!r} of robot {robot.name} is not used: the model has no "
+                f"camera {camera!r}, only {list(cameras)}{hint}"
+            )
     wanted = {camera: key for camera, key in robot.cameras.items() if camera in cameras}
     return transforms.compose(
         transforms.Cameras(cameras, wanted, image_size),

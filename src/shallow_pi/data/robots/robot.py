@@ -266,6 +266,19 @@ UR5 = Robot(
     groups=(Group("joints", 6, "rad"), Group("gripper", 1)),
 )
 
+# What statistics and parameters were made for; the rest of a robot is names.
+_UNITS = ("state_dim", "action_dim", "delta", "state_conversion", "action_conversion")
+
+
+def unit_differences(own: Robot, given: Robot) -> list[str]:
+    """Fields in which robots move in other units: nothing trained for one fits the other."""
+    return [
+        f"{name} is {getattr(own, name)}, given {getattr(given, name)}"
+        for name in _UNITS
+        if getattr(own, name) != getattr(given, name)
+    ]
+
+
 ROBOTS = {
     robot.name: robot
     for robot in (

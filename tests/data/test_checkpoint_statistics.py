@@ -1,0 +1,186 @@
+"""Statistics are those the checkpoint was trained with, found in openpi's layout and LeRobot's."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from shallow_pi.data.robots import assets, checkpoint_statistics, normalize
+from shallow_pi.data.robots import robot as robots
+
+OPTIONS = "--data.asset-id NAME"
+VALUES = {
+    "mean": np.array([0.5, -1.0, 2.0]),
+    "std": np.array([1.0, 0.2, 3.0]),
+    "min": np.array([-9.0, -1.5, 0.0]),
+    "max": np.array([9.0, 1.0, 9.5]),
+    "q01": np.array([-2.0, -1.3, 0.5]),
+    "q99": np.array([4.0, 0.7, 9.0]),
+    "q10": np.array([-1.0, -1.1, 1.0]),
+    "q90": np.array([2.0, 0.5, 7.0]),
+}
+
+
+def _stats(shift=0.0):
+    return normalize.NormStats(np.full(3, shift), np.ones(3), np.full(3, -1.0), np.ones(3))
+
+
+def _openpis(step, *names):
+    for shift, name in enumerate(names):
+        both = {"state": _stats(shift), "actions": _stats(shift)}
+        normalize.save(step / "assets" / name, both)
+    return step
+
+
+def _lerobots(step, mode, names=tuple(VALUES), relative=None, **settings):
+    """A policy's preprocessor as LeRobot writes it, the same statistics for state and action."""
+    step.mkdir(exist_ok=True)
+    tensors = {
+        f"{feature}.{name}": VALUES[name].astype(np.float32)
+        for feature in ("observation.state", "action")
+        for name in names
+    }
+    tensors["observation.images.top.mean"] = np.zeros((3, 1, 1), np.float32)
+    safetensors.numpy.save_file(tensors, step / "pre_step_1_normalizer_processor.safetensors")
+    norm_map = {"VISUAL": "IDENTITY", "STATE": mode, "ACTION": mode}
+    steps = [
+        {"registry_name": "relative_actions_processor", "config": relative or {"enabled": False}},
+        {
+            "registry_name": "normalizer_processor",
+            "config": {"eps": 1e-8, "features": {}, "norm_map": norm_map, **settings},
+            "state_file": "pre_step_1_normalizer_processor.safetensors",
+        },
+    ]
+    content = json.dumps({"name": "policy_preprocessor", "steps": steps})
+    (step / "policy_preprocessor.json").write_text(content)
+    return step
+
+
+def _find(step, asset_id="mine", kind="z_score", **more):
+    return checkpoint_statistics.find(step, asset_id, kind, options=OPTIONS, **more)
+
+
+def test_openpis_are_found_by_their_name_or_its_last_part(tmp_path, capsys):
+    step = _openpis(tmp_path, "org/first", "second")
+    assert _find(step, "org/first").asset_id == _find(step, "first").asset_id == "org/first"
+    found = _find(step, "second")
+    assert found.path == tmp_path / "assets" / "second" / "norm_stats.json"
+    np.testing.assert_array_equal(found.stats["state"].mean, 1)
+    assert capsys.readouterr().err == ""
+
+
+def test_the_only_ones_are_taken_with_a_word_and_of_several_none(tmp_path, capsys):
+    step = _openpis(tmp_path, "trossen")
+    assert _find(step).asset_id == "trossen"
+    assert "no statistics of 'mine': taking its only ones, 'trossen'" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"no statistics of 'mine'; it has \['trossen'\]"):
+        _find(step, exact=True)
+    _openpis(tmp_path, "trossen", "droid", "a/same", "b/same")
+    with pytest.raises(ValueError, match=r"it has \['a/same', .*, 'trossen'\]: .*--data\.asset-id"):
+        _find(step)
+    with pytest.raises(ValueError, match=r"several statistics of 'same', \['a/same', 'b/same'\]"):
+        _find(step, "same")
+    assert _find(tmp_path / "nothing") is None
+
+
+@pytest.mark.parametrize("kind", ["z_score", "quantile"])
+@pytest.mark.parametrize(
+    ("mode", "ends"),
+    [("QUANTILES", ("q01", "q99")), ("MIN_MAX", ("min", "max")), ("QUANTILE10", ("q10", "q90"))],
+)
+def test_lerobots_two_ends_are_minus_one_and_one_for_either_model(tmp_path, kind, mode, ends):
+    stats = _find(_lerobots(tmp_path, mode), kind=kind).stats
+    for key in ("state", "actions"):
+        for end, expected in zip(ends, (-1, 1), strict=True):
+            found = normalize.normalize(VALUES[end], stats[key], kind)
+            np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["z_score", "quantile"])
+def test_lerobots_z_scores_are_z_scores_for_either_model(tmp_path, kind):
+    stats = _find(_lerobots(tmp_path, "MEAN_STD", ("mean", "std"), eps=1e-3), kind=kind).stats
+    values = np.array([[3.0, -4.0, 5.0]])
+    expected = (values - VALUES["mean"]) / (VALUES["std"] + 1e-3)
+    found = normalize.normalize(values, stats["state"], kind)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_what_lerobot_does_not_normalize_stays(tmp_path):
+    values = np.array([[3.0, -4.0, 5.0]])
+    for settings in ({"norm_map": {}}, {"normalize_observation_keys": ["observation.other"]}):
+        stats = _find(_lerobots(tmp_path, "MEAN_STD", **settings)).stats
+        found = normalize.normalize(values, stats["state"], "z_score")
+        np.testing.assert_allclose(found, values, rtol=1e-6)
+
+
+def test_another_normalization_than_the_models_is_told(tmp_path, capsys):
+    _find(_lerobots(tmp_path, "QUANTILES"), kind="quantile")
+    assert capsys.readouterr().err == ""
+    _find(_lerobots(tmp_path, "MEAN_STD"), kind="quantile")
+    assert "action in" in (told := capsys.readouterr().err)
+    assert "is normalized by MEAN_STD: written as statistics of the same map" in told
+
+
+def test_statistics_of_lerobots_that_cannot_be_used_are_named(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"QUANTILES, which is impossible without \['q01', 'q99'\]"
+    ):
+        _find(_lerobots(tmp_path, "QUANTILES", ("mean", "std")))
+    with pytest.raises(ValueError, match="by WARPED, which is not known here"):
+        _find(_lerobots(tmp_path, "WARPED"))
+    (tmp_path / "pre_step_1_normalizer_processor.safetensors").write_bytes(b"no")
+    with pytest.raises(ValueError, match=r"step_1_normalizer.*cannot be read .*whole folder again"):
+        _find(tmp_path)
+    (tmp_path / "policy_preprocessor.json").write_text('{"steps": [3]}')
+    with pytest.raises(ValueError, match=r"policy_preprocessor\.json is not a pipeline of LeRobot"):
+        _find(tmp_path)
+    (tmp_path / "policy_preprocessor.json").write_text('{"steps": []}')
+    assert _find(tmp_path) is None
+
+
+def test_relative_actions_of_lerobots_policy_have_to_be_the_robots(tmp_path):
+    gripper = dataclasses.replace(robots.TURNTABLE, delta=(True, True))
+    checkpoint_statistics.check_robot(tmp_path, gripper)
+    names = {"action_names": ["x.pos", "y.pos", "Gripper.pos"], "exclude_joints": ["gripper"]}
+    _lerobots(tmp_path, "MEAN_STD", relative={"enabled": True, **names})
+    checkpoint_statistics.check_robot(tmp_path, gripper)
+    with pytest.raises(ValueError, match=r"dimensions \[0, 1\] .* turntable in \[0, 1, 2\]: give"):
+        checkpoint_statistics.check_robot(tmp_path, robots.TURNTABLE)
+    _lerobots(tmp_path, "MEAN_STD")
+    with pytest.raises(
+        ValueError, match=r"in the dimensions \[\] .* delta=\(False, False, False\)"
+    ):
+        checkpoint_statistics.check_robot(tmp_path, robots.TURNTABLE)
+
+
+def test_a_folder_named_by_hand_may_hold_them_one_level_down(tmp_path):
+    _openpis(tmp_path, "mine")
+    for folder in (tmp_path / "assets" / "mine", tmp_path / "assets", tmp_path):
+        found = checkpoint_statistics.at(folder, "mine")
+        assert found.path == tmp_path / "assets" / "mine" / "norm_stats.json"
+    _openpis(tmp_path, "mine", "other")
+    with pytest.raises(
+        FileNotFoundError, match=r"several below it: name one of \['mine', 'other'\]"
+    ):
+        checkpoint_statistics.at(tmp_path / "assets", "third")
+    with pytest.raises(FileNotFoundError, match=r"no norm_stats\.json in .*compute_norm_stats\.py"):
+        checkpoint_statistics.at(tmp_path / "absent", "mine")
+
+
+def test_a_teacher_of_ours_for_another_robot_or_prompt_is_refused(own, tmp_path):
+    own.save(tmp_path / "assets")
+    found = assets.teacher_statistics(tmp_path, "turntable", robots.TURNTABLE, own.model)
+    np.testing.assert_array_equal(found.stats["state"].mean, own.stats["state"].mean)
+    absolute = dataclasses.replace(robots.TURNTABLE, name="absolute", delta=())
+    with pytest.raises(
+        ValueError, match=r"for robot turntable, not for absolute: delta is .*, giv"
+    ):
+        assets.teacher_statistics(tmp_path, "turntable", absolute, own.model)
+    said = dataclasses.replace(own.model, pi05=True, discrete_state_input=True)
+    with pytest.raises(ValueError, match=r"discrete_state_input is False, given True"):
+        assets.teacher_statistics(tmp_path, "turntable", robots.TURNTABLE, said)
+    shutil.rmtree(tmp_path / "assets")
+    assert assets.teacher_statistics(tmp_path, "mine", robots.TURNTABLE, own.model) is None
