@@ -104,7 +104,7 @@ def test_constant_dimensions_are_told_and_bad_episodes_counted(run, tmp_path):
     ("arguments", "message"),
     [
         (["--data.path", ""], "name a dataset with --data.path"),
-        (["--data.path", "absent"], "no LeRobot dataset at absent"),
+        (["--data.path", "absent"], "no LeRobot dataset at "),
         (["--horizon", "0"], "horizon must be at least 1"),
     ],
 )

@@ -181,7 +181,7 @@ def test_data_without_a_path_or_a_tokenizer_are_refused(refused, tiny_dataset):
     assert "pieces, the model embeds 64" in said
     assert "no SentencePiece model at nowhere" in refused(*known, "--data.tokenizer", "nowhere")
     known += ("--data.tokenizer", tiny_dataset[1], "--model.vocab-size", 320)
-    assert "no normalization statistics" in refused(*known, "--data.norm-stats", "nowhere")
+    assert "no norm_stats.json in nowhere" in refused(*known, "--data.norm-stats", "nowhere")
 
 
 def _params(change=lambda tree: None):

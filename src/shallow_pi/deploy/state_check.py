@@ -61,7 +61,7 @@ class StateCheck:
                 f"the statistics of the state have {len(stats.mean)} dimensions, robot "
                 f"{robot.name} has {dims}: they are another robot's"
             )
-        bounds = np.stack([stats.q01, stats.q99, stats.mean - stats.std, stats.mean + stats.std])
+        bounds = np.stack([*stats.span(), stats.mean - stats.std, stats.mean + stats.std])
         bounds = bounds[:, :dims]
         if robot.state_conversion is not None:
             bounds = robot.state_conversion.inverse(bounds).astype(np.float64)

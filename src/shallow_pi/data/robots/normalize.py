@@ -61,11 +61,11 @@ class NormStats:
             (name, np.asarray(value, np.float64)) for name, value in values if value is not None
         ]
 
-    def range(self, dim: int, kind: Kind = "quantile") -> tuple[float, float]:
-        """Where 98 % of a dimension lie: its percentiles, or as far as mean and deviation tell."""
+    def span(self, kind: Kind = "quantile") -> tuple[np.ndarray, np.ndarray]:
+        """Where 98 % of the values lie: between the percentiles, or as far as mean and std tell."""
         if kind == "z_score" or self.q01 is None or self.q99 is None:
-            return self.mean[dim] - 2.33 * self.std[dim], self.mean[dim] + 2.33 * self.std[dim]
-        return self.q01[dim], self.q99[dim]
+            return self.mean - 2.33 * self.std, self.mean + 2.33 * self.std
+        return self.q01, self.q99
 
 
 def kind_of(pi05: bool) -> Kind:

@@ -185,8 +185,8 @@ def doubtful(stats: Mapping[str, normalize.NormStats]) -> list[str]:
     """A line for every dimension whose statistics make a poor scale: constant or hardly moving."""
     lines = []
     for key, found in stats.items():
-        for dim, std in enumerate(found.std):
-            where, (q01, q99) = f"{key}[{dim}]", found.range(dim)
+        for dim, (std, q01, q99) in enumerate(zip(found.std, *found.span(), strict=True)):
+            where = f"{key}[{dim}]"
             if std == 0:
                 lines.append(f"{where} is constant ({found.mean[dim]:g}): it carries nothing")
             elif std < TINY:
@@ -223,10 +223,10 @@ def misfits(
         if len(given[key].mean) < dims:
             lines.append(f"{key} has {len(given[key].mean)} dimensions, the dataset {dims}")
             continue
-        spans = np.array([own.range(dim) for dim in range(dims)])
-        ends = normalize.normalize(spans.T, given[key], kind) / scale.width
+        span, expected = np.stack(own.span()), np.stack(given[key].span(kind))
+        ends = normalize.normalize(span, given[key], kind) / scale.width
         for dim, (low, high) in enumerate(ends.T):
-            moves = spans[dim, 1] - spans[dim, 0] >= TINY
+            moves = span[1, dim] - span[0, dim] >= TINY
             if high - low > scale.too_wide:
                 what = f"{high - low:.0f} times as wide as they say"
             elif moves and high - low < scale.too_narrow:
@@ -236,7 +236,7 @@ def misfits(
             else:
                 continue
             lines.append(
-                f"{key}[{dim}] is {what}: {spans[dim, 0]:g} … {spans[dim, 1]:g} in the dataset, "
-                "{:g} … {:g} in the statistics".format(*given[key].range(dim, kind))
+                f"{key}[{dim}] is {what}: {span[0, dim]:g} … {span[1, dim]:g} in the dataset, "
+                f"{expected[0, dim]:g} … {expected[1, dim]:g} in the statistics"
             )
     return lines
