@@ -170,8 +170,19 @@ def test_animation_keeps_the_pixels_and_the_time_of_the_episode(full, tmp_path):
 
 
 def test_curves_without_a_known_loss_are_left_out(tmp_path):
-    bare = report.Report("x", {}, EVALUATIONS, curves={"student": [{"step": 0, "speed": 1.0}]})
+    rows = [{"step": 0, "speed": 1.0, "task_loss": None}]
+    bare = report.Report("x", {}, curves={"student": rows})
     assert "losses.png" not in {path.name for path in report.write(tmp_path, bare)}
+
+
+def test_a_curve_that_only_wavers_is_drawn_flat(tmp_path):
+    """Its axis begins at 0, so it lies in the upper quarter of the picture."""
+    rows = [{"step": step, "task_loss": 0.3 + 0.001 * (step % 3)} for step in range(20)]
+    plots.loss_curves(tmp_path / "l.png", {"student": rows}, {"task_loss": "task loss"})
+    picture = np.asarray(Image.open(tmp_path / "l.png").convert("RGB"), int)
+    line = np.abs(picture - [0xD5, 0x5E, 0x00]).sum(-1) < 30
+    rows, _ = np.nonzero(line)  # Most of them the curve, some the legend.
+    assert np.quantile(rows, 0.75) < picture.shape[0] / 4
 
 
 def test_running_mean_keeps_a_line_straight_and_halves_noise():

@@ -1,7 +1,7 @@
-"""The report's pictures: curves, errors by group, success, a strip of frames and an animation.
+"""Pictures of a report: curves, errors by group, success, a strip of frames and an animation.
 
 Figures need matplotlib (the extra `plots`), which is imported when the first one is drawn; the
-animation needs only Pillow. A policy has one colour throughout. Error bars are 95 % intervals.
+animation needs only Pillow. A policy has the same colour everywhere. Error bars are 95 % intervals.
 """
 
 import math
@@ -35,6 +35,9 @@ NAMES = {
     "random_init": "random, task loss only",
 }
 
+# Curves of so few points show each of them.
+FEW = 30
+
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -46,10 +49,13 @@ def loss_curves(
 ) -> None:
     """One panel per loss, one line per run: the rows as they are, faint, and a running mean.
 
+    A linear axis begins at 0, so that noise does not look like progress; values that span more than
+    a factor of 5 have a logarithmic one.
+
     Args:
       path: PNG to write.
       curves: run → rows of its `metrics.jsonl`, each with "step".
-      panels: key in the rows → title.
+      panels: key in the rows → title; each key has a value in some row.
       references: key of a panel → key of the teacher's own value, drawn dashed.
     """
     figure, axes = figures.make(1, len(panels), (4.0 * len(panels) + 0.6, 3.5))
@@ -58,10 +64,10 @@ def loss_curves(
             steps, values = _series(rows, key)
             if len(steps):
                 color = COLORS.get(run, OTHER_COLOR)
+                marker = "o" if len(steps) <= FEW else ""
+                style = {"color": color, "marker": marker, "markersize": 4, "linewidth": 1.9}
                 axis.plot(steps, values, color=color, alpha=0.22, linewidth=0.9)
-                axis.plot(
-                    steps, _smooth(values), color=color, linewidth=1.9, label=NAMES.get(run, run)
-                )
+                axis.plot(steps, _smooth(values), label=NAMES.get(run, run), **style)
         reference = (references or {}).get(key, "")
         known = [v for v in (_series(rows, reference)[1] for rows in curves.values()) if len(v)]
         if known:
@@ -72,6 +78,8 @@ def loss_curves(
         if 0 < 5 * drawn.min() < drawn.max():
             axis.set_yscale("log")
             _plain_ticks(axis)
+        else:
+            axis.set_ylim(min(0.0, drawn.min()), 1.1 * drawn.max() or 1.0)
         figures.tidy(axis, "both")
         axis.legend(frameon=False, fontsize=8)
     figure.savefig(path)
@@ -106,7 +114,7 @@ def group_bars(path: pathlib.Path, errors: Mapping[str, Mapping[str, float]]) ->
 
     Args:
       path: PNG to write.
-      errors: group with its unit → whose actions are compared → error (see `validation_tables`).
+      errors: group with its unit → comparison → error (see `validation_tables`).
     """
     figure, axes = figures.make(1, len(errors), (1.4 + 2.4 * len(errors), 2.0))
     for axis, (group, bars) in zip(axes[0], errors.items(), strict=True):

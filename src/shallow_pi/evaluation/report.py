@@ -1,6 +1,6 @@
-"""What a run comes to: `report.json` for programs, `report.md` and pictures for people.
+"""Results of a run: `report.json` for programs, `report.md` and pictures for people.
 
-A `Report` holds measured values only; everything derived (intervals, differences, ratios) is
+A `Report` holds measured values only; what derives from them (intervals, differences, ratios) is
 computed here in one place, so that the terminal, the page and the file cannot disagree. Policies
 are named expert, teacher, student, cut_only, task_only and random_init.
 """
@@ -137,7 +137,7 @@ def _comparisons(report: Report) -> list[tuple[str, str]]:
 
 
 def scopes(report: Report) -> dict[str, Mapping[str, rollout.Evaluation]]:
-    """What success is counted over → by policy: all tasks, each task, each harder variant."""
+    """Scope of a success rate → by policy: all tasks, each task, each harder variant."""
     by_task = {policy: evaluation.by_task() for policy, evaluation in report.evaluations.items()}
     tasks = sorted({task for split in by_task.values() for task in split})
     found: dict[str, Mapping[str, rollout.Evaluation]] = {"all tasks": report.evaluations}
@@ -211,7 +211,7 @@ def _success_tables(report: Report) -> list[validation_tables.Table]:
 
 
 def sentences(report: Report) -> list[str]:
-    """What the numbers say, in words."""
+    """The comparisons in words."""
     lines = [
         sentence(a, b, scope, difference)
         for a, b in _comparisons(report)
@@ -229,7 +229,7 @@ def sentences(report: Report) -> list[str]:
 
 
 def show(report: Report, console: rich.console.Console | None = None) -> None:
-    """Print the result table and what it says."""
+    """Print the tables and the comparisons."""
     console = console or rich.console.Console()
     console.print(report.title, style="bold", highlight=False)
     for header, rows in tables(report):
@@ -252,9 +252,9 @@ def markdown(report: Report, pictures: Mapping[str, str]) -> str:
     if report.evaluations:
         lines += [
             "",
-            "All policies met the same episodes. Rates carry Wilson's interval, differences",
+            "All policies met the same episodes. Intervals of rates are Wilson's, those of",
+            "differences are Newcombe's for pairs. ms: median time of one plan for one robot.",
         ]
-        lines += ["Newcombe's paired one; ms is the median time of one plan for one robot."]
     if validation_tables.contents(report.curves, report.criterion):
         lines += ["", validation_tables.NOTE]
     said = sentences(report)
@@ -287,7 +287,8 @@ def write(folder: pathlib.Path, report: Report) -> list[pathlib.Path]:
     curves, recording = report.curves, report.recording
     if report.evaluations:
         drawings["Success"] = ("success.png", lambda path: plots.success(path, scopes(report)))
-    keys = {key for rows in curves.values() for row in rows for key in row}
+    rows = [row for curve in curves.values() for row in curve]
+    keys = {key for row in rows for key, value in row.items() if value is not None}
     for caption, name, every, references in (
         ("Losses", "losses.png", PANELS, REFERENCES),
         ("Held-out errors", "validation.png", ERROR_PANELS, ERROR_REFERENCES),

@@ -1,7 +1,8 @@
-"""What the rows of metrics.jsonl say about held-out episodes (see `training.validation`).
+"""Tables of the errors on held-out episodes, from the rows of metrics.jsonl.
 
-Pure functions from rows to tables and plain values: of every trained policy the step with the
-lowest error and the last one, the errors by group of joints in the robot's units, and the losses.
+Pure functions from rows (see `training.validation`) to tables and plain values: of every trained
+policy the step with the lowest error and the last one, the errors by group of joints in the robot's
+units, and the losses.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,16 +14,16 @@ from shallow_pi.training import validation
 
 # Header and rows of a table.
 Table = tuple[list[str], list[list[str]]]
-# Error in metrics.jsonl → whose actions are compared.
+# Error in metrics.jsonl → actions that are compared.
 ERRORS = {
     validation.TO_DATA: "to the data",
     validation.TO_TEACHER: "to the teacher",
     validation.TEACHER_TO_DATA: "teacher to the data",
 }
-# What the tables show, below them on the page.
-NOTE = """Action errors are mean absolute differences on episodes held out of training, teacher and
-student from the same noise: normalized, and by group in the robot's units. The policy of the best
-step is kept as `best` in the run's folder."""
+# Explains the tables, below them on the page.
+NOTE = """Action errors are mean absolute differences on episodes that training does not see, with
+the same noise for teacher and student: of normalized actions, and by group in the robot's units.
+The policy of the best step is kept as `best` in the run's folder."""
 # Loss in metrics.jsonl → its name in words.
 LOSSES = {name: name.replace("_", " ") for name in validation.LOSSES}
 
@@ -39,7 +40,7 @@ def best(rows: plots.Rows, criterion: str) -> Mapping[str, Any] | None:
 
 
 def labels(groups: Sequence[robot.Group]) -> dict[str, str]:
-    """Name of a group → how it is written, with its unit."""
+    """Name of a group → its label with the unit."""
     return {g.name: f"{g.name.replace('_', ' ')} ({g.unit})".replace(" ()", "") for g in groups}
 
 
@@ -80,7 +81,7 @@ def error_tables(
 def group_errors(
     curves: Mapping[str, plots.Rows], groups: Sequence[robot.Group], criterion: str
 ) -> dict[str, dict[str, float]]:
-    """Group with its unit → whose actions → error of the first policy at its best step."""
+    """Group with its unit → comparison → error of the first policy at its best step."""
     row = next((top for rows in curves.values() if (top := best(rows, criterion))), {})
     found: dict[str, dict[str, float]] = {}
     for name, label in labels(groups).items():
