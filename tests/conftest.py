@@ -32,8 +32,8 @@ import pytest
 from shallow_pi import progress
 from shallow_pi.data.lerobot import writer as lerobot_writer
 from shallow_pi.data.robots import assets, normalize, robot, tokenizer
+from shallow_pi.models import batch as batches
 from shallow_pi.models import gemma, pi0, siglip
-from shallow_pi.models import observation as observations
 from shallow_pi.parallel import shapes
 from shallow_pi.training import command_line
 
@@ -126,23 +126,10 @@ def tiny_batch():
     """Makes a batch of the loader; camera 1 of sample 0 is absent, prompts end in padding."""
 
     def make(config, b=2, seed=0):
-        generator = np.random.default_rng(seed)
-        size, prompt = config.image_size, config.max_token_len
-        masks = {name: np.ones(b, bool) for name in config.cameras}
-        masks[config.cameras[-1]][0] = False
-        actions = (b, config.action_horizon, config.action_dim)
-        return {
-            "image": {
-                name: generator.integers(0, 256, (b, size, size, 3), np.uint8)
-                for name in config.cameras
-            },
-            "image_mask": masks,
-            "state": generator.standard_normal((b, config.action_dim)).astype(np.float32),
-            "tokenized_prompt": generator.integers(0, config.vocab_size, (b, prompt), np.int32),
-            "tokenized_prompt_mask": np.arange(prompt) < prompt - 2 + np.arange(b)[:, None] % 3,
-            "actions": generator.standard_normal(actions).astype(np.float32),
-            "action_mask": np.ones(actions[:2], bool),
-        }
+        batch, prompt = batches.noise(config, b, seed), config.max_token_len
+        batch.observation.image_masks[config.cameras[-1]][0] = False
+        used = np.arange(prompt) < prompt - 2 + np.arange(b)[:, None] % 3
+        return batch.replace(observation=batch.observation.replace(tokenized_prompt_mask=used))
 
     return make
 
@@ -152,8 +139,8 @@ def tiny_observation(tiny_batch):
     """Makes the observation of such a batch, on device."""
 
     def make(config, b=2, seed=0):
-        batch = jax.tree.map(jax.numpy.asarray, tiny_batch(config, b, seed))
-        return observations.Observation.from_batch(batch)
+        observation = tiny_batch(config, b, seed).observation
+        return jax.tree.map(jax.numpy.asarray, observation).as_float()
 
     return make
 

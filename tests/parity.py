@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from shallow_pi.checkpoints import weights
+from shallow_pi.data.robots import pipelines
 from shallow_pi.distill import losses, step
 from shallow_pi.inference import sampler
 from shallow_pi.models import gemma, pi0, siglip
@@ -82,7 +83,7 @@ def _scale(path: str, shape: tuple[int, ...]) -> float:
 
 
 def batch(config: pi0.Pi0Config) -> dict[str, object]:
-    """A batch of the loader; the last camera of sample 0 is absent, prompts end in padding."""
+    """A batch under openpi's keys; camera 3 of sample 0 is absent, prompts end in padding."""
     generator = np.random.default_rng(SEED)
     b, size, prompt = BATCH, config.image_size, config.max_token_len
     masks = {name: np.ones(b, bool) for name in config.cameras}
@@ -165,9 +166,14 @@ def ours(config: pi0.Pi0Config) -> dict[str, np.ndarray]:
     }
 
 
+def observe(samples: dict[str, object]) -> observations.Observation:
+    """Our observation of the batch."""
+    return pipelines.to_observation(jax.tree.map(jnp.asarray, samples)).as_float()
+
+
 def _ours(config: pi0.Pi0Config, params: dict) -> dict[str, jax.Array]:
     dtype, samples = jnp.dtype(config.dtype), batch(config)
-    observation = observations.Observation.from_batch(jax.tree.map(jnp.asarray, samples))
+    observation = observe(samples)
     encoder = siglip.Module(config.image, config.backbone.width, dtype)
     pictures = observation.images[config.cameras[0]]
     actions, t = jnp.asarray(samples["actions"]), jnp.asarray(times())
@@ -227,8 +233,8 @@ def _our_loss(config: pi0.Pi0Config, params: dict, samples: dict) -> jax.Array:
         augmentation=observations.NO_AUGMENTATION,
     )
     mask = jnp.ones(samples["actions"].shape[:2], bool)
-    samples = jax.tree.map(jnp.asarray, samples) | {"action_mask": mask}
-    inputs = step.draw_inputs(spec, jax.random.key(SEED), samples)
+    whole = pipelines.to_batch(jax.tree.map(jnp.asarray, samples) | {"action_mask": mask})
+    inputs = step.draw_inputs(spec, jax.random.key(SEED), whole)
     v, _ = pi0.velocity(config, params, inputs.observation, inputs.x_t, inputs.t)
     return losses.task_loss(v, inputs.u)
 

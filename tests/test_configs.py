@@ -14,6 +14,7 @@ from shallow_pi.checkpoints import weights
 from shallow_pi.data.robots import robot as robots
 from shallow_pi.distill import layer_map, step, student
 from shallow_pi.evaluation import study
+from shallow_pi.models import batch as batches
 from shallow_pi.models import pi0
 from shallow_pi.parallel import shapes, sharding
 from shallow_pi.sims import simulator
@@ -31,22 +32,6 @@ def experiment(request):
 def _spec(experiment):
     layers = None if experiment.teacher is None else experiment.fixed_layer_map()
     return setup.make_spec(experiment, layers)
-
-
-def _batch(experiment):
-    """Shapes of a batch of the loader."""
-    model, b = experiment.model, experiment.batch_size
-    picture = (b, model.image_size, model.image_size, 3)
-    shape = jax.ShapeDtypeStruct
-    return {
-        "image": {camera: shape(picture, jnp.uint8) for camera in model.cameras},
-        "image_mask": {camera: shape((b,), jnp.bool_) for camera in model.cameras},
-        "state": shape((b, model.action_dim), jnp.float32),
-        "tokenized_prompt": shape((b, model.max_token_len), jnp.int32),
-        "tokenized_prompt_mask": shape((b, model.max_token_len), jnp.bool_),
-        "actions": shape((b, model.action_horizon, model.action_dim), jnp.float32),
-        "action_mask": shape((b, model.action_horizon), jnp.bool_),
-    }
 
 
 def test_the_experiments_of_the_first_release_are_there():
@@ -97,8 +82,9 @@ def test_a_step_evaluates_abstractly(experiment):
         cut = jax.eval_shape(lambda params: student.cut(experiment.model, params, layers), teacher)
         assert jax.tree.map(jnp.shape, cut) == jax.tree.map(jnp.shape, state.params)
     key = jax.eval_shape(lambda: jax.random.key(0))
+    batch = batches.spec(experiment.model, experiment.batch_size)
     after, metrics = jax.eval_shape(
-        functools.partial(step.distill_step, spec), teacher, state, key, _batch(experiment)
+        functools.partial(step.distill_step, spec), teacher, state, key, batch
     )
     assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
     assert {value.shape for value in metrics.values()} == {()}

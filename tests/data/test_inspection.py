@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from shallow_pi.data import inspection, sources
-from shallow_pi.data.robots import assets, normalize, tokenizer
+from shallow_pi.data.robots import assets, normalize, pipelines, tokenizer
 from shallow_pi.data.robots import robot as robots
 
 PROMPTS = ["touch the red block", "touch the blue block"]
@@ -41,7 +41,7 @@ def _batch(own, state, actions, mask=None, prompts=PROMPTS, pictures=None):
         observation = dict.fromkeys(own.robot.cameras.values(), picture)
         observation |= {"observation.state": state[i], "task": prompts[i % len(prompts)]}
         observation |= {"action": actions[i], "action_is_pad": ~mask[i]}
-        samples.append(transform(observation))
+        samples.append(pipelines.to_batch(transform(observation)))
     return inspection.draw(samples, len(samples))
 
 
@@ -103,7 +103,7 @@ def test_constant_and_far_dimensions_are_named(own):
 def test_numbers_that_are_not_finite_are_beyond(own):
     state, actions = _numbers(own())
     batch = _batch(own(), state, actions)
-    batch["state"][2, 0] = np.nan
+    batch.observation.state[2, 0] = np.nan
     found = inspection.ranges(batch, own())
     assert found[0].beyond == pytest.approx(1 / 6)
     assert any(
@@ -128,7 +128,7 @@ def test_prompts_are_cut_where_their_end_is_missing(own, changes):
     discrete = "discrete_state_input" in changes
     policy = own(max_token_len=200, **changes)
     batch = _batch(policy, state, actions)
-    lengths = batch["tokenized_prompt_mask"].sum(axis=1)
+    lengths = batch.observation.tokenized_prompt_mask.sum(axis=1)
     assert not inspection.truncated(batch, policy).any()
     shown = inspection.prompts(batch, policy)
     assert [text.startswith("Task: ") for text in shown] == [discrete] * 6
@@ -155,35 +155,19 @@ def test_equal_prompts_are_told_unless_the_robot_has_one(own, changes):
     assert not any("equal" in x for x in inspection.doubtful(batch, fixed, []))
 
 
-def test_drawn_samples_are_others_each_time_and_none_twice():
-    made_up = sources.SyntheticSource(
-        cameras=("base_0_rgb",),
-        image_size=8,
-        action_dim=2,
-        action_horizon=3,
-        max_token_len=4,
-        vocab_size=16,
-        length=10,
-    )
-    states = [inspection.draw(made_up, 5, seed)["state"] for seed in (0, 0, 1)]
+def test_drawn_samples_are_others_each_time_and_none_twice(tiny_config):
+    made_up = sources.SyntheticSource(tiny_config(), length=10)
+    states = [inspection.draw(made_up, 5, seed).observation.state for seed in (0, 0, 1)]
     np.testing.assert_array_equal(states[0], states[1])
     assert not np.array_equal(states[0], states[2])
-    everything = inspection.draw(made_up, 99)["state"]
+    everything = inspection.draw(made_up, 99).observation.state
     assert len(np.unique(everything, axis=0)) == len(everything) == 10
     with pytest.raises(ValueError, match="expected at least one sample to look at, got 0"):
         inspection.draw(made_up, 0)
 
 
-def test_made_up_samples_need_no_assets():
-    made_up = sources.SyntheticSource(
-        cameras=("base_0_rgb",),
-        image_size=8,
-        action_dim=2,
-        action_horizon=3,
-        max_token_len=4,
-        vocab_size=16,
-    )
-    batch = inspection.draw(made_up, 8)
+def test_made_up_samples_need_no_assets(tiny_config):
+    batch = inspection.draw(sources.SyntheticSource(tiny_config(action_dim=2)), 8)
     found = inspection.ranges(batch, None)
     assert [one.before for one in found] == [None] * 4
     assert inspection.prompts(batch, None)[0].startswith("tokens 2 ")

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from shallow_pi.data import loader, sources
+from shallow_pi.models import pi0
 
 FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures" / "lerobot"
 
@@ -148,13 +149,13 @@ def test_bad_input_raises() -> None:
 
 
 def _worker_loader(workers: int, threads: int = 0, **changes) -> loader.Loader:
-    sizes = {"cameras": ("base_0_rgb",), "image_size": 4, "action_dim": 3, "action_horizon": 2}
-    source = sources.SyntheticSource(**sizes, max_token_len=4, vocab_size=16, length=20)
+    model = pi0.Pi0Config(image_size=14, action_dim=3, action_horizon=2, max_token_len=4)
+    source = sources.SyntheticSource(model, length=20)
     return loader.Loader(source, 4, seed=3, num_workers=workers, num_threads=threads, **changes)
 
 
 def _states(batches, count: int) -> np.ndarray:
-    return np.stack([batch["state"] for batch in itertools.islice(batches, count)])
+    return np.stack([batch.observation.state for batch in itertools.islice(batches, count)])
 
 
 def test_workers_give_the_same_batches_and_positions_as_threads() -> None:
@@ -174,12 +175,10 @@ def test_workers_give_the_same_batches_and_positions_as_threads() -> None:
 SCRIPT = """
 import os, signal, sys, time
 from shallow_pi.data import loader, sources
+from shallow_pi.models import pi0
 
 def main():
-    source = sources.SyntheticSource(
-        cameras=("base_0_rgb",), image_size=4, action_dim=3, action_horizon=2, max_token_len=4,
-        vocab_size=16,
-    )
+    source = sources.SyntheticSource(pi0.Pi0Config(cameras=("base_0_rgb",), image_size=14))
     batches = loader.Loader(source, 4, num_workers=1)
     next(batches)
     try:

@@ -2,6 +2,7 @@
 
 import builtins
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -42,11 +43,11 @@ def test_without_augmentation_the_pictures_are_the_batchs(own, batch):
     for column, camera in enumerate(("base_0_rgb", "left_wrist_0_rgb")):
         x = left + column * (192 + sheet._GAP)
         shown = picture[top : top + 192 : block, x : x + 192 : block]
-        np.testing.assert_array_equal(shown, batch["image"][camera][0])
+        np.testing.assert_array_equal(shown, batch.observation.images[camera][0])
 
 
 def test_an_absent_camera_is_not_shown_as_black(own, batch):
-    assert not batch["image"]["other"].any()
+    assert not batch.observation.images["other"].any()
     picture = sheet.sheet(batch, own, observation.NO_AUGMENTATION)
     x = sheet._GAP + 2 * (192 + sheet._GAP)
     tile = picture[2 * sheet._LINE :][:192, x : x + 192]
@@ -77,7 +78,8 @@ def test_what_is_doubtful_is_in_red(own, batch):
         return (below == red).all(axis=-1).any()
 
     assert not has_red(batch)
-    assert has_red({**batch, "state": batch["state"] * 100})
+    far = batch.observation.replace(state=batch.observation.state * 100)
+    assert has_red(batch.replace(observation=far))
 
 
 def test_the_sheet_of_a_run_lies_in_its_folder(own, source, tmp_path):
@@ -95,24 +97,16 @@ def test_a_sheet_that_the_disk_has_no_room_for_names_its_file(own, source, tmp_p
         sheet.write(tmp_path, source, own, observation.Augmentation())
 
 
-def test_made_up_samples_have_a_sheet_too(tmp_path):
-    made_up = sources.SyntheticSource(
-        cameras=("base_0_rgb",),
-        image_size=8,
-        action_dim=2,
-        action_horizon=1,
-        max_token_len=4,
-        vocab_size=16,
-        length=3,
-    )
+def test_made_up_samples_have_a_sheet_too(tmp_path, tiny_config):
+    made_up = sources.SyntheticSource(tiny_config(), length=3)
     sheet.write(tmp_path, made_up, None, observation.Augmentation())
     assert (tmp_path / "data_sheet.png").is_file()
 
 
 def test_histograms_are_drawn_and_say_what_they_need(own, batch, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
-    spoiled = {**batch, "state": batch["state"].copy()}
-    spoiled["state"][0, 0] = np.nan
+    spoiled = jax.tree.map(np.copy, batch)
+    spoiled.observation.state[0, 0] = np.nan
     for name, one in (("sound", batch), ("spoiled", spoiled)):
         sheet.histograms(tmp_path / f"{name}.png", one, own)
         with Image.open(tmp_path / f"{name}.png") as picture:

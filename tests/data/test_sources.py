@@ -13,6 +13,7 @@ from shallow_pi.data.lerobot import reader
 from shallow_pi.data.lerobot import writer as lerobot_writer
 from shallow_pi.data.robots import pipelines, tokenizer
 from shallow_pi.data.robots import robot as robots
+from shallow_pi.models import batch as batches
 
 FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures" / "lerobot"
 
@@ -54,7 +55,12 @@ def test_cache_refuses_more_than_its_bound() -> None:
         sources.Cached(Numbers(20), max_bytes=319)
 
 
-def test_dataset_source_gives_the_batch_of_the_contract(tmp_path) -> None:
+def _assert_fits(batch, model, b: int) -> None:
+    found = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), batch)
+    assert found == batches.spec(model, b)
+
+
+def test_dataset_source_gives_the_batch_of_the_contract(tmp_path, tiny_config) -> None:
     robot = robots.Robot(
         "pusht", {"base_0_rgb": "observation.images.top"}, state_dim=2, action_dim=2, fps=10
     )
@@ -71,37 +77,24 @@ def test_dataset_source_gives_the_batch_of_the_contract(tmp_path) -> None:
     )
     source = sources.DatasetSource(dataset, robot, 8, transform)
     batch = next(loader.Loader(sources.Cached(source), 4))
-    shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype.name), batch)
-    assert shapes == {
-        "image": dict.fromkeys(("base_0_rgb", "left_wrist_0_rgb"), ((4, 48, 48, 3), "uint8")),
-        "image_mask": dict.fromkeys(("base_0_rgb", "left_wrist_0_rgb"), ((4,), "bool")),
-        "state": ((4, 6), "float32"),
-        "tokenized_prompt": ((4, 24), "int32"),
-        "tokenized_prompt_mask": ((4, 24), "bool"),
-        "actions": ((4, 8, 6), "float32"),
-        "action_mask": ((4, 8), "bool"),
-    }
-    everything = np.stack([source[i]["state"][:2] for i in range(len(source))])
+    sizes = {"image_size": 48, "action_dim": 6, "action_horizon": 8, "max_token_len": 24}
+    _assert_fits(batch, tiny_config(**sizes), 4)
+    everything = np.stack([source[i].observation.state[:2] for i in range(len(source))])
     np.testing.assert_allclose(everything.mean(0), 0, atol=1e-5)
     np.testing.assert_allclose(everything.std(0), 1, atol=1e-5)
     reference = np.load(FIXTURES / "reference_v30_image.npz")
-    np.testing.assert_array_equal(source[105]["action_mask"], ~reference["pad"][105])
+    np.testing.assert_array_equal(source[105].action_mask, ~reference["pad"][105])
 
 
-def test_synthetic_samples_are_deterministic_and_fit_the_contract() -> None:
-    sizes = {"cameras": ("base_0_rgb",), "image_size": 8, "action_dim": 4, "action_horizon": 5}
-    source, again = (
-        sources.SyntheticSource(**sizes, max_token_len=6, vocab_size=16, seed=1) for _ in range(2)
-    )
+def test_synthetic_samples_are_deterministic_and_fit_the_contract(tiny_config) -> None:
+    model = tiny_config()
+    source, again = (sources.SyntheticSource(model, seed=1) for _ in range(2))
     batch, same = (next(loader.Loader(s, 4)) for s in (source, again))
     jax.tree.map(np.testing.assert_array_equal, batch, same)
-    assert batch["image"]["base_0_rgb"].shape == (4, 8, 8, 3)
-    assert batch["image"]["base_0_rgb"].dtype == np.uint8
-    assert batch["actions"].shape == (4, 5, 4)
-    assert batch["actions"].dtype == batch["state"].dtype == np.float32
-    assert batch["tokenized_prompt"].max() < 16
-    np.testing.assert_array_equal(batch["actions"][:, 0], batch["state"])
-    assert len(np.unique(batch["state"])) == 16
+    _assert_fits(batch, model, 4)
+    assert batch.observation.tokenized_prompt.max() < model.vocab_size
+    np.testing.assert_array_equal(batch.actions[:, 0], batch.observation.state)
+    assert len(np.unique(batch.observation.state)) == 4 * model.action_dim
 
 
 @pytest.mark.parametrize("name", ["libero_delta", "droid_position", "ur5", "aloha_sim", "in parts"])
@@ -139,8 +132,11 @@ def test_recordings_of_other_robots_become_batches(tmp_path, name) -> None:
     )
     source = sources.DatasetSource(dataset, robot, 5, transform)
     samples = [source[i] for i in range(len(source))]
-    for key, dim in (("state", robot.state_dim), ("actions", robot.action_dim)):
-        values = np.concatenate([np.atleast_2d(sample[key]) for sample in samples])[:, :dim]
+    for rows, dim in (
+        ([sample.observation.state[None] for sample in samples], robot.state_dim),
+        ([sample.actions for sample in samples], robot.action_dim),
+    ):
+        values = np.concatenate(rows)[:, :dim]
         np.testing.assert_allclose(values.mean(0), 0, atol=1e-4)
         np.testing.assert_allclose(values.std(0), 1, atol=1e-3)
     dataset.columns[robot.state_key] = np.zeros((10, 2), np.float32)

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from shallow_pi.checkpoints import weights
+from shallow_pi.data.robots import pipelines
 from shallow_pi.deploy import policy
 from shallow_pi.inference import sampler, tuning
-from shallow_pi.models import observation as observations
+from shallow_pi.models import batch as batches
 
 PROMPTS = ("touch the red block", "touch the blue block")
 
@@ -68,8 +69,7 @@ def test_actions_are_the_samplers_in_the_robots_units(own, params, deployed, sce
     """Unnormalized by hand, plus the state the deltas were predicted from."""
     found, noise = scene
     samples = [own.inputs()(dict(o)) for o in found]
-    batch = jax.tree.map(lambda *leaves: np.stack(leaves), *samples)
-    batch = observations.Observation.from_batch(batch)
+    batch = batches.stack([pipelines.to_observation(one) for one in samples]).as_float()
     sample = functools.partial(sampler.sample_actions, own.model, num_steps=3)
     normalized = jax.jit(sample)(params, batch, noise)
     stats = own.stats["actions"]

@@ -171,8 +171,8 @@ def test_losses_are_means_over_valid_actions_of_all_draws_however_cut(setting):
     mask = np.random.default_rng(0).random((8, 5)) < 0.5
     spec = _with(spec, mask_padded_actions=True)
     spec = dataclasses.replace(spec, accumulation=2, draws=3)
-    metrics = _losses(spec, teacher, state, KEY, batch | {"action_mask": mask})
-    inputs = _draw(spec, jax.random.fold_in(KEY, 0), batch | {"action_mask": mask})
+    metrics = _losses(spec, teacher, state, KEY, batch.replace(action_mask=mask))
+    inputs = _draw(spec, jax.random.fold_in(KEY, 0), batch.replace(action_mask=mask))
     errors = []
     for r in range(3):
         given = (inputs.observation, inputs.x_t[:, r], inputs.t[:, r])
@@ -203,9 +203,9 @@ def test_inputs_are_openpi_s_for_one_draw(setting):
     noise = jax.random.normal(noise_key, (8, 5, 6))
     t = jax.random.beta(time_key, 1.5, 1, (8,)) * 0.999 + 0.001
     np.testing.assert_allclose(inputs.t[:, 0], t, rtol=1e-6)
-    x_t = t[:, None, None] * noise + (1 - t[:, None, None]) * batch["actions"]
+    x_t = t[:, None, None] * noise + (1 - t[:, None, None]) * batch.actions
     np.testing.assert_allclose(inputs.x_t[:, 0], x_t, atol=1e-5)
-    np.testing.assert_allclose(inputs.u[:, 0], noise - batch["actions"], atol=1e-5)
+    np.testing.assert_allclose(inputs.u[:, 0], noise - batch.actions, atol=1e-5)
 
 
 def test_draws_differ_and_share_their_observation(setting):
@@ -215,11 +215,11 @@ def test_draws_differ_and_share_their_observation(setting):
     assert inputs.x_t.shape == (8, 4, 5, 6)
     assert inputs.action_mask.shape == (8, 4, 5)
     assert len(np.unique(inputs.t)) == 32
-    noise = inputs.u + batch["actions"][:, None]
+    noise = inputs.u + batch.actions[:, None]
     assert len(np.unique(np.round(np.asarray(noise), 4))) > 0.9 * noise.size
     # Every draw is a path to the same data: x_t − t·u = a.
     data = inputs.x_t - inputs.t[..., None, None] * inputs.u
-    np.testing.assert_allclose(data, np.repeat(batch["actions"][:, None], 4, 1), atol=1e-5)
+    np.testing.assert_allclose(data, np.repeat(batch.actions[:, None], 4, 1), atol=1e-5)
 
 
 def test_augmentation_is_drawn_once_and_seen_by_both(setting):

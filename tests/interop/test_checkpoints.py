@@ -20,7 +20,6 @@ from shallow_pi.checkpoints import weights
 from shallow_pi.data.robots import normalize
 from shallow_pi.distill import layer_map, student
 from shallow_pi.inference import sampler
-from shallow_pi.models import observation as observations
 from shallow_pi.models import pi0
 
 DEPTH = 18
@@ -116,7 +115,7 @@ def test_six_layers_padded_act_in_openpi_as_they_do_here(teacher, tmp_path):
     weights.save_params(tmp_path / "params", theirs.padded(cut, layers.layers))
     deep = theirs.model(config, openpi_model.restore_params(tmp_path / "params"))
     samples, noise = parity.batch(config), jnp.asarray(parity.noise(config))
-    observation = observations.Observation.from_batch(jax.tree.map(jnp.asarray, samples))
+    observation = parity.observe(samples)
     sample = jax.jit(sampler.sample_actions, static_argnums=0)
     ours = np.asarray(sample(shallow, cut, observation, noise))
     expected = np.asarray(theirs.sample(deep, samples))

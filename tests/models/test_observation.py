@@ -41,22 +41,12 @@ def _ramp(b=64, size=20):
 
 
 def test_bytes_become_floats_between_minus_one_and_one():
-    values = observations.to_float(jnp.array([[[0, 51, 255]]], jnp.uint8))
+    images = {"base_0_rgb": jnp.array([[[[0, 51, 255]]]], jnp.uint8)}
+    seen = _observation(images).replace(images=images).as_float()
+    values = seen.images["base_0_rgb"]
     assert values.dtype == jnp.float32
-    np.testing.assert_allclose(values[0, 0], [-1.0, -0.6, 1.0], atol=1e-6)
-    floats = jnp.full((1, 1, 3), 0.25)
-    np.testing.assert_array_equal(observations.to_float(floats), floats)
-
-
-def test_observation_comes_out_of_a_batch(tiny_config, tiny_batch):
-    batch = tiny_batch(tiny_config())
-    batch = jax.tree.map(jnp.asarray, batch)
-    observation = observations.Observation.from_batch(batch)
-    assert set(observation.images) == {"base_0_rgb", "left_wrist_0_rgb"}
-    np.testing.assert_array_equal(observation.image_masks["left_wrist_0_rgb"], [False, True])
-    np.testing.assert_array_equal(observation.state, batch["state"])
-    np.testing.assert_array_equal(observation.tokenized_prompt, batch["tokenized_prompt"])
-    np.testing.assert_array_equal(observation.tokenized_prompt_mask, batch["tokenized_prompt_mask"])
+    np.testing.assert_allclose(values[0, 0, 0], [-1.0, -0.6, 1.0], atol=1e-6)
+    np.testing.assert_array_equal(seen.as_float().images["base_0_rgb"], values)
 
 
 def test_no_augmentation_changes_nothing(strict):

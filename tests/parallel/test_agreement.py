@@ -6,17 +6,13 @@ import pathlib
 import numpy as np
 
 from shallow_pi.data import sources
+from shallow_pi.models import pi0
 from shallow_pi.parallel import agreement
 
-SOURCE = sources.SyntheticSource(
-    cameras=("base",),
-    image_size=4,
-    action_dim=3,
-    action_horizon=2,
-    max_token_len=4,
-    vocab_size=9,
-    length=10,
+MODEL = pi0.Pi0Config(
+    cameras=("base",), image_size=14, action_dim=3, action_horizon=2, max_token_len=4
 )
+SOURCE = sources.SyntheticSource(MODEL, length=10)
 
 
 class Changed:
@@ -29,8 +25,7 @@ class Changed:
         return self._length
 
     def __getitem__(self, i):
-        sample = SOURCE[i]
-        return sample | self._change(sample)
+        return self._change(SOURCE[i])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,11 +80,19 @@ def test_samples_that_differ_are_seen_and_the_last_bits_are_not():
         return agreement.sample_hash(Changed(change, length))
 
     same = agreement.sample_hash(SOURCE)
-    assert hashed(lambda _: {}) == same
-    assert hashed(lambda s: {"state": np.nextafter(s["state"], np.float32(9))}) == same
-    assert hashed(lambda s: {"actions": s["actions"] + 0.01}) != same
-    assert hashed(lambda s: {"tokenized_prompt": s["tokenized_prompt"] + 1}) != same
-    assert hashed(lambda _: {}, length=9) != same
+
+    def seen(**changes):
+        def change(sample):
+            found = {name: one(getattr(sample.observation, name)) for name, one in changes.items()}
+            return sample.replace(observation=sample.observation.replace(**found))
+
+        return hashed(change)
+
+    assert seen() == same
+    assert seen(state=lambda x: np.nextafter(x, np.float32(9))) == same
+    assert hashed(lambda sample: sample.replace(actions=sample.actions + 0.01)) != same
+    assert seen(tokenized_prompt=lambda x: x + 1) != same
+    assert hashed(lambda sample: sample, length=9) != same
 
 
 def test_the_sources_decide_the_hash_of_the_code(tmp_path, monkeypatch):

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from shallow_pi.inference import forward, prepare, sampler, tuning
+from shallow_pi.models import batch as batches
 from shallow_pi.models import gemma, pi0, siglip
+from shallow_pi.models import observation as observations
 from shallow_pi.speed import flops
 
 
@@ -44,7 +46,8 @@ def test_operations_are_those_the_compiler_counts(pi05, once):
     params = pi0.abstract_params(config)
     times = sampler.integration_times(2)
     prepared = jax.eval_shape(lambda p: prepare.prepare(config, p, times, options), params)
-    observation = jax.eval_shape(functools.partial(pi0.dummy_observation, config))
+    on_host = batches.spec(config, 1).observation
+    observation = jax.eval_shape(observations.Observation.as_float, on_host)
     noise = jax.ShapeDtypeStruct((1, 16, 32), np.float32)
     sample = functools.partial(sampler.sample_prepared, config, num_steps=2, options=options)
     counted = flops.inference_flops(config, num_steps=2, options=options)

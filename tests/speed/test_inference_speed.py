@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from shallow_pi.inference import prepare, sampler, tuning
-from shallow_pi.models import observation
+from shallow_pi.models import batch as batches
 from shallow_pi.speed import flops, inference, plots
 
 
@@ -28,17 +28,17 @@ def timing(tiny_config):
     return config, found
 
 
-def _plain(config, params, batch, noise, num_steps):
+def _plain(config, params, observation, noise, num_steps):
     """The sampler without any saving, on the weights and the observation it is given."""
     sample = functools.partial(
         sampler.sample_actions, config, num_steps=num_steps, options=tuning.ALL_OFF
     )
-    seen = observation.Observation.from_batch(jax.device_put(batch))
+    seen = jax.device_put(observation).as_float()
     return functools.partial(jax.jit(sample), params, seen, noise)
 
 
-def _halved(config, params, batch, noise, num_steps):
-    call = _plain(config, params, batch, noise, num_steps)
+def _halved(config, params, observation, noise, num_steps):
+    call = _plain(config, params, observation, noise, num_steps)
     return lambda: 0.5 * call()
 
 
@@ -86,9 +86,9 @@ def test_what_trimming_spares_changes_no_action(tiny_config, tiny_params):
     params, noise = tiny_params(config), jnp.ones((1, config.action_horizon, config.action_dim))
     untrimmed = inference._untrimmed(config, config.max_token_len + 5)
     assert set(untrimmed) == {"masked camera", "prompt bucket"}
-    batch = observation.Observation.from_batch(inference.make_batch(config))
+    observation = batches.noise(config, 1).observation.as_float()
     sample = jax.jit(sampler.sample_actions, static_argnames=("config", "num_steps"))
-    expected = sample(config, params, batch, noise, num_steps=2)
+    expected = sample(config, params, observation, noise, num_steps=2)
     for larger, seen in untrimmed.values():
         assert larger.prefix_tokens > config.prefix_tokens
         small, trimmed = prepare.trim(larger, seen)

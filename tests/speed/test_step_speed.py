@@ -105,9 +105,9 @@ def test_a_frozen_tower_is_shared_in_the_time_the_count_and_the_plan(parts):
 def test_a_batch_is_full_and_split_over_the_mesh(parts):
     spec, mesh, _, _ = parts
     batch = step.made_up_batch(spec.student, mesh, 16)
-    assert all(mask.all() for mask in batch["image_mask"].values())
-    assert batch["tokenized_prompt_mask"].all()
-    assert 0 < batch["tokenized_prompt"].max() < spec.student.vocab_size
+    assert all(mask.all() for mask in batch.observation.image_masks.values())
+    assert batch.observation.tokenized_prompt_mask.all()
+    assert 0 < batch.observation.tokenized_prompt.max() < spec.student.vocab_size
     for leaf in jax.tree.leaves(batch):
         assert leaf.sharding.shard_shape(leaf.shape)[0] == 2
 

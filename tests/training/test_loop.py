@@ -313,7 +313,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
         count.append(i)
         sample = read(self, i)
         third_batch = 16 < len(count) - sheet.SAMPLES <= 24
-        return sample | {"actions": sample["actions"] + poison} if third_batch else sample
+        return sample.replace(actions=sample.actions + poison) if third_batch else sample
 
     with monkeypatch.context() as patch:
         patch.setattr(sources.SyntheticSource, "__getitem__", poisoned)
@@ -466,7 +466,7 @@ def test_the_measured_layers_are_those_of_the_scores(synthetic, monkeypatch):
         assert chosen.layers == expected[strategy]
         assert feed.state() == position
     assert asked == [((8, 8, 4), (8,))] * 2
-    assert not np.array_equal(first["state"], next(feed)["state"])
+    assert not np.array_equal(first.observation.state, next(feed).observation.state)
 
 
 @pytest.mark.slow

@@ -85,16 +85,7 @@ def test_errors_are_means_over_actions_that_exist(tiny_config):
 
 
 def _source(model, length=10):
-    return sources.SyntheticSource(
-        cameras=model.cameras,
-        image_size=model.image_size,
-        action_dim=model.action_dim,
-        action_horizon=model.action_horizon,
-        max_token_len=model.max_token_len,
-        vocab_size=model.vocab_size,
-        seed=1,
-        length=length,
-    )
+    return sources.SyntheticSource(model, seed=1, length=length)
 
 
 def test_samples_and_noise_do_not_depend_on_the_mesh(tiny_config):
@@ -108,7 +99,7 @@ def test_samples_and_noise_do_not_depend_on_the_mesh(tiny_config):
     noise = [np.concatenate([n for _, n in held.batches]) for held in (one, eight)]
     np.testing.assert_array_equal(*noise)
     assert len(np.unique(noise[0][:, 0, 0])) == 16, "also where a sample is there twice"
-    expected = [source[place * 10 // 16]["state"] for place in range(16)]
+    expected = [source[place * 10 // 16].observation.state for place in range(16)]
     np.testing.assert_array_equal(one.state, expected)
 
 

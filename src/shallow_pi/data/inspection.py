@@ -9,14 +9,14 @@ import collections
 import dataclasses
 import math
 
-import jax
 import numpy as np
 from jaxtyping import Bool, Float
 
 from shallow_pi import progress
-from shallow_pi.data import loader, sources
+from shallow_pi.data import sources
 from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.data.robots import normalize, tokenizer
+from shallow_pi.models import batch as batches
 
 # Normalized values beyond it are doubtful: z-scores and quantiles alike lie well inside.
 LIMIT = 5.0
@@ -49,7 +49,7 @@ class Range:
 
 def draw(
     source: sources.Source, count: int, seed: int = 0, advance: progress.Advance | None = None
-) -> loader.Batch:
+) -> batches.Batch:
     """Samples chosen at random, none twice, stacked as the loader does; all if there are fewer.
 
     Args:
@@ -71,21 +71,21 @@ def draw(
         samples.append(source[i])
         if advance is not None:
             advance(1)
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *samples)
+    return batches.stack(samples)
 
 
 def values(
-    batch: loader.Batch, assets: policy_assets.Assets | None
+    batch: batches.Batch, assets: policy_assets.Assets | None
 ) -> dict[str, Float[np.ndarray, "n d"]]:
     """Normalized values of `state` and `actions`: padded dimensions and masked actions left out."""
-    state, actions = batch["state"], batch["actions"][batch["action_mask"]]
+    state, actions = batch.observation.state, batch.actions[batch.action_mask]
     if assets is not None:
         state = state[:, : assets.robot.state_dim]
         actions = actions[:, : assets.robot.action_dim]
     return {"state": state, "actions": actions}
 
 
-def ranges(batch: loader.Batch, assets: policy_assets.Assets | None) -> list[Range]:
+def ranges(batch: batches.Batch, assets: policy_assets.Assets | None) -> list[Range]:
     """A `Range` for every dimension of state and actions; without assets only after normalization.
 
     Args:
@@ -140,9 +140,11 @@ def table(found: list[Range]) -> str:
     )
 
 
-def prompts(batch: loader.Batch, assets: policy_assets.Assets | None) -> list[str]:
+def prompts(batch: batches.Batch, assets: policy_assets.Assets | None) -> list[str]:
     """The prompt of every sample, decoded from its tokens; without a tokenizer the tokens."""
-    pairs = zip(batch["tokenized_prompt"], batch["tokenized_prompt_mask"], strict=True)
+    pairs = zip(
+        batch.observation.tokenized_prompt, batch.observation.tokenized_prompt_mask, strict=True
+    )
     tokens = [row[mask] for row, mask in pairs]
     if assets is None:
         return ["tokens " + " ".join(map(str, row)) for row in tokens]
@@ -150,26 +152,27 @@ def prompts(batch: loader.Batch, assets: policy_assets.Assets | None) -> list[st
     return [words.decode(row).strip() for row in tokens]
 
 
-def truncated(batch: loader.Batch, assets: policy_assets.Assets | None) -> Bool[np.ndarray, " b"]:
+def truncated(batch: batches.Batch, assets: policy_assets.Assets | None) -> Bool[np.ndarray, " b"]:
     """Which prompts were cut: they fill their budget and lack the end that every prompt has."""
-    full = batch["tokenized_prompt_mask"].all(axis=1)
+    full = batch.observation.tokenized_prompt_mask.all(axis=1)
     if assets is None:
         return np.zeros_like(full)
     empty = np.zeros(0, np.float32) if assets.model.discrete_state_input else None
     end = _tokenizer(assets).encode("", empty)[-1]
-    return full & (batch["tokenized_prompt"][:, -1] != end)
+    return full & (batch.observation.tokenized_prompt[:, -1] != end)
 
 
-def facts(batch: loader.Batch, assets: policy_assets.Assets | None) -> list[str]:
+def facts(batch: batches.Batch, assets: policy_assets.Assets | None) -> list[str]:
     """Lines about the batch as a whole: instructions, lengths, and what is padding."""
-    used = batch["tokenized_prompt_mask"].sum(axis=1)
-    _, horizon, width = batch["actions"].shape
+    budget = batch.observation.tokenized_prompt_mask.shape[1]
+    used = batch.observation.tokenized_prompt_mask.sum(axis=1)
+    _, horizon, width = batch.actions.shape
     found = values(batch, assets)
     state, actions = (found[key].shape[1] for key in ("state", "actions"))
-    absent = [name for name, mask in batch["image_mask"].items() if not mask.any()]
+    absent = [name for name, mask in batch.observation.image_masks.items() if not mask.any()]
     lines = [
         f"{len(used)} samples, {len(set(_instructions(batch, assets)))} different instructions",
-        f"prompts take {used.min()} to {used.max()} of {batch['tokenized_prompt'].shape[1]} tokens",
+        f"prompts take {used.min()} to {used.max()} of {budget} tokens",
         f"{_padding(batch):.0%} of the actions lie beyond an episode's end (masked), in chunks of "
         f"{horizon}",
         f"state has {state} and actions {actions} of the model's {width} dimensions; the rest is 0",
@@ -178,7 +181,7 @@ def facts(batch: loader.Batch, assets: policy_assets.Assets | None) -> list[str]
 
 
 def doubtful(
-    batch: loader.Batch, assets: policy_assets.Assets | None, found: list[Range]
+    batch: batches.Batch, assets: policy_assets.Assets | None, found: list[Range]
 ) -> list[str]:
     """A line for everything in a batch that a person should look at before training on it.
 
@@ -197,14 +200,14 @@ def doubtful(
                 f"{own.name} reaches {far:.3g} after normalization ({own.beyond:.1%} of its values "
                 f"beyond ±{LIMIT:g}): are the statistics of this robot, in these units?"
             )
-    for name, pictures in batch["image"].items():
-        there = batch["image_mask"][name]
+    for name, pictures in batch.observation.images.items():
+        there = batch.observation.image_masks[name]
         black = there & (pictures.max(axis=(1, 2, 3)) < BLACK)
         if black.any():
             lines.append(f"{black.sum()} of {there.sum()} pictures of {name} are black")
     cut = truncated(batch, assets)
     if cut.any():
-        budget = batch["tokenized_prompt"].shape[1]
+        budget = batch.observation.tokenized_prompt.shape[1]
         lines.append(
             f"{cut.sum()} of {len(cut)} prompts are longer than {budget} tokens and are cut: raise "
             "--model.max-token-len if the teacher was trained so, or shorten them"
@@ -216,18 +219,18 @@ def doubtful(
     if (share := _padding(batch)) > PADDING:
         lines.append(
             f"{share:.0%} of the actions are padding beyond an episode's end: episodes are short "
-            f"for chunks of {batch['actions'].shape[1]}"
+            f"for chunks of {batch.actions.shape[1]}"
         )
     return lines
 
 
-def _instructions(batch: loader.Batch, assets: policy_assets.Assets | None) -> list[str]:
+def _instructions(batch: batches.Batch, assets: policy_assets.Assets | None) -> list[str]:
     """The prompts without the state that π0.5 may have in them."""
     return [text.partition(", State:")[0] for text in prompts(batch, assets)]
 
 
-def _padding(batch: loader.Batch) -> float:
-    return float(1 - batch["action_mask"].mean())
+def _padding(batch: batches.Batch) -> float:
+    return float(1 - batch.action_mask.mean())
 
 
 def _tokenizer(assets: policy_assets.Assets) -> tokenizer.Tokenizer:

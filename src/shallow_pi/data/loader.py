@@ -32,8 +32,8 @@ import numpy as np
 from absl import flags
 
 from shallow_pi.data import sources
+from shallow_pi.models import batch as batches
 
-Batch = dict[str, Any]
 # Shares are met exactly within every so many samples at most.
 MAX_PERIOD = 10**6
 
@@ -98,7 +98,7 @@ class Loader:
     def __iter__(self) -> "Loader":
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> batches.Batch:
         if not self._num_workers:
             batch = next(self._iterator)
         elif self._started:
@@ -139,14 +139,14 @@ class Loader:
         threaded = self._num_threads and not self._num_workers
         ahead = max(self._ahead, self._num_threads) if threaded else 0
         options = grain.ReadOptions(num_threads=self._num_threads, prefetch_buffer_size=ahead)
-        batches = self._batches[batch:].to_iter_dataset(options)
+        found = self._batches[batch:].to_iter_dataset(options)
         if not self._num_workers:
-            self._iterator = iter(batches)
+            self._iterator = iter(found)
             return
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # grain reads its own.
         workers = grain.MultiprocessingOptions(self._num_workers, per_worker_buffer_size=2)
-        self._iterator = iter(batches.mp_prefetch(workers, _start_worker))
+        self._iterator = iter(found.mp_prefetch(workers, _start_worker))
 
 
 def order(shares: Sequence[sources.Share], seed: int) -> grain.MapDataset:
@@ -190,14 +190,13 @@ class _Turns:
         return part, period * self._counts[part] + int(self._places[place])
 
 
-def _gather(source: sources.Source, indices: np.ndarray) -> Batch:
+def _gather(source: sources.Source, indices: np.ndarray) -> batches.Batch:
     if isinstance(source, sources.Cached):
         return source.gather(indices)
-    samples = [source[int(i)] for i in indices]
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *samples)
+    return batches.stack([source[int(i)] for i in indices])
 
 
-def _own(batch: Batch) -> Batch:
+def _own(batch: batches.Batch) -> batches.Batch:
     """A copy of what workers sent: it lies in shared memory, which ends with them."""
     return jax.tree.map(np.array, batch)
 
@@ -237,13 +236,13 @@ class Prefetch:
         self._sharding = sharding
         self._depth = depth
         self._state = loader.state()
-        self._ahead: collections.deque[tuple[Batch, dict[str, Any]]] = collections.deque()
+        self._ahead: collections.deque[tuple[batches.Batch, dict[str, Any]]] = collections.deque()
         self._lock = threading.Lock()
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[batches.Batch]:
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> batches.Batch:
         with self._lock:
             while len(self._ahead) < self._depth:
                 batch = self._to_device(next(self._loader))
@@ -268,7 +267,7 @@ class Prefetch:
         with self._lock:
             self._loader.close()
 
-    def _to_device(self, batch: Batch) -> Batch:
+    def _to_device(self, batch: batches.Batch) -> batches.Batch:
         return jax.tree.map(
             lambda leaf: jax.make_array_from_process_local_data(self._sharding, leaf), batch
         )

@@ -145,7 +145,7 @@ def open_data(data: DataConfig, model: pi0.Pi0Config, teacher_step: pathlib.Path
             ) from error
         return opens(data, model, teacher_step)
     if data.source == "synthetic":
-        made_up = [_synthetic(model, seed) for seed in (0, 1)]
+        made_up = [sources.SyntheticSource(model, seed=seed) for seed in (0, 1)]
         return Data(made_up[0], made_up[1] if data.held_out else None, None)
     robot = robots.find(data.robot)
     train, held_out = open_datasets(data, robot)
@@ -161,18 +161,6 @@ def open_data(data: DataConfig, model: pi0.Pi0Config, teacher_step: pathlib.Path
         _samples(data, train, assets, share),
         _samples(data, held_out, assets, share) if held_out else None,
         assets,
-    )
-
-
-def _synthetic(model: pi0.Pi0Config, seed: int) -> sources.SyntheticSource:
-    return sources.SyntheticSource(
-        cameras=model.cameras,
-        image_size=model.image_size,
-        action_dim=model.action_dim,
-        action_horizon=model.action_horizon,
-        max_token_len=model.max_token_len,
-        vocab_size=model.vocab_size,
-        seed=seed,
     )
 
 

@@ -18,8 +18,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from shallow_pi import figures
 from shallow_pi.checkpoints import run_folder
-from shallow_pi.data import inspection, loader, sources
+from shallow_pi.data import inspection, sources
 from shallow_pi.data.robots import assets as policy_assets
+from shallow_pi.models import batch as batches
 from shallow_pi.models import observation
 
 # Samples that are looked at, and how many of them are drawn.
@@ -59,7 +60,7 @@ def write(
 
 
 def sheet(
-    batch: loader.Batch,
+    batch: batches.Batch,
     assets: policy_assets.Assets | None,
     augmentation: observation.Augmentation,
     seed: int = 0,
@@ -72,9 +73,11 @@ def sheet(
       augmentation: of the training pictures.
       seed: of the augmentation.
     """
-    count = min(DRAWN, len(batch["state"]))
-    drawn = np.linspace(0, len(batch["state"]) - 1, count).round().astype(int).tolist()
-    pictures = _augmented(jax.tree.map(lambda leaf: leaf[drawn], batch), augmentation, seed)
+    count = min(DRAWN, len(batch.actions))
+    drawn = np.linspace(0, len(batch.actions) - 1, count).round().astype(int).tolist()
+    pictures = _augmented(
+        jax.tree.map(lambda leaf: leaf[drawn], batch.observation), augmentation, seed
+    )
     shown, cut = inspection.prompts(batch, assets), inspection.truncated(batch, assets)
     found = inspection.ranges(batch, assets)
     table = inspection.rows(found)
@@ -110,16 +113,16 @@ def sheet(
         for column, (name, own) in enumerate(pictures.items()):
             x = _GAP + column * pitch
             pen.frame(x, y, side)
-            if batch["image_mask"][name][sample]:
+            if batch.observation.image_masks[name][sample]:
                 enlarged = Image.fromarray(own[row]).resize((side, side), Image.Resampling.NEAREST)
                 canvas.paste(enlarged, (x, y))
             else:
                 pen.absent(x, y, side)
-        used = int(batch["tokenized_prompt_mask"][sample].sum())
-        budget = batch["tokenized_prompt"].shape[1]
+        used = int(batch.observation.tokenized_prompt_mask[sample].sum())
+        budget = batch.observation.tokenized_prompt.shape[1]
         length = f"{used} of {budget} tokens"
         pen.prompt(text_left, y, side, shown[sample], length, bool(cut[sample]))
-        actions, mask = batch["actions"][sample], batch["action_mask"][sample]
+        actions, mask = batch.actions[sample], batch.action_mask[sample]
         pen.chunk(plot_left, y, side, actions, mask, assets)
     for start in range(columns):
         body = table[2 + start * per_column : 2 + (start + 1) * per_column]
@@ -130,13 +133,13 @@ def sheet(
 
 
 def _augmented(
-    batch: loader.Batch, augmentation: observation.Augmentation, seed: int
+    drawn: observation.Observation, augmentation: observation.Augmentation, seed: int
 ) -> dict[str, np.ndarray]:
     """Pictures by camera as the model gets them, as bytes again."""
-    seen = _augment(jax.random.key(seed), observation.Observation.from_batch(batch), augmentation)
+    seen = _augment(jax.random.key(seed), drawn.as_float(), augmentation)
     return {
         name: np.asarray(np.round((np.asarray(seen.images[name]) + 1) * 127.5), np.uint8)
-        for name in batch["image"]
+        for name in drawn.images
     }
 
 
@@ -224,7 +227,7 @@ class _Pen:
 
 
 def histograms(
-    path: str | os.PathLike[str], batch: loader.Batch, assets: policy_assets.Assets | None
+    path: str | os.PathLike[str], batch: batches.Batch, assets: policy_assets.Assets | None
 ) -> None:
     """A panel for each dimension of state and actions, normalized; doubtful ones are red.
 

@@ -1,11 +1,12 @@
 """Sources of samples: anything with `len` and `[i]` that gives model samples.
 
-A sample is a dict of numpy arrays without batch axis. Sources can be put together: a `Mixture` of
-several, and `Cached`, which keeps what it has read in memory. A source says nothing about the order
-it is read in, except in which shares (`shares`); the rest is up to `loader`.
+A sample is a `Batch` of numpy arrays without the batch axis. Sources can be put together: a
+`Mixture` of several, and `Cached`, which keeps what it has read in memory. A source says nothing
+about the order it is read in, except in which shares (`shares`); the rest is up to `loader`.
 """
 
 import bisect
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -16,8 +17,9 @@ import numpy as np
 
 from shallow_pi import progress
 from shallow_pi.data.lerobot import reader
-from shallow_pi.data.robots import normalize, statistics, transforms
+from shallow_pi.data.robots import normalize, pipelines, statistics, transforms
 from shallow_pi.data.robots import robot as robots
+from shallow_pi.models import batch as batches
 
 # How many samples, and their weight in the stream.
 Share = tuple[int, float]
@@ -31,7 +33,7 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, i: int) -> transforms.Sample: ...
+    def __getitem__(self, i: int) -> batches.Batch: ...
 
 
 class DatasetSource:
@@ -58,60 +60,47 @@ class DatasetSource:
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, i: int) -> transforms.Sample:
+    def __getitem__(self, i: int) -> batches.Batch:
         sample = self.dataset.read(i, cameras=())
         for camera in self.robot.cameras.values():
             sample[camera] = self.pictures(i, camera)
         for key in self.robot.action_keys:
             sample[key], sample["action_is_pad"] = self.dataset.chunk(i, self.horizon, key)
-        return self.transform(sample)
+        return pipelines.to_batch(self.transform(sample))
 
 
 class SyntheticSource:
     """Deterministic, learnable samples without files: the actions follow state and prompt."""
 
-    def __init__(
-        self,
-        *,
-        cameras: Sequence[str],
-        image_size: int,
-        action_dim: int,
-        action_horizon: int,
-        max_token_len: int,
-        vocab_size: int,
-        seed: int = 0,
-        length: int = 1024,
-    ) -> None:
-        self.cameras = tuple(cameras)
-        self.image_size = image_size
-        self.action_dim = action_dim
-        self.action_horizon = action_horizon
-        self.max_token_len = max_token_len
-        self.vocab_size = vocab_size
+    def __init__(self, model: batches.Sizes, *, seed: int = 0, length: int = 1024) -> None:
+        self.model = model
         self.seed = seed
         self.length = length
 
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, i: int) -> transforms.Sample:
-        rng = np.random.default_rng([self.seed, i])
-        state = rng.uniform(-1, 1, self.action_dim).astype(np.float32)
+    def __getitem__(self, i: int) -> batches.Batch:
+        model, rng = self.model, np.random.default_rng([self.seed, i])
+        state = rng.uniform(-1, 1, model.action_dim).astype(np.float32)
         task = int(rng.integers(2))
-        tokens = np.zeros(self.max_token_len, np.int32)
-        tokens[:3] = np.array([2, 4 + task, 3]) % self.vocab_size
+        tokens = np.zeros(model.max_token_len, np.int32)
+        tokens[:3] = np.array([2, 4 + task, 3]) % model.vocab_size
         grey = np.uint8(127.5 * (state[0] + 1))
-        picture = np.full((self.image_size, self.image_size, 3), grey, np.uint8)
-        ramp = np.linspace(0, 1, self.action_horizon, dtype=np.float32)[:, None]
-        return {
-            "image": dict.fromkeys(self.cameras, picture),
-            "image_mask": dict.fromkeys(self.cameras, np.bool_(True)),
-            "state": state,
-            "tokenized_prompt": tokens,
-            "tokenized_prompt_mask": np.arange(self.max_token_len) < 3,
-            "actions": state * (1 - ramp) + (2 * task - 1) * ramp,
-            "action_mask": np.ones(self.action_horizon, bool),
-        }
+        picture = np.full((model.image_size, model.image_size, 3), grey, np.uint8)
+        ramp = np.linspace(0, 1, model.action_horizon, dtype=np.float32)[:, None]
+        sample = jax.tree.map(lambda leaf: leaf[0], batches.zeros(model, 1))
+        return dataclasses.replace(
+            sample,
+            observation=dataclasses.replace(
+                sample.observation,
+                images=dict.fromkeys(model.cameras, picture),
+                state=state,
+                tokenized_prompt=tokens,
+                tokenized_prompt_mask=np.arange(model.max_token_len) < 3,
+            ),
+            actions=state * (1 - ramp) + (2 * task - 1) * ramp,
+        )
 
 
 class Mixture:
@@ -137,7 +126,7 @@ class Mixture:
     def __len__(self) -> int:
         return self._starts[-1]
 
-    def __getitem__(self, i: int) -> transforms.Sample:
+    def __getitem__(self, i: int) -> batches.Batch:
         if not 0 <= i < len(self):
             raise IndexError(f"sample {i} of a mixture of {len(self)}")
         part = bisect.bisect_right(self._starts, i) - 1
@@ -189,11 +178,11 @@ class Cached:
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, i: int) -> transforms.Sample:
+    def __getitem__(self, i: int) -> batches.Batch:
         self._fill(i)
         return jax.tree.map(lambda array: array[i], self._arrays)
 
-    def gather(self, indices: np.ndarray) -> dict[str, Any]:
+    def gather(self, indices: np.ndarray) -> batches.Batch:
         """The samples at `indices`, stacked: one copy per key."""
         for i in indices[~self._filled[indices]]:
             self._fill(int(i))

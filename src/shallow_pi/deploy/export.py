@@ -23,6 +23,7 @@ from shallow_pi.checkpoints import run_folder, safetensors_file, weights
 from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.deploy import lerobot_folder, model_card, step_folder
 from shallow_pi.deploy import policy as policies
+from shallow_pi.models import batch as batches
 from shallow_pi.models import observation as observations
 from shallow_pi.models import pi0
 
@@ -263,19 +264,8 @@ def _verify(
 
 
 def _made_up(model: pi0.Pi0Config) -> tuple[observations.Observation, np.ndarray]:
-    """An observation as the model sees it, and noise."""
-    generator = np.random.default_rng(0)
-    size, length = model.image_size, model.max_token_len
-    batch = {
-        "image": {
-            name: generator.uniform(-1, 1, (1, size, size, 3)).astype(np.float32)
-            for name in model.cameras
-        },
-        "image_mask": {name: np.ones(1, bool) for name in model.cameras},
-        "state": generator.standard_normal((1, model.action_dim)).astype(np.float32),
-        "tokenized_prompt": generator.integers(0, model.vocab_size, (1, length), np.int32),
-        "tokenized_prompt_mask": np.arange(length)[None] < (length + 1) // 2,
-    }
-    observation = observations.Observation.from_batch(batch)
-    shape = (1, model.action_horizon, model.action_dim)
-    return observation, generator.standard_normal(shape).astype(np.float32)
+    """An observation whose prompt fills half its budget, and noise."""
+    length, random = model.max_token_len, batches.noise(model, 1)
+    half = np.arange(length)[None] < (length + 1) // 2
+    observation = dataclasses.replace(random.observation, tokenized_prompt_mask=half)
+    return observation, np.asarray(random.actions)

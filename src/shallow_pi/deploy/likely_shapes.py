@@ -5,13 +5,14 @@ length is a program of its own. The cameras are known. The prompt's length is kn
 has a prompt, but for π0.5's state, which is written into it with more or fewer digits.
 """
 
-from typing import Any
+import dataclasses
 
 import numpy as np
 
 from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.data.robots import tokenizer
 from shallow_pi.inference import prepare
+from shallow_pi.models import batch as batches
 from shallow_pi.models import observation as observations
 
 # Instructions as short and as long as they usually are: for a policy without a prompt of its own.
@@ -41,13 +42,8 @@ def prompt_lengths(assets: policy_assets.Assets, prompt: str | None) -> list[int
 def observation(assets: policy_assets.Assets, length: int) -> observations.Observation:
     """A made-up batch of one on the host: black pictures, and a prompt of that many tokens."""
     model = assets.model
-    size = (1, model.image_size, model.image_size, 3)
-    state, tokens = (1, model.action_dim), (1, model.max_token_len)
-    on_host: dict[str, Any] = {
-        "images": {name: np.zeros(size, np.uint8) for name in model.cameras},
-        "image_masks": {name: np.array([name in assets.robot.cameras]) for name in model.cameras},
-        "state": np.zeros(state, np.float32),
-        "tokenized_prompt": np.zeros(tokens, np.int32),
-        "tokenized_prompt_mask": np.arange(model.max_token_len)[None] < length,
-    }
-    return observations.Observation(**on_host)
+    return dataclasses.replace(
+        batches.zeros(model, 1).observation,
+        image_masks={name: np.array([name in assets.robot.cameras]) for name in model.cameras},
+        tokenized_prompt_mask=np.arange(model.max_token_len)[None] < length,
+    )

@@ -6,7 +6,6 @@ observation, its noise drawn from the seed. `infer_batch` takes several, and the
 caller. Both may be called from several threads at once.
 """
 
-import dataclasses
 import functools
 import os
 import threading
@@ -22,6 +21,7 @@ from jaxtyping import Array, Float, PyTree
 from shallow_pi import progress
 from shallow_pi.checkpoints import weights
 from shallow_pi.data.robots import assets as policy_assets
+from shallow_pi.data.robots import pipelines
 from shallow_pi.data.robots import robot as robots
 from shallow_pi.deploy import (
     likely_shapes,
@@ -31,6 +31,7 @@ from shallow_pi.deploy import (
     step_folder,
 )
 from shallow_pi.inference import prepare, real_time, sampler, tuning
+from shallow_pi.models import batch as batches
 from shallow_pi.models import observation, pi0
 
 
@@ -303,21 +304,12 @@ class Policy:
             # The transforms of training: relative to this state, normalized, padded.
             found = [{**o, robot.action_key: a} for o, a in zip(found, left, strict=True)]
         samples = [self._inputs(dict(one)) for one in found]
-        batch = jax.tree.map(lambda *leaves: np.stack(leaves), *samples)
         guidance = None
         if previous is not None and any(map(len, previous)):
+            actions = np.stack([sample["actions"] for sample in samples])
             lengths = [len(one) for one in previous]
-            guidance = previous_chunk.guidance(batch["actions"], lengths, delay, max_weight)
-        return (
-            observation.Observation(
-                images=batch["image"],
-                image_masks=batch["image_mask"],
-                state=batch["state"],
-                tokenized_prompt=batch["tokenized_prompt"],
-                tokenized_prompt_mask=batch["tokenized_prompt_mask"],
-            ),
-            guidance,
-        )
+            guidance = previous_chunk.guidance(actions, lengths, delay, max_weight)
+        return batches.stack([pipelines.to_observation(sample) for sample in samples]), guidance
 
     def _to_robot(
         self, found: Sequence[dict[str, Any]], normalized: np.ndarray
@@ -337,11 +329,10 @@ def _sample(
     options: tuning.InferenceOptions,
 ) -> Float[Array, "b ah ad"]:
     """The sampler on pictures as they come: bytes are a quarter of the floats to transfer."""
-    images = {name: observation.to_float(image) for name, image in batch.images.items()}
     return sampler.sample_prepared(
         config,
         prepared,
-        dataclasses.replace(batch, images=images),
+        batch.as_float(),
         noise,
         num_steps=num_steps,
         options=options,

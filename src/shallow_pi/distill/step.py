@@ -10,7 +10,6 @@ scratch, on the task loss. Bind `spec` with `functools.partial` and jit the rest
 """
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -22,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from shallow_pi.distill import flow, losses, norms
 from shallow_pi.distill import layer_map as layer_maps
 from shallow_pi.distill import student as students
+from shallow_pi.models import batch as batches
 from shallow_pi.models import layers, pi0
 from shallow_pi.models import observation as observations
 
@@ -121,18 +121,17 @@ def init_state(spec: Spec, params: PyTree) -> DistillState:
     )
 
 
-def draw_inputs(spec: Spec, key: Array, batch: Mapping[str, Any]) -> Inputs:
+def draw_inputs(spec: Spec, key: Array, batch: batches.Batch) -> Inputs:
     """Augment the pictures and draw noise and time, with openpi's keys (one draw: its numbers)."""
     augment_key, noise_key, time_key = jax.random.split(key, 3)
-    observation = observations.Observation.from_batch(batch)
+    observation = batch.observation.as_float()
     if spec.augmentation != observations.NO_AUGMENTATION:
         observation = observations.augment(augment_key, observation, spec.augmentation)
-    actions = batch["actions"]
-    b, ah, ad = actions.shape
+    b, ah, ad = batch.actions.shape
     noise = flow.sample_noise(noise_key, (b, spec.draws, ah, ad))
     t = flow.sample_time(time_key, (b, spec.draws))
-    actions = jnp.broadcast_to(actions[:, None], noise.shape)
-    mask = batch["action_mask"] if spec.losses.mask_padded_actions else jnp.ones((b, ah), bool)
+    actions = jnp.broadcast_to(batch.actions[:, None], noise.shape)
+    mask = batch.action_mask if spec.losses.mask_padded_actions else jnp.ones((b, ah), bool)
     return Inputs(
         observation=observation,
         x_t=flow.interpolate(actions, noise, t),
@@ -147,7 +146,7 @@ def distill_step(
     teacher_params: PyTree,
     state: DistillState,
     key: Array,
-    batch: Mapping[str, Any],
+    batch: batches.Batch,
 ) -> tuple[DistillState, Metrics]:
     """One step of AdamW on L = w_task·L_task + w_velocity·L_velocity + w_attention·L_attention.
 
@@ -157,7 +156,7 @@ def distill_step(
         frozen parts are enough. None without a teacher.
       state: the student's state.
       key: the run's key, the same at every step.
-      batch: a batch of the loader (see `data.loader`).
+      batch: a batch of the loader.
 
     Returns:
       The new state, and float32 metrics: every loss, gradient norms, the learning rate, the
@@ -181,7 +180,7 @@ def distill_step(
 
 
 def loss_gradient_norms(
-    spec: Spec, teacher_params: PyTree, state: DistillState, key: Array, batch: Mapping[str, Any]
+    spec: Spec, teacher_params: PyTree, state: DistillState, key: Array, batch: batches.Batch
 ) -> Metrics:
     """Norm of the gradient of each weighted loss alone, at the inputs the next step would draw.
 

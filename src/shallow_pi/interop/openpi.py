@@ -13,7 +13,7 @@ import functools
 import importlib.util
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -25,6 +25,7 @@ from shallow_pi.checkpoints import fetch, weights
 from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.data.robots import conversions, pipelines, transforms
 from shallow_pi.data.robots import robot as robots
+from shallow_pi.models import observation as observations
 from shallow_pi.models import pi0
 
 # Variants whose look-up is swapped; any other name is an error there.
@@ -107,7 +108,7 @@ def _sizes(model: pi0.Pi0Config) -> Iterator[None]:
 def sampler(
     model: pi0.Pi0Config,
     params: PyTree,
-    batch: Mapping[str, Any],
+    observation: observations.Observation,
     noise: Array,
     num_steps: int,
 ) -> Callable[[], Array]:
@@ -116,7 +117,7 @@ def sampler(
     Args:
       model: sizes; cameras of openpi's that it lacks are given to openpi black and masked.
       params: in the model's compute dtype.
-      batch: one batch of the loader.
+      observation: a batch of them, pictures as uint8.
       noise: (b, action horizon, action dim).
       num_steps: integration steps.
     """
@@ -127,16 +128,19 @@ def sampler(
     cameras = openpi_model.IMAGE_KEYS
     policy = model_config(dataclasses.replace(model, cameras=cameras)).load(params)
     first = model.cameras[0]
-    black, absent = np.zeros_like(batch["image"][first]), np.zeros_like(batch["image_mask"][first])
+    images, masks = observation.images, observation.image_masks
+    black, absent = np.zeros_like(images[first]), np.zeros_like(masks[first])
     full = {
-        **batch,
-        "image": {name: batch["image"].get(name, black) for name in cameras},
-        "image_mask": {name: batch["image_mask"].get(name, absent) for name in cameras},
+        "image": {name: images.get(name, black) for name in cameras},
+        "image_mask": {name: masks.get(name, absent) for name in cameras},
+        "state": observation.state,
+        "tokenized_prompt": observation.tokenized_prompt,
+        "tokenized_prompt_mask": observation.tokenized_prompt_mask,
     }
-    observation = openpi_model.Observation.from_dict(jax.tree.map(jnp.asarray, full))
+    theirs = openpi_model.Observation.from_dict(jax.tree.map(jnp.asarray, full))
     sample = nnx_utils.module_jit(policy.sample_actions)
     key = jax.random.key(0)
-    return lambda: sample(key, observation, num_steps=num_steps, noise=noise)
+    return lambda: sample(key, theirs, num_steps=num_steps, noise=noise)
 
 
 def train_config(name: str, model: pi0.Pi0Config, robot: robots.Robot, asset_id: str) -> Any:

@@ -18,9 +18,11 @@ from shallow_pi.checkpoints import fetch
 from shallow_pi.data import opening
 from shallow_pi.data.lerobot import reader
 from shallow_pi.data.robots import assets as policy_assets
-from shallow_pi.data.robots import checkpoint_statistics, normalize, transforms
+from shallow_pi.data.robots import checkpoint_statistics, normalize
 from shallow_pi.data.robots import robot as robots
 from shallow_pi.interop import openpi
+from shallow_pi.models import batch as batches
+from shallow_pi.models import observation as observations
 from shallow_pi.models import pi0
 
 # What `data.source` names this module's `open_data` by.
@@ -50,7 +52,7 @@ class Source:
     def __len__(self) -> int:
         return len(self.frames)
 
-    def __getitem__(self, i: int) -> transforms.Sample:
+    def __getitem__(self, i: int) -> batches.Batch:
         from openpi.training import data_loader
 
         item = self.dataset[int(self.frames[i])]
@@ -58,16 +60,18 @@ class Source:
         (key, *_) = self.data.action_sequence_keys
         is_pad = item.get(f"{key}_is_pad", np.zeros(self.model.action_horizon, bool))
         found = data_loader.transform_dataset([item], self.data)[0]
-        return {
-            "image": {name: np.asarray(picture) for name, picture in found["image"].items()},
-            "image_mask": {name: np.bool_(mask) for name, mask in found["image_mask"].items()},
-            "state": np.asarray(found["state"], np.float32),
-            "actions": np.asarray(found["actions"], np.float32),
+        return batches.Batch(
+            observation=observations.Observation(
+                images={name: np.asarray(picture) for name, picture in found["image"].items()},
+                image_masks={name: np.bool_(mask) for name, mask in found["image_mask"].items()},
+                state=np.asarray(found["state"], np.float32),
+                tokenized_prompt=np.asarray(found["tokenized_prompt"], np.int32),
+                tokenized_prompt_mask=np.asarray(found["tokenized_prompt_mask"], bool),
+            ),
+            actions=np.asarray(found["actions"], np.float32),
             # openpi trains on the repeated last action beyond an episode's end too; we do not.
-            "action_mask": ~np.asarray(is_pad, bool),
-            "tokenized_prompt": np.asarray(found["tokenized_prompt"], np.int32),
-            "tokenized_prompt_mask": np.asarray(found["tokenized_prompt_mask"], bool),
-        }
+            action_mask=~np.asarray(is_pad, bool),
+        )
 
 
 def open_data(

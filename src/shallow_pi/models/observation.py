@@ -1,48 +1,46 @@
-"""What a policy sees: the batched observation on device, and the augmentation of its pictures.
+"""The batched observation a policy sees, and the augmentation of its pictures.
 
-Pictures are float32 in [-1, 1]; `state` is normalized and padded to the model's action dimension.
+Pictures travel as uint8 and become float32 in [-1, 1] on the device (`as_float`), before anything
+is computed from them; `state` is normalized and padded to the model's action dimension.
 `augment` follows openpi (models/model.py, preprocess_observation): jitter of colours on every
 camera, a random crop and a small rotation on all but the wrist cameras. It is called once a step,
 before either model runs, so that teacher and student see the same pictures.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped
+
+# An array: numpy's on the host, JAX's on devices.
+AnyArray = Any
 
 
 @flax.struct.dataclass
 class Observation:
     """A batch of observations; every field has the leading axis b."""
 
-    # Camera name → picture in [-1, 1].
-    images: dict[str, Float[Array, "b h w 3"]]
+    # Camera name → picture, uint8 or in [-1, 1].
+    images: dict[str, Shaped[AnyArray, "b h w 3"]]
     # Camera name → False where that camera is absent.
-    image_masks: dict[str, Bool[Array, " b"]]
+    image_masks: dict[str, Bool[AnyArray, " b"]]
     # Normalized robot state, zero-padded to the action dimension.
-    state: Float[Array, "b ad"]
-    tokenized_prompt: Int[Array, "b t"]
-    tokenized_prompt_mask: Bool[Array, "b t"]
+    state: Float[AnyArray, "b ad"]
+    tokenized_prompt: Int[AnyArray, "b t"]
+    tokenized_prompt_mask: Bool[AnyArray, "b t"]
 
-    @classmethod
-    def from_batch(cls, batch: Mapping[str, Any]) -> "Observation":
-        """Take the observation out of a batch of the loader; uint8 pictures become [-1, 1]."""
-        return cls(
-            images={name: to_float(image) for name, image in batch["image"].items()},
-            image_masks=dict(batch["image_mask"]),
-            state=batch["state"],
-            tokenized_prompt=batch["tokenized_prompt"],
-            tokenized_prompt_mask=batch["tokenized_prompt_mask"],
+    def as_float(self) -> "Observation":
+        """The observation with its uint8 pictures in [-1, 1]; float ones are already."""
+        return dataclasses.replace(
+            self, images={name: _to_float(image) for name, image in self.images.items()}
         )
 
 
-def to_float(image: Array) -> Float[Array, "*b h w 3"]:
-    """Bytes to float32 in [-1, 1]; float pictures are in that range already."""
+def _to_float(image: AnyArray) -> Float[AnyArray, "b h w 3"]:
     if image.dtype == jnp.uint8:
         return image.astype(jnp.float32) / 255.0 * 2.0 - 1.0
     return image
@@ -88,6 +86,8 @@ def check(
                 f"pictures of {name} must be {image_size}×{image_size} pixels, got "
                 f"{size[0]}×{size[1]}; resize them in the input transforms."
             )
+        if observation.images[name].dtype == jnp.uint8:
+            raise ValueError(f"pictures of {name} must lie in [-1, 1], got uint8: call as_float.")
     if observation.state.shape[-1] != action_dim:
         raise ValueError(
             f"state must be padded to action_dim {action_dim}, got "

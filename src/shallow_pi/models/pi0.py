@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
+from shallow_pi.models import batch as batches
 from shallow_pi.models import gemma, layers, siglip
 from shallow_pi.models import observation as observations
 
@@ -216,23 +217,11 @@ def prefix_valid(config: Pi0Config, observation: observations.Observation) -> Bo
     return jnp.concatenate([cameras, observation.tokenized_prompt_mask], axis=1)
 
 
-def dummy_observation(config: Pi0Config, batch: int = 1) -> observations.Observation:
-    """Zeros of the right shapes, all valid: for initialization and abstract evaluation."""
-    size = config.image_size
-    return observations.Observation(
-        images={name: jnp.zeros((batch, size, size, 3)) for name in config.cameras},
-        image_masks={name: jnp.ones((batch,), bool) for name in config.cameras},
-        state=jnp.zeros((batch, config.action_dim)),
-        tokenized_prompt=jnp.zeros((batch, config.max_token_len), jnp.int32),
-        tokenized_prompt_mask=jnp.ones((batch, config.max_token_len), bool),
-    )
-
-
 def init(config: Pi0Config, key: Array) -> PyTree:
     """Random float32 parameters in openpi's tree. Jit it with `config` static."""
-    x_t = jnp.zeros((1, 1, config.action_horizon, config.action_dim))
-    observation = dummy_observation(config)
-    return Pi0(config).init(key, observation, x_t, jnp.zeros((1, 1)))["params"]
+    blank = batches.zeros(config, 1)
+    arrays = blank.observation.as_float(), blank.actions[:, None], jnp.zeros((1, 1))
+    return Pi0(config).init(key, *arrays)["params"]
 
 
 def abstract_params(config: Pi0Config) -> PyTree:

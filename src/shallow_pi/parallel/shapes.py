@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import PyTree
 
 from shallow_pi.distill import step, student
+from shallow_pi.models import batch as batches
 from shallow_pi.models import pi0
 from shallow_pi.parallel import sharding
 
@@ -45,22 +46,13 @@ def abstract_teacher(spec: step.Spec, mesh: Mesh, dtype: str) -> PyTree:
     return held_teacher(spec, whole)
 
 
-def abstract_batch(model: pi0.Pi0Config, mesh: Mesh, batch_size: int) -> dict[str, Any]:
+def abstract_batch(model: pi0.Pi0Config, mesh: Mesh, batch_size: int) -> batches.Batch:
     """Shapes and shardings of a batch as the loader gives it."""
-    b, side, where = batch_size, model.image_size, sharding.batch_sharding(mesh)
-
-    def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((b, *shape), dtype, sharding=where)
-
-    return {
-        "image": {name: array((side, side, 3), np.uint8) for name in model.cameras},
-        "image_mask": {name: array((), np.bool_) for name in model.cameras},
-        "state": array((model.action_dim,), np.float32),
-        "tokenized_prompt": array((model.max_token_len,), np.int32),
-        "tokenized_prompt_mask": array((model.max_token_len,), np.bool_),
-        "actions": array((model.action_horizon, model.action_dim), np.float32),
-        "action_mask": array((model.action_horizon,), np.bool_),
-    }
+    where = sharding.batch_sharding(mesh)
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        batches.spec(model, batch_size),
+    )
 
 
 def given(teacher: PyTree, state: Any, batch: PyTree) -> dict[str, int]:

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from shallow_pi.inference import attention, forward, image_tower, prepare, sampler, tuning
+from shallow_pi.models import batch as batches
 from shallow_pi.models import observation as observations
 from shallow_pi.models import pi0
 from shallow_pi.speed import flops, latency
@@ -88,9 +89,9 @@ def ceiling(dtype: str, size: int = 8192, repeats: int = 10) -> Ceiling:
     )
 
 
-# Makes another sampler ready, from (model, params, batch, noise, integration steps): what it
-# returns samples once, from arrays on the device.
-Other = Callable[[pi0.Pi0Config, PyTree, Mapping[str, Any], Array, int], Callable[[], Array]]
+# Prepares another sampler from (model, params, observation on the host, noise, integration steps);
+# the returned function samples once, from arrays on the device.
+Other = Callable[[pi0.Pi0Config, PyTree, observations.Observation, Array, int], Callable[[], Array]]
 
 
 def measure(
@@ -120,8 +121,8 @@ def measure(
     if ablate:
         off: dict[str, Any] = {name: {name: False} for name in options.on}
         variants |= {name: dataclasses.replace(options, **change) for name, change in off.items()}
-    pictures = make_batch(config)
-    observation = jax.device_put(observations.Observation.from_batch(pictures))
+    on_host = batches.noise(config, 1).observation
+    observation = jax.device_put(on_host.as_float())
     shape = (1, config.action_horizon, config.action_dim)
     noise = jax.random.normal(jax.random.key(0), shape)
     calls: dict[str, Callable[[], Any]] = {}
@@ -134,16 +135,16 @@ def measure(
             program_bytes = _program_bytes(run, weights, observation, noise)
             calls |= _parts(config, weights, observation, noise, options.attention)
             calls["host transfer"] = functools.partial(
-                _transfer, jax.jit(jnp.negative), pictures, noise
+                _transfer, jax.jit(jnp.negative), on_host, noise
             )
-            calls["end to end"] = functools.partial(_from_host, run, weights, pictures, noise)
+            calls["end to end"] = functools.partial(_from_host, run, weights, on_host, noise)
             untrimmed = _untrimmed(config, padded_to) if ablate else {}
             for name, (larger, seen) in untrimmed.items():
                 calls[name] = functools.partial(
                     sampling(larger, num_steps, chosen), weights, jax.device_put(seen), noise
                 )
     ready = {
-        name: prepare_other(config, params, pictures, noise, num_steps)
+        name: prepare_other(config, params, on_host, noise, num_steps)
         for name, prepare_other in (others or {}).items()
     }
     difference = max((_difference(calls["whole"], call) for call in ready.values()), default=0.0)
@@ -187,14 +188,14 @@ def _untrimmed(
 ) -> dict[str, tuple[pi0.Pi0Config, observations.Observation]]:
     """The same observation with what `prepare.trim` drops: an absent camera, prompt padding."""
     more = dataclasses.replace(config, cameras=(*config.cameras, "absent_0_rgb"))
-    batch = make_batch(more)
-    batch["image_mask"]["absent_0_rgb"][:] = False
-    found = {"masked camera": (more, observations.Observation.from_batch(batch))}
+    observation = batches.noise(more, 1).observation.as_float()
+    observation.image_masks["absent_0_rgb"][:] = False
+    found = {"masked camera": (more, observation)}
     if padded_to > config.max_token_len:
         padded = dataclasses.replace(config, max_token_len=padded_to)
-        batch = make_batch(padded)
-        batch["tokenized_prompt_mask"][:, config.max_token_len :] = False
-        found["prompt bucket"] = padded, observations.Observation.from_batch(batch)
+        observation = batches.noise(padded, 1).observation.as_float()
+        observation.tokenized_prompt_mask[:, config.max_token_len :] = False
+        found["prompt bucket"] = padded, observation
     return found
 
 
@@ -240,21 +241,22 @@ def _difference(ours: Callable[[], Array], theirs: Callable[[], Array]) -> float
     return float(np.abs(a - b).max())
 
 
-def _transfer(touch: Callable[[Array], Array], pictures: Mapping[str, Any], noise: Array) -> Any:
+def _transfer(
+    touch: Callable[[Array], Array], on_host: observations.Observation, noise: Array
+) -> np.ndarray:
     """Pixels to the device, and as many numbers as the actions have back to the host."""
-    jax.block_until_ready(jax.device_put(pictures))
+    jax.block_until_ready(jax.device_put(on_host))
     return np.asarray(touch(noise))
 
 
 def _from_host(
     run: Callable[..., Array],
     weights: prepare.Prepared,
-    pictures: Mapping[str, Any],
+    on_host: observations.Observation,
     noise: Array,
 ) -> np.ndarray:
     """Pixels on the host to actions on the host."""
-    observation = observations.Observation.from_batch(jax.device_put(pictures))
-    return np.asarray(run(weights, observation, noise))
+    return np.asarray(run(weights, jax.device_put(on_host).as_float(), noise))
 
 
 def random_params(config: pi0.Pi0Config) -> PyTree:
@@ -273,19 +275,3 @@ def prepare_weights(
     """What `sampling` takes, on the device."""
     times = sampler.integration_times(num_steps)
     return jax.jit(functools.partial(prepare.prepare, config, times=times, options=options))(params)
-
-
-def make_batch(config: pi0.Pi0Config) -> dict[str, Any]:
-    """A batch of one as the loader would give it: every camera there, the prompt full."""
-    side, prompt = config.image_size, config.max_token_len
-    generator = np.random.default_rng(0)
-    return {
-        "image": {
-            name: generator.integers(0, 256, (1, side, side, 3), np.uint8)
-            for name in config.cameras
-        },
-        "image_mask": {name: np.ones(1, bool) for name in config.cameras},
-        "state": np.zeros((1, config.action_dim), np.float32),
-        "tokenized_prompt": np.ones((1, prompt), np.int32),
-        "tokenized_prompt_mask": np.ones((1, prompt), bool),
-    }

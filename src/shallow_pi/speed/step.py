@@ -12,11 +12,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from shallow_pi.distill import step
+from shallow_pi.models import batch as batches
 from shallow_pi.models import pi0
 from shallow_pi.parallel import shapes, sharding
 from shallow_pi.planning import accelerators, compile
@@ -145,22 +145,13 @@ def measure(
     )
 
 
-def made_up_batch(model: pi0.Pi0Config, mesh: Mesh, batch_size: int) -> dict[str, Any]:
-    """A batch as the loader gives it: noise, with every camera there and the prompt full."""
-    generator = np.random.default_rng(0)
-
-    def fill(leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        if leaf.dtype == np.bool_:
-            values = np.ones(leaf.shape, bool)
-        elif np.issubdtype(leaf.dtype, np.integer):
-            top = 256 if leaf.dtype == np.uint8 else model.vocab_size
-            values = generator.integers(0, top, leaf.shape, leaf.dtype)
-        else:
-            values = generator.standard_normal(leaf.shape).astype(leaf.dtype)
-        assert leaf.sharding is not None, "the batch lies on the mesh"
-        return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda rows: values[rows])
-
-    return jax.tree.map(fill, shapes.abstract_batch(model, mesh, batch_size))
+def made_up_batch(model: pi0.Pi0Config, mesh: Mesh, batch_size: int) -> batches.Batch:
+    """Noise as the loader would give it, over the mesh."""
+    where = sharding.batch_sharding(mesh)
+    return jax.tree.map(
+        lambda leaf: jax.make_array_from_callback(leaf.shape, where, leaf.__getitem__),
+        batches.noise(model, batch_size),
+    )
 
 
 @contextlib.contextmanager
@@ -200,7 +191,7 @@ def _advance(
     teacher_params: PyTree,
     held: list[Any],
     key: jax.Array,
-    batch: Mapping[str, Any],
+    batch: batches.Batch,
 ) -> Any:
     held[0], metrics = compiled(teacher_params, held[0], key, batch)
     return metrics

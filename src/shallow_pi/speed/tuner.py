@@ -15,7 +15,7 @@ from jaxtyping import Array
 
 from shallow_pi import progress
 from shallow_pi.inference import attention, prepare, tuning
-from shallow_pi.models import observation as observations
+from shallow_pi.models import batch as batches
 from shallow_pi.models import pi0
 from shallow_pi.speed import inference, latency
 
@@ -65,7 +65,7 @@ def tune(
     """
     tried = candidates(config.dtype) if tried is None else tried
     params = inference.random_params(config)
-    observation = jax.device_put(observations.Observation.from_batch(inference.make_batch(config)))
+    observation = jax.device_put(batches.noise(config, 1).observation.as_float())
     shape = (1, config.action_horizon, config.action_dim)
     noise = jax.random.normal(jax.random.key(0), shape)
     # Steps and kernels share their weights.

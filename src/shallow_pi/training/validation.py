@@ -9,19 +9,20 @@ the robot's own units.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
-from shallow_pi.data import loader, sources
+from shallow_pi.data import sources
 from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.data.robots import transforms
 from shallow_pi.distill import step, student
 from shallow_pi.inference import sampler, tuning
+from shallow_pi.models import batch as batches
 from shallow_pi.models import observation as observations
 from shallow_pi.models import pi0
 from shallow_pi.parallel import processes, sharding
@@ -62,7 +63,7 @@ class HeldOut:
     """The held-out samples of a run."""
 
     # (batch of the loader, noise) on device, over the mesh.
-    batches: tuple[tuple[loader.Batch, Array], ...]
+    batches: tuple[tuple[batches.Batch, Array], ...]
     # All of them on every host, normalized: recorded actions, which of them exist, and states.
     actions: Float[np.ndarray, "n ah ad"]
     action_mask: Bool[np.ndarray, "n ah"]
@@ -86,7 +87,7 @@ def read(
     total = -(-samples // batch_size) * batch_size
     local = batch_size // jax.process_count()
     put = functools.partial(jax.make_array_from_process_local_data, sharding.batch_sharding(mesh))
-    batches = []
+    found = []
     with processes.bar("Held-out samples", total) as advance:
         for start in range(0, total, batch_size):
             first = start + jax.process_index() * local
@@ -95,17 +96,16 @@ def read(
             for place in places:
                 rows.append(source[place * len(source) // total])
                 advance(jax.process_count())
-            batch = jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
-            shape = batch["actions"].shape[1:]
+            batch = batches.stack(rows)
+            shape = batch.actions.shape[1:]
             noise = np.stack([_noise(seed, place, shape) for place in places])
-            batches.append(jax.tree.map(put, (batch, noise)))
-    names = ("actions", "action_mask", "state")
+            found.append(jax.tree.map(put, (batch, noise)))
     gather = jax.jit(
-        lambda batch: {name: batch[name] for name in names}, out_shardings=sharding.replicated(mesh)
+        lambda batch: (batch.actions, batch.action_mask, batch.observation.state),
+        out_shardings=sharding.replicated(mesh),
     )
-    parts = jax.device_get([gather(batch) for batch, _ in batches])
-    found = {name: np.concatenate([part[name] for part in parts]) for name in names}
-    return HeldOut(tuple(batches), **found)
+    parts = jax.device_get([gather(batch) for batch, _ in found])
+    return HeldOut(tuple(found), *map(np.concatenate, zip(*parts, strict=True)))
 
 
 def _noise(seed: int, place: int, shape: tuple[int, ...]) -> np.ndarray:
@@ -161,11 +161,11 @@ def sample(
     model: pi0.Pi0Config,
     num_steps: int,
     params: PyTree,
-    batch: Mapping[str, Any],
+    batch: batches.Batch,
     noise: Float[Array, "b ah ad"],
 ) -> Float[Array, "b ah ad"]:
     """Normalized actions of a model for a batch of the loader."""
-    observation = observations.Observation.from_batch(batch)
+    observation = batch.observation.as_float()
     return sampler.sample_actions(
         model, params, observation, noise, num_steps=num_steps, options=OPTIONS
     )
@@ -176,7 +176,7 @@ def losses(
     teacher_params: PyTree,
     state: step.DistillState,
     key: Array,
-    batch: Mapping[str, Any],
+    batch: batches.Batch,
 ) -> step.Metrics:
     """The three losses of a batch; the compiler drops the update of the step, which nobody reads.
 
@@ -222,9 +222,9 @@ class Validation:
           state: the student's; read, not donated.
         """
         params = student.join(saved_params(state), teacher_params, self.freeze)
-        batches = self.held_out.batches
-        sampled = [self.sample_student(params, batch, noise) for batch, noise in batches]
-        terms = [self.losses(teacher_params, state, self.key, batch) for batch, _ in batches]
+        held = self.held_out.batches
+        sampled = [self.sample_student(params, batch, noise) for batch, noise in held]
+        terms = [self.losses(teacher_params, state, self.key, batch) for batch, _ in held]
         sampled, terms = jax.device_get((sampled, terms))
         actions = np.concatenate(sampled)
         compare = functools.partial(errors, held_out=self.held_out, assets=self.assets)

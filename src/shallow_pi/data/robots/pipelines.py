@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from shallow_pi import progress
 from shallow_pi.data.robots import conversions, normalize, tokenizer, transforms
 from shallow_pi.data.robots import robot as robots
+from shallow_pi.models import batch as batches
+from shallow_pi.models import observation as observations
 
 
 def inputs(
@@ -25,7 +27,7 @@ def inputs(
     kind: normalize.Kind,
     discrete_state: bool = False,
 ) -> transforms.Transform:
-    """Robot observation to model sample (a SPEC batch without its batch axis).
+    """Robot observation to model sample (see `to_observation`, `to_batch`).
 
     Args:
       robot: where the observation comes from.
@@ -68,6 +70,22 @@ def inputs(
         transforms.TokenizePrompt(tokenizer, discrete_state),
         transforms.PadDimensions(action_dim),
     )
+
+
+def to_observation(sample: transforms.Sample) -> observations.Observation:
+    """The observation of a model sample, as `inputs` gives it."""
+    return observations.Observation(
+        images=sample["image"],
+        image_masks=sample["image_mask"],
+        state=sample["state"],
+        tokenized_prompt=sample["tokenized_prompt"],
+        tokenized_prompt_mask=sample["tokenized_prompt_mask"],
+    )
+
+
+def to_batch(sample: transforms.Sample) -> batches.Batch:
+    """A model sample with its actions, without the batch's leading axis."""
+    return batches.Batch(to_observation(sample), sample["actions"], sample["action_mask"])
 
 
 def to_model(robot: robots.Robot) -> transforms.Transform:
