@@ -53,6 +53,20 @@ def test_every_robot_survives_json() -> None:
         assert robots.from_dict(content) == robot
 
 
+def test_limits_are_those_of_each_dimension() -> None:
+    aloha = robots.ALOHA.state_limits
+    assert [limits.is_spanned for limits in aloha] == [*[False] * 6, True] * 2
+    for robot in robots.ROBOTS.values():
+        assert len(robot.state_limits) in (0, robot.state_dim)
+        assert len(robot.action_limits) in (0, robot.action_dim)
+    with pytest.raises(ValueError, match="state_limits has 13 entries, state_dim is 14"):
+        dataclasses.replace(robots.ALOHA, state_limits=aloha[1:])
+    with pytest.raises(ValueError, match="low < high, got 1 and 0"):
+        robots.Limits(1, 0)
+    some = dataclasses.replace(robots.UR5, action_limits=(*[None] * 6, robots.Limits(0, 1)))
+    assert robots.from_dict(json.loads(json.dumps(dataclasses.asdict(some)))) == some
+
+
 def test_a_robot_saved_without_groups_loads_as_one_group() -> None:
     content = dataclasses.asdict(robots.UR5)
     del content["groups"]

@@ -49,6 +49,20 @@ class Group:
 
 
 @dataclasses.dataclass(frozen=True)
+class Limits:
+    """Plausible values of one dimension in the robot's own units, for warnings about data."""
+
+    low: float
+    high: float
+    # A recording goes through most of them, as a gripper does that opens and closes.
+    is_spanned: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.low < self.high:
+            raise ValueError(f"limits must be low < high, got {self.low} and {self.high}")
+
+
+@dataclasses.dataclass(frozen=True)
 class Robot:
     """Names, sizes and units of one embodiment."""
 
@@ -80,6 +94,9 @@ class Robot:
     elsewhere: str = ""
     # The action dimensions in order; empty is one group of all (`action_groups`).
     groups: tuple[Group, ...] = ()
+    # Plausible values of each dimension, None where they are not known; empty knows none.
+    state_limits: tuple[Limits | None, ...] = ()
+    action_limits: tuple[Limits | None, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.cameras:
@@ -102,6 +119,15 @@ class Robot:
                 raise ValueError(
                     f"robot {self.name}: {what}_conversion has {len(conversion.factor)} "
                     f"dimensions, {what}_dim is {dim}"
+                )
+        for what, limits, dim in (
+            ("state", self.state_limits, self.state_dim),
+            ("action", self.action_limits, self.action_dim),
+        ):
+            if limits and len(limits) != dim:
+                raise ValueError(
+                    f"robot {self.name}: {what}_limits has {len(limits)} entries, {what}_dim is "
+                    f"{dim}; give one for each dimension, None where it is not known"
                 )
         for keys in (self.state_keys, self.action_keys):
             if len(set(keys)) < len(keys) or not all(keys):
@@ -159,6 +185,9 @@ def mask(*groups: int) -> tuple[bool, ...]:
     return tuple(group > 0 for group in groups for _ in range(abs(group)))
 
 
+# A revolute joint in radians, whatever its zero; a gripper from closed to open.
+_JOINT, _GRIPPER = Limits(-3.5, 3.5), Limits(0, 1, is_spanned=True)
+
 # The embedded task: gantry position in metres, absolute position targets in metres.
 TURNTABLE = Robot(
     name="turntable",
@@ -171,6 +200,8 @@ TURNTABLE = Robot(
     fps=20,
     delta=mask(3),
     groups=(Group("gantry", 3, "m"),),
+    state_limits=(Limits(-0.2, 0.2),) * 3,
+    action_limits=(Limits(-0.2, 0.2),) * 3,
 )
 
 # ALOHA's joints to the signs, and its grippers to the angles, of the runtime that recorded the data
@@ -205,6 +236,8 @@ ALOHA = Robot(
         *(Group("left_arm", 6, "rad"), Group("left_gripper", 1)),
         *(Group("right_arm", 6, "rad"), Group("right_gripper", 1)),
     ),
+    state_limits=((_JOINT,) * 6 + (_GRIPPER,)) * 2,
+    action_limits=((_JOINT,) * 6 + (_GRIPPER,)) * 2,
 )
 # The simulated transfer of a cube, one camera; openpi's pi0_aloha_sim has absolute actions.
 ALOHA_SIM = dataclasses.replace(
@@ -226,6 +259,7 @@ LIBERO = Robot(
     state_key="state",
     action_key="actions",
     groups=(Group("position", 3), Group("rotation", 3), Group("gripper", 1)),
+    action_limits=(Limits(-1, 1),) * 6 + (Limits(-1, 1, is_spanned=True),),
 )
 # As openpi's pi0_libero was trained: the state subtracted once more from actions that are
 # differences already (pi05_libero does without).
@@ -243,6 +277,8 @@ DROID = Robot(
     state_more=("gripper_position",),
     action_key="actions",
     groups=(Group("joint_velocity", 7), Group("gripper", 1)),
+    state_limits=(*(_JOINT,) * 7, _GRIPPER),
+    action_limits=(*(Limits(-1, 1),) * 7, _GRIPPER),
 )
 # The same with joint positions as actions; openpi's pi05_full_droid_finetune.
 DROID_POSITION = dataclasses.replace(
@@ -250,6 +286,7 @@ DROID_POSITION = dataclasses.replace(
     name="droid_position",
     delta=mask(7, -1),
     groups=(Group("joint_position", 7, "rad"), Group("gripper", 1)),
+    action_limits=DROID.state_limits,
 )
 
 # UR5 with one gripper, as openpi's example for it; π0's own UR5 runs at 20 Hz.
@@ -326,6 +363,10 @@ def from_dict(values: Mapping[str, Any]) -> Robot:
         for key in ("state_conversion", "action_conversion")
         if values[key] is not None
     }
-    # Policies saved before robots had groups lack them.
+    # Policies saved before robots had groups and limits lack them.
     groups = tuple(Group(**group) for group in values.get("groups", ()))
-    return Robot(**{**values, **lists, **nested, "groups": groups})
+    limits = {
+        key: tuple(one and Limits(**one) for one in values.get(key, ()))
+        for key in ("state_limits", "action_limits")
+    }
+    return Robot(**{**values, **lists, **nested, "groups": groups, **limits})
