@@ -23,7 +23,8 @@ def _stats():
 @pytest.fixture
 def own(tiny_config, tiny_dataset):
     model = tiny_config(vocab_size=320)
-    return assets.Assets(model, robots.TURNTABLE, tiny_dataset[1], _stats(), "mine")
+    names = {"state": ("x", "y", "z")}
+    return assets.Assets(model, robots.TURNTABLE, tiny_dataset[1], _stats(), "mine", names)
 
 
 @pytest.fixture
@@ -41,6 +42,7 @@ def test_assets_come_back_as_they_were_saved(own, observation, tmp_path):
     own.save(tmp_path / "5" / "assets")
     read = assets.load(tmp_path / "5")
     assert (read.model, read.robot, read.asset_id) == (own.model, own.robot, "mine")
+    assert read.names == {"state": ("x", "y", "z")}
     for key, stats in own.stats.items():
         for name, value in dataclasses.asdict(stats).items():
             np.testing.assert_array_equal(getattr(read.stats[key], name), value)

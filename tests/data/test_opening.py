@@ -1,6 +1,8 @@
 """From a data config to samples: held-out episodes, mixtures, statistics over all, caches."""
 
 import dataclasses
+import json
+import shutil
 
 import jax
 import numpy as np
@@ -50,6 +52,29 @@ def test_all_episodes_are_trained_on_unless_some_are_held_out(data, model):
     assert len(found.train) == 9 + 7 + 8
     assert found.held_out is None
     assert found.assets is not None
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["x", "y", "z"], ("x", "y", "z")),
+        ([["x", "y", "z"]], ("x", "y", "z")),
+        ({"motors": ["x", "y", "z"]}, ("x", "y", "z")),
+        ({"x": 0, "y": 1, "z": 2}, ("x", "y", "z")),
+        (["state"], None),
+        (["0", "1", "2"], None),
+        (None, None),
+    ],
+    ids=str,
+)
+def test_dimensions_are_named_as_the_dataset_names_them(data, model, tmp_path, names, expected):
+    shutil.copytree(data.path, tmp_path / "named")
+    file = tmp_path / "named" / "meta" / "info.json"
+    info = json.loads(file.read_text())
+    info["features"]["action"]["names"] = names
+    file.write_text(json.dumps(info))
+    data = dataclasses.replace(data, path=str(tmp_path / "named"))
+    assert opening.open_data(data, model, None).assets.names.get("actions") == expected
 
 
 def test_held_out_episodes_are_whole_and_shape_neither_samples_nor_statistics(data, model):

@@ -7,6 +7,7 @@ tokenizer has to be named then.
 """
 
 import dataclasses
+import itertools
 import pathlib
 import pkgutil
 from collections.abc import Sequence
@@ -155,6 +156,7 @@ def open_data(data: DataConfig, model: pi0.Pi0Config, teacher_step: pathlib.Path
         tokenizer=tokenizer_file(data, model, teacher_step),
         stats=_stats(data, train, robot, model, teacher_step),
         asset_id=data.asset_id,
+        names=_names(train[0], robot),
     )
     share = _cached_share(data, train, assets)
     return Data(
@@ -162,6 +164,21 @@ def open_data(data: DataConfig, model: pi0.Pi0Config, teacher_step: pathlib.Path
         _samples(data, held_out, assets, share) if held_out else None,
         assets,
     )
+
+
+def _names(dataset: reader.Dataset, robot: robots.Robot) -> dict[str, tuple[str, ...]]:
+    """Names of the robot's dimensions, where the dataset has one for each."""
+    found = {}
+    for name, keys, dim in (
+        ("state", robot.state_keys, robot.state_dim),
+        ("actions", robot.action_keys, robot.action_dim),
+    ):
+        # A part of a single number is named by its key.
+        parts = [dataset.names(key) or (key,) for key in keys]
+        names = tuple(itertools.chain.from_iterable(parts))
+        if len(names) == dim > 1:
+            found[name] = names
+    return found
 
 
 def open_datasets(

@@ -6,6 +6,7 @@ can be pickled to another process. Frame `i` runs over the frames of the chosen 
 """
 
 import itertools
+import math
 import os
 import pathlib
 from collections.abc import Collection, Sequence
@@ -121,6 +122,21 @@ class Dataset:
     def depth(self, camera: str) -> str:
         """How a camera is known to record depth instead of a picture; empty if it is a picture."""
         return self._pictures.depth(camera, self.episodes[0])
+
+    def names(self, key: str) -> tuple[str, ...]:
+        """Names of a vector's dimensions as `info.json` gives them; empty if it gives none."""
+        feature = self.features[key]
+        found = feature.get("names")
+        if isinstance(found, dict):
+            # {"motors": [...]}, or a name for each index.
+            lists = [value for value in found.values() if isinstance(value, list)]
+            found = lists[0] if len(lists) == 1 else list(found)
+        if isinstance(found, list) and len(found) == 1 and isinstance(found[0], list):
+            found = found[0]
+        size = math.prod(feature.get("shape") or ())
+        names = tuple(map(str, found or ()))
+        numbered = names == tuple(map(str, range(size)))
+        return () if numbered or len(names) != size else names
 
     def where(self, i: int) -> str:
         """`episode 3, frame 17`, for messages."""

@@ -40,6 +40,9 @@ class Assets:
     stats: Mapping[str, normalize.NormStats]
     # Folder of the statistics under `assets/`, as in openpi.
     asset_id: str
+    # Names of the robot's dimensions of `state` and `actions`, such as its joints, where the
+    # dataset tells them.
+    names: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     @property
     def kind(self) -> normalize.Kind:
@@ -84,6 +87,7 @@ class Assets:
             "robot": self.robot.name,
             "robot_fields": dataclasses.asdict(self.robot),
             "asset_id": self.asset_id,
+            "names": self.names,
         }
         (folder / FILE_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
@@ -107,11 +111,12 @@ def load(step: str | os.PathLike[str]) -> Assets:
         model = model_from_dict(content["model"])
         # A policy keeps the robot it was trained for, listed or not; older folders name it only.
         fields, asset_id = content.get("robot_fields"), content["asset_id"]
+        names = {key: tuple(value) for key, value in content.get("names", {}).items()}
         robot = robots.from_dict(fields) if fields else robots.find(content["robot"])
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}); export the policy again") from error
     stats = normalize.load(folder / asset_id)
-    return Assets(model, robot, folder / TOKENIZER_NAME, stats, asset_id)
+    return Assets(model, robot, folder / TOKENIZER_NAME, stats, asset_id, names)
 
 
 def teacher_statistics(
