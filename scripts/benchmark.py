@@ -29,12 +29,11 @@ import tyro
 
 from shallow_pi import figures
 from shallow_pi.data.robots import assets
-from shallow_pi.evaluation import report
 from shallow_pi.inference import tuning
 from shallow_pi.interop import openpi
 from shallow_pi.models import gemma, pi0, siglip
 from shallow_pi.parallel import processes
-from shallow_pi.speed import inference, plots, tuner
+from shallow_pi.speed import inference, latency, plots, tuner
 from shallow_pi.training import command_line
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -212,7 +211,7 @@ def _write(
             dataclasses.asdict(timing) | {"shares": timing.shares(limit)} for timing in timings
         ],
         "flags": {name: os.environ.get(name, "") for name in FLAGS},
-        "versions": report.versions(),
+        "versions": latency.versions(),
     }
     path = folder / "benchmark.json"
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -29,9 +29,8 @@ import rich.console
 import rich.table
 
 from shallow_pi import figures
-from shallow_pi.evaluation import report
 from shallow_pi.parallel import processes, shapes
-from shallow_pi.speed import inference, plots, step
+from shallow_pi.speed import inference, latency, plots, step
 from shallow_pi.training import command_line, config, setup
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "train_configs"
@@ -140,7 +139,7 @@ def _write(
         "ratio": timing.ratio,
         "ceiling": dataclasses.asdict(limit),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
-        "versions": report.versions(),
+        "versions": latency.versions(),
     }
     path = folder / "step.json"
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -18,9 +18,8 @@ import time
 from typing import Any
 
 from shallow_pi import progress
-from shallow_pi.evaluation import report
 from shallow_pi.planning import accelerators, compile, hlo, memory
-from shallow_pi.speed import flops
+from shallow_pi.speed import flops, latency
 from shallow_pi.training import command_line, setup
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "train_configs"
@@ -63,7 +62,7 @@ def main() -> None:
             file = f"{experiment.name}-{name.replace(':', '-')}-{shape}.json"
             path = pathlib.Path(own.output) / file
             path.parent.mkdir(parents=True, exist_ok=True)
-            more = {"mesh": dict(mesh.shape), "versions": report.versions()}
+            more = {"mesh": dict(mesh.shape), "versions": latency.versions()}
             path.write_text(json.dumps(found | more, indent=2) + "\n", encoding="utf-8")
             print(f"written: {path}")
 

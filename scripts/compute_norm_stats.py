@@ -24,7 +24,7 @@ import tyro
 
 from shallow_pi import progress
 from shallow_pi.checkpoints import fetch
-from shallow_pi.data import opening, sources
+from shallow_pi.data import data_config, opening, sources
 from shallow_pi.data.lerobot import reader
 from shallow_pi.data.robots import normalize, statistics
 from shallow_pi.data.robots import robot as robots
@@ -38,7 +38,7 @@ class Arguments:
     """What to compute, and where to put it."""
 
     # The dataset and its robot.
-    data: opening.DataConfig
+    data: data_config.DataConfig
     # Actions of a chunk: the model's action horizon.
     horizon: int = 50
     # How the model normalizes: z_score (π0) or quantile (π0.5); for the warnings only.
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if arguments is None else arguments)
     with command_line.exit_on():
         name = words.pop(0) if words and not words[0].startswith("-") else ""
-        default = Arguments(data=opening.DataConfig())
+        default = Arguments(data=data_config.DataConfig())
         if name:
             own = command_line.load(CONFIGS, name)
             kind = normalize.kind_of(own.model.pi05)

@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 
-from shallow_pi.data import opening
+from shallow_pi.data import data_config
 from shallow_pi.distill import losses
 from shallow_pi.models import gemma, observation, pi0, siglip
 from shallow_pi.training import config, optimizer
@@ -47,7 +47,7 @@ DEBUG_PI0 = pi0.Pi0Config(
 TURNTABLE_PI05 = dataclasses.replace(
     TURNTABLE_PI0, pi05=True, discrete_state_input=True, max_token_len=36
 )
-TURNTABLE_DATA = opening.DataConfig(robot="turntable", asset_id="turntable", cache="memory")
+TURNTABLE_DATA = data_config.DataConfig(robot="turntable", asset_id="turntable", cache="memory")
 
 
 def short_schedule(steps: int, peak: float) -> optimizer.CosineSchedule:
@@ -104,7 +104,7 @@ def pi05_libero(depth: int) -> config.DistillConfig:
     return config.DistillConfig(
         name="",
         model=pi0.Pi0Config(pi05=True, action_horizon=10, max_token_len=200),
-        data=opening.DataConfig(
+        data=data_config.DataConfig(
             path=LIBERO, robot="libero", asset_id=LIBERO, held_out=HELD_OUT, num_threads=8
         ),
         teacher=config.TeacherConfig(path=f"{OPENPI}/pi05_libero"),

@@ -4,7 +4,7 @@ uv run scripts/train_distill.py debug"""
 
 import _base
 
-from shallow_pi.data import opening
+from shallow_pi.data import data_config
 from shallow_pi.distill import losses
 from shallow_pi.training import config
 
@@ -14,7 +14,7 @@ def get_config() -> config.DistillConfig:
     return config.DistillConfig(
         name="debug",
         model=_base.DEBUG_PI0,
-        data=opening.DataConfig(source="synthetic"),
+        data=data_config.DataConfig(source="synthetic"),
         teacher=config.TeacherConfig(path="random"),
         student=config.StudentConfig(depth=2),
         losses=losses.Losses(),

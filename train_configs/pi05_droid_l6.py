@@ -10,7 +10,7 @@ full size yet; one 80 GB device or more, see --mesh."""
 
 import _base
 
-from shallow_pi.data import opening
+from shallow_pi.data import data_config
 from shallow_pi.models import pi0
 from shallow_pi.training import config, optimizer
 
@@ -22,7 +22,7 @@ def get_config() -> config.DistillConfig:
         model=pi0.Pi0Config(
             pi05=True, action_horizon=15, max_token_len=200, discrete_state_input=True
         ),
-        data=opening.DataConfig(
+        data=data_config.DataConfig(
             robot="droid", asset_id="droid", held_out=_base.HELD_OUT, num_threads=8
         ),
         teacher=config.TeacherConfig(path=f"{_base.OPENPI}/pi05_droid"),

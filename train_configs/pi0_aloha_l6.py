@@ -10,7 +10,7 @@ full size yet; one 80 GB device or more, see --mesh."""
 
 import _base
 
-from shallow_pi.data import opening
+from shallow_pi.data import data_config
 from shallow_pi.models import pi0
 from shallow_pi.training import config
 
@@ -20,7 +20,7 @@ def get_config() -> config.DistillConfig:
     return config.DistillConfig(
         name="pi0_aloha_l6",
         model=pi0.Pi0Config(),
-        data=opening.DataConfig(
+        data=data_config.DataConfig(
             robot="aloha", asset_id="trossen", held_out=_base.HELD_OUT, num_threads=8
         ),
         teacher=config.TeacherConfig(path=f"{_base.OPENPI}/pi0_base"),

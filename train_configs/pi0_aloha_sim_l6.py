@@ -9,7 +9,7 @@ Not run at full size yet; one 80 GB device or more."""
 
 import _base
 
-from shallow_pi.data import opening
+from shallow_pi.data import data_config
 from shallow_pi.models import pi0
 from shallow_pi.training import config, optimizer
 
@@ -21,7 +21,7 @@ def get_config() -> config.DistillConfig:
     return config.DistillConfig(
         name="pi0_aloha_sim_l6",
         model=pi0.Pi0Config(),
-        data=opening.DataConfig(
+        data=data_config.DataConfig(
             path=DATASET,
             robot="aloha_sim",
             asset_id=DATASET,

@@ -10,7 +10,7 @@ GB device or more, see --mesh."""
 
 import _base
 
-from shallow_pi.data import opening
+from shallow_pi.data import data_config
 from shallow_pi.models import pi0
 from shallow_pi.training import config
 
@@ -20,7 +20,7 @@ def get_config() -> config.DistillConfig:
     return config.DistillConfig(
         name="pi0_libero_l6",
         model=pi0.Pi0Config(),
-        data=opening.DataConfig(
+        data=data_config.DataConfig(
             path=_base.LIBERO,
             robot="libero_delta",
             asset_id=_base.LIBERO,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from shallow_pi import progress
-from shallow_pi.data import loader, opening, sources
+from shallow_pi.data import data_config, loader, opening, sources
 from shallow_pi.data.lerobot import reader
 from shallow_pi.data.lerobot import writer as lerobot_writer
 from shallow_pi.data.robots import normalize
@@ -40,7 +40,7 @@ def model(tiny_config):
 @pytest.fixture
 def data(tiny_dataset):
     dataset, tokens = tiny_dataset
-    return opening.DataConfig(path=str(dataset), tokenizer=str(tokens))
+    return data_config.DataConfig(path=str(dataset), tokenizer=str(tokens))
 
 
 def _states(source: sources.Source) -> np.ndarray:
@@ -104,7 +104,7 @@ def test_an_empty_split_is_told(data, model, share):
 
 
 def test_synthetic_samples_can_be_held_out_too(model):
-    data = opening.DataConfig(source="synthetic", held_out=0.1)
+    data = data_config.DataConfig(source="synthetic", held_out=0.1)
     found = opening.open_data(data, model, None)
     assert found.assets is None
     train, held_out = (_states(s)[:50] for s in (found.train, found.held_out))
@@ -194,14 +194,14 @@ def test_a_memory_cache_has_a_limit(data, model):
 
 
 def test_a_source_can_be_a_function_of_somebody_else(model):
-    data = opening.DataConfig(source="shallow_pi.data.opening:Data", path="here")
+    data = data_config.DataConfig(source="shallow_pi.data.opening:Data", path="here")
     assert opening.open_data(data, model, None) == opening.Data(data, model, None)
 
 
 @pytest.mark.parametrize("source", ["no_such_module:open", "shallow_pi.data.opening:no", ":"])
 def test_a_source_nobody_can_import_is_told(model, source):
     with pytest.raises(ValueError, match="names no function that can be imported"):
-        opening.open_data(opening.DataConfig(source=source), model, None)
+        opening.open_data(data_config.DataConfig(source=source), model, None)
 
 
 @pytest.mark.parametrize(
@@ -219,4 +219,4 @@ def test_a_source_nobody_can_import_is_told(model, source):
 )
 def test_bad_configs_are_told(changes, message):
     with pytest.raises(ValueError, match=message):
-        opening.DataConfig(**changes)
+        data_config.DataConfig(**changes)

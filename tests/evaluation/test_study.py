@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from shallow_pi.checkpoints import weights
-from shallow_pi.data import opening
+from shallow_pi.data import data_config
 from shallow_pi.data.robots import assets
 from shallow_pi.distill import losses, student
 from shallow_pi.evaluation import rollout, study
@@ -133,7 +133,7 @@ def _refused(experiment, message, kind=(ValueError, FileNotFoundError)):
 def test_training_alone_ends_with_a_report(tmp_path, tiny_experiment, tiny_dataset, capsys):
     """And so does the same run when it is resumed."""
     dataset, tokenizer = tiny_dataset
-    data = opening.DataConfig(path=str(dataset), tokenizer=str(tokenizer), held_out=0.34)
+    data = data_config.DataConfig(path=str(dataset), tokenizer=str(tokenizer), held_out=0.34)
     experiment = tiny_experiment(
         tmp_path,
         data=data,

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from shallow_pi.checkpoints import weights
-from shallow_pi.data import loader, opening, sheet, sources
+from shallow_pi.data import data_config, loader, opening, sheet, sources
 from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.deploy import policy
 from shallow_pi.distill import layer_map
@@ -78,7 +78,7 @@ def whole(synthetic):
 def recorded(tmp_path_factory, tiny_experiment, tiny_dataset):
     """The same on a dataset, read by threads; a checkpoint after every step."""
     dataset, tokenizer = tiny_dataset
-    data = opening.DataConfig(path=str(dataset), tokenizer=str(tokenizer), num_threads=2)
+    data = data_config.DataConfig(path=str(dataset), tokenizer=str(tokenizer), num_threads=2)
     folder = tmp_path_factory.mktemp("recorded")
     return tiny_experiment(folder, exp_name="whole", data=data, save_interval=1)
 

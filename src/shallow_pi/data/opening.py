@@ -11,11 +11,10 @@ import itertools
 import pathlib
 import pkgutil
 from collections.abc import Sequence
-from typing import Literal
 
 from shallow_pi import progress
 from shallow_pi.checkpoints import fetch
-from shallow_pi.data import frame_cache, sources
+from shallow_pi.data import data_config, frame_cache, sources
 from shallow_pi.data.lerobot import hub, reader
 from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.data.robots import checkpoint_statistics, normalize, statistics
@@ -33,79 +32,7 @@ MOST_MISFITS = 6
 COMPARED_FRAMES = 100_000
 
 
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """Where batches come from."""
-
-    # "lerobot" reads a dataset; "synthetic" makes samples up, to try things out; "MODULE:FUNCTION"
-    # names a function such as `open_data`.
-    source: str = "lerobot"
-    # The LeRobot dataset: a folder, its address on the Hugging Face hub (owner/name) or gs://;
-    # empty in a config with a simulated task, which then makes it.
-    path: str = ""
-    # More datasets of the same robot, mixed with the first.
-    more: tuple[str, ...] = ()
-    # Share of each dataset among the samples, in any unit, the first one's first; empty goes by
-    # their numbers of frames.
-    weights: tuple[float, ...] = ()
-    # Share of the episodes of each dataset held out for validation; 0 holds none out.
-    held_out: float = 0.0
-    # Leave out episodes that cannot be read, and say which.
-    skip_bad_episodes: bool = False
-    # The robot that made it: a name, or a Python file with a ROBOT.
-    robot: str = "turntable"
-    # SentencePiece model, local or gs://; empty takes the teacher's.
-    tokenizer: str = ""
-    # Folder of the norm_stats.json to use; empty takes the teacher's, or computes it where there is
-    # none; "dataset" computes it.
-    norm_stats: str = ""
-    # Name of the statistics' folder in a checkpoint's assets.
-    asset_id: str = "turntable"
-    # Threads that read batches ahead: enough where decoding is most of the work.
-    num_threads: int = 1
-    # Processes that read ahead in place of the threads; 0 is none. They take seconds to start and
-    # their own memory; on many cores they read faster than as many threads.
-    num_workers: int = 0
-    # What is kept of decoded, resized pictures: nothing, all samples in memory, or the pictures on
-    # disk, for all processes and later runs.
-    cache: Literal["none", "memory", "disk"] = "none"
-    # Where pictures are kept on disk; empty is $SHALLOW_PI_CACHE/frames, or else
-    # ~/.cache/shallow_pi/frames.
-    cache_dir: str = ""
-    # The most the cache may hold, GiB. In memory 0 is 2, and more is refused; on disk 0 is all but
-    # 1 GiB of the free space, and pictures beyond it are decoded each time.
-    cache_gib: float = 0.0
-
-    def __post_init__(self) -> None:
-        if ":" not in self.source and self.source not in ("lerobot", "synthetic"):
-            raise ValueError(
-                f"data.source must be lerobot, synthetic or MODULE:FUNCTION, got {self.source!r}"
-            )
-        if self.num_threads < 0:
-            raise ValueError(f"data.num_threads must be 0 or more, got {self.num_threads}")
-        if self.num_workers < 0:
-            raise ValueError(f"data.num_workers must be 0 or more, got {self.num_workers}")
-        if self.cache not in ("none", "memory", "disk"):
-            raise ValueError(f"data.cache must be none, memory or disk, got {self.cache!r}")
-        if self.cache_gib < 0:
-            raise ValueError(f"data.cache_gib must be 0 or more, got {self.cache_gib}")
-        if self.num_workers and self.cache == "memory":
-            raise ValueError(
-                "data.cache memory is one process's, data.num_workers are several: cache on disk "
-                "(--data.cache disk), or read with threads (--data.num-workers 0)"
-            )
-        if not 0 <= self.held_out < 1:
-            raise ValueError(
-                f"data.held_out is a share of the episodes, from 0 to below 1, got {self.held_out}"
-            )
-        sources.check_weights(self.weights, 1 + len(self.more))
-        if ":" not in self.source:
-            robots.find(self.robot)
-        if not self.asset_id:
-            raise ValueError("data.asset_id must name a folder, got an empty string")
-
-
-def check(data: DataConfig) -> None:
+def check(data: data_config.DataConfig) -> None:
     """Raise unless the dataset is there and fits its robot."""
     if data.source == "lerobot":
         open_datasets(data, robots.find(data.robot))
@@ -123,7 +50,9 @@ class Data:
     assets: policy_assets.Assets | None
 
 
-def open_data(data: DataConfig, model: pi0.Pi0Config, teacher_step: pathlib.Path | None) -> Data:
+def open_data(
+    data: data_config.DataConfig, model: pi0.Pi0Config, teacher_step: pathlib.Path | None
+) -> Data:
     """The samples of a run, and the assets of its policy.
 
     Args:
@@ -182,7 +111,7 @@ def _names(dataset: reader.Dataset, robot: robots.Robot) -> dict[str, tuple[str,
 
 
 def open_datasets(
-    data: DataConfig, robot: robots.Robot, *, pictures: bool = True
+    data: data_config.DataConfig, robot: robots.Robot, *, pictures: bool = True
 ) -> tuple[list[reader.Dataset], list[reader.Dataset]]:
     """Each dataset's training episodes, and its held-out ones (no dataset if none are held out).
 
@@ -220,7 +149,7 @@ def open_datasets(
 
 
 def _samples(
-    data: DataConfig,
+    data: data_config.DataConfig,
     datasets: Sequence[reader.Dataset],
     assets: policy_assets.Assets,
     share: float,
@@ -240,7 +169,7 @@ def _samples(
     return cached(data, parts[0] if len(parts) == 1 else sources.Mixture(parts, data.weights))
 
 
-def cached(data: DataConfig, source: sources.Source) -> sources.Source:
+def cached(data: data_config.DataConfig, source: sources.Source) -> sources.Source:
     """The source itself, or kept in memory if the config says so."""
     if data.cache != "memory":
         return source
@@ -248,7 +177,7 @@ def cached(data: DataConfig, source: sources.Source) -> sources.Source:
 
 
 def _cached_share(
-    data: DataConfig, datasets: Sequence[reader.Dataset], assets: policy_assets.Assets
+    data: data_config.DataConfig, datasets: Sequence[reader.Dataset], assets: policy_assets.Assets
 ) -> float:
     if data.cache != "disk":
         return 1.0
@@ -257,14 +186,14 @@ def _cached_share(
     return frame_cache.share(datasets, cameras, assets.model.image_size, _cache_folder(data), limit)
 
 
-def _cache_folder(data: DataConfig) -> pathlib.Path:
+def _cache_folder(data: data_config.DataConfig) -> pathlib.Path:
     if data.cache_dir:
         return pathlib.Path(data.cache_dir).expanduser()
     return frame_cache.default_folder()
 
 
 def tokenizer_file(
-    data: DataConfig, model: pi0.Pi0Config, teacher_step: pathlib.Path | None
+    data: data_config.DataConfig, model: pi0.Pi0Config, teacher_step: pathlib.Path | None
 ) -> pathlib.Path:
     """The SentencePiece model: the one named, else the teacher's, else PaliGemma's."""
     if data.tokenizer:
@@ -282,7 +211,7 @@ def tokenizer_file(
 
 
 def _stats(
-    data: DataConfig,
+    data: data_config.DataConfig,
     datasets: list[reader.Dataset],
     robot: robots.Robot,
     model: pi0.Pi0Config,

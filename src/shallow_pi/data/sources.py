@@ -8,7 +8,6 @@ about the order it is read in, except in which shares (`shares`); the rest is up
 import bisect
 import dataclasses
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,6 +15,7 @@ import jax
 import numpy as np
 
 from shallow_pi import progress
+from shallow_pi.data import data_config
 from shallow_pi.data.lerobot import reader
 from shallow_pi.data.robots import normalize, pipelines, statistics, transforms
 from shallow_pi.data.robots import robot as robots
@@ -116,7 +116,7 @@ class Mixture:
     """
 
     def __init__(self, sources: Sequence[Source], weights: Sequence[float] = ()) -> None:
-        check_weights(weights, len(sources))
+        data_config.check_weights(weights, len(sources))
         self.sources = tuple(sources)
         lengths = [len(source) for source in sources]
         self._starts = [0, *itertools.accumulate(lengths)]
@@ -136,20 +136,6 @@ class Mixture:
 def shares(source: Source) -> list[Share]:
     """How many samples of a source are drawn with which weight, in the order of its samples."""
     return getattr(source, "shares", [(len(source), 1.0)])
-
-
-def check_weights(weights: Sequence[float], count: int) -> None:
-    """Raise unless there is a positive weight for each of `count` datasets, or none at all."""
-    if weights and len(weights) != count:
-        raise ValueError(
-            f"got {len(weights)} weights {list(weights)} for {count} datasets: give one for each, "
-            "in their order, or none to mix by number of frames"
-        )
-    if not all(0 < weight < math.inf for weight in weights):
-        raise ValueError(
-            f"weights must be positive and finite, got {list(weights)}; leave out the dataset that "
-            "is not wanted"
-        )
 
 
 class Cached:

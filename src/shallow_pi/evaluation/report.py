@@ -8,7 +8,6 @@ are named expert, teacher, student, cut_only, task_only and random_init.
 import contextlib
 import dataclasses
 import functools
-import importlib.metadata
 import json
 import os
 import pathlib
@@ -38,22 +37,6 @@ ERROR_PANELS = {
     validation.TO_TEACHER: "held-out action error to the teacher",
 }
 ERROR_REFERENCES = {validation.TO_DATA: validation.TEACHER_TO_DATA}
-PACKAGES = (
-    "shallow-pi",
-    "jax",
-    "jaxlib",
-    "jax-cuda12-plugin",
-    "libtpu",
-    "flax",
-    "optax",
-    "orbax-checkpoint",
-    "numpy",
-    "mujoco",
-    "grain",
-    "polars",
-    "av",
-    "sentencepiece",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,17 +65,6 @@ class Report:
     criterion: str = validation.TO_DATA
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide a result; an absent one is left out."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
 def contents(report: Report) -> dict[str, Any]:
     """The content of report.json."""
     values: dict[str, Any] = {
@@ -115,7 +87,7 @@ def contents(report: Report) -> dict[str, Any]:
         "validation": validation_tables.contents(report.curves, report.criterion),
         "stage_seconds": {stage: round(s, 3) for stage, s in report.stage_seconds.items()},
         "config": report.config,
-        "versions": versions(),
+        "versions": latencies.versions(),
         "machine": {"architecture": platform.machine(), "cpus": os.cpu_count()},
     }
     if report.latency is not None:
@@ -266,7 +238,10 @@ def markdown(report: Report, pictures: Mapping[str, str]) -> str:
         lines += [_row([stage, f"{s:.1f}"]) for stage, s in report.stage_seconds.items()]
         lines += [_row(["total", f"{sum(report.stage_seconds.values()):.1f}"])]
     lines += ["", "## Versions", ""]
-    lines += [", ".join(f"{package} {version}" for package, version in versions().items()), ""]
+    lines += [
+        ", ".join(f"{package} {version}" for package, version in latencies.versions().items()),
+        "",
+    ]
     return "\n".join(lines)
 
 

@@ -8,7 +8,7 @@ schedule and batch size are those of the method.
 import dataclasses
 from typing import Any
 
-from shallow_pi.data import opening
+from shallow_pi.data import data_config
 from shallow_pi.data.robots import robot as robots
 from shallow_pi.interop import openpi, openpi_data
 from shallow_pi.models import gemma, pi0
@@ -76,14 +76,14 @@ def _model(name: str, source: Any) -> pi0.Pi0Config:
     )
 
 
-def _data(name: str, source: Any) -> opening.DataConfig:
+def _data(name: str, source: Any) -> data_config.DataConfig:
     from openpi.training import config as configs
 
     if isinstance(source.data, configs.FakeDataConfig):
-        return opening.DataConfig(source="synthetic")
+        return data_config.DataConfig(source="synthetic")
     assets = source.data.assets
     asset_id = assets.asset_id or source.data.repo_id
-    common = opening.DataConfig(
+    common = data_config.DataConfig(
         asset_id=asset_id,
         norm_stats=f"{assets.assets_dir.rstrip('/')}/{asset_id}" if assets.assets_dir else "",
     )

@@ -15,7 +15,7 @@ import numpy as np
 
 from shallow_pi import progress
 from shallow_pi.checkpoints import fetch
-from shallow_pi.data import opening
+from shallow_pi.data import data_config, opening
 from shallow_pi.data.lerobot import reader
 from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.data.robots import checkpoint_statistics, normalize
@@ -75,7 +75,7 @@ class Source:
 
 
 def open_data(
-    data: opening.DataConfig, model: pi0.Pi0Config, teacher_step: pathlib.Path | None
+    data: data_config.DataConfig, model: pi0.Pi0Config, teacher_step: pathlib.Path | None
 ) -> opening.Data:
     """The samples of the openpi config named by `data.path`, and the assets of its policy.
 
@@ -158,7 +158,7 @@ def _robot(name: str, model: pi0.Pi0Config, stats: dict[str, normalize.NormStats
 
 
 def _stats(
-    data: opening.DataConfig,
+    data: data_config.DataConfig,
     source: Any,
     model: pi0.Pi0Config,
     teacher_step: pathlib.Path | None,

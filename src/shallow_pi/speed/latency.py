@@ -6,6 +6,8 @@ device is done. The median is reported, since a mean belongs to the slowest call
 """
 
 import dataclasses
+import importlib.metadata
+import platform
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,6 +16,23 @@ import jax
 import numpy as np
 
 from shallow_pi import progress
+
+PACKAGES = (
+    "shallow-pi",
+    "jax",
+    "jaxlib",
+    "jax-cuda12-plugin",
+    "libtpu",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "numpy",
+    "mujoco",
+    "grain",
+    "polars",
+    "av",
+    "sentencepiece",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,3 +86,14 @@ def median_latency(
         repeats=repeats,
         device=jax.devices()[0].device_kind,
     )
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide a result; an absent one is left out."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

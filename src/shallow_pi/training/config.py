@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import tyro
 
-from shallow_pi.data import opening
+from shallow_pi.data import data_config
 from shallow_pi.distill import layer_map
 from shallow_pi.distill import losses as loss_terms
 from shallow_pi.distill import student as students
@@ -138,7 +138,7 @@ class DistillConfig:
     # The teacher's architecture; the student is the same at another depth.
     model: pi0.Pi0Config
     # Where batches come from.
-    data: opening.DataConfig
+    data: data_config.DataConfig
     # The trained deep policy; without one `model` itself is trained, on the task loss.
     teacher: TeacherConfig | None = None
     # How the shallow policy is cut.

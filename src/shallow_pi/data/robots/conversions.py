@@ -7,11 +7,10 @@ that it is saved with a policy and read back without running anybody's code.
 """
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-
-from shallow_pi.data.robots import transforms
 
 # The crank of ALOHA's gripper (metres): finger positions closed and open, arm and horn.
 FINGERS_CLOSED, FINGERS_OPEN = 0.01844, 0.05800
@@ -85,7 +84,7 @@ class ToModel:
     state: Conversion | None
     actions: Conversion | None
 
-    def __call__(self, sample: transforms.Sample) -> transforms.Sample:
+    def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
         both = {"state": self.state, "actions": self.actions}
         new = {k: c.forward(sample[k]) for k, c in both.items() if c is not None and k in sample}
         return {**sample, **new}
@@ -97,7 +96,7 @@ class ToRobot:
 
     actions: Conversion | None
 
-    def __call__(self, sample: transforms.Sample) -> transforms.Sample:
+    def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
         if self.actions is None:
             return sample
         return {**sample, "actions": self.actions.inverse(sample["actions"])}

@@ -1,0 +1,97 @@
+"""`DataConfig`: the part of an experiment that names its samples; `opening` reads them.
+
+It imports no reader and no decoder, so that a config can be read where none is installed.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+from shallow_pi.data.robots import robot as robots
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where batches come from."""
+
+    # "lerobot" reads a dataset; "synthetic" makes samples up, to try things out; "MODULE:FUNCTION"
+    # names a function such as `open_data`.
+    source: str = "lerobot"
+    # The LeRobot dataset: a folder, its address on the Hugging Face hub (owner/name) or gs://;
+    # empty in a config with a simulated task, which then makes it.
+    path: str = ""
+    # More datasets of the same robot, mixed with the first.
+    more: tuple[str, ...] = ()
+    # Share of each dataset among the samples, in any unit, the first one's first; empty goes by
+    # their numbers of frames.
+    weights: tuple[float, ...] = ()
+    # Share of the episodes of each dataset held out for validation; 0 holds none out.
+    held_out: float = 0.0
+    # Leave out episodes that cannot be read, and say which.
+    skip_bad_episodes: bool = False
+    # The robot that made it: a name, or a Python file with a ROBOT.
+    robot: str = "turntable"
+    # SentencePiece model, local or gs://; empty takes the teacher's.
+    tokenizer: str = ""
+    # Folder of the norm_stats.json to use; empty takes the teacher's, or computes it where there is
+    # none; "dataset" computes it.
+    norm_stats: str = ""
+    # Name of the statistics' folder in a checkpoint's assets.
+    asset_id: str = "turntable"
+    # Threads that read batches ahead: enough where decoding is most of the work.
+    num_threads: int = 1
+    # Processes that read ahead in place of the threads; 0 is none. They take seconds to start and
+    # their own memory; on many cores they read faster than as many threads.
+    num_workers: int = 0
+    # What is kept of decoded, resized pictures: nothing, all samples in memory, or the pictures on
+    # disk, for all processes and later runs.
+    cache: Literal["none", "memory", "disk"] = "none"
+    # Where pictures are kept on disk; empty is $SHALLOW_PI_CACHE/frames, or else
+    # ~/.cache/shallow_pi/frames.
+    cache_dir: str = ""
+    # The most the cache may hold, GiB. In memory 0 is 2, and more is refused; on disk 0 is all but
+    # 1 GiB of the free space, and pictures beyond it are decoded each time.
+    cache_gib: float = 0.0
+
+    def __post_init__(self) -> None:
+        if ":" not in self.source and self.source not in ("lerobot", "synthetic"):
+            raise ValueError(
+                f"data.source must be lerobot, synthetic or MODULE:FUNCTION, got {self.source!r}"
+            )
+        if self.num_threads < 0:
+            raise ValueError(f"data.num_threads must be 0 or more, got {self.num_threads}")
+        if self.num_workers < 0:
+            raise ValueError(f"data.num_workers must be 0 or more, got {self.num_workers}")
+        if self.cache not in ("none", "memory", "disk"):
+            raise ValueError(f"data.cache must be none, memory or disk, got {self.cache!r}")
+        if self.cache_gib < 0:
+            raise ValueError(f"data.cache_gib must be 0 or more, got {self.cache_gib}")
+        if self.num_workers and self.cache == "memory":
+            raise ValueError(
+                "data.cache memory is one process's, data.num_workers are several: cache on disk "
+                "(--data.cache disk), or read with threads (--data.num-workers 0)"
+            )
+        if not 0 <= self.held_out < 1:
+            raise ValueError(
+                f"data.held_out is a share of the episodes, from 0 to below 1, got {self.held_out}"
+            )
+        check_weights(self.weights, 1 + len(self.more))
+        if ":" not in self.source:
+            robots.find(self.robot)
+        if not self.asset_id:
+            raise ValueError("data.asset_id must name a folder, got an empty string")
+
+
+def check_weights(weights: Sequence[float], count: int) -> None:
+    """Raise unless there is a positive weight for each of `count` datasets, or none at all."""
+    if weights and len(weights) != count:
+        raise ValueError(
+            f"got {len(weights)} weights {list(weights)} for {count} datasets: give one for each, "
+            "in their order, or none to mix by number of frames"
+        )
+    if not all(0 < weight < math.inf for weight in weights):
+        raise ValueError(
+            f"weights must be positive and finite, got {list(weights)}; leave out the dataset that "
+            "is not wanted"
+        )
