@@ -89,6 +89,10 @@ class Arguments:
     max_clients: int = 32
     # Observations that may wait for their turn; one more is refused.
     max_waiting: int = 16
+    # Seconds a connection has for its TLS handshake, and for its HTTP request.
+    handshake_seconds: float = 5.0
+    # Handshakes at once, apart from clients; for one more, the oldest is dropped.
+    max_handshakes: int = 128
 
     def create(self) -> server_config.ServerConfig:
         """The server's config, with the key that was given."""

@@ -11,7 +11,7 @@ import serving
 import websockets.exceptions
 from openpi_client import websocket_client_policy
 
-from shallow_pi.serving import live
+from shallow_pi.serving import page
 
 pytestmark = [
     pytest.mark.skipif(chromium.PROGRAM is None, reason="no chromium here (see .ci/run)"),
@@ -166,14 +166,14 @@ def test_the_page_comes_back_when_the_server_does(tab):
 
 
 def test_pictures_are_made_small_only_while_someone_looks(monkeypatch):
-    made, small = [], live.pictures
-    monkeypatch.setattr(live, "pictures", lambda found: made.append(1) or small(found))
+    made, small = [], page.pictures
+    monkeypatch.setattr(page, "pictures", lambda found: made.append(1) or small(found))
     with serving.running(serving.Echo()) as running:
         client = websocket_client_policy.WebsocketClientPolicy(running.url)
         for value in range(5):
             client.infer(observation(value))
         assert not made
-        with running.connect("/live") as page:
-            page.send("{}")
-            page.recv(timeout=10)
+        with running.connect("/live") as looking:
+            looking.send("{}")
+            looking.recv(timeout=10)
         assert made

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from shallow_pi.serving import live, telemetry
+from shallow_pi.serving import page, telemetry
 
 METADATA = {"fps": 10, "action_horizon": 5, "state_keys": ["state"], "robot": "turntable"}
 
@@ -124,7 +124,7 @@ def test_the_state_is_found_under_its_keys():
 def test_the_pages_json_has_no_number_json_does_not_know(seen):
     client = seen.connect("robot")
     answer(seen, client, value=np.nan, prompt="touch", more={"picture": np.ones((9, 9, 3), "u1")})
-    content = json.loads(live.message(*live.snapshot(seen, 16)), parse_constant=pytest.fail)
+    content = json.loads(page.message(*page.snapshot(seen, 16)), parse_constant=pytest.fail)
     assert content["view"]["chunks"][0] == [0, [[None, None]] * 5]
     assert content["view"]["texts"] == {"prompt": "touch"}
     assert list(content["cameras"]) == ["more/picture"]
@@ -138,7 +138,7 @@ def test_the_page_looks_at_the_client_it_asks_for(seen, clock):
     clock.now += 1
     answer(seen, second)
     for wanted, shown in ((None, 1), (1, 1), (2, 2), (99, 1)):
-        assert live.snapshot(seen, 16, wanted)[0]["view"]["number"] == shown
+        assert page.snapshot(seen, 16, wanted)[0]["view"]["number"] == shown
 
 
 @pytest.mark.parametrize(
@@ -156,13 +156,13 @@ def test_the_page_looks_at_the_client_it_asks_for(seen, clock):
     ],
 )
 def test_pictures_are_found_and_made_small(shape, dtype, is_picture):
-    found = live.pictures({"camera": np.ones(shape, dtype)})
+    found = page.pictures({"camera": np.ones(shape, dtype)})
     assert ("camera" in found) == is_picture
     assert all(len(text) < 20_000 for text in found.values())
 
 
 def test_the_policy_of_the_page_allows_its_own_script_alone():
-    html, policy = live.page()
+    html, policy = page.html()
     assert policy.count("sha256-") == 2
     assert "unsafe" not in policy
     assert b"http://" not in html

@@ -1,20 +1,27 @@
 """A policy behind openpi's websocket protocol, so that any openpi client drives it.
 
 A client connects, is sent the policy's metadata, and then sends observations and is sent
-`{"actions", "policy_timing", "server_timing"}`, all in msgpack (`protocol.py`). What cannot be
-answered is a text frame that says why, then close 1011, or 1013 where the queue was full. The event
-loop stays free, during an inference too, for `/healthz`, `/metrics`, and the page at `/`.
+`{"actions", "policy_timing", "server_timing"}`, all in msgpack (`protocol.py`). An observation that
+cannot be answered is refused by a text frame with the reason, then close 1011, or 1013 if the queue
+was full. The event loop stays free, during an inference too, for plain HTTP: `/healthz` and the
+page at `/` are there for all (the page holds no data); `/metrics` and the websocket of
+observations, at any other path, want the API key if one is set. A browser's page of another origin
+is refused, so that no web site a user visits can drive a robot.
 """
 
 import asyncio
 import concurrent.futures
+import http
 import logging
 import signal
-from collections.abc import Callable
+import urllib.parse
+from collections.abc import Callable, Mapping
 
 import websockets.asyncio.server
+import websockets.datastructures
+import websockets.http11
 
-from shallow_pi.serving import recorder, routes, server_config, sessions
+from shallow_pi.serving import page, recorder, server_config, sessions
 
 _log = logging.getLogger(__name__)
 # The library's own lines: every port scan would be a traceback.
@@ -33,9 +40,9 @@ def run(
 
     Args:
       policy: warmed up; it is called from one thread only.
-      config: where and how.
+      config: address, key and limits.
       ready: called with the address once clients can connect.
-      record: keeps what passes; it is not closed here.
+      record: keeps observations and answers; it is not closed here.
     """
 
     async def until_signal() -> None:
@@ -63,32 +70,122 @@ async def serve(
     ready: Callable[[str], None] = lambda _: None,
     record: recorder.Recorder | None = None,
 ) -> None:
-    """As `run`, until `stop` is set: what runs is finished, then clients are closed with 1001.
+    """As `run`, until `stop` is set: running inferences end, then clients are closed with 1001.
 
     Raises:
       ValueError: the address cannot be listened on.
     """
+    tls, sockets = config.ssl_context(), config.listen()
     with concurrent.futures.ThreadPoolExecutor(1, "inference") as worker:
         served = sessions.Sessions(policy, config, record, worker)
-        try:
-            listening = await websockets.asyncio.server.serve(
+
+        async def answer(
+            connection: sessions.Connection, request: websockets.http11.Request
+        ) -> websockets.http11.Response | None:
+            try:
+                return await _answer(config, served, connection, request)
+            finally:
+                for one in sockets:
+                    one.finished(connection.remote_address)
+
+        listening = [
+            await websockets.asyncio.server.serve(
                 served.handle,
-                config.host,
-                config.port,
-                process_request=lambda *got: routes.answer(config, served.seen, *got),
-                ssl=config.ssl_context(),
+                sock=one,
+                process_request=answer,
+                open_timeout=config.handshake_seconds,
+                ssl=tls,
                 compression=None,
                 max_size=config.max_request_mb * 2**20,
                 # A client that sends ahead waits in its own socket.
                 max_queue=1,
                 logger=_quiet,
+                ssl_handshake_timeout=config.handshake_seconds if tls else None,
             )
-        except OSError as error:
-            raise config.cannot_listen(error) from error
+            for one in sockets
+        ]
         if config.is_open and not config.api_key:
-            _log.warning("whoever reaches %s can drive this policy: set an API key", config.host)
-        ready(config.url(next(iter(listening.sockets)).getsockname()[1]))
+            _log.warning(
+                "everybody who reaches %s can drive this policy: set an API key", config.host
+            )
+        ready(config.url(sockets[0].getsockname()[1]))
         await stop.wait()
-        listening.close(close_connections=False)
-        # Not for what has only a socket open yet, as browsers keep one in store.
+        for one in listening:
+            one.close(close_connections=False)
+        # Connections without a request, as browsers keep them in store, are not waited for.
         await served.finish()
+
+
+async def _answer(
+    config: server_config.ServerConfig,
+    served: sessions.Sessions,
+    connection: sessions.Connection,
+    request: websockets.http11.Request,
+) -> websockets.http11.Response | None:
+    """The answer to a request; None lets it become a websocket."""
+    where, headers = sessions.path(request), request.headers
+    upgrade = "websocket" in ",".join(headers.get_all("Upgrade")).lower()
+    if where == "/healthz":
+        return _respond(http.HTTPStatus.OK, b"OK\n")
+    if where == "/" and not upgrade:
+        html, policy = page.html()
+        secure = {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff"}
+        secure |= {"Referrer-Policy": "no-referrer", "Cache-Control": "no-store"}
+        return _respond(http.HTTPStatus.OK, html, "text/html; charset=utf-8", secure)
+    if upgrade and not _same_origin(headers):
+        return _respond(http.HTTPStatus.FORBIDDEN, b"Pages of other origins are refused.\n")
+    if where == page.LIVE and upgrade:
+        # A browser cannot send the key as a header: the page sends it as its first message.
+        if (count := served.count_pages()) >= page.MAX_PAGES:
+            reason = f"{count} pages are open, which is the limit: close one\n"
+            return _respond(http.HTTPStatus.SERVICE_UNAVAILABLE, reason.encode())
+        return None
+    if config.api_key and not _authorized(config, headers):
+        address = sessions.address(connection)
+        served.seen.fail("unauthorized", address, "a wrong API key, or none")
+        text = b"This server wants 'Authorization: Api-Key <key>' with its own key.\n"
+        return _respond(
+            http.HTTPStatus.UNAUTHORIZED, text, more={"WWW-Authenticate": 'Api-Key realm="policy"'}
+        )
+    if where == "/metrics":
+        kind = "text/plain; version=0.0.4; charset=utf-8"
+        return _respond(http.HTTPStatus.OK, served.seen.exposition(), kind)
+    if not upgrade:
+        text = b"There are /, /healthz, /metrics, and a websocket that takes observations.\n"
+        return _respond(http.HTTPStatus.NOT_FOUND, text)
+    if not await served.make_room():
+        reason = f"{config.max_clients} clients are connected, which is the limit (--max-clients)"
+        served.seen.fail("busy", sessions.address(connection), reason)
+        return _respond(http.HTTPStatus.SERVICE_UNAVAILABLE, f"{reason}\n".encode())
+    return None
+
+
+def _authorized(
+    config: server_config.ServerConfig, headers: websockets.datastructures.Headers
+) -> bool:
+    given = headers.get_all("Authorization")
+    scheme, _, key = given[0].partition(" ") if len(given) == 1 else ("", "", "")
+    return scheme.lower() == "api-key" and config.is_key(key.strip())
+
+
+def _same_origin(headers: websockets.datastructures.Headers) -> bool:
+    """Browsers always name the page that connects; openpi's clients name none."""
+    origins = headers.get_all("Origin")
+    return all(urllib.parse.urlsplit(o).netloc in headers.get_all("Host") for o in origins)
+
+
+def _respond(
+    status: http.HTTPStatus,
+    body: bytes,
+    kind: str = "text/plain; charset=utf-8",
+    more: Mapping[str, str] | None = None,
+) -> websockets.http11.Response:
+    headers = websockets.datastructures.Headers(
+        {
+            "Content-Type": kind,
+            "Content-Length": str(len(body)),
+            "Connection": "close",
+            **(more or {}),
+        }
+    )
+    return websockets.http11.Response(status.value, status.phrase, headers, body)

@@ -1,5 +1,11 @@
-"""Where a server listens, for whom, and how much it takes."""
+"""A server's address, key, certificate and limits; and the sockets it listens on.
 
+A connection that never finishes its handshake (TCP, TLS, or the HTTP request) is no client yet: it
+is given a few seconds, and of too many at once the oldest is dropped, so that strangers who send
+nothing or send slowly keep no robot out.
+"""
+
+import contextlib
 import dataclasses
 import errno
 import hmac
@@ -7,6 +13,7 @@ import ipaddress
 import pathlib
 import socket
 import ssl
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +24,7 @@ class ServerConfig:
     host: str = "127.0.0.1"
     # Port; 0 takes a free one.
     port: int = 8000
-    # What clients must send as `Authorization: Api-Key ...`; empty asks for none.
+    # Key that clients must send as `Authorization: Api-Key ...`; empty asks for none.
     api_key: str = dataclasses.field(default="", repr=False)
     # Certificate chain (PEM file); with it and its key the address is wss://.
     tls_cert: str = ""
@@ -29,28 +36,37 @@ class ServerConfig:
     max_clients: int = 32
     # Observations that may wait for their turn; one more is refused and closed with 1013.
     max_waiting: int = 16
+    # Seconds a connection has for its TLS handshake, and for its HTTP request.
+    handshake_seconds: float = 5.0
+    # Handshakes at once; for one more, the oldest is dropped.
+    max_handshakes: int = 128
 
     def __post_init__(self) -> None:
-        for name in ("max_request_mb", "max_clients", "max_waiting"):
+        for name in ("max_request_mb", "max_clients", "max_waiting", "max_handshakes"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise ValueError(f"{_flag(name)} must be at least 1, got {getattr(self, name)}")
+        if not self.handshake_seconds > 0:
+            raise ValueError(f"--handshake-seconds must be positive, got {self.handshake_seconds}")
         if not 0 <= self.port < 2**16:
-            raise ValueError(f"port must lie in 0..65535, got {self.port}")
+            raise ValueError(f"--port must lie in 0..65535, got {self.port}")
         if not (self.api_key.isascii() and self.api_key.isprintable() and " " not in self.api_key):
             raise ValueError("an API key is printable ASCII without spaces: make another")
         if bool(self.tls_cert) != bool(self.tls_key):
-            raise ValueError("TLS needs a certificate and its key: give both files or neither")
+            raise ValueError(
+                "TLS needs a certificate and its key: give both --tls-cert and --tls-key, or "
+                "neither"
+            )
 
     @property
     def is_open(self) -> bool:
-        """Whether others than this machine can connect."""
+        """Reachable from other machines."""
         try:
             return not ipaddress.ip_address(self.host).is_loopback
         except ValueError:
             return self.host != "localhost"
 
     def is_key(self, given: str) -> bool:
-        """Whether this is the API key, in the same time for any wrong one."""
+        """Compare with the API key, in the same time for any wrong one."""
         return hmac.compare_digest(given.encode(errors="backslashreplace"), self.api_key.encode())
 
     def url(self, port: int) -> str:
@@ -58,37 +74,48 @@ class ServerConfig:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{'wss' if self.tls_cert else 'ws'}://{host}:{port}"
 
-    def cannot_listen(self, error: OSError) -> ValueError:
-        """What to tell a user whose address cannot be listened on."""
-        if error.errno == errno.EADDRINUSE:
-            return ValueError(
-                f"port {self.port} of {self.host} is in use: stop what listens there, or give "
-                "another --port"
-            )
-        return ValueError(f"cannot listen on {self.host}:{self.port}: {error}")
-
     def check(self) -> None:
-        """Find out before a policy is loaded whether it could be served.
+        """Find out before a policy is loaded that it could be served.
 
         Raises:
-          FileNotFoundError, ValueError: the TLS files or the address will not do.
+          FileNotFoundError, ValueError: unusable TLS files, or an address that is taken.
         """
         self.ssl_context()
-        try:
-            family, kind, *_, address = socket.getaddrinfo(
-                self.host, self.port, type=socket.SOCK_STREAM
-            )[0]
-            with socket.socket(family, kind) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind(address)
-        except OSError as error:
-            raise self.cannot_listen(error) from error
+        for one in self.listen():
+            one.close()
 
-    def ssl_context(self) -> ssl.SSLContext | None:
-        """TLS, where it is asked for.
+    def listen(self) -> "list[Listener]":
+        """Sockets bound to every address of the host, such as IPv4's and IPv6's of localhost.
 
         Raises:
-          FileNotFoundError, ValueError: a file is not there, or not what it should be.
+          ValueError: an address that cannot be listened on.
+        """
+        opened: list[Listener] = []
+        try:
+            for family, kind, _, _, address in dict.fromkeys(
+                socket.getaddrinfo(
+                    self.host, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+                )
+            ):
+                opened.append(Listener(family, kind, self.max_handshakes))
+                port = opened[0].getsockname()[1] if len(opened) > 1 else self.port
+                opened[-1].bind((address[0], port, *address[2:]))
+        except OSError as error:
+            for one in opened:
+                one.close()
+            if error.errno == errno.EADDRINUSE:
+                raise ValueError(
+                    f"port {self.port} of {self.host} is in use: stop the program that listens "
+                    "there, or give another --port"
+                ) from error
+            raise ValueError(f"cannot listen on {self.host}:{self.port}: {error}") from error
+        return opened
+
+    def ssl_context(self) -> ssl.SSLContext | None:
+        """The server's TLS; None without a certificate.
+
+        Raises:
+          FileNotFoundError, ValueError: a file is missing, or is not PEM.
         """
         if not self.tls_cert:
             return None
@@ -104,3 +131,33 @@ class ServerConfig:
                 f"{cert} and {key} are not a PEM certificate and its private key: {error}"
             ) from error
         return context
+
+
+class Listener(socket.socket):
+    """A listening socket that remembers unfinished handshakes, and drops the oldest of too many."""
+
+    def __init__(self, family: int, kind: int, max_handshakes: int) -> None:
+        super().__init__(family, kind)
+        self.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            self.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        self._limit = max_handshakes
+        self._unfinished: dict[Any, socket.socket] = {}
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        """A connection, as asyncio asks for it."""
+        accepted, address = super().accept()
+        open_ = {a: one for a, one in self._unfinished.items() if one.fileno() != -1}
+        for old in list(open_)[: max(0, len(open_) + 1 - self._limit)]:
+            with contextlib.suppress(OSError):
+                open_.pop(old).shutdown(socket.SHUT_RDWR)
+        self._unfinished = {**open_, address: accepted}
+        return accepted, address
+
+    def finished(self, address: Any) -> None:
+        """The connection from this address has finished its handshake."""
+        self._unfinished.pop(address, None)
+
+
+def _flag(field: str) -> str:
+    return "--" + field.replace("_", "-")

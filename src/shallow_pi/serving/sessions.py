@@ -1,41 +1,48 @@
 """The clients of a server: observations in turn, and answers.
 
-Clients take turns, one observation each, in one worker thread. What cannot be answered is a text
-frame that says why, then a close, as openpi's server does it, and concerns that client alone. A
-client that comes while no other is there begins an episode: the policy is reset.
+Clients take turns, one observation each, in one worker thread. An observation that cannot be
+answered is refused by a text frame with the reason, then a close, as by openpi's server, and
+concerns that client alone. A client that comes while no other is there begins an episode: the
+policy is reset. If the server is full, clients that are gone without a word, or that never asked
+for anything, make room for a new one.
 """
 
 import asyncio
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import logging
 import time
 import traceback
+import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import websockets.asyncio.server
 import websockets.exceptions
+import websockets.http11
 import websockets.protocol
 
-from shallow_pi.serving import protocol, recorder, routes, server_config, telemetry, viewers
+from shallow_pi.serving import page, protocol, recorder, server_config, telemetry
 
 _log = logging.getLogger(__name__)
 
 # Close codes of the websocket protocol.
 GOING_AWAY, TOO_LARGE, FAILED, TRY_AGAIN = 1001, 1009, 1011, 1013
+# Seconds a client keeps its place without having sent an observation when its place is wanted.
+UNUSED = 10.0
 
 Connection = websockets.asyncio.server.ServerConnection
 
 
 class Policy(Protocol):
-    """What is served; `deploy.policy.Policy` is one."""
+    """A policy that can be served, such as `deploy.policy.Policy`."""
 
     @property
     def metadata(self) -> Mapping[str, Any]:
-        """What clients are told on connecting: plain values that msgpack knows."""
+        """Sent to clients when they connect: plain values that msgpack knows."""
 
     def infer(self, observation: Mapping[str, Any]) -> Mapping[str, Any]:
         """`{"actions": (ah, rd), "timing": {...}}`, perhaps with `warnings` (a list of texts).
@@ -45,11 +52,25 @@ class Policy(Protocol):
         """
 
     def reset(self) -> None:
-        """A new episode begins."""
+        """Begin an episode."""
+
+
+def path(request: websockets.http11.Request) -> str:
+    """A request's path without its query."""
+    return urllib.parse.urlsplit(request.path).path
+
+
+def address(connection: Connection) -> str:
+    """A peer's address, to show."""
+    try:
+        host, port, *_ = connection.remote_address
+    except (TypeError, ValueError):
+        return "unknown"
+    return f"{host}:{port}"
 
 
 class _Refusal(Exception):
-    """Why an observation is not answered: its kind, what the client is told, the close code."""
+    """An observation is not answered: the kind of reason, the text for the client, a close code."""
 
     def __init__(self, kind: telemetry.Kind, text: str, code: int = FAILED) -> None:
         super().__init__(text)
@@ -58,7 +79,7 @@ class _Refusal(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class _Answer:
-    """What one turn gave; times in milliseconds."""
+    """The result of one turn; times in milliseconds."""
 
     observation: Mapping[str, Any]
     actions: np.ndarray
@@ -86,39 +107,94 @@ class Sessions:
         # First come, first served: with one observation a client under way, clients take turns.
         self._turn = asyncio.Lock()
         self._stopping = False
-        self._open: set[Connection] = set()
+        self._pages: set[Connection] = set()
+        self._clients: dict[Connection, telemetry.Client] = {}
         self._busy: set[Connection] = set()
+        self._search: asyncio.Task[None] | None = None
 
     async def handle(self, connection: Connection) -> None:
         """One websocket, from its first frame to its last."""
         assert connection.request is not None
-        self._open.add(connection)
-        try:
-            if routes.path(connection.request) == routes.LIVE:
-                await viewers.watch(connection, self.seen, self._config)
-            else:
+        # It may leave at any time, with or without a close frame.
+        with contextlib.suppress(websockets.exceptions.ConnectionClosed):
+            if path(connection.request) != page.LIVE:
                 await self._drive(connection)
-        except websockets.exceptions.ConnectionClosed:
-            pass  # With or without a close frame: it left.
-        finally:
-            self._open.discard(connection)
+                return
+            self._pages.add(connection)
+            try:
+                await page.watch(connection, self.seen, self._config, address(connection))
+            finally:
+                self._pages.discard(connection)
 
     async def finish(self) -> None:
         """Close the idle with 1001, and the others once the running inference is answered."""
         self._stopping = True
-        idle = [c.close(GOING_AWAY, "the server stops") for c in self._open - self._busy]
-        await asyncio.gather(*idle)
-        while self._open:
+        idle = {*self._pages, *self._clients} - self._busy
+        await asyncio.gather(*(one.close(GOING_AWAY, "the server stops") for one in idle))
+        while self._pages or self._clients:
             await asyncio.sleep(0.02)
 
+    def count_pages(self) -> int:
+        """Number of pages that look at this server."""
+        return len(self._pages)
+
+    async def make_room(self) -> bool:
+        """Wait until one more client may come in; False if all places are taken by live ones."""
+        if self._is_full():
+            if self._search is None or self._search.done():
+                self._search = asyncio.create_task(self._drop_absent())
+            # Another newcomer may wait for the same search.
+            await asyncio.shield(self._search)
+        return not self._is_full()
+
+    def _is_full(self) -> bool:
+        return len(self._clients) >= self._config.max_clients
+
+    async def _drop_absent(self) -> None:
+        """Drop clients that answer no ping; if there are none, the oldest that never asked."""
+        await asyncio.gather(*(self._ping(one) for one in set(self._clients) - self._busy))
+        now = time.monotonic()
+        unused = [
+            (client.since, one)
+            for one, client in self._clients.items()
+            if not client.requests and one not in self._busy and now - client.since > UNUSED
+        ]
+        if self._is_full() and unused:
+            _, oldest = min(unused, key=lambda pair: pair[0])
+            reason = f"no observation for {UNUSED:.0f} s, and its place was wanted"
+            self._drop(oldest, reason)
+            await oldest.close(TRY_AGAIN, reason)
+
+    async def _ping(self, connection: Connection) -> None:
+        # A newcomer waits for this during its handshake.
+        seconds = self._config.handshake_seconds / 2
+        try:
+            async with asyncio.timeout(seconds):
+                await (await connection.ping())
+        except TimeoutError:
+            if connection not in self._busy:
+                self._drop(connection, f"no answer to a ping for {seconds:.1f} s")
+                connection.transport.abort()
+        except websockets.exceptions.ConnectionClosed:
+            pass
+
+    def _drop(self, connection: Connection, reason: str) -> None:
+        if (client := self._clients.pop(connection, None)) is not None:
+            _log.warning("client %d is dropped: %s", client.number, reason)
+            self.seen.disconnect(client)
+
     async def _drive(self, connection: Connection) -> None:
-        client = self.seen.connect(routes.address(connection))
+        client = self.seen.connect(address(connection))
+        self._clients[connection] = client
         name = self._record.begin(client.number) if self._record is not None else ""
         _log.info("client %d connected from %s", client.number, client.address)
         previous: dict[str, float] = {}
         warned = False
         try:
-            if len(self.seen.clients) == 1:
+            if len(self._clients) > self._config.max_clients:
+                # Several newcomers were let in at once.
+                raise _Refusal("busy", "all places are taken; connect again later", TRY_AGAIN)
+            if len(self._clients) == 1:
                 await self._reset()
             await connection.send(self._metadata)
             while not self._stopping:
@@ -160,7 +236,8 @@ class Sessions:
             await self._refuse(connection, client, _Refusal("internal", traceback.format_exc()))
         finally:
             self._busy.discard(connection)
-            self.seen.disconnect(client)
+            if self._clients.pop(connection, None) is not None:
+                self.seen.disconnect(client)
             if self._record is not None:
                 self._record.end(name)
             _log.info("client %d left after %d observations", client.number, client.requests)
@@ -178,7 +255,7 @@ class Sessions:
             raise _Refusal(
                 "busy",
                 f"busy: {self.seen.waiting} observations wait already, which is the limit "
-                "(max_waiting); connect again later",
+                "(--max-waiting); connect again later",
                 TRY_AGAIN,
             )
         self.seen.waiting += 1
@@ -188,7 +265,7 @@ class Sessions:
             self.seen.waiting -= 1
         try:
             if connection.state is not websockets.protocol.State.OPEN:
-                # It left while it waited: sending raises what happened.
+                # It left while it waited: sending raises the reason.
                 await connection.send(b"")
             if self._stopping:
                 raise _Refusal("busy", "the server stops", GOING_AWAY)

@@ -1,11 +1,17 @@
 """The server's page: one HTML file, and the JSON it draws.
 
 The page loads nothing from elsewhere, and its Content-Security-Policy lets it run only its own
-script and talk only to this server. It holds no data: what it shows comes through the websocket
-`/live`, at most ten times a second and only while someone looks.
+script and talk only to this server. It holds no data: its numbers and pictures come through the
+websocket `/live` (`watch`), at most ten times a second and only while someone looks.
+
+A browser cannot send a key with a websocket's request, and in an address it would end up in logs:
+the page sends `{"key": ...}` as its first message instead, and later `{"client": number}` to look
+at another client.
 """
 
+import asyncio
 import base64
+import contextlib
 import functools
 import hashlib
 import importlib.resources
@@ -13,21 +19,34 @@ import io
 import json
 import math
 import re
+import time
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import PIL.Image
+import websockets.asyncio.server
+import websockets.exceptions
 
 from shallow_pi.deploy import observation_keys
-from shallow_pi.serving import telemetry
+from shallow_pi.serving import server_config, telemetry
 
+# Path of the websocket that a page listens to.
+LIVE = "/live"
+# Pages that may look at once.
+MAX_PAGES = 16
 # Longest side of a picture on the page, pixels.
 PICTURE_SIZE = 320
+# Seconds between two messages, with and without something new.
+INTERVAL, IDLE = 0.1, 1.0
+# Seconds a page has to send its key.
+PATIENCE = 10.0
+# Close code of our own (4000 to 4999 are free): the key is wrong.
+WRONG_KEY = 4401
 
 
 @functools.cache
-def page() -> tuple[bytes, str]:
+def html() -> tuple[bytes, str]:
     """The HTML, and the Content-Security-Policy that goes with it."""
     file = importlib.resources.files("shallow_pi.serving") / "page.html"
     text = file.read_text(encoding="utf-8")
@@ -45,15 +64,63 @@ def page() -> tuple[bytes, str]:
     return text.encode(), policy
 
 
+async def watch(
+    connection: websockets.asyncio.server.ServerConnection,
+    seen: telemetry.Telemetry,
+    config: server_config.ServerConfig,
+    address: str,
+) -> None:
+    """Serve the page at an address until it is closed."""
+    try:
+        async with asyncio.timeout(PATIENCE):
+            first = _wish(await connection.recv())
+    except TimeoutError:
+        first = {}
+    if config.api_key and not config.is_key(str(first.get("key", ""))):
+        seen.fail("unauthorized", address, "a page's API key is wrong")
+        await connection.close(WRONG_KEY, "wrong API key")
+        return
+    wanted = {"client": first.get("client")}
+
+    async def listen() -> None:
+        async for wish in connection:
+            wanted.update(_wish(wish))
+
+    listening = asyncio.create_task(listen())
+    try:
+        sent, at = None, 0.0
+        while not listening.done():
+            now = (seen.version, seen.waiting, wanted["client"])
+            if now != sent or time.monotonic() - at > IDLE:
+                sent, at = now, time.monotonic()
+                number = wanted["client"] if isinstance(wanted["client"], int) else None
+                found = snapshot(seen, config.max_waiting, number)
+                await connection.send(await asyncio.to_thread(message, *found))
+            await asyncio.sleep(INTERVAL)
+    finally:
+        listening.cancel()
+        with contextlib.suppress(asyncio.CancelledError, websockets.exceptions.ConnectionClosed):
+            await listening
+
+
+def _wish(text: str | bytes) -> dict[str, Any]:
+    """A page's wish, {"key": ..., "client": ...}; empty if it is unreadable."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def snapshot(
     seen: telemetry.Telemetry, max_waiting: int, client: int | None = None
 ) -> tuple[dict[str, Any], Mapping[str, Any]]:
-    """All the page shows but the pictures, and the observation they are in.
+    """The content of the page without its pictures, and the observation that has them.
 
     Args:
-      seen: what happened.
+      seen: clients, answers and failures.
       max_waiting: the queue's bound.
-      client: number of the client to look at; by default the one that is there longest.
+      client: number of the client to show; by default the one connected longest.
     """
     now = seen.clock()
     level, text = seen.health()
@@ -95,7 +162,7 @@ def snapshot(
 
 
 def message(content: dict[str, Any], observation: Mapping[str, Any]) -> str:
-    """A snapshot with its pictures, as JSON; it may take a while, and runs in any thread."""
+    """A snapshot with its pictures, as JSON; takes milliseconds, and may run in any thread."""
     whole = {**content, "cameras": pictures(observation)}
     return json.dumps(_finite(whole), separators=(",", ":"))
 
@@ -152,7 +219,7 @@ def _view(client: telemetry.Client) -> dict[str, Any]:
 
 
 def _finite(value: Any) -> Any:
-    """Numbers short, and null where JSON has none."""
+    """Numbers shortened, and null for those JSON does not have."""
     if isinstance(value, float):
         return float(f"{value:.5g}") if math.isfinite(value) else None
     if isinstance(value, dict):
