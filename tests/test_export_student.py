@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from shallow_pi.checkpoints import weights
+from shallow_pi.checkpoints import sizes, weights
 
 ROOT = pathlib.Path(__file__).parents[1]
 TEACHER = ROOT / "assets" / "pi0_turntable"
@@ -42,7 +42,7 @@ def test_the_packaged_policy_is_exported_and_the_folder_printed(command, tmp_pat
     status, out, _ = command(TEACHER, *arguments)
     assert status == 0
     assert out == f"{target}\n"
-    assert weights.param_depth(target) == 18
+    assert sizes.of(weights.stored_params(target))["depth"] == 18
     assert json.loads((target / "config.json").read_text())["depth"] == 18
     status, _, err = command(TEACHER, *arguments)
     assert status == 1

@@ -7,7 +7,7 @@ from shallow_pi.checkpoints import safetensors_layout as layout
 from shallow_pi.checkpoints import weights
 from shallow_pi.models import pi0
 
-RULES = {rule.path: rule for rule in layout.RULES}
+RULES = {rule.parameter.path: rule for rule in layout.RULES}
 TOWER = "PaliGemma/llm/layers/"
 BLOCK = "PaliGemma/img/Transformer/encoderblock/MultiHeadDotProductAttention_0/"
 
@@ -26,7 +26,7 @@ def test_every_leaf_has_one_rule_and_every_tensor_one_leaf(tiny_config, pi05):
 
 
 # torch.nn.Linear computes x @ weight.T; each row is the leaf's own einsum in the model, over one
-# token, and how PyTorch flattens or splits heads around its matrix.
+# token, and PyTorch flattens or splits heads around its matrix.
 @pytest.mark.parametrize(
     ("path", "shape", "einsum"),
     [
@@ -43,8 +43,9 @@ def test_every_leaf_has_one_rule_and_every_tensor_one_leaf(tiny_config, pi05):
 )
 def test_a_matrix_acts_as_its_leaf(path, shape, einsum):
     leaf = _normal(*shape)
-    sizes = dict(zip(RULES[path].axes, shape, strict=True))
-    x = _normal(*(sizes[letter] for letter in einsum.partition(",")[0]))
+    inputs, _, rest = einsum.partition(",")
+    sizes = dict(zip(rest.partition("->")[0], shape, strict=True))
+    x = _normal(*(sizes[letter] for letter in inputs))
     tensor = RULES[path].tensor(leaf)
     assert tensor.flags.c_contiguous
     np.testing.assert_allclose(x.ravel() @ tensor.T, np.einsum(einsum, x, leaf).ravel())
@@ -62,8 +63,8 @@ def test_the_patch_embedding_convolves_the_same_patch():
 @pytest.mark.parametrize("path", sorted(RULES))
 def test_a_tensor_goes_back_to_its_leaf(path):
     rule = RULES[path]
-    known = {"u": 1, "k": 2, "m": 3, "h": 4}
-    leaf = _normal(*(known.get(letter, 5 + i) for i, letter in enumerate(rule.axes)))
+    known = {"one": 1, "kv_heads": 2, "image_heads": 3, "head_dim": 4}
+    leaf = _normal(*(known.get(axis, 5 + i) for i, axis in enumerate(rule.axes)))
     np.testing.assert_array_equal(rule.part(rule.tensor(leaf), known), leaf)
 
 
@@ -94,5 +95,7 @@ def test_names_are_those_of_openpis_classes(name, path):
 @pytest.mark.parametrize("shape", [(10, 6), (32,), (4, 8, 6)])
 def test_a_tensor_that_does_not_split_into_heads_is_an_error(shape):
     rule = RULES[TOWER + "attn/q_einsum/w"]
-    with pytest.raises(ValueError, match=r"q_proj\.weight has shape .*(split into nh|dimensions)"):
-        rule.sizes(shape, {"u": 1, "k": 1, "h": 8})
+    with pytest.raises(
+        ValueError, match=r"q_proj\.weight has shape .*(split into heads × head_dim|dimensions)"
+    ):
+        rule.sizes(shape, {"one": 1, "kv_heads": 1, "head_dim": 8})

@@ -77,12 +77,12 @@ def _tree(config, path, shape):
 @pytest.mark.parametrize(
     ("path", "shape", "message"),
     [
-        ("action_in_proj/kernel", None, r"expected action_in_proj/kernel .*it is missing"),
-        ("action_in_proj/kernel", (6,), r"\(action dim, expert width\), it has the shape \(6,\)"),
+        ("PaliGemma/llm/embedder/input_embedding", None, r"input_embedding .*it is missing"),
+        ("action_in_proj/kernel", (6,), r"\(action_dim, expert_width\), it has the shape \(6,\)"),
         (
-            f"{weights.LAYERS}mlp/linear",
+            "PaliGemma/llm/layers/mlp/linear",
             (4, 40, 24),
-            r"depth is 3 in .*/attn/q_einsum/w and 4 in .*/mlp/linear",
+            r"layers is 3 in .*/attn/q_einsum/w and 4 in .*/mlp/linear",
         ),
         ("PaliGemma/img/pos_embedding", (1, 5, 20), "has 5 image tokens: expected a square"),
     ],

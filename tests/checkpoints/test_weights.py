@@ -88,7 +88,6 @@ def test_value_keys_of_openpi_are_stripped_only_where_all_leaves_have_them(tmp_p
         nested["action_in_proj"]["bias"] = nested["action_in_proj"]["bias"]["value"]
         checkpointer.save(tmp_path / "some" / "params", {"params": nested})
     _assert_same(weights.load_params(tmp_path / "all", _abstract(tree)), tree)
-    assert weights.param_depth(tmp_path / "all") == DEPTH
     with pytest.raises(ValueError, match="extra action_in_proj/kernel/value"):
         weights.load_params(tmp_path / "some", _abstract(tree))
 
@@ -125,13 +124,6 @@ def test_an_integer_leaf_is_not_taken_for_a_floating_one():
     with pytest.raises(ValueError, match="dtype a: expected float32, found int32"):
         weights.check_tree({"a": shape}, {"a": jnp.zeros(2, jnp.int32)}, "student")
     weights.check_tree({"a": shape}, {"a": jnp.zeros(2, jnp.bfloat16)}, "student")
-
-
-def test_depth_is_read_from_metadata(saved, tmp_path):
-    assert weights.param_depth(saved) == DEPTH
-    weights.save_params(tmp_path / "params", {"other": jnp.zeros(2)})
-    with pytest.raises(ValueError, match=r"not a π0 or π0\.5 checkpoint"):
-        weights.param_depth(tmp_path)
 
 
 def test_an_absent_checkpoint_is_named(saved, tmp_path):
@@ -181,9 +173,8 @@ def test_a_fast_checkpoint_is_refused_by_name(tmp_path):
     """π0-FAST has a backbone alone, under the same paths."""
     tree = _tree()
     weights.save_params(tmp_path / "params", {"PaliGemma": tree["PaliGemma"]})
-    for read in (weights.stored_params, weights.param_depth):
-        with pytest.raises(ValueError, match=r"params is a π0-FAST checkpoint.*no action expert"):
-            read(tmp_path)
+    with pytest.raises(ValueError, match=r"params is a π0-FAST checkpoint.*no action expert"):
+        weights.stored_params(tmp_path)
     with pytest.raises(ValueError, match=r"Expected π0 or π0\.5; give one of their"):
         weights.load_params(tmp_path, _abstract(tree))
 
@@ -227,7 +218,7 @@ def test_adapters_are_merged_while_read_and_sharded(tmp_path, stored):
         ("attn/q_einsum/w", layers["attn"]["q_einsum"], "lora"),
         ("mlp/linear", layers["mlp"], "linear_lora"),
     ):
-        path = weights.LAYERS + path
+        path = f"PaliGemma/llm/layers/{path}"
         assert found[path].dtype == jnp.float32
         assert found[path].sharding.is_equivalent_to(weights.leaves(shardings)[path], 4)
         base = np.asarray(want[path].astype(stored), np.float32)

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from shallow_pi.checkpoints import weights
+from shallow_pi.checkpoints import sizes, weights
 from shallow_pi.data import data_config
 from shallow_pi.data.robots import assets
 from shallow_pi.distill import losses, student
@@ -213,7 +213,7 @@ def test_a_packaged_policy_is_put_aside_as_often_as_needed(taught):
         study.package(experiment, step, packaged)
     for name in ("packaged", "packaged.old-1", "packaged.old-2"):
         assert (packaged.with_name(name) / "recipe.json").read_bytes() == before
-        assert weights.param_depth(packaged.with_name(name)) == 2
+        assert sizes.of(weights.stored_params(packaged.with_name(name)))["depth"] == 2
 
 
 @pytest.mark.slow

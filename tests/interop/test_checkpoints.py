@@ -16,7 +16,7 @@ from openpi.shared import normalize as openpi_normalize
 from openpi.training import checkpoints as openpi_checkpoints
 from openpi.training import utils as openpi_utils
 
-from shallow_pi.checkpoints import weights
+from shallow_pi.checkpoints import sizes, weights
 from shallow_pi.data.robots import normalize
 from shallow_pi.distill import layer_map, student
 from shallow_pi.inference import sampler
@@ -81,7 +81,7 @@ def test_what_openpi_writes_has_value_keys_and_is_read_bit_for_bit(teacher):
     stored = weights.leaves(weights.stored_shapes(step / "params"))
     assert all(path.endswith("/value") for path in stored)
     _assert_same(_load(step, config), params)
-    assert weights.param_depth(step) == DEPTH
+    assert sizes.of(weights.stored_params(step))["depth"] == DEPTH
 
 
 def test_statistics_of_openpi_are_read(teacher):

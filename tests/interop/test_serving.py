@@ -19,7 +19,7 @@ from openpi.policies import policy_config
 from openpi.training import config as openpi_config
 from openpi_client import websocket_client_policy
 
-from shallow_pi.checkpoints import weights
+from shallow_pi.checkpoints import sizes, weights
 from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.data.robots import normalize
 from shallow_pi.data.robots import robot as robots
@@ -126,7 +126,7 @@ def test_an_exported_student_acts_in_openpi_as_here(layout, make_step, tmp_path)
     )
     interop.register_checkpoint("student_l6", folder)
     served = policy_config.create_trained_policy(openpi_config.get_config("student_l6"), folder)
-    kept = weights.param_depth(folder)
+    kept = sizes.of(weights.stored_params(folder))["depth"]
     assert kept == (8 if layers else 6)
     own = policy.Policy.from_checkpoint(step, warm_up=False)
     noise = np.random.default_rng(5).standard_normal(own.noise_shape).astype(np.float32)

@@ -20,9 +20,8 @@ from openpi.models import pi0 as openpi_pi0
 from openpi.shared import nnx_utils
 
 from shallow_pi.checkpoints import weights
-from shallow_pi.distill import student
 from shallow_pi.interop import openpi as interop
-from shallow_pi.models import pi0
+from shallow_pi.models import parameters, pi0
 
 openpi.models.gemma.PALIGEMMA_VOCAB_SIZE = parity.VOCAB_SIZE
 
@@ -89,7 +88,7 @@ def padded(params: dict, layers: tuple[int, ...], depth: int = 18) -> dict:
     """The student's layers at their teacher's indices, zeros between: each adds nothing."""
 
     def pad(path: tuple, leaf: jax.Array) -> jax.Array:
-        if not student.is_layer(tuple(key.key for key in path)):
+        if parameters.stack(weights.path_name(path)) != "layers":
             return leaf
         zeros = jnp.zeros((depth, *leaf.shape[1:]), leaf.dtype)
         return zeros.at[jnp.asarray(layers)].set(leaf)

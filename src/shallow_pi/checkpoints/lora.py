@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from shallow_pi.models import parameters
+
 # Rank of openpi's adapters by stream: backbone, action expert.
 RANKS = {"": 16, "_1": 32}
 
@@ -74,7 +76,8 @@ def merge(
       a, b: its factors, of shapes (…, in, rank) and (…, rank, out).
     """
     a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-    if "/attn_vec_einsum" in path:
+    parameter = parameters.find(path)
+    if parameter is not None and "heads" in parameter.inputs:
         # (l, n, h, d): openpi's "BTNH,NHL->BTL" sums over the heads, then "BTL,NLD->BTD" again.
         b = jnp.sum(b, axis=1, keepdims=True)
     return w.astype(jnp.float32) + jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)

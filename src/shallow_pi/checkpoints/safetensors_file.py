@@ -19,6 +19,7 @@ import safetensors
 import safetensors.numpy
 
 from shallow_pi.checkpoints import safetensors_layout as layout
+from shallow_pi.models import parameters
 
 NAME = "model.safetensors"
 _DTYPES = {"F32": jnp.float32, "BF16": jnp.bfloat16, "F16": jnp.float16, "F64": jnp.float64}
@@ -63,8 +64,8 @@ class File:
         if layout.EMBEDDING not in self._stored and layout.TIED in self._stored:
             self._stored[layout.EMBEDDING] = self._stored[layout.TIED]
         header = self._file.metadata() or {}
-        self._known = {"u": 1, "k": int(header.get("num_kv_heads", 1))}
-        self._known["m"] = int(header.get("num_image_heads", 16))
+        self._known = {"one": 1, "kv_heads": int(header.get("num_kv_heads", 1))}
+        self._known["image_heads"] = int(header.get("num_image_heads", 16))
         first_keys = f"{layout.BACKBONE}layers.0.self_attn.k_proj.weight"
         if first_keys not in self._stored or "action_in_proj.weight" not in self._stored:
             fast = "it looks like a π0-FAST checkpoint, which has no action expert" * (
@@ -75,8 +76,8 @@ class File:
                 f"{fast or 'it lacks the backbone or action_in_proj'}. Its tensors start with "
                 f"{sorted(stored)[:3]}; give a π0 or π0.5 checkpoint"
             )
-        self._known["h"] = self._shape(first_keys)[0] // self._known["k"]
-        self._layers = {rule.path: self._count(rule) for rule in layout.RULES}
+        self._known["head_dim"] = self._shape(first_keys)[0] // self._known["kv_heads"]
+        self._layers = {rule.parameter.path: self._count(rule) for rule in layout.RULES}
         self._check_names()
 
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -85,11 +86,11 @@ class File:
         for rule in self._rules():
             name = rule.names[0].format(0)
             sizes = rule.sizes(self._shape(name), self._known)
-            shape = [sizes[letter] for letter in rule.axes]
-            shape = [len(rule.names), *shape] if len(rule.names) > 1 else shape
-            shape = [self._layers[rule.path], *shape] if rule.layered else shape
+            sizes |= dict.fromkeys(layout.SPLIT, len(rule.names))
+            sizes |= dict.fromkeys(parameters.STACKS, self._layers[rule.parameter.path])
             dtype = _DTYPES[self._file.get_slice(self._stored[name]).get_dtype()]
-            found[rule.path] = jax.ShapeDtypeStruct(tuple(shape), dtype)
+            shape = rule.parameter.shape(sizes)
+            found[rule.parameter.path] = jax.ShapeDtypeStruct(shape, dtype)
         return found
 
     def read(
@@ -105,12 +106,12 @@ class File:
         read: dict[str, jax.Array] = {}
         for rule in self._rules():
             block = self._block(rule, dtype)
-            shape = shapes[rule.path].shape
-            read[rule.path] = jax.make_array_from_callback(shape, shardings[rule.path], block)
+            path = rule.parameter.path
+            read[path] = jax.make_array_from_callback(shapes[path].shape, shardings[path], block)
         return read
 
     def _rules(self) -> list[layout.Rule]:
-        return [rule for rule in layout.RULES if self._layers[rule.path]]
+        return [rule for rule in layout.RULES if self._layers[rule.parameter.path]]
 
     def _block(self, rule: layout.Rule, dtype: Any) -> Callable[[Any], np.ndarray]:
         """What `jax.make_array_from_callback` asks for the elements at an index."""
@@ -126,7 +127,7 @@ class File:
             if not rule.layered:
                 block = layer(0)[index]
             else:
-                chosen = range(self._layers[rule.path])[index[0]]
+                chosen = range(self._layers[rule.parameter.path])[index[0]]
                 block = np.stack([layer(number)[index[1:]] for number in chosen])
             return block if dtype is None else block.astype(dtype)
 
@@ -151,7 +152,7 @@ class File:
             name.format(layer)
             for rule in self._rules()
             for name in rule.names
-            for layer in range(self._layers[rule.path])
+            for layer in range(self._layers[rule.parameter.path])
         }
         missing = [f"missing {name}" for name in sorted(expected - set(self._stored))]
         unknown = set(self._stored) - expected - set(layout.UNUSED)
@@ -180,7 +181,7 @@ def write(
       prefix: goes before every name.
       unused: write the action expert's output matrix too, as zeros; openpi's class has it.
     """
-    rules = {rule.path: rule for rule in layout.RULES}
+    rules = {rule.parameter.path: rule for rule in layout.RULES}
     if unknown := sorted(set(leaves) - set(rules)):
         raise ValueError(f"{unknown} have no name in PyTorch: expected the leaves of a π0 or π0.5")
     if path.exists():

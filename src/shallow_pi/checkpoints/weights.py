@@ -21,11 +21,11 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from shallow_pi.checkpoints import lora, safetensors_file
+from shallow_pi.models import parameters
 
 # Any pytree: nested dicts of arrays, of shapes or of shardings.
 Tree = Any
 
-LAYERS = "PaliGemma/llm/layers/"
 # What the host may hold at once of a checkpoint that is being read, in 10⁹ bytes; a parameter that
 # is larger comes alone.
 HOST_GB = 2
@@ -142,17 +142,6 @@ def _replicated(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
     return sharding
 
 
-def param_depth(path: str | os.PathLike[str]) -> int:
-    """How many Gemma layers the checkpoint at `path` has, from its metadata."""
-    depth = _depth(leaves(stored_params(path)))
-    if depth is None:
-        raise ValueError(
-            f"{path} holds no {LAYERS}...: it is not a π0 or π0.5 checkpoint; "
-            "give the folder of one, such as <step>/params"
-        )
-    return depth
-
-
 def stored_shapes(folder: str | os.PathLike[str]) -> Tree:
     """Shapes and dtypes of an Orbax PyTree checkpoint, from its metadata alone."""
     folder = _absolute(folder)
@@ -251,7 +240,7 @@ def _merged(plain: Tree, folder: pathlib.Path) -> dict[str, Any]:
       ValueError: adapters that cannot be merged, or no action expert (π0-FAST).
     """
     flat = leaves(plain)
-    backbone = f"{LAYERS}attn/q_einsum/w"
+    backbone = f"{parameters.LAYERS}/attn/q_einsum/w"
     if backbone in flat and not any(path.startswith("action_in_proj/") for path in flat):
         raise ValueError(
             f"{folder} is a π0-FAST checkpoint: it has a backbone ({backbone}) and no action "
@@ -286,7 +275,9 @@ def _is_float(leaf: Any) -> bool:
 
 
 def _depth(flat: dict[str, Any]) -> int | None:
-    return next((leaf.shape[0] for path, leaf in flat.items() if LAYERS in path), None)
+    return next(
+        (leaf.shape[0] for path, leaf in flat.items() if parameters.stack(path) == "layers"), None
+    )
 
 
 def _hints(want: dict[str, Any], have: dict[str, Any]) -> list[str]:

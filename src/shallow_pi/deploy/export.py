@@ -25,7 +25,7 @@ from shallow_pi.deploy import lerobot_folder, model_card, step_folder
 from shallow_pi.deploy import policy as policies
 from shallow_pi.models import batch as batches
 from shallow_pi.models import observation as observations
-from shallow_pi.models import pi0
+from shallow_pi.models import parameters, pi0
 
 Format = Literal["openpi", "openpi-padded", "openpi-pytorch", "lerobot"]
 # Largest difference of a normalized action; 0 where the same program runs.
@@ -119,7 +119,7 @@ def pad(params: PyTree, layers: Sequence[int], depth: int) -> PyTree:
 
     def place(path: Any, leaf: jax.Array) -> np.ndarray:
         values = np.asarray(leaf)
-        if not weights.path_name(path).startswith(weights.LAYERS):
+        if parameters.stack(weights.path_name(path)) != "layers":
             return values
         padded = np.zeros((depth, *values.shape[1:]), values.dtype)
         padded[list(layers)] = values

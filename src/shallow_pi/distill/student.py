@@ -1,9 +1,8 @@
 """Cut a student out of a teacher: chosen layers gathered, everything else copied.
 
-The leaves under `PaliGemma/llm/layers/` carry the tower's layers on axis 0, backbone and action
-expert alike, and are indexed with the layer map. Every other leaf (image encoder, embedder, final
-norms, projections) is copied. Leaves are told apart by path, never by shape: the image encoder has
-a leading layer axis of its own. Every path is accounted for, or the cut refuses.
+Leaves whose first axis is the tower's layers (`parameters.TABLE`), of backbone and action expert
+alike, are indexed with the layer map. Every other leaf (image encoder, embedder, final norms,
+projections) is copied. The cut refuses a tree with a missing or unknown path.
 
 What comes before the layers may stay as it is (`Part`): those leaves are then the teacher's own, in
 one copy for both models, and the student's tree is put together where it is needed (`join`).
@@ -21,9 +20,8 @@ from jaxtyping import Array, Int, PyTree
 
 from shallow_pi.checkpoints import weights
 from shallow_pi.distill import layer_map as layer_maps
-from shallow_pi.models import pi0
+from shallow_pi.models import parameters, pi0
 
-LAYERS = ("PaliGemma", "llm", "layers")
 # What can be frozen: the image tower, and the token embedding.
 Part = Literal["vision", "embedder"]
 PARTS: dict[Part, tuple[str, ...]] = {
@@ -32,18 +30,12 @@ PARTS: dict[Part, tuple[str, ...]] = {
 }
 
 
-def is_layer(path: tuple[str, ...]) -> bool:
-    """Whether a leaf at this path carries the tower's layer axis."""
-    return path[: len(LAYERS)] == LAYERS
-
-
 def gather(params: PyTree, indices: Int[Array | np.ndarray, " s"]) -> PyTree:
     """The tower's layers at `indices`, which may be traced; the other leaves as they are."""
 
     def take(path: tuple[jax.tree_util.DictKey, ...], leaf: jax.Array) -> jax.Array:
-        if is_layer(tuple(key.key for key in path)):
-            return jnp.take(leaf, indices, axis=0)
-        return leaf
+        stacked = parameters.stack(weights.path_name(path)) == "layers"
+        return jnp.take(leaf, indices, axis=0) if stacked else leaf
 
     return jax.tree_util.tree_map_with_path(take, params)
 

@@ -9,16 +9,14 @@ dim, s prefix tokens, t suffix tokens.
 """
 
 import dataclasses
-import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
 from shallow_pi.models import batch as batches
-from shallow_pi.models import gemma, layers, siglip
+from shallow_pi.models import gemma, layers, parameters, siglip
 from shallow_pi.models import observation as observations
 
 GEMMA_2B = gemma.GemmaConfig(width=2048, mlp_dim=16_384)
@@ -99,6 +97,38 @@ class Pi0Config:
     def kind(self) -> str:
         """The name people use."""
         return "π0.5" if self.pi05 else "π0"
+
+
+def axis_sizes(config: Pi0Config) -> dict[str, int]:
+    """The size of every logical axis of the parameters (`parameters.TABLE`)."""
+    c, expert, image = config.backbone, config.expert, config.image
+    return {
+        "layers": config.depth,
+        "vocab": config.vocab_size,
+        "width": c.width,
+        "mlp": c.mlp_dim,
+        "heads": c.num_heads,
+        "kv_heads": c.num_kv_heads,
+        "head_dim": c.head_dim,
+        "keys_values": 2,
+        "gate_up": 2,
+        "expert_width": expert.width,
+        "expert_mlp": expert.mlp_dim,
+        "modulation": 3 * expert.width,
+        "action_dim": config.action_dim,
+        "time_hidden": expert.width,
+        "action_and_time": 2 * expert.width,
+        "image_layers": image.depth,
+        "image_width": image.width,
+        "image_mlp": image.mlp_dim,
+        "image_heads": image.num_heads,
+        "image_head_dim": image.width // image.num_heads,
+        "image_tokens": config.image_tokens,
+        "patch_height": image.patch_size,
+        "patch_width": image.patch_size,
+        "colours": 3,
+        "one": 1,
+    }
 
 
 def at_depth(config: Pi0Config, depth: int) -> Pi0Config:
@@ -225,13 +255,8 @@ def init(config: Pi0Config, key: Array) -> PyTree:
 
 
 def abstract_params(config: Pi0Config) -> PyTree:
-    """Shapes and dtypes of the parameters, computed without allocating any."""
-    return jax.tree.map(lambda leaf: leaf, _abstract_params(config))
-
-
-@functools.cache
-def _abstract_params(config: Pi0Config) -> PyTree:
-    return jax.eval_shape(functools.partial(init, config), jax.random.key(0))
+    """Shapes of the parameters, in float32."""
+    return parameters.abstract(axis_sizes(config), config.pi05)
 
 
 def velocity(

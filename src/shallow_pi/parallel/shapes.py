@@ -13,9 +13,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import PyTree
 
+from shallow_pi.checkpoints import weights
 from shallow_pi.distill import step, student
 from shallow_pi.models import batch as batches
-from shallow_pi.models import pi0
+from shallow_pi.models import parameters, pi0
 from shallow_pi.parallel import sharding
 
 # What JAX calls memory of the host that devices reach by themselves.
@@ -97,7 +98,7 @@ def offload(params: PyTree) -> PyTree:
     """
 
     def move(path: Any, leaf: Any) -> Any:
-        if not student.is_layer(tuple(key.key for key in path)):
+        if parameters.stack(weights.path_name(path)) != "layers":
             return leaf
         where = leaf.sharding.with_memory_kind(HOST_MEMORY)
         if isinstance(leaf, jax.ShapeDtypeStruct):

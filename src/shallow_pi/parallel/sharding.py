@@ -1,16 +1,15 @@
-"""How arrays lie on devices: one mesh of three axes, one table of rules.
+"""The placement of arrays on devices: one mesh of three axes, and rules for the logical axes.
 
 `data` splits the batch alone; `fsdp` splits the batch and the parameters; `tensor` splits heads and
 MLP columns (Megatron's way: the first matrix of a pair by its outputs, the second by its inputs).
-A rule matches the end of a parameter's path, so an optimizer moment lies where its parameter does.
-The first match wins; an unmatched array is replicated if small and an error if large. An axis that
-does not divide its dimension (the one KV head over `tensor`) is dropped from that dimension, and
-that is an error only where it leaves a large array whole although `fsdp` was asked for.
+Parameters are found by the end of a path, so an optimizer moment is placed as its parameter. An
+array that is no parameter is replicated if small and an error if large. A mesh axis that does not
+divide its dimension (the one KV head over `tensor`) is dropped from that dimension, which is an
+error only where it leaves a large array whole although `fsdp` was asked for.
 """
 
 import dataclasses
 import math
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,39 +19,29 @@ from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from shallow_pi.checkpoints import weights
+from shallow_pi.models import parameters
 
 DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
 AXES = (DATA, FSDP, TENSOR)
 LARGE_BYTES = 4 * 2**20
 
-# The comments name dimensions: l layers, n heads, k kv heads, h head dim, d width, f MLP width.
-RULES: tuple[tuple[str, PartitionSpec], ...] = (
-    (r"llm/embedder/input_embedding", PartitionSpec(TENSOR, FSDP)),  # vocabulary, d
-    (r"attn/q_einsum(_1)?/w", PartitionSpec(None, TENSOR, FSDP, None)),  # l n d h
-    (r"attn/kv_einsum(_1)?/w", PartitionSpec(None, None, TENSOR, FSDP, None)),  # l 2 k d h
-    (r"attn/attn_vec_einsum(_1)?/w", PartitionSpec(None, TENSOR, None, FSDP)),  # l n h d
-    (r"mlp(_1)?/gating_einsum", PartitionSpec(None, None, FSDP, TENSOR)),  # l 2 d f
-    (r"mlp(_1)?/linear", PartitionSpec(None, TENSOR, FSDP)),  # l f d
-    # Adaptive norms read and write whole rows: never split over `tensor`.
-    (r"pre_(attention|ffw)_norm_1/Dense_0/kernel", PartitionSpec(None, FSDP, None)),  # l d 3d
-    (r"final_norm_1/Dense_0/kernel", PartitionSpec(FSDP, None)),  # d 3d
-    (
-        r"MultiHeadDotProductAttention_0/(query|key|value)/kernel",
-        PartitionSpec(None, FSDP, TENSOR, None),  # l d n h
-    ),
-    (r"MultiHeadDotProductAttention_0/out/kernel", PartitionSpec(None, TENSOR, None, FSDP)),
-    (
-        r"MultiHeadDotProductAttention_0/(query|key|value)/bias",
-        PartitionSpec(None, TENSOR, None),  # l n h
-    ),
-    (r"MlpBlock_0/Dense_0/kernel", PartitionSpec(None, FSDP, TENSOR)),  # l d f
-    (r"MlpBlock_0/Dense_0/bias", PartitionSpec(None, TENSOR)),  # l f
-    (r"MlpBlock_0/Dense_1/kernel", PartitionSpec(None, TENSOR, FSDP)),  # l f d
-    (r"img/head/kernel", PartitionSpec(FSDP, None)),
-    (r"(action_)?time_mlp_in/kernel", PartitionSpec(FSDP, TENSOR)),
-    (r"(action_)?time_mlp_in/bias", PartitionSpec(TENSOR)),
-    (r"(action_)?time_mlp_out/kernel", PartitionSpec(TENSOR, FSDP)),
-)
+# The mesh axis that splits a logical axis of the parameters (`parameters.TABLE`).
+RULES: dict[str, str] = {
+    "vocab": TENSOR,
+    "heads": TENSOR,
+    "kv_heads": TENSOR,
+    "mlp": TENSOR,
+    "expert_mlp": TENSOR,
+    "image_heads": TENSOR,
+    "image_mlp": TENSOR,
+    "time_hidden": TENSOR,
+    "width": FSDP,
+    "expert_width": FSDP,
+    "image_width": FSDP,
+    "action_and_time": FSDP,
+}
+# Parameters with one of these axes are small: whole on every device.
+WHOLE = ("action_dim", "image_tokens", "colours")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,10 +128,10 @@ def param_sharding(mesh: Mesh, shapes: Any) -> Any:
     def one(path: Any, leaf: Any) -> NamedSharding:
         name = weights.path_name(path)
         size = math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
-        rule = _rule(name, len(leaf.shape))
-        if rule is None:
-            if size >= LARGE_BYTES:
-                problems.append(f"no rule matches {name} {leaf.shape}: add one to sharding.RULES")
+        rule = _rule(parameters.find(name), len(leaf.shape))
+        if not rule:
+            if rule is None and size >= LARGE_BYTES:
+                problems.append(f"{name} {leaf.shape} is not in parameters.TABLE: add it there")
             return replicated(mesh)
         spec = PartitionSpec(
             *(
@@ -166,8 +155,17 @@ def param_sharding(mesh: Mesh, shapes: Any) -> Any:
     return result
 
 
-def _rule(name: str, ndim: int) -> PartitionSpec | None:
-    for pattern, spec in RULES:
-        if len(spec) == ndim and re.search(rf"(^|/){pattern}$", name):
-            return spec
-    return None
+def _rule(parameter: parameters.Parameter | None, ndim: int) -> PartitionSpec | None:
+    """The mesh axes of a parameter; None for an array that is no parameter, or of another rank."""
+    if parameter is None or len(parameter.axes) != ndim:
+        return None
+    axes = [RULES.get(axis) for axis in parameter.axes]
+    if set(WHOLE) & set(parameter.axes):
+        return PartitionSpec()
+    vector = len(parameter.layer_axes) == 1
+    spec = [
+        # `fsdp` splits a matrix once, and no vector.
+        None if axis == FSDP and (vector or FSDP in axes[:i]) else axis
+        for i, axis in enumerate(axes)
+    ]
+    return PartitionSpec(*spec) if any(spec) else PartitionSpec()

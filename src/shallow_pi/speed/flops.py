@@ -2,14 +2,14 @@
 
 A multiply-add counts two operations; matrix products and attention are counted, norms, activations
 and the sampler's vector arithmetic are not (under 5 % together at any size of interest). With
-`tuning.InferenceOptions` the counts follow what the sampler really runs.
+`tuning.InferenceOptions` the counts follow what the sampler runs.
 """
 
 import dataclasses
 from collections.abc import Collection
 
 from shallow_pi.inference import tuning
-from shallow_pi.models import gemma, pi0
+from shallow_pi.models import parameters, pi0
 
 BYTES = {"bfloat16": 2, "float32": 4}
 
@@ -47,22 +47,20 @@ def inference_flops(
     config: pi0.Pi0Config, *, batch: int = 1, num_steps: int = 10, options: tuning.InferenceOptions
 ) -> Count:
     """Operations of `sampler.sample_actions` for a batch with these cameras and prompt length."""
-    d, e, length = config.backbone.width, config.expert.width, config.prefix_tokens
-    whole = _layer(config.backbone, length, length)
-    prefix = config.depth * whole
-    if options.unrolled_layers:  # The last layer's queries are made with its keys and values.
-        prefix += _projections(config.backbone, length)[0] - whole
-    horizon, cached = config.action_horizon, length + (not config.pi05)
+    tokens, image, sizes = config.image_tokens, config.image, pi0.axis_sizes(config)
+    vision = 2 * tokens * parameters.count(sizes, "PaliGemma/img/")
+    vision += image.depth * 4 * tokens**2 * image.width
+    length, horizon = config.prefix_tokens, config.action_horizon
+    cached = length + (not config.pi05)
+    prefix = _layers(config, "", length, length, options.unrolled_layers)
     if not config.pi05 and options.state_once:
-        token = _layer(config.expert, 1, cached)
-        prefix += config.depth * token + 2 * config.action_dim * e
-        if options.unrolled_layers:
-            prefix += _projections(config.expert, 1)[0] - token
+        prefix += _layers(config, "_1", 1, cached, options.unrolled_layers)
+        prefix += 2 * parameters.count(sizes, "state_proj")
     extra = not config.pi05 and not options.state_once
-    step = config.depth * _layer(config.expert, horizon + extra, cached + horizon)
-    step += 4 * config.action_horizon * config.action_dim * e  # In and out of the expert's width.
+    step = _layers(config, "_1", horizon + extra, cached + horizon)
+    step += 2 * horizon * parameters.count(sizes, "action_in_proj", "action_out_proj")
     step += _time(config, options)
-    return Count(batch * _vision(config, d), batch * prefix, batch * step, num_steps)
+    return Count(batch * len(config.cameras) * vision, batch * prefix, batch * step, num_steps)
 
 
 def training_flops(
@@ -75,15 +73,15 @@ def training_flops(
 ) -> int:
     """Useful operations of one training step: the teacher's pass and three of the student's.
 
-    The backward pass counts twice the forward one. What remat computes again does not count, nor
-    what the last layer adds to a prefix that nobody reads, nor a frozen tower more than once.
+    The backward pass counts twice the forward one. Recomputation by remat does not count, nor the
+    unread prefix of the last layer, and a frozen tower counts once for both models.
 
     Args:
-      student: what is trained.
-      teacher: None where no loss needs it.
+      student: the model that is trained.
+      teacher: None if no loss needs it.
       batch: observations.
       draws: (noise, time) pairs of each.
-      freeze: parts that are not trained, "vision" among them or not.
+      freeze: the parts that are not trained, such as "vision".
     """
     useful = dataclasses.replace(tuning.ALL_OFF, unrolled_layers=True)
 
@@ -101,48 +99,38 @@ def training_flops(
 def weight_bytes(
     config: pi0.Pi0Config, *, num_steps: int = 10, options: tuning.InferenceOptions | None = None
 ) -> Count:
-    """Bytes of weights read at batch 1: what bandwidth alone makes an inference take.
+    """Bytes of weights read at batch 1: with the memory bandwidth, a lower bound of the time.
 
-    With `options` that write layers out, those of the last layer that nobody reads do not count.
+    With `options` that unroll layers, the unread ones of the last layer do not count.
     """
+    vision = parameters.count(pi0.axis_sizes(config), "PaliGemma/img/")
+    unread = options is not None and options.unrolled_layers
+    prefix, step = _layers(config, "", 1, 0, unread) // 2, _layers(config, "_1", 1, 0) // 2
     size = BYTES[config.dtype]
-    image, d = config.image, config.backbone.width
-    layer = 4 * image.width**2 + 2 * image.width * image.mlp_dim
-    vision = image.depth * layer + 3 * image.patch_size**2 * image.width + image.width * d
-    prefix = config.depth * _layer_weights(config.backbone)
-    if options is not None and options.unrolled_layers:
-        prefix += _projections(config.backbone, 1)[0] // 2 - _layer_weights(config.backbone)
-    step = config.depth * _layer_weights(config.expert)
     return Count(size * vision, size * prefix, size * step, num_steps)
 
 
-def _vision(config: pi0.Pi0Config, out_width: int) -> int:
-    c, tokens = config.image, config.image_tokens
-    layer = 2 * tokens * (4 * c.width**2 + 2 * c.width * c.mlp_dim) + 4 * tokens**2 * c.width
-    patches = 2 * tokens * 3 * c.patch_size**2 * c.width
-    return len(config.cameras) * (patches + c.depth * layer + 2 * tokens * c.width * out_width)
+def _layers(
+    config: pi0.Pi0Config, end: str, tokens: int, keys: int, last_unread: bool = False
+) -> int:
+    """All layers of the backbone (`end` "") or the expert ("_1") over these tokens.
 
-
-def _projections(c: gemma.GemmaConfig, tokens: int) -> tuple[int, int]:
-    """Into queries, keys and values; and out of the heads."""
-    heads = c.num_heads * c.head_dim
-    into = 2 * tokens * c.width * (heads + 2 * c.num_kv_heads * c.head_dim)
-    return into, 2 * tokens * heads * c.width
-
-
-def _layer(c: gemma.GemmaConfig, tokens: int, keys: int) -> int:
-    attention = 4 * tokens * keys * c.num_heads * c.head_dim
-    return sum(_projections(c, tokens)) + attention + 6 * tokens * c.width * c.mlp_dim
-
-
-def _layer_weights(c: gemma.GemmaConfig) -> int:
-    return sum(_projections(c, 1)) // 2 + 3 * c.width * c.mlp_dim
+    Where nobody reads the last layer's tokens, it computes queries, keys and values alone.
+    """
+    sizes = pi0.axis_sizes(pi0.at_depth(config, 1))
+    names = [f"{parameters.LAYERS}/attn/{name}_einsum{end}/" for name in ("q", "kv", "attn_vec")]
+    into = 2 * tokens * parameters.count(sizes, *names[:2])
+    whole = 2 * tokens * parameters.count(sizes, *names, f"{parameters.LAYERS}/mlp{end}/")
+    whole += 4 * tokens * keys * config.backbone.num_heads * config.backbone.head_dim
+    return (config.depth - 1) * whole + (into if last_unread else whole)
 
 
 def _time(config: pi0.Pi0Config, options: tuning.InferenceOptions) -> int:
-    """What the flow time costs a step."""
-    e = config.expert.width
-    if not config.pi05:
-        halves = 2 * config.action_horizon * 2 * e * e  # The actions' half in, and out.
-        return halves if options.time_tables else halves + 2 * e * e
-    return 0 if options.time_tables else 4 * e * e + (2 * config.depth + 1) * 6 * e * e
+    """The MLP of actions and time, or of time alone, in one step."""
+    sizes = pi0.axis_sizes(config)
+    if config.pi05:
+        adaptive = (f"{parameters.LAYERS}/pre_", "PaliGemma/llm/final_norm_1")
+        return 0 if options.time_tables else 2 * parameters.count(sizes, "time_mlp", *adaptive)
+    half = parameters.count(sizes, "action_time_mlp_in") // 2
+    actions = half + parameters.count(sizes, "action_time_mlp_out")
+    return 2 * config.action_horizon * actions + (0 if options.time_tables else 2 * half)
