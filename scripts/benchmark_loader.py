@@ -284,7 +284,7 @@ def _source(
         image_size=image_size,
         action_dim=max(32, state, action),
         tokenizer=tokenizer.Tokenizer(scratch / "tokenizer.model", 48),
-        stats=dataset.norm_stats(robot, HORIZON),
+        stats=sources.norm_stats([dataset], robot, HORIZON),
         kind="z_score",
     )
     return sources.DatasetSource(dataset, robot, HORIZON, transform)

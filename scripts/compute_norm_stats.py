@@ -9,10 +9,10 @@ PATH is the folder of a LeRobot dataset or its address on the Hugging Face hub; 
 others, and what a run holds out (`--data.held-out`) is left out. The statistics are of states and
 of action chunks as the model is trained on them (converted, as differences from the state where the
 robot says so), and go to FOLDER/norm_stats.json in openpi's format (default:
-norm_stats/<config or dataset>/<asset id>). Train with them by `--data.norm-stats FOLDER`; without,
-a run takes its teacher's, which is right where the teacher knows the robot. Dimensions that make a
-poor scale are told. With `--data.norm-stats` here nothing is written, and the dataset is compared
-with the statistics given.
+norm_stats/<config or dataset>/<asset id>), and the flag that trains with them is printed; without
+it a run takes its teacher's, which is right where the teacher knows the robot. Dimensions that make
+a poor scale are warned of. With `--data.norm-stats` here nothing is written, and the dataset is
+compared with the statistics given.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from shallow_pi import progress
 from shallow_pi.checkpoints import fetch
 from shallow_pi.data import data_config, opening, sources
 from shallow_pi.data.lerobot import reader
-from shallow_pi.data.robots import normalize, statistics
+from shallow_pi.data.robots import checkpoint_statistics, normalize, statistics
 from shallow_pi.data.robots import robot as robots
 from shallow_pi.training import command_line
 
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not given.data.path:
             raise ValueError("name a dataset with --data.path: a folder, or owner/name on the hub")
         if given.horizon < 1:
-            raise ValueError(f"horizon must be at least 1, got {given.horizon}")
+            raise ValueError(f"--horizon must be at least 1, got {given.horizon}")
         robot = robots.find(given.data.robot)
         # Without a look at pictures, no video of a dataset on the hub is fetched.
         looks = given.data.skip_bad_episodes
@@ -78,25 +78,23 @@ def _tell(
     name: str,
 ) -> None:
     for line in statistics.doubtful(found):
-        _warn(line)
+        progress.warn(line)
     frames, episodes = sum(map(len, datasets)), sum(d.num_episodes for d in datasets)
     skipped = sum(len(dataset.skipped) for dataset in datasets)
     print(f"{frames} frames of {episodes} episodes{f', {skipped} left out' if skipped else ''}")
     if given.data.norm_stats:
-        theirs = normalize.load(fetch.locate(given.data.norm_stats))
+        folder = fetch.locate(given.data.norm_stats)
+        theirs = checkpoint_statistics.at(folder, given.data.asset_id).stats
         lines = statistics.misfits(theirs, found, given.kind)
         for line in lines:
-            _warn(line)
+            progress.warn(line)
         verdict = "do not fit" if lines else "fit"
         print(f"the statistics in {given.data.norm_stats} {verdict} the dataset")
         return
     output = pathlib.Path(given.output or f"norm_stats/{name}/{given.data.asset_id}")
     normalize.save(output, found)
     print(output / normalize.FILE_NAME)
-
-
-def _warn(line: str) -> None:
-    progress.console.print(f"warning: {line}", highlight=False, soft_wrap=True)
+    print(f"train with them: --data.norm-stats {output} --data.asset-id {given.data.asset_id}")
 
 
 if __name__ == "__main__":

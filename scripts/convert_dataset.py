@@ -21,7 +21,7 @@ import numpy as np
 import tyro
 
 from shallow_pi import progress
-from shallow_pi.data.lerobot import hub, reader, video_writer
+from shallow_pi.data.lerobot import columns, hub, reader, video_writer
 from shallow_pi.data.lerobot import writer as lerobot_writer
 from shallow_pi.training import command_line
 
@@ -67,7 +67,11 @@ def convert(source: reader.Dataset, given: Arguments) -> str:
     encoding = None
     if given.pictures in ("av1", "h264"):
         encoding = video_writer.Encoding(given.pictures, given.group, given.crf)
-    keys = [key for key in source.columns if key not in BOOKKEEPING]
+    keys = [
+        key
+        for key in source.columns
+        if key not in BOOKKEEPING and not columns.is_text(source.features[key])
+    ]
     names = {key: source.features[key].get("names") for key in keys}
     flat = {key: value for key, value in names.items() if isinstance(value, list)}
     episodes = source.columns["episode_index"]

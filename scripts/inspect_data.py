@@ -65,6 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             config=(tyro.conf.AvoidSubcommands,),
         )
         experiment = given.experiment
+        if experiment.data.strict:
+            progress.be_strict()
         teacher_step = setup.teacher_on_disk(experiment)
         if teacher_step is not None and _has_params(teacher_step):  # Its assets alone are enough.
             experiment = setup.resolve(experiment, teacher_step)
@@ -93,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for line in [_statistics(experiment, teacher_step), *inspection.facts(batch, data.assets)]:
             print(line)
         for line in inspection.doubtful(batch, data.assets, found):
-            _say(f"warning: {line}")
+            progress.warn(line)
         print(*(folder / name for name in written), sep="\n")
 
 

@@ -57,7 +57,7 @@ def test_a_dataset_is_read_and_a_slow_one_is_told(script, capsys):
     ("arguments", "message"),
     [
         (["--path", str(FIXTURES / "pusht_v30_image")], "only video can be compared with PyAV"),
-        (["--path", "absent"], "no LeRobot dataset at absent"),
+        (["--path", "absent"], "absent/meta/info.json is missing"),
         (["--batches", "0"], "batches must be at least 1, got 0"),
     ],
 )

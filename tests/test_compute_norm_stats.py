@@ -10,6 +10,7 @@ import numpy as np
 import polars as pl
 import pytest
 
+from shallow_pi.data import sources
 from shallow_pi.data.lerobot import reader
 from shallow_pi.data.robots import normalize, robot
 
@@ -17,7 +18,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "compute_norm_stats.py"
 FIXTURE = ROOT / "tests" / "fixtures" / "lerobot" / "pusht_v21_video"
 ROBOT = """
-from shallow_pi.data import robots
+from shallow_pi.data import robots, sources
 
 ROBOT = robots.Robot(
     name="pusht",
@@ -57,10 +58,11 @@ def run(script, tmp_path, monkeypatch, capsys):
 def test_statistics_are_written_in_openpis_format(run):
     out, _ = run("--horizon", "4")
     file = pathlib.Path("norm_stats/pusht_v21_video/pusht/norm_stats.json")
-    assert out == f"110 frames of 4 episodes\n{file}\n"
+    flags = f"--data.norm-stats {file.parent} --data.asset-id pusht"
+    assert out == f"110 frames of 4 episodes\n{file}\ntrain with them: {flags}\n"
     assert sorted(json.loads(file.read_text())["norm_stats"]) == ["actions", "state"]
     dataset = reader.Dataset(FIXTURE)
-    expected = dataset.norm_stats(robot.find("pusht.py"), 4)
+    expected = sources.norm_stats([dataset], robot.find("pusht.py"), 4)
     for key, found in normalize.load(file.parent).items():
         np.testing.assert_array_equal(found.mean, expected[key].mean)
         np.testing.assert_array_equal(found.q99, expected[key].q99)
@@ -96,7 +98,7 @@ def test_constant_dimensions_are_told_and_bad_episodes_counted(run, tmp_path):
     (copy / "data" / "chunk-000" / "episode_000001.parquet").write_bytes(b"junk")
     out, err = run("--data.path", str(copy), "--data.skip-bad-episodes")
     assert out.startswith("85 frames of 3 episodes, 1 left out\n")
-    assert "warning: episode 1 is left out: cannot read" in err
+    assert f"warning: episode 1 of dataset {copy} is left out: cannot read" in err
     assert "warning: state[1] is constant (3)" in err
 
 
@@ -104,7 +106,7 @@ def test_constant_dimensions_are_told_and_bad_episodes_counted(run, tmp_path):
     ("arguments", "message"),
     [
         (["--data.path", ""], "name a dataset with --data.path"),
-        (["--data.path", "absent"], "no LeRobot dataset at "),
+        (["--data.path", "absent"], "absent/meta/info.json is missing"),
         (["--horizon", "0"], "horizon must be at least 1"),
     ],
 )

@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from shallow_pi.checkpoints import weights
+from shallow_pi.data import sources
 from shallow_pi.data.lerobot import reader
 from shallow_pi.data.lerobot import writer as lerobot_writer
 from shallow_pi.data.robots import normalize, tokenizer
@@ -104,7 +105,7 @@ def publish(tmp_path_factory, tiny_config, tiny_params):
         with ocp.PyTreeCheckpointer() as checkpointer:
             checkpointer.save(step / "params", {"params": tree})
         robot = robots.find(experiment.data.robot)
-        stats = reader.Dataset(dataset).norm_stats(robot, model.action_horizon)
+        stats = sources.norm_stats([reader.Dataset(dataset)], robot, model.action_horizon)
         padded = {
             key: normalize.NormStats(
                 *(

@@ -10,7 +10,7 @@ from PIL import Image
 
 from shallow_pi import figures
 from shallow_pi.checkpoints import weights
-from shallow_pi.data import sheet
+from shallow_pi.data import sheet, sources
 from shallow_pi.data.lerobot import reader
 from shallow_pi.data.lerobot import writer as lerobot_writer
 from shallow_pi.data.robots import normalize, robot, tokenizer
@@ -129,7 +129,7 @@ def test_statistics_and_sizes_are_the_teachers_where_it_is_here(
 def test_made_up_samples_and_given_statistics_are_named(run, dataset):
     out, _ = run("debug", "--model.image-size", 24)
     assert "samples are made up: no statistics" in out
-    found = reader.Dataset(dataset).norm_stats(robot.LIBERO, 10)
+    found = sources.norm_stats([reader.Dataset(dataset)], robot.LIBERO, 10)
     normalize.save("own", found)
     out, err = run("pi05_libero_l6", "--data.path", dataset, "--data.norm-stats", "own")
     assert "statistics: own" in out
@@ -149,7 +149,7 @@ def test_without_matplotlib_the_sheet_is_written_and_a_note(run, dataset, monkey
 @pytest.mark.parametrize(
     ("changes", "arguments", "message"),
     [
-        ({"cameras": ("image",)}, (), "lacks camera 'wrist_image' (for left_wrist_0_rgb)"),
+        ({"cameras": ("image",)}, (), "lacks camera 'wrist_image'; it has ['image']"),
         ({"fps": 20}, (), "recorded at 20 fps, robot libero runs at 10"),
         ({}, ("--data.held-out", 0.9), "cannot hold out 0.9 of 3 episodes"),
         ({}, ("--model.action-dim", 7), "state dimension 8, more than the model's action_dim 7"),

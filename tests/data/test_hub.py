@@ -8,7 +8,7 @@ import types
 
 import pytest
 
-from shallow_pi.data.lerobot import hub, reader
+from shallow_pi.data.lerobot import hub, layout, reader, selection
 
 FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures" / "lerobot"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -29,8 +29,14 @@ def calls(tmp_path, monkeypatch):
                 shutil.copyfile(file, target / name)
         return str(target)
 
+    def hf_hub_download(repo, name, *, revision, repo_type):
+        asked.append((repo, repo_type, revision, name))
+        target = tmp_path / "hub" / COMMIT / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(FIXTURES / "pusht_v21_video" / name, target)
+
     module = types.ModuleType("huggingface_hub")
-    module.snapshot_download = snapshot_download
+    module.snapshot_download, module.hf_hub_download = snapshot_download, hf_hub_download
     monkeypatch.setitem(sys.modules, "huggingface_hub", module)
     monkeypatch.chdir(tmp_path)
     return asked
@@ -46,14 +52,34 @@ def test_a_dataset_of_the_hub_is_fetched_whole_at_one_commit(calls, address, cap
 
 def test_only_the_files_of_chosen_episodes_and_cameras_come(calls):
     camera = "observation.images.top"
-    root = hub.locate("lerobot/pusht@v2.1", episodes=[2], cameras=[camera])
+    chosen = selection.Selection(("2",))
+    root = hub.locate("lerobot/pusht@v2.1", episodes=chosen, cameras=[camera])
+    data = "data/chunk-000/episode_000002.parquet"
+    video = f"videos/chunk-000/{camera}/episode_000002.mp4"
     assert calls[0] == ("lerobot/pusht", "dataset", "v2.1")
+    assert sorted(calls[1:]) == [("lerobot/pusht", "dataset", COMMIT, f) for f in (data, video)]
     files = {str(f.relative_to(root)) for f in root.rglob("*") if f.is_file()}
-    assert {name for name in files if not name.startswith("meta/")} == {
-        "data/chunk-000/episode_000002.parquet",
-        f"videos/chunk-000/{camera}/episode_000002.mp4",
-    }
+    assert {name for name in files if not name.startswith("meta/")} == {data, video}
     assert len(reader.Dataset(root, episodes=[2])) == 30
+    del calls[:]
+    assert hub.locate("lerobot/pusht@v2.1", episodes=chosen, cameras=[camera]) == root
+    assert len(calls) == 1, "what is there already is not asked for"
+
+
+def test_files_of_many_episodes_are_asked_for_by_few_patterns():
+    cameras = ["observation.images.a", "observation.images.b"]
+    info = {"codebase_version": "v2.1", "features": {key: {"dtype": "video"} for key in cameras}}
+    lengths = dict.fromkeys(range(95_000), 10)
+    meta = layout.Layout(pathlib.Path("x"), info, {0: "go"}, lengths, {})
+    patterns = meta.files(range(95_000), cameras)
+    assert patterns == [
+        "data/chunk-*/episode_*.parquet",
+        "videos/chunk-*/observation.images.a/episode_*.mp4",
+        "videos/chunk-*/observation.images.b/episode_*.mp4",
+    ]
+    names = meta.names([0, 94_999], cameras)
+    assert len(names) == 6
+    assert all(any(fnmatch.fnmatch(name, p) for p in patterns) for name in names)
 
 
 def test_a_folder_is_a_folder_even_if_it_looks_like_an_address(calls, tmp_path):

@@ -10,6 +10,7 @@ import polars as pl
 import pytest
 from PIL import Image
 
+from shallow_pi.data import fit
 from shallow_pi.data.lerobot import pictures, reader
 from shallow_pi.data.lerobot import writer as lerobot_writer
 from shallow_pi.data.robots import robot as robots
@@ -181,7 +182,7 @@ GREY = np.repeat(COLOUR[..., :1], 3, axis=-1)
 def test_every_kind_of_colour_becomes_rgb(tmp_path, capsys, picture, options, expected) -> None:
     dataset = _with_pictures(tmp_path / "set", _structs(_encoded(picture, **options)))
     np.testing.assert_array_equal(dataset.picture(0, TOP), expected)
-    dataset.validate(ROBOT)
+    fit.check(dataset, ROBOT)
     assert "warning" not in capsys.readouterr().err
 
 
@@ -217,7 +218,7 @@ def test_depth_is_read_as_numbers_and_refused_as_a_camera(tmp_path, mode) -> Non
     dataset = _with_pictures(tmp_path / "set", column)
     np.testing.assert_array_equal(dataset.picture(0, TOP), depth[..., None])
     with pytest.raises(ValueError, match=rf"'{TOP}' \(for base_0_rgb\) of .* records depth \(its"):
-        dataset.validate(ROBOT)
+        fit.check(dataset, ROBOT)
 
 
 @pytest.mark.parametrize(
@@ -248,7 +249,7 @@ def test_depth_video_is_read_as_numbers(tmp_path, codec, pixels, options) -> Non
     dataset = reader.Dataset(folder)
     np.testing.assert_array_equal(dataset.picture(2, TOP), (code + 2)[..., None])
     with pytest.raises(ValueError, match=rf"above 8 bits \({pixels}\)"):
-        dataset.validate(ROBOT)
+        fit.check(dataset, ROBOT)
 
 
 def test_deep_colour_and_grey_video_are_pictures(tmp_path) -> None:
@@ -260,7 +261,7 @@ def test_deep_colour_and_grey_video_are_pictures(tmp_path) -> None:
     grey = reader.Dataset(_dataset(tmp_path / "grey", film, GRID)).picture(9, TOP)
     np.testing.assert_allclose(grey, 107, atol=2)
     assert (grey == grey[..., :1]).all()
-    deep.validate(ROBOT)
+    fit.check(deep, ROBOT)
 
 
 def test_pictures_are_found_however_they_are_stored(tmp_path) -> None:

@@ -20,7 +20,7 @@ def own(tiny_config, tiny_dataset):
     model = tiny_config(
         vocab_size=320, max_token_len=24, cameras=("base_0_rgb", "left_wrist_0_rgb", "other")
     )
-    stats = reader.Dataset(dataset).norm_stats(robot.TURNTABLE, model.action_horizon)
+    stats = sources.norm_stats([reader.Dataset(dataset)], robot.TURNTABLE, model.action_horizon)
     return assets.Assets(model, robot.TURNTABLE, words, stats, "turntable")
 
 

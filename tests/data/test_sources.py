@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from shallow_pi.data import loader, sources
+from shallow_pi.data import fit, loader, sources
 from shallow_pi.data.lerobot import reader
 from shallow_pi.data.lerobot import writer as lerobot_writer
 from shallow_pi.data.robots import pipelines, tokenizer
@@ -72,7 +72,7 @@ def test_dataset_source_gives_the_batch_of_the_contract(tmp_path, tiny_config) -
         image_size=48,
         action_dim=6,
         tokenizer=tokenizer.Tokenizer(tmp_path / "small.model", 24),
-        stats=dataset.norm_stats(robot, 8),
+        stats=sources.norm_stats([dataset], robot, 8),
         kind="z_score",
     )
     source = sources.DatasetSource(dataset, robot, 8, transform)
@@ -120,7 +120,7 @@ def test_recordings_of_other_robots_become_batches(tmp_path, name) -> None:
             writer.add(images, columns, ["go"] * length)
     dataset = reader.Dataset(tmp_path / "data")
     tokenizer.train(["go"], tmp_path / "small.model")
-    stats = dataset.norm_stats(robot, 5)
+    stats = sources.norm_stats([dataset], robot, 5)
     transform = pipelines.inputs(
         robot,
         cameras=("base_0_rgb", "left_wrist_0_rgb"),
@@ -139,9 +139,9 @@ def test_recordings_of_other_robots_become_batches(tmp_path, name) -> None:
         values = np.concatenate(rows)[:, :dim]
         np.testing.assert_allclose(values.mean(0), 0, atol=1e-4)
         np.testing.assert_allclose(values.std(0), 1, atol=1e-3)
-    dataset.columns[robot.state_key] = np.zeros((10, 2), np.float32)
+    dataset.columns.loaded[robot.state_key] = np.zeros((10, 2), np.float32)
     with pytest.raises(ValueError, match=rf"robot {robot.name} expects \({robot.state_dim},\)"):
-        dataset.validate(robot)
+        fit.check(dataset, robot)
 
 
 def test_a_mixture_holds_the_samples_of_its_sources_one_after_the_other() -> None:
@@ -186,7 +186,7 @@ def test_statistics_of_several_datasets_are_those_of_all_their_frames() -> None:
     whole = reader.Dataset(FIXTURES / "pusht_v30_image")
     parts = [whole.select(whole.episodes[:1]), whole.select(whole.episodes[1:])]
     assert sum(map(len, parts)) == len(whole)
-    found, expected = sources.norm_stats(parts, robot, 7), whole.norm_stats(robot, 7)
+    found, expected = sources.norm_stats(parts, robot, 7), sources.norm_stats([whole], robot, 7)
     for key in ("state", "actions"):
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6),

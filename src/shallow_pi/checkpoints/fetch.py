@@ -9,12 +9,14 @@ is left to huggingface_hub, which caches (`HF_HOME`), locks and resumes by itsel
 """
 
 import base64
+import concurrent.futures
+import contextlib
 import hashlib
 import os
 import pathlib
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import filelock
@@ -24,6 +26,8 @@ from shallow_pi import progress
 
 # Bytes asked for at once: what an interruption loses at most.
 BLOCK = 32 * 2**20
+# Files of the hub fetched at once.
+_DOWNLOADS = 8
 
 
 def locate(url: str | os.PathLike[str], *, filesystem: Any = None) -> pathlib.Path:
@@ -225,12 +229,46 @@ def snapshot(
       FileNotFoundError: it cannot be fetched; says what was tried and how to fetch it by hand.
     """
     options = {"repo_type": kind} if kind else {}
-    try:
+    with _named(repo, revision, kind, part):
         import huggingface_hub
 
         found = huggingface_hub.snapshot_download(
             repo, revision=revision, allow_patterns=patterns, **options
         )
+    return pathlib.Path(found)
+
+
+def files(
+    repo: str, revision: str | None, names: Sequence[str], *, kind: Literal["", "dataset"] = ""
+) -> None:
+    """Fetch these files of a repository of the hub into its cache, without listing the others.
+
+    Raises:
+      FileNotFoundError: one cannot be fetched; says what was tried and how to fetch it by hand.
+    """
+    options = {"repo_type": kind} if kind else {}
+    with _named(repo, revision, kind, ""):
+        import huggingface_hub
+
+        def get(name: str) -> None:
+            huggingface_hub.hf_hub_download(repo, name, revision=revision, **options)
+
+        with (
+            progress.bar("Fetch files", len(names)) as advance,
+            concurrent.futures.ThreadPoolExecutor(_DOWNLOADS) as pool,
+        ):
+            try:
+                for _ in pool.map(get, names):
+                    advance(1)
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _named(repo: str, revision: str | None, kind: str, part: str) -> Iterator[None]:
+    """Say of any error of the hub's client what was tried, and how to fetch it by hand."""
+    try:
+        yield
     except Exception as error:  # Not installed, no network, no rights, no such repository.
         what = f" --repo-type {kind}" if kind else ""
         version = "" if revision is None else f" --revision {revision}"
@@ -242,4 +280,3 @@ def snapshot(
             f"Or fetch it on another machine with `hf download {repo}{what}{version}{include} "
             f"--local-dir DIR`, copy DIR here, and give DIR{'/' + part if part else ''} as the path"
         ) from error
-    return pathlib.Path(found)

@@ -5,9 +5,13 @@ It imports no reader and no decoder, so that a config can be read where none is 
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
+import tyro
+
+from shallow_pi.data.lerobot import selection
 from shallow_pi.data.robots import robot as robots
 
 
@@ -28,8 +32,15 @@ class DataConfig:
     weights: tuple[float, ...] = ()
     # Share of the episodes of each dataset held out for validation; 0 holds none out.
     held_out: float = 0.0
+    # Episodes to use, by number: 7, 0:50 (50 is not one of them), 100:, or a file of such words;
+    # empty is all. With several datasets write which one in front, from 0: 1/0:50.
+    episodes: tuple[str, ...] = ()
+    # Episodes to leave out, likewise.
+    exclude_episodes: tuple[str, ...] = ()
     # Leave out episodes that cannot be read, and say which.
     skip_bad_episodes: bool = False
+    # Stop at a warning.
+    strict: Annotated[bool, tyro.conf.arg(prefix_name=False)] = False
     # The robot that made it: a name, or a Python file with a ROBOT.
     robot: str = "turntable"
     # SentencePiece model, local or gs://; empty takes the teacher's.
@@ -77,10 +88,31 @@ class DataConfig:
                 f"data.held_out is a share of the episodes, from 0 to below 1, got {self.held_out}"
             )
         check_weights(self.weights, 1 + len(self.more))
+        for number in range(1 + len(self.more)):
+            self.selection(number)
         if ":" not in self.source:
             robots.find(self.robot)
         if not self.asset_id:
             raise ValueError("data.asset_id must name a folder, got an empty string")
+
+    def selection(self, number: int) -> selection.Selection:
+        """The episodes to use of a dataset: 0 is `path`, 1 the first of `more`."""
+        return selection.Selection(
+            self._words("episodes", number), self._words("exclude_episodes", number)
+        )
+
+    def _words(self, field: str, number: int) -> tuple[str, ...]:
+        words: tuple[str, ...] = getattr(self, field)
+        if not self.more:
+            return words
+        parts = [re.fullmatch(r"(\d+)/(.+)", word) for word in words]
+        for word, match in zip(words, parts, strict=True):
+            if match is None or int(match[1]) > len(self.more):
+                raise ValueError(
+                    f"data.{field}: {word!r} does not say which of the {1 + len(self.more)} "
+                    "datasets it means: write its number and a slash in front, from 0 (1/0:50)"
+                )
+        return tuple(match[2] for match in parts if match and int(match[1]) == number)
 
 
 def check_weights(weights: Sequence[float], count: int) -> None:

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 
 from shallow_pi import progress
 from shallow_pi.checkpoints import fetch
-from shallow_pi.data import data_config, frame_cache, sources
-from shallow_pi.data.lerobot import hub, reader
+from shallow_pi.data import data_config, fit, frame_cache, sources
+from shallow_pi.data.lerobot import hub, layout, reader
 from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.data.robots import checkpoint_statistics, normalize, statistics
 from shallow_pi.data.robots import robot as robots
@@ -123,28 +123,39 @@ def open_datasets(
     Raises:
       FileNotFoundError, ValueError: a dataset that is missing, cannot be read, or does not fit.
     """
+    if data.strict:
+        progress.be_strict()
     if not data.path:
         raise ValueError("data.path is empty: name the folder of a LeRobot dataset (--data.path)")
     cameras = tuple(robot.cameras.values()) if pictures else ()
     found = []
-    for path in (data.path, *data.more):
-        folder = fetch.locate(path) if "gs://" in path else hub.locate(path, cameras=cameras)
-        dataset = reader.Dataset(folder, cameras=cameras, skip_bad_episodes=data.skip_bad_episodes)
-        dataset.validate(robot)
-        for episode, reason in dataset.skipped.items():
-            line = f"warning: episode {episode} is left out: {reason}"
-            progress.console.print(line, highlight=False, soft_wrap=True)
+    for number, path in enumerate((data.path, *data.more)):
+        chosen = data.selection(number)
+        if "gs://" in path:
+            folder = fetch.locate(path)
+        else:
+            folder = hub.locate(path, episodes=chosen, cameras=cameras)
+        meta = layout.read(folder)
+        dataset = reader.Dataset(
+            meta,
+            episodes=chosen.of(meta.lengths),
+            keys=fit.keys(robot, meta),
+            cameras=cameras,
+            skip_bad_episodes=data.skip_bad_episodes,
+        )
+        fit.check(dataset, robot)
+        fit.warn(dataset, robot)
         found.append(dataset)
     if not data.held_out:
         return found, []
     train, held_out = [], []
     for dataset in found:
         try:
-            chosen = reader.split(dataset.episodes, data.held_out)
+            parts = reader.split(dataset.episodes, data.held_out)
         except ValueError as error:
             raise ValueError(f"data.held_out, dataset {dataset.path}: {error}") from error
-        train.append(dataset.select(chosen[0]))
-        held_out.append(dataset.select(chosen[1]))
+        train.append(dataset.select(parts[0]))
+        held_out.append(dataset.select(parts[1]))
     return train, held_out
 
 

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from shallow_pi import progress
-from shallow_pi.data import data_config
+from shallow_pi.data import data_config, fit
 from shallow_pi.data.lerobot import reader
 from shallow_pi.data.robots import normalize, pipelines, statistics, transforms
 from shallow_pi.data.robots import robot as robots
@@ -50,7 +50,7 @@ class DatasetSource:
         transform: transforms.Transform,
         pictures: Pictures | None = None,
     ) -> None:
-        dataset.validate(robot)
+        fit.check(dataset, robot)
         self.dataset = dataset
         self.robot = robot
         self.horizon = horizon
@@ -61,7 +61,8 @@ class DatasetSource:
         return len(self.dataset)
 
     def __getitem__(self, i: int) -> batches.Batch:
-        sample = self.dataset.read(i, cameras=())
+        sample = self.dataset.read(i, cameras=(), keys=self.robot.state_keys)
+        sample[self.robot.prompt_key] = fit.prompt(self.dataset, self.robot, i)
         for camera in self.robot.cameras.values():
             sample[camera] = self.pictures(i, camera)
         for key in self.robot.action_keys:

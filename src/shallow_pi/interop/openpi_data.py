@@ -95,6 +95,11 @@ def open_data(
         raise ValueError(
             f"{name} is one dataset of openpi's: mixtures (data.more) need --data.source lerobot"
         )
+    if data.episodes or data.exclude_episodes:
+        raise ValueError(
+            f"openpi's loader reads every episode of {name}: to choose some (--data.episodes, "
+            "--data.exclude-episodes) read the recordings, --data.source lerobot --data.path FOLDER"
+        )
     try:
         source = configs.get_config(name)
     except ValueError as error:

@@ -13,7 +13,7 @@ from collections.abc import Collection
 
 from shallow_pi import progress
 from shallow_pi.checkpoints import fetch
-from shallow_pi.data.lerobot import layout as lerobot_layout
+from shallow_pi.data.lerobot import layout, selection
 
 _ADDRESS = re.compile(r"(hf://datasets/)?(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 
@@ -21,7 +21,7 @@ _ADDRESS = re.compile(r"(hf://datasets/)?(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision
 def locate(
     path: str | os.PathLike[str],
     *,
-    episodes: Collection[int] | None = None,
+    episodes: selection.Selection | None = None,
     cameras: Collection[str] | None = None,
 ) -> pathlib.Path:
     """The local folder of a dataset, fetched first where it has to be.
@@ -42,11 +42,22 @@ def locate(
         return local
     repo, revision = match["repo"], match["revision"]
     root = fetch.snapshot(repo, revision, ["meta/*", "meta/**/*"], kind="dataset")
-    layout = lerobot_layout.read(root)
+    meta = layout.read(root)
     # The cache keeps a snapshot in a folder named after its commit.
     commit = root.name if re.fullmatch(r"[0-9a-f]{40}", root.name) else revision
     if revision is None and commit:
-        progress.console.print(f"{repo} is {repo}@{commit}", highlight=False, soft_wrap=True)
-    chosen = sorted(layout.lengths if episodes is None else set(episodes) & set(layout.lengths))
-    keys = list(layout.info["features"] if cameras is None else cameras)
-    return fetch.snapshot(repo, commit, layout.files(chosen, keys), kind="dataset")
+        progress.say(f"{repo} is {repo}@{commit}")
+    chosen = list(meta.lengths) if episodes is None else episodes.of(meta.lengths)
+    used = [episode for episode in chosen if meta.lengths[episode]]
+    features = meta.info["features"]
+    videos = [
+        key
+        for key in (features if cameras is None else cameras)
+        if features.get(key, {}).get("dtype") == "video"
+    ]
+    missing = [name for name in meta.names(used, videos) if not (root / name).exists()]
+    if missing and len(chosen) == len(meta.lengths):
+        return fetch.snapshot(repo, commit, meta.files(chosen, videos), kind="dataset")
+    if missing:
+        fetch.files(repo, commit, missing, kind="dataset")
+    return root

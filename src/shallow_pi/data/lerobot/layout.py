@@ -1,4 +1,4 @@
-"""Where a LeRobot dataset (v2.0, v2.1, v3.0) keeps what: episodes, data files, videos, tasks.
+"""Places in a LeRobot dataset (v2.0, v2.1, v3.0): episodes, data files, videos, tasks.
 
 Version 2 has a parquet file and a video for each episode and says so in JSON lines; version 3 packs
 many episodes into a file and says in parquet where each one starts.
@@ -6,13 +6,32 @@ many episodes into a file and says in parquet where each one starts.
 
 import dataclasses
 import json
+import math
+import os
 import pathlib
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import polars as pl
 
+from shallow_pi import progress
+from shallow_pi.data.lerobot import columns, files
+
 VERSIONS = ("v2.0", "v2.1", "v3.0")
+CHUNK_SIZE = 1000
+# Where files lie if info.json does not say, by major version.
+_PATHS = {
+    "v2": {
+        "data_path": "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet",
+        "video_path": "videos/chunk-{episode_chunk:03d}/{video_key}/"
+        "episode_{episode_index:06d}.mp4",
+    },
+    "v3": {
+        "data_path": "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
+        "video_path": "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4",
+    },
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +40,7 @@ class Layout:
 
     root: pathlib.Path
     info: Mapping[str, Any]
-    # Task texts by index.
+    # Task texts by index, "" for an absent one.
     tasks: Mapping[int, str]
     # Frames of every episode, by episode index.
     lengths: Mapping[int, int]
@@ -35,103 +54,221 @@ class Layout:
 
     def data_file(self, episode: int) -> str:
         """The parquet file of an episode, relative to the dataset."""
-        return self.info["data_path"].format(**self._place(episode, "data"))
+        return self._path("data_path", episode, "data")
 
     def video(self, episode: int, camera: str) -> tuple[str, float]:
         """An episode's video file, relative to the dataset, and where in it it starts (seconds)."""
-        place = self._place(episode, f"videos/{camera}")
-        start = self.rows[episode][f"videos/{camera}/from_timestamp"] if self.rows else 0.0
-        return self.info["video_path"].format(video_key=camera, **place), start
+        start = 0.0
+        if self.rows:
+            start = self._value(episode, f"videos/{camera}/from_timestamp")
+        return self._path("video_path", episode, f"videos/{camera}", video_key=camera), start
 
-    def _place(self, episode: int, what: str) -> dict[str, int]:
-        if not self.rows:
-            size = self.info.get("chunks_size", 1000)
-            return {"episode_chunk": episode // size, "episode_index": episode}
-        row = self.rows[episode]
-        return {key: row[f"{what}/{key}"] for key in ("chunk_index", "file_index")}
+    def files(self, episodes: Collection[int], cameras: Sequence[str]) -> list[str]:
+        """The files these episodes and cameras need, meta files excepted, relative and sorted.
 
-    def files(self, episodes: Sequence[int], cameras: Sequence[str]) -> list[str]:
-        """Every file these episodes and cameras need, meta files excepted, relative and sorted."""
+        For all episodes they are one pattern (`*`) for the data and one for each camera: the hub
+        compares every file of a repository with every name or pattern.
+        """
+        features = self.info["features"]
+        videos = [key for key in cameras if features.get(key, {}).get("dtype") == "video"]
+        if set(self.lengths) <= set(episodes):
+            found = {self._pattern("data_path")}
+            found |= {self._pattern("video_path", video_key=key) for key in videos}
+            return sorted(found)
+        return self.names(episodes, videos)
+
+    def names(self, episodes: Collection[int], videos: Collection[str]) -> list[str]:
+        """The data files of these episodes, and their videos of these cameras, sorted."""
         found = {self.data_file(episode) for episode in episodes}
-        for camera in cameras:
-            if self.info["features"].get(camera, {}).get("dtype") == "video":
-                found |= {self.video(episode, camera)[0] for episode in episodes}
+        found |= {self.video(episode, key)[0] for key in videos for episode in episodes}
         return sorted(found)
 
+    def _pattern(self, what: str, **known: str) -> str:
+        return re.sub(
+            r"\{(\w+)[^}]*\}", lambda match: known.get(match[1], "*"), self._template(what)
+        )
 
-def read(root: pathlib.Path) -> Layout:
+    def _template(self, what: str) -> str:
+        return self.info.get(what) or _PATHS[self.version[:2]][what]
+
+    def _path(self, what: str, episode: int, prefix: str, **known: str) -> str:
+        if self.rows:
+            indices = ("chunk_index", "file_index")
+            place = {key: self._value(episode, f"{prefix}/{key}") for key in indices}
+        else:
+            size = self.info.get("chunks_size") or CHUNK_SIZE
+            place = {"episode_chunk": episode // size, "episode_index": episode}
+        try:
+            return self._template(what).format(**place, **known)
+        except (KeyError, IndexError, ValueError) as error:
+            raise ValueError(
+                f"{self.root / 'meta' / 'info.json'}: {what} is {self._template(what)!r}, expected "
+                f"a pattern of {sorted({**place, **known})}"
+            ) from error
+
+    def _value(self, episode: int, key: str) -> Any:
+        value = self.rows[episode].get(key)
+        if value is None:
+            raise ValueError(
+                f"dataset {self.root}: meta/episodes has no {key!r} of episode {episode}; the "
+                "download is not complete, or the dataset was not converted to the end"
+            )
+        return value
+
+
+def read(folder: str | os.PathLike[str]) -> Layout:
     """Read a dataset's meta files.
 
     Raises:
       FileNotFoundError: there is no dataset, or a meta file is missing; says which.
       ValueError: a version or content that cannot be read.
     """
+    # Absolute, because FFmpeg takes `a:` before a relative path for a protocol.
+    root = pathlib.Path(os.path.expanduser(folder)).absolute()
     info = _read_info(root)
-    meta = root / "meta"
-    if info["codebase_version"] != "v3.0":
-        tasks = {row["task_index"]: row["task"] for row in _lines(meta / "tasks.jsonl")}
-        lengths = {row["episode_index"]: row["length"] for row in _lines(meta / "episodes.jsonl")}
-        return Layout(root, info, tasks, lengths, {})
-    files = sorted((meta / "episodes").glob("*/*.parquet"))
-    if not files:
-        raise FileNotFoundError(
-            f"dataset {root} has no meta/episodes/*/*.parquet; is the download complete?"
-        )
-    columns = pl.selectors.matches("^(episode_index|length|data/.*|videos/.*)$")
-    table = pl.concat([read_table(file, None).select(columns) for file in files])
-    rows = {row["episode_index"]: row for row in table.iter_rows(named=True)}
-    lengths = {episode: rows[episode]["length"] for episode in sorted(rows)}
-    return Layout(root, info, _read_tasks(meta / "tasks.parquet"), lengths, rows)
-
-
-def read_table(path: pathlib.Path, keys: list[str] | None) -> pl.DataFrame:
-    """A parquet file, or an error that names it and what was wanted of it."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; is the download complete?")
-    try:
-        # A path is no pattern: folders may have brackets in their names.
-        return pl.read_parquet(path, columns=keys, glob=False, hive_partitioning=False)
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise ValueError(f"cannot read {keys or 'all columns'} from {path}: {error}") from error
+    rows: dict[int, dict[str, Any]] = {}
+    if info["codebase_version"] == "v3.0":
+        rows = _read_episodes(root)
+        lengths = {episode: rows[episode]["length"] for episode in sorted(rows)}
+    else:
+        lengths = _read_lengths(root / "meta" / "episodes.jsonl")
+    return Layout(root, info, _read_tasks(root, info["codebase_version"]), lengths, rows)
 
 
 def _read_info(root: pathlib.Path) -> dict[str, Any]:
     file = root / "meta" / "info.json"
-    if not file.is_file():
+    if not file.exists():
         raise FileNotFoundError(
             f"no LeRobot dataset at {root}: {file} is missing (was writing it interrupted?)"
         )
-    try:
-        info = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-    version = info.get("codebase_version")
+    info = files.read_json(file)
+    if not isinstance(info, dict):
+        raise ValueError(f"{file} holds {info!r:.100}, expected an object")
+    version = "v" + str(info.get("codebase_version")).removeprefix("v")
     if version not in VERSIONS:
         raise ValueError(
-            f"dataset {root} has LeRobot format {version}, expected one of {', '.join(VERSIONS)}; "
-            "convert it with LeRobot's own converters first"
+            f"dataset {root} has LeRobot format {info.get('codebase_version')}, expected one of "
+            f"{', '.join(VERSIONS)}; convert it with LeRobot's own converters first"
         )
-    missing = [key for key in ("features", "fps", "data_path") if key not in info]
+    missing = [key for key in ("features", "fps") if info.get(key) is None]
     if missing:
         raise ValueError(f"{file} has no {', '.join(map(repr, missing))}")
-    return info
+    features = info["features"]
+    if not isinstance(features, dict) or not all(
+        isinstance(feature, dict) and isinstance(feature.get("dtype"), str)
+        for feature in features.values()
+    ):
+        raise ValueError(f"{file}: every one of 'features' needs a 'dtype', got {features!r:.200}")
+    try:
+        fps = float(info["fps"])
+    except (TypeError, ValueError):
+        fps = math.nan
+    if not 0 < fps < math.inf:
+        raise ValueError(f"{file}: fps is {info['fps']!r}, expected a positive number")
+    return {**info, "codebase_version": version, "fps": fps}
 
 
-def _lines(path: pathlib.Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; is the download complete?")
-    found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if line.strip():
-            try:
-                found.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+def _read_lengths(path: pathlib.Path) -> dict[int, int]:
+    """Frames of every episode of version 2."""
+    lengths: dict[int, int] = {}
+    for row in files.json_rows(path, ("episode_index", "length")):
+        episode = files.whole(row["episode_index"], f"episode_index of {path}")
+        length = files.whole(row["length"], f"length of episode {episode} of {path}")
+        if lengths.setdefault(episode, length) != length:
+            raise ValueError(
+                f"{path} has episode {episode} twice, with {lengths[episode]} and {length} frames; "
+                "remove the line that is not true"
+            )
+    return dict(sorted(lengths.items()))
+
+
+def _read_episodes(root: pathlib.Path) -> dict[int, dict[str, Any]]:
+    """The rows of version 3's episodes, without their statistics."""
+    found: dict[int, dict[str, Any]] = {}
+    paths = sorted((root / "meta" / "episodes").glob("*/*.parquet"))
+    if not paths:
+        raise FileNotFoundError(
+            f"dataset {root} has no meta/episodes/*/*.parquet; is the download complete?"
+        )
+    for path in paths:
+        keys = [key for key in files.schema(path) if re.fullmatch(_EPISODE_COLUMNS, key)]
+        if "episode_index" not in keys:
+            raise ValueError(f"{path} has no column 'episode_index'; it has {keys}")
+        for row in files.read_table(path, keys).iter_rows(named=True):
+            episode = files.whole(row["episode_index"], f"episode_index of {path}")
+            what = f"of episode {episode} of {path}"
+            if episode in found:
+                raise ValueError(f"{path} has episode {episode} a second time; remove one of them")
+            for key, value in row.items():
+                if value is not None and not key.endswith("timestamp"):
+                    row[key] = files.whole(value, f"{key} {what}")
+            if row.get("length") is None:
+                first, end = (row.get(f"dataset_{end}_index") for end in ("from", "to"))
+                if first is None or end is None:
+                    raise ValueError(f"there is no length {what}")
+                row["length"] = end - first
+            found[episode] = row
     return found
 
 
-def _read_tasks(path: pathlib.Path) -> dict[int, str]:
-    """Task texts; they are the unnamed pandas index, whose column name varies by writer."""
-    table = read_table(path, None)
-    (text,) = (name for name, kind in table.schema.items() if kind == pl.String)
-    return dict(zip(table["task_index"].to_list(), table[text].to_list(), strict=True))
+_EPISODE_COLUMNS = (
+    r"episode_index|length|dataset_(from|to)_index"
+    r"|(data|videos/.*)/(chunk_index|file_index|(from|to)_timestamp)"
+)
+
+
+def _read_tasks(root: pathlib.Path, version: str) -> dict[int, str]:
+    """Task texts by index, of either version's file; none where there is no file."""
+    lines, table = root / "meta" / "tasks.jsonl", root / "meta" / "tasks.parquet"
+    for path in (table, lines) if version == "v3.0" else (lines, table):
+        if path.exists():
+            return _tasks_of_table(path) if path == table else _tasks_of_lines(path)
+    return {}
+
+
+def _tasks_of_lines(path: pathlib.Path) -> dict[int, str]:
+    tasks = {}
+    for row in files.json_rows(path, ("task_index", "task")):
+        text = row["task"]
+        if text is None or (isinstance(text, float) and math.isnan(text)):
+            text = ""
+        if not isinstance(text, str):
+            raise ValueError(f"{path}: the task of {row!r} is no text")
+        tasks[files.whole(row["task_index"], f"task_index of {path}")] = text
+    return tasks
+
+
+def _tasks_of_table(path: pathlib.Path) -> dict[int, str]:
+    """LeRobot looks a task up by the pandas index, whose column is named by its writer."""
+    table = files.read_table(path, None)
+    texts = [name for name, kind in table.schema.items() if kind in _TEXT_TYPES]
+    usual = [*_pandas_index(path), "__index_level_0__", "task"]
+    chosen = [name for name in usual if name in texts] or texts
+    if not chosen or (len(texts) > 1 and chosen[0] not in usual):
+        raise ValueError(
+            f"{path} has {len(texts)} columns of text {texts}, expected the tasks in its index or "
+            "in a column 'task'"
+        )
+    found = columns.texts(table[chosen[0]]).tolist()
+    indices = range(len(table))
+    if "task_index" in table.columns:
+        numbers = table["task_index"].to_list()
+        return {
+            files.whole(number, f"task_index in row {row} of {path}"): text
+            for row, number, text in zip(indices, numbers, found, strict=True)
+        }
+    progress.warn(f"{path} has no column 'task_index': its rows are taken in their order")
+    return dict(zip(indices, found, strict=True))
+
+
+_TEXT_TYPES = (pl.String, pl.Categorical, pl.Enum, pl.Binary, pl.Null)
+
+
+def _pandas_index(path: pathlib.Path) -> list[str]:
+    """Names of the columns that pandas took for the index."""
+    try:
+        with path.open("rb") as file:  # A path would be taken for a pattern.
+            described = json.loads(pl.read_parquet_metadata(file).get("pandas", "{}"))
+        return [name for name in described.get("index_columns", ()) if isinstance(name, str)]
+    except (ValueError, AttributeError, pl.exceptions.PolarsError):
+        return []  # A note of other tools, which not every one writes.

@@ -20,8 +20,8 @@ from jaxtyping import Float
 from PIL import Image, ImageOps
 
 from shallow_pi import progress
+from shallow_pi.data.lerobot import files, video, video_times
 from shallow_pi.data.lerobot import layout as lerobot_layout
-from shallow_pi.data.lerobot import video, video_times
 
 # Encoded pictures of parquet files kept in memory, per dataset.
 MAX_PICTURE_BYTES = 4 * 2**30
@@ -286,7 +286,7 @@ class Pictures:
             if key in self._columns:
                 self._columns.move_to_end(key)
                 return self._columns[key]
-        column = lerobot_layout.read_table(self._layout.root / file, [camera])[camera]
+        column = files.read_table(self._layout.root / file, [camera])[camera]
         with self._lock:
             self._columns[key] = column
             sizes = {kept: value.estimated_size() for kept, value in self._columns.items()}

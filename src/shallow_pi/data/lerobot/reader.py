@@ -1,25 +1,22 @@
 """Read LeRobot datasets (v2.0, v2.1, v3.0) without torch: random access to frames and chunks.
 
-Numeric columns live in memory as numpy; pictures are decoded when asked for, from PNG bytes in the
-parquet files or from video. All methods may be called from several threads at once, and a dataset
-can be pickled to another process. Frame `i` runs over the frames of the chosen episodes, in order.
+Columns live in memory as numpy, only those that are asked for; pictures are decoded when asked for,
+from PNG bytes in the parquet files or from video. All methods may be called from several threads at
+once, and a dataset can be pickled to another process. Frame `i` runs over the frames of the chosen
+episodes, in order.
 """
 
 import itertools
 import math
 import os
-import pathlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import polars as pl
 from jaxtyping import Bool, Float
 
 from shallow_pi import progress
-from shallow_pi.data.lerobot import layout, pictures
-from shallow_pi.data.robots import normalize, statistics
-from shallow_pi.data.robots import robot as robots
+from shallow_pi.data.lerobot import columns, data_files, layout, pictures
 
 # Written by lerobot_writer.
 VERSION = layout.VERSIONS[-1]
@@ -29,12 +26,14 @@ class Dataset:
     """A LeRobot dataset in a local folder.
 
     Args:
-      path: of the folder.
+      path: of the folder, or its meta files, read already.
       episodes: to read, by their index; None is all of them. Files of others are not opened.
-      cameras: whose pictures will be read, so that their videos must be there and show a picture at
-        the time of every frame; None checks the videos that are there.
       skip_bad_episodes: leave out episodes that cannot be read, instead of raising: `skipped` then
         says which and why. Looks at the first and last picture of each, with a progress bar.
+      keys: of the columns that are needed, read at once; None checks all that can be read, and
+        reads each when it is first asked for. Columns that are not needed stop nothing.
+      cameras: whose pictures will be read, so that their videos must be there and show a picture at
+        the time of every frame; None checks the videos that are there.
 
     Raises:
       FileNotFoundError, ValueError: a dataset, file or episode that cannot be read; says which.
@@ -42,28 +41,49 @@ class Dataset:
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | layout.Layout,
         *,
         episodes: Collection[int] | None = None,
-        cameras: Collection[str] | None = None,
         skip_bad_episodes: bool = False,
+        keys: Collection[str] | None = None,
+        cameras: Collection[str] | None = None,
     ) -> None:
-        # Absolute, because FFmpeg takes `a:` before a relative path for a protocol.
-        self.path = pathlib.Path(os.path.expanduser(path)).absolute()
-        self.layout = layout.read(self.path)
+        self._set_up(path, episodes, skip_bad_episodes, keys, cameras, tell=True)
+        for episode, reason in self.skipped.items():
+            progress.warn(f"episode {episode} of dataset {self.path} is left out: {reason}")
+        told, total = self.info.get("total_frames"), sum(self.layout.lengths.values())
+        if told is not None and told != total:
+            progress.warn(
+                f"dataset {self.path}: info.json says {told} frames, its episodes have {total}; "
+                "the episodes are taken"
+            )
+
+    def _set_up(
+        self,
+        path: str | os.PathLike[str] | layout.Layout,
+        episodes: Collection[int] | None,
+        skip: bool,
+        keys: Collection[str] | None,
+        cameras: Collection[str] | None,
+        tell: bool,
+    ) -> None:
+        self.layout = path if isinstance(path, layout.Layout) else layout.read(path)
+        self.path = self.layout.root
         self.info = self.layout.info
         self.features: dict[str, dict[str, Any]] = self.info["features"]
         self.fps = float(self.info["fps"])
         self.cameras = tuple(
-            key for key, feature in self.features.items() if feature["dtype"] in ("image", "video")
+            key for key, feature in self.features.items() if feature["dtype"] in columns.PICTURES
         )
         self.tasks = self.layout.tasks
         # Episodes left out, and why.
         self.skipped: dict[int, str] = {}
-        self._pictures = pictures.Pictures(self.layout)
+        self._needed = None if keys is None else tuple(keys)
         # Cameras that were asked for; None is not known.
         self._asked = None if cameras is None else tuple(cameras)
-        self._open(self._chosen(episodes), skip_bad_episodes)
+        self.require(self._needed or (), self._asked or ())
+        self._pictures = pictures.Pictures(self.layout)
+        self._open(self._chosen(episodes), skip, tell)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -73,32 +93,43 @@ class Dataset:
         return self.read(i)
 
     def __getstate__(self) -> dict:
-        # Its videos have been checked.
-        return {"path": self.path, "episodes": self.episodes, "cameras": ()}
+        return {
+            "path": self.path,
+            "episodes": self.episodes,
+            "skip": False,
+            "keys": tuple(self.columns.loaded),
+            "cameras": (),  # Its videos have been checked.
+        }
 
     def __setstate__(self, state: dict) -> None:
-        self.__init__(**state)  # type: ignore[misc]  # another process opens the files anew
+        self._set_up(
+            **state, tell=False
+        )  # Another process opens the files anew, and tells nothing again.
 
     @property
     def num_episodes(self) -> int:
         """How many episodes are read."""
         return len(self.episodes)
 
-    def read(self, i: int, cameras: Collection[str] | None = None) -> dict[str, Any]:
-        """Frame `i` with only the pictures named by `cameras` (default: all)."""
+    def read(
+        self, i: int, cameras: Collection[str] | None = None, keys: Collection[str] | None = None
+    ) -> dict[str, Any]:
+        """Frame `i` with only the pictures of `cameras` and the columns `keys` (default: all)."""
         if not 0 <= i < len(self):
             raise IndexError(f"frame {i} of a dataset of {len(self)} frames")
-        frame: dict[str, Any] = {key: column[i] for key, column in self.columns.items()}
+        names = self.columns if keys is None else keys
+        frame: dict[str, Any] = {key: self.columns[key][i] for key in names}
         cameras = self.cameras if cameras is None else cameras
-        return frame | {key: self.picture(i, key) for key in cameras} | {"task": self.task(i)}
+        frame |= {key: self.picture(i, key) for key in cameras}
+        return frame | {"task": self.task(i)} if keys is None else frame
 
     def task(self, i: int) -> str:
-        """The instruction of frame `i`."""
+        """The instruction of frame `i`; "" where the recording has none."""
         task = int(self.columns["task_index"][i])
         if task not in self.tasks:
             raise ValueError(
                 f"{self.where(i)} of dataset {self.path} has task {task}; there are "
-                f"{sorted(self.tasks)} in its meta files"
+                f"{sorted(self.tasks)} in its meta files (tasks.jsonl or tasks.parquet)"
             )
         return self.tasks[task]
 
@@ -143,119 +174,73 @@ class Dataset:
         episode, frame = self.columns["episode_index"][i], self.columns["frame_index"][i]
         return f"episode {episode}, frame {frame}"
 
+    def require(self, keys: Collection[str], cameras: Collection[str]) -> None:
+        """Raise unless info.json declares these columns and cameras."""
+        vectors = [key for key in self.features if key not in self.cameras]
+        for kind, needed, there in (
+            ("camera ", cameras, self.cameras),
+            ("", keys, [*vectors, *columns.BOOKKEEPING]),
+        ):
+            for key in needed:
+                if key not in there:
+                    shown = sorted(set(there) - set(columns.BOOKKEEPING))
+                    raise ValueError(
+                        f"dataset {self.path} lacks {kind}{key!r}; it has {shown}"
+                        f"{columns.closest(key, shown)}"
+                    )
+
     def select(self, episodes: Collection[int]) -> "Dataset":
         """This dataset with only some of its episodes; nothing is read again."""
+        unknown = sorted(set(episodes) - set(self.episodes))
+        if unknown or not episodes:
+            raise ValueError(
+                f"no episodes {unknown or 'were chosen'} among the {self.num_episodes} read of "
+                f"dataset {self.path}"
+            )
         chosen = np.isin(self.columns["episode_index"], list(episodes))
         part = object.__new__(Dataset)
         part.__dict__.update(self.__dict__)
-        columns = {key: column[chosen] for key, column in self.columns.items()}
-        part._keep(sorted(episodes), self._rows[chosen], columns)
+        loaded = {key: column[chosen] for key, column in self.columns.loaded.items()}
+        part._keep(sorted(episodes), self._rows[chosen], loaded)
         return part
 
-    def norm_stats(
-        self, robot: robots.Robot, horizon: int, advance: progress.Advance | None = None
-    ) -> dict[str, normalize.NormStats]:
-        """Exact statistics of state and action chunks as the model sees them (`statistics`)."""
-        state, actions = robot.state(self.columns), robot.actions(self.columns)
-        return statistics.compute(state, actions, self.ends, robot, horizon, advance)
-
-    def validate(self, robot: robots.Robot) -> None:
-        """Raise unless this dataset can train a policy of `robot`."""
-        for camera, key in robot.cameras.items():
-            if key not in self.cameras:
-                raise ValueError(
-                    f"dataset {self.path} lacks camera {key!r} (for {camera}); it has "
-                    f"{list(self.cameras)}"
-                )
-            if reason := self.depth(key):
-                raise ValueError(
-                    f"camera {key!r} (for {camera}) of dataset {self.path} records depth "
-                    f"({reason}); a policy sees 8-bit colour: name a colour camera in the robot's "
-                    "cameras"
-                )
-        vectors = sorted(set(self.columns) & set(self.features) - _BOOKKEEPING)
-        for key in (*robot.state_keys, *robot.action_keys):
-            if key not in self.columns:
-                raise ValueError(f"dataset {self.path} lacks {key!r}; it has {vectors}")
-        state, actions = robot.state(self.columns), robot.actions(self.columns)
-        for key, column, dim in (
-            (" + ".join(map(repr, robot.state_keys)), state, robot.state_dim),
-            (" + ".join(map(repr, robot.action_keys)), actions, robot.action_dim),
-        ):
-            if column.shape[1:] != (dim,):
-                raise ValueError(
-                    f"{key} of dataset {self.path} has shape {column.shape[1:]}, robot "
-                    f"{robot.name} expects ({dim},)"
-                )
-            bad = np.flatnonzero(~np.isfinite(column).all(axis=1))
-            if len(bad):
-                raise ValueError(
-                    f"{key} of dataset {self.path} is not finite in {self.where(int(bad[0]))}: "
-                    f"{column[bad[0]].tolist()} ({len(bad)} such frames); repair or leave out "
-                    "the episode"
-                )
-        if self.fps != robot.fps:
-            raise ValueError(
-                f"dataset {self.path} is recorded at {self.fps:g} fps, robot {robot.name} runs at "
-                f"{robot.fps:g}; resample the recording or set the robot's fps"
-            )
-
     def _chosen(self, episodes: Collection[int] | None) -> list[int]:
-        if not self.layout.lengths or not self.info.get("total_frames"):
+        """The episodes to read, in order; those without frames are left out."""
+        known = self.layout.lengths
+        if not sum(known.values()):
             raise ValueError(
-                f"dataset {self.path} is empty (no episodes, or total_frames is 0); record "
-                "episodes, or check that the download is complete"
+                f"dataset {self.path} is empty (no episodes, or none has frames); record episodes, "
+                "or check that the download is complete"
             )
-        known, frames = sorted(self.layout.lengths), sum(self.layout.lengths.values())
-        if frames != self.info["total_frames"]:
-            raise ValueError(
-                f"dataset {self.path} lists {len(known)} episodes with {frames} frames but "
-                f"info.json says {self.info['total_frames']}; a file is of another version of it"
-            )
-        if episodes is None:
-            return known
-        unknown = sorted(set(episodes) - set(known))
-        if unknown or not episodes:
+        chosen = sorted(known if episodes is None else set(episodes))
+        unknown = [episode for episode in chosen if episode not in known]
+        if unknown or not chosen:
             raise ValueError(
                 f"no episodes {unknown or 'were chosen'} in dataset {self.path}; it has "
-                f"{len(known)}, {known[0]} to {known[-1]}"
+                f"{len(known)}, {min(known)} to {max(known)}"
             )
-        return sorted(set(episodes))
+        empty = [episode for episode in chosen if not known[episode]]
+        self.skipped |= dict.fromkeys(empty, "it has no frames")
+        return [episode for episode in chosen if known[episode]]
 
-    def _open(self, chosen: list[int], skip: bool) -> None:
-        """Read every numeric column of the chosen episodes, file by file."""
-        keys = [key for key, f in self.features.items() if f["dtype"] in _NUMERIC]
-        missing = _BOOKKEEPING - set(keys)
-        if missing:
-            raise ValueError(f"dataset {self.path} lacks the features {sorted(missing)}")
-        files: dict[str, list[int]] = {}
-        for episode in chosen:
-            files.setdefault(self.layout.data_file(episode), []).append(episode)
-        parts: dict[int, pl.DataFrame] = {}
-        for file, wanted in files.items():
-            try:
-                table = layout.read_table(self.path / file, keys).with_row_index("row")
-            except (ValueError, FileNotFoundError) as error:
-                if not skip:
-                    raise type(error)(f"{_name(wanted)} of dataset {self.path}: {error}") from error
-                self.skipped |= dict.fromkeys(wanted, str(error))
-                continue
-            by_episode = table.partition_by("episode_index", as_dict=True)
-            for episode in wanted:
-                part = by_episode.get((episode,), table.clear())
-                problem = self._problem(part, file, episode)
-                if problem and not skip:
-                    raise ValueError(problem)
-                if problem:
-                    self.skipped[episode] = problem
-                else:
-                    parts[episode] = part
-        self._join(parts, keys)
-        self._check_videos(parts, keys, skip)
+    def _open(self, chosen: list[int], skip: bool, tell: bool) -> None:
+        """Read the needed columns of the chosen episodes."""
+        keys = [key for key in self._wanted(skip) if key not in data_files.INDEX]
+        found = data_files.read(self.layout, chosen, keys, bar=tell)
+        parts = {n: part for n, part in found.items() if isinstance(part, data_files.Episode)}
+        wrong = {n: error for n, error in found.items() if isinstance(error, Exception)}
         if skip:
-            self._skip_unreadable(parts, keys)
+            self.skipped |= {n: str(error) for n, error in wrong.items()}
+        elif wrong:
+            error = next(iter(wrong.values()))
+            same = [n for n, other in wrong.items() if other is error]
+            raise type(error)(f"{_name(same)} of dataset {self.path}: {error}") from error
+        self._join(parts)
+        self._check_videos(parts, skip)
+        if skip:
+            self._skip_unreadable(parts)
 
-    def _check_videos(self, parts: dict[int, pl.DataFrame], keys: list[str], skip: bool) -> None:
+    def _check_videos(self, parts: Mapping[int, data_files.Episode], skip: bool) -> None:
         """Raise for, or leave out, episodes with frames at whose time no picture is shown."""
         starts = np.flatnonzero(np.diff(self.ends, prepend=0))
         bounds = zip(starts.tolist(), self.ends[starts].tolist(), strict=True)
@@ -276,40 +261,58 @@ class Dataset:
                 "again, or leave them out (--data.skip-bad-episodes)"
             )
         self.skipped |= {episode: found.problem for episode, found in problems.items()}
-        self._join({e: part for e, part in parts.items() if e not in problems}, keys)
+        self._join({e: part for e, part in parts.items() if e not in problems})
 
-    def _problem(self, part: pl.DataFrame, file: str, episode: int) -> str:
-        """What is wrong with an episode's rows, or nothing."""
-        expected = self.layout.lengths[episode]
-        if len(part) != expected:
-            return (
-                f"{self.path / file} has {len(part)} frames of episode {episode}, the meta files "
-                f"say {expected}; it was cut off, or is of another version of the dataset"
-            )
-        index = part["frame_index"].to_numpy()
-        wrong = np.flatnonzero(index != np.arange(expected))
-        if len(wrong):
-            return (
-                f"{self.path / file}: row {wrong[0]} of episode {episode} is frame "
-                f"{index[wrong[0]]}; frames must be in order and complete"
-            )
-        return ""
+    def _wanted(self, skip: bool) -> tuple[str, ...]:
+        """Columns to read at once: to skip episodes, all have to be looked at."""
+        keys = self._needed
+        if keys is None:
+            keys = tuple(key for key in self.features if key not in self.cameras) if skip else ()
+        looked_at = self.cameras if self._asked is None else self._asked
+        times = ["timestamp"] if any(map(self._pictures.is_video, looked_at)) else []
+        return tuple(dict.fromkeys([*keys, *times]))
 
-    def _join(self, parts: dict[int, pl.DataFrame], keys: list[str]) -> None:
+    def _join(self, parts: Mapping[int, data_files.Episode]) -> None:
         if not parts:
             reasons = "; ".join(list(self.skipped.values())[:2])
             raise ValueError(f"no episode of dataset {self.path} can be read: {reasons}")
-        table = pl.concat([parts[episode] for episode in sorted(parts)])
-        columns = {key: _to_numpy(table[key], self.features[key]) for key in keys}
-        self._keep(sorted(parts), table["row"].to_numpy(), columns)
+        order = sorted(parts)
+        chosen = [parts[episode] for episode in order]
+        lengths = [len(part.rows) for part in chosen]
+        loaded = {
+            "episode_index": np.repeat(order, lengths),
+            "frame_index": np.concatenate([np.arange(length) for length in lengths]),
+        }
+        for key in chosen[0].values:
+            loaded[key] = data_files.join(self.layout, key, [part.values[key] for part in chosen])
+        self._keep(order, np.concatenate([part.rows for part in chosen]), loaded)
 
-    def _keep(self, episodes: list[int], rows: np.ndarray, columns: dict[str, np.ndarray]) -> None:
-        self.episodes, self.columns, self._rows = episodes, columns, rows
+    def _keep(self, order: list[int], rows: np.ndarray, loaded: Mapping[str, np.ndarray]) -> None:
+        self.episodes, self._rows = order, rows
+        keys = [key for key in self.features if key not in (*self.cameras, *data_files.INDEX)]
+        self.columns = columns.Columns([*data_files.INDEX, *keys], self._load, loaded)
         # For every frame the index after its episode's last frame.
-        self.ends = np.searchsorted(columns["episode_index"], columns["episode_index"], "right")
-        self._seconds = pictures.times(columns["timestamp"], columns["frame_index"], self.fps)
+        index = loaded["episode_index"]
+        self.ends = np.searchsorted(index, index, "right")
+        self._times: np.ndarray | None = None
 
-    def _skip_unreadable(self, parts: dict[int, pl.DataFrame], keys: list[str]) -> None:
+    @property
+    def _seconds(self) -> np.ndarray:
+        """Time of each frame since its episode's start."""
+        if self._times is None:
+            recorded, frames = self.columns["timestamp"], self.columns["frame_index"]
+            self._times = pictures.times(recorded, frames, self.fps)
+        return self._times
+
+    def _load(self, key: str) -> np.ndarray:
+        """A column that is asked for later: every file is read again."""
+        if key not in self.features and key not in columns.BOOKKEEPING:
+            raise KeyError(key)
+        starts = np.searchsorted(self.columns["episode_index"], self.episodes)
+        rows = np.split(self._rows, starts[1:])
+        return data_files.column(self.layout, key, dict(zip(self.episodes, rows, strict=True)))
+
+    def _skip_unreadable(self, parts: Mapping[int, data_files.Episode]) -> None:
         """Leave out episodes with a number that is not finite, or pictures that do not decode."""
         starts = np.flatnonzero(np.diff(self.ends, prepend=0))
         with progress.bar("Check episodes", len(starts)) as advance:
@@ -320,14 +323,15 @@ class Dataset:
                 advance(1)
         kept = {episode: part for episode, part in parts.items() if episode not in self.skipped}
         if len(kept) < len(parts):
-            self._join(kept, keys)
+            self._join(kept)
 
     def _unreadable(self, first: int, last: int) -> str:
-        for key, column in self.columns.items():
+        for key, column in self.columns.loaded.items():
             if column.dtype.kind == "f" and not np.isfinite(column[first : last + 1]).all():
                 return f"{key!r} is not finite in {self.where(first).partition(',')[0]}"
+        cameras = self.cameras if self._asked is None else self._asked
         try:
-            for camera, frame in itertools.product(self.cameras, (first, last)):
+            for camera, frame in itertools.product(cameras, (first, last)):
                 self.picture(frame, camera)
         except (ValueError, FileNotFoundError) as error:
             return str(error)
@@ -350,19 +354,6 @@ def split(episodes: Sequence[int], validation: float, seed: int = 0) -> tuple[li
     return sorted(order[held_out:].tolist()), sorted(order[:held_out].tolist())
 
 
-_BOOKKEEPING = {"timestamp", "frame_index", "episode_index", "index", "task_index"}
-_NUMERIC = {"float32", "float64", "int32", "int64", "uint8", "int8", "int16", "bool"}
-
-
 def _name(episodes: Sequence[int]) -> str:
     first, *others = episodes
     return f"episodes {first} to {others[-1]}" if others else f"episode {first}"
-
-
-def _to_numpy(series: pl.Series, feature: dict[str, Any]) -> np.ndarray:
-    if isinstance(series.dtype, pl.List):
-        series = series.list.to_array(feature["shape"][0])
-    column = np.ascontiguousarray(series.to_numpy()).astype(feature["dtype"], copy=False)
-    # LeRobot stores a vector of one element as a plain number; bookkeeping is meant to be one.
-    is_vector = series.name not in _BOOKKEEPING and column.ndim == 1
-    return column[:, None] if is_vector else column

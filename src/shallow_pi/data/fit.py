@@ -1,0 +1,109 @@
+"""Compare a dataset with the robot it is to train: what is wrong, and what a person should know.
+
+Only what the robot uses is looked at: other columns and cameras may be of any kind, or damaged.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from shallow_pi import progress
+from shallow_pi.data.lerobot import columns, layout, reader
+from shallow_pi.data.robots import robot as robots
+
+# Episodes named in a warning.
+_NAMED = 10
+
+
+def keys(robot: robots.Robot, found: layout.Layout) -> list[str]:
+    """The columns that training the robot reads."""
+    prompt = [] if robot.prompt else [prompt_key(robot, found)]
+    return list(dict.fromkeys([*robot.state_keys, *robot.action_keys, *prompt]))
+
+
+def prompt_key(robot: robots.Robot, found: layout.Layout) -> str:
+    """The column of the prompts: the robot's own if it is text there, else the task's number."""
+    feature = found.info["features"].get(robot.prompt_key)
+    is_text = feature is not None and columns.is_text(feature)
+    return robot.prompt_key if is_text else "task_index"
+
+
+def prompt(dataset: reader.Dataset, robot: robots.Robot, i: int) -> str:
+    """The prompt of frame `i`: the robot's own, else that of the recording."""
+    key = prompt_key(robot, dataset.layout)
+    if robot.prompt:
+        return robot.prompt
+    return dataset.task(i) if key == "task_index" else str(dataset.columns[key][i])
+
+
+def check(dataset: reader.Dataset, robot: robots.Robot) -> None:
+    """Raise unless the dataset can train a policy of the robot."""
+    dataset.require(keys(robot, dataset.layout), tuple(robot.cameras.values()))
+    for camera, key in robot.cameras.items():
+        if reason := dataset.depth(key):
+            raise ValueError(
+                f"camera {key!r} (for {camera}) of dataset {dataset.path} records depth "
+                f"({reason}); a policy sees 8-bit colour: name a colour camera in the robot's "
+                "cameras"
+            )
+    for names, column, dim in (
+        (robot.state_keys, robot.state(dataset.columns), robot.state_dim),
+        (robot.action_keys, robot.actions(dataset.columns), robot.action_dim),
+    ):
+        key = " + ".join(map(repr, names))
+        if column.shape[1:] != (dim,):
+            raise ValueError(
+                f"{key} of dataset {dataset.path} has shape {column.shape[1:]}, robot "
+                f"{robot.name} expects ({dim},)"
+            )
+        bad = np.flatnonzero(~np.isfinite(column).all(axis=1))
+        if len(bad):
+            raise ValueError(
+                f"{key} of dataset {dataset.path} is not finite in {dataset.where(int(bad[0]))}: "
+                f"{column[bad[0]].tolist()} ({len(bad)} such frames); repair it, or leave the "
+                "episode out (--data.exclude-episodes)"
+            )
+    if dataset.fps != robot.fps:
+        raise ValueError(
+            f"dataset {dataset.path} is recorded at {dataset.fps:g} fps, robot {robot.name} runs "
+            f"at {robot.fps:g}; resample the recording or set the robot's fps"
+        )
+    if not robot.prompt:
+        for i in _first_of_each_task(dataset, robot):
+            prompt(dataset, robot, i)  # Raises if there is no such task.
+
+
+def warn(dataset: reader.Dataset, robot: robots.Robot) -> None:
+    """Warn, once, of what is not used, and of episodes without an instruction."""
+    needed = {*robot.cameras.values(), *keys(robot, dataset.layout), *columns.BOOKKEEPING}
+    unused = sorted(set(dataset.features) - needed - _FLAGS)
+    if unused:
+        progress.warn(
+            f"robot {robot.name} does not use these of dataset {dataset.path}: {', '.join(unused)}"
+        )
+    empty = [] if robot.prompt else _without_prompt(dataset, robot)
+    if empty:
+        shown = " ".join(map(str, empty[:_NAMED])) + (" ..." if len(empty) > _NAMED else "")
+        progress.warn(
+            f"{len(empty)} of {dataset.num_episodes} episodes of dataset {dataset.path} have "
+            f"frames without an instruction, whose prompt is empty ({shown}): leave them out with "
+            "--data.exclude-episodes, or give the robot a prompt"
+        )
+
+
+# Columns that LeRobot and its tools write beside a recording, of which no robot makes use.
+_FLAGS = {"next.done", "next.reward", "next.success"}
+
+
+def _first_of_each_task(dataset: reader.Dataset, robot: robots.Robot) -> list[int]:
+    """A frame of every different prompt."""
+    column = dataset.columns[prompt_key(robot, dataset.layout)]
+    return np.unique(column, return_index=True)[1].tolist()
+
+
+def _without_prompt(dataset: reader.Dataset, robot: robots.Robot) -> Sequence[int]:
+    column = dataset.columns[prompt_key(robot, dataset.layout)]
+    firsts = _first_of_each_task(dataset, robot)
+    empty = [column[i] for i in firsts if not prompt(dataset, robot, i).strip()]
+    chosen = np.isin(column, np.array(empty, column.dtype))
+    return np.unique(dataset.columns["episode_index"][chosen]).tolist()

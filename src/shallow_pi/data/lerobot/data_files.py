@@ -1,0 +1,195 @@
+"""Columns of chosen episodes out of the data files, file by file, in threads.
+
+An episode that cannot be read does not stop the others: its error is returned in its place, and
+names file, episode and frame as far as they are known.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import polars as pl
+
+from shallow_pi import progress
+from shallow_pi.data.lerobot import columns, files
+from shallow_pi.data.lerobot import layout as layouts
+
+T = TypeVar("T")
+R = TypeVar("R")
+# Reading releases the GIL.
+_THREADS = min(8, (os.cpu_count() or 1) + 2)
+# More files than this take seconds, and get a progress bar.
+_MANY = 2000
+INDEX = ("episode_index", "frame_index")
+_INDEX_FEATURE: dict[str, Any] = {"dtype": "int64", "shape": [1]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Episode:
+    """One episode: its rows in the data file, and its columns."""
+
+    rows: np.ndarray
+    values: dict[str, np.ndarray]
+
+
+Found = Episode | ValueError | FileNotFoundError
+
+
+def read(
+    layout: layouts.Layout, episodes: Sequence[int], keys: Sequence[str], *, bar: bool = False
+) -> dict[int, Found]:
+    """Every episode with these columns, or what is wrong with it.
+
+    Args:
+      layout: of the dataset.
+      episodes: to read.
+      keys: of the columns, beside the indices of episode and frame.
+      bar: whether many files get a progress bar.
+    """
+    by_file = _by_file(layout, episodes)
+    shown = progress.bar("Read episodes", len(by_file)) if bar and len(by_file) > _MANY else None
+    found: dict[int, Found] = {}
+    with shown or contextlib.nullcontext() as advance:
+        for part in _in_threads(lambda item: _read_file(layout, *item, keys), by_file.items()):
+            found |= part
+            if advance is not None:
+                advance(1)
+    return found
+
+
+def column(layout: layouts.Layout, key: str, rows: Mapping[int, np.ndarray]) -> np.ndarray:
+    """One column of these rows of the data files, by episode, one episode after the other."""
+
+    def read_file(item: tuple[str, list[int]]) -> dict[int, np.ndarray]:
+        file, wanted = item
+        series = files.read_table(layout.root / file, [key])[key]
+        return {n: _values(layout, series, rows[n], file, n) for n in wanted}
+
+    found: dict[int, np.ndarray] = {}
+    for part in _in_threads(read_file, _by_file(layout, list(rows)).items()):
+        found |= part
+    return join(layout, key, [found[episode] for episode in rows])
+
+
+def join(layout: layouts.Layout, key: str, parts: Sequence[np.ndarray]) -> np.ndarray:
+    """The column of several episodes."""
+    shapes = {part.shape[1:] for part in parts}
+    if len(shapes) > 1:
+        raise ValueError(
+            f"{key!r} of dataset {layout.root} has several shapes: {sorted(shapes)}; name the true "
+            "one in meta/info.json"
+        )
+    return np.concatenate(parts)
+
+
+def _by_file(layout: layouts.Layout, episodes: Iterable[int]) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for episode in episodes:
+        found.setdefault(layout.data_file(episode), []).append(episode)
+    return found
+
+
+def _in_threads(call: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """Results in order; nothing more is begun after an error."""
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        try:
+            yield from pool.map(call, items)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _read_file(
+    layout: layouts.Layout, file: str, wanted: Sequence[int], keys: Sequence[str]
+) -> dict[int, Found]:
+    try:
+        table = _table(layout, file, keys)
+        rows = _rows(table, wanted)
+    except FileNotFoundError as error:
+        return dict.fromkeys(wanted, error)
+    except ValueError as error:
+        return dict.fromkeys(wanted, ValueError(str(error)))
+    found: dict[int, Found] = {}
+    for episode in wanted:
+        own = rows[episode]
+        try:
+            _check_frames(layout, table, own, file, episode)
+            values = {key: _values(layout, table[key], own, file, episode) for key in keys}
+            found[episode] = Episode(own, values)
+        except ValueError as error:
+            found[episode] = ValueError(str(error))
+    return found
+
+
+def _table(layout: layouts.Layout, file: str, keys: Sequence[str]) -> pl.DataFrame:
+    """These columns of a data file, and its episode and frame indices where it has them."""
+    path = layout.root / file
+    try:
+        return files.read_table(path, [*INDEX, *keys])
+    except ValueError:
+        # A file of version 2 holds one episode, in order: it can do without them.
+        there = [key for key in INDEX if key in files.schema(path)]
+        if len(there) == len(INDEX) or layout.rows:
+            raise
+        return files.read_table(path, [*there, *keys])
+
+
+def _rows(table: pl.DataFrame, wanted: Sequence[int]) -> dict[int, np.ndarray]:
+    """The rows of each episode of a data file, in order."""
+    if "episode_index" not in table.columns:
+        return dict.fromkeys(wanted, np.arange(len(table)))
+    own = columns.to_numpy(table["episode_index"], _INDEX_FEATURE)
+    order = np.argsort(own, kind="stable")
+    left, right = (np.searchsorted(own[order], wanted, side) for side in ("left", "right"))
+    return {n: order[a:b] for n, a, b in zip(wanted, left, right, strict=True)}
+
+
+def _check_frames(
+    layout: layouts.Layout, table: pl.DataFrame, rows: np.ndarray, file: str, episode: int
+) -> None:
+    """Raise unless the episode's frames are all there, in order."""
+    path, expected = layout.root / file, layout.lengths[episode]
+    if len(rows) != expected:
+        there = table["episode_index"].unique().to_list() if len(table) > len(rows) == 0 else []
+        raise ValueError(
+            f"{path} has {len(rows)} frames of episode {episode}, the meta files say {expected}; "
+            + (
+                f"its episode_index says {there[:5]}"
+                if there
+                else "it was cut off, or is of another version of the dataset"
+            )
+        )
+    if "frame_index" not in table.columns:
+        return
+    index = columns.to_numpy(table["frame_index"][rows], _INDEX_FEATURE)
+    wrong = np.flatnonzero(index != np.arange(expected))
+    if len(wrong):
+        raise ValueError(
+            f"{path}: row {wrong[0]} of episode {episode} is frame {index[wrong[0]]}; frames must "
+            "be in order and complete"
+        )
+
+
+def _values(
+    layout: layouts.Layout, series: pl.Series, rows: np.ndarray, file: str, episode: int
+) -> np.ndarray:
+    """One column of one episode."""
+    # Rows without a gap are not copied.
+    is_slice = rows[-1] - rows[0] == len(rows) - 1
+    own = series.slice(int(rows[0]), len(rows)) if is_slice else series[rows]
+    place = f"{layout.root / file}, episode {episode}"
+    try:
+        return columns.to_numpy(own, _feature(layout, series.name))
+    except columns.RowError as error:
+        raise ValueError(f"{place}, frame {error.row}: {error.problem}") from error
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
+
+
+def _feature(layout: layouts.Layout, key: str) -> Mapping[str, Any]:
+    if key in layout.info["features"]:
+        return layout.info["features"][key]
+    return {**_INDEX_FEATURE, "dtype": "float32" if key == "timestamp" else "int64"}

@@ -1,0 +1,127 @@
+"""Read a dataset's JSON and parquet files as any tool may have written them.
+
+Whatever goes wrong comes back as a `FileNotFoundError` or `ValueError` that names the file, the
+line or columns, and what to do; no error of polars or json leaves this module.
+"""
+
+import codecs
+import json
+import pathlib
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import polars as pl
+
+# Between JSON values: JSON's own, and separators that editors and str.splitlines take for lines.
+_BETWEEN = " \t\r\n\v\f\x1c\x1d\x1e\x85\u2028\u2029\ufeff\0"
+_LFS = b"version https://git-lfs"
+
+
+def read_json(path: pathlib.Path) -> Any:
+    """The content of a JSON file."""
+    text = _text(path)
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}{_hint(path)}") from error
+
+
+def json_rows(path: pathlib.Path, keys: Collection[str]) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON lines file, whatever separates them; each has to have `keys`."""
+    text, decoder, place = _text(path), json.JSONDecoder(), 0
+    while (place := _skip(text, place)) < len(text):
+        line = f"{path}, line {text.count(chr(10), 0, place) + 1}"
+        try:
+            row, place = decoder.raw_decode(text, place)
+        except ValueError as error:
+            raise ValueError(f"{line} is not JSON: {error}{_hint(path)}") from error
+        if not isinstance(row, dict) or not set(keys) <= set(row):
+            raise ValueError(f"{line}: expected an object with {sorted(keys)}, got {row!r:.200}")
+        yield row
+
+
+def _skip(text: str, place: int) -> int:
+    while place < len(text) and text[place] in _BETWEEN:
+        place += 1
+    return place
+
+
+def whole(value: Any, what: str) -> int:
+    """A whole number, also if it is stored as 3.0 or "3"; `what` names it in the error."""
+    try:
+        number = int(value)
+        if number == float(value):
+            return number
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise ValueError(f"{what} is {value!r}, expected a whole number")
+
+
+def schema(path: pathlib.Path) -> dict[str, pl.DataType]:
+    """Columns of a parquet file and their types."""
+    check(path)
+    try:
+        return dict(pl.scan_parquet(path, glob=False, hive_partitioning=False).collect_schema())
+    except _ERRORS as error:
+        raise _unreadable(path, "its columns", error) from error
+
+
+def read_table(path: pathlib.Path, keys: Collection[str] | None) -> pl.DataFrame:
+    """These columns of a parquet file (None: all), extension types as what they are stored as."""
+    check(path)
+    try:
+        # A path is no pattern: folders may have brackets in their names.
+        table = pl.read_parquet(
+            path, columns=None if keys is None else list(keys), glob=False, hive_partitioning=False
+        )
+    except pl.exceptions.ColumnNotFoundError as error:
+        there = list(schema(path))
+        lacks = sorted(set(keys or ()) - set(there))
+        raise ValueError(f"{path} has no column {lacks}; it has {there}") from error
+    except _ERRORS as error:
+        raise _unreadable(path, f"{sorted(keys)}" if keys else "all columns", error) from error
+    extensions = [s.ext.storage() for s in table if isinstance(s.dtype, _EXTENSION)]
+    return table.with_columns(extensions) if extensions else table
+
+
+def check(path: pathlib.Path) -> None:
+    """Raise unless the file can be opened."""
+    try:
+        with path.open("rb"):
+            pass
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileNotFoundError(f"{path} is missing; is the download complete?") from error
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}; check its permissions") from error
+
+
+# Polars before 1.36 reads extension types as their storage by itself.
+_EXTENSION: Any = getattr(pl, "BaseExtension", ())
+# A panic of polars (a damaged file) is no Exception.
+_ERRORS = (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError, ValueError)
+
+
+def _unreadable(path: pathlib.Path, what: str, error: BaseException) -> ValueError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    hint = _hint(path) or "; it is damaged or was cut off: fetch it again, or leave the episode out"
+    return ValueError(f"cannot read {what} from {path}: {reason:.200}{hint}")
+
+
+def _text(path: pathlib.Path) -> str:
+    check(path)
+    data = path.read_bytes()
+    is_16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        return data.decode("utf-16" if is_16 else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8 text: byte {error.start} is {data[error.start]:#x}; save it as "
+            "UTF-8"
+        ) from error
+
+
+def _hint(path: pathlib.Path) -> str:
+    """What to do about a file that Git LFS has not fetched yet."""
+    with path.open("rb") as file:
+        is_pointer = file.read(len(_LFS)) == _LFS
+    return "; it is a Git LFS pointer, not the file: run `git lfs pull`" if is_pointer else ""

@@ -1,0 +1,79 @@
+"""Episodes by number, range or file: what `--data.episodes` and `--data.exclude-episodes` say.
+
+`7` is one episode, `0:50` fifty (as in LeRobot's splits the end is not included), `100:` and `:20`
+are open. Commas join them. Any other word is a file of such words, `#` begins a comment in it.
+"""
+
+import dataclasses
+import pathlib
+import re
+from collections.abc import Collection
+
+_NUMBER = re.compile(r"\d+")
+_RANGE = re.compile(r"(\d*):(\d*)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """Episodes to use (none named: all), and episodes to leave out."""
+
+    episodes: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+    def of(self, known: Collection[int]) -> list[int]:
+        """The chosen ones of a dataset's episodes, in order.
+
+        Raises:
+          ValueError: a word that is no number, range or file, or names no episode of the dataset;
+            or nothing is left.
+          FileNotFoundError: a file that is not there.
+        """
+        chosen = _named(self.episodes, known) if self.episodes else set(known)
+        left = sorted(chosen - _named(self.exclude, known))
+        if not left:
+            raise ValueError(
+                f"no episodes are left: {_shown(self.episodes) or 'all'} without "
+                f"{_shown(self.exclude) or 'any'}, of {len(known)}"
+            )
+        return left
+
+
+def _named(words: Collection[str], known: Collection[int]) -> set[int]:
+    found: set[int] = set()
+    for word in words:
+        for part in word.split(","):
+            found |= _one(part.strip(), known) if part.strip() else set()
+    return found
+
+
+def _one(word: str, known: Collection[int]) -> set[int]:
+    there = f"the dataset has {len(known)} episodes, {min(known)} to {max(known)}"
+    if _NUMBER.fullmatch(word):
+        if int(word) not in known:
+            raise ValueError(f"there is no episode {word}; {there}")
+        return {int(word)}
+    if match := _RANGE.fullmatch(word):
+        first = int(match[1] or min(known))
+        end = int(match[2] or max(known) + 1)
+        found = {episode for episode in known if first <= episode < end}
+        if not found or end > max(known) + 1:
+            raise ValueError(f"{word} reaches beyond the dataset; {there}")
+        return found
+    path = pathlib.Path(word).expanduser()
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{word!r} is neither a number (7), a range (0:50) nor a file of such words"
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read episodes from {path}: {error}") from error
+    words = re.sub(r"#.*", "", text).replace("[", " ").replace("]", " ").split()
+    for inner in words:
+        if not re.fullmatch(r"[\d:,]*", inner):
+            raise ValueError(f"{path} holds {inner!r}, expected numbers (7) and ranges (0:50)")
+    return _named(words, known)
+
+
+def _shown(words: Collection[str]) -> str:
+    return " ".join(words)
