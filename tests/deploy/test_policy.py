@@ -224,6 +224,8 @@ def test_metadata_is_plain_and_says_what_a_client_sends(deployed):
         "prompt_key": "task",
         "fps": 20,
         "num_steps": 3,
+        "state_names": [],
+        "action_names": [],
     }
 
 

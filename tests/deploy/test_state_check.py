@@ -75,6 +75,10 @@ def test_a_converted_state_is_judged_in_the_robots_own_units():
         check(gripper, stats, robot.ALOHA)
 
 
+def test_dimensions_are_called_by_their_names():
+    assert "'x' is 14 (trained on" in (check([14, 5, 3], names=("x", "y", "z")) or "")
+
+
 def test_statistics_of_fewer_dimensions_are_refused():
     with pytest.raises(ValueError, match="have 3 dimensions, robot aloha has 14"):
         check([0, 5, 3], of=robot.ALOHA)

@@ -14,7 +14,13 @@ from openpi_client import websocket_client_policy
 
 from shallow_pi.serving import protocol, server, server_config
 
-METADATA = {"action_horizon": 4, "action_dim": 2, "fps": 20, "state_keys": ["state"]}
+METADATA = {
+    "action_horizon": 4,
+    "action_dim": 2,
+    "fps": 20,
+    "state_keys": ["state"],
+    "action_names": ["shoulder", "elbow"],
+}
 
 
 # openpi's client connects so, and so do raw websockets here.

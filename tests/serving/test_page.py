@@ -80,11 +80,17 @@ COLOURS = """[...document.querySelectorAll('#cameras img')].map(picture => {
   return [...c.getContext('2d').getImageData(0, 0, 1, 1).data.slice(0, 3)]; })"""
 
 
+# The titles of the panels that are shown.
+PANELS = """[...document.querySelectorAll('section h2')].filter(h => h.checkVisibility())
+  .map(h => h.textContent)"""
+
+
 def test_the_page_shows_what_the_robot_does_and_calls_nobody(tab, driven, tmp_path):
     with serving.running(serving.Echo(0.01)) as running:
         tab.open(running.http + "/")
         tab.wait("document.getElementById('health').className === 'idle'")
         tab.wait("document.getElementById('verdict').textContent.startsWith('Ready')")
+        assert tab.run(PANELS) == []
         end = driven(running)
         tab.wait("latest && latest.requests > 20")
         tab.wait("document.getElementById('health').className === 'good'")
@@ -99,7 +105,15 @@ def test_the_page_shows_what_the_robot_does_and_calls_nobody(tab, driven, tmp_pa
         (red, blue) = tab.run(COLOURS)
         assert red[0] > 200 > 100 > red[2]
         assert blue[2] > 200 > 100 > blue[0]
-        # A curve for each of the two dimensions, and the latency.
+        assert tab.run(PANELS) == [
+            "Cameras",
+            "Latency, ms",
+            "Actions by dimension, over control steps",
+            "Clients",
+        ]
+        # A curve for each of the two dimensions under its name, and the latency.
+        titles = "[...document.querySelectorAll('#actions span')].map(s => s.textContent)"
+        assert [title.split(":")[0] for title in tab.run(titles)] == ["shoulder", "elbow"]
         for canvas, count in (("#actions canvas", 2), ("#latency", 1)):
             ink = tab.run(INK % canvas)
             assert len(ink) == count

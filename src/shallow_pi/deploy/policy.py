@@ -63,7 +63,11 @@ class Policy:
         self.assets, self.num_steps, self.prompt = assets, num_steps, prompt
         self._inputs, self._outputs = assets.inputs(), assets.outputs()
         self._check_state = state_check.StateCheck.create(
-            assets.robot, assets.stats["state"], warn=state_warn, refuse=state_refuse
+            assets.robot,
+            assets.stats["state"],
+            names=assets.names.get("state", ()),
+            warn=state_warn,
+            refuse=state_refuse,
         )
         times, options = sampler.integration_times(num_steps), tuning.best(assets.model)
         self.weights = jax.jit(
@@ -159,6 +163,8 @@ class Policy:
             "prompt_key": robot.prompt_key,
             "fps": robot.fps,
             "num_steps": self.num_steps,
+            "state_names": list(self.assets.names.get("state", ())),
+            "action_names": list(self.assets.names.get("actions", ())),
         }
 
     def reset(self) -> None:

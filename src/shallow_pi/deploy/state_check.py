@@ -34,6 +34,8 @@ class StateCheck:
     low: Float[np.ndarray, " sd"]
     high: Float[np.ndarray, " sd"]
     spread: Float[np.ndarray, " sd"]
+    # Names of the dimensions, such as joints; empty numbers them.
+    names: Sequence[str] = ()
     # Spreads outside; 0 checks nothing.
     warn: float = WARN
     refuse: float = REFUSE
@@ -51,6 +53,7 @@ class StateCheck:
         robot: robots.Robot,
         stats: normalize.NormStats,
         *,
+        names: Sequence[str] = (),
         warn: float = WARN,
         refuse: float = REFUSE,
     ) -> "StateCheck":
@@ -74,6 +77,7 @@ class StateCheck:
             low=quantiles[0],
             high=quantiles[1],
             spread=np.maximum(spread, _SMALLEST * size),
+            names=names,
             warn=warn,
             refuse=refuse,
         )
@@ -100,8 +104,12 @@ class StateCheck:
     def _describe(self, values: np.ndarray, outside: np.ndarray, bound: float) -> str:
         far: Sequence[int] = np.flatnonzero(outside > bound).tolist()
         found = [
-            f"dimension {i} is {values[i]:.4g} (trained on {self.low[i]:.4g} to {self.high[i]:.4g})"
+            f"{self._name(i)} is {values[i]:.4g} (trained on {self.low[i]:.4g} to "
+            f"{self.high[i]:.4g})"
             for i in far[:3]
         ]
         more = f" and {len(far) - 3} more" if len(far) > 3 else ""
         return f"{self.named} is far from the training data: {', '.join(found)}{more}"
+
+    def _name(self, dimension: int) -> str:
+        return repr(self.names[dimension]) if self.names else f"dimension {dimension}"

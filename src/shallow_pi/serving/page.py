@@ -130,6 +130,7 @@ def snapshot(
     content = {
         "health": {"level": level, "text": text},
         "metadata": {k: v for k, v in seen.metadata.items() if isinstance(v, str | int | float)},
+        "names": list(seen.metadata.get("action_names") or ()),
         "uptime": now - seen.start,
         "requests": seen.requests,
         "errors": seen.errors,
