@@ -28,9 +28,11 @@ import os
 import pathlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import tyro
 
+from shallow_pi import progress
 from shallow_pi.deploy import policy, state_check
 from shallow_pi.parallel import processes
 from shallow_pi.serving import recorder, server, server_config
@@ -51,14 +53,35 @@ class PolicyArguments:
     num_steps: int = 10
     # Seed of the noise.
     seed: int = 0
-    # For a folder of openpi's: which robot it is for, a name or a file with a ROBOT. For any
-    # policy, such a file may give the keys of observations other names.
+    # For a folder of openpi's or LeRobot's: which robot it is for, a name or a file with a ROBOT.
+    # For any policy, such a file may give the keys of observations other names.
     robot: str = ""
+    # Name of the statistics under assets/, where there are several.
+    asset_id: str = ""
+    # SentencePiece model, where it is another than the folder's or PaliGemma's.
+    tokenizer: str = ""
+    # Actions of a chunk, which openpi's folders do not say; 0 takes the folder's, or 50.
+    action_horizon: int = 0
+    # Tokens of a prompt, which openpi's folders do not say; 0 takes the folder's, or openpi's 48
+    # (π0.5: 200).
+    max_token_len: int = 0
+    # Whether π0.5 reads the state in the prompt, which openpi's folders do not say; None takes the
+    # folder's, or True.
+    discrete_state_input: bool | None = None
     # A state this many spreads outside its training data (its range q01 to q99) is answered with a
     # warning; 0 never warns.
     state_warn: float = state_check.WARN
     # A state this many spreads outside its training data is refused; 0 refuses none.
     state_refuse: float = state_check.REFUSE
+
+    def model_fields(self) -> dict[str, Any]:
+        """Fields of the model that were given."""
+        given = {
+            "action_horizon": self.action_horizon or None,
+            "max_token_len": self.max_token_len or None,
+            "discrete_state_input": self.discrete_state_input,
+        }
+        return {name: value for name, value in given.items() if value is not None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +95,9 @@ class Arguments:
     port: int = 8000
     # What to do where an observation does not say.
     prompt: str = ""
+    # Make warnings errors: of what the policy's folder leaves to be assumed, of keys that are not
+    # used.
+    strict: bool = False
     # File with the key clients must give; without it, the variable SHALLOW_PI_API_KEY; without
     # both, no key is asked for.
     api_key_file: str = ""
@@ -119,6 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     line = "%(asctime)s %(levelname)s %(message)s"
     logging.basicConfig(format=line, level=logging.WARNING, force=True)
     logging.getLogger("shallow_pi").setLevel(logging.INFO)
+    progress.be_strict(given.strict)
     with command_line.exit_on(), contextlib.ExitStack() as stack:
         serving = given.create()
         serving.check()
@@ -129,9 +156,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             num_steps=given.policy.num_steps,
             seed=given.policy.seed,
             robot=given.policy.robot or None,
+            asset_id=given.policy.asset_id or None,
+            tokenizer=given.policy.tokenizer or None,
             prompt=given.prompt or None,
             state_warn=given.policy.state_warn,
             state_refuse=given.policy.state_refuse,
+            **given.policy.model_fields(),
         )
         record = None
         if given.record:
@@ -150,8 +180,8 @@ def _ready(url: str, serving: server_config.ServerConfig, chosen: policy.Policy)
     there = there.replace("0.0.0.0", "<this machine's address>")
     key = ', api_key="..."' if serving.api_key else ""
     print(
-        f"{found['model']} of {found['depth']} layers for {found['robot']} on {url}, page at "
-        f"http{url.removeprefix('ws')}/\n"
+        f"{chosen.description}\n"
+        f"on {url}, page at http{url.removeprefix('ws')}/\n"
         f"an observation has {', '.join(map(repr, keys))}; a client is\n"
         "    from openpi_client import websocket_client_policy\n"
         "    policy = websocket_client_policy.WebsocketClientPolicy("

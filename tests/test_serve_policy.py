@@ -65,12 +65,12 @@ def test_a_packaged_policy_is_served_loaded_recorded_and_stopped(tmp_path):
     process, said = serve("--record", tmp_path / "kept", key="secret")
     try:
         url = re.search(r"ws://[\d.:]+", said).group()
-        assert said.startswith("pi0 of 18 layers for turntable on ws://127.0.0.1:")
+        assert re.match(r"π0, 18 layers, for turntable: .*\non ws://127\.0\.0\.1:", said)
         assert f"page at {url.replace('ws', 'http')}/" in said
         assert "'observation.images.base', 'observation.images.wrist'" in said
         assert 'api_key="..."' in said
         # What it prints works as it stands.
-        lines = [line.strip() for line in said.splitlines()[2:]]
+        lines = [line.strip() for line in said.splitlines()[3:]]
         example = [
             "import warnings; warnings.simplefilter('ignore')",
             "import numpy as np",

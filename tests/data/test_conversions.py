@@ -56,3 +56,11 @@ def test_bad_conversions_are_refused() -> None:
         conversions.Conversion((1.0, 1.0), crank=(2,))
     with pytest.raises(ValueError, match="of 1 dimensions was given 3"):
         conversions.Conversion((1.0,)).forward(np.zeros(3))
+
+
+def test_gripper_positions_beyond_the_crank_are_told(capsys) -> None:
+    conversions.crank_angle(np.array([0.0, 1.0]))
+    assert capsys.readouterr().err == ""
+    conversions.crank_angle(np.array([0.5, 30.0]))
+    told = capsys.readouterr().err
+    assert "cut to its ends: 0.5 to 30, expected 0 (closed) to 1 (open)" in told

@@ -182,6 +182,14 @@ def test_actions_in_parts_are_joined_and_a_whole_chunk_passes(tokens) -> None:
         inputs(recording | parts)
 
 
+def test_an_absent_instruction_is_refused_and_an_empty_one_told(tokens, stats, capsys) -> None:
+    inputs = _inputs(tokens, stats)
+    with pytest.raises(ValueError, match=r"must be a str, got NoneType \(None\)"):
+        inputs(_observation(task=None))
+    inputs(_observation(task=" "))
+    assert "an instruction is empty" in capsys.readouterr().err
+
+
 def test_a_camera_the_model_does_not_have_is_told_once(tokens, stats, capsys) -> None:
     cameras = {"base_rgb": "top", "left_wrist_0_rgb": "observation.images.wrist"}
     robot = dataclasses.replace(robots.TURNTABLE, cameras=cameras)

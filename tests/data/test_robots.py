@@ -112,6 +112,12 @@ def test_a_robot_can_be_a_file(tmp_path) -> None:
     )
     with pytest.raises(ValueError, match="names its robot 'ur5', which is another: rename it"):
         robots.find(str(path))
+    path.write_text("from shallow_pi.data import robots\n\nROBOT = robots.Robot(state_dims=3)")
+    with pytest.raises(ValueError, match=r"my_arm\.py, line 3: TypeError.*state_dims.*state_dim,"):
+        robots.find(str(path))
+    path.write_text("ROBOT = (")
+    with pytest.raises(ValueError, match=r"my_arm\.py: SyntaxError: .*was never closed"):
+        robots.find(str(path))
     with pytest.raises(FileNotFoundError, match=r"no robot file .*other\.py"):
         robots.find(str(tmp_path / "other.py"))
 

@@ -1,6 +1,5 @@
 """Both prompt forms piece by piece, padding and truncation, and a reproducible vocabulary."""
 
-import logging
 import pathlib
 import pickle
 
@@ -49,18 +48,16 @@ def test_bins_split_the_range_into_256() -> None:
     np.testing.assert_array_equal(tokenizer.discretize(edges[1:] - 1e-9), np.arange(256))
 
 
-def test_long_prompt_is_cut_counted_and_told_once(model, caplog) -> None:
+def test_long_prompt_is_cut_counted_and_told_once(model, capsys) -> None:
     tokens = tokenizer.Tokenizer(model, 4)
-    with caplog.at_level(logging.WARNING):
-        first, mask = tokens.tokenize(PROMPTS[2])
-        tokens.tokenize(PROMPTS[2])
-    assert tokens.truncated == 2
-    assert [r.getMessage() for r in caplog.records if "tokens, 4 fit" in r.getMessage()] == [
-        caplog.records[0].getMessage()
-    ]
-    assert "'put the peg into the green cup'" in caplog.records[0].getMessage()
-    np.testing.assert_array_equal(first, tokens.encode(PROMPTS[2])[:4])
+    for _ in range(2):
+        found, mask = tokens.tokenize("put the peg into the green cup")
+    np.testing.assert_array_equal(found, tokens.encode("put the peg into the green cup")[:4])
     assert mask.all()
+    assert tokens.truncated == 2
+    told = capsys.readouterr().err
+    assert told.count("tokens, 4 fit") == 1
+    assert "'put the peg into the green cup'" in told
 
 
 def test_unknown_words_fall_back_to_bytes(model) -> None:

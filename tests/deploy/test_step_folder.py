@@ -7,9 +7,9 @@ import shutil
 import numpy as np
 import pytest
 
-from shallow_pi.checkpoints import weights
+from shallow_pi.checkpoints import safetensors_file, weights
 from shallow_pi.data.robots import normalize, robot
-from shallow_pi.deploy import policy, step_folder
+from shallow_pi.deploy import lerobot_folder, policy, step_folder
 
 
 @pytest.fixture
@@ -80,24 +80,34 @@ def test_a_folder_of_openpis_is_the_same_policy_once_its_robot_is_known(own, par
     np.testing.assert_allclose(found.infer(observation)["actions"], expected, atol=1e-6)
 
 
-def test_what_no_shape_tells_is_openpis_default(own, openpis, tiny_config, tiny_params, tmp_path):
+def test_what_no_shape_tells_is_openpis_default_and_named(
+    own, openpis, tiny_config, tiny_params, tmp_path, capsys
+):
     asked = {"robot": robot.TURNTABLE, "tokenizer": own.tokenizer}
     model = step_folder.assets(openpis, **asked).model
     assert (model.pi05, model.depth, model.action_dim) == (False, 2, 6)
     assert (model.action_horizon, model.max_token_len, model.dtype) == (50, 48, "bfloat16")
     weights.save_params(tmp_path / "params", tiny_params(tiny_config(pi05=True, vocab_size=320)))
     shutil.copytree(openpis / "assets", tmp_path / "assets")
+    capsys.readouterr()
     model = step_folder.assets(tmp_path, **asked, action_horizon=10).model
     assert (model.pi05, model.discrete_state_input) == (True, True)
     assert (model.action_horizon, model.max_token_len) == (10, 200)
+    told = capsys.readouterr().err
+    assert "assuming openpi's max_token_len 200, discrete_state_input True" in told
+    assert "--policy.max-token-len --policy.discrete-state-input" in told
+    step_folder.assets(tmp_path, **asked, **fields(own), discrete_state_input=False)
+    assert capsys.readouterr().err == ""
 
 
 def test_openpis_folder_without_a_robot_or_tokenizer_or_statistics_is_an_error(own, openpis):
-    with pytest.raises(ValueError, match=r"no assets/shallow_pi\.json.* Give robot=.*'turntable'"):
+    with pytest.raises(
+        ValueError, match=r"no assets/shallow_pi\.json.*--policy\.robot .*'turntable'"
+    ):
         policy.Policy.from_checkpoint(openpis)
-    with pytest.raises(FileNotFoundError, match=r"vocabulary of 320 is not PaliGemma's: give tok"):
+    with pytest.raises(FileNotFoundError, match=r"of 320 is not PaliGemma's: give --policy\.tok"):
         step_folder.assets(openpis, robot="turntable")
-    with pytest.raises(FileNotFoundError, match=r"no statistics of 'other' .*\['org/turntable'\]"):
+    with pytest.raises(ValueError, match=r"no statistics of 'other'; it has \['org/turntable'\]"):
         step_folder.assets(openpis, robot="turntable", asset_id="other")
     with pytest.raises(ValueError, match=r"a model has no \['horizon'\]; it has \['action_dim'"):
         step_folder.assets(openpis, robot="turntable", horizon=3)
@@ -113,16 +123,58 @@ def test_one_of_several_statistics_is_the_robots_or_the_one_named(own, openpis, 
     assert step_folder.assets(tmp_path / "1", **asked).asset_id == "first/turntable"
     assert step_folder.assets(tmp_path / "1", **asked, asset_id="second").asset_id == "second"
     renamed = {**asked, "robot": dataclasses.replace(robot.TURNTABLE, name="mine")}
-    with pytest.raises(FileNotFoundError, match=r"'mine' .*\['first/turntable', 'second'\]"):
+    with pytest.raises(ValueError, match=r"'mine'; it has \['first/turntable', 'second'\]: choose"):
         step_folder.assets(tmp_path / "1", **renamed)
     assert step_folder.assets(openpis, **renamed).asset_id == "org/turntable"
 
 
-def test_a_trained_robot_may_be_given_other_names_but_no_other_units(own, params, tmp_path):
+def test_a_trained_robot_may_be_given_other_names_but_no_other_units(own, params, tmp_path, capsys):
     weights.save_params(tmp_path / "params", params)
     own.save(tmp_path / "assets")
     renamed = dataclasses.replace(robot.TURNTABLE, name="mine", state_key="q", prompt_key="say")
     assert step_folder.assets(tmp_path, robot=renamed).robot == renamed
+    assert capsys.readouterr().err == ""
+    one_eye = dataclasses.replace(renamed, cameras={"base_0_rgb": "top"}, fps=5)
+    step_folder.assets(tmp_path, robot=one_eye)
+    told = capsys.readouterr().err
+    assert "trained with ['left_wrist_0_rgb'], which robot mine has no camera for" in told
+    assert "trained at 20 actions a second, robot mine runs at 5" in told
     absolute = dataclasses.replace(robot.TURNTABLE, name="absolute", delta=())
     with pytest.raises(ValueError, match=r"absolute has other units: delta is .*, given \(\)"):
         step_folder.assets(tmp_path, robot=absolute)
+
+
+def test_a_folder_of_ours_takes_other_statistics_and_another_tokenizer(own, params, tmp_path):
+    weights.save_params(tmp_path / "params", params)
+    own.save(tmp_path / "assets")
+    other = {
+        key: dataclasses.replace(stats, mean=stats.mean + 1) for key, stats in own.stats.items()
+    }
+    normalize.save(tmp_path / "assets" / "other", other)
+    shutil.copyfile(own.tokenizer, tmp_path / "mine.model")
+    found = step_folder.assets(tmp_path, asset_id="other", tokenizer=tmp_path / "mine.model")
+    assert (found.asset_id, found.tokenizer) == ("other", tmp_path / "mine.model")
+    np.testing.assert_array_equal(found.stats["state"].mean, own.stats["state"].mean + 1)
+    with pytest.raises(
+        ValueError, match=r"no statistics of 'third'; it has \['other', 'turntable'\]"
+    ):
+        step_folder.assets(tmp_path, asset_id="third")
+
+
+def test_a_policy_of_lerobots_says_more_of_itself(own, params, tmp_path, capsys):
+    """Its own files alone: no assets of ours beside them."""
+    written = weights.leaves(params)
+    heads = {"num_kv_heads": own.model.backbone.num_kv_heads, "num_image_heads": 2}
+    safetensors_file.write(tmp_path / "model.safetensors", written, **heads, prefix="model.")
+    lerobot_folder.write(tmp_path, own)
+    found = step_folder.assets(
+        tmp_path, robot="turntable", tokenizer=own.tokenizer, cameras=own.model.cameras
+    )
+    assert dataclasses.replace(found.model, dtype="float32") == own.model
+    for key, stats in own.stats.items():
+        np.testing.assert_allclose(found.stats[key].mean, stats.mean)
+        np.testing.assert_allclose(found.stats[key].std, stats.std)
+    assert capsys.readouterr().err == ""
+    (tmp_path / "config.json").write_text('{"chunk_size": "many"}')
+    with pytest.raises(ValueError, match=r"config\.json is not a policy's config .*copy it again"):
+        step_folder.assets(tmp_path, robot="turntable", tokenizer=own.tokenizer)

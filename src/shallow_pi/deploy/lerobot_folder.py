@@ -174,6 +174,11 @@ def _inputs(assets: policy_assets.Assets) -> dict[str, Any]:
     size, robot = assets.model.image_size, assets.robot
     own = [robot.cameras[name] for name in assets.model.cameras if name in robot.cameras]
     seen = [camera_key(key) for key in own]
+    if len(set(seen)) < len(seen):
+        raise ValueError(
+            f"robot {robot.name} has cameras {own}, which LeRobot would know by the same name "
+            f"({seen}): give one of them another key in a robot file"
+        )
     pictures = {key: {"type": "VISUAL", "shape": [3, size, size]} for key in seen}
     return pictures | {STATE: {"type": "STATE", "shape": [robot.state_dim]}}
 

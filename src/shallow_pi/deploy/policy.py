@@ -99,21 +99,21 @@ class Policy:
         """The policy of a step folder, its parameters in the model's compute dtype.
 
         Args:
-          path: a step folder of ours, an export of one or one of openpi's, or the folder of a run;
-            local, `gs://` or `hf://`.
+          path: a step folder of ours, an export of one, a folder of openpi's or LeRobot's, or the
+            folder of a run; local, `gs://` or `hf://`.
           step: of a run: "last", "best" or a number.
           num_steps: integration steps of the sampler.
           seed: of the noise `infer` draws.
-          robot: for a folder of openpi's, which robot it is for; see `step_folder.assets`.
+          robot: for a folder that is not ours, which robot it is for; see `step_folder.assets`.
           prompt: what to do where an observation does not say.
           warm_up: compile now what the first observation will need; see `warm_up`.
-          asset_id: of openpi's, whose statistics, where there are several.
-          tokenizer: of openpi's, where it is not PaliGemma's.
+          asset_id: whose statistics, where there are several.
+          tokenizer: a SentencePiece model, where it is another than the folder's or PaliGemma's.
           state_warn: as of `Policy`.
           state_refuse: as of `Policy`.
           fields: of the `Pi0Config`, where they are to be others; openpi's checkpoints do not hold
             `action_horizon` (50), `max_token_len` (48; π0.5: 200) and `discrete_state_input` (π0.5:
-            True).
+            True). Those that are assumed are named in a warning.
 
         Raises:
           FileNotFoundError, ValueError: not a complete step folder, or parameters that do not fit
@@ -166,6 +166,18 @@ class Policy:
             "state_names": list(self.assets.names.get("state", ())),
             "action_names": list(self.assets.names.get("actions", ())),
         }
+
+    @property
+    def description(self) -> str:
+        """One line: the model, its robot, and everything an openpi folder leaves to be assumed."""
+        model, robot = self.assets.model, self.assets.robot
+        state = ", state in the prompt" if model.discrete_state_input else ""
+        return (
+            f"{model.kind}, {model.depth} layers, for {robot.name}: {model.action_horizon} actions "
+            f"of {robot.action_dim} (model: {model.action_dim}) dimensions, {model.max_token_len} "
+            f"prompt tokens{state}, statistics {self.assets.asset_id!r}, tokenizer "
+            f"{self.assets.tokenizer}"
+        )
 
     def reset(self) -> None:
         """Begin an episode: the noise sequence starts anew from the seed."""

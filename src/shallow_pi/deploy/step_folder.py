@@ -1,7 +1,8 @@
-"""Which folder a policy is read from, and what is known of a policy that is not ours.
+"""Find the step folder of a policy, and the assets of policies that are not ours.
 
 A run's folder stands for one of its steps. A step folder of ours says everything in its assets; one
-of openpi's has statistics alone, so the sizes are read off the parameters and the robot is given.
+of openpi's or LeRobot's has statistics and little else, so the sizes are read off the parameters,
+the robot is given, and every guess is named in a warning.
 """
 
 import dataclasses
@@ -10,9 +11,10 @@ import os
 import pathlib
 from typing import Any
 
+from shallow_pi import progress
 from shallow_pi.checkpoints import fetch, run_folder, safetensors_file, sizes, weights
 from shallow_pi.data.robots import assets as policy_assets
-from shallow_pi.data.robots import normalize
+from shallow_pi.data.robots import checkpoint_statistics, normalize
 from shallow_pi.data.robots import robot as robots
 from shallow_pi.data.robots import tokenizer as prompts
 from shallow_pi.models import pi0
@@ -77,14 +79,14 @@ def assets(
     tokenizer: str | os.PathLike[str] | None = None,
     **fields: Any,
 ) -> policy_assets.Assets:
-    """The assets of a step folder, ours or openpi's.
+    """The assets of a step folder; guesses are named in warnings.
 
     Args:
-      step: the folder.
-      robot: which robot it is for, by name or in full. Needed for a folder of openpi's; for one of
-        ours it may give keys and cameras other names, never other units.
-      asset_id: of openpi's, whose statistics, where there are several.
-      tokenizer: of openpi's, a SentencePiece model; None is the one in the folder, or PaliGemma's.
+      step: the folder; ours, openpi's or LeRobot's.
+      robot: which robot it is for, by name or in full. Needed for a folder that is not ours; for
+        one of ours it may give keys and cameras other names, never other units.
+      asset_id: whose statistics, where there are several.
+      tokenizer: a SentencePiece model; None is the one in the folder, or PaliGemma's.
       fields: of the `Pi0Config`, where they are to be others than found or openpi's.
 
     Raises:
@@ -99,48 +101,77 @@ def assets(
     if (step / "assets" / policy_assets.FILE_NAME).is_file() or not has_params:
         own = policy_assets.load(step)
         if robot is not None:
-            _check_units(own.robot, robot)
+            _check_renamed(own, robot)
             own = dataclasses.replace(own, robot=robot)
+        if asset_id is not None and asset_id != own.asset_id:
+            found = _statistics(step, asset_id, own.model, exact=True)
+            own = dataclasses.replace(own, stats=found.stats, asset_id=found.asset_id)
+        if tokenizer is not None:
+            own = dataclasses.replace(own, tokenizer=fetch.locate(tokenizer))
         return dataclasses.replace(own, model=dataclasses.replace(own.model, **fields))
     if robot is None:
         raise ValueError(
-            f"{step} has no assets/{policy_assets.FILE_NAME}: it is not one of ours, and openpi's "
-            "do not say which robot they are for. Give robot=, a name or a robots.Robot; there are "
-            f"{sorted(robots.ROBOTS)}"
+            f"{step} has no assets/{policy_assets.FILE_NAME}: it is not one of ours, and others do "
+            "not say which robot they are for. Give one with --policy.robot (robot= in Python), a "
+            f"name or a file with a ROBOT; there are {sorted(robots.ROBOTS)}"
         )
-    folder = _statistics(step, asset_id or robot.name, given=asset_id is not None)
     model = _model(step, fields)
-    return policy_assets.Assets(
-        model,
-        robot,
-        _tokenizer(step, model, tokenizer),
-        normalize.load(folder),
-        folder.relative_to(step / "assets").as_posix(),
-    )
+    checkpoint_statistics.check_robot(step, robot)
+    found = _statistics(step, asset_id or robot.name, model, exact=asset_id is not None)
+    file = _tokenizer(step, model, tokenizer)
+    return policy_assets.Assets(model, robot, file, found.stats, found.asset_id)
 
 
 def _model(step: pathlib.Path, fields: dict[str, Any]) -> pi0.Pi0Config:
-    """The sizes of the parameters; what no shape tells is openpi's default for the model."""
+    """The sizes of the parameters; fields that no file tells are openpi's defaults, and named."""
     found = sizes.of(weights.stored_params(step))
+    # openpi's defaults for what its configs set by name.
+    guesses = {"action_horizon": 50, "max_token_len": 48}
     if found["pi05"]:
-        found |= {"max_token_len": 200, "discrete_state_input": True}
-    return pi0.Pi0Config(**(found | fields))
-
-
-def _statistics(step: pathlib.Path, name: str, given: bool) -> pathlib.Path:
-    """The folder of `name`'s statistics, or of the only ones there are."""
-    root = step / "assets"
-    there = sorted(path.parent for path in root.rglob(normalize.FILE_NAME))
-    fitting = [folder for folder in there if name in (folder.name, str(folder.relative_to(root)))]
-    if not fitting and len(there) == 1 and not given:
-        fitting = there
-    if len(fitting) != 1:
-        names = [str(folder.relative_to(root)) for folder in there]
-        raise FileNotFoundError(
-            f"no statistics of {name!r} in {root} ({normalize.FILE_NAME}); there are {names}: "
-            "choose with asset_id=, or put them there"
+        guesses |= {"max_token_len": 200, "discrete_state_input": True}
+    told = _told(step)
+    guessed = {key: value for key, value in guesses.items() if key not in {*told, *fields}}
+    if guessed:
+        flags = " ".join(f"--policy.{key.replace('_', '-')}" for key in guessed)
+        values = ", ".join(f"{key} {value}" for key, value in guessed.items())
+        progress.warn(
+            f"{step} does not say all of its model: assuming openpi's {values} (to give others: "
+            f"{flags}; in Python, arguments of these names)"
         )
-    return fitting[0]
+    return pi0.Pi0Config(**(found | guesses | told | fields))
+
+
+def _told(step: pathlib.Path) -> dict[str, Any]:
+    """Fields of the model that the `config.json` of a PyTorch policy holds."""
+    path = step / run_folder.CONFIG_FILE
+    if not path.is_file():
+        return {}
+    names = {
+        "action_horizon": "action_horizon",  # openpi's own.
+        "chunk_size": "action_horizon",
+        "tokenizer_max_length": "max_token_len",
+    }
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        told: dict[str, Any] = {names[k]: int(content[k]) for k in names if content.get(k)}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not a policy's config ({error!r}): copy it again") from error
+    says_state = checkpoint_statistics.state_in_prompt(step)
+    return told if says_state is None else {**told, "discrete_state_input": says_state}
+
+
+def _statistics(
+    step: pathlib.Path, name: str, model: pi0.Pi0Config, exact: bool
+) -> checkpoint_statistics.Found:
+    kind, options = normalize.kind_of(model.pi05), "--policy.asset-id NAME"
+    found = checkpoint_statistics.find(step, name, kind, options=options, exact=exact)
+    if found is None:
+        raise FileNotFoundError(
+            f"no statistics in {step}: expected assets/<name>/{normalize.FILE_NAME}, as openpi "
+            f"writes it, or LeRobot's {checkpoint_statistics.PREPROCESSOR} with its tensors: put "
+            "those there that it was trained with"
+        )
+    return found
 
 
 def _tokenizer(
@@ -152,16 +183,29 @@ def _tokenizer(
     if given is None and model.vocab_size != pi0.PALIGEMMA_VOCAB_SIZE:
         raise FileNotFoundError(
             f"no {policy_assets.TOKENIZER_NAME} in {own.parent}, and a vocabulary of "
-            f"{model.vocab_size} is not PaliGemma's: give tokenizer="
+            f"{model.vocab_size} is not PaliGemma's: give --policy.tokenizer (tokenizer= in Python)"
         )
     return fetch.locate(given or prompts.PALIGEMMA)
 
 
-def _check_units(own: robots.Robot, given: robots.Robot) -> None:
-    different = robots.unit_differences(own, given)
+def _check_renamed(own: policy_assets.Assets, given: robots.Robot) -> None:
+    """Raise unless a robot given for a trained policy differs from its own in names only."""
+    trained = own.robot
+    different = robots.unit_differences(trained, given)
     if different:
         raise ValueError(
-            f"the policy was trained for robot {own.name}, and {given.name} has other units: "
+            f"the policy was trained for robot {trained.name}, and {given.name} has other units: "
             f"{'; '.join(different)}. Keys and cameras may have other names; "
             "dataclasses.replace(policy.assets.robot, ...) changes them alone"
+        )
+    seen = set(own.model.cameras)
+    if lacking := sorted(seen & (set(trained.cameras) - set(given.cameras))):
+        progress.warn(
+            f"the policy was trained with {lacking}, which robot {given.name} has no camera for: "
+            "it sees black there"
+        )
+    if given.fps != trained.fps:
+        progress.warn(
+            f"the policy was trained at {trained.fps:g} actions a second, robot {given.name} runs "
+            f"at {given.fps:g}: it will move slower or faster than it was shown"
         )

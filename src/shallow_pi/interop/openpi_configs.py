@@ -124,8 +124,8 @@ def _robot(name: str, source: Any, model: Any) -> robots.Robot:
             return robots.DROID
     raise ValueError(
         f"{name} cannot be taken over: its data come from {type(source).__name__}, whose "
-        "transforms are not those of a robot in data/robots.py. Describe the robot in a file "
-        "(--data.robot, see data/robots.py) and write a config in train_configs/"
+        "transforms are not those of a robot of ours. Describe the robot in a file "
+        "(--data.robot, see docs/robots.md) and write a config in train_configs/"
     )
 
 
@@ -150,6 +150,6 @@ def _aloha(name: str, source: Any) -> robots.Robot:
         if dataclasses.replace(robot, name=wanted.name) == wanted:
             return robot
     raise ValueError(
-        f"{name} cannot be taken over by name: no ALOHA in data/robots.py has its prompt, cameras "
-        f"and deltas. Give a file with this ROBOT (--data.robot, see data/robots.py): {wanted}"
+        f"{name} cannot be taken over by name: no ALOHA of ours has its prompt, cameras "
+        f"and deltas. Give a file with this ROBOT (--data.robot, see docs/robots.md): {wanted}"
     )

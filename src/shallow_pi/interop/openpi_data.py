@@ -58,6 +58,11 @@ class Source:
         item = self.dataset[int(self.frames[i])]
         # openpi's own function, on a dataset of this item: its transforms, in its order.
         (key, *_) = self.data.action_sequence_keys
+        if f"{key}_is_pad" not in item:
+            progress.warn(
+                f"openpi's dataset does not tell which of {key!r} lie beyond an episode's end: all "
+                "are trained on"
+            )
         is_pad = item.get(f"{key}_is_pad", np.zeros(self.model.action_horizon, bool))
         found = data_loader.transform_dataset([item], self.data)[0]
         return batches.Batch(

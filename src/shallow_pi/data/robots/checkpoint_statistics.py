@@ -130,6 +130,15 @@ def check_robot(step: pathlib.Path, robot: robots.Robot) -> None:
         )
 
 
+def state_in_prompt(step: pathlib.Path) -> bool | None:
+    """Whether a policy of LeRobot's reads its state in the prompt; None for any other folder."""
+    pipeline = step / PREPROCESSOR
+    if not pipeline.is_file():
+        return None
+    names = {entry.get("registry_name") for entry in _json(pipeline)["steps"]}
+    return "pi05_prepare_state_tokenizer_processor_step" in names
+
+
 def _lerobots(step: pathlib.Path, asset_id: str, kind: normalize.Kind) -> Found | None:
     """The statistics of a policy that LeRobot trained; None where it has no pipeline or no file."""
     pipeline = step / PREPROCESSOR

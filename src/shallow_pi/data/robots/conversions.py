@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from shallow_pi import progress
+
 # The crank of ALOHA's gripper (metres): finger positions closed and open, arm and horn.
 FINGERS_CLOSED, FINGERS_OPEN = 0.01844, 0.05800
 ARM, HORN = 0.036, 0.022
@@ -68,6 +70,11 @@ def crank_angle(position: Float[np.ndarray, "*n"]) -> Float[np.ndarray, "*n"]:
     """Angle (radians) of the servo at a relative finger position."""
     fingers = position * (FINGERS_OPEN - FINGERS_CLOSED) + FINGERS_CLOSED
     sine = (HORN**2 + fingers**2 - ARM**2) / (2 * HORN * fingers)
+    if (np.abs(sine) > 1).any():
+        progress.warn(
+            "gripper positions are beyond what ALOHA's crank reaches and are cut to its ends: "
+            f"{np.min(position):g} to {np.max(position):g}, expected 0 (closed) to 1 (open)"
+        )
     return np.arcsin(np.clip(sine, -1.0, 1.0))
 
 

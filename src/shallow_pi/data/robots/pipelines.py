@@ -151,7 +151,7 @@ def _check_here(robot: robots.Robot) -> None:
         raise ValueError(
             f"the transforms of robot {robot.name} are those of openpi's config {robot.elsewhere}: "
             "serve its policy with openpi (scripts/serve_openpi.py), or describe the robot in a "
-            "file (data/robots.py)"
+            "file (docs/robots.md)"
         )
 
 

@@ -28,6 +28,7 @@ import dataclasses
 import difflib
 import pathlib
 import runpy
+import traceback
 from collections.abc import Mapping
 from typing import Any
 
@@ -344,10 +345,19 @@ def find(name: str) -> Robot:
 def _from_file(path: pathlib.Path) -> Robot:
     if not path.is_file():
         raise FileNotFoundError(f"no robot file {path}; expected Python that defines ROBOT")
-    robot = runpy.run_path(str(path)).get("ROBOT")
+    try:
+        robot = runpy.run_path(str(path)).get("ROBOT")
+    except Exception as error:  # Whatever the code in it raises.
+        line = ""
+        for frame in traceback.extract_tb(error.__traceback__):
+            line = f", line {frame.lineno}" if frame.filename == str(path) else line
+        raise ValueError(
+            f"robot file {path}{line}: {type(error).__name__}: {error} (the fields of a Robot are "
+            f"{', '.join(field.name for field in dataclasses.fields(Robot))}; docs/robots.md)"
+        ) from error
     if not isinstance(robot, Robot):
         raise ValueError(
-            f"{path} must define ROBOT = robots.Robot(...) (see shallow_pi/data/robots.py), got "
+            f"{path} must define ROBOT = robots.Robot(...) (see docs/robots.md), got "
             f"{type(robot).__name__ if robot is not None else 'nothing of that name'}"
         )
     if ROBOTS.get(robot.name, robot) != robot:

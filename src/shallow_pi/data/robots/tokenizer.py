@@ -1,4 +1,4 @@
-"""Prompts to tokens, as π0 and π0.5 read them, over a SentencePiece model file.
+"""Turn prompts into tokens as π0 and π0.5 read them, with a SentencePiece model file.
 
 π0: BOS and the cleaned text, then a newline tokenized apart (openpi's habit, kept because merges
 across the border would give other tokens). π0.5 with discrete state writes the normalized state
@@ -6,7 +6,6 @@ into the text as 256 bins over [−1, 1]. `train` makes a small vocabulary for t
 """
 
 import io
-import logging
 import os
 import pathlib
 import threading
@@ -16,7 +15,7 @@ import numpy as np
 import sentencepiece
 from jaxtyping import Bool, Float, Int
 
-logger = logging.getLogger(__name__)
+from shallow_pi import progress
 
 STATE_BINS = 256
 # PaliGemma's model file, which openpi's checkpoints go with.
@@ -31,7 +30,7 @@ class Tokenizer:
         if not self.path.is_file():
             raise FileNotFoundError(
                 f"no SentencePiece model at {self.path}; train one with "
-                "shallow_pi.data.tokenizer.train or give the path of the teacher's tokenizer"
+                "shallow_pi.data.robots.tokenizer.train or give the path of the teacher's tokenizer"
             )
         if max_len < 2:
             raise ValueError(f"max_len must be at least 2 (BOS and one token), got {max_len}")
@@ -81,12 +80,9 @@ class Tokenizer:
             self._truncated += 1
             first = self._truncated == 1
         if first:
-            logger.warning(
-                "a prompt has %d tokens, %d fit and the rest is cut: %r. Raise the prompt length "
-                "if this is common (Tokenizer.truncated counts them).",
-                length,
-                self.max_len,
-                prompt,
+            progress.warn(
+                f"a prompt has {length} tokens, {self.max_len} fit and the rest is cut: {prompt!r} "
+                "(--model.max-token-len; Tokenizer.truncated counts such prompts)"
             )
 
     def __getstate__(self) -> dict:

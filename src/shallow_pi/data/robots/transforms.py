@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
+from shallow_pi import progress
 from shallow_pi.data.robots import normalize, tokenizer
 
 Sample = dict[str, Any]
@@ -200,8 +201,16 @@ class TokenizePrompt:
         rest = {key: value for key, value in sample.items() if key != "prompt"}
         if "prompt" not in sample:
             raise ValueError(f"sample has no 'prompt'; got {sorted(sample)}")
+        prompt = sample["prompt"]
+        if not isinstance(prompt, str):
+            raise ValueError(
+                f"the instruction must be a str, got {type(prompt).__name__} ({prompt!r}): name it "
+                "in the recording, or give the robot a fixed prompt"
+            )
+        if not prompt.strip():
+            progress.warn("an instruction is empty: the policy is not told what to do")
         state = sample["state"] if self.discrete_state else None
-        tokens, mask = self.tokenizer.tokenize(str(sample["prompt"]), state)
+        tokens, mask = self.tokenizer.tokenize(prompt, state)
         return {**rest, "tokenized_prompt": tokens, "tokenized_prompt_mask": mask}
 
 
