@@ -5,6 +5,7 @@ import socket
 import struct
 import time
 
+import numpy as np
 import pytest
 import serving
 import websockets.exceptions
@@ -43,9 +44,10 @@ def drives(running):
 
 def is_closed(one):
     """Wait until the server closes."""
+    until = time.monotonic() + 10
     with contextlib.suppress(ConnectionResetError):
-        while one.recv(4096):
-            pass
+        while one.recv(2**20):
+            assert time.monotonic() < until, "the server goes on sending"
     return True
 
 
@@ -64,15 +66,44 @@ def test_half_open_websockets_make_room_for_a_robot_in_seconds():
         assert all(map(is_closed, opened))
 
 
+def frame(observation):
+    """A masked binary frame, with a mask of zeros."""
+    message = protocol.pack(observation)
+    return struct.pack("!BBQ", 0x82, 0x80 | 127, len(message)) + bytes(4) + message
+
+
 def test_clients_that_vanish_after_an_answer_make_room_too():
-    observation = protocol.pack(serving.STATE)
-    frame = struct.pack("!BBH", 0x82, 0x80 | 126, len(observation)) + bytes(4) + observation
     with (
         serving.running(serving.Echo(), handshake_seconds=0.5, max_clients=1) as running,
-        strangers(running, 1, UPGRADE, frame),
+        strangers(running, 1, UPGRADE, frame(serving.STATE)),
     ):
         running.wait_for("shallow_pi_requests_total", 1)
         assert drives(running) < 2
+
+
+def test_a_client_that_does_not_read_is_dropped(monkeypatch):
+    """Its answer is larger than the buffers of two sockets."""
+    monkeypatch.setattr(sessions, "READ", 0.3)
+    large = frame({"state": np.zeros(2**21, np.float32)})
+    with (
+        serving.running(serving.Echo()) as running,
+        strangers(running, 1, UPGRADE, large),
+    ):
+        running.wait_for("shallow_pi_clients", 1)
+        running.wait_for("shallow_pi_clients", 0)
+        assert drives(running) < 1
+
+
+def test_a_page_that_does_not_read_is_closed(monkeypatch):
+    monkeypatch.setattr(page, "PATIENCE", 0.3)
+    monkeypatch.setattr(page, "message", lambda *_: "x" * 2**24)
+    look = UPGRADE.replace(b"GET / ", b"GET /live ")
+    with (
+        serving.running(serving.Echo()) as running,
+        strangers(running, 1, look) as (one,),
+    ):
+        time.sleep(1)
+        assert is_closed(one)
 
 
 def test_a_client_that_never_asks_makes_room_in_the_end(monkeypatch):

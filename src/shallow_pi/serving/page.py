@@ -39,7 +39,7 @@ MAX_PAGES = 16
 PICTURE_SIZE = 320
 # Seconds between two messages, with and without something new.
 INTERVAL, IDLE = 0.1, 1.0
-# Seconds a page has to send its key.
+# Seconds a page has to send its key, and to read a message.
 PATIENCE = 10.0
 # Close code of our own (4000 to 4999 are free): the key is wrong.
 WRONG_KEY = 4401
@@ -95,8 +95,12 @@ async def watch(
                 sent, at = now, time.monotonic()
                 number = wanted["client"] if isinstance(wanted["client"], int) else None
                 found = snapshot(seen, config.max_waiting, number)
-                await connection.send(await asyncio.to_thread(message, *found))
+                content = await asyncio.to_thread(message, *found)
+                async with asyncio.timeout(PATIENCE):
+                    await connection.send(content)
             await asyncio.sleep(INTERVAL)
+    except TimeoutError:
+        connection.transport.abort()
     finally:
         listening.cancel()
         with contextlib.suppress(asyncio.CancelledError, websockets.exceptions.ConnectionClosed):

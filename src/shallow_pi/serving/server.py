@@ -94,6 +94,7 @@ async def serve(
                 sock=one,
                 process_request=answer,
                 open_timeout=config.handshake_seconds,
+                close_timeout=config.handshake_seconds,
                 ssl=tls,
                 compression=None,
                 max_size=config.max_request_mb * 2**20,

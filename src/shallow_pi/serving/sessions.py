@@ -31,6 +31,8 @@ _log = logging.getLogger(__name__)
 
 # Close codes of the websocket protocol.
 GOING_AWAY, TOO_LARGE, FAILED, TRY_AGAIN = 1001, 1009, 1011, 1013
+# Seconds a client has to read an answer.
+READ = 20.0
 # Seconds a client keeps its place without having sent an observation when its place is wanted.
 UNUSED = 10.0
 
@@ -196,7 +198,7 @@ class Sessions:
                 raise _Refusal("busy", "all places are taken; connect again later", TRY_AGAIN)
             if len(self._clients) == 1:
                 await self._reset()
-            await connection.send(self._metadata)
+            await self._send(connection, self._metadata)
             while not self._stopping:
                 message = await connection.recv()
                 arrived = time.monotonic()
@@ -204,7 +206,7 @@ class Sessions:
                 answer = await self._in_turn(
                     connection, functools.partial(self._infer, message, arrived, previous)
                 )
-                await connection.send(answer.packed)
+                await self._send(connection, answer.packed)
                 total_ms = 1000 * (time.monotonic() - arrived)
                 previous = {"prev_total_ms": total_ms}
                 self.seen.answer(
@@ -246,8 +248,19 @@ class Sessions:
         self, connection: Connection, client: telemetry.Client, refusal: _Refusal
     ) -> None:
         self.seen.fail(refusal.kind, f"client {client.number}", refusal.text)
-        await connection.send(refusal.text)
+        with contextlib.suppress(websockets.exceptions.ConnectionClosed):
+            await self._send(connection, refusal.text)
+        self._busy.discard(connection)
         await connection.close(refusal.code, "the reason is in the frame before")
+
+    async def _send(self, connection: Connection, message: str | bytes) -> None:
+        try:
+            async with asyncio.timeout(READ):
+                await connection.send(message)
+        except TimeoutError:
+            self._drop(connection, f"it has not read its answer for {READ:.0f} s")
+            connection.transport.abort()
+            raise websockets.exceptions.ConnectionClosedError(None, None) from None
 
     async def _in_turn(self, connection: Connection, call: Callable[[], _Answer]) -> _Answer:
         """Wait for this client's turn, unless too many wait already."""
