@@ -1,12 +1,11 @@
-"""Ask a policy server as many robots would, and say how long it takes.
+"""Time a policy server that is asked by many robots at once.
 
 uv run scripts/load_test.py --url ws://127.0.0.1:8000 --clients 8 --seconds 60
 
-Every client sends random observations, made from what the server says its policy wants, one after
-the other without a pause. At the end a line of JSON goes to standard output: answers a second, and
-percentiles of the time from sending an observation to having its actions, in milliseconds. An
-error of any client ends the test with status 1. A key is taken from the variable
-SHALLOW_PI_API_KEY.
+Every client sends random observations, made by the metadata of the server's policy, one after the
+other without a pause. At the end a line of JSON goes to standard output: answers a second, and
+percentiles of the time from sending an observation to having its actions, in milliseconds. An error
+of any client ends the test with status 1. A key is taken from the variable SHALLOW_PI_API_KEY.
 """
 
 import asyncio
@@ -30,15 +29,15 @@ from shallow_pi.training import command_line
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Whom to ask, how much."""
+    """The server, and the load."""
 
     # The server's address.
     url: str = "ws://127.0.0.1:8000"
     # Robots at once.
     clients: int = 8
-    # How long.
+    # Length of the test.
     seconds: float = 60.0
-    # Side of the pictures, pixels; 0 is what the model sees.
+    # Side of the pictures, pixels; 0 takes the model's.
     picture_size: int = 0
     # The instruction.
     prompt: str = "pick up the cup"
@@ -47,38 +46,41 @@ class Arguments:
 
     def __post_init__(self) -> None:
         if self.clients < 1 or self.seconds <= 0 or self.picture_size < 0:
-            raise ValueError("clients, seconds and picture_size must be at least 1, above 0, and 0")
+            raise ValueError(
+                "--clients must be at least 1, --seconds positive and --picture-size not negative"
+            )
 
 
 def observation(
     metadata: Mapping[str, Any], given: Arguments, generator: np.random.Generator
 ) -> dict[str, Any]:
-    """A random observation of the robot the server's policy is for.
+    """A random observation of the robot of the server's policy.
 
     Raises:
-      ValueError: the metadata does not say what an observation is.
+      ValueError: the metadata does not describe observations.
     """
-    missing = {"cameras", "state_keys", "state_dim", "prompt_key"} - set(metadata)
+    missing = {"cameras", "state_keys", "state_low", "state_high", "prompt_key"} - set(metadata)
     if missing:
         raise ValueError(
-            f"the server at {given.url} does not say what an observation is (its metadata lacks "
+            f"the server at {given.url} does not describe its observations (its metadata lacks "
             f"{sorted(missing)}): this test is for scripts/serve_policy.py"
         )
     side = given.picture_size or metadata.get("image_size", 224)
     picture = (side, side, 3)
     cameras = metadata["cameras"].values()
     found: dict[str, Any] = {key: generator.integers(0, 256, picture, np.uint8) for key in cameras}
-    state = generator.standard_normal(metadata["state_dim"]).astype(np.float32)
-    # What comes after the first key is a gripper, in one dimension.
+    # Within the training data: the policy refuses a state that is far from it.
+    state = generator.uniform(metadata["state_low"], metadata["state_high"]).astype(np.float32)
+    # The keys after the first are grippers, in one dimension each.
     keys = metadata["state_keys"]
-    first = metadata["state_dim"] - len(keys) + 1
+    first = len(state) - len(keys) + 1
     cuts = [first + i for i in range(len(keys) - 1)]
     found |= dict(zip(keys, np.split(state, cuts), strict=True))
     return {**found, metadata["prompt_key"]: given.prompt}
 
 
 async def client(given: Arguments, number: int, until: float, times: list[float]) -> None:
-    """One robot: observations without a pause; appends the seconds each took."""
+    """One robot: observations without a pause; appends the seconds of each."""
     generator = np.random.default_rng((given.seed, number))
     key = os.environ.get("SHALLOW_PI_API_KEY")
     async with websockets.asyncio.client.connect(
@@ -107,7 +109,7 @@ def _binary(message: str | bytes) -> bytes:
 
 
 async def measure(given: Arguments) -> dict[str, Any]:
-    """All clients at once; the result that is printed."""
+    """Run all clients at once; the result is what is printed."""
     start = time.monotonic()
     times: list[list[float]] = [[] for _ in range(given.clients)]
     async with asyncio.TaskGroup() as group:
@@ -130,7 +132,7 @@ async def measure(given: Arguments) -> dict[str, Any]:
         "p95_ms": round(float(p95), 2),
         "p99_ms": round(float(p99), 2),
         "max_ms": round(float(every.max()), 2),
-        # Whether clients are treated alike.
+        # Close together if clients are treated alike.
         "fewest_of_a_client": min(map(len, times)),
         "most_of_a_client": max(map(len, times)),
         "errors": 0,
@@ -144,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         try:
             result = asyncio.run(measure(given))
         except ExceptionGroup as group:
-            # All clients usually fail of the same.
+            # All clients usually fail for the same reason.
             raise group.exceptions[0] from None
     print(json.dumps(result))
 

@@ -226,6 +226,8 @@ def test_metadata_is_plain_and_says_what_a_client_sends(deployed):
         "num_steps": 3,
         "state_names": [],
         "action_names": [],
+        "state_low": [-0.5, -1.25, -2.0],
+        "state_high": [0.5, 1.25, 2.0],
     }
 
 

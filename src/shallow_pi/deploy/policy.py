@@ -165,6 +165,8 @@ class Policy:
             "num_steps": self.num_steps,
             "state_names": list(self.assets.names.get("state", ())),
             "action_names": list(self.assets.names.get("actions", ())),
+            "state_low": self._check_state.low.tolist(),
+            "state_high": self._check_state.high.tolist(),
         }
 
     @property
