@@ -11,10 +11,11 @@ normalization, tokens, augmentation) and writes to FOLDER (default: data_sheets/
     sheet.png        pictures as the model sees them, prompts, action chunks, ranges
     histogram.png    each dimension of state and actions, normalized (uv sync --extra plots)
 
-and prints the ranges, the prompts and a warning for each thing a person should look at: constant or
-far-off dimensions, black pictures, prompts that are cut or all the same, much padding. The
-teacher's parameters are not needed: statistics and sizes are its own where it lies on this machine,
-else the statistics are computed from the dataset.
+and prints the ranges (as recorded, over all frames and in the robot's own units; and normalized),
+the prompts and a warning for each thing a person should look at: dimensions that are constant, far
+off or outside what the robot declares, pictures that are black or of one colour, prompts that are
+cut or all the same, much padding. The teacher's parameters are not needed: statistics and sizes are
+its own where it lies on this machine, else the statistics are computed from the dataset.
 """
 
 import collections
@@ -72,29 +73,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
             experiment = setup.resolve(experiment, teacher_step)
         data = opening.open_data(experiment.data, experiment.student_model, teacher_step)
         with progress.bar("Read samples", min(given.samples, len(data.train))) as advance:
-            batch = inspection.draw(data.train, given.samples, experiment.seed, advance)
+            samples = inspection.draw(
+                data.train,
+                data.assets,
+                given.samples,
+                seed=experiment.seed,
+                masks_padding=experiment.losses.mask_padded_actions,
+                advance=advance,
+            )
         folder = pathlib.Path(given.output or f"data_sheets/{experiment.name}")
         folder.mkdir(parents=True, exist_ok=True)
-        picture = sheet.sheet(batch, data.assets, experiment.augmentation, experiment.seed)
+        picture = sheet.sheet(samples, experiment.augmentation, experiment.seed)
         Image.fromarray(picture).save(folder / "sheet.png")
         written = ["sheet.png"]
         try:
-            sheet.histograms(folder / "histogram.png", batch, data.assets)
+            sheet.histograms(folder / "histogram.png", samples)
             written.append("histogram.png")
         except figures.PlotsMissingError as error:
             _say(f"note: {error}")
 
-        found = inspection.ranges(batch, data.assets)
+        found = inspection.ranges(samples)
         print(inspection.table(found), end="\n\n")
-        shown = collections.Counter(inspection.prompts(batch, data.assets)).most_common()
+        shown = collections.Counter(inspection.prompts(samples)).most_common()
         for prompt, count in shown[:PROMPTS]:
             print(f"{count:>6} × {prompt}")
         if len(shown) > PROMPTS:
             print(f"{'':>8} and {len(shown) - PROMPTS} more")
         print()
-        for line in [_statistics(experiment, teacher_step), *inspection.facts(batch, data.assets)]:
+        for line in [_statistics(experiment, teacher_step), *inspection.facts(samples)]:
             print(line)
-        for line in inspection.doubtful(batch, data.assets, found):
+        for line in inspection.doubtful(samples, found):
             progress.warn(line)
         print(*(folder / name for name in written), sep="\n")
 

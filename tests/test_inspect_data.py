@@ -100,7 +100,7 @@ def test_doubtful_data_are_warned_of(run, record):
         "warning: 9 of 9 pictures of left_wrist_0_rgb are black",
         "warning: 9 of 9 prompts are longer than 48 tokens and are cut",
         "warning: all 9 prompts are equal: 'open the top drawer, take",
-        "of the actions are padding beyond an episode's end: episodes are short for chunks of 50",
+        "of the actions lie beyond an episode's end: episodes are short for chunks of 50",
     ):
         assert line in err
     assert (pathlib.Path("here") / "sheet.png").is_file()

@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 
 from shallow_pi.data import inspection, sources
+from shallow_pi.data.lerobot import reader
+from shallow_pi.data.lerobot import writer as lerobot_writer
 from shallow_pi.data.robots import assets, normalize, pipelines, tokenizer
 from shallow_pi.data.robots import robot as robots
 
+NOISE = np.random.default_rng(0).integers(0, 256, (24, 24, 3), np.uint8)
 PROMPTS = ["touch the red block", "touch the blue block"]
 
 
@@ -32,17 +35,17 @@ def own(tiny_config, words):
     return make
 
 
-def _batch(own, state, actions, mask=None, prompts=PROMPTS, pictures=None):
-    """A batch through the robot's own transforms."""
+def _samples(own, state, actions, mask=None, prompts=PROMPTS, pictures=None):
+    """Samples through the robot's own transforms."""
     mask = np.ones(actions.shape[:2], bool) if mask is None else mask
     transform, samples = own.inputs(), []
     for i in range(len(state)):
-        picture = np.full((24, 24, 3), 90, np.uint8) if pictures is None else pictures[i]
+        picture = NOISE if pictures is None else pictures[i]
         observation = dict.fromkeys(own.robot.cameras.values(), picture)
         observation |= {"observation.state": state[i], "task": prompts[i % len(prompts)]}
         observation |= {"action": actions[i], "action_is_pad": ~mask[i]}
         samples.append(pipelines.to_batch(transform(observation)))
-    return inspection.draw(samples, len(samples))
+    return inspection.draw(samples, own, len(samples))
 
 
 def _numbers(own, count=6, seed=0):
@@ -55,45 +58,115 @@ def _numbers(own, count=6, seed=0):
 
 
 def test_a_sound_batch_has_nothing_doubtful(own):
-    batch = _batch(own(), *_numbers(own()))
-    assert inspection.doubtful(batch, own(), inspection.ranges(batch, own())) == []
+    samples = _samples(own(), *_numbers(own()))
+    assert inspection.doubtful(samples, inspection.ranges(samples)) == []
 
 
-def test_ranges_are_those_of_the_robots_numbers_before_and_the_models_after(own):
+def test_normalized_ranges_are_those_of_the_models_numbers(own):
     state, actions = _numbers(own())
-    found = inspection.ranges(_batch(own(), state, actions), own())
+    found = inspection.ranges(_samples(own(), state, actions))
     assert [one.name for one in found] == [
         f"{k}[{i}]" for k in ("state", "actions") for i in range(3)
     ]
     mean, std = own().stats["state"].mean, own().stats["state"].std
     delta = actions - state[:, None]  # The turntable's actions are differences.
     for one, column in zip(found, [*state.T, *delta.reshape(-1, 3).T], strict=True):
-        np.testing.assert_allclose(
-            one.before, [column.min(), column.mean(), column.max()], rtol=1e-4, atol=1e-5
-        )
-    after = (state[:, 1] - mean[1]) / std[1]
-    np.testing.assert_allclose(found[1].after, [after.min(), after.mean(), after.max()], atol=1e-5)
+        dim = int(one.name[-2])
+        after = (column - mean[dim]) / std[dim]
+        expected = [after.min(), after.mean(), after.max()]
+        np.testing.assert_allclose(one.normalized, expected, rtol=1e-4, atol=1e-5)
     assert {one.beyond for one in found} == {0.0}
+    assert {one.recorded for one in found} == {None}
 
 
-def test_masked_actions_count_as_padding_and_nowhere_else(own):
+@pytest.fixture(scope="module")
+def aloha(tmp_path_factory, tiny_config, words):
+    """Makes a source of ALOHA's recordings, and its assets; grippers at `opening` times 0 to 1."""
+
+    def make(opening, names=None):
+        generator = np.random.default_rng(0)
+        folder = tmp_path_factory.mktemp("aloha") / "dataset"
+        with lerobot_writer.Writer(folder, 50, state_names=names, action_names=names) as writer:
+            for prompt in PROMPTS:
+                vectors = generator.uniform(-1, 1, (20, 14)).astype(np.float32)
+                vectors[:, [6, 13]] = opening * np.linspace(0.01, 1, 20)[:, None]
+                pictures = generator.integers(0, 256, (2, 20, 8, 8, 3), np.uint8)
+                images = {"cam_high": pictures[0], "cam_low": pictures[1]}
+                writer.add_episode(images, vectors, vectors, prompt)
+        cameras = {"base_0_rgb": "observation.images.cam_high"}
+        robot = dataclasses.replace(robots.ALOHA, cameras=cameras)
+        dataset = reader.Dataset(folder)
+        model = tiny_config(vocab_size=320, action_dim=14, max_token_len=24)
+        stats = sources.norm_stats([dataset], robot, model.action_horizon)
+        every = {} if names is None else {"state": tuple(names), "actions": tuple(names)}
+        own = assets.Assets(model, robot, words, stats, "aloha", every)
+        return sources.DatasetSource(dataset, robot, model.action_horizon, own.inputs()), own
+
+    return make
+
+
+def test_recorded_ranges_are_over_all_frames_in_the_robots_own_units(aloha):
+    source, own = aloha(1.0)
+    samples = inspection.draw(sources.Cached(sources.Mixture([source, source])), own, 4)
+    found = {one.name: one for one in inspection.ranges(samples)}
+    for key, column in (("state", "observation.state"), ("actions", "action")):
+        recorded = source.dataset.columns[column]
+        for dim in (0, 6):
+            part = recorded[:, dim]
+            expected = [part.min(), part.mean(), part.max()]
+            np.testing.assert_allclose(found[f"{key}[{dim}]"].recorded, expected, rtol=1e-5)
+    assert inspection.doubtful(samples, list(found.values())) == []
+    row = inspection.table(list(found.values())).splitlines()[2 + 6]
+    assert row.split()[:4] == ["state[6]", "0.010", "0.505", "1.000"]
+
+
+@pytest.mark.parametrize(
+    ("opening", "message"),
+    [
+        (0.057, "is recorded from 0.00057 to 0.057, a small part of the robot's 0 to 1"),
+        (80.0, "is recorded from 0.8 to 80, outside the robot's 0 to 1"),
+    ],
+)
+def test_numbers_in_another_unit_than_the_robots_are_named(aloha, opening, message):
+    names = [f"{arm}_{i}" for arm in ("left", "right") for i in range(7)]
+    samples = inspection.draw(*aloha(opening, names), 8)
+    lines = inspection.doubtful(samples, inspection.ranges(samples))
+    for name in ("state[6] left_6", "state[13] right_6", "actions[6] left_6"):
+        assert f"{name} {message}: is it in another unit?" in lines
+    assert sum("another unit" in line for line in lines) == 4
+
+
+def test_cameras_that_the_robot_does_not_use_are_told(aloha):
+    source, own = aloha(1.0)
+    unused = "the robot does not use observation.images.cam_low"
+    assert unused in inspection.facts(inspection.draw(source, own, 2))
+    source.dataset.features["observation.images.cam_low"]["info"] = {"is_depth_map": True}
+    facts = inspection.facts(inspection.draw(source, own, 2))
+    assert f"{unused} (depth: info.json marks it as a depth map)" in facts
+
+
+def test_padded_actions_count_as_padding_and_nowhere_else(own):
     state, actions = _numbers(own())
     mask = np.ones(actions.shape[:2], bool)
     mask[:, 2:] = False
     actions[~mask] = 1e6
-    batch = _batch(own(), state, actions, mask)
-    found = inspection.ranges(batch, own())
-    assert max(one.after[2] for one in found) < 2
-    (line,) = inspection.doubtful(batch, own(), found)
-    assert line.startswith("60% of the actions are padding beyond an episode's end")
+    samples = _samples(own(), state, actions, mask)
+    found = inspection.ranges(samples)
+    assert max(one.normalized[2] for one in found) < 2
+    (line,) = inspection.doubtful(samples, found)
+    assert line.startswith("60% of the actions lie beyond an episode's end: episodes are short")
+    counted = "lie beyond an episode's end: the last one repeated; the losses count them"
+    assert any(counted in fact for fact in inspection.facts(samples))
+    left_out = dataclasses.replace(samples, masks_padding=True)
+    assert any("the losses leave them out" in fact for fact in inspection.facts(left_out))
 
 
 def test_constant_and_far_dimensions_are_named(own):
     state, actions = _numbers(own())
     state[:, 2] = 7.0
     actions[:, :, 1] += 40.0
-    batch = _batch(own(), state, actions)
-    lines = inspection.doubtful(batch, own(), inspection.ranges(batch, own()))
+    samples = _samples(own(), state, actions)
+    lines = inspection.doubtful(samples, inspection.ranges(samples))
     assert lines[0].startswith("state[2] is constant")
     assert any(line.startswith("actions[1] reaches 1") for line in lines)
     assert any("100.0% of its values beyond ±5" in line for line in lines)
@@ -102,23 +175,25 @@ def test_constant_and_far_dimensions_are_named(own):
 
 def test_numbers_that_are_not_finite_are_beyond(own):
     state, actions = _numbers(own())
-    batch = _batch(own(), state, actions)
-    batch.observation.state[2, 0] = np.nan
-    found = inspection.ranges(batch, own())
+    samples = _samples(own(), state, actions)
+    samples.batch.observation.state[2, 0] = np.nan
+    found = inspection.ranges(samples)
     assert found[0].beyond == pytest.approx(1 / 6)
-    assert any(
-        line.startswith("state[0] reaches") for line in inspection.doubtful(batch, own(), found)
-    )
+    assert any(line.startswith("state[0] reaches") for line in inspection.doubtful(samples, found))
 
 
-def test_black_pictures_are_counted_by_camera_and_an_absent_camera_is_none(own):
+def test_pictures_that_show_nothing_are_counted_by_camera_and_an_absent_camera_is_none(own):
     one = own(dataclasses.replace(robots.TURNTABLE, cameras={"base_0_rgb": "base"}))
-    pictures = np.full((6, 24, 24, 3), 90, np.uint8)
-    pictures[:2] = 3
-    batch = _batch(one, *_numbers(one), pictures=pictures)
-    lines = inspection.doubtful(batch, one, inspection.ranges(batch, one))
-    assert lines == ["2 of 6 pictures of base_0_rgb are black"]
-    assert "camera left_wrist_0_rgb is absent: black and masked" in inspection.facts(batch, one)
+    pictures = [NOISE.copy() for _ in range(6)]
+    pictures[0][:] = pictures[1][:] = 3
+    pictures[2] = np.full((10, 24, 3), [200, 90, 9], np.uint8)  # Made square by black bars.
+    samples = _samples(one, *_numbers(one), pictures=pictures)
+    lines = inspection.doubtful(samples, inspection.ranges(samples))
+    assert lines == [
+        "2 of 6 pictures of base_0_rgb are black",
+        "1 of 6 pictures of base_0_rgb are of one colour all over",
+    ]
+    assert "camera left_wrist_0_rgb is absent: black and masked" in inspection.facts(samples)
 
 
 @pytest.mark.parametrize("changes", [{}, {"pi05": True, "discrete_state_input": True}])
@@ -127,50 +202,54 @@ def test_prompts_are_cut_where_their_end_is_missing(own, changes):
     state, actions = _numbers(own())
     discrete = "discrete_state_input" in changes
     policy = own(max_token_len=200, **changes)
-    batch = _batch(policy, state, actions)
-    lengths = batch.observation.tokenized_prompt_mask.sum(axis=1)
-    assert not inspection.truncated(batch, policy).any()
-    shown = inspection.prompts(batch, policy)
+    samples = _samples(policy, state, actions)
+    lengths = samples.batch.observation.tokenized_prompt_mask.sum(axis=1)
+    assert not inspection.truncated(samples).any()
+    shown = inspection.prompts(samples)
     assert [text.startswith("Task: ") for text in shown] == [discrete] * 6
     assert all(PROMPTS[i % 2] in text for i, text in enumerate(shown))
     short = own(max_token_len=int(lengths.max()), **changes)
-    assert not inspection.truncated(_batch(short, state, actions), short).any()
+    assert not inspection.truncated(_samples(short, state, actions)).any()
     cut = own(max_token_len=int(lengths.min()) - 1, **changes)
-    batch = _batch(cut, state, actions)
-    assert inspection.truncated(batch, cut).all()
-    lines = inspection.doubtful(batch, cut, inspection.ranges(batch, cut))
+    samples = _samples(cut, state, actions)
+    assert inspection.truncated(samples).all()
+    lines = inspection.doubtful(samples, inspection.ranges(samples))
     assert any(line.startswith("6 of 6 prompts are longer than") for line in lines)
 
 
 @pytest.mark.parametrize("changes", [{}, {"pi05": True, "discrete_state_input": True}])
 def test_equal_prompts_are_told_unless_the_robot_has_one(own, changes):
     policy = own(max_token_len=64, **changes)
-    batch = _batch(policy, *_numbers(policy), prompts=PROMPTS[:1])
-    lines = inspection.doubtful(batch, policy, inspection.ranges(batch, policy))
+    samples = _samples(policy, *_numbers(policy), prompts=PROMPTS[:1])
+    lines = inspection.doubtful(samples, inspection.ranges(samples))
     assert any(line.startswith("all 6 prompts are equal: ") for line in lines)
     fixed = own(
         dataclasses.replace(robots.TURNTABLE, prompt=PROMPTS[0]), max_token_len=64, **changes
     )
-    batch = _batch(fixed, *_numbers(fixed))
-    assert not any("equal" in x for x in inspection.doubtful(batch, fixed, []))
+    samples = _samples(fixed, *_numbers(fixed))
+    assert not any("equal" in x for x in inspection.doubtful(samples, []))
 
 
 def test_drawn_samples_are_others_each_time_and_none_twice(tiny_config):
     made_up = sources.SyntheticSource(tiny_config(), length=10)
-    states = [inspection.draw(made_up, 5, seed).observation.state for seed in (0, 0, 1)]
-    np.testing.assert_array_equal(states[0], states[1])
-    assert not np.array_equal(states[0], states[2])
-    everything = inspection.draw(made_up, 99).observation.state
+
+    def states(count, seed=0):
+        return inspection.draw(made_up, None, count, seed=seed).batch.observation.state
+
+    np.testing.assert_array_equal(states(5), states(5))
+    assert not np.array_equal(states(5), states(5, seed=1))
+    everything = states(99)
     assert len(np.unique(everything, axis=0)) == len(everything) == 10
     with pytest.raises(ValueError, match="expected at least one sample to look at, got 0"):
-        inspection.draw(made_up, 0)
+        states(0)
 
 
 def test_made_up_samples_need_no_assets(tiny_config):
-    batch = inspection.draw(sources.SyntheticSource(tiny_config(action_dim=2)), 8)
-    found = inspection.ranges(batch, None)
-    assert [one.before for one in found] == [None] * 4
-    assert inspection.prompts(batch, None)[0].startswith("tokens 2 ")
+    samples = inspection.draw(sources.SyntheticSource(tiny_config(action_dim=2)), None, 8)
+    found = inspection.ranges(samples)
+    assert [one.recorded for one in found] == [None] * 4
+    assert inspection.prompts(samples)[0].startswith("tokens 2 ")
+    assert inspection.doubtful(samples, found) == []
     text = inspection.table(found).splitlines()
     assert len(text) == 6
     assert text[2].split()[0] == "state[0]"

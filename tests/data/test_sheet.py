@@ -1,11 +1,12 @@
 """The sheet shows the pictures the model gets, marks what is absent or cut, and is the run's."""
 
 import builtins
+import dataclasses
 
 import jax
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageColor
 
 from shallow_pi import figures
 from shallow_pi.data import inspection, sheet, sources
@@ -31,32 +32,32 @@ def source(own, tiny_dataset):
 
 
 @pytest.fixture(scope="module")
-def batch(source):
-    return inspection.draw(source, 8)
+def samples(source, own):
+    return inspection.draw(source, own, 8)
 
 
-def test_without_augmentation_the_pictures_are_the_batchs(own, batch):
+def test_without_augmentation_the_pictures_are_the_batchs(samples):
     """Enlarged without blur, so each of the model's pixels is a block."""
-    picture = sheet.sheet(batch, own, observation.NO_AUGMENTATION)
+    picture = sheet.sheet(samples, observation.NO_AUGMENTATION)
     block = 192 // 24
     left, top = sheet._GAP, 2 * sheet._LINE
     for column, camera in enumerate(("base_0_rgb", "left_wrist_0_rgb")):
         x = left + column * (192 + sheet._GAP)
         shown = picture[top : top + 192 : block, x : x + 192 : block]
-        np.testing.assert_array_equal(shown, batch.observation.images[camera][0])
+        np.testing.assert_array_equal(shown, samples.batch.observation.images[camera][0])
 
 
-def test_an_absent_camera_is_not_shown_as_black(own, batch):
-    assert not batch.observation.images["other"].any()
-    picture = sheet.sheet(batch, own, observation.NO_AUGMENTATION)
+def test_an_absent_camera_is_not_shown_as_black(samples):
+    assert not samples.batch.observation.images["other"].any()
+    picture = sheet.sheet(samples, observation.NO_AUGMENTATION)
     x = sheet._GAP + 2 * (192 + sheet._GAP)
     tile = picture[2 * sheet._LINE :][:192, x : x + 192]
     assert np.median(tile) > 150
 
 
-def test_augmentation_shows_and_depends_on_the_seed(own, batch):
+def test_augmentation_shows_and_depends_on_the_seed(samples):
     sheets = [
-        sheet.sheet(batch, own, strength, seed)
+        sheet.sheet(samples, strength, seed)
         for strength, seed in (
             (observation.NO_AUGMENTATION, 0),
             (observation.Augmentation(), 0),
@@ -69,17 +70,25 @@ def test_augmentation_shows_and_depends_on_the_seed(own, batch):
     assert not np.array_equal(sheets[1], sheets[3])
 
 
-def test_what_is_doubtful_is_in_red(own, batch):
+def test_what_is_doubtful_is_in_red(samples):
     red = np.array([0xC0, 0x39, 0x2B])
 
     def has_red(one):
-        picture = sheet.sheet(one, own, observation.NO_AUGMENTATION)
+        picture = sheet.sheet(one, observation.NO_AUGMENTATION)
         below = picture[2 * sheet._LINE + 6 * 200 :]  # Pictures have any colour.
         return (below == red).all(axis=-1).any()
 
-    assert not has_red(batch)
-    far = batch.observation.replace(state=batch.observation.state * 100)
-    assert has_red(batch.replace(observation=far))
+    assert not has_red(samples)
+    far = samples.batch.observation.replace(state=samples.batch.observation.state * 100)
+    assert has_red(dataclasses.replace(samples, batch=samples.batch.replace(observation=far)))
+
+
+def test_the_legend_has_the_colour_of_every_action_dimension(samples):
+    picture = sheet.sheet(samples, observation.NO_AUGMENTATION)
+    legend = picture[2 * sheet._LINE :, -sheet._LEGEND : -sheet._LEGEND + 10]
+    shown = {tuple(pixel) for pixel in legend.reshape(-1, 3).tolist()}
+    expected = [ImageColor.getrgb(color) for color in sheet._COLORS[:4]]
+    assert [color in shown for color in expected] == [True, True, True, False]
 
 
 def test_the_sheet_of_a_run_lies_in_its_folder(own, source, tmp_path):
@@ -103,12 +112,12 @@ def test_made_up_samples_have_a_sheet_too(tmp_path, tiny_config):
     assert (tmp_path / "data_sheet.png").is_file()
 
 
-def test_histograms_are_drawn_and_say_what_they_need(own, batch, tmp_path, monkeypatch):
+def test_histograms_are_drawn_and_say_what_they_need(samples, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
-    spoiled = jax.tree.map(np.copy, batch)
+    spoiled = jax.tree.map(np.copy, samples.batch)
     spoiled.observation.state[0, 0] = np.nan
-    for name, one in (("sound", batch), ("spoiled", spoiled)):
-        sheet.histograms(tmp_path / f"{name}.png", one, own)
+    for name, batch in (("sound", samples.batch), ("spoiled", spoiled)):
+        sheet.histograms(tmp_path / f"{name}.png", dataclasses.replace(samples, batch=batch))
         with Image.open(tmp_path / f"{name}.png") as picture:
             assert min(picture.size) > 100
     real = builtins.__import__
@@ -120,5 +129,5 @@ def test_histograms_are_drawn_and_say_what_they_need(own, batch, tmp_path, monke
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(figures.PlotsMissingError, match="uv sync --extra plots"):
-        sheet.histograms(tmp_path / "absent.png", batch, own)
+        sheet.histograms(tmp_path / "absent.png", samples)
     assert not (tmp_path / "absent.png").exists()

@@ -1,61 +1,131 @@
-"""What a batch tells about its data: ranges, prompts, and what a person should look at.
+"""Inspection of a run's data: ranges, prompts, and warnings about what a person should look at.
 
-Everything is read off samples as the model gets them, after the robot's conversions, differences
-and normalization, so that a fault of any of these shows: another robot's statistics, a unit, a
-camera that is covered, a prompt that is cut. `data_sheet` draws the same batch.
+Samples are read as the model gets them, after the robot's conversions, differences and
+normalization, so that a fault of any of these shows: another robot's statistics, a camera that is
+covered, a prompt that is cut. Beside them stand the numbers that were recorded, over all frames and
+in the robot's own units, which show a wrong unit. `sheet` draws the same samples.
 """
 
 import collections
 import dataclasses
 import math
+from collections.abc import Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, UInt8
 
 from shallow_pi import progress
 from shallow_pi.data import sources
 from shallow_pi.data.robots import assets as policy_assets
-from shallow_pi.data.robots import normalize, tokenizer
+from shallow_pi.data.robots import robot as robots
+from shallow_pi.data.robots import tokenizer
 from shallow_pi.models import batch as batches
 
 # Normalized values beyond it are doubtful: z-scores and quantiles alike lie well inside.
 LIMIT = 5.0
-# A picture no pixel of which is brighter, of 255, is black.
-BLACK = 8
-# A share of masked actions above it is told.
+# A picture whose values differ by no more, of 255, is of one colour; if none is greater, black.
+FLAT = 8
+# More actions than this share beyond an episode's end are warned of.
 PADDING = 0.25
+# Shares of a dimension's plausible span: recorded values may lie outside it by the first, and a
+# gripper that goes through less than the second of it is recorded in another unit.
+OUTSIDE, SPANNED = 0.25, 0.15
+
+# Lowest, mean and highest value.
+Extent = tuple[float, float, float]
 
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """What one dimension of the state or of the actions does in a batch."""
+    """Values of one dimension of the state or of the actions."""
 
-    # Such as "state[3]".
+    # Such as "state[3] left_waist".
     name: str
-    # Lowest, mean and highest value before normalization, in the model's units; None if unknown.
-    before: tuple[float, float, float] | None
-    # The same after normalization.
-    after: tuple[float, float, float]
-    # Share of the values beyond ±LIMIT after normalization.
+    # Over all recorded frames, in the robot's own units; None if unknown.
+    recorded: Extent | None
+    # Of the samples, normalized.
+    normalized: Extent
+    # Share of the normalized values beyond ±LIMIT.
     beyond: float
-    # How many values there are.
+    # How many normalized values there are.
     count: int
+    # Values that the robot declares as plausible.
+    limits: robots.Limits | None = None
 
     @property
     def is_constant(self) -> bool:
-        """Whether all values are the same."""
-        return self.count > 1 and self.after[0] == self.after[2]
+        """True if all values are the same."""
+        low, _, high = self.recorded or self.normalized
+        return self.count > 1 and low == high
+
+    @property
+    def misfit(self) -> str:
+        """How recorded values do not fit the robot's limits; empty if they do, or are unknown."""
+        if self.recorded is None or self.limits is None:
+            return ""
+        low, _, high = self.recorded
+        plausible = f"{self.limits.low:g} to {self.limits.high:g}"
+        span = self.limits.high - self.limits.low
+        said = f"is recorded from {low:.3g} to {high:.3g}"
+        if low < self.limits.low - OUTSIDE * span or high > self.limits.high + OUTSIDE * span:
+            return f"{said}, outside the robot's {plausible}"
+        if self.limits.is_spanned and not self.is_constant and high - low < SPANNED * span:
+            return f"{said}, a small part of the robot's {plausible}"
+        return ""
+
+    @property
+    def is_doubtful(self) -> bool:
+        """True if a warning is about it."""
+        return bool(self.is_constant or self.beyond or self.misfit)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Samples:
+    """Samples of a source as the model gets them, and what is known of their recording."""
+
+    # On the host; pictures are still uint8.
+    batch: batches.Batch
+    # Of the policy; None for synthetic samples.
+    assets: policy_assets.Assets | None
+    # Of each dimension of `state` and `actions` as recorded; empty if that is unknown.
+    recorded: Mapping[str, Sequence[Extent]] = dataclasses.field(default_factory=dict)
+    # Cameras of the datasets that the robot does not use.
+    unused_cameras: Sequence[str] = ()
+    # True if the losses leave actions out that lie beyond an episode's end.
+    masks_padding: bool = False
+
+    @property
+    def values(self) -> dict[str, Float[np.ndarray, "n d"]]:
+        """Normalized `state` and `actions`, without padded dimensions and padded actions."""
+        state, actions = self.batch.observation.state, self.batch.actions[self.batch.action_mask]
+        if self.assets is not None:
+            state = state[:, : self.assets.robot.state_dim]
+            actions = actions[:, : self.assets.robot.action_dim]
+        return {"state": state, "actions": actions}
+
+    def name(self, key: str, dim: int) -> str:
+        """`state[3]`, with the dimension's name if it has one."""
+        names = () if self.assets is None else self.assets.names.get(key, ())
+        return f"{key}[{dim}] {names[dim]}" if names else f"{key}[{dim}]"
 
 
 def draw(
-    source: sources.Source, count: int, seed: int = 0, advance: progress.Advance | None = None
-) -> batches.Batch:
+    source: sources.Source,
+    assets: policy_assets.Assets | None,
+    count: int,
+    *,
+    seed: int = 0,
+    masks_padding: bool = False,
+    advance: progress.Advance | None = None,
+) -> Samples:
     """Samples chosen at random, none twice, stacked as the loader does; all if there are fewer.
 
     Args:
       source: of samples.
+      assets: of the policy; None for synthetic samples.
       count: how many.
       seed: of the choice.
+      masks_padding: the losses leave actions out that lie beyond an episode's end.
       advance: called once for each sample.
 
     Raises:
@@ -71,60 +141,101 @@ def draw(
         samples.append(source[i])
         if advance is not None:
             advance(1)
-    return batches.stack(samples)
+    parts = _recordings(source)
+    return Samples(
+        batches.stack(samples), assets, _recorded(parts), _unused_cameras(parts), masks_padding
+    )
 
 
-def values(
-    batch: batches.Batch, assets: policy_assets.Assets | None
-) -> dict[str, Float[np.ndarray, "n d"]]:
-    """Normalized values of `state` and `actions`: padded dimensions and masked actions left out."""
-    state, actions = batch.observation.state, batch.actions[batch.action_mask]
-    if assets is not None:
-        state = state[:, : assets.robot.state_dim]
-        actions = actions[:, : assets.robot.action_dim]
-    return {"state": state, "actions": actions}
+def _recordings(source: sources.Source) -> list[sources.DatasetSource]:
+    """The datasets that a source reads, in order; none if it makes samples up."""
+    if isinstance(source, sources.Cached):
+        return _recordings(source.source)
+    if isinstance(source, sources.Mixture):
+        return [found for part in source.sources for found in _recordings(part)]
+    return [source] if isinstance(source, sources.DatasetSource) else []
 
 
-def ranges(batch: batches.Batch, assets: policy_assets.Assets | None) -> list[Range]:
-    """A `Range` for every dimension of state and actions; without assets only after normalization.
-
-    Args:
-      batch: of the loader, as numpy arrays.
-      assets: of the policy; None for synthetic samples.
-    """
-    found = []
-    for key, after in values(batch, assets).items():
-        before = None
-        if assets is not None and key in assets.stats:
-            before = normalize.unnormalize(after, assets.stats[key], assets.kind)
-        for dim, column in enumerate(after.T):
-            raw = None if before is None else _extent(before[:, dim])
-            beyond = float(np.mean(~(np.abs(column) <= LIMIT)))  # NaN counts as beyond.
-            found.append(Range(f"{key}[{dim}]", raw, _extent(column), beyond, len(column)))
+def _recorded(parts: Sequence[sources.DatasetSource]) -> dict[str, list[Extent]]:
+    if not parts:
+        return {}
+    found = {}
+    for key in ("state", "actions"):
+        columns = [
+            part.robot.state(part.dataset.columns)
+            if key == "state"
+            else part.robot.actions(part.dataset.columns)
+            for part in parts
+        ]
+        low = np.min([column.min(0) for column in columns], axis=0)
+        high = np.max([column.max(0) for column in columns], axis=0)
+        total = sum(column.sum(0, dtype=np.float64) for column in columns)
+        mean = total / sum(map(len, columns))
+        found[key] = list(zip(low.tolist(), mean.tolist(), high.tolist(), strict=True))
     return found
 
 
-def _extent(column: Float[np.ndarray, " n"]) -> tuple[float, float, float]:
+def _unused_cameras(parts: Sequence[sources.DatasetSource]) -> list[str]:
+    found: dict[str, None] = {}
+    for part in parts:
+        for camera in part.dataset.cameras:
+            if camera not in part.robot.cameras.values():
+                try:
+                    depth = part.dataset.depth(camera)
+                except (ValueError, OSError):  # What is not used may be damaged.
+                    depth = ""
+                found[f"{camera} (depth: {depth})" if depth else camera] = None
+    return list(found)
+
+
+def ranges(samples: Samples) -> list[Range]:
+    """A `Range` for every dimension of state and actions."""
+    found = []
+    robot = None if samples.assets is None else samples.assets.robot
+    limits = {} if robot is None else {"state": robot.state_limits, "actions": robot.action_limits}
+    for key, values in samples.values.items():
+        recorded = samples.recorded.get(key)
+        for dim, column in enumerate(values.T):
+            found.append(
+                Range(
+                    name=samples.name(key, dim),
+                    recorded=None if recorded is None else recorded[dim],
+                    normalized=_extent(column),
+                    beyond=float(np.mean(~(np.abs(column) <= LIMIT))),  # NaN counts as beyond.
+                    count=len(column),
+                    limits=limits[key][dim] if limits.get(key) else None,
+                )
+            )
+    return found
+
+
+def _extent(column: Float[np.ndarray, " n"]) -> Extent:
     return float(column.min()), float(column.mean()), float(column.max())
 
 
 def rows(found: list[Range]) -> list[tuple[str, ...]]:
     """The ranges as a table's cells, two header rows first."""
     head = [
-        ("", *("", "before", "", "", "normalized", ""), "beyond"),
+        ("", *("", "recorded", "", "", "normalized", ""), "beyond"),
         ("", *("low", "mean", "high") * 2, f"±{LIMIT:g}"),
     ]
-    unknown = (math.nan,) * 3
     body = [
         (
             own.name,
-            *("" if math.isnan(x) else f"{x:#.4g}" for x in own.before or unknown),
-            *(f"{x:.2f}" for x in own.after),
+            *(("", "", "") if own.recorded is None else _decimals(own.recorded)),
+            *(f"{x:.2f}" for x in own.normalized),
             f"{100 * own.beyond:.1f} %" if own.beyond else "",
         )
         for own in found
     ]
     return [*head, *body]
+
+
+def _decimals(extent: Extent) -> list[str]:
+    """Numbers with as many decimals as the largest needs for four digits."""
+    largest = max(map(abs, extent))
+    digits = 3 - math.floor(math.log10(largest)) if 0 < largest < math.inf else 3
+    return [f"{x:.{min(max(digits, 0), 12)}f}" for x in extent]
 
 
 def table(found: list[Range]) -> str:
@@ -140,93 +251,118 @@ def table(found: list[Range]) -> str:
     )
 
 
-def prompts(batch: batches.Batch, assets: policy_assets.Assets | None) -> list[str]:
+def prompts(samples: Samples) -> list[str]:
     """The prompt of every sample, decoded from its tokens; without a tokenizer the tokens."""
-    pairs = zip(
-        batch.observation.tokenized_prompt, batch.observation.tokenized_prompt_mask, strict=True
-    )
+    seen = samples.batch.observation
+    pairs = zip(seen.tokenized_prompt, seen.tokenized_prompt_mask, strict=True)
     tokens = [row[mask] for row, mask in pairs]
-    if assets is None:
+    if samples.assets is None:
         return ["tokens " + " ".join(map(str, row)) for row in tokens]
-    words = _tokenizer(assets)
+    words = _tokenizer(samples.assets)
     return [words.decode(row).strip() for row in tokens]
 
 
-def truncated(batch: batches.Batch, assets: policy_assets.Assets | None) -> Bool[np.ndarray, " b"]:
+def truncated(samples: Samples) -> Bool[np.ndarray, " b"]:
     """Which prompts were cut: they fill their budget and lack the end that every prompt has."""
-    full = batch.observation.tokenized_prompt_mask.all(axis=1)
+    seen, assets = samples.batch.observation, samples.assets
+    full = seen.tokenized_prompt_mask.all(axis=1)
     if assets is None:
         return np.zeros_like(full)
     empty = np.zeros(0, np.float32) if assets.model.discrete_state_input else None
     end = _tokenizer(assets).encode("", empty)[-1]
-    return full & (batch.observation.tokenized_prompt[:, -1] != end)
+    return full & (seen.tokenized_prompt[:, -1] != end)
 
 
-def facts(batch: batches.Batch, assets: policy_assets.Assets | None) -> list[str]:
-    """Lines about the batch as a whole: instructions, lengths, and what is padding."""
-    budget = batch.observation.tokenized_prompt_mask.shape[1]
-    used = batch.observation.tokenized_prompt_mask.sum(axis=1)
+def facts(samples: Samples) -> list[str]:
+    """Lines about the samples as a whole: instructions, lengths, padding, cameras."""
+    batch, seen = samples.batch, samples.batch.observation
+    used, budget = seen.tokenized_prompt_mask.sum(axis=1), seen.tokenized_prompt_mask.shape[1]
     _, horizon, width = batch.actions.shape
-    found = values(batch, assets)
-    state, actions = (found[key].shape[1] for key in ("state", "actions"))
-    absent = [name for name, mask in batch.observation.image_masks.items() if not mask.any()]
+    state, actions = (samples.values[key].shape[1] for key in ("state", "actions"))
+    counted = (
+        "the losses leave them out (--losses.mask-padded-actions)"
+        if samples.masks_padding
+        else "the last one repeated; the losses count them, as openpi's do"
+    )
     lines = [
-        f"{len(used)} samples, {len(set(_instructions(batch, assets)))} different instructions",
+        f"{len(used)} samples, {len(set(_instructions(samples)))} different instructions",
         f"prompts take {used.min()} to {used.max()} of {budget} tokens",
-        f"{_padding(batch):.0%} of the actions lie beyond an episode's end (masked), in chunks of "
-        f"{horizon}",
+        f"{_padding(batch):.0%} of the actions, in chunks of {horizon}, lie beyond an episode's "
+        f"end: {counted}",
         f"state has {state} and actions {actions} of the model's {width} dimensions; the rest is 0",
     ]
-    return lines + [f"camera {name} is absent: black and masked" for name in absent]
+    absent = [name for name, mask in seen.image_masks.items() if not mask.any()]
+    lines += [f"camera {name} is absent: black and masked" for name in absent]
+    if samples.unused_cameras:
+        lines.append(f"the robot does not use {', '.join(samples.unused_cameras)}")
+    return lines
 
 
-def doubtful(
-    batch: batches.Batch, assets: policy_assets.Assets | None, found: list[Range]
-) -> list[str]:
-    """A line for everything in a batch that a person should look at before training on it.
+def doubtful(samples: Samples, found: list[Range]) -> list[str]:
+    """A line for everything that a person should look at before training on it.
 
     Args:
-      batch: of the loader, as numpy arrays.
-      assets: of the policy; None for synthetic samples.
-      found: its `ranges`.
+      samples: to look at.
+      found: their `ranges`.
     """
     lines = []
     for own in found:
         if own.is_constant:
-            lines.append(f"{own.name} is constant ({own.after[0]:.3g} after normalization)")
+            lines.append(f"{own.name} is constant ({own.normalized[0]:.3g} after normalization)")
+        if own.misfit:
+            lines.append(f"{own.name} {own.misfit}: is it in another unit?")
         if own.beyond:
-            far = max(own.after[0], own.after[2], key=abs)
+            far = max(own.normalized[0], own.normalized[2], key=abs)
             lines.append(
                 f"{own.name} reaches {far:.3g} after normalization ({own.beyond:.1%} of its values "
                 f"beyond ±{LIMIT:g}): are the statistics of this robot, in these units?"
             )
-    for name, pictures in batch.observation.images.items():
-        there = batch.observation.image_masks[name]
-        black = there & (pictures.max(axis=(1, 2, 3)) < BLACK)
-        if black.any():
-            lines.append(f"{black.sum()} of {there.sum()} pictures of {name} are black")
-    cut = truncated(batch, assets)
+    lines += _doubtful_pictures(samples)
+    cut = truncated(samples)
     if cut.any():
-        budget = batch.observation.tokenized_prompt.shape[1]
+        budget = samples.batch.observation.tokenized_prompt.shape[1]
         lines.append(
             f"{cut.sum()} of {len(cut)} prompts are longer than {budget} tokens and are cut: raise "
             "--model.max-token-len if the teacher was trained so, or shorten them"
         )
-    (first, number), *_ = collections.Counter(_instructions(batch, assets)).most_common(1)
-    is_meant = assets is not None and bool(assets.robot.prompt)
+    (first, number), *_ = collections.Counter(_instructions(samples)).most_common(1)
+    is_meant = samples.assets is not None and bool(samples.assets.robot.prompt)
     if number == len(cut) > 1 and not is_meant:
         lines.append(f"all {number} prompts are equal: {first!r}")
-    if (share := _padding(batch)) > PADDING:
+    if (share := _padding(samples.batch)) > PADDING:
         lines.append(
-            f"{share:.0%} of the actions are padding beyond an episode's end: episodes are short "
-            f"for chunks of {batch.actions.shape[1]}"
+            f"{share:.0%} of the actions lie beyond an episode's end: episodes are short for "
+            f"chunks of {samples.batch.actions.shape[1]}"
         )
     return lines
 
 
-def _instructions(batch: batches.Batch, assets: policy_assets.Assets | None) -> list[str]:
+def _doubtful_pictures(samples: Samples) -> list[str]:
+    """Lines about cameras that show nothing; synthetic pictures are of one colour."""
+    if samples.assets is None:
+        return []
+    lines = []
+    seen = samples.batch.observation
+    for name, pictures in seen.images.items():
+        there = seen.image_masks[name]
+        black = there & (pictures.max(axis=(1, 2, 3)) <= FLAT)
+        flat = there & ~black & np.array([_is_flat(picture) for picture in pictures])
+        for which, words in ((black, "black"), (flat, "of one colour all over")):
+            if which.any():
+                lines.append(f"{which.sum()} of {there.sum()} pictures of {name} are {words}")
+    return lines
+
+
+def _is_flat(picture: UInt8[np.ndarray, "h w 3"]) -> bool:
+    """True if a picture is of one colour inside the black bars that make it square."""
+    inside = picture[picture.any(axis=(1, 2))]
+    inside = inside[:, inside.any(axis=(0, 2))]
+    return not inside.size or int(np.ptp(inside, axis=(0, 1)).max()) <= FLAT
+
+
+def _instructions(samples: Samples) -> list[str]:
     """The prompts without the state that π0.5 may have in them."""
-    return [text.partition(", State:")[0] for text in prompts(batch, assets)]
+    return [text.partition(", State:")[0] for text in prompts(samples)]
 
 
 def _padding(batch: batches.Batch) -> float:

@@ -1,4 +1,4 @@
-"""A batch on one sheet: pictures as the model sees them, prompts, action chunks and ranges.
+"""Samples on one sheet: pictures as the model sees them, prompts, action chunks and ranges.
 
 `write` puts it into a run's folder before the first step, and `scripts/inspect_data.py` draws it
 without a run. The sheet needs only Pillow; the histograms need matplotlib (the extra `plots`),
@@ -16,22 +16,21 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-from shallow_pi import figures
+from shallow_pi import figures, progress
 from shallow_pi.checkpoints import run_folder
 from shallow_pi.data import inspection, sources
 from shallow_pi.data.robots import assets as policy_assets
-from shallow_pi.models import batch as batches
 from shallow_pi.models import observation
 
 # Samples that are looked at, and how many of them are drawn.
 SAMPLES, DRAWN = 16, 6
 # Sizes in pixels: pictures are enlarged to about _SIDE.
-_SIDE, _GAP, _LINE, _TEXT, _PLOT = 192, 8, 18, 330, 300
+_SIDE, _GAP, _LINE, _TEXT, _PLOT, _LEGEND = 192, 8, 18, 330, 300, 190
 _INK, _GREY, _RED = "#222222", "#8a8a8a", "#c0392b"
-# Okabe and Ito's palette, once around for dimensions 0 to 7, then again.
+# Of the dimensions of actions, then again from the first: Okabe and Ito's, then others.
 _COLORS = (
-    *("#0072b2", "#d55e00", "#009e73", "#cc79a7"),
-    *("#e69f00", "#56b4e9", "#7f7f7f", "#000000"),
+    *("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#000000"),
+    *("#6a3d9a", "#8c564b", "#66c2a5", "#e31a1c", "#b3a500", "#1b3f8b", "#f4a6c0", "#3d7d1f"),
 )
 
 
@@ -41,8 +40,12 @@ def write(
     assets: policy_assets.Assets | None,
     augmentation: observation.Augmentation,
     seed: int = 0,
+    *,
+    masks_padding: bool = False,
 ) -> UInt8[np.ndarray, "h w 3"]:
     """Draw samples of `source`, write the sheet to `<folder>/data_sheet.png` and return it.
+
+    Warns of what is doubtful.
 
     Args:
       folder: of the run; made if absent.
@@ -50,55 +53,57 @@ def write(
       assets: of the policy; None for synthetic samples.
       augmentation: of the training pictures.
       seed: of the choice and of the augmentation.
+      masks_padding: the losses leave actions out that lie beyond an episode's end.
     """
-    picture = sheet(inspection.draw(source, SAMPLES, seed), assets, augmentation, seed)
+    samples = inspection.draw(source, assets, SAMPLES, seed=seed, masks_padding=masks_padding)
+    picture = sheet(samples, augmentation, seed)
     path = pathlib.Path(folder) / run_folder.SHEET_FILE
     with run_folder.writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(picture).save(path)
+    for line in inspection.doubtful(samples, inspection.ranges(samples)):
+        progress.warn(line)
     return picture
 
 
 def sheet(
-    batch: batches.Batch,
-    assets: policy_assets.Assets | None,
-    augmentation: observation.Augmentation,
-    seed: int = 0,
+    samples: inspection.Samples, augmentation: observation.Augmentation, seed: int = 0
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """The batch as a picture: a row for each of a few samples, then the ranges and doubts.
+    """The samples as a picture: a row for each of a few, then the ranges, warnings and facts.
 
     Args:
-      batch: of the loader, as numpy arrays.
-      assets: of the policy; None for synthetic samples.
+      samples: to draw.
       augmentation: of the training pictures.
       seed: of the augmentation.
     """
+    batch, seen = samples.batch, samples.batch.observation
     count = min(DRAWN, len(batch.actions))
     drawn = np.linspace(0, len(batch.actions) - 1, count).round().astype(int).tolist()
-    pictures = _augmented(
-        jax.tree.map(lambda leaf: leaf[drawn], batch.observation), augmentation, seed
-    )
-    shown, cut = inspection.prompts(batch, assets), inspection.truncated(batch, assets)
-    found = inspection.ranges(batch, assets)
+    pictures = _augmented(jax.tree.map(lambda leaf: leaf[drawn], seen), augmentation, seed)
+    shown, cut = inspection.prompts(samples), inspection.truncated(samples)
+    found = inspection.ranges(samples)
     table = inspection.rows(found)
-    notes = [(line, _RED) for line in inspection.doubtful(batch, assets, found)]
-    notes += [(line, _INK) for line in inspection.facts(batch, assets)]
+    doubtful = {own.name for own in found if own.is_doubtful}
+    notes = [(line, _RED) for line in inspection.doubtful(samples, found)]
+    notes += [(line, _INK) for line in inspection.facts(samples)]
     side = max(1, round(_SIDE / next(iter(pictures.values())).shape[1]))
     side *= next(iter(pictures.values())).shape[1]
+    dims = samples.values["actions"].shape[1]
 
     top, pitch = 2 * _LINE, side + _GAP
     text_left = _GAP + len(pictures) * pitch
     plot_left = text_left + _TEXT + _GAP
-    width = plot_left + _PLOT + _GAP
-    table_top = top + count * pitch + _LINE
+    legend_left = plot_left + _PLOT + 2 * _GAP
+    width = legend_left + _LEGEND
+    table_top = top + max(count * pitch, min(dims, len(_COLORS)) * _LINE) + _LINE
     columns = max(1, min(width // _COLUMN, -(-len(found) // 8)))
     per_column = -(-len(found) // columns)
+    width = max(width, columns * _COLUMN + 2 * _GAP)
     lines = [
         (part, color)
         for line, color in notes
         for part in textwrap.wrap(line, max(40, width // 8), subsequent_indent="    ")
     ]
-    width = max(width, _COLUMN + 2 * _GAP)
     notes_top = table_top + (per_column + 2) * _LINE + _GAP
     height = notes_top + len(lines) * _LINE + _GAP
     canvas = Image.new("RGB", (width, height), "white")
@@ -107,26 +112,26 @@ def sheet(
     for column, name in enumerate(pictures):
         pen.text(_GAP + column * pitch, _GAP, name)
     pen.text(text_left, _GAP, "prompt, decoded from its tokens")
-    pen.text(plot_left, _GAP, f"actions, normalized, within ±{_CHUNK_LIMIT:g}")
+    pen.text(plot_left, _GAP, f"actions, normalized, within ±{_CHUNK_LIMIT:g} (grey: past the end)")
+    pen.legend(legend_left, top, [samples.name("actions", dim) for dim in range(dims)])
     for row, sample in enumerate(drawn):
         y = top + row * pitch
         for column, (name, own) in enumerate(pictures.items()):
             x = _GAP + column * pitch
             pen.frame(x, y, side)
-            if batch.observation.image_masks[name][sample]:
+            if seen.image_masks[name][sample]:
                 enlarged = Image.fromarray(own[row]).resize((side, side), Image.Resampling.NEAREST)
                 canvas.paste(enlarged, (x, y))
             else:
                 pen.absent(x, y, side)
-        used = int(batch.observation.tokenized_prompt_mask[sample].sum())
-        budget = batch.observation.tokenized_prompt.shape[1]
+        used = int(seen.tokenized_prompt_mask[sample].sum())
+        budget = seen.tokenized_prompt.shape[1]
         length = f"{used} of {budget} tokens"
         pen.prompt(text_left, y, side, shown[sample], length, bool(cut[sample]))
-        actions, mask = batch.actions[sample], batch.action_mask[sample]
-        pen.chunk(plot_left, y, side, actions, mask, assets)
+        pen.chunk(plot_left, y, side, batch.actions[sample, :, :dims], batch.action_mask[sample])
     for start in range(columns):
         body = table[2 + start * per_column : 2 + (start + 1) * per_column]
-        pen.table(_GAP + start * _COLUMN, table_top, [*table[:2], *body])
+        pen.table(_GAP + start * _COLUMN, table_top, [*table[:2], *body], doubtful)
     for i, (line, color) in enumerate(lines):
         pen.text(_GAP, notes_top + i * _LINE, line, color)
     return np.asarray(canvas)
@@ -151,7 +156,8 @@ def _augment(
 
 
 # Of a block of ranges: the name, then numbers that end at these places.
-_ENDS = (168, 240, 312, 384, 446, 508, 576)
+_NAME = 190
+_ENDS = tuple(_NAME + end for end in (64, 136, 208, 270, 332, 394, 456))
 _COLUMN = _ENDS[-1] + 36
 _CHUNK_LIMIT = 3.0
 
@@ -165,6 +171,14 @@ class _Pen:
 
     def text(self, x: float, y: float, text: str, color: str = _INK, anchor: str = "la") -> None:
         self._draw.text((x, y), text, fill=color, font=self._font, anchor=anchor)
+
+    def _fitting(self, text: str, room: float) -> str:
+        """The text, shortened so that it is no wider than `room` pixels."""
+        if self._font.getlength(text) <= room:
+            return text
+        while text and self._font.getlength(text + "…") > room:
+            text = text[:-1]
+        return text + "…"
 
     def frame(self, x: int, y: int, side: int) -> None:
         """A line around a picture, outside it."""
@@ -197,11 +211,9 @@ class _Pen:
         side: int,
         actions: np.ndarray,
         mask: np.ndarray,
-        assets: policy_assets.Assets | None,
     ) -> None:
-        """A line for each action dimension over the horizon; what is masked lies on grey."""
+        """A line for each action dimension over the horizon, grey beyond the episode's end."""
         horizon, dims = actions.shape
-        dims = dims if assets is None else assets.robot.action_dim
         step = _PLOT / max(1, horizon - 1)
         if not mask.all():
             left = x + step * (int(mask.sum()) - 0.5)
@@ -211,55 +223,63 @@ class _Pen:
         for dim in range(dims):
             heights = np.clip(np.nan_to_num(actions[:, dim]), -_CHUNK_LIMIT, _CHUNK_LIMIT)
             points = [(x + i * step, middle - h * scale) for i, h in enumerate(heights.tolist())]
-            color = _COLORS[dim % len(_COLORS)]
-            if horizon > 1:
-                self._draw.line(points, fill=color, width=1)
+            if horizon == 1:
+                points.append((x + _PLOT, points[0][1]))
+            self._draw.line(points, fill=_COLORS[dim % len(_COLORS)], width=2)
         self._draw.rectangle((x, y, x + _PLOT, y + side - 1), outline="#999999")
 
-    def table(self, x: int, y: int, rows: list[tuple[str, ...]]) -> None:
-        """Names on the left, numbers right-aligned below each other."""
+    def legend(self, x: int, y: int, names: list[str]) -> None:
+        """The colour of each action dimension; dimensions beyond the colours share them."""
+        for dim, color in enumerate(_COLORS[: len(names)]):
+            top = y + dim * _LINE
+            self._draw.rectangle((x, top + 6, x + 14, top + 9), fill=color)
+            others = "".join(f", [{i}]" for i in range(dim, len(names), len(_COLORS))[1:])
+            name = names[dim].removeprefix("actions") + others
+            self.text(x + 20, top, self._fitting(name, _LEGEND - 24))
+
+    def table(self, x: int, y: int, rows: list[tuple[str, ...]], doubtful: set[str]) -> None:
+        """Names on the left, numbers right-aligned below each other; doubtful rows are red."""
         for i, (name, *cells) in enumerate(rows):
             top = y + i * _LINE
-            color = _GREY if i < 2 else _RED if cells[-1] else _INK
-            self.text(x, top, name, color)
+            color = _GREY if i < 2 else _RED if name in doubtful else _INK
+            self.text(x, top, self._fitting(name, _NAME), color)
             for end, cell in zip(_ENDS, cells, strict=True):
                 self.text(x + end, top, cell, color, "ra")
 
 
-def histograms(
-    path: str | os.PathLike[str], batch: batches.Batch, assets: policy_assets.Assets | None
-) -> None:
+def histograms(path: str | os.PathLike[str], samples: inspection.Samples) -> None:
     """A panel for each dimension of state and actions, normalized; doubtful ones are red.
 
     Args:
       path: PNG to write.
-      batch: of the loader, as numpy arrays.
-      assets: of the policy; None for synthetic samples.
+      samples: to draw.
 
     Raises:
       figures.PlotsMissingError: matplotlib is not installed.
     """
-    found = inspection.values(batch, assets)
-    owns = {own.name: own for own in inspection.ranges(batch, assets)}
+    found, owns = samples.values, inspection.ranges(samples)
     columns = min(8, max(value.shape[1] for value in found.values()))
     heights = [-(-value.shape[1] // columns) for value in found.values()]
-    size = (1.7 * columns, 1.5 * sum(heights))
+    size = (1.8 * columns, 1.6 * sum(heights) + 0.4)
     figure, axes = figures.make(sum(heights), columns, size, dpi=110)
     figure.suptitle("after normalization; −1 to 1 is grey", fontsize=9)
     for axis in axes.flat:
         axis.axis("off")
-    for top, (key, value) in zip((0, heights[0]), found.items(), strict=True):
-        for dim, column in enumerate(value.T):
-            axis, own = axes[top + dim // columns][dim % columns], owns[f"{key}[{dim}]"]
-            color = "#c0392b" if own.beyond or own.is_constant else "#0072b2"
-            low, high = min(-3.0, own.after[0]), max(3.0, own.after[2])
-            finite = column[np.isfinite(column)]
-            axis.axis("on")
-            axis.axvspan(-1, 1, color="#eeeeee")
-            if np.isfinite([low, high]).all():
-                axis.hist(finite, bins=40, range=(low, high), color=color)
-            axis.set_title(own.name, fontsize=8, color=color)
-            axis.set_yticks([])
-            axis.tick_params(labelsize=7)
-            axis.spines[["top", "left", "right"]].set_visible(False)
+    panels = [
+        (axes[top + dim // columns][dim % columns], column)
+        for top, value in zip((0, heights[0]), found.values(), strict=True)
+        for dim, column in enumerate(value.T)
+    ]
+    for (axis, column), own in zip(panels, owns, strict=True):
+        color = "#c0392b" if own.is_doubtful else "#0072b2"
+        finite = column[np.isfinite(column)]
+        axis.axis("on")
+        axis.axvspan(-1, 1, color="#eeeeee")
+        if finite.size:
+            low, high = min(-3.0, finite.min()), max(3.0, finite.max())
+            axis.hist(finite, bins=40, range=(low, high), color=color)
+        axis.set_title(own.name.replace(" ", "\n", 1), fontsize=8, color=color)
+        axis.set_yticks([])
+        axis.tick_params(labelsize=7)
+        axis.spines[["top", "left", "right"]].set_visible(False)
     figure.savefig(path)

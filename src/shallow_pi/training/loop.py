@@ -103,7 +103,12 @@ def run(
             state = setup.initial_state(experiment, spec, teacher_params, abstract)
             if processes.is_main():
                 picture = sheet.write(
-                    folder, data.train, data.assets, experiment.augmentation, experiment.seed
+                    folder,
+                    data.train,
+                    data.assets,
+                    experiment.augmentation,
+                    experiment.seed,
+                    masks_padding=experiment.losses.mask_padded_actions,
                 )
         held_out = validation.create(
             experiment.validation,

@@ -201,8 +201,6 @@ TURNTABLE = Robot(
     fps=20,
     delta=mask(3),
     groups=(Group("gantry", 3, "m"),),
-    state_limits=(Limits(-0.2, 0.2),) * 3,
-    action_limits=(Limits(-0.2, 0.2),) * 3,
 )
 
 # ALOHA's joints to the signs, and its grippers to the angles, of the runtime that recorded the data
