@@ -137,9 +137,9 @@ def test_numbers_in_another_unit_than_the_robots_are_named(aloha, opening, messa
 
 
 def test_cameras_that_the_robot_does_not_use_are_told(aloha):
-    source, own = aloha(1.0)
     unused = "the robot does not use observation.images.cam_low"
-    assert unused in inspection.facts(inspection.draw(source, own, 2))
+    assert unused in inspection.facts(inspection.draw(*aloha(1.0), 2))
+    source, own = aloha(1.0)
     source.dataset.features["observation.images.cam_low"]["info"] = {"is_depth_map": True}
     facts = inspection.facts(inspection.draw(source, own, 2))
     assert f"{unused} (depth: info.json marks it as a depth map)" in facts
