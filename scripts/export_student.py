@@ -27,7 +27,7 @@ from typing import Annotated
 import tyro
 
 from shallow_pi import progress
-from shallow_pi.deploy import export
+from shallow_pi.deploy.export import export
 from shallow_pi.parallel import processes
 from shallow_pi.training import command_line
 
@@ -38,8 +38,8 @@ class Arguments:
 
     # The student's run folder, or a step folder; local, gs:// or hf://.
     source: Annotated[str, tyro.conf.Positional]
-    # Whose layout.
-    format: export.Format
+    # Whose layout: a name above.
+    format: str
     # Which step of a run: last, best (the one its best.json names) or a number.
     step: str = "last"
     # The folder to make; empty is exports/<step>-<format> beside the step.
@@ -52,11 +52,14 @@ class Arguments:
     any_size: bool = False
     # Integration steps of the comparison.
     num_steps: int = 10
+    # Make warnings errors.
+    strict: bool = False
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, export, say where it is."""
     given = tyro.cli(Arguments, args=arguments, description=__doc__)
+    progress.be_strict(given.strict)
     processes.cache_compilations()
     with command_line.exit_on():
         folder = export.export(
@@ -68,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             teacher_depth=given.teacher_depth,
             any_size=given.any_size,
             num_steps=given.num_steps,
-            report=lambda line: progress.console.print(line, highlight=False, soft_wrap=True),
+            report=progress.say,
         )
     print(folder)
 

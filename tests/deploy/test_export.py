@@ -12,7 +12,8 @@ import safetensors.numpy
 
 from shallow_pi.checkpoints import safetensors_file, sizes, weights
 from shallow_pi.data.robots import assets, normalize, robot
-from shallow_pi.deploy import export, policy
+from shallow_pi.deploy import policy
+from shallow_pi.deploy.export import export, openpi_padded
 from shallow_pi.models import pi0
 
 FORMATS = ("openpi", "openpi-padded", "openpi-pytorch", "lerobot")
@@ -26,7 +27,17 @@ def run(own, params, tmp_path_factory):
     for step, of_step in (("2", params), ("10", jax.tree.map(lambda x: -x, params))):
         weights.save_params(folder / step / "params", of_step)
         own.save(folder / step / "assets")
-    content = {"name": "pi0_tiny_l2", "layer_map": LAYERS, "model": {"depth": TEACHER_DEPTH}}
+        (folder / step / "data").mkdir()
+        (folder / step / "data" / "metadata").write_text('{"data": {}, "error": 0.125}')
+    content = {
+        "name": "pi0_tiny_l2",
+        "layer_map": LAYERS,
+        "model": {"depth": TEACHER_DEPTH},
+        "teacher": {"path": "gs://bucket/pi0_tiny"},
+        "data": {"path": "/home/somebody/recordings/cups", "more": ["owner/cups"]},
+        "num_train_steps": 10,
+        "validation": {"against": "teacher"},
+    }
     (folder / "config.json").write_text(json.dumps(content))
     return folder
 
@@ -86,7 +97,7 @@ def test_a_padded_model_is_the_same_function(tiny_config, tiny_params, tiny_obse
     config = tiny_config(pi05=pi05, depth=2)
     params, observation = tiny_params(config), tiny_observation(config)
     deep = pi0.at_depth(config, 4)
-    padded = jax.tree.map(jnp.asarray, export.pad(params, (0, 2), 4))
+    padded = jax.tree.map(jnp.asarray, openpi_padded.pad(params, (0, 2), 4))
     x_t = jax.random.normal(jax.random.key(0), (2, 5, 6))
     t = jnp.array([0.3, 0.9])
     shallow, _ = jax.jit(pi0.velocity, static_argnums=0)(config, params, observation, x_t, t)
@@ -115,15 +126,25 @@ def test_files_can_be_read_by_others(exported):
 def test_the_card_says_what_it_is_and_how_to_run_it(exported, name):
     card = (exported[name] / "README.md").read_text()
     command = {
-        "openpi": "scripts/serve_openpi.py policy:checkpoint --policy.config=pi0_tiny_l2",
-        "openpi-padded": "at the indices\n1 3 of 5",
+        "openpi": "serve-openpi policy:checkpoint --policy.config=pi0_tiny_l2",
+        "openpi-padded": "at 5 layers: the student's stand at the indices 1 3, the",
         "openpi-pytorch": "dataclasses.replace(original(name), depth=2)",
-        "lerobot": "pip install plugins/lerobot_policy_shallow_pi",
+        "lerobot": "plugins/lerobot_policy_shallow_pi",
     }
     assert "# π0 with 2 layers" in card
     assert "teacher layers 1 3 of 5" in card
     assert command[name] in card
     assert "{" not in card
+    # Facts of its run, and no paths of the machine it was made on.
+    assert "| teacher | gs://bucket/pi0_tiny |" in card
+    assert "| dataset | cups, owner/cups |" in card
+    assert "| training | 2 of 10 steps |" in card
+    assert "| held-out error | 0.125 (sampled against the teacher's actions) |" in card
+    assert "/home" not in card
+    # Sizes that no released class has.
+    assert "**No released openpi or LeRobot loads this**" in card
+    assert "vocab_size is 320, theirs 257152" in card
+    assert "unchanged" not in card
 
 
 def test_the_last_step_of_a_run_is_taken_and_goes_beside_it(run, params, tmp_path):
@@ -236,9 +257,9 @@ def test_statistics_that_differ_are_not_kept(run, tmp_path, monkeypatch):
 
 def test_actions_that_differ_are_not_kept(run, tmp_path, monkeypatch):
     """Layers in another order are read back as they were written, and are another policy."""
-    pad = export.pad
+    pad = openpi_padded.pad
     monkeypatch.setattr(
-        export, "pad", lambda params, layers, depth: pad(params, list(layers)[::-1], depth)
+        openpi_padded, "pad", lambda params, layers, depth: pad(params, list(layers)[::-1], depth)
     )
     with pytest.raises(ValueError, match=r"actions of .* differ from the student's by"):
         export.export(run / "2", "openpi-padded", tmp_path / "new", any_size=True, num_steps=2)

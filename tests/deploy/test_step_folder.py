@@ -9,7 +9,8 @@ import pytest
 
 from shallow_pi.checkpoints import safetensors_file, weights
 from shallow_pi.data.robots import normalize, robot
-from shallow_pi.deploy import lerobot_folder, policy, step_folder
+from shallow_pi.deploy import policy, step_folder
+from shallow_pi.deploy.export import lerobot
 
 
 @pytest.fixture
@@ -166,7 +167,7 @@ def test_a_policy_of_lerobots_says_more_of_itself(own, params, tmp_path, capsys)
     written = weights.leaves(params)
     heads = {"num_kv_heads": own.model.backbone.num_kv_heads, "num_image_heads": 2}
     safetensors_file.write(tmp_path / "model.safetensors", written, **heads, prefix="model.")
-    lerobot_folder.write(tmp_path, own)
+    lerobot.write_pipelines(tmp_path, own)
     found = step_folder.assets(
         tmp_path, robot="turntable", tokenizer=own.tokenizer, cameras=own.model.cameras
     )

@@ -23,7 +23,8 @@ from shallow_pi.checkpoints import sizes, weights
 from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.data.robots import normalize
 from shallow_pi.data.robots import robot as robots
-from shallow_pi.deploy import export, policy
+from shallow_pi.deploy import policy
+from shallow_pi.deploy.export import export
 from shallow_pi.interop import openpi as interop
 from shallow_pi.models import pi0
 

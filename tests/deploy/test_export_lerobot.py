@@ -14,7 +14,7 @@ from shallow_pi.checkpoints import safetensors_file
 from shallow_pi.checkpoints import safetensors_layout as layout
 from shallow_pi.data.robots import assets, normalize
 from shallow_pi.data.robots import robot as robots
-from shallow_pi.deploy import lerobot_folder
+from shallow_pi.deploy.export import lerobot
 
 PLUGIN = pathlib.Path(__file__).parents[2] / "plugins/lerobot_policy_shallow_pi/src"
 PLUGIN = PLUGIN / "lerobot_policy_shallow_pi"
@@ -42,9 +42,9 @@ def _steps(folder, name):
 
 
 def test_the_config_names_the_plugins_type_and_its_depth(make):
-    config = lerobot_folder.config(make())
+    config = lerobot.config(make())
     assert (config["type"], config["depth"]) == ("shallow_pi0", 3)
-    assert lerobot_folder.config(make(pi05=True))["type"] == "shallow_pi05"
+    assert lerobot.config(make(pi05=True))["type"] == "shallow_pi05"
     assert list(config["input_features"]) == [
         "observation.images.base",
         "observation.images.wrist",
@@ -74,7 +74,7 @@ def test_plugin_and_exporter_agree_on_names():
 
 def test_a_camera_the_robot_lacks_is_left_out_and_the_order_is_the_models(make):
     cameras = ("left_wrist_0_rgb", "right_wrist_0_rgb", "base_0_rgb")
-    features = lerobot_folder.config(make(cameras=cameras))["input_features"]
+    features = lerobot.config(make(cameras=cameras))["input_features"]
     pictures = [key for key in features if "images" in key]
     assert pictures == ["observation.images.wrist", "observation.images.base"]
 
@@ -83,7 +83,7 @@ def test_a_camera_the_robot_lacks_is_left_out_and_the_order_is_the_models(make):
 def test_lerobots_normalization_is_ours(make, tmp_path, pi05):
     """LeRobot: (x − mean) / (std + eps), and 2 (x − q01) / (q99 − q01) − 1."""
     own = make(pi05=pi05)
-    lerobot_folder.write(tmp_path, own)
+    lerobot.write_pipelines(tmp_path, own)
     for name, kind, key, ours in (
         ("policy_preprocessor", "normalizer_processor", "observation.state", "state"),
         ("policy_postprocessor", "unnormalizer_processor", "action", "actions"),
@@ -111,7 +111,7 @@ def test_lerobots_normalization_is_ours(make, tmp_path, pi05):
     ],
 )
 def test_relative_actions_are_the_robots(make, tmp_path, delta, enabled, absolute):
-    lerobot_folder.write(tmp_path, make(dataclasses.replace(robots.TURNTABLE, delta=delta)))
+    lerobot.write_pipelines(tmp_path, make(dataclasses.replace(robots.TURNTABLE, delta=delta)))
     before = _steps(tmp_path, "policy_preprocessor")["relative_actions_processor"]["config"]
     after = _steps(tmp_path, "policy_postprocessor")["absolute_actions_processor"]["config"]
     assert before["enabled"] is after["enabled"] is enabled
@@ -120,7 +120,7 @@ def test_relative_actions_are_the_robots(make, tmp_path, delta, enabled, absolut
 
 
 def test_the_state_is_normalized_before_it_goes_into_the_prompt(make, tmp_path):
-    lerobot_folder.write(tmp_path, make(pi05=True, discrete_state_input=True))
+    lerobot.write_pipelines(tmp_path, make(pi05=True, discrete_state_input=True))
     names = list(_steps(tmp_path, "policy_preprocessor"))
     state_in_prompt = names.index("pi05_prepare_state_tokenizer_processor_step")
     assert names.index("normalizer_processor") < state_in_prompt
@@ -129,7 +129,7 @@ def test_the_state_is_normalized_before_it_goes_into_the_prompt(make, tmp_path):
 
 
 def test_a_prompt_without_state_ends_in_a_newline(make, tmp_path):
-    lerobot_folder.write(tmp_path, make(pi05=True))
+    lerobot.write_pipelines(tmp_path, make(pi05=True))
     names = list(_steps(tmp_path, "policy_preprocessor"))
     assert names.index("pi0_new_line_processor") < names.index("tokenizer_processor")
 
@@ -137,7 +137,7 @@ def test_a_prompt_without_state_ends_in_a_newline(make, tmp_path):
 def test_a_robots_own_units_come_before_the_difference_and_after_it(make, tmp_path):
     """Order of openpi: units, difference, normalization; and back."""
     aloha = make(robots.ALOHA, action_dim=14)
-    lerobot_folder.write(tmp_path, aloha)
+    lerobot.write_pipelines(tmp_path, aloha)
     before = list(_steps(tmp_path, "policy_preprocessor"))
     after = list(_steps(tmp_path, "policy_postprocessor"))
     wanted = ("shallow_pi_to_model", "relative_actions_processor", "normalizer_processor")
@@ -148,7 +148,7 @@ def test_a_robots_own_units_come_before_the_difference_and_after_it(make, tmp_pa
 
 def test_the_units_in_the_folder_are_the_robots(make, tmp_path):
     """Computed from the folder's numbers alone, as the plugin does in torch."""
-    lerobot_folder.write(tmp_path, make(robots.ALOHA, action_dim=14))
+    lerobot.write_pipelines(tmp_path, make(robots.ALOHA, action_dim=14))
     config = _steps(tmp_path, "policy_preprocessor")["shallow_pi_to_model"]["config"]
     back = _steps(tmp_path, "policy_postprocessor")["shallow_pi_to_robot"]["config"]
     assert back["action"] == config["action"]
@@ -169,8 +169,8 @@ def test_the_units_in_the_folder_are_the_robots(make, tmp_path):
 def test_other_names_become_lerobots_and_a_fixed_prompt_is_a_step(make, tmp_path):
     droid = dataclasses.replace(robots.DROID, prompt="pick up the cup")
     own = make(droid, action_dim=8)
-    lerobot_folder.write(tmp_path, own)
-    features = lerobot_folder.config(own)["input_features"]
+    lerobot.write_pipelines(tmp_path, own)
+    features = lerobot.config(own)["input_features"]
     assert list(features) == [
         "observation.images.exterior_image_1_left",
         "observation.images.wrist_image_left",
@@ -183,14 +183,14 @@ def test_other_names_become_lerobots_and_a_fixed_prompt_is_a_step(make, tmp_path
 
 
 def test_a_robot_in_lerobots_own_terms_needs_no_step_of_the_plugin(make, tmp_path):
-    lerobot_folder.write(tmp_path, make())
+    lerobot.write_pipelines(tmp_path, make())
     steps = {**_steps(tmp_path, "policy_preprocessor"), **_steps(tmp_path, "policy_postprocessor")}
     assert not [name for name in steps if name.startswith("shallow_pi")]
 
 
 def test_the_plugin_registers_the_steps_and_takes_their_fields(make, tmp_path):
     """The plugin cannot be imported here (it needs torch); its source can be read."""
-    lerobot_folder.write(tmp_path, make(robots.ALOHA_SIM, action_dim=14))
+    lerobot.write_pipelines(tmp_path, make(robots.ALOHA_SIM, action_dim=14))
     tree = ast.parse(PLUGIN.joinpath("units_shallow_pi.py").read_text())
     fields = {
         node.decorator_list[0].args[0].value: {

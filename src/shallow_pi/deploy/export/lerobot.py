@@ -1,4 +1,4 @@
-"""What LeRobot wants beside `model.safetensors`: the policy's config and its two pipelines.
+"""A policy folder of LeRobot: `model.safetensors`, the policy's config and its two pipelines.
 
 The types `shallow_pi0` and `shallow_pi05` come from the plugin `lerobot_policy_shallow_pi`
 (plugins/ in this repository), which reads the depth from the config and raises where the file does
@@ -15,18 +15,68 @@ from typing import Any
 
 import numpy as np
 
-from shallow_pi.checkpoints import safetensors_file
+from shallow_pi import progress
+from shallow_pi.checkpoints import run_folder, safetensors_file, weights
 from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.data.robots import conversions, normalize
+from shallow_pi.deploy.export import openpi
+from shallow_pi.deploy.export import student as students
+from shallow_pi.models import pi0
 
+_USAGE = """\
+A policy folder of LeRobot, of the type `{type}`: LeRobot's own {kind} at {depth} layers. The type
+comes with a plugin in the repository of shallow_pi; LeRobot itself has 18 layers built in and must
+not be given this file as its own {kind}. With the Python of LeRobot:
+
+    pip install /path/to/a/clone/of/shallow_pi/plugins/lerobot_policy_shallow_pi
+    lerobot-eval --policy.path=/path/to/{folder} ...
+
+An observation has {names}.
+The plugin raises where the file and `config.json` do not fit each other. Pictures are resized by
+LeRobot's function there and by Pillow's here, which differ by a few grey levels; give pictures of
+{size} × {size} where that matters.
+"""
 TOKENIZER = "google/paligemma-3b-pt-224"
 STATE, ACTION, PROMPT = "observation.state", "action", "task"
 PICTURES = "observation.images."
 
 
-def write(folder: pathlib.Path, assets: policy_assets.Assets) -> None:
+prepare = openpi.prepare
+
+
+def write(folder: pathlib.Path, student: students.Student) -> None:
+    """Write the tensors under LeRobot's names, and what describes them."""
+    model = student.model
+    if model.vocab_size != pi0.PALIGEMMA_VOCAB_SIZE:
+        progress.warn(
+            f"LeRobot tokenizes prompts with {TOKENIZER}, and this student has a vocabulary of its "
+            f"own ({model.vocab_size} pieces): change tokenizer_name in policy_preprocessor.json"
+        )
+    safetensors_file.write(
+        folder / safetensors_file.NAME,
+        weights.leaves(student.params),
+        num_kv_heads=model.backbone.num_kv_heads,
+        num_image_heads=model.image.num_heads,
+        prefix="model.",
+    )
+    write_pipelines(folder, student.assets)
+
+
+def usage(folder: str, student: students.Student, origin: students.Origin) -> str:
+    """The plugin it needs, LeRobot's command, and what an observation has."""
+    return _USAGE.format(
+        depth=student.model.depth,
+        folder=folder,
+        kind=student.model.kind,
+        names=_names(student.assets),
+        size=student.model.image_size,
+        type=config(student.assets)["type"],
+    )
+
+
+def write_pipelines(folder: pathlib.Path, assets: policy_assets.Assets) -> None:
     """Write `config.json`, `policy_preprocessor.json` and `policy_postprocessor.json`."""
-    _dump(folder / "config.json", config(assets))
+    _dump(folder / run_folder.CONFIG_FILE, config(assets))
     for name, steps in (
         ("policy_preprocessor", _before(assets)),
         ("policy_postprocessor", _after(assets)),
@@ -198,3 +248,14 @@ def _relative(assets: policy_assets.Assets) -> tuple[bool, list[str], list[str]]
 
 def _dump(path: pathlib.Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _names(assets: policy_assets.Assets) -> str:
+    """LeRobot's names in the robot's own terms."""
+    robot = assets.robot
+    keys = [robot.cameras[name] for name in assets.model.cameras if name in robot.cameras]
+    pictures = [f"`{camera_key(key)}` (`{key}`)" for key in keys]
+    state = f"`{STATE}` ({robot.state_dim} numbers: "
+    state += " then ".join(f"`{key}`" for key in robot.state_keys) + ")"
+    prompt = "its prompt is always the same" if robot.prompt else "`task`"
+    return ", ".join([*pictures, state, prompt])

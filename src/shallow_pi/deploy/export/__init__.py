@@ -1,0 +1,1 @@
+"""Students in other projects' layouts: one file a format, found by name in `formats`."""

@@ -1,0 +1,88 @@
+"""The README.md of an exported policy: its facts, its checks, how to run it."""
+
+from shallow_pi.deploy.export import student as students
+from shallow_pi.models import pi0
+
+
+def text(
+    usage: str,
+    folder: str,
+    student: students.Student,
+    origin: students.Origin,
+    difference: float,
+) -> str:
+    """The card.
+
+    Args:
+      usage: how to run it in its format.
+      folder: name of the exported folder.
+      student: before its format changed it.
+      origin: its run, as far as it is known.
+      difference: of the actions, as measured.
+    """
+    model, robot, assets = student.model, student.assets.robot, student.assets
+    layers = " ".join(map(str, origin.layer_map))
+    source = f" (teacher layers {layers} of {origin.teacher_depth})" if layers else ""
+    cameras = ", ".join(name for name in model.cameras if name in robot.cameras)
+    rows = {
+        "teacher": origin.teacher,
+        "dataset": ", ".join(origin.datasets),
+        "training": f"{origin.step} of {origin.steps} steps" if origin.steps else "",
+        "held-out error": _error(origin),
+        "robot": f"{robot.name}: {robot.state_dim} state and {robot.action_dim} action dimensions, "
+        f"{robot.fps:g} Hz",
+        "cameras": f"{cameras}, {model.image_size} × {model.image_size}",
+        "actions": f"{model.action_horizon} a chunk, model dimension {model.action_dim}",
+        "prompt": f"{model.max_token_len} tokens"
+        + (", with the state in it" if model.discrete_state_input else ""),
+        "normalization": f"{assets.kind.replace('_', '-')}, statistics `{assets.asset_id}`",
+        "compute": model.dtype,
+    }
+    table = "\n".join(f"| {name} | {value or 'not recorded'} |" for name, value in rows.items())
+    return f"""\
+---
+pipeline_tag: robotics
+tags: [robotics, vision-language-action, shallow_pi, {"pi05" if model.pi05 else "pi0"}]
+---
+
+# {model.kind} with {model.depth} layers
+
+A policy of shallow_pi{f" (config {origin.name})" if origin.name else ""}: {model.depth} layers in
+backbone and action expert alike{source}.
+
+| | |
+|---|---|
+{table}
+
+## Run it
+
+{_sizes(model)}{usage}
+With shallow_pi itself (`pip install shallow-pi`), whatever the format:
+
+    shallow-pi serve --policy.dir /path/to/{folder}
+
+or in Python `shallow_pi.deploy.policy.Policy.from_checkpoint("/path/to/{folder}")`.
+
+## Checked
+
+Read back after writing: every parameter equal, bit for bit; on the same observation and noise the
+largest difference of a normalized action from the student's was {difference:.1e}.
+
+Weights that descend from openpi's contain PaliGemma's, to which Google's Gemma terms of use apply.
+"""
+
+
+def _sizes(model: pi0.Pi0Config) -> str:
+    if not (different := students.other_sizes(model)):
+        return ""
+    return (
+        "**No released openpi or LeRobot loads this** (exported with `--any-size`): "
+        f"{'; '.join(different)}. Change their classes first.\n\n"
+    )
+
+
+def _error(origin: students.Origin) -> str:
+    if origin.error is None:
+        return ""
+    than = {"data": "the recorded actions", "teacher": "the teacher's actions"}
+    return f"{origin.error:.4g} (sampled against {than.get(origin.against, 'the reference')})"

@@ -1,0 +1,39 @@
+"""A step folder of openpi: `params/` and `assets/<asset_id>/norm_stats.json`.
+
+openpi's own configs have the teacher's depth, so a config of the student's is registered first
+(`interop.openpi`, `shallow-pi serve-openpi`).
+"""
+
+import pathlib
+
+from shallow_pi.checkpoints import weights
+from shallow_pi.deploy.export import student as students
+
+_USAGE = """\
+A step folder of openpi: `params/` and `assets/{asset_id}/norm_stats.json`. openpi's own configs
+have other depths; this project registers one of {depth} layers and runs openpi's `serve_policy.py` as
+it is. With the Python of openpi, in a clone of it (after `uv sync`):
+
+    uv pip install shallow-pi          # or --editable with the folder of a clone
+    .venv/bin/shallow-pi serve-openpi policy:checkpoint --policy.config={config} --policy.dir=/path/to/{folder}
+"""  # noqa: E501 (a command)
+
+
+def prepare(student: students.Student, origin: students.Origin) -> students.Student:
+    """The student as it is."""
+    return student
+
+
+def write(folder: pathlib.Path, student: students.Student) -> None:
+    """Write the parameters in openpi's tree."""
+    weights.save_params(folder / "params", student.params)
+
+
+def usage(folder: str, student: students.Student, origin: students.Origin) -> str:
+    """The command that serves it with openpi's own server."""
+    return _USAGE.format(
+        asset_id=student.assets.asset_id,
+        config=origin.name or "student",
+        depth=student.model.depth,
+        folder=folder,
+    )

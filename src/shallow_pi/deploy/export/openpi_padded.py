@@ -1,0 +1,84 @@
+"""A step folder of openpi at the teacher's depth, which an unchanged openpi runs (no faster).
+
+The student's layers stand at their teacher indices and the others are zeros. A layer of zeros adds
+nothing to the residual stream, so both models are the same function.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+
+from shallow_pi.checkpoints import weights
+from shallow_pi.deploy.export import openpi
+from shallow_pi.deploy.export import student as students
+from shallow_pi.models import parameters, pi0
+
+_USAGE = """\
+A step folder of openpi at {depth} layers: the student's stand at the indices {layers}, the others are
+zeros, which add nothing. The actions are the student's; memory and time are those of {depth} layers.
+{who}In a clone of openpi, with a config of its own that has this model ({kind},
+action horizon {horizon}), this robot's transforms and `asset_id="{asset_id}"`:
+
+    uv run scripts/serve_policy.py policy:checkpoint --policy.config=CONFIG --policy.dir=/path/to/{folder}
+"""  # noqa: E501 (a command)
+_UNCHANGED = "An unchanged openpi runs it. "
+
+
+def prepare(student: students.Student, origin: students.Origin) -> students.Student:
+    """The student at the teacher's depth.
+
+    Raises:
+      ValueError: nothing tells the layers, or they do not fit.
+    """
+    depth, layers, teacher_depth = student.model.depth, origin.layer_map, origin.teacher_depth
+    if not layers:
+        raise ValueError(
+            f"openpi-padded puts the student's {depth} layers back at their teacher indices, and "
+            "no run's config.json lies beside this step folder to tell them: give them, such as "
+            "--layers 0 3 7 10 14 17 (and --teacher-depth, if it is not 18)"
+        )
+    increasing = list(layers) == sorted(set(layers))
+    if len(layers) != depth or not increasing or not 0 <= layers[0] <= layers[-1] < teacher_depth:
+        raise ValueError(
+            f"--layers {' '.join(map(str, layers))} does not place a student of {depth} layers in "
+            f"a teacher of {teacher_depth}: expected {depth} different indices in increasing "
+            f"order, from 0 to {teacher_depth - 1}"
+        )
+    model = pi0.at_depth(student.model, teacher_depth)
+    assets = dataclasses.replace(student.assets, model=model)
+    return students.Student(assets, pad(student.params, layers, teacher_depth))
+
+
+write = openpi.write
+
+
+def usage(folder: str, student: students.Student, origin: students.Origin) -> str:
+    """The command of openpi that serves it."""
+    model = student.model
+    return _USAGE.format(
+        asset_id=student.assets.asset_id,
+        depth=model.depth,
+        folder=folder,
+        horizon=model.action_horizon,
+        kind=model.kind,
+        layers=" ".join(map(str, origin.layer_map)),
+        who="" if students.other_sizes(model) else _UNCHANGED,
+    )
+
+
+def pad(params: PyTree, layers: Sequence[int], depth: int) -> PyTree:
+    """The student's layers at these indices of a model of `depth` layers, zeros elsewhere."""
+
+    def place(path: Any, leaf: jax.Array) -> np.ndarray:
+        values = np.asarray(leaf)
+        if parameters.stack(weights.path_name(path)) != "layers":
+            return values
+        padded = np.zeros((depth, *values.shape[1:]), values.dtype)
+        padded[list(layers)] = values
+        return padded
+
+    return jax.tree_util.tree_map_with_path(place, params)

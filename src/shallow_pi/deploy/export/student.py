@@ -1,0 +1,104 @@
+"""A student that is exported: its parameters and assets, and what its run recorded of it."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from jaxtyping import PyTree
+
+from shallow_pi.checkpoints import run_folder
+from shallow_pi.data.robots import assets as policy_assets
+from shallow_pi.models import pi0
+
+# Sizes that the classes of openpi and LeRobot have built in.
+BUILT_IN = ("action_dim", "backbone", "expert", "image", "image_size", "vocab_size")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Student:
+    """A policy as a format holds it."""
+
+    assets: policy_assets.Assets
+    params: PyTree
+
+    @property
+    def model(self) -> pi0.Pi0Config:
+        return self.assets.model
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Facts about the run a step belongs to; empty where there is no run beside it."""
+
+    # Of the config.
+    name: str = ""
+    teacher: str = ""
+    datasets: tuple[str, ...] = ()
+    # Teacher layers the student's are, and how many the teacher has.
+    layer_map: tuple[int, ...] = ()
+    teacher_depth: int = 0
+    # Optimizer steps taken, of those planned.
+    step: int = 0
+    steps: int = 0
+    # Error of sampled actions on held-out episodes at this step, and against whose actions.
+    error: float | None = None
+    against: str = ""
+
+
+def origin(step: pathlib.Path) -> Origin:
+    """Read what a run recorded of one of its steps.
+
+    Raises:
+      ValueError: a config.json that no run has written.
+    """
+    path = step.parent / run_folder.CONFIG_FILE
+    if not path.is_file():
+        return Origin()
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        data, teacher = config.get("data") or {}, config.get("teacher") or {}
+        paths = [data.get("path", ""), *data.get("more", ())]
+        return Origin(
+            name=str(config["name"]),
+            teacher=_public(teacher.get("path", "")),
+            datasets=tuple(_public(path) for path in paths if path),
+            layer_map=tuple(config["layer_map"] or ()),
+            teacher_depth=int(config["model"]["depth"]),
+            step=int(step.name) if step.name.isdigit() else 0,
+            steps=int(config.get("num_train_steps", 0)),
+            error=_error(step),
+            against=str((config.get("validation") or {}).get("against", "")),
+        )
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is not a run's config ({error!r}): export a copy of the step folder from "
+            "somewhere else, with --layers where it is to be padded"
+        ) from error
+
+
+def other_sizes(model: pi0.Pi0Config) -> list[str]:
+    """Sizes of a model that no released class of openpi or LeRobot has."""
+    openpi = pi0.Pi0Config()
+    return [
+        f"{name} is {getattr(model, name)}, theirs {getattr(openpi, name)}"
+        for name in BUILT_IN
+        if getattr(model, name) != getattr(openpi, name)
+    ]
+
+
+def _error(step: pathlib.Path) -> float | None:
+    path = step / run_folder.DATA / run_folder.DATA_FILE
+    if not path.is_file():
+        return None
+    found: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return None if found.get("error") is None else float(found["error"])
+
+
+def _public(address: str) -> str:
+    """An address as it may be published: of a local path only the last name."""
+    local = "://" not in address and (
+        pathlib.Path(address).is_absolute() or address.startswith(("~", "."))
+    )
+    return pathlib.Path(address).name if local else address
