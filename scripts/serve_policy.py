@@ -8,12 +8,16 @@ Any openpi client drives it unchanged, from the same machine:
     policy = websocket_client_policy.WebsocketClientPolicy("127.0.0.1", 8000)
     actions = policy.infer(observation)["actions"]  # (action horizon, robot's dimensions)
 
-`observation` has the robot's keys, pictures as uint8; `policy.get_server_metadata()` lists them. A
-page at http://127.0.0.1:8000/ shows cameras, actions, latency and errors; /metrics is for
-Prometheus, /healthz for whoever starts servers. Ctrl-C or SIGTERM ends it after the running
-inference, a second one at once.
+`observation` has the robot's keys, which `policy.get_server_metadata()` lists, nested or flat. So
+openpi's example clients work as they are: for robot libero `observation/image`, `observation/state`
+and `prompt`; for droid `observation/exterior_image_1_left` and the like; for aloha and aloha_sim
+`state` and `images`. A robot file gives keys other names (--policy.robot my_robot.py).
 
-For robots on other machines open it, with a key that clients give as `api_key=`:
+A page at http://127.0.0.1:8000/ shows cameras, actions, latency and errors; /metrics is for
+Prometheus, /healthz for supervisors. Ctrl-C or SIGTERM ends the server after the running inference,
+a second one at once.
+
+For robots on other machines open it to the network, with a key that clients give as `api_key=`:
 
     SHALLOW_PI_API_KEY=... uv run scripts/serve_policy.py --policy.dir ... --host 0.0.0.0
 
@@ -43,11 +47,11 @@ KEY_VARIABLE = "SHALLOW_PI_API_KEY"
 
 @dataclasses.dataclass(frozen=True)
 class PolicyArguments:
-    """Which policy."""
+    """The policy."""
 
     # A step folder, a run's folder (its last step is taken), or a step folder of openpi's.
     dir: str
-    # Which step of a run: last, best (on held-out episodes) or its number.
+    # Step of a run: last, best (on held-out episodes) or its number.
     step: str = "last"
     # Integration steps of the sampler.
     num_steps: int = 10
@@ -86,14 +90,14 @@ class PolicyArguments:
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """What to serve, and where."""
+    """The policy, the address, and the limits of clients."""
 
     policy: PolicyArguments
     # Address to listen on; 0.0.0.0 opens the server to the network.
     host: str = "127.0.0.1"
     # Port; 0 takes a free one.
     port: int = 8000
-    # What to do where an observation does not say.
+    # Instruction for observations without one.
     prompt: str = ""
     # Make warnings errors: of what the policy's folder leaves to be assumed, of keys that are not
     # used.
@@ -141,7 +145,7 @@ def _api_key(path: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Load, warm up, serve until stopped."""
     given = tyro.cli(Arguments, args=arguments, description=__doc__)
-    # Over what the libraries set up when they are imported.
+    # Libraries have set up their own logging when they were imported.
     line = "%(asctime)s %(levelname)s %(message)s"
     logging.basicConfig(format=line, level=logging.WARNING, force=True)
     logging.getLogger("shallow_pi").setLevel(logging.INFO)
@@ -172,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _ready(url: str, serving: server_config.ServerConfig, chosen: policy.Policy) -> None:
-    """Say where to connect, and how."""
+    """Print the policy, the address, and a client that works."""
     found = chosen.metadata
     keys = [*found["cameras"].values(), *found["state_keys"], found["prompt_key"]]
     host, port = url.rsplit(":", 1)

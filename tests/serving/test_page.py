@@ -146,7 +146,7 @@ def test_another_client_is_shown_when_it_is_chosen(tab, driven):
         for number in (1, 2, 1):
             tab.run(f"document.querySelectorAll('#clients button')[{number - 1}].click()")
             tab.wait(f"latest.view.number === {number}")
-            time.sleep(0.5)
+            time.sleep(0.2)
             assert tab.run("latest.view.number") == number
 
 

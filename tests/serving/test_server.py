@@ -146,10 +146,10 @@ def test_a_malformed_frame_is_refused_and_the_server_goes_on(echo, message, why)
 
 def test_no_random_frame_ends_the_server(echo):
     generator = np.random.default_rng(0)
-    for n in range(60):
+    for n in range(30):
         with echo.connect() as connection:
             connection.recv()
-            connection.send(generator.bytes(n + 1))
+            connection.send(generator.bytes(2 * n + 1))
             assert serving.refusal(connection)[1] == 1011
     assert serving.openpi(echo).infer(serving.STATE)["actions"].shape == (4, 2)
 

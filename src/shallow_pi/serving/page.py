@@ -122,7 +122,7 @@ def snapshot(
     """The content of the page without its pictures, and the observation that has them.
 
     Args:
-      seen: clients, answers and failures.
+      seen: clients, answers and events.
       max_waiting: the queue's bound.
       client: number of the client to show; by default the one connected longest.
     """
@@ -185,7 +185,7 @@ def pictures(observation: Mapping[str, Any]) -> dict[str, str]:
             value = np.moveaxis(value, 0, -1)
         if value.shape[-1] != 3 or min(value.shape[:2]) < 8:
             continue
-        # Before anything is converted: every second pixel, or third, of a large picture is enough.
+        # Of a large picture every second or third pixel is enough; drop the others first.
         value = value[(stride := max(1, max(value.shape) // (2 * PICTURE_SIZE))) - 1 :: stride]
         value = value[:, stride - 1 :: stride]
         if value.dtype.kind == "f":
@@ -217,7 +217,7 @@ def _view(client: telemetry.Client) -> dict[str, Any]:
         "states": [
             [chunk.start, chunk.state.tolist()]
             for chunk in chunks
-            # A state is drawn over the actions only where they are the same quantities.
+            # A state is drawn over the actions only if they have the same dimensions.
             if chunk.state is not None and chunk.state.shape == chunk.actions.shape[1:]
         ],
     }

@@ -1,7 +1,7 @@
-"""What passed a server, on disk: one file a connection, a stream of msgpack records.
+"""Recordings of a server: one file a connection, a stream of msgpack records.
 
-`Recorder` writes in its own thread from a bounded queue, so a slow or full disk costs records and
-never time of an inference. The messages are kept as they came and went; `read` gives them back:
+`Recorder` writes in its own thread from a bounded queue, so that a slow or full disk costs records
+and never delays an inference. Messages are kept byte for byte; `read` gives them back:
 
     for record in recorder.read("recordings/20260131-120000-1.msgpack"):
         record.observation["observation.state"], record.answer["actions"]
@@ -24,7 +24,7 @@ from shallow_pi.serving import protocol
 
 FORMAT = "shallow_pi recording 1"
 SUFFIX = ".msgpack"
-# Bytes waiting for the disk; what comes on top of them is not recorded.
+# Bytes that may wait for the disk; records beyond them are dropped.
 BACKLOG = 256 * 2**20
 
 _log = logging.getLogger(__name__)
@@ -32,23 +32,23 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One observation and what it was answered with."""
+    """One observation and its answer."""
 
-    # Seconds since 1970 when the observation came.
+    # Arrival of the observation, seconds since 1970.
     time: float
-    # As the client sent it.
+    # As sent by the client.
     observation: dict[str, Any]
-    # As the client got it: "actions" (ah, rd) and timings.
+    # As sent to the client: "actions" (ah, rd) and timings.
     answer: dict[str, Any]
 
 
 class Recorder:
-    """Writes connections to a folder; close it to have everything on disk.
+    """Writes connections to a folder; `close` completes the files.
 
     Args:
-      folder: made if it is not there.
+      folder: made if it does not exist.
       metadata: the server's, repeated at the head of every file.
-      limit_bytes: recording ends, with a warning, when that much was written.
+      limit_bytes: recording ends there, with a warning.
 
     Raises:
       ValueError, OSError: the folder cannot be written to.
@@ -65,7 +65,7 @@ class Recorder:
         self.folder.mkdir(parents=True, exist_ok=True)
         if not os.access(self.folder, os.W_OK):
             raise ValueError(f"cannot write recordings to {self.folder}: give another --record")
-        # Records that were not written: the disk was slow or full, or the limit reached.
+        # Number of records not written: the disk was slow or full, or the limit reached.
         self.dropped = 0
         self._metadata, self._left = dict(metadata), limit_bytes
         self._queue: queue.SimpleQueue[tuple[str, dict[str, Any] | None] | None]
@@ -76,7 +76,7 @@ class Recorder:
         self._thread.start()
 
     def begin(self, client: int) -> str:
-        """The name of the file a connection's records go to."""
+        """Name of the file for a connection's records."""
         return f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{client}{SUFFIX}"
 
     def add(self, name: str, observation: bytes, answer: bytes) -> None:
@@ -94,11 +94,11 @@ class Recorder:
         self._queue.put((name, record))
 
     def end(self, name: str) -> None:
-        """No more will come under this name."""
+        """Close a connection's file once its records are written."""
         self._queue.put((name, None))
 
     def close(self) -> None:
-        """Write what waits and close the files."""
+        """Write the waiting records and close the files."""
         self._queue.put(None)
         self._thread.join()
 
@@ -116,7 +116,7 @@ class Recorder:
                 if not failed:
                     self._write(name, msgpack.packb(record))
             except OSError as error:
-                # A record may be there in part now: nothing may follow it.
+                # Part of a record may be written: nothing may follow it.
                 failed = True
                 _log.warning("recording to %s ends: %s", self.folder, error)
                 with self._lock:
@@ -138,10 +138,10 @@ class Recorder:
 
 
 def read(path: str | os.PathLike[str]) -> Iterator[Record]:
-    """The records of one file in order; a last one that was cut off in the middle is left out.
+    """The records of one file in order, without a last one that was cut off.
 
     Raises:
-      FileNotFoundError, ValueError: there is no such file, or it is no recording.
+      FileNotFoundError, ValueError: no such file, or no recording.
     """
     with pathlib.Path(path).open("rb") as file:
         stream = msgpack.Unpacker(file, max_buffer_size=2**32 - 1)

@@ -1,8 +1,8 @@
-"""What a server has been doing: Prometheus metrics, and the recent past for its page.
+"""Prometheus metrics of a server, and the recent past for its page.
 
-`Telemetry` is told of every client, answer and failure by the server, on its event loop, and never
-asks anything of the policy. A robot does not report what it executed; an executed step here is a
-step of a chunk that was due, at the robot's frequency, before the client's next observation came.
+The server tells `Telemetry` of every client, answer and failure, on its event loop; the policy is
+never asked. A robot does not report the actions it executed: a step counts as executed here if it
+was due, at the robot's frequency, before the client's next observation came.
 """
 
 import collections
@@ -18,7 +18,7 @@ from jaxtyping import Float
 
 from shallow_pi.deploy import observation_keys
 
-# Kept for the page.
+# Numbers of answers, events and (of each client) chunks kept for the page.
 SERVED, EVENTS, CHUNKS = 500, 20, 12
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 # Seconds a failure keeps the page red.
@@ -38,7 +38,7 @@ class Chunk:
     start: int
     # (ah, rd).
     actions: Float[np.ndarray, "ah rd"]
-    # The state it was predicted from, where one was found.
+    # The state it was predicted from, if the observation has it.
     state: np.ndarray | None
 
 
@@ -71,7 +71,7 @@ class Client:
     address: str
     since: float
     requests: int = 0
-    # When it last sent an observation; it is the start while it has sent none.
+    # Time of its last observation, or of its connection before the first.
     last: float = 0.0
     observation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     chunks: collections.deque[Chunk] = dataclasses.field(
@@ -80,11 +80,11 @@ class Client:
 
 
 class Telemetry:
-    """Counts and remembers.
+    """Counters, and the recent past.
 
     Args:
       metadata: the policy's; `fps` and `action_horizon` give the time a chunk lasts.
-      clock: seconds, for tests.
+      clock: seconds.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Telemetry:
         self.events: collections.deque[Event] = collections.deque(maxlen=EVENTS)
         self.waiting = 0
         self.requests = self.errors = 0
-        # Rises with everything that happens, so that a page is sent only what is new.
+        # Rises with every event, so that a page is sent news only.
         self.version = 0
         self._numbers = itertools.count(1)
         self.start = clock()
@@ -106,7 +106,7 @@ class Telemetry:
             "shallow_pi_requests", "Observations answered with actions.", registry=registry
         )
         self._errors = prometheus_client.Counter(
-            "shallow_pi_errors", "What was refused or failed.", ["kind"], registry=registry
+            "shallow_pi_errors", "Refusals and failures.", ["kind"], registry=registry
         )
         self._warnings = prometheus_client.Counter(
             "shallow_pi_warnings",
@@ -125,18 +125,18 @@ class Telemetry:
             )
             for name, text in (
                 ("request", "From an observation's arrival to its answer."),
-                ("queue", "Of it, until inference began."),
-                ("inference", "Of it, in the policy."),
+                ("queue", "The part of it before inference began."),
+                ("inference", "The part of it in the policy."),
             )
         }
         self._clients.set_function(lambda: len(self.clients))
         self._queue.set_function(lambda: self.waiting)
         for kind in ("message", "observation", "too_large", "busy", "unauthorized", "internal"):
-            self._errors.labels(kind)  # There from the start, at zero.
+            self._errors.labels(kind)  # Shown from the start, at zero.
 
     @property
     def chunk_seconds(self) -> float | None:
-        """How long the actions of one chunk last on the robot, where its frequency is known."""
+        """Time the actions of one chunk last on the robot; None if its frequency is unknown."""
         horizon = float(self.metadata.get("action_horizon") or 0)
         return horizon / self.fps if self.fps > 0 and horizon > 0 else None
 
@@ -145,7 +145,7 @@ class Telemetry:
         return prometheus_client.generate_latest(self.registry)
 
     def connect(self, address: str) -> Client:
-        """A new client."""
+        """Note a new client."""
         now = self.clock()
         client = Client(next(self._numbers), address, now, last=now)
         self.clients[client.number] = client
@@ -153,7 +153,7 @@ class Telemetry:
         return client
 
     def disconnect(self, client: Client) -> None:
-        """It left."""
+        """Note that a client left."""
         del self.clients[client.number]
         self.version += 1
 
@@ -204,7 +204,7 @@ class Telemetry:
         self.version += 1
 
     def _next_step(self, client: Client, arrived: float, horizon: int) -> int:
-        """Where a chunk begins: as many steps on as were due since the observation before."""
+        """First step of a chunk: as many on as were due since the observation before."""
         if not client.chunks:
             return 0
         due = round((arrived - client.last) * self.fps)
@@ -214,7 +214,7 @@ class Telemetry:
         """The state of the server for a person beside the robot, the worst news first."""
         now = self.clock()
         recent_events = [e for e in self.events if now - e.at < ALARM]
-        # A stranger's key is no concern of the robot's.
+        # A stranger's wrong key does not concern the robot.
         refused = [e for e in recent_events if e.kind not in ("unauthorized", "warning")]
         if refused:
             return "bad", f"Refused: {refused[-1].text.strip().splitlines()[-1]}"
