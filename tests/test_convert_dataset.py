@@ -1,12 +1,16 @@
 """An old dataset comes out as v3.0, its frames the same or close, readable again."""
 
 import importlib.util
+import io
 import json
 import pathlib
+import shutil
 import sys
 
 import numpy as np
+import polars as pl
 import pytest
+from PIL import Image
 
 from shallow_pi.data.lerobot import reader
 
@@ -14,6 +18,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "convert_dataset.py"
 FIXTURES = ROOT / "tests" / "fixtures" / "lerobot"
 OLD = FIXTURES / "pusht_v21_video"
+TOP = "observation.images.top"
 
 
 @pytest.fixture
@@ -28,6 +33,7 @@ def convert(monkeypatch, tmp_path):
         module.main([str(source), str(tmp_path / "new"), *arguments])
         return reader.Dataset(tmp_path / "new")
 
+    call.main = module.main
     return call
 
 
@@ -86,9 +92,6 @@ def test_video_can_become_images(convert):
 
 def test_what_cannot_be_done_is_told_and_leaves_nothing(convert, tmp_path, capsys):
     with pytest.raises(SystemExit, match="1"):
-        convert(FIXTURES / "pusht_v30_video")
-    assert "is v3.0 already; to encode its videos anew give --pictures" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="1"):
         convert(tmp_path / "absent")
     assert "no LeRobot dataset at" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
@@ -96,3 +99,151 @@ def test_what_cannot_be_done_is_told_and_leaves_nothing(convert, tmp_path, capsy
     with pytest.raises(SystemExit, match="1"):
         convert(OLD)
     assert "exists; remove it" in capsys.readouterr().err
+
+
+KINDS = {
+    "next.reward": ([0.5, float("nan")], {"dtype": "float32", "shape": [1], "names": None}),
+    "is_first": ([True, False], {"dtype": "bool", "shape": [1], "names": None}),
+    "language_instruction_2": (["pick", "put ü"], {"dtype": "string", "shape": [1], "names": None}),
+    "action.chunk": (
+        [[[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]] * 2,
+        {"dtype": "float64", "shape": [3, 2], "names": ["step", "joint"], "unit": "rad"},
+    ),
+}
+
+
+@pytest.fixture
+def rich(tmp_path):
+    """A dataset with columns, features and meta files of every kind."""
+    folder = shutil.copytree(FIXTURES / "pusht_v30_image", tmp_path / "rich")
+    file = folder / "data" / "chunk-000" / "file-000.parquet"
+    table = pl.read_parquet(file)
+    added = [pl.Series(key, value * 55) for key, (value, _) in KINDS.items()]
+    table.with_columns(*added, pl.lit(1).alias("__index_level_0__")).write_parquet(file)
+    info = json.loads((folder / "meta" / "info.json").read_text())
+    info["features"] |= {key: feature for key, (_, feature) in KINDS.items()}
+    info["features"]["action"]["names"] = {"motors": ["x", "y"]}
+    info |= {"splits": {"train": "0:3", "test": "3:4"}, "licence": "CC-BY-4.0 ©", "total_videos": 0}
+    (folder / "meta" / "info.json").write_text(json.dumps(info))
+    (folder / "meta" / "modality.json").write_text("{}")
+    (folder / "README.md").write_text("card")
+    return folder
+
+
+def test_every_column_feature_and_entry_is_kept(convert, rich, capsys):
+    found, source = convert(rich), reader.Dataset(rich)
+    told = capsys.readouterr().err
+    assert "columns ['__index_level_0__'] of" in told
+    assert "next.reward is not finite everywhere: it gets no statistics" in told
+    _same_numbers(found, source)
+    assert found.features == source.features
+    assert list(found.features) == list(source.features)
+    assert found.info["splits"] == {"train": "0:3", "test": "3:4"}
+    assert found.info["licence"] == "CC-BY-4.0 ©"
+    assert "total_videos" not in found.info
+    for name in ("README.md", "meta/modality.json"):
+        assert (found.path / name).read_text() == (rich / name).read_text()
+    file = pathlib.Path("data", "chunk-000", "file-000.parquet")
+    before, after = (pl.read_parquet(folder / file) for folder in (rich, found.path))
+    for key in KINDS:
+        assert str(after[key].to_list()) == str(before[key].to_list()), "NaN is not itself"
+    camera = source.cameras[0]
+    assert after[camera].struct["bytes"].equals(before[camera].struct["bytes"])
+    stats = json.loads((found.path / "meta" / "stats.json").read_text())
+    assert np.shape(stats["action.chunk"]["mean"]) == (3, 2)
+    assert set(KINDS) - set(stats) == {"next.reward", "language_instruction_2"}
+
+
+def test_tasks_keep_their_numbers_and_episodes_left_out_are_told(convert, tmp_path, capsys):
+    old = shutil.copytree(OLD, tmp_path / "old")
+    (old / "data" / "chunk-000" / "episode_000000.parquet").write_bytes(b"junk")
+    tasks = (old / "meta" / "tasks.jsonl").read_text()
+    (old / "meta" / "tasks.jsonl").write_text(tasks + '{"task_index": 2, "task": "unused"}\n')
+    found = convert(old, "--skip-bad-episodes")
+    whole = reader.Dataset(OLD)
+    assert found.tasks == {**whole.tasks, 2: "unused"}
+    assert found.episodes == [0, 1, 2]
+    np.testing.assert_array_equal(found.columns["action"], whole.columns["action"][20:])
+    assert [found.task(i) for i in range(90)] == [whole.task(i) for i in range(20, 110)]
+    told = capsys.readouterr().err
+    assert "3 of 4 episodes of" in told
+    assert "numbered anew from 0" in told
+
+
+def test_a_dataset_of_version_3_is_copied_film_by_film(convert):
+    source = reader.Dataset(FIXTURES / "pusht_v30_video")
+    found = convert(source.path)
+    _same_numbers(found, source)
+    assert len(list((found.path / "videos").rglob("*.mp4"))) == 2
+    for i in (0, 57, 109):
+        np.testing.assert_array_equal(
+            found.picture(i, source.cameras[1]), source.picture(i, source.cameras[1])
+        )
+
+
+@pytest.mark.parametrize("pictures", ["copy", "png", "h264"])
+def test_recorded_times_are_kept(convert, tmp_path, pictures):
+    """Of a recording whose start was cut off, and one whose clock was slow."""
+    old = shutil.copytree(OLD, tmp_path / "old")
+    for episode, times in ((1, 0.5 + np.arange(20) / 10), (2, np.arange(30) / 10 * 1.005)):
+        file = old / "data" / "chunk-000" / f"episode_{episode:06d}.parquet"
+        table = pl.read_parquet(file).head(len(times))
+        table.with_columns(pl.Series("timestamp", times, pl.Float32)).write_parquet(file)
+    lines = (old / "meta" / "episodes.jsonl").read_text().replace('"length": 25', '"length": 20')
+    (old / "meta" / "episodes.jsonl").write_text(lines)
+    info = json.loads((old / "meta" / "info.json").read_text()) | {"total_frames": 105}
+    (old / "meta" / "info.json").write_text(json.dumps(info))
+    source, found = reader.Dataset(old), convert(old, "--pictures", pictures, "--crf", "12")
+    np.testing.assert_array_equal(found.columns["timestamp"], source.columns["timestamp"])
+    for i in (0, 19, 20, 39, 40, 55, 69, 70, 104):
+        away = found.picture(i, TOP).astype(int) - source.picture(i, TOP)
+        assert np.abs(away).mean() < (3 if pictures == "h264" else 1e-9), f"frame {i}"
+
+
+def test_depth_is_copied_whatever_becomes_of_the_rest(convert, tmp_path, capsys):
+    folder = shutil.copytree(FIXTURES / "pusht_v30_image", tmp_path / "depth")
+    file = folder / "data" / "chunk-000" / "file-000.parquet"
+    depth = np.linspace(300, 3000, 64).reshape(8, 8).astype(np.uint16)
+    data = io.BytesIO()
+    Image.fromarray(depth).save(data, "PNG")
+    column = pl.Series(TOP, [{"bytes": data.getvalue(), "path": "x.png"}] * 110)
+    pl.read_parquet(file).with_columns(column).write_parquet(file)
+    found = convert(folder, "--pictures", "h264")
+    assert [found.features[camera]["dtype"] for camera in found.cameras] == ["image", "video"]
+    np.testing.assert_array_equal(found.picture(3, TOP), depth[..., None])
+    told = capsys.readouterr().err
+    assert f"{TOP} of {folder} records depth (its pictures have one channel" in told
+    assert "are encoded as h264 (crf 30), which loses detail" in told
+    assert TOP not in json.loads((found.path / "meta" / "stats.json").read_text())
+
+
+def test_nothing_that_is_there_is_overwritten(convert, tmp_path, capsys):
+    (tmp_path / "new").symlink_to(tmp_path / "gone")
+    (tmp_path / "other.partial").mkdir()
+    (tmp_path / "other.partial" / "mine.txt").write_text("kept")
+    (tmp_path / "another.partial" / "meta").mkdir(parents=True)
+    for target, reason in (("new", "exists; remove it"), ("other", "is in the way, and is not")):
+        with pytest.raises(SystemExit, match="1"):
+            convert.main([str(OLD), str(tmp_path / target)])
+        assert reason in capsys.readouterr().err
+    assert (tmp_path / "other.partial" / "mine.txt").read_text() == "kept"
+    convert.main([str(OLD), str(tmp_path / "another")])
+    assert not (tmp_path / "another.partial").exists(), "left by an interrupted run"
+
+
+def test_pictures_of_several_sizes_are_copied_but_not_encoded(convert, tmp_path, capsys):
+    folder = shutil.copytree(FIXTURES / "pusht_v30_image", tmp_path / "sizes")
+    file = folder / "data" / "chunk-000" / "file-000.parquet"
+    table = pl.read_parquet(file)
+    data = io.BytesIO()
+    Image.fromarray(np.zeros((32, 64, 3), np.uint8)).save(data, "JPEG")
+    column = table[TOP].to_list()
+    column[2] = {"bytes": data.getvalue(), "path": None}
+    table.with_columns(pl.Series(TOP, column, table[TOP].dtype)).write_parquet(file)
+    with pytest.raises(SystemExit, match="1"):
+        convert(folder, "--pictures", "png")
+    assert f"{TOP} of episode 0, frame 2 is 32 by 64, the frames" in capsys.readouterr().err
+    found = convert(folder)
+    assert found.picture(2, TOP).shape == (32, 64, 3)
+    stored = pl.read_parquet(found.path / "data" / "chunk-000" / "file-000.parquet")[TOP]
+    assert stored[2] == {"bytes": data.getvalue(), "path": "frame-000002.jpg"}

@@ -60,8 +60,8 @@ def test_reader_returns_what_was_written(tmp_path) -> None:
 
 def _rewrite_fixture(folder: pathlib.Path) -> reader.Dataset:
     source = reader.Dataset(FIXTURE)
-    names = {"state_names": ["x", "y"], "action_names": ["x", "y"]}
-    with lerobot_writer.Writer(folder, 10, robot_type="pusht", **names) as writer:
+    names = {"observation.state": ["x", "y"], "action": ["x", "y"]}
+    with lerobot_writer.Writer(folder, 10, robot_type="pusht", names=names) as writer:
         for episode in range(source.num_episodes):
             rows = np.flatnonzero(source.columns["episode_index"] == episode)
             images = {
@@ -153,7 +153,7 @@ def test_large_datasets_are_split_into_files(tmp_path, monkeypatch) -> None:
 def test_bad_episodes_are_refused(tmp_path) -> None:
     with pytest.raises(ValueError, match="no episodes were added"):
         lerobot_writer.Writer(tmp_path / "none", 20).finish()
-    writer = lerobot_writer.Writer(tmp_path / "new", 20, state_names=["x", "y"])
+    writer = lerobot_writer.Writer(tmp_path / "new", 20, names={"observation.state": ["x", "y"]})
     images = {"base": np.zeros((3, 4, 4, 3), np.uint8)}
     with pytest.raises(ValueError, match=r"episode 0 needs the same, nonzero number of frames"):
         writer.add_episode(images, np.zeros((2, 2)), np.zeros((3, 2)), "touch")
@@ -190,16 +190,16 @@ def test_large_videos_are_split_into_files_between_episodes(tmp_path, monkeypatc
         assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > 0.7, f"frame {i}"
 
 
-def test_a_copied_video_has_a_file_of_its_own(tmp_path) -> None:
+def test_a_video_is_copied_once(tmp_path) -> None:
     film = FIXTURE.parent / "pusht_v21_video" / "videos" / "chunk-000"
     film = film / "observation.images.top" / "episode_000001.mp4"
     picture, numbers = np.zeros((1, 96, 96, 3), np.uint8), np.arange(25.0)[:, None]
     with lerobot_writer.Writer(tmp_path / "new", 10) as writer:
         for _ in range(2):
-            images, copies = {"top": picture}, {"top": film}
-            writer.add(images, {"action": numbers}, ["go", "stop"] * 12 + ["go"], copies=copies)
-    copied = sorted((tmp_path / "new" / "videos" / "top").rglob("*.mp4"))
-    assert [file.read_bytes() for file in copied] == [film.read_bytes()] * 2
+            images = {"top": lerobot_writer.Film(film, sample=picture)}
+            writer.add(images, {"action": numbers}, ["go", "stop"] * 12 + ["go"])
+    (copied,) = (tmp_path / "new" / "videos" / "top").rglob("*.mp4")
+    assert copied.read_bytes() == film.read_bytes()
     dataset = reader.Dataset(tmp_path / "new")
     np.testing.assert_array_equal(dataset.picture(7, "top"), dataset.picture(32, "top"))
     assert (dataset.task(1), dataset.task(24)) == ("stop", "go")

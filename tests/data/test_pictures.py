@@ -3,6 +3,7 @@
 import fractions
 import io
 import pathlib
+import shutil
 
 import av
 import numpy as np
@@ -43,8 +44,9 @@ def _dataset(folder, film, timestamps) -> pathlib.Path:
     vectors = {"observation.state": numbers, "action": numbers}
     with lerobot_writer.Writer(folder, FPS) as writer:
         for _ in range(2):
-            some = {TOP: np.zeros((1, 32, 32, 3), np.uint8)}
-            writer.add(some, vectors, ["go"] * len(numbers), copies={TOP: film})
+            images = {TOP: lerobot_writer.Film(film, sample=np.zeros((1, 32, 32, 3), np.uint8))}
+            writer.add(images, vectors, ["go"] * len(numbers))
+            film = shutil.copyfile(film, film.with_stem(film.stem + "_again"))
     data = folder / "data" / "chunk-000" / "file-000.parquet"
     stamps = pl.Series("timestamp", np.tile(timestamps, 2), pl.Float32)
     pl.read_parquet(data).with_columns(stamps).write_parquet(data)

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from PIL import Image, ImageOps
 
 from shallow_pi import progress
-from shallow_pi.data.lerobot import files, video, video_times
+from shallow_pi.data.lerobot import files, tables, video, video_times
 from shallow_pi.data.lerobot import layout as lerobot_layout
 
 # Encoded pictures of parquet files kept in memory, per dataset.
@@ -107,6 +107,15 @@ class Pictures:
             )
         self._compare_size(camera, picture)
         return picture
+
+    def encoded(self, camera: str, episode: int, row: int) -> tuple[bytes, str]:
+        """A picture of a data file, as it is encoded there, and a name for it."""
+        encoded = self._encoded(self._layout.data_file(episode), camera, episode, row)
+        if not isinstance(encoded, bytes):
+            picture = self._decode(encoded, camera)
+            return tables.png(picture), f"frame-{row:06d}.png"
+        kind = "jpg" if encoded.startswith(b"\xff\xd8") else "png"
+        return encoded, f"frame-{row:06d}.{kind}"
 
     def depth(self, camera: str, episode: int) -> str:
         """How a camera is known to hold depth or other numbers instead of a picture; or nothing.

@@ -13,10 +13,11 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import polars as pl
 from jaxtyping import Bool, Float
 
 from shallow_pi import progress
-from shallow_pi.data.lerobot import columns, data_files, layout, pictures
+from shallow_pi.data.lerobot import columns, data_files, files, layout, pictures
 
 # Written by lerobot_writer.
 VERSION = layout.VERSIONS[-1]
@@ -146,9 +147,25 @@ class Dataset:
             raise ValueError(f"dataset {self.path} has no camera {camera!r}; it has {self.cameras}")
         episode, row = int(self.columns["episode_index"][i]), int(self._rows[i])
         try:
-            return self._pictures.read(camera, episode, row, float(self._seconds[i]))
+            return self._pictures.read(camera, episode, row, float(self.seconds[i]))
         except (ValueError, FileNotFoundError) as error:
             raise type(error)(f"{camera} of {self.where(i)}: {error}") from error
+
+    def encoded(self, i: int, camera: str) -> tuple[bytes, str]:
+        """The picture of frame `i` as the data file holds it, and a name for it."""
+        episode, row = int(self.columns["episode_index"][i]), int(self._rows[i])
+        try:
+            return self._pictures.encoded(camera, episode, row)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{camera} of {self.where(i)}: {error}") from error
+
+    def stored(self, episode: int, keys: Sequence[str] | None) -> pl.DataFrame:
+        """Columns of one episode as its data file holds them; None is all but the pictures."""
+        file = self.path / self.layout.data_file(episode)
+        if keys is None:
+            keys = [key for key in files.schema(file) if key not in self.cameras]
+        rows = self._rows[self.columns["episode_index"] == episode]
+        return files.read_table(file, keys)[rows]
 
     def depth(self, camera: str) -> str:
         """How a camera is known to record depth instead of a picture; empty if it is a picture."""
@@ -248,7 +265,7 @@ class Dataset:
         cameras = self.cameras if self._asked is None else self._asked
         problems = self._pictures.unmatched(
             spans,
-            self._seconds,
+            self.seconds,
             [camera for camera in cameras if camera in self.cameras],
             missing_ok=self._asked is None,
         )
@@ -297,7 +314,7 @@ class Dataset:
         self._times: np.ndarray | None = None
 
     @property
-    def _seconds(self) -> np.ndarray:
+    def seconds(self) -> np.ndarray:
         """Time of each frame since its episode's start."""
         if self._times is None:
             recorded, frames = self.columns["timestamp"], self.columns["frame_index"]

@@ -6,14 +6,14 @@ LeRobot's own averages the quantiles of episodes, which are not quantiles of the
 from collections.abc import Mapping
 
 import numpy as np
-from jaxtyping import Int, Num, UInt8
+from jaxtyping import Num, UInt8
 
 QUANTILES: Mapping[str, float] = {"q01": 0.01, "q10": 0.1, "q50": 0.5, "q90": 0.9, "q99": 0.99}
 
 
 def of_values(values: Num[np.ndarray, "n ..."]) -> dict[str, np.ndarray]:
     """Exact statistics over frames, as LeRobot shapes them."""
-    rows = values.reshape(len(values), -1)
+    rows = values[:, None] if values.ndim == 1 else values
     exact = rows.astype(np.float64)
     quantiles = np.quantile(exact, list(QUANTILES.values()), axis=0)
     return {
@@ -26,32 +26,49 @@ def of_values(values: Num[np.ndarray, "n ..."]) -> dict[str, np.ndarray]:
     }
 
 
-def histogram(images: UInt8[np.ndarray, "n h w 3"]) -> Int[np.ndarray, "3 256"]:
-    """How often each of 256 values occurs, by channel: statistics of pictures come from it."""
-    return np.stack([np.bincount(images[..., c].ravel(), minlength=256) for c in range(3)])
+class Histogram:
+    """Counts of a camera's pixel values by channel: statistics of pictures come from it."""
 
+    def __init__(self) -> None:
+        self.frames = 0
+        # Of the pictures; None before the first.
+        self.shape: tuple[int, ...] | None = None
+        self._counts = np.zeros((3, 256), np.int64)
 
-def of_histogram(counts: Int[np.ndarray, "3 256"], frames: int) -> dict[str, np.ndarray]:
-    """Exact statistics of pixels in [0, 1], shape (3, 1, 1), from a histogram by channel."""
-    value = np.arange(256) / 255
-    total = counts.sum(1)
-    mean = counts @ value / total
-    std = np.sqrt(np.maximum(counts @ value**2 / total - mean**2, 0))
-    cumulative = counts.cumsum(1)
+    def add(self, picture: UInt8[np.ndarray, "h w 3"]) -> None:
+        """Count one picture."""
+        self.frames += 1
+        self.shape = self.shape or picture.shape
+        for channel in range(3):
+            self._counts[channel] += np.bincount(picture[..., channel].ravel(), minlength=256)
 
-    def quantile(q: float) -> np.ndarray:
-        rank = q * (total - 1)
-        low, high = (
-            [
-                np.searchsorted(row, k, side="right")
-                for row, k in zip(cumulative, ranks, strict=True)
-            ]
-            for ranks in (np.floor(rank), np.ceil(rank))
-        )
-        return value[low] + (value[high] - value[low]) * (rank - np.floor(rank))
+    def merge(self, other: "Histogram") -> None:
+        """Count the pictures of another."""
+        self.frames += other.frames
+        self.shape = self.shape or other.shape
+        self._counts += other._counts
 
-    by_name = {"min": quantile(0.0), "max": quantile(1.0), "mean": mean, "std": std}
-    by_name |= {name: quantile(q) for name, q in QUANTILES.items()}
-    shaped = {name: np.asarray(x).reshape(3, 1, 1) for name, x in by_name.items()}
-    head = {name: shaped.pop(name) for name in ("min", "max", "mean", "std")}
-    return {**head, "count": np.array([frames]), **shaped}
+    def stats(self) -> dict[str, np.ndarray]:
+        """Exact statistics of pixels in [0, 1], shape (3, 1, 1)."""
+        value = np.arange(256) / 255
+        total = self._counts.sum(1)
+        mean = self._counts @ value / total
+        std = np.sqrt(np.maximum(self._counts @ value**2 / total - mean**2, 0))
+        cumulative = self._counts.cumsum(1)
+
+        def quantile(q: float) -> np.ndarray:
+            rank = q * (total - 1)
+            low, high = (
+                [
+                    np.searchsorted(row, k, side="right")
+                    for row, k in zip(cumulative, ranks, strict=True)
+                ]
+                for ranks in (np.floor(rank), np.ceil(rank))
+            )
+            return value[low] + (value[high] - value[low]) * (rank - np.floor(rank))
+
+        by_name = {"min": quantile(0.0), "max": quantile(1.0), "mean": mean, "std": std}
+        by_name |= {name: quantile(q) for name, q in QUANTILES.items()}
+        shaped = {name: np.asarray(x).reshape(3, 1, 1) for name, x in by_name.items()}
+        head = {name: shaped.pop(name) for name in ("min", "max", "mean", "std")}
+        return {**head, "count": np.array([self.frames]), **shaped}

@@ -3,7 +3,7 @@
 import io
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,16 +11,27 @@ import polars as pl
 from PIL import Image
 
 
-def frames(pictures: Mapping[str, list], columns: Mapping[str, np.ndarray]) -> pl.DataFrame:
-    """A row for each frame: encoded pictures, then numbers."""
+def frames(
+    pictures: Mapping[str, Sequence[tuple[bytes, str]]],
+    columns: Mapping[str, np.ndarray | pl.Series],
+) -> pl.DataFrame:
+    """A row for each frame: encoded pictures and their names, then the columns."""
     series = []
     for key, encoded in pictures.items():
-        names = [f"frame-{i:06d}.png" for i in range(len(encoded))]
-        struct = pl.DataFrame({"bytes": encoded, "path": names}).to_struct(key)
-        series.append(struct)
+        data, names = zip(*encoded, strict=True)
+        series.append(pl.DataFrame({"bytes": data, "path": names}).to_struct(key))
     for key, value in columns.items():
+        if isinstance(value, pl.Series):
+            series.append(value.alias(key))
+            continue
         # LeRobot stores a vector of one element as a plain number.
-        series.append(pl.Series(key, value.squeeze(1) if value.shape[1:] == (1,) else value))
+        column = pl.Series(key, value.squeeze(1) if value.shape[1:] == (1,) else value)
+        if value.ndim > 2:  # `datasets` keeps arrays of two axes and more as lists of lists.
+            kind: pl.DataType | type[pl.DataType] = pl.Series(value.ravel()[:1]).dtype
+            for _ in range(value.ndim - 1):
+                kind = pl.List(kind)
+            column = column.cast(kind)
+        series.append(column)
     return pl.DataFrame(series)
 
 
@@ -36,7 +47,10 @@ def hf_type(feature: Mapping[str, Any]) -> dict[str, Any]:
     if feature["dtype"] == "image":
         return {"_type": "Image"}
     value = {"dtype": feature["dtype"], "_type": "Value"}
-    size = feature["shape"][0]
+    shape = feature["shape"]
+    if len(shape) > 1:
+        return {"shape": shape, "dtype": feature["dtype"], "_type": f"Array{len(shape)}D"}
+    size = shape[0] if shape else 1
     return value if size == 1 else {"feature": value, "length": size, "_type": "List"}
 
 

@@ -6,6 +6,7 @@ decodes; LeRobot writes AV1 so. H.264 is larger and is decoded by everything.
 
 import dataclasses
 import fractions
+import math
 import os
 import pathlib
 from typing import Any, Literal
@@ -36,10 +37,16 @@ class Encoding:
             )
 
 
+# Finer than this, times of pictures are rounded, seconds.
+_TICK = fractions.Fraction(1, 90_000)
+# Entries of a video's `info` that its file can tell.
+OF_THE_FILE = ("video.height", "video.width", "video.codec", "video.pix_fmt")
+
+
 class Encoder:
     """Pictures, one by one, to a file; `close` completes it.
 
-    `count` and `nbytes` are what went in and what came out; encoders hold some pictures back.
+    `nbytes` is how much came out so far; encoders hold some pictures back.
     """
 
     def __init__(
@@ -51,7 +58,7 @@ class Encoder:
                 f"video needs even sizes, got pictures of {height} by {width}: crop or pad them, "
                 "or write images"
             )
-        self.count, self.nbytes = 0, 0
+        self.nbytes = 0
         pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
         rate = fractions.Fraction(fps).limit_denominator(1001)
         options = {"g": str(encoding.group), "crf": str(encoding.crf)}
@@ -67,17 +74,30 @@ class Encoder:
         assert isinstance(stream, av.VideoStream), "both encoders are of video"
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         self._stream = stream
-        # The file's own time base is another, and finer, once its header is written.
-        self._tick = 1 / rate
+        # A frame at the nominal rate is a whole number of ticks.
+        self._ticks_per_frame = math.ceil(1 / rate / _TICK)
+        self._tick = 1 / rate / self._ticks_per_frame
+        self._last = -self._ticks_per_frame
         self._stream.codec_context.time_base = self._tick
 
-    def add(self, picture: UInt8[np.ndarray, "h w 3"]) -> None:
-        """Append one picture."""
+    @property
+    def end(self) -> float:
+        """Time at which the next picture follows, at the nominal rate, in seconds."""
+        return float((self._last + self._ticks_per_frame) * self._tick)
+
+    def add(self, picture: UInt8[np.ndarray, "h w 3"], seconds: float | None = None) -> None:
+        """Append one picture, shown at `seconds`; default `end`."""
+        ticks = round((self.end if seconds is None else seconds) / self._tick)
+        if ticks <= self._last:
+            raise ValueError(
+                f"pictures must follow each other in time, got {seconds} s after "
+                f"{float(self._last * self._tick)} s"
+            )
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
-        frame.pts, frame.time_base = self.count, self._tick
+        frame.pts, frame.time_base = ticks, self._tick
         packets = self._stream.encode(frame)
         self._container.mux(packets)
-        self.count += 1
+        self._last = ticks
         self.nbytes += sum(packet.size for packet in packets)
 
     def close(self) -> None:
@@ -88,16 +108,16 @@ class Encoder:
 
 def describe(path: str | os.PathLike[str], fps: float) -> dict[str, Any]:
     """A video file as LeRobot's `info.json` describes it."""
-    with av.open(os.fspath(path)) as container:
+    with av.open(os.path.abspath(path)) as container:
         context = container.streams.video[0].codec_context
         return {
             "video.height": context.height,
             "video.width": context.width,
             # PyAV names the decoder ("libdav1d"), LeRobot the format.
-            "video.codec": "av1" if "av1" in context.name or "dav1d" in context.name else "h264",
+            "video.codec": context.codec.canonical_name,
             "video.pix_fmt": context.pix_fmt,
             "video.is_depth_map": False,
             "video.fps": int(fps) if fps == int(fps) else fps,
-            "video.channels": 3,
+            "video.channels": 1 if (context.pix_fmt or "").startswith("gray") else 3,
             "has_audio": bool(container.streams.audio),
         }

@@ -1,20 +1,24 @@
 """Write LeRobot v3.0 datasets (pictures as PNG in parquet, or video) without torch or pyarrow.
 
 Everything goes to `<folder>.partial`, which `finish` renames: a folder that exists is complete.
-Statistics are exact over every frame, unlike LeRobot's own, which averages quantiles of episodes.
+Statistics are exact over every frame, unlike LeRobot's own, which averages quantiles of episodes;
+pictures that are copied are sampled for them, and depth has none.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 import polars as pl
+from jaxtyping import Float
 
+from shallow_pi import progress
 from shallow_pi.data.lerobot import reader, tables, video_writer
 from shallow_pi.data.lerobot import stats as lerobot_stats
 
@@ -23,6 +27,33 @@ DATA_FILE_MB, VIDEO_FILE_MB, CHUNK_FILES = 100, 200, 1000
 _DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 _EPISODES_PATH = "meta/episodes/chunk-000/file-000.parquet"
 _VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
+_BOOKKEEPING = ("timestamp", "frame_index", "episode_index", "index", "task_index")
+# Entries of info.json that version 3 no longer has.
+_OLD_INFO = ("total_videos", "total_chunks")
+
+
+@dataclasses.dataclass(frozen=True)
+class Film:
+    """A video file that is copied as it is, with one or more episodes in it."""
+
+    path: pathlib.Path
+    # Where the episode starts, seconds.
+    start: float = 0.0
+    # Some of its pictures, for the statistics.
+    sample: Sequence[np.ndarray] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Files:
+    """Encoded pictures that are copied as they are, and their names."""
+
+    content: Sequence[tuple[bytes, str]]
+    # Some of them decoded, for the statistics.
+    sample: Sequence[np.ndarray] = ()
+
+
+# Of one camera in one episode: pictures to be encoded, uint8 (h, w, 3) each, or copied.
+Images = Iterable[np.ndarray] | Film | Files
 
 
 class Writer:
@@ -31,10 +62,12 @@ class Writer:
     Args:
       folder: of the dataset; must not exist.
       fps: frame rate.
-      state_names, action_names: of the dimensions; default `["0", "1", ...]`.
       robot_type: written to `info.json`.
-      names: of other columns' dimensions.
+      names: of a column's dimensions; default `["0", "1", ...]`.
       encoding: of video; None keeps pictures as they are, as PNG.
+      source: `info.json` of a dataset that is converted: its entries and features are kept, and
+        its numbers are not checked.
+      tasks: instructions to be numbered first, in this order.
     """
 
     def __init__(
@@ -42,32 +75,33 @@ class Writer:
         folder: str | os.PathLike[str],
         fps: int | float,
         *,
-        state_names: Sequence[str] | None = None,
-        action_names: Sequence[str] | None = None,
         robot_type: str | None = None,
         names: Mapping[str, Sequence[str]] | None = None,
         encoding: video_writer.Encoding | None = None,
+        source: Mapping[str, Any] | None = None,
+        tasks: Sequence[str] = (),
     ) -> None:
-        self.folder = pathlib.Path(folder)
-        if self.folder.exists():
+        self.folder = pathlib.Path(os.path.expanduser(folder)).absolute()
+        if os.path.lexists(self.folder):
             raise FileExistsError(
                 f"{self.folder} exists; remove it to write the dataset anew, or choose another"
             )
         self.fps = fps
         self.robot_type = robot_type
         self.encoding = encoding
-        self._names = {STATE_KEY: state_names, ACTION_KEY: action_names, **(names or {})}
+        self._source = source
+        self._names = dict(names or {})
         self._encoders: dict[str, video_writer.Encoder] = {}
         self._video_files: dict[str, int] = {}
+        self._copied: dict[tuple[str, pathlib.Path], int] = {}
         self._partial = self.folder.with_name(self.folder.name + ".partial")
-        shutil.rmtree(self._partial, ignore_errors=True)
+        self._clear()
         self._partial.mkdir(parents=True)
         self._features: dict[str, dict[str, Any]] = {}
-        self._tasks: dict[str, int] = {}
+        self._tasks = {task: number for number, task in enumerate(dict.fromkeys(tasks))}
         self._episodes: list[dict[str, Any]] = []
         self._numbers: dict[str, list[np.ndarray]] = {}
-        self._counts: dict[str, np.ndarray] = {}
-        self._seen: dict[str, int] = {}
+        self._histograms: dict[str, lerobot_stats.Histogram] = {}
         self._frames = 0
         self._file = 0
         self._buffer: list[pl.DataFrame] = []
@@ -107,50 +141,67 @@ class Writer:
 
     def add(
         self,
-        images: Mapping[str, np.ndarray],
-        vectors: Mapping[str, np.ndarray],
+        images: Mapping[str, Images],
+        columns: Mapping[str, np.ndarray | pl.Series],
         tasks: Sequence[str],
         *,
-        copies: Mapping[str, pathlib.Path] | None = None,
+        seconds: Float[np.ndarray, " T"] | None = None,
+        extra: Mapping[str, Any] | None = None,
     ) -> None:
         """Append one episode of T frames under any keys.
 
         Args:
-          images: uint8 (T, h, w, 3) by key; of a camera in `copies` any number of its frames, for
-            the statistics.
-          vectors: (T, dim) by key.
+          images: by camera.
+          columns: T rows each, such as numbers (T, dim).
           tasks: T instructions.
-          copies: video files of this very episode, which are copied as they are.
+          seconds: time of each frame; default frame number / fps.
+          extra: of the episode, for the table of episodes.
         """
-        copies = copies or {}
-        self._check(images, vectors, tasks, copies)
-        length, episode = len(tasks), len(self._episodes)
-        index = np.arange(length)
+        where, length, index = f"episode {len(self._episodes)}", len(tasks), np.arange(len(tasks))
+        self._check(where, images, columns, tasks)
+        self._describe(where, images, columns)
+        times: np.ndarray = index / self.fps if seconds is None else np.asarray(seconds, np.float64)
         numbers = [self._tasks.setdefault(task, len(self._tasks)) for task in tasks]
-        columns: dict[str, np.ndarray] = {
-            **vectors,
-            "timestamp": (index / self.fps).astype(np.float32),
+        everything: dict[str, np.ndarray | pl.Series] = {
+            **columns,
+            "timestamp": columns.get("timestamp", times.astype(np.float32)),
             "frame_index": index,
-            "episode_index": np.full(length, episode),
+            "episode_index": np.full(length, len(self._episodes)),
             "index": index + self._frames,
             "task_index": np.array(numbers),
         }
-        counts = {key: lerobot_stats.histogram(value) for key, value in images.items()}
-        stats = {k: lerobot_stats.of_histogram(v, len(images[k])) for k, v in counts.items()}
-        stats |= {key: lerobot_stats.of_values(value) for key, value in columns.items()}
-        places = {}
+        places: dict[str, dict[str, Any]] = {}
+        files: dict[str, list[tuple[bytes, str]]] = {}
+        stats: dict[str, dict[str, np.ndarray]] = {}
         for key, value in images.items():
-            if key in copies or self.encoding is not None:
-                places[key] = self._add_video(key, value, copies.get(key), length)
-        pictures = {
-            k: [tables.png(x) for x in value] for k, value in images.items() if k not in places
-        }
-        self._buffer.append(tables.frames(pictures, columns))
-        self._buffer_bytes += sum(len(x) for column in pictures.values() for x in column)
-        self._buffer_bytes += sum(value.nbytes for value in columns.values())
+            histogram = lerobot_stats.Histogram()
+            if isinstance(value, Film):
+                places[key] = self._copy(key, value, times)
+            elif isinstance(value, Files):
+                files[key] = list(value.content)
+            else:
+                seen = self._seen(f"{key} of {where}", value, histogram, length)
+                if self.encoding is None:
+                    encoded = enumerate(map(tables.png, seen))
+                    files[key] = [(data, f"frame-{i:06d}.png") for i, data in encoded]
+                else:
+                    places[key] = self._encode(key, seen, times)
+            if isinstance(value, Film | Files):
+                for picture in value.sample:
+                    histogram.add(picture)
+            if histogram.frames:
+                stats[key] = histogram.stats()
+                self._histograms.setdefault(key, lerobot_stats.Histogram()).merge(histogram)
+        for key, column in everything.items():
+            if isinstance(column, np.ndarray):
+                self._numbers.setdefault(key, []).append(column)
+                if np.isfinite(column).all():
+                    stats[key] = lerobot_stats.of_values(column)
+        self._buffer.append(tables.frames(files, everything))
+        self._buffer_bytes += int(self._buffer[-1].estimated_size())
         self._episodes.append(
             {
-                "episode_index": episode,
+                "episode_index": len(self._episodes),
                 "tasks": list(dict.fromkeys(tasks)),
                 "length": length,
                 "data/chunk_index": self._file // CHUNK_FILES,
@@ -161,41 +212,99 @@ class Writer:
                 **{f"stats/{k}/{n}": v.tolist() for k in stats for n, v in stats[k].items()},
                 "meta/episodes/chunk_index": 0,
                 "meta/episodes/file_index": 0,
+                **(extra or {}),
             }
         )
         self._frames += length
-        for key, value in columns.items():
-            self._numbers.setdefault(key, []).append(value)
-        for key, value in counts.items():
-            self._counts[key] = self._counts.get(key, 0) + value
-            self._seen[key] = self._seen.get(key, 0) + len(images[key])
         if self._buffer_bytes >= DATA_FILE_MB * 2**20:
             self._flush()
 
-    def _add_video(
-        self, key: str, pictures: np.ndarray, copy: pathlib.Path | None, length: int
-    ) -> dict[str, Any]:
-        """Copy or encode an episode's video; says where it is, as the episodes' table does."""
-        file = self._video_files.setdefault(key, 0)
-        place = {"chunk_index": file // CHUNK_FILES, "file_index": file % CHUNK_FILES}
-        path = self._partial / _VIDEO_PATH.format(video_key=key, **place)
-        if copy is not None:
+    def _check(
+        self,
+        where: str,
+        images: Mapping[str, Images],
+        columns: Mapping[str, np.ndarray | pl.Series],
+        tasks: Sequence[str],
+    ) -> None:
+        counted = {key: value for key, value in images.items() if isinstance(value, np.ndarray)}
+        lengths = {k: len(v) for k, v in {**counted, **columns, "task": tasks}.items()}
+        if len(set(lengths.values())) != 1 or 0 in lengths.values():
+            raise ValueError(f"{where} needs the same, nonzero number of frames, got {lengths}")
+        if self._source is not None:
+            return
+        if not all(task.strip() for task in tasks):
+            raise ValueError(f"{where} has an empty task")
+        for key, value in counted.items():
+            if value.dtype != np.uint8 or value.ndim != 4 or value.shape[-1] != 3:
+                raise ValueError(
+                    f"{key} of {where} must be uint8 (T, h, w, 3), got {value.dtype} {value.shape}"
+                )
+        for key, column in columns.items():
+            if not isinstance(column, np.ndarray) or column.ndim != 2:
+                raise ValueError(f"{key} of {where} must be (T, dim), got {column.shape}")
+            if not np.isfinite(column).all():
+                frame = np.argwhere(~np.isfinite(column))[0][0]
+                raise ValueError(f"{key} of {where}, frame {frame} is not finite: {column[frame]}")
+
+    def _seen(
+        self,
+        where: str,
+        pictures: Iterable[np.ndarray],
+        histogram: lerobot_stats.Histogram,
+        length: int,
+    ) -> Iterator[np.ndarray]:
+        """The pictures themselves, checked and counted on their way."""
+        for i, picture in enumerate(pictures):
+            shape = histogram.shape or picture.shape
+            if picture.shape != shape:
+                raise ValueError(
+                    f"{where}, frame {i} is {picture.shape[0]} by {picture.shape[1]}, the frames "
+                    f"before are {shape[0]} by {shape[1]}: encoding them needs one size; copy them"
+                )
+            histogram.add(picture)
+            yield picture
+        if histogram.frames != length:
+            raise ValueError(f"{where} has {histogram.frames} pictures for {length} frames")
+
+    def _copy(self, key: str, film: Film, times: Float[np.ndarray, " T"]) -> dict[str, Any]:
+        """Copy an episode's video, once; says where it is, as the table of episodes does."""
+        if (key, film.path) not in self._copied:
+            file = self._video_files.get(key, 0)
+            path = self._video(key, file)
             path.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(copy, path)
-            self._video_files[key] += 1
-            start = 0.0
-        else:
-            assert self.encoding is not None, "asked for by add"
+            shutil.copyfile(film.path, path)
+            self._copied[key, film.path], self._video_files[key] = file, file + 1
+        return self._place(self._copied[key, film.path], film.start, times)
+
+    def _encode(
+        self, key: str, pictures: Iterator[np.ndarray], times: Float[np.ndarray, " T"]
+    ) -> dict[str, Any]:
+        """Encode an episode's pictures, each at its time; says where they are."""
+        assert self.encoding is not None, "asked for by add"
+        file = self._video_files.setdefault(key, 0)
+        for i, picture in enumerate(pictures):
             if key not in self._encoders:
-                shape = (pictures.shape[1], pictures.shape[2])
+                path, shape = self._video(key, file), (picture.shape[0], picture.shape[1])
                 self._encoders[key] = video_writer.Encoder(path, self.fps, shape, self.encoding)
-            encoder = self._encoders[key]
-            start = encoder.count / self.fps
-            for picture in pictures:
-                encoder.add(picture)
-            if encoder.nbytes >= VIDEO_FILE_MB * 2**20:
-                self._close_encoder(key)
-        return {**place, "from_timestamp": start, "to_timestamp": start + length / self.fps}
+            if not i:
+                # An episode whose times start late follows the one before it without a gap.
+                start = self._encoders[key].end - times[0]
+            self._encoders[key].add(picture, start + times[i])
+        if self._encoders[key].nbytes >= VIDEO_FILE_MB * 2**20:
+            self._close_encoder(key)
+        return self._place(file, start, times)
+
+    def _video(self, key: str, file: int) -> pathlib.Path:
+        chunk, number = divmod(file, CHUNK_FILES)
+        return self._partial / _VIDEO_PATH.format(
+            video_key=key, chunk_index=chunk, file_index=number
+        )
+
+    def _place(self, file: int, start: float, times: Float[np.ndarray, " T"]) -> dict[str, Any]:
+        chunk, number = divmod(file, CHUNK_FILES)
+        end = start + float(times[-1]) + 1 / self.fps
+        span = {"from_timestamp": float(start), "to_timestamp": end}
+        return {"chunk_index": chunk, "file_index": number, **span}
 
     def _close_encoder(self, key: str) -> None:
         self._encoders.pop(key).close()
@@ -212,69 +321,97 @@ class Writer:
         self._flush()
         self._close_encoders()
         for key in self._video_files:
-            first = _VIDEO_PATH.format(video_key=key, chunk_index=0, file_index=0)
-            self._features[key]["info"] = video_writer.describe(self._partial / first, self.fps)
-        stats = {k: lerobot_stats.of_histogram(v, self._seen[k]) for k, v in self._counts.items()}
-        numbers = {key: np.concatenate(value) for key, value in self._numbers.items()}
-        stats |= {key: lerobot_stats.of_values(value) for key, value in numbers.items()}
+            described = video_writer.describe(self._video(key, 0), self.fps)
+            copied = any(name == key for name, _ in self._copied)
+            known = self._features[key].get("info") if copied else None
+            # What the file says of itself is true; what it cannot say, such as depth, is kept.
+            true = {k: v for k, v in described.items() if k in video_writer.OF_THE_FILE}
+            kept = known and {**known, **{k: v for k, v in true.items() if k in known}}
+            self._features[key]["info"] = kept or described
+        stats = {key: histogram.stats() for key, histogram in self._histograms.items()}
+        for key, parts in self._numbers.items():
+            numbers = np.concatenate(parts)
+            if np.isfinite(numbers).all():
+                stats[key] = lerobot_stats.of_values(numbers)
+            else:
+                progress.warn(f"{key} is not finite everywhere: it gets no statistics")
         meta = self._partial / "meta"
         episodes = self._partial / _EPISODES_PATH
-        episodes.parent.mkdir(parents=True)
+        episodes.parent.mkdir(parents=True, exist_ok=True)
         pl.DataFrame(self._episodes, infer_schema_length=None).write_parquet(episodes)
         tables.write_tasks(meta / "tasks.parquet", self._tasks)
         content = {key: {n: v.tolist() for n, v in value.items()} for key, value in stats.items()}
-        (meta / "stats.json").write_text(json.dumps(content, indent=4))
-        (meta / "info.json").write_text(json.dumps(self._info(), indent=4))
-        os.replace(self._partial, self.folder)
+        (meta / "stats.json").write_text(json.dumps(content, indent=4), encoding="utf-8")
+        info = json.dumps(self._info(), indent=4, ensure_ascii=False)
+        (meta / "info.json").write_text(info, encoding="utf-8")
+        if os.path.lexists(self.folder):
+            raise FileExistsError(
+                f"{self.folder} has appeared meanwhile and is not replaced: the new dataset is in "
+                f"{self._partial}, complete"
+            )
+        os.rename(self._partial, self.folder)
         return self.folder
 
-    def _check(
-        self, images: Mapping, vectors: Mapping, tasks: Sequence[str], copies: Mapping
+    def attach(self, file: pathlib.Path, place: pathlib.Path) -> None:
+        """Copy a file into the dataset."""
+        (self._partial / place).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, self._partial / place)
+
+    def _clear(self) -> None:
+        """Remove what an interrupted run has left, and nothing else."""
+        if not os.path.lexists(self._partial):
+            return
+        ours = {"data", "meta", "videos", "README.md"}
+        if not self._partial.is_dir() or {path.name for path in self._partial.iterdir()} - ours:
+            raise FileExistsError(
+                f"{self._partial} is in the way, and is not what an interrupted run leaves; move it"
+            )
+        shutil.rmtree(self._partial)
+
+    def _declared(self, key: str) -> dict[str, Any]:
+        return dict(self._source["features"].get(key, {})) if self._source is not None else {}
+
+    def _describe(
+        self,
+        where: str,
+        images: Mapping[str, Images],
+        columns: Mapping[str, np.ndarray | pl.Series],
     ) -> None:
-        where = f"episode {len(self._episodes)}"
-        whole = {key: value for key, value in images.items() if key not in copies}
-        lengths = {key: len(value) for key, value in {**whole, **vectors, "task": tasks}.items()}
-        if len(set(lengths.values())) != 1 or 0 in lengths.values():
-            raise ValueError(f"{where} needs the same, nonzero number of frames, got {lengths}")
-        if not all(task.strip() for task in tasks):
-            raise ValueError(f"{where} has an empty task")
+        """Note the features of an episode, which are those of the others."""
+        features: dict[str, dict[str, Any]] = {}
         for key, value in images.items():
-            if value.dtype != np.uint8 or value.ndim != 4 or value.shape[-1] != 3:
-                raise ValueError(
-                    f"{key} of {where} must be uint8 (T, h, w, 3), got {value.dtype} {value.shape}"
-                )
-        for key, value in vectors.items():
-            if value.ndim != 2:
-                raise ValueError(f"{key} of {where} must be (T, dim), got {value.shape}")
-            if not np.isfinite(value).all():
-                frame = np.argwhere(~np.isfinite(value))[0][0]
-                raise ValueError(f"{key} of {where}, frame {frame} is not finite: {value[frame]}")
-        features = self._describe(images, vectors, copies)
+            kept = self._declared(key)
+            if not kept:
+                some = value.sample if isinstance(value, Film | Files) else value
+                shape = np.asarray(some).shape[1:]
+                kept = {"dtype": "", "shape": list(shape), "names": ["height", "width", "channels"]}
+            is_copied = isinstance(value, Film | Files)
+            is_video = isinstance(value, Film) or (self.encoding is not None and not is_copied)
+            features[key] = {**kept, "dtype": "video" if is_video else "image"}
+            if not is_copied:
+                features[key].pop("info", None)
+        for key, value in columns.items():
+            features[key] = self._declared(key) or self._described(key, value)
+        for key in _BOOKKEEPING:
+            dtype = "float32" if key == "timestamp" else "int64"
+            features[key] = self._declared(key) or {"dtype": dtype, "shape": [1], "names": None}
+        if self._source is not None:
+            own = list(self._source["features"])
+            features = dict(sorted(features.items(), key=lambda item: own.index(item[0])))
         if self._features and features != self._features:
             raise ValueError(f"{where} has features {features}, before {self._features}")
         self._features = features
 
-    def _describe(self, images: Mapping, vectors: Mapping, copies: Mapping) -> dict[str, dict]:
-        features: dict[str, dict[str, Any]] = {
-            key: {
-                "dtype": "image" if self.encoding is None and key not in copies else "video",
-                "shape": list(value.shape[1:]),
-                "names": ["height", "width", "channels"],
-            }
-            for key, value in images.items()
-        }
-        for key, value in vectors.items():
-            names = list(self._names.get(key) or map(str, range(value.shape[1])))
-            if len(names) != value.shape[1]:
-                raise ValueError(f"{key} has {value.shape[1]} dimensions but names {names}")
-            features[key] = {"dtype": value.dtype.name, "shape": [value.shape[1]], "names": names}
-        for key in ("timestamp", "frame_index", "episode_index", "index", "task_index"):
-            dtype = "float32" if key == "timestamp" else "int64"
-            features[key] = {"dtype": dtype, "shape": [1], "names": None}
-        return features
+    def _described(self, key: str, value: np.ndarray | pl.Series) -> dict[str, Any]:
+        assert isinstance(value, np.ndarray), "of a recording, which was checked"
+        size = value.shape[1]
+        names = list(self._names.get(key) or map(str, range(size)))
+        if len(names) != size:
+            raise ValueError(f"{key} has {size} dimensions but names {names}")
+        return {"dtype": value.dtype.name, "shape": [size], "names": names}
 
     def _info(self) -> dict[str, Any]:
-        return {
+        info: dict[str, Any] = {
             "codebase_version": reader.VERSION,
             "robot_type": self.robot_type,
             "total_episodes": len(self._episodes),
@@ -289,6 +426,10 @@ class Writer:
             "video_path": _VIDEO_PATH if self._video_files else None,
             "features": self._features,
         }
+        source = dict(self._source or {})
+        if source.get("total_episodes") == len(self._episodes) and source.get("splits"):
+            info["splits"] = source["splits"]
+        return info | {k: v for k, v in source.items() if k not in info and k not in _OLD_INFO}
 
     def _flush(self) -> None:
         if not self._buffer:
@@ -296,9 +437,10 @@ class Writer:
         chunk, file = divmod(self._file, CHUNK_FILES)
         path = self._partial / _DATA_PATH.format(chunk_index=chunk, file_index=file)
         path.parent.mkdir(parents=True, exist_ok=True)
+        table = pl.concat(self._buffer, how="vertical_relaxed")
         stored = {k: v for k, v in self._features.items() if v["dtype"] != "video"}
         features = {key: tables.hf_type(feature) for key, feature in stored.items()}
         metadata = {"huggingface": json.dumps({"info": {"features": features}})}
-        pl.concat(self._buffer).write_parquet(path, metadata=metadata)
+        table.select(list(stored)).write_parquet(path, metadata=metadata)
         self._file += 1
         self._buffer, self._buffer_bytes = [], 0

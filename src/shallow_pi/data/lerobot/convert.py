@@ -1,0 +1,157 @@
+"""Convert a LeRobot dataset of any version to v3.0: everything is kept, or named where it is not.
+
+Videos and encoded pictures are copied bit for bit unless they are to be encoded anew; a depth
+camera is copied in any case, because colour video and 8-bit PNG would lose its numbers.
+"""
+
+import os
+import pathlib
+import re
+from collections.abc import Iterator
+from typing import Literal
+
+import numpy as np
+import polars as pl
+
+from shallow_pi import progress
+from shallow_pi.data.lerobot import columns, reader, video, video_writer
+from shallow_pi.data.lerobot import writer as lerobot_writer
+
+# Pictures of an episode that are decoded for the statistics of a copied camera.
+SAMPLED = 20
+_BOOKKEEPING = ("frame_index", "episode_index", "index", "task_index")
+# Meta files that are written anew, of any version; others are copied.
+_META = re.compile(r"(info|stats)\.json|(episodes|episodes_stats|tasks)(\.jsonl|\.parquet)?")
+
+
+def convert(
+    source: reader.Dataset,
+    target: str | os.PathLike[str],
+    pictures: Literal["copy", "png"] | video_writer.Encoding,
+) -> pathlib.Path:
+    """Write the dataset anew, episode by episode.
+
+    Args:
+      source: the dataset.
+      target: folder to make; must not exist.
+      pictures: "copy" keeps videos and encoded pictures as they are, "png" and an encoding write
+        them anew.
+
+    Raises:
+      FileExistsError: there is a target already.
+      ValueError: something that cannot be read or written; says where.
+    """
+    keys, stored = _columns(source)
+    tasks = [source.tasks[number] for number in sorted(source.tasks)]
+    copied = {camera for camera in source.cameras if pictures == "copy" or _depth(source, camera)}
+    encoding = None if isinstance(pictures, str) else pictures
+    _tell_losses(source, [camera for camera in source.cameras if camera not in copied], encoding)
+    if source.episodes != list(range(len(source.layout.lengths))):
+        progress.warn(
+            f"{source.num_episodes} of {len(source.layout.lengths)} episodes of {source.path} are "
+            "written, numbered anew from 0"
+        )
+    fps = int(source.fps) if source.fps == int(source.fps) else source.fps
+    writer = lerobot_writer.Writer(
+        target,
+        fps,
+        robot_type=source.info.get("robot_type"),
+        encoding=encoding,
+        source=source.info,
+        tasks=tasks,
+    )
+    with writer, progress.bar("Convert episodes", source.num_episodes) as advance:
+        for episode in source.episodes:
+            rows = np.flatnonzero(source.columns["episode_index"] == episode)
+            values: dict[str, np.ndarray | pl.Series]
+            values = {key: source.columns[key][rows] for key in keys}
+            if stored:
+                table = source.stored(episode, stored)
+                values |= {key: table[key] for key in stored}
+            writer.add(
+                {key: _images(source, episode, rows, key, key in copied) for key in source.cameras},
+                values,
+                [source.task(int(i)) for i in rows],
+                seconds=source.seconds[rows],
+            )
+            advance(1)
+        for file in _others(source.path):
+            writer.attach(file, file.relative_to(source.path))
+    return writer.folder
+
+
+def _columns(source: reader.Dataset) -> tuple[list[str], list[str]]:
+    """Columns that are read as numbers, and those that are kept as they are stored."""
+    there = source.stored(source.episodes[0], None).columns
+    declared = [key for key in source.features if key not in (*source.cameras, *_BOOKKEEPING)]
+    lost = [key for key in declared if key not in there]
+    undeclared = [key for key in there if key not in source.features]
+    if lost:
+        progress.warn(f"{lost} of {source.path} are in info.json alone; they are left out")
+    if undeclared:
+        progress.warn(
+            f"columns {undeclared} of {source.path} are not in info.json; they are left out"
+        )
+    numbers, stored = [], []
+    for key in declared:
+        if key not in there:
+            continue
+        try:
+            if not columns.is_text(source.features[key]):
+                source.columns[key]
+                numbers.append(key)
+                continue
+        except ValueError as error:
+            progress.warn(f"{key} is copied as it is stored, without statistics: {error}")
+        stored.append(key)
+    return numbers, stored
+
+
+def _depth(source: reader.Dataset, camera: str) -> bool:
+    """True for a camera that records depth; tells that it is copied."""
+    if reason := source.depth(camera):
+        progress.warn(f"{camera} of {source.path} records depth ({reason}); it is copied as it is")
+    return bool(reason)
+
+
+def _tell_losses(
+    source: reader.Dataset, cameras: list[str], encoding: video_writer.Encoding | None
+) -> None:
+    if cameras and encoding is not None:
+        progress.warn(
+            f"{cameras} are encoded as {encoding.codec} (crf {encoding.crf}), which loses detail; "
+            "--pictures copy and png lose none"
+        )
+    for camera in cameras:
+        if source.features[camera]["dtype"] == "video":
+            file, _ = source.layout.video(source.episodes[0], camera)
+            pixels = video.pixel_format(source.path / file)
+            if re.search(r"(9|10|12|14|16)[bl]e$", pixels):
+                progress.warn(f"{camera} has more than 8 bits ({pixels}), of which 8 are kept")
+
+
+def _images(
+    source: reader.Dataset, episode: int, rows: np.ndarray, camera: str, is_copied: bool
+) -> lerobot_writer.Images:
+    if not is_copied:
+        return _decoded(source, rows, camera)
+    sample: list[np.ndarray] = []
+    if not source.depth(camera):
+        places = np.linspace(0, len(rows) - 1, min(SAMPLED, len(rows)))
+        sample = list(_decoded(source, rows[np.round(places).astype(int)], camera))
+    if source.features[camera]["dtype"] == "video":
+        file, start = source.layout.video(episode, camera)
+        return lerobot_writer.Film(source.path / file, start, sample)
+    return lerobot_writer.Files([source.encoded(int(i), camera) for i in rows], sample)
+
+
+def _decoded(source: reader.Dataset, rows: np.ndarray, camera: str) -> Iterator[np.ndarray]:
+    return (source.picture(int(i), camera) for i in rows)
+
+
+def _others(root: pathlib.Path) -> list[pathlib.Path]:
+    """Files beside those that LeRobot knows: a dataset card, another tool's meta files."""
+    meta = [path for path in sorted((root / "meta").iterdir()) if path.is_file()]
+    others = [path for path in meta if not _META.fullmatch(path.name)]
+    card = root / "README.md"
+    return others + [card] * card.is_file()
