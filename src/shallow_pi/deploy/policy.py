@@ -6,6 +6,7 @@ observation, its noise drawn from the seed. `infer_batch` takes several, and the
 caller. Both may be called from several threads at once.
 """
 
+import dataclasses
 import functools
 import os
 import threading
@@ -23,16 +24,17 @@ from shallow_pi.checkpoints import weights
 from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.data.robots import pipelines
 from shallow_pi.data.robots import robot as robots
-from shallow_pi.deploy import (
-    likely_shapes,
-    previous_chunk,
-    robot_observation,
-    state_check,
-    step_folder,
-)
+from shallow_pi.data.robots import tokenizer as tokenizers
+from shallow_pi.deploy import robot_observation, state_check, step_folder
 from shallow_pi.inference import prepare, real_time, sampler, tuning
 from shallow_pi.models import batch as batches
 from shallow_pi.models import observation, pi0
+
+# Instructions as short and as long as they usually are: for a policy without a prompt of its own.
+LIKELY_PROMPTS = (
+    "pick up the cup",
+    "pick up the red block on the left and put it into the white box in the middle of the table",
+)
 
 
 class Policy:
@@ -291,11 +293,11 @@ class Policy:
         plans: list[real_time.Guidance | None] = [None]
         if guided:
             actions = np.zeros((1, *self.noise_shape), np.float32)
-            plans.append(previous_chunk.guidance(actions, lengths=[1], delay=0, max_weight=0.0))
-        lengths = likely_shapes.prompt_lengths(self.assets, self.prompt)
+            plans.append(real_time.make_guidance(actions, lengths=[1], delay=0, max_weight=0.0))
+        lengths = prompt_lengths(self.assets, self.prompt)
         with progress.bar("Compile", total=len(lengths) * len(plans)) as advance:
             for length in lengths:
-                batch = likely_shapes.observation(self.assets, length)
+                batch = made_up_observation(self.assets, length)
                 for guidance in plans:
                     jax.block_until_ready(self.sample(batch, self._draw(self._key, 0), guidance))
                     advance(1)
@@ -320,7 +322,7 @@ class Policy:
         """The model's batch, and the previous chunks as the model would have predicted them now."""
         robot, horizon = self.assets.robot, self.noise_shape[0]
         if previous is not None:
-            left = previous_chunk.padded(previous, (len(found), horizon, robot.action_dim), delay)
+            left = real_time.pad_previous(previous, (len(found), horizon, robot.action_dim), delay)
             # The transforms of training: relative to this state, normalized, padded.
             found = [{**o, robot.action_key: a} for o, a in zip(found, left, strict=True)]
         samples = [self._inputs(dict(one)) for one in found]
@@ -328,7 +330,7 @@ class Policy:
         if previous is not None and any(map(len, previous)):
             actions = np.stack([sample["actions"] for sample in samples])
             lengths = [len(one) for one in previous]
-            guidance = previous_chunk.guidance(actions, lengths, delay, max_weight)
+            guidance = real_time.make_guidance(actions, lengths, delay, max_weight)
         return batches.stack([pipelines.to_observation(sample) for sample in samples]), guidance
 
     def _to_robot(
@@ -362,3 +364,34 @@ def _sample(
 
 def _draw(key: Array, call: Any, *, shape: tuple[int, ...]) -> Float[Array, "1 ah ad"]:
     return jax.random.normal(jax.random.fold_in(key, call), shape)
+
+
+def prompt_lengths(assets: policy_assets.Assets, prompt: str | None) -> list[int]:
+    """Prompt lengths to compile for: tokens after `prepare.trim`, a multiple of 16 each.
+
+    The length is known where the policy has a prompt, but for π0.5's state, which is written into
+    it with more or fewer digits.
+    """
+    model, robot = assets.model, assets.robot
+    encode = tokenizers.Tokenizer(assets.tokenizer, model.max_token_len).encode
+    known = robot.prompt or prompt
+    states: list[np.ndarray | None] = [None]
+    if model.discrete_state_input:
+        states = list(np.random.default_rng(0).uniform(-1, 1, (8, robot.state_dim)))
+    words = [
+        len(encode(text, state))
+        for text in ([known] if known else LIKELY_PROMPTS)
+        for state in states
+    ]
+    every = range(min(words), max(words) + 1)
+    return sorted({prepare.prompt_length(model, count) for count in every})
+
+
+def made_up_observation(assets: policy_assets.Assets, length: int) -> observation.Observation:
+    """A made-up batch of one on the host: black pictures, and a prompt of that many tokens."""
+    model = assets.model
+    return dataclasses.replace(
+        batches.zeros(model, 1).observation,
+        image_masks={name: np.array([name in assets.robot.cameras]) for name in model.cameras},
+        tokenized_prompt_mask=np.arange(model.max_token_len)[None] < length,
+    )

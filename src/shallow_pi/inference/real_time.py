@@ -1,4 +1,4 @@
-"""Real-time chunking: a chunk sampled so that it goes on from the one that is being executed.
+"""Real-time chunking: sample a chunk that continues the one being executed.
 
 After "Real-Time Execution of Action Chunking Flow Policies" (arXiv 2506.07339). While a plan is
 computed, the robot executes d more actions of the previous chunk. They are frozen, the rest of the
@@ -20,11 +20,12 @@ vector-Jacobian product of the velocity. k is exact where actions are standard n
 and no β the guided velocity is (x − Y) / t, the one of the path that ends in Y.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 # The paper's choice: enough with few integration steps, and more does harm.
@@ -84,3 +85,61 @@ def guided(
     error = mask[..., None] * (guidance.previous - (x_t - t * u))
     (through_velocity,) = pull_back(error)
     return u - guidance_weight(t, guidance.max_weight) * (error - t * through_velocity)
+
+
+def pad_previous(
+    previous: Sequence[np.ndarray], shape: tuple[int, int, int], delay: int
+) -> Float[np.ndarray, "b ah rd"]:
+    """Previous chunks with zeros behind them, checked; on the host, in the robot's units.
+
+    Args:
+      previous: the rest of each chunk that is being executed, (n, rd); n may be 0.
+      shape: observations, action horizon and the robot's dimensions.
+      delay: actions of them that will have been executed when the new chunks arrive.
+
+    Raises:
+      ValueError: wrong shapes, a negative delay, or numbers that are not finite.
+    """
+    b, horizon, dims = shape
+    padded = np.zeros(shape, np.float32)
+    if len(previous) != b or delay < 0:
+        raise ValueError(
+            f"expected a previous chunk for each of {b} observations and a delay of 0 or more, got "
+            f"{len(previous)} and {delay}"
+        )
+    for row, left in zip(padded, previous, strict=True):
+        if np.ndim(left) != 2 or np.shape(left)[1] != dims or len(left) > horizon:
+            raise ValueError(
+                f"a previous chunk must be (n <= {horizon}, {dims}), in the robot's units, got the "
+                f"shape {np.shape(left)}"
+            )
+        if not np.isfinite(left).all():
+            raise ValueError("the previous chunk is not finite; begin without one")
+        row[: len(left)] = left
+    return padded
+
+
+def make_guidance(
+    actions: Float[np.ndarray, "b ah ad"], lengths: Sequence[int], delay: int, max_weight: float
+) -> Guidance:
+    """The guidance towards previous chunks, on the host; one shorter than the delay bounds it.
+
+    Args:
+      actions: `pad_previous`, as the model would have predicted it: relative, normalized, padded.
+      lengths: how many rows of each are actions.
+      delay: as above.
+      max_weight: upper bound β of the guidance weight.
+
+    Raises:
+      ValueError: a weight that is negative or not finite.
+    """
+    if not 0 <= max_weight < np.inf:
+        raise ValueError(f"max_guidance_weight must be finite and 0 or more, got {max_weight}")
+    left = np.asarray(lengths, np.int32)
+    on_host: dict[str, Any] = {
+        "previous": actions,
+        "delay": np.minimum(left, np.int32(delay)),
+        "executed": np.int32(actions.shape[1]) - left,
+        "max_weight": np.float32(max_weight),
+    }
+    return Guidance(**on_host)
