@@ -244,3 +244,28 @@ def test_adapters_that_cannot_be_merged_are_refused_with_the_reason(tmp_path):
 def test_a_missing_pytorch_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*model\.safetensors"):
         weights.load_params(tmp_path / "model.safetensors", _abstract(_tree()))
+
+
+@pytest.mark.parametrize(
+    "name", ["with space", "折り ü", "a:b", "k=v", "x{y}%20", "~home", "l" * 200]
+)
+def test_a_folder_may_have_almost_any_name(tmp_path, name):
+    tree = _tree()
+    weights.save_params(tmp_path / name / "params", tree)
+    _assert_same(weights.load_params(tmp_path / name, _abstract(tree)), tree)
+
+
+@pytest.mark.parametrize("name", ["run [12]", "st*r", "what?", "back\\slash", "gs:"])
+def test_a_name_under_which_nothing_could_be_read_again_is_refused(tmp_path, name):
+    """Orbax saves into such a folder without a word, and then does not find the arrays."""
+    with pytest.raises(ValueError, match=r"could not be read again, because of .*symbolic link"):
+        weights.save_params(tmp_path / name / "params", _tree())
+    assert not (tmp_path / name).exists()
+
+
+def test_a_teacher_may_lie_in_a_folder_with_brackets(tmp_path):
+    tree = _tree()
+    (tmp_path / "run [12]").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "run [12]")
+    weights.save_params(tmp_path / "link" / "params", tree)
+    _assert_same(weights.load_params(tmp_path / "run [12]", _abstract(tree)), tree)

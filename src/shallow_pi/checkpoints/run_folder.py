@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import pathlib
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
@@ -37,6 +38,9 @@ _REASONS = [
     os.strerror(code)
     for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 ]
+
+
+_UNREADABLE = re.compile(r"[\[\]*?\\]|^\w+:$")
 
 
 class WriteError(OSError):
@@ -67,6 +71,21 @@ def reason(error: Exception) -> str:
     return next((words for words in _REASONS if words in text), own)
 
 
+def check_name(path: str | os.PathLike[str]) -> None:
+    """Raise where Orbax would save a checkpoint that it cannot read again.
+
+    It looks for the parts of a checkpoint by a pattern, takes `\\` for `/`, and `gs:` for a scheme.
+    """
+    folder = pathlib.Path(path).expanduser().absolute()
+    for part in folder.parts:
+        if _UNREADABLE.search(part):
+            raise ValueError(
+                f"checkpoints in {folder} could not be read again, because of {part!r}: Orbax "
+                "takes [ ] * ? \\ and a colon at the end for something else; choose another name "
+                "or folder, or give a symbolic link to it"
+            )
+
+
 def steps(folder: pathlib.Path) -> list[int]:
     """The complete steps: a step folder gets its plain name when everything is in it."""
     if not folder.is_dir():
@@ -86,6 +105,7 @@ def prepare(
     the user to delete. `meet` is where the processes of a job wait for each other.
     """
     folder = pathlib.Path(path).expanduser().absolute()
+    check_name(folder)
     if resume and overwrite:
         raise ValueError("--resume continues a run and --overwrite starts it anew: give only one")
     if folder.exists() and not folder.is_dir():

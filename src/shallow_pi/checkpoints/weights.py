@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
-from shallow_pi.checkpoints import lora, safetensors_file
+from shallow_pi.checkpoints import lora, run_folder, safetensors_file
 from shallow_pi.models import parameters
 
 # Any pytree: nested dicts of arrays, of shapes or of shardings.
@@ -34,6 +34,7 @@ HOST_GB = 2
 def save_params(path: str | os.PathLike[str], params: Tree) -> None:
     """Write `params` as openpi's `params` folder, under a temporary name until it is complete."""
     folder = _absolute(path)
+    run_folder.check_name(folder)
     if folder.exists():
         raise FileExistsError(
             f"{folder} already exists and a checkpoint is never overwritten: "
