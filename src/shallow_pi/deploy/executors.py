@@ -31,7 +31,7 @@ from jaxtyping import Float
 class Policy(Protocol):
     """Predicts a chunk of actions for one observation."""
 
-    def infer(self, observation: Mapping[str, Any], /) -> Mapping[str, Any]:
+    def infer(self, observation: Mapping[str, object], /) -> Mapping[str, Any]:
         """A mapping with `actions` (horizon, robot's dimensions), the first one due now."""
 
 
@@ -67,7 +67,7 @@ class ActionChunkBroker:
         self._chunk: _Chunk | None = None
         self._step = 0
 
-    def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
+    def infer(self, observation: Mapping[str, object]) -> dict[str, Any]:
         """The action due now, (robot's dimensions), as `actions`, beside the policy's answer."""
         chunk = self._chunk
         if chunk is None or self._step - chunk.start >= (self._execute_steps or len(chunk.actions)):
@@ -122,7 +122,7 @@ class SkipLateActions:
         self._closed = False
         self._lock = threading.Lock()
 
-    def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
+    def infer(self, observation: Mapping[str, object]) -> dict[str, Any]:
         """The action due now, (robot's dimensions), as `actions`, beside the policy's answer.
 
         `late_steps` says how late its chunk was.
@@ -166,11 +166,11 @@ class SkipLateActions:
         """Number of actions given of the chunk; without one, more than any chunk has."""
         return np.inf if self._chunk is None else self._step - self._chunk.start
 
-    def _conditions(self) -> dict[str, Any]:
+    def _conditions(self) -> dict[str, object]:
         """Arguments for the policy beside the observation."""
         return {}
 
-    def _ask(self, observation: Mapping[str, Any]) -> None:
+    def _ask(self, observation: Mapping[str, object]) -> None:
         # A robot may fill the same buffers with the next observation.
         asked = self._worker.submit(self._policy.infer, _copy(observation), **self._conditions())
         self._pending = asked, self._step
@@ -182,7 +182,7 @@ class SkipLateActions:
             actions = _actions(result, self._execute_steps)
             self._chunk = _Chunk(actions, result, start, late=self._step - start + waited)
 
-    def _wait(self, observation: Mapping[str, Any]) -> _Chunk:
+    def _wait(self, observation: Mapping[str, object]) -> _Chunk:
         """The chunk that has an action for this step."""
         while self._chunk is None or self._executed() >= len(self._chunk.actions):
             if self._pending is None:
@@ -249,7 +249,7 @@ class RealTimeChunking(SkipLateActions):
         self._delays.clear()
         self._delays.append(self._expected)
 
-    def _conditions(self) -> dict[str, Any]:
+    def _conditions(self) -> dict[str, object]:
         chunk = self._chunk
         left = () if chunk is None else chunk.actions[self._step - chunk.start :]
         if not len(left):
@@ -273,11 +273,12 @@ def _actions(result: Mapping[str, Any], execute_steps: int) -> Float[np.ndarray,
     return actions
 
 
-def _copy(value: Any) -> Any:
+def _copy(observation: Mapping[str, object]) -> dict[str, object]:
     """A copy of an observation with everything in it, nested or not."""
-    if isinstance(value, Mapping):
-        return {name: _copy(part) for name, part in value.items()}
-    return copy.deepcopy(value)
+    return {
+        name: _copy(value) if isinstance(value, Mapping) else copy.deepcopy(value)
+        for name, value in observation.items()
+    }
 
 
 def _check_positive(execute_steps: int | None) -> None:

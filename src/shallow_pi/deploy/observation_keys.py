@@ -8,7 +8,6 @@ others a robot file gives its own keys (`--policy.robot my.py`).
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 # The last part of a robot's key → other names clients have for it.
 ALIASES = {
@@ -22,9 +21,9 @@ ALIASES = {
 }
 
 
-def flatten(observation: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(observation: Mapping[str, object], prefix: str = "") -> dict[str, object]:
     """Nested maps as one, names joined by a slash."""
-    flat: dict[str, Any] = {}
+    flat: dict[str, object] = {}
     for name, value in observation.items():
         if isinstance(value, Mapping):
             flat |= flatten(value, f"{prefix}{name}/")
@@ -33,7 +32,7 @@ def flatten(observation: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def find(observation: Mapping[str, Any], keys: Iterable[str]) -> dict[str, str]:
+def find(observation: Mapping[str, object], keys: Iterable[str]) -> dict[str, str]:
     """Each robot's key that is there → its spelling in `flatten(observation)`.
 
     Raises:

@@ -21,7 +21,6 @@ import math
 import re
 import time
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -107,7 +106,7 @@ async def watch(
             await listening
 
 
-def _wish(text: str | bytes) -> dict[str, Any]:
+def _wish(text: str | bytes) -> dict[str, object]:
     """A page's wish, {"key": ..., "client": ...}; empty if it is unreadable."""
     try:
         found = json.loads(text)
@@ -118,7 +117,7 @@ def _wish(text: str | bytes) -> dict[str, Any]:
 
 def snapshot(
     seen: telemetry.Telemetry, max_waiting: int, client: int | None = None
-) -> tuple[dict[str, Any], Mapping[str, Any]]:
+) -> tuple[dict[str, object], Mapping[str, object]]:
     """The content of the page without its pictures, and the observation that has them.
 
     Args:
@@ -166,13 +165,13 @@ def snapshot(
     return content, {} if shown is None else shown.observation
 
 
-def message(content: dict[str, Any], observation: Mapping[str, Any]) -> str:
+def message(content: dict[str, object], observation: Mapping[str, object]) -> str:
     """A snapshot with its pictures, as JSON; takes milliseconds, and may run in any thread."""
     whole = {**content, "cameras": pictures(observation)}
     return json.dumps(_finite(whole), separators=(",", ":"))
 
 
-def pictures(observation: Mapping[str, Any]) -> dict[str, str]:
+def pictures(observation: Mapping[str, object]) -> dict[str, str]:
     """Every picture of an observation as a small JPEG in a data: URL.
 
     A picture is an array (h, w, 3) or (3, h, w), uint8 or float in [0, 1].
@@ -204,7 +203,7 @@ def _shown(seen: telemetry.Telemetry, number: int | None) -> telemetry.Client | 
     return min(chosen or clients, key=lambda client: client.number, default=None)
 
 
-def _view(client: telemetry.Client) -> dict[str, Any]:
+def _view(client: telemetry.Client) -> dict[str, object]:
     chunks = list(client.chunks)
     return {
         "number": client.number,
@@ -223,7 +222,7 @@ def _view(client: telemetry.Client) -> dict[str, Any]:
     }
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: object) -> object:
     """Numbers shortened, and null for those JSON does not have."""
     if isinstance(value, float):
         return float(f"{value:.5g}") if math.isfinite(value) else None

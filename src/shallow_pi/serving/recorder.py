@@ -16,7 +16,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypedDict
 
 import msgpack
 
@@ -42,6 +42,14 @@ class Record:
     answer: dict[str, Any]
 
 
+class _Packed(TypedDict):
+    """A record as it is written, its messages still packed."""
+
+    time: float
+    observation: bytes
+    answer: bytes
+
+
 class Recorder:
     """Writes connections to a folder; `close` completes the files.
 
@@ -57,7 +65,7 @@ class Recorder:
     def __init__(
         self,
         folder: str | os.PathLike[str],
-        metadata: Mapping[str, Any],
+        metadata: Mapping[str, object],
         *,
         limit_bytes: int = 20 * 10**9,
     ) -> None:
@@ -68,7 +76,7 @@ class Recorder:
         # Number of records not written: the disk was slow or full, or the limit reached.
         self.dropped = 0
         self._metadata, self._left = dict(metadata), limit_bytes
-        self._queue: queue.SimpleQueue[tuple[str, dict[str, Any] | None] | None]
+        self._queue: queue.SimpleQueue[tuple[str, _Packed | None] | None]
         self._queue = queue.SimpleQueue()
         self._waiting, self._lock = 0, threading.Lock()
         self._files: dict[str, BinaryIO] = {}
@@ -90,7 +98,7 @@ class Recorder:
                 return
             self._left -= size
             self._waiting += size
-        record = {"time": time.time(), "observation": observation, "answer": answer}
+        record: _Packed = {"time": time.time(), "observation": observation, "answer": answer}
         self._queue.put((name, record))
 
     def end(self, name: str) -> None:

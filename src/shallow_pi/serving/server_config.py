@@ -13,7 +13,6 @@ import ipaddress
 import pathlib
 import socket
 import ssl
-from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,9 +141,9 @@ class Listener(socket.socket):
         if family == socket.AF_INET6:
             self.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         self._limit = max_handshakes
-        self._unfinished: dict[Any, socket.socket] = {}
+        self._unfinished: dict[object, socket.socket] = {}
 
-    def accept(self) -> tuple[socket.socket, Any]:
+    def accept(self) -> tuple[socket.socket, object]:
         """A connection, as asyncio asks for it."""
         accepted, address = super().accept()
         open_ = {a: one for a, one in self._unfinished.items() if one.fileno() != -1}
@@ -154,7 +153,7 @@ class Listener(socket.socket):
         self._unfinished = {**open_, address: accepted}
         return accepted, address
 
-    def finished(self, address: Any) -> None:
+    def finished(self, address: object) -> None:
         """The connection from this address has finished its handshake."""
         self._unfinished.pop(address, None)
 

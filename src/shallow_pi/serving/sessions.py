@@ -46,7 +46,7 @@ class Policy(Protocol):
     def metadata(self) -> Mapping[str, Any]:
         """Sent to clients when they connect: plain values that msgpack knows."""
 
-    def infer(self, observation: Mapping[str, Any]) -> Mapping[str, Any]:
+    def infer(self, observation: Mapping[str, object]) -> Mapping[str, Any]:
         """`{"actions": (ah, rd), "timing": {...}}`, perhaps with `warnings` (a list of texts).
 
         Raises:
@@ -83,7 +83,7 @@ class _Refusal(Exception):
 class _Answer:
     """The result of one turn; times in milliseconds."""
 
-    observation: Mapping[str, Any]
+    observation: Mapping[str, object]
     actions: np.ndarray
     # The whole answer as it is sent.
     packed: bytes

@@ -73,7 +73,7 @@ class Client:
     requests: int = 0
     # Time of its last observation, or of its connection before the first.
     last: float = 0.0
-    observation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    observation: Mapping[str, object] = dataclasses.field(default_factory=dict)
     chunks: collections.deque[Chunk] = dataclasses.field(
         default_factory=lambda: collections.deque(maxlen=CHUNKS)
     )
@@ -160,7 +160,7 @@ class Telemetry:
     def answer(
         self,
         client: Client,
-        observation: Mapping[str, Any],
+        observation: Mapping[str, object],
         actions: Float[np.ndarray, "ah rd"],
         *,
         queue_ms: float,
@@ -238,7 +238,7 @@ class Telemetry:
         return "good", f"Running: {compared}"
 
 
-def find_state(observation: Mapping[str, Any], keys: Sequence[str]) -> np.ndarray | None:
+def find_state(observation: Mapping[str, object], keys: Sequence[str]) -> np.ndarray | None:
     """The state of an observation as float32; None if a part of it is missing or no number."""
     flat = observation_keys.flatten(observation)
     try:
