@@ -34,13 +34,14 @@ from shallow_pi.data.lerobot import writer as lerobot_writer
 from shallow_pi.data.robots import assets, normalize, robot, tokenizer
 from shallow_pi.models import batch as batches
 from shallow_pi.models import gemma, pi0, siglip
-from shallow_pi.parallel import shapes
+from shallow_pi.parallel import processes, shapes
 from shallow_pi.training import command_line
 
 TRAIN_CONFIGS = pathlib.Path(__file__).parents[1] / "train_configs"
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
+processes.use_shardy()
 
 
 @pytest.fixture(autouse=True)

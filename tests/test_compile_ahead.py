@@ -7,11 +7,11 @@ import sys
 
 import pytest
 
-SCRIPTS = pathlib.Path(__file__).parents[1] / "scripts"
+ROOT = pathlib.Path(__file__).parents[1]
 
 
 def _run(script, *arguments):
-    command = [sys.executable, str(SCRIPTS / script), *map(str, arguments)]
+    command = [sys.executable, str(ROOT / "scripts" / script), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=280)
 
 
@@ -19,7 +19,7 @@ def _run(script, *arguments):
 def test_a_compiled_step_is_told_and_kept(tmp_path):
     made = _run("compile_ahead.py", "debug", "--devices", 2, "--mesh.fsdp", 2, "--output", tmp_path)
     assert made.returncode == 0, made.stderr
-    assert "debug, cpu:2: batch 16 on 2 devices" in made.stdout
+    assert "debug, cpu:2, batch 16 on 2 devices" in made.stdout
     (file,) = tmp_path.iterdir()
     found = json.loads(file.read_text())
     assert file.name == "debug-cpu-2-fsdp2.json"
@@ -29,25 +29,28 @@ def test_a_compiled_step_is_told_and_kept(tmp_path):
     assert found["useful_flops_per_device"] > 0
 
 
-@pytest.mark.slow
-def test_memory_is_told_by_part_and_card():
-    made = _run("estimate_memory.py", "debug", "--card", "h100")
+def test_memory_is_estimated_with_the_sizes_of_a_teacher_on_disk():
+    """At once, as nothing is compiled."""
+    changes = ("--model.vocab-size", "999", "--teacher.path", ROOT / "assets" / "pi0_turntable")
+    made = _run("estimate_memory.py", "pi0_turntable_l6", *changes, "--card", "h100")
     assert made.returncode == 0, made.stderr
-    for part in ("teacher", "student", "moments", "activations and gradients", "largest batch"):
+    assert "The sizes are those of the teacher's checkpoint: vocab_size" in made.stderr
+    for part in ("teacher", "student", "moments", "activations", "total", "largest batch"):
         assert part in made.stdout
-    assert "fits" in made.stdout
 
 
-@pytest.mark.parametrize("script", ["compile_ahead.py", "estimate_memory.py"])
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("debug", "--devices", "0"), "--devices must be 1 or more, got 0"),
-        (("debug", "--devices", "3", "--mesh.fsdp", "2"), "does not fit 3 devices"),
+        (("compile_ahead.py", "debug", "--devices", "0"), "--devices must be 1 or more, got 0"),
+        (
+            ("estimate_memory.py", "debug", "--devices", "3", "--mesh.fsdp", "2"),
+            "does not fit 3 devices",
+        ),
     ],
 )
-def test_what_cannot_be_compiled_is_told(script, arguments, message):
-    made = _run(script, *arguments)
+def test_a_layout_that_cannot_be_is_refused_in_one_line(arguments, message):
+    made = _run(*arguments)
     assert made.returncode == 1
     assert message in made.stderr
     assert "Traceback" not in made.stderr

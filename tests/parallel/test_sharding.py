@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from shallow_pi.checkpoints import weights
 from shallow_pi.models import pi0
-from shallow_pi.parallel import sharding
+from shallow_pi.parallel import processes, sharding
 
 D, E, L, N = 2048, 1024, 18, None  # N: a whole axis.
 F, T = "fsdp", "tensor"
@@ -184,6 +184,14 @@ def test_the_rest_of_the_devices_is_data():
     assert sharding.MeshConfig(data=2, tensor=2).create().devices.shape == (2, 2, 2)
     mesh = sharding.MeshConfig(data=1).create(jax.devices()[3:4])
     assert mesh.devices.tolist() == [[[jax.devices()[3]]]]
+
+
+def test_the_old_partitioner_is_refused_on_several_devices(monkeypatch):
+    """JAX 0.6 and older use it unless `processes.initialize` was called."""
+    monkeypatch.setattr(processes, "uses_shardy", lambda: False)
+    with pytest.raises(ValueError, match=r"old partitioner.*JAX_USE_SHARDY_PARTITIONER=1"):
+        sharding.MeshConfig().create()
+    assert sharding.MeshConfig().create(jax.devices()[:1]).size == 1
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 
 from shallow_pi.models import pi0
 from shallow_pi.parallel import shapes, sharding
-from shallow_pi.planning import accelerators, compile, hlo, memory
+from shallow_pi.planning import accelerators, compile, hlo, memory, report
 from shallow_pi.training import setup
 
 BATCH = 16
@@ -47,7 +47,7 @@ def test_bytes_of_what_is_given_are_those_of_the_arrays(spec, programs):
     # Two moments, and the counts of the optimizer's parts.
     assert 0 <= given["moments"] - 2 * given["student"] < 100
     one_row = shapes.abstract_batch(spec.student, sharding.MeshConfig(8).create(), 8)
-    assert given["batch"] == BATCH // 8 * shapes.bytes_per_device(one_row)
+    assert given["batch"] == BATCH // 8 * memory.bytes_per_device(one_row)
 
 
 @pytest.mark.slow
@@ -91,37 +91,49 @@ def test_no_layout_gathers_the_whole_model_at_once(spec, programs):
         assert max(gathered, default=0) <= 4 * largest, layout
 
 
-@pytest.mark.slow
-def test_the_largest_batch_lies_on_the_line_through_two(programs):
-    small = dataclasses.replace(programs[8, 1, 1], batch_size=10, total=1000)
-    large = dataclasses.replace(small, batch_size=20, total=1500)
-    card = round(2000 / memory.USABLE)  # 50 bytes an observation, 500 besides: 30 of them.
-    assert compile.largest_batch([large, small], card, 1) == 30
-    assert compile.largest_batch([large, small], card, 8) == 24
-    assert compile.largest_batch([large, small], 100, 1) == 0
-    with pytest.raises(ValueError, match="too small to tell"):
-        compile.largest_batch([small, dataclasses.replace(large, total=1000)], card, 1)
+PROGRAM = compile.Program(
+    devices=8,
+    batch_size=16,
+    given={"teacher": 3 * 10**9, "student": 2 * 10**6, "ema": 0},
+    temporary=5 * 10**8,
+    total=4 * 10**9,
+    host=0,
+    collectives=[hlo.Collective("all-reduce", 3, 100, ""), hlo.Collective("all-gather", 2, 50, "")],
+)
+ACCELERATOR = accelerators.Accelerator("made up", memory=5 * 10**9, flops=1000.0, links=20.0)
 
 
-@pytest.mark.slow
-def test_a_forecast_is_work_and_traffic_over_what_the_card_states(programs):
+def test_a_forecast_is_work_and_traffic_over_the_stated_rates():
     """A sum over devices is scattered and gathered: twice its bytes."""
-    found = [hlo.Collective("all-reduce", 3, 100, ""), hlo.Collective("all-gather", 2, 50, "")]
-    program = dataclasses.replace(programs[8, 1, 1], collectives=found)
-    card = accelerators.Card("made up", memory=1, flops=1000.0, links=20.0)
-    compute, exchange = compile.predict(program, 90.0, card)
-    assert compute == pytest.approx(90 / 1000 / compile.UTILIZATION)
-    assert exchange == pytest.approx((3 * 100 * 2 + 2 * 50) / 10)
-    assert compile.predict(program, 90.0, dataclasses.replace(card, links=0.0))[1] is None
-    unread = dataclasses.replace(program, collectives=None)
-    assert compile.predict(unread, 90.0, card) == (compute, None)
+    computation, communication = compile.predict(PROGRAM, 90.0, ACCELERATOR)
+    assert computation == pytest.approx(90 / 1000 / compile.UTILIZATION)
+    assert communication == pytest.approx((3 * 100 * 2 + 2 * 50) / 10)
+    without_links = dataclasses.replace(ACCELERATOR, links=0.0)
+    assert compile.predict(PROGRAM, 90.0, without_links)[1] is None
+    unread = dataclasses.replace(PROGRAM, collectives=None)
+    assert compile.predict(unread, 90.0, ACCELERATOR) == (computation, None)
 
 
-@pytest.mark.slow
-def test_a_program_fits_below_what_a_runtime_leaves(programs):
-    program = dataclasses.replace(programs[8, 1, 1], total=920)
-    assert program.fits(1000)
-    assert not program.fits(999)
+@pytest.mark.parametrize(("room", "verdict"), [(5, "fits"), (4, "does not fit")])
+def test_the_report_of_a_program_has_its_parts_verdict_and_forecast(room, verdict):
+    """The runtime leaves 92 % of a device to the program."""
+    mesh = sharding.MeshConfig(8).create()
+    device = dataclasses.replace(ACCELERATOR, memory=room * 10**9)
+    lines = report.planned(PROGRAM, mesh, 90.0, device)
+    assert lines[0] == "batch 16 on 8 devices (data 8 × fsdp 1 × tensor 1); memory of each:"
+    words = [line.split() for line in lines]
+    assert ["teacher", "3.00", "GB"] in words
+    assert ["student", "2.00", "MB"] in words
+    assert ["total", "4.00", "GB"] in words
+    assert [*verdict.split(), "in", f"{room}.00", "GB", "of", "memory"] in words
+    assert ["all-reduce", "3", "times,", "0.30", "kB"] in words
+    assert "0.20 s of computation" in lines[-1]
+    assert "70.00 s of communication" in lines[-1]
+    unread = dataclasses.replace(PROGRAM, collectives=None)
+    assert any("communication: unknown" in x for x in report.planned(unread, mesh, 90.0, None))
+    found = report.contents(PROGRAM, 90.0, device)
+    assert found["collectives"]["all-reduce"] == {"times": 3, "bytes": 300}
+    assert found["predicted_seconds"]["exchange"] == pytest.approx(70)
 
 
 def test_a_batch_the_mesh_cannot_split_is_refused(spec):
@@ -133,3 +145,8 @@ def test_a_batch_the_mesh_cannot_split_is_refused(spec):
 def test_an_unknown_topology_names_the_known_ones(name):
     with pytest.raises(ValueError, match=rf"topology '{name}'.*v5e:4x4.*h100:8"):
         compile.topology(name)
+
+
+def test_no_devices_are_too_few():
+    with pytest.raises(ValueError, match="--devices must be 1 or more, got 0"):
+        compile.devices(0)

@@ -1,6 +1,8 @@
 """What a step needs is estimated, and parameters are split over as few devices as have room."""
 
 import dataclasses
+import math
+import re
 import types
 
 import jax
@@ -8,7 +10,7 @@ import pytest
 
 from shallow_pi.models import pi0
 from shallow_pi.parallel import sharding
-from shallow_pi.planning import accelerators, compile, memory
+from shallow_pi.planning import accelerators, compile, memory, report
 from shallow_pi.training import setup
 
 GIGA = 10**9
@@ -78,7 +80,7 @@ def test_an_estimate_is_near_what_the_compiler_plans(tiny_experiment, tmp_path, 
 
 
 def _devices(count, room, monkeypatch):
-    monkeypatch.setattr(memory, "memory_of", lambda device: room)
+    monkeypatch.setattr(accelerators, "memory_of", lambda device: room)
     return jax.devices()[:count]
 
 
@@ -120,8 +122,40 @@ def test_a_run_tells_its_mesh_and_when_it_may_not_fit(full_size, monkeypatch):
     assert "may not fit: try --student.freeze" in setup.describe_mesh(big, mesh)
 
 
+@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 4, 1)])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_largest_batch_fits_and_the_next_one_does_not(full_size, mesh, accumulation):
+    experiment = _with(full_size, remat="layers", accumulation=accumulation)
+    spec = setup.any_spec(experiment)
+    devices = sharding.MeshConfig(*mesh).create(jax.devices()[: math.prod(mesh)])
+    found = memory.largest_batch(spec, devices, 80 * GIGA, "bfloat16")
+    multiple = mesh[0] * mesh[1] * accumulation
+    assert found % multiple == 0
+
+    def total(batch):
+        return memory.estimate(spec, devices, batch, "bfloat16").total
+
+    assert total(found) <= memory.USABLE * 80 * GIGA < total(found + multiple)
+    assert memory.largest_batch(spec, devices, GIGA, "bfloat16") == 0
+
+
+def test_the_report_of_an_estimate_agrees_with_itself(full_size):
+    """A batch fits where it is at most the largest one, and no size is shown as zero."""
+    spec = setup.any_spec(_with(full_size, remat="layers"))
+    mesh = sharding.MeshConfig().create(jax.devices()[:1])
+    for batch in (1, 64, 500):
+        heading, *lines = report.estimated(spec, mesh, batch, "bfloat16")
+        assert heading.startswith(f"batch {batch} on 1 device (data 1 × fsdp 1 × tensor 1)")
+        assert not any(" 0.00 " in line for line in lines)
+        for name in accelerators.TABLE:
+            (line,) = (line for line in lines if line.split()[0] == name)
+            match = re.search(r": (fits|does not fit); (?:largest batch (\d+)|no batch fits)", line)
+            assert (match[1] == "fits") == (batch <= int(match[2] or 0)), line
+    assert report.estimated(spec, mesh, 4, "bfloat16", "h100")[-1].split()[0] == "h100"
+
+
 @pytest.mark.parametrize(
-    ("kind", "card"),
+    ("kind", "name"),
     [
         ("NVIDIA H100 80GB HBM3", "h100"),
         ("NVIDIA A100-SXM4-40GB", "a100-40"),
@@ -131,9 +165,9 @@ def test_a_run_tells_its_mesh_and_when_it_may_not_fit(full_size, monkeypatch):
         ("cpu", ""),
     ],
 )
-def test_cards_are_known_by_what_jax_calls_them(kind, card):
+def test_memory_is_what_a_device_reports_else_that_of_its_kind(kind, name):
     device = types.SimpleNamespace(device_kind=kind, memory_stats=lambda: None)
-    assert accelerators.find(kind) == accelerators.CARDS.get(card)
-    assert memory.memory_of(device) == (accelerators.CARDS[card].memory if card else None)
-    told = types.SimpleNamespace(device_kind=kind, memory_stats=lambda: {"bytes_limit": 5})
-    assert memory.memory_of(told) == 5
+    assert accelerators.find(kind) == accelerators.TABLE.get(name)
+    assert accelerators.memory_of(device) == (accelerators.TABLE[name].memory if name else None)
+    reports = types.SimpleNamespace(device_kind=kind, memory_stats=lambda: {"bytes_limit": 5})
+    assert accelerators.memory_of(reports) == 5

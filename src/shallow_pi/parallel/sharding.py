@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from shallow_pi.checkpoints import weights
 from shallow_pi.models import parameters
+from shallow_pi.parallel import processes
 
 DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
 AXES = (DATA, FSDP, TENSOR)
@@ -68,12 +69,17 @@ class MeshConfig:
         """The mesh over `devices` (default: all of the job).
 
         An `fsdp` that nobody has chosen (`memory.choose`) is 1, or what a given `data` leaves.
+
+        Raises:
+          ValueError: a layout that does not fit the devices, or JAX's old partitioner.
         """
-        if jax.__version_info__ < (0, 7):
-            # Before Shardy became the default, XLA's partitioner could swap the batch rows of two
-            # devices, and with them give `action_in_proj` a wrong gradient on a 2 × 2 × 2 mesh.
-            jax.config.update("jax_use_shardy_partitioner", True)
         devices = list(jax.devices() if devices is None else devices)
+        if len(devices) > 1 and not processes.uses_shardy():
+            raise ValueError(
+                f"JAX {jax.__version__} shards with its old partitioner, which can give wrong "
+                "gradients: call processes.initialize() before, or set "
+                "JAX_USE_SHARDY_PARTITIONER=1"
+            )
         fsdp = self.fsdp
         if fsdp == -1:
             fsdp = 1 if self.data == -1 else max(1, len(devices) // (self.data * self.tensor))

@@ -1,9 +1,9 @@
-"""The distillation step compiled ahead of the machine: what it needs, without running it.
+"""Compile the distillation step from shapes, for any devices, without running it.
 
-Everything is shapes: no parameter is made. The devices may be this machine's, virtual CPU devices,
-or those of a TPU slice or a GPU host that is not there at all (`topology`): libtpu and XLA's GPU
-plugin compile for them on a CPU. Bytes are those the compiler plans per device; what it plans for
-one kind of device is a fair proxy for another of the same layout, not a promise.
+No parameter is made. The devices may be this machine's, virtual CPU devices, or those of a TPU
+slice or GPU host that is not there at all (`topology`): libtpu and XLA's GPU plugin compile for
+them on a CPU. Bytes are those the compiler plans for one device; a plan for one kind of device is
+a fair proxy for another kind in the same layout, not a promise.
 """
 
 import contextlib
@@ -17,10 +17,10 @@ import jax
 from jax.sharding import Mesh
 
 from shallow_pi.distill import step
-from shallow_pi.parallel import shapes, sharding
+from shallow_pi.parallel import processes, shapes, sharding
 from shallow_pi.planning import accelerators, hlo, memory
 
-# Share of a card's matrix rate that useful work reaches: what a tuned step of this size does.
+# Share of the stated matrix rate that the useful work of a tuned step of this size reaches.
 UTILIZATION = 0.45
 # Bytes a device sends for each of a collective's result: a sum is scattered, then gathered.
 TRAFFIC = {
@@ -30,7 +30,7 @@ TRAFFIC = {
     "all-to-all": 1.0,
     "collective-permute": 1.0,
 }
-# What XLA's GPU compiler has to know of a device it cannot ask.
+# The description of a GPU that XLA compiles for where it has none to ask.
 _HOPPER = """
 gpu_device_info {{
   cuda_compute_capability {{ major: 9 }}
@@ -70,20 +70,16 @@ class Program:
 
     devices: int
     batch_size: int
-    # Bytes on one device of what the step is given, by what it is (see `shapes.given`).
+    # Bytes on one device of the step's arguments, by name (see `memory.given`).
     given: dict[str, int]
-    # Bytes on one device that the step needs besides: activations, gradients, gathered parameters.
+    # Bytes on one device besides them: activations, gradients, gathered parameters.
     temporary: int
     # Bytes on one device in all.
     total: int
     # Bytes in the host's memory for one device: an offloaded teacher.
     host: int
-    # None where the compiler's program is of a newer XLA than this JAX can read.
+    # None where the program comes from a newer XLA than this JAX can read.
     collectives: list[hlo.Collective] | None
-
-    def fits(self, card: int) -> bool:
-        """Whether it fits into a device of so many bytes."""
-        return self.total <= memory.USABLE * card
 
 
 def devices(count: int, topology_name: str = "") -> Sequence[jax.Device]:
@@ -94,6 +90,7 @@ def devices(count: int, topology_name: str = "") -> Sequence[jax.Device]:
     """
     if count < 1:
         raise ValueError(f"--devices must be 1 or more, got {count}")
+    processes.use_shardy()
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", count)
     return topology(topology_name) if topology_name else jax.devices()
@@ -126,7 +123,7 @@ def topology(name: str) -> Sequence[jax.Device]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Tell libtpu that there is no TPU, no metadata server to look for, and nothing to lock."""
+    """Keep libtpu from looking for a TPU, a metadata server or a lock."""
     names = {
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
@@ -146,23 +143,23 @@ def _quiet() -> Iterator[None]:
 def compile_step(
     spec: step.Spec, mesh: Mesh, batch_size: int, teacher_dtype: str = "bfloat16"
 ) -> Program:
-    """Compile the step of a global batch for the devices of a mesh; see `build`."""
+    """What the compiled step of a global batch needs; see `build`."""
     return build(spec, mesh, batch_size, teacher_dtype)[1]
 
 
 def build(
     spec: step.Spec, mesh: Mesh, batch_size: int, teacher_dtype: str = "bfloat16"
 ) -> tuple[jax.stages.Compiled, Program]:
-    """The compiled step (of teacher, state, which is donated, key and batch), and what it needs.
+    """Compile the step as a function of teacher, state (donated), key and batch.
 
     Args:
       spec: the static part of the step.
-      mesh: over any devices, also such as are not there.
+      mesh: over any devices, present or not.
       batch_size: observations, over all devices.
-      teacher_dtype: in which the teacher is held.
+      teacher_dtype: of the teacher's parameters.
 
     Raises:
-      ValueError: a batch or a layout the mesh cannot split.
+      ValueError: a batch or a layout that does not divide over the mesh.
     """
     sharding.check_batch_size(mesh, batch_size // spec.accumulation)
     teacher = shapes.abstract_teacher(spec, mesh, teacher_dtype)
@@ -177,7 +174,7 @@ def build(
         out_shardings=(shardings, whole),
         donate_argnums=1,
     )
-    # Nothing is tuned for a GPU that is not there, and an untuned Triton product may not compile.
+    # XLA cannot autotune for an absent GPU, and an untuned Triton product may not compile.
     device = mesh.devices.flat[0]
     described = device.platform == "gpu" and device not in jax.devices()
     options: Any = {"xla_gpu_enable_triton_gemm": False} if described else None
@@ -188,54 +185,32 @@ def build(
     except jax.errors.JaxRuntimeError:
         text = None
     if plan is None:
-        raise ValueError(f"the compiler of {mesh.devices.flat[0].platform} tells no memory plan")
+        raise ValueError(f"the compiler of {mesh.devices.flat[0].platform} gives no memory plan")
     total = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
     program = Program(
         devices=mesh.size,
         batch_size=batch_size,
-        given=shapes.given(teacher, state, batch),
+        given=memory.given(teacher, state, batch),
         temporary=plan.temp_size_in_bytes,
         total=total + plan.temp_size_in_bytes + plan.generated_code_size_in_bytes,
-        host=shapes.bytes_per_device(teacher, host=True),
+        host=memory.bytes_per_device(teacher, host=True),
         collectives=None if text is None else hlo.collectives(text),
     )
     return compiled, program
 
 
 def predict(
-    program: Program, useful_flops: float, card: accelerators.Card
+    program: Program, useful_flops: float, accelerator: accelerators.Accelerator
 ) -> tuple[float, float | None]:
-    """Seconds a step computes, and seconds it exchanges (None: unknown), which may overlap.
+    """Seconds of computation and of communication (None: unknown) of a step; they may overlap.
 
     Args:
       program: the compiled step.
-      useful_flops: of the step, on one device.
-      card: of its devices.
+      useful_flops: useful operations of the step on one device.
+      accelerator: the kind of its devices.
     """
-    computes, exchanges = useful_flops / (UTILIZATION * card.flops), None
-    if program.collectives is not None and card.links:
+    computation, communication = useful_flops / (UTILIZATION * accelerator.flops), None
+    if program.collectives is not None and accelerator.links:
         moved = sum(c.times * c.bytes * TRAFFIC[c.kind] for c in program.collectives)
-        exchanges = moved / (card.links / 2)
-    return computes, exchanges
-
-
-def largest_batch(programs: Sequence[Program], card: int, multiple: int) -> int:
-    """The largest batch that fits a card, by the straight line through two compiled batches.
-
-    Args:
-      programs: of two batch sizes on the same layout.
-      card: bytes of a device.
-      multiple: of which a batch must be one.
-
-    Returns:
-      0 where not even one multiple fits.
-    """
-    small, large = sorted(programs, key=lambda program: program.batch_size)
-    slope = (large.total - small.total) / (large.batch_size - small.batch_size)
-    if slope <= 0:
-        raise ValueError(
-            f"batches of {small.batch_size} and {large.batch_size} take {small.total} and "
-            f"{large.total} bytes: too small to tell what an observation costs; give larger ones"
-        )
-    most = small.batch_size + (memory.USABLE * card - small.total) / slope
-    return max(0, int(most) // multiple * multiple)
+        communication = moved / (accelerator.links / 2)
+    return computation, communication

@@ -1,23 +1,27 @@
-"""What a step needs on each device, from sizes alone, and the mesh that has room for it.
+"""The memory a step needs on each device, estimated from sizes alone, and the mesh that fits.
 
-What a step is given, and the gradient, are counted from the shapes to the byte. Activations are
-counted from the few arrays that make them up (`_activations`), a fifth more or less of what
-compilers plan. For what a compiler plans to the byte, in minutes instead of at once, see `ahead`.
+Parameters, moments, batch and gradient are counted from their shapes to the byte. Activations are
+estimated from the few arrays that dominate them (`_activations`), within a fifth of what compilers
+plan. `compile` gets a compiler's own plan, in minutes instead of at once.
 """
 
 import dataclasses
+import functools
+import math
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import PyTree
 
 from shallow_pi.distill import step
 from shallow_pi.models import gemma, siglip
 from shallow_pi.parallel import processes, shapes, sharding
 from shallow_pi.planning import accelerators
 
-# What a runtime leaves to a program, as a share of the card.
+# Share of a device's memory that a runtime leaves to a program.
 USABLE = 0.92
 GIGA = 1e9
 
@@ -26,41 +30,101 @@ GIGA = 1e9
 class Estimate:
     """Bytes on one device."""
 
-    # What a step is given, by what it is (see `shapes.given`).
+    # The arguments of a step, by name (see `given`).
     given: dict[str, int]
-    # The gradient in float32, which lies as the parameters do.
+    # The float32 gradient, sharded as the parameters are.
     gradient: int
     activations: int
 
     @property
+    def parts(self) -> dict[str, int]:
+        """Bytes by name."""
+        return {**self.given, "gradient": self.gradient, "activations": self.activations}
+
+    @property
     def total(self) -> int:
-        """All of it."""
-        return sum(self.given.values()) + self.gradient + self.activations
+        """The sum of all parts."""
+        return sum(self.parts.values())
 
     def __str__(self) -> str:
-        parts = {**self.given, "gradient": self.gradient, "activations": self.activations}
-        listed = ", ".join(f"{name} {size / GIGA:.2f}" for name, size in parts.items() if size)
+        listed = ", ".join(f"{name} {n / GIGA:.2f}" for name, n in self.parts.items() if n)
         return f"{self.total / GIGA:.2f} GB ({listed})"
 
 
+def given(teacher: PyTree, state: step.DistillState, batch: PyTree) -> dict[str, int]:
+    """Bytes on one device of the arguments of a step, by name."""
+    return {
+        "teacher": bytes_per_device(teacher),
+        "student": bytes_per_device(state.params),
+        "moments": bytes_per_device(state.opt_state),
+        "ema": bytes_per_device(state.ema_params),
+        "batch": bytes_per_device(batch),
+    }
+
+
+def bytes_per_device(tree: PyTree, *, host: bool = False) -> int:
+    """Bytes of a pytree of sharded shapes on one device, or in its host's memory."""
+
+    def one(leaf: jax.ShapeDtypeStruct) -> int:
+        where = leaf.sharding
+        assert isinstance(where, NamedSharding), "everything lies on the mesh"
+        if (where.memory_kind == shapes.HOST_MEMORY) != host:
+            return 0
+        return math.prod(where.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
+
+    return sum(map(one, jax.tree.leaves(tree)))
+
+
 def estimate(spec: step.Spec, mesh: Mesh, batch_size: int, teacher_dtype: str) -> Estimate:
-    """What one step of a global batch needs on each device of a mesh.
+    """Estimate what one step of a global batch needs on each device of a mesh.
 
     Args:
       spec: the static part of the step.
       mesh: over any devices.
       batch_size: observations, over all devices.
-      teacher_dtype: in which the teacher is held.
+      teacher_dtype: of the teacher's parameters.
     """
-    state = shapes.abstract_state(spec, mesh)
-    teacher = shapes.abstract_teacher(spec, mesh, teacher_dtype)
+    fixed, gradient = _fixed(spec, mesh, teacher_dtype)
     batch = shapes.abstract_batch(spec.student, mesh, batch_size)
-    rows = batch_size / spec.accumulation / mesh.shape[sharding.DATA] / mesh.shape[sharding.FSDP]
+    rows = batch_size / _divisor(spec, mesh)
     return Estimate(
-        given=shapes.given(teacher, state, batch),
-        gradient=shapes.bytes_per_device(state.params) * (1 + (spec.accumulation > 1)),
+        given=fixed | {"batch": bytes_per_device(batch)},
+        gradient=gradient,
         activations=int(rows * _activations(spec) / mesh.shape[sharding.TENSOR]),
     )
+
+
+@functools.lru_cache(maxsize=32)
+def _fixed(spec: step.Spec, mesh: Mesh, teacher_dtype: str) -> tuple[dict[str, int], int]:
+    """The part of an estimate that does not depend on the batch: arguments, and the gradient."""
+    state = shapes.abstract_state(spec, mesh)
+    teacher = shapes.abstract_teacher(spec, mesh, teacher_dtype)
+    # Microbatches add up into a second gradient.
+    gradient = bytes_per_device(state.params) * (1 + (spec.accumulation > 1))
+    return given(teacher, state, ()), gradient
+
+
+def _divisor(spec: step.Spec, mesh: Mesh) -> int:
+    """Devices and microbatches a batch is divided over."""
+    return mesh.shape[sharding.DATA] * mesh.shape[sharding.FSDP] * spec.accumulation
+
+
+def largest_batch(spec: step.Spec, mesh: Mesh, room: int, teacher_dtype: str) -> int:
+    """The largest batch whose estimate fits devices of `room` bytes; 0 where none does."""
+    multiple = _divisor(spec, mesh)
+
+    def fits(count: int) -> bool:
+        found = estimate(spec, mesh, count * multiple, teacher_dtype)
+        return found.total <= USABLE * room
+
+    beyond = 1
+    while fits(beyond):
+        beyond *= 2
+    fitting = beyond // 2
+    while beyond - fitting > 1:
+        middle = (fitting + beyond) // 2
+        fitting, beyond = (middle, beyond) if fits(middle) else (fitting, middle)
+    return fitting * multiple
 
 
 def choose(
@@ -69,20 +133,22 @@ def choose(
     spec: step.Spec,
     batch_size: int,
     teacher_dtype: str,
+    room: int | None = None,
 ) -> sharding.MeshConfig:
-    """The mesh with its `fsdp` chosen, if that was left open: the fewest devices that have room.
+    """The mesh with `fsdp` set, where it was left open, to the fewest devices that fit.
 
-    Splitting parameters costs traffic in every layer, so it goes no further than it must. Where
-    devices tell nothing of their memory (CPUs) nothing is split.
+    Sharding parameters costs traffic in every layer, so it goes no further than it must. Nothing is
+    sharded where the memory of the devices is not known (CPUs).
 
     Args:
       wanted: of the config.
-      devices: of the job, or that a program is compiled for.
+      devices: of the job, or those a program is compiled for.
       spec: the static part of the step.
       batch_size: observations, over all devices.
-      teacher_dtype: in which the teacher is held.
+      teacher_dtype: of the teacher's parameters.
+      room: bytes of a device; None asks the device.
     """
-    room = memory_of(devices[0])
+    room = room or accelerators.memory_of(devices[0])
     if wanted.fsdp != -1 or wanted.data != -1 or room is None or len(devices) % wanted.tensor:
         return wanted
     ways = len(devices) // wanted.tensor
@@ -96,23 +162,11 @@ def choose(
     return dataclasses.replace(found, fsdp=max(processes.gather(found.fsdp)))
 
 
-def memory_of(device: jax.Device) -> int | None:
-    """Bytes a device has for programs: what it tells, or what is known of its kind."""
-    try:
-        told = device.memory_stats() or {}
-    except (NotImplementedError, RuntimeError, jax.errors.JaxRuntimeError):
-        told = {}  # It is described, and not there.
-    if told.get("bytes_limit"):
-        return int(told["bytes_limit"])
-    card = accelerators.find(device.device_kind)
-    return card.memory if card else None
-
-
 def _activations(spec: step.Spec) -> float:
-    """Bytes an observation takes on the way, while gradients flow back through the student.
+    """Bytes of activations of one observation, while gradients flow back through the student.
 
-    With every layer computed again, what stays is each layer's input, and the layer whose turn it
-    is takes what its MLP and its attention hold at once. Otherwise each layer's own stays too.
+    With `--remat layers` every layer keeps its input, and the one layer at work holds its MLP and
+    its attention besides. The other policies keep more of each layer.
     """
     model, remat = spec.student, spec.execution.remat
     size, tokens = jnp.dtype(model.dtype).itemsize, model.prefix_tokens
@@ -130,14 +184,14 @@ def _activations(spec: step.Spec) -> float:
     if "vision" not in spec.freeze:
         kept_image = size * patches * image.width + kept[remat]
         stays += cameras * image.depth * kept_image
-    pictures = 3 * 4 * cameras * 3 * model.image_size**2  # As floats: augmented, and twice between.
+    pictures = 3 * 4 * cameras * 3 * model.image_size**2  # Floats: augmented, and two copies.
     return stays + max(at_once, cameras * working) + pictures
 
 
 def _layer(
     stream: gemma.GemmaConfig, queries: int, keys: int, size: int, *, gated: bool = True
 ) -> tuple[dict[str, float], float]:
-    """What stays of a layer by remat policy besides its input, and what it holds at once; bytes."""
+    """Bytes a layer keeps besides its input, by remat policy, and bytes it holds while at work."""
     heads = queries * stream.num_heads * stream.head_dim
     products = 2 * heads + 2 * queries * stream.num_kv_heads * stream.head_dim
     products += queries * ((1 + gated) * stream.mlp_dim + 2 * stream.width)

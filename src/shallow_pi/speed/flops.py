@@ -8,6 +8,7 @@ and the sampler's vector arithmetic are not (under 5 % together at any size of i
 import dataclasses
 from collections.abc import Collection
 
+from shallow_pi.distill import step
 from shallow_pi.inference import tuning
 from shallow_pi.models import parameters, pi0
 
@@ -94,6 +95,17 @@ def training_flops(
 
     (own, layers), (others, teachers) = forward(student), forward(teacher)
     return 3 * layers + teachers + (own if "vision" in freeze else 3 * own + others)
+
+
+def of_step(spec: step.Spec, batch: int) -> int:
+    """`training_flops` of a step over a batch."""
+    return training_flops(
+        spec.student,
+        spec.teacher if spec.losses.needs_teacher else None,
+        batch=batch,
+        draws=spec.draws,
+        freeze=spec.freeze,
+    )
 
 
 def weight_bytes(

@@ -6,6 +6,7 @@ turns in one process (see `latency`), so that ratios hold on a machine that is n
 
 import dataclasses
 import functools
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -263,7 +264,8 @@ def random_params(config: pi0.Pi0Config) -> PyTree:
     """Parameters in the compute dtype, made leaf by leaf: never all of them in float32."""
 
     def leaf(path: Any, shape: jax.ShapeDtypeStruct) -> Array:
-        key = jax.random.key(abs(hash(str(path))) % 2**31)
+        # Not `hash`, which differs from process to process.
+        key = jax.random.key(zlib.crc32(jax.tree_util.keystr(path).encode()))
         return 0.02 * jax.random.normal(key, shape.shape, config.dtype)
 
     return jax.tree_util.tree_map_with_path(leaf, pi0.abstract_params(config))

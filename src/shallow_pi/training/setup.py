@@ -22,7 +22,7 @@ from shallow_pi.data import loader, opening
 from shallow_pi.distill import layer_map, layer_scores, step, student
 from shallow_pi.models import layers, pi0
 from shallow_pi.parallel import sharding
-from shallow_pi.planning import memory
+from shallow_pi.planning import accelerators, memory
 from shallow_pi.training import config
 
 # The teacher's "path" that stands for made-up parameters.
@@ -58,15 +58,22 @@ def validate(
     return mesh, teacher_step
 
 
-def make_mesh(experiment: config.DistillConfig, devices: Sequence[jax.Device]) -> jax.sharding.Mesh:
+def make_mesh(
+    experiment: config.DistillConfig, devices: Sequence[jax.Device], room: int | None = None
+) -> jax.sharding.Mesh:
     """The mesh over some devices, its `fsdp` chosen by their memory where that was left open.
+
+    Args:
+      experiment: the config.
+      devices: of the mesh.
+      room: bytes of memory of a device; None asks the device.
 
     Raises:
       ValueError: they cannot share it as the config says, or its losses and models do not fit.
     """
     spec = any_spec(experiment)
     mesh = memory.choose(
-        experiment.mesh, devices, spec, experiment.batch_size, teacher_dtype(experiment)
+        experiment.mesh, devices, spec, experiment.batch_size, teacher_dtype(experiment), room
     )
     return mesh.create(devices)
 
@@ -80,7 +87,7 @@ def describe_mesh(experiment: config.DistillConfig, mesh: jax.sharding.Mesh) -> 
     """One line: the mesh, and what a step needs on each of its devices."""
     spec, device = any_spec(experiment), mesh.devices.flat[0]
     needed = memory.estimate(spec, mesh, experiment.batch_size, teacher_dtype(experiment))
-    room = memory.memory_of(device)
+    room = accelerators.memory_of(device)
     axes = " × ".join(f"{name} {size}" for name, size in mesh.shape.items())
     of = f" of {room / memory.GIGA:.0f} GB" if room else ""
     line = f"Mesh: {axes} ({mesh.size} {device.device_kind}); a device needs about {needed}{of}"
@@ -239,3 +246,13 @@ def initial_state(
         return step.init_state(spec, pi0.init(spec.student, key))
 
     return jax.jit(random, out_shardings=shardings)(jax.random.key(experiment.seed))
+
+
+def resolve_from_disk(experiment: config.DistillConfig) -> config.DistillConfig:
+    """`resolve` with the teacher where it is on this machine; nothing is fetched to plan a step."""
+    teacher_step = teacher_on_disk(experiment)
+    if teacher_step is None and experiment.teacher is not None:
+        path = experiment.teacher.path
+        if path != RANDOM:
+            progress.say(f"The sizes are the config's: the teacher {path} is not on this machine")
+    return resolve(experiment, teacher_step)
