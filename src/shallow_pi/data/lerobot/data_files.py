@@ -7,6 +7,7 @@ names file, episode and frame as far as they are known.
 import concurrent.futures
 import contextlib
 import dataclasses
+import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -24,6 +25,8 @@ R = TypeVar("R")
 _THREADS = min(8, (os.cpu_count() or 1) + 2)
 # More files than this take seconds, and get a progress bar.
 _MANY = 2000
+# Files that are read at once.
+_BATCH = 128
 INDEX = ("episode_index", "frame_index")
 _INDEX_FEATURE: dict[str, Any] = {"dtype": "int64", "shape": [1]}
 
@@ -51,28 +54,39 @@ def read(
       bar: whether many files get a progress bar.
     """
     by_file = _by_file(layout, episodes)
+    batches = [dict(batch) for batch in _batched(by_file.items(), _BATCH)]
     shown = progress.bar("Read episodes", len(by_file)) if bar and len(by_file) > _MANY else None
     found: dict[int, Found] = {}
     with shown or contextlib.nullcontext() as advance:
-        for part in _in_threads(lambda item: _read_file(layout, *item, keys), by_file.items()):
+        for batch, part in zip(
+            batches,
+            _in_threads(lambda batch: _read_batch(layout, batch, keys), batches),
+            strict=True,
+        ):
             found |= part
             if advance is not None:
-                advance(1)
+                advance(len(batch))
     return found
 
 
 def column(layout: layouts.Layout, key: str, rows: Mapping[int, np.ndarray]) -> np.ndarray:
     """One column of these rows of the data files, by episode, one episode after the other."""
 
-    def read_file(item: tuple[str, list[int]]) -> dict[int, np.ndarray]:
-        file, wanted = item
-        series = files.read_table(layout.root / file, [key])[key]
-        return {n: _values(layout, series, rows[n], file, n) for n in wanted}
+    def read_batch(batch: dict[str, list[int]]) -> dict[int, np.ndarray]:
+        together = _read_together(layout, batch, (key,))
+        if together is not None:
+            return {episode: part.values[key] for episode, part in together.items()}
+        found: dict[int, np.ndarray] = {}
+        for file, wanted in batch.items():
+            series = files.read_table(layout.root / file, [key])[key]
+            found |= {n: _values(layout, series, rows[n], file, n) for n in wanted}
+        return found
 
-    found: dict[int, np.ndarray] = {}
-    for part in _in_threads(read_file, _by_file(layout, list(rows)).items()):
-        found |= part
-    return join(layout, key, [found[episode] for episode in rows])
+    batches = map(dict, _batched(_by_file(layout, rows).items(), _BATCH))
+    whole: dict[int, np.ndarray] = {}
+    for part in _in_threads(read_batch, batches):
+        whole |= part
+    return join(layout, key, [whole[episode] for episode in rows])
 
 
 def join(layout: layouts.Layout, key: str, parts: Sequence[np.ndarray]) -> np.ndarray:
@@ -100,6 +114,50 @@ def _in_threads(call: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
             yield from pool.map(call, items)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _batched(items: Iterable[T], size: int) -> Iterator[tuple[T, ...]]:
+    rest = iter(items)
+    while batch := tuple(itertools.islice(rest, size)):
+        yield batch
+
+
+def _read_batch(
+    layout: layouts.Layout, batch: Mapping[str, Sequence[int]], keys: Sequence[str]
+) -> dict[int, Found]:
+    together = _read_together(layout, batch, keys)
+    if together is not None:
+        return dict(together)
+    found: dict[int, Found] = {}
+    for file, wanted in batch.items():
+        found |= _read_file(layout, file, wanted, keys)
+    return found
+
+
+def _read_together(
+    layout: layouts.Layout, batch: Mapping[str, Sequence[int]], keys: Sequence[str]
+) -> dict[int, Episode] | None:
+    """Files of one episode each, read at once; None if they differ, or something is wrong."""
+    if len(batch) == 1 or any(len(wanted) > 1 for wanted in batch.values()):
+        return None
+    episodes = [wanted[0] for wanted in batch.values()]
+    lengths = [layout.lengths[episode] for episode in episodes]
+    table = files.read_alike([layout.root / file for file in batch], [*INDEX, *keys])
+    if table is None or len(table) != sum(lengths):
+        return None
+    try:
+        own, frames = (columns.to_numpy(table[key], _INDEX_FEATURE) for key in INDEX)
+        values = {key: columns.to_numpy(table[key], _feature(layout, key)) for key in keys}
+    except ValueError:
+        return None
+    rows = [np.arange(length) for length in lengths]
+    if (own != np.repeat(episodes, lengths)).any() or (frames != np.concatenate(rows)).any():
+        return None
+    ends = np.cumsum(lengths)
+    return {
+        episode: Episode(own, {key: value[end - len(own) : end] for key, value in values.items()})
+        for episode, own, end in zip(episodes, rows, ends, strict=True)
+    }
 
 
 def _read_file(

@@ -259,15 +259,13 @@ class Dataset:
 
     def _check_videos(self, parts: Mapping[int, data_files.Episode], skip: bool) -> None:
         """Raise for, or leave out, episodes with frames at whose time no picture is shown."""
+        if not self._timed:
+            return
         starts = np.flatnonzero(np.diff(self.ends, prepend=0))
         bounds = zip(starts.tolist(), self.ends[starts].tolist(), strict=True)
         spans = dict(zip(self.columns["episode_index"][starts].tolist(), bounds, strict=True))
-        cameras = self.cameras if self._asked is None else self._asked
         problems = self._pictures.unmatched(
-            spans,
-            self.seconds,
-            [camera for camera in cameras if camera in self.cameras],
-            missing_ok=self._asked is None,
+            spans, self.seconds, self._timed, missing_ok=self._asked is None
         )
         if not problems:
             return
@@ -285,9 +283,13 @@ class Dataset:
         keys = self._needed
         if keys is None:
             keys = tuple(key for key in self.features if key not in self.cameras) if skip else ()
+        return tuple(dict.fromkeys([*keys, "timestamp"] if self._timed else keys))
+
+    @property
+    def _timed(self) -> list[str]:
+        """Cameras whose pictures are found by time, among those that were asked for."""
         looked_at = self.cameras if self._asked is None else self._asked
-        times = ["timestamp"] if any(map(self._pictures.is_video, looked_at)) else []
-        return tuple(dict.fromkeys([*keys, *times]))
+        return [camera for camera in looked_at if self._pictures.is_video(camera)]
 
     def _join(self, parts: Mapping[int, data_files.Episode]) -> None:
         if not parts:
