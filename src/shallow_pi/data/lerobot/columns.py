@@ -6,6 +6,7 @@ is cast to the declared type and shape; a value that does not fit is an error th
 """
 
 import difflib
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -30,8 +31,8 @@ class Columns(Mapping[str, np.ndarray]):
     """Columns by key, each read when it is first asked for.
 
     Args:
-      keys: of all columns.
-      load: reads one.
+      keys: of the columns that are declared.
+      load: reads one; raises KeyError if there is none of that key.
       loaded: those that are there already.
     """
 
@@ -44,13 +45,17 @@ class Columns(Mapping[str, np.ndarray]):
         self._keys = tuple(keys)
         self._load = load
         self.loaded = dict(loaded)
+        self._lock = threading.Lock()
 
     def __getitem__(self, key: str) -> np.ndarray:
         if key not in self.loaded:
-            if key not in self._keys:
-                raise KeyError(key)
-            self.loaded[key] = self._load(key)
+            with self._lock:  # Two threads that ask for it wait for one reading.
+                if key not in self.loaded:
+                    self.loaded[key] = self._load(key)
         return self.loaded[key]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._keys
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._keys)

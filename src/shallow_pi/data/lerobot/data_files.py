@@ -189,10 +189,12 @@ def _table(layout: layouts.Layout, file: str, keys: Sequence[str]) -> pl.DataFra
         return files.read_table(path, [*INDEX, *keys])
     except ValueError:
         # A file of version 2 holds one episode, in order: it can do without them.
-        there = [key for key in INDEX if key in files.schema(path)]
+        held = list(files.schema(path))
+        there = [key for key in INDEX if key in held]
         if len(there) == len(INDEX) or layout.rows:
             raise
-        return files.read_table(path, [*there, *keys])
+        # A table without a column would be one without rows.
+        return files.read_table(path, [*there, *keys] or held[:1])
 
 
 def _rows(table: pl.DataFrame, wanted: Sequence[int]) -> dict[int, np.ndarray]:

@@ -315,7 +315,12 @@ def is_marked_depth(feature: Mapping[str, Any]) -> bool:
 def declared_size(feature: Mapping[str, Any]) -> tuple[int, int] | None:
     """Height and width of a camera's pictures as `info.json` says; None if it does not."""
     shape, names = list(feature.get("shape") or ()), feature.get("names")
-    if isinstance(names, list) and {"height", "width"} <= set(names) and len(names) == len(shape):
+    if (
+        isinstance(names, list)
+        and "height" in names
+        and "width" in names
+        and len(names) == len(shape)
+    ):
         return shape[names.index("height")], shape[names.index("width")]
     if len(shape) != 3:
         return None

@@ -147,7 +147,8 @@ class Dataset:
             raise ValueError(f"dataset {self.path} has no camera {camera!r}; it has {self.cameras}")
         episode, row = int(self.columns["episode_index"][i]), int(self._rows[i])
         try:
-            return self._pictures.read(camera, episode, row, float(self.seconds[i]))
+            time = float(self.seconds[i]) if self._pictures.is_video(camera) else 0.0
+            return self._pictures.read(camera, episode, row, time)
         except (ValueError, FileNotFoundError) as error:
             raise type(error)(f"{camera} of {self.where(i)}: {error}") from error
 
