@@ -196,6 +196,21 @@ def test_a_config_is_named_by_its_file(tmp_path):
     assert loaded == dataclasses.replace(command_line.load(CONFIGS, "debug"), name="mine")
 
 
+def test_a_config_may_be_a_file_anywhere(tmp_path):
+    path = tmp_path / "my_arm_l2.py"
+    path.write_text('"""Mine."""\nimport debug\nget_config = debug.get_config\n')
+    loaded = command_line.load(CONFIGS, str(path))
+    assert loaded == dataclasses.replace(command_line.load(CONFIGS, "debug"), name="my_arm_l2")
+    path.write_text("def get_config():\n    return depth\n")
+    with pytest.raises(ValueError, match=r"my_arm_l2\.py, line 2: NameError: .*docs/configs\.md"):
+        command_line.load(CONFIGS, str(path))
+    path.write_text("get_config = dict")
+    with pytest.raises(ValueError, match=r"must give a DistillConfig, got dict"):
+        command_line.load(CONFIGS, str(path))
+    with pytest.raises(FileNotFoundError, match=r"no config .*absent\.py: expected a Python file"):
+        command_line.load(CONFIGS, str(tmp_path / "absent.py"))
+
+
 def test_a_teacher_is_trained_by_its_own_config_and_as_the_student_wants_it():
     experiment = _cli(
         *("pi0_turntable_l6", "--exp-name", "x", "--checkpoint-dir", "c", "--resume"),

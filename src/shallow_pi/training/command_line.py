@@ -11,6 +11,7 @@ import difflib
 import importlib.util
 import pathlib
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 
 import tyro
@@ -32,28 +33,55 @@ def _docstring(path: pathlib.Path) -> str:
 
 
 def load(folder: pathlib.Path, name: str) -> DistillConfig:
-    """The experiment of that name.
+    """The experiment of that name, or of a Python file (`my_arm_l6.py`) wherever it lies.
 
     Raises:
-      ValueError: there is none; lists them and the closest.
+      ValueError: there is none, and lists them and the closest; or the file defines no config.
+      FileNotFoundError: there is no such file.
     """
-    available = names(folder)
-    if name not in available:
-        close = difflib.get_close_matches(name, available, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"unknown config {name!r}; there are {', '.join(available)}.{hint}")
-    path = folder / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"train_configs.{name}", path)
+    path = find(folder, name)
+    spec = importlib.util.spec_from_file_location(f"train_configs.{path.stem}", path)
     assert spec is not None, f"{path} is a Python file"
     assert spec.loader is not None, f"{path} is a Python file"
     module = importlib.util.module_from_spec(spec)
     # Variants import what they share from files beside them.
-    sys.path.insert(0, str(folder))
+    paths = [str(path.parent), str(folder)]
+    sys.path[:0] = paths
     try:
         spec.loader.exec_module(module)
+        experiment = module.get_config()
+    except Exception as error:  # Whatever the code in it raises.
+        lines = traceback.extract_tb(error.__traceback__)
+        where = [f", line {frame.lineno}" for frame in lines if frame.filename == str(path)]
+        raise ValueError(
+            f"config {path}{''.join(where[-1:])}: {type(error).__name__}: {error} (docs/configs.md "
+            "has a whole example)"
+        ) from error
     finally:
-        sys.path.remove(str(folder))
-    return dataclasses.replace(module.get_config(), name=name)
+        for added in paths:
+            sys.path.remove(added)
+    if not isinstance(experiment, DistillConfig):
+        raise ValueError(
+            f"get_config() of {path} must give a DistillConfig, got {type(experiment).__name__}"
+        )
+    return dataclasses.replace(experiment, name=path.stem)
+
+
+def find(folder: pathlib.Path, name: str) -> pathlib.Path:
+    """The file of an experiment."""
+    if name.endswith(".py"):
+        path = pathlib.Path(name).expanduser().absolute()
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"no config {path}: expected a Python file with get_config() (docs/configs.md)"
+            )
+        return path
+    available = names(folder)
+    if name not in available:
+        close = difflib.get_close_matches(name, available, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else " Or name a file of your own, *.py."
+        raise ValueError(f"unknown config {name!r}; there are {', '.join(available)}.{hint}")
+    return folder / f"{name}.py"
 
 
 def cli(
@@ -71,13 +99,13 @@ def cli(
         print(usage.strip(), "\n\nconfigs:")
         for name, line in names(folder).items():
             print(f"  {name:<20} {line}")
-        print("\nNAME --help lists every field of a config with its default.")
+        print("\nNAME, or a file of your own (docs/configs.md): NAME --help lists every field.")
         raise SystemExit(0 if arguments else 2)
     try:
         description = usage
         if default is None:
             name, arguments = arguments[0], arguments[1:]
-            default, description = load(folder, name), _docstring(folder / f"{name}.py")
+            default, description = load(folder, name), _docstring(find(folder, name))
         return tyro.cli(
             DistillConfig,
             default=default,
@@ -86,7 +114,7 @@ def cli(
             description=description,
             config=(tyro.conf.AvoidSubcommands,),
         )
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
 

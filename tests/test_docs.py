@@ -1,0 +1,70 @@
+"""The examples of the docs run: on a small dataset, with a model in miniature."""
+
+import dataclasses
+import pathlib
+import re
+
+import numpy as np
+import pytest
+
+from shallow_pi.checkpoints import weights
+from shallow_pi.data import opening
+from shallow_pi.data.lerobot import writer as lerobot_writer
+from shallow_pi.data.robots import robot as robots
+from shallow_pi.training import command_line
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def _examples(page):
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    return re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The examples as the pages name them, and recordings of that robot beside them."""
+    folder = tmp_path_factory.mktemp("my_arm")
+    robot, variant = _examples("robots.md")
+    (folder / "my_arm.py").write_text(robot, encoding="utf-8")
+    (folder / "variant.py").write_text(variant, encoding="utf-8")
+    (config,) = _examples("configs.md")
+    (folder / "my_arm_l6.py").write_text(config, encoding="utf-8")
+    generator = np.random.default_rng(0)
+    keys = robots.find(str(folder / "my_arm.py")).cameras.values()
+    with lerobot_writer.Writer(folder / "recordings", 30) as writer:
+        for length in (6, 5):
+            images = {
+                key.removeprefix("observation.images."): generator.integers(
+                    0, 256, (length, 24, 24, 3), np.uint8
+                )
+                for key in keys
+            }
+            state, action = generator.uniform(0, 1, (2, length, 8)).astype(np.float32)
+            writer.add_episode(images, state, action, "touch the red block")
+    return folder
+
+
+def test_the_robot_of_the_page_reads_its_recordings(folder):
+    robot = robots.find(str(folder / "my_arm.py"))
+    assert (robot.delta, len(robot.groups)) == ((True,) * 7 + (False,), 2)
+    variant = robots.find(str(folder / "variant.py"))
+    assert variant == dataclasses.replace(robots.UR5, name="ur5_slow", fps=10)
+
+
+def test_the_config_of_the_page_opens_its_data_and_fits_its_teacher(
+    folder, tiny_config, tiny_params, tiny_dataset
+):
+    experiment = command_line.load(ROOT / "train_configs", str(folder / "my_arm_l6.py"))
+    assert experiment.name == "my_arm_l6"
+    assert experiment.student_model.depth == 6
+    small = tiny_config(depth=6, vocab_size=320, action_dim=8, action_horizon=50)
+    data = dataclasses.replace(
+        experiment.data, tokenizer=str(tiny_dataset[1]), held_out=0.5, norm_stats="dataset"
+    )
+    weights.save_params(pathlib.Path(experiment.teacher.path) / "params", tiny_params(small))
+    found = opening.open_data(data, small, pathlib.Path(experiment.teacher.path))
+    sample = found.train[0]
+    assert sample.actions.shape == (50, 8)
+    assert sorted(sample.observation.images) == ["base_0_rgb", "left_wrist_0_rgb"]
+    assert found.assets.robot.name == "my_arm"
