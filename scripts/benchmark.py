@@ -137,7 +137,7 @@ def main() -> None:
         ]
         _show(timings, limit)
         if given.output:
-            _write(pathlib.Path(given.output), given, timings, limit)
+            _write(pathlib.Path(given.output).expanduser(), given, timings, limit)
 
 
 def _tune(model: pi0.Pi0Config, num_steps: int, repeats: int) -> None:

@@ -96,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             result = measure(given, pathlib.Path(scratch))
         print(table(result))
         if given.output:
-            output = pathlib.Path(given.output)
+            output = pathlib.Path(given.output).expanduser()
             output.parent.mkdir(parents=True, exist_ok=True)
             output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 

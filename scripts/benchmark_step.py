@@ -56,7 +56,7 @@ def main() -> None:
             dtype = experiment.model.dtype
             _show(experiment.name, timing, limit, step.data_sheet(timing.device, dtype))
             if own.output:
-                _write(pathlib.Path(own.output), arguments, timing, limit)
+                _write(pathlib.Path(own.output).expanduser(), arguments, timing, limit)
 
 
 def _measure(

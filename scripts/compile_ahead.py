@@ -50,7 +50,7 @@ def main() -> None:
         if own.output:
             shape = "-".join(f"{axis}{n}" for axis, n in mesh.shape.items() if n > 1)
             file = f"{experiment.name}-{name.replace(':', '-')}-{shape}.json"
-            path = pathlib.Path(own.output) / file
+            path = pathlib.Path(own.output).expanduser() / file
             path.parent.mkdir(parents=True, exist_ok=True)
             more = {"mesh": dict(mesh.shape), "versions": latency.versions()}
             content = report.contents(program, useful, accelerator) | more

@@ -91,7 +91,7 @@ def _tell(
         verdict = "do not fit" if lines else "fit"
         print(f"the statistics in {given.data.norm_stats} {verdict} the dataset")
         return
-    output = pathlib.Path(given.output or f"norm_stats/{name}/{given.data.asset_id}")
+    output = pathlib.Path(given.output or f"norm_stats/{name}/{given.data.asset_id}").expanduser()
     normalize.save(output, found)
     print(output / normalize.FILE_NAME)
     print(f"train with them: --data.norm-stats {output} --data.asset-id {given.data.asset_id}")

@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 masks_padding=experiment.losses.mask_padded_actions,
                 advance=advance,
             )
-        folder = pathlib.Path(given.output or f"data_sheets/{experiment.name}")
+        folder = pathlib.Path(given.output or f"data_sheets/{experiment.name}").expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         picture = sheet.sheet(samples, experiment.augmentation, experiment.seed)
         Image.fromarray(picture).save(folder / "sheet.png")

@@ -93,6 +93,8 @@ def test_every_field_can_be_set():
     assert experiment.mesh.fsdp == 2
     assert experiment.data.cache == "memory"
     assert experiment.folder == pathlib.Path("checkpoints/debug/second")
+    home = dataclasses.replace(experiment, checkpoint_dir="~/runs").folder
+    assert home == pathlib.Path.home() / "runs/debug/second", "as a shell leaves --flag=~/runs"
     assert (
         dataclasses.replace(
             _cli("debug"),

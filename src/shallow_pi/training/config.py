@@ -226,7 +226,7 @@ class DistillConfig:
     @property
     def folder(self) -> pathlib.Path:
         """The run's folder."""
-        return pathlib.Path(self.checkpoint_dir) / self.name / self.exp_name
+        return pathlib.Path(self.checkpoint_dir).expanduser() / self.name / self.exp_name
 
     @property
     def student_model(self) -> pi0.Pi0Config:
