@@ -34,7 +34,7 @@ from shallow_pi.training import command_line
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """What to export, and how."""
+    """The arguments of the command."""
 
     # The student's run folder, or a step folder; local, gs:// or hf://.
     source: Annotated[str, tyro.conf.Positional]

@@ -194,7 +194,9 @@ def test_a_checkpoint_in_several_files_is_refused(tmp_path):
         weights.stored_params(tmp_path)
 
 
-def test_without_a_header_the_heads_are_openpis(tiny_config, tiny_params, tmp_path):
+def test_without_a_header_the_heads_are_openpis_and_told(
+    tiny_config, tiny_params, tmp_path, capsys
+):
     """One kv head and sixteen image heads: files of openpi and LeRobot do not say so."""
     config = tiny_config()
     one = dataclasses.replace(config.backbone, num_kv_heads=1)
@@ -209,7 +211,9 @@ def test_without_a_header_the_heads_are_openpis(tiny_config, tiny_params, tmp_pa
     tensors = safetensors.numpy.load_file(tmp_path / "with.safetensors")
     safetensors.numpy.save_file(tensors, tmp_path / "without.safetensors")
     expected = pi0.abstract_params(config)
+    assert capsys.readouterr().err == ""
     _assert_same(weights.load_params(tmp_path / "without.safetensors", expected), params)
+    assert "width 24 is not openpi's 2048: assuming openpi's 1 key" in capsys.readouterr().err
 
 
 def test_heads_that_do_not_fit_are_an_error(tensors, tmp_path):

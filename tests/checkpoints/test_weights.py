@@ -269,3 +269,9 @@ def test_a_teacher_may_lie_in_a_folder_with_brackets(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "run [12]")
     weights.save_params(tmp_path / "link" / "params", tree)
     _assert_same(weights.load_params(tmp_path / "run [12]", _abstract(tree)), tree)
+
+
+def test_a_checkpoint_of_lerobots_is_named_by_its_inner_folder(tmp_path):
+    (tmp_path / "pretrained_model").mkdir()
+    with pytest.raises(ValueError, match=r"checkpoint of LeRobot's: name .*/pretrained_model"):
+        weights.stored_params(tmp_path)

@@ -50,6 +50,6 @@ def stats(robot) -> dict[str, dict[str, np.ndarray]]:
 
 
 def model_actions(robot, seed: int) -> np.ndarray:
-    """What a model would give: normalized, in the model's action dimension."""
+    """A model's answer: normalized, in the model's action dimension."""
     shape = (HORIZON, ACTION_DIM)
     return generator("actions", robot.name, seed).normal(size=shape).astype(np.float32)

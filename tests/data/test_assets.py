@@ -1,4 +1,4 @@
-"""What a policy needs beside its parameters goes into a step folder and comes back the same."""
+"""A policy's assets go into a step folder and come back the same."""
 
 import dataclasses
 import json

@@ -158,9 +158,10 @@ def test_relative_actions_of_lerobots_policy_have_to_be_the_robots(tmp_path):
 
 def test_a_folder_named_by_hand_may_hold_them_one_level_down(tmp_path):
     _openpis(tmp_path, "mine")
-    for folder in (tmp_path / "assets" / "mine", tmp_path / "assets", tmp_path):
+    file = tmp_path / "assets" / "mine" / "norm_stats.json"
+    for folder in (file, file.parent, tmp_path / "assets", tmp_path):
         found = checkpoint_statistics.at(folder, "mine")
-        assert found.path == tmp_path / "assets" / "mine" / "norm_stats.json"
+        assert found.path == file
     _openpis(tmp_path, "mine", "other")
     with pytest.raises(
         FileNotFoundError, match=r"several below it: name one of \['mine', 'other'\]"
@@ -184,3 +185,21 @@ def test_a_teacher_of_ours_for_another_robot_or_prompt_is_refused(own, tmp_path)
         assets.teacher_statistics(tmp_path, "turntable", robots.TURNTABLE, said)
     shutil.rmtree(tmp_path / "assets")
     assert assets.teacher_statistics(tmp_path, "mine", robots.TURNTABLE, own.model) is None
+
+
+def test_statistics_given_in_place_of_the_teachers_are_told(tmp_path, capsys):
+    step, dims = _openpis(tmp_path, "trossen"), {"state": 3, "actions": 3}
+    same = {"state": _stats(0.0), "actions": _stats(0.0)}
+    checkpoint_statistics.warn_of_others(step, "mine", "z_score", same, dims)
+    assert capsys.readouterr().err == ""
+    other = {**same, "actions": _stats(0.5)}
+    checkpoint_statistics.warn_of_others(step, "mine", "z_score", other, dims)
+    told = capsys.readouterr().err
+    assert "trained with other statistics of 'actions'" in told
+    assert "'state'" not in told
+    # By percentiles both are the same map.
+    checkpoint_statistics.warn_of_others(step, "mine", "quantile", other, dims)
+    checkpoint_statistics.warn_of_others(tmp_path / "none", "mine", "z_score", other, dims)
+    _openpis(tmp_path, "trossen", "droid")
+    checkpoint_statistics.warn_of_others(step, "mine", "z_score", other, dims)
+    assert capsys.readouterr().err == ""

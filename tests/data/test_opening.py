@@ -180,7 +180,7 @@ def test_statistics_are_the_teachers_the_datasets_only_with_a_word(data, model, 
     own = dataclasses.replace(data, norm_stats="dataset")
     found = opening.open_data(own, model, tmp_path / "teacher").assets.stats
     np.testing.assert_array_equal(found["actions"].std, computed["actions"].std)
-    assert "warning" not in capsys.readouterr().err
+    assert "trained with other statistics of 'state'" in capsys.readouterr().err
     opening.open_data(data, model, tmp_path / "without")
     assert "has no statistics: using the dataset's, right only if" in capsys.readouterr().err
     progress.be_strict()

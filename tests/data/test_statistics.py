@@ -23,7 +23,7 @@ def _dataset(lengths=(9, 1, 30, 4), dims=(3, 2), seed=0):
 
 
 def _seen(state, actions, ends, robot, horizon):
-    """What the loader gives: every chunk of every frame through the robot's transforms."""
+    """Every chunk of every frame through the robot's transforms, as the loader gives it."""
     rows = []
     for i in range(len(state)):
         frames = np.minimum(np.arange(i, i + horizon), ends[i] - 1)

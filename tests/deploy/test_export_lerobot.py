@@ -1,4 +1,4 @@
-"""What LeRobot computes with the folder's numbers is what our transforms compute."""
+"""LeRobot computes with the folder's numbers what our transforms compute."""
 
 import ast
 import dataclasses

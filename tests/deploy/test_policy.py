@@ -231,14 +231,18 @@ def test_metadata_is_plain_and_says_what_a_client_sends(deployed):
     }
 
 
-def test_a_default_prompt_stands_in_for_one_that_is_not_sent(own, params, scene):
+def test_a_default_prompt_stands_in_for_one_that_is_not_sent(own, params, scene, capsys):
     (first, _), noise = scene
     asked = policy.Policy(own, params, num_steps=1, prompt=PROMPTS[1])
     unsaid = {key: value for key, value in first.items() if key != "task"}
     expected = asked.infer({**first, "task": PROMPTS[1]}, noise[0])["actions"]
     np.testing.assert_array_equal(asked.infer(unsaid, noise[0])["actions"], expected)
+    assert capsys.readouterr().err == ""
     own_prompt = asked.infer(first, noise[0])["actions"]
     assert np.abs(own_prompt - expected).max() > 1e-5
+    fixed = dataclasses.replace(own, robot=dataclasses.replace(own.robot, prompt=PROMPTS[0]))
+    policy.Policy(fixed, params, num_steps=1, prompt=PROMPTS[1])
+    assert f"always has the prompt '{PROMPTS[0]}'" in capsys.readouterr().err
 
 
 def test_a_warm_policy_traces_nothing_more(step, scene, monkeypatch):

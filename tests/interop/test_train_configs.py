@@ -1,4 +1,4 @@
-"""Where our configs say "as in openpi", they have the values of the openpi that is installed."""
+"""Configs that say "as in openpi" have the values of the openpi that is installed."""
 
 import dataclasses
 import pathlib

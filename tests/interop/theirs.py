@@ -41,7 +41,7 @@ def model(config: pi0.Pi0Config, params: dict) -> openpi_pi0.Pi0:
 
 
 def results(config: pi0.Pi0Config) -> dict[str, np.ndarray]:
-    """What openpi makes of the inputs."""
+    """The inputs through openpi's transforms."""
     params = parity.nested(parity.parameters(shapes(config)))
     return {name: parity.thinned(value) for name, value in _results(config, params).items()}
 

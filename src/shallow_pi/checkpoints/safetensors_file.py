@@ -18,10 +18,13 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from shallow_pi import progress
 from shallow_pi.checkpoints import safetensors_layout as layout
 from shallow_pi.models import parameters
 
 NAME = "model.safetensors"
+# Width of openpi's backbone, whose heads are assumed where a file does not say them.
+OPENPI_WIDTH = 2048
 _DTYPES = {"F32": jnp.float32, "BF16": jnp.bfloat16, "F16": jnp.float16, "F64": jnp.float64}
 
 
@@ -75,6 +78,11 @@ class File:
                 f"{path} is not a π0 or π0.5 checkpoint of openpi or LeRobot: "
                 f"{fast or 'it lacks the backbone or action_in_proj'}. Its tensors start with "
                 f"{sorted(stored)[:3]}; give a π0 or π0.5 checkpoint"
+            )
+        if "num_kv_heads" not in header and (width := self._shape(first_keys)[-1]) != OPENPI_WIDTH:
+            progress.warn(
+                f"{path} does not say how many heads its matrices have, and its width {width} is "
+                f"not openpi's {OPENPI_WIDTH}: assuming openpi's 1 key head and 16 image heads"
             )
         self._known["head_dim"] = self._shape(first_keys)[0] // self._known["kv_heads"]
         self._layers = {rule.parameter.path: self._count(rule) for rule in layout.RULES}

@@ -217,6 +217,8 @@ def params_folder(path: str | os.PathLike[str]) -> pathlib.Path:
         if steps:
             last = max(steps, key=int)
             advice = f"it holds the steps {', '.join(steps)}: name one, such as {folder / last}"
+        elif "pretrained_model" in inside:
+            advice = f"it is a checkpoint of LeRobot's: name {folder / 'pretrained_model'}"
         else:
             advice = f"it holds {inside or 'nothing'}: it was half written, copied or downloaded"
             advice += "; delete it and write or fetch it again"

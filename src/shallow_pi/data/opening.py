@@ -238,21 +238,27 @@ def _stats(
                 f"the teacher in {teacher_step} has no statistics: using the dataset's, right only "
                 "if it was trained with these (--data.norm-stats FOLDER gives others)"
             )
+    dims = {"state": robot.state_dim, "actions": robot.action_dim}
     if found is None:
         progress.say("Statistics: computed from the dataset")
-        return sources.norm_stats(datasets, robot, model.action_horizon)
-    progress.say(f"Statistics: {found.path}")
-    dims = {"state": robot.state_dim, "actions": robot.action_dim}
-    normalize.check(found.stats, dims, kind)
+        stats = sources.norm_stats(datasets, robot, model.action_horizon)
+    else:
+        progress.say(f"Statistics: {found.path}")
+        stats = found.stats
+        normalize.check(stats, dims, kind)
+    if teacher_step is not None and data.norm_stats:
+        checkpoint_statistics.warn_of_others(teacher_step, data.asset_id, kind, stats, dims)
+    if found is None:
+        return stats
     compared = [_part(dataset) for dataset in datasets]
     lines = statistics.misfits(
-        found.stats, sources.norm_stats(compared, robot, model.action_horizon), kind
+        stats, sources.norm_stats(compared, robot, model.action_horizon), kind
     )
     for line in lines[:MOST_MISFITS]:
         progress.warn(line)
     if len(lines) > MOST_MISFITS:
         progress.warn(f"{len(lines) - MOST_MISFITS} more dimensions do not fit the statistics")
-    return found.stats
+    return stats
 
 
 def _part(dataset: reader.Dataset) -> reader.Dataset:

@@ -45,7 +45,7 @@ class Policy:
       params: the model's parameters.
       num_steps: integration steps of the sampler.
       seed: of the noise `infer` draws.
-      prompt: what to do where an observation does not say.
+      prompt: the instruction where an observation has none.
       state_warn: spreads outside its training data beyond which a state is warned of; see
         `state_check`.
       state_refuse: the same, beyond which it is refused; 0 refuses none.
@@ -63,6 +63,11 @@ class Policy:
         state_refuse: float = state_check.REFUSE,
     ) -> None:
         self.assets, self.num_steps, self.prompt = assets, num_steps, prompt
+        if prompt and assets.robot.prompt:
+            progress.warn(
+                f"robot {assets.robot.name} always has the prompt {assets.robot.prompt!r}: the "
+                f"policy's {prompt!r} is not used"
+            )
         self._inputs, self._outputs = assets.inputs(), assets.outputs()
         self._check_state = state_check.StateCheck.create(
             assets.robot,
@@ -107,7 +112,7 @@ class Policy:
           num_steps: integration steps of the sampler.
           seed: of the noise `infer` draws.
           robot: for a folder that is not ours, which robot it is for; see `step_folder.assets`.
-          prompt: what to do where an observation does not say.
+          prompt: the instruction where an observation has none.
           warm_up: compile now what the first observation will need; see `warm_up`.
           asset_id: whose statistics, where there are several.
           tokenizer: a SentencePiece model, where it is another than the folder's or PaliGemma's.
@@ -148,7 +153,7 @@ class Policy:
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """What a client needs to know, in plain values; `action_dim` is the robot's."""
+        """Facts for clients, in plain values; `action_dim` is the robot's."""
         model, robot = self.assets.model, self.assets.robot
         return {
             "model": "pi05" if model.pi05 else "pi0",
@@ -173,7 +178,7 @@ class Policy:
 
     @property
     def description(self) -> str:
-        """One line: the model, its robot, and everything an openpi folder leaves to be assumed."""
+        """One line: the model, its robot, and all that a folder of openpi's does not say."""
         model, robot = self.assets.model, self.assets.robot
         state = ", state in the prompt" if model.discrete_state_input else ""
         return (

@@ -1,1 +1,1 @@
-"""Where openpi and lerobot meet us: the only folder that imports them, inside functions."""
+"""The bridge to openpi and lerobot: the only folder that imports them, inside functions."""

@@ -255,7 +255,7 @@ def register_checkpoint(name: str, step: str | os.PathLike[str]) -> None:
 
 
 def is_openpis(name: str) -> bool:
-    """Whether openpi has a config of that name itself."""
+    """True if openpi has a config of that name itself."""
     require()
     from openpi.training import config as configs
 
@@ -281,7 +281,7 @@ def serve_script(checkout: str | os.PathLike[str] | None = None) -> pathlib.Path
 
 
 def require() -> str:
-    """Where openpi lies; an error that says how to get it where it is not installed."""
+    """The path of openpi's package; an error with the way to install it where there is none."""
     found = importlib.util.find_spec("openpi")
     if found is None or found.origin is None:
         raise ModuleNotFoundError(

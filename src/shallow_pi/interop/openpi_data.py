@@ -25,7 +25,7 @@ from shallow_pi.models import batch as batches
 from shallow_pi.models import observation as observations
 from shallow_pi.models import pi0
 
-# What `data.source` names this module's `open_data` by.
+# The name of this module's `open_data` in `data.source`.
 SOURCE = "shallow_pi.interop.openpi_data:open_data"
 # Before the name of a config whose transforms are no robot of ours.
 PREFIX = "openpi:"
@@ -144,7 +144,7 @@ def open_data(
 
 
 def available(source: Any) -> bool:
-    """Whether openpi's loader can read the data of this openpi training config here."""
+    """True if openpi's loader can read the data of this openpi training config here."""
     try:
         importlib.import_module("lerobot")
     except ModuleNotFoundError:

@@ -46,7 +46,7 @@ def _at_depth(module: types.ModuleType, depth: int) -> Iterator[None]:
 
 
 class _Shallow:
-    """What both policies add to LeRobot's."""
+    """The parts that both policies add to LeRobot's."""
 
     # LeRobot's module that builds the model.
     module: types.ModuleType

@@ -89,7 +89,7 @@ class ToModelStep(ProcessorStep):
         return new
 
     def get_config(self) -> dict[str, Any]:
-        """What a pipeline's JSON file holds of this step."""
+        """The settings of this step in a pipeline's JSON file."""
         return {"state": self.state, "action": self.action, "prompt": self.prompt}
 
     def transform_features(self, features: Features) -> Features:
@@ -115,7 +115,7 @@ class ToRobotStep(ProcessorStep):
         return new
 
     def get_config(self) -> dict[str, Any]:
-        """What a pipeline's JSON file holds of this step."""
+        """The settings of this step in a pipeline's JSON file."""
         return {"action": self.action}
 
     def transform_features(self, features: Features) -> Features:

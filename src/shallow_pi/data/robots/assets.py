@@ -1,4 +1,4 @@
-"""What a policy needs beside its parameters, and the files that carry it in every checkpoint.
+"""Everything a policy needs beside its parameters, and its files in every checkpoint.
 
 A step folder holds `assets/shallow_pi.json` (the model's sizes, and the robot's),
 `assets/tokenizer.model` and openpi's `assets/<asset_id>/norm_stats.json`. With them `<step>` alone
@@ -46,7 +46,7 @@ class Assets:
 
     @property
     def kind(self) -> normalize.Kind:
-        """How the model's inputs are normalized: π0 by z-score, π0.5 by quantiles."""
+        """The normalization of the model's inputs: z-score for π0, quantiles for π0.5."""
         return normalize.kind_of(self.model.pi05)
 
     def inputs(self) -> transforms.Transform:

@@ -60,13 +60,8 @@ def find(
     Raises:
       ValueError: several statistics and none of that name, or files that cannot be read.
     """
-    root = step / "assets"
-    there = {
-        path.parent.relative_to(root).as_posix(): path.parent
-        for path in sorted(root.rglob(normalize.FILE_NAME))
-    }
-    names = [name for name in there if name == asset_id]
-    names = names or [name for name in there if name.rpartition("/")[2] == asset_id]
+    there = _openpis(step)
+    names = _named(there, asset_id)
     if not names and there:
         names = [] if exact else list(there)
         if len(names) != 1:
@@ -86,12 +81,53 @@ def find(
     return _lerobots(step, asset_id, kind)
 
 
+def warn_of_others(
+    step: pathlib.Path,
+    asset_id: str,
+    kind: normalize.Kind,
+    given: Mapping[str, normalize.NormStats],
+    dims: Mapping[str, int],
+) -> None:
+    """Warn where a teacher was trained with other statistics than those given in their place."""
+    there = _openpis(step)
+    names = _named(there, asset_id) or list(there)
+    if len(names) > 1:
+        return  # Nothing says which were its own.
+    found = find(step, names[0] if names else asset_id, kind, options="")
+    for key, dim in dims.items():
+        if found is None or key not in found.stats:
+            continue
+        ends = np.stack([np.zeros(dim), np.ones(dim)])
+        own, other = (normalize.normalize(ends, x[key], kind) for x in (found.stats, given))
+        if not np.allclose(own, other, rtol=1e-3, atol=1e-3):
+            progress.warn(
+                f"the teacher was trained with other statistics of {key!r} ({found.path}): its "
+                "velocities are compared in a normalization that it does not know"
+            )
+
+
+def _openpis(step: pathlib.Path) -> dict[str, pathlib.Path]:
+    """Name of statistics in openpi's layout → their folder."""
+    root = step / "assets"
+    return {
+        path.parent.relative_to(root).as_posix(): path.parent
+        for path in sorted(root.rglob(normalize.FILE_NAME))
+    }
+
+
+def _named(there: Mapping[str, pathlib.Path], asset_id: str) -> list[str]:
+    exact = [name for name in there if name == asset_id]
+    return exact or [name for name in there if name.rpartition("/")[2] == asset_id]
+
+
 def at(folder: pathlib.Path, asset_id: str) -> Found:
     """The statistics of a folder named by hand: in it, in its folder `asset_id` or in its only one.
 
     Raises:
       FileNotFoundError: there are none, or several of other names.
     """
+    if folder.name == normalize.FILE_NAME:
+        folder = folder.parent
     for inside in (folder, folder / asset_id):
         if (inside / normalize.FILE_NAME).is_file():
             return Found(normalize.load(inside), asset_id, inside / normalize.FILE_NAME)
@@ -131,7 +167,7 @@ def check_robot(step: pathlib.Path, robot: robots.Robot) -> None:
 
 
 def state_in_prompt(step: pathlib.Path) -> bool | None:
-    """Whether a policy of LeRobot's reads its state in the prompt; None for any other folder."""
+    """True if a policy of LeRobot's reads its state in the prompt; None for any other folder."""
     pipeline = step / PREPROCESSOR
     if not pipeline.is_file():
         return None

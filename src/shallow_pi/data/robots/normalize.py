@@ -62,14 +62,14 @@ class NormStats:
         ]
 
     def span(self, kind: Kind = "quantile") -> tuple[np.ndarray, np.ndarray]:
-        """Where 98 % of the values lie: between the percentiles, or as far as mean and std tell."""
+        """The ends of the middle 98 %: the percentiles, or else an estimate from mean and std."""
         if kind == "z_score" or self.q01 is None or self.q99 is None:
             return self.mean - 2.33 * self.std, self.mean + 2.33 * self.std
         return self.q01, self.q99
 
 
 def kind_of(pi05: bool) -> Kind:
-    """How a model's inputs are normalized: π0 by z-score, π0.5 by quantiles."""
+    """The normalization of a model's inputs: z-score for π0, quantiles for π0.5."""
     return "quantile" if pi05 else "z_score"
 
 

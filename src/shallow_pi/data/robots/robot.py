@@ -1,7 +1,7 @@
 """A robot is its camera names, its key names, its sizes and its units: data, no code.
 
-`pipelines.py` makes transforms of it. The robots below read their data as openpi does, so that its
-checkpoints and statistics fit.
+`pipelines.py` turns it into transforms. The robots below read their data as openpi does, so that
+openpi's checkpoints and statistics fit them.
 
 Your own robot is a small file with one constant, given in place of a name (`--data.robot my.py`):
 
@@ -43,7 +43,7 @@ class Group:
     """Action dimensions in a row that belong together, and whose errors are measured together."""
 
     name: str
-    # How many dimensions.
+    # Number of dimensions.
     size: int
     # Of the robot's own actions; empty for numbers without one (0 closed, 1 open).
     unit: str = ""
@@ -90,8 +90,8 @@ class Robot:
     action_more: tuple[str, ...] = ()
     # Always this prompt, whatever recordings and observations say; empty takes theirs.
     prompt: str = ""
-    # Where its transforms are, if they are code and not these fields: a config of openpi's by name.
-    # Its policies are served there.
+    # The openpi config that has its transforms, if they are code and not these fields; openpi
+    # serves its policies.
     elsewhere: str = ""
     # The action dimensions in order; empty is one group of all (`action_groups`).
     groups: tuple[Group, ...] = ()
@@ -302,7 +302,7 @@ UR5 = Robot(
     groups=(Group("joints", 6, "rad"), Group("gripper", 1)),
 )
 
-# What statistics and parameters were made for; the rest of a robot is names.
+# The fields that statistics and parameters depend on; the rest of a robot is names.
 _UNITS = ("state_dim", "action_dim", "delta", "state_conversion", "action_conversion")
 
 

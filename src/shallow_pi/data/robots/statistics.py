@@ -106,7 +106,7 @@ def _differences(
 
 
 def _occurrences(last: np.ndarray, horizon: int) -> np.ndarray:
-    """How many chunks each frame's action is in, counted once for every place in them."""
+    """Number of times each frame's action occurs in the chunks."""
     frames = np.arange(len(last))
     starts = np.searchsorted(last, last, side="left")
     weights = np.minimum(frames - starts + 1, horizon)
@@ -167,10 +167,10 @@ def _value(key: int) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class _Scale:
-    """What a fitting dataset's 1st to 99th percentile looks like after normalization."""
+    """Expected 1st to 99th percentile of a fitting dataset after normalization."""
 
     width: float
-    # Statistics of ten times another unit, or of another robot, go beyond these.
+    # Statistics in another unit, or of another robot, go beyond these.
     too_wide: float = 4.0
     too_narrow: float = 0.04
     too_far: float = 2.0

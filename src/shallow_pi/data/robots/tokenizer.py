@@ -48,7 +48,7 @@ class Tokenizer:
 
     @property
     def truncated(self) -> int:
-        """How many prompts were longer than `max_len` so far."""
+        """Number of prompts that were longer than `max_len` so far."""
         return self._truncated
 
     def encode(self, prompt: str, state: Float[np.ndarray, " sd"] | None = None) -> list[int]:

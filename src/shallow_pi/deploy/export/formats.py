@@ -10,7 +10,7 @@ from shallow_pi.deploy.export import student as students
 
 
 class Format(Protocol):
-    """What a file of a format defines."""
+    """The functions that a format's file defines."""
 
     def prepare(self, student: students.Student, origin: students.Origin) -> students.Student:
         """The student as this format holds it: the same function of the same observations."""
@@ -19,7 +19,7 @@ class Format(Protocol):
         """Write everything but `assets/` into a new folder that `Policy.from_checkpoint` reads."""
 
     def usage(self, folder: str, student: students.Student, origin: students.Origin) -> str:
-        """How to run the folder of that name, in Markdown."""
+        """Instructions for running the folder of that name, in Markdown."""
 
 
 FORMATS: Mapping[str, Format] = {

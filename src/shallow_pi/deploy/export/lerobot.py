@@ -238,7 +238,7 @@ def _outputs(assets: policy_assets.Assets) -> dict[str, Any]:
 
 
 def _relative(assets: policy_assets.Assets) -> tuple[bool, list[str], list[str]]:
-    """Whether any action is relative to the state, which are not, and names for all of them."""
+    """True if any action is relative to the state; the names of those that are not, and of all."""
     dim = assets.robot.action_dim
     delta = (*assets.robot.delta, *(False,) * dim)[:dim]
     names = [f"action_{index:03d}" for index in range(dim)]
