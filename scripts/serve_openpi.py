@@ -1,41 +1,9 @@
 """Serve a student with openpi's own scripts/serve_policy.py, unmodified.
 
-python scripts/serve_openpi.py policy:checkpoint --policy.config=NAME --policy.dir=STEP [...]
-
-    --policy.config pi0_aloha_l6        any name; openpi's own names give openpi's own configs
-    --policy.dir    checkpoints/pi0_aloha_l6/first/30000
-    --openpi-dir    a clone of openpi (or $OPENPI_DIR), where it is not installed from one
-
-Run it with the Python of an environment that has openpi. Every other argument (--port, ...) is
-serve_policy.py's; --help shows them.
+uv run scripts/serve_openpi.py --help tells more.
 """
 
-import argparse
-import runpy
-import sys
-
-from shallow_pi.interop import openpi
-from shallow_pi.training import command_line
-
-
-def main() -> None:
-    """Register the student with openpi in this process, then run openpi's script."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--openpi-dir")
-    own, arguments = parser.parse_known_args()
-    if not arguments or "--help" in arguments or "-h" in arguments:
-        print((__doc__ or "").strip(), end="\n\n")
-        arguments = arguments or ["--help"]
-    parser.add_argument("--policy.config", dest="name")
-    parser.add_argument("--policy.dir", dest="step")
-    named, _ = parser.parse_known_args(arguments)
-    with command_line.exit_on(ModuleNotFoundError):
-        script = openpi.serve_script(own.openpi_dir)
-        if named.name and named.step and not openpi.is_openpis(named.name):
-            openpi.register_checkpoint(named.name, named.step)
-    sys.argv = [str(script), *arguments]
-    runpy.run_path(str(script), run_name="__main__")
-
+from shallow_pi.commands import serve_openpi
 
 if __name__ == "__main__":
-    main()
+    serve_openpi.main()

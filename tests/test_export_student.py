@@ -1,32 +1,25 @@
 """The command: it exports, explains itself, and answers bad input with one error."""
 
-import importlib.util
 import json
 import pathlib
 import shutil
-import sys
 
 import pytest
 
 from shallow_pi.checkpoints import sizes, weights
+from shallow_pi.commands import export_student
 
 ROOT = pathlib.Path(__file__).parents[1]
 TEACHER = ROOT / "assets" / "pi0_turntable"
 
 
 @pytest.fixture
-def command(capsys, monkeypatch):
-    """Calls the script's `main` in this process: (exit status, stdout, stderr)."""
-    spec = importlib.util.spec_from_file_location(
-        "export_student", ROOT / "scripts" / "export_student.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "export_student", module)  # tyro reads its source for --help.
-    spec.loader.exec_module(module)
+def command(capsys):
+    """Calls the command in this process: (exit status, stdout, stderr)."""
 
     def call(*arguments):
         try:
-            module.main([str(argument) for argument in arguments])
+            export_student.main([str(argument) for argument in arguments])
             status = 0
         except SystemExit as error:
             status = error.code

@@ -1,14 +1,13 @@
 """The script that serves with openpi, where there is none; with it, see tests/interop."""
 
 import importlib.util
-import pathlib
 import sys
 
 import pytest
 
+from shallow_pi.commands import serve_openpi
 from shallow_pi.interop import openpi_configs
 
-SCRIPT = pathlib.Path(__file__).parents[1] / "scripts" / "serve_openpi.py"
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("openpi") is not None, reason="openpi is installed here"
 )
@@ -16,15 +15,12 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """Calls the script's `main` in this process: (exit status, stdout, stderr)."""
-    spec = importlib.util.spec_from_file_location("serve_openpi", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    """Calls the command in this process: (exit status, stdout, stderr)."""
 
     def call(*arguments):
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
+        monkeypatch.setattr(sys, "argv", ["serve_openpi", *arguments])
         with pytest.raises(SystemExit) as exit_:
-            module.main()
+            serve_openpi.main()
         said = capsys.readouterr()
         return exit_.value.code, said.out, said.err
 

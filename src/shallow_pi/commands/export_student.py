@@ -1,0 +1,75 @@
+"""Give a student to openpi or LeRobot.
+
+uv run scripts/export_student.py SOURCE --format FORMAT [--step last|best|N] [--output DIR]
+
+SOURCE is a run's folder (checkpoints/<config>/<exp>), of which --step says what is taken, or a step
+folder in it. Formats:
+
+    openpi            params/ and assets/ for openpi with a config of the student's depth
+    openpi-padded     the same at the teacher's depth, for an unchanged openpi; no faster
+    openpi-pytorch    model.safetensors for openpi's PyTorch model
+    lerobot           a policy folder of LeRobot; needs plugins/lerobot_policy_shallow_pi there
+
+The folder (default: <run>/exports/<step>-<format>) appears when it has been read back and its
+actions compared with the student's; an existing one is never overwritten. Its README.md says how to
+run it.
+
+    uv run scripts/export_student.py checkpoints/pi0_aloha_l6/first --format openpi
+    uv run scripts/export_student.py checkpoints/pi0_aloha_l6/first --step best --format lerobot
+    uv run scripts/export_student.py 30000 --format openpi-padded --layers 0 3 7 10 14 17
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Annotated
+
+import tyro
+
+from shallow_pi import progress
+from shallow_pi.deploy.export import export
+from shallow_pi.parallel import processes
+from shallow_pi.training import command_line
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """The arguments of the command."""
+
+    # The student's run folder, or a step folder; local, gs:// or hf://.
+    source: Annotated[str, tyro.conf.Positional]
+    # Whose layout: a name above.
+    format: str
+    # Which step of a run: last, best (the one its best.json names) or a number.
+    step: str = "last"
+    # The folder to make; empty is exports/<step>-<format> beside the step.
+    output: str = ""
+    # openpi-padded of a step folder without its run: teacher layers of the student's.
+    layers: tuple[int, ...] = ()
+    # openpi-padded of a step folder without its run: layers of the teacher.
+    teacher_depth: int = 18
+    # Export sizes other than openpi's too; no released class of openpi or LeRobot loads them.
+    any_size: bool = False
+    # Integration steps of the comparison.
+    num_steps: int = 10
+    # Make warnings errors.
+    strict: bool = False
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse, export, say where it is."""
+    given = tyro.cli(Arguments, args=arguments, description=__doc__)
+    progress.be_strict(given.strict)
+    processes.cache_compilations()
+    with command_line.exit_on():
+        folder = export.export(
+            given.source,
+            given.format,
+            given.output or None,
+            step=given.step,
+            layers=given.layers,
+            teacher_depth=given.teacher_depth,
+            any_size=given.any_size,
+            num_steps=given.num_steps,
+            report=progress.say,
+        )
+    print(folder)

@@ -1,0 +1,64 @@
+"""`shallow-pi NAME ...`: every command of this package where there is no clone of it.
+
+A command is a module of this folder whose docstring is its help; only the one that is asked for is
+imported.
+"""
+
+import ast
+import difflib
+import importlib
+import importlib.metadata
+import pathlib
+import sys
+from collections.abc import Sequence
+
+# Name → module of this folder, whose script in a clone has the module's name.
+COMMANDS = {
+    "export": "export_student",
+    "serve-openpi": "serve_openpi",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command that is named first; without one, list them."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["--version"]:
+        print(importlib.metadata.version("shallow-pi"))
+        return
+    if not words or words[0] in ("-h", "--help"):
+        print(overview())
+        raise SystemExit(0 if words else 2)
+    name, rest = words[0], words[1:]
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        print(f"error: unknown command {name!r}: {', '.join(COMMANDS)}{hint}", file=sys.stderr)
+        raise SystemExit(2)
+    module = importlib.import_module(f"shallow_pi.commands.{COMMANDS[name]}")
+    # Help names commands as they are typed here.
+    module.__doc__ = as_typed(module.__doc__ or "")
+    # What the command's parser reads, and names itself by.
+    sys.argv = [f"shallow-pi {name}", *rest]
+    module.main()
+
+
+def overview() -> str:
+    """The list of commands, from the first line of each one's docstring."""
+    lines = ["shallow-pi COMMAND ...; shallow-pi COMMAND --help tells more.", ""]
+    for name, module in COMMANDS.items():
+        path = pathlib.Path(__file__).with_name(f"{module}.py")
+        docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        lines.append(f"    {name:<18}{docstring.partition(chr(10))[0]}")
+    return "\n".join(lines)
+
+
+def as_typed(text: str) -> str:
+    """A help text with `shallow-pi NAME` in place of each script of the clone."""
+    for name, module in COMMANDS.items():
+        for script in (f"uv run scripts/{module}.py", f"python scripts/{module}.py"):
+            text = text.replace(script, f"shallow-pi {name}")
+    return text
+
+
+if __name__ == "__main__":
+    main()
