@@ -29,7 +29,7 @@ import rich.console
 import rich.table
 
 from shallow_pi import figures
-from shallow_pi.parallel import processes, shapes
+from shallow_pi.parallel import processes
 from shallow_pi.speed import inference, latency, plots, step
 from shallow_pi.training import command_line, config, setup
 
@@ -66,17 +66,16 @@ def _measure(
         made_up = dataclasses.replace(experiment.teacher, path=setup.RANDOM)
         experiment = dataclasses.replace(experiment, teacher=made_up)
     mesh = setup.make_mesh(experiment, jax.devices())
-    spec = setup.any_spec(experiment, mesh)
+    spec = setup.make_spec(experiment, mesh)
     size = 2048 if jax.default_backend() == "cpu" else 8192
     with step.explained(experiment.batch_size):
         limit = inference.ceiling(experiment.model.dtype, size)
         teacher = setup.load_teacher(experiment, None, mesh)
-        abstract = shapes.abstract_state(spec, mesh)
         timing = step.measure(
             spec,
             mesh,
             teacher,
-            setup.initial_state(experiment, spec, teacher, abstract),
+            setup.random_state(spec, mesh, experiment.seed),
             batch_size=experiment.batch_size,
             repeats=repeats,
         )

@@ -36,7 +36,7 @@ def main() -> None:
         devices = compile.devices(own.devices, own.topology)
         experiment = setup.resolve_from_disk(experiment)
         mesh = setup.make_mesh(experiment, devices)
-        spec, dtype = setup.any_spec(experiment, mesh), setup.teacher_dtype(experiment)
+        spec, dtype = setup.make_spec(experiment, mesh), setup.teacher_dtype(experiment)
         name = own.topology or f"cpu:{own.devices}"
         progress.console.print(f"Compiling {experiment.name} for {name}: minutes at full size")
         began = time.perf_counter()

@@ -35,7 +35,7 @@ def main() -> None:
         only = kind if kind in accelerators.TABLE else ""
         room = accelerators.TABLE[only].memory if only else None
         mesh = setup.make_mesh(experiment, devices, room)
-        spec, dtype = setup.any_spec(experiment, mesh), setup.teacher_dtype(experiment)
+        spec, dtype = setup.make_spec(experiment, mesh), setup.teacher_dtype(experiment)
         lines = report.estimated(spec, mesh, experiment.batch_size, dtype, only)
         print(f"{experiment.name}, " + "\n".join(lines))
 

@@ -12,7 +12,7 @@ import pytest
 
 from shallow_pi.checkpoints import weights
 from shallow_pi.data.robots import robot as robots
-from shallow_pi.distill import layer_map, step, student
+from shallow_pi.distill import step, student
 from shallow_pi.evaluation import study
 from shallow_pi.models import batch as batches
 from shallow_pi.models import pi0
@@ -27,11 +27,6 @@ NAMES = sorted(command_line.names(CONFIGS))
 @pytest.fixture(params=NAMES)
 def experiment(request):
     return command_line.load(CONFIGS, request.param)
-
-
-def _spec(experiment):
-    layers = None if experiment.teacher is None else experiment.fixed_layer_map()
-    return setup.make_spec(experiment, layers)
 
 
 def test_the_experiments_of_the_first_release_are_there():
@@ -62,7 +57,7 @@ def test_a_docstring_says_what_it_is_and_how_to_run_it(experiment):
 
 def test_the_state_evaluates_abstractly(experiment):
     mesh = sharding.MeshConfig().create()
-    state = shapes.abstract_state(_spec(experiment), mesh)
+    state = shapes.abstract_state(setup.make_spec(experiment), mesh)
     weights.check_tree(pi0.abstract_params(experiment.student_model), state.params, "state")
     for path, leaf in weights.leaves(state).items():
         assert leaf.dtype == (jnp.int32 if path.endswith(("step", "count")) else jnp.float32), path
@@ -73,7 +68,7 @@ def test_the_state_evaluates_abstractly(experiment):
 @pytest.mark.slow
 def test_a_step_evaluates_abstractly(experiment):
     """Traced, not compiled: teacher, student, losses and optimizer fit together."""
-    spec = _spec(experiment)
+    spec = setup.make_spec(experiment)
     state = shapes.abstract_state(spec, sharding.MeshConfig().create())
     teacher = None
     if experiment.teacher is not None:
@@ -143,7 +138,7 @@ def test_pi0_aloha_is_split_over_eight_devices():
     """Student, moments and teacher: an eighth a device, but for what is too small to matter."""
     experiment = command_line.load(CONFIGS, "pi0_aloha_l6")
     mesh = sharding.MeshConfig(fsdp=8).create()
-    state = shapes.abstract_state(_spec(experiment), mesh)
+    state = shapes.abstract_state(setup.make_spec(experiment), mesh)
     teacher = pi0.abstract_params(experiment.model)
     teacher_sharding = weights.leaves(sharding.param_sharding(mesh, teacher))
     pairs = [(leaf.shape, leaf.sharding) for leaf in jax.tree.leaves(state)]
@@ -152,9 +147,3 @@ def test_pi0_aloha_is_split_over_eight_devices():
     each = sum(math.prod(where.shard_shape(shape)) for shape, where in pairs)
     assert whole == 3 * 1_709_150_992 + 3_238_048_528 + 3
     assert whole / 8 <= each < 1.01 * whole / 8
-
-
-def test_a_measured_strategy_has_a_spec_before_it_is_measured():
-    experiment = command_line.load(CONFIGS, "pi0_aloha_l6")
-    spec = setup.make_spec(experiment, layer_map.first(6, 18))
-    assert spec.student.depth == 6

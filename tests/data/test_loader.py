@@ -109,7 +109,7 @@ def test_prefetch_state_counts_what_was_handed_out() -> None:
     )
     source = Numbers(40)
     expected = _indices(loader.Loader(source, 8, seed=5), 8)
-    ahead = loader.prefetch(loader.Loader(source, 8, seed=5), sharding, depth=3)
+    ahead = loader.Prefetch(loader.Loader(source, 8, seed=5), sharding, depth=3)
     start = ahead.state()
     assert _indices(ahead, 4) == expected[:4]
     batch = next(ahead)
@@ -145,7 +145,7 @@ def test_bad_input_raises() -> None:
         loader.Loader(Numbers(20), 4, seed=2).restore(state)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     with pytest.raises(ValueError, match="prefetch depth must be at least 1"):
-        loader.prefetch(loader.Loader(Numbers(20), 4), device, depth=0)
+        loader.Prefetch(loader.Loader(Numbers(20), 4), device, depth=0)
 
 
 def _worker_loader(workers: int, threads: int = 0, **changes) -> loader.Loader:

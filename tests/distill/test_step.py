@@ -314,8 +314,7 @@ def test_a_batch_that_does_not_divide_raises(setting):
     [
         ({"draws": 0}, "at least 1, got 0 and 1"),
         ({"accumulation": 0}, "at least 1, got 1 and 0"),
-        ({"teacher": None}, "go together"),
-        ({"layer_map": None}, "go together"),
+        ({"teacher": None}, "a layer map names layers of a teacher, and there is none"),
         ({"teacher": None, "layer_map": None}, "need a teacher; give one, or set both to 0"),
         (
             {"teacher": None, "layer_map": None, "losses": TASK, "freeze": ("vision",)},

@@ -18,7 +18,7 @@ from shallow_pi.evaluation import rollout, study
 from shallow_pi.inference import prepare, sampler, tuning
 from shallow_pi.models import pi0
 from shallow_pi.sims import turntable
-from shallow_pi.training import command_line, config, loop, metrics, validation
+from shallow_pi.training import command_line, config, loop, metrics, run
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "train_configs"
 
@@ -85,7 +85,7 @@ def test_baselines_differ_from_the_student_in_loss_and_start_alone(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"execute_steps": 11}, "execute_steps must be at most the action horizon 10, got 11"),
+        ({"execute_steps": 11}, "execute-steps must be at most the action horizon 10, got 11"),
         ({"clearance_mm": 20.0}, "clearance_mm: expected 0.5 to 8"),
         ({"tasks": ("juggle",)}, "tasks: expected some of"),
         ({"sim": "turntabel"}, "unknown simulator 'turntabel'.* did you mean 'turntable'"),
@@ -137,7 +137,7 @@ def test_training_alone_ends_with_a_report(tmp_path, tiny_experiment, tiny_datas
     experiment = tiny_experiment(
         tmp_path,
         data=data,
-        validation=validation.ValidationConfig(interval=1, samples=8, num_steps=2),
+        validation=config.ValidationConfig(interval=1, samples=8, num_steps=2),
         num_train_steps=2,
     )
     assert study.run(experiment) == experiment.folder / "2"
@@ -236,8 +236,10 @@ def test_a_students_study_leaves_the_numbers_it_must(studied):
 @pytest.mark.timeout(900)
 def test_policies_under_test_are_what_the_table_calls_them(studied):
     experiment, _ = studied
-    runs = {"student": experiment.folder}
-    found = study._policies(experiment, experiment.closed_loop, runs)
+    data = dataclasses.replace(experiment.data, path=str(experiment.folder / "demonstrations"))
+    opened = run.open_run(dataclasses.replace(experiment, data=data, resume=True))
+    folders = {"student": experiment.folder}
+    found = study._policies(opened, experiment.closed_loop, folders)
     assert list(found) == ["teacher", "student", "cut_only"]
     expected = pi0.abstract_params(experiment.model)
     teacher = weights.load_params(experiment.teacher.path, expected, dtype="float32")
@@ -267,7 +269,7 @@ def test_a_resumed_study_does_no_stage_again(studied, monkeypatch):
     experiment = dataclasses.replace(experiment, resume=True)
     before = _hashes(experiment.folder)
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "run", lambda *_, **__: pytest.fail("trained again"))
+        patch.setattr(loop, "train", lambda *_, **__: pytest.fail("trained again"))
         assert study.run(experiment) == experiment.folder / "3"
     assert _hashes(experiment.folder) == before
 

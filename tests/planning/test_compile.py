@@ -20,7 +20,7 @@ def experiment(tiny_experiment, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def spec(experiment):
-    return setup.any_spec(experiment)
+    return setup.make_spec(experiment)
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def programs(experiment):
     found = {}
     for layout in ((8, 1, 1), (1, 8, 1), (2, 2, 2)):
         mesh = sharding.MeshConfig(*layout).create()
-        found[layout] = compile.compile_step(setup.any_spec(experiment, mesh), mesh, BATCH)
+        found[layout] = compile.compile_step(setup.make_spec(experiment, mesh), mesh, BATCH)
     return found
 
 

@@ -27,7 +27,7 @@ def full_size(tiny_experiment, tmp_path_factory):
 def _estimate(experiment, mesh=(1, 1, 1), batch=32):
     devices = jax.devices()[: mesh[0] * mesh[1] * mesh[2]]
     mesh = sharding.MeshConfig(*mesh).create(devices)
-    return memory.estimate(setup.any_spec(experiment), mesh, batch, "bfloat16")
+    return memory.estimate(setup.make_spec(experiment), mesh, batch, "bfloat16")
 
 
 def _with(experiment, **changes):
@@ -72,7 +72,7 @@ def test_an_estimate_is_near_what_the_compiler_plans(tiny_experiment, tmp_path, 
     """On a model whose activations outweigh its parameters."""
     experiment = tiny_experiment(tmp_path, remat=remat, batch_size=64)
     mesh = sharding.MeshConfig().create(jax.devices()[:1])
-    spec = setup.any_spec(experiment, mesh)
+    spec = setup.make_spec(experiment, mesh)
     planned = compile.compile_step(spec, mesh, 64)
     found = memory.estimate(spec, mesh, 64, "bfloat16")
     assert found.given == planned.given
@@ -92,7 +92,7 @@ def test_parameters_are_split_over_the_fewest_devices_with_room(
     full_size, monkeypatch, room, chosen
 ):
     """The widest split is taken where even that has no room: the run then says so."""
-    spec = setup.any_spec(_with(full_size, remat="layers"))
+    spec = setup.make_spec(_with(full_size, remat="layers"))
     devices = _devices(8, room, monkeypatch)
     found = memory.choose(sharding.MeshConfig(), devices, spec, 64, "bfloat16")
     assert found == sharding.MeshConfig(fsdp=chosen)
@@ -106,7 +106,7 @@ def test_parameters_are_split_over_the_fewest_devices_with_room(
 
 
 def test_a_mesh_somebody_chose_is_kept(full_size, monkeypatch):
-    spec, devices = setup.any_spec(full_size), _devices(8, GIGA, monkeypatch)
+    spec, devices = setup.make_spec(full_size), _devices(8, GIGA, monkeypatch)
     for mesh in (sharding.MeshConfig(fsdp=1), sharding.MeshConfig(data=4)):
         assert memory.choose(mesh, devices, spec, 64, "bfloat16") == mesh
 
@@ -115,18 +115,28 @@ def test_a_run_tells_its_mesh_and_when_it_may_not_fit(full_size, monkeypatch):
     devices = _devices(8, 16 * GIGA, monkeypatch)
     experiment = dataclasses.replace(full_size, batch_size=64, remat="layers")
     mesh = setup.make_mesh(experiment, devices)
-    line = setup.describe_mesh(experiment, mesh)
-    assert line.startswith("Mesh: data 2 × fsdp 4 × tensor 1 (8 cpu); a device needs about ")
-    assert line.endswith("of 16 GB")
+    first, second = setup.describe_mesh(experiment, mesh)
+    assert first == "Mesh: data 2 × fsdp 4 × tensor 1 (8 cpu)"
+    assert re.fullmatch(r"Memory of a device: about [\d.]+ GB \(teacher .*\) of 16 GB", second)
     big = dataclasses.replace(experiment, batch_size=512)
-    assert "may not fit: try --student.freeze" in setup.describe_mesh(big, mesh)
+    assert "may not fit: try --student.freeze" in setup.describe_mesh(big, mesh)[2]
+
+
+def test_a_strategy_that_measures_can_be_planned_but_not_stepped(full_size):
+    """Its layers are chosen in a run; memory does not depend on which."""
+    student = dataclasses.replace(full_size.student, strategy="similarity")
+    measured = dataclasses.replace(full_size, student=student)
+    assert setup.make_spec(measured).layer_map is None
+    assert _estimate(measured) == _estimate(full_size)
+    with pytest.raises(ValueError, match=r"none is chosen yet.*--student.layers"):
+        _ = setup.make_spec(measured).attention_layers
 
 
 @pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 4, 1)])
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_the_largest_batch_fits_and_the_next_one_does_not(full_size, mesh, accumulation):
     experiment = _with(full_size, remat="layers", accumulation=accumulation)
-    spec = setup.any_spec(experiment)
+    spec = setup.make_spec(experiment)
     devices = sharding.MeshConfig(*mesh).create(jax.devices()[: math.prod(mesh)])
     found = memory.largest_batch(spec, devices, 80 * GIGA, "bfloat16")
     multiple = mesh[0] * mesh[1] * accumulation
@@ -141,7 +151,7 @@ def test_the_largest_batch_fits_and_the_next_one_does_not(full_size, mesh, accum
 
 def test_the_report_of_an_estimate_agrees_with_itself(full_size):
     """A batch fits where it is at most the largest one, and no size is shown as zero."""
-    spec = setup.any_spec(_with(full_size, remat="layers"))
+    spec = setup.make_spec(_with(full_size, remat="layers"))
     mesh = sharding.MeshConfig().create(jax.devices()[:1])
     for batch in (1, 64, 500):
         heading, *lines = report.estimated(spec, mesh, batch, "bfloat16")

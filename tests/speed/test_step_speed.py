@@ -19,11 +19,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 def parts(tiny_experiment, tmp_path_factory):
     experiment = tiny_experiment(tmp_path_factory.mktemp("run"), draws=2)
     mesh = sharding.MeshConfig(8).create()
-    spec = setup.any_spec(experiment, mesh)
+    spec = setup.make_spec(experiment, mesh)
     teacher = setup.load_teacher(experiment, None, mesh)
 
     def state():
-        return setup.initial_state(experiment, spec, teacher, shapes.abstract_state(spec, mesh))
+        return setup.cut_state(spec, mesh, teacher)
 
     return spec, mesh, teacher, state
 

@@ -11,6 +11,7 @@ from shallow_pi.distill import student
 from shallow_pi.models import pi0
 from shallow_pi.parallel import shapes
 from shallow_pi.training import checkpoint, config, loop, metrics, setup
+from shallow_pi.training import run as runs
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 FREEZE = ("vision", "embedder")
@@ -38,7 +39,7 @@ def whole(tmp_path_factory, tiny_experiment, teacher, offloads):
         data=dataclasses.replace(experiment.data, held_out=0.5),
         validation=dataclasses.replace(experiment.validation, interval=2, samples=8, num_steps=2),
     )
-    loop.run(experiment, experiment.folder)
+    loop.train(runs.open_run(experiment))
     return experiment
 
 
@@ -50,8 +51,8 @@ def _losses(experiment):
 
 def test_it_resumes_bit_for_bit(whole):
     halves = dataclasses.replace(whole, exp_name="halves")
-    loop.run(dataclasses.replace(halves, num_train_steps=2), halves.folder)
-    loop.run(dataclasses.replace(halves, resume=True), halves.folder)
+    for changes in ({"num_train_steps": 2}, {"resume": True}):
+        loop.train(runs.open_run(dataclasses.replace(halves, **changes)))
     assert _losses(halves) == _losses(whole)
     expected = pi0.abstract_params(whole.student_model)
     trees = [
@@ -75,8 +76,8 @@ def test_a_step_folder_is_the_whole_student_with_the_teachers_own_parts(whole, t
 
 
 def test_the_state_holds_neither_frozen_parts_nor_wide_moments(whole):
-    mesh, _ = setup.validate(whole)
-    spec = setup.make_spec(whole, whole.fixed_layer_map(), mesh)
+    mesh = setup.make_mesh(whole, jax.devices())
+    spec = setup.make_spec(whole, mesh)
     frozen = student.split(pi0.abstract_params(whole.model), FREEZE)[1]
     with checkpoint.Checkpoints(whole.folder, keep=None, frozen=_bfloat16(frozen)) as checkpoints:
         state, _ = checkpoints.restore(shapes.abstract_state(spec, mesh), 4)
@@ -98,5 +99,5 @@ def test_freezing_without_a_teacher_is_refused(tiny_experiment, tmp_path):
         losses=dataclasses.replace(experiment.losses, velocity=0.0, attention=0.0),
     )
     with pytest.raises(ValueError, match="freeze vision keeps parts of a teacher"):
-        loop.run(experiment, experiment.folder)
+        runs.open_run(experiment)
     assert not experiment.folder.exists() or not any(experiment.folder.iterdir())

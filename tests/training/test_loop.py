@@ -22,6 +22,7 @@ from shallow_pi.distill import layer_map
 from shallow_pi.models import pi0
 from shallow_pi.parallel import shapes
 from shallow_pi.training import checkpoint, config, loop, metrics, setup, validation
+from shallow_pi.training import run as runs
 
 # Some thirty short runs: a busy machine takes its time.
 pytestmark = pytest.mark.timeout(900)
@@ -30,7 +31,7 @@ CLOCK = ("seconds_per_step", "data_wait", "checkpoint_stall")
 
 def _train(experiment, **changes):
     experiment = dataclasses.replace(experiment, **changes)
-    return loop.run(experiment, experiment.folder)
+    return loop.train(runs.open_run(experiment))
 
 
 def _rows(folder):
@@ -43,8 +44,7 @@ def _rows(folder):
 
 def _state(experiment, step):
     """A saved state (parameters, moments, EMA, step) as numpy, and its data position."""
-    mesh, _ = setup.validate(experiment)
-    spec = setup.make_spec(experiment, layer_map.explicit((0, 2), 3))
+    mesh, spec = setup.make_mesh(experiment, jax.devices()), setup.make_spec(experiment)
     with checkpoint.Checkpoints(experiment.folder, keep=None) as checkpoints:
         state, position = checkpoints.restore(shapes.abstract_state(spec, mesh), step)
     return jax.device_get(state), position
@@ -142,7 +142,7 @@ def validated(recorded):
         recorded,
         exp_name="validated",
         data=dataclasses.replace(recorded.data, held_out=0.34),
-        validation=validation.ValidationConfig(interval=2, samples=8, num_steps=2),
+        validation=config.ValidationConfig(interval=2, samples=8, num_steps=2),
         save_interval=100,
     )
     _train(experiment)
@@ -156,8 +156,8 @@ def _errors(folder):
 
 def test_validation_is_logged_at_its_interval_and_the_best_step_is_kept(validated):
     found = _errors(validated.folder)
-    assert list(found) == [2, 4]
-    best = min(found, key=found.get)
+    assert list(found) == [0, 2, 4], "before the first step too"
+    best = min((2, 4), key=found.get)
     assert (validated.folder / "best").resolve() == validated.folder / str(best)
     kept = json.loads((validated.folder / "best.json").read_text())
     assert kept == {"step": best, "error": found[best]}
@@ -185,16 +185,16 @@ def test_the_policy_of_a_step_makes_the_error_that_was_logged(validated):
 def test_validation_of_a_resumed_run_gives_the_same_numbers(validated):
     halves = dataclasses.replace(validated, exp_name="validated-halves")
     _train(halves, num_train_steps=3)
-    assert list(_errors(halves.folder)) == [2, 3], "also at the end"
+    assert list(_errors(halves.folder)) == [0, 2, 3], "also at the end"
     _train(halves, resume=True)
     rows, expected = _rows(halves.folder), _rows(validated.folder)
-    assert [rows[i] for i in (0, 1, 3)] == [expected[i] for i in (0, 1, 3)]
+    assert [rows[i] for i in (0, 1, 2, 4)] == [expected[i] for i in (0, 1, 2, 4)]
 
 
 @pytest.mark.slow
 def test_validation_does_not_change_what_is_learned(validated):
     plain = dataclasses.replace(validated, exp_name="not-validated")
-    _train(plain, validation=validation.ValidationConfig(interval=0))
+    _train(plain, validation=config.ValidationConfig(interval=0))
     assert not (plain.folder / "best.json").exists()
     (state, position), (other, same) = _state(plain, 4), _state(validated, 4)
     jax.tree.map(np.testing.assert_array_equal, state, other)
@@ -388,10 +388,8 @@ def test_a_teacher_from_disk_is_cut_bit_for_bit_and_left_unchanged(teacher, synt
     experiment = dataclasses.replace(
         synthetic, exp_name="disk", teacher=config.TeacherConfig(str(teacher)), num_train_steps=2
     )
-    mesh, step = setup.validate(experiment)
-    held = setup.load_teacher(experiment, step, mesh)
-    spec = setup.make_spec(experiment, experiment.fixed_layer_map())
-    start = setup.initial_state(experiment, spec, held, shapes.abstract_state(spec, mesh))
+    run = runs.open_run(experiment)
+    start = setup.cut_state(run.spec, run.mesh, run.teacher)
     stored = weights.leaves(weights.load_params(teacher, pi0.abstract_params(experiment.model)))
     for path, leaf in weights.leaves(start.params).items():
         original = np.asarray(stored[path], np.float32)
@@ -401,7 +399,7 @@ def test_a_teacher_from_disk_is_cut_bit_for_bit_and_left_unchanged(teacher, synt
         np.testing.assert_array_equal(leaf, weights.leaves(start.ema_params)[path])
 
     before = _hashes(teacher)
-    _train(experiment)
+    loop.train(run)
     assert _hashes(teacher) == before
     (row, _) = _rows(experiment.folder)
     assert row["velocity_cosine"] < 1
@@ -411,7 +409,7 @@ def test_a_teacher_from_disk_is_cut_bit_for_bit_and_left_unchanged(teacher, synt
 def test_a_params_folder_stands_for_the_step_it_lies_in(teacher, synthetic):
     for path in (teacher, teacher / "params"):
         experiment = dataclasses.replace(synthetic, teacher=config.TeacherConfig(str(path)))
-        assert setup.validate(experiment)[1] == teacher
+        assert setup.find_teacher(experiment) == teacher
 
 
 @pytest.mark.slow
@@ -437,36 +435,20 @@ def test_a_strategy_that_measures_leaves_the_data_position_untouched(synthetic, 
     assert data[0] == data[1]
 
 
-@pytest.mark.slow
-def test_the_measured_layers_are_those_of_the_scores(synthetic, monkeypatch):
-    scores = {"similarity": [0.1, 0.9, 0.5], "sensitivity": [0.1, 0.9, 0.5]}
-    expected = {"similarity": (0, 2), "sensitivity": (1, 2)}
+@pytest.mark.parametrize(("strategy", "layers"), [("similarity", (0, 2)), ("sensitivity", (1, 2))])
+def test_the_measured_layers_are_those_of_the_scores(synthetic, monkeypatch, strategy, layers):
     asked = []
 
-    def measuring(values):
-        def measure(model, params, observation, x_t, t):
-            asked.append((x_t.shape, t.shape))
-            return np.array(values)
+    def measure(model, params, observation, x_t, t):
+        asked.append((x_t.shape, t.shape))
+        return np.array([0.1, 0.9, 0.5])
 
-        return measure
-
-    fake = types.SimpleNamespace(**{name: measuring(v) for name, v in scores.items()})
-    monkeypatch.setattr(setup, "layer_scores", fake)
-    mesh, _ = setup.validate(synthetic)
-    data = opening.open_data(synthetic.data, synthetic.student_model, None)
-    feed = loader.prefetch(
-        loader.Loader(data.train, 8),
-        jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data")),
-    )
-    first = next(feed)
-    position = feed.state()
-    for strategy in scores:
-        student = config.StudentConfig(depth=2, strategy=strategy)
-        chosen = setup.choose_layers(dataclasses.replace(synthetic, student=student), {}, feed)
-        assert chosen.layers == expected[strategy]
-        assert feed.state() == position
-    assert asked == [((8, 8, 4), (8,))] * 2
-    assert not np.array_equal(first.observation.state, next(feed).observation.state)
+    fake = types.SimpleNamespace(similarity=measure, sensitivity=measure)
+    monkeypatch.setattr(runs, "layer_scores", fake)
+    student = config.StudentConfig(depth=2, strategy=strategy)
+    experiment = dataclasses.replace(synthetic, exp_name=f"scores-{strategy}", student=student)
+    assert runs.open_run(experiment).spec.layer_map.layers == layers
+    assert asked == [((8, 8, 4), (8,))]
 
 
 @pytest.mark.slow
@@ -474,7 +456,7 @@ def test_a_resumed_run_keeps_the_layers_it_measured(synthetic, monkeypatch):
     student = config.StudentConfig(depth=2, strategy="similarity")
     experiment = dataclasses.replace(synthetic, exp_name="kept", num_train_steps=1, student=student)
     _train(experiment)
-    monkeypatch.setattr(setup, "layer_scores", None)
+    monkeypatch.setattr(runs, "layer_scores", None)
     _train(experiment, resume=True)
 
 

@@ -8,6 +8,7 @@ import jax
 import pytest
 
 from shallow_pi.training import loop, metrics, profiling
+from shallow_pi.training import run as runs
 
 pytestmark = pytest.mark.timeout(300)
 exact = pytest.mark.skipif(
@@ -23,7 +24,7 @@ def experiment(tmp_path_factory, tiny_experiment):
 
 def _train(experiment, **changes):
     experiment = dataclasses.replace(experiment, **changes)
-    loop.run(experiment, experiment.folder)
+    loop.train(runs.open_run(experiment))
     return experiment.folder
 
 

@@ -30,7 +30,7 @@ def experiment(tmp_path, tiny_experiment, teacher):
 
 def test_tower_sizes_are_the_checkpoints_and_are_told(experiment, tiny_config, teacher, capsys):
     own = experiment()
-    _, step = setup.validate(own)
+    step = setup.find_teacher(own)
     assert step == teacher
     resolved = setup.resolve(own, step)
     assert resolved.model.backbone == tiny_config().backbone
@@ -54,7 +54,7 @@ def test_tower_sizes_are_the_checkpoints_and_are_told(experiment, tiny_config, t
 )
 def test_what_the_config_decides_is_refused_and_widths_are_not(experiment, changes, message):
     with pytest.raises(ValueError, match="teacher") as caught:
-        setup.validate(experiment(**changes))
+        setup.find_teacher(experiment(**changes))
     assert message in str(caught.value)
     wrong = [line for line in str(caught.value).splitlines() if "llm/embedder" in line]
     assert not wrong, "sizes of a tower are taken over, so they do not differ"
@@ -62,7 +62,7 @@ def test_what_the_config_decides_is_refused_and_widths_are_not(experiment, chang
 
 def test_a_made_up_teacher_keeps_the_configs_sizes(experiment):
     own = experiment(setup.RANDOM)
-    assert setup.resolve(own, setup.validate(own)[1]) is own
+    assert setup.resolve(own, setup.find_teacher(own)) is own
 
 
 def test_a_teacher_is_looked_for_on_this_machine_alone(experiment, teacher, tmp_path, monkeypatch):

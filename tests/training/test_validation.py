@@ -14,7 +14,7 @@ from shallow_pi.data.robots import robot as robots
 from shallow_pi.distill import layer_map, losses, step, student
 from shallow_pi.models import observation, pi0
 from shallow_pi.parallel import sharding
-from shallow_pi.training import optimizer, validation
+from shallow_pi.training import config, optimizer, validation
 
 ONE, EIGHT = sharding.MeshConfig(), sharding.MeshConfig(data=2, fsdp=4)
 
@@ -118,9 +118,9 @@ def _spec(model, teacher=None, **changes):
 
 
 def _created(spec, teacher_params, mesh, **changes):
-    config = validation.ValidationConfig(**({"samples": 8, "num_steps": 2} | changes))
+    chosen = config.ValidationConfig(**({"samples": 8, "num_steps": 2} | changes))
     return validation.create(
-        config,
+        chosen,
         _source(spec.student),
         None,
         spec,
@@ -203,9 +203,8 @@ def test_held_out_losses_cost_no_update(pair):
 def test_without_held_out_data_or_interval_nothing_is_measured(tiny_config):
     spec = _spec(tiny_config())
     assert _created(spec, None, _mesh(ONE, 1), interval=0) is None
-    config = validation.ValidationConfig()
     more = {"mesh": _mesh(ONE, 1), "batch_size": 8, "seed": 0}
-    assert validation.create(config, None, None, spec, None, **more) is None
+    assert validation.create(config.ValidationConfig(), None, None, spec, None, **more) is None
 
 
 def test_without_a_teacher_there_is_no_error_to_it(tiny_config):

@@ -93,17 +93,8 @@ def steps(folder: pathlib.Path) -> list[int]:
     return sorted(int(child.name) for child in folder.iterdir() if child.name.isdigit())
 
 
-def prepare(
-    path: str | os.PathLike[str],
-    resume: bool,
-    overwrite: bool,
-    meet: Callable[[str], None] = lambda name: None,
-) -> bool:
-    """Settle what becomes of an existing run folder; True where there is a run to resume.
-
-    Call it when everything else is validated. `overwrite` renames the old folder, and leaves it to
-    the user to delete. `meet` is where the processes of a job wait for each other.
-    """
+def check(path: str | os.PathLike[str], resume: bool, overwrite: bool) -> bool:
+    """Raise unless `prepare` would take the folder; True where it holds something. Only looks."""
     folder = pathlib.Path(path).expanduser().absolute()
     check_name(folder)
     if resume and overwrite:
@@ -116,6 +107,22 @@ def prepare(
             f"{folder} already holds a run: --resume continues it, --overwrite puts it aside and "
             "starts anew, another --exp-name leaves it alone"
         )
+    return occupied
+
+
+def prepare(
+    path: str | os.PathLike[str],
+    resume: bool,
+    overwrite: bool,
+    meet: Callable[[str], None] = lambda name: None,
+) -> bool:
+    """Make a run's folder, or deal with the one there is; True where there is a run to resume.
+
+    Call it when everything else is checked. `overwrite` renames the old folder, and leaves it to
+    the user to delete. `meet` is where the processes of a job wait for each other.
+    """
+    folder = pathlib.Path(path).expanduser().absolute()
+    occupied = check(folder, resume, overwrite)
     meet("looked at the run folder")
     if jax.process_index() == 0:
         with writing(folder):

@@ -227,7 +227,10 @@ def _start_worker(index: int, count: int) -> None:
 
 
 class Prefetch:
-    """Batches on device, `depth` of them ahead; `state` is that of the last batch handed out."""
+    """Global arrays over `sharding` (batch axis first), `depth` batches ahead of the step.
+
+    `state` is that of the last batch handed out.
+    """
 
     def __init__(self, loader: Loader, sharding: jax.sharding.Sharding, depth: int = 2) -> None:
         if depth < 1:
@@ -271,8 +274,3 @@ class Prefetch:
         return jax.tree.map(
             lambda leaf: jax.make_array_from_process_local_data(self._sharding, leaf), batch
         )
-
-
-def prefetch(loader: Loader, sharding: jax.sharding.Sharding, depth: int = 2) -> Prefetch:
-    """Global arrays over `sharding` (batch axis first), `depth` batches ahead of the step."""
-    return Prefetch(loader, sharding, depth)

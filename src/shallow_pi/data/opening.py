@@ -32,10 +32,14 @@ MOST_MISFITS = 6
 COMPARED_FRAMES = 100_000
 
 
-def check(data: data_config.DataConfig) -> None:
-    """Raise unless the dataset is there and fits its robot."""
-    if data.source == "lerobot":
-        open_datasets(data, robots.find(data.robot))
+@dataclasses.dataclass(frozen=True)
+class Recordings:
+    """Datasets of one robot, opened and split."""
+
+    robot: robots.Robot
+    train: list[reader.Dataset]
+    # As many; none if no episode is held out.
+    held_out: list[reader.Dataset]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +54,30 @@ class Data:
     assets: policy_assets.Assets | None
 
 
+def open_recordings(data: data_config.DataConfig) -> Recordings | None:
+    """Open the datasets of a config, and say what is in them; None where its source is another one.
+
+    Raises:
+      FileNotFoundError, ValueError: a dataset that is missing, cannot be read, or does not fit.
+    """
+    if data.source != "lerobot":
+        return None
+    robot = robots.find(data.robot)
+    train, held_out = open_datasets(data, robot)
+    for number, dataset in enumerate(train):
+        kept = held_out[number].episodes if held_out else ()
+        progress.say(
+            f"Dataset: {dataset.path}, {len(dataset.episodes)} episodes ({len(dataset)} frames) to "
+            f"train on, {len(kept)} held out"
+        )
+    return Recordings(robot, train, held_out)
+
+
 def open_data(
-    data: data_config.DataConfig, model: pi0.Pi0Config, teacher_step: pathlib.Path | None
+    data: data_config.DataConfig,
+    model: pi0.Pi0Config,
+    teacher_step: pathlib.Path | None,
+    recordings: Recordings | None = None,
 ) -> Data:
     """The samples of a run, and the assets of its policy.
 
@@ -59,6 +85,7 @@ def open_data(
       data: where they come from.
       model: the architecture they are for.
       teacher_step: the teacher's step folder, whose assets are used where it has some.
+      recordings: of `open_recordings`, where that was called before.
 
     Raises:
       FileNotFoundError: dataset, tokenizer or statistics are missing; says which and what to do.
@@ -74,11 +101,11 @@ def open_data(
                 "expected MODULE:FUNCTION, a function such as shallow_pi.data.opening:open_data"
             ) from error
         return opens(data, model, teacher_step)
-    if data.source == "synthetic":
+    recordings = recordings or open_recordings(data)
+    if recordings is None:
         made_up = [sources.SyntheticSource(model, seed=seed) for seed in (0, 1)]
         return Data(made_up[0], made_up[1] if data.held_out else None, None)
-    robot = robots.find(data.robot)
-    train, held_out = open_datasets(data, robot)
+    train, robot = recordings.train, recordings.robot
     assets = policy_assets.Assets(
         model=model,
         robot=robot,
@@ -90,7 +117,7 @@ def open_data(
     share = _cached_share(data, train, assets)
     return Data(
         _samples(data, train, assets, share),
-        _samples(data, held_out, assets, share) if held_out else None,
+        _samples(data, recordings.held_out, assets, share) if recordings.held_out else None,
         assets,
     )
 

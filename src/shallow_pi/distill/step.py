@@ -48,8 +48,9 @@ class Spec:
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
     losses: losses.Losses
-    # The teacher and the layers the student was cut from; None trains on the task loss alone.
+    # The teacher; None trains on the task loss alone.
     teacher: pi0.Pi0Config | None = None
+    # Its layers that the student was cut from; None before they are chosen, or without a teacher.
     layer_map: layer_maps.LayerMap | None = None
     # Parts of the student that stay the teacher's.
     freeze: tuple[students.Part, ...] = ()
@@ -69,8 +70,8 @@ class Spec:
             raise ValueError(
                 f"draws and accumulation are at least 1, got {self.draws} and {self.accumulation}."
             )
-        if (self.teacher is None) != (self.layer_map is None):
-            raise ValueError("a teacher and a layer map go together; one of them is missing.")
+        if self.layer_map is not None and self.teacher is None:
+            raise ValueError("a layer map names layers of a teacher, and there is none.")
         if self.losses.needs_teacher and self.teacher is None:
             raise ValueError(
                 f"losses.velocity {self.losses.velocity} and losses.attention "
@@ -92,7 +93,11 @@ class Spec:
     @property
     def attention_layers(self) -> tuple[int, int]:
         """The pair of (student, teacher) layers whose attention is compared."""
-        assert self.layer_map is not None, "attention is compared with a teacher"
+        if self.layer_map is None:
+            raise ValueError(
+                "attention is compared with a layer of the teacher, and none is chosen yet: a "
+                "strategy that measures does so in a run; name layers with --student.layers."
+            )
         if self.losses.attention_layer == -1:
             return self.layer_map.middle
         return self.losses.attention_layer, self.layer_map.layers[self.losses.attention_layer]

@@ -20,23 +20,19 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree
 
 from shallow_pi import progress
 from shallow_pi.checkpoints import run_folder, weights
-from shallow_pi.data import opening
 from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.data.robots import robot, tokenizer
 from shallow_pi.deploy import policy as deployed
-from shallow_pi.distill import layer_map, student
+from shallow_pi.distill import student
 from shallow_pi.evaluation import policies, report, rollout
 from shallow_pi.models import pi0
 from shallow_pi.parallel import processes, sharding
 from shallow_pi.sims import demonstrations, simulator
 from shallow_pi.training import config, loop, metrics, setup, validation
-
-STAGES = "stages.json"
-REPORT = "report.json"
+from shallow_pi.training import run as runs
 
 
 def run(experiment: config.DistillConfig) -> pathlib.Path:
@@ -49,35 +45,37 @@ def run(experiment: config.DistillConfig) -> pathlib.Path:
       ValueError, FileNotFoundError, OSError: something does not fit, is missing or is not writable.
       loop.NonFiniteLossError, loop.InterruptedRunError: the training ended early.
     """
-    folder, task = experiment.folder, experiment.closed_loop
+    folder, task, label = experiment.folder, experiment.closed_loop, _label(experiment)
     if task is None:
-        final = loop.run(experiment, folder, label=_label(experiment))
+        opened = runs.open_run(experiment)
+        final = loop.train(opened, label)
         if processes.is_main():
-            _tell(_outcome(experiment, {_trained_name(experiment): folder}), folder)
+            _tell(_outcome(opened.experiment, {_trained_name(experiment): folder}), folder)
         return final
     suite = find_suite(task)
     experiment = check(experiment, task, suite)
-    resume = run_folder.prepare(
-        folder, experiment.resume, experiment.overwrite, meet=processes.sync
-    )
-    if resume and _is_finished(experiment):
-        progress.console.print(
-            f"Finished already: {folder / REPORT}; delete it to measure again", soft_wrap=True
+    run_folder.check(folder, experiment.resume, experiment.overwrite)
+    if experiment.resume and _is_finished(experiment):
+        progress.say(
+            f"Finished already: {folder / run_folder.REPORT_FILE}; delete it to measure again"
         )
         return folder / str(experiment.num_train_steps)
-    stages = report.Stages(folder / STAGES)
-    if not experiment.data.path:
-        experiment = _with_data(experiment, task, suite, stages)
+    makes_data = not experiment.data.path
+    if makes_data:
+        run_folder.prepare(folder, experiment.resume, experiment.overwrite, meet=processes.sync)
+        experiment = _with_data(experiment, task, suite)
+    opened = runs.open_run(experiment, prepared=makes_data)
+    stages = report.Stages(folder / run_folder.STAGES_FILE)
     with stages.timed("training"):
-        final = loop.run(experiment, folder, resume=resume, label=_label(experiment))
-    runs = {_trained_name(experiment): folder}
+        final = loop.train(opened, label)
+    folders = {_trained_name(experiment): folder}
     if experiment.teacher is not None and task.baselines:
-        for name, baseline in baselines(experiment).items():
-            runs[name] = folder / "baselines" / name
+        for name, baseline in baselines(opened.experiment).items():
+            folders[name] = folder / run_folder.BASELINES / name
             with stages.timed(f"training {name}"):
-                loop.run(baseline, runs[name], resume=True, label=name)
+                loop.train(runs.variant(opened, baseline, folders[name]), name)
     if processes.is_main():
-        _measure(experiment, task, suite, runs, stages)
+        _measure(opened, task, suite, folders, stages)
     return final
 
 
@@ -91,19 +89,17 @@ def check(
         raise ValueError(
             f"simulator {task.sim!r} has no expert that demonstrates its tasks: give --data.path"
         )
-    _, teacher_step = setup.validate(experiment)
-    experiment = setup.resolve(experiment, teacher_step)
+    runs.check(experiment)
+    experiment = setup.resolve(experiment, setup.teacher_on_disk(experiment))
     if jax.process_count() > 1 and not experiment.data.path:
         raise ValueError(
             f"{experiment.name} makes its demonstrations itself, in one process: give --data.path"
         )
     if task.execute_steps > experiment.model.action_horizon:
         raise ValueError(
-            f"closed_loop.execute_steps must be at most the action horizon "
+            f"--closed-loop.execute-steps must be at most the action horizon "
             f"{experiment.model.action_horizon}, got {task.execute_steps}"
         )
-    if experiment.data.path:
-        opening.open_data(experiment.data, experiment.student_model, teacher_step)
     return experiment
 
 
@@ -117,11 +113,8 @@ def train_teacher(
     teacher = experiment.teacher
     assert teacher is not None, "asked for by teacher.train"
     made_up = dataclasses.replace(teacher, path=setup.RANDOM)
-    setup.validate(dataclasses.replace(experiment, teacher=made_up))
-    if not experiment.overwrite:
-        run_folder.prepare(
-            experiment.folder, experiment.resume, overwrite=False, meet=processes.sync
-        )
+    runs.check(dataclasses.replace(experiment, teacher=made_up))
+    run_folder.check(experiment.folder, experiment.resume, experiment.overwrite)
     trained = dataclasses.replace(teacher, path=str(run(own)), train=False)
     return dataclasses.replace(experiment, teacher=trained)
 
@@ -134,7 +127,7 @@ def package(experiment: config.DistillConfig, step: pathlib.Path, target: pathli
       step: its step folder; the report lies beside it.
       target: folder to make; an existing one is put aside as `<target>.old-<n>`.
     """
-    made = json.loads((experiment.folder / REPORT).read_text(encoding="utf-8"))
+    made = json.loads((experiment.folder / run_folder.REPORT_FILE).read_text(encoding="utf-8"))
     assets = policy_assets.load(step)
     expected = pi0.abstract_params(assets.model)
     params = weights.load_params(step, expected, dtype=jnp.dtype("bfloat16"), what="policy")
@@ -183,7 +176,7 @@ def baselines(experiment: config.DistillConfig) -> dict[str, config.DistillConfi
 
 def _is_finished(experiment: config.DistillConfig) -> bool:
     """Whether the folder holds a report of this very config."""
-    path = experiment.folder / REPORT
+    path = experiment.folder / run_folder.REPORT_FILE
     if not path.exists():
         return False
     reported = json.loads(path.read_text(encoding="utf-8"))["config"]
@@ -209,12 +202,11 @@ def _with_data(
     experiment: config.DistillConfig,
     task: config.ClosedLoopConfig,
     suite: simulator.Suite,
-    stages: report.Stages,
 ) -> config.DistillConfig:
     """Make demonstrations, and for a run without teacher the tokenizer; name them in the config."""
-    path = experiment.folder / "demonstrations"
+    path = experiment.folder / run_folder.DEMONSTRATIONS
     if not path.exists():
-        with stages.timed("demonstrations"):
+        with report.Stages(experiment.folder / run_folder.STAGES_FILE).timed("demonstrations"):
             demonstrations.write(path, suite, task.demonstrations, task.seed, task.noise)
     named = experiment.data.tokenizer
     if not named and experiment.teacher is None:
@@ -227,14 +219,14 @@ def _with_data(
 
 
 def _measure(
-    experiment: config.DistillConfig,
+    opened: runs.Run,
     task: config.ClosedLoopConfig,
     suite: simulator.Suite,
-    runs: Mapping[str, pathlib.Path],
+    folders: Mapping[str, pathlib.Path],
     stages: report.Stages,
 ) -> None:
-    folder, trained = experiment.folder, _trained_name(experiment)
-    tested = _policies(experiment, task, runs)
+    experiment, folder = opened.experiment, opened.folder
+    trained, tested = _trained_name(experiment), _policies(opened, task, folders)
     acting: dict[str, policies.Policy] = {}
     if (expert := suite.expert()) is not None:
         acting["expert"] = policies.Scripted(expert)
@@ -255,7 +247,7 @@ def _measure(
                     seed=task.eval_seed,
                     execute_steps=1 if name == "expert" else task.execute_steps,
                     label=label,
-                    path=folder / "evaluations" / file,
+                    path=folder / run_folder.EVALUATIONS / file,
                 )
         recording = rollout.record(
             suite.make,
@@ -271,7 +263,7 @@ def _measure(
             pair = {name: tested[name] for name in ("teacher", "student")}
             measured = policies.measure_latency(pair, suite.make())
     outcome = dataclasses.replace(
-        _outcome(experiment, runs),
+        _outcome(experiment, folders),
         evaluations=whole,
         harder=found,
         latency=measured,
@@ -281,12 +273,14 @@ def _measure(
     _tell(outcome, folder)
 
 
-def _outcome(experiment: config.DistillConfig, runs: Mapping[str, pathlib.Path]) -> report.Report:
-    """What training measured."""
-    curves = {name: metrics.read(path) for name, path in runs.items()}
+def _outcome(
+    experiment: config.DistillConfig, folders: Mapping[str, pathlib.Path]
+) -> report.Report:
+    """Report of what training measured."""
+    curves = {name: metrics.read(path) for name, path in folders.items()}
     seconds, before = 0.0, 0
     for row in next(iter(curves.values())):  # Each a mean over the steps since the last.
-        seconds += row["seconds_per_step"] * (row["step"] - before)
+        seconds += row.get("seconds_per_step", 0.0) * (row["step"] - before)
         before = int(row["step"])
     real, against = experiment.data.source != "synthetic", experiment.validation.against
     return report.Report(
@@ -306,38 +300,28 @@ def _tell(outcome: report.Report, folder: pathlib.Path) -> None:
 
 
 def _policies(
-    experiment: config.DistillConfig,
-    task: config.ClosedLoopConfig,
-    runs: Mapping[str, pathlib.Path],
+    opened: runs.Run, task: config.ClosedLoopConfig, folders: Mapping[str, pathlib.Path]
 ) -> dict[str, deployed.Policy]:
     """Every policy under test, in the order of the table."""
+    experiment, spec = opened.experiment, opened.spec
     last = str(experiment.num_train_steps)
-    steps = {name: path / last for name, path in runs.items()}
+    steps = {name: path / last for name, path in folders.items()}
 
     def trained(name: str) -> deployed.Policy:
         return deployed.Policy.from_checkpoint(steps[name], num_steps=task.num_steps, warm_up=False)
 
-    if experiment.teacher is None:
+    if spec.teacher is None or spec.layer_map is None:
         return {"teacher": trained("teacher")}
-    _, teacher_step = setup.validate(experiment)
     own = policy_assets.load(steps["student"])
-    whole = dataclasses.replace(own, model=experiment.model)
+    whole = dataclasses.replace(own, model=spec.teacher)
     mesh = sharding.MeshConfig().create(jax.local_devices()[:1])
-    held = setup.load_teacher(experiment, teacher_step, mesh)
+    held = setup.load_teacher(experiment, opened.teacher_step, mesh)
     # As a deployed policy has them (`Policy.from_checkpoint`), so that times compare.
-    teacher_params = jax.tree.map(lambda leaf: leaf.astype(experiment.model.dtype), held)
+    teacher = jax.tree.map(lambda leaf: leaf.astype(experiment.model.dtype), held)
+    cut = student.cut(spec.teacher, teacher, spec.layer_map)
     found = {
-        "teacher": deployed.Policy(whole, teacher_params, num_steps=task.num_steps),
+        "teacher": deployed.Policy(whole, teacher, num_steps=task.num_steps),
         "student": trained("student"),
-        "cut_only": deployed.Policy(
-            own, _cut(experiment, teacher_params), num_steps=task.num_steps
-        ),
+        "cut_only": deployed.Policy(own, cut, num_steps=task.num_steps),
     }
-    return found | {name: trained(name) for name in runs if name != "student"}
-
-
-def _cut(experiment: config.DistillConfig, teacher_params: PyTree) -> PyTree:
-    """The student as it was before training."""
-    saved = json.loads((experiment.folder / "config.json").read_text(encoding="utf-8"))
-    layers = layer_map.explicit(saved["layer_map"], experiment.model.depth)
-    return student.cut(experiment.model, teacher_params, layers)
+    return found | {name: trained(name) for name in folders if name != "student"}

@@ -64,6 +64,17 @@ def held_teacher(spec: step.Spec, teacher_params: PyTree) -> PyTree:
     return student.split(teacher_params, spec.freeze)[1] if spec.freeze else None
 
 
+def on_device(params: PyTree) -> PyTree:
+    """Parameters with all of them in the devices' own memory: what is there already, and copies."""
+
+    def move(leaf: jax.Array) -> jax.Array:
+        if leaf.sharding.memory_kind != HOST_MEMORY:
+            return leaf
+        return jax.device_put(leaf, leaf.sharding.with_memory_kind("device"))
+
+    return jax.tree.map(move, params)
+
+
 def offload(params: PyTree) -> PyTree:
     """Parameters, or their shapes, with the tower's layers in the memory of their devices' host.
 

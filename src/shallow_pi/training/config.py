@@ -19,7 +19,6 @@ from shallow_pi.models import layers, observation, pi0
 from shallow_pi.parallel import sharding
 from shallow_pi.training import optimizer as optimizers
 from shallow_pi.training import profiling
-from shallow_pi.training import validation as validations
 
 
 def _at_least(config: object, bound: int, *names: str, prefix: str = "") -> None:
@@ -66,6 +65,27 @@ class StudentConfig:
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "depth", prefix="student.")
+
+
+@dataclasses.dataclass(frozen=True)
+class ValidationConfig:
+    """Measurements on the episodes that data.held_out keeps from training."""
+
+    # Steps between them; there is one at the end too. 0 measures nothing.
+    interval: int = 1000
+    # Held-out samples, evenly spaced over the episodes; rounded up to fill the devices.
+    samples: int = 64
+    # Integration steps of the sampler.
+    num_steps: int = 10
+    # Whose actions decide which step is best. The recorded ones are what the task asks for, also
+    # where the teacher does not know it yet (a base model) and a good student moves away from it.
+    # The teacher's, from the same noise, are the goal where to reproduce it is all that is wanted.
+    against: Literal["data", "teacher"] = "data"
+
+    def __post_init__(self) -> None:
+        for name, bound in (("interval", 0), ("samples", 1), ("num_steps", 1)):
+            if (value := getattr(self, name)) < bound:
+                raise ValueError(f"validation.{name} must be at least {bound}, got {value}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,9 +176,7 @@ class DistillConfig:
     # AdamW and the clip before it.
     optimizer: optimizers.AdamW = dataclasses.field(default_factory=optimizers.AdamW)
     # Errors on held-out episodes while training (data.held_out), and which step is the best.
-    validation: validations.ValidationConfig = dataclasses.field(
-        default_factory=validations.ValidationConfig
-    )
+    validation: ValidationConfig = dataclasses.field(default_factory=ValidationConfig)
     # Devices.
     mesh: sharding.MeshConfig = dataclasses.field(default_factory=sharding.MeshConfig)
     # Simulated task to measure policies on; without one the report holds losses and validation.
@@ -218,9 +236,8 @@ class DistillConfig:
             raise ValueError(f"exp_name must be a plain folder name, got {self.exp_name!r}")
         if self.resume and self.overwrite:
             raise ValueError("--resume goes on with a run, --overwrite starts anew: give only one")
-        if self.teacher is not None:
-            self.fixed_layer_map()
-        elif self.validation.against == "teacher":
+        self.fixed_layer_map()
+        if self.teacher is None and self.validation.against == "teacher":
             raise ValueError("validation.against is teacher, and there is none: it must be data")
 
     @property
@@ -236,8 +253,10 @@ class DistillConfig:
         return pi0.at_depth(self.model, len(self.student.layers) or self.student.depth)
 
     def fixed_layer_map(self) -> layer_map.LayerMap | None:
-        """The layer map, or None where the strategy has to look at the teacher first."""
+        """The layer map; None without a teacher, or where the strategy measures it first."""
         student, teacher_depth = self.student, self.model.depth
+        if self.teacher is None:
+            return None
         if student.layers:
             return layer_map.explicit(student.layers, teacher_depth)
         if student.strategy == "random":

@@ -1,32 +1,29 @@
-"""The host side of training: everything is checked, put in place, and then the loop runs.
+"""Training: the steps of an opened run, with their log, validation and checkpoints.
 
-Order of work: what can be wrong is found out before the run's folder is touched; the teacher is
-read straight into its shardings; the state comes from (1) this run's last checkpoint, else (2) the
-cut teacher, else (3) random parameters. A step is dispatched while the last one still runs, and its
-metrics are fetched while later ones run (`rows`). Validation is measured after a step, logged in
-that step's row, and a step that is the best so far is saved.
+A step is dispatched while the last one still runs, and its metrics are fetched while later ones run
+(`metrics_buffer`). Validation is measured before the first step and after some, and logged in their
+rows; a step that is the best so far is saved.
 """
 
 import contextlib
-import dataclasses
 import functools
 import math
 import pathlib
 import signal
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
-import numpy as np
-from jaxtyping import PyTree, UInt8
+from jaxtyping import PyTree
 
 from shallow_pi import progress
-from shallow_pi.checkpoints import run_folder
-from shallow_pi.data import loader, opening, sheet
-from shallow_pi.data.robots import assets as policy_assets
-from shallow_pi.distill import layer_map, step, student
-from shallow_pi.parallel import agreement, processes, shapes, sharding
-from shallow_pi.training import checkpoint, config, metrics, profiling, rows, setup, validation
+from shallow_pi.data import loader, sheet
+from shallow_pi.distill import step, student
+from shallow_pi.parallel import processes, shapes, sharding
+from shallow_pi.training import checkpoint, metrics, metrics_buffer, profiling, setup, validation
+from shallow_pi.training import run as runs
+
+# Writes the row of a step.
+Log = Callable[[int, metrics_buffer.Row], None]
 
 
 class NonFiniteLossError(RuntimeError):
@@ -42,201 +39,162 @@ ENDS = (NonFiniteLossError, InterruptedRunError)
 INTERRUPTED = "interrupted; go on with --resume"
 
 
-def run(
-    experiment: config.DistillConfig,
-    folder: pathlib.Path,
-    *,
-    resume: bool | None = None,
-    label: str = "Distil",
-) -> pathlib.Path:
+def train(run: runs.Run, label: str = "Distil") -> pathlib.Path:
     """Train to the end and return the last step's folder.
 
     Args:
-      experiment: the resolved config.
-      folder: of this run.
-      resume: go on from the folder's last checkpoint, if it has one; None does what the
-        experiment's own flags say, and puts an old run aside only when everything else was read.
+      run: what to train; goes on from its folder's last checkpoint.
       label: for the progress bar.
 
     Raises:
-      ValueError, FileNotFoundError: something does not fit or is missing.
-      NonFiniteLossError, InterruptedRunError: see there.
+      checkpoint.SaveError, NonFiniteLossError, InterruptedRunError: see there.
     """
-    agreement.check_shared(folder.parent)
-    put_aside = resume is None and experiment.overwrite
-    if resume is None and not put_aside:
-        resume = run_folder.prepare(folder, experiment.resume, overwrite=False, meet=processes.sync)
-    mesh, teacher_step = setup.validate(experiment)
-    experiment = setup.resolve(experiment, teacher_step)
-    data = opening.open_data(experiment.data, experiment.student_model, teacher_step)
-    agreement.check(experiment, data.train)
-    feed = loader.prefetch(
-        loader.Loader(
-            data.train,
-            experiment.batch_size,
-            seed=experiment.seed,
-            num_threads=experiment.data.num_threads,
-            num_workers=experiment.data.num_workers,
-        ),
-        sharding.batch_sharding(mesh),
-    )
-    teacher_params = setup.load_teacher(experiment, teacher_step, mesh)
-    layers = setup.choose_layers(experiment, teacher_params, feed, folder if resume else None)
-    spec = setup.make_spec(experiment, layers, mesh)
-    line = setup.describe_mesh(experiment, mesh)
-    progress.console.print(line, highlight=False, soft_wrap=True)
-    if put_aside:
-        resume = run_folder.prepare(folder, experiment.resume, overwrite=True, meet=processes.sync)
-    save_config(experiment, folder, bool(resume), layers)
-    abstract = shapes.abstract_state(spec, mesh)
-    with checkpoint.Checkpoints(
-        folder,
-        keep=experiment.keep,
-        keep_period=experiment.keep_period or None,
-        frozen=student.split(teacher_params or {}, spec.freeze)[1],
-    ) as checkpoints:
-        picture = None
-        if resume and checkpoints.latest_step() is not None:
-            state, position = checkpoints.restore(abstract)
-            feed.restore(position)
-        else:
-            state = setup.initial_state(experiment, spec, teacher_params, abstract)
-            if processes.is_main():
-                picture = sheet.write(
-                    folder,
-                    data.train,
-                    data.assets,
-                    experiment.augmentation,
-                    experiment.seed,
-                    masks_padding=experiment.losses.mask_padded_actions,
-                )
-        held_out = validation.create(
-            experiment.validation,
-            data.held_out,
-            data.assets,
-            spec,
-            teacher_params,
-            mesh=mesh,
-            batch_size=experiment.batch_size // experiment.accumulation,
-            seed=experiment.seed,
-        )
-        return _loop(
-            experiment,
-            spec,
-            shapes.held_teacher(spec, teacher_params),
-            state,
-            feed,
-            checkpoints,
-            data.assets,
-            held_out,
-            mesh,
-            label,
-            picture,
-        )
-
-
-def save_config(
-    experiment: config.DistillConfig,
-    folder: pathlib.Path,
-    resume: bool,
-    layers: layer_map.LayerMap | None,
-) -> None:
-    """Write the resolved config beside the checkpoints, or hold a resumed run to it."""
-    values = {
-        **dataclasses.asdict(experiment),
-        "layer_map": None if layers is None else list(layers.layers),
-    }
-    if resume and (folder / run_folder.CONFIG_FILE).exists():
-        run_folder.compare_config(folder, values, config.SAFE_TO_CHANGE)
-    if processes.is_main():
-        folder.mkdir(parents=True, exist_ok=True)
-        run_folder.save_config(folder, values)
-
-
-def _loop(
-    experiment: config.DistillConfig,
-    spec: step.Spec,
-    teacher_params: PyTree,
-    state: step.DistillState,
-    feed: loader.Prefetch,
-    checkpoints: checkpoint.Checkpoints,
-    assets: policy_assets.Assets | None,
-    held_out: validation.Validation | None,
-    mesh: jax.sharding.Mesh,
-    label: str,
-    picture: UInt8[np.ndarray, "h w 3"] | None,
-) -> pathlib.Path:
-    key = jax.random.key(experiment.seed)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    advance_state = jax.jit(
-        functools.partial(step.distill_step, spec),
-        out_shardings=(shardings, sharding.replicated(mesh)),
-        donate_argnums=1,
-    )
-    gradient_norms = jax.jit(functools.partial(step.loss_gradient_norms, spec))
-    start, end = int(state.step), experiment.num_train_steps
-    done = start
-    if start > end:
-        raise ValueError(
-            f"{checkpoints.folder} is at step {start} already, beyond num_train_steps {end}: raise "
-            "--num-train-steps, or use another --exp-name"
-        )
+    experiment, end = run.experiment, run.experiment.num_train_steps
     with contextlib.ExitStack() as stack:
-        profile, folder = experiment.profile, checkpoints.folder
-        steps = profiling.traced(
-            start + 1, end, profile, folder, lambda: jax.block_until_ready(state)
-        )
-        stopping = stack.enter_context(_stop_signals())
-        log = _open_log(experiment, checkpoints.folder, start, picture, stack)
-        advance = stack.enter_context(processes.bar(label, end, start))
+        whole_teacher = shapes.on_device(run.teacher)
+        checkpoints = stack.enter_context(_checkpoints(run, whole_teacher))
+        feed = stack.enter_context(contextlib.closing(run.feed()))
+        state = start(run, whole_teacher, checkpoints, feed)
+        first = int(state.step) + 1
+        if first > end + 1:
+            raise ValueError(
+                f"{run.folder} is at step {first - 1} already, beyond --num-train-steps {end}: "
+                "raise it, or use another --exp-name"
+            )
+        log = _open_log(run, first, stack)
+        held_out = _validation(run, whole_teacher)
+        del whole_teacher  # The steps copy an offloaded one layer by layer.
+        teacher = shapes.held_teacher(run.spec, run.teacher)
+        key = jax.random.key(experiment.seed)
+        advance, gradient_norms = _compile(run, state)
+        if first == 1 and held_out is not None:
+            log(0, held_out.measure(teacher, state))
+        tell = stack.enter_context(processes.bar(label, end, first - 1))
 
-        def write(number: int, row: rows.Values) -> None:
+        def write(number: int, row: metrics_buffer.Row) -> None:
             log(number, row)
-            advance(0, note=f"loss {row['loss']:.4f}")
+            tell(0, note=f"loss {row['loss']:.4f}")
 
         check = functools.partial(_require_finite, checkpoints)
-        logged = rows.Rows(write, check, experiment.log_interval)
-        for done in stack.enter_context(steps):
-            with logged.waiting():
+        buffer = metrics_buffer.MetricsBuffer(write, check, experiment.log_interval)
+        stopping = stack.enter_context(_stop_signals())
+        steps = profiling.traced(
+            first, end, experiment.profile, run.folder, lambda: jax.block_until_ready(state)
+        )
+        number = first - 1
+        for number in stack.enter_context(steps):
+            with buffer.waiting():
                 batch = next(feed)
-            extra: Mapping[str, Any] = {}
-            if experiment.gradient_interval and done % experiment.gradient_interval == 0:
-                extra = gradient_norms(teacher_params, state, key, batch)
-            state, values = advance_state(teacher_params, state, key, batch)
-            logged.add(done, {**values, **extra})
-            advance(1)
-            stop = stopping.after(done)  # Asked once: what is told below must have been saved.
-            measures = held_out is not None and held_out.is_due(done, end)
-            saves = stop or done == end or done % experiment.save_interval == 0
+            more: step.Metrics = {}
+            if experiment.gradient_interval and number % experiment.gradient_interval == 0:
+                more = gradient_norms(teacher, state, key, batch)
+            state, values = advance(teacher, state, key, batch)
+            buffer.add(number, {**values, **more})
+            tell(1)
+            stops = stopping.after(number)  # Asked once: what is told below must have been saved.
+            measures = held_out is not None and held_out.is_due(number, end)
+            saves = stops or number == end or number % experiment.save_interval == 0
             if saves or measures:
-                with logged.closing() as row:
+                with buffer.closing() as row:
                     error = None
-                    if measures:
-                        assert held_out is not None, "it was due"
-                        advance(0, note="validation")
-                        row |= held_out.measure(teacher_params, state)
+                    if measures and held_out is not None:
+                        tell(0, note="validation")
+                        row |= held_out.measure(teacher, state)
                         error = row[held_out.criterion]
                     if saves or checkpoints.is_best(error):
-                        keep = (lambda _: None) if assets is None else assets.save
-                        with logged.stalling(row):
-                            checkpoints.save(done, state, feed.state(), keep, error=error)
-            if stop:
+                        with buffer.stalling(row):
+                            checkpoints.save(
+                                number, state, feed.state(), run.save_assets, error=error
+                            )
+            if stops:
                 break
         checkpoints.wait()
         if stopping.name:
             raise InterruptedRunError(
-                f"stopped by {stopping.name} after step {done}, which is saved; go on with --resume"
+                f"stopped by {stopping.name} after step {number}, which is saved; "
+                "go on with --resume"
             )
-    if held_out is not None:
-        _name_best(checkpoints, held_out.criterion)
-    return checkpoints.folder / str(end)
+        if held_out is not None and checkpoints.best is not None:
+            best, error = checkpoints.best
+            progress.say(f"Best step: {best} ({held_out.criterion} {error:.4g}), {run.folder}/best")
+    return run.folder / str(end)
 
 
-def _name_best(checkpoints: checkpoint.Checkpoints, criterion: str) -> None:
-    if checkpoints.best is not None and processes.is_main():
-        number, error = checkpoints.best
-        line = f"Best step: {number} ({criterion} {error:.4g}), {checkpoints.folder}/best"
-        progress.console.print(line, highlight=False, soft_wrap=True)
+def start(
+    run: runs.Run, teacher: PyTree, checkpoints: checkpoint.Checkpoints, feed: loader.Prefetch
+) -> step.DistillState:
+    """The state a run goes on from, and its feed at the batch that comes next."""
+    # (1) This run's last step.
+    if checkpoints.latest_step() is not None:
+        state, position = checkpoints.restore(shapes.abstract_state(run.spec, run.mesh))
+        feed.restore(position)
+        return state
+    # (2) Else the teacher, cut to the student's layers.
+    if teacher is not None and run.experiment.student.init == "cut":
+        return setup.cut_state(run.spec, run.mesh, teacher)
+    # (3) Else random parameters.
+    return setup.random_state(run.spec, run.mesh, run.experiment.seed)
+
+
+def _checkpoints(run: runs.Run, teacher: PyTree) -> checkpoint.Checkpoints:
+    return checkpoint.Checkpoints(
+        run.folder,
+        keep=run.experiment.keep,
+        keep_period=run.experiment.keep_period or None,
+        frozen=student.split(teacher or {}, run.spec.freeze)[1],
+    )
+
+
+def _validation(run: runs.Run, teacher: PyTree) -> validation.Validation | None:
+    return validation.create(
+        run.experiment.validation,
+        run.data.held_out,
+        run.data.assets,
+        run.spec,
+        teacher,
+        mesh=run.mesh,
+        batch_size=run.experiment.batch_size // run.experiment.accumulation,
+        seed=run.experiment.seed,
+    )
+
+
+def _compile(
+    run: runs.Run, state: step.DistillState
+) -> tuple[Callable[..., tuple[step.DistillState, step.Metrics]], Callable[..., step.Metrics]]:
+    """The step, which donates its state, and each loss's own gradient norm."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    advance = jax.jit(
+        functools.partial(step.distill_step, run.spec),
+        out_shardings=(shardings, sharding.replicated(run.mesh)),
+        donate_argnums=1,
+    )
+    return advance, jax.jit(functools.partial(step.loss_gradient_norms, run.spec))
+
+
+def _open_log(run: runs.Run, first: int, stack: contextlib.ExitStack) -> Log:
+    """Open the log of the process that has one; a new run's data sheet goes into it."""
+    if not processes.is_main():
+        return lambda number, row: None
+    experiment = run.experiment
+    log = metrics.MetricsLog(
+        run.folder,
+        tensorboard=experiment.tensorboard,
+        wandb=experiment.wandb or None,
+        trackio=experiment.trackio or None,
+        first_step=first if first > 1 else 0,
+    )
+    stack.enter_context(log)
+    if first == 1:
+        picture = sheet.write(
+            run.folder,
+            run.data.train,
+            run.data.assets,
+            experiment.augmentation,
+            experiment.seed,
+            masks_padding=experiment.losses.mask_padded_actions,
+        )
+        log.image(0, "data_sheet", picture)
+    return log.log
 
 
 def _require_finite(
@@ -254,35 +212,13 @@ def _require_finite(
         )
 
 
-def _open_log(
-    experiment: config.DistillConfig,
-    folder: pathlib.Path,
-    start: int,
-    picture: UInt8[np.ndarray, "h w 3"] | None,
-    stack: contextlib.ExitStack,
-) -> Any:
-    if not processes.is_main():
-        return lambda number, values: None
-    log = metrics.MetricsLog(
-        folder,
-        tensorboard=experiment.tensorboard,
-        wandb=experiment.wandb or None,
-        trackio=experiment.trackio or None,
-        first_step=start + 1,
-    )
-    stack.enter_context(log)
-    if picture is not None:
-        log.image(0, "data_sheet", picture)
-    return log.log
-
-
 class _Stop:
-    """Whether, and by which signal, the run was asked to stop."""
+    """The signal that asked the run to stop, if one did."""
 
     name = ""
 
     def after(self, number: int) -> bool:
-        """Whether to stop after this step; every process of the job gets the same answer."""
+        """True to stop after this step; every process of the job gets the same answer."""
         if processes.stops_here(number):
             self.name = signal.SIGTERM.name
         return bool(self.name)
@@ -295,12 +231,12 @@ def _stop_signals() -> Iterator[_Stop]:
     In a job of several processes SIGTERM is JAX's, which tells the others (`stops_here`).
     """
     stop = _Stop()
-    previous: dict[int, Any] = {}
+    previous: dict[int, signal._HANDLER] = {}
     alone = jax.process_count() == 1
 
-    def ask(number: int, _: Any) -> None:
+    def ask(number: int, _: object) -> None:
         name = signal.Signals(number).name
-        progress.console.print(f"{name}: saving after this step, once more to stop at once")
+        progress.say(f"{name}: saving after this step, once more to stop at once")
         if alone:
             stop.name = name
         else:

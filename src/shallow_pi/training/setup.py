@@ -1,61 +1,27 @@
-"""What a run starts from: its checks, its teacher, its layer map and its first state.
+"""Mesh, step, teacher and first state of a config: everything of a run but its data.
 
-What can be wrong is found out cheaply first (`validate`), before the run's folder is touched; sizes
-that the teacher's checkpoint fixes are taken from it (`resolve`). The teacher is read straight into
-its shardings, the student is cut out of it where it will live, and everything else is shapes.
+Sizes that the teacher's checkpoint fixes are taken from it (`resolve`). The teacher is read
+straight into its shardings, and the student is cut out of it where it will live.
 """
 
 import dataclasses
-import functools
-import json
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, PyTree
 
 from shallow_pi import progress
-from shallow_pi.checkpoints import fetch, run_folder, sizes, weights
-from shallow_pi.data import loader, opening
-from shallow_pi.distill import layer_map, layer_scores, step, student
+from shallow_pi.checkpoints import fetch, sizes, weights
+from shallow_pi.distill import layer_map, step, student
 from shallow_pi.models import layers, pi0
-from shallow_pi.parallel import sharding
+from shallow_pi.parallel import shapes, sharding
 from shallow_pi.planning import accelerators, memory
 from shallow_pi.training import config
 
 # The teacher's "path" that stands for made-up parameters.
 RANDOM = "random"
-
-
-def validate(
-    experiment: config.DistillConfig,
-) -> tuple[jax.sharding.Mesh, pathlib.Path | None]:
-    """Find out cheaply what cannot work: mesh, batch size, losses, dataset, teacher's checkpoint.
-
-    Returns:
-      The mesh, and the teacher's step folder on this machine (None without a teacher on disk).
-    """
-    mesh = make_mesh(experiment, jax.devices())
-    sharding.check_batch_size(mesh, experiment.batch_size // experiment.accumulation)
-    if experiment.data.path or experiment.closed_loop is None:
-        opening.check(experiment.data)  # Before the teacher, which may be a long download.
-    if experiment.teacher is None or experiment.teacher.path == RANDOM:
-        return mesh, None
-    teacher_step = _step_folder(fetch.locate(experiment.teacher.path))
-    try:
-        stored = weights.stored_params(teacher_step)
-    except FileNotFoundError as error:
-        if not experiment.teacher.config:
-            raise
-        own = experiment.teacher.config
-        raise FileNotFoundError(
-            f"{error}; or --teacher.train makes it first, from {own}"
-        ) from error
-    model = sizes.resolve(experiment.model, stored)
-    weights.check_tree(pi0.abstract_params(model), stored, f"teacher ({teacher_step})")
-    return mesh, teacher_step
 
 
 def make_mesh(
@@ -71,11 +37,42 @@ def make_mesh(
     Raises:
       ValueError: they cannot share it as the config says, or its losses and models do not fit.
     """
-    spec = any_spec(experiment)
-    mesh = memory.choose(
-        experiment.mesh, devices, spec, experiment.batch_size, teacher_dtype(experiment), room
-    )
+    spec, dtype = make_spec(experiment), teacher_dtype(experiment)
+    mesh = memory.choose(experiment.mesh, devices, spec, experiment.batch_size, dtype, room)
     return mesh.create(devices)
+
+
+def make_spec(
+    experiment: config.DistillConfig,
+    mesh: jax.sharding.Mesh | None = None,
+    measured: layer_map.LayerMap | None = None,
+) -> step.Spec:
+    """The static part of the step, for a run or to plan one.
+
+    Args:
+      experiment: the config.
+      mesh: on which the models keep the batch split.
+      measured: the layers, where the strategy measures them on the teacher. Without them the spec
+        has no layer map yet: enough for shapes and memory.
+    """
+    schedule = experiment.schedule.create()
+    return step.Spec(
+        student=experiment.student_model,
+        optimizer=experiment.optimizer.create(schedule),
+        schedule=schedule,
+        losses=experiment.losses,
+        teacher=None if experiment.teacher is None else experiment.model,
+        layer_map=experiment.fixed_layer_map() or measured,
+        augmentation=experiment.augmentation,
+        draws=experiment.draws,
+        accumulation=experiment.accumulation,
+        ema_decay=experiment.ema_decay or None,
+        freeze=experiment.student.freeze,
+        execution=layers.Execution(
+            experiment.remat, None if mesh is None else sharding.batch_sharding(mesh)
+        ),
+        offload_teacher=experiment.teacher is not None and experiment.teacher.offload,
+    )
 
 
 def teacher_dtype(experiment: config.DistillConfig) -> str:
@@ -83,29 +80,76 @@ def teacher_dtype(experiment: config.DistillConfig) -> str:
     return "bfloat16" if experiment.teacher is None else experiment.teacher.dtype
 
 
-def describe_mesh(experiment: config.DistillConfig, mesh: jax.sharding.Mesh) -> str:
-    """One line: the mesh, and what a step needs on each of its devices."""
-    spec, device = any_spec(experiment), mesh.devices.flat[0]
-    needed = memory.estimate(spec, mesh, experiment.batch_size, teacher_dtype(experiment))
+def describe_mesh(experiment: config.DistillConfig, mesh: jax.sharding.Mesh) -> list[str]:
+    """The mesh, and the memory that a step needs on each of its devices, a line each."""
+    device = mesh.devices.flat[0]
+    dtype = teacher_dtype(experiment)
+    needed = memory.estimate(make_spec(experiment), mesh, experiment.batch_size, dtype)
     room = accelerators.memory_of(device)
     axes = " × ".join(f"{name} {size}" for name, size in mesh.shape.items())
     of = f" of {room / memory.GIGA:.0f} GB" if room else ""
-    line = f"Mesh: {axes} ({mesh.size} {device.device_kind}); a device needs about {needed}{of}"
+    lines = [
+        f"Mesh: {axes} ({mesh.size} {device.device_kind})",
+        f"Memory of a device: about {needed}{of}",
+    ]
     if room and needed.total > memory.USABLE * room:
-        line += (
-            "; it may not fit: try --student.freeze vision embedder, --optimizer.moments bfloat16, "
-            "--teacher.offload or --accumulation"
+        lines.append(
+            "warning: this may not fit: try --student.freeze vision embedder, "
+            "--optimizer.moments bfloat16, --teacher.offload or --accumulation"
         )
-    return line
+    return lines
 
 
 def teacher_on_disk(experiment: config.DistillConfig) -> pathlib.Path | None:
     """The teacher's step folder if it lies on this machine; nothing is fetched."""
-    path = "" if experiment.teacher is None else experiment.teacher.path
-    if not path or path == RANDOM:
-        return None
-    folder = fetch.kept(path)
+    path = _teacher_path(experiment)
+    folder = fetch.kept(path) if path else None
     return None if folder is None else _step_folder(folder)
+
+
+def find_teacher(experiment: config.DistillConfig) -> pathlib.Path | None:
+    """The teacher's step folder, fetched first where it has to be; None without one on disk.
+
+    Raises:
+      FileNotFoundError, ValueError: it is not there, or its parameters do not fit the config.
+    """
+    path = _teacher_path(experiment)
+    if not path:
+        return None
+    folder = _step_folder(fetch.locate(path))
+    check_teacher(experiment, folder)
+    return folder
+
+
+def check_teacher_here(experiment: config.DistillConfig) -> None:
+    """`check_teacher` for a teacher that lies on this machine, or should; nothing is fetched."""
+    path = _teacher_path(experiment)
+    if "://" not in path:
+        find_teacher(experiment)
+    elif (folder := fetch.kept(path)) is not None:
+        check_teacher(experiment, _step_folder(folder))
+
+
+def check_teacher(experiment: config.DistillConfig, folder: pathlib.Path) -> None:
+    """Raise unless a step folder has the parameters the config wants; reads their shapes alone."""
+    try:
+        stored = weights.stored_params(folder)
+    except FileNotFoundError as error:
+        assert experiment.teacher is not None, "its folder was given"
+        own = experiment.teacher.config
+        if not own:
+            raise
+        raise FileNotFoundError(
+            f"{error}; or --teacher.train makes it first, from {own}"
+        ) from error
+    model = sizes.resolve(experiment.model, stored)
+    weights.check_tree(pi0.abstract_params(model), stored, f"teacher ({folder})")
+
+
+def _teacher_path(experiment: config.DistillConfig) -> str:
+    """Empty without a teacher, and for one that is made up."""
+    path = "" if experiment.teacher is None else experiment.teacher.path
+    return "" if path == RANDOM else path
 
 
 def _step_folder(path: pathlib.Path) -> pathlib.Path:
@@ -116,11 +160,10 @@ def _step_folder(path: pathlib.Path) -> pathlib.Path:
 def resolve(
     experiment: config.DistillConfig, teacher_step: pathlib.Path | None
 ) -> config.DistillConfig:
-    """The experiment with the tower sizes of its teacher's checkpoint; told where they differ.
+    """The experiment with the tower sizes of its teacher's checkpoint; says where they differ.
 
-    Comes after `validate`, whose step folder it takes. Widths, MLPs, heads, vocabulary and pictures
-    are facts about a checkpoint, so a config need not repeat them; kind, depth and action dimension
-    are decisions of the config, which `validate` holds the checkpoint to.
+    Widths, MLPs, heads, vocabulary and pictures are facts about a checkpoint, so a config need not
+    repeat them; kind, depth and action dimension are decisions of the config (`check_teacher`).
     """
     if teacher_step is None:
         return experiment
@@ -128,11 +171,7 @@ def resolve(
     found = sizes.differences(experiment.model, model)
     if not found:
         return experiment
-    progress.console.print(
-        f"The sizes are those of the teacher's checkpoint: {', '.join(found)}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    progress.say(f"The sizes are those of the teacher's checkpoint: {', '.join(found)}")
     return dataclasses.replace(experiment, model=model)
 
 
@@ -154,98 +193,31 @@ def load_teacher(
     return weights.load_params(teacher_step, expected, dtype=dtype, sharding=shardings)
 
 
-def choose_layers(
-    experiment: config.DistillConfig,
-    teacher_params: PyTree,
-    feed: loader.Prefetch,
-    resumed: pathlib.Path | None = None,
-) -> layer_map.LayerMap | None:
-    """The layer map; strategies that look at the teacher measure it on the first batch.
-
-    A run that is resumed from the folder `resumed` keeps the layers it has.
-    """
-    if experiment.teacher is None:
-        return None
-    fixed = experiment.fixed_layer_map()
-    if fixed is not None:
-        return fixed
-    if resumed is not None and (resumed / run_folder.CONFIG_FILE).exists():
-        saved = json.loads((resumed / run_folder.CONFIG_FILE).read_text(encoding="utf-8"))
-        if saved["layer_map"]:
-            return layer_map.explicit(saved["layer_map"], experiment.model.depth)
-    position = feed.state()
-    spec = dataclasses.replace(
-        make_spec(experiment, layer_map.first(experiment.student.depth, experiment.model.depth)),
-        draws=1,
-    )
-    inputs = step.draw_inputs(spec, jax.random.key(experiment.seed), next(feed))
-    feed.restore(position)
-    strategy = experiment.student.strategy
-    measure: Callable[..., Array]
-    choose: Callable[[int, np.ndarray], layer_map.LayerMap]
-    measure, choose = {
-        "similarity": (layer_scores.similarity, layer_map.similarity),
-        "sensitivity": (layer_scores.sensitivity, layer_map.sensitivity),
-    }[strategy]
-    progress.console.print(f"Measuring the {strategy} of {experiment.model.depth} layers")
-    scores = jax.jit(functools.partial(measure, experiment.model))(
-        teacher_params, inputs.observation, inputs.x_t[:, 0], inputs.t[:, 0]
-    )
-    return choose(experiment.student.depth, np.asarray(scores))
-
-
-def make_spec(
-    experiment: config.DistillConfig,
-    chosen: layer_map.LayerMap | None,
-    mesh: jax.sharding.Mesh | None = None,
-) -> step.Spec:
-    """The static part of the step; on a mesh the models keep the batch split over it."""
-    schedule = experiment.schedule.create()
-    return step.Spec(
-        student=experiment.student_model,
-        optimizer=experiment.optimizer.create(schedule),
-        schedule=schedule,
-        losses=experiment.losses,
-        teacher=None if chosen is None else experiment.model,
-        layer_map=chosen,
-        augmentation=experiment.augmentation,
-        draws=experiment.draws,
-        accumulation=experiment.accumulation,
-        ema_decay=experiment.ema_decay or None,
-        freeze=experiment.student.freeze,
-        execution=layers.Execution(
-            experiment.remat, None if mesh is None else sharding.batch_sharding(mesh)
-        ),
-        offload_teacher=experiment.teacher is not None and experiment.teacher.offload,
-    )
-
-
-def any_spec(experiment: config.DistillConfig, mesh: jax.sharding.Mesh | None = None) -> step.Spec:
-    """`make_spec` with some layers, for what does not depend on which: checks, sizes, compiling."""
-    chosen = None
-    if experiment.teacher is not None:
-        chosen = layer_map.first(experiment.student_model.depth, experiment.model.depth)
-    return make_spec(experiment, chosen, mesh)
-
-
-def initial_state(
-    experiment: config.DistillConfig, spec: step.Spec, teacher_params: PyTree, abstract: PyTree
+def cut_state(
+    spec: step.Spec, mesh: jax.sharding.Mesh, teacher_params: PyTree
 ) -> step.DistillState:
-    """A fresh state, made where it will live: the cut teacher, or random parameters."""
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    if spec.layer_map is not None and experiment.student.init == "cut":
-        assert spec.teacher is not None, "a layer map comes with a teacher"
-        teacher, chosen = spec.teacher, spec.layer_map
+    """A fresh state around the student that is cut out of the teacher."""
+    assert spec.teacher is not None, "it is cut"
+    assert spec.layer_map is not None, "layers are chosen before a student is cut"
+    teacher, chosen = spec.teacher, spec.layer_map
 
-        def cut(params: PyTree) -> step.DistillState:
-            return step.init_state(spec, student.cut(teacher, params, chosen))
+    def cut(params: PyTree) -> step.DistillState:
+        return step.init_state(spec, student.cut(teacher, params, chosen))
 
-        return jax.jit(cut, out_shardings=shardings)(teacher_params)
+    return jax.jit(cut, out_shardings=_shardings(spec, mesh))(teacher_params)
+
+
+def random_state(spec: step.Spec, mesh: jax.sharding.Mesh, seed: int) -> step.DistillState:
+    """A fresh state around random parameters."""
 
     def random(key: Array) -> step.DistillState:
         return step.init_state(spec, pi0.init(spec.student, key))
 
-    return jax.jit(random, out_shardings=shardings)(jax.random.key(experiment.seed))
+    return jax.jit(random, out_shardings=_shardings(spec, mesh))(jax.random.key(seed))
+
+
+def _shardings(spec: step.Spec, mesh: jax.sharding.Mesh) -> PyTree:
+    return jax.tree.map(lambda leaf: leaf.sharding, shapes.abstract_state(spec, mesh))
 
 
 def resolve_from_disk(experiment: config.DistillConfig) -> config.DistillConfig:

@@ -10,7 +10,6 @@ the robot's own units.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +25,7 @@ from shallow_pi.models import batch as batches
 from shallow_pi.models import observation as observations
 from shallow_pi.models import pi0
 from shallow_pi.parallel import processes, sharding
+from shallow_pi.training import config as configs
 
 # Names in metrics.jsonl; the errors have one more for each group, "<name>/<group>".
 PREFIX = "validation/"
@@ -35,27 +35,6 @@ TEACHER_TO_DATA = f"{PREFIX}teacher_error_to_data"
 LOSSES = ("task_loss", "velocity_loss", "attention_loss")
 # Scanned and unfused: the quickest to compile, and no second arrangement of sharded weights.
 OPTIONS = dataclasses.replace(tuning.SCANNED, fused=False)
-
-
-@dataclasses.dataclass(frozen=True)
-class ValidationConfig:
-    """Measurements on the episodes that data.held_out keeps from training."""
-
-    # Steps between them; there is one at the end too. 0 measures nothing.
-    interval: int = 1000
-    # Held-out samples, evenly spaced over the episodes; rounded up to fill the devices.
-    samples: int = 64
-    # Integration steps of the sampler.
-    num_steps: int = 10
-    # Whose actions decide which step is best. The recorded ones are what the task asks for, also
-    # where the teacher does not know it yet (a base model) and a good student moves away from it.
-    # The teacher's, from the same noise, are the goal where to reproduce it is all that is wanted.
-    against: Literal["data", "teacher"] = "data"
-
-    def __post_init__(self) -> None:
-        for name, bound in (("interval", 0), ("samples", 1), ("num_steps", 1)):
-            if (value := getattr(self, name)) < bound:
-                raise ValueError(f"validation.{name} must be at least {bound}, got {value}")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -239,7 +218,7 @@ class Validation:
 
 
 def create(
-    config: ValidationConfig,
+    config: configs.ValidationConfig,
     source: sources.Source | None,
     assets: policy_assets.Assets | None,
     spec: step.Spec,

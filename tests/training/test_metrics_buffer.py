@@ -6,7 +6,7 @@ import types
 import jax.numpy as jnp
 import pytest
 
-from shallow_pi.training import rows
+from shallow_pi.training import metrics_buffer
 
 
 class _Log:
@@ -14,8 +14,10 @@ class _Log:
 
     def __init__(self, monkeypatch, interval):
         self.now, self.fetched, self.written = 100.0, [], {}
-        monkeypatch.setattr(rows, "time", types.SimpleNamespace(perf_counter=lambda: self.now))
-        self.rows = rows.Rows(self._write, self._check, interval)
+        monkeypatch.setattr(
+            metrics_buffer, "time", types.SimpleNamespace(perf_counter=lambda: self.now)
+        )
+        self.buffer = metrics_buffer.MetricsBuffer(self._write, self._check, interval)
 
     def _check(self, number, values):
         assert values["loss"] == number
@@ -26,11 +28,11 @@ class _Log:
         self.written[number] = dict(row)
 
     def step(self, number, wait=0.0, seconds=0.0, **more):
-        with self.rows.waiting():
+        with self.buffer.waiting():
             self.now += wait
         self.now += seconds
         values = {"loss": float(number), **more}
-        self.rows.add(number, {name: jnp.float32(value) for name, value in values.items()})
+        self.buffer.add(number, {name: jnp.float32(value) for name, value in values.items()})
 
 
 @pytest.fixture
@@ -60,7 +62,7 @@ def test_closing_waits_for_all_steps_and_writes_a_row_that_was_due_first(log):
     for number in range(1, 5):
         log.step(number)
     assert not log.written
-    with log.rows.closing() as row:
+    with log.buffer.closing() as row:
         assert log.fetched == [1, 2, 3, 4]
         assert list(log.written) == [3]
         row["error"] = 7.0
@@ -77,7 +79,7 @@ def test_a_row_that_is_closed_at_its_interval_is_one_row(log):
     log = log(2)
     for number in (1, 2):
         log.step(number)
-    with log.rows.closing():
+    with log.buffer.closing():
         assert not log.written
     assert list(log.written) == [2]
 
@@ -85,7 +87,7 @@ def test_a_row_that_is_closed_at_its_interval_is_one_row(log):
 def test_a_row_is_written_though_its_checkpoint_fails(log):
     log = log(10)
     log.step(1)
-    with contextlib.suppress(OSError), log.rows.closing() as row, log.rows.stalling(row):
+    with contextlib.suppress(OSError), log.buffer.closing() as row, log.buffer.stalling(row):
         log.now += 3.0
         raise OSError
     assert log.written[1]["checkpoint_stall"] == 3.0
@@ -95,8 +97,8 @@ def test_what_must_not_be_is_raised_before_anything_is_saved(log):
     log = log(10)
     log.step(1)
     log.step(2)
-    log.rows._check = lambda number, values: 1 / (2 - number)
-    with pytest.raises(ZeroDivisionError), log.rows.closing():
+    log.buffer._check = lambda number, values: 1 / (2 - number)
+    with pytest.raises(ZeroDivisionError), log.buffer.closing():
         pytest.fail("step 2 is not fit to be saved")
     assert not log.written
 
@@ -110,9 +112,9 @@ def test_seconds_are_those_of_the_rows_own_steps(log):
     # Seen when step 4 was dispatched: until then only steps 1 and 2 were done.
     assert log.written[2]["seconds_per_step"] == 27.0 / 2
     assert log.written[2]["data_wait"] == 2.0
-    with log.rows.closing() as row:
+    with log.buffer.closing() as row:
         log.now += 1000.0  # Validation is not the steps'.
-        with log.rows.stalling(row):
+        with log.buffer.stalling(row):
             log.now += 8.0
     assert log.written[4]["data_wait"] == 2.5
     assert log.written[4]["seconds_per_step"] == 0.0

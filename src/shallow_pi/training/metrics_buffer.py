@@ -1,4 +1,4 @@
-"""The rows of a run's log: means over the steps since the last row, fetched while later steps run.
+"""Metrics between device and log: means over steps, fetched while later steps run.
 
 A step's metrics are taken off the device when `AHEAD` more steps are dispatched, so that the device
 never waits for a line of the log; a row is written when its last step has come. `closing` waits for
@@ -25,10 +25,10 @@ from shallow_pi.distill import step
 # Steps dispatched ahead of the one whose result the host has seen.
 AHEAD = 2
 
-Values = dict[str, float]
+Row = dict[str, float]
 
 
-class Rows:
+class MetricsBuffer:
     """Collects the metrics of steps and writes their means.
 
     Args:
@@ -39,20 +39,21 @@ class Rows:
 
     def __init__(
         self,
-        write: Callable[[int, Values], None],
+        write: Callable[[int, Row], None],
         check: Callable[[int, Mapping[str, float]], None],
         interval: int,
     ) -> None:
         self._write, self._check, self._interval = write, check, interval
         # On the device; and, off it, those of the next row.
         self._ahead: collections.deque[tuple[int, step.Metrics, float]] = collections.deque()
-        self._here: list[tuple[int, Values, float]] = []
+        self._here: list[tuple[int, Row, float]] = []
         self._waited = 0.0
+        # When the next row's first step began.
         self._began = time.perf_counter()
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Counts what it encloses as the next step's `data_wait`."""
+        """Count the block as the next step's `data_wait`."""
         began = time.perf_counter()
         yield
         self._waited += time.perf_counter() - began
@@ -66,31 +67,31 @@ class Rows:
             self._write_due()
 
     @contextlib.contextmanager
-    def closing(self) -> Iterator[Values]:
-        """Wait for all steps and write their row on leaving, also by an error, with what was added.
+    def closing(self) -> Iterator[Row]:
+        """Wait for all steps; write their row, with what the block adds, also after an error.
 
-        A row that became due before it is written first.
+        A row that became due before it is written first. The block is not counted as steps' time,
+        but for its last part if that is `stalling`.
         """
         while self._ahead:
             self._take()
             if self._ahead:
                 self._write_due()
         number, row = self._here[-1][0], self._mean()
-        self._began = 0.0
         try:
             yield row
         finally:
-            self._began = self._began or time.perf_counter()
+            self._began = time.perf_counter() - row.get("checkpoint_stall", 0.0)
             self._write(number, row)
 
     @contextlib.contextmanager
-    def stalling(self, row: Values) -> Iterator[None]:
-        """Adds what it encloses to a row as `checkpoint_stall`."""
-        self._began = time.perf_counter()
+    def stalling(self, row: Row) -> Iterator[None]:
+        """Add the block's seconds to a row as `checkpoint_stall`."""
+        began = time.perf_counter()
         try:
             yield
         finally:
-            row["checkpoint_stall"] = time.perf_counter() - self._began
+            row["checkpoint_stall"] = time.perf_counter() - began
 
     def _take(self) -> None:
         number, values, waited = self._ahead.popleft()
@@ -104,7 +105,7 @@ class Rows:
             self._began = time.perf_counter()
             self._write(number, row)
 
-    def _mean(self) -> Values:
+    def _mean(self) -> Row:
         """Each metric's mean over the steps that have it; forgets them."""
         seconds = time.perf_counter() - self._began
         steps, self._here = self._here, []

@@ -1,0 +1,189 @@
+"""A run: a config, opened once.
+
+`open_run` finds out what can be wrong in the order of what that costs: first what needs no file of
+a dataset or teacher (`check`), then the dataset, then the teacher, which may be a long download;
+only then does it touch the run's folder. Whoever holds a `Run` need check nothing.
+"""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable, Collection
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from shallow_pi import progress
+from shallow_pi.checkpoints import run_folder
+from shallow_pi.data import loader, opening
+from shallow_pi.distill import layer_map, layer_scores, step
+from shallow_pi.parallel import agreement, processes, shapes, sharding
+from shallow_pi.training import config, setup
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+    """Everything a training takes; its folder is prepared and holds the config."""
+
+    # The config with the teacher's sizes, as saved in the folder.
+    experiment: config.DistillConfig
+    folder: pathlib.Path
+    mesh: jax.sharding.Mesh
+    # The static part of the step, with the layer map.
+    spec: step.Spec
+    # Samples to train on and to validate on, and the policy's assets.
+    data: opening.Data
+    # The teacher's step folder; None without a teacher on disk.
+    teacher_step: pathlib.Path | None
+    # Its parameters on the mesh, its layers in the host's memory with --teacher.offload; None
+    # without a teacher.
+    teacher: PyTree
+
+    def save_assets(self, folder: pathlib.Path) -> None:
+        """Write what makes a step folder a deployable policy; nothing for made-up samples."""
+        if self.data.assets is not None:
+            self.data.assets.save(folder)
+
+    def feed(self) -> loader.Prefetch:
+        """Batches on the mesh, from the first on."""
+        experiment = self.experiment
+        batches = loader.Loader(
+            self.data.train,
+            experiment.batch_size,
+            seed=experiment.seed,
+            num_threads=experiment.data.num_threads,
+            num_workers=experiment.data.num_workers,
+        )
+        return loader.Prefetch(batches, sharding.batch_sharding(self.mesh))
+
+
+def check(experiment: config.DistillConfig) -> None:
+    """Find out what cannot work without opening a dataset and without fetching anything.
+
+    Raises:
+      ValueError, FileNotFoundError: mesh, batch size, losses, paths, or a teacher on this machine
+        that does not fit.
+    """
+    mesh = setup.make_mesh(experiment, jax.devices())
+    sharding.check_batch_size(mesh, experiment.batch_size // experiment.accumulation)
+    setup.check_teacher_here(experiment)
+
+
+def open_run(experiment: config.DistillConfig, *, prepared: bool = False) -> Run:
+    """Open a config; its folder is touched when everything else was read.
+
+    Args:
+      experiment: the config.
+      prepared: the caller has prepared the folder, and put something there.
+
+    Raises:
+      ValueError, FileNotFoundError, OSError: something does not fit, is missing or not writable.
+    """
+    folder = experiment.folder
+    agreement.check_shared(folder.parent)
+    if not prepared:
+        run_folder.check(folder, experiment.resume, experiment.overwrite)
+    saved = run_folder.read_config(folder) if prepared or experiment.resume else None
+    if saved is not None:  # What depends on the teacher's checkpoint is compared later.
+        later = {"model", *(() if experiment.fixed_layer_map() else ("layer_map",))}
+        _compare(folder, experiment, experiment.fixed_layer_map(), later)
+    check(experiment)
+    recordings = opening.open_recordings(experiment.data)
+    teacher_step = setup.find_teacher(experiment)
+    experiment = setup.resolve(experiment, teacher_step)
+    data = opening.open_data(experiment.data, experiment.student_model, teacher_step, recordings)
+    agreement.check(experiment, data.train)
+    mesh = setup.make_mesh(experiment, jax.devices())
+    spec = setup.make_spec(experiment, mesh)
+    teacher = setup.load_teacher(experiment, teacher_step, mesh)
+    if spec.offload_teacher:
+        teacher = shapes.offload(teacher)
+    run = _with_layers(Run(experiment, folder, mesh, spec, data, teacher_step, teacher), saved)
+    for line in (*setup.describe_mesh(experiment, mesh), describe_layers(run.spec)):
+        progress.say(line)
+    if not prepared:
+        run_folder.prepare(folder, experiment.resume, experiment.overwrite, meet=processes.sync)
+    _save_config(run)
+    return run
+
+
+def variant(run: Run, experiment: config.DistillConfig, folder: pathlib.Path) -> Run:
+    """Another config on what a run has opened: the same data, model, teacher, layers and devices.
+
+    It goes on in its folder where that holds a run.
+    """
+    spec = setup.make_spec(experiment, run.mesh, run.spec.layer_map)
+    other = dataclasses.replace(run, experiment=experiment, folder=folder, spec=spec)
+    run_folder.prepare(folder, resume=True, overwrite=False, meet=processes.sync)
+    _save_config(other)
+    return other
+
+
+def describe_layers(spec: step.Spec) -> str:
+    """The layers that are trained, in a line."""
+    if spec.teacher is None or spec.layer_map is None:
+        return f"Layers: {spec.student.depth}, without a teacher"
+    chosen = " ".join(map(str, spec.layer_map.layers))
+    return f"Layers: {spec.student.depth} of the teacher's {spec.teacher.depth}: {chosen}"
+
+
+def _save_config(run: Run) -> None:
+    """Write the config into the run's folder, or hold a run that goes on to the one there."""
+    if run_folder.read_config(run.folder) is not None:
+        _compare(run.folder, run.experiment, run.spec.layer_map)
+    run_folder.save_config(run.folder, _values(run.experiment, run.spec.layer_map))
+
+
+def _values(experiment: config.DistillConfig, layers: layer_map.LayerMap | None) -> dict[str, Any]:
+    """The content of config.json."""
+    chosen = None if layers is None else list(layers.layers)
+    return {**dataclasses.asdict(experiment), "layer_map": chosen}
+
+
+def _compare(
+    folder: pathlib.Path,
+    experiment: config.DistillConfig,
+    layers: layer_map.LayerMap | None,
+    later: Collection[str] = (),
+) -> None:
+    safe = config.SAFE_TO_CHANGE.union(later)
+    run_folder.compare_config(folder, _values(experiment, layers), safe)
+
+
+def _with_layers(run: Run, saved: dict[str, Any] | None) -> Run:
+    """The run with a layer map where it has a teacher: its own, that of the saved run, or measured.
+
+    Strategies that look at the teacher measure it on the first batch.
+    """
+    experiment = run.experiment
+    if experiment.teacher is None or run.spec.layer_map is not None:
+        return run
+    if saved is not None and saved.get("layer_map"):
+        chosen = layer_map.explicit(saved["layer_map"], experiment.model.depth)
+    else:
+        chosen = measure_layers(run)
+    return dataclasses.replace(run, spec=setup.make_spec(experiment, run.mesh, chosen))
+
+
+def measure_layers(run: Run) -> layer_map.LayerMap:
+    """The layers by a strategy that looks at the teacher, measured on the first batch."""
+    experiment, strategy = run.experiment, run.experiment.student.strategy
+    feed = run.feed()
+    try:
+        spec = dataclasses.replace(run.spec, draws=1)
+        inputs = step.draw_inputs(spec, jax.random.key(experiment.seed), next(feed))
+    finally:
+        feed.close()
+    measure: Callable[..., Array]
+    choose: Callable[[int, np.ndarray], layer_map.LayerMap]
+    measure, choose = {
+        "similarity": (layer_scores.similarity, layer_map.similarity),
+        "sensitivity": (layer_scores.sensitivity, layer_map.sensitivity),
+    }[strategy]
+    progress.say(f"Measuring the {strategy} of {experiment.model.depth} layers")
+    scores = jax.jit(functools.partial(measure, experiment.model))(
+        shapes.on_device(run.teacher), inputs.observation, inputs.x_t[:, 0], inputs.t[:, 0]
+    )
+    return choose(experiment.student.depth, np.asarray(scores))

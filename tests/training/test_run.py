@@ -1,0 +1,122 @@
+"""A run is opened once, in the order of what that costs, and its folder is touched last."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+
+from shallow_pi.checkpoints import fetch, weights
+from shallow_pi.data import data_config
+from shallow_pi.data.lerobot import reader
+from shallow_pi.training import config, setup
+from shallow_pi.training import run as runs
+
+
+@pytest.fixture
+def experiment(tmp_path, tiny_experiment, tiny_dataset):
+    """On a recorded dataset, with a made-up teacher."""
+    dataset, tokenizer = tiny_dataset
+    data = data_config.DataConfig(path=str(dataset), tokenizer=str(tokenizer), held_out=0.34)
+    return tiny_experiment(tmp_path / "runs", data=data)
+
+
+@pytest.fixture
+def remote(experiment, monkeypatch):
+    """The same with a teacher far away; fails a test that begins to fetch it."""
+    monkeypatch.setattr(fetch, "locate", lambda url: pytest.fail(f"{url} is fetched"))
+    teacher = config.TeacherConfig("gs://bucket/a-teacher-of-6-GB")
+    return dataclasses.replace(experiment, teacher=teacher)
+
+
+def test_a_run_says_what_it_trains_on(experiment, capsys):
+    run = runs.open_run(experiment)
+    said = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(
+        r"Dataset: .*/dataset, 2 episodes \(1[567] frames\) to train on, 1 held out", said[0]
+    )
+    assert said[1] == "Statistics: computed from the dataset"
+    assert said[2].startswith("Mesh: data 8 × fsdp 1 × tensor 1 (8 cpu")
+    assert said[3].startswith("Memory of a device: about ")
+    assert said[4] == "Layers: 2 of the teacher's 3: 0 2"
+    assert len(said) == 5
+    assert json.loads((run.folder / "config.json").read_text())["layer_map"] == [0, 2]
+
+
+def test_the_dataset_is_opened_once(experiment, monkeypatch):
+    opened, start = [], reader.Dataset.__init__
+
+    def noting(self, *args, **kwargs):
+        opened.append(self)
+        start(self, *args, **kwargs)
+
+    monkeypatch.setattr(reader.Dataset, "__init__", noting)
+    run = runs.open_run(experiment)
+    runs.variant(run, run.experiment, run.folder / "baselines" / "task_only")
+    assert len(opened) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 7}, "not divisible"),
+        ({"mesh": {"tensor": 3}}, "tensor"),
+        ({"data": {"path": "nowhere"}}, "no LeRobot dataset at"),
+        ({"data": {"robot": "aloha"}}, "lacks camera"),
+        ({"student": {"freeze": ("vision",)}, "teacher": None}, "need a teacher"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_is_wrong_is_found_before_anything_is_fetched(remote, changes, message):
+    for name, values in changes.items():
+        if isinstance(values, dict):
+            values = dataclasses.replace(getattr(remote, name), **values)
+        remote = dataclasses.replace(remote, **{name: values})
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        runs.open_run(remote)
+    assert not remote.folder.exists()
+
+
+def test_a_run_that_is_there_is_left_alone_before_anything_is_opened(remote):
+    other = dataclasses.replace(remote, teacher=dataclasses.replace(remote.teacher, path="random"))
+    data = dataclasses.replace(other.data, source="synthetic", path="", tokenizer="")
+    runs.open_run(dataclasses.replace(other, data=data))
+    with pytest.raises(ValueError, match=r"already holds a run: --resume"):
+        runs.open_run(remote)
+    with pytest.raises(ValueError, match="another config") as error:
+        runs.open_run(dataclasses.replace(remote, resume=True))
+    assert "data.source: saved 'synthetic', now 'lerobot'" in str(error.value)
+    assert "  model." not in str(error.value)
+
+
+def test_a_teacher_here_that_does_not_fit_is_found_before_a_dataset_is_opened(
+    experiment, tmp_path, tiny_config, tiny_params
+):
+    step = tmp_path / "teacher"
+    weights.save_params(step / "params", tiny_params(tiny_config(depth=4, vocab_size=320)))
+    data = dataclasses.replace(experiment.data, path="nowhere")
+    wrong = dataclasses.replace(experiment, data=data, teacher=config.TeacherConfig(str(step)))
+    with pytest.raises(ValueError, match="the checkpoint has 4 layers"):
+        runs.open_run(wrong)
+    absent = dataclasses.replace(wrong, teacher=config.TeacherConfig(str(tmp_path / "absent")))
+    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+        runs.open_run(absent)
+
+
+def test_a_variant_shares_all_but_its_spec_and_folder(experiment):
+    run = runs.open_run(experiment)
+    alone = dataclasses.replace(
+        run.experiment, losses=dataclasses.replace(experiment.losses, velocity=0.0, attention=0.0)
+    )
+    other = runs.variant(run, alone, run.folder / "baselines" / "task_only")
+    assert other.data is run.data
+    assert other.mesh is run.mesh
+    assert other.spec.layer_map == run.spec.layer_map
+    assert not other.spec.losses.needs_teacher
+    assert (run.folder / "baselines" / "task_only" / "config.json").is_file()
+    with pytest.raises(ValueError, match=r"losses\.velocity: saved 0.0, now"):
+        runs.variant(run, run.experiment, other.folder)
+
+
+def test_a_made_up_teacher_needs_no_folder(experiment):
+    assert setup.find_teacher(experiment) is None
