@@ -155,7 +155,7 @@ def test_corrupt_files_name_file_episode_and_frame(copy, tmp_path) -> None:
         dataset[109]
     file.unlink()
     with pytest.raises(FileNotFoundError, match=r"episode 0, frame 0: video file .* is missing"):
-        dataset[0]
+        reader.Dataset(video)[0]
 
 
 def test_version_2_0_is_read_like_2_1(tmp_path) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import av
 import numpy as np
 from av.video import reformatter
-from jaxtyping import UInt
+from jaxtyping import Float, UInt
 
 from shallow_pi.data.lerobot import video_times
 
@@ -36,6 +36,8 @@ _ROUNDING = 1e-6
 class _Stream:
     container: av.container.InputContainer
     video: av.VideoStream
+    # Times of all frames, seconds.
+    shown: Float[np.ndarray, " n"]
     frames: Iterator[av.VideoFrame] = dataclasses.field(default_factory=lambda: iter(()))
     # Times of the last frame decoded and of the last key frame, seconds.
     last: float = math.inf
@@ -92,25 +94,26 @@ class Reader:
           FileNotFoundError, ValueError: no file, no frame near enough, or one that is damaged.
         """
         path = os.path.abspath(path)
-        shown = video_times.of(path)
-        nearest = shown[video_times.nearest(shown, np.asarray(seconds))]
+        stream = self._open(path)
+        nearest = stream.shown[video_times.nearest(stream.shown, np.asarray(seconds))]
         if abs(nearest - seconds) > tolerance:
             raise ValueError(
                 f"{path} has no frame within {tolerance:.4f} s of {seconds:.4f} s: the nearest is "
-                f"shown at {nearest:.4f} s, the last at {shown[-1]:.4f} s; was the video cut off, "
-                "or recorded by another clock?"
+                f"shown at {nearest:.4f} s, the last at {stream.shown[-1]:.4f} s; was the video "
+                "cut off, or recorded by another clock?"
             )
         try:
-            stream = self._open(path)
             for start in self._starts(stream, nearest):
                 if start is not None:
                     stream.seek(start)
                 frame = stream.decode_to(nearest - _ROUNDING)
-                if frame is not None and abs(stream.last - nearest) <= _ROUNDING:
-                    if deep:
-                        return _first_plane(frame)
-                    rgb = stream.to_rgb.reformat(frame, format="rgb24", **_ONE_THREAD)
-                    return rgb.to_ndarray()
+                # A decoder makes up what it lacks, after a seek also what lies further back.
+                if frame is None or frame.is_corrupt or abs(stream.last - nearest) > _ROUNDING:
+                    continue
+                if deep:
+                    return _first_plane(frame)
+                rgb = stream.to_rgb.reformat(frame, format="rgb24", **_ONE_THREAD)
+                return rgb.to_ndarray()
         # PyAV's errors, and Python's where a format is one that it does not know.
         except (av.FFmpegError, ValueError, IndexError, NotImplementedError) as error:
             self._close(path)
@@ -120,7 +123,7 @@ class Reader:
         self._close(path)
         raise ValueError(
             f"cannot decode {path} at {nearest:.4f} s: its index lists a frame there, the decoder "
-            "gives none; was the recording or the download cut off?"
+            "gives none that is whole; was the recording or the download cut off?"
         )
 
     @staticmethod
@@ -138,12 +141,17 @@ class Reader:
         streams: collections.OrderedDict[str, _Stream]
         streams = self._local.__dict__.setdefault("streams", collections.OrderedDict())
         if path not in streams:
-            container = av.open(path)
-            video = container.streams.video[0]
+            shown = video_times.of(path)
+            try:
+                container = av.open(path)
+                video = container.streams.video[0]
+            except (av.FFmpegError, IndexError) as error:
+                hint = video_times.hint(path)
+                raise ValueError(f"cannot read {path}: {error}{hint}") from error
             video.thread_type = "NONE"
             # dav1d starts threads whatever the type says.
             video.codec_context.thread_count = 1
-            streams[path] = _Stream(container, video)
+            streams[path] = _Stream(container, video, shown)
             if len(streams) > MAX_OPEN:
                 streams.popitem(last=False)[1].container.close()
         streams.move_to_end(path)

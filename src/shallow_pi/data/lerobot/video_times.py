@@ -48,7 +48,7 @@ def _read(path: str, size: int, changed: int) -> Float[np.ndarray, " n"]:
     del size, changed  # A file that was written again is read again.
     try:
         times = _of_mp4(path)
-    except (_UnusualError, struct.error, ValueError, IndexError, OSError):
+    except (_UnusualError, struct.error, ValueError, LookupError, OSError):
         times = _demuxed(path)
     if not len(times):
         raise ValueError(f"video file {path} has no frames{hint(path)}")
@@ -114,7 +114,7 @@ def _of_mp4(path: str) -> Float[np.ndarray, " n"]:
 
 
 def _moov(file: io.BufferedReader, size: int) -> memoryview:
-    at = 0
+    at, found = 0, memoryview(b"")
     while at + 8 <= size:
         file.seek(at)
         head = file.read(16)
@@ -129,9 +129,9 @@ def _moov(file: io.BufferedReader, size: int) -> memoryview:
             raise _UnusualError("cut off")
         if kind == b"moov":
             file.seek(at + start)
-            return memoryview(file.read(length - start))
+            found = memoryview(file.read(length - start))
         at += length
-    raise _UnusualError("no index")
+    return found
 
 
 def _boxes(data: memoryview) -> Iterator[tuple[bytes, memoryview]]:
