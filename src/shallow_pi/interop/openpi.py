@@ -1,8 +1,8 @@
 """Our students as openpi configs: openpi restores, runs and serves them as its own.
 
 openpi fixes a model's sizes by name (`gemma_2b`, `So400m/14`) and has no field for depth. A frozen
-subclass of its `Pi0Config` carries ours and swaps the two functions that look a name up, for the
-length of one `create`. Everything else of openpi (restoring, transforms, policy, server) then runs
+subclass of its `Pi0Config` carries ours and swaps the two functions that look a name up, during one
+`create`. Everything else of openpi (restoring, transforms, policy, server) then runs
 on a student as it is. openpi is imported inside functions; without it a `ModuleNotFoundError` says
 where it can be had.
 """
@@ -86,7 +86,7 @@ def _config_class() -> Any:
 
 @contextlib.contextmanager
 def _sizes(model: pi0.Pi0Config) -> Iterator[None]:
-    """Let openpi's names for sizes mean this model's."""
+    """Give openpi's names for sizes this model's values."""
     from openpi.models import gemma as openpi_gemma
     from openpi.models import siglip as openpi_siglip
 
@@ -205,6 +205,11 @@ class RobotInputs:
         robot = self.robot
         sample = transforms.Cameras(self.cameras, robot.cameras, self.image_size)(data)
         prompt = robot.prompt_key if robot.prompt_key in sample else "prompt"
+        if not robot.prompt and sample.get(prompt) is None:
+            raise ValueError(
+                f"the observation lacks the instruction, {robot.prompt_key!r} or 'prompt' (or give "
+                "openpi's server --default_prompt)"
+            )
         keys = {key: key for key in ("image", "image_mask", *robot.state_keys)}
         found = transforms.Repack({**keys, "prompt": prompt}, ("prompt",) * bool(robot.prompt))(
             sample

@@ -1,8 +1,8 @@
 """openpi's training configs as experiments of ours, by name.
 
-Taken over are the model and the data: samples come from openpi's own loader where it can run, and
-otherwise from recordings through a `Robot` that does what the config's transforms do. Losses,
-schedule and batch size are those of the method.
+The model and the data are taken over: samples come from openpi's own loader where it can run, and
+otherwise from recordings through a `Robot` with the same transforms. Losses, schedule and batch
+size are those of the method.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from shallow_pi.interop import openpi, openpi_data
 from shallow_pi.models import gemma, pi0
 from shallow_pi.training import config
 
-# Names under which openpi publishes trained policies (its README); elsewhere they are one's own.
+# Names of the trained policies that openpi publishes (its README).
 PUBLISHED = ("pi05_libero", "pi05_droid", "pi0_droid", "pi0_aloha_sim")
 
 

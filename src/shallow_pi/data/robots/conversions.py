@@ -1,4 +1,4 @@
-"""A robot's numbers in the units and signs a pretrained model knows, and back.
+"""Convert a robot's numbers to the units and signs of a pretrained model, and back.
 
 `model = factor · robot + offset` by dimension. ALOHA needs one step more in front: it reports its
 grippers as the linear position of the fingers (0 closed, 1 open), the model knows the angle of the

@@ -1,8 +1,8 @@
-"""A robot's transforms in the order of openpi: what training and the robot itself both run.
+"""A robot's transforms in openpi's order, the same in training and on the robot.
 
 `inputs` turns a robot observation (LeRobot's flat keys, from a simulator, a robot or a dataset)
-into one model sample; `outputs` turns normalized model actions back into the robot's. In between
-lie the robot's units, delta actions and the normalization, in this order.
+into one model sample; `outputs` turns normalized model actions back into the robot's. The order is
+units, delta actions, normalization.
 """
 
 import dataclasses
@@ -30,14 +30,14 @@ def inputs(
     """Robot observation to model sample (see `to_observation`, `to_batch`).
 
     Args:
-      robot: where the observation comes from.
+      robot: the source of the observation.
       cameras: the model's cameras in order; one the robot lacks becomes black with mask False.
       image_size: side of the model's pictures.
       action_dim: the model's action dimension, to which state and actions are padded.
       tokenizer: of the prompt.
       stats: statistics of `state` and `actions` in the robot's dimensions.
       kind: z-score (π0) or quantile (π0.5).
-      discrete_state: whether the state is written into the prompt (π0.5).
+      discrete_state: write the state into the prompt (π0.5).
     """
     _check_here(robot)
     if not set(cameras) & set(robot.cameras):
@@ -98,7 +98,7 @@ def to_model(robot: robots.Robot) -> transforms.Transform:
 
 @dataclasses.dataclass(frozen=True)
 class _Rename:
-    """Robot keys to model keys, sizes checked; everything else is left behind."""
+    """Robot keys to model keys, sizes checked; other keys are dropped."""
 
     robot: robots.Robot
 

@@ -2,8 +2,8 @@
 
 A sample is a plain dict without batch axis. Robot side: LeRobot's flat keys. Model side: `image`
 and `image_mask` (dicts by model camera), `state`, `prompt`, in training also `actions` and
-`action_mask`. Every transform is a frozen dataclass that returns a new dict; what a transform does
-not know it passes on, and a missing `actions` is normal (inference).
+`action_mask`. Every transform is a frozen dataclass that returns a new dict; unknown keys pass
+through, and `actions` may be missing (inference).
 """
 
 import dataclasses

@@ -57,7 +57,7 @@ backbone and action expert alike{source}.
 ## Run it
 
 {_sizes(model)}{usage}
-With shallow_pi itself (`pip install shallow-pi`), whatever the format:
+With shallow_pi itself (installed from its wheel or a clone), whatever the format:
 
     shallow-pi serve --policy.dir /path/to/{folder}
 

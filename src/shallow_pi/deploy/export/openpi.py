@@ -14,7 +14,7 @@ A step folder of openpi: `params/` and `assets/{asset_id}/norm_stats.json`. open
 have other depths; this project registers one of {depth} layers and runs openpi's `serve_policy.py` as
 it is. With the Python of openpi, in a clone of it (after `uv sync`):
 
-    uv pip install shallow-pi          # or --editable with the folder of a clone
+    uv pip install /path/to/shallow_pi          # its wheel, or a clone of its repository
     .venv/bin/shallow-pi serve-openpi policy:checkpoint --policy.config={config} --policy.dir=/path/to/{folder}
 """  # noqa: E501 (a command)
 
