@@ -3,6 +3,7 @@
 import io
 import json
 import pathlib
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -218,6 +219,15 @@ def test_a_table_without_a_text_that_could_be_the_task_is_named(tmp_path, frames
         pl.DataFrame(table).write_parquet(root / "meta" / "tasks.parquet")
         with pytest.raises(ValueError, match=message):
             reader.Dataset(root)
+
+
+def test_meta_files_of_many_episodes_are_read_in_seconds(tmp_path, frames) -> None:
+    root = _write(tmp_path / "set", frames)
+    rows = [{"episode_index": n, "tasks": ["go"], "length": 280} for n in range(40_000)]
+    (root / "meta" / "episodes.jsonl").write_text(_lines(rows))
+    start = time.process_time()
+    assert len(layout.read(root).lengths) == 40_000
+    assert time.process_time() - start < 5, "time must not grow with the square"
 
 
 def test_version_3_tables_may_hold_doubles_other_orders_and_widths(tmp_path, frames) -> None:

@@ -29,14 +29,19 @@ def read_json(path: pathlib.Path) -> Any:
 def json_rows(path: pathlib.Path, keys: Collection[str]) -> Iterator[dict[str, Any]]:
     """The objects of a JSON lines file, whatever separates them; each has to have `keys`."""
     text, decoder, place = _text(path), json.JSONDecoder(), 0
-    while (place := _skip(text, place)) < len(text):
-        line = f"{path}, line {text.count(chr(10), 0, place) + 1}"
+
+    def line(start: int) -> str:
+        return f"{path}, line {text.count(chr(10), 0, start) + 1}"
+
+    while (start := _skip(text, place)) < len(text):
         try:
-            row, place = decoder.raw_decode(text, place)
+            row, place = decoder.raw_decode(text, start)
         except ValueError as error:
-            raise ValueError(f"{line} is not JSON: {error}{_hint(path)}") from error
+            raise ValueError(f"{line(start)} is not JSON: {error}{_hint(path)}") from error
         if not isinstance(row, dict) or not set(keys) <= set(row):
-            raise ValueError(f"{line}: expected an object with {sorted(keys)}, got {row!r:.200}")
+            raise ValueError(
+                f"{line(start)}: expected an object with {sorted(keys)}, got {row!r:.200}"
+            )
         yield row
 
 

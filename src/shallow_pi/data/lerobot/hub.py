@@ -55,7 +55,7 @@ def locate(
         for key in (features if cameras is None else cameras)
         if features.get(key, {}).get("dtype") == "video"
     ]
-    missing = [name for name in meta.names(used, videos) if not (root / name).exists()]
+    missing = [n for n in meta.names(used, videos) if not os.path.exists(os.path.join(root, n))]
     if missing and len(chosen) == len(meta.lengths):
         return fetch.snapshot(repo, commit, meta.files(chosen, videos), kind="dataset")
     if missing:
