@@ -228,7 +228,7 @@ def snapshot(
     Raises:
       FileNotFoundError: it cannot be fetched; says what was tried and how to fetch it by hand.
     """
-    options = {"repo_type": kind} if kind else {}
+    options: dict[str, Any] = {"repo_type": kind} if kind else {}
     with _named(repo, revision, kind, part):
         import huggingface_hub
 
@@ -246,7 +246,7 @@ def files(
     Raises:
       FileNotFoundError: one cannot be fetched; says what was tried and how to fetch it by hand.
     """
-    options = {"repo_type": kind} if kind else {}
+    options: dict[str, Any] = {"repo_type": kind} if kind else {}
     with _named(repo, revision, kind, ""):
         import huggingface_hub
 
