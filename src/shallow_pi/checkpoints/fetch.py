@@ -233,7 +233,7 @@ def snapshot(
         import huggingface_hub
 
         found = huggingface_hub.snapshot_download(
-            repo, revision=revision, allow_patterns=patterns, **options
+            repo, revision=revision, allow_patterns=patterns and list(patterns), **options
         )
     return pathlib.Path(found)
 
