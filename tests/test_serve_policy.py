@@ -1,6 +1,5 @@
 """The command that serves a policy, the one that loads it, and what they say."""
 
-import importlib.util
 import json
 import os
 import pathlib
@@ -13,29 +12,20 @@ import sys
 import numpy as np
 import pytest
 
+from shallow_pi.commands import load_test, serve_policy
 from shallow_pi.serving import recorder
 
 ROOT = pathlib.Path(__file__).parents[1]
 POLICY = ROOT / "assets" / "pi0_turntable"
 
 
-def command(name):
-    """A script's module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    # The command line reads the comments of its dataclasses.
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
 def failing(capsys):
-    """Calls a script's `main`: (exit status, stdout, stderr)."""
+    """Calls a command in this process: (exit status, stdout, stderr)."""
 
-    def call(name, *arguments):
+    def call(command, *arguments):
         with pytest.raises(SystemExit) as exit_:
-            command(name).main(arguments)
+            command.main(arguments)
         said = capsys.readouterr()
         return exit_.value.code, said.out, said.err
 
@@ -86,7 +76,7 @@ def test_a_packaged_policy_is_served_loaded_recorded_and_stopped(tmp_path, monke
         assert scope["actions"].shape == (10, 3)
         monkeypatch.setenv("SHALLOW_PI_API_KEY", "secret")
         load = ["--url", url, "--clients", "3", "--seconds", "1", "--picture-size", "48"]
-        command("load_test").main(load)
+        load_test.main(load)
         result = json.loads(capsys.readouterr().out)
         assert result["errors"] == 0
         assert result["requests"] >= 3 * result["fewest_of_a_client"] > 0
@@ -103,7 +93,7 @@ def test_a_packaged_policy_is_served_loaded_recorded_and_stopped(tmp_path, monke
 def test_a_port_in_use_is_known_before_the_policy_is_loaded(failing):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        found = failing("serve_policy", "--policy.dir", "nowhere", "--port", str(port))
+        found = failing(serve_policy, "--policy.dir", "nowhere", "--port", str(port))
     assert found[0] == 1
     assert f"error: port {port} of 127.0.0.1 is in use" in found[2]
 
@@ -118,25 +108,26 @@ def test_what_is_missing_is_named(failing, tmp_path):
         (["--tls-cert", "a.pem", "--tls-key", "b.pem"], "error: no TLS file a.pem"),
     ):
         given = ["--policy.dir", POLICY, "--port", "0", *arguments]
-        status, _, said = failing("serve_policy", *map(str, given))
+        status, _, said = failing(serve_policy, *map(str, given))
         assert status == 1
         assert re.search(why, said), said
 
 
 def test_the_key_comes_from_its_file_before_the_variable(monkeypatch, tmp_path):
-    script = command("serve_policy")
     monkeypatch.setenv("SHALLOW_PI_API_KEY", "of the variable".replace(" ", "-"))
     (tmp_path / "key").write_text("of-the-file\n")
-    given = script.Arguments(script.PolicyArguments("nowhere"))
+    given = serve_policy.Arguments(serve_policy.PolicyArguments("nowhere"))
     assert given.create().api_key == "of-the-variable"
-    given = script.Arguments(script.PolicyArguments("nowhere"), api_key_file=str(tmp_path / "key"))
+    given = serve_policy.Arguments(
+        serve_policy.PolicyArguments("nowhere"), api_key_file=str(tmp_path / "key")
+    )
     assert given.create().api_key == "of-the-file"
 
 
 def test_a_load_test_of_nothing_says_so(failing):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-    status, said, wrong = failing("load_test", "--url", f"ws://127.0.0.1:{port}", "--seconds", "1")
+    status, said, wrong = failing(load_test, "--url", f"ws://127.0.0.1:{port}", "--seconds", "1")
     assert status == 1
     assert not said
     assert wrong.splitlines()[-1].startswith("error: ")

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 
 # Name → module of this folder, whose script in a clone has the module's name.
 COMMANDS = {
+    "serve": "serve_policy",
+    "load-test": "load_test",
     "export": "export_student",
     "serve-openpi": "serve_openpi",
 }

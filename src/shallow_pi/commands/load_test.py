@@ -1,0 +1,150 @@
+"""Time a policy server that is asked by many robots at once.
+
+uv run scripts/load_test.py --url ws://127.0.0.1:8000 --clients 8 --seconds 60
+
+Every client sends random observations, made by the metadata of the server's policy, one after the
+other without a pause. At the end a line of JSON goes to standard output: answers a second, and
+percentiles of the time from sending an observation to having its actions, in milliseconds. An error
+of any client ends the test with status 1. A key is taken from the variable SHALLOW_PI_API_KEY.
+"""
+
+import asyncio
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tyro
+import websockets.asyncio.client
+import websockets.exceptions
+
+from shallow_pi import progress
+from shallow_pi.serving import protocol
+from shallow_pi.training import command_line
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """The server, and the load."""
+
+    # The server's address.
+    url: str = "ws://127.0.0.1:8000"
+    # Robots at once.
+    clients: int = 8
+    # Length of the test.
+    seconds: float = 60.0
+    # Side of the pictures, pixels; 0 takes the model's.
+    picture_size: int = 0
+    # The instruction.
+    prompt: str = "pick up the cup"
+    # Seed of the observations.
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.clients < 1 or self.seconds <= 0 or self.picture_size < 0:
+            raise ValueError(
+                "--clients must be at least 1, --seconds positive and --picture-size not negative"
+            )
+
+
+def observation(
+    metadata: Mapping[str, Any], given: Arguments, generator: np.random.Generator
+) -> dict[str, Any]:
+    """A random observation of the robot of the server's policy.
+
+    Raises:
+      ValueError: the metadata does not describe observations.
+    """
+    missing = {"cameras", "state_keys", "state_low", "state_high", "prompt_key"} - set(metadata)
+    if missing:
+        raise ValueError(
+            f"the server at {given.url} does not describe its observations (its metadata lacks "
+            f"{sorted(missing)}): this test is for scripts/serve_policy.py"
+        )
+    side = given.picture_size or metadata.get("image_size", 224)
+    picture = (side, side, 3)
+    cameras = metadata["cameras"].values()
+    found: dict[str, Any] = {key: generator.integers(0, 256, picture, np.uint8) for key in cameras}
+    # Within the training data: the policy refuses a state that is far from it.
+    state = generator.uniform(metadata["state_low"], metadata["state_high"]).astype(np.float32)
+    # The keys after the first are grippers, in one dimension each.
+    keys = metadata["state_keys"]
+    first = len(state) - len(keys) + 1
+    cuts = [first + i for i in range(len(keys) - 1)]
+    found |= dict(zip(keys, np.split(state, cuts), strict=True))
+    return {**found, metadata["prompt_key"]: given.prompt}
+
+
+async def client(given: Arguments, number: int, until: float, times: list[float]) -> None:
+    """One robot: observations without a pause; appends the seconds of each."""
+    generator = np.random.default_rng((given.seed, number))
+    key = os.environ.get("SHALLOW_PI_API_KEY")
+    async with websockets.asyncio.client.connect(
+        given.url,
+        compression=None,
+        max_size=None,
+        additional_headers={"Authorization": f"Api-Key {key}"} if key else None,
+    ) as connection:
+        metadata = protocol.unpack(_binary(await connection.recv()))
+        # A few that differ, made before the clock runs.
+        ready = [protocol.pack(observation(metadata, given, generator)) for _ in range(4)]
+        shape = (metadata["action_horizon"], metadata["action_dim"])
+        while time.monotonic() < until:
+            start = time.monotonic()
+            await connection.send(ready[len(times) % len(ready)])
+            actions = protocol.unpack(_binary(await connection.recv()))["actions"]
+            times.append(time.monotonic() - start)
+            if actions.shape != shape or not np.isfinite(actions).all():
+                raise ValueError(f"expected finite actions {shape}, got {actions.shape}")
+
+
+def _binary(message: str | bytes) -> bytes:
+    if isinstance(message, str):
+        raise ValueError(f"the server refused: {message.strip()}")
+    return message
+
+
+async def measure(given: Arguments) -> dict[str, Any]:
+    """Run all clients at once; the result is what is printed."""
+    start = time.monotonic()
+    times: list[list[float]] = [[] for _ in range(given.clients)]
+    async with asyncio.TaskGroup() as group:
+        for number, own in enumerate(times):
+            group.create_task(client(given, number, start + given.seconds, own))
+        with progress.bar("Load", total=max(1, round(given.seconds))) as advance:
+            for _ in range(max(1, round(given.seconds))):
+                await asyncio.sleep(min(1.0, given.seconds))
+                advance(1, f"{sum(map(len, times))} answers")
+    seconds = time.monotonic() - start
+    every = 1000 * np.concatenate([np.asarray(own) for own in times])
+    p50, p95, p99 = np.percentile(every, [50, 95, 99])
+    return {
+        "url": given.url,
+        "clients": given.clients,
+        "seconds": round(seconds, 2),
+        "requests": len(every),
+        "requests_per_second": round(len(every) / seconds, 2),
+        "p50_ms": round(float(p50), 2),
+        "p95_ms": round(float(p95), 2),
+        "p99_ms": round(float(p99), 2),
+        "max_ms": round(float(every.max()), 2),
+        # Close together if clients are treated alike.
+        "fewest_of_a_client": min(map(len, times)),
+        "most_of_a_client": max(map(len, times)),
+        "errors": 0,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse, measure, print."""
+    with command_line.exit_on(websockets.exceptions.WebSocketException):
+        given = tyro.cli(Arguments, args=arguments, description=__doc__)
+        try:
+            result = asyncio.run(measure(given))
+        except ExceptionGroup as group:
+            # All clients usually fail for the same reason.
+            raise group.exceptions[0] from None
+    print(json.dumps(result))

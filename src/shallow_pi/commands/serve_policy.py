@@ -1,0 +1,195 @@
+"""Serve a policy to robots, with openpi's protocol; neither openpi nor torch is needed.
+
+uv run scripts/serve_policy.py --policy.dir checkpoints/pi0_turntable_l6/first
+
+Any openpi client drives it unchanged, from the same machine:
+
+    from openpi_client import websocket_client_policy
+    policy = websocket_client_policy.WebsocketClientPolicy("127.0.0.1", 8000)
+    actions = policy.infer(observation)["actions"]  # (action horizon, robot's dimensions)
+
+`observation` has the robot's keys, which `policy.get_server_metadata()` lists, nested or flat. So
+openpi's example clients work as they are: for robot libero `observation/image`, `observation/state`
+and `prompt`; for droid `observation/exterior_image_1_left` and the like; for aloha and aloha_sim
+`state` and `images`. A robot file gives keys other names (--policy.robot my_robot.py).
+
+A page at http://127.0.0.1:8000/ shows cameras, actions, latency and errors; /metrics is for
+Prometheus, /healthz for supervisors. Ctrl-C or SIGTERM ends the server after the running inference,
+a second one at once.
+
+For robots on other machines open it to the network, with a key that clients give as `api_key=`:
+
+    SHALLOW_PI_API_KEY=... uv run scripts/serve_policy.py --policy.dir ... --host 0.0.0.0
+
+--record DIR keeps observations and actions, a file a connection; read them with
+`shallow_pi.serving.recorder.read`.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import tyro
+
+from shallow_pi import progress
+from shallow_pi.deploy import policy, state_check
+from shallow_pi.parallel import processes
+from shallow_pi.serving import recorder, server, server_config
+from shallow_pi.training import command_line
+
+KEY_VARIABLE = "SHALLOW_PI_API_KEY"
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyArguments:
+    """The policy."""
+
+    # A step folder, a run's folder (its last step is taken), or a step folder of openpi's.
+    dir: str
+    # Step of a run: last, best (on held-out episodes) or its number.
+    step: str = "last"
+    # Integration steps of the sampler.
+    num_steps: int = 10
+    # Seed of the noise.
+    seed: int = 0
+    # For a folder of openpi's or LeRobot's: which robot it is for, a name or a file with a ROBOT.
+    # For any policy, such a file may give the keys of observations other names.
+    robot: str = ""
+    # Name of the statistics under assets/, where there are several.
+    asset_id: str = ""
+    # SentencePiece model, where it is another than the folder's or PaliGemma's.
+    tokenizer: str = ""
+    # Actions of a chunk, which openpi's folders do not say; 0 takes the folder's, or 50.
+    action_horizon: int = 0
+    # Tokens of a prompt, which openpi's folders do not say; 0 takes the folder's, or openpi's 48
+    # (π0.5: 200).
+    max_token_len: int = 0
+    # Whether π0.5 reads the state in the prompt, which openpi's folders do not say; None takes the
+    # folder's, or True.
+    discrete_state_input: bool | None = None
+    # A state this many spreads outside its training data (its range q01 to q99) is answered with a
+    # warning; 0 never warns.
+    state_warn: float = state_check.WARN
+    # A state this many spreads outside its training data is refused; 0 refuses none.
+    state_refuse: float = state_check.REFUSE
+
+    def model_fields(self) -> dict[str, Any]:
+        """Fields of the model that were given."""
+        given = {
+            "action_horizon": self.action_horizon or None,
+            "max_token_len": self.max_token_len or None,
+            "discrete_state_input": self.discrete_state_input,
+        }
+        return {name: value for name, value in given.items() if value is not None}
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """The policy, the address, and the limits of clients."""
+
+    policy: PolicyArguments
+    # Address to listen on; 0.0.0.0 opens the server to the network.
+    host: str = "127.0.0.1"
+    # Port; 0 takes a free one.
+    port: int = 8000
+    # Instruction for observations without one.
+    prompt: str = ""
+    # Make warnings errors: of what the policy's folder leaves to be assumed, of keys that are not
+    # used.
+    strict: bool = False
+    # File with the key clients must give; without it, the variable SHALLOW_PI_API_KEY; without
+    # both, no key is asked for.
+    api_key_file: str = ""
+    # Certificate chain for wss://, a PEM file.
+    tls_cert: str = ""
+    # Private key of the certificate, a PEM file.
+    tls_key: str = ""
+    # Folder to keep observations and actions in.
+    record: str = ""
+    # Recording ends after this many gigabytes.
+    record_limit_gb: float = 20.0
+    # Largest observation, MiB.
+    max_request_mb: int = 64
+    # Clients at once; one more is answered 503.
+    max_clients: int = 32
+    # Observations that may wait for their turn; one more is refused.
+    max_waiting: int = 16
+    # Seconds a connection has for its TLS handshake, and for its HTTP request.
+    handshake_seconds: float = 5.0
+    # Handshakes at once, apart from clients; for one more, the oldest is dropped.
+    max_handshakes: int = 128
+
+    def create(self) -> server_config.ServerConfig:
+        """The server's config, with the key that was given."""
+        shared = {field.name for field in dataclasses.fields(server_config.ServerConfig)}
+        given = {name: getattr(self, name) for name in shared - {"api_key"}}
+        return server_config.ServerConfig(**given, api_key=_api_key(self.api_key_file))
+
+
+def _api_key(path: str) -> str:
+    if not path:
+        return os.environ.get(KEY_VARIABLE, "")
+    file = pathlib.Path(path).expanduser()
+    if not file.is_file():
+        raise FileNotFoundError(f"no API key file {file}; expected one line with the key")
+    if not (key := file.read_text(encoding="utf-8").strip()):
+        raise ValueError(f"the API key file {file} is empty; expected one line with the key")
+    return key
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Load, warm up, serve until stopped."""
+    given = tyro.cli(Arguments, args=arguments, description=__doc__)
+    # Libraries have set up their own logging when they were imported.
+    line = "%(asctime)s %(levelname)s %(message)s"
+    logging.basicConfig(format=line, level=logging.WARNING, force=True)
+    logging.getLogger("shallow_pi").setLevel(logging.INFO)
+    progress.be_strict(given.strict)
+    with command_line.exit_on(), contextlib.ExitStack() as stack:
+        serving = given.create()
+        serving.check()
+        processes.cache_compilations()
+        chosen = policy.Policy.from_checkpoint(
+            given.policy.dir,
+            step=given.policy.step,
+            num_steps=given.policy.num_steps,
+            seed=given.policy.seed,
+            robot=given.policy.robot or None,
+            asset_id=given.policy.asset_id or None,
+            tokenizer=given.policy.tokenizer or None,
+            prompt=given.prompt or None,
+            state_warn=given.policy.state_warn,
+            state_refuse=given.policy.state_refuse,
+            **given.policy.model_fields(),
+        )
+        record = None
+        if given.record:
+            limit = int(given.record_limit_gb * 1e9)
+            record = recorder.Recorder(given.record, chosen.metadata, limit_bytes=limit)
+            stack.callback(record.close)
+        server.run(chosen, serving, ready=lambda url: _ready(url, serving, chosen), record=record)
+
+
+def _ready(url: str, serving: server_config.ServerConfig, chosen: policy.Policy) -> None:
+    """Print the policy, the address, and a client that works."""
+    found = chosen.metadata
+    keys = [*found["cameras"].values(), *found["state_keys"], found["prompt_key"]]
+    host, port = url.rsplit(":", 1)
+    there = host if serving.tls_cert else host.removeprefix("ws://")
+    there = there.replace("0.0.0.0", "<this machine's address>")
+    key = ', api_key="..."' if serving.api_key else ""
+    print(
+        f"{chosen.description}\n"
+        f"on {url}, page at http{url.removeprefix('ws')}/\n"
+        f"an observation has {', '.join(map(repr, keys))}; a client is\n"
+        "    from openpi_client import websocket_client_policy\n"
+        "    policy = websocket_client_policy.WebsocketClientPolicy("
+        f'"{there}", {port}{key})\n'
+        f'    actions = policy.infer(observation)["actions"]  '
+        f"# ({found['action_horizon']}, {found['action_dim']})",
+        flush=True,
+    )
