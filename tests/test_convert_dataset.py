@@ -126,6 +126,9 @@ def rich(tmp_path):
     info |= {"splits": {"train": "0:3", "test": "3:4"}, "licence": "CC-BY-4.0 ©", "total_videos": 0}
     (folder / "meta" / "info.json").write_text(json.dumps(info))
     (folder / "meta" / "modality.json").write_text("{}")
+    episodes = folder / "meta" / "episodes" / "chunk-000" / "file-000.parquet"
+    operators = pl.Series("operator", ["ann", None, "bo", "ann"])
+    pl.read_parquet(episodes).with_columns(operators).write_parquet(episodes)
     (folder / "README.md").write_text("card")
     return folder
 
@@ -147,6 +150,8 @@ def test_every_column_feature_and_entry_is_kept(convert, rich, capsys):
     before, after = (pl.read_parquet(folder / file) for folder in (rich, found.path))
     for key in KINDS:
         assert str(after[key].to_list()) == str(before[key].to_list()), "NaN is not itself"
+    episodes = found.path / "meta" / "episodes" / "chunk-000" / "file-000.parquet"
+    assert pl.read_parquet(episodes)["operator"].to_list() == ["ann", None, "bo", "ann"]
     camera = source.cameras[0]
     assert after[camera].struct["bytes"].equals(before[camera].struct["bytes"])
     stats = json.loads((found.path / "meta" / "stats.json").read_text())
@@ -189,12 +194,15 @@ def test_recorded_times_are_kept(convert, tmp_path, pictures):
         file = old / "data" / "chunk-000" / f"episode_{episode:06d}.parquet"
         table = pl.read_parquet(file).head(len(times))
         table.with_columns(pl.Series("timestamp", times, pl.Float32)).write_parquet(file)
-    lines = (old / "meta" / "episodes.jsonl").read_text().replace('"length": 25', '"length": 20')
+    lines = (old / "meta" / "episodes.jsonl").read_text()
+    lines = lines.replace('"length": 25', '"length": 20, "success": true')
     (old / "meta" / "episodes.jsonl").write_text(lines)
     info = json.loads((old / "meta" / "info.json").read_text()) | {"total_frames": 105}
     (old / "meta" / "info.json").write_text(json.dumps(info))
     source, found = reader.Dataset(old), convert(old, "--pictures", pictures, "--crf", "12")
     np.testing.assert_array_equal(found.columns["timestamp"], source.columns["timestamp"])
+    episodes = found.path / "meta" / "episodes" / "chunk-000" / "file-000.parquet"
+    assert pl.read_parquet(episodes)["success"].to_list() == [None, True, None, None]
     for i in (0, 19, 20, 39, 40, 55, 69, 70, 104):
         away = found.picture(i, TOP).astype(int) - source.picture(i, TOP)
         assert np.abs(away).mean() < (3 if pictures == "h264" else 1e-9), f"frame {i}"

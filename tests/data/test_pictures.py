@@ -94,6 +94,9 @@ def test_picture_is_the_one_of_the_recorded_time(tmp_path, shown, timestamps, ex
         ),
         pytest.param(GRID[:-3], GRID, "frame 19: .* 3 of 20 .* to 1.6000", id="short"),
         pytest.param(GRID, GRID * np.nan, "frame 0: recorded at nan s", id="no times"),
+        pytest.param(GRID, GRID * 0, "frame 1: .* 19 timestamps do not rise", id="zeros"),
+        pytest.param(GRID, 1.7e9 + GRID, "frame 1: recorded at 1700000000.0000 s", id="date"),
+        pytest.param(GRID, 1000 * GRID, "frame 19: .* 19 of 20 frames", id="milliseconds"),
     ],
 )
 def test_frames_without_a_picture_are_refused_when_opened(
@@ -140,6 +143,21 @@ def test_float32_times_of_a_long_episode_are_made_exact() -> None:
     np.testing.assert_array_equal(found, exact)
     later = exact[:1000] + 0.001
     np.testing.assert_array_equal(pictures.times(later, frames[:1000], 30.0), later)
+
+
+@pytest.mark.parametrize(
+    ("shape", "names", "expected"),
+    [
+        ([480, 640, 3], ["height", "width", "channels"], (480, 640)),
+        ([3, 480, 640], ["channels", "height", "width"], (480, 640)),
+        ([3, 480, 640], None, (480, 640)),
+        ([480, 640, 3], [["height", "width", "channel"]], (480, 640)),
+        ([480, 640], None, None),
+        (None, None, None),
+    ],
+)
+def test_declared_size_is_read_in_any_order(shape, names, expected) -> None:
+    assert pictures.declared_size({"shape": shape, "names": names}) == expected
 
 
 def _encoded(picture, **options) -> bytes:

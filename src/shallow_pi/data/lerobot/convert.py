@@ -8,18 +8,22 @@ import os
 import pathlib
 import re
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import polars as pl
 
 from shallow_pi import progress
-from shallow_pi.data.lerobot import columns, reader, video, video_writer
+from shallow_pi.data.lerobot import columns, files, reader, video, video_writer
 from shallow_pi.data.lerobot import writer as lerobot_writer
 
 # Pictures of an episode that are decoded for the statistics of a copied camera.
 SAMPLED = 20
 _BOOKKEEPING = ("frame_index", "episode_index", "index", "task_index")
+# Columns of the table of episodes that are written anew.
+_EPISODE = re.compile(
+    "episode_index|tasks|length|dataset_from_index|dataset_to_index|(data|videos|stats|meta)/.*"
+)
 # Meta files that are written anew, of any version; others are copied.
 _META = re.compile(r"(info|stats)\.json|(episodes|episodes_stats|tasks)(\.jsonl|\.parquet)?")
 
@@ -42,6 +46,7 @@ def convert(
       ValueError: something that cannot be read or written; says where.
     """
     keys, stored = _columns(source)
+    extras = _extras(source)
     tasks = [source.tasks[number] for number in sorted(source.tasks)]
     copied = {camera for camera in source.cameras if pictures == "copy" or _depth(source, camera)}
     encoding = None if isinstance(pictures, str) else pictures
@@ -73,6 +78,7 @@ def convert(
                 values,
                 [source.task(int(i)) for i in rows],
                 seconds=source.seconds[rows],
+                extra=extras.get(episode),
             )
             advance(1)
         for file in _others(source.path):
@@ -105,6 +111,24 @@ def _columns(source: reader.Dataset) -> tuple[list[str], list[str]]:
             progress.warn(f"{key} is copied as it is stored, without statistics: {error}")
         stored.append(key)
     return numbers, stored
+
+
+def _extras(source: reader.Dataset) -> dict[int, dict[str, Any]]:
+    """What the meta files say of each episode beyond LeRobot's own entries."""
+    meta = source.path / "meta"
+    if source.layout.version != "v3.0":
+        rows = files.json_rows(meta / "episodes.jsonl", ["episode_index"])
+        return {
+            int(row["episode_index"]): {k: v for k, v in row.items() if not _EPISODE.fullmatch(k)}
+            for row in rows
+        }
+    found: dict[int, dict[str, Any]] = {}
+    for file in sorted((meta / "episodes").glob("*/*.parquet")):
+        kept = [key for key in files.schema(file) if not _EPISODE.fullmatch(key)]
+        if kept:
+            for row in files.read_table(file, ["episode_index", *kept]).iter_rows(named=True):
+                found[int(row.pop("episode_index"))] = row
+    return found
 
 
 def _depth(source: reader.Dataset, camera: str) -> bool:

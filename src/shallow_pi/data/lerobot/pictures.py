@@ -213,6 +213,16 @@ class Pictures:
         for episode, start in episodes:
             first, last = spans[episode]
             wanted = seconds[first:last] + start
+            back = np.flatnonzero(np.diff(wanted) <= 0)
+            if len(back):
+                i = int(back[0])
+                problems[episode] = Unmatched(
+                    np.inf,
+                    f"{camera} of episode {episode}, frame {i + 1}: recorded at "
+                    f"{wanted[i + 1]:.4f} s, the frame before it at {wanted[i]:.4f} s; {len(back)} "
+                    "timestamps do not rise, so they cannot tell which picture belongs to a frame",
+                )
+                continue
             there = shown[video_times.nearest(shown, wanted)]
             away = np.nan_to_num(np.abs(there - wanted), nan=np.inf)
             bad = away > TOLERANCE / self._fps
@@ -314,16 +324,11 @@ def is_marked_depth(feature: Mapping[str, Any]) -> bool:
 
 def declared_size(feature: Mapping[str, Any]) -> tuple[int, int] | None:
     """Height and width of a camera's pictures as `info.json` says; None if it does not."""
-    shape, names = list(feature.get("shape") or ()), feature.get("names")
-    if (
-        isinstance(names, list)
-        and "height" in names
-        and "width" in names
-        and len(names) == len(shape)
-    ):
-        return shape[names.index("height")], shape[names.index("width")]
-    if len(shape) != 3:
+    shape, names = feature.get("shape"), feature.get("names")
+    if not isinstance(shape, list | tuple) or len(shape) != 3:
         return None
+    if isinstance(names, list) and len(names) == 3 and "height" in names and "width" in names:
+        return shape[names.index("height")], shape[names.index("width")]
     return (shape[1], shape[2]) if shape[0] in (1, 3, 4) else (shape[0], shape[1])
 
 

@@ -338,7 +338,8 @@ class Writer:
         meta = self._partial / "meta"
         episodes = self._partial / _EPISODES_PATH
         episodes.parent.mkdir(parents=True, exist_ok=True)
-        pl.DataFrame(self._episodes, infer_schema_length=None).write_parquet(episodes)
+        table = pl.DataFrame(self._episodes, infer_schema_length=None, strict=False)
+        table.write_parquet(episodes)
         tables.write_tasks(meta / "tasks.parquet", self._tasks)
         content = {key: {n: v.tolist() for n, v in value.items()} for key, value in stats.items()}
         (meta / "stats.json").write_text(json.dumps(content, indent=4), encoding="utf-8")
