@@ -102,6 +102,15 @@ def test_constant_dimensions_are_told_and_bad_episodes_counted(run, tmp_path):
     assert "warning: state[1] is constant (3)" in err
 
 
+def test_episodes_are_chosen_and_warnings_are_errors_when_asked(run, capsys):
+    out, err = run("--data.episodes", "1:", "--data.exclude-episodes", "2")
+    assert out.startswith("60 frames of 2 episodes\n")
+    assert "does not use these of dataset" in err
+    with pytest.raises(SystemExit, match="1"):
+        run("--strict")
+    assert "--strict makes this warning an error" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
