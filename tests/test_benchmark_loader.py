@@ -58,7 +58,7 @@ def test_a_dataset_is_read_and_a_slow_one_is_told(script, capsys):
     [
         (["--path", str(FIXTURES / "pusht_v30_image")], "only video can be compared with PyAV"),
         (["--path", "absent"], "absent/meta/info.json is missing"),
-        (["--batches", "0"], "batches must be at least 1, got 0"),
+        (["--batches", "0"], "--batches must be at least 1, got 0"),
     ],
 )
 def test_bad_input_is_told_in_one_line(script, capsys, arguments, message):
