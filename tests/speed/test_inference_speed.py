@@ -94,7 +94,7 @@ def test_what_trimming_spares_changes_no_action(tiny_config, tiny_params):
         small, trimmed = prepare.trim(larger, seen)
         assert small.cameras == config.cameras
         assert trimmed.tokenized_prompt_mask.sum() == config.max_token_len
-        found = sample(larger, params, seen, noise, num_steps=2)
+        found = sample(larger, params, seen.as_float(), noise, num_steps=2)
         if larger.cameras == config.cameras:  # Other pictures are drawn beside a third one.
             np.testing.assert_allclose(found, expected, atol=1e-5)
 

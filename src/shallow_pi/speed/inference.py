@@ -1,7 +1,7 @@
-"""Time of one inference by part, by size, by optimization, and beside other samplers.
+"""Time one inference: by part, by optimization, and in turns with other samplers.
 
-Random weights are the right load: no time depends on their values. All variants of a depth take
-turns in one process (see `latency`), so that ratios hold on a machine that is not quiet.
+Weights are random, as no time depends on their values. All variants of a model take turns in one
+process (see `latency`), so that ratios hold on a busy machine.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from shallow_pi.speed import flops, latency
 
 @dataclasses.dataclass(frozen=True)
 class Ceiling:
-    """What the device reaches on the simplest load there is."""
+    """Rates the device reaches on the simplest loads."""
 
     # Of a large matrix product in the model's dtype.
     flops_per_second: float
@@ -43,8 +43,9 @@ class Timing:
     prompt_tokens: int
     horizon: int
     num_steps: int
-    # Milliseconds by part: "image tower", "prefix", "one step", "whole", "host transfer" (pixels to
-    # the device and actions back, nothing computed), "end to end" (pixels and actions on the host).
+    # Milliseconds by part: "image tower", "prefix", "one step", "whole" (pixels on the device to
+    # actions there), "host transfer" (pixels to the device and actions back, nothing computed), "end
+    # to end" (pixels and actions on the host, as a policy runs it).
     median_ms: dict[str, float]
     p95_ms: dict[str, float]
     # Milliseconds of the whole inference with one optimization off, by its name in
@@ -60,9 +61,9 @@ class Timing:
     weight_bytes: dict[str, int]
     # Bytes the compiled program needs at once: weights, inputs, results, temporary arrays.
     program_bytes: int
-    # Bytes in use on the device while everything ran, at most; 0 where the backend does not tell.
+    # Most bytes in use on the device while everything ran; 0 where the backend reports none.
     peak_bytes: int
-    # How it ran.
+    # Optimizations it ran with.
     options: tuning.InferenceOptions
     device: str
 
@@ -118,41 +119,36 @@ def measure(
     """
     options = options or tuning.best(config)
     params = random_params(config)
-    variants = {"whole": options}
-    if ablate:
-        off: dict[str, Any] = {name: {name: False} for name in options.on}
-        variants |= {name: dataclasses.replace(options, **change) for name, change in off.items()}
     on_host = batches.noise(config, 1).observation
-    observation = jax.device_put(on_host.as_float())
-    shape = (1, config.action_horizon, config.action_dim)
-    noise = jax.random.normal(jax.random.key(0), shape)
-    calls: dict[str, Callable[[], Any]] = {}
-    program_bytes = 0
-    for name, chosen in variants.items():
-        weights = prepare_weights(config, params, num_steps, chosen)
-        run = sampling(config, num_steps, chosen)
-        calls[name] = functools.partial(run, weights, observation, noise)
-        if name == "whole":
-            program_bytes = _program_bytes(run, weights, observation, noise)
-            calls |= _parts(config, weights, observation, noise, options.attention)
-            calls["host transfer"] = functools.partial(
-                _transfer, jax.jit(jnp.negative), on_host, noise
-            )
-            calls["end to end"] = functools.partial(_from_host, run, weights, on_host, noise)
-            untrimmed = _untrimmed(config, padded_to) if ablate else {}
-            for name, (larger, seen) in untrimmed.items():
-                calls[name] = functools.partial(
-                    sampling(larger, num_steps, chosen), weights, jax.device_put(seen), noise
-                )
+    observation = jax.device_put(on_host)
+    noise = jax.random.normal(jax.random.key(0), (1, config.action_horizon, config.action_dim))
+    weights = prepare_weights(config, params, num_steps, options)
+    run = sampling(config, num_steps, options)
+    calls: dict[str, Callable[[], Any]] = {
+        "whole": functools.partial(run, weights, observation, noise)
+    }
+    program_bytes = _program_bytes(run, weights, observation, noise)
+    calls |= _parts(config, weights, observation.as_float(), noise, options.attention)
+    calls["host transfer"] = functools.partial(_transfer, jax.jit(jnp.negative), on_host, noise)
+    calls["end to end"] = lambda: np.asarray(run(weights, on_host, noise))
+    without: dict[str, Callable[[], Array]] = {}
+    if ablate:
+        for name in options.on:
+            change: dict[str, Any] = {name: False}
+            chosen = dataclasses.replace(options, **change)
+            held = prepare_weights(config, params, num_steps, chosen)
+            one = sampling(config, num_steps, chosen)
+            without[name] = functools.partial(one, held, observation, noise)
+        for name, (larger, seen) in _untrimmed(config, padded_to).items():
+            one = sampling(larger, num_steps, options)
+            without[name] = functools.partial(one, weights, jax.device_put(seen), noise)
     ready = {
         name: prepare_other(config, params, on_host, noise, num_steps)
         for name, prepare_other in (others or {}).items()
     }
     difference = max((_difference(calls["whole"], call) for call in ready.values()), default=0.0)
-    calls |= ready
-    found = latency.median_latency(calls, repeats=repeats, label=f"{config.depth} layers")
-    without = [name for name in (*variants, *untrimmed) if name != "whole"]
-    parts = [name for name in calls if name not in without and name not in ready]
+    every = {**calls, **without, **ready}
+    found = latency.median_latency(every, repeats=repeats, label=f"{config.depth} layers")
     statistics = jax.devices()[0].memory_stats() or {}
     return Timing(
         depth=config.depth,
@@ -161,8 +157,8 @@ def measure(
         prompt_tokens=config.max_token_len,
         horizon=config.action_horizon,
         num_steps=num_steps,
-        median_ms={name: found.median_ms[name] for name in parts},
-        p95_ms={name: found.p95_ms[name] for name in parts},
+        median_ms={name: found.median_ms[name] for name in calls},
+        p95_ms={name: found.p95_ms[name] for name in calls},
         without_ms={name: found.median_ms[name] for name in without},
         others_ms={name: found.median_ms[name] for name in ready},
         others_difference=difference,
@@ -178,10 +174,14 @@ def measure(
 def sampling(
     config: pi0.Pi0Config, num_steps: int, options: tuning.InferenceOptions
 ) -> Callable[..., Array]:
-    """The jitted sampler of (prepared weights, observation, noise)."""
-    return jax.jit(
-        functools.partial(sampler.sample_prepared, config, num_steps=num_steps, options=options)
-    )
+    """The jitted sampler of (prepared weights, observation, noise), as a policy runs it."""
+
+    def sample(held: prepare.Prepared, seen: observations.Observation, noise: Array) -> Array:
+        return sampler.sample_prepared(
+            config, held, seen.as_float(), noise, num_steps=num_steps, options=options
+        )
+
+    return jax.jit(sample)
 
 
 def _untrimmed(
@@ -189,12 +189,12 @@ def _untrimmed(
 ) -> dict[str, tuple[pi0.Pi0Config, observations.Observation]]:
     """The same observation with what `prepare.trim` drops: an absent camera, prompt padding."""
     more = dataclasses.replace(config, cameras=(*config.cameras, "absent_0_rgb"))
-    observation = batches.noise(more, 1).observation.as_float()
+    observation = batches.noise(more, 1).observation
     observation.image_masks["absent_0_rgb"][:] = False
     found = {"masked camera": (more, observation)}
     if padded_to > config.max_token_len:
         padded = dataclasses.replace(config, max_token_len=padded_to)
-        observation = batches.noise(padded, 1).observation.as_float()
+        observation = batches.noise(padded, 1).observation
         observation.tokenized_prompt_mask[:, config.max_token_len :] = False
         found["prompt bucket"] = padded, observation
     return found
@@ -248,16 +248,6 @@ def _transfer(
     """Pixels to the device, and as many numbers as the actions have back to the host."""
     jax.block_until_ready(jax.device_put(on_host))
     return np.asarray(touch(noise))
-
-
-def _from_host(
-    run: Callable[..., Array],
-    weights: prepare.Prepared,
-    on_host: observations.Observation,
-    noise: Array,
-) -> np.ndarray:
-    """Pixels on the host to actions on the host."""
-    return np.asarray(run(weights, jax.device_put(on_host).as_float(), noise))
 
 
 def random_params(config: pi0.Pi0Config) -> PyTree:

@@ -65,7 +65,7 @@ def tune(
     """
     tried = candidates(config.dtype) if tried is None else tried
     params = inference.random_params(config)
-    observation = jax.device_put(batches.noise(config, 1).observation.as_float())
+    observation = jax.device_put(batches.noise(config, 1).observation)
     shape = (1, config.action_horizon, config.action_dim)
     noise = jax.random.normal(jax.random.key(0), shape)
     # Steps and kernels share their weights.
