@@ -7,40 +7,29 @@ uv run scripts/benchmark.py [--model pi05] [--depths 18 6] [--cameras 2] [--outp
     --prompts 48 200 --horizons 10 50 --num-steps 5 10
     --against openpi                    also openpi's own sampler on the same weights, in turns with
                                         ours (run it with the Python of an environment that has it)
-    --tune                              first find out whether layers and steps written out or
-                                        looped, and which attention kernel, are fastest here, and
-                                        keep it for the policies and benchmarks to come
+    --tune                              first measure whether layers and steps run fastest unrolled
+                                        or scanned, and with which attention kernel, and keep the
+                                        result for policies and later benchmarks
     --output benchmarks/mine            also writes benchmark.json there, and two pictures
 """
 
 import dataclasses
 import itertools
-import json
-import os
 import pathlib
 from collections.abc import Iterator
 from typing import Literal
 
-import jax
-import rich.box
 import rich.console
-import rich.table
 import tyro
 
-from shallow_pi import figures
-from shallow_pi.data.robots import assets
-from shallow_pi.inference import tuning
-from shallow_pi.interop import openpi
+from shallow_pi.inference import tuning as options
 from shallow_pi.models import gemma, pi0, siglip
 from shallow_pi.parallel import processes
-from shallow_pi.speed import inference, latency, plots, tuner
+from shallow_pi.speed import inference, plots, report, tuning
 from shallow_pi.training import command_line
 
-ROOT = pathlib.Path(__file__).parents[1]
-TERA, GIGA = 1e12, 1e9
-# What tells XLA how to compile.
-FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
-# Narrow, but with openpi's pictures, patches, cameras and vocabulary, which it hard-codes.
+CONFIGS = pathlib.Path(__file__).parents[1] / "train_configs"
+# Narrow, but with the pictures, patches, cameras and vocabulary that openpi hard-codes.
 SMALL = pi0.Pi0Config(
     backbone=gemma.GemmaConfig(width=64, mlp_dim=256, num_heads=8, num_kv_heads=1, head_dim=16),
     expert=gemma.GemmaConfig(width=32, mlp_dim=128, num_heads=8, num_kv_heads=1, head_dim=16),
@@ -51,13 +40,13 @@ SMALL = pi0.Pi0Config(
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """What to time."""
+    """The models to time, and how."""
 
-    # Whose sizes; "small" is a narrow π0 that openpi can run too.
+    # The model; "small" is a narrow π0 that openpi can run too.
     model: Literal["pi0", "pi05", "turntable", "small"] = "pi05"
     # Layers of backbone and action expert.
     depths: tuple[int, ...] = (18, 6)
-    # Cameras that are there.
+    # Cameras that are present.
     cameras: tuple[int, ...] = (2,)
     # Prompt tokens; 0 is the model's own number.
     prompts: tuple[int, ...] = (0,)
@@ -67,9 +56,9 @@ class Arguments:
     num_steps: tuple[int, ...] = (10,)
     # Timed calls of each part.
     repeats: int = 50
-    # Measure first which way of running each model is the fastest, and keep it.
+    # Measure first which way of running each model is fastest here, and keep it.
     tune: bool = False
-    # Also time every saving switched off.
+    # Also time each optimization switched off.
     ablate: bool = True
     # Another implementation to time in turns with ours, on the same weights.
     against: Literal["", "openpi"] = ""
@@ -89,7 +78,7 @@ class Arguments:
     def base(self) -> pi0.Pi0Config:
         """The model whose sizes are varied; its prompts are padded to their full length."""
         if self.model == "turntable":
-            return assets.load(ROOT / "assets" / "pi0_turntable").model
+            return command_line.load(CONFIGS, "pi0_turntable").model
         if self.model == "small":
             return SMALL
         length = 200 if self.model == "pi05" else 48
@@ -111,19 +100,20 @@ class Arguments:
 
 
 def main() -> None:
-    """Time every model, print a table, write what was asked for."""
+    """Parse, measure, print, write."""
     processes.cache_compilations()
     given = tyro.cli(Arguments, description=__doc__)
     with command_line.exit_on(ModuleNotFoundError):
         models = list(given.models())
-        others = {"openpi": openpi.sampler} if given.against else {}
-        if others:
-            openpi.model_config(dataclasses.replace(models[0][0], cameras=pi0.CAMERAS))
-        if given.tune:
-            for model, steps in models:
-                _tune(model, steps, given.repeats)
-        size = 2048 if jax.default_backend() == "cpu" else 8192
-        limit = inference.ceiling(models[0][0].dtype, size)
+        others = _openpi(models[0][0]) if given.against else {}
+        console = rich.console.Console()
+        for model, steps in models if given.tune else ():
+            found = tuning.tune(model, num_steps=steps, repeats=given.repeats)
+            console.print(report.tuning_table(model, found))
+            for name, reason in found.failed.items():
+                print(f"skipped: {name}: {reason}")
+            print(f"written: {options.store(model, found.options, found.median_ms)}")
+        limit = inference.ceiling(models[0][0].dtype)
         timings = [
             inference.measure(
                 model,
@@ -135,94 +125,26 @@ def main() -> None:
             )
             for model, steps in models
         ]
-        _show(timings, limit)
+        console.print(report.inference_table(timings, limit))
+        lines = report.inference_lines(timings)
         if given.output:
-            _write(pathlib.Path(given.output).expanduser(), given, timings, limit)
+            arguments = dataclasses.asdict(dataclasses.replace(given, output=""))
+            content = {"arguments": arguments} | report.inference_contents(timings, limit)
+            pictures = {
+                "breakdown.png": lambda path: plots.breakdown(path, timings),
+                "growth.png": lambda path: plots.growth(path, timings),
+            }
+            folder = pathlib.Path(given.output).expanduser()
+            lines += report.write(folder, "benchmark.json", content, pictures)
+        print("\n".join(lines))
 
 
-def _tune(model: pi0.Pi0Config, num_steps: int, repeats: int) -> None:
-    found = tuner.tune(model, num_steps=num_steps, repeats=repeats)
-    title = f"{model.depth} layers: ways to run them, median ms"
-    table = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD, title_justify="left")
-    table.add_column("")
-    table.add_column("ms", justify="right")
-    for name, milliseconds in found.median_ms.items():
-        table.add_row(name, f"{milliseconds:.2f}")
-    rich.console.Console().print(table)
-    for name, reason in found.failed.items():
-        print(f"skipped: {name}: {reason}")
-    print(f"written: {tuning.store(model, found.options, found.median_ms)}")
+def _openpi(model: pi0.Pi0Config) -> dict[str, inference.Other]:
+    """openpi's sampler, where it is installed and has these sizes; imported here alone."""
+    from shallow_pi.interop import openpi
 
-
-def _show(timings: list[inference.Timing], limit: inference.Ceiling) -> None:
-    first, last = timings[0], timings[-1]
-    console = rich.console.Console()
-    title = (
-        f"{first.device}: {limit.flops_per_second / TERA:.2f} TFLOP/s and "
-        f"{limit.bytes_per_second / GIGA:.0f} GB/s measured. Median ms, 95th percentile in brackets"
-    )
-    table = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD, title_justify="left")
-    table.add_column("layers")
-    for timing in timings:
-        table.add_column(str(timing.depth), justify="right")
-    for field in ("cameras", "prompt_tokens", "horizon", "num_steps"):
-        table.add_row(field.replace("_", " "), *(str(getattr(t, field)) for t in timings))
-    table.add_section()
-    for part in first.median_ms:
-        table.add_row(part, *(f"{t.median_ms[part]:.2f} ({t.p95_ms[part]:.2f})" for t in timings))
-    for name in first.others_ms:
-        table.add_row(f"{name}, whole", *(f"{t.others_ms[name]:.2f}" for t in timings))
-    table.add_section()
-    table.add_row("GFLOP", *(f"{t.flops['whole'] / GIGA:.2f}" for t in timings))
-    table.add_row("weights read, GB", *(f"{t.weight_bytes['whole'] / GIGA:.2f}" for t in timings))
-    shares = [timing.shares(limit) for timing in timings]
-    for part in shares[0]:
-        percent = [f"{100 * s[part][0]:.0f}, {100 * s[part][1]:.0f} %" for s in shares]
-        table.add_row(f"{part}: share of both rates", *percent)
-    table.add_row("program, GB", *(f"{t.program_bytes / GIGA:.2f}" for t in timings))
-    table.add_row("peak memory, GB", *(f"{t.peak_bytes / GIGA:.2f}" for t in timings))
-    console.print(table)
-    for timing in timings:
-        whole = timing.median_ms["whole"]
-        slower = [f"{name} {ms - whole:+.2f}" for name, ms in timing.without_ms.items()]
-        if slower:
-            print(f"{timing.depth} layers, ms more without: {', '.join(slower)}")
-        for name, ms in timing.others_ms.items():
-            print(
-                f"{timing.depth} layers: ours is {ms / whole:.2f} times as fast as {name}'s "
-                f"(largest difference of an action {timing.others_difference:.1e})"
-            )
-    if first is not last:
-        ratio = first.median_ms["whole"] / last.median_ms["whole"]
-        print(f"the last row is {ratio:.2f} times as fast as the first")
-
-
-def _write(
-    folder: pathlib.Path,
-    given: Arguments,
-    timings: list[inference.Timing],
-    limit: inference.Ceiling,
-) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    content = {
-        "arguments": dataclasses.asdict(dataclasses.replace(given, output="")),
-        "ceiling": dataclasses.asdict(limit),
-        "timings": [
-            dataclasses.asdict(timing) | {"shares": timing.shares(limit)} for timing in timings
-        ],
-        "flags": {name: os.environ.get(name, "") for name in FLAGS},
-        "versions": latency.versions(),
-    }
-    path = folder / "benchmark.json"
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    print(f"written: {path}")
-    for name, draw in (("breakdown", plots.breakdown), ("growth", plots.growth)):
-        try:
-            draw(folder / f"{name}.png", timings)
-        except figures.PlotsMissingError as error:
-            print(error)
-            return
-        print(f"written: {folder / name}.png")
+    openpi.model_config(dataclasses.replace(model, cameras=pi0.CAMERAS))
+    return {"openpi": openpi.sampler}
 
 
 if __name__ == "__main__":

@@ -157,7 +157,7 @@ def test_without_a_teacher_there_is_nothing_to_compare(parts):
     ],
 )
 def test_a_data_sheet_holds_for_its_device_and_for_bfloat16(device, dtype, rate):
-    assert step.data_sheet(device, dtype) == rate
+    assert step.stated_rate(device, dtype) == rate
 
 
 def test_a_timing_becomes_a_picture(measured, tmp_path):

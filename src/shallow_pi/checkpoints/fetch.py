@@ -19,7 +19,6 @@ import shutil
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-import filelock
 import fsspec
 
 from shallow_pi import progress
@@ -76,6 +75,8 @@ def _from_bucket(source: str, filesystem: Any) -> pathlib.Path:
     target = home / source
     if _is_whole(target):
         return target
+    import filelock  # Here alone: a machine that times inference may lack it.
+
     # openpi's name for it, so that neither disturbs the other.
     lock = filelock.FileLock(target.with_suffix(".lock"))
     try:

@@ -44,8 +44,8 @@ class Timing:
     horizon: int
     num_steps: int
     # Milliseconds by part: "image tower", "prefix", "one step", "whole" (pixels on the device to
-    # actions there), "host transfer" (pixels to the device and actions back, nothing computed), "end
-    # to end" (pixels and actions on the host, as a policy runs it).
+    # actions there), "host transfer" (pixels to the device and actions back, nothing computed),
+    # "end to end" (pixels and actions on the host, as a policy runs it).
     median_ms: dict[str, float]
     p95_ms: dict[str, float]
     # Milliseconds of the whole inference with one optimization off, by its name in
@@ -78,8 +78,9 @@ class Timing:
         }
 
 
-def ceiling(dtype: str, size: int = 8192, repeats: int = 10) -> Ceiling:
-    """Measure the device's matrix rate and copy rate."""
+def ceiling(dtype: str, size: int | None = None, repeats: int = 10) -> Ceiling:
+    """Measure the device's matrix rate and copy rate on square matrices of this size."""
+    size = size or (2048 if jax.default_backend() == "cpu" else 8192)
     a = jnp.ones((size, size), dtype)
     multiply, copy = jax.jit(lambda x: x @ x), jax.jit(lambda x: -x)
     found = latency.median_latency(

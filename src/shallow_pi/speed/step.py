@@ -1,4 +1,4 @@
-"""What a training step takes: the distillation step beside the student's own fine-tuning step.
+"""Time a training step: the distillation step and the student's own fine-tuning step.
 
 Both run on the same state, which each call hands to the next as training does (it is donated), on
 the same made-up batch and with random weights: no time depends on their values. The steps take
@@ -44,14 +44,14 @@ class Timing:
     p95_ms: dict[str, float]
     # Useful operations of one step.
     flops: dict[str, int]
-    # Bytes on one device as the compiler plans them: what the step is given, "temporary", "in all".
+    # Bytes on one device as the compiler plans them: each argument, "temporary", "in all".
     plan: dict[str, dict[str, int]]
-    # Bytes in use on a device at most, since the process began; 0 where the backend does not tell.
+    # Most bytes in use on a device since the process began; 0 where the backend reports none.
     peak_bytes: int
 
     @property
     def ratio(self) -> float:
-        """How many fine-tuning steps a distillation step costs."""
+        """Fine-tuning steps that a distillation step costs."""
         return self.median_ms[DISTILLATION] / self.median_ms[FINE_TUNING]
 
     def samples_per_second(self, name: str) -> float:
@@ -68,10 +68,10 @@ class Timing:
         return self.flops[name] / (self.median_ms[name] / 1e3) / (devices * flops_per_second)
 
 
-def data_sheet(device: str, dtype: str) -> float | None:
-    """Operations a second that a device's maker states for matrices of this dtype, where known."""
-    card = accelerators.find(device)
-    return card.flops if card and dtype == "bfloat16" else None
+def stated_rate(device: str, dtype: str) -> float | None:
+    """The maker's matrix rate of a device kind, operations a second; None for other dtypes."""
+    found = accelerators.find(device)
+    return found.flops if found and dtype == "bfloat16" else None
 
 
 def fine_tuning(spec: step.Spec) -> step.Spec:
@@ -96,7 +96,7 @@ def measure(
       spec: the static part of the distillation step.
       mesh: the devices.
       teacher_params: of any values, as `setup.load_teacher` makes them.
-      state: of any values; it is used up.
+      state: of any values; it is donated.
       batch_size: observations a step, over all devices.
       repeats: timed steps of each kind.
       warmup: untimed steps of each kind before.
@@ -126,10 +126,7 @@ def measure(
             calls[name] = functools.partial(_advance, compiled, teacher, held, key, batch)
         found = latency.median_latency(calls, repeats=repeats, warmup=warmup, label="Steps")
     statistics = [device.memory_stats() or {} for device in jax.local_devices()]
-    student, teacher_model = spec.student, spec.teacher
-    count = functools.partial(
-        flops.training_flops, student, batch=batch_size, draws=spec.draws, freeze=spec.freeze
-    )
+    student = spec.student
     suffix = student.action_horizon + (not student.pi05)
     return Timing(
         batch_size=batch_size,
@@ -139,7 +136,7 @@ def measure(
         tokens=student.prefix_tokens + spec.draws * suffix,
         median_ms=found.median_ms,
         p95_ms=found.p95_ms,
-        flops={DISTILLATION: count(teacher_model), FINE_TUNING: count(None)},
+        flops={name: flops.of_step(one, batch_size) for name, one in specs.items()},
         plan=plan,
         peak_bytes=max(int(one.get("peak_bytes_in_use", 0)) for one in statistics),
     )
@@ -158,11 +155,11 @@ def made_up_batch(model: pi0.Pi0Config, mesh: Mesh, batch_size: int) -> batches.
 def explained(
     batch_size: int, plan: Mapping[str, Mapping[str, int]] | None = None
 ) -> Iterator[None]:
-    """Turn an error of a device that is out of memory into what to change.
+    """Turn an out-of-memory error of a device into one that says what to change.
 
     Args:
-      batch_size: that was tried.
-      plan: what the compiler planned, as far as it came.
+      batch_size: the one tried.
+      plan: the compiler's plans so far, by step.
     """
     try:
         yield

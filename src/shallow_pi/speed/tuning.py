@@ -1,8 +1,8 @@
-"""Which way of running a model is the fastest on this device: measured, to be kept by `tuning`.
+"""Measure the fastest inference options on this device; `inference.tuning` keeps them.
 
-Layers written out or scanned, steps written out or scanned, and every attention kernel the backend
-could have, all of them combined and timed in turns (see `latency`). What does not compile (a kernel
-the hardware lacks, a program too large) is told of, not hidden.
+Layers unrolled or scanned, integration steps unrolled or scanned, and every attention kernel of the
+backend are combined and timed in turns (see `latency`). Combinations that do not compile (a kernel
+the hardware lacks, a program too large) are reported with the reason.
 """
 
 import dataclasses
@@ -22,19 +22,19 @@ from shallow_pi.speed import inference, latency
 
 @dataclasses.dataclass(frozen=True)
 class Tuned:
-    """What was tried."""
+    """The outcome of a measurement."""
 
     # The fastest.
     options: tuning.InferenceOptions
-    # Of each candidate that ran, by its name, the fastest first.
+    # Milliseconds of each candidate that ran, by name, the fastest first.
     median_ms: dict[str, float]
-    # Of those that did not, why.
+    # Reasons of those that did not run, by name.
     failed: dict[str, str]
 
 
 def candidates(dtype: str) -> dict[str, tuning.InferenceOptions]:
     """Every combination worth trying, by name."""
-    words = {True: "written out", False: "scanned"}
+    words = {True: "unrolled", False: "scanned"}
     return {
         f"layers {words[layers]}, steps {words[steps]}, {kernel} attention": dataclasses.replace(
             tuning.ALL_ON, unrolled_layers=layers, unrolled_steps=steps, attention=kernel
@@ -52,7 +52,7 @@ def tune(
     repeats: int = 20,
     tried: Mapping[str, tuning.InferenceOptions] | None = None,
 ) -> Tuned:
-    """Time a model with random weights in every way.
+    """Time a model with random weights under every combination of options.
 
     Args:
       config: the model, with the cameras and the prompt length of a usual observation.
@@ -93,6 +93,6 @@ def tune(
 
 
 def _ready(run: Any, given: tuple[Any, ...]) -> Callable[[], Array]:
-    """A call without arguments that has run once."""
+    """A call without arguments, run once already."""
     jax.block_until_ready(run(*given))
     return lambda: run(*given)

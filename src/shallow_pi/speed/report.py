@@ -1,0 +1,191 @@
+"""Measurements as tables, as lines and as the plain values of their JSON files."""
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import rich.box
+import rich.table
+
+from shallow_pi import figures
+from shallow_pi.models import pi0
+from shallow_pi.speed import inference, latency, step, tuning
+
+TERA, GIGA = 1e12, 1e9
+# Variables that tell XLA how to compile.
+FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
+# Targets of a distillation step: fine-tuning steps it costs at most, and MFU at least.
+MOST_RATIO, LEAST_UTILIZATION = 1.6, 0.45
+
+
+def tuning_table(model: pi0.Pi0Config, found: tuning.Tuned) -> rich.table.Table:
+    """Median milliseconds of every way to run a model, the fastest first."""
+    table = _table(f"{model.depth} layers: ways to run them, median ms", "")
+    table.add_column("ms", justify="right")
+    for name, milliseconds in found.median_ms.items():
+        table.add_row(name, f"{milliseconds:.2f}")
+    return table
+
+
+def inference_table(
+    timings: Sequence[inference.Timing], limit: inference.Ceiling
+) -> rich.table.Table:
+    """Times, work and memory of an inference, a column for each timing."""
+    first = timings[0]
+    table = _table(
+        f"{first.device}: {limit.flops_per_second / TERA:.2f} TFLOP/s and "
+        f"{limit.bytes_per_second / GIGA:.0f} GB/s measured. Median ms, 95th percentile in "
+        "brackets",
+        "layers",
+    )
+    for timing in timings:
+        table.add_column(str(timing.depth), justify="right")
+    for field in ("cameras", "prompt_tokens", "horizon", "num_steps"):
+        table.add_row(field.replace("_", " "), *(str(getattr(t, field)) for t in timings))
+    table.add_section()
+    for part in first.median_ms:
+        table.add_row(part, *(f"{t.median_ms[part]:.2f} ({t.p95_ms[part]:.2f})" for t in timings))
+    for name in first.others_ms:
+        table.add_row(f"{name}, whole", *(f"{t.others_ms[name]:.2f}" for t in timings))
+    table.add_section()
+    table.add_row("GFLOP", *(f"{t.flops['whole'] / GIGA:.2f}" for t in timings))
+    table.add_row("weights read, GB", *(f"{t.weight_bytes['whole'] / GIGA:.2f}" for t in timings))
+    shares = [timing.shares(limit) for timing in timings]
+    for part in shares[0]:
+        percent = [f"{100 * s[part][0]:.0f}, {100 * s[part][1]:.0f} %" for s in shares]
+        table.add_row(f"{part}: share of both rates", *percent)
+    table.add_row("program, GB", *(f"{t.program_bytes / GIGA:.2f}" for t in timings))
+    table.add_row("peak memory, GB", *(f"{t.peak_bytes / GIGA:.2f}" for t in timings))
+    return table
+
+
+def inference_lines(timings: Sequence[inference.Timing]) -> list[str]:
+    """The cost of each optimization switched off, and ratios to other samplers and depths."""
+    lines = []
+    for timing in timings:
+        whole = timing.median_ms["whole"]
+        slower = [f"{name} {ms - whole:+.2f}" for name, ms in timing.without_ms.items()]
+        if slower:
+            lines.append(f"{timing.depth} layers, ms more without: {', '.join(slower)}")
+        for name, ms in timing.others_ms.items():
+            lines.append(
+                f"{timing.depth} layers: ours is {ms / whole:.2f} times as fast as {name}'s "
+                f"(largest difference of an action {timing.others_difference:.1e})"
+            )
+    if len(timings) > 1:
+        ratio = timings[0].median_ms["whole"] / timings[-1].median_ms["whole"]
+        lines.append(f"the last column is {ratio:.2f} times as fast as the first")
+    return lines
+
+
+def inference_contents(
+    timings: Sequence[inference.Timing], limit: inference.Ceiling
+) -> dict[str, Any]:
+    """The content of benchmark.json, without the arguments."""
+    return {
+        "ceiling": dataclasses.asdict(limit),
+        "timings": [
+            dataclasses.asdict(timing) | {"shares": timing.shares(limit)} for timing in timings
+        ],
+        "flags": {name: os.environ.get(name, "") for name in FLAGS},
+        "versions": latency.versions(),
+    }
+
+
+def step_table(
+    name: str, timing: step.Timing, limit: inference.Ceiling, stated: float | None
+) -> rich.table.Table:
+    """Times, rates and planned memory of both kinds of step.
+
+    Args:
+      name: of the config.
+      timing: of its steps.
+      limit: measured rates of a device.
+      stated: matrix rate its maker states; None if unknown.
+    """
+    table = _table(
+        f"{name}, batch {timing.batch_size} on {timing.devices} × {timing.device}: "
+        f"{limit.flops_per_second / TERA:.3g} TFLOP/s measured",
+        "step",
+    )
+    kinds = list(timing.median_ms)
+    for kind in kinds:
+        table.add_column(kind, justify="right")
+    table.add_row(
+        "ms, median (95th percentile)",
+        *(f"{timing.median_ms[k]:.1f} ({timing.p95_ms[k]:.1f})" for k in kinds),
+    )
+    table.add_row("samples a second", *(f"{timing.samples_per_second(k):.1f}" for k in kinds))
+    table.add_row("tokens a second", *(f"{timing.tokens_per_second(k):.0f}" for k in kinds))
+    table.add_row("useful TFLOP a step", *(f"{timing.flops[k] / TERA:.3g}" for k in kinds))
+    for which, rate in (("measured", limit.flops_per_second), ("data-sheet", stated)):
+        if rate:
+            shares = (f"{100 * timing.utilization(k, rate):.0f} %" for k in kinds)
+            table.add_row(f"MFU, of the {which} rate", *shares)
+    table.add_section()
+    for part in timing.plan[kinds[0]]:
+        sizes = (f"{timing.plan[k][part] / GIGA:.3g}" for k in kinds)
+        table.add_row(f"planned, {part}, GB", *sizes)
+    return table
+
+
+def step_lines(timing: step.Timing, limit: inference.Ceiling, stated: float | None) -> list[str]:
+    """Peak memory, and both targets; arguments as of `step_table`."""
+    lines = []
+    if timing.peak_bytes:
+        peak = timing.peak_bytes / GIGA
+        lines.append(f"peak memory of a device, both steps: {peak:.3g} GB")
+    lines.append(
+        f"a distillation step costs {timing.ratio:.2f} fine-tuning steps (target: {MOST_RATIO} at "
+        "most)"
+    )
+    share = timing.utilization(step.DISTILLATION, stated or limit.flops_per_second)
+    lines.append(f"MFU {100 * share:.0f} % (target: {100 * LEAST_UTILIZATION:.0f} % or more)")
+    return lines
+
+
+def step_contents(timing: step.Timing, limit: inference.Ceiling) -> dict[str, Any]:
+    """The content of step.json, without the arguments."""
+    return {
+        **dataclasses.asdict(timing),
+        "ratio": timing.ratio,
+        "ceiling": dataclasses.asdict(limit),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "versions": latency.versions(),
+    }
+
+
+def write(
+    folder: pathlib.Path,
+    file: str,
+    content: Mapping[str, Any],
+    pictures: Mapping[str, Callable[[pathlib.Path], None]],
+) -> list[str]:
+    """Write a JSON file, and pictures where matplotlib is installed; returns a line for each.
+
+    Args:
+      folder: made if absent.
+      file: name of the JSON file.
+      content: of it.
+      pictures: by file name, functions that draw to a path.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / file
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    lines = [f"written: {path}"]
+    for name, draw in pictures.items():
+        try:
+            draw(folder / name)
+        except figures.PlotsMissingError as error:
+            return [*lines, str(error)]
+        lines.append(f"written: {folder / name}")
+    return lines
+
+
+def _table(title: str, corner: str) -> rich.table.Table:
+    table = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD, title_justify="left")
+    table.add_column(corner)
+    return table
