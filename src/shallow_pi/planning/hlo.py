@@ -1,11 +1,10 @@
-"""Collectives in a compiled program: kinds, how often they run, and how many bytes they move.
+"""Collectives of a compiled program: their kinds, how often they run, and the bytes they move.
 
-Read from the text of the optimized HLO. A collective inside a loop counts as often as the loop
-runs: XLA writes the trip count beside it, or else (for TPUs) it is the bound that the loop's
-condition compares its counter with. Two more habits of the TPU compiler: a collective that runs
-beside other work is named in each fusion it runs beside, with one channel, and counts once; a
-reduce-scatter is a fusion of that meaning around an all-reduce. Bytes are those of the result on
-one device, whatever the network then makes of them.
+Read from the text of the optimized HLO. A collective inside a loop counts once for each iteration:
+XLA states the trip count, or else (for TPUs) it is the bound that the loop's condition compares the
+counter with. Two more habits of the TPU compiler: a collective that runs in parallel to other work
+appears in each of those fusions, on one channel, and counts once; a reduce-scatter is an all-reduce
+inside a fusion of that name. Bytes are those of the result on one device, not those on the network.
 """
 
 import collections
@@ -34,11 +33,11 @@ class Collective:
     """One collective instruction."""
 
     kind: str
-    # How often one run of the program executes it.
+    # Executions in one run of the program.
     times: int
-    # Of its result on one device, once.
+    # Bytes of its result on one device, for one execution.
     bytes: int
-    # Where it comes from, in JAX's terms.
+    # The JAX operation it comes from.
     source: str
 
 
@@ -61,7 +60,7 @@ def collectives(text: str) -> list[Collective]:
                 arrays, kind = list(_sizes(match[1])), match[2]
                 size = sum(arrays)
                 if match[3] and len(arrays) > 1:
-                    # An asynchronous start gives operand, result and marks of its own.
+                    # An asynchronous start returns operand, result and bookkeeping.
                     size = sorted(arrays)[-2] if kind == "reduce-scatter" else max(arrays)
                 if _SCATTER.match(name):
                     kind, size = "reduce-scatter", sum(_sizes(results[name]))
@@ -70,7 +69,7 @@ def collectives(text: str) -> list[Collective]:
 
 
 def totals(found: list[Collective]) -> dict[str, tuple[int, int]]:
-    """Kind → (how many run, bytes they move) in one run of the program."""
+    """Kind → (executions, bytes moved) in one run of the program."""
     counts = {kind: [c for c in found if c.kind == kind] for kind in KINDS}
     return {
         kind: (sum(c.times for c in some), sum(c.times * c.bytes for c in some))
@@ -79,7 +78,7 @@ def totals(found: list[Collective]) -> dict[str, tuple[int, int]]:
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], dict[str, str], str]:
-    """The lines and the result's shape of each computation, and the name of the one that is run."""
+    """Lines and result shape of each computation, and the name of the entry computation."""
     bodies: dict[str, list[str]] = {}
     results: dict[str, str] = {}
     entry = name = ""
@@ -95,7 +94,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], dict[str, str], str]
 
 
 def _times(bodies: dict[str, list[str]], entry: str) -> collections.Counter[str]:
-    """How often each computation runs; the caller of a computation comes after it in the text."""
+    """Executions of each computation; a computation comes before its callers in the text."""
     times: collections.Counter[str] = collections.Counter({entry: 1})
     for name in reversed(bodies):
         for line in bodies[name]:
@@ -106,7 +105,7 @@ def _times(bodies: dict[str, list[str]], entry: str) -> collections.Counter[str]
 
 
 def _trips(line: str, bodies: dict[str, list[str]]) -> int:
-    """How often what a line calls runs: once, but for a loop."""
+    """Executions of the computation that a line calls: one, or the iterations of a loop."""
     known, condition = _TRIPS.search(line), _CONDITION.search(line)
     if known:
         return int(known[1])

@@ -1,8 +1,8 @@
-"""Inference time of several functions in one process, compared fairly.
+"""Time several functions in one process so that their times can be compared.
 
-The functions take turns (A B A B ...) so that a busy machine, a hot chip or a changing clock meets
-all of them alike, and every call is waited for with `jax.block_until_ready`: JAX returns before the
-device is done. The median is reported, since a mean belongs to the slowest calls.
+The functions take turns (A B A B ...), so that a busy machine, a hot chip or a changing clock
+affects all of them alike, and every call is waited for with `jax.block_until_ready`, as JAX returns
+before the device is done. The median is reported: a few slow calls would dominate a mean.
 """
 
 import dataclasses
@@ -40,14 +40,14 @@ class Latency:
     """Milliseconds per call, by the function's name."""
 
     median_ms: dict[str, float]
-    # 95 of 100 calls were at least this fast.
+    # 95 % of the calls took at most this long.
     p95_ms: dict[str, float]
     repeats: int
-    # What ran it, e.g. "cpu" or "NVIDIA H200".
+    # Device kind, such as "cpu" or "NVIDIA H200".
     device: str
 
     def ratio(self, slow: str, fast: str) -> float:
-        """How many times faster `fast` is than `slow`, by medians."""
+        """Ratio of the median times of `slow` and `fast`."""
         return self.median_ms[slow] / self.median_ms[fast]
 
 
@@ -63,8 +63,8 @@ def median_latency(
     Args:
       functions: name → call without arguments that returns JAX arrays (any pytree).
       repeats: timed calls of each.
-      warmup: untimed calls of each before, to compile and to fill caches.
-      label: the progress bar's label.
+      warmup: untimed calls of each first, to compile and to fill caches.
+      label: of the progress bar.
     """
     if not functions or repeats < 1 or warmup < 0:
         raise ValueError(
@@ -89,7 +89,7 @@ def median_latency(
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide a result; an absent one is left out."""
+    """Versions of Python and of the installed packages that affect results."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

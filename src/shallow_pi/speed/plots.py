@@ -1,4 +1,4 @@
-"""Pictures of the benchmarks: where an inference's time goes and what it grows with; a step."""
+"""Plots of the benchmarks: an inference by part and by size, and a training step."""
 
 import itertools
 import pathlib
@@ -13,7 +13,7 @@ PARTS = ("image tower", "rest of the prefix", "steps")
 
 
 def breakdown(path: pathlib.Path, timings: Sequence[inference.Timing]) -> None:
-    """Milliseconds of one inference by part, a bar for each timing."""
+    """Plot milliseconds of one inference by part, a bar for each timing."""
     figure, axes = figures.make(1, 1, (6.4, 1.2 + 0.5 * len(timings)))
     axis = axes[0][0]
     labels = [_label(timing, timings) for timing in timings]
@@ -32,9 +32,9 @@ def breakdown(path: pathlib.Path, timings: Sequence[inference.Timing]) -> None:
 
 
 def growth(path: pathlib.Path, timings: Sequence[inference.Timing]) -> None:
-    """Milliseconds against depth, a line for each number of visual tokens, and the reverse.
+    """Plot milliseconds over depth, a line for each number of visual tokens, and the reverse.
 
-    The paper's Figure 2. Other samplers of the same run are dashed.
+    This is the paper's Figure 2. Other samplers of the same run are dashed.
     """
     figure, axes = figures.make(1, 2, (9.0, 3.4), sharey=True)
     depth = ("depth", "layers", lambda timing: timing.visual_tokens, "{} visual tokens")
@@ -54,7 +54,7 @@ def growth(path: pathlib.Path, timings: Sequence[inference.Timing]) -> None:
 
 
 def training_step(path: pathlib.Path, timing: step.Timing) -> None:
-    """Milliseconds of the two kinds of step, and what the memory of a device holds in each."""
+    """Plot milliseconds of both kinds of step, and the planned memory of a device by part."""
     figure, axes = figures.make(1, 2, (9.0, 2.2), sharey=True)
     kinds, (times, memory) = list(timing.median_ms), axes[0]
     for kind in kinds:
@@ -82,7 +82,7 @@ def _points(timings: Iterable[inference.Timing], field: str, name: str) -> list[
 
 
 def _label(timing: inference.Timing, timings: Sequence[inference.Timing]) -> str:
-    """The depth, and whatever else differs between the timings."""
+    """The depth, and every other size that differs between the timings."""
     words = {
         "cameras": f"{timing.cameras} camera{'s' * (timing.cameras > 1)}",
         "prompt_tokens": f"prompt {timing.prompt_tokens}",
@@ -96,6 +96,6 @@ def _label(timing: inference.Timing, timings: Sequence[inference.Timing]) -> str
 
 
 def _share(median: Mapping[str, float], part: str) -> float:
-    """The prefix's time has the image tower in it; what is left of the whole are the steps."""
+    """Milliseconds of a part; the prefix includes the image tower, and the steps are the rest."""
     tower, prefix, whole = (median[name] for name in ("image tower", "prefix", "whole"))
     return max(0.0, {PARTS[0]: tower, PARTS[1]: prefix - tower, PARTS[2]: whole - prefix}[part])
