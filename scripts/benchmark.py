@@ -20,7 +20,6 @@ from collections.abc import Iterator
 from typing import Literal
 
 import rich.console
-import tyro
 
 from shallow_pi.inference import tuning as options
 from shallow_pi.models import gemma, pi0, siglip
@@ -102,7 +101,7 @@ class Arguments:
 def main() -> None:
     """Parse, measure, print, write."""
     processes.cache_compilations()
-    given = tyro.cli(Arguments, description=__doc__)
+    given = command_line.parse(Arguments, None, __doc__ or "")
     with command_line.exit_on(ModuleNotFoundError):
         models = list(given.models())
         others = _openpi(models[0][0]) if given.against else {}

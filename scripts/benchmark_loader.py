@@ -21,8 +21,6 @@ import sys
 import tempfile
 from collections.abc import Sequence
 
-import tyro
-
 from shallow_pi.speed import loader
 from shallow_pi.training import command_line
 
@@ -39,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, measure, print, write."""
     with command_line.exit_on():
         words = sys.argv[1:] if arguments is None else arguments
-        given = tyro.cli(Arguments, args=words, description=__doc__)
+        given = command_line.parse(Arguments, words, __doc__ or "")
         with tempfile.TemporaryDirectory() as scratch:
             result = loader.measure(given, pathlib.Path(scratch))
         print(loader.table(result))

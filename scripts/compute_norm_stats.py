@@ -20,8 +20,6 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-import tyro
-
 from shallow_pi import progress
 from shallow_pi.checkpoints import fetch
 from shallow_pi.data import data_config, opening, sources
@@ -57,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             own = command_line.load(CONFIGS, name)
             kind = normalize.kind_of(own.model.pi05)
             default = Arguments(own.data, own.model.action_horizon, kind)
-        given = tyro.cli(Arguments, args=words, default=default, description=__doc__)
+        given = command_line.parse(Arguments, words, __doc__ or "", default=default)
         if not given.data.path:
             raise ValueError("name a dataset with --data.path: a folder, or owner/name on the hub")
         if given.horizon < 1:

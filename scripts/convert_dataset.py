@@ -44,7 +44,7 @@ class Arguments:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, convert, say where it is."""
-    given = tyro.cli(Arguments, args=arguments, description=__doc__)
+    given = command_line.parse(Arguments, arguments, __doc__ or "")
     with command_line.exit_on():
         source = reader.Dataset(
             hub.locate(given.source), keys=(), skip_bad_episodes=given.skip_bad_episodes

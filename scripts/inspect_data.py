@@ -57,13 +57,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not words or words[0].startswith("-"):
         command_line.cli(CONFIGS, __doc__ or "", words[:1])  # Lists the configs, and exits.
     with command_line.exit_on():
-        given = tyro.cli(
+        given = command_line.parse(
             Arguments,
-            args=words[1:],
-            default=Arguments(command_line.load(CONFIGS, words[0])),
+            words[1:],
+            __doc__ or "",
             prog=words[0],
-            description=__doc__,
-            config=(tyro.conf.AvoidSubcommands,),
+            default=Arguments(command_line.load(CONFIGS, words[0])),
         )
         experiment = given.experiment
         if experiment.data.strict:

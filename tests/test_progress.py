@@ -1,4 +1,6 @@
-"""A warning is told once, and is an error where that was asked for."""
+"""A warning is told once, and is an error where that was asked for; bars estimate honestly."""
+
+import types
 
 import pytest
 
@@ -17,3 +19,15 @@ def test_strict_makes_a_warning_an_error():
     progress.be_strict()
     with pytest.raises(ValueError, match=r"a key is not used \(--strict makes this"):
         progress.warn("a key is not used")
+
+
+def test_the_time_left_does_not_count_the_first_unit(monkeypatch, capsys):
+    """A step is compiled in it."""
+    now = [100.0]
+    monkeypatch.setattr(progress, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    with progress.bar("Train", total=100, done=10) as advance:
+        for seconds in (600.0, 6.0, 6.0):
+            now[0] += seconds
+            advance(1)
+    said = capsys.readouterr().err.splitlines()
+    assert said == ["Train: 11/100", "Train: 13/100, ETA 522 s", "Train: 13/100 in 612.0 s"]

@@ -114,7 +114,7 @@ def test_a_batch_that_does_not_divide_is_refused(refused):
 
 def test_losses_that_do_not_fit_the_student_are_refused(refused):
     said = refused("--losses.attention-layer", 2)
-    assert "losses.attention_layer must lie in 0..1" in said
+    assert "--losses.attention-layer must lie in 0..1" in said
 
 
 def test_resume_and_overwrite_exclude_each_other(refused):
@@ -148,7 +148,7 @@ def _spoil(table):
         (lambda d: _edit(d, lambda t: t.drop("observation.state")), "lacks 'observation.state'"),
         (lambda d: _edit(d, lambda t: t.drop("action")), "lacks 'action'"),
         (lambda d: _edit(d, fps=30), "30 fps, robot turntable runs at 20"),
-        (lambda d: _edit(d, lambda t: t[:0], total_frames=0), "is empty"),
+        (lambda d: _edit(d, lambda t: t[:0], total_frames=0), "has 0 frames of episode 0"),
         (lambda d: _edit(d, _spoil), "'observation.state' of dataset"),
         (lambda d: (d / "meta" / "info.json").unlink(), "no LeRobot dataset at"),
     ],

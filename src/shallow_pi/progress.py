@@ -89,15 +89,22 @@ def _terminal_bar(label: str, total: int, done: int) -> Iterator[Advance]:
 def _log_bar(label: str, total: int, done: int, every_seconds: float = 10.0) -> Iterator[Advance]:
     start = last = time.monotonic()
     count = done
+    # The first units take longer (a step is compiled): they are not counted in the estimate.
+    paced_from, paced = start, done
 
     def advance(amount: int = 1, note: str = "") -> None:
-        nonlocal count, last
-        count += amount
+        nonlocal count, last, paced_from, paced
         now = time.monotonic()
+        if amount and count == done:
+            paced_from, paced = now, count + amount
+        count += amount
         if now - last >= every_seconds:
             last = now
-            left = (now - start) / max(count - done, 1) * (total - count)
-            console.print(f"{label}: {count}/{total}, ETA {left:.0f} s {note}", highlight=False)
+            eta = ""
+            if count > paced:
+                left = (now - paced_from) / (count - paced) * (total - count)
+                eta = f", ETA {left:.0f} s"
+            say(f"{label}: {count}/{total}{eta} {note}".rstrip())
 
     yield advance
     seconds = time.monotonic() - start

@@ -136,7 +136,9 @@ def test_errors_of_the_source_reach_the_caller() -> None:
 
 
 def test_bad_input_raises() -> None:
-    with pytest.raises(ValueError, match="batch_size 6 must be a positive multiple of the 4 proc"):
+    with pytest.raises(
+        ValueError, match="--batch-size 6 must be a positive multiple of the 4 proc"
+    ):
         loader.Loader(Numbers(20), 6, process_index=0, process_count=4)
     with pytest.raises(ValueError, match="the data source is empty"):
         loader.Loader(Numbers(0), 4)

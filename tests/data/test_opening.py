@@ -98,7 +98,7 @@ def test_an_empty_split_is_told(data, model, share):
     if share == 0.01:  # At least one.
         assert len(opening.open_data(few, model, None).held_out) in (7, 8, 9)
     else:
-        with pytest.raises(ValueError, match=r"data\.held_out, .*cannot hold out 0.9 of 3 epi"):
+        with pytest.raises(ValueError, match=r"data\.held-out, .*cannot hold out 0.9 of 3 epi"):
             opening.open_recordings(few)
 
 
@@ -206,13 +206,13 @@ def test_a_source_nobody_can_import_is_told(model, source):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"held_out": 1.0}, "data.held_out is a share of the episodes"),
+        ({"held_out": 1.0}, "data.held-out is a share of the episodes"),
         ({"weights": (1, 2)}, r"got 2 weights \[1, 2\] for 1 datasets"),
         ({"more": ("b",), "weights": (1, -2)}, "weights must be positive"),
         ({"num_workers": -1}, "data.num_workers must be 0 or more, got -1"),
-        ({"num_workers": 1, "cache": "memory"}, "data.cache memory is one process's"),
+        ({"num_workers": 1, "cache": "memory"}, "data.cache memory is for one process"),
         ({"cache": True}, "data.cache must be none, memory or disk, got True"),
-        ({"cache_gib": -1.0}, "data.cache_gib must be 0 or more"),
+        ({"cache_gib": -1.0}, "data.cache-gib must be 0 or more"),
         ({"source": "lerobots"}, "data.source must be lerobot, synthetic or MODULE:FUNCTION"),
     ],
 )

@@ -205,8 +205,8 @@ def test_the_old_partitioner_is_refused_on_several_devices(monkeypatch):
             lambda: sharding.MeshConfig(fsdp=0),
             "fsdp must be 1 or more, or -1 to choose, got 0",
         ),
-        (lambda: sharding.MeshConfig(data=0), "axis data must be 1 or more, or -1"),
-        (lambda: sharding.MeshConfig(tensor=-1), "axis tensor must be 1 or more, got -1"),
+        (lambda: sharding.MeshConfig(data=0), "mesh.data must be 1 or more, or -1"),
+        (lambda: sharding.MeshConfig(tensor=-1), "mesh.tensor must be 1 or more, got -1"),
     ],
 )
 def test_a_mesh_that_does_not_fit_is_an_error(make, message):

@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from shallow_pi.checkpoints import run_folder
 from shallow_pi.training import command_line, config, loop
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "train_configs"
@@ -43,28 +44,28 @@ def test_an_unknown_field_names_the_closest(capsys):
     ("arguments", "message"),
     [
         (["--student.depth", "5"], "depth must lie in 1..4 (the teacher's), got 5"),
-        (["--student.depth", "0"], "student.depth must be at least 1, got 0"),
+        (["--student.depth", "0"], "--student.depth must be at least 1, got 0"),
         (["--student.layers", "0", "4"], "layers must lie in 0..3 (the teacher has 4), got [4]"),
         (["--student.layers", "2", "1"], "increasing order, got [2, 1]; did you mean [1, 2]?"),
         (["--student.layers", "1", "1"], "layers must not repeat, got [1, 1]"),
         (["--student.strategy", "best"], "'uniform', 'first', 'last', 'random', 'similarity', 's"),
         (["--batch-size", "many"], "--batch-size: invalid literal for int()"),
-        (["--batch-size", "0"], "batch_size must be at least 1, got 0"),
-        (["--batch-size", "9", "--accumulation", "2"], "must be a multiple of accumulation 2"),
-        (["--ema-decay", "1"], "ema_decay must lie in [0, 1), got 1.0"),
-        (["--exp-name", "a/b"], "exp_name must be a plain folder name, got 'a/b'"),
+        (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+        (["--batch-size", "9", "--accumulation", "2"], "must be a multiple of --accumulation 2"),
+        (["--ema-decay", "1"], "--ema-decay must lie in [0, 1), got 1.0"),
+        (["--exp-name", "a/b"], "--exp-name must be a plain folder name, got 'a/b'"),
         (
             ["--data.robot", "crane"],
             "unknown robot 'crane'; there are ['aloha', 'aloha_sim', 'droid',",
         ),
-        (["--data.asset-id", ""], "data.asset_id must name a folder"),
-        (["--validation.interval", "-1"], "validation.interval must be at least 0, got -1"),
-        (["--validation.samples", "0"], "validation.samples must be at least 1, got 0"),
+        (["--data.asset-id", ""], "--data.asset-id must name a folder"),
+        (["--validation.interval", "-1"], "--validation.interval must be at least 0, got -1"),
+        (["--validation.samples", "0"], "--validation.samples must be at least 1, got 0"),
         (["--validation.against", "me"], "'data', 'teacher'"),
-        (["--data.num-threads", "-1"], "data.num_threads must be 0 or more, got -1"),
+        (["--data.num-threads", "-1"], "--data.num-threads must be 0 or more, got -1"),
         (["--model.dtype", "float16"], "dtype must be 'bfloat16' or 'float32', got 'float16'"),
-        (["--schedule.peak-lr", "-1"], "peak_lr must be a positive number, got -1.0"),
-        (["--mesh.fsdp", "0"], "mesh axis fsdp must be 1 or more, or -1 to choose, got 0"),
+        (["--schedule.peak-lr", "-1"], "--schedule.peak-lr must be a positive number, got -1.0"),
+        (["--mesh.fsdp", "0"], "--mesh.fsdp must be 1 or more, or -1 to choose, got 0"),
         (["--losses.task", "-1"], "-1"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -75,7 +76,7 @@ def test_a_bad_value_says_what_is_valid(capsys, arguments, message):
 
 def test_a_bad_value_of_the_task_says_what_is_valid(capsys):
     said = _refused(capsys, "pi0_turntable_l6", "--closed-loop.episodes", "0")
-    assert "closed_loop.episodes must be at least 1, got 0" in said
+    assert "--closed-loop.episodes must be at least 1, got 0" in said
 
 
 def test_every_field_can_be_set():
@@ -114,7 +115,7 @@ def test_every_field_can_be_set():
 
 def test_a_teacher_that_is_not_there_cannot_decide_the_best_step(capsys):
     said = _refused(capsys, "pi0_turntable", "--validation.against", "teacher")
-    assert "validation.against is teacher, and there is none: it must be data" in said
+    assert "--validation.against is teacher, and there is none: it must be data" in said
 
 
 def test_listed_layers_set_the_depth_too():
@@ -263,3 +264,44 @@ def test_fields_that_may_change_exist():
         values = experiment
         for name in field.split("."):
             values = values[name]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["pi0_aloha_l6"], (1000, 30_000)),
+        (["pi0_aloha_l6", "--num-train-steps", "60"], (2, 60)),
+        (["pi0_aloha_l6", "--num-train-steps=60", "--schedule.warmup-steps=5"], (5, 30_000)),
+        (["pi0_aloha_l6", "--num_train_steps", "60", "--schedule.decay_steps", "70000"], None),
+        (["pi0_aloha_l6", "--num-train-steps", "1"], (0, 1)),
+        (["pi05_libero_l6", "--num-train-steps", "3"], (1, 3)),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_the_schedule_goes_with_the_steps_unless_it_is_given(capsys, arguments, expected):
+    schedule = _cli(*arguments).schedule
+    said = capsys.readouterr().err
+    expected = expected or (1000, 70_000)
+    assert (schedule.warmup_steps, schedule.decay_steps) == expected
+    scaled = "steps" in said
+    assert scaled == (len(arguments) > 1 and "schedule" not in "".join(arguments))
+    if scaled:
+        warmup, decay = expected
+        assert f"--schedule.warmup-steps {warmup} --schedule.decay-steps {decay}, in pro" in said
+
+
+def test_a_resumed_run_keeps_the_schedule_it_began_with(tmp_path, capsys):
+    arguments = ("debug", "--checkpoint-dir", str(tmp_path), "--num-train-steps", "20")
+    began = _cli(*arguments)
+    run_folder.save_config(_made(began.folder), dataclasses.asdict(began))
+    capsys.readouterr()
+    resumed = _cli(*arguments[:3], "--num-train-steps", "80", "--resume")
+    assert resumed.schedule == began.schedule
+    assert "--schedule.decay-steps 20, as the run began" in capsys.readouterr().err
+    assert _cli(*arguments[:3], "--resume").schedule == began.schedule
+    assert _cli(*arguments[:3], "--overwrite").schedule.decay_steps == 40
+
+
+def _made(folder):
+    folder.mkdir(parents=True)
+    return folder

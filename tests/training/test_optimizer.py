@@ -86,16 +86,28 @@ def test_the_mask_says_what_decays():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: optimizer.CosineSchedule(warmup_steps=-1), "warmup_steps must be 0 or more"),
-        (lambda: optimizer.CosineSchedule(decay_steps=1000), r"must exceed warmup_steps \(1000\)"),
-        (lambda: optimizer.CosineSchedule(peak_lr=float("nan")), "peak_lr must be a positive"),
-        (lambda: optimizer.CosineSchedule(end_lr=1.0), r"end_lr must lie in 0…peak_lr \(2.5e-05\)"),
+        (
+            lambda: optimizer.CosineSchedule(warmup_steps=-1),
+            "--schedule.warmup-steps must be 0 or more",
+        ),
+        (
+            lambda: optimizer.CosineSchedule(decay_steps=1000),
+            r"must exceed --schedule.warmup-steps \(1000\)",
+        ),
+        (
+            lambda: optimizer.CosineSchedule(peak_lr=float("nan")),
+            "--schedule.peak-lr must be a positive",
+        ),
+        (
+            lambda: optimizer.CosineSchedule(end_lr=1.0),
+            r"end-lr must lie in 0…2.5e-05 \(--schedule.peak-lr\)",
+        ),
         (lambda: optimizer.AdamW(b1=1.0), r"b1 must lie in \[0, 1\), got 1.0"),
         (lambda: optimizer.AdamW(b2=-0.1), "b2 must lie in"),
         (lambda: optimizer.AdamW(eps=0.0), "eps must be positive"),
-        (lambda: optimizer.AdamW(clip_norm=0.0), "clip_norm must be positive, got 0.0"),
+        (lambda: optimizer.AdamW(clip_norm=0.0), "clip-norm must be positive, got 0.0"),
         (lambda: optimizer.AdamW(moments="int8"), "float32 or bfloat16, got 'int8'"),
-        (lambda: optimizer.AdamW(weight_decay=-1.0), "weight_decay must be 0 or more"),
+        (lambda: optimizer.AdamW(weight_decay=-1.0), "--optimizer.weight-decay must be 0 or more"),
     ],
 )
 def test_a_bad_value_says_what_is_valid(make, message):

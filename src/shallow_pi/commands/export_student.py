@@ -57,7 +57,7 @@ class Arguments:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, export, say where it is."""
-    given = tyro.cli(Arguments, args=arguments, description=__doc__)
+    given = command_line.parse(Arguments, arguments, __doc__ or "")
     progress.be_strict(given.strict)
     processes.cache_compilations()
     with command_line.exit_on():

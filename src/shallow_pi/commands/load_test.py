@@ -17,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import tyro
 import websockets.asyncio.client
 import websockets.exceptions
 
@@ -141,7 +140,7 @@ async def measure(given: Arguments) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, measure, print."""
     with command_line.exit_on(websockets.exceptions.WebSocketException):
-        given = tyro.cli(Arguments, args=arguments, description=__doc__)
+        given = command_line.parse(Arguments, arguments, __doc__ or "")
         try:
             result = asyncio.run(measure(given))
         except ExceptionGroup as group:

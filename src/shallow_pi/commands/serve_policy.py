@@ -33,8 +33,6 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-import tyro
-
 from shallow_pi import progress
 from shallow_pi.deploy import policy, state_check
 from shallow_pi.parallel import processes
@@ -143,7 +141,7 @@ def _api_key(path: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Load, warm up, serve until stopped."""
-    given = tyro.cli(Arguments, args=arguments, description=__doc__)
+    given = command_line.parse(Arguments, arguments, __doc__ or "")
     # Libraries have set up their own logging when they were imported.
     line = "%(asctime)s %(levelname)s %(message)s"
     logging.basicConfig(format=line, level=logging.WARNING, force=True)

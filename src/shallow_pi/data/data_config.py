@@ -68,24 +68,25 @@ class DataConfig:
     def __post_init__(self) -> None:
         if ":" not in self.source and self.source not in ("lerobot", "synthetic"):
             raise ValueError(
-                f"data.source must be lerobot, synthetic or MODULE:FUNCTION, got {self.source!r}"
+                f"--data.source must be lerobot, synthetic or MODULE:FUNCTION, got {self.source!r}"
             )
         if self.num_threads < 0:
-            raise ValueError(f"data.num_threads must be 0 or more, got {self.num_threads}")
+            raise ValueError(f"--data.num-threads must be 0 or more, got {self.num_threads}")
         if self.num_workers < 0:
-            raise ValueError(f"data.num_workers must be 0 or more, got {self.num_workers}")
+            raise ValueError(f"--data.num-workers must be 0 or more, got {self.num_workers}")
         if self.cache not in ("none", "memory", "disk"):
-            raise ValueError(f"data.cache must be none, memory or disk, got {self.cache!r}")
+            raise ValueError(f"--data.cache must be none, memory or disk, got {self.cache!r}")
         if self.cache_gib < 0:
-            raise ValueError(f"data.cache_gib must be 0 or more, got {self.cache_gib}")
+            raise ValueError(f"--data.cache-gib must be 0 or more, got {self.cache_gib}")
         if self.num_workers and self.cache == "memory":
             raise ValueError(
-                "data.cache memory is one process's, data.num_workers are several: cache on disk "
-                "(--data.cache disk), or read with threads (--data.num-workers 0)"
+                "--data.cache memory is for one process, --data.num-workers are several: take "
+                "--data.cache disk, or threads (--data.num-workers 0)"
             )
         if not 0 <= self.held_out < 1:
             raise ValueError(
-                f"data.held_out is a share of the episodes, from 0 to below 1, got {self.held_out}"
+                "--data.held-out is a share of the episodes, from 0 to below 1, got "
+                f"{self.held_out}"
             )
         check_weights(self.weights, 1 + len(self.more))
         for number in range(1 + len(self.more)):
@@ -93,7 +94,7 @@ class DataConfig:
         if ":" not in self.source:
             robots.find(self.robot)
         if not self.asset_id:
-            raise ValueError("data.asset_id must name a folder, got an empty string")
+            raise ValueError("--data.asset-id must name a folder, got an empty string")
 
     def selection(self, number: int) -> selection.Selection:
         """The episodes to use of a dataset: 0 is `path`, 1 the first of `more`."""

@@ -70,7 +70,7 @@ class Loader:
             raise ValueError("the data source is empty; there is nothing to train on")
         if batch_size < 1 or batch_size % count:
             raise ValueError(
-                f"batch_size {batch_size} must be a positive multiple of the {count} processes"
+                f"--batch-size {batch_size} must be a positive multiple of the {count} processes"
             )
         if num_workers and isinstance(source, sources.Cached):
             raise ValueError(

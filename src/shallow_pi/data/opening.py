@@ -97,7 +97,7 @@ def open_data(
             opens = pkgutil.resolve_name(data.source)
         except (ImportError, AttributeError, ValueError) as error:
             raise ValueError(
-                f"data.source {data.source!r} names no function that can be imported ({error}): "
+                f"--data.source {data.source!r} names no function that can be imported ({error}): "
                 "expected MODULE:FUNCTION, a function such as shallow_pi.data.opening:open_data"
             ) from error
         return opens(data, model, teacher_step)
@@ -153,7 +153,7 @@ def open_datasets(
     if data.strict:
         progress.be_strict()
     if not data.path:
-        raise ValueError("data.path is empty: name the folder of a LeRobot dataset (--data.path)")
+        raise ValueError("no dataset: name the folder of a LeRobot dataset (--data.path)")
     cameras = tuple(robot.cameras.values()) if pictures else ()
     found = []
     for number, path in enumerate((data.path, *data.more)):
@@ -180,7 +180,7 @@ def open_datasets(
         try:
             parts = reader.split(dataset.episodes, data.held_out)
         except ValueError as error:
-            raise ValueError(f"data.held_out, dataset {dataset.path}: {error}") from error
+            raise ValueError(f"--data.held-out, dataset {dataset.path}: {error}") from error
         train.append(dataset.select(parts[0]))
         held_out.append(dataset.select(parts[1]))
     return train, held_out

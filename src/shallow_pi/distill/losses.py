@@ -39,12 +39,12 @@ class Losses:
         for name in ("task", "velocity", "attention"):
             value = getattr(self, name)
             if not (isinstance(value, (int, float)) and 0 <= value < float("inf")):
-                raise ValueError(f"losses.{name} must be a finite weight of at least 0: {value}.")
+                raise ValueError(f"--losses.{name} must be a finite weight of at least 0: {value}.")
         if self.task == self.velocity == self.attention == 0:
             raise ValueError("losses: all three weights are 0, there is nothing to train on.")
         if self.attention_layer < -1:
             raise ValueError(
-                f"losses.attention_layer is a student layer or -1, got {self.attention_layer}."
+                f"--losses.attention-layer is a student layer or -1, got {self.attention_layer}."
             )
 
     @property

@@ -74,19 +74,19 @@ class Spec:
             raise ValueError("a layer map names layers of a teacher, and there is none.")
         if self.losses.needs_teacher and self.teacher is None:
             raise ValueError(
-                f"losses.velocity {self.losses.velocity} and losses.attention "
+                f"--losses.velocity {self.losses.velocity} and --losses.attention "
                 f"{self.losses.attention} need a teacher; give one, or set both to 0."
             )
         if self.freeze and self.teacher is None:
             raise ValueError(
-                f"student.freeze {' '.join(self.freeze)} keeps parts of a teacher, and there is "
+                f"--student.freeze {' '.join(self.freeze)} keeps parts of a teacher, and there is "
                 "none: leave it out."
             )
         if self.teacher is not None:
             students.check_pair(self.teacher, self.student)
         if self.losses.attention_layer >= self.student.depth:
             raise ValueError(
-                f"losses.attention_layer must lie in 0..{self.student.depth - 1}, or be -1; got "
+                f"--losses.attention-layer must lie in 0..{self.student.depth - 1}, or be -1; got "
                 f"{self.losses.attention_layer}."
             )
 

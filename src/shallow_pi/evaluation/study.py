@@ -159,7 +159,7 @@ def find_suite(task: config.ClosedLoopConfig) -> simulator.Suite:
     try:
         return simulator.find(task.sim, task.set_options())
     except ValueError as error:
-        raise ValueError(f"closed_loop: {error}") from error
+        raise ValueError(f"closed loop: {error}") from error
 
 
 def baselines(experiment: config.DistillConfig) -> dict[str, config.DistillConfig]:

@@ -98,7 +98,7 @@ def open_data(
     name = data.path
     if data.more or data.weights:
         raise ValueError(
-            f"{name} is one dataset of openpi's: mixtures (data.more) need --data.source lerobot"
+            f"{name} is one dataset of openpi's: mixtures (--data.more) need --data.source lerobot"
         )
     if data.episodes or data.exclude_episodes:
         raise ValueError(
@@ -109,7 +109,7 @@ def open_data(
         source = configs.get_config(name)
     except ValueError as error:
         raise ValueError(
-            f"{error} Here data.path names a config of openpi's; for a folder of recordings, add "
+            f"{error} Here --data.path names a config of openpi's; for a folder of recordings, add "
             "--data.source lerobot and --data.robot"
         ) from error
     if not available(source):

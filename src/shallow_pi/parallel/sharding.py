@@ -63,7 +63,7 @@ class MeshConfig:
             if size < 1 and not (name in (DATA, FSDP) and size == -1):
                 others = {DATA: ", or -1 for the rest", FSDP: ", or -1 to choose"}
                 allowed = f"1 or more{others.get(name, '')}"
-                raise ValueError(f"mesh axis {name} must be {allowed}, got {size}")
+                raise ValueError(f"--mesh.{name} must be {allowed}, got {size}")
 
     def create(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
         """The mesh over `devices` (default: all of the job).
@@ -99,8 +99,8 @@ class MeshConfig:
         owners = [{d.process_index for d in group} for group in grid.reshape(-1, self.tensor)]
         if any(len(owner) > 1 for owner in owners):
             raise ValueError(
-                f"mesh.tensor {self.tensor} spans processes, each of which reads its own rows: set "
-                f"it to a divisor of the {jax.local_device_count()} devices of a process"
+                f"--mesh.tensor {self.tensor} spans processes, each of which reads its own rows: "
+                f"set it to a divisor of the {jax.local_device_count()} devices of a process"
             )
         return Mesh(grid, AXES)
 

@@ -13,11 +13,16 @@ import pathlib
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import tyro
 
+from shallow_pi import progress
+from shallow_pi.checkpoints import run_folder
 from shallow_pi.parallel import processes
 from shallow_pi.training.config import DistillConfig
+
+T = TypeVar("T")
 
 
 def names(folder: pathlib.Path) -> dict[str, str]:
@@ -106,17 +111,64 @@ def cli(
         if default is None:
             name, arguments = arguments[0], arguments[1:]
             default, description = load(folder, name), _docstring(find(folder, name))
-        return tyro.cli(
-            DistillConfig,
-            default=default,
-            args=arguments,
-            prog=default.name,
-            description=description,
-            config=(tyro.conf.AvoidSubcommands,),
+        experiment = parse(
+            DistillConfig, arguments, description, prog=default.name, default=default
         )
+        return _fit_schedule(experiment, default, arguments)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
+
+
+def parse(
+    kind: type[T],
+    arguments: Sequence[str] | None,
+    description: str,
+    *,
+    prog: str | None = None,
+    default: T | None = None,
+) -> T:
+    """Read the fields of a dataclass from a command line; `--help` keeps the description's lines.
+
+    Args:
+      kind: the dataclass.
+      arguments: of the command line; None is this process's.
+      description: shown above the options.
+      prog: name in the usage; None is the script's.
+      default: values of the fields; None takes the dataclass's own.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if {"-h", "--help"} & set(arguments):  # tyro joins lines to paragraphs.
+        print(description.strip(), end="\n\n")
+    config = (tyro.conf.AvoidSubcommands,)
+    if default is None:
+        return tyro.cli(kind, args=arguments, prog=prog, description="", config=config)
+    return tyro.cli(kind, args=arguments, prog=prog, description="", config=config, default=default)
+
+
+def _fit_schedule(
+    experiment: DistillConfig, default: DistillConfig, arguments: Sequence[str]
+) -> DistillConfig:
+    """Scale the schedule with --num-train-steps unless it is given; a resumed run keeps its own."""
+    given = {word.partition("=")[0].replace("_", "-") for word in arguments}
+    if given & {"--schedule.warmup-steps", "--schedule.decay-steps"}:
+        return experiment
+    schedule, steps = experiment.schedule, experiment.num_train_steps
+    saved = run_folder.read_config(experiment.folder) if experiment.resume else None
+    if saved is not None:
+        fields = saved["schedule"]
+        warmup, decay, why = fields["warmup_steps"], fields["decay_steps"], "as the run began"
+    else:
+        share = steps / default.num_train_steps
+        warmup = round(share * schedule.warmup_steps)
+        decay = max(warmup + 1, round(share * schedule.decay_steps))
+        why = f"in proportion to --num-train-steps {steps}"
+    fitted = dataclasses.replace(schedule, warmup_steps=warmup, decay_steps=decay)
+    if fitted != schedule:
+        progress.say(
+            f"Schedule: --schedule.warmup-steps {warmup} --schedule.decay-steps {decay}, {why}"
+        )
+    return dataclasses.replace(experiment, schedule=fitted)
 
 
 def teacher_experiment(folder: pathlib.Path, experiment: DistillConfig) -> DistillConfig:
@@ -124,7 +176,7 @@ def teacher_experiment(folder: pathlib.Path, experiment: DistillConfig) -> Disti
     assert experiment.teacher is not None, "asked for by teacher.train"
     if not experiment.teacher.config:
         raise ValueError(
-            f"{experiment.name} names no config that trains its teacher (teacher.config); "
+            f"{experiment.name} names no config that trains its teacher (--teacher.config); "
             "leave --teacher.train out and give --teacher.path"
         )
     return dataclasses.replace(

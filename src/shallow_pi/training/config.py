@@ -24,7 +24,8 @@ from shallow_pi.training import profiling
 def _at_least(config: object, bound: int, *names: str, prefix: str = "") -> None:
     for name in names:
         if (value := getattr(config, name)) < bound:
-            raise ValueError(f"{prefix}{name} must be at least {bound}, got {value}")
+            flag = f"--{prefix}{name}".replace("_", "-")
+            raise ValueError(f"{flag} must be at least {bound}, got {value}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,9 +84,8 @@ class ValidationConfig:
     against: Literal["data", "teacher"] = "data"
 
     def __post_init__(self) -> None:
-        for name, bound in (("interval", 0), ("samples", 1), ("num_steps", 1)):
-            if (value := getattr(self, name)) < bound:
-                raise ValueError(f"validation.{name} must be at least {bound}, got {value}")
+        _at_least(self, 0, "interval", prefix="validation.")
+        _at_least(self, 1, "samples", "num_steps", prefix="validation.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +132,7 @@ class ClosedLoopConfig:
         _at_least(self, 1, *counts, prefix="closed_loop.")
         for pair in self.options:
             if not all(pair.partition("=")[::2]):
-                raise ValueError(f"closed_loop.options: expected NAME=VALUE, got {pair!r}")
+                raise ValueError(f"--closed-loop.options: expected NAME=VALUE, got {pair!r}")
 
     def set_options(self) -> dict[str, Any]:
         """Options of the simulator that are set: fields that differ from their defaults, and pairs.
@@ -229,16 +229,18 @@ class DistillConfig:
         _at_least(self, 0, "gradient_interval", "keep_period")
         profiling.parse(self.profile, self.num_train_steps)
         if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay must lie in [0, 1), got {self.ema_decay}")
+            raise ValueError(f"--ema-decay must lie in [0, 1), got {self.ema_decay}")
         if self.batch_size % (n := self.accumulation):
-            raise ValueError(f"batch_size {self.batch_size} must be a multiple of accumulation {n}")
+            raise ValueError(
+                f"--batch-size {self.batch_size} must be a multiple of --accumulation {n}"
+            )
         if not self.exp_name or pathlib.PurePath(self.exp_name).name != self.exp_name:
-            raise ValueError(f"exp_name must be a plain folder name, got {self.exp_name!r}")
+            raise ValueError(f"--exp-name must be a plain folder name, got {self.exp_name!r}")
         if self.resume and self.overwrite:
             raise ValueError("--resume goes on with a run, --overwrite starts anew: give only one")
         self.fixed_layer_map()
         if self.teacher is None and self.validation.against == "teacher":
-            raise ValueError("validation.against is teacher, and there is none: it must be data")
+            raise ValueError("--validation.against is teacher, and there is none: it must be data")
 
     @property
     def folder(self) -> pathlib.Path:

@@ -30,16 +30,19 @@ class CosineSchedule:
 
     def __post_init__(self) -> None:
         if self.warmup_steps < 0:
-            raise ValueError(f"warmup_steps must be 0 or more, got {self.warmup_steps}")
+            raise ValueError(f"--schedule.warmup-steps must be 0 or more, got {self.warmup_steps}")
         if self.decay_steps <= self.warmup_steps:
             raise ValueError(
-                f"decay_steps counts from step 0 and must exceed warmup_steps "
+                "--schedule.decay-steps counts from step 0 and must exceed --schedule.warmup-steps "
                 f"({self.warmup_steps}), got {self.decay_steps}"
             )
         if not (math.isfinite(self.peak_lr) and self.peak_lr > 0):
-            raise ValueError(f"peak_lr must be a positive number, got {self.peak_lr}")
+            raise ValueError(f"--schedule.peak-lr must be a positive number, got {self.peak_lr}")
         if not 0 <= self.end_lr <= self.peak_lr:
-            raise ValueError(f"end_lr must lie in 0…peak_lr ({self.peak_lr}), got {self.end_lr}")
+            raise ValueError(
+                f"--schedule.end-lr must lie in 0…{self.peak_lr} (--schedule.peak-lr), got "
+                f"{self.end_lr}"
+            )
 
     def create(self) -> optax.Schedule:
         """step -> learning rate."""
@@ -72,14 +75,19 @@ class AdamW:
     def __post_init__(self) -> None:
         for name in ("b1", "b2"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+                raise ValueError(
+                    f"--optimizer.{name} must lie in [0, 1), got {getattr(self, name)}"
+                )
         for name in ("eps", "clip_norm"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+                flag = f"--optimizer.{name}".replace("_", "-")
+                raise ValueError(f"{flag} must be positive, got {getattr(self, name)}")
         if self.moments not in ("float32", "bfloat16"):
-            raise ValueError(f"moments must be float32 or bfloat16, got {self.moments!r}")
+            raise ValueError(
+                f"--optimizer.moments must be float32 or bfloat16, got {self.moments!r}"
+            )
         if not self.weight_decay >= 0:
-            raise ValueError(f"weight_decay must be 0 or more, got {self.weight_decay}")
+            raise ValueError(f"--optimizer.weight-decay must be 0 or more, got {self.weight_decay}")
 
     def create(
         self, schedule: optax.ScalarOrSchedule, weight_decay_mask: Any = None

@@ -37,13 +37,13 @@ def parse(text: str, last_step: int | None = None) -> range:
     steps = range(int(found[1]), int(found[2])) if found else range(0)
     if not steps or steps[0] < 1:
         raise ValueError(
-            f"profile must be FIRST:END with 1 <= FIRST < END, got {text!r}; END is not traced any "
-            "more: 10:15 traces steps 10 to 14"
+            f"--profile must be FIRST:END with 1 <= FIRST < END, got {text!r}; END is not traced: "
+            "10:15 traces steps 10 to 14"
         )
     if last_step is not None and steps[-1] > last_step:
         raise ValueError(
-            f"profile {text} traces step {steps[-1]}, and the last one is {last_step} "
-            f"(num_train_steps): END may be {last_step + 1} at most"
+            f"--profile {text} traces step {steps[-1]}, and the last one is {last_step} "
+            f"(--num-train-steps): END may be {last_step + 1} at most"
         )
     return steps
 
@@ -71,7 +71,7 @@ def traced(
     place = folder / run_folder.PROFILE_FOLDER / f"steps-{steps.start}-{steps.stop - 1}"
     if steps and steps[0] < first and not place.exists():
         raise ValueError(
-            f"profile {text} begins before step {first}, at which this run goes on: give a later "
+            f"--profile {text} begins before step {first}, at which this run goes on: give a later "
             "range, or leave --profile out"
         )
     if not steps or place.exists() or not processes.is_main():
