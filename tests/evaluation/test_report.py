@@ -269,6 +269,21 @@ def test_a_run_without_a_task_reports_held_out_errors_and_losses(trained):
     assert report.contents(trained)["success"] == {}
 
 
+def test_errors_of_joints_stand_below_those_of_their_group(trained, tmp_path):
+    """Joints of two groups may have the same name."""
+    names = ("left_arm", "left_arm/waist", "right_arm", "right_arm/waist", "left_armrest")
+    rows = [_row(10, 0.4, 0.3, **{f"error_to_data/{n}": i / 8 for i, n in enumerate(names)})]
+    groups = (robot.Group("left_arm", 6, "rad"), robot.Group("right_arm", 6, "rad"))
+    found = dataclasses.replace(trained, curves={"student": rows}, groups=groups)
+    assert report.tables(found)[1][1] == [
+        ["left arm (rad)", "0"],
+        ["· waist", "0.125"],
+        ["right arm (rad)", "0.25"],
+        ["· waist", "0.375"],
+    ]
+    assert "validation_groups.png" in {path.name for path in report.write(tmp_path, found)}
+
+
 def test_the_criterion_decides_which_step_is_the_best(trained):
     by_teacher = dataclasses.replace(trained, criterion="validation/error_to_teacher")
     assert report.contents(by_teacher)["validation"]["student"]["best"]["step"] == 30

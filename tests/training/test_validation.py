@@ -80,6 +80,10 @@ def test_errors_are_means_over_actions_that_exist(tiny_config):
     found = validation.errors("e", off, zero, held_out, assets)
     assert found == pytest.approx({"e": 7.5 / 35, "e/a": 2.5 / 10, "e/b": 50 / 25}, rel=1e-4)
     assert validation.errors("e", zero, zero, held_out, assets)["e/b"] == 0
+    named = dataclasses.replace(assets, names={"actions": ("x", "y/z", *"stuvw")})
+    joints = validation.errors("e", off, zero, held_out, named)
+    expected = {"e/a/x": 1.5 / 5, "e/a/y_z": 1 / 5} | {f"e/b/{name}": 10 / 5 for name in "stuvw"}
+    assert joints == pytest.approx(found | expected, rel=1e-4)
     whole = validation.errors("e", off, zero, held_out, None)
     assert whole == pytest.approx({"e": (7.5 + 5 * 100) / 40})
 

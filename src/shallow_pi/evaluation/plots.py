@@ -26,6 +26,11 @@ COLORS = {
     "random_init": "#cc79a7",
 }
 OTHER_COLOR = "#555555"
+COMPARISON_COLORS = {
+    "to the data": COLORS["student"],
+    "to the teacher": "#f0b48a",
+    "teacher to the data": COLORS["teacher"],
+}
 NAMES = {
     "expert": "expert (scripted)",
     "teacher": "teacher",
@@ -109,23 +114,44 @@ def _smooth(values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
     return (padded[high] - padded[low]) / (high - low)
 
 
-def group_bars(path: pathlib.Path, errors: Mapping[str, Mapping[str, float]]) -> None:
-    """A panel for each group, on a scale of its own; a bar for each comparison.
+def group_bars(path: pathlib.Path, errors: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
+    """A panel for each group, on a scale of its own; for each joint a bar for each comparison.
 
     Args:
       path: PNG to write.
-      errors: group with its unit → comparison → error (see `validation_tables`).
+      errors: group with its unit → joint → comparison → error (see `validation_tables`).
     """
-    figure, axes = figures.make(1, len(errors), (1.4 + 2.4 * len(errors), 2.0))
-    for axis, (group, bars) in zip(axes[0], errors.items(), strict=True):
-        colors = [COLORS["teacher" if words.startswith("teacher") else "student"] for words in bars]
-        axis.barh(list(bars), list(bars.values()), height=0.62, color=colors, alpha=0.85)
-        for place, value in enumerate(bars.values()):
-            axis.text(value, place, f" {value:.3g}", va="center", fontsize=8)
-        axis.set(title=group, xlim=(0, 1.3 * max(*bars.values(), 1e-12)))
-        axis.invert_yaxis()
+    counts = [len(rows) for rows in errors.values()]
+    size = (7.0, 0.6 + 0.7 * len(errors) + 0.5 * sum(counts))
+    figure, axes = figures.make(len(errors), 1, size, gridspec_kw={"height_ratios": counts})
+    comparisons = list(
+        dict.fromkeys(c for rows in errors.values() for r in rows.values() for c in r)
+    )
+    drawn: dict[str, Any] = {}
+    for axis, (group, rows) in zip(axes[:, 0], errors.items(), strict=True):
+        height = 0.8 / len(comparisons)
+        for index, words in enumerate(comparisons):
+            places = np.arange(len(rows)) + (index - (len(comparisons) - 1) / 2) * height
+            values = [bars.get(words, np.nan) for bars in rows.values()]
+            color = COMPARISON_COLORS[words]
+            drawn[words] = axis.barh(places, values, height=0.9 * height, color=color)
+            for place, value in zip(places, values, strict=True):
+                if np.isfinite(value):
+                    axis.text(value, place, f" {value:.3g}", va="center", fontsize=7)
+        largest = max(value for bars in rows.values() for value in bars.values())
+        axis.set_title(group, fontsize=10, loc="left")
+        axis.set(xlim=(0, 1.3 * max(largest, 1e-12)), ylim=(len(rows) - 0.5, -0.5))
+        axis.set_yticks(range(len(rows)), list(rows) if len(rows) > 1 else [""] * len(rows))
+        axis.tick_params(axis="y", length=0)
         figures.tidy(axis, "x")
-        axis.label_outer()
+    figure.legend(
+        list(drawn.values()),
+        list(drawn),
+        loc="outside lower center",
+        ncols=len(drawn),
+        frameon=False,
+        fontsize=9,
+    )
     figure.savefig(path)
 
 

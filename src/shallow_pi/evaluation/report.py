@@ -279,7 +279,10 @@ def write(folder: pathlib.Path, report: Report) -> list[pathlib.Path]:
     by_group = validation_tables.group_errors(curves, report.groups, report.criterion)
     if by_group:
         bars = functools.partial(plots.group_bars, errors=by_group)
-        drawings["Held-out errors at the best step, by group"] = "validation_groups.png", bars
+        drawings["Held-out errors at the best step, by group and joint"] = (
+            "validation_groups.png",
+            bars,
+        )
     if recording is not None:
         drawings["One episode"] = ("episode.png", lambda path: plots.strip(path, recording))
         drawings["The same, moving"] = (

@@ -1,8 +1,8 @@
 """Tables of the errors on held-out episodes, from the rows of metrics.jsonl.
 
 Pure functions from rows (see `training.validation`) to tables and plain values: of every trained
-policy the step with the lowest error and the last one, the errors by group of joints in the robot's
-units, and the losses.
+policy the step with the lowest error and the last one, the errors by group of joints and by joint
+in the robot's units, and the losses.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,10 +20,12 @@ ERRORS = {
     validation.TO_TEACHER: "to the teacher",
     validation.TEACHER_TO_DATA: "teacher to the data",
 }
+# Stands for the mean over a group's joints.
+ALL = "all"
 # Explains the tables, below them on the page.
 NOTE = """Action errors are mean absolute differences on episodes that training does not see, with
-the same noise for teacher and student: of normalized actions, and by group in the robot's units.
-The policy of the best step is kept as `best` in the run's folder."""
+the same noise for teacher and student: of normalized actions, and by group and joint in the robot's
+units. The policy of the best step is kept as `best` in the run's folder."""
 # Loss in metrics.jsonl → its name in words.
 LOSSES = {name: name.replace("_", " ") for name in validation.LOSSES}
 
@@ -47,7 +49,7 @@ def labels(groups: Sequence[robot.Group]) -> dict[str, str]:
 def error_tables(
     curves: Mapping[str, plots.Rows], groups: Sequence[robot.Group], criterion: str
 ) -> list[Table]:
-    """Errors of every policy at its best and last step; those of the first one by group.
+    """Errors of every policy at its best and last step; those of the first one by group and joint.
 
     Args:
       curves: policy → rows of its metrics.jsonl.
@@ -70,25 +72,34 @@ def error_tables(
     if teacher is not None:
         rows.insert(0, ["teacher", "", _cell(teacher), ""])
     tables = [(["held-out action error", "step", "to the data", "to the teacher"], rows)]
-    by_group = group_errors(curves, groups, criterion)
-    if by_group:
-        keys = list(dict.fromkeys(key for found in by_group.values() for key in found))
-        parts = [[label, *(_cell(e.get(key)) for key in keys)] for label, e in by_group.items()]
-        tables.append((["at the best step", *keys], parts))
+    parts = [
+        (label if joint == ALL else f"· {joint}", errors)
+        for label, joints in group_errors(curves, groups, criterion).items()
+        for joint, errors in joints.items()
+    ]
+    if parts:
+        keys = list(dict.fromkeys(key for _, errors in parts for key in errors))
+        body = [[label, *(_cell(errors.get(key)) for key in keys)] for label, errors in parts]
+        tables.append((["at the best step", *keys], body))
     return tables
 
 
 def group_errors(
     curves: Mapping[str, plots.Rows], groups: Sequence[robot.Group], criterion: str
-) -> dict[str, dict[str, float]]:
-    """Group with its unit → comparison → error of the first policy at its best step."""
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Group with its unit → ALL or a joint → comparison → error, of the first policy's best step.
+
+    Joints are those that the rows name.
+    """
     row = next((top for rows in curves.values() if (top := best(rows, criterion))), {})
-    found: dict[str, dict[str, float]] = {}
+    found: dict[str, dict[str, dict[str, float]]] = {}
     for name, label in labels(groups).items():
-        errors = {words: row.get(f"{key}/{name}") for key, words in ERRORS.items()}
-        known = {words: value for words, value in errors.items() if value is not None}
-        if known:
-            found[label] = known
+        for key, words in ERRORS.items():
+            whole = f"{key}/{name}"
+            for at, value in row.items():
+                if value is not None and (at == whole or at.startswith(f"{whole}/")):
+                    joint = at.removeprefix(whole).removeprefix("/") or ALL
+                    found.setdefault(label, {}).setdefault(joint, {})[words] = value
     return found
 
 

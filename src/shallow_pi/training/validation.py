@@ -27,7 +27,8 @@ from shallow_pi.models import pi0
 from shallow_pi.parallel import processes, sharding
 from shallow_pi.training import config as configs
 
-# Names in metrics.jsonl; the errors have one more for each group, "<name>/<group>".
+# Names in metrics.jsonl; the errors have one more for each group, "<name>/<group>", and for each
+# joint of a group whose name is known, "<name>/<group>/<joint>".
 PREFIX = "validation/"
 TO_DATA = f"{PREFIX}error_to_data"
 TO_TEACHER = f"{PREFIX}error_to_teacher"
@@ -112,7 +113,7 @@ def errors(
     held_out: HeldOut,
     assets: policy_assets.Assets | None,
 ) -> dict[str, float]:
-    """Mean absolute differences: `name` over the normalized robot dimensions, `name/<group>` each.
+    """Mean absolute differences: over the normalized robot dimensions, then by group and joint.
 
     Without assets (made-up samples) there are no robot's units: all dimensions, and no groups. Nor
     are there groups where the robot's transforms are not ours.
@@ -128,10 +129,14 @@ def errors(
     if robot.elsewhere:
         return found
     own, other = (to_robot(assets, values, held_out.state) for values in (actions, reference))
-    start = 0
+    start, joints = 0, assets.names.get("actions", ())
     for group in robot.action_groups:
         part = slice(start, start + group.size)
         found[f"{name}/{group.name}"] = mean(own[..., part] - other[..., part])
+        if joints and group.size > 1:
+            for dim in range(start, start + group.size):
+                error = mean(own[..., dim] - other[..., dim])
+                found[f"{name}/{group.name}/{joints[dim].replace('/', '_')}"] = error
         start += group.size
     return found
 
