@@ -27,7 +27,7 @@ from shallow_pi.training import command_line
 
 @dataclasses.dataclass(frozen=True)
 class Arguments(loader.Setting):
-    """What to read, and how."""
+    """The data to read, and the ways to read it."""
 
     # File for the numbers, as JSON.
     output: str = ""

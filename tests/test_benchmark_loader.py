@@ -1,4 +1,4 @@
-"""The command measures every way on made-up video and on a dataset, and says who keeps up."""
+"""The command measures every way on made-up video and on a dataset, and marks the slow ones."""
 
 import importlib.util
 import json
@@ -47,7 +47,7 @@ def test_every_way_is_measured_on_made_up_video(script, tmp_path, capsys):
         assert row["batch_ms"] == pytest.approx(8000 / row["frames_per_second"])
 
 
-def test_a_dataset_is_read_and_a_slow_one_is_told(script, capsys):
+def test_a_dataset_is_read_and_ways_that_are_too_slow_are_marked(script, capsys):
     path = ["--path", str(FIXTURES / "pusht_v21_video"), "--step-ms", "0.001"]
     script.main([*SMALL, "--repeats", "1", *path])
     assert capsys.readouterr().out.count("too slow") == 5
@@ -61,7 +61,7 @@ def test_a_dataset_is_read_and_a_slow_one_is_told(script, capsys):
         (["--batches", "0"], "--batches must be at least 1, got 0"),
     ],
 )
-def test_bad_input_is_told_in_one_line(script, capsys, arguments, message):
+def test_bad_input_is_refused_in_one_line(script, capsys, arguments, message):
     with pytest.raises(SystemExit):
         script.main([*SMALL, *arguments])
     assert message in "".join(capsys.readouterr().err)

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import runpy
 import subprocess
 import sys
 
@@ -10,15 +11,12 @@ import pytest
 SCRIPT = pathlib.Path(__file__).parents[1] / "scripts" / "benchmark_step.py"
 
 
-def _run(*arguments):
-    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=280)
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_both_steps_are_told_and_kept(tmp_path):
-    made = _run("debug", "--batch-size", 8, "--repeats", 2, "--output", tmp_path / "new")
+def test_both_steps_are_printed_and_written(tmp_path):
+    command = [sys.executable, str(SCRIPT), "debug", "--batch-size", "8", "--repeats", "2"]
+    command += ["--output", str(tmp_path / "new")]
+    made = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert made.returncode == 0, made.stderr
     assert "debug, batch 8 on" in made.stdout
     assert "MFU, of the measured rate" in made.stdout
@@ -31,15 +29,8 @@ def test_both_steps_are_told_and_kept(tmp_path):
     assert (tmp_path / "new" / "step.png").is_file()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("debug", "--mesh.fsdp", "3"), "does not fit"),
-        (("debug", "--repeats", "0"), "--repeats must be 1 or more, got 0"),
-    ],
-)
-def test_what_cannot_be_timed_is_refused(arguments, message):
-    made = _run(*arguments)
-    assert made.returncode == 1
-    assert message in made.stderr
-    assert "Traceback" not in made.stderr
+def test_no_repeats_are_refused_in_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "debug", "--repeats", "0"])
+    with pytest.raises(SystemExit, match="1"):
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert "--repeats must be 1 or more, got 0" in capsys.readouterr().err

@@ -1,7 +1,8 @@
-"""The commands that compile a step from shapes: what they print, and what they refuse."""
+"""The commands that plan a step from shapes: their output, and their errors."""
 
 import json
 import pathlib
+import runpy
 import subprocess
 import sys
 
@@ -16,7 +17,7 @@ def _run(script, *arguments):
 
 
 @pytest.mark.slow
-def test_a_compiled_step_is_told_and_kept(tmp_path):
+def test_a_compiled_step_is_printed_and_written(tmp_path):
     made = _run("compile_ahead.py", "debug", "--devices", 2, "--mesh.fsdp", 2, "--output", tmp_path)
     assert made.returncode == 0, made.stderr
     assert "debug, cpu:2, batch 16 on 2 devices" in made.stdout
@@ -39,18 +40,10 @@ def test_memory_is_estimated_with_the_sizes_of_a_teacher_on_disk():
         assert part in made.stdout
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("compile_ahead.py", "debug", "--devices", "0"), "--devices must be 1 or more, got 0"),
-        (
-            ("estimate_memory.py", "debug", "--devices", "3", "--mesh.fsdp", "2"),
-            "does not fit 3 devices",
-        ),
-    ],
-)
-def test_a_layout_that_cannot_be_is_refused_in_one_line(arguments, message):
-    made = _run(*arguments)
-    assert made.returncode == 1
-    assert message in made.stderr
-    assert "Traceback" not in made.stderr
+@pytest.mark.parametrize("name", ["compile_ahead", "estimate_memory"])
+def test_a_layout_that_cannot_be_is_refused_in_one_line(name, monkeypatch, capsys):
+    path = str(ROOT / "scripts" / f"{name}.py")
+    monkeypatch.setattr(sys, "argv", [path, "debug", "--devices", "0"])
+    with pytest.raises(SystemExit, match="1"):
+        runpy.run_path(path, run_name="__main__")
+    assert "--devices must be 1 or more, got 0" in capsys.readouterr().err

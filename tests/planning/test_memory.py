@@ -1,4 +1,4 @@
-"""What a step needs is estimated, and parameters are split over as few devices as have room."""
+"""The memory of a step is estimated, and parameters are sharded over the fewest devices."""
 
 import dataclasses
 import math
@@ -35,7 +35,7 @@ def _with(experiment, **changes):
     return dataclasses.replace(experiment, student=student, **changes)
 
 
-def test_what_is_given_is_counted_to_the_byte(full_size):
+def test_the_arguments_of_a_step_are_counted_to_the_byte(full_size):
     """FACTS of the paper's sizes: 3.238 and 1.709 billion parameters, 942 million frozen."""
     found = _estimate(_with(full_size, remat="layers"))
     assert found.given["teacher"] == 2 * 3_238_048_528
@@ -51,8 +51,7 @@ def test_what_is_given_is_counted_to_the_byte(full_size):
     assert half.given["moments"] == pytest.approx(found.given["moments"] / 2, rel=1e-6)
 
 
-def test_more_is_kept_the_less_is_computed_again(full_size):
-    """And activations grow with the rows of a device, and with nothing else of the mesh's size."""
+def test_activations_grow_the_less_is_recomputed_and_with_the_rows_of_a_device(full_size):
     sizes = [
         _estimate(_with(full_size, remat=remat)).activations for remat in ("layers", "dots", "none")
     ]
@@ -88,10 +87,10 @@ def _devices(count, room, monkeypatch):
     ("room", "chosen"),
     [(None, -1), (80 * GIGA, 1), (24 * GIGA, 2), (16 * GIGA, 4), (8 * GIGA, 8), (GIGA, 8)],
 )
-def test_parameters_are_split_over_the_fewest_devices_with_room(
+def test_parameters_are_sharded_over_the_fewest_devices_that_fit(
     full_size, monkeypatch, room, chosen
 ):
-    """The widest split is taken where even that has no room: the run then says so."""
+    """Where no split fits, the widest is taken, and the run warns."""
     spec = setup.make_spec(_with(full_size, remat="layers"))
     devices = _devices(8, room, monkeypatch)
     found = memory.choose(sharding.MeshConfig(), devices, spec, 64, "bfloat16")
@@ -105,7 +104,7 @@ def test_parameters_are_split_over_the_fewest_devices_with_room(
         )
 
 
-def test_a_mesh_somebody_chose_is_kept(full_size, monkeypatch):
+def test_a_mesh_given_in_the_config_is_kept(full_size, monkeypatch):
     spec, devices = setup.make_spec(full_size), _devices(8, GIGA, monkeypatch)
     for mesh in (sharding.MeshConfig(fsdp=1), sharding.MeshConfig(data=4)):
         assert memory.choose(mesh, devices, spec, 64, "bfloat16") == mesh

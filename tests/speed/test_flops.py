@@ -1,4 +1,4 @@
-"""What is counted is what the compiler counts, and what is known of the published sizes."""
+"""Counted operations agree with the compiler's count and with the published sizes."""
 
 import dataclasses
 import functools
@@ -61,7 +61,7 @@ def test_operations_are_those_the_compiler_counts(pi05, once):
 
 
 @pytest.mark.parametrize(("depth", "teraflop"), [(18, 3.41), (9, 1.93), (6, 1.43), (4, 1.10)])
-def test_pi05_counts_what_is_known_of_it(depth, teraflop):
+def test_operations_of_pi05_are_the_published_ones(depth, teraflop):
     """Two cameras, 200 prompt tokens, horizon 10, no optimization."""
     config = pi0.Pi0Config(
         pi05=True,

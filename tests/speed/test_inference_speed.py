@@ -1,4 +1,4 @@
-"""The benchmark times the real sampler, and what it says of its parts fits together."""
+"""The benchmark times the real sampler, and its parts, counts and shares agree."""
 
 import dataclasses
 import functools
@@ -29,7 +29,7 @@ def timing(tiny_config):
 
 
 def _plain(config, params, observation, noise, num_steps):
-    """The sampler without any saving, on the weights and the observation it is given."""
+    """The sampler without optimizations, on the given weights and observation."""
     sample = functools.partial(
         sampler.sample_actions, config, num_steps=num_steps, options=tuning.ALL_OFF
     )
@@ -42,7 +42,7 @@ def _halved(config, params, observation, noise, num_steps):
     return lambda: 0.5 * call()
 
 
-def test_every_part_and_every_saving_that_is_on_is_timed(timing):
+def test_every_part_and_every_optimization_that_is_on_is_timed(timing):
     _, found = timing
     parts = {"image tower", "prefix", "one step", "whole", "host transfer", "end to end"}
     assert set(found.median_ms) == parts
@@ -80,7 +80,7 @@ def test_a_share_is_work_in_time_over_the_ceiling(timing):
     assert known.shares(inference.Ceiling(120.0, 200.0)) == {"prefix": (0.5, 0.8)}
 
 
-def test_what_trimming_spares_changes_no_action(tiny_config, tiny_params):
+def test_trimmed_cameras_and_padding_change_no_action(tiny_config, tiny_params):
     """An absent camera and prompt padding cost time, and nothing else."""
     config = tiny_config()
     params, noise = tiny_params(config), jnp.ones((1, config.action_horizon, config.action_dim))
@@ -95,7 +95,7 @@ def test_what_trimming_spares_changes_no_action(tiny_config, tiny_params):
         assert small.cameras == config.cameras
         assert trimmed.tokenized_prompt_mask.sum() == config.max_token_len
         found = sample(larger, params, seen.as_float(), noise, num_steps=2)
-        if larger.cameras == config.cameras:  # Other pictures are drawn beside a third one.
+        if larger.cameras == config.cameras:  # With a third camera other pictures are drawn.
             np.testing.assert_allclose(found, expected, atol=1e-5)
 
 

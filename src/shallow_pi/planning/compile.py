@@ -143,7 +143,7 @@ def _quiet() -> Iterator[None]:
 def compile_step(
     spec: step.Spec, mesh: Mesh, batch_size: int, teacher_dtype: str = "bfloat16"
 ) -> Program:
-    """What the compiled step of a global batch needs; see `build`."""
+    """The needs of the compiled step of a global batch; see `build`."""
     return build(spec, mesh, batch_size, teacher_dtype)[1]
 
 

@@ -10,7 +10,7 @@ from shallow_pi.distill import step
 from shallow_pi.planning import accelerators, compile, hlo, memory
 
 TERA = 1e12
-# Of the collectives of a program, so many of the largest are kept one by one.
+# Number of the largest collectives that a report lists one by one.
 LARGEST = 10
 
 

@@ -30,7 +30,7 @@ class Count:
 
     @property
     def total(self) -> int:
-        """Of the whole inference."""
+        """The sum over the whole inference."""
         return self.vision + self.prefix + self.num_steps * self.step
 
     @property
@@ -87,7 +87,7 @@ def training_flops(
     useful = dataclasses.replace(tuning.ALL_OFF, unrolled_layers=True)
 
     def forward(config: pi0.Pi0Config | None) -> tuple[int, int]:
-        """Of the image tower, and of the rest."""
+        """Operations of the image tower, and of the rest."""
         if config is None:
             return 0, 0
         count = inference_flops(config, batch=batch, num_steps=draws, options=useful)

@@ -26,9 +26,9 @@ from shallow_pi.speed import flops, latency
 class Ceiling:
     """Rates the device reaches on the simplest loads."""
 
-    # Of a large matrix product in the model's dtype.
+    # In a large matrix product in the model's dtype.
     flops_per_second: float
-    # Of copying a large array, read and write together.
+    # In copying a large array, reads and writes together.
     bytes_per_second: float
 
 
@@ -201,7 +201,7 @@ def _untrimmed(
     return found
 
 
-def _program_bytes(run: Any, *arguments: Any) -> int:
+def _program_bytes(run: Any, *arguments: PyTree) -> int:
     memory = run.lower(*arguments).compile().memory_analysis()
     if memory is None:
         return 0
@@ -265,6 +265,6 @@ def random_params(config: pi0.Pi0Config) -> PyTree:
 def prepare_weights(
     config: pi0.Pi0Config, params: PyTree, num_steps: int, options: tuning.InferenceOptions
 ) -> prepare.Prepared:
-    """What `sampling` takes, on the device."""
+    """The weights that `sampling` takes, on the device."""
     times = sampler.integration_times(num_steps)
     return jax.jit(functools.partial(prepare.prepare, config, times=times, options=options))(params)

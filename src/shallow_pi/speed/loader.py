@@ -36,7 +36,7 @@ _Run = Callable[[int], tuple[float, float]]
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What to read, and how."""
+    """The data to read, and the ways to read it."""
 
     # LeRobot dataset of video: a folder or its address on the hub; empty makes one up.
     path: str = ""

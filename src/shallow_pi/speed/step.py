@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -186,9 +185,9 @@ def explained(
 def _advance(
     compiled: jax.stages.Compiled,
     teacher_params: PyTree,
-    held: list[Any],
+    held: list[step.DistillState],
     key: jax.Array,
     batch: batches.Batch,
-) -> Any:
+) -> step.Metrics:
     held[0], metrics = compiled(teacher_params, held[0], key, batch)
     return metrics
