@@ -1,85 +1,9 @@
 """Time a config's distillation step and its student's own fine-tuning step, with random weights.
 
-uv run scripts/benchmark_step.py NAME [--repeats 20] [--output DIR] [--field value ...]
-
-    debug                                     tries it out on a CPU
-    pi0_aloha_l6 --batch-size 32 --output benchmarks/step_h100
-                                              full size on the devices there are; on one 80 GB H100:
-        uv sync --extra cuda --extra plots
-        uv run scripts/benchmark_step.py pi0_aloha_l6 --batch-size 32 --student.freeze vision \\
-            embedder --output benchmarks/step_h100_frozen
-        uv run scripts/benchmark_step.py pi05_libero_l6 --batch-size 32 --ema-decay 0 --output ...
-    --output DIR                              also writes step.json and step.png there
-
-No teacher and no data are read. Targets: an MFU of 45 % or more (useful operations, without those
-recomputed), and a distillation step that costs at most 1.6 fine-tuning steps.
+uv run scripts/benchmark_step.py --help tells more.
 """
 
-import argparse
-import dataclasses
-import pathlib
-import sys
-
-import jax
-import rich.console
-
-from shallow_pi.parallel import processes
-from shallow_pi.speed import inference, plots, report, step
-from shallow_pi.training import command_line, config, setup
-
-CONFIGS = pathlib.Path(__file__).parents[1] / "train_configs"
-
-
-def main() -> None:
-    """Parse, measure, print, write."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--output", default="")
-    own, arguments = parser.parse_known_args()
-    with command_line.exit_on():
-        if own.repeats < 1:
-            raise ValueError(f"--repeats must be 1 or more, got {own.repeats}")
-        processes.initialize()
-        processes.cache_compilations()
-        experiment = command_line.cli(CONFIGS, __doc__ or "", arguments)
-        processes.split_cpu(experiment.batch_size // experiment.accumulation)
-        timing, limit = _measure(experiment, own.repeats)
-        if not processes.is_main():
-            return
-        stated = step.stated_rate(timing.device, experiment.model.dtype)
-        rich.console.Console().print(report.step_table(experiment.name, timing, limit, stated))
-        lines = report.step_lines(timing, limit, stated)
-        if own.output:
-            content = {"arguments": arguments} | report.step_contents(timing, limit)
-            pictures = {"step.png": lambda path: plots.training_step(path, timing)}
-            folder = pathlib.Path(own.output).expanduser()
-            lines += report.write(folder, "step.json", content, pictures)
-        print("\n".join(lines))
-
-
-def _measure(
-    experiment: config.DistillConfig, repeats: int
-) -> tuple[step.Timing, inference.Ceiling]:
-    if experiment.teacher is not None:
-        made_up = dataclasses.replace(experiment.teacher, path=setup.RANDOM)
-        experiment = dataclasses.replace(experiment, teacher=made_up)
-    mesh = setup.make_mesh(experiment, jax.devices())
-    spec = setup.make_spec(experiment, mesh)
-    with step.explained(experiment.batch_size):
-        limit = inference.ceiling(experiment.model.dtype)
-        teacher = setup.load_teacher(experiment, None, mesh)
-        timing = step.measure(
-            spec,
-            mesh,
-            teacher,
-            setup.random_state(spec, mesh, experiment.seed),
-            batch_size=experiment.batch_size,
-            repeats=repeats,
-        )
-    return timing, limit
-
+from shallow_pi.commands import benchmark_step
 
 if __name__ == "__main__":
-    if "--help" in sys.argv[2:] or "-h" in sys.argv[2:]:
-        print((__doc__ or "").strip(), end="\n\n")
-    main()
+    benchmark_step.main()

@@ -1,64 +1,9 @@
 """Compile a config's step for devices that are not there: its memory, communication and time.
 
-uv run scripts/compile_ahead.py NAME --topology v5e:8x8 [--field value ...]
-
-    pi0_aloha_l6 --topology v5e:4x4 --mesh.fsdp 16      a TPU slice, on a CPU (needs libtpu)
-    pi0_aloha_l6 --topology h100:8                      a GPU host (needs the CUDA extra, no GPU)
-    pi0_aloha_l6 --devices 8 --mesh.fsdp 8              eight virtual CPU devices
-    --output benchmarks/ahead                           also writes NAME-TOPOLOGY.json there
-
-The step is compiled from shapes alone; a full-size one takes some minutes.
+uv run scripts/compile_ahead.py --help tells more.
 """
 
-import argparse
-import json
-import pathlib
-import sys
-import time
-
-from shallow_pi import progress
-from shallow_pi.planning import accelerators, compile, report
-from shallow_pi.speed import flops, latency
-from shallow_pi.training import command_line, setup
-
-CONFIGS = pathlib.Path(__file__).parents[1] / "train_configs"
-
-
-def main() -> None:
-    """Parse, compile, print, write."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--devices", type=int, default=1)
-    parser.add_argument("--topology", default="")
-    parser.add_argument("--output", default="")
-    own, arguments = parser.parse_known_args()
-    with command_line.exit_on():
-        experiment = command_line.cli(CONFIGS, __doc__ or "", arguments)
-        devices = compile.devices(own.devices, own.topology)
-        experiment = setup.resolve_from_disk(experiment)
-        mesh = setup.make_mesh(experiment, devices)
-        spec, dtype = setup.make_spec(experiment, mesh), setup.teacher_dtype(experiment)
-        name = own.topology or f"cpu:{own.devices}"
-        progress.console.print(f"Compiling {experiment.name} for {name}: minutes at full size")
-        began = time.perf_counter()
-        program = compile.compile_step(spec, mesh, experiment.batch_size, dtype)
-        seconds = time.perf_counter() - began
-        useful = flops.of_step(spec, experiment.batch_size) / mesh.size
-        accelerator = accelerators.find(mesh.devices.flat[0].device_kind)
-        lines = report.planned(program, mesh, useful, accelerator)
-        print(f"{experiment.name}, {name}, " + "\n".join(lines))
-        print(f"compiled in {seconds:.0f} s")
-        if own.output:
-            shape = "-".join(f"{axis}{n}" for axis, n in mesh.shape.items() if n > 1)
-            file = f"{experiment.name}-{name.replace(':', '-')}-{shape}.json"
-            path = pathlib.Path(own.output).expanduser() / file
-            path.parent.mkdir(parents=True, exist_ok=True)
-            more = {"mesh": dict(mesh.shape), "versions": latency.versions()}
-            content = report.contents(program, useful, accelerator) | more
-            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-            print(f"written: {path}")
-
+from shallow_pi.commands import compile_ahead
 
 if __name__ == "__main__":
-    if "--help" in sys.argv[2:] or "-h" in sys.argv[2:]:
-        print((__doc__ or "").strip(), end="\n\n")
-    main()
+    compile_ahead.main()

@@ -1,44 +1,9 @@
 """Distil a deep policy into a shallow one, and measure both where the config has a task for it.
 
-uv run scripts/train_distill.py NAME [--field value ...]
-
-    pi0_turntable_l6                        the whole story on two CPU cores
-    pi0_turntable_l6 --student.depth 4      any field of a config can be set
-    pi0_turntable_l6 --resume               go on after an interruption
-    --openpi.config pi05_libero             a config of openpi's instead of NAME (where it is
-                                            installed): its model, robot and statistics
+uv run scripts/train_distill.py --help tells more.
 """
 
-import pathlib
-import sys
-
-from shallow_pi.evaluation import study
-from shallow_pi.interop import openpi_configs
-from shallow_pi.parallel import processes
-from shallow_pi.training import command_line, loop
-
-CONFIGS = pathlib.Path(__file__).parents[1] / "train_configs"
-
-
-def main() -> None:
-    """Parse, train the teacher first where that was asked for, then run the study."""
-    with command_line.exit_on():
-        processes.initialize()
-    processes.cache_compilations()
-    arguments, default = sys.argv[1:], None
-    if arguments[:1] == ["--openpi.config"]:
-        with command_line.exit_on(ModuleNotFoundError):
-            default = openpi_configs.experiment(*arguments[1:2])
-        arguments = arguments[2:]
-    experiment = command_line.cli(CONFIGS, __doc__ or "", arguments, default)
-    processes.split_cpu(experiment.batch_size // experiment.accumulation)
-    with command_line.exit_on(*loop.ENDS, interrupted=loop.INTERRUPTED):
-        teacher = experiment.teacher
-        if teacher is not None and teacher.train:
-            own = command_line.teacher_experiment(CONFIGS, experiment)
-            experiment = study.train_teacher(experiment, own)
-        study.run(experiment)
-
+from shallow_pi.commands import train_distill
 
 if __name__ == "__main__":
-    main()
+    train_distill.main()

@@ -1,37 +1,9 @@
 """Train a deep teacher from scratch on the task loss, measure it, and package it.
 
-uv run scripts/train_teacher.py NAME [--field value ...]
-
-    pi0_turntable                     into checkpoints/, packaged in assets/pi0_turntable
-    pi0_turntable --resume            go on after an interruption
+uv run scripts/train_teacher.py --help tells more.
 """
 
-import pathlib
-import sys
-
-from shallow_pi.evaluation import study
-from shallow_pi.parallel import processes
-from shallow_pi.training import command_line, loop
-
-ROOT = pathlib.Path(__file__).parents[1]
-
-
-def main() -> None:
-    """Parse, train, measure, package."""
-    with command_line.exit_on():
-        processes.initialize()
-    processes.cache_compilations()
-    experiment = command_line.cli(ROOT / "train_configs", __doc__ or "", sys.argv[1:])
-    processes.split_cpu(experiment.batch_size // experiment.accumulation)
-    with command_line.exit_on(*loop.ENDS, interrupted=loop.INTERRUPTED):
-        if experiment.teacher is not None:
-            raise ValueError(
-                f"{experiment.name} distils a student from a teacher: run it with "
-                "scripts/train_distill.py, or name the teacher's own config here"
-            )
-        step = study.run(experiment)
-        study.package(experiment, step, ROOT / "assets" / experiment.name)
-
+from shallow_pi.commands import train_teacher
 
 if __name__ == "__main__":
-    main()
+    train_teacher.main()

@@ -2,11 +2,12 @@
 
 import json
 import pathlib
-import runpy
 import subprocess
 import sys
 
 import pytest
+
+from shallow_pi.commands import benchmark_step
 
 SCRIPT = pathlib.Path(__file__).parents[1] / "scripts" / "benchmark_step.py"
 
@@ -32,5 +33,5 @@ def test_both_steps_are_printed_and_written(tmp_path):
 def test_no_repeats_are_refused_in_one_line(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), "debug", "--repeats", "0"])
     with pytest.raises(SystemExit, match="1"):
-        runpy.run_path(str(SCRIPT), run_name="__main__")
+        benchmark_step.main()
     assert "--repeats must be 1 or more, got 0" in capsys.readouterr().err

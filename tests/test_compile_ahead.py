@@ -1,8 +1,8 @@
 """The commands that plan a step from shapes: their output, and their errors."""
 
+import importlib
 import json
 import pathlib
-import runpy
 import subprocess
 import sys
 
@@ -42,8 +42,7 @@ def test_memory_is_estimated_with_the_sizes_of_a_teacher_on_disk():
 
 @pytest.mark.parametrize("name", ["compile_ahead", "estimate_memory"])
 def test_a_layout_that_cannot_be_is_refused_in_one_line(name, monkeypatch, capsys):
-    path = str(ROOT / "scripts" / f"{name}.py")
-    monkeypatch.setattr(sys, "argv", [path, "debug", "--devices", "0"])
+    monkeypatch.setattr(sys, "argv", [name, "debug", "--devices", "0"])
     with pytest.raises(SystemExit, match="1"):
-        runpy.run_path(path, run_name="__main__")
+        importlib.import_module(f"shallow_pi.commands.{name}").main()
     assert "--devices must be 1 or more, got 0" in capsys.readouterr().err

@@ -1,21 +1,19 @@
 """The command writes what training would compute, warns, and compares."""
 
-import importlib.util
 import json
 import pathlib
 import shutil
-import sys
 
 import numpy as np
 import polars as pl
 import pytest
 
+from shallow_pi.commands import compute_norm_stats
 from shallow_pi.data import sources
 from shallow_pi.data.lerobot import reader
 from shallow_pi.data.robots import normalize, robot
 
 ROOT = pathlib.Path(__file__).parents[1]
-SCRIPT = ROOT / "scripts" / "compute_norm_stats.py"
 FIXTURE = ROOT / "tests" / "fixtures" / "lerobot" / "pusht_v21_video"
 ROBOT = """
 from shallow_pi.data import robots, sources
@@ -32,23 +30,16 @@ ROBOT = robots.Robot(
 
 
 @pytest.fixture
-def script(monkeypatch):
-    spec = importlib.util.spec_from_file_location("compute_norm_stats", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
-def run(script, tmp_path, monkeypatch, capsys):
+def run(tmp_path, monkeypatch, capsys):
     """Runs the command in an empty folder with a robot file; gives its output and its warnings."""
     monkeypatch.chdir(tmp_path)
     pathlib.Path("pusht.py").write_text(ROBOT)
 
     def call(*arguments):
         given = ["--data.robot", "pusht.py", "--data.asset-id", "pusht", *arguments]
-        script.main(given if "--data.path" in given else ["--data.path", str(FIXTURE), *given])
+        compute_norm_stats.main(
+            given if "--data.path" in given else ["--data.path", str(FIXTURE), *given]
+        )
         captured = capsys.readouterr()
         return captured.out, captured.err
 
@@ -70,9 +61,9 @@ def test_statistics_are_written_in_openpis_format(run):
     assert normalize.load("elsewhere")["state"].mean.shape == (2,)
 
 
-def test_a_config_brings_robot_horizon_and_kind(script, capsys):
+def test_a_config_brings_robot_horizon_and_kind(capsys):
     with pytest.raises(SystemExit, match="1"):
-        script.main(["pi0_aloha_l6", "--data.path", str(FIXTURE)])
+        compute_norm_stats.main(["pi0_aloha_l6", "--data.path", str(FIXTURE)])
     assert "lacks camera 'observation.images.cam_high'" in capsys.readouterr().err
 
 

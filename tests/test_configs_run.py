@@ -5,7 +5,6 @@ teacher of tiny widths in openpi's layout. What is overridden is where these lie
 can keep: the numbers of steps and samples, and the intervals. Model sizes come from the checkpoint.
 """
 
-import importlib.util
 import json
 import pathlib
 import shutil
@@ -17,6 +16,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from shallow_pi.checkpoints import weights
+from shallow_pi.commands import train_distill
 from shallow_pi.data import sources
 from shallow_pi.data.lerobot import reader
 from shallow_pi.data.lerobot import writer as lerobot_writer
@@ -39,16 +39,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 @pytest.fixture
 def command(monkeypatch):
-    """Calls the script's `main` in this process."""
-    path = ROOT / "scripts" / "train_distill.py"
-    spec = importlib.util.spec_from_file_location("train_distill", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    """Calls the command in this process."""
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "8")
 
     def call(*arguments):
-        monkeypatch.setattr(sys, "argv", [str(path), *map(str, arguments)])
-        module.main()
+        monkeypatch.setattr(sys, "argv", ["train_distill", *map(str, arguments)])
+        train_distill.main()
 
     return call
 

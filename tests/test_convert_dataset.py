@@ -1,39 +1,33 @@
 """An old dataset comes out as v3.0, its frames the same or close, readable again."""
 
-import importlib.util
 import io
 import json
 import pathlib
 import shutil
-import sys
 
 import numpy as np
 import polars as pl
 import pytest
 from PIL import Image
 
+from shallow_pi.commands import convert_dataset
 from shallow_pi.data.lerobot import reader
 
 ROOT = pathlib.Path(__file__).parents[1]
-SCRIPT = ROOT / "scripts" / "convert_dataset.py"
 FIXTURES = ROOT / "tests" / "fixtures" / "lerobot"
 OLD = FIXTURES / "pusht_v21_video"
 TOP = "observation.images.top"
 
 
 @pytest.fixture
-def convert(monkeypatch, tmp_path):
+def convert(tmp_path):
     """Runs the command on a source; gives the dataset it made."""
-    spec = importlib.util.spec_from_file_location("convert_dataset", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
 
     def call(source, *arguments):
-        module.main([str(source), str(tmp_path / "new"), *arguments])
+        convert_dataset.main([str(source), str(tmp_path / "new"), *arguments])
         return reader.Dataset(tmp_path / "new")
 
-    call.main = module.main
+    call.main = convert_dataset.main
     return call
 
 

@@ -1,6 +1,5 @@
 """The real command: it trains, resumes, and answers bad input with one error and no traceback."""
 
-import importlib.util
 import json
 import os
 import pathlib
@@ -13,6 +12,7 @@ import polars as pl
 import pytest
 
 from shallow_pi.checkpoints import fetch, weights
+from shallow_pi.commands import train_distill
 from shallow_pi.data.lerobot import writer as lerobot_writer
 from shallow_pi.evaluation import study
 from shallow_pi.models import pi0
@@ -24,16 +24,13 @@ SCRIPT = ROOT / "scripts" / "train_distill.py"
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """Calls the script's `main` in this process: (exit status, what it wrote to stderr)."""
-    spec = importlib.util.spec_from_file_location("train_distill", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    """Calls the command in this process: (exit status, what it wrote to stderr)."""
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "8")
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
         try:
-            module.main()
+            train_distill.main()
             status = 0
         except SystemExit as error:
             status = error.code

@@ -14,10 +14,18 @@ from collections.abc import Sequence
 
 # Name → module of this folder, whose script in a clone has the module's name.
 COMMANDS = {
+    "train": "train_distill",
+    "teacher": "train_teacher",
     "serve": "serve_policy",
     "load-test": "load_test",
     "export": "export_student",
     "serve-openpi": "serve_openpi",
+    "stats": "compute_norm_stats",
+    "convert": "convert_dataset",
+    "estimate": "estimate_memory",
+    "compile": "compile_ahead",
+    "benchmark": "benchmark",
+    "benchmark-step": "benchmark_step",
 }
 
 

@@ -25,6 +25,13 @@ from shallow_pi.training.config import DistillConfig
 T = TypeVar("T")
 
 
+def configs() -> pathlib.Path:
+    """The listed experiments: those of the clone, or the ones that came with a wheel."""
+    package = pathlib.Path(__file__).parents[1]
+    inside = package / "train_configs"
+    return inside if inside.is_dir() else package.parents[1] / "train_configs"
+
+
 def names(folder: pathlib.Path) -> dict[str, str]:
     """Every experiment of a folder and the first line of its docstring, without importing any."""
     found = {}

@@ -1,0 +1,145 @@
+"""Time one inference at batch 1, with random weights: by part, by size, and by optimization.
+
+uv run scripts/benchmark.py [--model pi05] [--depths 18 6] [--cameras 2] [--output DIR]
+
+    --model pi0                         the full-size models: pi0, pi05; for a CPU: turntable, small
+    --depths 18 9 6 4 --cameras 2 3     every list may have several values: all combinations are run
+    --prompts 48 200 --horizons 10 50 --num-steps 5 10
+    --against openpi                    also openpi's own sampler on the same weights, in turns with
+                                        ours (run it with the Python of an environment that has it)
+    --tune                              first measure whether layers and steps run fastest unrolled
+                                        or scanned, and with which attention kernel, and keep the
+                                        result for policies and later benchmarks
+    --output benchmarks/mine            also writes benchmark.json there, and two pictures
+"""
+
+import dataclasses
+import itertools
+import pathlib
+from collections.abc import Iterator
+from typing import Literal
+
+import rich.console
+
+from shallow_pi.inference import tuning as options
+from shallow_pi.models import gemma, pi0, siglip
+from shallow_pi.parallel import processes
+from shallow_pi.speed import inference, plots, report, tuning
+from shallow_pi.training import command_line
+
+# Narrow, but with the pictures, patches, cameras and vocabulary that openpi hard-codes.
+SMALL = pi0.Pi0Config(
+    backbone=gemma.GemmaConfig(width=64, mlp_dim=256, num_heads=8, num_kv_heads=1, head_dim=16),
+    expert=gemma.GemmaConfig(width=32, mlp_dim=128, num_heads=8, num_kv_heads=1, head_dim=16),
+    image=siglip.SiglipConfig(width=64, depth=2, mlp_dim=128, num_heads=4, patch_size=14),
+    dtype="float32",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """The models to time, and how."""
+
+    # The model; "small" is a narrow π0 that openpi can run too.
+    model: Literal["pi0", "pi05", "turntable", "small"] = "pi05"
+    # Layers of backbone and action expert.
+    depths: tuple[int, ...] = (18, 6)
+    # Cameras that are present.
+    cameras: tuple[int, ...] = (2,)
+    # Prompt tokens; 0 is the model's own number.
+    prompts: tuple[int, ...] = (0,)
+    # Actions of a chunk; 0 is 10 for the full-size models.
+    horizons: tuple[int, ...] = (0,)
+    # Integration steps.
+    num_steps: tuple[int, ...] = (10,)
+    # Timed calls of each part.
+    repeats: int = 50
+    # Measure first which way of running each model is fastest here, and keep it.
+    tune: bool = False
+    # Also time each optimization switched off.
+    ablate: bool = True
+    # Another implementation to time in turns with ours, on the same weights.
+    against: Literal["", "openpi"] = ""
+    # Folder for benchmark.json and the pictures; empty for none.
+    output: str = ""
+
+    def models(self) -> Iterator[tuple[pi0.Pi0Config, int]]:
+        """Every model to time, with its integration steps."""
+        for name in ("depths", "prompts", "horizons", "num_steps"):
+            if min(getattr(self, name), default=-1) < (name in ("depths", "num_steps")):
+                raise ValueError(f"--{name.replace('_', '-')} must be positive numbers")
+        for depth, cameras, prompt, horizon, steps in itertools.product(
+            self.depths, self.cameras, self.prompts, self.horizons, self.num_steps
+        ):
+            yield self._model(depth, cameras, prompt, horizon), steps
+
+    def base(self) -> pi0.Pi0Config:
+        """The model whose sizes are varied; its prompts are padded to their full length."""
+        if self.model == "turntable":
+            return command_line.load(command_line.configs(), "pi0_turntable").model
+        if self.model == "small":
+            return SMALL
+        length = 200 if self.model == "pi05" else 48
+        return pi0.Pi0Config(pi05=self.model == "pi05", max_token_len=length, action_horizon=10)
+
+    def _model(self, depth: int, cameras: int, prompt: int, horizon: int) -> pi0.Pi0Config:
+        base = self.base()
+        if not 1 <= cameras <= len(base.cameras):
+            raise ValueError(
+                f"--cameras must lie in 1..{len(base.cameras)} for {self.model}, got {cameras}"
+            )
+        return dataclasses.replace(
+            base,
+            depth=depth,
+            cameras=base.cameras[:cameras],
+            max_token_len=prompt or base.max_token_len,
+            action_horizon=horizon or base.action_horizon,
+        )
+
+
+def main() -> None:
+    """Parse, measure, print, write."""
+    processes.cache_compilations()
+    given = command_line.parse(Arguments, None, __doc__ or "")
+    with command_line.exit_on(ModuleNotFoundError):
+        models = list(given.models())
+        others = _openpi(models[0][0]) if given.against else {}
+        console = rich.console.Console()
+        for model, steps in models if given.tune else ():
+            found = tuning.tune(model, num_steps=steps, repeats=given.repeats)
+            console.print(report.tuning_table(model, found))
+            for name, reason in found.failed.items():
+                print(f"skipped: {name}: {reason}")
+            print(f"written: {options.store(model, found.options, found.median_ms)}")
+        limit = inference.ceiling(models[0][0].dtype)
+        timings = [
+            inference.measure(
+                model,
+                num_steps=steps,
+                repeats=given.repeats,
+                ablate=given.ablate,
+                padded_to=given.base().max_token_len,
+                others=others,
+            )
+            for model, steps in models
+        ]
+        console.print(report.inference_table(timings, limit))
+        lines = report.inference_lines(timings)
+        if given.output:
+            arguments = dataclasses.asdict(dataclasses.replace(given, output=""))
+            content = {"arguments": arguments} | report.inference_contents(timings, limit)
+            pictures = {
+                "breakdown.png": lambda path: plots.breakdown(path, timings),
+                "growth.png": lambda path: plots.growth(path, timings),
+            }
+            folder = pathlib.Path(given.output).expanduser()
+            lines += report.write(folder, "benchmark.json", content, pictures)
+        print("\n".join(lines))
+
+
+def _openpi(model: pi0.Pi0Config) -> dict[str, inference.Other]:
+    """openpi's sampler, where it is installed and has these sizes; imported here alone."""
+    from shallow_pi.interop import openpi
+
+    openpi.model_config(dataclasses.replace(model, cameras=pi0.CAMERAS))
+    return {"openpi": openpi.sampler}

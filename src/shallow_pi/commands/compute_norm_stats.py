@@ -1,0 +1,93 @@
+"""Compute a dataset's normalization statistics, exactly and without decoding a picture.
+
+uv run scripts/compute_norm_stats.py NAME [--data.path PATH] [--output FOLDER]
+
+    pi0_aloha_l6 --data.path ~/data/my_aloha     robot, horizon and normalization of that config
+    --data.path ~/data/my_arm --data.robot my_arm.py --data.asset-id my_arm --horizon 50
+
+PATH is the folder of a LeRobot dataset or its address on the Hugging Face hub; `--data.more` adds
+others, and what a run holds out (`--data.held-out`) is left out. The statistics are of states and
+of action chunks as the model is trained on them (converted, as differences from the state where the
+robot says so), and go to FOLDER/norm_stats.json in openpi's format (default:
+norm_stats/<config or dataset>/<asset id>), and the flag that trains with them is printed; without
+it a run takes its teacher's, which is right where the teacher knows the robot. Dimensions that make
+a poor scale are warned of. With `--data.norm-stats` here nothing is written, and the dataset is
+compared with the statistics given.
+"""
+
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from shallow_pi import progress
+from shallow_pi.checkpoints import fetch
+from shallow_pi.data import data_config, opening, sources
+from shallow_pi.data.lerobot import reader
+from shallow_pi.data.robots import checkpoint_statistics, normalize, statistics
+from shallow_pi.data.robots import robot as robots
+from shallow_pi.training import command_line
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """What to compute, and where to put it."""
+
+    # The dataset and its robot.
+    data: data_config.DataConfig
+    # Actions of a chunk: the model's action horizon.
+    horizon: int = 50
+    # How the model normalizes: z_score (π0) or quantile (π0.5); for the warnings only.
+    kind: normalize.Kind = "z_score"
+    # Folder for norm_stats.json.
+    output: str = ""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse, compute, warn, write."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    with command_line.exit_on():
+        name = words.pop(0) if words and not words[0].startswith("-") else ""
+        default = Arguments(data=data_config.DataConfig())
+        if name:
+            own = command_line.load(command_line.configs(), name)
+            kind = normalize.kind_of(own.model.pi05)
+            default = Arguments(own.data, own.model.action_horizon, kind)
+        given = command_line.parse(Arguments, words, __doc__ or "", default=default)
+        if not given.data.path:
+            raise ValueError("name a dataset with --data.path: a folder, or owner/name on the hub")
+        if given.horizon < 1:
+            raise ValueError(f"--horizon must be at least 1, got {given.horizon}")
+        robot = robots.find(given.data.robot)
+        # Without a look at pictures, no video of a dataset on the hub is fetched.
+        looks = given.data.skip_bad_episodes
+        datasets, _ = opening.open_datasets(given.data, robot, pictures=looks)
+        with progress.bar("Statistics", robot.state_dim + robot.action_dim) as advance:
+            found = sources.norm_stats(datasets, robot, given.horizon, advance)
+        _tell(datasets, found, given, name or datasets[0].path.name)
+
+
+def _tell(
+    datasets: Sequence[reader.Dataset],
+    found: dict[str, normalize.NormStats],
+    given: Arguments,
+    name: str,
+) -> None:
+    for line in statistics.doubtful(found):
+        progress.warn(line)
+    frames, episodes = sum(map(len, datasets)), sum(d.num_episodes for d in datasets)
+    skipped = sum(len(dataset.skipped) for dataset in datasets)
+    print(f"{frames} frames of {episodes} episodes{f', {skipped} left out' if skipped else ''}")
+    if given.data.norm_stats:
+        folder = fetch.locate(given.data.norm_stats)
+        theirs = checkpoint_statistics.at(folder, given.data.asset_id).stats
+        lines = statistics.misfits(theirs, found, given.kind)
+        for line in lines:
+            progress.warn(line)
+        verdict = "do not fit" if lines else "fit"
+        print(f"the statistics in {given.data.norm_stats} {verdict} the dataset")
+        return
+    output = pathlib.Path(given.output or f"norm_stats/{name}/{given.data.asset_id}").expanduser()
+    normalize.save(output, found)
+    print(output / normalize.FILE_NAME)
+    print(f"train with them: --data.norm-stats {output} --data.asset-id {given.data.asset_id}")
