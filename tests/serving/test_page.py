@@ -145,7 +145,7 @@ def test_another_client_is_shown_when_it_is_chosen(tab, driven):
         tab.wait("document.querySelectorAll('#clients button').length === 2")
         for number in (1, 2, 1):
             tab.run(f"document.querySelectorAll('#clients button')[{number - 1}].click()")
-            tab.wait(f"latest.view.number === {number}")
+            tab.wait(f"latest.view && latest.view.number === {number}")
             time.sleep(0.2)
             assert tab.run("latest.view.number") == number
 
