@@ -1,51 +1,9 @@
 """Measure how fast pictures come out of a dataset: PyAV alone, the loader, the loader's caches.
 
-uv run scripts/benchmark_loader.py [--path PATH] [--step-ms 250 --batch-size 64] [--output FILE]
-
-    --path ~/data/my_aloha --threads 8 --workers 8     a dataset of yours, on eight cores
-    --height 480 --width 640 --codec h264              made-up video of that size
-
-Without PATH a dataset is made up: two cameras, video with short groups of pictures. Each way is
-measured `--repeats` times, in turns, and the medians are reported. "PyAV" decodes the same pictures
-in the same order to RGB, in as many threads, and does nothing else: once with its defaults, once
-with decoders of one thread that seek as ours do. The loader resizes, transforms and stacks them
-too. With `--step-ms`, the length of a training step, each way is marked as keeping up with it or
-not. CPU milliseconds a picture are reported for ways of one process: they hold on a busy machine,
-where rates do not.
+uv run scripts/benchmark_loader.py --help tells more.
 """
 
-import dataclasses
-import json
-import pathlib
-import sys
-import tempfile
-from collections.abc import Sequence
-
-from shallow_pi.speed import loader
-from shallow_pi.training import command_line
-
-
-@dataclasses.dataclass(frozen=True)
-class Arguments(loader.Setting):
-    """The data to read, and the ways to read it."""
-
-    # File for the numbers, as JSON.
-    output: str = ""
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Parse, measure, print, write."""
-    with command_line.exit_on():
-        words = sys.argv[1:] if arguments is None else arguments
-        given = command_line.parse(Arguments, words, __doc__ or "")
-        with tempfile.TemporaryDirectory() as scratch:
-            result = loader.measure(given, pathlib.Path(scratch))
-        print(loader.table(result))
-        if given.output:
-            output = pathlib.Path(given.output).expanduser()
-            output.parent.mkdir(parents=True, exist_ok=True)
-            output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-
+from shallow_pi.commands import benchmark_loader
 
 if __name__ == "__main__":
-    main()
+    benchmark_loader.main()

@@ -1,24 +1,14 @@
 """The command measures every way on made-up video and on a dataset, and marks the slow ones."""
 
-import importlib.util
 import json
 import pathlib
-import sys
 
 import pytest
 
+from shallow_pi.commands import benchmark_loader
+
 ROOT = pathlib.Path(__file__).parents[1]
 FIXTURES = ROOT / "tests" / "fixtures" / "lerobot"
-
-
-@pytest.fixture
-def script(monkeypatch):
-    path = ROOT / "scripts" / "benchmark_loader.py"
-    spec = importlib.util.spec_from_file_location("benchmark_loader", path)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    return module
 
 
 SMALL = [
@@ -27,9 +17,11 @@ SMALL = [
 ]
 
 
-def test_every_way_is_measured_on_made_up_video(script, tmp_path, capsys):
+def test_every_way_is_measured_on_made_up_video(tmp_path, capsys):
     output = tmp_path / "new" / "numbers.json"
-    script.main([*SMALL, "--codec", "h264", "--step-ms", "100000", "--output", str(output)])
+    benchmark_loader.main(
+        [*SMALL, "--codec", "h264", "--step-ms", "100000", "--output", str(output)]
+    )
     shown = capsys.readouterr().out
     assert "h264, group 2, pictures of 48 by 64" in shown
     assert shown.count("keeps up") == 5
@@ -47,9 +39,9 @@ def test_every_way_is_measured_on_made_up_video(script, tmp_path, capsys):
         assert row["batch_ms"] == pytest.approx(8000 / row["frames_per_second"])
 
 
-def test_a_dataset_is_read_and_ways_that_are_too_slow_are_marked(script, capsys):
+def test_a_dataset_is_read_and_ways_that_are_too_slow_are_marked(capsys):
     path = ["--path", str(FIXTURES / "pusht_v21_video"), "--step-ms", "0.001"]
-    script.main([*SMALL, "--repeats", "1", *path])
+    benchmark_loader.main([*SMALL, "--repeats", "1", *path])
     assert capsys.readouterr().out.count("too slow") == 5
 
 
@@ -61,7 +53,7 @@ def test_a_dataset_is_read_and_ways_that_are_too_slow_are_marked(script, capsys)
         (["--batches", "0"], "--batches must be at least 1, got 0"),
     ],
 )
-def test_bad_input_is_refused_in_one_line(script, capsys, arguments, message):
+def test_bad_input_is_refused_in_one_line(capsys, arguments, message):
     with pytest.raises(SystemExit):
-        script.main([*SMALL, *arguments])
+        benchmark_loader.main([*SMALL, *arguments])
     assert message in "".join(capsys.readouterr().err)

@@ -26,6 +26,7 @@ COMMANDS = {
     "compile": "compile_ahead",
     "benchmark": "benchmark",
     "benchmark-step": "benchmark_step",
+    "benchmark-loader": "benchmark_loader",
 }
 
 
