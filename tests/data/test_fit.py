@@ -133,7 +133,7 @@ def test_what_the_robot_does_not_use_stops_nothing_and_is_named_once(copy, capsy
         fit.warn(dataset, PUSHT)
 
 
-@pytest.mark.parametrize("text", ["", " ", None])
+@pytest.mark.parametrize("text", ["", " ", None, "None", "nan"])
 def test_an_absent_instruction_is_an_empty_prompt_and_told(copy, capsys, text) -> None:
     _edit_tasks(copy, ["push it", text])
     dataset = reader.Dataset(copy)
@@ -143,6 +143,14 @@ def test_an_absent_instruction_is_an_empty_prompt_and_told(copy, capsys, text) -
     assert "have frames without an instruction, whose prompt is empty (1 3): leave" in err
     fit.warn(dataset, dataclasses.replace(PUSHT, prompt="push it"))
     assert capsys.readouterr().err == ""
+
+
+def test_splits_that_are_not_used_are_told(copy, capsys) -> None:
+    file = copy / "meta" / "info.json"
+    info = json.loads(file.read_text()) | {"splits": {"train": "0:3", "val": "3:4"}}
+    file.write_text(json.dumps(info))
+    fit.warn(reader.Dataset(copy), PUSHT)
+    assert "declares splits {'train': '0:3', 'val': '3:4'}, which" in capsys.readouterr().err
 
 
 def test_a_column_of_text_can_be_the_prompt(copy) -> None:

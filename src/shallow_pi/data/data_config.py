@@ -17,7 +17,7 @@ from shallow_pi.data.robots import robot as robots
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Where batches come from."""
+    """The dataset, its robot, and how samples are read."""
 
     # "lerobot" reads a dataset; "synthetic" makes samples up, to try things out; "MODULE:FUNCTION"
     # names a function such as `open_data`.
@@ -32,14 +32,14 @@ class DataConfig:
     weights: tuple[float, ...] = ()
     # Share of the episodes of each dataset held out for validation; 0 holds none out.
     held_out: float = 0.0
-    # Episodes to use, by number: 7, 0:50 (50 is not one of them), 100:, or a file of such words;
-    # empty is all. With several datasets write which one in front, from 0: 1/0:50.
+    # Episodes to use: numbers (7), ranges (0:50, without 50; 100:) or a file of these; empty is
+    # all. With several datasets, put the number of the dataset in front, from 0: 1/0:50.
     episodes: tuple[str, ...] = ()
-    # Episodes to leave out, likewise.
+    # Episodes to leave out, in the same form.
     exclude_episodes: tuple[str, ...] = ()
     # Leave out episodes that cannot be read, and say which.
     skip_bad_episodes: bool = False
-    # Stop at a warning.
+    # Treat warnings as errors.
     strict: Annotated[bool, tyro.conf.arg(prefix_name=False)] = False
     # The robot that made it: a name, or a Python file with a ROBOT.
     robot: str = "turntable"

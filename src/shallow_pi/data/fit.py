@@ -1,4 +1,4 @@
-"""Compare a dataset with the robot it is to train: what is wrong, and what a person should know.
+"""Compare a dataset with the robot it is to train: errors, and warnings for a person to read.
 
 Only what the robot uses is looked at: other columns and cameras may be of any kind, or damaged.
 """
@@ -29,11 +29,12 @@ def prompt_key(robot: robots.Robot, found: layout.Layout) -> str:
 
 
 def prompt(dataset: reader.Dataset, robot: robots.Robot, i: int) -> str:
-    """The prompt of frame `i`: the robot's own, else that of the recording."""
-    key = prompt_key(robot, dataset.layout)
+    """The prompt of frame `i`: the robot's own, else that of the recording, "" if it has none."""
     if robot.prompt:
         return robot.prompt
-    return dataset.task(i) if key == "task_index" else str(dataset.columns[key][i])
+    key = prompt_key(robot, dataset.layout)
+    text = dataset.task(i) if key == "task_index" else str(dataset.columns[key][i])
+    return "" if text.strip() in _ABSENT else text
 
 
 def check(dataset: reader.Dataset, robot: robots.Robot) -> None:
@@ -81,6 +82,12 @@ def warn(dataset: reader.Dataset, robot: robots.Robot) -> None:
         progress.warn(
             f"robot {robot.name} does not use these of dataset {dataset.path}: {', '.join(unused)}"
         )
+    splits = dataset.info.get("splits")
+    if isinstance(splits, dict) and set(splits) - {"train"}:
+        progress.warn(
+            f"dataset {dataset.path} declares splits {splits}, which are not used: choose episodes "
+            "with --data.episodes, hold some out with --data.held-out"
+        )
     empty = [] if robot.prompt else _without_prompt(dataset, robot)
     if empty:
         shown = " ".join(map(str, empty[:_NAMED])) + (" ..." if len(empty) > _NAMED else "")
@@ -93,6 +100,8 @@ def warn(dataset: reader.Dataset, robot: robots.Robot) -> None:
 
 # Columns that LeRobot and its tools write beside a recording, of which no robot makes use.
 _FLAGS = {"next.done", "next.reward", "next.success"}
+# Texts into which Python and pandas turn an instruction that is not there.
+_ABSENT = {"None", "nan", "NaN", "<NA>", "null"}
 
 
 def _first_of_each_task(dataset: reader.Dataset, robot: robots.Robot) -> list[int]:

@@ -5,9 +5,9 @@ every global batch: batch k is the same, row for row, however many processes sha
 is the number of batches handed out, so a run resumes exactly, also on another number of processes,
 or with another number of threads or workers.
 
-Threads share memory and start at once; they serve as long as decoding, which leaves Python alone,
-is most of the work. Workers are processes: they start in seconds and hold their own copy of the
-numeric columns, but are not held up by Python, neither by each other's nor by the training loop's.
+Threads share memory and start at once; they are enough while most of the work is decoding, which
+releases the GIL. Workers are processes: they take seconds to start and hold their own copy of the
+numeric columns, but do not wait for the GIL of the training loop.
 """
 
 import collections
@@ -166,7 +166,7 @@ def order(shares: Sequence[sources.Share], seed: int) -> grain.MapDataset:
 
 
 class _Turns:
-    """Whose turn it is at each place of the stream: (part, place within that part's stream)."""
+    """Part that each place of the stream is drawn from: (part, place in that part's stream)."""
 
     def __init__(self, weights: Sequence[float]) -> None:
         exact = [fractions.Fraction(str(weight)) for weight in weights]
@@ -197,13 +197,13 @@ def _gather(source: sources.Source, indices: np.ndarray) -> batches.Batch:
 
 
 def _own(batch: batches.Batch) -> batches.Batch:
-    """A copy of what workers sent: it lies in shared memory, which ends with them."""
+    """Copy a batch of a worker out of shared memory, which ends with the worker."""
     return jax.tree.map(np.array, batch)
 
 
 @contextlib.contextmanager
 def _interrupt_held() -> Iterator[None]:
-    """Processes started in here never see Ctrl-C: what it means is for the training loop to say."""
+    """Start processes that ignore Ctrl-C, so that the training loop alone handles it."""
     # Python's tracker, which comes with the first process, would undo it.
     multiprocessing.resource_tracker.ensure_running()
     held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -214,7 +214,7 @@ def _interrupt_held() -> Iterator[None]:
 
 
 def _start_worker(index: int, count: int) -> None:
-    """Have a worker end with the process that started it, however that one ends."""
+    """Make a worker end when the process that started it ends, in whatever way."""
     del index, count
     parent = multiprocessing.parent_process()
     assert parent is not None, "workers are started by multiprocessing"
@@ -254,19 +254,19 @@ class Prefetch:
             return batch
 
     def state(self) -> dict[str, Any]:
-        """As `Loader.state`, counted by what was handed out rather than what was read ahead."""
+        """Position of the last batch handed out; batches read ahead do not count."""
         with self._lock:
             return self._state
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken; what was read ahead is dropped."""
+        """Continue where `state` was taken; batches read ahead are dropped."""
         with self._lock:
             self._loader.restore(state)
             self._ahead.clear()
             self._state = state
 
     def close(self) -> None:
-        """Stop what reads ahead."""
+        """Stop reading ahead."""
         with self._lock:
             self._loader.close()
 

@@ -1,8 +1,8 @@
 """Sources of samples: anything with `len` and `[i]` that gives model samples.
 
 A sample is a `Batch` of numpy arrays without the batch axis. Sources can be put together: a
-`Mixture` of several, and `Cached`, which keeps what it has read in memory. A source says nothing
-about the order it is read in, except in which shares (`shares`); the rest is up to `loader`.
+`Mixture` of several, and `Cached`, which keeps decoded samples in memory. A source does not decide
+the order in which it is read, only the shares of its parts (`shares`); `loader` shuffles.
 """
 
 import bisect
@@ -21,7 +21,7 @@ from shallow_pi.data.robots import normalize, pipelines, statistics, transforms
 from shallow_pi.data.robots import robot as robots
 from shallow_pi.models import batch as batches
 
-# How many samples, and their weight in the stream.
+# Number of samples, and their weight in the stream.
 Share = tuple[int, float]
 # Gives the picture of frame i and a camera key, uint8 (h, w, 3).
 Pictures = Callable[[int, str], np.ndarray]
@@ -135,7 +135,7 @@ class Mixture:
 
 
 def shares(source: Source) -> list[Share]:
-    """How many samples of a source are drawn with which weight, in the order of its samples."""
+    """Number of samples and weight of each part of a source, in the order of its samples."""
     return getattr(source, "shares", [(len(source), 1.0)])
 
 

@@ -65,7 +65,7 @@ class Columns(Mapping[str, np.ndarray]):
 
 
 def is_text(feature: Mapping[str, Any]) -> bool:
-    """Text, as opposed to numbers or pictures."""
+    """True for a column of text."""
     return feature["dtype"] in _TEXTS
 
 
@@ -123,7 +123,7 @@ def _dtype(key: str, feature: Mapping[str, Any]) -> np.dtype:
 
 
 def _flat(series: pl.Series) -> tuple[pl.Series, list[int]]:
-    """All values in a row, and how many there are on each axis below the rows."""
+    """All values in one series, and the size of each axis below the rows."""
     sizes: list[int] = []
     key, flat = series.name, series
     while isinstance(flat.dtype, pl.List | pl.Array):

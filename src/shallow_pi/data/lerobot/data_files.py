@@ -45,7 +45,7 @@ Found = Episode | ValueError | FileNotFoundError
 def read(
     layout: layouts.Layout, episodes: Sequence[int], keys: Sequence[str], *, bar: bool = False
 ) -> dict[int, Found]:
-    """Every episode with these columns, or what is wrong with it.
+    """Every episode with these columns, or its error.
 
     Args:
       layout: of the dataset.

@@ -142,7 +142,7 @@ def _text(path: pathlib.Path) -> str:
 
 
 def _hint(path: pathlib.Path) -> str:
-    """What to do about a file that Git LFS has not fetched yet."""
+    """Advice for a file that Git LFS has not fetched yet, else nothing."""
     with path.open("rb") as file:
         is_pointer = file.read(len(_LFS)) == _LFS
     return "; it is a Git LFS pointer, not the file: run `git lfs pull`" if is_pointer else ""

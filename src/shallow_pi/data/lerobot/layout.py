@@ -1,4 +1,4 @@
-"""Places in a LeRobot dataset (v2.0, v2.1, v3.0): episodes, data files, videos, tasks.
+"""Files of a LeRobot dataset (v2.0, v2.1, v3.0), and the episodes and tasks its meta files list.
 
 Version 2 has a parquet file and a video for each episode and says so in JSON lines; version 3 packs
 many episodes into a file and says in parquet where each one starts.
@@ -57,7 +57,7 @@ class Layout:
         return self._path("data_path", episode, "data")
 
     def video(self, episode: int, camera: str) -> tuple[str, float]:
-        """An episode's video file, relative to the dataset, and where in it it starts (seconds)."""
+        """An episode's video file, relative to the dataset, and its start in the file (seconds)."""
         start = 0.0
         if self.rows:
             start = self._value(episode, f"videos/{camera}/from_timestamp")

@@ -109,7 +109,7 @@ class Dataset:
 
     @property
     def num_episodes(self) -> int:
-        """How many episodes are read."""
+        """Number of episodes that are read."""
         return len(self.episodes)
 
     def read(

@@ -1,4 +1,4 @@
-"""Episodes by number, range or file: what `--data.episodes` and `--data.exclude-episodes` say.
+"""Episodes by number, range or file, for `--data.episodes` and `--data.exclude-episodes`.
 
 `7` is one episode, `0:50` fifty (as in LeRobot's splits the end is not included), `100:` and `:20`
 are open. Commas join them. Any other word is a file of such words, `#` begins a comment in it.
