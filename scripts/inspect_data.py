@@ -31,7 +31,6 @@ from PIL import Image
 from shallow_pi import figures, progress
 from shallow_pi.checkpoints import safetensors_file
 from shallow_pi.data import inspection, opening, sheet
-from shallow_pi.data.robots import normalize
 from shallow_pi.training import command_line, config, setup
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "train_configs"
@@ -41,7 +40,7 @@ PROMPTS = 10
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """What to look at, and where to put it."""
+    """The config, the number of samples and the folder of the pictures."""
 
     # The config; every field can be set, as for a run.
     experiment: Annotated[config.DistillConfig, tyro.conf.arg(name="")]
@@ -89,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sheet.histograms(folder / "histogram.png", samples)
             written.append("histogram.png")
         except figures.PlotsMissingError as error:
-            _say(f"note: {error}")
+            progress.say(f"note: {error}")
 
         found = inspection.ranges(samples)
         print(inspection.table(found), end="\n\n")
@@ -99,8 +98,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if len(shown) > PROMPTS:
             print(f"{'':>8} and {len(shown) - PROMPTS} more")
         print()
-        for line in [_statistics(experiment, teacher_step), *inspection.facts(samples)]:
+        for line in inspection.facts(samples):
             print(line)
+        if data.assets is None:
+            print("the samples are made up: they have no statistics")
+        teacher = experiment.teacher
+        if teacher and data.assets and teacher_step is None and not experiment.data.norm_stats:
+            print(f"a run takes the statistics of {teacher.path}, which is not here")
         for line in inspection.doubtful(samples, found):
             progress.warn(line)
         print(*(folder / name for name in written), sep="\n")
@@ -108,28 +112,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _has_params(step: pathlib.Path) -> bool:
     return (step / "params").is_dir() or safetensors_file.find(step) is not None
-
-
-def _statistics(experiment: config.DistillConfig, teacher_step: pathlib.Path | None) -> str:
-    """Whose statistics normalize, and whose a run would take."""
-    data = experiment.data
-    if data.source == "synthetic":
-        return "samples are made up: no statistics"
-    if data.norm_stats:
-        return f"statistics: {data.norm_stats}"
-    if teacher_step is None:
-        computed = "statistics: computed from the dataset"
-        if experiment.teacher is None:
-            return computed
-        return f"{computed}; a run takes those of {experiment.teacher.path}, which is not here"
-    own = teacher_step / "assets" / data.asset_id / normalize.FILE_NAME
-    if own.is_file():
-        return f"statistics: {own}"
-    return f"statistics: computed from the dataset; the teacher has none at {own}"
-
-
-def _say(line: str) -> None:
-    progress.console.print(line, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Where what can be made again is kept for this user."""
+"""Per-user cache directory, for files that can be made again."""
 
 import os
 import pathlib
@@ -7,5 +7,5 @@ VARIABLE, HOME = "SHALLOW_PI_CACHE", "~/.cache/shallow_pi"
 
 
 def folder(name: str) -> pathlib.Path:
-    """`$SHALLOW_PI_CACHE/<name>`, by default in the user's cache folder; it may not exist yet."""
+    """`$SHALLOW_PI_CACHE/<name>`, by default below `~/.cache/shallow_pi`; it may not exist yet."""
     return pathlib.Path(os.environ.get(VARIABLE) or HOME).expanduser() / name

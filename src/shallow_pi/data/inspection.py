@@ -60,7 +60,7 @@ class Range:
 
     @property
     def misfit(self) -> str:
-        """How recorded values do not fit the robot's limits; empty if they do, or are unknown."""
+        """Conflict of the recorded values with the robot's limits; empty if none is known."""
         if self.recorded is None or self.limits is None:
             return ""
         low, _, high = self.recorded
@@ -263,7 +263,7 @@ def prompts(samples: Samples) -> list[str]:
 
 
 def truncated(samples: Samples) -> Bool[np.ndarray, " b"]:
-    """Which prompts were cut: they fill their budget and lack the end that every prompt has."""
+    """Mark prompts that were cut: they fill their budget and lack the end that every prompt has."""
     seen, assets = samples.batch.observation, samples.assets
     full = seen.tokenized_prompt_mask.all(axis=1)
     if assets is None:

@@ -49,7 +49,7 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """What the interval says, in one word: `higher`, `lower` or `undecided`."""
+        """The conclusion from the interval: `higher`, `lower` or `undecided`."""
         if self.low > 0:
             return "higher"
         return "lower" if self.high < 0 else "undecided"

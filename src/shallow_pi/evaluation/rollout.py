@@ -30,7 +30,7 @@ Executor = Literal["skip", "late", "real-time"]
 
 @dataclasses.dataclass(frozen=True)
 class Delay:
-    """How late plans arrive, and how a late one is executed."""
+    """Lateness of plans, and the execution of a late one."""
 
     # Control steps between an observation and the arrival of its plan.
     steps: int = 0
@@ -77,7 +77,7 @@ class Delay:
     def previous(
         self, left: list[Float[np.ndarray, "n rd"] | None]
     ) -> list[Float[np.ndarray, "n rd"]] | None:
-        """What plans have to go on from: for "real-time" what is left of each chunk before.
+        """Rest of each chunk before, from which a plan has to go on; None but for "real-time".
 
         Args:
           left: of each episode's chunk; None at its first plan.
@@ -93,7 +93,7 @@ AT_ONCE = Delay()
 
 @dataclasses.dataclass(frozen=True)
 class Episode:
-    """What came of one episode."""
+    """Outcome of one episode."""
 
     seed: int
     task: str

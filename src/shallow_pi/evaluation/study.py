@@ -175,7 +175,7 @@ def baselines(experiment: config.DistillConfig) -> dict[str, config.DistillConfi
 
 
 def _is_finished(experiment: config.DistillConfig) -> bool:
-    """Whether the folder holds a report of this very config."""
+    """True if the folder holds a report of this very config."""
     path = experiment.folder / run_folder.REPORT_FILE
     if not path.exists():
         return False

@@ -34,18 +34,27 @@ def breakdown(path: pathlib.Path, timings: Sequence[inference.Timing]) -> None:
 def growth(path: pathlib.Path, timings: Sequence[inference.Timing]) -> None:
     """Plot milliseconds over depth, a line for each number of visual tokens, and the reverse.
 
-    This is the paper's Figure 2. Other samplers of the same run are dashed.
+    This is the paper's Figure 2. Other samplers of the same run are dashed. What does not vary has
+    no panel.
     """
-    figure, axes = figures.make(1, 2, (9.0, 3.4), sharey=True)
     depth = ("depth", "layers", lambda timing: timing.visual_tokens, "{} visual tokens")
     tokens = ("visual_tokens", "visual tokens", lambda timing: timing.depth, "{} layers")
-    for axis, (field, title, line, label) in zip(axes[0], (depth, tokens), strict=True):
+    panels = [
+        panel
+        for panel in (depth, tokens)
+        if len({getattr(timing, panel[0]) for timing in timings}) > 1
+    ] or [depth]
+    figure, axes = figures.make(1, len(panels), (0.6 + 4.2 * len(panels), 3.4), sharey=True)
+    for axis, (field, title, line, label) in zip(axes[0], panels, strict=True):
         for name in ("", *timings[0].others_ms):
             axis.set_prop_cycle(None)
             for of, group in itertools.groupby(sorted(timings, key=line), key=line):
                 points = sorted(_points(group, field, name))
                 style = {"linestyle": "--" if name else "-", "marker": "o", "markersize": 4}
-                axis.plot(*zip(*points, strict=True), label=f"{name} {label.format(of)}", **style)
+                axis.plot(
+                    *zip(*points, strict=True), label=f"{name} {label.format(of)}".strip(), **style
+                )
+        axis.set_xticks(sorted({getattr(timing, field) for timing in timings}))
         axis.set(xlabel=title, ylim=(0, None))
         axis.legend(frameon=False, fontsize=8)
         figures.tidy(axis, "y")
