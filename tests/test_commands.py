@@ -2,11 +2,14 @@
 
 import ast
 import pathlib
+import shutil
 import sys
+import tomllib
 
 import pytest
 
 from shallow_pi.commands import main
+from shallow_pi.training import command_line
 
 ROOT = pathlib.Path(__file__).parents[1]
 SCRIPTS = {path.stem for path in (ROOT / "scripts").glob("*.py")}
@@ -48,3 +51,20 @@ def test_an_unknown_command_names_the_closest(command):
     assert status == 2
     assert "unknown command 'exprot'" in err
     assert "did you mean 'export'?" in err
+
+
+def test_every_script_of_a_clone_is_a_command():
+    assert set(main.COMMANDS.values()) == SCRIPTS
+
+
+def test_a_wheel_carries_what_its_commands_look_for(tmp_path, monkeypatch):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert project["project"]["scripts"] == {"shallow-pi": "shallow_pi.commands.main:main"}
+    included = project["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
+    assert included == {"train_configs": "shallow_pi/train_configs", "assets": "shallow_pi/assets"}
+    assert command_line.configs() == ROOT / "train_configs"
+    monkeypatch.setattr(command_line, "__file__", str(tmp_path / "shallow_pi/training/x.py"))
+    shutil.copytree(ROOT / "train_configs", tmp_path / "shallow_pi/train_configs")
+    assert command_line.configs() == tmp_path / "shallow_pi/train_configs"
+    experiment = command_line.load(command_line.configs(), "pi0_turntable_l6")
+    assert experiment.teacher.path == str(tmp_path / "shallow_pi/assets/pi0_turntable")
