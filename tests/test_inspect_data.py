@@ -1,8 +1,6 @@
 """The command shows what a run would train on, warns of what is wrong, and refuses in one line."""
 
-import importlib.util
 import pathlib
-import sys
 
 import numpy as np
 import pytest
@@ -10,13 +8,12 @@ from PIL import Image
 
 from shallow_pi import figures
 from shallow_pi.checkpoints import weights
+from shallow_pi.commands import inspect_data
 from shallow_pi.data import sheet, sources
 from shallow_pi.data.lerobot import reader
 from shallow_pi.data.lerobot import writer as lerobot_writer
 from shallow_pi.data.robots import normalize, robot, tokenizer
 
-ROOT = pathlib.Path(__file__).parents[1]
-SCRIPT = ROOT / "scripts" / "inspect_data.py"
 LONG = "open the top drawer, take the red cup out, put it onto the left plate and close the drawer"
 PROMPTS = ("pick up the red cup", "open the top drawer", LONG)
 
@@ -58,16 +55,12 @@ def dataset(record):
 @pytest.fixture
 def run(words, tmp_path, monkeypatch, capsys):
     """Runs the command in an empty folder; gives its output and its warnings."""
-    spec = importlib.util.spec_from_file_location("inspect_data", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, script)
-    spec.loader.exec_module(script)
     monkeypatch.chdir(tmp_path)
 
     def call(name, *arguments):
         # Small pictures, so that augmenting them is compiled and run quickly.
         small = ("--model.image-size", 28, "--data.tokenizer", words)
-        script.main([name, *map(str, (*small, *arguments))])
+        inspect_data.main([name, *map(str, (*small, *arguments))])
         captured = capsys.readouterr()
         return captured.out, captured.err
 

@@ -20,6 +20,7 @@ COMMANDS = {
     "load-test": "load_test",
     "export": "export_student",
     "serve-openpi": "serve_openpi",
+    "inspect": "inspect_data",
     "stats": "compute_norm_stats",
     "convert": "convert_dataset",
     "estimate": "estimate_memory",

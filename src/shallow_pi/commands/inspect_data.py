@@ -1,0 +1,115 @@
+"""Look at a config's data before training on it: pictures, prompts, ranges, and what is doubtful.
+
+uv run scripts/inspect_data.py NAME [--data.path PATH] [--field value ...]
+
+    pi0_aloha_l6 --data.path ~/data/my_aloha     what a run of that config would train on
+    pi05_libero_l6 --samples 512 --output here   more samples, another folder
+
+Reads samples at random through the whole data path of a run (conversions, differences,
+normalization, tokens, augmentation) and writes to FOLDER (default: data_sheets/NAME)
+
+    sheet.png        pictures as the model sees them, prompts, action chunks, ranges
+    histogram.png    each dimension of state and actions, normalized (uv sync --extra plots)
+
+and prints the ranges (as recorded, over all frames and in the robot's own units; and normalized),
+the prompts and a warning for each thing a person should look at: dimensions that are constant, far
+off or outside what the robot declares, pictures that are black or of one colour, prompts that are
+cut or all the same, much padding. The teacher's parameters are not needed: statistics and sizes are
+its own where it lies on this machine, else the statistics are computed from the dataset.
+"""
+
+import collections
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import tyro
+from PIL import Image
+
+from shallow_pi import figures, progress
+from shallow_pi.checkpoints import safetensors_file
+from shallow_pi.data import inspection, opening, sheet
+from shallow_pi.training import command_line, config, setup
+
+# Prompts that are printed.
+PROMPTS = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """The config, the number of samples and the folder of the pictures."""
+
+    # The config; every field can be set, as for a run.
+    experiment: Annotated[config.DistillConfig, tyro.conf.arg(name="")]
+    # Samples to read.
+    samples: int = 64
+    # Folder for the pictures; empty is data_sheets/<config>.
+    output: str = ""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse, read, draw, tell."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0].startswith("-"):
+        command_line.cli(
+            command_line.configs(), __doc__ or "", words[:1]
+        )  # Lists the configs, and exits.
+    with command_line.exit_on():
+        given = command_line.parse(
+            Arguments,
+            words[1:],
+            __doc__ or "",
+            prog=words[0],
+            default=Arguments(command_line.load(command_line.configs(), words[0])),
+        )
+        experiment = given.experiment
+        if experiment.data.strict:
+            progress.be_strict()
+        teacher_step = setup.teacher_on_disk(experiment)
+        if teacher_step is not None and _has_params(teacher_step):  # Its assets alone are enough.
+            experiment = setup.resolve(experiment, teacher_step)
+        data = opening.open_data(experiment.data, experiment.student_model, teacher_step)
+        with progress.bar("Read samples", min(given.samples, len(data.train))) as advance:
+            samples = inspection.draw(
+                data.train,
+                data.assets,
+                given.samples,
+                seed=experiment.seed,
+                masks_padding=experiment.losses.mask_padded_actions,
+                advance=advance,
+            )
+        folder = pathlib.Path(given.output or f"data_sheets/{experiment.name}").expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        picture = sheet.sheet(samples, experiment.augmentation, experiment.seed)
+        Image.fromarray(picture).save(folder / "sheet.png")
+        written = ["sheet.png"]
+        try:
+            sheet.histograms(folder / "histogram.png", samples)
+            written.append("histogram.png")
+        except figures.PlotsMissingError as error:
+            progress.say(f"note: {error}")
+
+        found = inspection.ranges(samples)
+        print(inspection.table(found), end="\n\n")
+        shown = collections.Counter(inspection.prompts(samples)).most_common()
+        for prompt, count in shown[:PROMPTS]:
+            print(f"{count:>6} × {prompt}")
+        if len(shown) > PROMPTS:
+            print(f"{'':>8} and {len(shown) - PROMPTS} more")
+        print()
+        for line in inspection.facts(samples):
+            print(line)
+        if data.assets is None:
+            print("the samples are made up: they have no statistics")
+        teacher = experiment.teacher
+        if teacher and data.assets and teacher_step is None and not experiment.data.norm_stats:
+            print(f"a run takes the statistics of {teacher.path}, which is not here")
+        for line in inspection.doubtful(samples, found):
+            progress.warn(line)
+        print(*(folder / name for name in written), sep="\n")
+
+
+def _has_params(step: pathlib.Path) -> bool:
+    return (step / "params").is_dir() or safetensors_file.find(step) is not None
