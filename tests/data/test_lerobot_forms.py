@@ -12,7 +12,7 @@ import polars as pl
 import pytest
 from PIL import Image
 
-from shallow_pi.data.lerobot import columns, layout, reader
+from shallow_pi.data.lerobot import columns, files, layout, reader
 
 LENGTHS = (3, 4)
 STATE = np.arange(28, dtype=np.float32).reshape(7, 4) / 7
@@ -138,6 +138,16 @@ def test_extension_types_are_read_as_what_they_store(tmp_path, frames) -> None:
         for t in frames
     ]
     _check(reader.Dataset(_write(tmp_path / "set", stored)))
+
+
+def test_files_of_the_same_types_are_read_in_one_call(tmp_path, frames) -> None:
+    root = _write(tmp_path / "set", frames)
+    paths = sorted((root / "data").rglob("*.parquet"))
+    table = files.read_alike(paths, ["observation.state", "index"])
+    assert table is not None
+    np.testing.assert_array_equal(table["observation.state"].to_numpy(), STATE)
+    frames[1].drop("index").write_parquet(paths[1])
+    assert files.read_alike(paths, ["observation.state", "index"]) is None
 
 
 def test_version_2_files_need_no_indices_of_episode_and_frame(tmp_path, frames) -> None:

@@ -109,8 +109,9 @@ class DataConfig:
         parts = [re.fullmatch(r"(\d+)/(.+)", word) for word in words]
         for word, match in zip(words, parts, strict=True):
             if match is None or int(match[1]) > len(self.more):
+                flag = f"--data.{field.replace('_', '-')}"
                 raise ValueError(
-                    f"data.{field}: {word!r} does not say which of the {1 + len(self.more)} "
+                    f"{flag}: {word!r} does not say which of the {1 + len(self.more)} "
                     "datasets it means: write its number and a slash in front, from 0 (1/0:50)"
                 )
         return tuple(match[2] for match in parts if match and int(match[1]) == number)
