@@ -204,6 +204,10 @@ def test_a_config_may_be_a_file_anywhere(tmp_path):
     path.write_text('"""Mine."""\nimport debug\nget_config = debug.get_config\n')
     loaded = command_line.load(CONFIGS, str(path))
     assert loaded == dataclasses.replace(command_line.load(CONFIGS, "debug"), name="my_arm_l2")
+    (tmp_path / "_base.py").write_text("import debug\nget_config = debug.get_config\n")
+    path.write_text("import _base\nget_config = _base.get_config\n")
+    with pytest.raises(ValueError, match=r"AttributeError: .*_base.* has no attribute 'DEBUG_PI0'"):
+        command_line.load(CONFIGS, str(path))  # `_base` is its own.
     path.write_text("def get_config():\n    return depth\n")
     with pytest.raises(ValueError, match=r"my_arm_l2\.py, line 2: NameError: .*docs/configs\.md"):
         command_line.load(CONFIGS, str(path))

@@ -57,7 +57,7 @@ def load(folder: pathlib.Path, name: str) -> DistillConfig:
     assert spec.loader is not None, f"{path} is a Python file"
     module = importlib.util.module_from_spec(spec)
     # Variants import what they share from files beside them.
-    paths = [str(path.parent), str(folder)]
+    paths, before = [str(path.parent), str(folder)], set(sys.modules)
     sys.path[:0] = paths
     try:
         spec.loader.exec_module(module)
@@ -72,6 +72,11 @@ def load(folder: pathlib.Path, name: str) -> DistillConfig:
     finally:
         for added in paths:
             sys.path.remove(added)
+        # Another folder's config may import another file of the same name.
+        for imported in set(sys.modules) - before:
+            file = getattr(sys.modules[imported], "__file__", None)
+            if file and str(pathlib.Path(file).parent) in paths:
+                del sys.modules[imported]
     if not isinstance(experiment, DistillConfig):
         raise ValueError(
             f"get_config() of {path} must give a DistillConfig, got {type(experiment).__name__}"
