@@ -61,7 +61,6 @@ def turntable_teacher(model: pi0.Pi0Config) -> config.DistillConfig:
     """A teacher from scratch: no teacher of its own, task loss alone."""
     steps = 6000
     return config.DistillConfig(
-        name="",
         model=model,
         data=TURNTABLE_DATA,
         losses=losses.Losses(task=1.0, velocity=0.0, attention=0.0),
@@ -80,7 +79,6 @@ def turntable_student(model: pi0.Pi0Config, teacher: str) -> config.DistillConfi
     """A student of the teacher in assets/, which `teacher.train` makes anew."""
     steps = 600
     return config.DistillConfig(
-        name="",
         model=model,
         data=TURNTABLE_DATA,
         teacher=config.TeacherConfig(path=str(ASSETS / teacher), config=teacher),
@@ -102,7 +100,6 @@ def turntable_student(model: pi0.Pi0Config, teacher: str) -> config.DistillConfi
 def pi05_libero(depth: int) -> config.DistillConfig:
     """openpi's π0.5 of LIBERO with openpi's values, cut to `depth` layers."""
     return config.DistillConfig(
-        name="",
         model=pi0.Pi0Config(pi05=True, action_horizon=10, max_token_len=200),
         data=data_config.DataConfig(
             path=LIBERO, robot="libero", asset_id=LIBERO, held_out=HELD_OUT, num_threads=8

@@ -12,7 +12,6 @@ from shallow_pi.training import config
 def get_config() -> config.DistillConfig:
     """Exercises every term of the loss on samples made up on the spot."""
     return config.DistillConfig(
-        name="debug",
         model=_base.DEBUG_PI0,
         data=data_config.DataConfig(source="synthetic"),
         teacher=config.TeacherConfig(path="random"),

@@ -18,7 +18,6 @@ from shallow_pi.training import config, optimizer
 def get_config() -> config.DistillConfig:
     """openpi's values; the paper's batch of 64."""
     return config.DistillConfig(
-        name="pi05_droid_l6",
         model=pi0.Pi0Config(
             pi05=True, action_horizon=15, max_token_len=200, discrete_state_input=True
         ),

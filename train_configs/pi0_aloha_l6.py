@@ -18,7 +18,6 @@ from shallow_pi.training import config
 def get_config() -> config.DistillConfig:
     """openpi's sizes and schedule; the paper's batch of 64."""
     return config.DistillConfig(
-        name="pi0_aloha_l6",
         model=pi0.Pi0Config(),
         data=data_config.DataConfig(
             robot="aloha", asset_id="trossen", held_out=_base.HELD_OUT, num_threads=8

@@ -19,7 +19,6 @@ DATASET = "lerobot/aloha_sim_transfer_cube_human"
 def get_config() -> config.DistillConfig:
     """openpi's values; the paper's batch of 64."""
     return config.DistillConfig(
-        name="pi0_aloha_sim_l6",
         model=pi0.Pi0Config(),
         data=data_config.DataConfig(
             path=DATASET,

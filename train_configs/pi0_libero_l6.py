@@ -18,7 +18,6 @@ from shallow_pi.training import config
 def get_config() -> config.DistillConfig:
     """openpi's values; the paper's batch of 64."""
     return config.DistillConfig(
-        name="pi0_libero_l6",
         model=pi0.Pi0Config(),
         data=data_config.DataConfig(
             path=_base.LIBERO,

@@ -291,6 +291,21 @@ def test_the_criterion_decides_which_step_is_the_best(trained):
     assert rows[1:] == [["student, best and last step", "30", "0.3", "0.2"]]
 
 
+def test_the_bare_cut_is_compared_but_never_the_best(trained):
+    """It is measured at step 0, which has no checkpoint."""
+    start = dict.fromkeys(("validation/error_to_data", "validation/error_to_teacher"), 0.01)
+    rows = [{"step": 0, **start}, *trained.curves["student"]]
+    measured = dataclasses.replace(trained, curves={"student": rows})
+    table = report.tables(measured)[0][1]
+    assert table[1] == ["student, before training", "0", "0.01", "0.01"]
+    assert table[2] == ["student, best step", "20", "0.2", "0.25"]
+    found = report.contents(measured)["validation"]["student"]
+    assert found["start"] == {"step": 0, "error_to_data": 0.01, "error_to_teacher": 0.01}
+    assert found["best"]["step"] == 20
+    only = dataclasses.replace(trained, curves={"student": rows[:1]})
+    assert report.contents(only)["validation"] == {}
+
+
 def test_a_run_without_held_out_data_reports_its_losses(tmp_path):
     rows = [{"step": 10, "task_loss": 0.5}, {"step": 20, "task_loss": 0.25}]
     bare = report.Report("debug/first", {}, curves={"student": rows})

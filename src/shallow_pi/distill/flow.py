@@ -26,7 +26,7 @@ def interpolate(
     actions: Float[Array, "*b ah ad"], noise: Float[Array, "*b ah ad"], t: Float[Array, " *b"]
 ) -> Float[Array, "*b ah ad"]:
     """The point x_t on the straight line from data (t = 0) to noise (t = 1)."""
-    _same_shape(actions, noise)
+    same_shape("actions", actions, "noise", noise)
     t = t[..., None, None]
     return t * noise + (1.0 - t) * actions
 
@@ -35,13 +35,13 @@ def target_velocity(
     actions: Float[Array, "*b ah ad"], noise: Float[Array, "*b ah ad"]
 ) -> Float[Array, "*b ah ad"]:
     """The velocity u = ε − a along that line."""
-    _same_shape(actions, noise)
+    same_shape("actions", actions, "noise", noise)
     return noise - actions
 
 
-def _same_shape(actions: Array, noise: Array) -> None:
-    if jnp.shape(actions) != jnp.shape(noise):
+def same_shape(name_a: str, a: Array, name_b: str, b: Array) -> None:
+    """Raise unless two arrays have one shape; broadcasting would hide a mistake."""
+    if jnp.shape(a) != jnp.shape(b):
         raise ValueError(
-            f"actions and noise must have one shape, got {jnp.shape(actions)} and "
-            f"{jnp.shape(noise)}."
+            f"{name_a} and {name_b} must have one shape, got {jnp.shape(a)} and {jnp.shape(b)}."
         )

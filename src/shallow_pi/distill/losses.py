@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from shallow_pi.distill import flow
+
 Attention = Literal["per_head", "head_mean"]
 
 
@@ -57,7 +59,7 @@ def task_loss(
     v_student: Float[Array, "*b ah ad"], u: Float[Array, "*b ah ad"]
 ) -> Float[Array, "*b ah"]:
     """Squared error of the student's velocity against the data's, mean over action dimensions."""
-    _same_shape("v_student", v_student, "u", u)
+    flow.same_shape("v_student", v_student, "u", u)
     return jnp.mean(jnp.square(v_student.astype(jnp.float32) - u.astype(jnp.float32)), axis=-1)
 
 
@@ -65,7 +67,7 @@ def velocity_loss(
     v_student: Float[Array, "*b ah ad"], v_teacher: Float[Array, "*b ah ad"]
 ) -> Float[Array, "*b ah"]:
     """The same against the teacher's velocity, through which no gradient flows."""
-    _same_shape("v_student", v_student, "v_teacher", v_teacher)
+    flow.same_shape("v_student", v_student, "v_teacher", v_teacher)
     return task_loss(v_student, jax.lax.stop_gradient(v_teacher))
 
 
@@ -83,7 +85,7 @@ def attention_loss(
       valid: which keys exist. Rows without a single valid key give 0.
       heads: compare head by head, or the maps averaged over heads.
     """
-    _same_shape("student_logits", student_logits, "teacher_logits", teacher_logits)
+    flow.same_shape("student_logits", student_logits, "teacher_logits", teacher_logits)
     log_student = masked_log_softmax(student_logits, valid)
     log_teacher = jax.lax.stop_gradient(masked_log_softmax(teacher_logits, valid))
     if heads == "head_mean":
@@ -107,14 +109,14 @@ def masked_log_softmax(
 
 def cosine(a: Float[Array, "*b ah ad"], b: Float[Array, "*b ah ad"]) -> Float[Array, "*b ah"]:
     """Cosine between two velocities of one action; 0 where one of them vanishes."""
-    _same_shape("a", a, "b", b)
+    flow.same_shape("a", a, "b", b)
     product = jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1)
     return jnp.sum(a * b, axis=-1) / jnp.where(product > 0, product, 1.0)
 
 
 def masked_sum(values: Float[Array, "..."], mask: Bool[Array, "..."]) -> Float[Array, ""]:
     """Sum of the values where the mask holds: the one reduction of every loss."""
-    _same_shape("values", values, "mask", mask)
+    flow.same_shape("values", values, "mask", mask)
     return jnp.sum(jnp.where(mask, values, 0.0))
 
 
@@ -122,8 +124,3 @@ def _mean_over_heads(log_probabilities: Float[Array, "*b n ah s"]) -> Float[Arra
     n = log_probabilities.shape[-3]
     total = jax.scipy.special.logsumexp(log_probabilities, axis=-3, keepdims=True)
     return total - jnp.log(jnp.float32(n))
-
-
-def _same_shape(name_a: str, a: Array, name_b: str, b: Array) -> None:
-    if a.shape != b.shape:
-        raise ValueError(f"{name_a} and {name_b} must have one shape, got {a.shape} and {b.shape}.")

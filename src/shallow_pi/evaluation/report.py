@@ -21,6 +21,7 @@ import rich.console
 import rich.table
 
 from shallow_pi import figures
+from shallow_pi.checkpoints import run_folder
 from shallow_pi.data.robots import robot
 from shallow_pi.evaluation import intervals, plots, rollout, validation_tables
 from shallow_pi.parallel import processes
@@ -255,9 +256,8 @@ def write(folder: pathlib.Path, report: Report) -> list[pathlib.Path]:
     Without matplotlib the figures are left out, and the page and the terminal say how to get them.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.json").write_text(
-        json.dumps(contents(report), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    )
+    content = json.dumps(contents(report), indent=2, ensure_ascii=False, allow_nan=False)
+    run_folder.write_text(folder / run_folder.REPORT_FILE, content + "\n")
     drawings: dict[str, tuple[str, Callable[[pathlib.Path], None]]] = {}
     curves, recording = report.curves, report.recording
     if report.evaluations:
@@ -303,8 +303,9 @@ def write(folder: pathlib.Path, report: Report) -> list[pathlib.Path]:
         rich.console.Console(stderr=True).print(
             missing, highlight=False, markup=False, soft_wrap=True
         )
-    (folder / "report.md").write_text(page)
-    return [folder / name for name in ("report.json", "report.md", *pictures.values())]
+    run_folder.write_text(folder / run_folder.REPORT_PAGE, page)
+    written = (run_folder.REPORT_FILE, run_folder.REPORT_PAGE, *pictures.values())
+    return [folder / name for name in written]
 
 
 class Stages:

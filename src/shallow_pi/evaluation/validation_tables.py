@@ -36,8 +36,11 @@ def measured(rows: plots.Rows) -> plots.Rows:
 
 
 def best(rows: plots.Rows, criterion: str) -> Mapping[str, Any] | None:
-    """The row of the step with the lowest error `criterion`, which is the one that is kept."""
-    found = [row for row in measured(rows) if row.get(criterion) is not None]
+    """The row of the step with the lowest error `criterion`, which is the one that is kept.
+
+    Not step 0, which is measured for comparison and has no checkpoint.
+    """
+    found = [row for row in measured(rows) if row["step"] and row.get(criterion) is not None]
     return min(found, key=lambda row: row[criterion], default=None)
 
 
@@ -62,10 +65,12 @@ def error_tables(
         if top is None:
             continue
         name, last = plots.NAMES.get(policy, policy), seen[-1]
-        steps = {"best": top, "last": last} if top is not last else {"best and last": top}
+        steps = {} if seen[0]["step"] else {"before training": seen[0]}
+        one = {"best and last step": top}
+        steps |= one if top is last else {"best step": top, "last step": last}
         for which, row in steps.items():
             cells = [_cell(row.get(key)) for key in (validation.TO_DATA, validation.TO_TEACHER)]
-            rows.append([f"{name}, {which} step", str(row["step"]), *cells])
+            rows.append([f"{name}, {which}", str(int(row["step"])), *cells])
         teacher = teacher or top.get(validation.TEACHER_TO_DATA)
     if not rows:
         return []
@@ -118,7 +123,7 @@ def loss_table(curves: Mapping[str, plots.Rows]) -> list[Table]:
 
 
 def contents(curves: Mapping[str, plots.Rows], criterion: str) -> dict[str, Any]:
-    """Policy → its best and last measured step with everything measured there, for report.json."""
+    """Policy → everything measured before training, at its best and at its last measured step."""
 
     def values(row: Mapping[str, Any]) -> dict[str, Any]:
         kept = {k.removeprefix(validation.PREFIX): v for k, v in row.items() if _is_ours(k)}
@@ -128,7 +133,9 @@ def contents(curves: Mapping[str, plots.Rows], criterion: str) -> dict[str, Any]
     for policy, rows in curves.items():
         top = best(rows, criterion)
         if top is not None:
-            found[policy] = {"best": values(top), "last": values(measured(rows)[-1])}
+            first, last = measured(rows)[0], measured(rows)[-1]
+            found[policy] = {} if first["step"] else {"start": values(first)}
+            found[policy] |= {"best": values(top), "last": values(last)}
     return found
 
 

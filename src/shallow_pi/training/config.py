@@ -153,12 +153,12 @@ class ClosedLoopConfig:
 class DistillConfig:
     """One experiment, complete: it is resolved and saved beside its checkpoints."""
 
-    # Name of the config; set from its file's name.
-    name: tyro.conf.Suppress[str]
     # The teacher's architecture; the student is the same at another depth.
     model: pi0.Pi0Config
     # Where batches come from.
     data: data_config.DataConfig
+    # Name of the config; set from its file's name.
+    name: tyro.conf.Suppress[str] = ""
     # The trained deep policy; without one `model` itself is trained, on the task loss.
     teacher: TeacherConfig | None = None
     # How the shallow policy is cut.
