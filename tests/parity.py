@@ -17,7 +17,7 @@ import numpy as np
 from shallow_pi.checkpoints import weights
 from shallow_pi.data.robots import pipelines
 from shallow_pi.distill import losses, step
-from shallow_pi.inference import sampler
+from shallow_pi.inference import forward, prepare, sampler, tuning
 from shallow_pi.models import gemma, pi0, siglip
 from shallow_pi.models import observation as observations
 
@@ -215,12 +215,26 @@ def _our_tower(config: pi0.Pi0Config, params: dict) -> dict[str, jax.Array]:
         config.vocab_size,
         jnp.dtype(config.dtype),
     )
-    suffix, cache, _ = tower.apply(
-        {"params": params}, inputs["prefix"], suffix[:, None], geometry, outputs="cache"
-    )
-    # What padding sees is never read, and differs.
+    prefix = inputs["prefix"]
+    suffix, _, _ = tower.apply({"params": params}, prefix, suffix[:, None], geometry)
+    keys, values = _our_cache(config, params, prefix.astype(config.dtype), geometry)
+    # Keys and values of padding are never read, and differ.
     mask = valid[None, :, :, None, None]
-    return {"tower": suffix, "keys": cache.keys * mask, "values": cache.values * mask}
+    return {"tower": suffix, "keys": keys * mask, "values": values * mask}
+
+
+def _our_cache(
+    config: pi0.Pi0Config, llm: dict, prefix: jax.Array, geometry: gemma.Geometry
+) -> tuple[jax.Array, jax.Array]:
+    """The prefix's keys and values of every layer, as inference caches them."""
+    stack = prepare.stack_layers(config, {"PaliGemma": {"llm": llm}}, 0, tuning.SCANNED)
+    c = config.backbone
+    empty = jnp.zeros((config.depth, *prefix.shape[:2], c.num_kv_heads, c.head_dim), prefix.dtype)
+    mask = geometry.prefix_valid[:, None]
+    _, cache = forward.run_layers(
+        *(config, stack, prefix, (empty, empty), 0, geometry.prefix_rope, mask, None, "xla")
+    )
+    return cache
 
 
 def _our_loss(config: pi0.Pi0Config, params: dict, samples: dict) -> jax.Array:

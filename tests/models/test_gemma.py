@@ -26,7 +26,7 @@ def _normal(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
-@functools.partial(jax.jit, static_argnames=("module", "action_rows", "capture_layer", "outputs"))
+@functools.partial(jax.jit, static_argnames=("module", "action_rows", "capture_layer", "hidden"))
 def _run(module, params, prefix, suffix, geometry, **static):
     return module.apply({"params": params}, prefix, suffix, geometry, **static)
 
@@ -66,8 +66,8 @@ def test_positions_count_the_valid_tokens_and_go_on_in_the_suffix(strict):
 @pytest.mark.parametrize("pi05", [False, True])
 def test_scan_equals_a_loop_over_the_layers(pi05):
     params, (prefix, suffix, geometry) = _params(pi05), _inputs(pi05)
-    expected, hidden, _ = _run(_module(), params, prefix, suffix, geometry, outputs="hidden")
-    block = jax.jit(gemma.Block(CONFIGS, ROWS, None, "nothing", layers.DEFAULT_EXECUTION).apply)
+    expected, hidden, _ = _run(_module(), params, prefix, suffix, geometry, hidden=True)
+    block = jax.jit(gemma.Block(CONFIGS, ROWS, None, False, layers.DEFAULT_EXECUTION).apply)
     carry = (prefix, suffix, None)
     for i in range(DEPTH):
         np.testing.assert_allclose(hidden.prefix[i], carry[0], atol=1e-5)
@@ -76,8 +76,7 @@ def test_scan_equals_a_loop_over_the_layers(pi05):
         carry, _ = block({"params": one}, carry, jnp.int32(i), geometry)
     np.testing.assert_allclose(hidden.suffix[DEPTH], carry[1], atol=1e-5)
     np.testing.assert_allclose(hidden.prefix[DEPTH], carry[0], atol=1e-5)
-    final = {"params": params["final_norm_1"]}
-    normed, _ = layers.RMSNorm().apply(final, carry[1], geometry.condition)
+    normed, _ = gemma.norm(params["final_norm_1"], carry[1], geometry.condition)
     np.testing.assert_allclose(expected, normed, atol=1e-5)
 
 
@@ -86,7 +85,7 @@ def test_only_valid_prefix_tokens_are_attended_to():
     params, (prefix, suffix, geometry) = _params(False), _inputs(False)
 
     def run(prefix):
-        out, hidden, _ = _run(_module(), params, prefix, suffix, geometry, outputs="hidden")
+        out, hidden, _ = _run(_module(), params, prefix, suffix, geometry, hidden=True)
         return out, np.asarray(hidden.prefix[-1])
 
     out, tokens = run(prefix)
@@ -101,24 +100,41 @@ def test_adaptive_norms_start_as_identity_residuals():
     """Fresh π0.5 gates are zero, so the expert's stream passes through every layer unchanged."""
     prefix, suffix, geometry = _inputs(True)
     params = jax.jit(_module().init)(jax.random.key(0), prefix, suffix, geometry)["params"]
-    _, hidden, _ = _run(_module(), params, prefix, suffix, geometry, outputs="hidden")
+    _, hidden, _ = _run(_module(), params, prefix, suffix, geometry, hidden=True)
     np.testing.assert_array_equal(hidden.suffix, np.broadcast_to(suffix, (4, *suffix.shape)))
     assert np.abs(hidden.prefix[-1] - prefix).max() > 0.1
 
 
 @pytest.mark.parametrize("layer", [0, 2])
 def test_captured_attention_is_that_of_the_chosen_layer(layer):
-    """Queries and keys of the loop's layer; the cache holds the same keys."""
+    """The keys are the layer's own projection of the prefix that enters it."""
     params, (prefix, suffix, geometry) = _params(False), _inputs(False)
-    _, _, capture = _run(
-        _module(), params, prefix, suffix, geometry, action_rows=ROWS, capture_layer=layer
+    _, hidden, capture = _run(
+        _module(),
+        *(params, prefix, suffix, geometry),
+        action_rows=ROWS,
+        capture_layer=layer,
+        hidden=True,
     )
-    _, cache, _ = _run(_module(), params, prefix, suffix, geometry, outputs="cache")
-    np.testing.assert_allclose(capture.keys, cache.keys[layer], atol=1e-5)
-    assert np.abs(capture.keys - cache.keys[1]).max() > 0.1
+    one = jax.tree.map(lambda x: x[layer], params["layers"])
+    normed, _ = gemma.norm(one["pre_attention_norm"], hidden.prefix[layer], None)
+    keys = jnp.einsum("bsd,kdh->bskh", normed, one["attn"]["kv_einsum"]["w"][0])
+    keys = layers.apply_rope(keys, geometry.prefix_rope)
+    np.testing.assert_allclose(capture.keys, keys, atol=1e-5)
     by_hand = np.einsum("brakgh,bskh->brkgas", capture.queries, capture.keys)
     by_hand = by_hand.reshape(2, 2, 4, ROWS, 5)
     np.testing.assert_allclose(capture.logits(), by_hand, atol=1e-5)
+
+
+def test_adaptive_norm_takes_scale_shift_and_gate_from_the_condition(strict):
+    x, condition = _normal(2, 3, 8), _normal(2, 5, seed=1)
+    dense = {"kernel": _normal(5, 24, seed=2), "bias": _normal(24, seed=3)}
+    y, gate = gemma.norm({"Dense_0": dense}, jnp.asarray(x), jnp.asarray(condition))
+    modulation = condition @ dense["kernel"] + dense["bias"]
+    scale, shift = modulation[:, None, :8], modulation[:, None, 8:16]
+    expected = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * (1 + scale) + shift
+    np.testing.assert_allclose(y, expected, atol=1e-4)
+    np.testing.assert_allclose(gate, modulation[:, None, 16:], atol=1e-5)
 
 
 @pytest.mark.slow

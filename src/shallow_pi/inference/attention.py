@@ -1,11 +1,10 @@
-"""Grouped-query attention over a buffer of keys and values, by the kernel one asks for.
+"""Grouped-query attention over a buffer of keys and values, by a chosen kernel.
 
-Inference keeps a layer's keys and values in buffers with room for the prefix and the suffix, and
-writes its own at their place (`write`): nothing is concatenated at every integration step, and the
-slots in excess, which round the length up for the kernels' sake, are masked. Letters in einsums: B
-batch, T query, S slot, K kv heads, G queries per kv head, R = T·G rows, H head dim.
+Inference keeps a layer's keys and values in buffers with room for prefix and suffix, and writes its
+own into their slots (`write`), so no integration step concatenates. Slots beyond the last token,
+which round the length up for the kernels, are masked.
 
-`xla` is written out below and runs everywhere. `cudnn` is NVIDIA's flash attention, one kernel that
+`xla` is `layers.attend` and runs everywhere. `cudnn` is NVIDIA's flash attention, one kernel that
 never stores the logits; it takes heads of 256 from Hopper (H100) on, and of 128 before.
 """
 
@@ -24,7 +23,7 @@ KERNELS: tuple[Kernel, ...] = get_args(Kernel)
 def write(buffer: Any, own: Any, slot: int, layer: Any = None) -> Any:
     """Put keys and values (b, t, k, h) into buffers (b, s, k, h), or (l, b, s, k, h), from a slot.
 
-    Where nobody needs the old buffers, XLA writes in place.
+    XLA writes in place if nothing else reads the old buffers.
     """
 
     def put(into: Array, new: Array) -> Array:
@@ -37,43 +36,29 @@ def write(buffer: Any, own: Any, slot: int, layer: Any = None) -> Any:
 
 
 def attend(
-    queries: Float[Array, "b t n h"],
+    queries: Float[Array, "b t k g h"],
     keys: Float[Array, "b s k h"],
     values: Float[Array, "b s k h"],
     mask: Bool[Array, "b m s"] | None,
     kernel: Kernel = "xla",
-) -> Float[Array, "b t nh"]:
-    """Attention over the slots of a buffer.
-
-    Args:
-      queries: n heads, n / k of them to a kv head, with the logits' scale already in them.
-      keys: buffer of keys.
-      values: of values.
-      mask: which slots count, for every query (m = t) or alike for all (m = 1); None counts all.
-      kernel: what computes it.
-    """
-    b, t, n, h = queries.shape
+) -> Float[Array, "b t k g h"]:
+    """`layers.attend` over the slots of a buffer, computed by a kernel."""
     check(kernel, queries.dtype)
-    if kernel == "cudnn":
-        seen = None if mask is None else jnp.broadcast_to(mask[:, None], (b, 1, t, keys.shape[1]))
-        mixed = jax.nn.dot_product_attention(
-            queries, keys, values, mask=seen, scale=1.0, implementation="cudnn"
-        )
-        return mixed.reshape(b, t, n * h)
-    k = keys.shape[2]
-    # A kv head's queries are rows of one matrix, in the order they have in memory where k = 1.
-    rows = jnp.moveaxis(queries.reshape(b, t, k, n // k, h), 2, 1).reshape(b, k, -1, h)
-    logits = jnp.einsum("BKRH,BSKH->BKRS", rows, keys, preferred_element_type=jnp.float32)
-    if mask is not None:
-        seen = mask if mask.shape[1] == 1 else jnp.repeat(mask, n // k, axis=1)
-        logits = jnp.where(seen[:, None], logits, layers.MASKED)
-    probabilities = jax.nn.softmax(logits, axis=-1).astype(values.dtype)
-    mixed = jnp.einsum("BKRS,BSKH->BKRH", probabilities, values)
-    return jnp.moveaxis(mixed.reshape(b, k, t, n // k, h), 1, 2).reshape(b, t, n * h)
+    if kernel == "xla":
+        return layers.attend(queries, keys, values, mask)
+    b, t, k, g, h = queries.shape
+    seen = None if mask is None else jnp.broadcast_to(mask[:, None], (b, 1, t, keys.shape[1]))
+    mixed = jax.nn.dot_product_attention(
+        *(queries.reshape(b, t, k * g, h), keys, values),
+        mask=seen,
+        scale=1.0,
+        implementation="cudnn",
+    )
+    return mixed.reshape(queries.shape)
 
 
 def check(kernel: str, dtype: Any, backend: str | None = None) -> None:
-    """Raise ValueError where a kernel cannot run; None is JAX's default backend."""
+    """Raise ValueError if a kernel cannot run on a backend; None is JAX's default one."""
     if kernel not in KERNELS:
         raise ValueError(f"attention must be one of {', '.join(KERNELS)}, got {kernel!r}")
     if kernel != "cudnn":

@@ -1,9 +1,8 @@
-"""Prefix and velocity from prepared weights: what `sampler` integrates (see `prepare`).
+"""The prefix and one integration step's velocity, from prepared weights (see `prepare`).
 
-Each stream is a plain stack of layers here. Both kinds of layer are one function: RMSNorm, plain or
-adaptive, grouped-query attention, gated MLP. A layer's keys and values are in one buffer: the
-prefix from slot 0, then π0's state, then the actions, whose slots every integration step overwrites
-(see `attention`).
+Each stream is a plain stack of layers, run by one function. A layer's keys and values are in one
+buffer: the prefix from slot 0, then π0's state, then the actions, whose slots every integration
+step overwrites (see `attention`).
 """
 
 from typing import Any
@@ -24,7 +23,7 @@ def prefill(
     observation: observations.Observation,
     kernel: attention.Kernel = "xla",
 ) -> tuple[Any, Bool[Array, "b s"]]:
-    """Buffers with the prefix's keys and values in every layer, and which slots hold tokens."""
+    """Buffers with the prefix's keys and values of every layer, and a mask of the slots in use."""
     c = config.backbone
     valid = pi0.prefix_valid(config, observation)
     tokens = embed_prefix(config, prepared, observation, kernel)
@@ -35,7 +34,9 @@ def prefill(
     if not isinstance(prepared.prefix, list):
         cache = (jnp.zeros((config.depth, *shape), tokens.dtype),) * 2
     valid = jnp.pad(valid, ((0, 0), (0, shape[1] - valid.shape[1])))
-    _, cache = _tower(config, prepared.prefix, tokens, cache, 0, rope, valid[:, None], None, kernel)
+    _, cache = run_layers(
+        config, prepared.prefix, tokens, cache, 0, rope, valid[:, None], None, kernel
+    )
     return cache, valid
 
 
@@ -46,13 +47,11 @@ def embed_prefix(
     kernel: attention.Kernel = "xla",
 ) -> Float[Array, "b p d"]:
     """Image tokens of every camera as one batch, then prompt tokens."""
-    pictures = jnp.stack([observation.images[name] for name in config.cameras], axis=1)
-    b, n, *shape = pictures.shape
-    seen = image_tower.encode(config.image, prepared.image, pictures.reshape(b * n, *shape), kernel)
+    pictures = pi0.pictures(config, observation)
+    seen = image_tower.encode(config.image, prepared.image, pictures, kernel)
     table = prepared.params["PaliGemma"]["llm"]["embedder"]["input_embedding"]
-    scale = jnp.asarray(config.backbone.width**0.5, table.dtype)
-    words = (table[observation.tokenized_prompt] * scale).astype(seen.dtype)
-    return jnp.concatenate([seen.reshape(b, -1, config.backbone.width), words], axis=1)
+    words = layers.embed_tokens(table, observation.tokenized_prompt, seen.dtype)
+    return jnp.concatenate([seen.reshape(len(words), -1, config.backbone.width), words], axis=1)
 
 
 def append_state(
@@ -64,11 +63,11 @@ def append_state(
     kernel: attention.Kernel = "xla",
 ) -> tuple[Any, Bool[Array, "b s"]]:
     """The buffers with π0's state token after the prefix: it sees the prefix and itself alone."""
-    token = prepare.dense(prepared.params["state_proj"], state)[:, None].astype(config.dtype)
+    token = layers.dense(prepared.params["state_proj"], state)[:, None].astype(config.dtype)
     rope = layers.rope_table(jnp.sum(valid, axis=1, keepdims=True), config.expert.head_dim)
     slot = config.prefix_tokens
     valid = valid.at[:, slot].set(True)
-    _, cache = _tower(
+    _, cache = run_layers(
         config, prepared.suffix, token, cache, slot, rope, valid[:, None], None, kernel
     )
     return cache, valid
@@ -90,32 +89,32 @@ def velocity(
       config: the model.
       prepared: its weights.
       cache: of `prefill` or `append_state`, or of another time's velocity.
-      valid: which of its slots hold tokens, of `prefill` or `append_state`.
+      valid: the slots with tokens, of `prefill` or `append_state`.
       x_t: noisy actions.
       tables: of this one time (n = 1).
-      state: π0's state, where its token is not in the cache.
-      kernel: what computes attention.
+      state: π0's state, if its token is not in the cache.
+      kernel: computes attention.
     """
     params = prepared.params
-    tokens = prepare.dense(params["action_in_proj"], x_t)
+    tokens = layers.dense(params["action_in_proj"], x_t)
     if not config.pi05:
         assert tables.hidden is not None, "π0's tables hold its time's share"
         kernel_half = params["action_time_mlp_in"]["kernel"][: config.expert.width]
-        hidden = nn.swish(prepare.multiply(tokens, kernel_half) + tables.hidden[:, None])
-        tokens = prepare.dense(params["action_time_mlp_out"], hidden)
+        hidden = nn.swish(layers.multiply(tokens, kernel_half) + tables.hidden[:, None])
+        tokens = layers.dense(params["action_time_mlp_out"], hidden)
     slot = config.prefix_tokens + (not config.pi05 and state is None)
     if state is not None:
-        token = prepare.dense(params["state_proj"], state)[:, None]
+        token = layers.dense(params["state_proj"], state)[:, None]
         tokens = jnp.concatenate([token.astype(tokens.dtype), tokens], axis=1)
     count = tokens.shape[1]
     positions = jnp.sum(valid, axis=1)[:, None] + jnp.arange(count)[None]
-    # The state does not see the actions; where it is not here, one row stands for all.
+    # The state does not see the actions; without it, one row stands for all.
     rows = slice(None) if state is not None else slice(-1, None)
     own = jnp.asarray(gemma.suffix_mask(count, config.action_horizon)[rows])[None]
     mask = jnp.broadcast_to(valid[:, None], (len(valid), own.shape[1], valid.shape[1]))
     own = jnp.broadcast_to(own, (len(valid), *own.shape[1:]))
     mask = jax.lax.dynamic_update_slice(mask, own, (0, 0, slot))
-    x, cache = _tower(
+    x, cache = run_layers(
         config,
         prepared.suffix,
         tokens.astype(config.dtype),
@@ -127,15 +126,14 @@ def velocity(
         kernel,
     )
     x = x[:, -config.action_horizon :]
+    scale = None
     if tables.final is None:
         scale = 1 + params["PaliGemma"]["llm"]["final_norm_1"]["scale"].astype(jnp.float32)
-        x, _ = _norm(x, scale, None)
-    else:
-        x, _ = _norm(x, None, tables.final[0])
-    return prepare.dense(params["action_out_proj"], x).astype(jnp.float32), cache
+    x, _ = _norm(x, scale, None if tables.final is None else tables.final[0])
+    return layers.dense(params["action_out_proj"], x).astype(jnp.float32), cache
 
 
-def _tower(
+def run_layers(
     config: pi0.Pi0Config,
     stack: Any,
     x: Float[Array, "b t d"],
@@ -177,55 +175,37 @@ def _project(
     rope: tuple[Array, Array],
     modulation: Float[Array, "2 3 e"] | None,
 ) -> tuple[Array, tuple[Array, Array], Array | None]:
-    """Scaled queries (b, t, n, h), own keys and values (b, t, k, h), and the residual's gate."""
+    """Scaled queries (b, t, k, g, h), own keys and values (b, t, k, h), and the residual's gate."""
     c = config.backbone
     n, k, h = c.num_heads, c.num_kv_heads, c.head_dim
-    b, t = x.shape[:2]
     normed, gate = _norm(x, layer.attention_norm, None if modulation is None else modulation[0])
-    queries, keys, values = _parts(normed, layer.qkv, (n * h, k * h, k * h))
-    queries = layers.apply_rope(queries.reshape(b, t, n, h), rope) * jnp.asarray(h**-0.5, x.dtype)
-    own = layers.apply_rope(keys.reshape(b, t, k, h), rope), values.reshape(b, t, k, h)
-    return queries, own, gate
+    parts = layers.products(normed, layer.qkv, (n * h, k * h, k * h))
+    queries, keys, values = (part.reshape(*x.shape[:2], -1, h) for part in parts)
+    queries, keys = layers.split_heads(queries, keys, rope)
+    return queries, (keys, values), gate
 
 
 def _finish(
     x: Float[Array, "b t d"],
-    mixed: Float[Array, "b t nh"],
+    mixed: Float[Array, "b t k g h"],
     layer: prepare.Layer,
     gate: Array | None,
     modulation: Float[Array, "2 3 e"] | None,
 ) -> Float[Array, "b t d"]:
     """Out of the heads, then the MLP."""
-    x = _residual(x, prepare.multiply(mixed, layer.out), gate)
+    mixed = mixed.reshape(*x.shape[:2], -1)
+    x = layers.residual(x, layers.multiply(mixed, layer.out), gate)
     normed, gate = _norm(x, layer.mlp_norm, None if modulation is None else modulation[1])
-    f = layer.down.shape[0]
-    gated, up = _parts(normed, layer.gate_up, (f, f))
-    return _residual(x, prepare.multiply(nn.gelu(gated) * up, layer.down), gate)
+    return layers.residual(x, layers.gated_mlp(normed, layer.gate_up, layer.down), gate)
 
 
 def _norm(
     x: Float[Array, "b t d"],
     scale: Float[Array, " d"] | None,
     modulation: Float[Array, "3 d"] | None,
-) -> tuple[Float[Array, "b t d"], Float[Array, " d"] | None]:
-    """RMSNorm, plain or adaptive, with the adaptive one's gate (see `layers.RMSNorm`)."""
-    wide = x.astype(jnp.float32)
-    normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + 1e-6)
+) -> tuple[Float[Array, "b t d"], Float[Array, "1 1 d"] | None]:
+    """RMSNorm, plain or adaptive, and the residual's gate of the adaptive one."""
     if modulation is None:
-        assert scale is not None, "a norm is plain or adaptive"
-        return (normed * scale[None, None]).astype(x.dtype), None
-    shifted = normed * (1 + modulation[0].astype(jnp.float32))[None, None]
-    shifted += modulation[1].astype(jnp.float32)[None, None]
-    return shifted.astype(x.dtype), modulation[2]
-
-
-def _residual(x: Array, y: Array, gate: Array | None) -> Array:
-    return x + y if gate is None else x + y * gate[None, None]
-
-
-def _parts(x: Array, matrices: tuple[Array, ...], sizes: tuple[int, ...]) -> list[Array]:
-    """The products of x with the parts of a matrix, however it is stored."""
-    if len(matrices) > 1:
-        return [prepare.multiply(x, part) for part in matrices]
-    ends = [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)]
-    return jnp.split(prepare.multiply(x, matrices[0]), ends, axis=-1)
+        return layers.rms_norm(x, scale)
+    parts = tuple(layers.row(modulation[i], 3) for i in range(3))
+    return layers.rms_norm(x, None, (parts[0], parts[1], parts[2]))

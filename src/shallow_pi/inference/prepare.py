@@ -1,15 +1,15 @@
-"""The model's weights as inference wants them: prepared once, nothing computed twice.
+"""Weights prepared once for inference, so that nothing is computed twice.
 
-Training runs both streams through scanned Linen layers (`gemma`). `inference` computes the same
-functions of the same parameters with optimizations that leave the result unchanged:
+Training runs both streams through scanned Linen layers (`gemma`). Inference calls the same
+equations (`layers`) on the same parameters, with optimizations that leave the result unchanged:
 
-- the prefix runs once, and what its last layer computes beyond keys and values falls away, because
-  without a scan the compiler sees that nobody reads it;
+- the prefix runs once, and without a scan the compiler drops what nobody reads: everything that
+  the last layer computes beyond its keys and values;
 - π0's state token depends on neither noise nor time, so its keys and values join the prefix cache;
 - everything that depends on time alone (π0's half of an MLP, all of π0.5's adaptive modulations) is
   a table over the N integration times;
 - query, key and value, and gate and up, are one matrix each, in the compute dtype;
-- keys and values are written into one buffer a layer (see `attention`), never copied to be joined.
+- keys and values are written into one buffer per layer (see `attention`) and never concatenated.
 
 `tuning.InferenceOptions` switches each of them off, to measure its gain. `trim` drops what a batch
 does not need: absent cameras and prompt padding.
@@ -18,7 +18,6 @@ does not need: absent cameras and prompt padding.
 import dataclasses
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,7 +28,7 @@ from shallow_pi.models import layers, pi0
 from shallow_pi.models import observation as observations
 
 PROMPT_BUCKET = 16
-# Keys a layer has room for are a multiple of this, so that no kernel has to pad them.
+# A layer's key buffer is a multiple of this long, so that no kernel has to pad it.
 KEY_BLOCK = 128
 
 
@@ -50,7 +49,7 @@ class Layer(NamedTuple):
 
 
 class Tables(NamedTuple):
-    """What depends on time alone, at n times."""
+    """Everything that depends on time alone, at n times."""
 
     # π0: the time's share of `action_time_mlp_in`, with its bias.
     hidden: Float[Array, "n e"] | None
@@ -65,10 +64,10 @@ class Prepared(NamedTuple):
     # Embedder and everything outside the layers, as in openpi's tree.
     params: PyTree
     image: image_tower.Tower
-    # By layer, or stacked where layers are scanned.
+    # One for each layer, or stacked if layers are scanned.
     prefix: Any
     suffix: Any
-    # None: made from `params` at every step.
+    # None: computed from `params` at every step.
     tables: Tables | None
 
 
@@ -77,8 +76,8 @@ def trim(
 ) -> tuple[pi0.Pi0Config, observations.Observation]:
     """Drop cameras nobody in the batch has, and prompt padding beyond a multiple of 16 tokens.
 
-    Masked tokens are attended by nobody and count in no position, so actions stay as they are. Call
-    it on the host: the shapes that come out depend on the masks.
+    No token attends to masked ones and no position counts them, so actions do not change. Call it
+    on the host: the shapes of the result depend on the masks.
     """
     seen = [c for c in config.cameras if np.asarray(observation.image_masks[c]).any()]
     seen = seen or [config.cameras[0]]
@@ -95,14 +94,14 @@ def trim(
 
 
 def prompt_length(config: pi0.Pi0Config, words: int) -> int:
-    """What `trim` leaves of the prompt where the longest has `words` tokens."""
+    """The prompt length after `trim`, if the longest prompt has `words` tokens."""
     return min(-(-words // PROMPT_BUCKET) * PROMPT_BUCKET, config.max_token_len)
 
 
 def cache_length(config: pi0.Pi0Config) -> int:
-    """Keys a layer's buffer has room for: prefix, state and actions, rounded up.
+    """Slots of a layer's buffer: prefix, state and actions, rounded up.
 
-    To `KEY_BLOCK`s, or where that would be much, to 16.
+    Rounded to `KEY_BLOCK`, or in a small model to 16.
     """
     tokens = config.prefix_tokens + (not config.pi05) + config.action_horizon
     block = KEY_BLOCK if tokens >= 4 * KEY_BLOCK else 16
@@ -115,7 +114,7 @@ def prepare(
     times: Float[np.ndarray, " n"],
     options: tuning.InferenceOptions,
 ) -> Prepared:
-    """Rearrange parameters for inference. Jit it: nothing is kept twice then.
+    """Rearrange parameters for inference. Jit it, so that nothing is kept twice.
 
     Args:
       config: the model.
@@ -123,9 +122,9 @@ def prepare(
       times: the integration times, for the tables.
       options: the optimizations to use.
     """
-    stacks: list[Any] = [_stack(config, params, stream, options) for stream in (0, 1)]
+    stacks: list[Any] = [stack_layers(config, params, stream, options) for stream in (0, 1)]
     if options.unrolled_layers:
-        # One array a layer: a slice of a stack would be copied at every call.
+        # One array per layer: a slice of a stack would be copied at every call.
         stacks = [
             [jax.tree.map(lambda leaf, i=i: leaf[i], stack) for i in range(config.depth)]
             for stack in stacks
@@ -158,11 +157,11 @@ def make_tables(config: pi0.Pi0Config, params: PyTree, times: Float[Array, " n"]
             "kernel": params["action_time_mlp_in"]["kernel"][width:],
             "bias": params["action_time_mlp_in"]["bias"],
         }
-        return Tables(dense(time_half, embedded), None, None)
-    condition = nn.swish(dense(params["time_mlp_in"], embedded))
-    condition = nn.swish(dense(params["time_mlp_out"], condition)).astype(dtype)
+        return Tables(layers.dense(time_half, embedded), None, None)
+    condition = pi0.time_condition(params, embedded).astype(dtype)
 
     def modulation(dense: PyTree) -> Array:
+        """Of one norm, or of the norms of all layers."""
         flat = condition @ dense["kernel"].astype(dtype)
         flat = flat + jnp.expand_dims(dense["bias"].astype(dtype), -2)
         return flat.reshape(*flat.shape[:-1], 3, width)
@@ -174,7 +173,7 @@ def make_tables(config: pi0.Pi0Config, params: PyTree, times: Float[Array, " n"]
     return Tables(None, jnp.moveaxis(jnp.stack(per_layer, axis=2), 1, 0), final)
 
 
-def _stack(
+def stack_layers(
     config: pi0.Pi0Config, params: PyTree, stream: int, options: tuning.InferenceOptions
 ) -> Layer:
     """One stream's layers on a leading axis."""
@@ -207,16 +206,3 @@ def _stack(
         gate_up=parts[1],
         down=mlp["linear"].astype(dtype),
     )
-
-
-def multiply(x: Array, matrix: Array) -> Array:
-    """As one matrix product, which XLA's CPU backend is fastest at."""
-    rows = x.reshape(-1, x.shape[-1])
-    return (rows @ matrix.astype(rows.dtype)).reshape(*x.shape[:-1], -1)
-
-
-def dense(params: PyTree, x: Array) -> Array:
-    """A Linen `Dense` without a dtype: in the wider of the input's and the parameters' dtypes."""
-    dtype = jnp.promote_types(x.dtype, params["kernel"].dtype)
-    bias = params["bias"].astype(dtype)
-    return multiply(x.astype(dtype), params["kernel"]) + bias.reshape((1,) * (x.ndim - 1) + (-1,))

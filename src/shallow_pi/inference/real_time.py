@@ -1,10 +1,10 @@
 """Real-time chunking: sample a chunk that continues the one being executed.
 
-After "Real-Time Execution of Action Chunking Flow Policies" (arXiv 2506.07339). While a plan is
-computed, the robot executes d more actions of the previous chunk. They are frozen, the rest of the
-previous chunk is a wish that fades, and sampling is inpainting: at every integration step the
-velocity is pulled towards chunks that agree with the previous one, by pseudoinverse guidance
-(ΠGDM) through the action expert alone; the prefix cache does not depend on the noisy actions.
+After "Real-Time Execution of Action Chunking Flow Policies" (arXiv 2506.07339). While a chunk is
+computed, the robot executes d more actions of the previous one. Those are fixed, the rest of the
+previous chunk is a target whose weight decays, and sampling is inpainting: at every integration
+step, pseudoinverse guidance (ΠGDM) pulls the velocity towards chunks that agree with the previous
+one. It runs through the action expert alone: the prefix cache does not depend on noisy actions.
 
 The paper's time is τ = 1 − t and its velocity v = a − ε = −u (see `distill.flow`). It integrates
 
@@ -33,13 +33,13 @@ MAX_WEIGHT = 5.0
 
 
 class Guidance(NamedTuple):
-    """What new chunks are to agree with; all of it is traced: one program serves every delay."""
+    """The previous chunks that new ones continue; all traced, so one program serves every delay."""
 
     # Normalized actions of the previous chunk from now on; anything in the last `executed` rows.
     previous: Float[Array, "b ah ad"]
     # d: leading actions that will have been executed before the new chunk arrives.
     delay: Int[Array, " b"]
-    # s: actions of the previous chunk executed until now, and so trailing ones it says nothing of.
+    # s: actions of the previous chunk executed so far, so that its last s say nothing.
     executed: Int[Array, " b"]
     # β: upper bound of the guidance weight; 0 turns it off.
     max_weight: Float[Array, ""]
@@ -54,7 +54,7 @@ def soft_mask(
     """
     i, d, end = jnp.arange(horizon)[None], delay[:, None], horizon - executed[:, None]
     c = (end - i).astype(jnp.float32) / jnp.maximum(end - d + 1, 1).astype(jnp.float32)
-    # Outside of the ramp the exponential could overflow.
+    # Outside the ramp the exponential could overflow.
     c = jnp.clip(c, 0.0, 1.0)
     ramp = c * jnp.expm1(c) / jnp.expm1(jnp.float32(1.0))
     return jnp.where(i >= end, 0.0, jnp.where(i < d, 1.0, ramp))
@@ -78,7 +78,7 @@ def guided(
       velocity: noisy actions (b, ah, ad) to their velocity at time t.
       x_t: the noisy actions.
       t: their time, 1 is noise.
-      guidance: what the chunks are to agree with.
+      guidance: the previous chunks.
     """
     u, pull_back = jax.vjp(velocity, x_t)
     mask = soft_mask(guidance.delay, guidance.executed, x_t.shape[1])

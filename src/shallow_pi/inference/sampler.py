@@ -1,9 +1,9 @@
 """Sampling actions: Euler integration of the velocity from noise to data, over a prefix cache.
 
-The backbone runs once; then N integration steps run the action expert alone against the cached
-prefix keys and values, `dt = -1/N`, from t = 1 (noise) to t = 0 (data), as in openpi
-(models/pi0.py, sample_actions). `x_t` and the time stay in float32; the loop's count is static, so
-the device never waits for the host to decide whether to go on. `tuning` lists the optimizations,
+The backbone runs once; then N integration steps of `dt = -1/N` run the action expert alone against
+the cached prefix keys and values, from t = 1 (noise) to t = 0 (data), as in openpi (models/pi0.py,
+sample_actions). `x_t` and the time stay in float32. The number of steps is static, so the device
+never waits for the host. `tuning` lists the optimizations,
 `real_time` says how a chunk continues the previous one.
 """
 
@@ -43,8 +43,8 @@ def sample_actions(
 ) -> Float[Array, "b ah ad"]:
     """Normalized actions for a batch of observations, float32.
 
-    Jit it with `config`, `num_steps` and `options` static. Where one policy is asked often, prepare
-    its weights once (`prepare.prepare`) and call `sample_prepared`.
+    Jit it with `config`, `num_steps` and `options` static. For repeated calls, prepare the weights
+    once (`prepare.prepare`) and call `sample_prepared`.
 
     Args:
       config: the model.
@@ -53,7 +53,7 @@ def sample_actions(
       noise: the start of the path, standard normal.
       num_steps: integration steps N; openpi uses 10.
       options: result-preserving optimizations; None is the default of this backend.
-      guidance: the previous chunks, which the new ones are to agree with; None is plain sampling.
+      guidance: the previous chunks that the new ones continue; None is plain sampling.
     """
     options = options or tuning.default()
     prepared = prepare.prepare(config, params, integration_times(num_steps), options)
@@ -96,13 +96,13 @@ def sample_prepared(
         else:
             tables = jax.tree.map(lambda leaf: leaf[None], tables)
 
-        def velocity(x: Array, kernel: attention.Kernel = "xla") -> tuple[Array, Any]:
-            return forward.velocity(config, prepared, cache, valid, x, tables, state, kernel=kernel)
+        def velocity(x: Array, by: attention.Kernel) -> tuple[Array, Any]:
+            return forward.velocity(config, prepared, cache, valid, x, tables, state, kernel=by)
 
         if guidance is None:
             v, cache = velocity(x_t, kernel)
-        else:  # It differentiates, which not every kernel can, and is small beside the prefix.
-            v = real_time.guided(lambda x: velocity(x)[0], x_t, t, guidance)
+        else:  # Differentiated, which not every kernel can be; a step is small beside the prefix.
+            v = real_time.guided(lambda x: velocity(x, "xla")[0], x_t, t, guidance)
         return (x_t + dt * v, cache), None
 
     carry = noise.astype(jnp.float32), cache

@@ -64,18 +64,18 @@ def best(config: pi0.Pi0Config) -> InferenceOptions:
 
 
 def key(config: pi0.Pi0Config) -> dict[str, Any]:
-    """What a measurement holds for. Cameras and prompt change from one observation to the next."""
+    """Device, JAX and sizes of a measurement; cameras and prompt vary with observations."""
     sizes = dataclasses.asdict(config)
     for name in ("cameras", "max_token_len"):
         del sizes[name]
     kind = jax.devices()[0].device_kind
-    # As they come back from a file.
+    # Through JSON, as a file gives it back.
     found = json.loads(json.dumps({"device": kind, "jax": jax.__version__, "sizes": sizes}))
     return dict(found)
 
 
 def path(config: pi0.Pi0Config) -> pathlib.Path:
-    """Where the measurement for a model is kept: `$SHALLOW_PI_CACHE/tuning`, by default at home."""
+    """The file of a model's measurement, in `tuning` of the user's cache."""
     content = key(config)
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
     device = re.sub(r"[^a-z0-9]+", "-", content["device"].lower()).strip("-")
@@ -86,12 +86,12 @@ def path(config: pi0.Pi0Config) -> pathlib.Path:
 def store(
     config: pi0.Pi0Config, options: InferenceOptions, milliseconds: Mapping[str, float]
 ) -> pathlib.Path:
-    """Keep the fastest, with everything that was measured; returns the file.
+    """Keep the fastest options and all measurements; returns the file.
 
     Args:
       config: the model.
-      options: the fastest.
-      milliseconds: of each candidate, by its name.
+      options: the fastest ones.
+      milliseconds: of each candidate, by name.
     """
     file = path(config)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -100,7 +100,7 @@ def store(
         "options": dataclasses.asdict(options),
         "milliseconds": dict(milliseconds),
     }
-    # Complete under its name, or not there: a robot may be reading.
+    # Renamed when complete: a robot may be reading.
     partial = file.with_suffix(f".{os.getpid()}.partial")
     partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     partial.replace(file)
@@ -108,7 +108,7 @@ def store(
 
 
 def load(config: pi0.Pi0Config) -> InferenceOptions | None:
-    """What `store` kept for this model, device and JAX; None, with a warning, if damaged."""
+    """The options kept by `store`, for this device and JAX; None, with a warning, if damaged."""
     file = path(config)
     try:
         return _options(config, json.loads(file.read_text(encoding="utf-8")))
@@ -116,7 +116,7 @@ def load(config: pi0.Pi0Config) -> InferenceOptions | None:
         return None
     except (OSError, ValueError) as error:
         warnings.warn(
-            f"{file} is ignored: {error}. Delete it, or measure anew with "
+            f"{file} is ignored: {error}. Delete it, or measure again with "
             f"`scripts/benchmark.py --tune`.",
             stacklevel=2,
         )
@@ -124,7 +124,7 @@ def load(config: pi0.Pi0Config) -> InferenceOptions | None:
 
 
 def _options(config: pi0.Pi0Config, content: Any) -> InferenceOptions:
-    """A file's choice; ValueError where it makes no sense."""
+    """The options of a file; ValueError if they are invalid."""
     if not isinstance(content, dict) or content.get("key") != key(config):
         raise ValueError("it is of another model, device or version of JAX")
     given, fields = content.get("options"), dataclasses.asdict(ALL_ON)

@@ -6,13 +6,12 @@ tokens never see the suffix, so each stream is its own attention call: the prefi
 suffix over the prefix and itself. That is openpi's joint attention without the masked quarter, and
 it lets R draws of (noise, time) of one observation share its prefix.
 
-Letters in einsums: B batch, R draws, T query, S key/value, N query heads, K kv heads, G queries per
-kv head, H head dim, D width. Heads stay axes of their own (N is K and G), so that devices can share
-them; on each device XLA makes T and G the rows of one matrix.
+Letters in einsums: those of `layers`, N query heads, D width. Heads stay axes of their own (N is K
+and G), so that devices can share them; on each device XLA makes T and G the rows of one matrix.
 """
 
 import dataclasses
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -20,9 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from shallow_pi.models import layers
+from shallow_pi.models import layers, parameters
 
-Outputs = Literal["nothing", "cache", "hidden"]
+# A tree of parameters.
+Weights = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,15 +41,25 @@ class GemmaConfig:
     head_dim: int = 256
 
 
-class Cache(NamedTuple):
-    """Rotated prefix keys, and values, of every layer."""
-
-    keys: Float[Array, "l b s k h"]
-    values: Float[Array, "l b s k h"]
+def axis_sizes(configs: tuple[GemmaConfig, GemmaConfig]) -> dict[str, int]:
+    """The sizes of the logical axes of a layer (`parameters.TABLE`)."""
+    backbone, expert = configs
+    return {
+        "width": backbone.width,
+        "mlp": backbone.mlp_dim,
+        "heads": backbone.num_heads,
+        "kv_heads": backbone.num_kv_heads,
+        "head_dim": backbone.head_dim,
+        "keys_values": 2,
+        "gate_up": 2,
+        "expert_width": expert.width,
+        "expert_mlp": expert.mlp_dim,
+        "modulation": 3 * expert.width,
+    }
 
 
 class Capture(NamedTuple):
-    """What one layer's attention of the action rows over the prefix columns is made of."""
+    """The parts of one layer's attention of the action rows over the prefix columns."""
 
     # Scaled, rotated queries of the last rows of the suffix, the action tokens.
     queries: Float[Array, "b r a k g h"]
@@ -57,7 +67,12 @@ class Capture(NamedTuple):
 
     def logits(self) -> Float[Array, "b r n a s"]:
         """The attention logits in float32, before any mask, one map a query head."""
-        logits = _logits("BRTKGH,BSKH->BRKTGS", self.queries, self.keys)
+        logits = jnp.einsum(
+            "BRTKGH,BSKH->BRKTGS",
+            self.queries,
+            self.keys,
+            preferred_element_type=jnp.float32,
+        )
         b, r, k, a, g, s = logits.shape
         return jnp.moveaxis(logits, 4, 3).reshape(b, r, k * g, a, s)
 
@@ -70,7 +85,7 @@ class Hidden(NamedTuple):
 
 
 class Geometry(NamedTuple):
-    """What every layer needs and no layer changes."""
+    """Inputs of every layer that no layer changes."""
 
     prefix_valid: Bool[Array, "b s"]
     prefix_rope: tuple[Array, Array]
@@ -99,7 +114,7 @@ class Geometry(NamedTuple):
 
 
 def suffix_mask(suffix_len: int, action_horizon: int) -> Bool[np.ndarray, "t t"]:
-    """Which suffix token (row) sees which (column): the state token sees itself, actions see all.
+    """The suffix tokens (columns) that each one (row) sees: the state sees itself, actions see all.
 
     openpi's rule: a new block opens at the state token and at the first action; a query sees the
     keys of its own and of earlier blocks.
@@ -111,84 +126,75 @@ def suffix_mask(suffix_len: int, action_horizon: int) -> Bool[np.ndarray, "t t"]
     return block[:, None] >= block[None, :]
 
 
-def _logits(equation: str, queries: Array, keys: Array) -> Array:
-    return jnp.einsum(equation, queries, keys, preferred_element_type=jnp.float32)
-
-
 def _name(name: str, stream: int) -> str:
     return name if stream == 0 else f"{name}_{stream}"
 
 
-class Attention(nn.Module):
-    """Projections of both streams around the shared grouped-query attention."""
+def norm(
+    weights: Weights, x: Float[Array, "*b t d"], condition: Float[Array, "*b e"] | None
+) -> tuple[Float[Array, "*b t d"], Float[Array, "*b 1 d"] | None]:
+    """RMSNorm, adaptive where there is a condition; then also the gate of the residual."""
+    if condition is None:
+        return layers.rms_norm(x, 1 + weights["scale"].astype(jnp.float32))
+    modulation = layers.dense(weights["Dense_0"], condition, x.dtype)[..., None, :]
+    scale, shift, gate = jnp.split(modulation, 3, axis=-1)
+    return layers.rms_norm(x, None, (scale, shift, gate))
 
-    configs: tuple[GemmaConfig, GemmaConfig]
-    action_rows: int
 
-    @nn.compact
-    def __call__(
-        self,
-        prefix: Float[Array, "b s d"],
-        suffix: Float[Array, "b r t e"],
-        geometry: Geometry,
-    ) -> tuple[Array, Array, tuple[Array, Array], Capture]:
-        queries, keys, values = self._project(0, prefix, geometry.prefix_rope)
-        logits = _logits("BTKGH,BSKH->BKTGS", queries, keys)
-        probabilities = layers.softmax(logits, geometry.prefix_valid[:, None, None, None, :])
-        mixed = jnp.einsum("BKTGS,BSKH->BTKGH", probabilities.astype(values.dtype), values)
-        prefix_out = self._output(0, mixed)
-        queries, own_keys, own_values = self._project(1, suffix, geometry.suffix_rope)
-        to_prefix = _logits("BRTKGH,BSKH->BRKTGS", queries, keys)
-        to_own = _logits("BRTKGH,BRSKH->BRKTGS", queries, own_keys)
-        prefix_valid = geometry.prefix_valid[:, None, None, None, None, :]
-        mask = jnp.concatenate(
-            [
-                jnp.broadcast_to(prefix_valid, to_prefix.shape),
-                jnp.broadcast_to(geometry.suffix_mask[:, None, :], to_own.shape),
-            ],
-            axis=-1,
-        )
-        probabilities = layers.softmax(jnp.concatenate([to_prefix, to_own], axis=-1), mask)
-        on_prefix, on_own = jnp.split(
-            probabilities.astype(values.dtype), [to_prefix.shape[-1]], axis=-1
-        )
-        mixed = jnp.einsum(
-            "BRKTGS,BSKH->BRTKGH", on_prefix, values, preferred_element_type=jnp.float32
-        ) + jnp.einsum(
-            "BRKTGS,BRSKH->BRTKGH", on_own, own_values, preferred_element_type=jnp.float32
-        )
-        suffix_out = self._output(1, mixed.astype(suffix.dtype))
-        capture = Capture(queries[:, :, -self.action_rows :], keys)
-        return prefix_out, suffix_out, (keys, values), capture
+def attention(
+    weights: Weights,
+    prefix: Float[Array, "b s d"],
+    suffix: Float[Array, "b r t e"],
+    geometry: Geometry,
+    action_rows: int,
+) -> tuple[Float[Array, "b s d"], Float[Array, "b r t e"], Capture]:
+    """Both streams' attention, and its parts for the last `action_rows` rows of the suffix."""
 
-    def _project(
-        self, stream: int, x: Array, rope: tuple[Array, Array]
-    ) -> tuple[Array, Array, Array]:
-        """Rotated, scaled queries (..., T, K, G, H), rotated keys and values (..., S, K, H)."""
-        c = self.configs[stream]
-        queries = layers.Einsum(
-            (c.num_heads, c.width, c.head_dim),
-            nn.initializers.lecun_normal(in_axis=-2, out_axis=-1, batch_axis=(0,)),
-            name=_name("q_einsum", stream),
-        )("...TD,NDH->...TNH", x)
-        key_value = layers.Einsum(
-            (2, c.num_kv_heads, c.width, c.head_dim),
-            nn.initializers.lecun_normal(in_axis=-2, out_axis=-1, batch_axis=(0, 1)),
-            name=_name("kv_einsum", stream),
-        )("...SD,CKDH->C...SKH", x)
-        queries = layers.apply_rope(queries, rope) * jnp.asarray(c.head_dim**-0.5, queries.dtype)
-        groups = c.num_heads // c.num_kv_heads
-        queries = queries.reshape(*queries.shape[:-2], c.num_kv_heads, groups, c.head_dim)
-        return queries, layers.apply_rope(key_value[0], rope), key_value[1]
+    def project(
+        stream: int, x: Array, rope: tuple[Array, Array]
+    ) -> tuple[Array, tuple[Array, Array]]:
+        to_queries = weights[_name("q_einsum", stream)]["w"].astype(x.dtype)
+        to_both = weights[_name("kv_einsum", stream)]["w"].astype(x.dtype)
+        queries = jnp.einsum("...TD,NDH->...TNH", x, to_queries)
+        keys, values = jnp.einsum("...SD,CKDH->C...SKH", x, to_both)
+        queries, keys = layers.split_heads(queries, keys, rope)
+        return queries, (keys, values)
 
-    def _output(self, stream: int, mixed: Array) -> Array:
-        c = self.configs[stream]
-        mixed = mixed.reshape(*mixed.shape[:-3], c.num_heads, c.head_dim)
-        return layers.Einsum(
-            (c.num_heads, c.head_dim, c.width),
-            nn.initializers.lecun_normal(in_axis=(-3, -2), out_axis=-1),
-            name=_name("attn_vec_einsum", stream),
-        )("...TNH,NHD->...TD", mixed)
+    def leave(stream: int, mixed: Array) -> Array:
+        w = weights[_name("attn_vec_einsum", stream)]["w"].astype(mixed.dtype)
+        return jnp.einsum("...TNH,NHD->...TD", mixed.reshape(*mixed.shape[:-3], *w.shape[:2]), w)
+
+    queries, cached = project(0, prefix, geometry.prefix_rope)
+    prefix_out = leave(0, layers.attend(queries, *cached, geometry.prefix_valid[:, None]))
+    queries, own = project(1, suffix, geometry.suffix_rope)
+    mixed = layers.attend_both(queries, cached, own, geometry.prefix_valid, geometry.suffix_mask)
+    return prefix_out, leave(1, mixed), Capture(queries[:, :, -action_rows:], cached[0])
+
+
+def layer(
+    weights: Weights,
+    streams: tuple[Float[Array, "b s d"], Float[Array, "b r t e"]],
+    geometry: Geometry,
+    action_rows: int,
+) -> tuple[tuple[Array, Array], Capture]:
+    """One layer of both streams."""
+    conditions = (None, geometry.condition)
+
+    def norms(name: str) -> list[tuple[Array, Array | None]]:
+        return [norm(weights[_name(name, i)], streams[i], conditions[i]) for i in (0, 1)]
+
+    (prefix, _), (suffix, gate) = norms("pre_attention_norm")
+    *attended, capture = attention(weights["attn"], prefix, suffix, geometry, action_rows)
+    streams = streams[0] + attended[0], layers.residual(streams[1], attended[1], gate)
+
+    def mlp(stream: int, x: Array) -> Array:
+        w = weights[_name("mlp", stream)]
+        gating = w["gating_einsum"].astype(x.dtype)
+        return layers.gated_mlp(x, (gating[0], gating[1]), w["linear"])
+
+    (prefix, _), (suffix, gate) = norms("pre_ffw_norm")
+    streams = streams[0] + mlp(0, prefix), layers.residual(streams[1], mlp(1, suffix), gate)
+    return streams, capture
 
 
 class Block(nn.Module):
@@ -197,54 +203,31 @@ class Block(nn.Module):
     configs: tuple[GemmaConfig, GemmaConfig]
     # Rows at the end of the suffix that are action tokens.
     action_rows: int
-    # Layer whose action-to-prefix attention is carried out, or None: then nothing is carried.
+    # The layer whose action-to-prefix attention is carried out; None carries nothing.
     capture_layer: int | None
-    # What is stacked over the layers: nothing, the prefix keys and values, or the residual streams.
-    outputs: Outputs
+    # Stack the residual streams over the layers.
+    hidden: bool
     execution: layers.Execution
 
     @nn.compact
     def __call__(
         self,
         carry: tuple[Array, Array, Capture | None],
-        layer: Int[Array, ""],
+        index: Int[Array, ""],
         geometry: Geometry,
-    ) -> tuple[tuple[Array, Array, Capture | None], Any]:
+    ) -> tuple[tuple[Array, Array, Capture | None], tuple[Array, Array] | None]:
         prefix, suffix, captured = carry
-        streams = [self.execution.keep_rows(x) for x in (prefix, suffix)]
-        conditions = (None, geometry.condition)
-
-        def norm(name: str) -> list[tuple[Array, Array | None]]:
-            return [
-                layers.RMSNorm(name=_name(name, i))(x, conditions[i]) for i, x in enumerate(streams)
-            ]
-
-        normed = norm("pre_attention_norm")
-        *attended, keys_values, capture = Attention(self.configs, self.action_rows, name="attn")(
-            normed[0][0], normed[1][0], geometry
-        )
-        streams = [
-            _residual(x, y, gate) for x, y, (_, gate) in zip(streams, attended, normed, strict=True)
-        ]
-        normed = norm("pre_ffw_norm")
-        hidden = [
-            layers.FeedForward(self.configs[i].mlp_dim, name=_name("mlp", i))(x)
-            for i, (x, _) in enumerate(normed)
-        ]
-        streams = [
-            _residual(x, y, gate) for x, y, (_, gate) in zip(streams, hidden, normed, strict=True)
-        ]
+        pi05 = geometry.condition is not None
+        weights = parameters.declare(self, parameters.LAYERS, axis_sizes(self.configs), pi05)
+        keep = self.execution.keep_rows
+        streams = keep(prefix), keep(suffix)
+        streams, capture = layer(weights, streams, geometry, self.action_rows)
         if self.capture_layer is not None:
             captured = jax.tree.map(
-                lambda new, old: jnp.where(layer == self.capture_layer, new, old), capture, captured
+                lambda new, old: jnp.where(index == self.capture_layer, new, old), capture, captured
             )
-        streams = [self.execution.keep_rows(x) for x in streams]
-        stacked = {"nothing": None, "cache": keys_values, "hidden": tuple(streams)}[self.outputs]
-        return (streams[0], streams[1], captured), stacked
-
-
-def _residual(x: Array, y: Array, gate: Array | None) -> Array:
-    return x + y if gate is None else x + y * gate
+        streams = keep(streams[0]), keep(streams[1])
+        return (*streams, captured), streams if self.hidden else None
 
 
 class Module(nn.Module):
@@ -257,7 +240,8 @@ class Module(nn.Module):
     execution: layers.Execution = layers.DEFAULT_EXECUTION
 
     def setup(self) -> None:
-        self.embedder = layers.Embedder(self.vocab_size, self.configs[0].width)
+        sizes = {"vocab": self.vocab_size, "width": self.configs[0].width}
+        self.embedder = parameters.Leaves("PaliGemma/llm/embedder", sizes, pi05=False)
 
     @nn.compact
     def __call__(
@@ -268,13 +252,13 @@ class Module(nn.Module):
         *,
         action_rows: int = 0,
         capture_layer: int | None = None,
-        outputs: Outputs = "nothing",
-    ) -> tuple[Any, Any, Capture | None]:
+        hidden: bool = False,
+    ) -> tuple[Float[Array, "b r t e"], Hidden | None, Capture | None]:
         """Run the layers.
 
         Returns:
-          The normed suffix; nothing, a `Cache` or `Hidden`, by `outputs`;
-          the captured attention of `capture_layer` (None when that is None).
+          The normed suffix; the residual streams if `hidden`; the captured attention of
+          `capture_layer` (None when that is None).
         """
         prefix = prefix.astype(self.dtype)
         suffix = suffix.astype(self.dtype)
@@ -292,20 +276,23 @@ class Module(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast),
             length=self.depth,
-        )(self.configs, action_rows, capture_layer, outputs, self.execution, name="layers")
+        )(self.configs, action_rows, capture_layer, hidden, self.execution, name="layers")
         embedded = prefix, suffix
         (_, suffix, captured), stacked = scanned(
             (prefix, suffix, captured), jnp.arange(self.depth), geometry
         )
-        if self.is_initializing():
-            # openpi's tree has the prefix's final norm, though nothing ever reads its output.
-            layers.RMSNorm(name="final_norm")(jnp.zeros((1, 1, self.configs[0].width)))
-        suffix, _ = layers.RMSNorm(name="final_norm_1")(suffix, geometry.condition)
-        if outputs == "hidden":
-            stacked = jax.tree.map(lambda x, xs: jnp.concatenate([x[None], xs]), embedded, stacked)
-            return suffix, Hidden(*stacked), captured
-        return suffix, Cache(*stacked) if outputs == "cache" else None, captured
+        # openpi's tree has the prefix's final norm too, though nothing reads its output.
+        names = ("final_norm", "final_norm_1")
+        pi05 = geometry.condition is not None
+        sizes = axis_sizes(self.configs)
+        norms = parameters.declare(self, "PaliGemma/llm", sizes, pi05, names)
+        suffix, _ = norm(norms["final_norm_1"], suffix, geometry.condition)
+        if not hidden:
+            return suffix, None, captured
+        stacked = jax.tree.map(lambda x, xs: jnp.concatenate([x[None], xs]), embedded, stacked)
+        return suffix, Hidden(*stacked), captured
 
     def embed(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
         """Scaled embeddings of prompt tokens in the compute dtype."""
-        return self.execution.keep_columns(self.embedder(tokens, self.dtype))
+        table = self.embedder()["input_embedding"]
+        return self.execution.keep_columns(layers.embed_tokens(table, tokens, self.dtype))

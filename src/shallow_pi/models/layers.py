@@ -1,11 +1,16 @@
-"""The parts of a layer: rotary and time embeddings, masked softmax, norms, projections, the MLP.
+"""The equations of a layer, as pure functions: norms, rotary embedding, attention, gated MLP.
 
-Each computes what openpi's part of the same name does (models/gemma.py, models/pi0.py), parameter
-names included. Parameters are cast to the dtype of the activations; norms, angles and softmax are
-float32. `Execution` says how a stack of layers is run, which changes no result.
+Training (`gemma`, `siglip`, `pi0`) and inference call the same ones; an attention kernel is another
+body of `attend`. Each computes what openpi's part of the same name does (models/gemma.py,
+models/pi0.py): products in the dtype of the activations, norms, angles and softmax in float32.
+`Execution` says how a stack of layers is run, which changes no result.
+
+Letters in einsums: B batch, R draws, T query, S key/value, K kv heads, G queries per kv head,
+H head dim.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -16,19 +21,19 @@ from jaxtyping import Array, Bool, Float, Int
 
 MASKED = -2.3819763e38
 ROPE_WAVELENGTH = 10_000.0
-# What the backward pass finds of a layer: its input alone, and it computes the rest again; also the
-# products with weights, so that only what lies between them is computed again; or everything.
+# What the forward pass keeps of a layer for the backward one, which recomputes the rest: its input;
+# its products with weights too; or everything, so that "none" recomputes nothing.
 Remat = Literal["layers", "dots", "none"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
-    """How a model is run. Nothing here changes a result."""
+    """Settings of how a model is run. None of them changes a result."""
 
     remat: Remat = "layers"
-    # How the batch is split over devices, which every layer then keeps to; None leaves it to XLA.
+    # The sharding of the batch, which every layer keeps; None leaves it to XLA.
     rows: jax.sharding.Sharding | None = None
-    # The parameters lie in the host's memory: each layer's are copied to the device when it runs.
+    # The parameters are in host memory: each layer copies its own to the device when it runs.
     offloaded: bool = False
 
     def __post_init__(self) -> None:
@@ -36,7 +41,7 @@ class Execution:
             raise ValueError(f"remat must be layers, dots or none, got {self.remat!r}.")
 
     def layer(self, module: type[nn.Module]) -> Any:
-        """A layer's class, to be scanned, as this execution runs it."""
+        """The class of a layer, to be scanned, as this execution runs it."""
         if self.offloaded:
             module = nn.map_variables(module, "params", trans_in_fn=to_device, init=False)
         if self.remat == "none":
@@ -45,18 +50,18 @@ class Execution:
         return nn.remat(module, prevent_cse=False, policy=policy)
 
     def keep_rows(self, x: Float[Array, " b *more"]) -> Float[Array, " b *more"]:
-        """`x` with its first axis split as `rows` says, and nothing else.
+        """`x` with its first axis sharded as `rows`, and no other axis.
 
-        Where parameters are split over the same devices as the batch, XLA might otherwise gather
-        the batch instead of the parameters.
+        Where parameters are sharded over the devices of the batch, XLA might otherwise gather the
+        batch instead of the parameters.
         """
         return x if self.rows is None else jax.lax.with_sharding_constraint(x, self.rows)
 
     def keep_columns(self, x: Float[Array, " b *more d"]) -> Float[Array, " b *more d"]:
-        """`x`, looked up in a table, with its columns split as the table's.
+        """`x`, looked up in a table, with its columns sharded as the table's.
 
-        These are the last of the axes that split `rows`, so rows and columns change places on the
-        way in and out. Told nothing, XLA copies the gradient of `x` to every device in between.
+        The columns are sharded over the last mesh axis of `rows`, so rows and columns change places
+        on the way in and out. Without this, XLA copies the gradient of `x` to every device between.
         """
         if not isinstance(self.rows, NamedSharding) or not isinstance(self.rows.spec[0], tuple):
             return x
@@ -72,7 +77,7 @@ _SAVE_DOTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 
 
 def to_device(tree: Any) -> Any:
-    """A tree of arrays copied from the host's memory to that of their devices, inside a jit."""
+    """A tree of arrays copied from host memory to their devices, inside a jit."""
     if hasattr(jax, "memory"):
         memory: Any = jax.memory.Space.Device
     else:  # Its name before JAX 0.7.
@@ -80,7 +85,7 @@ def to_device(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: jax.device_put(leaf, memory), tree)
 
 
-def _row(values: Float[Array, " d"], ndim: int) -> Array:
+def row(values: Float[Array, " d"], ndim: int) -> Array:
     """A vector as the last of `ndim` axes, since strict code does not broadcast across ranks."""
     return values.reshape((1,) * (ndim - 1) + values.shape)
 
@@ -91,7 +96,7 @@ def rope_table(
     """Sine and cosine of the rotary angles, float32, with an axis for the heads."""
     exponents = jnp.arange(head_dim // 2, dtype=jnp.float32) * (2.0 / head_dim)
     wavelengths = jnp.power(ROPE_WAVELENGTH, exponents)
-    radians = positions[..., None].astype(jnp.float32) / _row(wavelengths, positions.ndim + 1)
+    radians = positions[..., None].astype(jnp.float32) / row(wavelengths, positions.ndim + 1)
     return jnp.sin(radians)[..., None, :], jnp.cos(radians)[..., None, :]
 
 
@@ -111,79 +116,160 @@ def time_embedding(
     period = min_period * (max_period / min_period) ** fraction
     # In openpi's order: angles reach 1,571, where one rounding more is 1e-4 of the sine.
     angular = 1.0 / period * 2 * jnp.pi
-    angle = time[..., None].astype(jnp.float32) * _row(angular, time.ndim + 1)
+    angle = time[..., None].astype(jnp.float32) * row(angular, time.ndim + 1)
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
 
 
-def softmax(logits: Float[Array, "..."], mask: Bool[Array, "..."]) -> Float[Array, "..."]:
-    """Softmax over the last axis where `mask`, in float32."""
-    return jax.nn.softmax(jnp.where(mask, logits, MASKED), axis=-1)
+def rms_norm(
+    x: Float[Array, "*b t d"],
+    scale: Float[Array, " d"] | None,
+    modulation: tuple[Array, Array, Array] | None = None,
+) -> tuple[Float[Array, "*b t d"], Array | None]:
+    """RMSNorm, or the adaptive one, which also returns a gate for the residual.
+
+    Args:
+      x: the stream.
+      scale: of the plain norm, in float32; openpi's parameter is scale - 1.
+      modulation: scale - 1, shift and gate of the adaptive norm, broadcastable to `x`.
+    """
+    wide = x.astype(jnp.float32)
+    normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + 1e-6)
+    if modulation is None:
+        assert scale is not None, "a norm is plain or adaptive"
+        return (normed * row(scale, x.ndim)).astype(x.dtype), None
+    scale, shift, gate = modulation
+    normed = normed * (1 + scale.astype(jnp.float32)) + shift.astype(jnp.float32)
+    return normed.astype(x.dtype), gate
 
 
-class RMSNorm(nn.Module):
-    """RMSNorm; with a condition the adaptive one, which also returns a gate for the residual."""
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "*b t d"], condition: Float[Array, "*b e"] | None = None
-    ) -> tuple[Float[Array, "*b t d"], Float[Array, "*b 1 d"] | None]:
-        variance = jnp.mean(jnp.square(x.astype(jnp.float32)), axis=-1, keepdims=True)
-        normed = x.astype(jnp.float32) * jax.lax.rsqrt(variance + 1e-6)
-        if condition is None:
-            scale = self.param("scale", nn.initializers.zeros_init(), (x.shape[-1],))
-            scale = _row(scale.astype(jnp.float32), x.ndim)
-            return (normed * (1 + scale)).astype(x.dtype), None
-        modulation = nn.Dense(
-            3 * x.shape[-1], kernel_init=nn.initializers.zeros_init(), dtype=x.dtype, name="Dense_0"
-        )(condition)
-        scale, shift, gate = jnp.split(modulation[..., None, :], 3, axis=-1)
-        normed = normed * (1 + scale.astype(jnp.float32)) + shift.astype(jnp.float32)
-        return normed.astype(x.dtype), gate
+def layer_norm(
+    x: Float[Array, "b s d"], scale: Float[Array, " d"], bias: Float[Array, " d"]
+) -> Float[Array, "b s d"]:
+    """LayerNorm in float32, with Linen's variance: E[x²] - E[x]², in one pass."""
+    wide = x.astype(jnp.float32)
+    mean = jnp.mean(wide, axis=-1, keepdims=True)
+    variance = jnp.maximum(jnp.mean(wide * wide, axis=-1, keepdims=True) - mean * mean, 0.0)
+    factor = jax.lax.rsqrt(variance + 1e-6) * row(scale.astype(jnp.float32), x.ndim)
+    return ((wide - mean) * factor + row(bias.astype(jnp.float32), x.ndim)).astype(x.dtype)
 
 
-class Einsum(nn.Module):
-    """A projection with the parameter `w`, cast to the input's dtype."""
-
-    shape: tuple[int, ...]
-    kernel_init: nn.initializers.Initializer
-
-    @nn.compact
-    def __call__(self, equation: str, x: Array) -> Array:
-        return jnp.einsum(
-            equation, x, self.param("w", self.kernel_init, self.shape).astype(x.dtype)
-        )
+def residual(x: Array, y: Array, gate: Array | None) -> Array:
+    """`x + y`, with `y` gated behind an adaptive norm."""
+    return x + y if gate is None else x + y * gate
 
 
-class FeedForward(nn.Module):
-    """Gated GELU MLP."""
-
-    mlp_dim: int
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
-        d = x.shape[-1]
-        init = nn.initializers.lecun_normal(in_axis=-2, out_axis=-1, batch_axis=(0,))
-        gating = self.param("gating_einsum", init, (2, d, self.mlp_dim)).astype(x.dtype)
-        linear = self.param(
-            "linear", nn.initializers.lecun_normal(in_axis=-2, out_axis=-1), (self.mlp_dim, d)
-        ).astype(x.dtype)
-        # As one matrix: XLA's CPU backend takes five times as long for the gradient otherwise.
-        rows = x.reshape(-1, d)
-        return ((nn.gelu(rows @ gating[0]) * (rows @ gating[1])) @ linear).reshape(x.shape)
+def multiply(x: Float[Array, "*b i"], matrix: Float[Array, "i o"]) -> Float[Array, "*b o"]:
+    """One product of two matrices in the dtype of `x`, which XLA's CPU backend is fastest at."""
+    rows = x.reshape(-1, x.shape[-1])
+    return (rows @ matrix.astype(x.dtype)).reshape(*x.shape[:-1], -1)
 
 
-class Embedder(nn.Module):
-    """The token embedding, scaled by sqrt(width)."""
+def dense(
+    weights: Mapping[str, Array], x: Float[Array, "*b i"], dtype: Any = None
+) -> Float[Array, "*b o"]:
+    """`x @ kernel + bias` in a dtype; None: the wider of the dtypes of `x` and `kernel`."""
+    dtype = dtype or jnp.promote_types(x.dtype, weights["kernel"].dtype)
+    bias = row(weights["bias"].astype(dtype), x.ndim)
+    return multiply(x.astype(dtype), weights["kernel"]) + bias
 
-    vocab_size: int
-    width: int
 
-    @nn.compact
-    def __call__(self, tokens: Int[Array, "b t"], dtype: jnp.dtype) -> Float[Array, "b t d"]:
-        table = self.param(
-            "input_embedding",
-            # Embedded words then have unit variance, like image tokens.
-            nn.initializers.normal(stddev=self.width**-0.5),
-            (self.vocab_size, self.width),
-        )
-        return (table[tokens] * jnp.asarray(self.width**0.5, table.dtype)).astype(dtype)
+def products(
+    x: Float[Array, "*b i"], matrices: tuple[Array, ...], sizes: tuple[int, ...]
+) -> list[Array]:
+    """The products of `x` with matrices of these widths, given one by one or as one matrix."""
+    if len(matrices) > 1:
+        return [multiply(x, matrix) for matrix in matrices]
+    ends = [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)]
+    return jnp.split(multiply(x, matrices[0]), ends, axis=-1)
+
+
+def gated_mlp(
+    x: Float[Array, "*b d"], gate_up: tuple[Array, ...], down: Float[Array, "f d"]
+) -> Float[Array, "*b d"]:
+    """Gated GELU MLP: `(gelu(x @ gate) * (x @ up)) @ down`."""
+    # As one matrix throughout: XLA's CPU backend takes five times as long for the gradient else.
+    rows = x.reshape(-1, x.shape[-1])
+    gate, up = products(rows, gate_up, (down.shape[0],) * 2)
+    return multiply(nn.gelu(gate) * up, down).reshape(x.shape)
+
+
+def split_heads(
+    queries: Float[Array, "*b t n h"], keys: Float[Array, "*b s k h"], rope: tuple[Array, Array]
+) -> tuple[Float[Array, "*b t k g h"], Float[Array, "*b s k h"]]:
+    """Rotated queries, scaled and grouped by their kv head, and rotated keys."""
+    *b, n, h = queries.shape
+    queries = apply_rope(queries, rope) * jnp.asarray(h**-0.5, queries.dtype)
+    k = keys.shape[-2]
+    return queries.reshape(*b, k, n // k, h), apply_rope(keys, rope)
+
+
+def softmax(logits: Float[Array, "..."], mask: Bool[Array, "..."] | None) -> Float[Array, "..."]:
+    """Softmax over the last axis where `mask`; None masks nothing."""
+    masked = logits if mask is None else jnp.where(mask, logits, MASKED)
+    return jax.nn.softmax(masked, axis=-1)
+
+
+def attend(
+    queries: Float[Array, "b t k g h"],
+    keys: Float[Array, "b s k h"],
+    values: Float[Array, "b s k h"],
+    mask: Bool[Array, "b m s"] | None,
+    logits_dtype: Any = jnp.float32,
+) -> Float[Array, "b t k g h"]:
+    """Grouped-query attention.
+
+    Args:
+      queries: scaled already.
+      keys: one for each kv head.
+      values: likewise.
+      mask: the keys that every query (m = t), or all alike (m = 1), may see; None: all keys.
+      logits_dtype: dtype of logits and softmax.
+    """
+    rows = jnp.moveaxis(queries, 2, 1)  # T and G are then the rows of one matrix in memory.
+    logits = jnp.einsum("BKTGH,BSKH->BKTGS", rows, keys, preferred_element_type=logits_dtype)
+    probabilities = softmax(logits, None if mask is None else mask[:, None, :, None])
+    mixed = jnp.einsum("BKTGS,BSKH->BKTGH", probabilities.astype(values.dtype), values)
+    return jnp.moveaxis(mixed, 1, 2)
+
+
+def attend_both(
+    queries: Float[Array, "b r t k g h"],
+    prefix: tuple[Array, Array],
+    own: tuple[Array, Array],
+    prefix_valid: Bool[Array, "b s"],
+    own_mask: Bool[Array, "t t"],
+) -> Float[Array, "b r t k g h"]:
+    """Attention over a prefix that r draws share and over the draw's own tokens, not joined.
+
+    Args:
+      queries: scaled already.
+      prefix: keys and values (b, s, k, h).
+      own: keys and values (b, r, t, k, h).
+      prefix_valid: the prefix tokens that exist.
+      own_mask: the own tokens (columns) that each own token (row) sees.
+    """
+    (keys, values), (own_keys, own_values) = prefix, own
+    wide = {"preferred_element_type": jnp.float32}
+    to_prefix = jnp.einsum("BRTKGH,BSKH->BRKTGS", queries, keys, **wide)
+    to_own = jnp.einsum("BRTKGH,BRSKH->BRKTGS", queries, own_keys, **wide)
+    mask = jnp.concatenate(
+        [
+            jnp.broadcast_to(prefix_valid[:, None, None, None, None, :], to_prefix.shape),
+            jnp.broadcast_to(own_mask[:, None, :], to_own.shape),
+        ],
+        axis=-1,
+    )
+    probabilities = softmax(jnp.concatenate([to_prefix, to_own], axis=-1), mask)
+    on_prefix, on_own = jnp.split(
+        probabilities.astype(values.dtype), [to_prefix.shape[-1]], axis=-1
+    )
+    mixed = jnp.einsum("BRKTGS,BSKH->BRTKGH", on_prefix, values, **wide)
+    mixed = mixed + jnp.einsum("BRKTGS,BRSKH->BRTKGH", on_own, own_values, **wide)
+    return mixed.astype(queries.dtype)
+
+
+def embed_tokens(
+    table: Float[Array, "v d"], tokens: Int[Array, "b t"], dtype: Any
+) -> Float[Array, "b t d"]:
+    """Token embeddings, scaled by the root of the width."""
+    return (table[tokens] * jnp.asarray(table.shape[-1] ** 0.5, table.dtype)).astype(dtype)

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -176,6 +176,49 @@ def stack(path: str) -> str | None:
     """The leading layer axis of the leaf at a path, if any."""
     parameter = find(path)
     return None if parameter is None else parameter.stack
+
+
+class Leaves(nn.Module):
+    """The parameters below a path, which Linen creates and holds, as a tree."""
+
+    root: str
+    sizes: Mapping[str, int]
+    pi05: bool | None = None
+
+    @nn.compact
+    def __call__(self) -> dict[str, Any]:
+        return declare(self, self.root, self.sizes, self.pi05)
+
+
+def declare(
+    module: nn.Module,
+    path: str,
+    sizes: Mapping[str, int],
+    pi05: bool | None = None,
+    names: tuple[str, ...] | None = None,
+) -> dict[str, Any]:
+    """The parameters of a Linen module at a path, as a tree; of stacked ones, one layer's.
+
+    Args:
+      module: the module, in whose compact method this is called.
+      path: where the module is in openpi's tree.
+      sizes: the size of every axis.
+      pi05: π0.5's parameters (True) or π0's; None where it has the same as the other.
+      names: the children of the path to take; None takes all.
+    """
+    tree: dict[str, Any] = {}
+    for parameter in TABLE:
+        if parameter.pi05 not in (None, pi05) or not parameter.path.startswith(f"{path}/"):
+            continue
+        name, _, deeper = parameter.path[len(path) + 1 :].partition("/")
+        if name in tree or (names is not None and name not in names):
+            continue
+        if deeper:
+            tree[name] = Leaves(f"{path}/{name}", sizes, pi05, name=name)()
+        else:
+            shape = parameter.layer_shape(sizes)
+            tree[name] = module.param(name, parameter.initializer(), shape)
+    return tree
 
 
 def abstract(sizes: Mapping[str, int], pi05: bool) -> PyTree:

@@ -101,33 +101,15 @@ class Pi0Config:
 
 def axis_sizes(config: Pi0Config) -> dict[str, int]:
     """The size of every logical axis of the parameters (`parameters.TABLE`)."""
-    c, expert, image = config.backbone, config.expert, config.image
     return {
+        **gemma.axis_sizes((config.backbone, config.expert)),
+        **siglip.axis_sizes(config.image, config.image_tokens, config.backbone.width),
         "layers": config.depth,
+        "image_layers": config.image.depth,
         "vocab": config.vocab_size,
-        "width": c.width,
-        "mlp": c.mlp_dim,
-        "heads": c.num_heads,
-        "kv_heads": c.num_kv_heads,
-        "head_dim": c.head_dim,
-        "keys_values": 2,
-        "gate_up": 2,
-        "expert_width": expert.width,
-        "expert_mlp": expert.mlp_dim,
-        "modulation": 3 * expert.width,
         "action_dim": config.action_dim,
-        "time_hidden": expert.width,
-        "action_and_time": 2 * expert.width,
-        "image_layers": image.depth,
-        "image_width": image.width,
-        "image_mlp": image.mlp_dim,
-        "image_heads": image.num_heads,
-        "image_head_dim": image.width // image.num_heads,
-        "image_tokens": config.image_tokens,
-        "patch_height": image.patch_size,
-        "patch_width": image.patch_size,
-        "colours": 3,
-        "one": 1,
+        "time_hidden": config.expert.width,
+        "action_and_time": 2 * config.expert.width,
     }
 
 
@@ -164,23 +146,24 @@ class Pi0(nn.Module):
     def setup(self) -> None:
         c = self.config
         self.PaliGemma = _PaliGemma(c, self.execution)
-        self.action_in_proj = nn.Dense(c.expert.width)
-        self.action_out_proj = nn.Dense(c.action_dim)
+
+        def leaves(name: str) -> parameters.Leaves:
+            return parameters.Leaves(name, axis_sizes(c), c.pi05)
+
+        self.action_in_proj = leaves("action_in_proj")
+        self.action_out_proj = leaves("action_out_proj")
         if c.pi05:
-            self.time_mlp_in = nn.Dense(c.expert.width)
-            self.time_mlp_out = nn.Dense(c.expert.width)
+            self.time_mlp_in = leaves("time_mlp_in")
+            self.time_mlp_out = leaves("time_mlp_out")
         else:
-            self.state_proj = nn.Dense(c.expert.width)
-            self.action_time_mlp_in = nn.Dense(c.expert.width)
-            self.action_time_mlp_out = nn.Dense(c.expert.width)
+            self.state_proj = leaves("state_proj")
+            self.action_time_mlp_in = leaves("action_time_mlp_in")
+            self.action_time_mlp_out = leaves("action_time_mlp_out")
 
     def embed_images(self, observation: observations.Observation) -> Float[Array, "b n d"]:
         """The tokens of every camera, encoded as one batch."""
-        # Cameras inside, observations outside: rows split over devices stay where they are.
-        pictures = jnp.stack([observation.images[name] for name in self.config.cameras], axis=1)
-        b, n, *shape = pictures.shape
-        tokens = self.PaliGemma.img(pictures.reshape(b * n, *shape))
-        return tokens.reshape(b, -1, self.config.backbone.width)
+        tokens = self.PaliGemma.img(pictures(self.config, observation))
+        return tokens.reshape(len(observation.state), -1, self.config.backbone.width)
 
     def embed_prefix(
         self,
@@ -202,15 +185,17 @@ class Pi0(nn.Module):
     ) -> tuple[Float[Array, "b r t e"], Float[Array, "b r e"] | None]:
         """Suffix tokens, and for π0.5 the condition of the adaptive norms."""
         c = self.config
-        actions = self.action_in_proj(x_t)
+        actions = layers.dense(self.action_in_proj(), x_t)
         embedded_time = layers.time_embedding(time, c.expert.width)
         if c.pi05:
-            return actions, nn.swish(self.time_mlp_out(nn.swish(self.time_mlp_in(embedded_time))))
+            mlp = {"time_mlp_in": self.time_mlp_in(), "time_mlp_out": self.time_mlp_out()}
+            return actions, time_condition(mlp, embedded_time)
         repeated = jnp.broadcast_to(embedded_time[:, :, None], actions.shape).astype(actions.dtype)
-        hidden = nn.swish(self.action_time_mlp_in(jnp.concatenate([actions, repeated], axis=-1)))
-        actions = self.action_time_mlp_out(hidden)
+        both = jnp.concatenate([actions, repeated], axis=-1)
+        hidden = nn.swish(layers.dense(self.action_time_mlp_in(), both))
+        actions = layers.dense(self.action_time_mlp_out(), hidden)
         b, r = time.shape
-        state_token = self.state_proj(state)[:, None, None]
+        state_token = layers.dense(self.state_proj(), state)[:, None, None]
         state_token = jnp.broadcast_to(state_token, (b, r, 1, c.expert.width))
         return jnp.concatenate([state_token.astype(actions.dtype), actions], axis=2), None
 
@@ -221,7 +206,7 @@ class Pi0(nn.Module):
         time: Float[Array, "b r"],
         image_tokens: Float[Array, "b n d"] | None = None,
         attention_layer: int | None = None,
-        outputs: gemma.Outputs = "nothing",
+        hidden: bool = False,
     ) -> tuple[Float[Array, "b r ah ad"], PrefixAttention | None, gemma.Hidden | None]:
         """The velocity in one joint pass; on request one layer's attention, or all streams."""
         prefix, valid = self.embed_prefix(observation, image_tokens)
@@ -234,14 +219,28 @@ class Pi0(nn.Module):
             geometry,
             action_rows=horizon,
             capture_layer=attention_layer,
-            outputs=outputs,
+            hidden=hidden,
         )
         attention = None if capture is None else PrefixAttention(capture.logits(), valid)
-        return self.action_out_proj(suffix[:, :, -horizon:]), attention, stacked
+        v = layers.dense(self.action_out_proj(), suffix[:, :, -horizon:])
+        return v, attention, stacked
+
+
+def pictures(config: Pi0Config, observation: observations.Observation) -> Float[Array, "bn h w 3"]:
+    """The pictures of all cameras as one batch."""
+    # Cameras inside, observations outside: rows sharded over devices stay where they are.
+    stacked = jnp.stack([observation.images[name] for name in config.cameras], axis=1)
+    return stacked.reshape(-1, *stacked.shape[2:])
+
+
+def time_condition(params: PyTree, embedded: Float[Array, "*b e"]) -> Float[Array, "*b e"]:
+    """π0.5's condition of the adaptive norms, from embedded times."""
+    hidden = nn.swish(layers.dense(params["time_mlp_in"], embedded))
+    return nn.swish(layers.dense(params["time_mlp_out"], hidden))
 
 
 def prefix_valid(config: Pi0Config, observation: observations.Observation) -> Bool[Array, "b s"]:
-    """Which prefix tokens exist: those of masked cameras and of prompt padding do not."""
+    """True for the prefix tokens that exist, not for those of masked cameras or prompt padding."""
     cameras = jnp.stack([observation.image_masks[name] for name in config.cameras], axis=1)
     cameras = jnp.repeat(cameras, config.image_tokens, axis=1)
     return jnp.concatenate([cameras, observation.tokenized_prompt_mask], axis=1)
@@ -336,7 +335,7 @@ def hidden_states(
     """Both residual streams around every layer, the suffix's with one draw."""
     _check(config, observation, x_t.shape[-2:])
     arrays = (observation, x_t[:, None], t[:, None])
-    result: Any = Pi0(config).apply({"params": params}, *arrays, outputs="hidden")
+    result: Any = Pi0(config).apply({"params": params}, *arrays, hidden=True)
     return result[2]
 
 

@@ -6,13 +6,17 @@ backbone's width. Every patch gives one token; there is no pooling.
 """
 
 import dataclasses
-import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from shallow_pi.models import layers
+from shallow_pi.models import layers, parameters
+
+# A kernel (or a norm's scale) and a bias.
+Pair = tuple[Array, Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,66 +31,135 @@ class SiglipConfig:
     patch_size: int = 14
 
 
-class EncoderBlock(nn.Module):
-    """One pre-norm encoder layer, shaped for `nn.scan`."""
+def axis_sizes(config: SiglipConfig, tokens: int, out_width: int) -> dict[str, int]:
+    """The sizes of the logical axes of the encoder (`parameters.TABLE`)."""
+    return {
+        "image_width": config.width,
+        "image_mlp": config.mlp_dim,
+        "image_heads": config.num_heads,
+        "image_head_dim": config.width // config.num_heads,
+        "image_tokens": tokens,
+        "patch_height": config.patch_size,
+        "patch_width": config.patch_size,
+        "colours": 3,
+        "one": 1,
+        "width": out_width,
+    }
+
+
+class Layer(NamedTuple):
+    """The weights of one layer (or a stack of them); pairs are a kernel or scale, and a bias.
+
+    Kernels may have an axis of heads, or be matrices.
+    """
+
+    norm: Pair
+    # Query, key and value; or one matrix of all three.
+    qkv: tuple[Pair, ...]
+    out: Pair
+    mlp_norm: Pair
+    up: Pair
+    down: Pair
+
+
+def arrange(tree: dict[str, Any], dtype: Any) -> Layer:
+    """The weights of a layer, from openpi's tree."""
+
+    def pair(tree: dict[str, Array], name: str = "kernel", dtype: Any = dtype) -> Pair:
+        return tree[name].astype(dtype), tree["bias"].astype(dtype)
+
+    heads, mlp = tree["MultiHeadDotProductAttention_0"], tree["MlpBlock_0"]
+    return Layer(
+        norm=pair(tree["LayerNorm_0"], "scale", jnp.float32),
+        qkv=tuple(pair(heads[name]) for name in ("query", "key", "value")),
+        out=pair(heads["out"]),
+        mlp_norm=pair(tree["LayerNorm_1"], "scale", jnp.float32),
+        up=pair(mlp["Dense_0"]),
+        down=pair(mlp["Dense_1"]),
+    )
+
+
+def embed_patches(
+    config: SiglipConfig, images: Float[Array, "b h w 3"], weights: Pair
+) -> Float[Array, "b s d"]:
+    """The patches of pictures in [-1, 1], row by row, through one matrix, in float32."""
+    (b, height, width, _), p = images.shape, config.patch_size
+    cut = images.astype(jnp.float32).reshape(b, height // p, p, width // p, p, 3)
+    patches = jnp.moveaxis(cut, 2, 3).reshape(b, -1, p * p * 3)
+    kernel, bias = (leaf.astype(jnp.float32) for leaf in weights)
+    return dense(patches, (kernel.reshape(-1, config.width), bias))
+
+
+def layer(
+    config: SiglipConfig,
+    weights: Layer,
+    x: Float[Array, "b s d"],
+    attend: Callable[[Array, Array, Array], Array],
+) -> Float[Array, "b s d"]:
+    """One pre-norm layer.
+
+    Args:
+      config: the encoder.
+      weights: of the layer, in the dtype of `x`.
+      x: tokens.
+      attend: attention of scaled queries (b, s, n, 1, h), keys and values (b, s, n, h).
+    """
+    b, s, _ = x.shape
+    normed = layers.layer_norm(x, *weights.norm)
+    parts = [dense(normed, part) for part in weights.qkv]
+    if len(parts) == 1:
+        parts = jnp.split(parts[0], 3, axis=-1)
+    queries, keys, values = (part.reshape(b, s, config.num_heads, -1) for part in parts)
+    queries = queries[:, :, :, None] / jnp.asarray(queries.shape[-1] ** 0.5, x.dtype)
+    x = x + dense(attend(queries, keys, values), weights.out)
+    normed = layers.layer_norm(x, *weights.mlp_norm)
+    return x + dense(nn.gelu(dense(normed, weights.up)), weights.down)
+
+
+def dense(x: Float[Array, "b s *i"], weights: Pair) -> Float[Array, "b s *o"]:
+    """`x @ kernel + bias` over the kernel's leading axes, as one product of matrices."""
+    kernel, bias = weights
+    inputs = kernel.ndim - bias.ndim
+    rows = jnp.tensordot(x.reshape(-1, *kernel.shape[:inputs]), kernel, inputs) + bias[None]
+    return rows.reshape(*x.shape[:2], *bias.shape)
+
+
+class Block(nn.Module):
+    """One layer, shaped for `nn.scan`."""
 
     config: SiglipConfig
-    dtype: jnp.dtype
     execution: layers.Execution
 
     @nn.compact
     def __call__(self, x: Float[Array, "b s d"], _: None) -> tuple[Float[Array, "b s d"], None]:
-        c = self.config
-        x = self.execution.keep_rows(x)
-        normed = nn.LayerNorm(dtype=self.dtype, name="LayerNorm_0")(x)
-        x = x + nn.MultiHeadDotProductAttention(
-            num_heads=c.num_heads,
-            kernel_init=nn.initializers.xavier_uniform(),
-            deterministic=True,
-            dtype=self.dtype,
-            name="MultiHeadDotProductAttention_0",
-        )(normed, normed)
-        normed = nn.LayerNorm(dtype=self.dtype, name="LayerNorm_1")(x)
-        x = x + Mlp(c.mlp_dim, self.dtype, name="MlpBlock_0")(normed)
-        return self.execution.keep_rows(x), None
+        sizes = axis_sizes(self.config, 0, 0)
+        weights = parameters.declare(self, parameters.ENCODER, sizes)
+        keep = self.execution.keep_rows
 
+        def attend(queries: Array, keys: Array, values: Array) -> Array:
+            return layers.attend(queries, keys, values, None, x.dtype)  # As openpi's logits.
 
-class Mlp(nn.Module):
-    """Two dense layers around a GELU."""
-
-    mlp_dim: int
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
-        dense = functools.partial(
-            nn.Dense,
-            dtype=self.dtype,
-            kernel_init=nn.initializers.xavier_uniform(),
-            bias_init=nn.initializers.normal(stddev=1e-6),
-        )
-        # As one matrix: much faster on XLA's CPU backend (see layers.FeedForward).
-        rows = x.reshape(-1, x.shape[-1])
-        hidden = nn.gelu(dense(self.mlp_dim, name="Dense_0")(rows))
-        return dense(x.shape[-1], name="Dense_1")(hidden).reshape(x.shape)
+        x = layer(self.config, arrange(weights, x.dtype), keep(x), attend)
+        return keep(x), None
 
 
 class Encoder(nn.Module):
-    """The stack of encoder layers and its final norm."""
+    """The stack of layers and its final norm."""
 
     config: SiglipConfig
-    dtype: jnp.dtype
     execution: layers.Execution
 
     @nn.compact
     def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
         x, _ = nn.scan(
-            self.execution.layer(EncoderBlock),
+            self.execution.layer(Block),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             length=self.config.depth,
-        )(self.config, self.dtype, self.execution, name="encoderblock")(x, None)
-        return nn.LayerNorm(dtype=self.dtype, name="encoder_norm")(x)
+        )(self.config, self.execution, name="encoderblock")(x, None)
+        path, sizes = "PaliGemma/img/Transformer", axis_sizes(self.config, 0, 0)
+        norm = parameters.declare(self, path, sizes, names=("encoder_norm",))["encoder_norm"]
+        return layers.layer_norm(x, norm["scale"], norm["bias"])
 
 
 class Module(nn.Module):
@@ -102,22 +175,11 @@ class Module(nn.Module):
     def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b s d"]:
         """Encode pictures in [-1, 1] into (h/patch)·(w/patch) tokens, row by row."""
         c = self.config
-        images = self.execution.keep_rows(images)
-        x = nn.Conv(
-            c.width,
-            (c.patch_size, c.patch_size),
-            strides=(c.patch_size, c.patch_size),
-            padding="VALID",
-            dtype=jnp.float32,
-            name="embedding",
-        )(images.astype(jnp.float32))
-        x = x.reshape(x.shape[0], -1, c.width)
-        positions = self.param(
-            "pos_embedding",
-            nn.initializers.normal(stddev=c.width**-0.5),
-            (1, x.shape[1], c.width),
-        )
-        x = (x + positions.astype(jnp.float32)).astype(self.dtype)
-        x = Encoder(c, self.dtype, self.execution, name="Transformer")(x)
-        x = nn.Dense(self.out_width, dtype=self.dtype, name="head")(x)
-        return self.execution.keep_rows(x)
+        tokens = images.shape[1] // c.patch_size * (images.shape[2] // c.patch_size)
+        sizes, names = axis_sizes(c, tokens, self.out_width), ("embedding", "pos_embedding", "head")
+        weights = parameters.declare(self, "PaliGemma/img", sizes, names=names)
+        patches = weights["embedding"]["kernel"], weights["embedding"]["bias"]
+        x = embed_patches(c, self.execution.keep_rows(images), patches)
+        x = (x + weights["pos_embedding"].astype(jnp.float32)).astype(self.dtype)
+        x = Encoder(c, self.execution, name="Transformer")(x)
+        return self.execution.keep_rows(layers.dense(weights["head"], x, self.dtype))
