@@ -23,7 +23,7 @@ import numpy as np
 from shallow_pi import progress
 from shallow_pi.data import frame_cache, sources
 from shallow_pi.data import loader as loaders
-from shallow_pi.data.lerobot import hub, reader, video_writer
+from shallow_pi.data.lerobot import hub, pictures, reader, video_writer
 from shallow_pi.data.lerobot import writer as lerobot_writer
 from shallow_pi.data.robots import pipelines, tokenizer
 from shallow_pi.data.robots import robot as robots
@@ -212,10 +212,11 @@ def _pyav(
     local = threading.local()
 
     def decode(i: int) -> None:
-        episode, frame = (int(dataset.columns[k][i]) for k in ("episode_index", "frame_index"))
+        episode = int(dataset.columns["episode_index"][i])
         for camera in dataset.cameras:
             file, start = dataset.layout.video(episode, camera)
-            seconds, tolerance = start + frame / dataset.fps, 0.4 / dataset.fps
+            seconds = start + dataset.seconds[i]
+            tolerance = pictures.TOLERANCE / dataset.fps
             videos = local.__dict__.setdefault("videos", {})
             if file not in videos:
                 container = av.open(os.fspath(dataset.path / file))

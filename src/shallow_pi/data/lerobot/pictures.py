@@ -102,9 +102,10 @@ class Pictures:
             picture = self._decode(self._encoded(file, camera, episode, row), camera)
         # Pillow lets any error through that a damaged file causes.
         except Exception as error:
-            raise ValueError(f"cannot decode it from {self._layout.root / file}: {error}") from (
-                error
-            )
+            raise ValueError(
+                f"cannot decode it from {self._layout.root / file}: {error}; repair it, or leave "
+                "its episode out"
+            ) from error
         self._compare_size(camera, picture)
         return picture
 

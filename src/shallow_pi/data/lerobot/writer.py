@@ -259,7 +259,8 @@ class Writer:
             if picture.shape != shape:
                 raise ValueError(
                     f"{where}, frame {i} is {picture.shape[0]} by {picture.shape[1]}, the frames "
-                    f"before are {shape[0]} by {shape[1]}: encoding them needs one size; copy them"
+                    f"before are {shape[0]} by {shape[1]}: encoding needs one size, "
+                    "--pictures copy takes any"
                 )
             histogram.add(picture)
             yield picture
