@@ -60,8 +60,8 @@ def test_a_policy_runs_as_was_measured_here(own, params, deployed, scene, monkey
     monkeypatch.setenv("SHALLOW_PI_CACHE", str(tmp_path))
     tuning.store(own.model, dataclasses.replace(tuning.SCANNED, unrolled_layers=True), {})
     tuned = policy.Policy(own, params, num_steps=3)
-    assert isinstance(tuned.weights.prefix, list)
-    assert not isinstance(deployed.weights.prefix, list)
+    assert isinstance(tuned.program.weights.prefix, list)
+    assert not isinstance(deployed.program.weights.prefix, list)
     np.testing.assert_allclose(tuned.infer_batch(*scene), deployed.infer_batch(*scene), atol=1e-5)
 
 
@@ -109,7 +109,7 @@ def test_parameters_are_read_in_the_models_compute_dtype(own, params, scene, tmp
     dataclasses.replace(own, model=model).save(tmp_path / "assets")
     read = policy.Policy.from_checkpoint(tmp_path, warm_up=False)
     read.infer_batch(*scene)
-    assert {leaf.dtype for leaf in jax.tree.leaves(read.weights.params)} == {
+    assert {leaf.dtype for leaf in jax.tree.leaves(read.program.weights.params)} == {
         jax.numpy.dtype("bfloat16")
     }
 

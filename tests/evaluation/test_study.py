@@ -251,7 +251,7 @@ def test_policies_under_test_are_what_the_table_calls_them(studied):
     )
     _assert_holds(found["student"], trained)
     for policy in found.values():
-        leaves = jax.tree.leaves(policy.weights.params)
+        leaves = jax.tree.leaves(policy.program.weights.params)
         assert {leaf.dtype for leaf in leaves} == {np.dtype("float32")}
 
 
@@ -259,7 +259,8 @@ def _assert_holds(policy, params):
     """The policy's weights are those of `params`, layer by layer."""
     times = sampler.integration_times(2)
     expected = prepare.prepare(policy.assets.model, params, times, tuning.default())
-    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), policy.weights, expected)
+    held = policy.program.weights
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), held, expected)
 
 
 @pytest.mark.slow

@@ -7,7 +7,6 @@ caller. Both may be called from several threads at once.
 """
 
 import dataclasses
-import functools
 import os
 import threading
 import time
@@ -17,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Float, PyTree, UInt8
 
 from shallow_pi import progress
 from shallow_pi.checkpoints import weights
@@ -26,7 +25,7 @@ from shallow_pi.data.robots import pipelines
 from shallow_pi.data.robots import robot as robots
 from shallow_pi.data.robots import tokenizer as tokenizers
 from shallow_pi.deploy import robot_observation, state_check, step_folder
-from shallow_pi.inference import prepare, real_time, sampler, tuning
+from shallow_pi.inference import prepare, program, real_time, tuning
 from shallow_pi.models import batch as batches
 from shallow_pi.models import observation, pi0
 
@@ -76,15 +75,11 @@ class Policy:
             warn=state_warn,
             refuse=state_refuse,
         )
-        times, options = sampler.integration_times(num_steps), tuning.best(assets.model)
-        self.weights = jax.jit(
-            functools.partial(prepare.prepare, assets.model, times=times, options=options)
-        )(params)
-        self._sample = jax.jit(
-            functools.partial(_sample, num_steps=num_steps, options=options), static_argnums=0
-        )
-        self._draw = jax.jit(functools.partial(_draw, shape=(1, *self.noise_shape)))
-        self._key, self._calls, self._lock = jax.random.key(seed), 0, threading.Lock()
+        options = tuning.best(assets.model)
+        self.program = program.Program.create(assets.model, params, num_steps, options)
+        key = jax.random.key(seed, impl=program.KEY_KIND)
+        self._key, self._calls = np.asarray(jax.random.key_data(key)), 0
+        self._lock = threading.Lock()
 
     @classmethod
     def from_checkpoint(
@@ -230,7 +225,7 @@ class Policy:
         left = None if previous is None else [previous]
         batch, guidance = self._to_model([found], left, delay, max_guidance_weight)
         ready = time.perf_counter()
-        start_from = self._next_noise() if noise is None else np.asarray(noise)[None]
+        start_from = self._next_seed() if noise is None else np.asarray(noise)[None]
         normalized = np.asarray(self.sample(batch, start_from, guidance))
         sampled = time.perf_counter()
         (actions,) = self._to_robot([found], normalized)
@@ -275,15 +270,25 @@ class Policy:
         """The model's batch of observations, on the host; pictures are still uint8."""
         return self._to_model([self._clean(one) for one in observations], None, 0, 0.0)[0]
 
+    def pack(
+        self,
+        batch: observation.Observation,
+        start: Float[np.ndarray, "b ah ad"] | program.Seed,
+        guidance: real_time.Guidance | None = None,
+    ) -> tuple[program.Layout, UInt8[np.ndarray, "b n"]]:
+        """What `program` takes, without the cameras and the padding that a batch does not need."""
+        config, batch = prepare.trim(self.assets.model, batch)
+        layout = program.Layout(config, guidance is not None)
+        return layout, program.pack(layout, batch, start, guidance)
+
     def sample(
         self,
         batch: observation.Observation,
-        noise: Float[np.ndarray | Array, "b ah ad"],
+        start: Float[np.ndarray, "b ah ad"] | program.Seed,
         guidance: real_time.Guidance | None = None,
     ) -> jax.Array:
         """Normalized actions on device: what a latency measurement calls."""
-        config, batch = prepare.trim(self.assets.model, batch)
-        return self._sample(config, self.weights, batch, jnp.asarray(noise), guidance)
+        return self.program(*self.pack(batch, start, guidance))
 
     def warm_up(self, *, guided: bool = False) -> None:
         """Compile for single observations, so that no robot waits for it.
@@ -304,7 +309,8 @@ class Policy:
             for length in lengths:
                 batch = made_up_observation(self.assets, length)
                 for guidance in plans:
-                    jax.block_until_ready(self.sample(batch, self._draw(self._key, 0), guidance))
+                    start = program.Seed(self._key, 0)
+                    jax.block_until_ready(self.sample(batch, start, guidance))
                     advance(1)
 
     def _clean(self, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -312,10 +318,10 @@ class Policy:
             self.assets.robot, self.assets.model.cameras, given, self.prompt
         )
 
-    def _next_noise(self) -> Array:
+    def _next_seed(self) -> program.Seed:
         with self._lock:
             call, self._calls = self._calls, self._calls + 1
-        return self._draw(self._key, call)
+        return program.Seed(self._key, call)
 
     def _to_model(
         self,
@@ -343,32 +349,6 @@ class Policy:
     ) -> Float[np.ndarray, "b ah rd"]:
         state = np.stack([self.assets.robot.state(one) for one in found])
         return self._outputs({"actions": normalized, "state": state})["actions"]
-
-
-def _sample(
-    config: pi0.Pi0Config,
-    prepared: prepare.Prepared,
-    batch: observation.Observation,
-    noise: Float[Array, "b ah ad"],
-    guidance: real_time.Guidance | None,
-    *,
-    num_steps: int,
-    options: tuning.InferenceOptions,
-) -> Float[Array, "b ah ad"]:
-    """The sampler on pictures as they come: bytes are a quarter of the floats to transfer."""
-    return sampler.sample_prepared(
-        config,
-        prepared,
-        batch.as_float(),
-        noise,
-        num_steps=num_steps,
-        options=options,
-        guidance=guidance,
-    )
-
-
-def _draw(key: Array, call: Any, *, shape: tuple[int, ...]) -> Float[Array, "1 ah ad"]:
-    return jax.random.normal(jax.random.fold_in(key, call), shape)
 
 
 def prompt_lengths(assets: policy_assets.Assets, prompt: str | None) -> list[int]:

@@ -90,5 +90,7 @@ def noise(model: Sizes, b: int, seed: int = 0) -> Batch:
 
 
 def stack(samples: Sequence[Tree]) -> Tree:
-    """One batch of several samples (or of their observations) on the host."""
+    """One batch of several samples (or of their observations) on the host; of one, a view."""
+    if len(samples) == 1:
+        return jax.tree.map(lambda leaf: np.asarray(leaf)[None], samples[0])
     return jax.tree.map(lambda *leaves: np.stack(leaves), *samples)

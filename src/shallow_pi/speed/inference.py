@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from shallow_pi.inference import attention, forward, image_tower, prepare, sampler, tuning
+from shallow_pi.inference import attention, forward, image_tower, prepare, program, tuning
 from shallow_pi.models import batch as batches
 from shallow_pi.models import observation as observations
 from shallow_pi.models import pi0
@@ -123,26 +123,25 @@ def measure(
     on_host = batches.noise(config, 1).observation
     observation = jax.device_put(on_host)
     noise = jax.random.normal(jax.random.key(0), (1, config.action_horizon, config.action_dim))
-    weights = prepare_weights(config, params, num_steps, options)
-    run = sampling(config, num_steps, options)
-    calls: dict[str, Callable[[], Any]] = {
-        "whole": functools.partial(run, weights, observation, noise)
-    }
-    program_bytes = _program_bytes(run, weights, observation, noise)
-    calls |= _parts(config, weights, observation.as_float(), noise, options.attention)
-    calls["host transfer"] = functools.partial(_transfer, jax.jit(jnp.negative), on_host, noise)
-    calls["end to end"] = lambda: np.asarray(run(weights, on_host, noise))
+    start, touch = np.asarray(noise), jax.jit(jnp.negative)
+    run, layout = program.Program.create(config, params, num_steps, options), program.Layout(config)
+    packed = jax.device_put(program.pack(layout, on_host, start))
+    calls: dict[str, Callable[[], Any]] = {"whole": functools.partial(run, layout, packed)}
+    program_bytes = _program_bytes(run, layout, packed)
+    calls |= _parts(config, run.weights, observation.as_float(), noise, options.attention)
+    calls["host transfer"] = lambda: _transfer(touch, program.pack(layout, on_host, start), noise)
+    calls["end to end"] = lambda: np.asarray(run(layout, program.pack(layout, on_host, start)))
     without: dict[str, Callable[[], Array]] = {}
     if ablate:
         for name in options.on:
             change: dict[str, Any] = {name: False}
             chosen = dataclasses.replace(options, **change)
-            held = prepare_weights(config, params, num_steps, chosen)
-            one = sampling(config, num_steps, chosen)
-            without[name] = functools.partial(one, held, observation, noise)
+            one = program.Program.create(config, params, num_steps, chosen)
+            without[name] = functools.partial(one, layout, packed)
         for name, (larger, seen) in _untrimmed(config, padded_to).items():
-            one = sampling(larger, num_steps, options)
-            without[name] = functools.partial(one, weights, jax.device_put(seen), noise)
+            more = program.Layout(larger)
+            untrimmed = jax.device_put(program.pack(more, seen, start))
+            without[name] = functools.partial(run, more, untrimmed)
     ready = {
         name: prepare_other(config, params, on_host, noise, num_steps)
         for name, prepare_other in (others or {}).items()
@@ -172,19 +171,6 @@ def measure(
     )
 
 
-def sampling(
-    config: pi0.Pi0Config, num_steps: int, options: tuning.InferenceOptions
-) -> Callable[..., Array]:
-    """The jitted sampler of (prepared weights, observation, noise), as a policy runs it."""
-
-    def sample(held: prepare.Prepared, seen: observations.Observation, noise: Array) -> Array:
-        return sampler.sample_prepared(
-            config, held, seen.as_float(), noise, num_steps=num_steps, options=options
-        )
-
-    return jax.jit(sample)
-
-
 def _untrimmed(
     config: pi0.Pi0Config, padded_to: int
 ) -> dict[str, tuple[pi0.Pi0Config, observations.Observation]]:
@@ -201,8 +187,8 @@ def _untrimmed(
     return found
 
 
-def _program_bytes(run: Any, *arguments: PyTree) -> int:
-    memory = run.lower(*arguments).compile().memory_analysis()
+def _program_bytes(run: program.Program, layout: program.Layout, packed: Array) -> int:
+    memory = run.run.lower(layout, run.arrays, packed).compile().memory_analysis()
     if memory is None:
         return 0
     given = memory.argument_size_in_bytes + memory.output_size_in_bytes
@@ -243,11 +229,9 @@ def _difference(ours: Callable[[], Array], theirs: Callable[[], Array]) -> float
     return float(np.abs(a - b).max())
 
 
-def _transfer(
-    touch: Callable[[Array], Array], on_host: observations.Observation, noise: Array
-) -> np.ndarray:
-    """Pixels to the device, and as many numbers as the actions have back to the host."""
-    jax.block_until_ready(jax.device_put(on_host))
+def _transfer(touch: Callable[[Array], Array], packed: np.ndarray, noise: Array) -> np.ndarray:
+    """The packed buffer to the device, and as many numbers as the actions have back."""
+    jax.block_until_ready(jax.device_put(packed))
     return np.asarray(touch(noise))
 
 
@@ -260,11 +244,3 @@ def random_params(config: pi0.Pi0Config) -> PyTree:
         return 0.02 * jax.random.normal(key, shape.shape, config.dtype)
 
     return jax.tree_util.tree_map_with_path(leaf, pi0.abstract_params(config))
-
-
-def prepare_weights(
-    config: pi0.Pi0Config, params: PyTree, num_steps: int, options: tuning.InferenceOptions
-) -> prepare.Prepared:
-    """The weights that `sampling` takes, on the device."""
-    times = sampler.integration_times(num_steps)
-    return jax.jit(functools.partial(prepare.prepare, config, times=times, options=options))(params)

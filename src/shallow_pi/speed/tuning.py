@@ -6,15 +6,16 @@ the hardware lacks, a program too large) are reported with the reason.
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
+import numpy as np
 from jaxtyping import Array
 
 from shallow_pi import progress
-from shallow_pi.inference import attention, prepare, tuning
+from shallow_pi.inference import attention, program, tuning
 from shallow_pi.models import batch as batches
 from shallow_pi.models import pi0
 from shallow_pi.speed import inference, latency
@@ -65,22 +66,25 @@ def tune(
     """
     tried = candidates(config.dtype) if tried is None else tried
     params = inference.random_params(config)
-    observation = jax.device_put(batches.noise(config, 1).observation)
-    shape = (1, config.action_horizon, config.action_dim)
-    noise = jax.random.normal(jax.random.key(0), shape)
+    noise = np.random.default_rng(0).standard_normal((1, config.action_horizon, config.action_dim))
+    layout = program.Layout(config)
+    packed = program.pack(layout, batches.noise(config, 1).observation, noise)
+    given = layout, jax.device_put(packed)
     # Steps and kernels share their weights.
-    weights: dict[bool, prepare.Prepared] = {}
+    weights: dict[bool, program.Program] = {}
     calls: dict[str, Callable[[], Array]] = {}
     failed: dict[str, str] = {}
     with progress.bar("Compile", total=len(tried)) as advance:
         for name, options in tried.items():
             if options.unrolled_layers not in weights:
-                weights[options.unrolled_layers] = inference.prepare_weights(
+                weights[options.unrolled_layers] = program.Program.create(
                     config, params, num_steps, options
                 )
-            given = weights[options.unrolled_layers], observation, noise
+            run = dataclasses.replace(weights[options.unrolled_layers], options=options)
+            call = functools.partial(run, *given)
             try:
-                calls[name] = _ready(inference.sampling(config, num_steps, options), given)
+                jax.block_until_ready(call())
+                calls[name] = call
             except (RuntimeError, NotImplementedError, ValueError) as error:
                 failed[name] = (str(error).strip() or repr(error)).splitlines()[0]
             advance(1)
@@ -90,9 +94,3 @@ def tune(
     found = latency.median_latency(calls, repeats=repeats, label="Tune").median_ms
     order = sorted(found, key=lambda name: found[name])
     return Tuned(tried[order[0]], {name: found[name] for name in order}, failed)
-
-
-def _ready(run: Any, given: tuple[Any, ...]) -> Callable[[], Array]:
-    """A call without arguments, run once already."""
-    jax.block_until_ready(run(*given))
-    return lambda: run(*given)

@@ -1,0 +1,254 @@
+"""One program from bytes to actions: a single buffer goes in, one small array comes out.
+
+An argument of a compiled call costs 1 to 2 µs on the host, a transfer some 10 µs, and a full-size
+model has hundreds of weights. So everything that changes from call to call (noise or its seed,
+state, prompt, masks, pictures) is packed into one buffer of bytes, a row for each observation
+(`Layout`, `pack`), and taken apart again inside the program. Of the weights every vector (biases,
+norms) is packed too, when they are prepared: slices of a vector cost nothing where elementwise
+operations read them. Matrices stay arguments of their own, because XLA would copy the slice.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PyTree, UInt8, UInt32
+
+from shallow_pi.inference import prepare, real_time, sampler, tuning
+from shallow_pi.models import observation as observations
+from shallow_pi.models import pi0
+
+KEY_KIND = "threefry2x32"
+
+
+class Seed(NamedTuple):
+    """Noise that the program draws itself: from `fold_in(key, call)`."""
+
+    # `jax.random.key_data` of a key.
+    key: UInt32[np.ndarray, " 2"]
+    call: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The fields of one row of the buffer; a program is compiled for each layout."""
+
+    # With the cameras and the prompt length of the observations (see `prepare.trim`).
+    config: pi0.Pi0Config
+    # Chunks go on from previous ones.
+    guided: bool = False
+
+    @functools.cached_property
+    def dtype(self) -> np.dtype:
+        """A row, as NumPy's structured dtype without gaps."""
+        c = self.config
+        chunk, side = (c.action_horizon, c.action_dim), c.image_size
+        fields: list[tuple[str, type, tuple[int, ...]]] = [
+            ("key", np.uint32, (2,)),
+            ("call", np.uint32, ()),
+            # 1 where the noise is given and not drawn.
+            ("given", np.uint32, ()),
+            ("noise", np.float32, chunk),
+            ("state", np.float32, (c.action_dim,)),
+            # -1 where the prompt is masked.
+            ("tokens", np.int32, (c.max_token_len,)),
+        ]
+        if self.guided:
+            fields += [
+                ("previous", np.float32, chunk),
+                ("delay", np.int32, ()),
+                ("executed", np.int32, ()),
+                ("max_weight", np.float32, ()),
+            ]
+        fields += [
+            ("camera_masks", np.uint8, (len(c.cameras),)),
+            ("pictures", np.uint8, (len(c.cameras), side, side, 3)),
+        ]
+        return np.dtype(fields)
+
+
+def pack(
+    layout: Layout,
+    observation: observations.Observation,
+    start: Float[np.ndarray, "b ah ad"] | Seed,
+    guidance: real_time.Guidance | None = None,
+) -> UInt8[np.ndarray, "b n"]:
+    """Write observations, the start of their paths and previous chunks into one buffer.
+
+    Args:
+      layout: of the buffer; its cameras and prompt length are the observation's.
+      observation: on the host; pictures are uint8.
+      start: the noise, or the seed it is drawn from.
+      guidance: on the host; given if the layout is guided.
+
+    Raises:
+      ValueError: pictures of another dtype or size.
+    """
+    rows = np.empty(len(observation.state), layout.dtype)
+    if isinstance(start, Seed):
+        rows["key"], rows["call"], rows["given"], rows["noise"] = start.key, start.call, 0, 0
+    else:
+        rows["key"], rows["call"], rows["given"], rows["noise"] = 0, 0, 1, start
+    rows["state"] = observation.state
+    masked = np.where(observation.tokenized_prompt_mask, observation.tokenized_prompt, -1)
+    rows["tokens"] = masked
+    if guidance is not None:
+        for name in guidance._fields:
+            rows[name] = getattr(guidance, name)
+    masks, pictures = rows["camera_masks"], rows["pictures"]
+    for i, name in enumerate(layout.config.cameras):
+        picture = np.asarray(observation.images[name])
+        if picture.dtype != np.uint8 or picture.shape[1:] != pictures.shape[2:]:
+            raise ValueError(
+                f"pictures of {name} must be uint8 {pictures.shape[2:]}, got {picture.dtype} "
+                f"{picture.shape[1:]}; resize them in the input transforms."
+            )
+        masks[:, i], pictures[:, i] = observation.image_masks[name], picture
+    return rows.view(np.uint8).reshape(len(rows), -1)
+
+
+def unpack(
+    layout: Layout, packed: UInt8[Array, "b n"]
+) -> tuple[observations.Observation, Float[Array, "b ah ad"], real_time.Guidance | None]:
+    """Take a buffer apart inside a program; pictures are in [-1, 1] then."""
+    found: dict[str, Array] = {}
+    for name, (field, start, *_) in (layout.dtype.fields or {}).items():
+        part = packed[:, start : start + field.itemsize]
+        if field.base != np.uint8:
+            words = part.reshape(len(packed), -1, field.base.itemsize)
+            part = jax.lax.bitcast_convert_type(words, field.base)
+        found[name] = part.reshape(len(packed), *field.shape)
+
+    def draw(key: Array, call: Array) -> Array:
+        folded = jax.random.fold_in(jax.random.wrap_key_data(key, impl=KEY_KIND), call)
+        return jax.random.normal(folded, found["noise"].shape[1:])
+
+    drawn = jax.vmap(draw)(found["key"], found["call"])
+    noise = jnp.where(found["given"][:, None, None] > 0, found["noise"], drawn)
+    names = dict(enumerate(layout.config.cameras))
+    observation = observations.Observation(
+        images={name: found["pictures"][:, i] for i, name in names.items()},
+        image_masks={name: found["camera_masks"][:, i] > 0 for i, name in names.items()},
+        state=found["state"],
+        tokenized_prompt=jnp.maximum(found["tokens"], 0),
+        tokenized_prompt_mask=found["tokens"] >= 0,
+    )
+    guidance = None
+    if layout.guided:
+        guidance = real_time.Guidance(
+            found["previous"], found["delay"], found["executed"], found["max_weight"][0]
+        )
+    return observation.as_float(), noise, guidance
+
+
+class Arrays(NamedTuple):
+    """Prepared weights as the arguments of a program."""
+
+    # One array for each dtype: all vectors of it, one behind the other.
+    vectors: tuple[Float[Array, " n"], ...]
+    others: tuple[Array, ...]
+
+
+def pack_weights(prepared: prepare.Prepared) -> Arrays:
+    """Join the vectors among prepared weights."""
+    leaves = jax.tree.leaves(prepared)
+    groups = [
+        [leaf for leaf in leaves if leaf.ndim == 1 and leaf.dtype == dtype]
+        for dtype in _vector_dtypes(leaves)
+    ]
+    others = tuple(leaf for leaf in leaves if leaf.ndim != 1)
+    return Arrays(tuple(jnp.concatenate(group) for group in groups), others)
+
+
+def unpack_weights(shapes: PyTree, arrays: Arrays) -> prepare.Prepared:
+    """Inverse of `pack_weights`.
+
+    Args:
+      shapes: of the prepared weights, a `prepare.Prepared` of `jax.ShapeDtypeStruct`s.
+      arrays: the packed weights.
+    """
+    leaves, tree = jax.tree.flatten(shapes)
+    dtypes, others = _vector_dtypes(leaves), iter(arrays.others)
+    starts = dict.fromkeys(dtypes, 0)
+    found = []
+    for leaf in leaves:
+        if leaf.ndim != 1:
+            found.append(next(others))
+            continue
+        start = starts[leaf.dtype]
+        starts[leaf.dtype] = end = start + leaf.shape[0]
+        found.append(jax.lax.slice(arrays.vectors[dtypes.index(leaf.dtype)], (start,), (end,)))
+    return jax.tree.unflatten(tree, found)
+
+
+def _vector_dtypes(leaves: list[Any]) -> list[np.dtype]:
+    return sorted({leaf.dtype for leaf in leaves if leaf.ndim == 1}, key=str)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Program:
+    """A model's weights on the device, and the program that samples with them."""
+
+    arrays: Arrays
+    # Shapes of the prepared weights (see `unpack_weights`).
+    shapes: PyTree
+    # Integration steps.
+    num_steps: int
+    options: tuning.InferenceOptions
+
+    @classmethod
+    def create(
+        cls, config: pi0.Pi0Config, params: PyTree, num_steps: int, options: tuning.InferenceOptions
+    ) -> "Program":
+        """Prepare a model's parameters."""
+        prepared = functools.partial(
+            prepare.prepare, config, times=sampler.integration_times(num_steps), options=options
+        )
+        arrays = jax.jit(lambda given: pack_weights(prepared(given)))(params)
+        return cls(arrays, jax.eval_shape(prepared, params), num_steps, options)
+
+    @property
+    def weights(self) -> prepare.Prepared:
+        """The prepared weights, taken apart."""
+        return unpack_weights(self.shapes, self.arrays)
+
+    @functools.cached_property
+    def run(self) -> Any:
+        """The jitted function of (layout, arrays, buffer); the layout is static."""
+        return jax.jit(
+            functools.partial(
+                _run, shapes=self.shapes, num_steps=self.num_steps, options=self.options
+            ),
+            static_argnums=0,
+        )
+
+    def __call__(
+        self, layout: Layout, packed: UInt8[np.ndarray | Array, "b n"]
+    ) -> Float[Array, "b ah ad"]:
+        """Normalized actions on the device, float32."""
+        actions: Array = self.run(layout, self.arrays, packed)
+        return actions
+
+
+def _run(
+    layout: Layout,
+    arrays: Arrays,
+    packed: UInt8[Array, "b n"],
+    *,
+    shapes: PyTree,
+    num_steps: int,
+    options: tuning.InferenceOptions,
+) -> Float[Array, "b ah ad"]:
+    observation, noise, guidance = unpack(layout, packed)
+    return sampler.sample_prepared(
+        layout.config,
+        unpack_weights(shapes, arrays),
+        observation,
+        noise,
+        num_steps=num_steps,
+        options=options,
+        guidance=guidance,
+    )
