@@ -113,6 +113,18 @@ def test_imports_point_down(path):
     assert not [other for other in ours(path) if folder_of(other) not in above]
 
 
+def test_serving_imports_neither_training_nor_datasets():
+    reached, ahead = set(), ["commands/serve_policy"]
+    while ahead:
+        name = ahead.pop()
+        path = PACKAGE / f"{name}.py"
+        if name not in reached and path.exists():
+            reached.add(name)
+            ahead += ours(path)
+    assert "deploy/policy" in reached
+    assert not {folder_of(name) for name in reached} & {"training", "evaluation", "data/lerobot"}
+
+
 def test_no_circles():
     graph = {name_of(path): ours(path) for path in SOURCES if path.name != "__init__.py"}
     done: set[str] = set()

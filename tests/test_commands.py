@@ -2,14 +2,15 @@
 
 import ast
 import pathlib
+import re
 import shutil
 import sys
 import tomllib
 
 import pytest
 
-from shallow_pi.commands import main
-from shallow_pi.training import command_line
+from shallow_pi.commands import exits, main
+from shallow_pi.training import command_line, loop
 
 ROOT = pathlib.Path(__file__).parents[1]
 SCRIPTS = {path.stem for path in (ROOT / "scripts").glob("*.py")}
@@ -68,3 +69,27 @@ def test_a_wheel_carries_what_its_commands_look_for(tmp_path, monkeypatch):
     assert command_line.configs() == tmp_path / "shallow_pi/train_configs"
     experiment = command_line.load(command_line.configs(), "pi0_turntable_l6")
     assert experiment.teacher.path == str(tmp_path / "shallow_pi/assets/pi0_turntable")
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(ValueError("bad"), 1), (FileNotFoundError("bad"), 1), (KeyError("bad"), 1)],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_script_ends_with_one_line(capsys, error, status):
+    with pytest.raises(SystemExit) as exit_, exits.exit_on(KeyError):
+        raise error
+    assert exit_.value.code == status
+    assert re.fullmatch(r"error: '?bad'?\n", capsys.readouterr().err)
+
+
+def test_an_interruption_says_how_to_go_on(capsys):
+    with pytest.raises(SystemExit) as exit_, exits.exit_on(interrupted=loop.INTERRUPTED):
+        raise KeyboardInterrupt
+    assert exit_.value.code == 130
+    assert "--resume" in capsys.readouterr().err
+
+
+def test_a_programming_error_keeps_its_traceback():
+    with pytest.raises(TypeError), exits.exit_on(KeyError):
+        raise TypeError

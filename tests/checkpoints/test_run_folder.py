@@ -55,6 +55,20 @@ def test_a_resumed_config_may_differ_in_safe_fields_alone(tmp_path):
         run_folder.compare_config(tmp_path / "elsewhere", config)
 
 
+def test_a_field_newer_than_the_run_may_have_its_default(tmp_path):
+    config = {"seed": 1, "losses": {"task": 1.0}}
+    run_folder.save_config(tmp_path, config)
+    newer = {"seed": 1, "losses": {"task": 1.0, "bins": (1, 2)}}
+    usual = {"seed": 42, "losses": {"task": 0.0, "bins": (1, 2)}}
+    assert run_folder.compare_config(tmp_path, newer, defaults=usual) == ["losses.bins"]
+    newer["losses"]["bins"] = (1, 3)
+    with pytest.raises(ValueError, match=r"losses.bins: saved 'absent', now \[1, 3\]"):
+        run_folder.compare_config(tmp_path, newer, defaults=usual)
+    # A saved value counts, also where today's value is the default.
+    with pytest.raises(ValueError, match="seed: saved 1, now 42"):
+        run_folder.compare_config(tmp_path, {**config, "seed": 42}, defaults=usual)
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_folder_that_cannot_be_written_says_what_to_do(tmp_path, monkeypatch, overwrite):
     """As root every folder is writable, so the system call says it."""

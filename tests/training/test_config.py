@@ -7,7 +7,7 @@ import re
 import pytest
 
 from shallow_pi.checkpoints import run_folder
-from shallow_pi.training import command_line, config, loop
+from shallow_pi.training import command_line, config
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "train_configs"
 
@@ -236,30 +236,6 @@ def test_a_teacher_is_trained_by_its_own_config_and_as_the_student_wants_it():
 def test_a_teacher_nobody_here_can_train_is_an_error():
     with pytest.raises(ValueError, match=r"debug names no config that trains its teacher.*--teach"):
         command_line.teacher_experiment(CONFIGS, _cli("debug", "--teacher.train"))
-
-
-@pytest.mark.parametrize(
-    ("error", "status"),
-    [(ValueError("bad"), 1), (FileNotFoundError("bad"), 1), (KeyError("bad"), 1)],
-    ids=lambda value: type(value).__name__,
-)
-def test_a_script_ends_with_one_line(capsys, error, status):
-    with pytest.raises(SystemExit) as exit_, command_line.exit_on(KeyError):
-        raise error
-    assert exit_.value.code == status
-    assert re.fullmatch(r"error: '?bad'?\n", capsys.readouterr().err)
-
-
-def test_an_interruption_says_how_to_go_on(capsys):
-    with pytest.raises(SystemExit) as exit_, command_line.exit_on(interrupted=loop.INTERRUPTED):
-        raise KeyboardInterrupt
-    assert exit_.value.code == 130
-    assert "--resume" in capsys.readouterr().err
-
-
-def test_a_programming_error_keeps_its_traceback():
-    with pytest.raises(TypeError), command_line.exit_on(KeyError):
-        raise TypeError
 
 
 def test_fields_that_may_change_exist():

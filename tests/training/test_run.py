@@ -89,6 +89,28 @@ def test_a_run_that_is_there_is_left_alone_before_anything_is_opened(remote):
     assert "  model." not in str(error.value)
 
 
+def test_a_run_begun_before_a_config_field_existed_goes_on(experiment, capsys):
+    data = dataclasses.replace(experiment.data, source="synthetic", path="", tokenizer="")
+    experiment = dataclasses.replace(experiment, data=data, ema_decay=0.0)
+    path = runs.open_run(experiment).folder / "config.json"
+    saved = json.loads(path.read_text())
+    del saved["ema_decay"], saved["teacher"]["dtype"], saved["validation"]["against"]
+    path.write_text(json.dumps(saved))
+    capsys.readouterr()
+    other = dataclasses.replace(experiment, resume=True, ema_decay=0.5)
+    with pytest.raises(ValueError, match=r"ema_decay: saved 'absent', now 0.5\nresume"):
+        runs.open_run(other)
+    runs.open_run(dataclasses.replace(other, ema_decay=0.0))
+    assert "newer than this run, and at their defaults: --teacher.dtype" in capsys.readouterr().err
+    assert json.loads(path.read_text())["validation"]["against"] == "data"
+
+
+def test_a_run_name_that_orbax_could_not_read_is_refused_before_all(remote, monkeypatch):
+    monkeypatch.setattr(reader.Dataset, "__init__", lambda *_, **__: pytest.fail("a dataset opens"))
+    with pytest.raises(ValueError, match=r"could not be read again, because of 'lr\[1\]'"):
+        runs.open_run(dataclasses.replace(remote, exp_name="lr[1]"))
+
+
 def test_a_teacher_here_that_does_not_fit_is_found_before_a_dataset_is_opened(
     experiment, tmp_path, tiny_config, tiny_params
 ):

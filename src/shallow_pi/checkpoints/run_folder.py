@@ -162,12 +162,25 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
 
 
 def compare_config(
-    folder: str | os.PathLike[str], config: Mapping[str, Any], safe: Collection[str] = ()
-) -> None:
+    folder: str | os.PathLike[str],
+    config: Mapping[str, object],
+    safe: Collection[str] = (),
+    defaults: Mapping[str, object] | None = None,
+) -> list[str]:
     """Raise where a resumed run's config differs from the saved one in a field that is not `safe`.
 
-    Fields are named as on the command line ("losses.attention"); a safe name covers what lies
+    Fields are named as on the command line ("losses.attention"); a safe name covers the fields
     below it.
+
+    Args:
+      folder: the run's.
+      config: the config to resume with.
+      safe: fields that may differ.
+      defaults: default of every field that has one, by name. A field that the saved config lacks,
+        because the field is newer than the run, may have its default.
+
+    Returns:
+      The fields that the saved config lacks and that have their defaults.
     """
     saved = read_config(folder)
     if saved is None:
@@ -175,12 +188,12 @@ def compare_config(
             f"{pathlib.Path(folder) / CONFIG_FILE} is missing: this folder cannot be resumed, use "
             "--overwrite"
         )
-    old = flatten(saved)
-    new = flatten(json.loads(json.dumps(config)))
+    old, new, usual = (flatten(json.loads(json.dumps(c))) for c in (saved, config, defaults or {}))
     absent = "absent"
+    newer = [name for name in new if name not in old and name in usual and new[name] == usual[name]]
     different = [
         f"{name}: saved {old.get(name, absent)!r}, now {new.get(name, absent)!r}"
-        for name in sorted({*old, *new})
+        for name in sorted({*old, *new}.difference(newer))
         if old.get(name, absent) != new.get(name, absent)
         and not any(name == field or name.startswith(f"{field}.") for field in safe)
     ]
@@ -190,6 +203,7 @@ def compare_config(
             + "\n  ".join(different)
             + "\nresume with the saved values, or use --overwrite or another --exp-name"
         )
+    return newer
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

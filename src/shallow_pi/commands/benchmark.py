@@ -21,6 +21,8 @@ from typing import Literal
 
 import rich.console
 
+from shallow_pi import flags
+from shallow_pi.commands import exits
 from shallow_pi.inference import tuning as options
 from shallow_pi.models import gemma, pi0, siglip
 from shallow_pi.parallel import processes
@@ -100,8 +102,8 @@ class Arguments:
 def main() -> None:
     """Parse, measure, print, write."""
     processes.cache_compilations()
-    given = command_line.parse(Arguments, None, __doc__ or "")
-    with command_line.exit_on(ModuleNotFoundError):
+    given = flags.parse(Arguments, None, __doc__ or "")
+    with exits.exit_on(ModuleNotFoundError):
         models = list(given.models())
         others = _openpi(models[0][0]) if given.against else {}
         console = rich.console.Console()

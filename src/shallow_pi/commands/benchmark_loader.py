@@ -21,8 +21,9 @@ import sys
 import tempfile
 from collections.abc import Sequence
 
+from shallow_pi import flags
+from shallow_pi.commands import exits
 from shallow_pi.speed import loader
-from shallow_pi.training import command_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +36,9 @@ class Arguments(loader.Setting):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, measure, print, write."""
-    with command_line.exit_on():
+    with exits.exit_on():
         words = sys.argv[1:] if arguments is None else arguments
-        given = command_line.parse(Arguments, words, __doc__ or "")
+        given = flags.parse(Arguments, words, __doc__ or "")
         with tempfile.TemporaryDirectory() as scratch:
             result = loader.measure(given, pathlib.Path(scratch))
         print(loader.table(result))

@@ -23,6 +23,7 @@ import sys
 import jax
 import rich.console
 
+from shallow_pi.commands import exits
 from shallow_pi.parallel import processes
 from shallow_pi.speed import inference, plots, report, step
 from shallow_pi.training import command_line, config, setup
@@ -36,7 +37,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--output", default="")
     own, arguments = parser.parse_known_args()
-    with command_line.exit_on():
+    with exits.exit_on():
         if own.repeats < 1:
             raise ValueError(f"--repeats must be 1 or more, got {own.repeats}")
         processes.initialize()

@@ -17,6 +17,7 @@ import sys
 import time
 
 from shallow_pi import progress
+from shallow_pi.commands import exits
 from shallow_pi.planning import accelerators, compile, report
 from shallow_pi.speed import flops, latency
 from shallow_pi.training import command_line, setup
@@ -31,7 +32,7 @@ def main() -> None:
     parser.add_argument("--topology", default="")
     parser.add_argument("--output", default="")
     own, arguments = parser.parse_known_args()
-    with command_line.exit_on():
+    with exits.exit_on():
         experiment = command_line.cli(command_line.configs(), __doc__ or "", arguments)
         devices = compile.devices(own.devices, own.topology)
         experiment = setup.resolve_from_disk(experiment)

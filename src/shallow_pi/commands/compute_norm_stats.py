@@ -20,8 +20,9 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from shallow_pi import progress
+from shallow_pi import flags, progress
 from shallow_pi.checkpoints import fetch
+from shallow_pi.commands import exits
 from shallow_pi.data import data_config, opening, sources
 from shallow_pi.data.lerobot import reader
 from shallow_pi.data.robots import checkpoint_statistics, normalize, statistics
@@ -46,14 +47,14 @@ class Arguments:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, compute, warn, write."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    with command_line.exit_on():
+    with exits.exit_on():
         name = words.pop(0) if words and not words[0].startswith("-") else ""
         default = Arguments(data=data_config.DataConfig())
         if name:
             own = command_line.load(command_line.configs(), name)
             kind = normalize.kind_of(own.model.pi05)
             default = Arguments(own.data, own.model.action_horizon, kind)
-        given = command_line.parse(Arguments, words, __doc__ or "", default=default)
+        given = flags.parse(Arguments, words, __doc__ or "", default=default)
         if not given.data.path:
             raise ValueError("name a dataset with --data.path: a folder, or owner/name on the hub")
         if given.horizon < 1:

@@ -19,8 +19,9 @@ from typing import Annotated, Literal
 
 import tyro
 
+from shallow_pi import flags
+from shallow_pi.commands import exits
 from shallow_pi.data.lerobot import convert, hub, reader, video_writer
-from shallow_pi.training import command_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +44,8 @@ class Arguments:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, convert, say where it is."""
-    given = command_line.parse(Arguments, arguments, __doc__ or "")
-    with command_line.exit_on():
+    given = flags.parse(Arguments, arguments, __doc__ or "")
+    with exits.exit_on():
         source = reader.Dataset(
             hub.locate(given.source), keys=(), skip_bad_episodes=given.skip_bad_episodes
         )

@@ -14,6 +14,7 @@ own plan.
 import argparse
 import sys
 
+from shallow_pi.commands import exits
 from shallow_pi.planning import accelerators, compile, report
 from shallow_pi.training import command_line, setup
 
@@ -27,7 +28,7 @@ def main() -> None:
     parser.add_argument("--topology", default="")
     parser.add_argument("--card", default="", choices=["", *accelerators.TABLE])
     own, arguments = parser.parse_known_args()
-    with command_line.exit_on():
+    with exits.exit_on():
         experiment = command_line.cli(command_line.configs(), __doc__ or "", arguments)
         devices = compile.devices(own.devices, own.topology)
         experiment = setup.resolve_from_disk(experiment)

@@ -25,10 +25,10 @@ from typing import Annotated
 
 import tyro
 
-from shallow_pi import progress
+from shallow_pi import flags, progress
+from shallow_pi.commands import exits
 from shallow_pi.deploy.export import export
 from shallow_pi.parallel import processes
-from shallow_pi.training import command_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,10 +57,10 @@ class Arguments:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, export, say where it is."""
-    given = command_line.parse(Arguments, arguments, __doc__ or "")
+    given = flags.parse(Arguments, arguments, __doc__ or "")
     progress.be_strict(given.strict)
     processes.cache_compilations()
-    with command_line.exit_on():
+    with exits.exit_on():
         folder = export.export(
             given.source,
             given.format,

@@ -28,8 +28,9 @@ from typing import Annotated
 import tyro
 from PIL import Image
 
-from shallow_pi import figures, progress
+from shallow_pi import figures, flags, progress
 from shallow_pi.checkpoints import safetensors_file
+from shallow_pi.commands import exits
 from shallow_pi.data import inspection, opening, sheet
 from shallow_pi.training import command_line, config, setup
 
@@ -56,8 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command_line.cli(
             command_line.configs(), __doc__ or "", words[:1]
         )  # Lists the configs, and exits.
-    with command_line.exit_on():
-        given = command_line.parse(
+    with exits.exit_on():
+        given = flags.parse(
             Arguments,
             words[1:],
             __doc__ or "",

@@ -20,9 +20,9 @@ import numpy as np
 import websockets.asyncio.client
 import websockets.exceptions
 
-from shallow_pi import progress
+from shallow_pi import flags, progress
+from shallow_pi.commands import exits
 from shallow_pi.serving import protocol
-from shallow_pi.training import command_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,8 +139,8 @@ async def measure(given: Arguments) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, measure, print."""
-    with command_line.exit_on(websockets.exceptions.WebSocketException):
-        given = command_line.parse(Arguments, arguments, __doc__ or "")
+    with exits.exit_on(websockets.exceptions.WebSocketException):
+        given = flags.parse(Arguments, arguments, __doc__ or "")
         try:
             result = asyncio.run(measure(given))
         except ExceptionGroup as group:

@@ -14,8 +14,8 @@ import argparse
 import runpy
 import sys
 
+from shallow_pi.commands import exits
 from shallow_pi.interop import openpi
-from shallow_pi.training import command_line
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--policy.config", dest="name")
     parser.add_argument("--policy.dir", dest="step")
     named, _ = parser.parse_known_args(arguments)
-    with command_line.exit_on(ModuleNotFoundError):
+    with exits.exit_on(ModuleNotFoundError):
         script = openpi.serve_script(own.openpi_dir)
         if named.name and named.step and not openpi.is_openpis(named.name):
             openpi.register_checkpoint(named.name, named.step)

@@ -33,11 +33,11 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from shallow_pi import progress
+from shallow_pi import flags, progress
+from shallow_pi.commands import exits
 from shallow_pi.deploy import policy, state_check
 from shallow_pi.parallel import processes
 from shallow_pi.serving import recorder, server, server_config
-from shallow_pi.training import command_line
 
 KEY_VARIABLE = "SHALLOW_PI_API_KEY"
 
@@ -141,13 +141,13 @@ def _api_key(path: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Load, warm up, serve until stopped."""
-    given = command_line.parse(Arguments, arguments, __doc__ or "")
+    given = flags.parse(Arguments, arguments, __doc__ or "")
     # Libraries have set up their own logging when they were imported.
     line = "%(asctime)s %(levelname)s %(message)s"
     logging.basicConfig(format=line, level=logging.WARNING, force=True)
     logging.getLogger("shallow_pi").setLevel(logging.INFO)
     progress.be_strict(given.strict)
-    with command_line.exit_on(), contextlib.ExitStack() as stack:
+    with exits.exit_on(), contextlib.ExitStack() as stack:
         serving = given.create()
         serving.check()
         processes.cache_compilations()

@@ -11,6 +11,7 @@ uv run scripts/train_distill.py NAME [--field value ...]
 
 import sys
 
+from shallow_pi.commands import exits
 from shallow_pi.evaluation import study
 from shallow_pi.interop import openpi_configs
 from shallow_pi.parallel import processes
@@ -19,17 +20,17 @@ from shallow_pi.training import command_line, loop
 
 def main() -> None:
     """Parse, train the teacher first where that was asked for, then run the study."""
-    with command_line.exit_on():
+    with exits.exit_on():
         processes.initialize()
     processes.cache_compilations()
     arguments, default = sys.argv[1:], None
     if arguments[:1] == ["--openpi.config"]:
-        with command_line.exit_on(ModuleNotFoundError):
+        with exits.exit_on(ModuleNotFoundError):
             default = openpi_configs.experiment(*arguments[1:2])
         arguments = arguments[2:]
     experiment = command_line.cli(command_line.configs(), __doc__ or "", arguments, default)
     processes.split_cpu(experiment.batch_size // experiment.accumulation)
-    with command_line.exit_on(*loop.ENDS, interrupted=loop.INTERRUPTED):
+    with exits.exit_on(*loop.ENDS, interrupted=loop.INTERRUPTED):
         teacher = experiment.teacher
         if teacher is not None and teacher.train:
             own = command_line.teacher_experiment(command_line.configs(), experiment)

@@ -9,6 +9,7 @@ uv run scripts/train_teacher.py NAME [--field value ...]
 import pathlib
 import sys
 
+from shallow_pi.commands import exits
 from shallow_pi.evaluation import study
 from shallow_pi.parallel import processes
 from shallow_pi.training import command_line, loop
@@ -16,12 +17,12 @@ from shallow_pi.training import command_line, loop
 
 def main() -> None:
     """Parse, train, measure, package."""
-    with command_line.exit_on():
+    with exits.exit_on():
         processes.initialize()
     processes.cache_compilations()
     experiment = command_line.cli(command_line.configs(), __doc__ or "", sys.argv[1:])
     processes.split_cpu(experiment.batch_size // experiment.accumulation)
-    with command_line.exit_on(*loop.ENDS, interrupted=loop.INTERRUPTED):
+    with exits.exit_on(*loop.ENDS, interrupted=loop.INTERRUPTED):
         if experiment.teacher is not None:
             raise ValueError(
                 f"{experiment.name} distils a student from a teacher: run it with "

@@ -281,7 +281,7 @@ def _read_episodes(path: pathlib.Path | None) -> dict[int, Episode]:
     """Episodes of an earlier, perhaps interrupted run; a line cut short is left out."""
     episodes = {}
     if path is not None and path.exists():
-        for line in path.read_text().splitlines():
+        for line in path.read_text(encoding="utf-8").splitlines():
             with contextlib.suppress(json.JSONDecodeError):
                 episode = Episode(**json.loads(line))
                 episodes[episode.seed] = episode
@@ -294,9 +294,9 @@ def _episode_log(path: pathlib.Path | None) -> Iterator[Callable[[Episode], None
         yield lambda episode: None
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8") as file:
         # A line cut short by an interruption must not swallow the next one.
-        if path.stat().st_size and not path.read_text().endswith("\n"):
+        if path.stat().st_size and not path.read_text(encoding="utf-8").endswith("\n"):
             file.write("\n")
 
         def log(episode: Episode) -> None:

@@ -1,28 +1,21 @@
-"""The command line of the scripts: experiments by name, every field of them, and how a script ends.
+"""Experiments on the command line: found by name, with every field as a flag.
 
-`cli` lists the experiments of a folder, finds one by its file's name and lets every field be
-overridden; `exit_on` ends a script with a message where a user can do something about an error.
+`cli` lists the experiments of a folder, finds one by the name of its file, and lets every field be
+overridden.
 """
 
 import ast
-import contextlib
 import dataclasses
 import difflib
 import importlib.util
 import pathlib
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Sequence
 
-import tyro
-
-from shallow_pi import progress
+from shallow_pi import flags, progress
 from shallow_pi.checkpoints import run_folder
-from shallow_pi.parallel import processes
 from shallow_pi.training.config import DistillConfig
-
-T = TypeVar("T")
 
 
 def configs() -> pathlib.Path:
@@ -123,39 +116,13 @@ def cli(
         if default is None:
             name, arguments = arguments[0], arguments[1:]
             default, description = load(folder, name), _docstring(find(folder, name))
-        experiment = parse(
+        experiment = flags.parse(
             DistillConfig, arguments, description, prog=default.name, default=default
         )
         return _fit_schedule(experiment, default, arguments)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
-
-
-def parse(
-    kind: type[T],
-    arguments: Sequence[str] | None,
-    description: str,
-    *,
-    prog: str | None = None,
-    default: T | None = None,
-) -> T:
-    """Read the fields of a dataclass from a command line; `--help` keeps the description's lines.
-
-    Args:
-      kind: the dataclass.
-      arguments: of the command line; None is this process's.
-      description: shown above the options.
-      prog: name in the usage; None is the script's.
-      default: values of the fields; None takes the dataclass's own.
-    """
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if {"-h", "--help"} & set(arguments):  # tyro joins lines to paragraphs.
-        print(description.strip(), end="\n\n")
-    config = (tyro.conf.AvoidSubcommands,)
-    if default is None:
-        return tyro.cli(kind, args=arguments, prog=prog, description="", config=config)
-    return tyro.cli(kind, args=arguments, prog=prog, description="", config=config, default=default)
 
 
 def _fit_schedule(
@@ -199,27 +166,3 @@ def teacher_experiment(folder: pathlib.Path, experiment: DistillConfig) -> Disti
         resume=experiment.resume,
         overwrite=experiment.overwrite,
     )
-
-
-@contextlib.contextmanager
-def exit_on(*errors: type[Exception], interrupted: str = "interrupted") -> Iterator[None]:
-    """End a script with its error's message and status 1 instead of a traceback.
-
-    Covers what a user can cause (`ValueError`, `OSError`), and `errors`; Ctrl-C gives status 130
-    and says `interrupted`. In a job of several processes every error, a crash too, has its process
-    in front and ends it (`distributed.leave`).
-    """
-    caught: tuple[type[Exception], ...] = (ValueError, OSError, *errors)
-    try:
-        yield
-    except KeyboardInterrupt as error:
-        print(f"{processes.prefix()}error: {interrupted}", file=sys.stderr)
-        processes.leave(130)
-        raise SystemExit(130) from error
-    except caught as error:
-        print(f"{processes.prefix()}error: {error}", file=sys.stderr)
-        processes.leave(1)
-        raise SystemExit(1) from error
-    except Exception:
-        processes.report_crash()
-        raise

@@ -270,6 +270,32 @@ class DistillConfig:
         return choose[student.strategy](student.depth, teacher_depth)
 
 
+def defaults(config: object) -> dict[str, object]:
+    """The default of each field of a config that has one; of a nested config, those of its fields.
+
+    Names are nested as in `dataclasses.asdict(config)`.
+    """
+    found: dict[str, object] = {}
+    assert dataclasses.is_dataclass(config), f"expected a config, got {config!r}"
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.default_factory is not dataclasses.MISSING:
+            found[field.name] = _plain(field.default_factory())
+        elif field.default is not dataclasses.MISSING and field.default is not None:
+            found[field.name] = _plain(field.default)
+        elif dataclasses.is_dataclass(value):
+            found[field.name] = defaults(value)
+        elif field.default is None:
+            found[field.name] = None
+    return found
+
+
+def _plain(value: object) -> object:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    return value
+
+
 # Fields that may change when a run is resumed.
 SAFE_TO_CHANGE = frozenset(
     (

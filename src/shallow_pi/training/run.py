@@ -130,9 +130,12 @@ def describe_layers(spec: step.Spec) -> str:
 
 
 def _save_config(run: Run) -> None:
-    """Write the config into the run's folder, or hold a run that goes on to the one there."""
+    """Write the config into the run's folder; a resumed run must fit the one saved there."""
     if run_folder.read_config(run.folder) is not None:
-        _compare(run.folder, run.experiment, run.spec.layer_map)
+        newer = _compare(run.folder, run.experiment, run.spec.layer_map)
+        if newer:
+            flags = ", ".join(f"--{name}".replace("_", "-") for name in newer)
+            progress.say(f"Config: newer than this run, and at their defaults: {flags}")
     run_folder.save_config(run.folder, _values(run.experiment, run.spec.layer_map))
 
 
@@ -147,9 +150,9 @@ def _compare(
     experiment: config.DistillConfig,
     layers: layer_map.LayerMap | None,
     later: Collection[str] = (),
-) -> None:
-    safe = config.SAFE_TO_CHANGE.union(later)
-    run_folder.compare_config(folder, _values(experiment, layers), safe)
+) -> list[str]:
+    values, safe = _values(experiment, layers), config.SAFE_TO_CHANGE.union(later)
+    return run_folder.compare_config(folder, values, safe, config.defaults(experiment))
 
 
 def _with_layers(run: Run, saved: dict[str, Any] | None) -> Run:
