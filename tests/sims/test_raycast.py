@@ -22,7 +22,9 @@ def _camera(scene: str = SCENE) -> tuple[raycast.RayCamera, mujoco.MjData]:
 
 
 def _shaded(rgb: tuple[float, ...], normal: tuple[float, ...]) -> np.ndarray:
-    light = raycast.AMBIENT + (1 - raycast.AMBIENT) * max(0.0, float(raycast.LIGHT @ normal))
+    source = raycast.LIGHT
+    towards = np.array(source.towards) / np.linalg.norm(source.towards)
+    light = source.ambient + (1 - source.ambient) * max(0.0, float(towards @ normal))
     return np.rint(255 * light * np.array(rgb))
 
 

@@ -33,9 +33,12 @@ def test_what_is_unknown_is_named_with_what_there_is(name, options, message):
 
 
 def test_a_simulators_package_is_imported_when_it_is_asked_for(monkeypatch):
-    names = ("mujoco", "shallow_pi.sims.turntable", "shallow_pi.sims.raycast")
+    rooms = ("turntable", "gantry", "raycast")
+    names = ("mujoco", *(f"shallow_pi.sims.{room}" for room in rooms))
     for name in names:
         monkeypatch.delitem(sys.modules, name)
+    for room in rooms:  # As attributes of their package they would be found without an import.
+        monkeypatch.delattr(f"shallow_pi.sims.{room}")
     monkeypatch.setitem(sys.modules, "mujoco", None)
     monkeypatch.setitem(
         simulator.SUITES, "turntable", simulator.Entry("shallow_pi.sims.turntable:Suite", "table")

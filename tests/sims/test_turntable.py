@@ -5,7 +5,7 @@ import mujoco
 import numpy as np
 import pytest
 
-from shallow_pi.sims import demonstrations, raycast, turntable, turntable_scene
+from shallow_pi.sims import demonstrations, gantry, raycast, turntable, turntable_scene
 
 
 def _sim(**changes) -> turntable.Turntable:
@@ -17,7 +17,7 @@ def _run(sim: turntable.Turntable, seed: int) -> np.ndarray:
     path = []
     sim.reset(seed)
     while not sim.done:
-        sim.step(turntable.expert(sim))
+        sim.step(gantry.reach(sim))
         path.append(sim.tip)
     return np.array(path)
 
@@ -51,12 +51,12 @@ def test_pickled_simulator_goes_on_bit_for_bit():
     sim = _sim(disc_speed_deg=15.0)
     sim.reset(4)
     for _ in range(12):
-        sim.step(turntable.expert(sim))
+        sim.step(gantry.reach(sim))
     twin = pickle.loads(pickle.dumps(sim))
     np.testing.assert_array_equal(sim.render("wrist"), twin.render("wrist"))
     while not sim.done:
-        sim.step(turntable.expert(sim))
-        twin.step(turntable.expert(twin))
+        sim.step(gantry.reach(sim))
+        twin.step(gantry.reach(twin))
         np.testing.assert_array_equal(sim.tip, twin.tip)
     assert twin.done
     assert twin.success == sim.success
@@ -86,7 +86,7 @@ def test_expert_action_is_smooth_in_the_tips_position():
     for _ in range(500):  # towards the target, 0.1 mm at a time
         sim.data.qpos[1] -= 1e-4
         mujoco.mj_forward(sim.model, sim.data)
-        actions.append(turntable.expert(sim))
+        actions.append(gantry.reach(sim))
     assert np.linalg.norm(np.diff(actions, axis=0), axis=1).max() < 2e-3
 
 
@@ -94,13 +94,13 @@ def test_expert_action_is_smooth_in_the_tips_position():
 def test_success_needs_the_target_to_be_held(task):
     sim = _sim(tasks=(task,))
     sim.reset(2)
-    while sim._holding() is None:
+    while sim.bench.holding() is None:
         assert not sim.done
-        sim.step(turntable.expert(sim))
-    for _ in range(turntable.HOLD_STEPS - 1):
+        sim.step(gantry.reach(sim))
+    for _ in range(gantry.HOLD_STEPS - 1):
         assert not sim.success
         assert not sim.done
-        sim.step(turntable.expert(sim))
+        sim.step(gantry.reach(sim))
     assert sim.success
     assert sim.done
     assert not sim.failure
@@ -110,12 +110,12 @@ def test_touch_that_is_broken_off_starts_to_count_anew():
     sim = _sim(tasks=("touch",))
     sim.reset(2)
     while sim._held_steps < 2:
-        sim.step(turntable.expert(sim))
-    while sim._holding() is not None:
+        sim.step(gantry.reach(sim))
+    while sim.bench.holding() is not None:
         sim.step(sim.tip + np.array([0.0, 0.0, 0.02]))
     assert sim._held_steps == 0
-    while sim._holding() is None:
-        sim.step(turntable.expert(sim))
+    while sim.bench.holding() is None:
+        sim.step(gantry.reach(sim))
     assert not sim.success
 
 
@@ -127,9 +127,8 @@ def test_wrong_object_ends_the_episode_as_a_failure(task, wrong):
     meant = sim.target
     while not sim.done:
         sim.target = wrong  # mislead the expert, not the judge
-        sim._task = "insert" if wrong >= 2 else "touch"
-        action = turntable.expert(sim)
-        sim.target, sim._task = meant, task
+        action = gantry.reach(sim)
+        sim.target = meant
         sim.step(action)
     assert sim.failure
     assert not sim.success
@@ -182,10 +181,10 @@ def test_objects_keep_apart_and_colours_are_distinct_within_a_noun():
         assert len(blocks) == len(cups) == 4
         shared += len(blocks & cups)
         radius = np.linalg.norm(sim.positions[:, :2], axis=1)
-        assert radius.min() >= turntable.MIN_RADIUS
-        assert radius.max() <= turntable.MAX_RADIUS
+        assert radius.min() >= gantry.MIN_RADIUS
+        assert radius.max() <= gantry.MAX_RADIUS
         for a, b in itertools.combinations(sim.positions, 2):
-            assert np.hypot(*(a - b)[:2]) >= turntable.SEPARATION
+            assert np.hypot(*(a - b)[:2]) >= gantry.SEPARATION
         assert sim.colours[sim.target] in sim.prompt
     assert shared  # so that the noun must be read
 
@@ -215,7 +214,7 @@ def test_colours_are_told_apart_in_pictures():
 def test_batched_rays_agree_with_single_rays():
     sim = _sim(num_blocks=4, num_cups=4)
     hit = np.zeros(1, np.int32)
-    for seed, name in itertools.product(range(3), turntable.CAMERAS):
+    for seed, name in itertools.product(range(3), gantry.CAMERAS):
         _run(sim, seed)
         camera = raycast.RayCamera(sim.model, name, 24, 24)
         rays = camera._corners.reshape(-1, 3)
@@ -269,7 +268,7 @@ def test_demonstrations_record_clean_actions_of_perturbed_states():
         assert (state.dtype, action.dtype) == (np.float32, np.float32)
         assert episode.prompt in turntable.prompts((episode.task,))
         reach = np.linalg.norm(action - state, axis=1)
-        assert reach.max() <= np.sqrt(2) * turntable.STRIDE + 1e-6  # no noise in labels
+        assert reach.max() <= np.sqrt(2) * gantry.STRIDE + 1e-6  # no noise in labels
     # Without noise a record is the expert's own path, as played from the episode's seed.
     sim = _sim()
     path = _run(sim, clean[0].seed)
@@ -302,7 +301,7 @@ def test_slipping_from_one_object_to_the_next_starts_to_count_anew(monkeypatch):
     sim.reset(0)
     other = (sim.target + 1) % 4
     sequence = iter([other] * 3 + [sim.target] * 4)
-    monkeypatch.setattr(sim, "_holding", lambda: next(sequence))
+    monkeypatch.setattr(sim.bench, "holding", lambda: next(sequence))
     for _ in range(6):
         sim.step(sim.tip)
         assert not sim.done

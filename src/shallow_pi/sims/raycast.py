@@ -10,14 +10,25 @@ ambient + (1 − ambient)·max(0, normal · light).
 must lie within its body's colliding geoms, or in a body that has none.
 """
 
+import dataclasses
+
 import mujoco
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-LIGHT = np.array([0.35, -0.45, 0.82]) / np.linalg.norm([0.35, -0.45, 0.82])  # towards the light
-AMBIENT = 0.45
 BACKGROUND = (0.55, 0.62, 0.70)
 VISIBLE_GROUPS = np.array([1, 1, 1, 0, 0, 0], np.uint8)  # as in MuJoCo's own viewer
+
+
+@dataclasses.dataclass(frozen=True)
+class Light:
+    """One directional light and the share of light that comes from everywhere."""
+
+    towards: tuple[float, float, float] = (0.35, -0.45, 0.82)
+    ambient: float = 0.45
+
+
+LIGHT = Light()
 
 
 class RayCamera:
@@ -87,18 +98,19 @@ class RayCamera:
         return geom, distance, normal.reshape(count, 3)
 
     def _shade(
-        self, data: mujoco.MjData, rays: Float[np.ndarray, "n 3"]
+        self, data: mujoco.MjData, rays: Float[np.ndarray, "n 3"], source: Light
     ) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, "n 3"]]:
         geom, _, normal = self.cast(data, rays)
+        towards = np.array(source.towards) / np.linalg.norm(source.towards)
         colours = np.concatenate([self._model.geom_rgba[:, :3], [BACKGROUND]])
-        light = AMBIENT + (1 - AMBIENT) * np.maximum(normal @ LIGHT, 0.0)
+        light = source.ambient + (1 - source.ambient) * np.maximum(normal @ towards, 0.0)
         light[geom < 0] = 1.0
         return geom, colours[geom] * light[:, None]
 
-    def render(self, data: mujoco.MjData) -> UInt8[np.ndarray, "h w 3"]:
+    def render(self, data: mujoco.MjData, light: Light = LIGHT) -> UInt8[np.ndarray, "h w 3"]:
         """A picture of the current pose; `data` must hold current kinematics (`mj_forward`)."""
         shape = (self.height + 1, self.width + 1)
-        geom, colour = self._shade(data, self._corners.reshape(-1, 3))
+        geom, colour = self._shade(data, self._corners.reshape(-1, 3), light)
         geom, colour = geom.reshape(shape), colour.reshape(*shape, 3)
         corners = (np.s_[:-1, :-1], np.s_[:-1, 1:], np.s_[1:, :-1], np.s_[1:, 1:])
         picture = np.mean([colour[c] for c in corners], axis=0)
@@ -108,6 +120,6 @@ class RayCamera:
         )
         if edge.any():
             rays = self._fine[edge]
-            _, fine = self._shade(data, rays.reshape(-1, 3))
+            _, fine = self._shade(data, rays.reshape(-1, 3), light)
             picture[edge] = fine.reshape(*rays.shape).mean(1)
         return np.clip(np.rint(picture * 255), 0, 255).astype(np.uint8)

@@ -113,6 +113,7 @@ class Entry:
 
 
 SUITES: dict[str, Entry] = {
+    "tabletop": Entry("shallow_pi.sims.tabletop:Suite"),
     "turntable": Entry("shallow_pi.sims.turntable:Suite"),
 }
 

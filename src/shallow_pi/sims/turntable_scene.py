@@ -66,13 +66,14 @@ def _cup(index: int, hole: float) -> str:
     )
 
 
-def xml(num_blocks: int, num_cups: int, hole: float, timestep: float) -> str:
+def xml(num_blocks: int, num_cups: int, hole: float, timestep: float, fixtures: str = "") -> str:
     """The scene as MJCF.
 
     Args:
       num_blocks, num_cups: bodies `block0…` and `cup0…` on the disc.
       hole: radius of a cup's hole in metres.
       timestep: of the physics, in seconds.
+      fixtures: MJCF of further bodies on the disc.
     """
     blocks = "".join(_block(i) for i in range(num_blocks))
     cups = "".join(_cup(i, hole) for i in range(num_cups))
@@ -102,12 +103,13 @@ def xml(num_blocks: int, num_cups: int, hole: float, timestep: float) -> str:
   <worldbody>
     <light pos=".35 -.45 .82" dir="-.35 .45 -.82" directional="true" castshadow="false"/>
     {base}
-    <geom class="seen" type="box" size=".6 .6 .01" pos="0 0 -.035" rgba=".30 .32 .35 1"/>
+    <geom name="table" class="seen" type="box" size=".6 .6 .01" pos="0 0 -.035"
+          rgba=".30 .32 .35 1"/>
     <body name="disc">
       <joint name="disc" type="hinge" axis="0 0 1" damping="0" armature=".05"/>
       <geom name="disc" type="cylinder" size="{DISC_RADIUS} .01" pos="0 0 -.01" mass="1"
             contype="0" conaffinity="1" rgba=".85 .83 .80 1"/>
-      {blocks}{cups}
+      {fixtures}{blocks}{cups}
     </body>
     <body name="gantry_x" gravcomp="1"><joint name="x" {slides["x"]}/>{carriage}
       <body name="gantry_y" gravcomp="1"><joint name="y" {slides["y"]}/>{carriage}

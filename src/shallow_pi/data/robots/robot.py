@@ -203,6 +203,9 @@ TURNTABLE = Robot(
     groups=(Group("gantry", 3, "m"),),
 )
 
+# The same gantry, which also reads the speed of its disc in radians a second.
+TABLETOP = dataclasses.replace(TURNTABLE, name="tabletop", state_dim=4)
+
 # ALOHA's joints to the signs, and its grippers to the angles, of the runtime that recorded the data
 # π0 was trained on. States have finger positions, actions have angles of the leader's gripper.
 _SIGNS = (1, -1, -1, 1, 1, 1)
@@ -318,7 +321,7 @@ def unit_differences(own: Robot, given: Robot) -> list[str]:
 ROBOTS = {
     robot.name: robot
     for robot in (
-        *(TURNTABLE, ALOHA, ALOHA_SIM, LIBERO, LIBERO_DELTA),
+        *(TURNTABLE, TABLETOP, ALOHA, ALOHA_SIM, LIBERO, LIBERO_DELTA),
         *(DROID, DROID_POSITION, UR5),
     )
 }
