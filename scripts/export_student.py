@@ -1,4 +1,4 @@
-"""Give a student to openpi or LeRobot.
+"""Give a student to openpi, LeRobot, TensorRT or plain JAX.
 
 uv run scripts/export_student.py --help tells more.
 """

@@ -36,7 +36,7 @@ FOLDERS = [
 # What a folder may import where that is less than everything above it.
 NARROW = {
     "deploy": {"", "models", "inference", "checkpoints", "data/robots"},
-    "deploy/export": {"", "models", "checkpoints", "data/robots", "deploy"},
+    "deploy/export": {"", "models", "inference", "checkpoints", "data/robots", "deploy"},
     "serving": {"", "deploy"},
 }
 # Packages whose names users type in their own files: `from shallow_pi.data import robots`.

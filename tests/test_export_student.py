@@ -67,9 +67,9 @@ def test_bad_input_is_one_error_without_a_traceback(command, arguments, message)
 
 
 def test_an_unknown_format_lists_the_formats(command):
-    status, _, err = command(TEACHER, "--format", "onnx")
+    status, _, err = command(TEACHER, "--format", "tflite")
     assert status == 1
-    assert "unknown --format 'onnx': there are openpi, openpi-padded, openpi-pytorch" in err
+    assert "unknown --format 'tflite': there are openpi, openpi-padded, openpi-pytorch" in err
 
 
 def test_a_truncated_safetensors_file_is_named(command, tmp_path):

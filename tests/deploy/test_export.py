@@ -158,7 +158,7 @@ def test_the_last_step_of_a_run_is_taken_and_goes_beside_it(run, params, tmp_pat
         read["action_in_proj"]["kernel"], -params["action_in_proj"]["kernel"]
     )
     assert "Reading" in said[0]
-    assert "parameters equal" in said[-1]
+    assert "every parameter equal" in said[-1]
 
 
 def test_any_step_of_a_run_can_be_asked_for(run, params, tmp_path):

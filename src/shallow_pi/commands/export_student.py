@@ -1,4 +1,4 @@
-"""Give a student to openpi or LeRobot.
+"""Give a student to openpi, LeRobot, TensorRT or plain JAX.
 
 uv run scripts/export_student.py SOURCE --format FORMAT [--step last|best|N] [--output DIR]
 
@@ -9,6 +9,8 @@ folder in it. Formats:
     openpi-padded     the same at the teacher's depth, for an unchanged openpi; no faster
     openpi-pytorch    model.safetensors for openpi's PyTorch model
     lerobot           a policy folder of LeRobot; needs plugins/lerobot_policy_shallow_pi there
+    onnx              ONNX graphs for TensorRT and ONNX Runtime (docs/edge.md); needs the extra onnx
+    stablehlo         one program for CPU, CUDA and TPU that JAX runs without this package
 
 The folder (default: <run>/exports/<step>-<format>) appears when it has been read back and its
 actions compared with the student's; an existing one is never overwritten. Its README.md says how to
@@ -17,6 +19,7 @@ run it.
     uv run scripts/export_student.py checkpoints/pi0_aloha_l6/first --format openpi
     uv run scripts/export_student.py checkpoints/pi0_aloha_l6/first --step best --format lerobot
     uv run scripts/export_student.py 30000 --format openpi-padded --layers 0 3 7 10 14 17
+    uv run scripts/export_student.py checkpoints/pi05_libero_l6/first --format onnx --num-steps 5
 """
 
 import dataclasses
@@ -49,8 +52,12 @@ class Arguments:
     teacher_depth: int = 18
     # Export sizes other than openpi's too; no released class of openpi or LeRobot loads them.
     any_size: bool = False
-    # Integration steps of the comparison.
+    # Integration steps of the comparison; graphs have them written out.
     num_steps: int = 10
+    # onnx (float16, float32, bfloat16), stablehlo (bfloat16, float32): empty is the first.
+    dtype: str = ""
+    # onnx: version of its operators, 17 to 20; TensorRT 10 reads up to 20.
+    opset: int = 17
     # Make warnings errors.
     strict: bool = False
 
@@ -70,6 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             teacher_depth=given.teacher_depth,
             any_size=given.any_size,
             num_steps=given.num_steps,
+            dtype=given.dtype,
+            opset=given.opset,
             report=progress.say,
         )
     print(folder)

@@ -66,7 +66,7 @@ def append_state(
     token = layers.dense(prepared.params["state_proj"], state)[:, None].astype(config.dtype)
     rope = layers.rope_table(jnp.sum(valid, axis=1, keepdims=True), config.expert.head_dim)
     slot = config.prefix_tokens
-    valid = valid.at[:, slot].set(True)
+    valid = jax.lax.dynamic_update_slice(valid, jnp.ones((len(valid), 1), bool), (0, slot))
     _, cache = run_layers(
         config, prepared.suffix, token, cache, slot, rope, valid[:, None], None, kernel
     )

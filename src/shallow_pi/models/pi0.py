@@ -54,7 +54,7 @@ class Pi0Config:
     max_token_len: int = 48
     # π0.5 only: write the state into the prompt as 256-bin integers.
     discrete_state_input: bool = False
-    # Dtype of activations; parameters keep their own.
+    # Dtype of activations; parameters keep their own. float16 is for exports: nothing trains in it.
     dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
@@ -80,8 +80,10 @@ class Pi0Config:
             raise ValueError("cameras must name at least one camera.")
         if self.discrete_state_input and not self.pi05:
             raise ValueError("discrete_state_input is a π0.5 option; set pi05 or turn it off.")
-        if self.dtype not in ("bfloat16", "float32"):
-            raise ValueError(f"dtype must be 'bfloat16' or 'float32', got {self.dtype!r}.")
+        if self.dtype not in ("bfloat16", "float16", "float32"):
+            raise ValueError(
+                f"dtype must be 'bfloat16', 'float16' or 'float32', got {self.dtype!r}."
+            )
 
     @property
     def image_tokens(self) -> int:

@@ -12,7 +12,7 @@ from shallow_pi.distill import step
 from shallow_pi.inference import tuning
 from shallow_pi.models import parameters, pi0
 
-BYTES = {"bfloat16": 2, "float32": 4}
+BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
 @dataclasses.dataclass(frozen=True)

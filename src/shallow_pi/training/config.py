@@ -230,6 +230,8 @@ class DistillConfig:
         profiling.parse(self.profile, self.num_train_steps)
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"--ema-decay must lie in [0, 1), got {self.ema_decay}")
+        if self.model.dtype == "float16":
+            raise ValueError("--model.dtype must be 'bfloat16' or 'float32', got 'float16'")
         if self.batch_size % (n := self.accumulation):
             raise ValueError(
                 f"--batch-size {self.batch_size} must be a multiple of --accumulation {n}"

@@ -1,1 +1,1 @@
-"""Students in other projects' layouts: one file a format, found by name in `formats`."""
+"""Students in other projects' layouts and as graphs: one file a format, found in `formats`."""

@@ -1,7 +1,18 @@
 """The README.md of an exported policy: its facts, its checks, how to run it."""
 
+import textwrap
+
 from shallow_pi.deploy.export import student as students
 from shallow_pi.models import pi0
+
+_OURS = """\
+With shallow_pi itself (installed from its wheel or a clone), whatever the format:
+
+    shallow-pi serve --policy.dir /path/to/{folder}
+
+or in Python `shallow_pi.deploy.policy.Policy.from_checkpoint("/path/to/{folder}")`.
+
+"""
 
 
 def text(
@@ -9,7 +20,9 @@ def text(
     folder: str,
     student: students.Student,
     origin: students.Origin,
-    difference: float,
+    checked: str,
+    *,
+    is_policy: bool,
 ) -> str:
     """The card.
 
@@ -18,7 +31,8 @@ def text(
       folder: name of the exported folder.
       student: before its format changed it.
       origin: its run, as far as it is known.
-      difference: of the actions, as measured.
+      checked: how it was checked, and how far its actions are from the student's.
+      is_policy: `Policy.from_checkpoint` reads the folder.
     """
     model, robot, assets = student.model, student.assets.robot, student.assets
     layers = " ".join(map(str, origin.layer_map))
@@ -56,17 +70,10 @@ backbone and action expert alike{source}.
 
 ## Run it
 
-{_sizes(model)}{usage}
-With shallow_pi itself (installed from its wheel or a clone), whatever the format:
+{_sizes(model) if is_policy else ""}{usage}
+{_OURS.format(folder=folder) if is_policy else ""}## Checked
 
-    shallow-pi serve --policy.dir /path/to/{folder}
-
-or in Python `shallow_pi.deploy.policy.Policy.from_checkpoint("/path/to/{folder}")`.
-
-## Checked
-
-Read back after writing: every parameter equal, bit for bit; on the same observation and noise the
-largest difference of a normalized action from the student's was {difference:.1e}.
+{textwrap.fill(checked, 100, break_long_words=False, break_on_hyphens=False)}
 
 Weights that descend from openpi's contain PaliGemma's, to which Google's Gemma terms of use apply.
 """

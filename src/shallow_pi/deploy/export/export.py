@@ -10,21 +10,14 @@ import pathlib
 import shutil
 from collections.abc import Callable, Sequence
 
-import jax
-import numpy as np
+import jax.numpy as jnp
 
 from shallow_pi.checkpoints import weights
 from shallow_pi.data.robots import assets as policy_assets
-from shallow_pi.deploy import policy as policies
 from shallow_pi.deploy import step_folder
 from shallow_pi.deploy.export import card, formats
 from shallow_pi.deploy.export import student as students
-from shallow_pi.models import batch as batches
-from shallow_pi.models import observation as observations
 from shallow_pi.models import pi0
-
-# Largest difference of a normalized action; 0 where the same program runs.
-TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
 
 
 def export(
@@ -37,6 +30,8 @@ def export(
     teacher_depth: int = 18,
     any_size: bool = False,
     num_steps: int = 10,
+    dtype: str = "",
+    opset: int = 17,
     report: Callable[[str], None] = lambda _: None,
 ) -> pathlib.Path:
     """Write a student in another project's layout, and return the folder.
@@ -49,7 +44,9 @@ def export(
       layers: for `openpi-padded`, the teacher layers of the student's, where no run says so.
       teacher_depth: for `openpi-padded`, layers of the padded model, where no run says so.
       any_size: export a model of other sizes than openpi's too, which their classes cannot load.
-      num_steps: integration steps of the comparison.
+      num_steps: integration steps of the comparison, and of a graph that has them written out.
+      dtype: of a graph's weights and arithmetic; empty is the format's usual one.
+      opset: for `onnx`, the version of its operators.
       report: is told what is being done.
 
     Raises:
@@ -69,7 +66,12 @@ def export(
             "another --output"
         )
     assets = policy_assets.load(folder)
-    if not any_size:
+    if chosen.DTYPES:
+        dtype = _dtype(format, dtype or chosen.DTYPES[0], chosen.DTYPES)
+        assets = dataclasses.replace(assets, model=dataclasses.replace(assets.model, dtype=dtype))
+    elif dtype:
+        raise ValueError(f"--dtype is for graphs, --format {format} keeps the parameters' own")
+    elif not any_size:
         _check_sizes(assets.model)
     origin = students.origin(folder)
     if layers:
@@ -77,8 +79,13 @@ def export(
         origin = dataclasses.replace(origin, layer_map=tuple(layers), teacher_depth=depth)
 
     report(f"Reading {folder}: {assets.model.kind}, {assets.model.depth} layers")
-    params = weights.load_params(folder, pi0.abstract_params(assets.model), what="student")
-    student = students.Student(assets, params)
+    params = weights.load_params(
+        folder,
+        pi0.abstract_params(assets.model),
+        dtype=jnp.dtype(dtype) if dtype else None,
+        what="student",
+    )
+    student = students.Student(assets, params, num_steps, opset)
     exported = chosen.prepare(student, origin)
 
     partial = target.with_name(f".{target.name}.unfinished-{os.getpid()}")
@@ -94,15 +101,23 @@ def export(
         exported.assets.save(partial / "assets")
         chosen.write(partial, exported)
         report("Reading it back and comparing its actions with the student's")
-        difference = _verify(partial, exported, student, num_steps)
+        checked = chosen.verify(partial, exported, student)
         usage = chosen.usage(target.name, exported, origin)
-        readme = card.text(usage, target.name, student, origin, difference)
+        readme = card.text(
+            usage, target.name, student, origin, checked, is_policy=not chosen.DTYPES
+        )
         (partial / "README.md").write_text(readme, encoding="utf-8")
         partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    report(f"{target}: parameters equal, actions differ by at most {difference:.1e}")
+    report(f"{target}: {checked}")
     return target
+
+
+def _dtype(format: str, dtype: str, known: Sequence[str]) -> str:
+    if dtype not in known:
+        raise ValueError(f"--format {format} has --dtype {', '.join(known)}, not {dtype!r}")
+    return dtype
 
 
 def _check_sizes(model: pi0.Pi0Config) -> None:
@@ -113,51 +128,3 @@ def _check_sizes(model: pi0.Pi0Config) -> None:
             + "\nserve it from its step folder (shallow-pi serve), or give --any-size to export it "
             "for classes you have changed"
         )
-
-
-def _verify(
-    folder: pathlib.Path, exported: students.Student, student: students.Student, num_steps: int
-) -> float:
-    """Read the folder as a policy; the largest difference of its actions from the student's."""
-    expected, model = pi0.abstract_params(exported.model), student.model
-    read = weights.leaves(weights.load_params(folder, expected, what="export"))
-    wrong = [
-        path
-        for path, leaf in weights.leaves(exported.params).items()
-        if read[path].dtype != leaf.dtype or not np.array_equal(read[path], leaf)
-    ]
-    del read
-    stats = policy_assets.load(folder).stats
-    for key, given in student.assets.stats.items():
-        found = dict(stats[key].items())
-        for name, values in given.items():
-            if name not in found or not np.array_equal(found[name], values):
-                wrong.append(f"statistics {key}.{name}")
-    if wrong:
-        raise ValueError(
-            f"{folder} was read back with other numbers than were written: {wrong}. The disk "
-            "may be full or failing; nothing was kept"
-        )
-    dtype = np.dtype(model.dtype) if model.dtype == "float32" else jax.numpy.bfloat16
-    cast = jax.tree.map(lambda leaf: jax.numpy.asarray(leaf, dtype), student.params)
-    ours = policies.Policy(student.assets, cast, num_steps=num_steps)
-    other = policies.Policy.from_checkpoint(folder, num_steps=num_steps, warm_up=False)
-    observation, noise = _made_up(model)
-    want = np.asarray(ours.sample(observation, noise))
-    got = np.asarray(other.sample(observation, noise))
-    difference = float(np.max(np.abs(got - want)))
-    if not difference <= TOLERANCE[model.dtype]:
-        raise ValueError(
-            f"the actions of {folder} differ from the student's by {difference:.3g}, more than "
-            f"{TOLERANCE[model.dtype]:g}: this is a defect of the export, please report it; "
-            "nothing was kept"
-        )
-    return difference
-
-
-def _made_up(model: pi0.Pi0Config) -> tuple[observations.Observation, np.ndarray]:
-    """An observation whose prompt fills half its budget, and noise."""
-    length, random = model.max_token_len, batches.noise(model, 1)
-    half = np.arange(length)[None] < (length + 1) // 2
-    observation = dataclasses.replace(random.observation, tokenized_prompt_mask=half)
-    return observation, np.asarray(random.actions)

@@ -5,21 +5,40 @@ import pathlib
 from collections.abc import Mapping
 from typing import Protocol
 
-from shallow_pi.deploy.export import lerobot, openpi, openpi_padded, openpi_pytorch
+from shallow_pi.deploy.export import (
+    lerobot,
+    onnx,
+    openpi,
+    openpi_padded,
+    openpi_pytorch,
+    stablehlo,
+)
 from shallow_pi.deploy.export import student as students
 
 
 class Format(Protocol):
-    """The functions that a format's file defines."""
+    """What a format's file defines."""
+
+    # Dtypes of a graph, the usual one first; empty where others' classes load the parameters.
+    DTYPES: tuple[str, ...]
 
     def prepare(self, student: students.Student, origin: students.Origin) -> students.Student:
         """The student as this format holds it: the same function of the same observations."""
 
     def write(self, folder: pathlib.Path, student: students.Student) -> None:
-        """Write everything but `assets/` into a new folder that `Policy.from_checkpoint` reads."""
+        """Write everything but `assets/` into a new folder."""
 
     def usage(self, folder: str, student: students.Student, origin: students.Origin) -> str:
         """Instructions for running the folder of that name, in Markdown."""
+
+    def verify(
+        self, folder: pathlib.Path, exported: students.Student, student: students.Student
+    ) -> str:
+        """Read the folder, compare it with the student, and say how that was done and came out.
+
+        Raises:
+          ValueError: it is not the student's function.
+        """
 
 
 FORMATS: Mapping[str, Format] = {
@@ -27,6 +46,8 @@ FORMATS: Mapping[str, Format] = {
     "openpi-padded": openpi_padded,
     "openpi-pytorch": openpi_pytorch,
     "lerobot": lerobot,
+    "onnx": onnx,
+    "stablehlo": stablehlo,
 }
 
 

@@ -41,7 +41,7 @@ STATE, ACTION, PROMPT = "observation.state", "action", "task"
 PICTURES = "observation.images."
 
 
-prepare = openpi.prepare
+DTYPES, prepare, verify = openpi.DTYPES, openpi.prepare, openpi.verify
 
 
 def write(folder: pathlib.Path, student: students.Student) -> None:

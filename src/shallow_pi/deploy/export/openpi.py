@@ -7,6 +7,7 @@ openpi's own configs have the teacher's depth, so a config of the student's is r
 import pathlib
 
 from shallow_pi.checkpoints import weights
+from shallow_pi.deploy.export import read_back
 from shallow_pi.deploy.export import student as students
 
 _USAGE = """\
@@ -17,6 +18,9 @@ it is. With the Python of openpi, in a clone of it (after `uv sync`):
     uv pip install /path/to/shallow_pi          # its wheel, or a clone of its repository
     .venv/bin/shallow-pi serve-openpi policy:checkpoint --policy.config={config} --policy.dir=/path/to/{folder}
 """  # noqa: E501 (a command)
+
+DTYPES: tuple[str, ...] = ()
+verify = read_back.verify
 
 
 def prepare(student: students.Student, origin: students.Origin) -> students.Student:

@@ -50,10 +50,12 @@ def prepare(student: students.Student, origin: students.Origin) -> students.Stud
         )
     model = pi0.at_depth(student.model, teacher_depth)
     assets = dataclasses.replace(student.assets, model=model)
-    return students.Student(assets, pad(student.params, layers, teacher_depth))
+    return dataclasses.replace(
+        student, assets=assets, params=pad(student.params, layers, teacher_depth)
+    )
 
 
-write = openpi.write
+DTYPES, write, verify = openpi.DTYPES, openpi.write, openpi.verify
 
 
 def usage(folder: str, student: students.Student, origin: students.Origin) -> str:

@@ -25,7 +25,7 @@ transforms and `asset_id="{asset_id}"`. openpi wants `gemma_expert.lm_head.weigh
 uses; here it is zeros.
 """
 
-prepare = openpi.prepare
+DTYPES, prepare, verify = openpi.DTYPES, openpi.prepare, openpi.verify
 
 
 def write(folder: pathlib.Path, student: students.Student) -> None:

@@ -22,6 +22,10 @@ class Student:
 
     assets: policy_assets.Assets
     params: PyTree
+    # Integration steps: of the comparison, and of a graph that has them written out.
+    num_steps: int = 10
+    # Version of ONNX's operators.
+    opset: int = 17
 
     @property
     def model(self) -> pi0.Pi0Config:

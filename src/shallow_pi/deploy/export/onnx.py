@@ -1,0 +1,318 @@
+"""ONNX graphs of the sampler, for TensorRT and ONNX Runtime: a robot's computer without JAX.
+
+`policy.onnx` is the whole sampler with its steps written out; `prefix.onnx` (pictures and prompt to
+keys and values) and `step.onnx` (noisy actions, time, keys and values to the velocity) are its
+parts, for a loop of one's own. Shapes are fixed, batch 1: where usual prompts are shorter than the
+longest, each length has its own graphs (`policy_16.onnx`), and all graphs share `weights.bin`. The
+cameras are the robot's own: one that it lacks is masked everywhere, so the graphs leave it out.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from shallow_pi.deploy import policy as policies
+from shallow_pi.deploy.export import onnx_graph, openpi, tensorrt_operators
+from shallow_pi.deploy.export import student as students
+from shallow_pi.inference import forward, sampler, tuning
+from shallow_pi.inference import prepare as preparation
+from shallow_pi.models import observation as observations
+from shallow_pi.models import pi0
+
+DTYPES: tuple[str, ...] = ("float16", "float32", "bfloat16")
+DESCRIPTION, WEIGHTS = "onnx.json", "weights.bin"
+# Largest difference of a normalized action from the sampler's; of other dtypes it is reported.
+TOLERANCE = 1e-4
+_USAGE = """\
+ONNX graphs in {dtype}, opset {opset}, batch 1, {steps} integration steps. `onnx.json` names the
+graphs for prompts of up to {lengths} tokens; all of them share `weights.bin`.
+
+| graph | inputs | outputs |
+|---|---|---|
+| `policy.onnx` | {inputs}, `noise` | `actions`, normalized |
+| `prefix.onnx` | {inputs} | `keys_i` and `values_i` of every layer, `valid` |
+| `step.onnx` | `x`, `t`, `keys_i`, `values_i`, `valid` | `velocity` |
+
+`pictures` are bytes (1, {count}, {size}, {size}, 3), cameras in the order {cameras}. With NVIDIA's
+TensorRT 10, on the computer that will run it:
+
+    trtexec --onnx=policy.onnx --stronglyTyped --saveEngine=policy.engine
+
+Without JAX, by ONNX Runtime on CPU, CUDA or TensorRT (`examples/onnx_runtime` in the repository of
+shallow_pi; any openpi client drives it):
+
+    python runner.py /path/to/{folder} --port 8000
+"""
+
+prepare = openpi.prepare
+
+
+def write(folder: pathlib.Path, student: students.Student) -> None:
+    """Write the graphs of every prompt length, their weights, and `onnx.json`."""
+    _need("onnx")
+    import onnx
+
+    model = model_of(student)
+    prepared = prepared_weights(model, student)
+    lengths, graphs = _lengths(student), {}
+    with onnx_graph.Weights(folder / WEIGHTS) as weights:
+        for length in lengths:
+            at = dataclasses.replace(model, max_token_len=length)
+            end = "" if length == model.max_token_len else f"_{length}"
+            graphs[str(length)] = {name: f"{name}{end}.onnx" for name in _PARTS}
+            for name, part in _PARTS.items():
+                function, inputs, outputs = part(at, student.num_steps)
+                made = onnx_graph.convert(
+                    function, prepared, inputs, outputs, weights, student.opset
+                )
+                tensorrt_operators.check(onnx_graph.operators(made), name)
+                onnx.save_model(made, folder / graphs[str(length)][name])
+    files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
+    content = {
+        "dtype": model.dtype,
+        "opset": student.opset,
+        "num_steps": student.num_steps,
+        "action_horizon": model.action_horizon,
+        "action_dim": model.action_dim,
+        "image_size": model.image_size,
+        "cameras": list(model.cameras),
+        "discrete_state_input": model.discrete_state_input,
+        "normalization": student.assets.kind,
+        "graphs": graphs,
+        # A copy that was cut short is told by its sizes.
+        "files": files,
+    }
+    (folder / DESCRIPTION).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def usage(folder: str, student: students.Student, origin: students.Origin) -> str:
+    """The graphs' inputs and outputs, and two ways to run them."""
+    model, lengths = model_of(student), _lengths(student)
+    return _USAGE.format(
+        cameras=", ".join(model.cameras),
+        count=len(model.cameras),
+        dtype=model.dtype,
+        folder=folder,
+        inputs=", ".join(f"`{name}`" for name in _inputs(model)),
+        lengths=", ".join(map(str, lengths)),
+        opset=student.opset,
+        size=model.image_size,
+        steps=student.num_steps,
+    )
+
+
+def verify(folder: pathlib.Path, exported: students.Student, student: students.Student) -> str:
+    """Check the graphs, and run them beside the sampler in float32 on the same noise."""
+    _need("onnxruntime")
+    import onnx
+
+    model, content = model_of(student), json.loads((folder / DESCRIPTION).read_text())
+    worst = 0.0
+    for length, graphs in content["graphs"].items():
+        for file in graphs.values():
+            onnx.checker.check_model(folder / file)
+        at = dataclasses.replace(model, max_token_len=int(length))
+        inputs = made_up(at)
+        found = _run(folder / graphs["policy"], inputs)[0]
+        got = [found]
+        if at == model:  # The parts are the same graph: once is enough.
+            got.append(_by_parts(folder, graphs, inputs, student.num_steps))
+        want = _sampled(at, student, inputs)
+        worst = max(worst, *(float(np.max(np.abs(one - want))) for one in got))
+    if not worst <= (TOLERANCE if model.dtype == "float32" else np.inf):
+        raise ValueError(
+            f"the actions of {folder} differ from the sampler's by {worst:.3g}, more than "
+            f"{TOLERANCE:g}: "
+            + (
+                "give --dtype float32, whose range these weights need; nothing was kept"
+                if model.dtype != "float32"
+                else "this is a defect of the export, please report it; nothing was kept"
+            )
+        )
+    return (
+        "Checked by `onnx.checker`; every operator is one that TensorRT reads. On the same "
+        "observation and noise, ONNX Runtime on a CPU and the sampler in float32 differed by at "
+        f"most {worst:.1e} in a normalized action."
+    )
+
+
+def _inputs(model: pi0.Pi0Config) -> dict[str, jax.ShapeDtypeStruct]:
+    """What the graph of the prefix takes."""
+    size, spec = model.image_size, jax.ShapeDtypeStruct
+    found = {
+        "pictures": spec((1, len(model.cameras), size, size, 3), np.uint8),
+        "prompt": spec((1, model.max_token_len), np.int32),
+        "prompt_mask": spec((1, model.max_token_len), np.bool_),
+    }
+    return found if model.pi05 else found | {"state": spec((1, model.action_dim), np.float32)}
+
+
+def _observation(model: pi0.Pi0Config, given: Sequence[Any]) -> observations.Observation:
+    """The inputs of a graph as an observation, every camera present."""
+    pictures, prompt, mask, *state = given
+    floats = observations.Observation({"all": pictures}, {}, None, None, None).as_float()
+    return observations.Observation(
+        images={name: floats.images["all"][:, i] for i, name in enumerate(model.cameras)},
+        image_masks=dict.fromkeys(model.cameras, jnp.ones(1, bool)),
+        state=state[0] if state else jnp.zeros((1, model.action_dim)),
+        tokenized_prompt=prompt,
+        tokenized_prompt_mask=mask,
+    )
+
+
+_Part = tuple[Callable[..., Sequence[Any]], dict[str, jax.ShapeDtypeStruct], list[str]]
+
+
+def policy_part(model: pi0.Pi0Config, num_steps: int) -> _Part:
+    def sample(prepared: preparation.Prepared, *given: Any) -> Sequence[Any]:
+        *observed, noise = given
+        observation = _observation(model, observed)
+        return [
+            sampler.sample_prepared(
+                model, prepared, observation, noise, num_steps=num_steps, options=tuning.ALL_ON
+            )
+        ]
+
+    return sample, _inputs(model) | {"noise": _noise(model)}, ["actions"]
+
+
+def _prefix(model: pi0.Pi0Config, num_steps: int) -> _Part:
+    def prefix(prepared: preparation.Prepared, *given: Any) -> Sequence[Any]:
+        observation = _observation(model, given)
+        cache, valid = forward.prefill(model, prepared, observation)
+        if not model.pi05:
+            cache, valid = forward.append_state(model, prepared, observation.state, cache, valid)
+        return [*jax.tree.leaves(cache), valid]
+
+    return prefix, _inputs(model), list(_cache(model))
+
+
+def _step(model: pi0.Pi0Config, num_steps: int) -> _Part:
+    def step(prepared: preparation.Prepared, *given: Any) -> Sequence[Any]:
+        x, t, *rest, valid = given
+        cache = list(zip(rest[::2], rest[1::2], strict=True))
+        tables = preparation.make_tables(model, prepared.params, t)
+        return [forward.velocity(model, prepared, cache, valid, x, tables)[0]]
+
+    time = {"t": jax.ShapeDtypeStruct((1,), np.float32)}
+    return step, {"x": _noise(model)} | time | _cache(model), ["velocity"]
+
+
+_PARTS: dict[str, Callable[[pi0.Pi0Config, int], _Part]] = {
+    "policy": policy_part,
+    "prefix": _prefix,
+    "step": _step,
+}
+
+
+def _noise(model: pi0.Pi0Config) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((1, model.action_horizon, model.action_dim), np.float32)
+
+
+def _cache(model: pi0.Pi0Config) -> dict[str, jax.ShapeDtypeStruct]:
+    """What goes from the prefix to the steps."""
+    c, slots = model.backbone, preparation.cache_length(model)
+    spec = jax.ShapeDtypeStruct((1, slots, c.num_kv_heads, c.head_dim), jnp.dtype(model.dtype))
+    names = [f"{kind}_{i}" for i in range(model.depth) for kind in ("keys", "values")]
+    return dict.fromkeys(names, spec) | {"valid": jax.ShapeDtypeStruct((1, slots), np.bool_)}
+
+
+def model_of(student: students.Student) -> pi0.Pi0Config:
+    """The model with the robot's cameras alone: the others would be masked everywhere."""
+    there = tuple(c for c in student.model.cameras if c in student.assets.robot.cameras)
+    return dataclasses.replace(student.model, cameras=there)
+
+
+def _lengths(student: students.Student) -> list[int]:
+    """Prompt lengths with graphs of their own: of usual prompts, and the longest."""
+    usual = policies.prompt_lengths(student.assets, None)
+    return sorted({*usual, student.model.max_token_len})
+
+
+def prepared_weights(model: pi0.Pi0Config, student: students.Student) -> preparation.Prepared:
+    times, dtype = sampler.integration_times(student.num_steps), jnp.dtype(model.dtype)
+
+    def prepare(params: PyTree) -> preparation.Prepared:
+        cast = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+        return preparation.prepare(model, cast, times, tuning.ALL_ON)
+
+    return jax.jit(prepare)(jax.tree.map(jnp.asarray, student.params))
+
+
+def made_up(model: pi0.Pi0Config) -> dict[str, np.ndarray]:
+    """Inputs of `policy.onnx` whose prompt fills half of its length."""
+    generator, found = np.random.default_rng(0), {}
+    for name, spec in (_inputs(model) | {"noise": _noise(model)}).items():
+        if name == "prompt_mask":
+            found[name] = np.arange(spec.shape[1])[None] < (spec.shape[1] + 1) // 2
+        elif spec.dtype == np.float32:
+            found[name] = generator.standard_normal(spec.shape).astype(np.float32)
+        else:
+            high = 256 if name == "pictures" else model.vocab_size
+            found[name] = generator.integers(0, high, spec.shape, spec.dtype)
+    return found
+
+
+def _sampled(
+    model: pi0.Pi0Config, student: students.Student, inputs: dict[str, np.ndarray]
+) -> np.ndarray:
+    wide = dataclasses.replace(model, dtype="float32")
+
+    def sample(params: PyTree, inputs: dict[str, Any]) -> Any:
+        *observed, noise = inputs.values()
+        return sampler.sample_actions(
+            wide, params, _observation(wide, observed), noise, num_steps=student.num_steps
+        )
+
+    # In the order in which they were made: a dict of JAX's would be sorted.
+    names = list(inputs)
+    run = jax.jit(lambda params, *given: sample(params, dict(zip(names, given, strict=True))))
+    return np.asarray(run(jax.tree.map(jnp.asarray, student.params), *inputs.values()))
+
+
+def _session(path: pathlib.Path) -> Any:
+    import onnxruntime
+
+    try:
+        return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    except onnxruntime.capi.onnxruntime_pybind11_state.NotImplemented as error:
+        raise ValueError(
+            f"ONNX Runtime {onnxruntime.__version__} cannot run {path.name} on a CPU, so that it "
+            f"could not be checked ({error}): give --dtype float16"
+        ) from error
+
+
+def _run(path: pathlib.Path, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+    return list(_session(path).run(None, inputs))
+
+
+def _by_parts(
+    folder: pathlib.Path, graphs: dict[str, str], inputs: dict[str, np.ndarray], num_steps: int
+) -> np.ndarray:
+    """The actions of `prefix.onnx` and a loop over `step.onnx`."""
+    observed = {name: value for name, value in inputs.items() if name != "noise"}
+    session = _session(folder / graphs["prefix"])
+    cache = dict(
+        zip([o.name for o in session.get_outputs()], session.run(None, observed), strict=True)
+    )
+    session, x = _session(folder / graphs["step"]), inputs["noise"]
+    for t in sampler.integration_times(num_steps):
+        (velocity,) = session.run(None, {"x": x, "t": np.array([t], np.float32), **cache})
+        x = x - np.float32(1 / num_steps) * velocity
+    return np.asarray(x)
+
+
+def _need(package: str) -> None:
+    import importlib.util
+
+    if importlib.util.find_spec(package) is None:
+        raise ModuleNotFoundError(
+            f"--format onnx needs the package {package}: install shallow-pi[onnx]"
+        )

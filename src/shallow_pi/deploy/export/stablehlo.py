@@ -1,0 +1,123 @@
+"""The sampler as one StableHLO program for CPU, CUDA and TPU, which JAX alone runs.
+
+`policy.stablehlo` is what `jax.export` serializes, `weights.safetensors` its first argument: a flat
+dictionary of arrays. Batch 1, the prompt at its full length, the robot's own cameras.
+"""
+
+import pathlib
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import safetensors.flax
+
+from shallow_pi.checkpoints import safetensors_file
+from shallow_pi.deploy.export import onnx, openpi
+from shallow_pi.deploy.export import student as students
+
+DTYPES: tuple[str, ...] = ("bfloat16", "float32")
+PROGRAM, WEIGHTS = "policy.stablehlo", "weights.safetensors"
+PLATFORMS = ("cpu", "cuda", "tpu")
+# Largest difference of a normalized action from the same function called here.
+TOLERANCE = 1e-6
+_USAGE = """\
+One program for {platforms} in {dtype}, batch 1, {steps} integration steps. JAX (from {version} on)
+and safetensors run it, nothing of shallow_pi:
+
+    import jax, jax.export, numpy as np
+    from safetensors.flax import load_file
+
+    policy = jax.export.deserialize(bytearray(open("{program}", "rb").read()))
+    weights = load_file("{weights}")
+    inputs = {{
+        {inputs}
+    }}
+    actions = jax.jit(policy.call)(weights, inputs)["actions"]
+
+These are normalized: pictures are bytes, cameras in the order {cameras}; tokenizer and statistics
+are in `assets/`.
+"""
+
+prepare = openpi.prepare
+
+
+def write(folder: pathlib.Path, student: students.Student) -> None:
+    """Write the program and its weights."""
+    weights = _weights(student)
+    program = jax.export.export(_program(student, weights[1]), platforms=PLATFORMS)(
+        *jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (weights[0], _inputs(student))
+        )
+    )
+    (folder / PROGRAM).write_bytes(program.serialize())
+    arrays = {name: np.ascontiguousarray(leaf) for name, leaf in weights[0].items()}
+    safetensors_file.save(arrays, folder / WEIGHTS, {"format": "flax"})
+
+
+def usage(folder: str, student: students.Student, origin: students.Origin) -> str:
+    """Ten lines of Python that run it."""
+    model = onnx.model_of(student)
+    lines = [
+        f'"{name}": np.zeros({spec.shape}, np.{np.dtype(spec.dtype).name}),'
+        for name, spec in _inputs(student).items()
+    ]
+    return _USAGE.format(
+        cameras=", ".join(model.cameras),
+        dtype=model.dtype,
+        inputs="\n        ".join(lines),
+        platforms=", ".join(PLATFORMS),
+        program=PROGRAM,
+        steps=student.num_steps,
+        version=jax.__version__,
+        weights=WEIGHTS,
+    )
+
+
+def verify(folder: pathlib.Path, exported: students.Student, student: students.Student) -> str:
+    """Read the program back and run it on this machine beside the function it was made from."""
+    read = safetensors.flax.load_file(folder / WEIGHTS)
+    weights, tree = _weights(student)
+    wrong = [n for n, leaf in weights.items() if not np.array_equal(read[n], np.asarray(leaf))]
+    if wrong:
+        raise ValueError(
+            f"{folder / WEIGHTS} was read back with other numbers than were written: {wrong}. The "
+            "disk may be full or failing; nothing was kept"
+        )
+    inputs = onnx.made_up(onnx.model_of(student))
+    program = jax.export.deserialize(bytearray((folder / PROGRAM).read_bytes()))
+    got = np.asarray(jax.jit(program.call)(read, inputs)["actions"])
+    want = np.asarray(_program(student, tree)(weights, inputs)["actions"])
+    difference = float(np.max(np.abs(got - want)))
+    if not difference <= TOLERANCE:
+        raise ValueError(
+            f"the actions of {folder} differ from the sampler's by {difference:.3g}, more than "
+            f"{TOLERANCE:g}: this is a defect of the export, please report it; nothing was kept"
+        )
+    return (
+        "Read back after writing: every weight equal, bit for bit; on the same observation and "
+        f"noise the program and the sampler differed by at most {difference:.1e} in a normalized "
+        f"action (on {jax.default_backend()})."
+    )
+
+
+def _inputs(student: students.Student) -> dict[str, jax.ShapeDtypeStruct]:
+    return onnx.policy_part(onnx.model_of(student), student.num_steps)[1]
+
+
+def _weights(student: students.Student) -> tuple[dict[str, jax.Array], Any]:
+    """The prepared weights by name, and their tree."""
+    leaves, tree = jax.tree.flatten(onnx.prepared_weights(onnx.model_of(student), student))
+    return {f"w{i:04}": leaf for i, leaf in enumerate(leaves)}, tree
+
+
+def _program(student: students.Student, tree: Any) -> Any:
+    function, inputs, _ = onnx.policy_part(onnx.model_of(student), student.num_steps)
+
+    def run(weights: dict[str, jax.Array], given: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        leaves = [jnp.asarray(weights[name]) for name in sorted(weights)]
+        prepared = jax.tree.unflatten(tree, leaves)
+        return {"actions": function(prepared, *(given[name] for name in inputs))[0]}
+
+    return jax.jit(run)
