@@ -216,7 +216,7 @@ def _our_tower(config: pi0.Pi0Config, params: dict) -> dict[str, jax.Array]:
         jnp.dtype(config.dtype),
     )
     prefix = inputs["prefix"]
-    suffix, _, _ = tower.apply({"params": params}, prefix, suffix[:, None], geometry)
+    suffix, *_ = tower.apply({"params": params}, prefix, suffix[:, None], geometry)
     keys, values = _our_cache(config, params, prefix.astype(config.dtype), geometry)
     # Keys and values of padding are never read, and differ.
     mask = valid[None, :, :, None, None]

@@ -190,6 +190,8 @@ def test_shapes_that_would_broadcast_raise(call):
         ({"attention": float("nan")}, "losses.attention must be a finite weight"),
         ({"task": 0.0, "velocity": 0.0, "attention": 0.0}, "nothing to train on"),
         ({"attention_layer": -2}, "is a student layer or -1, got -2"),
+        ({"reflow": -1.0}, "losses.reflow must be a finite weight of at least 0: -1.0"),
+        ({"reflow_deployed": 1.5}, "losses.reflow-deployed is a share from 0 to 1, got 1.5"),
     ],
 )
 def test_bad_weights_raise(changes, message):
@@ -197,7 +199,8 @@ def test_bad_weights_raise(changes, message):
         losses.Losses(**changes)
 
 
-def test_a_teacher_is_needed_by_two_of_the_three():
+def test_a_teacher_is_needed_by_all_but_the_task_loss():
     assert losses.Losses(task=1.0, velocity=0.0, attention=0.1).needs_teacher
     assert losses.Losses(task=1.0, velocity=0.1, attention=0.0).needs_teacher
+    assert losses.Losses(task=1.0, velocity=0.0, attention=0.0, reflow=0.1).needs_teacher
     assert not losses.Losses(task=1.0, velocity=0.0, attention=0.0).needs_teacher

@@ -312,10 +312,10 @@ def test_a_batch_that_does_not_divide_raises(setting):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"draws": 0}, "at least 1, got 0 and 1"),
-        ({"accumulation": 0}, "at least 1, got 1 and 0"),
+        ({"draws": 0, "num_steps": 0}, "at least 1, got draws 0, num_steps 0"),
+        ({"accumulation": 0}, "at least 1, got accumulation 0"),
         ({"teacher": None}, "a layer map names layers of a teacher, and there is none"),
-        ({"teacher": None, "layer_map": None}, "need a teacher; give one, or set both to 0"),
+        ({"teacher": None, "layer_map": None}, "velocity 0.5, --losses.attention 2.0; give one"),
         (
             {"teacher": None, "layer_map": None, "losses": TASK, "freeze": ("vision",)},
             "freeze vision keeps parts of a teacher, and there is none",

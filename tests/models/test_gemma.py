@@ -66,8 +66,8 @@ def test_positions_count_the_valid_tokens_and_go_on_in_the_suffix(strict):
 @pytest.mark.parametrize("pi05", [False, True])
 def test_scan_equals_a_loop_over_the_layers(pi05):
     params, (prefix, suffix, geometry) = _params(pi05), _inputs(pi05)
-    expected, hidden, _ = _run(_module(), params, prefix, suffix, geometry, hidden=True)
-    block = jax.jit(gemma.Block(CONFIGS, ROWS, None, False, layers.DEFAULT_EXECUTION).apply)
+    expected, hidden, *_ = _run(_module(), params, prefix, suffix, geometry, hidden=True)
+    block = jax.jit(gemma.Block(CONFIGS, ROWS, None, False, False, layers.DEFAULT_EXECUTION).apply)
     carry = (prefix, suffix, None)
     for i in range(DEPTH):
         np.testing.assert_allclose(hidden.prefix[i], carry[0], atol=1e-5)
@@ -85,7 +85,7 @@ def test_only_valid_prefix_tokens_are_attended_to():
     params, (prefix, suffix, geometry) = _params(False), _inputs(False)
 
     def run(prefix):
-        out, hidden, _ = _run(_module(), params, prefix, suffix, geometry, hidden=True)
+        out, hidden, *_ = _run(_module(), params, prefix, suffix, geometry, hidden=True)
         return out, np.asarray(hidden.prefix[-1])
 
     out, tokens = run(prefix)
@@ -100,7 +100,7 @@ def test_adaptive_norms_start_as_identity_residuals():
     """Fresh π0.5 gates are zero, so the expert's stream passes through every layer unchanged."""
     prefix, suffix, geometry = _inputs(True)
     params = jax.jit(_module().init)(jax.random.key(0), prefix, suffix, geometry)["params"]
-    _, hidden, _ = _run(_module(), params, prefix, suffix, geometry, hidden=True)
+    _, hidden, *_ = _run(_module(), params, prefix, suffix, geometry, hidden=True)
     np.testing.assert_array_equal(hidden.suffix, np.broadcast_to(suffix, (4, *suffix.shape)))
     assert np.abs(hidden.prefix[-1] - prefix).max() > 0.1
 
@@ -109,7 +109,7 @@ def test_adaptive_norms_start_as_identity_residuals():
 def test_captured_attention_is_that_of_the_chosen_layer(layer):
     """The keys are the layer's own projection of the prefix that enters it."""
     params, (prefix, suffix, geometry) = _params(False), _inputs(False)
-    _, hidden, capture = _run(
+    _, hidden, capture, _ = _run(
         _module(),
         *(params, prefix, suffix, geometry),
         action_rows=ROWS,
@@ -167,8 +167,8 @@ def test_remat_keeps_a_layers_input_its_products_or_everything():
 
 def test_bfloat16_is_close_to_float32_and_kept():
     params, inputs = _params(True), _inputs(True)
-    low, _, _ = _run(_module("bfloat16"), params, *inputs)
-    full, _, _ = _run(_module(), params, *inputs)
+    low, *_ = _run(_module("bfloat16"), params, *inputs)
+    full, *_ = _run(_module(), params, *inputs)
     assert low.dtype == jnp.bfloat16
     assert full.dtype == jnp.float32
     error = jnp.linalg.norm(low.astype(jnp.float32) - full) / jnp.linalg.norm(full)

@@ -7,14 +7,34 @@ Time follows openpi, stated here once: t = 1 is noise and t = 0 is data,
 (The Shallow-π paper writes it the other way round: the same loss.) Source: openpi models/pi0.py.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 
 def sample_time(key: Array, shape: tuple[int, ...]) -> Float[Array, "..."]:
     """Times in [0.001, 1], denser near noise."""
     return 0.001 + 0.999 * jax.random.beta(key, 1.5, 1.0, shape)
+
+
+def sample_line_time(
+    key: Array, shape: tuple[int, ...], deployed: Float[np.ndarray, " k"], share: float
+) -> Float[Array, "..."]:
+    """Times in (0, 1]: uniform, but for a share of them, which are times of the deployed sampler.
+
+    Args:
+      key: of the draw.
+      shape: of the result.
+      deployed: times at which a sampler of k steps evaluates the velocity.
+      share: expected share of times that are among these.
+    """
+    keys = jax.random.split(key, 3)
+    uniform = 1.0 - jax.random.uniform(keys[0], shape)
+    among = jnp.asarray(deployed)[jax.random.randint(keys[1], shape, 0, len(deployed))]
+    return jnp.where(jax.random.bernoulli(keys[2], share, shape), among, uniform)
 
 
 def sample_noise(key: Array, shape: tuple[int, ...]) -> Float[Array, "..."]:
@@ -37,6 +57,26 @@ def target_velocity(
     """The velocity u = ε − a along that line."""
     same_shape("actions", actions, "noise", noise)
     return noise - actions
+
+
+def integrate(
+    velocity: Callable[[Array, Array], Array],
+    noise: Float[Array, "*b ah ad"],
+    times: Float[np.ndarray, " n"],
+) -> Float[Array, "*b ah ad"]:
+    """The end, at t = 0, of the path that starts in the noise: Euler steps of 1/n from `times`.
+
+    Args:
+      velocity: of (x_t, t), both with the axes b.
+      noise: x_t at t = 1.
+      times: those at which the velocity is evaluated, from 1 down (`sampler.integration_times`).
+    """
+    dt = jnp.float32(-1.0 / len(times))
+
+    def step(x_t: Array, t: Array) -> tuple[Array, None]:
+        return x_t + dt * velocity(x_t, jnp.broadcast_to(t, noise.shape[:-2])), None
+
+    return jax.lax.scan(step, noise, jnp.asarray(times))[0]
 
 
 def same_shape(name_a: str, a: Array, name_b: str, b: Array) -> None:

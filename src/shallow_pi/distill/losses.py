@@ -1,10 +1,13 @@
-"""The three losses of Shallow-π, unreduced, and the one masked sum that reduces them.
+"""The three losses of Shallow-π and reflow, unreduced, and the one masked sum that reduces them.
 
     L = w_task·‖v_θ − u‖² + w_velocity·‖v_θ − v_φ‖² + w_attention·KL(P_φ ‖ P_θ)
+      + w_reflow·‖v_θ(z_s, s) − (ε − â)‖²,    z_s = s·ε + (1 − s)·â
 
 φ is the teacher, θ the student; both see the same observation, noise and time. P is the attention
 of the action tokens over the valid prefix keys at one layer of each model, renormalised over those
-keys. Everything is float32. (METHOD: the layer pair, the weights and `per_head` are our choices.)
+keys. â is where the teacher's sampler takes the noise ε: on the straight line between them (reflow,
+arXiv 2209.03003, off by default) one or two integration steps reach what the teacher's ten do.
+Everything is float32. (METHOD: the layer pair, the weights and `per_head` are our choices.)
 """
 
 import dataclasses
@@ -17,11 +20,13 @@ from jaxtyping import Array, Bool, Float
 from shallow_pi.distill import flow
 
 Attention = Literal["per_head", "head_mean"]
+# The fields of `Losses` that are weights, and all but the first look at the teacher.
+TERMS = ("task", "velocity", "attention", "reflow")
 
 
 @dataclasses.dataclass(frozen=True)
 class Losses:
-    """Weights and switches of the three losses. A weight of 0 leaves that term out."""
+    """Weights and switches of the losses. A weight of 0 leaves that term out."""
 
     # Weight of the task loss: student velocity against the data's.
     task: float = 1.0
@@ -29,6 +34,12 @@ class Losses:
     velocity: float = 1.0
     # Weight of the attention loss: student attention against the teacher's.
     attention: float = 0.1
+    # Weight of the reflow loss, for few integration steps (--student.num-steps): student velocity
+    # on the straight line from noise to the teacher's own actions for it.
+    reflow: float = 0.0
+    # Share of the reflow loss's times that are those of the student's sampler: 1 for one step, 1
+    # and 1/2 for two. The others are uniform.
+    reflow_deployed: float = 0.5
     # Compare attention maps head by head, or averaged over heads.
     attention_heads: Attention = "per_head"
     # Student layer whose attention is compared; -1 takes the middle one, (depth − 1)//2.
@@ -38,12 +49,16 @@ class Losses:
     mask_padded_actions: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("task", "velocity", "attention"):
+        for name in TERMS:
             value = getattr(self, name)
             if not (isinstance(value, (int, float)) and 0 <= value < float("inf")):
                 raise ValueError(f"--losses.{name} must be a finite weight of at least 0: {value}.")
-        if self.task == self.velocity == self.attention == 0:
-            raise ValueError("losses: all three weights are 0, there is nothing to train on.")
+        if not any(getattr(self, name) for name in TERMS):
+            raise ValueError("losses: all weights are 0, there is nothing to train on.")
+        if not 0 <= self.reflow_deployed <= 1:
+            raise ValueError(
+                f"--losses.reflow-deployed is a share from 0 to 1, got {self.reflow_deployed}."
+            )
         if self.attention_layer < -1:
             raise ValueError(
                 f"--losses.attention-layer is a student layer or -1, got {self.attention_layer}."
@@ -52,7 +67,7 @@ class Losses:
     @property
     def needs_teacher(self) -> bool:
         """Whether any term looks at the teacher."""
-        return self.velocity > 0 or self.attention > 0
+        return any(getattr(self, name) > 0 for name in TERMS[1:])
 
 
 def task_loss(
@@ -66,7 +81,10 @@ def task_loss(
 def velocity_loss(
     v_student: Float[Array, "*b ah ad"], v_teacher: Float[Array, "*b ah ad"]
 ) -> Float[Array, "*b ah"]:
-    """The same against the teacher's velocity, through which no gradient flows."""
+    """The same against a velocity of the teacher's, through which no gradient flows.
+
+    The velocity loss compares with v_φ, the reflow loss with ε − â.
+    """
     flow.same_shape("v_student", v_student, "v_teacher", v_teacher)
     return task_loss(v_student, jax.lax.stop_gradient(v_teacher))
 

@@ -21,11 +21,14 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from shallow_pi.distill import flow, losses, norms
 from shallow_pi.distill import layer_map as layer_maps
 from shallow_pi.distill import student as students
+from shallow_pi.inference import sampler
 from shallow_pi.models import batch as batches
 from shallow_pi.models import layers, pi0
 from shallow_pi.models import observation as observations
 
 Metrics = norms.Metrics
+# Integration steps from noise to the teacher's end, for the reflow loss; openpi's number.
+TEACHER_STEPS = 10
 
 
 @flax.struct.dataclass
@@ -57,6 +60,8 @@ class Spec:
     augmentation: observations.Augmentation = observations.NO_AUGMENTATION
     # (noise, time) pairs drawn for every observation; they share the prefix.
     draws: int = 1
+    # Integration steps that the student is deployed with; the reflow loss looks at their times.
+    num_steps: int = 10
     # Microbatches a step is cut into; the result is that of the whole batch.
     accumulation: int = 1
     ema_decay: float | None = None
@@ -66,16 +71,16 @@ class Spec:
     offload_teacher: bool = False
 
     def __post_init__(self) -> None:
-        if self.draws < 1 or self.accumulation < 1:
-            raise ValueError(
-                f"draws and accumulation are at least 1, got {self.draws} and {self.accumulation}."
-            )
+        counts = ("draws", "accumulation", "num_steps")
+        if low := [f"{name} {getattr(self, name)}" for name in counts if getattr(self, name) < 1]:
+            raise ValueError(f"{', '.join(counts)} are at least 1, got {', '.join(low)}.")
         if self.layer_map is not None and self.teacher is None:
             raise ValueError("a layer map names layers of a teacher, and there is none.")
         if self.losses.needs_teacher and self.teacher is None:
+            given = {name: getattr(self.losses, name) for name in losses.TERMS[1:]}
+            flags = [f"--losses.{name} {weight}" for name, weight in given.items() if weight]
             raise ValueError(
-                f"--losses.velocity {self.losses.velocity} and --losses.attention "
-                f"{self.losses.attention} need a teacher; give one, or set both to 0."
+                f"weights need a teacher: {', '.join(flags)}; give one, or set them to 0."
             )
         if self.freeze and self.teacher is None:
             raise ValueError(
@@ -111,6 +116,10 @@ class Inputs(NamedTuple):
     t: Float[Array, "b r"]
     u: Float[Array, "b r ah ad"]
     action_mask: Bool[Array, "b r ah"]
+    # ε
+    noise: Float[Array, "b r ah ad"]
+    # Times on the line from ε to the teacher's end; None without the reflow loss.
+    line_t: Float[Array, "b r"] | None
 
 
 def init_state(spec: Spec, params: PyTree) -> DistillState:
@@ -137,12 +146,19 @@ def draw_inputs(spec: Spec, key: Array, batch: batches.Batch) -> Inputs:
     t = flow.sample_time(time_key, (b, spec.draws))
     actions = jnp.broadcast_to(batch.actions[:, None], noise.shape)
     mask = batch.action_mask if spec.losses.mask_padded_actions else jnp.ones((b, ah), bool)
+    line_t = None
+    if spec.losses.reflow > 0:
+        deployed = sampler.integration_times(spec.num_steps)
+        line_key, share = jax.random.fold_in(time_key, 1), spec.losses.reflow_deployed
+        line_t = flow.sample_line_time(line_key, t.shape, deployed, share)
     return Inputs(
         observation=observation,
         x_t=flow.interpolate(actions, noise, t),
         t=t,
         u=flow.target_velocity(actions, noise),
         action_mask=jnp.broadcast_to(mask[:, None], (b, spec.draws, ah)),
+        noise=noise,
+        line_t=line_t,
     )
 
 
@@ -153,7 +169,7 @@ def distill_step(
     key: Array,
     batch: batches.Batch,
 ) -> tuple[DistillState, Metrics]:
-    """One step of AdamW on L = w_task·L_task + w_velocity·L_velocity + w_attention·L_attention.
+    """One step of AdamW on the weighted sum of the losses (see `losses`).
 
     Args:
       spec: the static part.
@@ -194,7 +210,7 @@ def loss_gradient_norms(
     inputs = draw_inputs(spec, jax.random.fold_in(key, state.step), batch)
     found = {}
     for name in _terms(spec.losses):
-        alone: dict[str, Any] = {"task": 0.0, "velocity": 0.0, "attention": 0.0}
+        alone: dict[str, Any] = dict.fromkeys(losses.TERMS, 0.0)
         alone[name] = getattr(spec.losses, name)
         single = dataclasses.replace(spec, losses=dataclasses.replace(spec.losses, **alone))
         grads, _ = _gradient(single, teacher_params, state.params, inputs)
@@ -235,26 +251,42 @@ def _gradient(
 class _Reference(NamedTuple):
     velocity: Float[Array, "b r ah ad"]
     attention: pi0.PrefixAttention | None
+    # For the reflow loss: a point of the line from noise to the teacher's end, its time, and ε − â.
+    line: tuple[Float[Array, "b r ah ad"], Float[Array, "b r"], Float[Array, "b r ah ad"]] | None
 
 
 def _teacher_outputs(
     spec: Spec, teacher_params: PyTree, inputs: Inputs, image_tokens: Array | None
 ) -> _Reference | None:
-    """The teacher's velocity, and its attention where that loss is on; no gradient flows back."""
+    """The teacher's velocity, its attention and its line where losses need them; no gradient."""
     if spec.teacher is None or not spec.losses.needs_teacher:
         return None
+    teacher = spec.teacher
     layer = spec.attention_layers[1] if spec.losses.attention > 0 else None
-    outputs = pi0.velocity(
-        spec.teacher,
+    execution = dataclasses.replace(spec.execution, offloaded=spec.offload_teacher)
+    found = pi0.outputs(
+        teacher,
         teacher_params,
         inputs.observation,
         inputs.x_t,
         inputs.t,
         image_tokens=image_tokens,
         attention_layer=layer,
-        execution=dataclasses.replace(spec.execution, offloaded=spec.offload_teacher),
+        cache=spec.losses.reflow > 0,
+        execution=execution,
     )
-    return jax.lax.stop_gradient(_Reference(*outputs))
+    line = None
+    if (cache := found.cache) is not None:
+        assert inputs.line_t is not None, "drawn where the reflow loss is on"
+        own = pi0.suffix_params(teacher_params, execution)
+
+        def velocity(x_t: Array, t: Array) -> Array:
+            return pi0.velocity_over_cache(teacher, own, cache, x_t, t, execution)
+
+        end = flow.integrate(velocity, inputs.noise, sampler.integration_times(TEACHER_STEPS))
+        x_t = flow.interpolate(end, inputs.noise, inputs.line_t)
+        line = x_t, inputs.line_t, flow.target_velocity(end, inputs.noise)
+    return jax.lax.stop_gradient(_Reference(found.velocity, found.attention, line))
 
 
 def _total_loss(
@@ -268,12 +300,16 @@ def _total_loss(
     """The weighted loss of a microbatch as its share of the mean over the whole batch."""
     weights = spec.losses
     layer = spec.attention_layers[0] if weights.attention > 0 else None
-    v_student, attention = pi0.velocity(
+    x_t, t, draws = inputs.x_t, inputs.t, inputs.t.shape[1]
+    line = None if reference is None else reference.line
+    if line is not None:  # More draws in the one pass: they share the prefix.
+        x_t, t = (jnp.concatenate(pair, axis=1) for pair in ((x_t, line[0]), (t, line[1])))
+    v_all, attention = pi0.velocity(
         spec.student,
         params,
         inputs.observation,
-        inputs.x_t,
-        inputs.t,
+        x_t,
+        t,
         image_tokens=image_tokens,
         attention_layer=layer,
         execution=spec.execution,
@@ -282,6 +318,7 @@ def _total_loss(
     def mean(values: Float[Array, "b r ah"]) -> Float[Array, ""]:
         return losses.masked_sum(values, inputs.action_mask) / count
 
+    v_student = v_all[:, :draws]
     metrics = {"task_loss": mean(losses.task_loss(v_student, inputs.u))}
     loss = weights.task * metrics["task_loss"]
     if reference is not None:
@@ -293,26 +330,29 @@ def _total_loss(
         assert reference.attention is not None, "both models return attention or neither does"
         metrics["attention_loss"] = mean(
             losses.attention_loss(
-                attention.logits,
+                attention.logits[:, :draws],
                 reference.attention.logits,
                 attention.valid[:, None, None, None, :],
                 weights.attention_heads,
             )
         )
         loss += weights.attention * metrics["attention_loss"]
+    if line is not None:
+        metrics["reflow_loss"] = mean(losses.velocity_loss(v_all[:, draws:], line[2]))
+        loss += weights.reflow * metrics["reflow_loss"]
     metrics["loss"] = loss
     return loss, metrics
 
 
 def _terms(weights: losses.Losses) -> list[str]:
-    return [name for name in ("task", "velocity", "attention") if getattr(weights, name) > 0]
+    return [name for name in losses.TERMS if getattr(weights, name) > 0]
 
 
 def _zero_metrics(spec: Spec) -> Metrics:
     names = ["loss", "task_loss"]
     if spec.teacher is not None and spec.losses.needs_teacher:
         names += ["teacher_task_loss", "velocity_cosine", "velocity_loss"]
-        names += ["attention_loss"] if spec.losses.attention > 0 else []
+        names += [f"{name}_loss" for name in _terms(spec.losses) if name in ("attention", "reflow")]
     return {name: jnp.zeros(()) for name in names}
 
 

@@ -11,6 +11,7 @@ and G), so that devices can share them; on each device XLA makes T and G the row
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -84,6 +85,22 @@ class Hidden(NamedTuple):
     suffix: Float[Array, "l+1 b r t e"]
 
 
+class KeysValues(NamedTuple):
+    """A prefix's keys and values of every layer: all that the suffix ever reads of it."""
+
+    keys: Float[Array, "l b s k h"]
+    values: Float[Array, "l b s k h"]
+
+
+class Outputs(NamedTuple):
+    """What the tower gives: the normed suffix, and on request the parts that others need."""
+
+    suffix: Float[Array, "b r t e"]
+    hidden: Hidden | None
+    capture: Capture | None
+    cache: KeysValues | None
+
+
 class Geometry(NamedTuple):
     """Inputs of every layer that no layer changes."""
 
@@ -141,60 +158,99 @@ def norm(
     return layers.rms_norm(x, None, (scale, shift, gate))
 
 
-def attention(
+def _project(
+    weights: Weights, stream: int, x: Float[Array, "*b t d"], rope: tuple[Array, Array]
+) -> tuple[Array, tuple[Array, Array]]:
+    """A stream's queries, and its keys and values."""
+    to_queries = weights[_name("q_einsum", stream)]["w"].astype(x.dtype)
+    to_both = weights[_name("kv_einsum", stream)]["w"].astype(x.dtype)
+    queries = jnp.einsum("...TD,NDH->...TNH", x, to_queries)
+    keys, values = jnp.einsum("...SD,CKDH->C...SKH", x, to_both)
+    queries, keys = layers.split_heads(queries, keys, rope)
+    return queries, (keys, values)
+
+
+def _finish(
     weights: Weights,
-    prefix: Float[Array, "b s d"],
-    suffix: Float[Array, "b r t e"],
+    stream: int,
+    x: Float[Array, "*b t d"],
+    mixed: Float[Array, "*b t k g h"],
+    gate: Array | None,
+    condition: Array | None,
+) -> Float[Array, "*b t d"]:
+    """The rest of a stream's layer: out of the heads, then the MLP."""
+    w = weights["attn"][_name("attn_vec_einsum", stream)]["w"].astype(mixed.dtype)
+    heads = mixed.reshape(*mixed.shape[:-3], *w.shape[:2])
+    x = layers.residual(x, jnp.einsum("...TNH,NHD->...TD", heads, w), gate)
+    normed, gate = norm(weights[_name("pre_ffw_norm", stream)], x, condition)
+    mlp = weights[_name("mlp", stream)]
+    gating = mlp["gating_einsum"].astype(x.dtype)
+    return layers.residual(x, layers.gated_mlp(normed, (gating[0], gating[1]), mlp["linear"]), gate)
+
+
+def prefix_layer(
+    weights: Weights, x: Float[Array, "b s d"], geometry: Geometry
+) -> tuple[Float[Array, "b s d"], tuple[Array, Array]]:
+    """One layer of the prefix, and its keys and values for the suffix."""
+    normed, _ = norm(weights["pre_attention_norm"], x, None)
+    queries, cached = _project(weights["attn"], 0, normed, geometry.prefix_rope)
+    mixed = layers.attend(queries, *cached, geometry.prefix_valid[:, None])
+    return _finish(weights, 0, x, mixed, None, None), cached
+
+
+def suffix_layer(
+    weights: Weights,
+    x: Float[Array, "b r t e"],
+    cached: tuple[Float[Array, "b s k h"], Float[Array, "b s k h"]],
     geometry: Geometry,
-    action_rows: int,
-) -> tuple[Float[Array, "b s d"], Float[Array, "b r t e"], Capture]:
-    """Both streams' attention, and its parts for the last `action_rows` rows of the suffix."""
+) -> tuple[Float[Array, "b r t e"], Float[Array, "b r t k g h"]]:
+    """One layer of the suffix, and its queries.
 
-    def project(
-        stream: int, x: Array, rope: tuple[Array, Array]
-    ) -> tuple[Array, tuple[Array, Array]]:
-        to_queries = weights[_name("q_einsum", stream)]["w"].astype(x.dtype)
-        to_both = weights[_name("kv_einsum", stream)]["w"].astype(x.dtype)
-        queries = jnp.einsum("...TD,NDH->...TNH", x, to_queries)
-        keys, values = jnp.einsum("...SD,CKDH->C...SKH", x, to_both)
-        queries, keys = layers.split_heads(queries, keys, rope)
-        return queries, (keys, values)
-
-    def leave(stream: int, mixed: Array) -> Array:
-        w = weights[_name("attn_vec_einsum", stream)]["w"].astype(mixed.dtype)
-        return jnp.einsum("...TNH,NHD->...TD", mixed.reshape(*mixed.shape[:-3], *w.shape[:2]), w)
-
-    queries, cached = project(0, prefix, geometry.prefix_rope)
-    prefix_out = leave(0, layers.attend(queries, *cached, geometry.prefix_valid[:, None]))
-    queries, own = project(1, suffix, geometry.suffix_rope)
+    Args:
+      weights: of the layer; of the prefix's, none is read.
+      x: the stream.
+      cached: the prefix's keys and values at this layer.
+      geometry: of both streams; the prefix's positions are not read.
+    """
+    normed, gate = norm(weights["pre_attention_norm_1"], x, geometry.condition)
+    queries, own = _project(weights["attn"], 1, normed, geometry.suffix_rope)
     mixed = layers.attend_both(queries, cached, own, geometry.prefix_valid, geometry.suffix_mask)
-    return prefix_out, leave(1, mixed), Capture(queries[:, :, -action_rows:], cached[0])
+    return _finish(weights, 1, x, mixed, gate, geometry.condition), queries
 
 
-def layer(
+def suffix_weights(llm: Weights) -> Weights:
+    """The part of the tower's parameters that the suffix reads: the action expert's."""
+
+    def own(tree: Weights) -> Weights:
+        return {name: leaf for name, leaf in tree.items() if name.endswith("_1")}
+
+    scanned = own(llm["layers"]) | {"attn": own(llm["layers"]["attn"])}
+    return own(llm) | {"layers": scanned}
+
+
+def suffix_over_cache(
     weights: Weights,
-    streams: tuple[Float[Array, "b s d"], Float[Array, "b r t e"]],
+    suffix: Float[Array, "b r t e"],
+    cache: KeysValues,
     geometry: Geometry,
-    action_rows: int,
-) -> tuple[tuple[Array, Array], Capture]:
-    """One layer of both streams."""
-    conditions = (None, geometry.condition)
+    keep: Callable[[Array], Array],
+) -> Float[Array, "b r t e"]:
+    """All layers of the suffix over a cached prefix, and the final norm; `Module`'s numbers.
 
-    def norms(name: str) -> list[tuple[Array, Array | None]]:
-        return [norm(weights[_name(name, i)], streams[i], conditions[i]) for i in (0, 1)]
+    Args:
+      weights: of `suffix_weights`.
+      suffix: its tokens.
+      cache: of `Module` for the prefix.
+      geometry: as there.
+      keep: keeps the batch sharded (`layers.Execution.keep_rows`).
+    """
 
-    (prefix, _), (suffix, gate) = norms("pre_attention_norm")
-    *attended, capture = attention(weights["attn"], prefix, suffix, geometry, action_rows)
-    streams = streams[0] + attended[0], layers.residual(streams[1], attended[1], gate)
+    def step(x: Array, scanned: tuple[Weights, KeysValues]) -> tuple[Array, None]:
+        layer_weights, (keys, values) = scanned
+        return suffix_layer(layer_weights, keep(x), (keys, values), geometry)[0], None
 
-    def mlp(stream: int, x: Array) -> Array:
-        w = weights[_name("mlp", stream)]
-        gating = w["gating_einsum"].astype(x.dtype)
-        return layers.gated_mlp(x, (gating[0], gating[1]), w["linear"])
-
-    (prefix, _), (suffix, gate) = norms("pre_ffw_norm")
-    streams = streams[0] + mlp(0, prefix), layers.residual(streams[1], mlp(1, suffix), gate)
-    return streams, capture
+    suffix, _ = jax.lax.scan(step, suffix.astype(cache.keys.dtype), (weights["layers"], cache))
+    return norm(weights["final_norm_1"], suffix, geometry.condition)[0]
 
 
 class Block(nn.Module):
@@ -207,6 +263,8 @@ class Block(nn.Module):
     capture_layer: int | None
     # Stack the residual streams over the layers.
     hidden: bool
+    # Stack the prefix's keys and values over the layers.
+    cache: bool
     execution: layers.Execution
 
     @nn.compact
@@ -215,19 +273,21 @@ class Block(nn.Module):
         carry: tuple[Array, Array, Capture | None],
         index: Int[Array, ""],
         geometry: Geometry,
-    ) -> tuple[tuple[Array, Array, Capture | None], tuple[Array, Array] | None]:
+    ) -> tuple[tuple[Array, Array, Capture | None], tuple[Any, Any]]:
         prefix, suffix, captured = carry
         pi05 = geometry.condition is not None
         weights = parameters.declare(self, parameters.LAYERS, axis_sizes(self.configs), pi05)
         keep = self.execution.keep_rows
-        streams = keep(prefix), keep(suffix)
-        streams, capture = layer(weights, streams, geometry, self.action_rows)
+        prefix, cached = prefix_layer(weights, keep(prefix), geometry)
+        suffix, queries = suffix_layer(weights, keep(suffix), cached, geometry)
         if self.capture_layer is not None:
+            capture = Capture(queries[:, :, -self.action_rows :], cached[0])
             captured = jax.tree.map(
                 lambda new, old: jnp.where(index == self.capture_layer, new, old), capture, captured
             )
-        streams = keep(streams[0]), keep(streams[1])
-        return (*streams, captured), streams if self.hidden else None
+        streams = keep(prefix), keep(suffix)
+        stacked = streams if self.hidden else None, cached if self.cache else None
+        return (*streams, captured), stacked
 
 
 class Module(nn.Module):
@@ -253,13 +313,9 @@ class Module(nn.Module):
         action_rows: int = 0,
         capture_layer: int | None = None,
         hidden: bool = False,
-    ) -> tuple[Float[Array, "b r t e"], Hidden | None, Capture | None]:
-        """Run the layers.
-
-        Returns:
-          The normed suffix; the residual streams if `hidden`; the captured attention of
-          `capture_layer` (None when that is None).
-        """
+        cache: bool = False,
+    ) -> Outputs:
+        """Run the layers; residual streams, one layer's attention and the cache on request."""
         prefix = prefix.astype(self.dtype)
         suffix = suffix.astype(self.dtype)
         captured = None
@@ -276,9 +332,9 @@ class Module(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast),
             length=self.depth,
-        )(self.configs, action_rows, capture_layer, hidden, self.execution, name="layers")
+        )(self.configs, action_rows, capture_layer, hidden, cache, self.execution, name="layers")
         embedded = prefix, suffix
-        (_, suffix, captured), stacked = scanned(
+        (_, suffix, captured), (streams, cached) = scanned(
             (prefix, suffix, captured), jnp.arange(self.depth), geometry
         )
         # openpi's tree has the prefix's final norm too, though nothing reads its output.
@@ -287,10 +343,11 @@ class Module(nn.Module):
         sizes = axis_sizes(self.configs)
         norms = parameters.declare(self, "PaliGemma/llm", sizes, pi05, names)
         suffix, _ = norm(norms["final_norm_1"], suffix, geometry.condition)
-        if not hidden:
-            return suffix, None, captured
-        stacked = jax.tree.map(lambda x, xs: jnp.concatenate([x[None], xs]), embedded, stacked)
-        return suffix, Hidden(*stacked), captured
+        stacked = None
+        if hidden:
+            both = jax.tree.map(lambda x, xs: jnp.concatenate([x[None], xs]), embedded, streams)
+            stacked = Hidden(*both)
+        return Outputs(suffix, stacked, captured, KeysValues(*cached) if cache else None)
 
     def embed(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
         """Scaled embeddings of prompt tokens in the compute dtype."""

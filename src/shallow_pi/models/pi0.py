@@ -128,6 +128,24 @@ class PrefixAttention(NamedTuple):
     valid: Bool[Array, "b s"]
 
 
+class PrefixCache(NamedTuple):
+    """Everything about an observation that later passes of the suffix read."""
+
+    tower: gemma.KeysValues
+    # Which prefix tokens exist.
+    valid: Bool[Array, "b s"]
+    state: Float[Array, "b ad"]
+
+
+class Outputs(NamedTuple):
+    """What a pass gives: the velocity, and on request the parts that others need."""
+
+    velocity: Float[Array, "b r ah ad"]
+    attention: PrefixAttention | None
+    hidden: gemma.Hidden | None
+    cache: PrefixCache | None
+
+
 class _PaliGemma(nn.Module):
     config: Pi0Config
     execution: layers.Execution
@@ -209,23 +227,27 @@ class Pi0(nn.Module):
         image_tokens: Float[Array, "b n d"] | None = None,
         attention_layer: int | None = None,
         hidden: bool = False,
-    ) -> tuple[Float[Array, "b r ah ad"], PrefixAttention | None, gemma.Hidden | None]:
-        """The velocity in one joint pass; on request one layer's attention, or all streams."""
+        cache: bool = False,
+    ) -> Outputs:
+        """The velocity in one joint pass; one layer's attention, all streams, or the cache."""
         prefix, valid = self.embed_prefix(observation, image_tokens)
         suffix, condition = self.embed_suffix(observation.state, x_t, time)
         head_dim, horizon = self.config.expert.head_dim, self.config.action_horizon
         geometry = gemma.Geometry.create(valid, head_dim, suffix.shape[2], horizon, condition)
-        suffix, stacked, capture = self.PaliGemma.llm(
+        tower = self.PaliGemma.llm(
             prefix,
             suffix,
             geometry,
             action_rows=horizon,
             capture_layer=attention_layer,
             hidden=hidden,
+            cache=cache,
         )
+        capture, stacked = tower.capture, tower.cache
         attention = None if capture is None else PrefixAttention(capture.logits(), valid)
-        v = layers.dense(self.action_out_proj(), suffix[:, :, -horizon:])
-        return v, attention, stacked
+        cached = None if stacked is None else PrefixCache(stacked, valid, observation.state)
+        v = layers.dense(self.action_out_proj(), tower.suffix[:, :, -horizon:])
+        return Outputs(v, attention, tower.hidden, cached)
 
 
 def pictures(config: Pi0Config, observation: observations.Observation) -> Float[Array, "bn h w 3"]:
@@ -289,22 +311,88 @@ def velocity(
     Raises:
       ValueError: cameras or shapes that do not fit the config.
     """
+    single = x_t.ndim == 3
+    if single:
+        x_t, t = x_t[:, None], t[:, None]
+    found = outputs(
+        config,
+        params,
+        observation,
+        x_t,
+        t,
+        image_tokens=image_tokens,
+        attention_layer=attention_layer,
+        execution=execution,
+    )
+    return (found.velocity[:, 0] if single else found.velocity), found.attention
+
+
+def outputs(
+    config: Pi0Config,
+    params: PyTree,
+    observation: observations.Observation,
+    x_t: Float[Array, "b r ah ad"],
+    t: Float[Array, "b r"],
+    *,
+    image_tokens: Float[Array, "b n d"] | None = None,
+    attention_layer: int | None = None,
+    cache: bool = False,
+    execution: layers.Execution = layers.DEFAULT_EXECUTION,
+) -> Outputs:
+    """`velocity` of r draws, and with `cache` the prefix for `velocity_over_cache`."""
     _check(config, observation, x_t.shape[-2:])
     if attention_layer is not None and not 0 <= attention_layer < config.depth:
         raise ValueError(
             f"attention_layer must lie in 0..{config.depth - 1} for a model of {config.depth} "
             f"layers, got {attention_layer}."
         )
-    single = x_t.ndim == 3
-    if single:
-        x_t, t = x_t[:, None], t[:, None]
     arrays = (observation, x_t, t, image_tokens)
-    outputs: Any = Pi0(config, execution).apply(
-        {"params": params}, *arrays, attention_layer=attention_layer
+    found: Any = Pi0(config, execution).apply(
+        {"params": params}, *arrays, attention_layer=attention_layer, cache=cache
     )
-    v, attention, _ = outputs
-    v = v.astype(jnp.float32)
-    return (v[:, 0] if single else v), attention
+    return found._replace(velocity=found.velocity.astype(jnp.float32))
+
+
+def suffix_params(params: PyTree, execution: layers.Execution) -> PyTree:
+    """The part of the parameters that `velocity_over_cache` reads, on the device.
+
+    Offloaded layers are copied here, once for all its calls.
+    """
+    llm = gemma.suffix_weights(params["PaliGemma"]["llm"])
+    if execution.offloaded:
+        llm["layers"] = layers.to_device(llm["layers"])
+    rest = {name: leaf for name, leaf in params.items() if name != "PaliGemma"}
+    return {**rest, "PaliGemma": {"llm": llm}}
+
+
+def velocity_over_cache(
+    config: Pi0Config,
+    params: PyTree,
+    cache: PrefixCache,
+    x_t: Float[Array, "b r ah ad"],
+    t: Float[Array, "b r"],
+    execution: layers.Execution = layers.DEFAULT_EXECUTION,
+) -> Float[Array, "b r ah ad"]:
+    """`velocity` at other noisy actions of the same observations: the suffix alone.
+
+    Args:
+      config: the model.
+      params: of `suffix_params`.
+      cache: of `outputs`.
+      x_t: noisy actions.
+      t: their times.
+      execution: as there.
+    """
+    embedded: Any = Pi0(config, execution).apply(
+        {"params": params}, cache.state, x_t, t, method="embed_suffix"
+    )
+    suffix, condition = embedded
+    head_dim, horizon = config.expert.head_dim, config.action_horizon
+    geometry = gemma.Geometry.create(cache.valid, head_dim, suffix.shape[2], horizon, condition)
+    llm, keep = params["PaliGemma"]["llm"], execution.keep_rows
+    suffix = gemma.suffix_over_cache(llm, suffix, cache.tower, geometry, keep)
+    v = layers.dense(params["action_out_proj"], suffix[:, :, -horizon:])
+    return v.astype(jnp.float32)
 
 
 def embed_images(
@@ -337,8 +425,8 @@ def hidden_states(
     """Both residual streams around every layer, the suffix's with one draw."""
     _check(config, observation, x_t.shape[-2:])
     arrays = (observation, x_t[:, None], t[:, None])
-    result: Any = Pi0(config).apply({"params": params}, *arrays, hidden=True)
-    return result[2]
+    found: Any = Pi0(config).apply({"params": params}, *arrays, hidden=True)
+    return found.hidden
 
 
 def _check(

@@ -1,0 +1,183 @@
+"""The reflow loss: the teacher's end points, the straight line to them, and who learns from it."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import jax.test_util
+import numpy as np
+import optax
+import pytest
+
+from shallow_pi.checkpoints import weights
+from shallow_pi.distill import flow, layer_map, losses, step, student
+from shallow_pi.inference import sampler, tuning
+from shallow_pi.models import pi0
+from shallow_pi.models.layers import Execution
+
+KEY = jax.random.key(5)
+# Scanned, which compiles quickest.
+_sample = jax.jit(
+    functools.partial(sampler.sample_actions, num_steps=10, options=tuning.SCANNED),
+    static_argnums=0,
+)
+_velocity = jax.jit(pi0.velocity, static_argnums=0)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _step(spec, teacher_params, state, key, batch):
+    return step.distill_step(spec, teacher_params, state, key, batch)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _ends(config, params, observation, noise):
+    """The teacher's end points as the step makes them: a cache of the joint pass, ten steps."""
+    found = pi0.outputs(config, params, observation, noise, jnp.ones(noise.shape[:2]), cache=True)
+    own = pi0.suffix_params(params, Execution())
+
+    def velocity(x_t, t):
+        return pi0.velocity_over_cache(config, own, found.cache, x_t, t)
+
+    times = sampler.integration_times(10)
+    return flow.integrate(velocity, noise, times), found.velocity, velocity(noise, jnp.ones((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def setting(tiny_config, tiny_params, tiny_batch):
+    """All four losses, two draws, padded actions left out, two deployed steps; plain SGD."""
+    config = tiny_config(cameras=("base_0_rgb",))
+    teacher, layers = tiny_params(config), layer_map.explicit((0, 2), 3)
+    spec = step.Spec(
+        student=pi0.at_depth(config, 2),
+        optimizer=optax.sgd(0.1),
+        schedule=optax.constant_schedule(0.1),
+        losses=losses.Losses(1.0, 0.5, 2.0, reflow=1.5, mask_padded_actions=True),
+        teacher=config,
+        layer_map=layers,
+        draws=2,
+        num_steps=2,
+        execution=Execution(remat="none"),
+    )
+    moved = jax.tree.map(lambda leaf: 1.1 * leaf, student.cut(config, teacher, layers))
+    mask = np.random.default_rng(0).random((8, 5)) < 0.5
+    batch = tiny_batch(config, b=8).replace(action_mask=mask)
+    return spec, teacher, step.init_state(spec, moved), batch
+
+
+@pytest.fixture(scope="module")
+def result(setting):
+    spec, teacher, state, batch = setting
+    return _step(spec, teacher, state, KEY, batch)
+
+
+def test_the_loss_is_that_of_the_line_to_the_samplers_end_points(setting, result):
+    """Row by row in numpy, over the actions that exist."""
+    spec, teacher, state, batch = setting
+    inputs = jax.jit(step.draw_inputs, static_argnums=0)(spec, jax.random.fold_in(KEY, 0), batch)
+    errors = []
+    for r in range(2):
+        noise, t = np.asarray(inputs.noise[:, r]), np.asarray(inputs.line_t[:, r])
+        end = np.asarray(_sample(spec.teacher, teacher, inputs.observation, noise))
+        x_t = t[:, None, None] * noise + (1 - t)[:, None, None] * end
+        v, _ = _velocity(spec.student, state.params, inputs.observation, x_t, t)
+        errors.append(np.mean((v - (noise - end)) ** 2, axis=-1))
+    expected = np.stack(errors, axis=1)[np.repeat(batch.action_mask[:, None], 2, axis=1)].mean()
+    np.testing.assert_allclose(result[1]["reflow_loss"], expected, rtol=1e-4)
+
+
+def test_it_is_in_the_loss_by_its_weight_and_changes_no_other(setting, result):
+    spec, teacher, state, batch = setting
+    metrics = result[1]
+    parts = [float(metrics[f"{name}_loss"]) for name in losses.TERMS]
+    assert min(parts) > 1e-3
+    np.testing.assert_allclose(metrics["loss"], np.dot([1.0, 0.5, 2.0, 1.5], parts), rtol=1e-5)
+    without = dataclasses.replace(spec, losses=dataclasses.replace(spec.losses, reflow=0.0))
+    _, plain = _step(without, teacher, state, KEY, batch)
+    assert "reflow_loss" not in plain
+    for name in losses.TERMS[:-1]:
+        np.testing.assert_allclose(plain[f"{name}_loss"], metrics[f"{name}_loss"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("pi05", [False, True], ids=["pi0", "pi05"])
+def test_end_points_are_the_samplers(pi05, tiny_config, tiny_params, tiny_observation):
+    """With an absent camera and padded prompts; over the cache as in the joint pass."""
+    config = tiny_config(pi05=pi05)
+    params, observation = tiny_params(config), tiny_observation(config)
+    noise = jax.random.normal(KEY, (2, 3, config.action_horizon, config.action_dim))
+    ends, joint, over_cache = _ends(config, params, observation, noise)
+    np.testing.assert_allclose(over_cache, joint, atol=1e-5)
+    for r in range(3):
+        expected = _sample(config, params, observation, noise[:, r])
+        np.testing.assert_allclose(ends[:, r], expected, atol=1e-5)
+    assert np.abs(ends - noise).max() > 0.1
+
+
+def test_a_student_that_is_a_teacher_with_a_straight_flow_has_no_loss(setting):
+    """Its velocity is one vector everywhere, so that every path is straight."""
+    spec, teacher, _, batch = setting
+    out = teacher["action_out_proj"]
+    straight = {**teacher, "action_out_proj": {**out, "kernel": 0 * out["kernel"]}}
+    same = dataclasses.replace(spec, student=spec.teacher, layer_map=layer_map.uniform(3, 3))
+    losses_of = jax.jit(lambda *given: step.distill_step(same, *given)[1]["reflow_loss"])
+    bent = losses_of(teacher, step.init_state(same, teacher), KEY, batch)
+    assert bent > 1e-4
+    found = losses_of(straight, step.init_state(same, straight), KEY, batch)
+    np.testing.assert_allclose(found, 0.0, atol=1e-10)
+
+
+def test_gradients_agree_with_finite_differences_and_none_reaches_the_teacher(setting):
+    spec, teacher, state, batch = setting
+
+    @jax.jit
+    def loss(teacher, kernel):
+        params = {**state.params, "action_in_proj": {**state.params["action_in_proj"]}}
+        params["action_in_proj"]["kernel"] = kernel
+        moved = dataclasses.replace(state, params=params)
+        return step.distill_step(spec, teacher, moved, KEY, batch)[1]["reflow_loss"]
+
+    kernel = state.params["action_in_proj"]["kernel"]
+    to_student = functools.partial(loss, teacher)
+    jax.test_util.check_grads(to_student, (kernel,), order=1, modes=("rev",), rtol=2e-2)
+    for path, leaf in weights.leaves(jax.grad(loss)(teacher, kernel)).items():
+        np.testing.assert_array_equal(leaf, 0.0, path)
+
+
+def test_accumulated_microbatches_make_the_step_of_the_whole_batch(setting, result):
+    spec, teacher, state, batch = setting
+    cut = dataclasses.replace(spec, accumulation=4)
+    found, metrics = _step(cut, teacher, state, KEY, batch)
+    np.testing.assert_allclose(metrics["reflow_loss"], result[1]["reflow_loss"], rtol=1e-5)
+    expected = weights.leaves(result[0].params)
+    for path, leaf in weights.leaves(found.params).items():
+        np.testing.assert_allclose(leaf, expected[path], atol=1e-5, err_msg=path)
+
+
+def test_its_gradient_norm_is_named(setting):
+    spec, teacher, state, batch = setting
+    alone = losses.Losses(0.0, 0.0, 0.0, reflow=1.5, mask_padded_actions=True)
+    spec = dataclasses.replace(spec, losses=alone)
+    norms = jax.jit(step.loss_gradient_norms, static_argnums=0)(spec, teacher, state, KEY, batch)
+    assert set(norms) == {"grad_norm_of/reflow_loss"}
+    _, metrics = _step(spec, teacher, state, KEY, batch)
+    np.testing.assert_allclose(norms["grad_norm_of/reflow_loss"], metrics["grad_norm"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_times_are_uniform_but_for_the_share_of_the_deployed_ones(share):
+    deployed = sampler.integration_times(2)
+    t = np.asarray(flow.sample_line_time(KEY, (4000,), deployed, share))
+    among = np.isin(t, deployed)
+    np.testing.assert_allclose(among.mean(), share, atol=0.03)
+    assert set(t[among]) == (set(deployed) if share else set())
+    if share < 1:
+        np.testing.assert_allclose(
+            np.quantile(t[~among], [0.1, 0.5, 0.9]), [0.1, 0.5, 0.9], atol=0.04
+        )
+        assert t.min() > 0
+
+
+def test_without_a_teacher_the_loss_is_refused(setting):
+    alone = losses.Losses(velocity=0.0, attention=0.0, reflow=1.0)
+    with pytest.raises(ValueError, match=r"weights need a teacher: --losses.reflow 1.0; give one"):
+        dataclasses.replace(setting[0], losses=alone, teacher=None, layer_map=None)
