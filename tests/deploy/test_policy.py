@@ -320,3 +320,22 @@ def test_a_previous_chunk_that_cannot_be_meant_is_an_error(deployed, scene, prev
 def test_a_guidance_weight_that_is_none_is_an_error(deployed, scene, weight):
     with pytest.raises(ValueError, match=f"finite and 0 or more, got {weight}"):
         deployed.infer(scene[0][0], previous=np.zeros((2, 3)), max_guidance_weight=weight)
+
+
+def test_pictures_resized_on_the_device_give_the_same_actions(own, params, scene):
+    """Cameras of another size than the model's, and of two sizes in one batch."""
+    found, noise = scene
+    generator = np.random.default_rng(2)
+    wide = {
+        **found[0],
+        "observation.images.base": generator.integers(0, 256, (48, 64, 3), np.uint8),
+        "observation.images.wrist": generator.integers(0, 256, (30, 40, 3), np.uint8),
+    }
+    by_pillow, on_device = (
+        policy.Policy(own, params, num_steps=2, resize_on_device=chosen) for chosen in (False, True)
+    )
+    expected = by_pillow.infer(wide, noise[0])["actions"]
+    np.testing.assert_allclose(on_device.infer(wide, noise[0])["actions"], expected, atol=5e-3)
+    assert on_device.prepare([wide]).images["base_0_rgb"].shape == (1, 48, 64, 3)
+    both = on_device.infer_batch([wide, found[1]], noise)
+    np.testing.assert_allclose(both, by_pillow.infer_batch([wide, found[1]], noise), atol=1e-5)

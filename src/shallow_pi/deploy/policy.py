@@ -21,7 +21,7 @@ from jaxtyping import Float, PyTree, UInt8
 from shallow_pi import progress
 from shallow_pi.checkpoints import weights
 from shallow_pi.data.robots import assets as policy_assets
-from shallow_pi.data.robots import pipelines
+from shallow_pi.data.robots import pipelines, transforms
 from shallow_pi.data.robots import robot as robots
 from shallow_pi.data.robots import tokenizer as tokenizers
 from shallow_pi.deploy import robot_observation, state_check, step_folder
@@ -34,6 +34,8 @@ LIKELY_PROMPTS = (
     "pick up the cup",
     "pick up the red block on the left and put it into the white box in the middle of the table",
 )
+# Height and width of most robots' pictures, for which the program that resizes them is compiled.
+USUAL_SIZE = (480, 640)
 
 
 class Policy:
@@ -48,6 +50,8 @@ class Policy:
       state_warn: spreads outside its training data beyond which a state is warned of; see
         `state_check`.
       state_refuse: the same, beyond which it is refused; 0 refuses none.
+      resize_on_device: whether pictures are brought to the model's size on the device (within one
+        grey level of Pillow's) or by Pillow; None is the faster, Pillow on a CPU.
     """
 
     def __init__(
@@ -60,6 +64,7 @@ class Policy:
         prompt: str | None = None,
         state_warn: float = state_check.WARN,
         state_refuse: float = state_check.REFUSE,
+        resize_on_device: bool | None = None,
     ) -> None:
         self.assets, self.num_steps, self.prompt = assets, num_steps, prompt
         if prompt and assets.robot.prompt:
@@ -67,7 +72,11 @@ class Policy:
                 f"robot {assets.robot.name} always has the prompt {assets.robot.prompt!r}: the "
                 f"policy's {prompt!r} is not used"
             )
-        self._inputs, self._outputs = assets.inputs(), assets.outputs()
+        if resize_on_device is None:
+            resize_on_device = jax.default_backend() != "cpu"
+        self.resize_on_device = resize_on_device
+        self._inputs = assets.inputs(resize=not resize_on_device)
+        self._outputs = assets.outputs()
         self._check_state = state_check.StateCheck.create(
             assets.robot,
             assets.stats["state"],
@@ -96,6 +105,7 @@ class Policy:
         tokenizer: str | os.PathLike[str] | None = None,
         state_warn: float = state_check.WARN,
         state_refuse: float = state_check.REFUSE,
+        resize_on_device: bool | None = None,
         **fields: Any,
     ) -> "Policy":
         """The policy of a step folder, its parameters in the model's compute dtype.
@@ -113,6 +123,7 @@ class Policy:
           tokenizer: a SentencePiece model, where it is another than the folder's or PaliGemma's.
           state_warn: as of `Policy`.
           state_refuse: as of `Policy`.
+          resize_on_device: as of `Policy`.
           fields: of the `Pi0Config`, where they are to be others; openpi's checkpoints do not hold
             `action_horizon` (50), `max_token_len` (48; π0.5: 200) and `discrete_state_input` (π0.5:
             True). Those that are assumed are named in a warning.
@@ -136,6 +147,7 @@ class Policy:
             prompt=prompt,
             state_warn=state_warn,
             state_refuse=state_refuse,
+            resize_on_device=resize_on_device,
         )
         if warm_up:
             policy.warm_up()
@@ -278,7 +290,10 @@ class Policy:
     ) -> tuple[program.Layout, UInt8[np.ndarray, "b n"]]:
         """What `program` takes, without the cameras and the padding that a batch does not need."""
         config, batch = prepare.trim(self.assets.model, batch)
-        layout = program.Layout(config, guidance is not None)
+        sizes = tuple(batch.images[name].shape[1:3] for name in config.cameras)
+        if set(sizes) == {(config.image_size, config.image_size)}:
+            sizes = ()
+        layout = program.Layout(config, guidance is not None, sizes)
         return layout, program.pack(layout, batch, start, guidance)
 
     def sample(
@@ -308,6 +323,11 @@ class Policy:
         with progress.bar("Compile", total=len(lengths) * len(plans)) as advance:
             for length in lengths:
                 batch = made_up_observation(self.assets, length)
+                if self.resize_on_device:
+                    batch = dataclasses.replace(
+                        batch,
+                        images={n: np.zeros((1, *USUAL_SIZE, 3), np.uint8) for n in batch.images},
+                    )
                 for guidance in plans:
                     start = program.Seed(self._key, 0)
                     jax.block_until_ready(self.sample(batch, start, guidance))
@@ -337,6 +357,9 @@ class Policy:
             # The transforms of training: relative to this state, normalized, padded.
             found = [{**o, robot.action_key: a} for o, a in zip(found, left, strict=True)]
         samples = [self._inputs(dict(one)) for one in found]
+        if any(_sizes(sample) != _sizes(samples[0]) for sample in samples):
+            # Robots with different cameras in one batch.
+            samples = list(map(transforms.Resize(self.assets.model.image_size), samples))
         guidance = None
         if previous is not None and any(map(len, previous)):
             actions = np.stack([sample["actions"] for sample in samples])
@@ -349,6 +372,10 @@ class Policy:
     ) -> Float[np.ndarray, "b ah rd"]:
         state = np.stack([self.assets.robot.state(one) for one in found])
         return self._outputs({"actions": normalized, "state": state})["actions"]
+
+
+def _sizes(sample: transforms.Sample) -> list[tuple[int, ...]]:
+    return [picture.shape for picture in sample["image"].values()]
 
 
 def prompt_lengths(assets: policy_assets.Assets, prompt: str | None) -> list[int]:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree, UInt8, UInt32
 
-from shallow_pi.inference import prepare, real_time, sampler, tuning
+from shallow_pi.inference import prepare, real_time, resize, sampler, tuning
 from shallow_pi.models import observation as observations
 from shallow_pi.models import pi0
 
@@ -40,12 +40,15 @@ class Layout:
     config: pi0.Pi0Config
     # Chunks go on from previous ones.
     guided: bool = False
+    # Height and width of each camera's pictures, where they are not yet the model's.
+    sizes: tuple[tuple[int, int], ...] = ()
 
     @functools.cached_property
     def dtype(self) -> np.dtype:
         """A row, as NumPy's structured dtype without gaps."""
         c = self.config
-        chunk, side = (c.action_horizon, c.action_dim), c.image_size
+        chunk = c.action_horizon, c.action_dim
+        sizes = self.sizes or ((c.image_size, c.image_size),) * len(c.cameras)
         fields: list[tuple[str, type, tuple[int, ...]]] = [
             ("key", np.uint32, (2,)),
             ("call", np.uint32, ()),
@@ -63,9 +66,9 @@ class Layout:
                 ("executed", np.int32, ()),
                 ("max_weight", np.float32, ()),
             ]
+        fields.append(("camera_masks", np.uint8, (len(c.cameras),)))
         fields += [
-            ("camera_masks", np.uint8, (len(c.cameras),)),
-            ("pictures", np.uint8, (len(c.cameras), side, side, 3)),
+            (name, np.uint8, (*size, 3)) for name, size in zip(c.cameras, sizes, strict=True)
         ]
         return np.dtype(fields)
 
@@ -98,15 +101,13 @@ def pack(
     if guidance is not None:
         for name in guidance._fields:
             rows[name] = getattr(guidance, name)
-    masks, pictures = rows["camera_masks"], rows["pictures"]
     for i, name in enumerate(layout.config.cameras):
-        picture = np.asarray(observation.images[name])
-        if picture.dtype != np.uint8 or picture.shape[1:] != pictures.shape[2:]:
+        picture, shape = np.asarray(observation.images[name]), rows[name].shape
+        if picture.dtype != np.uint8 or picture.shape != shape:
             raise ValueError(
-                f"pictures of {name} must be uint8 {pictures.shape[2:]}, got {picture.dtype} "
-                f"{picture.shape[1:]}; resize them in the input transforms."
+                f"pictures of {name} must be uint8 {shape}, got {picture.dtype} {picture.shape}"
             )
-        masks[:, i], pictures[:, i] = observation.image_masks[name], picture
+        rows["camera_masks"][:, i], rows[name] = observation.image_masks[name], picture
     return rows.view(np.uint8).reshape(len(rows), -1)
 
 
@@ -114,13 +115,7 @@ def unpack(
     layout: Layout, packed: UInt8[Array, "b n"]
 ) -> tuple[observations.Observation, Float[Array, "b ah ad"], real_time.Guidance | None]:
     """Take a buffer apart inside a program; pictures are in [-1, 1] then."""
-    found: dict[str, Array] = {}
-    for name, (field, start, *_) in (layout.dtype.fields or {}).items():
-        part = packed[:, start : start + field.itemsize]
-        if field.base != np.uint8:
-            words = part.reshape(len(packed), -1, field.base.itemsize)
-            part = jax.lax.bitcast_convert_type(words, field.base)
-        found[name] = part.reshape(len(packed), *field.shape)
+    found = _fields(layout, packed)
 
     def draw(key: Array, call: Array) -> Array:
         folded = jax.random.fold_in(jax.random.wrap_key_data(key, impl=KEY_KIND), call)
@@ -130,7 +125,7 @@ def unpack(
     noise = jnp.where(found["given"][:, None, None] > 0, found["noise"], drawn)
     names = dict(enumerate(layout.config.cameras))
     observation = observations.Observation(
-        images={name: found["pictures"][:, i] for i, name in names.items()},
+        images={name: found[name] for name in names.values()},
         image_masks={name: found["camera_masks"][:, i] > 0 for i, name in names.items()},
         state=found["state"],
         tokenized_prompt=jnp.maximum(found["tokens"], 0),
@@ -142,6 +137,32 @@ def unpack(
             found["previous"], found["delay"], found["executed"], found["max_weight"][0]
         )
     return observation.as_float(), noise, guidance
+
+
+def resized(layout: Layout, packed: UInt8[Array, "b n"]) -> UInt8[Array, "b m"]:
+    """The buffer with every picture in the model's size, by a program of its own.
+
+    The sampler's program, which takes long to compile, does not depend on a robot's cameras then.
+    """
+    found, side = _fields(layout, packed), layout.config.image_size
+    pictures = [resize.resize_with_pad(found[name], side) for name in layout.config.cameras]
+    head = layout.dtype.itemsize - sum(found[name][0].size for name in layout.config.cameras)
+    flat = [picture.reshape(len(packed), -1) for picture in pictures]
+    return jnp.concatenate([packed[:, :head], *flat], axis=1)
+
+
+_resized = jax.jit(resized, static_argnums=0)
+
+
+def _fields(layout: Layout, packed: UInt8[Array, "b n"]) -> dict[str, Array]:
+    found = {}
+    for name, (field, start, *_) in (layout.dtype.fields or {}).items():
+        part = packed[:, start : start + field.itemsize]
+        if field.base != np.uint8:
+            words = part.reshape(len(packed), -1, field.base.itemsize)
+            part = jax.lax.bitcast_convert_type(words, field.base)
+        found[name] = part.reshape(len(packed), *field.shape)
+    return found
 
 
 class Arrays(NamedTuple):
@@ -228,7 +249,10 @@ class Program:
     def __call__(
         self, layout: Layout, packed: UInt8[np.ndarray | Array, "b n"]
     ) -> Float[Array, "b ah ad"]:
-        """Normalized actions on the device, float32."""
+        """Normalized actions on the device, float32; pictures are resized there if need be."""
+        if layout.sizes:
+            packed = _resized(layout, packed)
+            layout = dataclasses.replace(layout, sizes=())
         actions: Array = self.run(layout, self.arrays, packed)
         return actions
 

@@ -49,8 +49,10 @@ class Assets:
         """The normalization of the model's inputs: z-score for π0, quantiles for π0.5."""
         return normalize.kind_of(self.model.pi05)
 
-    def inputs(self) -> transforms.Transform:
+    def inputs(self, *, resize: bool = True) -> transforms.Transform:
         """Robot observation → model sample without its batch axis.
+
+        Without `resize`, pictures keep the robot's size.
 
         Raises:
           ValueError: robot, tokenizer or statistics do not fit the model.
@@ -70,6 +72,7 @@ class Assets:
             stats=self.stats,
             kind=self.kind,
             discrete_state=self.model.discrete_state_input,
+            resize=resize,
         )
 
     def outputs(self) -> transforms.Transform:

@@ -26,6 +26,7 @@ def inputs(
     stats: Mapping[str, normalize.NormStats],
     kind: normalize.Kind,
     discrete_state: bool = False,
+    resize: bool = True,
 ) -> transforms.Transform:
     """Robot observation to model sample (see `to_observation`, `to_batch`).
 
@@ -38,6 +39,7 @@ def inputs(
       stats: statistics of `state` and `actions` in the robot's dimensions.
       kind: z-score (π0) or quantile (π0.5).
       discrete_state: write the state into the prompt (π0.5).
+      resize: bring pictures to the model's size; without, whoever takes the sample does.
     """
     _check_here(robot)
     if not set(cameras) & set(robot.cameras):
@@ -64,7 +66,7 @@ def inputs(
     return transforms.compose(
         transforms.Cameras(cameras, wanted, image_size),
         _Rename(robot),
-        transforms.Resize(image_size),
+        *([transforms.Resize(image_size)] if resize else []),
         to_model(robot),
         transforms.Normalize(stats, kind),
         transforms.TokenizePrompt(tokenizer, discrete_state),
