@@ -1,0 +1,167 @@
+"""The runner without JAX: the policy's actions, openpi's protocol, and bad input."""
+
+import asyncio
+import dataclasses
+import json
+import pathlib
+import runpy
+import shutil
+import subprocess
+import sys
+import threading
+import types
+
+import jax
+import numpy as np
+import openpi_client.websocket_client_policy
+import pytest
+
+from shallow_pi.checkpoints import weights
+from shallow_pi.data.robots import robot as robots
+from shallow_pi.deploy import policy
+from shallow_pi.deploy.export import export
+
+pytest.importorskip("onnx", reason="onnx is an extra, absent beside openpi's pins")
+pytest.importorskip("onnxruntime", reason="onnxruntime is an extra")
+
+ROOT = pathlib.Path(__file__).parents[2]
+RUNNER = ROOT / "examples" / "onnx_runtime" / "runner.py"
+runner = types.SimpleNamespace(**runpy.run_path(str(RUNNER)))
+
+
+@pytest.fixture(scope="module")
+def folders(own, tiny_params, tmp_path_factory):
+    """Step folders of π0 and π0.5, by name."""
+    # Gripper cranks, signs and delta actions are ALOHA's.
+    model = dataclasses.replace(
+        own.model, pi05=True, discrete_state_input=True, max_token_len=80, action_dim=14
+    )
+    ramp = np.linspace(0.5, 2, 14)
+    stats = type(own.stats["state"])(mean=ramp, std=ramp + 1, q01=-ramp, q99=ramp)
+    aloha = dataclasses.replace(
+        own, model=model, robot=robots.ALOHA, stats={"state": stats, "actions": stats}
+    )
+    found = {}
+    for name, one in (("turntable", own), ("aloha", aloha)):
+        found[name] = tmp_path_factory.mktemp(name) / "2"
+        params = jax.tree.map(lambda leaf: 0.4 * leaf, tiny_params(one.model))
+        weights.save_params(found[name] / "params", params)
+        one.save(found[name] / "assets")
+    return found
+
+
+@pytest.fixture(scope="module")
+def exported(folders, tmp_path_factory):
+    """Both in float32, the turntable in float16 too; tests must not change them."""
+    out = tmp_path_factory.mktemp("onnx")
+    kinds = [("turntable", "float32"), ("aloha", "float32"), ("turntable", "float16")]
+    return {
+        (name, dtype): export.export(
+            folders[name], "onnx", out / f"{name}-{dtype}", dtype=dtype, num_steps=2
+        )
+        for name, dtype in kinds
+    }
+
+
+def observation(robot, seed=0):
+    generator = np.random.default_rng(seed)
+    found = {
+        key: generator.integers(0, 256, (20, 30, 3), np.uint8) for key in robot.cameras.values()
+    }
+    state = generator.uniform(0, 1, robot.state_dim).astype(np.float32)
+    return found | {robot.state_key: state, robot.prompt_key: "touch the_red\nblock "}
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "tolerance"),
+    [("turntable", "float32", 1e-4), ("aloha", "float32", 1e-4), ("turntable", "float16", 1e-3)],
+)
+def test_its_actions_are_the_policys(folders, exported, name, dtype, tolerance):
+    robot = robots.ROBOTS[name]
+    ours = policy.Policy.from_checkpoint(folders[name], num_steps=2, warm_up=False)
+    theirs = runner.OnnxPolicy(exported[name, dtype])
+    noise = np.random.default_rng(1).standard_normal(ours.noise_shape).astype(np.float32)
+    for seed in range(2):
+        found = observation(robot, seed)
+        want = ours.infer(found, noise)["actions"]
+        got = theirs.infer(found, noise)["actions"]
+        assert got.dtype == np.float32
+        np.testing.assert_allclose(got, want, atol=tolerance, rtol=0)
+    assert np.abs(want).max() > 0.1
+    assert (
+        theirs.metadata.items() <= (ours.metadata | {"cameras": theirs.metadata["cameras"]}).items()
+    )
+
+
+def test_it_draws_the_same_noise_after_a_reset(exported):
+    theirs = runner.OnnxPolicy(exported["turntable", "float32"])
+    found = observation(robots.TURNTABLE)
+    first = theirs.infer(found)["actions"]
+    assert np.abs(theirs.infer(found)["actions"] - first).max() > 1e-3
+    theirs.reset()
+    np.testing.assert_array_equal(theirs.infer(found)["actions"], first)
+
+
+# openpi's client calls websockets the old way.
+@pytest.mark.filterwarnings(r"ignore:connect\(\) must be used as a context manager")
+def test_openpis_client_drives_it(exported):
+    served = runner.OnnxPolicy(exported["turntable", "float32"])
+    loop, stop, port, started = asyncio.new_event_loop(), asyncio.Event(), [], threading.Event()
+
+    def ready(number):
+        port.append(number)
+        started.set()
+
+    def run():
+        loop.run_until_complete(runner.serve(served, "127.0.0.1", 0, stop, ready))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        assert started.wait(20)
+        client = openpi_client.websocket_client_policy.WebsocketClientPolicy("127.0.0.1", port[0])
+        assert client.get_server_metadata()["robot"] == "turntable"
+        found = observation(robots.TURNTABLE)
+        answer = client.infer(found)
+        served.reset()
+        np.testing.assert_array_equal(answer["actions"], served.infer(found)["actions"])
+        with pytest.raises(RuntimeError, match=r"lacks 'observation\.state'"):
+            client.infer({k: v for k, v in found.items() if k != "observation.state"})
+        client._ws.close()
+    finally:
+        loop.call_soon_threadsafe(stop.set)
+        thread.join(20)
+        loop.close()
+
+
+def test_another_robots_observation_is_refused(exported):
+    theirs = runner.OnnxPolicy(exported["turntable", "float32"])
+    with pytest.raises(ValueError, match=r"lacks 'observation.images.base', 'observation.images.w"):
+        theirs.infer(observation(robots.ALOHA))
+    found = observation(robots.TURNTABLE) | {"observation.state": np.zeros(14, np.float32)}
+    with pytest.raises(ValueError, match="must have 3 dimensions for robot turntable, got 14"):
+        theirs.infer(found)
+    with pytest.raises(ValueError, match="not finite"):
+        theirs.infer(found | {"observation.state": np.full(3, np.nan, np.float32)})
+    with pytest.raises(ValueError, match="must be one RGB picture"):
+        theirs.infer(observation(robots.TURNTABLE) | {"observation.images.base": np.zeros((4, 4))})
+
+
+def test_a_copy_that_was_cut_short_is_refused(exported, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(exported["turntable", "float32"], folder)
+    (folder / "weights.bin").write_bytes((folder / "weights.bin").read_bytes()[:-4096])
+    with pytest.raises(ValueError, match=r"weights\.bin has .* the copy is not whole"):
+        runner.OnnxPolicy(folder)
+    with pytest.raises(FileNotFoundError, match=r"no .*onnx\.json"):
+        runner.OnnxPolicy(tmp_path)
+
+
+def test_it_imports_neither_jax_nor_this_package(exported):
+    code = (
+        "import sys, json, runpy; m = runpy.run_path(sys.argv[1]); m['OnnxPolicy'](sys.argv[2]);"
+        "print(json.dumps([n for n in ('jax', 'flax', 'shallow_pi') if n in sys.modules]))"
+    )
+    command = [sys.executable, "-c", code, str(RUNNER), str(exported["turntable", "float32"])]
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(found.stdout) == []
