@@ -153,6 +153,19 @@ def test_every_column_feature_and_entry_is_kept(convert, rich, capsys):
     assert set(KINDS) - set(stats) == {"next.reward", "language_instruction_2"}
 
 
+def test_more_about_tasks_and_unknown_shapes_do_not_stop_a_conversion(convert, tmp_path, capsys):
+    old = shutil.copytree(OLD, tmp_path / "old")
+    file = old / "meta" / "tasks.jsonl"
+    file.write_text(file.read_text().replace("}", ', "category": "push"}', 1))
+    info = json.loads((old / "meta" / "info.json").read_text())
+    info["features"]["action"]["shape"] = None
+    (old / "meta" / "info.json").write_text(json.dumps(info))
+    found = convert(old)
+    assert f"['category'] of the tasks of {old} are left out" in capsys.readouterr().err
+    assert found.features["action"]["shape"] == [2]
+    _same_numbers(found, reader.Dataset(OLD))
+
+
 def test_tasks_keep_their_numbers_and_episodes_left_out_are_told(convert, tmp_path, capsys):
     old = shutil.copytree(OLD, tmp_path / "old")
     (old / "data" / "chunk-000" / "episode_000000.parquet").write_bytes(b"junk")

@@ -166,3 +166,16 @@ def test_a_column_of_text_can_be_the_prompt(copy) -> None:
     with pytest.raises(ValueError, match=r"episode 0, frame 0 .* has task 0; there are \[\]"):
         fit.check(dataset, PUSHT)
     fit.check(dataset, dataclasses.replace(PUSHT, prompt="push it"))
+
+
+def test_a_column_of_prompts_that_is_not_there_is_told(copy, capsys) -> None:
+    _edit_data(copy, pl.lit("lift").alias("instruction"))
+    _edit_info(copy, instruction={"dtype": "string", "shape": [1]})
+    dataset = reader.Dataset(copy)
+    fit.warn(dataset, dataclasses.replace(PUSHT, prompt_key="instructoin"))
+    told = capsys.readouterr().err
+    assert f"{copy} has no column 'instructoin' (prompt_key of robot pusht): its tasks are" in told
+    assert "['instruction']; did you mean 'instruction'?" in told
+    for key in ("task", "prompt", "instruction"):
+        fit.warn(dataset, dataclasses.replace(PUSHT, prompt_key=key))
+    assert "prompt_key" not in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import io
 import json
 import pathlib
+import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -160,12 +161,23 @@ def test_version_2_files_need_no_indices_of_episode_and_frame(tmp_path, frames) 
     [
         {"chunks_size": None, "splits": None, "total_frames": None, "data_path": None},
         {"codebase_version": "2.1", "fps": 10.0, "total_episodes": 99},
+        {"fps": "10", "chunks_size": "1000", "total_frames": None},
+        {"data_path": "data\\chunk-000\\episode_{episode_index:06d}.parquet", "chunks_size": 1e3},
         {"features": {key: {**f, "names": [["a", "b"]]} for key, f in FEATURES.items()}},
         {"features": {key: {**f, "names": {"motors": ["a"]}} for key, f in FEATURES.items()}},
         {"features": {key: f for key, f in FEATURES.items() if key not in BOOK}},
         {"features": {k: {**f, "shape": 4} if "state" in k else f for k, f in FEATURES.items()}},
     ],
-    ids=["without", "spelled", "nested names", "dict names", "no bookkeeping", "plain shape"],
+    ids=[
+        "without",
+        "spelled",
+        "text",
+        "of Windows",
+        "nested names",
+        "dict names",
+        "no bookkeeping",
+        "plain shape",
+    ],
 )
 def test_optional_metadata_may_be_absent_or_of_another_form(tmp_path, frames, changes) -> None:
     _check(reader.Dataset(_write(tmp_path / "set", frames, **changes)))
@@ -250,8 +262,31 @@ def test_version_3_tables_may_hold_doubles_other_orders_and_widths(tmp_path, fra
         path = root / "meta" / "episodes" / "chunk-000" / f"file-{n:03d}.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
         table.select(table.columns[:: 1 - 2 * n]).write_parquet(path)
+    # Written by macOS beside a file that it copies.
+    (path.parent / "._file-000.parquet").write_bytes(b"\0\5\x16\7")
     _check(reader.Dataset(root))
     assert layout.read(root).lengths == {0: 3, 1: 4}
+
+
+def test_a_column_of_info_json_alone_is_left_out_of_a_frame(tmp_path, frames) -> None:
+    root = _write(tmp_path / "set", [table.drop("index") for table in frames])
+    dataset = reader.Dataset(root)
+    assert set(dataset[0]) == {*FEATURES, "task"} - {"index"}
+    with pytest.raises(ValueError, match=r"episode_000000\.parquet has no column \['index'\]"):
+        dataset.columns["index"]
+
+
+def test_the_folder_that_was_meant_is_guessed(tmp_path, frames) -> None:
+    root = _write(tmp_path / "sets" / "one", frames)
+    (tmp_path / "one.zip").write_bytes(b"PK")
+    for path, hint in (
+        (root.parent, f"did you mean {root}?"),
+        (root / "meta", f"did you mean {root}?"),
+        (tmp_path / "one.zip", "it is a file: unpack it"),
+        (tmp_path, "was writing it interrupted"),
+    ):
+        with pytest.raises(FileNotFoundError, match=re.escape(hint)):
+            layout.read(path)
 
 
 def test_columns_are_read_when_asked_for_and_kept(tmp_path, frames) -> None:
@@ -332,6 +367,10 @@ DAMAGE = {
         (b'{"codebase_version": "v2.1", "fps": 0, "features": {}}', "fps is 0, expected a posi"),
         (b'{"codebase_version": "v2.1", "fps": "x", "features": {}}', "fps is 'x', expected a p"),
         (b'{"codebase_version": "v2.1", "fps": 9, "features": {"a": 1}}', "needs a 'dtype'"),
+        (
+            b'{"codebase_version":"v2.1","fps":9,"features":{"a":{"dtype":"int8","shape":"x"}}}',
+            "shape of 'a' in .* is 'x', expected a whole number",
+        ),
     ],
     "meta/episodes.jsonl": [
         (b"[1]", r"episodes.jsonl, line 1: expected an object with .*'length'"),
@@ -339,7 +378,14 @@ DAMAGE = {
         (b'{"episode_index": 0, "length": "x"}', "length of episode 0 .* is 'x', expected a who"),
         (b'{"episode_index":0,"length":3}{"episode_index":0,"length":4}', "has episode 0 twice"),
     ],
-    "meta/tasks.jsonl": [(b'{"task_index": 0, "task": 5}', "is no text"), (b"{", "is not JSON")],
+    "meta/tasks.jsonl": [
+        (b'{"task_index": 0, "task": 5}', "is no text"),
+        (b"{", "is not JSON"),
+        (
+            b'{"task_index": 0, "task": "a"}{"task_index": 0, "task": "b"}',
+            "has task 0 twice, 'a' and 'b': number the tasks anew",
+        ),
+    ],
 }
 
 

@@ -288,7 +288,8 @@ def test_pictures_are_found_however_they_are_stored(tmp_path) -> None:
     data = _encoded(Image.fromarray(COLOUR))
     nested = pl.Series([COLOUR.tolist()], dtype=pl.List(pl.List(pl.List(pl.UInt8))))
     columns = [[data], nested, pl.Series([COLOUR.transpose(2, 0, 1).tolist()]), ["frame_0.png"]]
-    columns.append([{"bytes": None, "path": "frame_0.png"}])
+    for path in ("frame_0.png", "/home/me/frame_0.png", "C:\\rec\\frame_0.png"):
+        columns.append([{"bytes": None, "path": path}])
     for number, column in enumerate(columns):
         folder = tmp_path / str(number)
         dataset = _with_pictures(folder, column)
@@ -298,7 +299,7 @@ def test_pictures_are_found_however_they_are_stored(tmp_path) -> None:
         np.testing.assert_array_equal(dataset.picture(0, TOP), COLOUR, f"column {number}")
     (beside / "frame_0.png").unlink()
     dataset = reader.Dataset(folder)
-    with pytest.raises(ValueError, match=r"episode 0, frame 0: .*'frame_0\.png' is in none of"):
+    with pytest.raises(ValueError, match=r"episode 0, frame 0: .*frame_0\.png' is none of"):
         dataset.picture(0, TOP)
 
 

@@ -82,6 +82,13 @@ def warn(dataset: reader.Dataset, robot: robots.Robot) -> None:
         progress.warn(
             f"robot {robot.name} does not use these of dataset {dataset.path}: {', '.join(unused)}"
         )
+    texts = sorted(key for key, feature in dataset.features.items() if columns.is_text(feature))
+    if texts and robot.prompt_key not in (*_USUAL_PROMPTS, *texts) and not robot.prompt:
+        progress.warn(
+            f"dataset {dataset.path} has no column {robot.prompt_key!r} (prompt_key of robot "
+            f"{robot.name}): its tasks are the prompts; it has the columns of text "
+            f"{texts}{columns.closest(robot.prompt_key, texts)}"
+        )
     splits = dataset.info.get("splits")
     if isinstance(splits, dict) and set(splits) - {"train"}:
         progress.warn(
@@ -100,6 +107,8 @@ def warn(dataset: reader.Dataset, robot: robots.Robot) -> None:
 
 # Columns that LeRobot and its tools write beside a recording, of which no robot makes use.
 _FLAGS = {"next.done", "next.reward", "next.success"}
+# Names of an observation's instruction, for which a recording has its tasks.
+_USUAL_PROMPTS = ("task", "prompt")
 # Texts into which Python and pandas turn an instruction that is not there.
 _ABSENT = {"None", "nan", "NaN", "<NA>", "null"}
 

@@ -89,8 +89,8 @@ class Samples:
     assets: policy_assets.Assets | None
     # Of each dimension of `state` and `actions` as recorded; empty if that is unknown.
     recorded: Mapping[str, Sequence[Extent]] = dataclasses.field(default_factory=dict)
-    # Cameras of the datasets that the robot does not use.
-    unused_cameras: Sequence[str] = ()
+    # Cameras that record depth, which the robot does not use, and how that is known.
+    depth: Mapping[str, str] = dataclasses.field(default_factory=dict)
     # True if the losses leave actions out that lie beyond an episode's end.
     masks_padding: bool = False
 
@@ -142,9 +142,7 @@ def draw(
         if advance is not None:
             advance(1)
     parts = _recordings(source)
-    return Samples(
-        batches.stack(samples), assets, _recorded(parts), _unused_cameras(parts), masks_padding
-    )
+    return Samples(batches.stack(samples), assets, _recorded(parts), _depth(parts), masks_padding)
 
 
 def _recordings(source: sources.Source) -> list[sources.DatasetSource]:
@@ -175,17 +173,16 @@ def _recorded(parts: Sequence[sources.DatasetSource]) -> dict[str, list[Extent]]
     return found
 
 
-def _unused_cameras(parts: Sequence[sources.DatasetSource]) -> list[str]:
-    found: dict[str, None] = {}
+def _depth(parts: Sequence[sources.DatasetSource]) -> dict[str, str]:
+    found = {}
     for part in parts:
         for camera in part.dataset.cameras:
             if camera not in part.robot.cameras.values():
                 try:
-                    depth = part.dataset.depth(camera)
+                    found[camera] = part.dataset.depth(camera)
                 except (ValueError, OSError):  # What is not used may be damaged.
-                    depth = ""
-                found[f"{camera} (depth: {depth})" if depth else camera] = None
-    return list(found)
+                    continue
+    return {camera: reason for camera, reason in found.items() if reason}
 
 
 def ranges(samples: Samples) -> list[Range]:
@@ -293,8 +290,7 @@ def facts(samples: Samples) -> list[str]:
     ]
     absent = [name for name, mask in seen.image_masks.items() if not mask.any()]
     lines += [f"camera {name} is absent: black and masked" for name in absent]
-    if samples.unused_cameras:
-        lines.append(f"the robot does not use {', '.join(samples.unused_cameras)}")
+    lines += [f"{camera} records depth ({reason})" for camera, reason in samples.depth.items()]
     return lines
 
 

@@ -156,7 +156,7 @@ def _shape(key: str, feature: Mapping[str, Any], sizes: list[int]) -> tuple[int,
     stored = tuple(sizes) or (1,)
     if declared is None or declared == []:
         return stored
-    shape = (declared,) if isinstance(declared, int) else tuple(declared)
+    shape = tuple(declared)
     if np.prod(shape, dtype=int) != np.prod(stored, dtype=int):
         raise ValueError(
             f"{key!r} has shape {shape} in info.json, the file holds {stored}: one of them is of "

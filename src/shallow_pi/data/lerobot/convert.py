@@ -14,7 +14,7 @@ import numpy as np
 import polars as pl
 
 from shallow_pi import progress
-from shallow_pi.data.lerobot import columns, files, reader, video, video_writer
+from shallow_pi.data.lerobot import columns, files, layout, reader, video, video_writer
 from shallow_pi.data.lerobot import writer as lerobot_writer
 
 # Pictures of an episode that are decoded for the statistics of a copied camera.
@@ -94,6 +94,11 @@ def _columns(source: reader.Dataset) -> tuple[list[str], list[str]]:
     undeclared = [key for key in there if key not in source.features]
     if lost:
         progress.warn(f"{lost} of {source.path} are in info.json alone; they are left out")
+    if source.layout.task_extras:
+        progress.warn(
+            f"{list(source.layout.task_extras)} of the tasks of {source.path} are left out: v3.0 "
+            "keeps a task's text and number"
+        )
     if undeclared:
         progress.warn(
             f"columns {undeclared} of {source.path} are not in info.json; they are left out"
@@ -123,7 +128,7 @@ def _extras(source: reader.Dataset) -> dict[int, dict[str, Any]]:
             for row in rows
         }
     found: dict[int, dict[str, Any]] = {}
-    for file in sorted((meta / "episodes").glob("*/*.parquet")):
+    for file in layout.episode_files(source.path):
         kept = [key for key in files.schema(file) if not _EPISODE.fullmatch(key)]
         if kept:
             for row in files.read_table(file, ["episode_index", *kept]).iter_rows(named=True):

@@ -46,6 +46,8 @@ class Layout:
     lengths: Mapping[int, int]
     # Version 3: a row for each episode of columns such as `videos/<key>/from_timestamp`.
     rows: Mapping[int, Mapping[str, Any]]
+    # What the file of tasks says of them beside index and text.
+    task_extras: Sequence[str] = ()
 
     @property
     def version(self) -> str:
@@ -89,7 +91,8 @@ class Layout:
         )
 
     def _template(self, what: str) -> str:
-        return self.info.get(what) or _PATHS[self.version[:2]][what]
+        # Windows' separators are no part of a name.
+        return (self.info.get(what) or _PATHS[self.version[:2]][what]).replace("\\", "/")
 
     def _path(self, what: str, episode: int, prefix: str, **known: str) -> str:
         if self.rows:
@@ -132,15 +135,14 @@ def read(folder: str | os.PathLike[str]) -> Layout:
         lengths = {episode: rows[episode]["length"] for episode in sorted(rows)}
     else:
         lengths = _read_lengths(root / "meta" / "episodes.jsonl")
-    return Layout(root, info, _read_tasks(root, info["codebase_version"]), lengths, rows)
+    tasks, extras = _read_tasks(root, info["codebase_version"])
+    return Layout(root, info, tasks, lengths, rows, extras)
 
 
 def _read_info(root: pathlib.Path) -> dict[str, Any]:
     file = root / "meta" / "info.json"
     if not file.exists():
-        raise FileNotFoundError(
-            f"no LeRobot dataset at {root}: {file} is missing (was writing it interrupted?)"
-        )
+        raise FileNotFoundError(f"no LeRobot dataset at {root}: {file} is missing{_hint(root)}")
     info = files.read_json(file)
     if not isinstance(info, dict):
         raise ValueError(f"{file} holds {info!r:.100}, expected an object")
@@ -165,7 +167,33 @@ def _read_info(root: pathlib.Path) -> dict[str, Any]:
         fps = math.nan
     if not 0 < fps < math.inf:
         raise ValueError(f"{file}: fps is {info['fps']!r}, expected a positive number")
-    return {**info, "codebase_version": version, "fps": fps}
+    known = {"codebase_version": version, "fps": fps}
+    if size := info.get("chunks_size"):
+        known["chunks_size"] = files.whole(size, f"chunks_size of {file}")
+    shapes = {key: _shape(feature, key, file) for key, feature in features.items()}
+    return {**info, **known, "features": {k: {**f, **shapes[k]} for k, f in features.items()}}
+
+
+def _hint(root: pathlib.Path) -> str:
+    """A guess at the folder that was meant."""
+    if root.is_file():
+        return "; it is a file: unpack it, and name the folder that holds meta/"
+    if (root / "info.json").exists():
+        return f"; did you mean {root.parent}?"
+    below = sorted(path.parent.parent for path in root.glob("*/meta/info.json"))
+    if below:
+        more = f", or another of the {len(below)} datasets in it" if len(below) > 1 else ""
+        return f"; did you mean {below[0]}{more}?"
+    return " (was writing it interrupted?)"
+
+
+def _shape(feature: Mapping[str, Any], key: str, file: pathlib.Path) -> dict[str, list[int]]:
+    """The shape of a feature as a list, if it has one: some tools write a plain number."""
+    shape = feature.get("shape")
+    if shape is None:
+        return {}
+    sizes = shape if isinstance(shape, list) else [shape]
+    return {"shape": [files.whole(size, f"shape of {key!r} in {file}") for size in sizes]}
 
 
 def _read_lengths(path: pathlib.Path) -> dict[int, int]:
@@ -182,15 +210,20 @@ def _read_lengths(path: pathlib.Path) -> dict[int, int]:
     return dict(sorted(lengths.items()))
 
 
-def _read_episodes(root: pathlib.Path) -> dict[int, dict[str, Any]]:
-    """The rows of version 3's episodes, without their statistics."""
-    found: dict[int, dict[str, Any]] = {}
-    paths = sorted((root / "meta" / "episodes").glob("*/*.parquet"))
+def episode_files(root: pathlib.Path) -> list[pathlib.Path]:
+    """Version 3's tables of episodes, without the `._` files that macOS writes beside them."""
+    paths = sorted((root / "meta" / "episodes").glob("*/[!.]*.parquet"))
     if not paths:
         raise FileNotFoundError(
             f"dataset {root} has no meta/episodes/*/*.parquet; is the download complete?"
         )
-    for path in paths:
+    return paths
+
+
+def _read_episodes(root: pathlib.Path) -> dict[int, dict[str, Any]]:
+    """The rows of version 3's episodes, without their statistics."""
+    found: dict[int, dict[str, Any]] = {}
+    for path in episode_files(root):
         keys = [key for key in files.schema(path) if re.fullmatch(_EPISODE_COLUMNS, key)]
         if "episode_index" not in keys:
             raise ValueError(f"{path} has no column 'episode_index'; it has {keys}")
@@ -217,28 +250,45 @@ _EPISODE_COLUMNS = (
 )
 
 
-def _read_tasks(root: pathlib.Path, version: str) -> dict[int, str]:
-    """Task texts by index, of either version's file; none where there is no file."""
+def _read_tasks(root: pathlib.Path, version: str) -> tuple[dict[int, str], list[str]]:
+    """Task texts by index, and the names of what else is said of tasks, of either version's file.
+
+    There is nothing of both where there is no file.
+    """
     lines, table = root / "meta" / "tasks.jsonl", root / "meta" / "tasks.parquet"
     for path in (table, lines) if version == "v3.0" else (lines, table):
         if path.exists():
-            return _tasks_of_table(path) if path == table else _tasks_of_lines(path)
-    return {}
+            rows, extras = _tasks_of_table(path) if path == table else _tasks_of_lines(path)
+            tasks: dict[int, str] = {}
+            for number, text in rows:
+                index = files.whole(number, f"task_index of {text!r} in {path}")
+                if tasks.setdefault(index, text) != text:
+                    raise ValueError(
+                        f"{path} has task {index} twice, {tasks[index]!r} and {text!r}: number "
+                        "the tasks anew, here and in the data files"
+                    )
+            return tasks, extras
+    return {}, []
 
 
-def _tasks_of_lines(path: pathlib.Path) -> dict[int, str]:
-    tasks = {}
+# Index, as stored, and text of each task; and other keys.
+_Tasks = tuple[list[tuple[Any, str]], list[str]]
+
+
+def _tasks_of_lines(path: pathlib.Path) -> _Tasks:
+    tasks, keys = [], dict[str, None]()
     for row in files.json_rows(path, ("task_index", "task")):
         text = row["task"]
         if text is None or (isinstance(text, float) and math.isnan(text)):
             text = ""
         if not isinstance(text, str):
             raise ValueError(f"{path}: the task of {row!r} is no text")
-        tasks[files.whole(row["task_index"], f"task_index of {path}")] = text
-    return tasks
+        tasks.append((row["task_index"], text))
+        keys |= dict.fromkeys(row)
+    return tasks, [key for key in keys if key not in ("task_index", "task")]
 
 
-def _tasks_of_table(path: pathlib.Path) -> dict[int, str]:
+def _tasks_of_table(path: pathlib.Path) -> _Tasks:
     """LeRobot looks a task up by the pandas index, whose column is named by its writer."""
     table = files.read_table(path, None)
     texts = [name for name, kind in table.schema.items() if kind in _TEXT_TYPES]
@@ -250,15 +300,13 @@ def _tasks_of_table(path: pathlib.Path) -> dict[int, str]:
             "in a column 'task'"
         )
     found = columns.texts(table[chosen[0]]).tolist()
-    indices = range(len(table))
     if "task_index" in table.columns:
         numbers = table["task_index"].to_list()
-        return {
-            files.whole(number, f"task_index in row {row} of {path}"): text
-            for row, number, text in zip(indices, numbers, found, strict=True)
-        }
-    progress.warn(f"{path} has no column 'task_index': its rows are taken in their order")
-    return dict(zip(indices, found, strict=True))
+    else:
+        progress.warn(f"{path} has no column 'task_index': its rows are taken in their order")
+        numbers = list(range(len(table)))
+    others = [name for name in table.columns if name not in ("task_index", chosen[0])]
+    return list(zip(numbers, found, strict=True)), others
 
 
 _TEXT_TYPES = (pl.String, pl.Categorical, pl.Enum, pl.Binary, pl.Null)

@@ -255,12 +255,14 @@ class Pictures:
 
     def _beside(self, file: str, camera: str, episode: int, name: str) -> pathlib.Path:
         """The file that a path in a parquet file names."""
-        root = self._layout.root
-        folders = (root, (root / file).parent, root / f"images/{camera}/episode_{episode:06d}")
-        for folder in folders:
-            if (folder / name).is_file():
-                return folder / name
-        raise ValueError(f"its file {name!r} is in none of {', '.join(map(str, folders))}")
+        root, relative = self._layout.root, pathlib.Path(name.replace("\\", "/"))
+        own = root / f"images/{camera}/episode_{episode:06d}"
+        # A path of the computer that recorded it ends like the path here.
+        places = (root / relative, (root / file).parent / relative, own / relative.name)
+        for place in places:
+            if place.is_file():
+                return place
+        raise ValueError(f"its file {name!r} is none of {', '.join(map(str, places))}")
 
     def _mode(self, file: str, camera: str, episode: int) -> str:
         """Pillow's mode of a file's first picture; empty where that cannot be said."""

@@ -130,7 +130,8 @@ class Dataset:
         if task not in self.tasks:
             raise ValueError(
                 f"{self.where(i)} of dataset {self.path} has task {task}; there are "
-                f"{sorted(self.tasks)} in its meta files (tasks.jsonl or tasks.parquet)"
+                f"{sorted(self.tasks)} in its meta files (tasks.jsonl or tasks.parquet): add its "
+                "text there, or give the robot a prompt"
             )
         return self.tasks[task]
 
@@ -252,7 +253,8 @@ class Dataset:
         elif wrong:
             error = next(iter(wrong.values()))
             same = [n for n, other in wrong.items() if other is error]
-            raise type(error)(f"{_name(same)} of dataset {self.path}: {error}") from error
+            advice = "; --data.skip-bad-episodes leaves such episodes out" if parts else ""
+            raise type(error)(f"{_name(same)} of dataset {self.path}: {error}{advice}") from error
         self._join(parts)
         self._check_videos(parts, skip)
         if skip:
@@ -305,12 +307,15 @@ class Dataset:
         }
         for key in chosen[0].values:
             loaded[key] = data_files.join(self.layout, key, [part.values[key] for part in chosen])
+        held = files.schema(self.path / self.layout.data_file(order[0]))
+        # A column of info.json that the data files lack stops nothing unless it is asked for.
+        self._held = [k for k in self.features if k in held and k not in self.cameras]
         self._keep(order, np.concatenate([part.rows for part in chosen]), loaded)
 
     def _keep(self, order: list[int], rows: np.ndarray, loaded: Mapping[str, np.ndarray]) -> None:
         self.episodes, self._rows = order, rows
-        keys = [key for key in self.features if key not in (*self.cameras, *data_files.INDEX)]
-        self.columns = columns.Columns([*data_files.INDEX, *keys], self._load, loaded)
+        keys = dict.fromkeys([*data_files.INDEX, *self._held])
+        self.columns = columns.Columns(list(keys), self._load, loaded)
         # For every frame the index after its episode's last frame.
         index = loaded["episode_index"]
         self.ends = np.searchsorted(index, index, "right")

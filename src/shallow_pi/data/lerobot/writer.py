@@ -394,6 +394,9 @@ class Writer:
                 features[key].pop("info", None)
         for key, value in columns.items():
             features[key] = self._declared(key) or self._described(key, value)
+            if features[key].get("shape") is None:
+                stored = value.shape[1:] if isinstance(value, np.ndarray) else ()
+                features[key]["shape"] = list(stored) or [1]
         for key in _BOOKKEEPING:
             dtype = "float32" if key == "timestamp" else "int64"
             features[key] = self._declared(key) or {"dtype": dtype, "shape": [1], "names": None}

@@ -73,7 +73,7 @@ def crank_angle(position: Float[np.ndarray, "*n"]) -> Float[np.ndarray, "*n"]:
     if (np.abs(sine) > 1).any():
         progress.warn(
             "gripper positions are beyond what ALOHA's crank reaches and are cut to its ends: "
-            f"{np.min(position):g} to {np.max(position):g}, expected 0 (closed) to 1 (open)"
+            "expected 0 (closed) to 1 (open)"
         )
     return np.arcsin(np.clip(sine, -1.0, 1.0))
 

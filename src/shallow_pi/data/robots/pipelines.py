@@ -51,7 +51,7 @@ def inputs(
         if dim > action_dim:
             raise ValueError(
                 f"robot {robot.name} has {what} dimension {dim}, more than the model's "
-                f"action_dim {action_dim}; use a model with a larger action_dim"
+                f"action_dim {action_dim} (--model.action-dim, as the teacher's)"
             )
     normalize.check(stats, {"state": robot.state_dim, "actions": robot.action_dim}, kind)
     for camera in robot.cameras:
