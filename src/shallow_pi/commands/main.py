@@ -25,6 +25,7 @@ COMMANDS = {
     "convert": "convert_dataset",
     "estimate": "estimate_memory",
     "compile": "compile_ahead",
+    "predict": "predict_latency",
     "benchmark": "benchmark",
     "benchmark-step": "benchmark_step",
     "benchmark-loader": "benchmark_loader",

@@ -126,7 +126,7 @@ def verify(folder: pathlib.Path, exported: students.Student, student: students.S
             got.append(_by_parts(folder, graphs, inputs, student.num_steps))
         want = _sampled(at, student, inputs)
         worst = max(worst, *(float(np.max(np.abs(one - want))) for one in got))
-    if not worst <= (TOLERANCE if model.dtype == "float32" else np.inf):
+    if not worst <= (TOLERANCE if model.dtype == "float32" else np.finfo(np.float32).max):
         raise ValueError(
             f"the actions of {folder} differ from the sampler's by {worst:.3g}, more than "
             f"{TOLERANCE:g}: "
@@ -313,6 +313,4 @@ def _need(package: str) -> None:
     import importlib.util
 
     if importlib.util.find_spec(package) is None:
-        raise ModuleNotFoundError(
-            f"--format onnx needs the package {package}: install shallow-pi[onnx]"
-        )
+        raise ValueError(f"--format onnx needs the package {package}: install shallow-pi[onnx]")
