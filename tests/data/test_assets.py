@@ -24,7 +24,7 @@ def _stats():
 def own(tiny_config, tiny_dataset):
     model = tiny_config(vocab_size=320)
     names = {"state": ("x", "y", "z")}
-    return assets.Assets(model, robots.TURNTABLE, tiny_dataset[1], _stats(), "mine", names)
+    return assets.Assets(model, robots.TURNTABLE, tiny_dataset[1], _stats(), "mine", names, 2)
 
 
 @pytest.fixture
@@ -43,6 +43,7 @@ def test_assets_come_back_as_they_were_saved(own, observation, tmp_path):
     read = assets.load(tmp_path / "5")
     assert (read.model, read.robot, read.asset_id) == (own.model, own.robot, "mine")
     assert read.names == {"state": ("x", "y", "z")}
+    assert read.num_steps == 2
     for key, stats in own.stats.items():
         for name, value in dataclasses.asdict(stats).items():
             np.testing.assert_array_equal(getattr(read.stats[key], name), value)
@@ -118,14 +119,25 @@ def test_a_missing_file_is_named(own, tmp_path, missing):
         assets.load(tmp_path).inputs()
 
 
+def test_a_folder_that_does_not_say_its_integration_steps_has_ten(own, tmp_path):
+    own.save(tmp_path / "assets")
+    path = tmp_path / "assets" / "shallow_pi.json"
+    content = json.loads(path.read_text())
+    del content["num_steps"]
+    path.write_text(json.dumps(content))
+    assert assets.load(tmp_path).num_steps == 10
+
+
 @pytest.mark.parametrize(
     "damage",
     [
         lambda content: "{",
         lambda content: json.dumps({key: content[key] for key in ("robot", "asset_id")}),
         lambda content: json.dumps(content | {"model": content["model"] | {"legs": 2}}),
+        lambda content: json.dumps(content | {"num_steps": "few"}),
+        lambda content: json.dumps(content | {"num_steps": 0}),
     ],
-    ids=["cut short", "without model", "with an unknown field"],
+    ids=["cut short", "without model", "with an unknown field", "steps in words", "no steps"],
 )
 def test_a_damaged_description_is_named(own, tmp_path, damage):
     own.save(tmp_path / "assets")

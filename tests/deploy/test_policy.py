@@ -231,9 +231,22 @@ def test_metadata_is_plain_and_says_what_a_client_sends(deployed):
     }
 
 
+def test_a_policy_samples_in_the_steps_it_was_trained_for_and_warns_of_others(
+    own, params, scene, capsys
+):
+    few = dataclasses.replace(own, num_steps=3)
+    trained, asked = policy.Policy(few, params), policy.Policy(own, params, num_steps=3)
+    np.testing.assert_array_equal(trained.infer_batch(*scene), asked.infer_batch(*scene))
+    assert trained.metadata["num_steps"] == 3
+    said = capsys.readouterr().err
+    assert said.count("warning") == 1
+    assert "samples in 3 integration steps and was trained for 10" in said
+
+
 def test_a_default_prompt_stands_in_for_one_that_is_not_sent(own, params, scene, capsys):
     (first, _), noise = scene
-    asked = policy.Policy(own, params, num_steps=1, prompt=PROMPTS[1])
+    own = dataclasses.replace(own, num_steps=1)
+    asked = policy.Policy(own, params, prompt=PROMPTS[1])
     unsaid = {key: value for key, value in first.items() if key != "task"}
     expected = asked.infer({**first, "task": PROMPTS[1]}, noise[0])["actions"]
     np.testing.assert_array_equal(asked.infer(unsaid, noise[0])["actions"], expected)
@@ -241,7 +254,7 @@ def test_a_default_prompt_stands_in_for_one_that_is_not_sent(own, params, scene,
     own_prompt = asked.infer(first, noise[0])["actions"]
     assert np.abs(own_prompt - expected).max() > 1e-5
     fixed = dataclasses.replace(own, robot=dataclasses.replace(own.robot, prompt=PROMPTS[0]))
-    policy.Policy(fixed, params, num_steps=1, prompt=PROMPTS[1])
+    policy.Policy(fixed, params, prompt=PROMPTS[1])
     assert f"always has the prompt '{PROMPTS[0]}'" in capsys.readouterr().err
 
 

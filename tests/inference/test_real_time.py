@@ -123,6 +123,23 @@ def test_guided_chunks_agree_with_the_previous_one_most_where_it_is_frozen(setti
     assert after[:d].sum() < 0.5 * before[:d].sum()
 
 
+@pytest.mark.parametrize("num_steps", [1, 2])
+def test_guidance_of_few_steps_does_not_go_beyond_the_previous_chunk(num_steps):
+    """Of a policy that maps noise to itself and says so at every time, as reflow teaches it."""
+    noise, previous = np.random.default_rng(3).standard_normal((2, 1, HORIZON, 2))
+    guidance = real_time.for_steps(make(previous, delay=HORIZON, executed=0), num_steps)
+    x = jnp.asarray(noise, jnp.float32)
+    for t in sampler.integration_times(num_steps):
+        x -= real_time.guided(jnp.zeros_like, x, jnp.float32(t), guidance) / num_steps
+    np.testing.assert_allclose(x, previous, atol=1e-5)
+
+
+def test_many_steps_keep_the_given_weight():
+    guidance = make(np.zeros((1, HORIZON, 2)), delay=0, executed=0)
+    assert real_time.for_steps(guidance, 10).max_weight == real_time.MAX_WEIGHT
+    assert real_time.for_steps(guidance, 2).max_weight == 2
+
+
 def test_what_lies_behind_the_previous_chunk_is_not_looked_at(setting):
     previous = setting[-1]
     other = previous.copy()

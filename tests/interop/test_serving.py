@@ -43,7 +43,8 @@ def make_step(tmp_path, data_home):
             for key, dim in (("state", robot.state_dim), ("actions", robot.action_dim))
         }
         tokens = data_home / "big_vision" / "paligemma_tokenizer.model"
-        policy_assets.Assets(model, robot, tokens, stats, robot.name).save(tmp_path / "7/assets")
+        own = policy_assets.Assets(model, robot, tokens, stats, robot.name, num_steps=3)
+        own.save(tmp_path / "7/assets")
         params = parity.own_params(model)
         params = theirs.in_dtype(theirs.in_dtype(params, "bfloat16"), "float32")
         weights.save_params(tmp_path / "7" / "params", params)

@@ -7,11 +7,13 @@ import jax
 import numpy as np
 import pytest
 
+from shallow_pi.distill import losses
 from shallow_pi.inference import forward, prepare, sampler, tuning
 from shallow_pi.models import batch as batches
 from shallow_pi.models import gemma, pi0, siglip
 from shallow_pi.models import observation as observations
 from shallow_pi.speed import flops
+from shallow_pi.training import command_line, setup
 
 
 def _config(pi05):
@@ -92,6 +94,27 @@ def test_a_training_step_is_the_teachers_pass_and_three_of_the_students(tiny_con
     more = flops.training_flops(student, None, batch=1, draws=3) - alone
     step = flops.inference_flops(student, num_steps=1, options=tuning.ALL_OFF).step
     assert more == 3 * 2 * step
+
+
+def test_reflow_costs_ten_suffixes_of_the_teacher_and_a_draw_of_the_student(tiny_config):
+    student, teacher = tiny_config(depth=2), tiny_config(depth=5)
+    plain, with_ends = (
+        flops.training_flops(student, teacher, batch=3, draws=2, reflow=on) for on in (False, True)
+    )
+    own, others = (
+        flops.inference_flops(model, num_steps=1, options=tuning.ALL_OFF).step
+        for model in (student, teacher)
+    )
+    assert with_ends - plain == 3 * 2 * (10 * others + 3 * own)
+
+
+@pytest.mark.parametrize("config", ["pi0_aloha_l6", "pi05_libero_l6"])
+def test_the_teachers_ends_cost_less_than_15_percent_of_a_step_at_full_size(config):
+    spec = setup.make_spec(command_line.load(command_line.configs(), config))
+    spec = dataclasses.replace(spec, losses=losses.Losses(reflow=1.0))
+    teacher = spec.teacher
+    ends = 10 * flops.inference_flops(teacher, num_steps=1, options=tuning.ALL_OFF).step
+    assert 0.005 < ends / flops.of_step(spec, batch=1) < 0.15
 
 
 def test_a_frozen_tower_counts_once_for_both_models(tiny_config):

@@ -9,6 +9,7 @@ import pytest
 from shallow_pi.checkpoints import fetch, weights
 from shallow_pi.data import data_config
 from shallow_pi.data.lerobot import reader
+from shallow_pi.data.robots import assets
 from shallow_pi.training import config, setup
 from shallow_pi.training import run as runs
 
@@ -41,6 +42,23 @@ def test_a_run_says_what_it_trains_on(experiment, capsys):
     assert said[4] == "Layers: 2 of the teacher's 3: 0 2"
     assert len(said) == 5
     assert json.loads((run.folder / "config.json").read_text())["layer_map"] == [0, 2]
+
+
+def test_the_students_integration_steps_are_saved_and_fewer_want_reflow(
+    experiment, tmp_path, capsys
+):
+    few = dataclasses.replace(
+        experiment,
+        student=dataclasses.replace(experiment.student, num_steps=2),
+        losses=dataclasses.replace(experiment.losses, reflow=1.0),
+    )
+    run = runs.open_run(few)
+    assert "warning" not in capsys.readouterr().err
+    assert run.spec.num_steps == 2
+    run.save_assets(tmp_path / "1" / "assets")
+    assert assets.load(tmp_path / "1").num_steps == 2
+    runs.check(dataclasses.replace(few, losses=experiment.losses))
+    assert "--student.num-steps 2 without --losses.reflow" in capsys.readouterr().err
 
 
 def test_the_dataset_is_opened_once(experiment, monkeypatch):

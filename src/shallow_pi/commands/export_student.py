@@ -52,8 +52,9 @@ class Arguments:
     teacher_depth: int = 18
     # Export sizes other than openpi's too; no released class of openpi or LeRobot loads them.
     any_size: bool = False
-    # Integration steps of the comparison; graphs have them written out.
-    num_steps: int = 10
+    # Integration steps of the comparison, and of graphs, which have them written out; 0 takes those
+    # the student was trained for.
+    num_steps: int = 0
     # onnx (float16, float32, bfloat16), stablehlo (bfloat16, float32): empty is the first.
     dtype: str = ""
     # onnx: version of its operators, 17 to 20; TensorRT 10 reads up to 20.
@@ -76,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             layers=given.layers,
             teacher_depth=given.teacher_depth,
             any_size=given.any_size,
-            num_steps=given.num_steps,
+            num_steps=given.num_steps or None,
             dtype=given.dtype,
             opset=given.opset,
             report=progress.say,

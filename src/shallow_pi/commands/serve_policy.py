@@ -50,8 +50,8 @@ class PolicyArguments:
     dir: str
     # Step of a run: last, best (on held-out episodes) or its number.
     step: str = "last"
-    # Integration steps of the sampler.
-    num_steps: int = 10
+    # Integration steps of the sampler; 0 takes those the policy was trained for.
+    num_steps: int = 0
     # Seed of the noise.
     seed: int = 0
     # For a folder of openpi's or LeRobot's: which robot it is for, a name or a file with a ROBOT.
@@ -154,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         chosen = policy.Policy.from_checkpoint(
             given.policy.dir,
             step=given.policy.step,
-            num_steps=given.policy.num_steps,
+            num_steps=given.policy.num_steps or None,
             seed=given.policy.seed,
             robot=given.policy.robot or None,
             asset_id=given.policy.asset_id or None,

@@ -44,7 +44,7 @@ class Policy:
     Args:
       assets: the model's sizes, robot, tokenizer and statistics.
       params: the model's parameters.
-      num_steps: integration steps of the sampler.
+      num_steps: integration steps of the sampler; None takes those it was trained for.
       seed: of the noise `infer` draws.
       prompt: the instruction where an observation has none.
       state_warn: spreads outside its training data beyond which a state is warned of; see
@@ -59,14 +59,20 @@ class Policy:
         assets: policy_assets.Assets,
         params: PyTree,
         *,
-        num_steps: int = 10,
+        num_steps: int | None = None,
         seed: int = 0,
         prompt: str | None = None,
         state_warn: float = state_check.WARN,
         state_refuse: float = state_check.REFUSE,
         resize_on_device: bool | None = None,
     ) -> None:
+        num_steps = assets.num_steps if num_steps is None else num_steps
         self.assets, self.num_steps, self.prompt = assets, num_steps, prompt
+        if num_steps != assets.num_steps:
+            progress.warn(
+                f"the policy samples in {num_steps} integration steps and was trained for "
+                f"{assets.num_steps}: its actions may be worse"
+            )
         if prompt and assets.robot.prompt:
             progress.warn(
                 f"robot {assets.robot.name} always has the prompt {assets.robot.prompt!r}: the "
@@ -96,7 +102,7 @@ class Policy:
         path: str | os.PathLike[str],
         *,
         step: str | int = "last",
-        num_steps: int = 10,
+        num_steps: int | None = None,
         seed: int = 0,
         robot: str | robots.Robot | None = None,
         prompt: str | None = None,
@@ -114,7 +120,7 @@ class Policy:
           path: a step folder of ours, an export of one, a folder of openpi's or LeRobot's, or the
             folder of a run; local, `gs://` or `hf://`.
           step: of a run: "last", "best" or a number.
-          num_steps: integration steps of the sampler.
+          num_steps: integration steps of the sampler; None takes those it was trained for.
           seed: of the noise `infer` draws.
           robot: for a folder that is not ours, which robot it is for; see `step_folder.assets`.
           prompt: the instruction where an observation has none.

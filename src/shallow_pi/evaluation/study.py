@@ -26,7 +26,7 @@ from shallow_pi.checkpoints import run_folder, weights
 from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.data.robots import robot, tokenizer
 from shallow_pi.deploy import policy as deployed
-from shallow_pi.distill import student
+from shallow_pi.distill import step, student
 from shallow_pi.evaluation import policies, report, rollout
 from shallow_pi.models import pi0
 from shallow_pi.parallel import processes, sharding
@@ -306,22 +306,23 @@ def _policies(
     experiment, spec = opened.experiment, opened.spec
     last = str(experiment.num_train_steps)
     steps = {name: path / last for name, path in folders.items()}
+    asked = task.num_steps or None
 
     def trained(name: str) -> deployed.Policy:
-        return deployed.Policy.from_checkpoint(steps[name], num_steps=task.num_steps, warm_up=False)
+        return deployed.Policy.from_checkpoint(steps[name], num_steps=asked, warm_up=False)
 
     if spec.teacher is None or spec.layer_map is None:
         return {"teacher": trained("teacher")}
     own = policy_assets.load(steps["student"])
-    whole = dataclasses.replace(own, model=spec.teacher)
+    whole = dataclasses.replace(own, model=spec.teacher, num_steps=step.TEACHER_STEPS)
     mesh = sharding.MeshConfig().create(jax.local_devices()[:1])
     held = setup.load_teacher(experiment, opened.teacher_step, mesh)
     # As a deployed policy has them (`Policy.from_checkpoint`), so that times compare.
     teacher = jax.tree.map(lambda leaf: leaf.astype(experiment.model.dtype), held)
     cut = student.cut(spec.teacher, teacher, spec.layer_map)
     found = {
-        "teacher": deployed.Policy(whole, teacher, num_steps=task.num_steps),
+        "teacher": deployed.Policy(whole, teacher, num_steps=asked),
         "student": trained("student"),
-        "cut_only": deployed.Policy(own, cut, num_steps=task.num_steps),
+        "cut_only": deployed.Policy(own, cut, num_steps=asked),
     }
     return found | {name: trained(name) for name in folders if name != "student"}

@@ -18,6 +18,10 @@ With τ = 1 − t, and the sign turned because we integrate u = −v from t = 1 
 Since ∂Â/∂x = 1 − t ∂u/∂x, the guidance for e = W ∘ (Y − Â) is e − t · (eᵀ ∂u/∂x): one
 vector-Jacobian product of the velocity. k is exact where actions are standard normal: with W = 1
 and no β the guided velocity is (x − Y) / t, the one of the path that ends in Y.
+
+An integration step of 1/N moves Â by the weight over N of its error, so that β is at most N
+(`for_steps`): the paper's 5 would throw a policy of one or two steps beyond the previous chunk. One
+step at weight 1 ends in Y exactly where the policy maps noise to actions of the same distribution.
 """
 
 from collections.abc import Callable, Sequence
@@ -64,6 +68,11 @@ def guidance_weight(t: Float[Array, ""], max_weight: Float[Array, ""]) -> Float[
     """min(β, k(t)) of the module's docstring; k is infinite at t = 1."""
     tiny = jnp.finfo(jnp.float32).tiny
     return jnp.minimum(max_weight, ((1 - t) ** 2 + t**2) / jnp.maximum(t * (1 - t), tiny))
+
+
+def for_steps(guidance: Guidance, num_steps: int) -> Guidance:
+    """The guidance with β at most the number of integration steps."""
+    return guidance._replace(max_weight=jnp.minimum(guidance.max_weight, float(num_steps)))
 
 
 def guided(

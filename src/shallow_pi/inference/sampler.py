@@ -87,6 +87,8 @@ def sample_prepared(
         cache, valid = forward.append_state(config, prepared, state, cache, valid, kernel)
         state = None
     dt = jnp.float32(-1.0 / num_steps)
+    if guidance is not None:
+        guidance = real_time.for_steps(guidance, num_steps)
 
     def integrate(carry: tuple[Array, Any], at: Any) -> tuple[tuple[Array, Any], None]:
         x_t, cache = carry

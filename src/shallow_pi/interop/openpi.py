@@ -256,7 +256,26 @@ def register_checkpoint(name: str, step: str | os.PathLike[str]) -> None:
     assets = policy_assets.load(folder)
     stored = weights.stored_params(folder)
     weights.check_tree(pi0.abstract_params(assets.model), stored, f"student ({folder})")
-    register(name, train_config(name, assets.model, assets.robot, assets.asset_id))
+    train = train_config(name, assets.model, assets.robot, assets.asset_id)
+    register(name, train)
+    _sample_in(train, assets.num_steps)
+
+
+def _sample_in(train: Any, num_steps: int) -> None:
+    """Give openpi's policies of a config this many integration steps, in this process.
+
+    openpi's server has no flag for them: `create_trained_policy` takes them as `sample_kwargs`.
+    """
+    from openpi.policies import policy_config
+
+    create = policy_config.create_trained_policy
+
+    def with_steps(config: Any, *args: Any, **kwargs: Any) -> Any:
+        if config is train and kwargs.get("sample_kwargs") is None:
+            kwargs["sample_kwargs"] = {"num_steps": num_steps}
+        return create(config, *args, **kwargs)
+
+    policy_config.create_trained_policy = with_steps
 
 
 def is_openpis(name: str) -> bool:

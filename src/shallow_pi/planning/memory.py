@@ -170,9 +170,14 @@ def _activations(spec: step.Spec) -> float:
     """
     model, remat = spec.student, spec.execution.remat
     size, tokens = jnp.dtype(model.dtype).itemsize, model.prefix_tokens
-    suffix = spec.draws * (model.action_horizon + (not model.pi05))
+    # The reflow loss doubles the student's draws, and keeps the teacher's keys and values.
+    reflow = spec.losses.reflow > 0
+    suffix = (1 + reflow) * spec.draws * (model.action_horizon + (not model.pi05))
     keys = tokens + model.action_horizon
     stays = at_once = 0.0
+    if reflow and spec.teacher is not None:
+        heads = 2 * model.backbone.num_kv_heads * model.backbone.head_dim
+        stays += spec.teacher.depth * size * tokens * heads
     for stream, queries in ((model.backbone, tokens), (model.expert, suffix)):
         kept, working = _layer(stream, queries, keys, size)
         stays += model.depth * (size * queries * stream.width + kept[remat])

@@ -71,8 +71,12 @@ def training_flops(
     batch: int,
     draws: int = 1,
     freeze: Collection[str] = (),
+    reflow: bool = False,
 ) -> int:
     """Useful operations of one training step: the teacher's pass and three of the student's.
+
+    With the reflow loss, the teacher's sampler runs its suffix ten times for every draw, and the
+    student has twice the draws.
 
     The backward pass counts twice the forward one. Recomputation by remat does not count, nor the
     unread prefix of the last layer, and a frozen tower counts once for both models.
@@ -83,17 +87,19 @@ def training_flops(
       batch: observations.
       draws: (noise, time) pairs of each.
       freeze: the parts that are not trained, such as "vision".
+      reflow: the reflow loss is on.
     """
     useful = dataclasses.replace(tuning.ALL_OFF, unrolled_layers=True)
 
-    def forward(config: pi0.Pi0Config | None) -> tuple[int, int]:
-        """Operations of the image tower, and of the rest."""
+    def forward(config: pi0.Pi0Config | None, suffixes: int) -> tuple[int, int]:
+        """Operations of the image tower, and of the rest, with as many passes of the suffix."""
         if config is None:
             return 0, 0
-        count = inference_flops(config, batch=batch, num_steps=draws, options=useful)
+        count = inference_flops(config, batch=batch, num_steps=suffixes, options=useful)
         return count.vision, count.total - count.vision
 
-    (own, layers), (others, teachers) = forward(student), forward(teacher)
+    own, layers = forward(student, draws * (1 + reflow))
+    others, teachers = forward(teacher, draws * (1 + reflow * step.TEACHER_STEPS))
     return 3 * layers + teachers + (own if "vision" in freeze else 3 * own + others)
 
 
@@ -105,6 +111,7 @@ def of_step(spec: step.Spec, batch: int) -> int:
         batch=batch,
         draws=spec.draws,
         freeze=spec.freeze,
+        reflow=spec.losses.reflow > 0,
     )
 
 

@@ -60,12 +60,15 @@ class StudentConfig:
     layer_seed: int = 0
     # Where the parameters start: cut out of the teacher, or at random.
     init: Literal["cut", "random"] = "cut"
+    # Integration steps it is deployed with; stored beside its checkpoints. Fewer than 10 need
+    # --losses.reflow, which trains for them.
+    num_steps: int = 10
     # Parts that stay the teacher's and are not trained: "vision" (the image tower, which then runs
     # once for both models), "embedder" (the token embedding). Frozen parts need no moments.
     freeze: tuple[students.Part, ...] = ()
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "depth", prefix="student.")
+        _at_least(self, 1, "depth", "num_steps", prefix="student.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,16 +79,16 @@ class ValidationConfig:
     interval: int = 1000
     # Held-out samples, evenly spaced over the episodes; rounded up to fill the devices.
     samples: int = 64
-    # Integration steps of the sampler.
-    num_steps: int = 10
+    # Integration steps of both samplers; 0 takes the student's own, and 10 for the teacher.
+    num_steps: int = 0
     # Whose actions decide which step is best. The recorded ones are what the task asks for, also
     # where the teacher does not know it yet (a base model) and a good student moves away from it.
     # The teacher's, from the same noise, are the goal where to reproduce it is all that is wanted.
     against: Literal["data", "teacher"] = "data"
 
     def __post_init__(self) -> None:
-        _at_least(self, 0, "interval", prefix="validation.")
-        _at_least(self, 1, "samples", "num_steps", prefix="validation.")
+        _at_least(self, 0, "interval", "num_steps", prefix="validation.")
+        _at_least(self, 1, "samples", prefix="validation.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,14 +125,15 @@ class ClosedLoopConfig:
     harder: tuple[str, ...] = ("tight", "crowded")
     # Actions of a chunk that are executed before the next plan.
     execute_steps: int = 5
-    # Integration steps of the sampler.
-    num_steps: int = 10
+    # Integration steps of every policy; 0 takes the student's own, and 10 for the teacher.
+    num_steps: int = 0
     # Train the reference policies too: task loss alone, from the same cut and from random weights.
     baselines: bool = True
 
     def __post_init__(self) -> None:
-        counts = ("demonstrations", "episodes", "execute_steps", "num_steps")
+        counts = ("demonstrations", "episodes", "execute_steps")
         _at_least(self, 1, *counts, prefix="closed_loop.")
+        _at_least(self, 0, "num_steps", prefix="closed_loop.")
         for pair in self.options:
             if not all(pair.partition("=")[::2]):
                 raise ValueError(f"--closed-loop.options: expected NAME=VALUE, got {pair!r}")
@@ -163,7 +167,7 @@ class DistillConfig:
     teacher: TeacherConfig | None = None
     # How the shallow policy is cut.
     student: StudentConfig = dataclasses.field(default_factory=StudentConfig)
-    # Weights and switches of the three losses.
+    # Weights and switches of the losses.
     losses: loss_terms.Losses = dataclasses.field(default_factory=loss_terms.Losses)
     # Variation of the training pictures.
     augmentation: observation.Augmentation = dataclasses.field(
@@ -303,6 +307,7 @@ SAFE_TO_CHANGE = frozenset(
     (
         *("resume", "overwrite", "checkpoint_dir", "mesh", "num_train_steps", "save_interval"),
         *("keep", "keep_period", "log_interval", "gradient_interval", "validation.interval"),
+        *("validation.num_steps", "closed_loop.num_steps"),
         *("tensorboard", "wandb", "trackio", "profile", "data.num_threads", "data.num_workers"),
         *("remat", "teacher.offload"),
         *("data.cache", "data.cache_dir", "data.cache_gib"),

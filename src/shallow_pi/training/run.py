@@ -44,7 +44,8 @@ class Run:
     def save_assets(self, folder: pathlib.Path) -> None:
         """Write what makes a step folder a deployable policy; nothing for made-up samples."""
         if self.data.assets is not None:
-            self.data.assets.save(folder)
+            num_steps = self.experiment.student.num_steps
+            dataclasses.replace(self.data.assets, num_steps=num_steps).save(folder)
 
     def feed(self) -> loader.Prefetch:
         """Batches on the mesh, from the first on."""
@@ -69,6 +70,16 @@ def check(experiment: config.DistillConfig) -> None:
     mesh = setup.make_mesh(experiment, jax.devices())
     sharding.check_batch_size(mesh, experiment.batch_size // experiment.accumulation)
     setup.check_teacher_here(experiment)
+    steps = experiment.student.num_steps
+    if (
+        experiment.teacher is not None
+        and steps < step.TEACHER_STEPS
+        and not experiment.losses.reflow
+    ):
+        progress.warn(
+            f"--student.num-steps {steps} without --losses.reflow: nothing teaches the student to "
+            f"act in fewer than the teacher's {step.TEACHER_STEPS} integration steps"
+        )
 
 
 def open_run(experiment: config.DistillConfig, *, prepared: bool = False) -> Run:

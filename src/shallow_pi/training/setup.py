@@ -65,6 +65,7 @@ def make_spec(
         layer_map=experiment.fixed_layer_map() or measured,
         augmentation=experiment.augmentation,
         draws=experiment.draws,
+        num_steps=experiment.student.num_steps,
         accumulation=experiment.accumulation,
         ema_decay=experiment.ema_decay or None,
         freeze=experiment.student.freeze,

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 from shallow_pi.data import sources
 from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.data.robots import transforms
+from shallow_pi.distill import losses as loss_terms
 from shallow_pi.distill import step, student
 from shallow_pi.inference import sampler, tuning
 from shallow_pi.models import batch as batches
@@ -33,7 +34,7 @@ PREFIX = "validation/"
 TO_DATA = f"{PREFIX}error_to_data"
 TO_TEACHER = f"{PREFIX}error_to_teacher"
 TEACHER_TO_DATA = f"{PREFIX}teacher_error_to_data"
-LOSSES = ("task_loss", "velocity_loss", "attention_loss")
+LOSSES = tuple(f"{term}_loss" for term in loss_terms.TERMS)
 # Scanned and unfused: the quickest to compile, and no second arrangement of sharded weights.
 OPTIONS = dataclasses.replace(tuning.SCANNED, fused=False)
 
@@ -162,7 +163,7 @@ def losses(
     key: Array,
     batch: batches.Batch,
 ) -> step.Metrics:
-    """The three losses of a batch; the compiler drops the update of the step, which nobody reads.
+    """The losses of a batch; the compiler drops the update of the step, which nobody reads.
 
     `key` stands for the noise and the times, whatever step the state is at.
     """
@@ -250,12 +251,13 @@ def create(
     held_out = read(source, config.samples, batch_size, mesh, seed)
     whole = sharding.replicated(mesh)
 
-    def sampling(model: pi0.Pi0Config) -> Callable[..., Array]:
-        return jax.jit(functools.partial(sample, model, config.num_steps), out_shardings=whole)
+    def sampling(model: pi0.Pi0Config, own_steps: int) -> Callable[..., Array]:
+        steps = config.num_steps or own_steps
+        return jax.jit(functools.partial(sample, model, steps), out_shardings=whole)
 
     teacher_actions = None
     if spec.teacher is not None:
-        sample_teacher, parts = sampling(spec.teacher), []
+        sample_teacher, parts = sampling(spec.teacher, step.TEACHER_STEPS), []
         with processes.bar("Held-out teacher", len(held_out.state)) as advance:
             for batch, noise in held_out.batches:
                 parts.append(jax.device_get(sample_teacher(teacher_params, batch, noise)))
@@ -270,7 +272,7 @@ def create(
         held_out=held_out,
         assets=assets,
         teacher_actions=teacher_actions,
-        sample_student=sampling(spec.student),
+        sample_student=sampling(spec.student, spec.num_steps),
         losses=jax.jit(functools.partial(losses, plain), out_shardings=whole),
         key=jax.random.key(seed),
         freeze=spec.freeze,

@@ -43,6 +43,8 @@ class Assets:
     # Names of the robot's dimensions of `state` and `actions`, such as its joints, where the
     # dataset tells them.
     names: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    # Integration steps that the policy was trained for.
+    num_steps: int = 10
 
     @property
     def kind(self) -> normalize.Kind:
@@ -91,6 +93,7 @@ class Assets:
             "robot_fields": dataclasses.asdict(self.robot),
             "asset_id": self.asset_id,
             "names": self.names,
+            "num_steps": self.num_steps,
         }
         (folder / FILE_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
@@ -116,10 +119,13 @@ def load(step: str | os.PathLike[str]) -> Assets:
         fields, asset_id = content.get("robot_fields"), content["asset_id"]
         names = {key: tuple(value) for key, value in content.get("names", {}).items()}
         robot = robots.from_dict(fields) if fields else robots.find(content["robot"])
+        num_steps = content.get("num_steps", 10)  # Older folders do not say it.
+        if not isinstance(num_steps, int) or num_steps < 1:
+            raise TypeError(f"num_steps {num_steps!r}")
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}); export the policy again") from error
     stats = normalize.load(folder / asset_id)
-    return Assets(model, robot, folder / TOKENIZER_NAME, stats, asset_id, names)
+    return Assets(model, robot, folder / TOKENIZER_NAME, stats, asset_id, names, num_steps)
 
 
 def teacher_statistics(

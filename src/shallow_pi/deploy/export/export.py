@@ -29,7 +29,7 @@ def export(
     layers: Sequence[int] = (),
     teacher_depth: int = 18,
     any_size: bool = False,
-    num_steps: int = 10,
+    num_steps: int | None = None,
     dtype: str = "",
     opset: int = 17,
     report: Callable[[str], None] = lambda _: None,
@@ -44,7 +44,8 @@ def export(
       layers: for `openpi-padded`, the teacher layers of the student's, where no run says so.
       teacher_depth: for `openpi-padded`, layers of the padded model, where no run says so.
       any_size: export a model of other sizes than openpi's too, which their classes cannot load.
-      num_steps: integration steps of the comparison, and of a graph that has them written out.
+      num_steps: integration steps of the comparison, and of a graph that has them written out;
+        None takes those the student was trained for.
       dtype: of a graph's weights and arithmetic; empty is the format's usual one.
       opset: for `onnx`, the version of its operators.
       report: is told what is being done.
@@ -85,7 +86,8 @@ def export(
         dtype=jnp.dtype(dtype) if dtype else None,
         what="student",
     )
-    student = students.Student(assets, params, num_steps, opset)
+    steps = assets.num_steps if num_steps is None else num_steps
+    student = students.Student(assets, params, steps, opset)
     exported = chosen.prepare(student, origin)
 
     partial = target.with_name(f".{target.name}.unfinished-{os.getpid()}")

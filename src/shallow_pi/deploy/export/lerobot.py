@@ -112,7 +112,7 @@ def config(assets: policy_assets.Assets) -> dict[str, Any]:
         "n_action_steps": model.action_horizon,
         "max_state_dim": model.action_dim,
         "max_action_dim": model.action_dim,
-        "num_inference_steps": 10,
+        "num_inference_steps": assets.num_steps,
         "use_relative_actions": relative,
         "relative_exclude_joints": absolute,
         "action_feature_names": names,
