@@ -3,7 +3,6 @@
 import importlib
 import json
 import pathlib
-import subprocess
 import sys
 
 import pytest
@@ -11,33 +10,41 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-def _run(script, *arguments):
-    command = [sys.executable, str(ROOT / "scripts" / script), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=280)
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Calls a command in this process, which has eight devices: what it printed."""
+
+    def call(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        importlib.import_module(f"shallow_pi.commands.{name}").main()
+        return capsys.readouterr()
+
+    return call
 
 
 @pytest.mark.slow
-def test_a_compiled_step_is_printed_and_written(tmp_path):
-    made = _run("compile_ahead.py", "debug", "--devices", 2, "--mesh.fsdp", 2, "--output", tmp_path)
-    assert made.returncode == 0, made.stderr
-    assert "debug, cpu:2, batch 16 on 2 devices" in made.stdout
+def test_a_compiled_step_is_printed_and_written(command, tmp_path):
+    arguments = ("--devices", 8, "--mesh.fsdp", 2, "--output", tmp_path)
+    made = command("compile_ahead", "debug", *arguments)
+    assert "debug, cpu:8, batch 16 on 8 devices" in made.out
     (file,) = tmp_path.iterdir()
     found = json.loads(file.read_text())
-    assert file.name == "debug-cpu-2-fsdp2.json"
-    assert found["devices"] == found["mesh"]["fsdp"] == 2
+    assert file.name == "debug-cpu-8-data4-fsdp2.json"
+    assert (found["devices"], found["mesh"]["fsdp"]) == (8, 2)
     assert found["collectives"]["all-gather"]["times"] > 0
     assert found["total"] > found["given"]["student"] > 0
     assert found["useful_flops_per_device"] > 0
 
 
-def test_memory_is_estimated_with_the_sizes_of_a_teacher_on_disk():
+def test_memory_is_estimated_with_the_sizes_of_a_teacher_on_disk(command):
     """At once, as nothing is compiled."""
-    changes = ("--model.vocab-size", "999", "--teacher.path", ROOT / "assets" / "pi0_turntable")
-    made = _run("estimate_memory.py", "pi0_turntable_l6", *changes, "--card", "h100")
-    assert made.returncode == 0, made.stderr
-    assert "The sizes are those of the teacher's checkpoint: vocab_size" in made.stderr
+    changes = ("--model.vocab-size", 999, "--teacher.path", ROOT / "assets" / "pi0_turntable")
+    made = command(
+        "estimate_memory", "pi0_turntable_l6", *changes, "--devices", 8, "--card", "h100"
+    )
+    assert "The sizes are those of the teacher's checkpoint: vocab_size" in made.err
     for part in ("teacher", "student", "moments", "activations", "total", "largest batch"):
-        assert part in made.stdout
+        assert part in made.out
 
 
 @pytest.mark.parametrize("name", ["compile_ahead", "estimate_memory"])

@@ -27,7 +27,7 @@ def spec(experiment):
 def programs(experiment):
     """By (data, fsdp, tensor)."""
     found = {}
-    for layout in ((8, 1, 1), (1, 8, 1), (2, 2, 2)):
+    for layout in ((8, 1, 1), (1, 8, 1)):
         mesh = sharding.MeshConfig(*layout).create()
         found[layout] = compile.compile_step(setup.make_spec(experiment, mesh), mesh, BATCH)
     return found
@@ -79,16 +79,6 @@ def test_split_parameters_are_gathered_and_not_the_batch(spec, programs):
     exchanged = totals["all-reduce"][1] + totals["reduce-scatter"][1]
     assert exchanged <= 1.05 * student
     assert totals["all-gather"][1] <= teacher + 2 * student
-
-
-@pytest.mark.slow
-def test_no_layout_gathers_the_whole_model_at_once(spec, programs):
-    """A gathered array is one parameter's, of one layer where it has layers."""
-    leaves = pi0.abstract_params(spec.student)
-    largest = max(leaf.size for leaf in jax.tree.leaves(leaves))
-    for layout, program in programs.items():
-        gathered = [c.bytes for c in program.collectives if c.kind == "all-gather"]
-        assert max(gathered, default=0) <= 4 * largest, layout
 
 
 PROGRAM = compile.Program(

@@ -1,4 +1,4 @@
-"""Every way to lay eight devices out makes the step of one, and exchanges what it has to.
+"""Every kind of layout of eight devices makes the step of one, and exchanges what it has to.
 
 Each layout's step is compiled once: it is run, and its program is read.
 """
@@ -30,12 +30,11 @@ LAYOUTS = [
 ]
 # Whose step is cut into two microbatches; the result is the same.
 ACCUMULATED = (2, 2, 2)
-# Every layout is a program to compile; these two split all that can be split.
+# Every layout is a program to compile: these split by one axis, by two unevenly, and by all three.
 FAST = (ACCUMULATED, (1, 1, 8))
-every_layout = pytest.mark.parametrize(
-    "layout",
-    [pytest.param(one, marks=() if one in FAST else pytest.mark.slow) for one in LAYOUTS],
-    ids=str,
+SLOW = ((8, 1, 1), (1, 8, 1), (1, 4, 2))
+every_kind = pytest.mark.parametrize(
+    "layout", [*FAST, *(pytest.param(one, marks=pytest.mark.slow) for one in SLOW)], ids=str
 )
 STEPS, BATCH, TEACHER, STUDENT = 3, 16, 3, 2
 WIDTH, EXPERT, IMAGE, HEAD, HORIZON, PROMPT = 40, 24, 16, 4, 5, 6
@@ -148,7 +147,7 @@ def _assert_close(actual, expected, atol=1e-5):
         np.testing.assert_allclose(leaf / scale, expected[path] / scale, atol=atol, err_msg=path)
 
 
-@every_layout
+@every_kind
 def test_three_steps_on_eight_devices_are_those_of_one(layout, run, given):
     state, history, *_ = run((1, 1, 1))
     split_state, split_history, *_ = run(layout)
@@ -166,7 +165,7 @@ def test_three_steps_on_eight_devices_are_those_of_one(layout, run, given):
     assert max(jax.tree.leaves(moved)) > 1e-2
 
 
-@every_layout
+@every_kind
 def test_no_layout_gathers_more_than_a_layer_at_once(layout, run):
     """Nor more in all than each layer's parameters, split over `tensor`, once a pass.
 
@@ -219,7 +218,7 @@ def test_heads_and_columns_stay_split_over_tensor(run):
     assert 4 * BATCH * numbers <= exchanged <= 4 * BATCH * numbers + 1000
 
 
-@every_layout
+@every_kind
 def test_xla_copies_no_array_for_want_of_a_better_way(layout, run):
     assert "nvoluntary full rematerialization" not in run(layout)[3]
 
