@@ -3,6 +3,7 @@
 import io
 import json
 import pathlib
+import pickle
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -266,6 +267,24 @@ def test_version_3_tables_may_hold_doubles_other_orders_and_widths(tmp_path, fra
     (path.parent / "._file-000.parquet").write_bytes(b"\0\5\x16\7")
     _check(reader.Dataset(root))
     assert layout.read(root).lengths == {0: 3, 1: 4}
+
+
+def test_an_episode_is_found_in_the_file_after_the_one_named(tmp_path, frames, capsys) -> None:
+    """LeRobot 0.4.0's converter named the file before for each first episode of a file."""
+    root = _write(tmp_path / "set", frames, codebase_version="v3.0", data_path=None)
+    for number, table in enumerate(frames):
+        table.write_parquet(root / "data" / "chunk-000" / f"file-{number:03d}.parquet")
+    path = root / "meta" / "episodes" / "chunk-000" / "file-000.parquet"
+    path.parent.mkdir(parents=True)
+    row = {"episode_index": [0, 1], "length": LENGTHS, "data/chunk_index": 0, "data/file_index": 0}
+    pl.DataFrame(row).write_parquet(path)
+    dataset = reader.Dataset(root)
+    _check(dataset)
+    _check(pickle.loads(pickle.dumps(dataset)))
+    assert capsys.readouterr().err.count("names another data file than the one that holds ep") == 1
+    (root / "data" / "chunk-000" / "file-001.parquet").unlink()
+    with pytest.raises(ValueError, match=r"file-000\.parquet has 0 frames of episode 1, .*\[0\]"):
+        reader.Dataset(root)
 
 
 def test_a_column_of_info_json_alone_is_left_out_of_a_frame(tmp_path, frames) -> None:

@@ -23,9 +23,9 @@ def more(tmp_path_factory):
     return folder
 
 
-def _record(folder, lengths, fps=20, cameras=("base", "wrist"), dims=3):
+def _record(folder, lengths, fps=20, cameras=("base", "wrist"), dims=3, names=None):
     generator = np.random.default_rng(1)
-    with lerobot_writer.Writer(folder, fps) as writer:
+    with lerobot_writer.Writer(folder, fps, names=names) as writer:
         for length in lengths:
             images = {c: generator.integers(0, 256, (length, 24, 24, 3), np.uint8) for c in cameras}
             state, action = 5 + generator.standard_normal((2, length, dims)).astype(np.float32)
@@ -149,6 +149,18 @@ def test_a_dataset_of_another_robot_cannot_be_mixed_in(data, model, tmp_path, re
     _record(tmp_path / "other", (4, 4), **recorded)
     with pytest.raises(ValueError, match=message):
         opening.open_data(dataclasses.replace(data, more=(str(tmp_path / "other"),)), model, None)
+
+
+def test_joints_in_another_order_are_told(data, model, tmp_path, capsys):
+    paths = []
+    for names in ("abc", "bac", "abc"):
+        paths.append(tmp_path / f"{len(paths)}")
+        _record(paths[-1], (4,), names={"observation.state": list(names), "action": list("abc")})
+    first, *others = map(str, paths)
+    opening.open_data(dataclasses.replace(data, path=first, more=tuple(others)), model, None)
+    told = capsys.readouterr().err
+    assert f"state of dataset {paths[1]} are ['b', 'a', 'c'], those of {first} ['a'," in told
+    assert told.count("learned as one") == 1
 
 
 @pytest.mark.parametrize("cache", ["memory", "disk"])

@@ -1,6 +1,7 @@
 """A frame is the same whichever way the reader comes to it."""
 
 import fractions
+import struct
 
 import av
 import numpy as np
@@ -98,3 +99,30 @@ def test_a_time_without_a_frame_is_told(film):
         with pytest.raises(ValueError, match=r"has no frame within 0\.02.* was the video cut off"):
             reader.frame(path, seconds, 0.4 / FPS)
     np.testing.assert_array_equal(reader.frame(path, 0.0, 0.4 / FPS), frames[0])
+
+
+@pytest.mark.parametrize(
+    ("matrix", "bright"),
+    [
+        ((0, 1, 0, -1, 0, 0), "right"),  # A quarter clockwise.
+        ((0, -1, 0, 1, 0, 0), "left"),
+        ((-1, 0, 0, 0, -1, 0), "bottom"),
+    ],
+)
+def test_a_video_taken_sideways_is_turned(tmp_path, matrix, bright):
+    """As players and LeRobot's decoder (torchcodec from 0.11 on) show it."""
+    path, picture = tmp_path / "film.mp4", np.zeros((32, 64, 3), np.uint8)
+    picture[:16] = 255
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=FPS)
+        stream.width, stream.height, stream.pix_fmt = 64, 32, "yuv420p"
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    data = bytearray(path.read_bytes())
+    # The matrix of version 0 of a track's header, the last entry of which stays.
+    at = data.find(b"tkhd") + 44
+    data[at : at + 24] = struct.pack(">6i", *(65536 * entry for entry in matrix))
+    path.write_bytes(data)
+    shown = video.Reader().frame(path, 0.0, 0.01).astype(int).mean(axis=2)
+    sides = {"left": shown[:, 2], "right": shown[:, -3], "top": shown[2], "bottom": shown[-3]}
+    assert {side for side, values in sides.items() if values.min() > 200} == {bright}

@@ -137,6 +137,17 @@ def _names(dataset: reader.Dataset, robot: robots.Robot) -> dict[str, tuple[str,
     return found
 
 
+def _compare_names(first: reader.Dataset, other: reader.Dataset, robot: robots.Robot) -> None:
+    """Warn of joints in another order, or of other joints, than the first dataset's."""
+    expected, names = _names(first, robot), _names(other, robot)
+    for key in expected.keys() & names.keys():
+        if expected[key] != names[key]:
+            progress.warn(
+                f"{key} of dataset {other.path} are {list(names[key])}, those of {first.path} "
+                f"{list(expected[key])}: dimensions that differ are learned as one"
+            )
+
+
 def open_datasets(
     data: data_config.DataConfig, robot: robots.Robot, *, pictures: bool = True
 ) -> tuple[list[reader.Dataset], list[reader.Dataset]]:
@@ -155,7 +166,7 @@ def open_datasets(
     if not data.path:
         raise ValueError("no dataset: name the folder of a LeRobot dataset (--data.path)")
     cameras = tuple(robot.cameras.values()) if pictures else ()
-    found = []
+    found: list[reader.Dataset] = []
     for number, path in enumerate((data.path, *data.more)):
         chosen = data.selection(number)
         if "gs://" in path:
@@ -172,6 +183,8 @@ def open_datasets(
         )
         fit.check(dataset, robot)
         fit.warn(dataset, robot)
+        if found:
+            _compare_names(found[0], dataset, robot)
         found.append(dataset)
     if not data.held_out:
         return found, []

@@ -39,6 +39,10 @@ class Episode:
     values: dict[str, np.ndarray]
 
 
+class AbsentError(ValueError):
+    """A data file that holds other episodes alone."""
+
+
 Found = Episode | ValueError | FileNotFoundError
 
 
@@ -177,6 +181,8 @@ def _read_file(
             _check_frames(layout, table, own, file, episode)
             values = {key: _values(layout, table[key], own, file, episode) for key in keys}
             found[episode] = Episode(own, values)
+        except AbsentError as error:
+            found[episode] = error
         except ValueError as error:
             found[episode] = ValueError(str(error))
     return found
@@ -213,15 +219,13 @@ def _check_frames(
     """Raise unless the episode's frames are all there, in order."""
     path, expected = layout.root / file, layout.lengths[episode]
     if len(rows) != expected:
-        there = table["episode_index"].unique().to_list() if len(table) > len(rows) == 0 else []
-        raise ValueError(
-            f"{path} has {len(rows)} frames of episode {episode}, the meta files say {expected}; "
-            + (
-                f"its episode_index says {there[:5]}"
-                if there
-                else "it was cut off, or is of another version of the dataset"
-            )
+        counted = (
+            f"{path} has {len(rows)} frames of episode {episode}, the meta files say {expected}"
         )
+        if len(table) > len(rows) == 0:
+            there = table["episode_index"].unique().to_list()
+            raise AbsentError(f"{counted}; its episode_index says {there[:5]}")
+        raise ValueError(f"{counted}; it was cut off, or is of another version of the dataset")
     if "frame_index" not in table.columns:
         return
     index = columns.to_numpy(table["frame_index"][rows], _INDEX_FEATURE)

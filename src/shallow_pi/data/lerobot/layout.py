@@ -65,6 +65,17 @@ class Layout:
             start = self._value(episode, f"videos/{camera}/from_timestamp")
         return self._path("video_path", episode, f"videos/{camera}", video_key=camera), start
 
+    def with_data_after(self, episodes: Collection[int]) -> "Layout":
+        """This layout with the data of these episodes in the file after the one named for them."""
+        keys = ("data/chunk_index", "data/file_index")
+        places = sorted({tuple(self._value(n, key) for key in keys) for n in self.rows})
+        rows = dict(self.rows)
+        for episode in episodes:
+            chunk, file = (self._value(episode, key) for key in keys)
+            later = [place for place in places if place > (chunk, file)] or [(chunk, file + 1)]
+            rows[episode] = {**rows[episode], **dict(zip(keys, later[0], strict=True))}
+        return dataclasses.replace(self, rows=rows)
+
     def files(self, episodes: Collection[int], cameras: Sequence[str]) -> list[str]:
         """The files these episodes and cameras need, meta files excepted, relative and sorted.
 

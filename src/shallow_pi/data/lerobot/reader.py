@@ -246,6 +246,7 @@ class Dataset:
         """Read the needed columns of the chosen episodes."""
         keys = [key for key in self._wanted(skip) if key not in data_files.INDEX]
         found = data_files.read(self.layout, chosen, keys, bar=tell)
+        found |= self._read_after(found, keys, tell)
         parts = {n: part for n, part in found.items() if isinstance(part, data_files.Episode)}
         wrong = {n: error for n, error in found.items() if isinstance(error, Exception)}
         if skip:
@@ -259,6 +260,26 @@ class Dataset:
         self._check_videos(parts, skip)
         if skip:
             self._skip_unreadable(parts)
+
+    def _read_after(
+        self, found: Mapping[int, data_files.Found], keys: Sequence[str], tell: bool
+    ) -> dict[int, data_files.Found]:
+        """Episodes in the file after the one named, as a converter of LeRobot 0.4.0 left them."""
+        absent = [n for n, part in found.items() if isinstance(part, data_files.AbsentError)]
+        if not absent or not self.layout.rows:
+            return {}
+        layout = self.layout.with_data_after(absent)
+        again = data_files.read(layout, absent, keys)
+        moved = {n: part for n, part in again.items() if isinstance(part, data_files.Episode)}
+        if moved:
+            self.layout = self.layout.with_data_after(moved)
+            self._pictures = pictures.Pictures(self.layout)
+            if tell:
+                progress.warn(
+                    f"dataset {self.path}: meta/episodes names another data file than the one that "
+                    f"holds {_name(list(moved))}; they are read where they are"
+                )
+        return dict(moved)
 
     def _check_videos(self, parts: Mapping[int, data_files.Episode], skip: bool) -> None:
         """Raise for, or leave out, episodes with frames at whose time no picture is shown."""
@@ -381,4 +402,7 @@ def split(episodes: Sequence[int], validation: float, seed: int = 0) -> tuple[li
 
 def _name(episodes: Sequence[int]) -> str:
     first, *others = episodes
-    return f"episodes {first} to {others[-1]}" if others else f"episode {first}"
+    if not others:
+        return f"episode {first}"
+    to = "to" if others[-1] - first == len(others) else "and others up to"
+    return f"episodes {first} {to} {others[-1]}"

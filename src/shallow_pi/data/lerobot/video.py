@@ -111,9 +111,9 @@ class Reader:
                 if frame is None or frame.is_corrupt or abs(stream.last - nearest) > _ROUNDING:
                     continue
                 if deep:
-                    return _first_plane(frame)
+                    return _upright(_first_plane(frame), frame.rotation)
                 rgb = stream.to_rgb.reformat(frame, format="rgb24", **_ONE_THREAD)
-                return rgb.to_ndarray()
+                return _upright(rgb.to_ndarray(), frame.rotation)
         # PyAV's errors, and Python's where a format is one that it does not know.
         except (av.FFmpegError, ValueError, IndexError, NotImplementedError) as error:
             self._close(path)
@@ -186,6 +186,12 @@ def pixel_format(path: str | os.PathLike[str]) -> str:
 def is_deep_grey(pixels: str) -> bool:
     """A pixel format of one channel above 8 bits holds numbers such as depth, not a picture."""
     return pixels.startswith("gray") and pixels not in ("gray", "gray8")
+
+
+def _upright(picture: UInt[np.ndarray, "h w c"], degrees: float) -> UInt[np.ndarray, "h2 w2 c"]:
+    """A picture as players show it: phones record sideways and note by how much to turn."""
+    quarters = round(degrees / 90) % 4
+    return np.ascontiguousarray(np.rot90(picture, quarters)) if quarters else picture
 
 
 def _first_plane(frame: av.VideoFrame) -> UInt[np.ndarray, "h w 1"]:
