@@ -27,6 +27,13 @@ def test_aloha_maps_its_three_cameras() -> None:
     }
 
 
+def test_rby1_records_two_arms_then_two_grippers():
+    robot = robots.find("rby1")
+    assert robot.delta == (True,) * 14 + (False,) * 2
+    spanned = [limits is not None and limits.is_spanned for limits in robot.state_limits]
+    assert spanned == [not delta for delta in robot.delta]
+
+
 @pytest.mark.parametrize(
     ("name", "dims", "fps", "deltas"),
     [

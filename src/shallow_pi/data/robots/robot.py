@@ -305,6 +305,28 @@ UR5 = Robot(
     groups=(Group("joints", 6, "rad"), Group("gripper", 1)),
 )
 
+# Rainbow Robotics' RB-Y1, as its maker's LeRobot plugin (RainbowRobotics/rby1-lerobot) records it
+# in joint mode: both arms, grippers with 1 open, the torso held still. Untried: no recording of it
+# was at hand.
+RBY1 = Robot(
+    name="rby1",
+    cameras={
+        "base_0_rgb": "observation.images.front",
+        "left_wrist_0_rgb": "observation.images.left",
+        "right_wrist_0_rgb": "observation.images.right",
+    },
+    state_dim=16,
+    action_dim=16,
+    fps=30,
+    delta=mask(14, -2),
+    groups=(
+        *(Group("right_arm", 7, "rad"), Group("left_arm", 7, "rad")),
+        *(Group("right_gripper", 1), Group("left_gripper", 1)),
+    ),
+    state_limits=(*(_JOINT,) * 14, *(_GRIPPER,) * 2),
+    action_limits=(*(_JOINT,) * 14, *(_GRIPPER,) * 2),
+)
+
 # The fields that statistics and parameters depend on; the rest of a robot is names.
 _UNITS = ("state_dim", "action_dim", "delta", "state_conversion", "action_conversion")
 
@@ -322,7 +344,7 @@ ROBOTS = {
     robot.name: robot
     for robot in (
         *(TURNTABLE, TABLETOP, ALOHA, ALOHA_SIM, LIBERO, LIBERO_DELTA),
-        *(DROID, DROID_POSITION, UR5),
+        *(DROID, DROID_POSITION, UR5, RBY1),
     )
 }
 
