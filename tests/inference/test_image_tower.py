@@ -34,6 +34,17 @@ def test_tokens_are_those_of_training(setting, strict, fused, unrolled):
     np.testing.assert_allclose(found, expected, atol=1e-5 * float(jnp.abs(expected).max()))
 
 
+def test_zeros_that_widen_the_mlp_change_nothing(setting):
+    params, images, expected = setting
+    tower = image_tower.prepare(
+        CONFIG, params, jnp.float32, fused=True, unrolled=True, multiple=image_tower.WIDE
+    )
+    assert tower.layers[0].up[0].shape == (24, 128)
+    assert tower.layers[0].down[0].shape == (128, 24)
+    found = jax.jit(functools.partial(image_tower.encode, CONFIG))(tower, images)
+    np.testing.assert_allclose(found, expected, atol=1e-5 * float(jnp.abs(expected).max()))
+
+
 def test_the_compute_dtype_is_that_of_the_tokens(setting):
     params, images, expected = setting
     tower = image_tower.prepare(CONFIG, params, jnp.bfloat16, fused=True, unrolled=True)

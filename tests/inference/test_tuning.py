@@ -52,8 +52,8 @@ def _changed(file, **changes):
     [
         ({"fused": True}, "'options' must hold fused, time_tables"),
         (dataclasses.asdict(CHOICE) | {"fused": "no"}, "fused must be true or false"),
-        (dataclasses.asdict(CHOICE) | {"attention": "magic"}, "must be one of xla, cudnn"),
-        (dataclasses.asdict(CHOICE) | {"attention": "cudnn"}, "needs an NVIDIA GPU"),
+        (dataclasses.asdict(CHOICE) | {"tower_attention": "magic"}, "must be one of xla, cudnn"),
+        (dataclasses.asdict(CHOICE) | {"step_attention": "cudnn"}, "needs an NVIDIA GPU"),
         (None, "'options' must hold"),
     ],
 )

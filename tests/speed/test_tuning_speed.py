@@ -11,16 +11,18 @@ def test_every_combination_is_a_candidate(monkeypatch):
     assert len(tuning.candidates("float32")) == 4
     monkeypatch.setattr(attention, "available", lambda dtype: ("xla", "cudnn"))
     found = tuning.candidates("bfloat16")
-    assert len(set(found.values())) == len(found) == 8
-    assert found["layers scanned, steps unrolled, cudnn attention"] == options.InferenceOptions(
-        unrolled_layers=False, attention="cudnn"
+    assert len(set(found.values())) == len(found) == 11
+    assert found["layers scanned, steps unrolled"] == options.InferenceOptions(
+        unrolled_layers=False
     )
+    in_tower = found["all unrolled, attention cudnn (tower), xla (prefix), xla (steps)"]
+    assert in_tower == options.InferenceOptions(tower_attention="cudnn")
 
 
 def test_the_fastest_that_runs_is_taken(tiny_config, monkeypatch):
     """cuDNN does not run on a CPU."""
     tried = {
-        "lacking": options.InferenceOptions(attention="cudnn"),
+        "lacking": options.InferenceOptions(tower_attention="cudnn"),
         "slow": options.SCANNED,
         "fast": options.InferenceOptions(unrolled_steps=False),
     }
@@ -40,6 +42,6 @@ def test_the_fastest_that_runs_is_taken(tiny_config, monkeypatch):
 
 
 def test_nothing_that_runs_raises(tiny_config):
-    tried = {"lacking": options.InferenceOptions(attention="cudnn")}
+    tried = {"lacking": options.InferenceOptions(step_attention="cudnn")}
     with pytest.raises(RuntimeError, match=r"nothing compiles on cpu: lacking: .*'xla'"):
         tuning.tune(tiny_config(), num_steps=2, tried=tried)

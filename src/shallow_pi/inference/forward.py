@@ -22,11 +22,12 @@ def prefill(
     prepared: prepare.Prepared,
     observation: observations.Observation,
     kernel: attention.Kernel = "xla",
+    tower_kernel: attention.Kernel = "xla",
 ) -> tuple[Any, Bool[Array, "b s"]]:
     """Buffers with the prefix's keys and values of every layer, and a mask of the slots in use."""
     c = config.backbone
     valid = pi0.prefix_valid(config, observation)
-    tokens = embed_prefix(config, prepared, observation, kernel)
+    tokens = embed_prefix(config, prepared, observation, tower_kernel)
     rope = layers.rope_table(jnp.cumsum(valid, axis=1) - 1, c.head_dim)
     shape = (len(tokens), prepare.cache_length(config), c.num_kv_heads, c.head_dim)
     empty = jnp.zeros(shape, tokens.dtype)

@@ -13,6 +13,9 @@ from jaxtyping import Array, Float, PyTree
 from shallow_pi.inference import attention
 from shallow_pi.models import layers, siglip
 
+# The width of the MLP is rounded up to a multiple of this for products on tensor cores.
+WIDE = 128
+
 
 class Tower(NamedTuple):
     """The encoder's weights."""
@@ -26,9 +29,25 @@ class Tower(NamedTuple):
 
 
 def prepare(
-    config: siglip.SiglipConfig, params: PyTree, dtype: Any, *, fused: bool, unrolled: bool
+    config: siglip.SiglipConfig,
+    params: PyTree,
+    dtype: Any,
+    *,
+    fused: bool,
+    unrolled: bool,
+    multiple: int = 1,
 ) -> Tower:
-    """Rearrange the parameters of `siglip.Module`."""
+    """Rearrange the parameters of `siglip.Module`.
+
+    Args:
+      config: the encoder.
+      params: its parameters.
+      dtype: of the layers.
+      fused: query, key and value as one matrix.
+      unrolled: a list of layers instead of a stack.
+      multiple: the MLP's width is rounded up to a multiple of this. The result is the same: columns
+        of zeros give GELU(0) = 0, which meets rows of zeros.
+    """
 
     def pair(tree: PyTree, name: str = "kernel", dtype: Any = jnp.float32) -> siglip.Pair:
         return tree[name].astype(dtype), tree["bias"].astype(dtype)
@@ -43,7 +62,13 @@ def prepare(
     if fused:
         kernels, biases = zip(*qkv, strict=True)
         qkv = ((jnp.concatenate(kernels, axis=-1), jnp.concatenate(biases, axis=-1)),)
-    stack: Any = layer._replace(qkv=qkv, out=matrix(layer.out))
+    more = (0, -config.mlp_dim % multiple)
+    stack: Any = layer._replace(
+        qkv=qkv,
+        out=matrix(layer.out),
+        up=(jnp.pad(layer.up[0], ((0, 0), (0, 0), more)), jnp.pad(layer.up[1], ((0, 0), more))),
+        down=(jnp.pad(layer.down[0], ((0, 0), more, (0, 0))), layer.down[1]),
+    )
     if unrolled:
         stack = [jax.tree.map(lambda leaf, i=i: leaf[i], stack) for i in range(config.depth)]
     kernel, bias = pair(params["embedding"])

@@ -144,6 +144,7 @@ def prepare(
         jnp.dtype(config.dtype),
         fused=options.fused,
         unrolled=options.unrolled_layers,
+        multiple=image_tower.WIDE if options.padded_tower else 1,
     )
     return Prepared(rest, image, prefix, suffix, tables)
 

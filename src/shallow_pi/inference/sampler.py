@@ -80,8 +80,10 @@ def sample_prepared(
 ) -> Float[Array, "b ah ad"]:
     """`sample_actions` from weights prepared with the same options and integration times."""
     observations.check(observation, config.cameras, config.image_size, config.action_dim)
-    kernel = options.attention
-    cache, valid = forward.prefill(config, prepared, observation, kernel)
+    kernel = options.step_attention
+    cache, valid = forward.prefill(
+        config, prepared, observation, options.prefix_attention, options.tower_attention
+    )
     state = None if config.pi05 else observation.state
     if state is not None and options.state_once:
         cache, valid = forward.append_state(config, prepared, state, cache, valid, kernel)

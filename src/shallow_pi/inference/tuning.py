@@ -25,7 +25,7 @@ from shallow_pi.models import pi0
 
 @dataclasses.dataclass(frozen=True)
 class InferenceOptions:
-    """Optimizations that change no result, all on by default, and the attention kernel."""
+    """Optimizations that change no result, all on by default, and the attention kernels."""
 
     # One matrix for query, key and value, one for gate and up.
     fused: bool = True
@@ -38,8 +38,13 @@ class InferenceOptions:
     unrolled_layers: bool = True
     # Integration steps are unrolled too.
     unrolled_steps: bool = True
-    # The kernel that computes attention.
-    attention: attentions.Kernel = "xla"
+    # The image tower's MLP is widened with zeros to a multiple of 128, once: XLA would pad weights
+    # and activations at every call.
+    padded_tower: bool = True
+    # The kernels that compute attention: in the image tower, the prefix, and the steps.
+    tower_attention: attentions.Kernel = "xla"
+    prefix_attention: attentions.Kernel = "xla"
+    step_attention: attentions.Kernel = "xla"
 
     @property
     def on(self) -> tuple[str, ...]:
@@ -48,9 +53,12 @@ class InferenceOptions:
 
 
 ALL_ON = InferenceOptions()
-ALL_OFF = InferenceOptions(False, False, False, False, False)
+ALL_OFF = InferenceOptions(False, False, False, False, False, False)
+ATTENTION = "tower_attention", "prefix_attention", "step_attention"
 # On CPUs unrolled programs take longer to compile, and small ones longer to run.
-SCANNED = dataclasses.replace(ALL_ON, unrolled_layers=False, unrolled_steps=False)
+SCANNED = dataclasses.replace(
+    ALL_ON, unrolled_layers=False, unrolled_steps=False, padded_tower=False
+)
 
 
 def default() -> InferenceOptions:
@@ -133,5 +141,6 @@ def _options(config: pi0.Pi0Config, content: Any) -> InferenceOptions:
     wrong = [name for name in ALL_ON.on if not isinstance(given[name], bool)]
     if wrong:
         raise ValueError(f"{', '.join(wrong)} must be true or false")
-    attentions.check(given["attention"], config.dtype)
+    for name in ATTENTION:
+        attentions.check(given[name], config.dtype)
     return InferenceOptions(**given)

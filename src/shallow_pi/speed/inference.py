@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from shallow_pi.inference import attention, forward, image_tower, prepare, program, tuning
+from shallow_pi.inference import forward, image_tower, prepare, program, tuning
 from shallow_pi.models import batch as batches
 from shallow_pi.models import observation as observations
 from shallow_pi.models import pi0
@@ -128,7 +128,7 @@ def measure(
     packed = jax.device_put(program.pack(layout, on_host, start))
     calls: dict[str, Callable[[], Any]] = {"whole": functools.partial(run, layout, packed)}
     program_bytes = _program_bytes(run, layout, packed)
-    calls |= _parts(config, run.weights, observation.as_float(), noise, options.attention)
+    calls |= _parts(config, run.weights, observation.as_float(), noise, options)
     calls["host transfer"] = lambda: _transfer(touch, program.pack(layout, on_host, start), noise)
     calls["end to end"] = lambda: np.asarray(run(layout, program.pack(layout, on_host, start)))
     without: dict[str, Callable[[], Array]] = {}
@@ -200,12 +200,17 @@ def _parts(
     weights: prepare.Prepared,
     observation: observations.Observation,
     noise: Array,
-    kernel: attention.Kernel,
+    options: tuning.InferenceOptions,
 ) -> dict[str, Callable[[], Any]]:
+    seen, kernel = options.tower_attention, options.step_attention
     tower = jax.jit(
-        lambda held, images: image_tower.encode(config.image, held, jnp.concatenate(images), kernel)
+        lambda held, images: image_tower.encode(config.image, held, jnp.concatenate(images), seen)
     )
-    prefill = jax.jit(functools.partial(forward.prefill, config, kernel=kernel))
+    prefill = jax.jit(
+        functools.partial(
+            forward.prefill, config, kernel=options.prefix_attention, tower_kernel=seen
+        )
+    )
     cache, valid = prefill(weights, observation)
 
     def one(held: prepare.Prepared, cache: Any, valid: Array, x_t: Array) -> Array:

@@ -1,7 +1,8 @@
 """Measure the fastest inference options on this device; `inference.tuning` keeps them.
 
-Layers unrolled or scanned, integration steps unrolled or scanned, and every attention kernel of the
-backend are combined and timed in turns (see `latency`). Combinations that do not compile (a kernel
+Layers unrolled or scanned and integration steps unrolled or scanned are combined, and, with both
+unrolled, every choice of attention kernels for image tower, prefix and steps; all are timed in
+turns (see `latency`). Combinations that do not compile (a kernel
 the hardware lacks, a program too large) are reported with the reason.
 """
 
@@ -35,15 +36,24 @@ class Tuned:
 
 def candidates(dtype: str) -> dict[str, tuning.InferenceOptions]:
     """Every combination worth trying, by name."""
-    words = {True: "unrolled", False: "scanned"}
-    return {
-        f"layers {words[layers]}, steps {words[steps]}, {kernel} attention": dataclasses.replace(
-            tuning.ALL_ON, unrolled_layers=layers, unrolled_steps=steps, attention=kernel
+    words, found = {True: "unrolled", False: "scanned"}, {}
+    for layers, steps in itertools.product((True, False), (True, False)):
+        found[f"layers {words[layers]}, steps {words[steps]}"] = dataclasses.replace(
+            tuning.ALL_ON, unrolled_layers=layers, unrolled_steps=steps
         )
-        for kernel, layers, steps in itertools.product(
-            attention.available(dtype), (True, False), (True, False)
+    kernels = attention.available(dtype)
+    for tower, prefix, step in itertools.product(kernels, kernels, kernels):
+        if {tower, prefix, step} == {"xla"}:
+            continue  # Timed above.
+        found[f"all unrolled, attention {tower} (tower), {prefix} (prefix), {step} (steps)"] = (
+            dataclasses.replace(
+                tuning.ALL_ON,
+                tower_attention=tower,
+                prefix_attention=prefix,
+                step_attention=step,
+            )
         )
-    }
+    return found
 
 
 def tune(
