@@ -13,7 +13,7 @@ from collections.abc import Collection
 
 from shallow_pi import progress
 from shallow_pi.checkpoints import fetch
-from shallow_pi.data.lerobot import layout, selection
+from shallow_pi.data.lerobot import layout, pictures, selection
 
 _ADDRESS = re.compile(r"(hf://datasets/)?(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 
@@ -50,14 +50,16 @@ def locate(
     chosen = list(meta.lengths) if episodes is None else episodes.of(meta.lengths)
     used = [episode for episode in chosen if meta.lengths[episode]]
     features = meta.info["features"]
-    videos = [
-        key
-        for key in (features if cameras is None else cameras)
-        if features.get(key, {}).get("dtype") == "video"
-    ]
+    wanted = features if cameras is None else cameras
+    kinds = {key: features.get(key, {}).get("dtype") for key in wanted}
+    videos = [key for key, kind in kinds.items() if kind == "video"]
     missing = [n for n in meta.names(used, videos) if not os.path.exists(os.path.join(root, n))]
     if missing and len(chosen) == len(meta.lengths):
-        return fetch.snapshot(repo, commit, meta.files(chosen, videos), kind="dataset")
-    if missing:
+        root = fetch.snapshot(repo, commit, meta.files(chosen, videos), kind="dataset")
+    elif missing:
         fetch.files(repo, commit, missing, kind="dataset")
+    stored = pictures.Pictures(meta)
+    for key in (key for key, kind in kinds.items() if kind == "image" and used):
+        if stored.is_beside(key, used[0]):
+            fetch.snapshot(repo, commit, [f"*{key}/*"], kind="dataset")
     return root

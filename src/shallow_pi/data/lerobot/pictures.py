@@ -118,6 +118,14 @@ class Pictures:
         kind = "jpg" if encoded.startswith(b"\xff\xd8") else "png"
         return encoded, f"frame-{row:06d}.{kind}"
 
+    def is_beside(self, camera: str, episode: int) -> bool:
+        """True where the data file names files of pictures instead of holding them."""
+        try:
+            value, name = self._stored(self._layout.data_file(episode), camera, 0)
+        except (ValueError, FileNotFoundError):
+            return False  # Opening the dataset says what is wrong with it.
+        return value is None and bool(name)
+
     def depth(self, camera: str, episode: int) -> str:
         """How a camera is known to hold depth or other numbers instead of a picture; or nothing.
 
@@ -241,17 +249,19 @@ class Pictures:
 
     def _encoded(self, file: str, camera: str, episode: int, row: int) -> Any:
         """A picture as the parquet file holds it: bytes, or numbers."""
-        value: Any = self._column(file, camera)[row]
-        name = None
-        if isinstance(value, dict):
-            value, name = value.get("bytes"), value.get("path")
-        elif isinstance(value, str):
-            value, name = None, value
+        value, name = self._stored(file, camera, row)
         if value is None and name:
             value = self._beside(file, camera, episode, name).read_bytes()
         if value is None:
             raise ValueError("the parquet file holds neither bytes nor the path of a file")
         return value
+
+    def _stored(self, file: str, camera: str, row: int) -> tuple[Any, str | None]:
+        """A picture in the parquet file, and the path of a file."""
+        value: Any = self._column(file, camera)[row]
+        if isinstance(value, dict):
+            return value.get("bytes"), value.get("path")
+        return (None, value) if isinstance(value, str) else (value, None)
 
     def _beside(self, file: str, camera: str, episode: int, name: str) -> pathlib.Path:
         """The file that a path in a parquet file names."""
