@@ -132,7 +132,7 @@ def test_an_absent_checkpoint_is_named(saved, tmp_path):
     with pytest.raises(ValueError, match=r"holds the steps 100: name one"):
         weights.load_params(saved.parent, _abstract(_tree()))
     (tmp_path / "params").mkdir()
-    with pytest.raises(ValueError, match="half written"):
+    with pytest.raises(ValueError, match="downloaded in part"):
         weights.load_params(tmp_path, _abstract(_tree()))
 
 

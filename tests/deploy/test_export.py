@@ -218,7 +218,7 @@ def test_missing_statistics_or_a_half_copied_step_are_named(run, tmp_path):
         export.export(tmp_path / "2", "openpi", any_size=True)
     shutil.copytree(run / "2", tmp_path / "3")
     (tmp_path / "3" / "params" / "_METADATA").unlink()
-    with pytest.raises(ValueError, match=r"half written, copied or downloaded"):
+    with pytest.raises(ValueError, match=r"written, copied or downloaded in part"):
         export.export(tmp_path / "3", "openpi", any_size=True)
     with pytest.raises(FileNotFoundError, match=r"no shallow_pi\.json"):
         export.export(tmp_path / "absent", "openpi")

@@ -42,12 +42,14 @@ class Config:
 
 
 def test_equal_facts_differ_in_nothing():
-    assert agreement.differences([agreement.facts(Config(), SOURCE)] * 3) == []
+    assert agreement.differences([agreement.facts(dataclasses.asdict(Config()), SOURCE)] * 3) == []
 
 
 def test_a_difference_names_the_field_and_the_few_after_the_many():
-    found = [agreement.facts(Config(), SOURCE) for _ in range(4)]
-    found[2] = agreement.facts(Config(seed=2, inner=Inner(layers=(0, 2))), SOURCE)
+    found = [agreement.facts(dataclasses.asdict(Config()), SOURCE) for _ in range(4)]
+    found[2] = agreement.facts(
+        dataclasses.asdict(Config(seed=2, inner=Inner(layers=(0, 2)))), SOURCE
+    )
     found[3] = found[3] | {"jax": "0.1"}
     del found[0]["numpy"]
     numpy = found[1]["numpy"]
@@ -67,7 +69,9 @@ def test_of_many_processes_the_first_are_named():
 
 def test_a_field_that_is_a_part_here_and_none_there_differs():
     one, other = Config(), Config(teacher=Inner())
-    lines = agreement.differences([agreement.facts(each, SOURCE) for each in (one, other)])
+    lines = agreement.differences(
+        [agreement.facts(dataclasses.asdict(each), SOURCE) for each in (one, other)]
+    )
     assert [line.partition(":")[0] for line in lines] == [
         "--teacher",
         "--teacher.rate",
@@ -107,6 +111,6 @@ def test_the_sources_decide_the_hash_of_the_code(tmp_path, monkeypatch):
 
 
 def test_one_process_agrees_with_itself(tmp_path):
-    agreement.check(Config(), SOURCE)
+    agreement.check(dataclasses.asdict(Config()), SOURCE)
     agreement.check_shared(tmp_path / "absent")
     assert not pathlib.Path(tmp_path / "absent").exists()

@@ -1,11 +1,11 @@
-"""Checkpoints and files by address: a local path, `gs://` or `hf://`; fetched once and kept.
+"""Download of checkpoints and files by address: a local path, `gs://` or `hf://`.
 
-`gs://B/P` is kept at `$OPENPI_DATA_HOME/B/P` (default `~/.cache/openpi`), as openpi keeps it and
-under openpi's own lock, so what either has fetched serves both. A download is made beside its
-place, file by file and block by block, and renamed when every size is right: it is complete or
-absent, and one that was interrupted goes on where it stopped. A folder of which only a part was
-asked for is marked (`<folder>.incomplete`) until all of it is fetched. `hf://owner/repo[@revision][/path]`
-is left to huggingface_hub, which caches (`HF_HOME`), locks and resumes by itself.
+`gs://B/P` is cached at `$OPENPI_DATA_HOME/B/P` (default `~/.cache/openpi`), in openpi's layout and
+under openpi's lock, so that both share their downloads. Files are downloaded block by block to a
+temporary name beside their place, and renamed when every size is right: a download is complete or
+absent, and an interrupted one resumes. A folder of which only a part was requested is marked
+(`<folder>.incomplete`) until all of it is downloaded. `hf://owner/repo[@revision][/path]` is left
+to huggingface_hub, which caches (`HF_HOME`), locks and resumes by itself.
 """
 
 import base64
@@ -16,30 +16,31 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import fsspec
 
 from shallow_pi import progress
 
-# Bytes asked for at once: what an interruption loses at most.
+# Bytes of a request: the most that an interruption loses.
 BLOCK = 32 * 2**20
-# Files of the hub fetched at once.
+# Files of the hub downloaded at once.
 _DOWNLOADS = 8
 
 
 def locate(url: str | os.PathLike[str], *, filesystem: Any = None) -> pathlib.Path:
-    """The local path of a checkpoint, dataset or file, fetched first where it has to be.
+    """The local path of a checkpoint, dataset or file, downloaded first if necessary.
 
     Args:
       url: a local path, `gs://<bucket>/<path>` or `hf://<owner>/<repo>[@<revision>][/<path>]`.
-      filesystem: the fsspec file system a `gs://` address is read through; None is the public
-        bucket, anonymously.
+      filesystem: the fsspec file system for `gs://` addresses; None reads public buckets
+        anonymously.
 
     Raises:
-      FileNotFoundError: it cannot be fetched; says what was tried and where to put it by hand.
-      OSError: there is no place to keep it.
+      FileNotFoundError: the download failed; says what was tried, and where to put the files by
+        hand.
+      OSError: the cache folder is not writable.
       ValueError: an address of another kind.
     """
     text = os.fspath(url)
@@ -57,7 +58,7 @@ def locate(url: str | os.PathLike[str], *, filesystem: Any = None) -> pathlib.Pa
 
 
 def kept(url: str | os.PathLike[str]) -> pathlib.Path | None:
-    """Where `locate` would find it without fetching anything; None if it is not there, or hf://."""
+    """The local path if the files are there already; None if not, and for every hf:// address."""
     scheme, separator, rest = os.fspath(url).partition("://")
     if not separator:
         path = pathlib.Path(url).expanduser()
@@ -75,7 +76,7 @@ def _from_bucket(source: str, filesystem: Any) -> pathlib.Path:
     target = home / source
     if _is_whole(target):
         return target
-    import filelock  # Here alone: a machine that times inference may lack it.
+    import filelock  # Imported here: a machine that times inference may lack it.
 
     # openpi's name for it, so that neither disturbs the other.
     lock = filelock.FileLock(target.with_suffix(".lock"))
@@ -84,18 +85,18 @@ def _from_bucket(source: str, filesystem: Any) -> pathlib.Path:
         try:
             lock.acquire(timeout=0)
         except filelock.Timeout:
-            progress.console.print(f"Another process fetches {target}: waiting", highlight=False)
+            progress.say(f"Another process is downloading {target}: waiting")
             lock.acquire()
     except OSError as error:
         raise OSError(
-            f"gs://{source} is to be kept at {target}, where nothing can be written "
+            f"cannot write {target}, the cache of gs://{source} "
             f"({type(error).__name__}: {error}): make the folder writable, or set "
             "OPENPI_DATA_HOME to one that is"
         ) from error
     partial = target.with_name(f"{target.name}.unfinished")
     try:
         if not _is_whole(target):
-            if target.is_dir():  # What was fetched of it alone.
+            if target.is_dir():  # A part of it that was downloaded before.
                 shutil.copytree(target, partial, dirs_exist_ok=True)
             _download(source, partial, filesystem)
             if target.is_dir():
@@ -106,7 +107,7 @@ def _from_bucket(source: str, filesystem: Any) -> pathlib.Path:
                 partial.rename(target)
             _marker(target).unlink(missing_ok=True)
     except Exception as error:  # No gcsfs, no network, no rights, no space: all end alike.
-        kept = f" What came so far is kept in {partial}, and the next try goes on from there."
+        kept = f" The partial download in {partial} is kept, and the next try resumes it."
         raise FileNotFoundError(
             f"gs://{source} is not at {target} and could not be downloaded "
             f"({type(error).__name__}: {error}).{kept if partial.exists() else ''} Downloading "
@@ -128,7 +129,7 @@ def _is_whole(target: pathlib.Path) -> bool:
 
 
 def _make_parents(target: pathlib.Path, home: pathlib.Path) -> None:
-    """Make the folders above `target`; they hold a part of what they stand for."""
+    """Make the folders above `target`, each marked as incomplete."""
     above = [folder for folder in target.parents if home in folder.parents]
     for folder in reversed(above):
         if not folder.exists():
@@ -139,7 +140,7 @@ def _make_parents(target: pathlib.Path, home: pathlib.Path) -> None:
 
 
 def _download(source: str, partial: pathlib.Path, filesystem: Any) -> None:
-    """Copy a bucket's folder or file to `partial`, keeping what is there already."""
+    """Copy a folder or file of a bucket to `partial`, keeping the blocks that are there already."""
     # gcsfs tries for a minute or two before it gives up.
     progress.console.print(f"Looking for gs://{source}", highlight=False)
     if filesystem is None:
@@ -175,7 +176,7 @@ def _download(source: str, partial: pathlib.Path, filesystem: Any) -> None:
 
 
 def _keep_whole_blocks(file: pathlib.Path, size: int) -> None:
-    """Make the file, or cut it to what certainly arrived: all of it, or whole blocks."""
+    """Make the file, or cut a partial one to whole blocks, which certainly arrived."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.touch()
     have = file.stat().st_size
@@ -183,8 +184,8 @@ def _keep_whole_blocks(file: pathlib.Path, size: int) -> None:
         os.truncate(file, have // BLOCK * BLOCK if have < size else 0)
 
 
-def _check(file: pathlib.Path, entry: dict[str, Any]) -> None:
-    """Compare with the bucket's MD5; objects that were uploaded in parts have none."""
+def _check(file: pathlib.Path, entry: Mapping[str, str]) -> None:
+    """Compare a file with the bucket's MD5; objects that were uploaded in parts have none."""
     if "md5Hash" not in entry:
         return
     with file.open("rb") as stream:
@@ -217,17 +218,17 @@ def snapshot(
     kind: Literal["", "dataset"] = "",
     part: str = "",
 ) -> pathlib.Path:
-    """The folder of a repository of the Hugging Face hub, by way of its cache.
+    """The cached folder of a repository of the Hugging Face hub, downloaded if necessary.
 
     Args:
       repo: `owner/name`.
       revision: branch, tag or commit; None is the newest.
-      patterns: of the files that are needed; None is all.
-      kind: of the repository; empty is a model.
-      part: the folder or file of it that was asked for, for the message.
+      patterns: the files to download; None is all.
+      kind: kind of the repository; empty is a model.
+      part: the requested folder or file of it, for error messages.
 
     Raises:
-      FileNotFoundError: it cannot be fetched; says what was tried and how to fetch it by hand.
+      FileNotFoundError: the download failed; says what was tried, and how to fetch it by hand.
     """
     options: dict[str, Any] = {"repo_type": kind} if kind else {}
     with _named(repo, revision, kind, part):
@@ -242,10 +243,10 @@ def snapshot(
 def files(
     repo: str, revision: str | None, names: Sequence[str], *, kind: Literal["", "dataset"] = ""
 ) -> None:
-    """Fetch these files of a repository of the hub into its cache, without listing the others.
+    """Download these files of a repository into the hub's cache, without listing the others.
 
     Raises:
-      FileNotFoundError: one cannot be fetched; says what was tried and how to fetch it by hand.
+      FileNotFoundError: a download failed; says what was tried, and how to fetch it by hand.
     """
     options: dict[str, Any] = {"repo_type": kind} if kind else {}
     with _named(repo, revision, kind, ""):
@@ -267,7 +268,7 @@ def files(
 
 @contextlib.contextmanager
 def _named(repo: str, revision: str | None, kind: str, part: str) -> Iterator[None]:
-    """Say of any error of the hub's client what was tried, and how to fetch it by hand."""
+    """Raise any error of the hub's client as one that says what was tried and what to do."""
     try:
         yield
     except Exception as error:  # Not installed, no network, no rights, no such repository.
@@ -275,9 +276,9 @@ def _named(repo: str, revision: str | None, kind: str, part: str) -> Iterator[No
         version = "" if revision is None else f" --revision {revision}"
         include = f" --include '{part}' '{part}/*'" if part else ""
         raise FileNotFoundError(
-            f"the {kind or 'model'} {repo} could not be fetched from the Hugging Face hub, and "
-            f"there is no such folder here ({type(error).__name__}: {error}). It was looked for "
-            "with huggingface_hub (uv sync --extra hf), in its cache (HF_HOME) and on the network. "
-            f"Or fetch it on another machine with `hf download {repo}{what}{version}{include} "
+            f"the {kind or 'model'} {repo} could not be downloaded from the Hugging Face hub, and "
+            f"there is no such folder here ({type(error).__name__}: {error}). huggingface_hub (uv "
+            "sync --extra hf) looked in its cache (HF_HOME) and on the network. "
+            f"Or download it on another machine with `hf download {repo}{what}{version}{include} "
             f"--local-dir DIR`, copy DIR here, and give DIR{'/' + part if part else ''} as the path"
         ) from error

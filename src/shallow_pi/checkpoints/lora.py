@@ -10,7 +10,6 @@ over the heads twice, once in each factor, which its merged matrix has to follow
 
 import re
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,15 +25,17 @@ _STREAM = re.compile(r"/(?:attn/\w+_einsum|mlp)(?P<stream>_1)?/")
 
 
 def is_adapter(path: str) -> bool:
-    """Whether the leaf at this path is a factor of an adapter."""
+    """True if the leaf at this path is a factor of an adapter."""
     return _LEAF.fullmatch(path) is not None
 
 
-def adapters(leaves: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """For every adapted matrix, the paths of its two factors.
+def adapters(
+    leaves: Mapping[str, Array | jax.ShapeDtypeStruct],
+) -> dict[str, tuple[str, str]]:
+    """The paths of the two factors of every adapted matrix, by the path of the matrix.
 
     Args:
-      leaves: everything with a `shape`, by path.
+      leaves: arrays or shapes, by path.
 
     Raises:
       ValueError: a factor without its partner or its matrix, or a rank openpi's variants lack.
@@ -68,10 +69,10 @@ def adapters(leaves: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
 def merge(
     path: str, w: Float[Array, "*shape"], a: Float[Array, "..."], b: Float[Array, "..."]
 ) -> Float[Array, "*shape"]:
-    """The matrix that does what openpi's matrix and adapter do together, in float32.
+    """The sum of openpi's matrix and its adapter, in float32.
 
     Args:
-      path: of the matrix.
+      path: path of the matrix.
       w: the matrix, with a leading layer axis.
       a, b: its factors, of shapes (…, in, rank) and (…, rank, out).
     """

@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-# Beside the step folders.
+# Files and folders beside the step folders.
 CONFIG_FILE = "config.json"
 METRICS_FILE = "metrics.jsonl"
 SHEET_FILE = "data_sheet.png"
@@ -25,15 +25,15 @@ TENSORBOARD_FOLDER = "tensorboard"
 PROFILE_FOLDER = "profile"
 # The step with the lowest validation error: a link to it, and its number and error in a file.
 BEST, BEST_FILE = "best", "best.json"
-# What a study adds.
+# Files and folders that a study adds.
 REPORT_FILE, REPORT_PAGE = "report.json", "report.md"
 STAGES_FILE = "stages.json"
 DEMONSTRATIONS, BASELINES, EVALUATIONS = "demonstrations", "baselines", "evaluations"
-# In a step folder: deployable parameters, the rest of the state, assets, and the data position.
+# Folders of a step: deployable parameters, the rest of the state, assets, the data position.
 PARAMS, TRAIN_STATE, ASSETS, DATA = "params", "train_state", "assets", "data"
 DATA_FILE = "metadata"
 
-# What a full, read-only or broken disk says, in words that Orbax passes on inside longer texts.
+# Messages of a full, read-only or broken disk, which Orbax passes on inside longer texts.
 _REASONS = [
     os.strerror(code)
     for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
@@ -44,12 +44,12 @@ _UNREADABLE = re.compile(r"[\[\]*?\\]|^\w+:$")
 
 
 class WriteError(OSError):
-    """A file of a run could not be written; names it and says what to do."""
+    """A file of a run could not be written; the message names it and says what to do."""
 
 
 @contextlib.contextmanager
 def writing(path: pathlib.Path) -> Iterator[None]:
-    """Raise an `OSError` of the block as one that names `path` and says what to do."""
+    """Raise an `OSError` of the block as a `WriteError` that names `path`."""
     try:
         yield
     except WriteError:
@@ -62,7 +62,7 @@ def writing(path: pathlib.Path) -> Iterator[None]:
 
 
 def reason(error: Exception) -> str:
-    """An error in a few words: the system's own where it is in the text."""
+    """An error in a few words: the operating system's message if the text contains one."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = str(error)
@@ -72,29 +72,30 @@ def reason(error: Exception) -> str:
 
 
 def check_name(path: str | os.PathLike[str]) -> None:
-    """Raise where Orbax would save a checkpoint that it cannot read again.
+    """Raise if Orbax could not read a checkpoint saved under this path.
 
-    It looks for the parts of a checkpoint by a pattern, takes `\\` for `/`, and `gs:` for a scheme.
+    Orbax finds the parts of a checkpoint with a glob pattern, takes `\\` for `/`, and `gs:` for a
+    scheme.
     """
     folder = pathlib.Path(path).expanduser().absolute()
     for part in folder.parts:
         if _UNREADABLE.search(part):
             raise ValueError(
                 f"checkpoints in {folder} could not be read again, because of {part!r}: Orbax "
-                "takes [ ] * ? \\ and a colon at the end for something else; choose another name "
+                "gives [ ] * ? \\ and a colon at the end a special meaning; choose another name "
                 "or folder, or give a symbolic link to it"
             )
 
 
 def steps(folder: pathlib.Path) -> list[int]:
-    """The complete steps: a step folder gets its plain name when everything is in it."""
+    """The complete steps; a step folder gets its plain name last."""
     if not folder.is_dir():
         return []
     return sorted(int(child.name) for child in folder.iterdir() if child.name.isdigit())
 
 
 def check(path: str | os.PathLike[str], resume: bool, overwrite: bool) -> bool:
-    """Raise unless `prepare` would take the folder; True where it holds something. Only looks."""
+    """Raise where `prepare` would, changing nothing; True if the folder holds anything."""
     folder = pathlib.Path(path).expanduser().absolute()
     check_name(folder)
     if resume and overwrite:
@@ -104,8 +105,8 @@ def check(path: str | os.PathLike[str], resume: bool, overwrite: bool) -> bool:
     occupied = folder.is_dir() and any(folder.iterdir())
     if occupied and not (resume or overwrite):
         raise ValueError(
-            f"{folder} already holds a run: --resume continues it, --overwrite puts it aside and "
-            "starts anew, another --exp-name leaves it alone"
+            f"{folder} already holds a run: --resume continues it, --overwrite renames it and "
+            "starts anew, or choose another --exp-name"
         )
     return occupied
 
@@ -116,10 +117,10 @@ def prepare(
     overwrite: bool,
     meet: Callable[[str], None] = lambda name: None,
 ) -> bool:
-    """Make a run's folder, or deal with the one there is; True where there is a run to resume.
+    """Make a run's folder, or resume or rename the existing one; True if there is a run to resume.
 
-    Call it when everything else is checked. `overwrite` renames the old folder, and leaves it to
-    the user to delete. `meet` is where the processes of a job wait for each other.
+    Call it when everything else is checked. `overwrite` renames the old folder; the user deletes
+    it. `meet` is a barrier of the processes of a job.
     """
     folder = pathlib.Path(path).expanduser().absolute()
     occupied = check(folder, resume, overwrite)
@@ -135,21 +136,21 @@ def prepare(
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
-    """Write a file of a run, complete or not at all."""
+    """Write a file of a run atomically."""
     partial = path.with_name(f"{path.name}.partial")
     with writing(path):
         partial.write_text(text, encoding="utf-8")
         partial.replace(path)
 
 
-def save_config(folder: str | os.PathLike[str], config: Mapping[str, Any]) -> None:
-    """Write the resolved config beside the checkpoints, from process 0."""
+def save_config(folder: str | os.PathLike[str], config: Mapping[str, object]) -> None:
+    """Write the resolved config beside the checkpoints, in process 0."""
     if jax.process_index() == 0:
         write_text(pathlib.Path(folder) / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
 
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """The config a run was saved with; None where there is none yet."""
+    """The saved config of a run; None if there is none yet."""
     path = pathlib.Path(folder) / CONFIG_FILE
     if not path.exists():
         return None
@@ -206,11 +207,11 @@ def compare_config(
     return newer
 
 
-def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one, fields named as on the command line ("losses.attention")."""
-    if not isinstance(tree, dict) or not tree:
+def flatten(tree: object, prefix: str = "") -> dict[str, object]:
+    """Flatten nested dictionaries; fields are named as on the command line ("losses.attention")."""
+    if not isinstance(tree, Mapping) or not tree:
         return {prefix: tree}
-    flat: dict[str, Any] = {}
+    flat: dict[str, object] = {}
     for name, child in tree.items():
         flat |= flatten(child, f"{prefix}.{name}" if prefix else name)
     return flat

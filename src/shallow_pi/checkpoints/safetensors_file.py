@@ -1,8 +1,8 @@
 """openpi's parameters in a safetensors file: PyTorch checkpoints read and written without torch.
 
-A file of openpi or LeRobot is seen as openpi's JAX tree by the table of `safetensors_layout`. It
-does not say how many heads a matrix has: they are openpi's, unless the header (`write` fills it)
-says otherwise. Tensors are read one at a time, so the host never holds a whole model.
+The table of `safetensors_layout` maps a file of openpi or LeRobot to openpi's JAX tree. The number
+of heads of a matrix is openpi's, unless the header (filled by `write`) gives another. Tensors are
+read one at a time, so the host never holds a whole model.
 """
 
 import functools
@@ -10,7 +10,6 @@ import os
 import pathlib
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,13 +22,13 @@ from shallow_pi.checkpoints import safetensors_layout as layout
 from shallow_pi.models import parameters
 
 NAME = "model.safetensors"
-# Width of openpi's backbone, whose heads are assumed where a file does not say them.
+# Width of openpi's backbone; a file without head counts in its header is taken to have its heads.
 OPENPI_WIDTH = 2048
 _DTYPES = {"F32": jnp.float32, "BF16": jnp.bfloat16, "F16": jnp.float16, "F64": jnp.float64}
 
 
 def find(path: str | os.PathLike[str]) -> pathlib.Path | None:
-    """The safetensors file that `path` is or, where it is a folder without `params`, holds."""
+    """The safetensors file at `path`, or in that folder if it has no `params`."""
     path = pathlib.Path(path).expanduser().absolute()
     if path.suffix == ".safetensors" and not path.is_dir():
         if not path.is_file():
@@ -46,7 +45,7 @@ def find(path: str | os.PathLike[str]) -> pathlib.Path | None:
 
 
 class File:
-    """An open safetensors file, seen as openpi's JAX tree.
+    """An open safetensors file, read as openpi's JAX tree.
 
     Raises:
       ValueError: the file is damaged, is no π0 or π0.5, or has tensors the table does not know.
@@ -102,13 +101,13 @@ class File:
         return found
 
     def read(
-        self, shardings: Mapping[str, jax.sharding.Sharding], dtype: Any
+        self, shardings: Mapping[str, jax.sharding.Sharding], dtype: jax.typing.DTypeLike | None
     ) -> dict[str, jax.Array]:
         """Every leaf on its devices; the host holds this process's shards of one leaf at a time.
 
         Args:
-          shardings: where each leaf goes, by path.
-          dtype: what they are cast to; None keeps what is stored.
+          shardings: the sharding of each leaf, by path.
+          dtype: dtype to cast to; None keeps the stored one.
         """
         shapes = self.shapes()
         read: dict[str, jax.Array] = {}
@@ -121,8 +120,10 @@ class File:
     def _rules(self) -> list[layout.Rule]:
         return [rule for rule in layout.RULES if self._layers[rule.parameter.path]]
 
-    def _block(self, rule: layout.Rule, dtype: Any) -> Callable[[Any], np.ndarray]:
-        """What `jax.make_array_from_callback` asks for the elements at an index."""
+    def _block(
+        self, rule: layout.Rule, dtype: jax.typing.DTypeLike | None
+    ) -> Callable[[tuple[slice, ...] | None], np.ndarray]:
+        """The callback of `jax.make_array_from_callback`: the elements at an index."""
 
         def layer(number: int) -> np.ndarray:
             tensors = [self._read(name.format(number)) for name in rule.names]
@@ -130,7 +131,7 @@ class File:
             return np.stack(parts) if len(parts) > 1 else parts[0]
 
         @functools.cache  # Devices that hold the same elements share them.
-        def elements(spans: tuple[tuple[Any, Any], ...]) -> np.ndarray:
+        def elements(spans: tuple[tuple[int | None, int | None], ...]) -> np.ndarray:
             index = tuple(slice(*span) for span in spans)
             if not rule.layered:
                 block = layer(0)[index]
@@ -139,7 +140,7 @@ class File:
                 block = np.stack([layer(number)[index[1:]] for number in chosen])
             return block if dtype is None else block.astype(dtype)
 
-        return lambda index: elements(tuple((part.start, part.stop) for part in index))
+        return lambda index: elements(tuple((part.start, part.stop) for part in index or ()))
 
     def _read(self, name: str) -> np.ndarray:
         return self._file.get_tensor(self._stored[name])
@@ -148,7 +149,7 @@ class File:
         return tuple(self._file.get_slice(self._stored[name]).get_shape())
 
     def _count(self, rule: layout.Rule) -> int:
-        """Layers of a leaf that are here, 1 for one without a layer axis, 0 for none."""
+        """Number of layers of a leaf in the file, 1 for one without a layer axis, 0 if absent."""
         if not rule.layered:
             return int(rule.names[0] in self._stored)
         pattern = re.compile(re.escape(rule.names[0]).replace(r"\{\}", r"(\d+)"))
@@ -173,21 +174,21 @@ class File:
 
 def write(
     path: pathlib.Path,
-    leaves: Mapping[str, Any],
+    leaves: Mapping[str, jax.typing.ArrayLike],
     *,
     num_kv_heads: int,
     num_image_heads: int,
     prefix: str = "",
     unused: bool = False,
 ) -> None:
-    """Write parameters as openpi's PyTorch model (`prefix="model."`: LeRobot's) names them.
+    """Write parameters under the names of openpi's PyTorch model (`prefix="model."`: LeRobot's).
 
     Args:
       path: the file; it must not exist.
-      leaves: the parameters by path; every one has to have its rule.
-      num_kv_heads, num_image_heads: kept in the header, since the tensors do not tell.
-      prefix: goes before every name.
-      unused: write the action expert's output matrix too, as zeros; openpi's class has it.
+      leaves: the parameters by path.
+      num_kv_heads, num_image_heads: kept in the header, because no tensor shape gives them.
+      prefix: prefix of every name.
+      unused: also write the action expert's unused output matrix, as zeros; openpi's class has it.
     """
     rules = {rule.parameter.path: rule for rule in layout.RULES}
     if unknown := sorted(set(leaves) - set(rules)):
@@ -212,6 +213,6 @@ def write(
 def save(
     tensors: dict[str, np.ndarray], path: pathlib.Path, header: Mapping[str, str] | None = None
 ) -> None:
-    """Write tensors, which have to be contiguous, as a file that others may read too."""
+    """Write contiguous tensors to a file that is readable by all users."""
     safetensors.numpy.save_file(tensors, path, metadata={"format": "pt", **(header or {})})
-    path.chmod(0o644)  # Newer safetensors leaves it to its owner alone.
+    path.chmod(0o644)  # Newer versions of safetensors make it readable by its owner only.

@@ -1,4 +1,4 @@
-"""openpi's parameters as PyTorch names them, read both ways.
+"""The mapping between openpi's JAX parameters and their PyTorch names, in both directions.
 
 openpi's `model.safetensors` and LeRobot's (the same names behind `model.`) hold one tensor a layer
 and matrix under transformers' names for PaliGemma and Gemma. A tensor has the axes of its parameter
@@ -22,9 +22,9 @@ EXPERT = f"{WITH_EXPERT}gemma_expert.model."
 EMBEDDING = f"{BACKBONE}embed_tokens.weight"
 # The backbone's output matrix is its embedding, and a file may hold it under either name.
 TIED = f"{WITH_EXPERT}paligemma.lm_head.weight"
-# Tensors of the classes that no policy uses.
+# Tensors of the PyTorch classes that no policy uses.
 UNUSED = (TIED, f"{WITH_EXPERT}gemma_expert.lm_head.weight")
-# Axes that the tensors do not have: each index of theirs is a tensor of its own.
+# Axes that the tensors lack: each index is a separate tensor.
 SPLIT = ("keys_values", "gate_up")
 
 _ENCODER_NAMES = {
@@ -49,7 +49,7 @@ _STREAM_NAMES = {
 
 
 def _named() -> dict[str, tuple[str, ...]]:
-    """Names in PyTorch, `{}` being the layer, of leaves and of the modules around them."""
+    """PyTorch names of leaves and of the modules around them; `{}` stands for the layer."""
     found: dict[str, tuple[str, ...]] = {
         "PaliGemma/llm/embedder/input_embedding": (EMBEDDING,),
         "PaliGemma/img/embedding": (f"{IMAGES}embeddings.patch_embedding",),
@@ -89,15 +89,15 @@ def _names(path: str) -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """A parameter and the tensors it is made of."""
+    """A parameter and its PyTorch tensors."""
 
     parameter: parameters.Parameter
-    # The tensors, `{}` being the layer; several are the indices of a `SPLIT` axis.
+    # Names of the tensors, `{}` for the layer; one per index of a `SPLIT` axis.
     names: tuple[str, ...]
 
     @property
     def layered(self) -> bool:
-        """True if every layer has tensors of its own."""
+        """True if there is one set of tensors per layer."""
         return self.parameter.stack is not None
 
     @property
@@ -107,7 +107,7 @@ class Rule:
 
     @property
     def groups(self) -> list[tuple[str, ...]]:
-        """The tensor's axes, each as the parameter's axes that it merges."""
+        """The parameter's axes that each axis of the tensor merges."""
         if self.parameter.path in _GROUPS:
             return [tuple(group.split()) for group in _GROUPS[self.parameter.path].split(",")]
         inputs = self.parameter.inputs
@@ -115,7 +115,7 @@ class Rule:
         return [outputs, inputs] if inputs else [outputs]
 
     def tensor(self, leaf: np.ndarray) -> np.ndarray:
-        """The tensor of a parameter's part (one layer, one name)."""
+        """The tensor of one layer and one name of a parameter."""
         order = [self.axes.index(axis) for group in self.groups for axis in group]
         sizes = dict(zip(self.axes, leaf.shape, strict=True))
         shape = [math.prod(sizes[axis] for axis in group) for group in self.groups]

@@ -1,21 +1,23 @@
 """The sizes of a model, read from the shapes of its parameters.
 
-A checkpoint in openpi's layout has no config beside it, but its shapes hold most of a `Pi0Config`:
-`of` reads them. Cameras, action horizon, prompt length, dtypes and whether the prompt holds the
-state are in no shape and left to the caller. `resolve` gives a config the towers of a checkpoint.
+A checkpoint in openpi's layout has no config, but its shapes determine most of a `Pi0Config`: `of`
+reads them. Cameras, action horizon, prompt length, dtypes and `discrete_state_input` are in no
+shape, and the caller gives them. `resolve` sets the tower sizes of a config from a checkpoint.
 """
 
 import dataclasses
 import math
 from typing import Any
 
-from shallow_pi.checkpoints import weights
+from jaxtyping import PyTree
+
+from shallow_pi.checkpoints import run_folder, weights
 from shallow_pi.models import gemma, parameters, pi0, siglip
 
 # The fields of a Pi0Config that describe a checkpoint's towers. Kind, depth and action dimension
 # are in its shapes too, but a config decides them: a difference there is a mistake.
 TOWERS = ("backbone", "expert", "image", "image_size", "vocab_size")
-# The axes that make a config.
+# The axes that a config is made from.
 _NEEDED = frozenset(
     (
         *("layers", "vocab", "width", "mlp", "heads", "kv_heads", "head_dim", "expert_width"),
@@ -25,18 +27,18 @@ _NEEDED = frozenset(
 )
 
 
-def of(stored: weights.Tree) -> dict[str, Any]:
-    """The fields of a `Pi0Config` that parameters fix, by name.
+def of(stored: PyTree) -> dict[str, Any]:
+    """The fields of a `Pi0Config` that parameters determine, by name.
 
     They are `pi05`, `depth`, `backbone`, `expert`, `image`, `image_size`, `vocab_size` and
     `action_dim`, so that `Pi0Config(**sizes.of(stored), action_horizon=…, max_token_len=…)` is the
     model of a checkpoint of unknown size.
 
     Args:
-      stored: arrays or their shapes in openpi's tree, such as `weights.stored_params` gives.
+      stored: arrays or shapes in openpi's tree, such as those of `weights.stored_params`.
 
     Raises:
-      ValueError: they are not the parameters of a π0 or π0.5: names a path that is missing, has
+      ValueError: these are not the parameters of a π0 or π0.5; names a path that is missing, has
         another number of axes or contradicts another one.
     """
     leaves = weights.leaves(stored)
@@ -95,11 +97,11 @@ def _other(parameter: parameters.Parameter, found: str) -> ValueError:
     )
 
 
-def resolve(config: pi0.Pi0Config, stored: weights.Tree) -> pi0.Pi0Config:
-    """The config with the tower sizes (`TOWERS`) of stored parameters; all else stays.
+def resolve(config: pi0.Pi0Config, stored: PyTree) -> pi0.Pi0Config:
+    """The config with the tower sizes (`TOWERS`) of stored parameters.
 
-    Parameters that have no sizes of their own, because a path is missing or misshapen, leave the
-    config as it is: `weights.check_tree` then names every path.
+    If a path is missing or misshapen the config is returned unchanged: `weights.check_tree` then
+    names every such path.
     """
     try:
         found = of(stored)
@@ -110,15 +112,7 @@ def resolve(config: pi0.Pi0Config, stored: weights.Tree) -> pi0.Pi0Config:
 
 def differences(config: pi0.Pi0Config, other: pi0.Pi0Config) -> list[str]:
     """The fields that differ between two models, such as "backbone.width 2048 → 64"."""
-    before, after = _flat(dataclasses.asdict(config)), _flat(dataclasses.asdict(other))
+    before, after = (run_folder.flatten(dataclasses.asdict(c)) for c in (config, other))
     return [
         f"{name} {value} → {after[name]}" for name, value in before.items() if value != after[name]
     ]
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        is_part = isinstance(value, dict)
-        flat |= _flat(value, f"{prefix}{name}.") if is_part else {f"{prefix}{name}": value}
-    return flat

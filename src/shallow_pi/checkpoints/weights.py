@@ -1,10 +1,10 @@
 """Parameters on disk in openpi's layout: read, write, compare.
 
 A `params` folder is an Orbax PyTree checkpoint `{"params": tree}`; its paths are openpi's, so
-checkpoints travel in both directions with no renaming. openpi's trainer writes every leaf one level
-deeper, under a key "value"; it is stripped where all leaves have it. LoRA adapters are merged into
-their matrices, and a PyTorch checkpoint (`model.safetensors`) is seen as the same tree. What comes
-from disk is compared with the expected tree before a byte of it is read, and the error names every
+checkpoints need no renaming in either direction. openpi's trainer writes every leaf one level
+deeper, under a key "value", which is stripped if all leaves have it. LoRA adapters are merged into
+their matrices, and a PyTorch checkpoint (`model.safetensors`) is read as the same tree. A
+checkpoint is compared with the expected tree before any data are read, and the error names every
 path; each shard goes straight to its device.
 """
 
@@ -19,19 +19,16 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
+from jaxtyping import PyTree
 
 from shallow_pi.checkpoints import lora, run_folder, safetensors_file
 from shallow_pi.models import parameters
 
-# Any pytree: nested dicts of arrays, of shapes or of shardings.
-Tree = Any
-
-# What the host may hold at once of a checkpoint that is being read, in 10⁹ bytes; a parameter that
-# is larger comes alone.
+# Host memory for reading a checkpoint, in 10⁹ bytes; a larger parameter is read alone.
 HOST_GB = 2
 
 
-def save_params(path: str | os.PathLike[str], params: Tree) -> None:
+def save_params(path: str | os.PathLike[str], params: PyTree) -> None:
     """Write `params` as openpi's `params` folder, under a temporary name until it is complete."""
     folder = _absolute(path)
     run_folder.check_name(folder)
@@ -46,21 +43,21 @@ def save_params(path: str | os.PathLike[str], params: Tree) -> None:
 
 def load_params(
     path: str | os.PathLike[str],
-    expected: Tree,
+    expected: PyTree,
     *,
-    dtype: Any = None,
-    sharding: Tree | None = None,
+    dtype: jax.typing.DTypeLike | None = None,
+    sharding: PyTree | None = None,
     what: str = "teacher",
-) -> Tree:
-    """Read a `params` folder, the step folder that holds it or a safetensors file; check it first.
+) -> PyTree:
+    """Check and read a `params` folder, the step folder that holds it, or a safetensors file.
 
     Args:
       path: `<step>/params`, `<step>`, `model.safetensors` or its folder.
-      expected: pytree of `jax.ShapeDtypeStruct`; its dtypes do not matter, floating or not does.
-      dtype: floating leaves are cast to it while reading; None keeps what is stored, but a matrix
-        with a LoRA adapter becomes float32.
-      sharding: one sharding or a pytree of them like `expected`; None is the first local device.
-      what: the word for these parameters in errors.
+      expected: pytree of `jax.ShapeDtypeStruct`; of the dtypes only floating or not is compared.
+      dtype: dtype that floating leaves are cast to while reading; None keeps the stored one, except
+        that a matrix with a LoRA adapter becomes float32.
+      sharding: one sharding, or a pytree of them like `expected`; None is the first local device.
+      what: name of these parameters in errors.
     """
     if sharding is None:
         sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -79,24 +76,27 @@ def load_params(
         merged = _merged(_plain(stored), folder)
         check_tree(expected, merged, f"{what} ({folder})")
         found = _restore(folder, stored, shardings, dtype)
-    # The tree has the caller's containers and order, whatever the file's were.
+    # The tree has the containers and order of `expected`, not the file's.
     return jax.tree_util.tree_map_with_path(lambda path, _: found[path_name(path)], expected)
 
 
 def _restore(
-    folder: pathlib.Path, stored: Tree, shardings: dict[str, jax.sharding.Sharding], dtype: Any
+    folder: pathlib.Path,
+    stored: PyTree,
+    shardings: dict[str, jax.sharding.Sharding],
+    dtype: jax.typing.DTypeLike | None,
 ) -> dict[str, jax.Array]:
-    """Every parameter of a checked `params` folder by path, each on its devices."""
+    """Every parameter of a checked `params` folder by path, on its devices."""
     nested = _has_value_keys(stored)
     adapters = lora.adapters(leaves(_plain(stored)))
-    # An adapter is small: every device that holds some of its matrix gets all of it.
+    # An adapter is small: it is replicated over the devices of its matrix.
     factors = {path: base for base, pair in adapters.items() for path in pair}
 
-    def restore_args(path: Any, leaf: jax.ShapeDtypeStruct) -> ocp.ArrayRestoreArgs:
+    def restore_args(path: tuple[object, ...], leaf: jax.ShapeDtypeStruct) -> ocp.ArrayRestoreArgs:
         name = path_name(path[:-1] if nested else path)
         cast_to = dtype if jnp.issubdtype(leaf.dtype, jnp.floating) else None
         if name in adapters or name in factors:
-            cast_to = None  # Rounded once, when they are merged.
+            cast_to = None  # Rounded once, after merging.
         where = _replicated(shardings[factors[name]]) if name in factors else shardings[name]
         return ocp.ArrayRestoreArgs(
             restore_type=jax.Array, sharding=where, dtype=cast_to or leaf.dtype
@@ -105,7 +105,7 @@ def _restore(
     args = {"params": jax.tree_util.tree_map_with_path(restore_args, stored)}
     item = jax.tree.map(lambda _: 0, args)
     try:
-        # Orbax reads everything at once and casts it then: a full copy on the host, if let.
+        # Without a limit Orbax reads everything before casting: a full copy in host memory.
         largest = max(
             math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(stored)
         )
@@ -127,9 +127,14 @@ def _restore(
 
 
 def _merge(
-    path: str, dtype: Any, where: jax.sharding.Sharding, w: jax.Array, a: jax.Array, b: jax.Array
+    path: str,
+    dtype: jax.typing.DTypeLike,
+    where: jax.sharding.Sharding,
+    w: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
 ) -> jax.Array:
-    """A matrix and its adapter as one, where the matrix lies."""
+    """The sum of a matrix and its adapter, on the devices of the matrix."""
 
     def merge(w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
         return lora.merge(path, w, a, b).astype(dtype)
@@ -143,8 +148,8 @@ def _replicated(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
     return sharding
 
 
-def stored_shapes(folder: str | os.PathLike[str]) -> Tree:
-    """Shapes and dtypes of an Orbax PyTree checkpoint, from its metadata alone."""
+def stored_shapes(folder: str | os.PathLike[str]) -> PyTree:
+    """Shapes and dtypes of an Orbax PyTree checkpoint, read from its metadata."""
     folder = _absolute(folder)
     try:
         # The handler's answer, unlike a Checkpointer's, has one form in every Orbax we support.
@@ -154,8 +159,8 @@ def stored_shapes(folder: str | os.PathLike[str]) -> Tree:
         raise damaged(folder, error) from error
 
 
-def stored_params(path: str | os.PathLike[str]) -> Tree:
-    """Shapes and dtypes of the parameters at `path`, which is any that `load_params` reads."""
+def stored_params(path: str | os.PathLike[str]) -> PyTree:
+    """Shapes and dtypes of the parameters at `path`, any path that `load_params` reads."""
     if (file := safetensors_file.find(path)) is not None:
         shapes = safetensors_file.File(file).shapes()
     else:
@@ -164,7 +169,7 @@ def stored_params(path: str | os.PathLike[str]) -> Tree:
     return flax.traverse_util.unflatten_dict(shapes, sep="/")
 
 
-def check_tree(expected: Tree, actual: Tree, what: str) -> None:
+def check_tree(expected: PyTree, actual: PyTree, what: str) -> None:
     """Raise a ValueError that names every missing, extra and misshapen path."""
     want, have = leaves(expected), leaves(actual)
     missing = [f"missing {path} {want[path].shape}" for path in want if path not in have]
@@ -185,12 +190,12 @@ def check_tree(expected: Tree, actual: Tree, what: str) -> None:
         raise ValueError("\n".join(lines))
 
 
-def leaves(tree: Tree) -> dict[str, Any]:
+def leaves(tree: PyTree) -> dict[str, Any]:
     """The leaves of a pytree by path, such as "PaliGemma/llm/embedder/input_embedding"."""
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
-def path_name(path: Iterable[Any]) -> str:
+def path_name(path: Iterable[object]) -> str:
     """A key path of jax.tree_util as "a/b/0"."""
     names = []
     for key in path:
@@ -200,7 +205,11 @@ def path_name(path: Iterable[Any]) -> str:
 
 
 def params_folder(path: str | os.PathLike[str]) -> pathlib.Path:
-    """The `params` folder at or in `path`; an error that says what is there instead."""
+    """The `params` folder at or in `path`.
+
+    Raises:
+      FileNotFoundError, ValueError: there is none; says what is there instead.
+    """
     folder = _absolute(path)
     if (folder / "params").is_dir():
         folder = folder / "params"
@@ -220,13 +229,13 @@ def params_folder(path: str | os.PathLike[str]) -> pathlib.Path:
         elif "pretrained_model" in inside:
             advice = f"it is a checkpoint of LeRobot's: name {folder / 'pretrained_model'}"
         else:
-            advice = f"it holds {inside or 'nothing'}: it was half written, copied or downloaded"
-            advice += "; delete it and write or fetch it again"
+            advice = f"it holds {inside or 'nothing'}: it was written, copied or downloaded in part"
+            advice += "; delete it and write or download it again"
         raise ValueError(f"{folder} is not a params folder (no _METADATA in it); {advice}")
     return folder
 
 
-def _stored(folder: pathlib.Path) -> Tree:
+def _stored(folder: pathlib.Path) -> PyTree:
     tree = stored_shapes(folder)
     if not isinstance(tree, dict) or "params" not in tree:
         top = sorted(tree) if isinstance(tree, dict) else type(tree).__name__
@@ -236,8 +245,8 @@ def _stored(folder: pathlib.Path) -> Tree:
     return tree["params"]
 
 
-def _merged(plain: Tree, folder: pathlib.Path) -> dict[str, Any]:
-    """The leaves by path, adapters left out, once it is sure that they can be merged.
+def _merged(plain: PyTree, folder: pathlib.Path) -> dict[str, Any]:
+    """The leaves by path without adapters, after a check that these can be merged.
 
     Raises:
       ValueError: adapters that cannot be merged, or no action expert (π0-FAST).
@@ -257,17 +266,17 @@ def _merged(plain: Tree, folder: pathlib.Path) -> dict[str, Any]:
     return {path: leaf for path, leaf in flat.items() if not lora.is_adapter(path)}
 
 
-def _has_value_keys(tree: Tree) -> bool:
+def _has_value_keys(tree: PyTree) -> bool:
     paths = list(leaves(tree))
     return bool(paths) and all(path.endswith("/value") for path in paths)
 
 
-def _plain(tree: Tree) -> Tree:
-    """Without openpi's trailing "value" keys."""
+def _plain(tree: PyTree) -> PyTree:
+    """The tree without openpi's trailing "value" keys."""
     return _strip_value(tree) if _has_value_keys(tree) else tree
 
 
-def _strip_value(tree: dict[str, Any]) -> Tree:
+def _strip_value(tree: dict[str, PyTree]) -> PyTree:
     if set(tree) == {"value"} and not isinstance(tree["value"], dict):
         return tree["value"]
     return {key: _strip_value(child) for key, child in tree.items()}
@@ -284,7 +293,7 @@ def _depth(flat: dict[str, Any]) -> int | None:
 
 
 def _hints(want: dict[str, Any], have: dict[str, Any]) -> list[str]:
-    """The three usual mistakes, where the difference shows one of them."""
+    """Advice for three usual mistakes that explain the differences."""
 
     def family(flat: dict[str, Any]) -> str | None:
         if any("time_mlp_in/" in path and "action_time" not in path for path in flat):
@@ -312,7 +321,7 @@ def _hints(want: dict[str, Any], have: dict[str, Any]) -> list[str]:
 
 
 def damaged(folder: pathlib.Path, error: Exception) -> Exception:
-    """The error to raise for a checkpoint that cannot be read because of `error`."""
+    """The error to raise for a checkpoint that `error` prevented from being read."""
     if not folder.exists():
         return FileNotFoundError(f"there is no checkpoint at {folder}")
     first_line = next(iter(str(error).splitlines()), "")[:300]
@@ -324,5 +333,5 @@ def damaged(folder: pathlib.Path, error: Exception) -> Exception:
 
 
 def _absolute(path: str | os.PathLike[str]) -> pathlib.Path:
-    """Orbax wants absolute paths."""
+    """The absolute path, which Orbax needs."""
     return pathlib.Path(cast(str, path)).expanduser().absolute()

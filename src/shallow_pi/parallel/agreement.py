@@ -1,18 +1,16 @@
 """Processes that train together must be doing the same: config, code, packages, data, folder.
 
 A process that differs would train on, with every number a little wrong, or hang in a collective
-the others never enter. So all tell each other what they have right after the start (`check`), and
-all end with one error that names who differs in what.
+the others never enter. So all processes exchange their facts right after the start (`check`), and
+if any differ all end with one error that names the processes and the facts.
 """
 
-import dataclasses
 import hashlib
 import importlib.metadata
 import pathlib
 import platform
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -26,17 +24,14 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "nump
 _VISIBLE_SECONDS = 30.0
 
 
-def facts(config: Any, source: sources.Source) -> dict[str, str]:
-    """What must be the same in every process, by name; config fields as on the command line.
+def facts(config: Mapping[str, object], source: sources.Source) -> dict[str, str]:
+    """Facts that must be equal in all processes, by name; config fields are named by their flags.
 
     Args:
-      config: the resolved config, a dataclass.
-      source: of the training samples.
+      config: the fields of the resolved config, nested.
+      source: the training samples.
     """
-    fields = {
-        f"--{name}": repr(value)
-        for name, value in run_folder.flatten(dataclasses.asdict(config)).items()
-    }
+    fields = {f"--{name}": repr(value) for name, value in run_folder.flatten(config).items()}
     return {
         **fields,
         "shallow_pi's sources": code_hash(),
@@ -48,21 +43,21 @@ def facts(config: Any, source: sources.Source) -> dict[str, str]:
 
 
 def differences(found: Sequence[Mapping[str, str]]) -> list[str]:
-    """One line for each fact in which processes differ, with who has which value."""
+    """One line for each fact that differs, with the processes that hold each value."""
     lines = []
     for name in dict.fromkeys(name for one in found for name in one):
         holders: dict[str, list[int]] = {}
         for index, one in enumerate(found):
             holders.setdefault(one.get(name, "absent"), []).append(index)
         if len(holders) > 1:
-            # The many first: who differs is who comes after.
+            # The majority first, then those that differ from it.
             ranked = sorted(holders.items(), key=lambda item: (-len(item[1]), item[1]))
             values = [f"{value} in process {_numbers(who)}" for value, who in ranked]
             lines.append(f"{name}: {'; '.join(values)}")
     return lines
 
 
-def check(config: Any, source: sources.Source) -> None:
+def check(config: Mapping[str, object], source: sources.Source) -> None:
     """Raise in every process, with the same message, unless all have the same `facts`."""
     if jax.process_count() == 1:
         return
@@ -75,17 +70,17 @@ def check(config: Any, source: sources.Source) -> None:
 
 
 def check_shared(folder: pathlib.Path) -> None:
-    """Raise in every process unless all see one another's files in `folder`, which exists.
+    """Raise in every process unless all see each other's files in `folder`; it is made if absent.
 
     Raises:
-      ValueError: says which process does not see whose files, and what to do.
+      ValueError: names the processes that do not see each other's files, and says what to do.
     """
     if jax.process_count() == 1:
         return
     token, index = processes.gather(time.time_ns())[0], jax.process_index()
     own = folder / f".process-{token}-{index}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)  # One that is not shared is not there.
+        folder.mkdir(parents=True, exist_ok=True)  # Absent where it is not shared.
         own.touch()
         problem = ""
     except OSError as error:
@@ -103,7 +98,7 @@ def check_shared(folder: pathlib.Path) -> None:
 
 
 def code_hash() -> str:
-    """A short hash of this package's sources, changed or committed alike."""
+    """A short hash of this package's source files as they are on disk."""
     package = pathlib.Path(__file__).parents[1]
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
@@ -116,7 +111,7 @@ def sample_hash(source: sources.Source) -> str:
     digest = hashlib.sha256()
     for i in (0, len(source) // 2, len(source) - 1):
         sample = source[i]
-        # Not pictures, which would have to be decoded alike to the last bit.
+        # Without pictures: decoders may differ in the last bit.
         for leaf in (sample.observation.state, sample.actions, sample.observation.tokenized_prompt):
             # Machines may differ in the last bits of a sine; adding zero makes -0 a 0.
             digest.update((np.round(np.asarray(leaf, np.float64), 4) + 0.0).tobytes())
@@ -135,6 +130,6 @@ def _unseen(folder: pathlib.Path, token: int) -> list[int]:
 
 
 def _numbers(indices: Sequence[int]) -> str:
-    """ "0, 2 and 3"; of many, the first."""
+    """Process numbers as "0, 2 and 3"; of more than eight, the first eight."""
     shown = [str(n) for n in indices[:8]] + ([f"{len(indices) - 8} more"] if indices[8:] else [])
     return " and ".join(part for part in (", ".join(shown[:-1]), shown[-1]) if part)

@@ -1,10 +1,10 @@
-"""Start and end of a job of one or several processes, and what they do together.
+"""Start and end of a job of one or several processes, and communication between them.
 
-`SHALLOW_PI_COORDINATOR` (host:port of process 0) makes a job of several processes; their number and
-this one's are `SHALLOW_PI_NUM_PROCESSES` and `SHALLOW_PI_PROCESS_ID`, or what SLURM, Open MPI or
-an indexed Kubernetes job says. Under SLURM and Open MPI 4 the coordinator is found too; on a TPU
-slice, or with `SHALLOW_PI_MULTIHOST=1`, JAX finds everything itself. Call `initialize` before
-anything touches a device.
+`SHALLOW_PI_COORDINATOR` (host:port of process 0) starts a job of several processes.
+`SHALLOW_PI_NUM_PROCESSES` and `SHALLOW_PI_PROCESS_ID` give their number and the index of this one;
+SLURM, Open MPI and indexed Kubernetes jobs set them in variables of their own. Under SLURM and Open
+MPI 4 the coordinator is derived too; on a TPU slice, or with `SHALLOW_PI_MULTIHOST=1`, JAX detects
+everything itself. Call `initialize` before anything touches a device.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -26,42 +26,44 @@ from jax.experimental import multihost_utils
 from shallow_pi import progress, user_cache
 from shallow_pi.parallel import roll_call
 
+T = TypeVar("T")
+
 COORDINATOR = "SHALLOW_PI_COORDINATOR"
 NUM_PROCESSES = "SHALLOW_PI_NUM_PROCESSES"
 PROCESS_ID = "SHALLOW_PI_PROCESS_ID"
 MULTIHOST = "SHALLOW_PI_MULTIHOST"
-# Seconds until all processes must have met, and until one that is silent counts as dead.
+# Seconds to wait for all processes at the start, and for the heartbeat of a running one.
 INITIALIZATION_TIMEOUT = "SHALLOW_PI_INITIALIZATION_TIMEOUT"
 HEARTBEAT_TIMEOUT = "SHALLOW_PI_HEARTBEAT_TIMEOUT"
-# A process that is done waits for process 0, which may have a report to make.
+# Seconds a finished process waits for process 0, which may still write a report.
 SHUTDOWN_SECONDS = 24 * 3600
-# How long a process that failed waits for others that fail by the same error.
+# Seconds a failed process waits for others that fail with the same error.
 LEAVE_SECONDS = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-    """The processes of this job, as one of them knows them."""
+    """The processes of this job, seen from one of them."""
 
-    # host:port of process 0; empty where JAX found it.
+    # host:port of process 0; empty if JAX detects it.
     coordinator: str
-    # Processes of the job.
+    # Number of processes of the job.
     count: int
-    # Of this one.
+    # Index of this process.
     index: int
-    # Accelerators of this host that are its own; None for all.
+    # Accelerators of this host that this process uses; None for all.
     local_devices: tuple[int, ...] | None = None
 
 
-# Set once, by `initialize`: asking JAX itself may wait for processes that are gone.
+# Set once, by `initialize`: asking JAX may block on processes that have ended.
 _joined: Processes | None = None
 
 
 def uses_shardy() -> bool:
-    """Say whether JAX shards with Shardy, its only right partitioner for our meshes.
+    """True if JAX shards with Shardy, its only correct partitioner for our meshes.
 
-    The one before it, which JAX 0.6 and older use unless told, could swap the batch rows of two
-    devices, and gave `action_in_proj` a wrong gradient on a 2 × 2 × 2 mesh.
+    GSPMD, the default of JAX 0.6 and older, could swap the batch rows of two devices, and gave
+    `action_in_proj` a wrong gradient on a 2 × 2 × 2 mesh.
     """
     return jax.__version_info__ >= (0, 7) or getattr(
         jax.config, "jax_use_shardy_partitioner", False
@@ -69,17 +71,17 @@ def uses_shardy() -> bool:
 
 
 def use_shardy() -> None:
-    """Have JAX shard with Shardy from now on, where that is not its default."""
+    """Make JAX shard with Shardy from now on, if it does not by default."""
     if not uses_shardy():
         jax.config.update("jax_use_shardy_partitioner", True)
 
 
 def initialize() -> None:
-    """Choose the partitioner, and join the other processes of a job of several.
+    """Choose the partitioner, and connect to the other processes of the job, if there are any.
 
     Raises:
       ValueError: the environment is incomplete, or processes contradict each other.
-      TimeoutError: not all processes were there in time; says who was not, and what to check.
+      TimeoutError: not all processes came in time; names those missing, and what to check.
       OSError: the coordinator's port is taken.
     """
     global _joined
@@ -116,10 +118,13 @@ def initialize() -> None:
 
 
 def find(environment: Mapping[str, str]) -> Processes | None:
-    """The processes an environment tells of; None for a job of one, `count` 0 if JAX is to ask.
+    """The processes described by environment variables.
+
+    Returns:
+      None for a job of one process; `count` 0 if JAX shall detect the processes.
 
     Raises:
-      ValueError: it names some of what is needed and not the rest, or what cannot be.
+      ValueError: only some of the variables are set, or their values contradict each other.
     """
     given = {name: value for name, value in environment.items() if value}
     launched = _slurm(given) or _open_mpi(given)
@@ -153,7 +158,7 @@ def find(environment: Mapping[str, str]) -> Processes | None:
         return Processes("", 0, 0) if ask else None
     if not launched.coordinator:
         raise ValueError(
-            f"{launched.count} processes of Open MPI, and it does not say where the first one is: "
+            f"{launched.count} processes of Open MPI, which does not give the address of rank 0: "
             f"set {COORDINATOR}=HOST:PORT, the host of rank 0 and a free port"
         )
     return launched
@@ -182,7 +187,7 @@ def _open_mpi(given: Mapping[str, str]) -> Processes | None:
     count = int(given.get("OMPI_COMM_WORLD_SIZE", "1"))
     if count == 1:
         return None
-    # Version 4 tells where mpirun was called, "<job × 4096>.0;tcp://10.0.0.1,…:port"; 5 does not.
+    # Version 4 gives the host of mpirun, "<job × 4096>.0;tcp://10.0.0.1,…:port"; 5 does not.
     caller = re.match(r"(\d+)\..*?tcp://([^,:]+)", given.get("OMPI_MCA_orte_hnp_uri", ""))
     coordinator = f"{caller[2]}:{61440 + int(caller[1]) // 4096 % 4096}" if caller else ""
     local = None
@@ -192,7 +197,7 @@ def _open_mpi(given: Mapping[str, str]) -> Processes | None:
 
 
 def _one_device(given: Mapping[str, str], local_index: int) -> tuple[int, ...] | None:
-    """Of several processes on a host each takes one device, unless it is shown no other."""
+    """The one device of each of several processes on a host; None if only one is visible."""
     shown = given.get("CUDA_VISIBLE_DEVICES", given.get("ROCR_VISIBLE_DEVICES", ","))
     return (local_index,) if "," in shown else None
 
@@ -211,13 +216,13 @@ def _seconds(name: str, default: int) -> int:
 
 
 def split_cpu(rows: int) -> None:
-    """Where there are CPUs alone, show JAX as many devices as there are cores.
+    """Give JAX one CPU device per core, so that the batch is split over all cores.
 
-    XLA runs the small operations of a small model on one core; split over the batch it uses all.
-    `JAX_NUM_CPU_DEVICES` sets another number. Accelerators are not affected.
+    XLA runs the small operations of a small model on one core only. `JAX_NUM_CPU_DEVICES` sets
+    another number. Accelerators are not affected.
 
     Args:
-      rows: of a microbatch, over all processes; the number of devices divides them.
+      rows: observations of a microbatch, over all processes; a multiple of the number of devices.
     """
     if "JAX_NUM_CPU_DEVICES" in os.environ or (_joined is not None and not _joined.coordinator):
         return
@@ -228,18 +233,18 @@ def split_cpu(rows: int) -> None:
 
 
 def cache_compilations() -> None:
-    """Keep compiled programs in the user's cache folder, so that the next run starts at once.
+    """Keep compiled programs in the user's cache folder, so that the next run starts faster.
 
-    `JAX_COMPILATION_CACHE_DIR` names another folder; set and empty, it turns the cache off. JAX
-    before 0.7 keeps none of its own accord: a program for several CPU devices that is read back
-    hangs or crashes there.
+    `JAX_COMPILATION_CACHE_DIR` names another folder; set and empty, it turns the cache off. With
+    JAX before 0.7 the cache stays off by default: there a cached program for several CPU devices
+    hangs or crashes.
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ and jax.__version_info__ >= (0, 7):
         jax.config.update("jax_compilation_cache_dir", str(user_cache.folder("compiled")))
 
 
 def is_main() -> bool:
-    """Whether this process prints, logs and writes plain files."""
+    """True for the process that prints, logs and writes plain files."""
     return jax.process_index() == 0
 
 
@@ -253,13 +258,13 @@ def bar(
 
 
 def sync(name: str) -> None:
-    """Wait until every process of the job has come to the point of that name."""
+    """Wait until every process of the job has reached the point of that name."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
-def gather(value: Any) -> list[Any]:
-    """The plain JSON value of every process, in their order; all of them must call it."""
+def gather(value: T) -> list[T]:
+    """The values of all processes in their order, as plain JSON; every process must call it."""
     if jax.process_count() == 1:
         return [value]
     data = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -271,16 +276,16 @@ def gather(value: Any) -> list[Any]:
 
 
 def prefix() -> str:
-    """What stands before an error of this process; empty in a job of one."""
+    """Text before an error message of this process; empty in a job of one."""
     return "" if _joined is None else f"process {_joined.index} of {_joined.count}: "
 
 
 def leave(status: int) -> None:
     """End this process because of an error; returns only in a job of one.
 
-    Others may wait in a collective for what this process will never send. JAX's own exit would wait
-    for them in turn, so it gets a few seconds (all may end by the same error) and no more. Their
-    collectives then fail, at the latest when the heartbeat of this process is missed.
+    Others may wait in a collective for this process, and JAX's shutdown would wait for them in
+    turn. So it gets only a few seconds, in case all fail with the same error. The collectives of
+    the others then fail, at the latest when the heartbeat of this process is missed.
     """
     if _joined is None:
         return
@@ -293,7 +298,7 @@ def leave(status: int) -> None:
 
 
 def report_crash() -> None:
-    """Print the traceback of the error that is being handled, and end; in a job of one, nothing."""
+    """Print the current error's traceback and end this process; does nothing in a job of one."""
     if _joined is not None:
         lines = traceback.format_exc().splitlines()
         print("\n".join(f"{prefix()}{line}" for line in lines), file=sys.stderr)
@@ -301,9 +306,9 @@ def report_crash() -> None:
 
 
 def stops_here(step: int) -> bool:
-    """Whether the processes have agreed to stop after this step, as one of them got a SIGTERM.
+    """True if the processes stop after this step, because one of them received SIGTERM.
 
-    JAX takes the signal in a job of several processes, and the coordinator picks a step none has
-    passed; all processes must ask after every step. False in a job of one.
+    In a job of several processes JAX handles the signal, and the coordinator picks a step that none
+    has passed; all processes must call this after every step. False in a job of one.
     """
     return jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step)

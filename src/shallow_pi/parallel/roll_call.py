@@ -1,8 +1,9 @@
-"""The processes of a job meet before JAX connects them, over plain sockets at the same address.
+"""A roll call of the processes of a job, over plain sockets, before JAX connects them.
 
-JAX ends a process that waits too long with an abort in C++, which names neither the address nor who
-is missing. So process 0 first listens at the coordinator's port until every other process has said
-its number and how many it expects, and answers all of them at once: go on, or what is wrong.
+JAX ends a process that waits too long with an abort in C++, which names neither the address nor the
+missing processes. So process 0 first listens at the coordinator's port until every other process
+has sent its index and the number of processes it expects, and then answers all of them at once: go
+on, or the problem.
 """
 
 import json
@@ -12,11 +13,11 @@ from collections.abc import Mapping
 
 from shallow_pi import progress
 
-# Longest line that is read.
+# Longest line to read.
 _LINE_BYTES = 4096
-# Seconds a connection may take to be made or to say its line; and between attempts.
+# Seconds a connection may take to open or to send its line; seconds between attempts.
 _PATIENCE, _PAUSE = 5.0, 0.5
-# Seconds in which the answer of a process 0 that waits as long must arrive.
+# Seconds beyond the timeout in which the answer of process 0 must arrive.
 _GRACE = 10.0
 
 
@@ -31,17 +32,18 @@ def parse(address: str) -> tuple[str, int]:
 
 
 def meet(address: str, processes: int, index: int, timeout: float) -> None:
-    """Return when all processes of the job are there.
+    """Return when all processes of the job have reported.
 
     Args:
-      address: of process 0, `host:port`; the port is free again afterwards.
-      processes: of the job.
-      index: of this one.
+      address: `host:port` of process 0; the port is free again afterwards.
+      processes: number of processes of the job.
+      index: index of this process.
       timeout: seconds to wait.
 
     Raises:
-      ValueError: the address is none, or processes do not agree on how many and who they are.
-      TimeoutError: process 0 did not answer, or others did not come; says which and what to check.
+      ValueError: a malformed address, or processes that disagree on their number or indices.
+      TimeoutError: process 0 did not answer, or others did not report; names them, and says what
+        to check.
       OSError: process 0 cannot listen there.
     """
     parse(address)
@@ -63,7 +65,7 @@ def _take(address: str, processes: int, timeout: float) -> None:
                 gone = [index for index, connection in present.items() if _is_closed(connection)]
                 if not gone:
                     break
-                for index in gone:  # It came, and ended: whoever starts it again comes anew.
+                for index in gone:  # It reported and ended; started again, it reports anew.
                     del present[index]
                     advance(-1)
             left = deadline - time.monotonic()
@@ -75,7 +77,7 @@ def _take(address: str, processes: int, timeout: float) -> None:
                 said = _hear(connection)
             except TimeoutError:
                 continue
-            if said is None:  # Not one of ours, or gone again.
+            if said is None:  # Not one of ours, or closed already.
                 connection.close()
                 continue
             index, expected = said

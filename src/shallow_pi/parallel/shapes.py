@@ -1,10 +1,9 @@
-"""The arguments of a step as shapes with their shardings on a mesh: teacher, state and batch.
+"""The arguments of a step as shapes with shardings on a mesh: teacher, state and batch.
 
-Nothing is allocated: enough to compile a step, to count its bytes, and to restore a state into.
+They allocate nothing, and suffice to compile a step, to count its bytes and to restore a state.
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,7 @@ from shallow_pi.models import batch as batches
 from shallow_pi.models import parameters, pi0
 from shallow_pi.parallel import sharding
 
-# JAX's name for host memory that devices reach by themselves.
+# JAX's name for host memory that devices access directly.
 HOST_MEMORY = "pinned_host"
 
 
@@ -29,14 +28,14 @@ def abstract_state(spec: step.Spec, mesh: Mesh) -> PyTree:
 
 
 def abstract_teacher(spec: step.Spec, mesh: Mesh, dtype: str) -> PyTree:
-    """Shapes and shardings of the part of the teacher that the step needs; None for nothing."""
+    """Shapes and shardings of the part of the teacher that the step needs; None for no part."""
     if spec.teacher is None:
         return None
     return held_teacher(spec, _sharded(mesh, pi0.abstract_params(spec.teacher), jnp.dtype(dtype)))
 
 
 def _sharded(mesh: Mesh, shapes: PyTree, dtype: np.dtype | None = None) -> PyTree:
-    """Shapes with the shardings of the one table."""
+    """Shapes with their shardings from the parameter table."""
     return jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=where),
         shapes,
@@ -45,7 +44,7 @@ def _sharded(mesh: Mesh, shapes: PyTree, dtype: np.dtype | None = None) -> PyTre
 
 
 def abstract_batch(model: pi0.Pi0Config, mesh: Mesh, batch_size: int) -> batches.Batch:
-    """Shapes and shardings of a batch as the loader gives it."""
+    """Shapes and shardings of a batch of the loader."""
     where = sharding.batch_sharding(mesh)
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
@@ -56,8 +55,8 @@ def abstract_batch(model: pi0.Pi0Config, mesh: Mesh, batch_size: int) -> batches
 def held_teacher(spec: step.Spec, teacher_params: PyTree) -> PyTree:
     """The part of the teacher that the steps need, in the memory they read it from.
 
-    All of it where a loss needs it, its layers in the host's memory if `spec` offloads them; else
-    the student's frozen parts; None for nothing.
+    The whole teacher if a loss needs it, with its layers in host memory if `spec` offloads them;
+    else the student's frozen parts; None if there are none.
     """
     if spec.losses.needs_teacher:
         return offload(teacher_params) if spec.offload_teacher else teacher_params
@@ -65,7 +64,7 @@ def held_teacher(spec: step.Spec, teacher_params: PyTree) -> PyTree:
 
 
 def on_device(params: PyTree) -> PyTree:
-    """Parameters with all of them in the devices' own memory: what is there already, and copies."""
+    """Parameters in device memory; those in host memory are copied."""
 
     def move(leaf: jax.Array) -> jax.Array:
         if leaf.sharding.memory_kind != HOST_MEMORY:
@@ -76,15 +75,18 @@ def on_device(params: PyTree) -> PyTree:
 
 
 def offload(params: PyTree) -> PyTree:
-    """Parameters, or their shapes, with the tower's layers in the memory of their devices' host.
+    """Parameters, or their shapes, with the layers of the transformer in host memory.
 
     Raises:
-      ValueError: the devices cannot reach memory of the host's.
+      ValueError: the devices cannot access host memory.
     """
 
-    def move(path: Any, leaf: Any) -> Any:
+    def move(
+        path: tuple[object, ...], leaf: jax.Array | jax.ShapeDtypeStruct
+    ) -> jax.Array | jax.ShapeDtypeStruct:
         if parameters.stack(weights.path_name(path)) != "layers":
             return leaf
+        assert leaf.sharding is not None, "every leaf lies on a mesh"
         where = leaf.sharding.with_memory_kind(HOST_MEMORY)
         if isinstance(leaf, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)

@@ -11,12 +11,12 @@ error only where it leaves a large array whole although `fsdp` was asked for.
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
 
 from shallow_pi.checkpoints import weights
 from shallow_pi.models import parameters
@@ -41,20 +41,20 @@ RULES: dict[str, str] = {
     "image_width": FSDP,
     "action_and_time": FSDP,
 }
-# Parameters with one of these axes are small: whole on every device.
+# Parameters with one of these axes are small and replicated.
 WHOLE = ("action_dim", "image_tokens", "colours")
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """How many devices each axis of the mesh has; their product is the number of devices."""
+    """Number of devices along each axis of the mesh; their product is the number of devices."""
 
-    # Devices along `data`; -1 is whatever the other two leave.
+    # Devices that the batch alone is split over; -1 takes the rest.
     data: int = -1
-    # Devices over which parameters, moments and the batch are split; -1 is as few as have room, or
-    # with `data` given whatever that leaves.
+    # Devices that parameters, moments and the batch are split over; -1 takes the fewest that fit
+    # in memory, or with --mesh.data the rest.
     fsdp: int = -1
-    # Devices over which heads and MLP columns are split.
+    # Devices that attention heads and MLP columns are split over.
     tensor: int = 1
 
     def __post_init__(self) -> None:
@@ -66,9 +66,10 @@ class MeshConfig:
                 raise ValueError(f"--mesh.{name} must be {allowed}, got {size}")
 
     def create(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
-        """The mesh over `devices` (default: all of the job).
+        """The mesh over `devices` (default: all devices of the job).
 
-        An `fsdp` that nobody has chosen (`memory.choose`) is 1, or what a given `data` leaves.
+        An `fsdp` of -1 becomes 1, or with `data` set the rest of the devices; `memory.choose`
+        picks it by memory before.
 
         Raises:
           ValueError: a layout that does not fit the devices, or JAX's old partitioner.
@@ -116,7 +117,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def check_batch_size(mesh: Mesh, batch_size: int) -> None:
-    """Raise unless every device gets as many rows."""
+    """Raise unless the batch divides evenly over the devices."""
     ways = mesh.shape[DATA] * mesh.shape[FSDP]
     if batch_size < 1 or batch_size % ways:
         lower = max(batch_size, 0) // ways * ways
@@ -127,11 +128,11 @@ def check_batch_size(mesh: Mesh, batch_size: int) -> None:
         )
 
 
-def param_sharding(mesh: Mesh, shapes: Any) -> Any:
-    """The sharding of each array of a pytree with `.shape` and `.dtype`: parameters or state."""
+def param_sharding(mesh: Mesh, shapes: PyTree) -> PyTree:
+    """The sharding of each array (or shape) of a pytree of parameters or of a state."""
     problems: list[str] = []
 
-    def one(path: Any, leaf: Any) -> NamedSharding:
+    def one(path: tuple[object, ...], leaf: jax.ShapeDtypeStruct) -> NamedSharding:
         name = weights.path_name(path)
         size = math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
         rule = _rule(parameters.find(name), len(leaf.shape))
@@ -162,7 +163,7 @@ def param_sharding(mesh: Mesh, shapes: Any) -> Any:
 
 
 def _rule(parameter: parameters.Parameter | None, ndim: int) -> PartitionSpec | None:
-    """The mesh axes of a parameter; None for an array that is no parameter, or of another rank."""
+    """The mesh axes of a parameter; None for any other array, and for one of another rank."""
     if parameter is None or len(parameter.axes) != ndim:
         return None
     axes = [RULES.get(axis) for axis in parameter.axes]

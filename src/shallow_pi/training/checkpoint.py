@@ -1,11 +1,11 @@
 """Checkpoints of a run: step folders in openpi's layout, saved asynchronously, resumed bit for bit.
 
-`<folder>/<step>/params` is `{"params": tree}`, the EMA where there is one, with the frozen parts
-that no state holds: with `assets` beside it the step folder is a deployable policy. `train_state`
-holds the rest of the state, each array once; `data` the position in the data and the validation
-error. One Orbax `CheckpointManager` writes all four under a temporary name and renames at the end,
-and a superseded step is renamed before it is deleted, so a step folder is complete or absent. The
-step with the lowest validation error stays; `<folder>/best` is a link to it.
+`<folder>/<step>/params` is `{"params": tree}`: the moving average if there is one, and the frozen
+parts, which are not in the state. With `assets` beside it the step folder is a deployable policy.
+`train_state` holds the rest of the state, each array once; `data` the position in the data and the
+validation error. One Orbax `CheckpointManager` writes all four under a temporary name and renames
+at the end, and a superseded step is renamed before it is deleted, so a step folder is complete or
+absent. The step with the lowest validation error stays; `<folder>/best` is a link to it.
 """
 
 import contextlib
@@ -24,16 +24,16 @@ from typing import Any, Self
 import flax.traverse_util
 import jax
 import orbax.checkpoint as ocp
+from jaxtyping import PyTree
 
 from shallow_pi import progress
 from shallow_pi.checkpoints import run_folder, weights
+from shallow_pi.distill import step as distillation
 from shallow_pi.parallel import processes
 
-# A flax.struct dataclass with the fields step, params, opt_state and ema_params.
-State = Any
-# Between a step's number and anything else: what is being written or deleted.
+# Follows the number of a step that is being written or deleted.
 _TEMPORARY = ".orbax-checkpoint-tmp"
-# Writes deployable files (normalization, tokenizer, model config) into the folder it is given.
+# Writes deployable files (normalization, tokenizer, model config) into a folder.
 WriteAssets = Callable[[pathlib.Path], None]
 # Files and folders without which a step cannot be restored.
 _PARTS = (
@@ -45,18 +45,18 @@ _PARTS = (
 
 
 class SaveError(run_folder.WriteError):
-    """A checkpoint could not be written; the ones before it are intact."""
+    """A checkpoint could not be written; earlier ones are intact."""
 
 
 class _AssetsHandler(ocp.CheckpointHandler):
-    """Lets a callback write files inside the step that Orbax commits as a whole."""
+    """An Orbax handler that writes the assets of a step with a callback."""
 
-    def save(self, directory: Any, args: "_Assets") -> None:
+    def save(self, directory: os.PathLike[str], args: "_Assets") -> None:
         if jax.process_index() == 0:
             args.write(pathlib.Path(os.fspath(directory)))
 
-    def restore(self, directory: Any, args: "_NoAssets | None" = None) -> None:
-        raise ValueError(f"{directory} holds plain files: read them from there")
+    def restore(self, directory: os.PathLike[str], args: "_NoAssets | None" = None) -> None:
+        raise ValueError(f"{directory} holds plain files: read them directly")
 
 
 @ocp.args.register_with_handler(_AssetsHandler, for_save=True)
@@ -67,18 +67,18 @@ class _Assets(ocp.args.CheckpointArgs):
 
 @ocp.args.register_with_handler(_AssetsHandler, for_restore=True)
 class _NoAssets(ocp.args.CheckpointArgs):
-    """Orbax wants a restore argument for each handler; assets are read as files."""
+    """The restore argument that Orbax requires of each handler; assets are read as files."""
 
 
 class Checkpoints:
-    """The checkpoints of one run. One process group writes to a folder at a time.
+    """The checkpoints of one run; only one job may write to a folder at a time.
 
     Args:
-      folder: the run's folder; made if absent. What an interrupted save left is removed.
-      keep: how many of the last checkpoints stay, besides the best one; None keeps all. What goes
-        is deleted once a later save is complete (`wait`).
-      keep_period: checkpoints at multiples of it always stay.
-      frozen: parameters that complete the state's in every step; a nested dictionary of arrays.
+      folder: the run's folder; made if absent. Remains of an interrupted save are removed.
+      keep: number of latest checkpoints to keep, besides the best one; None keeps all. Superseded
+        ones are deleted once a later save is complete (`wait`).
+      keep_period: checkpoints at multiples of it are kept forever.
+      frozen: parameters that complete the state's in every step, as nested dictionaries.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Checkpoints:
         folder: str | os.PathLike[str],
         keep: int | None = 1,
         keep_period: int | None = None,
-        frozen: Mapping[str, Any] | None = None,
+        frozen: Mapping[str, PyTree] | None = None,
     ) -> None:
         for name, value in {"keep": keep, "keep_period": keep_period}.items():
             if value is not None and value < 1:
@@ -114,11 +114,11 @@ class Checkpoints:
 
     @property
     def best(self) -> tuple[int, float] | None:
-        """The step with the lowest validation error among those saved with one, and that error."""
+        """The saved step with the lowest validation error, and that error."""
         return self._best
 
     def is_best(self, error: float | None) -> bool:
-        """Whether a validation error is lower than any saved so far."""
+        """True if a validation error is lower than that of every saved step."""
         if error is None or not math.isfinite(error):
             return False
         return self._best is None or error < self._best[1]
@@ -126,22 +126,22 @@ class Checkpoints:
     def save(
         self,
         step: int,
-        state: State,
-        data_state: Any,
+        state: distillation.DistillState,
+        data_state: Mapping[str, object],
         write_assets: WriteAssets,
         error: float | None = None,
     ) -> bool:
         """Start saving; the state may be donated or changed as soon as this returns.
 
         Args:
-          step: names the folder; a step that is already saved is left as it is.
-          state: arrays on every device of the job.
-          data_state: what the data iterator needs to go on, as plain JSON; process 0's is kept.
-          write_assets: called with the `assets` folder of the step, on process 0.
-          error: on held-out data, where it was measured at this step; the best step stays.
+          step: the step's number, which names the folder; a saved step is not saved again.
+          state: the state, on the devices of the job.
+          data_state: position in the data, as plain JSON; that of process 0 is saved.
+          write_assets: called in process 0 with the `assets` folder of the step.
+          error: validation error of this step, if it was measured; the best step is kept.
 
         Returns:
-          Whether a save was started. An error in the background surfaces in the next call of
+          True if a save was started. An error in the background is raised by the next call of
           `save`, `wait` or `close`.
         """
         self.wait()
@@ -165,28 +165,30 @@ class Checkpoints:
         return self._unsettled
 
     def wait(self) -> None:
-        """Return when everything is on disk; raises what went wrong in the background."""
+        """Wait until everything is on disk; raises an error of a save in the background."""
         unsettled, self._unsettled = self._unsettled, False
         with self._writing():
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
         self._saving = None
-        if unsettled:  # A save is complete: what it replaces may go.
+        if unsettled:  # A save is complete: superseded steps may go.
             self._settle()
 
     def latest_step(self) -> int | None:
         """The last step that is complete on disk."""
         return self._last_complete()
 
-    def restore(self, abstract: State, step: int | None = None) -> tuple[State, Any]:
-        """Read a step (the last one) into the shardings of `abstract`.
+    def restore(
+        self, abstract: distillation.DistillState, step: int | None = None
+    ) -> tuple[distillation.DistillState, dict[str, Any]]:
+        """Read a step (by default the last) into the shardings of `abstract`.
 
         Args:
           abstract: the state as `jax.ShapeDtypeStruct`s with shardings, or as arrays.
-          step: which step; None is the last complete one.
+          step: number of the step; None is the last complete one.
 
         Returns:
-          The state, bit for bit as saved, and the data state.
+          The state, bit for bit as saved, and the position in the data.
         """
         step = self.latest_step() if step is None else step
         if step is None or not (self.folder / str(step)).is_dir():
@@ -222,7 +224,7 @@ class Checkpoints:
         return state, read["data"]["data"]
 
     def close(self) -> None:
-        """Wait, then free the threads; safe to call twice."""
+        """Wait for a running save, then stop the threads; safe to call twice."""
         try:
             self.wait()
         finally:
@@ -236,7 +238,7 @@ class Checkpoints:
         self.close()
 
     def _find_best(self) -> tuple[int, float] | None:
-        """The best of the steps that are whole; the others are named, and stop nothing here."""
+        """The best of the complete steps; warns of damaged ones."""
         found = []
         for step in run_folder.steps(self.folder):
             folder = self.folder / str(step)
@@ -254,7 +256,7 @@ class Checkpoints:
         return (min(found)[1], min(found)[0]) if found else None
 
     def _settle(self) -> None:
-        """Point to the best step, and delete those that need not stay."""
+        """Link the best step, and delete superseded ones."""
         with _explained(f"{self.folder} cannot be tidied", self._last_complete):
             if not processes.is_main():
                 return
@@ -268,8 +270,8 @@ class Checkpoints:
                 if step not in stay:
                     _delete(self.folder / str(step))
 
-    def _split(self, state: State) -> tuple[Any, dict[str, Any]]:
-        """The deployable parameters, and everything else, so that nothing is stored twice."""
+    def _split(self, state: distillation.DistillState) -> tuple[PyTree, dict[str, PyTree]]:
+        """The deployable parameters, and the rest of the state; no array is in both."""
         rest = {
             field.name: getattr(state, field.name)
             for field in dataclasses.fields(state)
@@ -282,7 +284,7 @@ class Checkpoints:
         return flax.traverse_util.unflatten_dict(whole), rest
 
     def _last_complete(self) -> int | None:
-        # Orbax counts the step that is being written; the disk does not, until it is complete.
+        # Read from the disk: Orbax also counts a step that is still being written.
         return max(run_folder.steps(self.folder), default=None)
 
     def _writing(self) -> contextlib.AbstractContextManager[None]:
@@ -292,13 +294,15 @@ class Checkpoints:
         )
 
 
-def _merge(abstract: State, params: Any, rest: dict[str, Any]) -> State:
+def _merge(
+    abstract: distillation.DistillState, params: PyTree, rest: dict[str, Any]
+) -> distillation.DistillState:
     name = "params" if abstract.ema_params is None else "ema_params"
     return dataclasses.replace(abstract, **rest, **{name: params})
 
 
 def _point_to(folder: pathlib.Path, step: int, error: float) -> None:
-    """Name the best step in a file and, where the file system has links, by a link."""
+    """Record the best step in a file and, if the file system supports it, in a symbolic link."""
     best = json.dumps({"step": step, "error": error}) + "\n"
     run_folder.write_text(folder / run_folder.BEST_FILE, best)
     link = folder / f"{run_folder.BEST}.partial"
@@ -309,14 +313,14 @@ def _point_to(folder: pathlib.Path, step: int, error: float) -> None:
 
 
 def _delete(step: pathlib.Path) -> None:
-    """Delete a step; killed in the middle, it leaves a folder that the next start removes."""
+    """Delete a step; if the process is killed meanwhile, the next start removes the rest."""
     doomed = step.with_name(f"{step.name}{_TEMPORARY}-superseded")
     step.rename(doomed)
     _remove(doomed)
 
 
 def _remove_unfinished(folder: pathlib.Path) -> None:
-    """Delete what an interrupted save or deletion left; not every version of Orbax does so."""
+    """Delete the remains of interrupted saves and deletions; not every version of Orbax does so."""
     processes.sync("opened the checkpoints")
     if jax.process_index() == 0:
         for child in folder.glob(f"[0-9]*{_TEMPORARY}*"):
@@ -325,7 +329,7 @@ def _remove_unfinished(folder: pathlib.Path) -> None:
 
 
 def _remove(folder: pathlib.Path, attempts: int = 20) -> None:
-    """Delete a folder into which the threads of a save that failed may still be writing."""
+    """Delete a folder that threads of a failed save may still be writing to."""
     for attempt in range(1, attempts + 1):
         try:
             shutil.rmtree(folder)
@@ -352,5 +356,5 @@ def _explained(problem: str, last_complete: Callable[[], int | None]) -> Iterato
 
 
 def _is_not_orbaxs_traceback(record: logging.LogRecord) -> bool:
-    """False for the tracebacks Orbax logs of errors that it raises too: `SaveError` names those."""
+    """False for tracebacks that Orbax logs of errors it also raises, which `SaveError` reports."""
     return not (record.exc_info and "orbax" in record.pathname)

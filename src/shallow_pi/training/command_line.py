@@ -19,7 +19,7 @@ from shallow_pi.training.config import DistillConfig
 
 
 def configs() -> pathlib.Path:
-    """The listed experiments: those of the clone, or the ones that came with a wheel."""
+    """The folder of the listed experiments, in the clone or in the installed package."""
     package = pathlib.Path(__file__).parents[1]
     inside = package / "train_configs"
     return inside if inside.is_dir() else package.parents[1] / "train_configs"
@@ -38,10 +38,10 @@ def _docstring(path: pathlib.Path) -> str:
 
 
 def load(folder: pathlib.Path, name: str) -> DistillConfig:
-    """The experiment of that name, or of a Python file (`my_arm_l6.py`) wherever it lies.
+    """The experiment of that name, or of the Python file at that path (`my_arm_l6.py`).
 
     Raises:
-      ValueError: there is none, and lists them and the closest; or the file defines no config.
+      ValueError: there is none of that name; lists them and the closest. Or the file has no config.
       FileNotFoundError: there is no such file.
     """
     path = find(folder, name)
@@ -72,7 +72,7 @@ def load(folder: pathlib.Path, name: str) -> DistillConfig:
                 del sys.modules[imported]
     if not isinstance(experiment, DistillConfig):
         raise ValueError(
-            f"get_config() of {path} must give a DistillConfig, got {type(experiment).__name__}"
+            f"get_config() of {path} must return a DistillConfig, got {type(experiment).__name__}"
         )
     return dataclasses.replace(experiment, name=path.stem)
 
@@ -100,10 +100,10 @@ def cli(
     """Read `NAME [--field value ...]`; exits with 0 after --help, with 2 on anything wrong.
 
     Args:
-      folder: of the experiments.
+      folder: the folder of the experiments.
       usage: the script's docstring, shown by --help.
-      arguments: of the command line.
-      default: an experiment that is no file of `folder`; every argument is a field then.
+      arguments: the command line.
+      default: an experiment that is no file of `folder`; then every argument is a field.
     """
     if default is None and (not arguments or arguments[0] in ("-h", "--help")):
         print(usage.strip(), "\n\nconfigs:")
@@ -128,7 +128,7 @@ def cli(
 def _fit_schedule(
     experiment: DistillConfig, default: DistillConfig, arguments: Sequence[str]
 ) -> DistillConfig:
-    """Scale the schedule with --num-train-steps unless it is given; a resumed run keeps its own."""
+    """Scale the schedule with --num-train-steps unless it is given; a resumed run keeps it."""
     given = {word.partition("=")[0].replace("_", "-") for word in arguments}
     if given & {"--schedule.warmup-steps", "--schedule.decay-steps"}:
         return experiment
@@ -155,8 +155,8 @@ def teacher_experiment(folder: pathlib.Path, experiment: DistillConfig) -> Disti
     assert experiment.teacher is not None, "asked for by teacher.train"
     if not experiment.teacher.config:
         raise ValueError(
-            f"{experiment.name} names no config that trains its teacher (--teacher.config); "
-            "leave --teacher.train out and give --teacher.path"
+            f"{experiment.name} names no config that trains its teacher (--teacher.config): leave "
+            "out --teacher.train and give --teacher.path"
         )
     return dataclasses.replace(
         load(folder, experiment.teacher.config),

@@ -1,8 +1,8 @@
 """Experiments: `DistillConfig`, and the parts it is made of.
 
-An experiment is a file of `train_configs/` with a docstring and `get_config() -> DistillConfig`;
-the file's name is the experiment's (see `command_line`). Only what CONTRIBUTING.md lists ever sees
-a `DistillConfig`; everything else is given the small dataclass it needs.
+An experiment is a file of `train_configs/` with a docstring and `get_config() -> DistillConfig`,
+named after its file (see `command_line`). Only the modules that CONTRIBUTING.md lists see a
+`DistillConfig`; every other function takes the small dataclass it needs.
 """
 
 import dataclasses
@@ -30,40 +30,40 @@ def _at_least(config: object, bound: int, *names: str, prefix: str = "") -> None
 
 @dataclasses.dataclass(frozen=True)
 class TeacherConfig:
-    """The trained deep policy; it is read, never written."""
+    """The trained deep policy; it is only read."""
 
-    # Its checkpoint in openpi's layout: a step folder, local or gs://; "random" makes parameters
-    # up, to try things out and to measure speed.
+    # Checkpoint in openpi's layout: a step folder, local, gs:// or hf://; "random" draws random
+    # parameters, to try things out and to measure speed.
     path: str
-    # Dtype it is held in.
+    # Dtype of its parameters in memory.
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    # Keep its layers in the host's memory, and copy one at a time to the devices: frees 4.6 GB at
-    # full size, for a transfer of as much each step.
+    # Keep its layers in host memory, and copy one at a time to the devices: saves 4.6 GB of device
+    # memory at full size, and transfers them in every step.
     offload: bool = False
-    # Train it anew first, from its own config, instead of reading `path`.
+    # Train it first, with --teacher.config, instead of reading --teacher.path.
     train: bool = False
-    # The config that trains it (scripts/train_teacher.py); empty where that is not ours to do.
+    # Config that trains it (scripts/train_teacher.py); empty if there is none.
     config: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class StudentConfig:
-    """How the shallow policy is cut."""
+    """The layers of the shallow policy, and its initial parameters."""
 
-    # Layers to keep.
+    # Number of layers.
     depth: int = 6
-    # How they are chosen.
+    # Strategy that chooses them among the teacher's.
     strategy: layer_map.Strategy = "uniform"
-    # Exactly these teacher layers instead, in increasing order; sets the depth too.
+    # Teacher layers to keep, in increasing order, instead of a strategy's; sets the depth too.
     layers: tuple[int, ...] = ()
     # Seed of the strategy "random".
     layer_seed: int = 0
-    # Where the parameters start: cut out of the teacher, or at random.
+    # Initial parameters: cut out of the teacher, or random.
     init: Literal["cut", "random"] = "cut"
     # Integration steps it is deployed with; stored beside its checkpoints. Fewer than 10 need
     # --losses.reflow, which trains for them.
     num_steps: int = 10
-    # Parts that stay the teacher's and are not trained: "vision" (the image tower, which then runs
+    # Parts to keep from the teacher and not to train: "vision" (the image tower, which then runs
     # once for both models), "embedder" (the token embedding). Frozen parts need no moments.
     freeze: tuple[students.Part, ...] = ()
 
@@ -73,17 +73,17 @@ class StudentConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ValidationConfig:
-    """Measurements on the episodes that data.held_out keeps from training."""
+    """Validation on the held-out episodes (--data.held-out)."""
 
-    # Steps between them; there is one at the end too. 0 measures nothing.
+    # Steps between validations; the last step is validated too. 0 turns validation off.
     interval: int = 1000
     # Held-out samples, evenly spaced over the episodes; rounded up to fill the devices.
     samples: int = 64
     # Integration steps of both samplers; 0 takes the student's own, and 10 for the teacher.
     num_steps: int = 0
-    # Whose actions decide which step is best. The recorded ones are what the task asks for, also
-    # where the teacher does not know it yet (a base model) and a good student moves away from it.
-    # The teacher's, from the same noise, are the goal where to reproduce it is all that is wanted.
+    # Reference actions that decide which step is best: "data" takes the recorded ones, which define
+    # the task even if the teacher (a base model) has not learned it; "teacher" takes the teacher's
+    # from the same noise, to reproduce the teacher.
     against: Literal["data", "teacher"] = "data"
 
     def __post_init__(self) -> None:
@@ -93,11 +93,11 @@ class ValidationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ClosedLoopConfig:
-    """The simulator that makes demonstrations and measures policies."""
+    """The simulator that makes demonstrations and evaluates policies."""
 
-    # A simulator by name, or MODULE:CLASS of a suite of your own (see sims/simulator.py).
+    # Name of a simulator, or MODULE:CLASS of your own suite (see sims/simulator.py).
     sim: str = "turntable"
-    # Tasks to draw from: touch, insert. Another simulator has tasks of its own, and all by default.
+    # Tasks to draw from: touch, insert. Another simulator has its own tasks, all by default.
     tasks: tuple[str, ...] = ("touch", "insert")
     # Blocks in a scene of the turntable.
     num_blocks: int = 2
@@ -107,27 +107,26 @@ class ClosedLoopConfig:
     clearance_mm: float = 3.0
     # Speed of the turntable's disc, degrees a second.
     disc_speed_deg: float = 0.0
-    # More options of the simulator, NAME=VALUE, such as image_size=96.
+    # Further options of the simulator as NAME=VALUE, such as image_size=96.
     options: tuple[str, ...] = ()
-    # Demonstrations to collect.
+    # Number of demonstrations to collect.
     demonstrations: int = 400
     # Scale of the perturbations during demonstrations.
     noise: float = 1.0
     # Seed of the demonstrations.
     seed: int = 0
-    # Episodes each policy is measured on.
+    # Number of evaluation episodes for each policy.
     episodes: int = 100
-    # Seed of the first of them.
+    # Seed of the first evaluation episode.
     eval_seed: int = 1_000_000
-    # Harder variants that policies are measured on but not trained on: tight (insert with 1.5 mm of
-    # play), crowded (three blocks and three cups). Another simulator has its own, and all by
-    # default.
+    # Harder variants for evaluation only: tight (insert with 1.5 mm of play), crowded (three blocks
+    # and three cups). Another simulator has its own variants, all by default.
     harder: tuple[str, ...] = ("tight", "crowded")
-    # Actions of a chunk that are executed before the next plan.
+    # Actions of a chunk to execute before the next plan.
     execute_steps: int = 5
     # Integration steps of every policy; 0 takes the student's own, and 10 for the teacher.
     num_steps: int = 0
-    # Train the reference policies too: task loss alone, from the same cut and from random weights.
+    # Also train the baselines: task loss only, from the same cut and from random weights.
     baselines: bool = True
 
     def __post_init__(self) -> None:
@@ -139,9 +138,9 @@ class ClosedLoopConfig:
                 raise ValueError(f"--closed-loop.options: expected NAME=VALUE, got {pair!r}")
 
     def set_options(self) -> dict[str, Any]:
-        """Options of the simulator that are set: fields that differ from their defaults, and pairs.
+        """The simulator's options: fields that differ from their defaults, and `options`.
 
-        The simulator has the defaults of the others, which for the turntable are the same.
+        For the other fields the simulator has its own defaults; the turntable's are the same.
         """
         own = ("tasks", "num_blocks", "num_cups", "clearance_mm", "disc_speed_deg")
         found = {name: getattr(self, name) for name in own}
@@ -149,76 +148,76 @@ class ClosedLoopConfig:
         return found | dict(pair.split("=", 1) for pair in self.options)
 
     def set_harder(self) -> tuple[str, ...] | None:
-        """Harder variants to measure on; None, the default, is all that the simulator has."""
+        """Harder variants for evaluation; None, the default, is all of the simulator's."""
         return None if self.harder == type(self).harder else self.harder
 
 
 @dataclasses.dataclass(frozen=True)
 class DistillConfig:
-    """One experiment, complete: it is resolved and saved beside its checkpoints."""
+    """A complete experiment; it is resolved and saved beside its checkpoints."""
 
-    # The teacher's architecture; the student is the same at another depth.
+    # Architecture of the teacher; the student's differs in depth alone.
     model: pi0.Pi0Config
-    # Where batches come from.
+    # Training data.
     data: data_config.DataConfig
     # Name of the config; set from its file's name.
     name: tyro.conf.Suppress[str] = ""
-    # The trained deep policy; without one `model` itself is trained, on the task loss.
+    # The trained deep policy; without one, `model` itself is trained on the task loss.
     teacher: TeacherConfig | None = None
-    # How the shallow policy is cut.
+    # Layers of the shallow policy, and its initial parameters.
     student: StudentConfig = dataclasses.field(default_factory=StudentConfig)
     # Weights and switches of the losses.
     losses: loss_terms.Losses = dataclasses.field(default_factory=loss_terms.Losses)
-    # Variation of the training pictures.
+    # Augmentation of the training pictures.
     augmentation: observation.Augmentation = dataclasses.field(
         default_factory=observation.Augmentation
     )
-    # Learning rate.
+    # Learning-rate schedule.
     schedule: optimizers.CosineSchedule = dataclasses.field(
         default_factory=optimizers.CosineSchedule
     )
-    # AdamW and the clip before it.
+    # AdamW, with gradient clipping before it.
     optimizer: optimizers.AdamW = dataclasses.field(default_factory=optimizers.AdamW)
-    # Errors on held-out episodes while training (data.held_out), and which step is the best.
+    # Errors on held-out episodes (--data.held-out), and the choice of the best step.
     validation: ValidationConfig = dataclasses.field(default_factory=ValidationConfig)
-    # Devices.
+    # Layout of the devices.
     mesh: sharding.MeshConfig = dataclasses.field(default_factory=sharding.MeshConfig)
-    # Simulated task to measure policies on; without one the report holds losses and validation.
+    # Simulated task to evaluate policies on; without one the report holds losses and validation.
     closed_loop: ClosedLoopConfig | None = None
-    # Name of this run; its folder is <checkpoint_dir>/<config>/<exp_name>.
+    # Name of this run; its folder is CHECKPOINT_DIR/CONFIG/EXP_NAME.
     exp_name: str = "first"
-    # Where runs lie.
+    # Folder of all runs.
     checkpoint_dir: str = "checkpoints"
-    # Go on with an interrupted run.
+    # Continue an interrupted run.
     resume: bool = False
-    # Put an existing run of that name aside and start anew.
+    # Rename an existing run of that name, and start anew.
     overwrite: bool = False
     # Seed of parameters, data order, augmentation, noise and time.
     seed: int = 42
-    # Observations a step, over all devices.
+    # Observations per step, over all devices.
     batch_size: int = 64
-    # (noise, time) draws an observation; they share its prefix.
+    # (noise, time) draws per observation; they share its prefix.
     draws: int = 1
-    # Microbatches a step is cut into.
+    # Microbatches per step.
     accumulation: int = 1
-    # What the backward pass computes again instead of keeping it: whole "layers" (least memory),
-    # what lies between their "dots" (products with weights), or "none" of it (least time).
+    # Activations that the backward pass recomputes: of whole "layers" (least memory), of all but
+    # the "dots" (products with weights), or "none" (least time).
     remat: layers.Remat = "layers"
-    # Optimizer steps.
+    # Number of optimizer steps.
     num_train_steps: int = 30_000
-    # Decay of the moving average of the parameters; 0 keeps none.
+    # Decay of the moving average of the parameters; 0 turns it off.
     ema_decay: float = 0.0
-    # Steps between lines of metrics, each a mean over them.
+    # Steps between rows of metrics; a row is a mean over these steps.
     log_interval: int = 100
     # Steps between measurements of each loss's own gradient norm; 0 never.
     gradient_interval: int = 0
     # Steps between checkpoints.
     save_interval: int = 1000
-    # Last checkpoints to keep, besides the one of the lowest validation error (<run>/best).
+    # Number of latest checkpoints to keep, besides the one with the lowest validation error (best).
     keep: int = 1
-    # Checkpoints at multiples of it are kept for good; 0 keeps none so.
+    # Checkpoints at multiples of this step are kept forever; 0 keeps none.
     keep_period: int = 5000
-    # Steps to trace, FIRST:END as Python's ranges: 10:15 traces 10 to 14; empty for none.
+    # Steps to trace as FIRST:END, END excluded: 10:15 traces 10 to 14; empty for none.
     profile: str = ""
     # Write TensorBoard events.
     tensorboard: bool = True
@@ -243,10 +242,10 @@ class DistillConfig:
         if not self.exp_name or pathlib.PurePath(self.exp_name).name != self.exp_name:
             raise ValueError(f"--exp-name must be a plain folder name, got {self.exp_name!r}")
         if self.resume and self.overwrite:
-            raise ValueError("--resume goes on with a run, --overwrite starts anew: give only one")
+            raise ValueError("--resume continues a run, --overwrite starts anew: give only one")
         self.fixed_layer_map()
         if self.teacher is None and self.validation.against == "teacher":
-            raise ValueError("--validation.against is teacher, and there is none: it must be data")
+            raise ValueError("--validation.against teacher needs a teacher; set it to data")
 
     @property
     def folder(self) -> pathlib.Path:
@@ -261,7 +260,7 @@ class DistillConfig:
         return pi0.at_depth(self.model, len(self.student.layers) or self.student.depth)
 
     def fixed_layer_map(self) -> layer_map.LayerMap | None:
-        """The layer map; None without a teacher, or where the strategy measures it first."""
+        """The layer map; None without a teacher, or if the strategy measures the teacher first."""
         student, teacher_depth = self.student, self.model.depth
         if self.teacher is None:
             return None

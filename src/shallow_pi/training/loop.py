@@ -1,8 +1,8 @@
 """Training: the steps of an opened run, with their log, validation and checkpoints.
 
-A step is dispatched while the last one still runs, and its metrics are fetched while later ones run
-(`metrics_buffer`). Validation is measured before the first step and after some, and logged in their
-rows; a step that is the best so far is saved.
+A step is dispatched while the previous one still runs, and its metrics are fetched while later ones
+run (`metrics_buffer`). Validation runs before the first step and at intervals, and is logged in the
+row of its step; a step that is the best so far is saved.
 """
 
 import contextlib
@@ -27,14 +27,14 @@ Log = Callable[[int, metrics_buffer.Row], None]
 
 
 class NonFiniteLossError(RuntimeError):
-    """A loss was NaN or infinite; nothing was saved from that step on."""
+    """A loss is NaN or infinite; no checkpoint was saved from that step on."""
 
 
 class InterruptedRunError(RuntimeError):
-    """The run was asked to stop; everything up to its last step is saved."""
+    """The run was stopped by a signal; its last step is saved."""
 
 
-# How a run may end that is no fault of the code; and what a script says after Ctrl-C.
+# Errors that end a run and are no bugs; and the message of a script after Ctrl-C.
 ENDS = (NonFiniteLossError, InterruptedRunError)
 INTERRUPTED = "interrupted; go on with --resume"
 
@@ -43,11 +43,11 @@ def train(run: runs.Run, label: str = "Distil") -> pathlib.Path:
     """Train to the end and return the last step's folder.
 
     Args:
-      run: what to train; goes on from its folder's last checkpoint.
-      label: for the progress bar.
+      run: the run; it resumes from its folder's last checkpoint.
+      label: label of the progress bar.
 
     Raises:
-      checkpoint.SaveError, NonFiniteLossError, InterruptedRunError: see there.
+      checkpoint.SaveError, NonFiniteLossError, InterruptedRunError: see their docstrings.
     """
     experiment, end = run.experiment, run.experiment.num_train_steps
     with contextlib.ExitStack() as stack:
@@ -63,7 +63,7 @@ def train(run: runs.Run, label: str = "Distil") -> pathlib.Path:
             )
         log = _open_log(run, first, stack)
         held_out = _validation(run, whole_teacher)
-        del whole_teacher  # The steps copy an offloaded one layer by layer.
+        del whole_teacher  # The steps copy an offloaded teacher layer by layer.
         teacher = shapes.held_teacher(run.spec, run.teacher)
         key = jax.random.key(experiment.seed)
         advance, gradient_norms = _compile(run, state)
@@ -91,7 +91,7 @@ def train(run: runs.Run, label: str = "Distil") -> pathlib.Path:
             state, values = advance(teacher, state, key, batch)
             buffer.add(number, {**values, **more})
             tell(1)
-            stops = stopping.after(number)  # Asked once: what is told below must have been saved.
+            stops = stopping.after(number)  # Asked once, so that a stop always saves.
             measures = held_out is not None and held_out.is_due(number, end)
             saves = stops or number == end or number % experiment.save_interval == 0
             if saves or measures:
@@ -123,7 +123,7 @@ def train(run: runs.Run, label: str = "Distil") -> pathlib.Path:
 def start(
     run: runs.Run, teacher: PyTree, checkpoints: checkpoint.Checkpoints, feed: loader.Prefetch
 ) -> step.DistillState:
-    """The state a run goes on from, and its feed at the batch that comes next."""
+    """The state a run starts or resumes from; the feed is set to the next batch."""
     # (1) This run's last step.
     if checkpoints.latest_step() is not None:
         state, position = checkpoints.restore(shapes.abstract_state(run.spec, run.mesh))
@@ -161,7 +161,7 @@ def _validation(run: runs.Run, teacher: PyTree) -> validation.Validation | None:
 def _compile(
     run: runs.Run, state: step.DistillState
 ) -> tuple[Callable[..., tuple[step.DistillState, step.Metrics]], Callable[..., step.Metrics]]:
-    """The step, which donates its state, and each loss's own gradient norm."""
+    """The compiled step, which donates its state, and the gradient norm of each loss."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     advance = jax.jit(
         functools.partial(step.distill_step, run.spec),
@@ -172,7 +172,7 @@ def _compile(
 
 
 def _open_log(run: runs.Run, first: int, stack: contextlib.ExitStack) -> Log:
-    """Open the log of the process that has one; a new run's data sheet goes into it."""
+    """Open the log in the main process; log the data sheet of a new run."""
     if not processes.is_main():
         return lambda number, row: None
     experiment = run.experiment
@@ -207,18 +207,18 @@ def _require_finite(
         last = checkpoints.latest_step()
         kept = "no checkpoint was written yet" if last is None else f"step {last} is kept"
         raise NonFiniteLossError(
-            f"step {number}: {', '.join(broken)}; {kept}. Look at the data of that step and go "
-            "on with --resume, or lower --schedule.peak-lr under another --exp-name"
+            f"step {number}: {', '.join(broken)}; {kept}. Check the data of that step and continue "
+            "with --resume, or lower --schedule.peak-lr under another --exp-name"
         )
 
 
 class _Stop:
-    """The signal that asked the run to stop, if one did."""
+    """The signal that stops the run, if one came."""
 
     name = ""
 
     def after(self, number: int) -> bool:
-        """True to stop after this step; every process of the job gets the same answer."""
+        """True if the run stops after this step; the same in every process of the job."""
         if processes.stops_here(number):
             self.name = signal.SIGTERM.name
         return bool(self.name)
@@ -228,7 +228,7 @@ class _Stop:
 def _stop_signals() -> Iterator[_Stop]:
     """Turn the first Ctrl-C or SIGTERM into a flag; a second one acts as usual.
 
-    In a job of several processes SIGTERM is JAX's, which tells the others (`stops_here`).
+    In a job of several processes JAX handles SIGTERM and informs the others (`stops_here`).
     """
     stop = _Stop()
     previous: dict[int, signal._HANDLER] = {}
@@ -236,7 +236,7 @@ def _stop_signals() -> Iterator[_Stop]:
 
     def ask(number: int, _: object) -> None:
         name = signal.Signals(number).name
-        progress.say(f"{name}: saving after this step, once more to stop at once")
+        progress.say(f"{name}: saving after this step; repeat it to stop at once")
         if alone:
             stop.name = name
         else:

@@ -1,8 +1,8 @@
 """A run: a config, opened once.
 
-`open_run` finds out what can be wrong in the order of what that costs: first what needs no file of
-a dataset or teacher (`check`), then the dataset, then the teacher, which may be a long download;
-only then does it touch the run's folder. Whoever holds a `Run` need check nothing.
+`open_run` checks the cheap things first: all that needs no file of a dataset or teacher (`check`),
+then the dataset, then the teacher, which may be a long download; only then does it write to the
+run's folder. A `Run` needs no further checks.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from shallow_pi.training import config, setup
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Run:
-    """Everything a training takes; its folder is prepared and holds the config."""
+    """Everything that training needs; its folder is prepared and holds the config."""
 
     # The config with the teacher's sizes, as saved in the folder.
     experiment: config.DistillConfig
@@ -33,22 +33,22 @@ class Run:
     mesh: jax.sharding.Mesh
     # The static part of the step, with the layer map.
     spec: step.Spec
-    # Samples to train on and to validate on, and the policy's assets.
+    # Samples for training and validation, and the policy's assets.
     data: opening.Data
     # The teacher's step folder; None without a teacher on disk.
     teacher_step: pathlib.Path | None
-    # Its parameters on the mesh, its layers in the host's memory with --teacher.offload; None
+    # The teacher's parameters on the mesh, with --teacher.offload its layers in host memory; None
     # without a teacher.
     teacher: PyTree
 
     def save_assets(self, folder: pathlib.Path) -> None:
-        """Write what makes a step folder a deployable policy; nothing for made-up samples."""
+        """Write the files that make a step folder deployable; none for synthetic samples."""
         if self.data.assets is not None:
             num_steps = self.experiment.student.num_steps
             dataclasses.replace(self.data.assets, num_steps=num_steps).save(folder)
 
     def feed(self) -> loader.Prefetch:
-        """Batches on the mesh, from the first on."""
+        """Training batches on the mesh, starting with the first."""
         experiment = self.experiment
         batches = loader.Loader(
             self.data.train,
@@ -61,11 +61,11 @@ class Run:
 
 
 def check(experiment: config.DistillConfig) -> None:
-    """Find out what cannot work without opening a dataset and without fetching anything.
+    """Check a config without opening a dataset and without downloading anything.
 
     Raises:
-      ValueError, FileNotFoundError: mesh, batch size, losses, paths, or a teacher on this machine
-        that does not fit.
+      ValueError, FileNotFoundError: mesh, batch size, losses, paths, or a local teacher that does
+        not fit.
     """
     mesh = setup.make_mesh(experiment, jax.devices())
     sharding.check_batch_size(mesh, experiment.batch_size // experiment.accumulation)
@@ -83,11 +83,11 @@ def check(experiment: config.DistillConfig) -> None:
 
 
 def open_run(experiment: config.DistillConfig, *, prepared: bool = False) -> Run:
-    """Open a config; its folder is touched when everything else was read.
+    """Open a config; the run's folder is written to last.
 
     Args:
       experiment: the config.
-      prepared: the caller has prepared the folder, and put something there.
+      prepared: True if the caller has prepared the folder and written to it.
 
     Raises:
       ValueError, FileNotFoundError, OSError: something does not fit, is missing or not writable.
@@ -97,7 +97,7 @@ def open_run(experiment: config.DistillConfig, *, prepared: bool = False) -> Run
     if not prepared:
         run_folder.check(folder, experiment.resume, experiment.overwrite)
     saved = run_folder.read_config(folder) if prepared or experiment.resume else None
-    if saved is not None:  # What depends on the teacher's checkpoint is compared later.
+    if saved is not None:  # Fields that depend on the teacher's checkpoint are compared later.
         later = {"model", *(() if experiment.fixed_layer_map() else ("layer_map",))}
         _compare(folder, experiment, experiment.fixed_layer_map(), later)
     check(experiment)
@@ -105,7 +105,7 @@ def open_run(experiment: config.DistillConfig, *, prepared: bool = False) -> Run
     teacher_step = setup.find_teacher(experiment)
     experiment = setup.resolve(experiment, teacher_step)
     data = opening.open_data(experiment.data, experiment.student_model, teacher_step, recordings)
-    agreement.check(experiment, data.train)
+    agreement.check(dataclasses.asdict(experiment), data.train)
     mesh = setup.make_mesh(experiment, jax.devices())
     spec = setup.make_spec(experiment, mesh)
     teacher = setup.load_teacher(experiment, teacher_step, mesh)
@@ -121,9 +121,9 @@ def open_run(experiment: config.DistillConfig, *, prepared: bool = False) -> Run
 
 
 def variant(run: Run, experiment: config.DistillConfig, folder: pathlib.Path) -> Run:
-    """Another config on what a run has opened: the same data, model, teacher, layers and devices.
+    """A run of another config with the same opened data, model, teacher, layers and devices.
 
-    It goes on in its folder where that holds a run.
+    It resumes the run in its folder, if there is one.
     """
     spec = setup.make_spec(experiment, run.mesh, run.spec.layer_map)
     other = dataclasses.replace(run, experiment=experiment, folder=folder, spec=spec)
@@ -133,7 +133,7 @@ def variant(run: Run, experiment: config.DistillConfig, folder: pathlib.Path) ->
 
 
 def describe_layers(spec: step.Spec) -> str:
-    """The layers that are trained, in a line."""
+    """One line about the layers of the student."""
     if spec.teacher is None or spec.layer_map is None:
         return f"Layers: {spec.student.depth}, without a teacher"
     chosen = " ".join(map(str, spec.layer_map.layers))
@@ -167,9 +167,9 @@ def _compare(
 
 
 def _with_layers(run: Run, saved: dict[str, Any] | None) -> Run:
-    """The run with a layer map where it has a teacher: its own, that of the saved run, or measured.
+    """The run with a layer map if it has a teacher: from config or saved run, or measured.
 
-    Strategies that look at the teacher measure it on the first batch.
+    Strategies that depend on the teacher measure it on the first batch.
     """
     experiment = run.experiment
     if experiment.teacher is None or run.spec.layer_map is not None:
@@ -182,7 +182,7 @@ def _with_layers(run: Run, saved: dict[str, Any] | None) -> Run:
 
 
 def measure_layers(run: Run) -> layer_map.LayerMap:
-    """The layers by a strategy that looks at the teacher, measured on the first batch."""
+    """The layers by a strategy that depends on the teacher, measured on the first batch."""
     experiment, strategy = run.experiment, run.experiment.student.strategy
     feed = run.feed()
     try:

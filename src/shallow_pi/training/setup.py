@@ -1,7 +1,7 @@
-"""Mesh, step, teacher and first state of a config: everything of a run but its data.
+"""Mesh, step, teacher and initial state of a config: everything of a run but its data.
 
-Sizes that the teacher's checkpoint fixes are taken from it (`resolve`). The teacher is read
-straight into its shardings, and the student is cut out of it where it will live.
+Sizes that the teacher's checkpoint determines are taken from it (`resolve`). The teacher is read
+directly into its shardings, and the student is cut out of it on its devices.
 """
 
 import dataclasses
@@ -20,22 +20,22 @@ from shallow_pi.parallel import shapes, sharding
 from shallow_pi.planning import accelerators, memory
 from shallow_pi.training import config
 
-# The teacher's "path" that stands for made-up parameters.
+# The teacher's "path" that stands for random parameters.
 RANDOM = "random"
 
 
 def make_mesh(
     experiment: config.DistillConfig, devices: Sequence[jax.Device], room: int | None = None
 ) -> jax.sharding.Mesh:
-    """The mesh over some devices, its `fsdp` chosen by their memory where that was left open.
+    """The mesh over `devices`; an `fsdp` of -1 is chosen by their memory.
 
     Args:
       experiment: the config.
-      devices: of the mesh.
+      devices: the devices of the mesh.
       room: bytes of memory of a device; None asks the device.
 
     Raises:
-      ValueError: they cannot share it as the config says, or its losses and models do not fit.
+      ValueError: a mesh that does not fit the devices, or losses that do not fit the models.
     """
     spec, dtype = make_spec(experiment), teacher_dtype(experiment)
     mesh = memory.choose(experiment.mesh, devices, spec, experiment.batch_size, dtype, room)
@@ -102,17 +102,17 @@ def describe_mesh(experiment: config.DistillConfig, mesh: jax.sharding.Mesh) -> 
 
 
 def teacher_on_disk(experiment: config.DistillConfig) -> pathlib.Path | None:
-    """The teacher's step folder if it lies on this machine; nothing is fetched."""
+    """The teacher's step folder if it is on this machine; downloads nothing."""
     path = _teacher_path(experiment)
     folder = fetch.kept(path) if path else None
     return None if folder is None else _step_folder(folder)
 
 
 def find_teacher(experiment: config.DistillConfig) -> pathlib.Path | None:
-    """The teacher's step folder, fetched first where it has to be; None without one on disk.
+    """The teacher's step folder, downloaded first if necessary; None without a teacher on disk.
 
     Raises:
-      FileNotFoundError, ValueError: it is not there, or its parameters do not fit the config.
+      FileNotFoundError, ValueError: it is missing, or its parameters do not fit the config.
     """
     path = _teacher_path(experiment)
     if not path:
@@ -123,7 +123,7 @@ def find_teacher(experiment: config.DistillConfig) -> pathlib.Path | None:
 
 
 def check_teacher_here(experiment: config.DistillConfig) -> None:
-    """`check_teacher` for a teacher that lies on this machine, or should; nothing is fetched."""
+    """`check_teacher` for a teacher on this machine, or with a local path; downloads nothing."""
     path = _teacher_path(experiment)
     if "://" not in path:
         find_teacher(experiment)
@@ -132,7 +132,7 @@ def check_teacher_here(experiment: config.DistillConfig) -> None:
 
 
 def check_teacher(experiment: config.DistillConfig, folder: pathlib.Path) -> None:
-    """Raise unless a step folder has the parameters the config wants; reads their shapes alone."""
+    """Raise unless a step folder has the parameters of the config; reads their shapes only."""
     try:
         stored = weights.stored_params(folder)
     except FileNotFoundError as error:
@@ -141,30 +141,30 @@ def check_teacher(experiment: config.DistillConfig, folder: pathlib.Path) -> Non
         if not own:
             raise
         raise FileNotFoundError(
-            f"{error}; or --teacher.train makes it first, from {own}"
+            f"{error}; or train it first, with {own} (--teacher.train)"
         ) from error
     model = sizes.resolve(experiment.model, stored)
     weights.check_tree(pi0.abstract_params(model), stored, f"teacher ({folder})")
 
 
 def _teacher_path(experiment: config.DistillConfig) -> str:
-    """Empty without a teacher, and for one that is made up."""
+    """The teacher's path; empty without a teacher, and for a random one."""
     path = "" if experiment.teacher is None else experiment.teacher.path
     return "" if path == RANDOM else path
 
 
 def _step_folder(path: pathlib.Path) -> pathlib.Path:
-    """The folder of a step, whose assets lie beside its `params`."""
+    """The step folder of a path that may end in its `params`."""
     return path.parent if path.name == "params" else path
 
 
 def resolve(
     experiment: config.DistillConfig, teacher_step: pathlib.Path | None
 ) -> config.DistillConfig:
-    """The experiment with the tower sizes of its teacher's checkpoint; says where they differ.
+    """The experiment with the tower sizes of its teacher's checkpoint; prints those that differ.
 
-    Widths, MLPs, heads, vocabulary and pictures are facts about a checkpoint, so a config need not
-    repeat them; kind, depth and action dimension are decisions of the config (`check_teacher`).
+    Widths, MLPs, heads, vocabulary and picture size are facts about a checkpoint, so a config need
+    not repeat them; kind, depth and action dimension are the config's decision (`check_teacher`).
     """
     if teacher_step is None:
         return experiment
@@ -179,7 +179,7 @@ def resolve(
 def load_teacher(
     experiment: config.DistillConfig, teacher_step: pathlib.Path | None, mesh: jax.sharding.Mesh
 ) -> PyTree:
-    """The teacher's parameters, straight into the shardings of the one table; None without one."""
+    """The teacher's parameters, read directly into their shardings; None without a teacher."""
     if experiment.teacher is None:
         return None
     model, dtype = experiment.model, jnp.dtype(experiment.teacher.dtype)
@@ -198,7 +198,7 @@ def cut_state(
     spec: step.Spec, mesh: jax.sharding.Mesh, teacher_params: PyTree
 ) -> step.DistillState:
     """A fresh state around the student that is cut out of the teacher."""
-    assert spec.teacher is not None, "it is cut"
+    assert spec.teacher is not None, "a student is cut out of a teacher"
     assert spec.layer_map is not None, "layers are chosen before a student is cut"
     teacher, chosen = spec.teacher, spec.layer_map
 
@@ -222,7 +222,7 @@ def _shardings(spec: step.Spec, mesh: jax.sharding.Mesh) -> PyTree:
 
 
 def resolve_from_disk(experiment: config.DistillConfig) -> config.DistillConfig:
-    """`resolve` with the teacher where it is on this machine; nothing is fetched to plan a step."""
+    """`resolve` if the teacher is on this machine; planning a step downloads nothing."""
     teacher_step = teacher_on_disk(experiment)
     if teacher_step is None and experiment.teacher is not None:
         path = experiment.teacher.path
