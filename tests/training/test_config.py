@@ -115,7 +115,7 @@ def test_every_field_can_be_set():
 
 def test_a_teacher_that_is_not_there_cannot_decide_the_best_step(capsys):
     said = _refused(capsys, "pi0_turntable", "--validation.against", "teacher")
-    assert "--validation.against is teacher, and there is none: it must be data" in said
+    assert "--validation.against teacher needs a teacher; set it to data" in said
 
 
 def test_listed_layers_set_the_depth_too():
@@ -181,7 +181,7 @@ def test_help_of_a_config_lists_its_fields_with_their_comments(capsys):
         _cli("debug", "--help")
     assert error.value.code == 0
     out = capsys.readouterr().out
-    for words in ("Synthetic batches", "--student.strategy", "Layers to keep.", "(default: 16)"):
+    for words in ("Synthetic batches", "--student.strategy", "Number of layers.", "(default: 16)"):
         assert words in out
     assert "--name" not in out
 
@@ -212,7 +212,7 @@ def test_a_config_may_be_a_file_anywhere(tmp_path):
     with pytest.raises(ValueError, match=r"my_arm_l2\.py, line 2: NameError: .*docs/configs\.md"):
         command_line.load(CONFIGS, str(path))
     path.write_text("get_config = dict")
-    with pytest.raises(ValueError, match=r"must give a DistillConfig, got dict"):
+    with pytest.raises(ValueError, match=r"must return a DistillConfig, got dict"):
         command_line.load(CONFIGS, str(path))
     with pytest.raises(FileNotFoundError, match=r"no config .*absent\.py: expected a Python file"):
         command_line.load(CONFIGS, str(tmp_path / "absent.py"))
