@@ -122,7 +122,7 @@ def test_statistics_and_sizes_are_the_teachers_where_it_is_here(
 
 def test_made_up_samples_and_given_statistics_are_named(run, dataset):
     out, _ = run("debug", "--model.image-size", 24)
-    assert "made up" in out
+    assert "synthetic" in out
     found = sources.norm_stats([reader.Dataset(dataset)], robot.LIBERO, 10)
     normalize.save("own", found)
     out, err = run("pi05_libero_l6", "--data.path", dataset, "--data.norm-stats", "own")

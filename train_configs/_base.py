@@ -1,4 +1,4 @@
-"""What several experiments share: sizes of the embedded task's model, and its schedule."""
+"""Shared parts of several experiments: sizes of the embedded task's model, and its schedule."""
 
 import dataclasses
 import pathlib

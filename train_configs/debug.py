@@ -1,4 +1,4 @@
-"""Synthetic batches, a tiny 4-layer π0 made up on the spot, 4 → 2 layers: under a minute on a CPU.
+"""Synthetic batches, a tiny random 4-layer π0, 4 → 2 layers: under a minute on a CPU.
 
 uv run scripts/train_distill.py debug"""
 
@@ -10,7 +10,7 @@ from shallow_pi.training import config
 
 
 def get_config() -> config.DistillConfig:
-    """Exercises every term of the loss on samples made up on the spot."""
+    """Every term of the loss, on synthetic samples."""
     return config.DistillConfig(
         model=_base.DEBUG_PI0,
         data=data_config.DataConfig(source="synthetic"),

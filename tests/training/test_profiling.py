@@ -70,7 +70,9 @@ def test_a_trace_holds_its_range_and_a_resumed_runs_what_is_ahead_of_it(experime
     assert "https://ui.perfetto.dev" in said
     # As a scheduler does, with the same command: nothing is left to trace, and nothing is wrong.
     _train(experiment, **changes | {"num_train_steps": 4}, profile="1:3", resume=True)
-    with pytest.raises(ValueError, match=r"profile 3:6 begins before step 5, at which this run go"):
+    with pytest.raises(
+        ValueError, match=r"profile 3:6 begins before step 5, where this run resumes"
+    ):
         _train(experiment, exp_name="resumed", profile="3:6", resume=True)
     _train(experiment, exp_name="resumed", profile="5:7", resume=True)
     assert _steps(folder) == {"steps-1-2": [1, 2], "steps-5-6": [5, 6]}

@@ -5,7 +5,7 @@ uv run scripts/benchmark_loader.py [--path PATH] [--step-ms 250 --batch-size 64]
     --path ~/data/my_aloha --threads 8 --workers 8     a dataset of yours, on eight cores
     --height 480 --width 640 --codec h264              made-up video of that size
 
-Without PATH a dataset is made up: two cameras, video with short groups of pictures. Each way is
+Without PATH a synthetic dataset is written: two cameras, video in short groups. Each way is
 measured `--repeats` times, in turns, and the medians are reported. "PyAV" decodes the same pictures
 in the same order to RGB, in as many threads, and does nothing else: once with its defaults, once
 with decoders of one thread that seek as ours do. The loader resizes, transforms and stacks them

@@ -32,7 +32,7 @@ from shallow_pi.training import command_line
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """What to compute, and where to put it."""
+    """The dataset, the horizon and the output folder."""
 
     # The dataset and its robot.
     data: data_config.DataConfig

@@ -103,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for line in inspection.facts(samples):
             print(line)
         if data.assets is None:
-            print("the samples are made up: they have no statistics")
+            print("the samples are synthetic: they have no statistics")
         teacher = experiment.teacher
         if teacher and data.assets and teacher_step is None and not experiment.data.norm_stats:
             print(f"a run takes the statistics of {teacher.path}, which is not here")

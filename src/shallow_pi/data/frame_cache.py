@@ -1,10 +1,10 @@
-"""Model-sized pictures on disk: each is decoded and resized once, for all processes and later runs.
+"""A disk cache of model-sized pictures, shared by all processes and later runs.
 
-A dataset's camera has one file, named after everything that decides the bytes in it: the dataset's
-files (names, sizes, times of change), its layout, the camera, the size, and the versions of what
-decodes and resizes. A record of it is a picture behind its checksum. A file is sparse at first;
-records are written whole as pictures are asked for, and count only if their checksum holds, so a
-crash, or two processes that write the same record, do no harm. Delete the folder to free the space.
+Each camera of a dataset has one file, named by a hash of everything that determines its bytes: the
+dataset's files (names, sizes, modification times), its layout, the camera, the size, and the
+versions of the decoder and resizer. A record is a picture after its checksum. Files are sparse at
+first; records are written whole on demand and are valid only if their checksum holds, so a crash,
+or two processes that write the same record, do no harm. Delete the folder to free the space.
 """
 
 import hashlib
@@ -18,7 +18,6 @@ import struct
 import threading
 import zlib
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -27,12 +26,12 @@ from shallow_pi import progress, user_cache
 from shallow_pi.data.lerobot import reader
 from shallow_pi.data.robots import transforms
 
-# Left free on the disk.
+# Bytes to leave free on the disk.
 RESERVE = 2**30
-# Of a record: it is there, and its checksum. Holes in a file read as zeros.
+# Header of a record: a mark and the checksum. Holes in a file read as zeros.
 _HEADER = struct.Struct("<II")
 _THERE = 1
-# To be raised when the same key should mean other bytes.
+# Raise it when the format of the files changes.
 _FORMAT = 2
 
 
@@ -42,19 +41,19 @@ def default_folder() -> pathlib.Path:
 
 
 class FrameCache:
-    """The resized pictures of a dataset's cameras; `picture` stands in for the dataset's own.
+    """The cached, resized pictures of a dataset's cameras; `picture` replaces the dataset's method.
 
-    It can be pickled to another process, which then opens the same files.
+    After pickling to another process it opens the same files.
 
     Args:
-      dataset: whose pictures they are; a part of a dataset shares its files with the whole.
+      dataset: the dataset; a part of a dataset shares its files with the whole.
       cameras: keys of the dataset's cameras.
-      size: side of the model's pictures, to which they are resized with padding.
-      folder: of the files.
-      share: of the dataset's frames that are kept; the others are decoded each time.
+      size: side of the model's pictures, to which pictures are resized with padding.
+      folder: the cache folder.
+      share: share of the dataset's frames to cache; the others are decoded each time.
 
     Raises:
-      OSError: the folder cannot be written; says where to choose another.
+      OSError: the folder cannot be written; names the flags that choose another.
     """
 
     def __init__(
@@ -77,7 +76,7 @@ class FrameCache:
         self._open()
 
     def picture(self, i: int, camera: str) -> UInt8[np.ndarray, "s s 3"]:
-        """The picture of frame `i`, from the file if it is there, else decoded and put there."""
+        """The picture of frame `i` from the cache, or decoded and then cached."""
         columns = self._dataset.columns
         number = self._starts[int(columns["episode_index"][i])] + int(columns["frame_index"][i])
         if number >= self._kept:
@@ -124,7 +123,7 @@ class FrameCache:
                         f"{error.strerror}; what it lacks is decoded each time",
                         highlight=False,
                     )
-                # What is there already would do, but a full disk is to be noticed, not to be used.
+                # Stops reading it too, so that a full disk is noticed.
                 self._kept = 0
 
     def _open(self) -> None:
@@ -142,16 +141,16 @@ class FrameCache:
         if "_files" in self.__dict__:
             self.close()
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {k: v for k, v in self.__dict__.items() if k not in ("_files", "_lock")}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state, _lock=threading.Lock(), _files={})
         self._open()
 
 
 def key(dataset: reader.Dataset, camera: str, size: int) -> str:
-    """Names the bytes of a camera's pictures: changes with anything that may change them."""
+    """The file name of a camera's pictures, a hash of everything that determines their bytes."""
     layout = dataset.layout
     if layout.info["features"][camera]["dtype"] == "video":
         places = {episode: layout.video(episode, camera) for episode in sorted(layout.lengths)}
@@ -182,14 +181,14 @@ def share(
     folder: pathlib.Path,
     max_bytes: int | None = None,
 ) -> float:
-    """How much of all pictures the cache may hold, 0 to 1; tells if that is not all of them.
+    """The share of all pictures that the cache may hold, 0 to 1; warns if it is below 1.
 
     Args:
-      datasets: to be cached; parts of one dataset count once.
+      datasets: the datasets to cache; parts of one dataset count once.
       cameras: keys of their cameras.
       size: side of the pictures.
-      folder: of the cache.
-      max_bytes: the most it may hold; None is what the disk has free, up to a reserve.
+      folder: the cache folder.
+      max_bytes: size limit of the cache; None is the free space of the disk, less a reserve.
     """
     frames = {dataset.path: sum(dataset.layout.lengths.values()) for dataset in datasets}
     wanted = sum(frames.values()) * len(cameras) * (_HEADER.size + 3 * size**2)

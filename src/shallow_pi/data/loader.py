@@ -1,9 +1,9 @@
 """From samples to batches: shuffle, shard by process, batch, prefetch, and resume exactly.
 
-The order of samples is a function of the seed alone, and each process takes its block of rows of
-every global batch: batch k is the same, row for row, however many processes share it. A position
-is the number of batches handed out, so a run resumes exactly, also on another number of processes,
-or with another number of threads or workers.
+The order of samples depends on the seed alone, and each process takes its block of rows of every
+global batch: batch k has the same rows for any number of processes. The position is the number of
+batches returned, so a run resumes exactly, even with another number of processes, threads or
+workers.
 
 Threads share memory and start at once; they are enough while most of the work is decoding, which
 releases the GIL. Workers are processes: they take seconds to start and hold their own copy of the
@@ -34,7 +34,7 @@ from absl import flags
 from shallow_pi.data import sources
 from shallow_pi.models import batch as batches
 
-# Shares are met exactly within every so many samples at most.
+# Longest period, in samples, within which the shares are exact.
 MAX_PERIOD = 10**6
 
 
@@ -42,13 +42,13 @@ class Loader:
     """An endless iterator of batches of numpy arrays, with a state to resume from.
 
     Args:
-      source: of samples.
-      batch_size: over all processes; each gets its share.
-      seed: of the order.
-      num_threads: that read batches ahead; 0 reads in the calling thread.
-      num_workers: processes that read batches ahead in place of the threads; 0 is none. The source
-        must be one that can be pickled.
-      prefetch_batches: how many batches are read ahead at most (by each worker, two).
+      source: the samples.
+      batch_size: batch size over all processes; each gets its share.
+      seed: seed of the order.
+      num_threads: threads that read batches ahead; 0 reads in the calling thread.
+      num_workers: processes that read batches ahead instead of threads; 0 uses threads. They need
+        a source that can be pickled.
+      prefetch_batches: largest number of batches read ahead (workers: two each).
       process_index, process_count: default to JAX's.
     """
 
@@ -111,11 +111,11 @@ class Loader:
         return batch
 
     def state(self) -> dict[str, Any]:
-        """JSON-able position: what `restore` needs to give the batch after the last one given."""
+        """The position as plain JSON, for `restore`."""
         return {**self._identity, "batch": self._position}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue exactly where `state` was taken."""
+        """Continue exactly at the position `state`."""
         different = {
             key: (state.get(key), value)
             for key, value in self._identity.items()
@@ -135,7 +135,7 @@ class Loader:
 
     def _seek(self, batch: int) -> None:
         self._position, self._started = batch, False
-        # Every thread has a batch in hand.
+        # Every thread works on a batch.
         threaded = self._num_threads and not self._num_workers
         ahead = max(self._ahead, self._num_threads) if threaded else 0
         options = grain.ReadOptions(num_threads=self._num_threads, prefetch_buffer_size=ahead)
@@ -144,7 +144,7 @@ class Loader:
             self._iterator = iter(found)
             return
         if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()  # grain reads its own.
+            flags.FLAGS.mark_as_parsed()  # grain reads absl flags.
         workers = grain.MultiprocessingOptions(self._num_workers, per_worker_buffer_size=2)
         self._iterator = iter(found.mp_prefetch(workers, _start_worker))
 
@@ -152,8 +152,8 @@ class Loader:
 def order(shares: Sequence[sources.Share], seed: int) -> grain.MapDataset:
     """The endless stream of sample indices.
 
-    Every part is shuffled anew for each of its epochs and comes up in even spacing, so often that
-    the shares are met exactly in every period of the weights (2 1 1: every four samples).
+    Every part is reshuffled for each of its epochs, and its samples are evenly spaced, so that the
+    shares are exact in every period of the weights (2 1 1: every four samples).
     """
     parts, start = [], 0
     for number, (length, _) in enumerate(shares):
@@ -166,7 +166,7 @@ def order(shares: Sequence[sources.Share], seed: int) -> grain.MapDataset:
 
 
 class _Turns:
-    """Part that each place of the stream is drawn from: (part, place in that part's stream)."""
+    """Map from a place in the stream to (part, place in that part's stream)."""
 
     def __init__(self, weights: Sequence[float]) -> None:
         exact = [fractions.Fraction(str(weight)) for weight in weights]
@@ -197,14 +197,14 @@ def _gather(source: sources.Source, indices: np.ndarray) -> batches.Batch:
 
 
 def _own(batch: batches.Batch) -> batches.Batch:
-    """Copy a batch of a worker out of shared memory, which ends with the worker."""
+    """A copy of a worker's batch, whose shared memory is freed with the worker."""
     return jax.tree.map(np.array, batch)
 
 
 @contextlib.contextmanager
 def _interrupt_held() -> Iterator[None]:
-    """Start processes that ignore Ctrl-C, so that the training loop alone handles it."""
-    # Python's tracker, which comes with the first process, would undo it.
+    """Make processes started in the block ignore Ctrl-C; the training loop handles it."""
+    # Python's resource tracker, started with the first process, would undo it.
     multiprocessing.resource_tracker.ensure_running()
     held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -214,7 +214,7 @@ def _interrupt_held() -> Iterator[None]:
 
 
 def _start_worker(index: int, count: int) -> None:
-    """Make a worker end when the process that started it ends, in whatever way."""
+    """Make a worker end when its parent process ends for any reason."""
     del index, count
     parent = multiprocessing.parent_process()
     assert parent is not None, "workers are started by multiprocessing"
@@ -227,9 +227,9 @@ def _start_worker(index: int, count: int) -> None:
 
 
 class Prefetch:
-    """Global arrays over `sharding` (batch axis first), `depth` batches ahead of the step.
+    """An iterator of batches as global arrays over `sharding`, `depth` batches ahead of the step.
 
-    `state` is that of the last batch handed out.
+    `state` is the position of the last batch returned.
     """
 
     def __init__(self, loader: Loader, sharding: jax.sharding.Sharding, depth: int = 2) -> None:
@@ -254,12 +254,12 @@ class Prefetch:
             return batch
 
     def state(self) -> dict[str, Any]:
-        """Position of the last batch handed out; batches read ahead do not count."""
+        """The position of the last batch returned; batches read ahead do not count."""
         with self._lock:
             return self._state
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken; batches read ahead are dropped."""
+        """Continue at the position `state`; batches read ahead are dropped."""
         with self._lock:
             self._loader.restore(state)
             self._ahead.clear()

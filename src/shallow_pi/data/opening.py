@@ -1,9 +1,9 @@
-"""From a data config to samples and assets: what a run trains on, and what its policy will need.
+"""Opening of a data config: the samples of a run, and the assets of its policy.
 
-Statistics and tokenizer are the teacher's wherever its checkpoint has them, because teacher and
-student velocities can only be compared in one normalization; which statistics are used is told.
-They are computed from the dataset where there is no teacher or it has none (with a warning), and a
-tokenizer has to be named then.
+Statistics and tokenizer are the teacher's if its checkpoint has them, because teacher and student
+velocities can only be compared in one normalization; the choice is printed. Without a teacher, or
+if it has none (with a warning), statistics are computed from the dataset, and the tokenizer has to
+be given.
 """
 
 import dataclasses
@@ -22,13 +22,13 @@ from shallow_pi.data.robots import robot as robots
 from shallow_pi.data.robots import tokenizer as prompts
 from shallow_pi.models import pi0
 
-# What `cache memory` may hold if nothing else is said.
+# Default limit of `--data.cache memory`, GiB.
 MEMORY_GIB = 2.0
-# Word for `norm_stats` that asks for the dataset's own.
+# Value of `--data.norm-stats` for statistics of the dataset.
 OF_DATASET = "dataset"
 # Dimensions that do not fit given statistics, named one by one.
 MOST_MISFITS = 6
-# About so many frames of a dataset are compared with given statistics.
+# Approximate number of frames that are compared with given statistics.
 COMPARED_FRAMES = 100_000
 
 
@@ -38,24 +38,24 @@ class Recordings:
 
     robot: robots.Robot
     train: list[reader.Dataset]
-    # As many; none if no episode is held out.
+    # The held-out episodes of each dataset; empty if none are held out.
     held_out: list[reader.Dataset]
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """What a run trains on."""
+    """The samples of a run, and the assets of its policy."""
 
     # Samples of the training episodes.
     train: sources.Source
-    # Samples of the episodes held out; None holds none out.
+    # Samples of the held-out episodes; None if none are held out.
     held_out: sources.Source | None
-    # What the policy needs beside its parameters; None for synthetic samples.
+    # Files that the policy needs besides its parameters; None for synthetic samples.
     assets: policy_assets.Assets | None
 
 
 def open_recordings(data: data_config.DataConfig) -> Recordings | None:
-    """Open the datasets of a config, and say what is in them; None where its source is another one.
+    """Open the datasets of a config, and print their sizes; None for another source.
 
     Raises:
       FileNotFoundError, ValueError: a dataset that is missing, cannot be read, or does not fit.

@@ -1,8 +1,8 @@
-"""Sources of samples: anything with `len` and `[i]` that gives model samples.
+"""Sources of samples: anything with `len` and `[i]` that returns model samples.
 
-A sample is a `Batch` of numpy arrays without the batch axis. Sources can be put together: a
-`Mixture` of several, and `Cached`, which keeps decoded samples in memory. A source does not decide
-the order in which it is read, only the shares of its parts (`shares`); `loader` shuffles.
+A sample is a `Batch` of numpy arrays without the batch axis. `Mixture` combines several sources,
+and `Cached` keeps decoded samples in memory. A source does not determine the order in which it is
+read, only the shares of its parts (`shares`); `loader` shuffles.
 """
 
 import bisect
@@ -23,7 +23,7 @@ from shallow_pi.models import batch as batches
 
 # Number of samples, and their weight in the stream.
 Share = tuple[int, float]
-# Gives the picture of frame i and a camera key, uint8 (h, w, 3).
+# From frame i and a camera key to a picture, uint8 (h, w, 3).
 Pictures = Callable[[int, str], np.ndarray]
 
 
@@ -39,7 +39,7 @@ class Source(Protocol):
 class DatasetSource:
     """Model samples of a LeRobot dataset: frame, action chunk, and the robot's transforms.
 
-    `pictures` reads a picture in place of the dataset, for instance from a cache of resized ones.
+    `pictures` replaces the dataset's `picture`, for instance by a cache of resized ones.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class DatasetSource:
 
 
 class SyntheticSource:
-    """Deterministic, learnable samples without files: the actions follow state and prompt."""
+    """Deterministic, learnable samples without files: actions depend on state and prompt."""
 
     def __init__(self, model: batches.Sizes, *, seed: int = 0, length: int = 1024) -> None:
         self.model = model
@@ -105,12 +105,12 @@ class SyntheticSource:
 
 
 class Mixture:
-    """Several sources, one after the other; `shares` says how often each is drawn from.
+    """Several sources, concatenated; `shares` gives the share of each in the stream of samples.
 
     Args:
-      sources: of samples of one shape.
-      weights: of each in the stream of samples, in any unit; none are by number of samples, which
-        is one shuffle over all of them.
+      sources: sources of samples of one shape.
+      weights: weight of each source in the stream, in any unit; without weights, one shuffle over
+        all samples.
 
     Raises:
       ValueError: a weight that is not positive, or another number of weights than of sources.
@@ -140,9 +140,9 @@ def shares(source: Source) -> list[Share]:
 
 
 class Cached:
-    """Keeps the samples of `source` in memory, each decoded when it is first asked for.
+    """A source whose samples are kept in memory after their first use.
 
-    Memory grows to `self.nbytes`; a source that needs more than `max_bytes` is refused.
+    Memory grows to `self.nbytes`; a source that needs more than `max_bytes` is an error.
     """
 
     def __init__(self, source: Source, max_bytes: int = 2 * 2**30) -> None:
@@ -170,7 +170,7 @@ class Cached:
         return jax.tree.map(lambda array: array[i], self._arrays)
 
     def gather(self, indices: np.ndarray) -> batches.Batch:
-        """The samples at `indices`, stacked: one copy per key."""
+        """The samples at `indices`, stacked, with one copy per key."""
         for i in indices[~self._filled[indices]]:
             self._fill(int(i))
         return jax.tree.map(lambda array: array[indices], self._arrays)

@@ -1,9 +1,9 @@
 """Compile the distillation step from shapes, for any devices, without running it.
 
-No parameter is made. The devices may be this machine's, virtual CPU devices, or those of a TPU
-slice or GPU host that is not there at all (`topology`): libtpu and XLA's GPU plugin compile for
-them on a CPU. Bytes are those the compiler plans for one device; a plan for one kind of device is
-a fair proxy for another kind in the same layout, not a promise.
+No parameter is allocated. The devices may be this machine's, virtual CPU devices, or those of an
+absent TPU slice or GPU host (`topology`): libtpu and XLA's GPU plugin compile for them on a CPU.
+Bytes are the compiler's plan for one device; a plan for one kind of device approximates another
+kind in the same layout, without guarantee.
 """
 
 import contextlib
@@ -20,9 +20,9 @@ from shallow_pi.distill import step
 from shallow_pi.parallel import processes, shapes, sharding
 from shallow_pi.planning import accelerators, hlo, memory
 
-# Share of the stated matrix rate that the useful work of a tuned step of this size reaches.
+# Share of the stated matrix rate that a tuned step of this size achieves (MFU).
 UTILIZATION = 0.45
-# Bytes a device sends for each of a collective's result: a sum is scattered, then gathered.
+# Bytes a device sends per byte of a collective's result: a sum is scattered, then gathered.
 TRAFFIC = {
     "all-reduce": 2.0,
     "all-gather": 1.0,
@@ -30,7 +30,7 @@ TRAFFIC = {
     "all-to-all": 1.0,
     "collective-permute": 1.0,
 }
-# The description of a GPU that XLA compiles for where it has none to ask.
+# The description of an absent GPU that XLA compiles for.
 _HOPPER = """
 gpu_device_info {{
   cuda_compute_capability {{ major: 9 }}
@@ -83,7 +83,7 @@ class Program:
 
 
 def devices(count: int, topology_name: str = "") -> Sequence[jax.Device]:
-    """`count` virtual CPU devices, or those of a topology; call it before JAX has any.
+    """`count` virtual CPU devices, or those of a topology; call it before JAX initializes devices.
 
     Raises:
       ValueError: a count below 1, or see `topology`.
@@ -97,12 +97,12 @@ def devices(count: int, topology_name: str = "") -> Sequence[jax.Device]:
 
 
 def topology(name: str) -> Sequence[jax.Device]:
-    """The devices of "v5e:8x8" (a TPU slice) or "h100:8" (a GPU host), for compiling alone.
+    """The devices of "v5e:8x8" (a TPU slice) or "h100:8" (a GPU host), for compilation only.
 
     Raises:
       ValueError: no such topology, or no compiler for it.
     """
-    # Not an attribute of jax until somebody imports it.
+    # A submodule that jax does not import by itself.
     from jax.experimental import topologies
 
     kind, _, count = name.partition(":")
@@ -143,7 +143,7 @@ def _quiet() -> Iterator[None]:
 def compile_step(
     spec: step.Spec, mesh: Mesh, batch_size: int, teacher_dtype: str = "bfloat16"
 ) -> Program:
-    """The needs of the compiled step of a global batch; see `build`."""
+    """Memory and collectives of the compiled step of a global batch; see `build`."""
     return build(spec, mesh, batch_size, teacher_dtype)[1]
 
 
@@ -154,9 +154,9 @@ def build(
 
     Args:
       spec: the static part of the step.
-      mesh: over any devices, present or not.
+      mesh: a mesh of any devices, present or absent.
       batch_size: observations, over all devices.
-      teacher_dtype: of the teacher's parameters.
+      teacher_dtype: dtype of the teacher's parameters.
 
     Raises:
       ValueError: a batch or a layout that does not divide over the mesh.

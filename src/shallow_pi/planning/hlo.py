@@ -1,10 +1,10 @@
 """Collectives of a compiled program: their kinds, how often they run, and the bytes they move.
 
-Read from the text of the optimized HLO. A collective inside a loop counts once for each iteration:
-XLA states the trip count, or else (for TPUs) it is the bound that the loop's condition compares the
-counter with. Two more habits of the TPU compiler: a collective that runs in parallel to other work
-appears in each of those fusions, on one channel, and counts once; a reduce-scatter is an all-reduce
-inside a fusion of that name. Bytes are those of the result on one device, not those on the network.
+Read from the text of the optimized HLO. A collective inside a loop counts once per iteration: XLA
+states the trip count, or else (for TPUs) it is the bound in the loop's condition. Two peculiarities
+of the TPU compiler: a collective that runs in parallel to other work appears in each of those
+fusions, on one channel, and counts once; a reduce-scatter is an all-reduce inside a fusion of that
+name. Bytes are those of the result on one device, not those on the network.
 """
 
 import collections

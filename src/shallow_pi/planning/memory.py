@@ -1,8 +1,8 @@
-"""The memory a step needs on each device, estimated from sizes alone, and the mesh that fits.
+"""The memory of a step on each device, estimated from sizes alone, and the mesh that fits.
 
-Parameters, moments, batch and gradient are counted from their shapes to the byte. Activations are
-estimated from the few arrays that dominate them (`_activations`), within a fifth of what compilers
-plan. `compile` gets a compiler's own plan, in minutes instead of at once.
+Parameters, moments, batch and gradient are counted exactly from their shapes. Activations are
+estimated from the few arrays that dominate them (`_activations`), within a fifth of a compiler's
+plan. `compile` obtains such a plan, which takes minutes.
 """
 
 import dataclasses

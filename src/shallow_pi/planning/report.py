@@ -1,4 +1,4 @@
-"""The needs of a step as text and plain values, estimated from sizes or planned by a compiler."""
+"""Reports on memory and time of a step, estimated from sizes or planned by a compiler."""
 
 import dataclasses
 from collections.abc import Mapping

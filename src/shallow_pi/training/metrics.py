@@ -1,8 +1,8 @@
-"""What a run measured, step by step: `metrics.jsonl`, TensorBoard, and wandb or trackio on request.
+"""The metrics log of a run: `metrics.jsonl`, TensorBoard, and optionally wandb or trackio.
 
-`metrics.jsonl` holds one object a line, `{"step": 10, "loss/task": 0.3, ...}`, and no step twice:
-a resumed run drops the lines that an interrupted one wrote after its last checkpoint. Only the
-first process of a multi-host job opens a log.
+`metrics.jsonl` holds one object per line, `{"step": 10, "loss/task": 0.3, ...}`, and each step
+once: a resumed run drops the lines that an interrupted one wrote after its last checkpoint. Only
+the first process of a multi-host job opens a log.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ class MetricsLog:
       tensorboard: also write TensorBoard events, to `folder/tensorboard`.
       wandb: also log to this Weights & Biases project (extra `wandb`).
       trackio: also log to this trackio project (extra `trackio`).
-      first_step: the first step this run will log; lines from it on are dropped.
+      first_step: the first step to log; existing lines from it on are dropped.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class MetricsLog:
         if "step" in values:
             raise ValueError('"step" is the name of the step itself: call the metric otherwise')
         scalars = {name: _scalar(name, value) for name, value in values.items()}
-        # JSON has no NaN: null stands for what is not a finite number.
+        # JSON has no NaN: null stands for a value that is not finite.
         row = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
         line = json.dumps({"step": int(step), **row}, allow_nan=False) + "\n"
         with run_folder.writing(self.folder / run_folder.METRICS_FILE):
@@ -81,7 +81,7 @@ class MetricsLog:
             run.log(scalars, step=int(step))
 
     def image(self, step: int, name: str, picture: UInt8[np.ndarray, "h w 3"]) -> None:
-        """Show a picture in TensorBoard, where it is on."""
+        """Log a picture to TensorBoard, if it is on."""
         if self._board is not None:
             self._board.write(int(step), summary.image(name, picture, dataformats="HWC"))
 
@@ -99,10 +99,9 @@ class MetricsLog:
 
 
 class _Board:
-    """TensorBoard events, written as they come.
+    """TensorBoard events, written synchronously.
 
-    tensorboardX's own writer does so in a thread, which a full disk ends: the run would wait for it
-    without an end.
+    tensorboardX's own writer uses a thread; a full disk ends it, and the run would wait forever.
     """
 
     def __init__(self, folder: pathlib.Path, first_step: int) -> None:

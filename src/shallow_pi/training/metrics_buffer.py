@@ -1,15 +1,15 @@
 """Metrics between device and log: means over steps, fetched while later steps run.
 
-A step's metrics are taken off the device when `AHEAD` more steps are dispatched, so that the device
-never waits for a line of the log; a row is written when its last step has come. `closing` waits for
-every step: before a checkpoint or a validation, and at the end.
+A step's metrics are fetched when `AHEAD` more steps are dispatched, so that the device never waits
+for the log; a row is written once its last step is fetched. `closing` waits for every step: before
+a checkpoint or a validation, and at the end.
 
-Besides what the step measures, a row holds seconds of the host's clock:
+Besides the metrics of the step, a row holds seconds of the host's clock:
 
-    seconds_per_step    of everything but validation; a run's first row has compiling in it
-    data_wait           of these, until the loader handed over the batch; also a mean over the steps
-    checkpoint_stall    in the row of a saved step: until the save before was on disk and this one's
-                        arrays were copied. The next row's seconds_per_step has them in it too.
+    seconds_per_step    mean time of a step without validation; the first row includes compiling
+    data_wait           the part of it spent waiting for the loader
+    checkpoint_stall    in the row of a saved step: time until the previous save was on disk and
+                        this one's arrays were copied; the next row's seconds_per_step includes it
 """
 
 import collections
@@ -32,8 +32,8 @@ class MetricsBuffer:
     """Collects the metrics of steps and writes their means.
 
     Args:
-      write: called with the number of a row's last step and the row.
-      check: called with each step's number and metrics; raises where they must not be.
+      write: called with the number of a row's last step, and the row.
+      check: called with each step's number and metrics; raises if they are invalid.
       interval: rows end at multiples of it, besides those of `closing`.
     """
 
@@ -59,7 +59,7 @@ class MetricsBuffer:
         self._waited += time.perf_counter() - began
 
     def add(self, number: int, values: step.Metrics) -> None:
-        """Take in a step that was dispatched; returns when all but `AHEAD` are done."""
+        """Add a dispatched step; returns when all but the last `AHEAD` are done."""
         self._ahead.append((number, values, self._waited))
         self._waited = 0.0
         if len(self._ahead) > AHEAD:
@@ -68,10 +68,10 @@ class MetricsBuffer:
 
     @contextlib.contextmanager
     def closing(self) -> Iterator[Row]:
-        """Wait for all steps; write their row, with what the block adds, also after an error.
+        """Wait for all steps; the block may add to their row, which is written even after an error.
 
-        A row that became due before it is written first. The block is not counted as steps' time,
-        but for its last part if that is `stalling`.
+        A row that became due earlier is written first. Only `stalling` at the end of the block
+        counts as time of steps.
         """
         while self._ahead:
             self._take()
@@ -106,7 +106,7 @@ class MetricsBuffer:
             self._write(number, row)
 
     def _mean(self) -> Row:
-        """Each metric's mean over the steps that have it; forgets them."""
+        """The mean of each metric over the steps that have it; clears the steps."""
         seconds = time.perf_counter() - self._began
         steps, self._here = self._here, []
         names = dict.fromkeys(name for _, values, _ in steps for name in values)

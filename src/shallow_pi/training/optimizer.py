@@ -1,13 +1,13 @@
 """Learning rate and optimizer: openpi's defaults, built from two frozen dataclasses.
 
-The rate climbs in a line from peak / (warm-up + 1) to the peak, then falls on half a cosine to
-`end_lr` at `decay_steps`, counted from step 0. Gradients are clipped by their global norm before
-AdamW sees them.
+The learning rate rises linearly from peak / (warm-up + 1) to the peak, then falls along half a
+cosine to `end_lr` at `decay_steps`, counted from step 0. Gradients are clipped by their global norm
+before AdamW.
 """
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,15 +17,15 @@ from jaxtyping import PyTree
 
 @dataclasses.dataclass(frozen=True)
 class CosineSchedule:
-    """Linear warm-up, cosine decay."""
+    """Learning rate with linear warm-up and cosine decay."""
 
-    # Steps of linear warm-up; 0 starts at the peak.
+    # Number of steps of linear warm-up; 0 starts at the peak.
     warmup_steps: int = 1000
     # Highest learning rate.
     peak_lr: float = 2.5e-5
-    # Step at which the rate has reached end_lr, warm-up included.
+    # Step at which the rate reaches --schedule.end-lr, counted from step 0.
     decay_steps: int = 30000
-    # Learning rate from decay_steps on.
+    # Learning rate from --schedule.decay-steps on.
     end_lr: float = 2.5e-6
 
     def __post_init__(self) -> None:
@@ -45,7 +45,7 @@ class CosineSchedule:
             )
 
     def create(self) -> optax.Schedule:
-        """step -> learning rate."""
+        """The optax schedule: step → learning rate."""
         return optax.warmup_cosine_decay_schedule(
             init_value=self.peak_lr / (self.warmup_steps + 1),
             peak_value=self.peak_lr,
@@ -57,7 +57,7 @@ class CosineSchedule:
 
 @dataclasses.dataclass(frozen=True)
 class AdamW:
-    """AdamW behind a clip by global norm."""
+    """AdamW, with gradients clipped by their global norm."""
 
     # Decay of the first moment.
     b1: float = 0.9
@@ -69,7 +69,7 @@ class AdamW:
     weight_decay: float = 1e-10
     # Largest global norm of the gradient.
     clip_norm: float = 1.0
-    # Dtype both moments are kept in between steps; they are computed in float32.
+    # Dtype that both moments are stored in; updates are computed in float32.
     moments: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
@@ -90,9 +90,14 @@ class AdamW:
             raise ValueError(f"--optimizer.weight-decay must be 0 or more, got {self.weight_decay}")
 
     def create(
-        self, schedule: optax.ScalarOrSchedule, weight_decay_mask: Any = None
+        self, schedule: optax.ScalarOrSchedule, weight_decay_mask: PyTree = None
     ) -> optax.GradientTransformation:
-        """Clip, then AdamW. `weight_decay_mask`: pytree of bools (or params -> pytree), or None."""
+        """The clip followed by AdamW.
+
+        Args:
+          schedule: the learning rate.
+          weight_decay_mask: pytree of bools, or a function from parameters to one; None decays all.
+        """
         adamw = optax.adamw(
             schedule,
             b1=self.b1,
@@ -109,10 +114,10 @@ class AdamW:
 def _kept_in(
     transform: optax.GradientTransformation, dtype: jnp.dtype
 ) -> optax.GradientTransformation:
-    """The transformation with the floats of its state in `dtype` between updates.
+    """The transformation with the floating-point arrays of its state stored in `dtype`.
 
-    Bfloat16 has the exponents of float32, so no moment underflows, and its 8 bits resolve what a
-    step changes (a tenth and a twentieth of a moment with the decays here).
+    Bfloat16 has the exponent range of float32, so no moment underflows, and its 8 bits of
+    precision resolve an update (a tenth and a twentieth of a moment with the decays here).
     """
 
     def cast(state: PyTree, to: jnp.dtype) -> PyTree:

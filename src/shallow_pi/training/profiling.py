@@ -1,8 +1,8 @@
-"""A trace of a few steps: what device and host did when, for XProf, TensorBoard and Perfetto.
+"""A trace of device and host over a few steps, for XProf, TensorBoard and Perfetto.
 
-`--profile 10:15` is a range as Python's: steps 10 to 14. The device is idle when a trace begins and
-done with its last step when it ends, so that it holds these steps and nothing else; each is named
-(`train`, with its number). Process 0 alone traces, its own devices.
+`--profile 10:15` traces steps 10 to 14, like a Python range. The device is idle when a trace begins
+and has finished the last step when it ends, so the trace holds exactly these steps, each named
+`train` with its number. Only process 0 traces, and only its own devices.
 """
 
 import contextlib
@@ -25,11 +25,11 @@ def parse(text: str, last_step: int | None = None) -> range:
     """The steps to trace; an empty range for an empty text.
 
     Args:
-      text: "FIRST:END", of which END is the first step that is not traced.
-      last_step: of the run, where it is known.
+      text: "FIRST:END"; END is the first step that is not traced.
+      last_step: last step of the run, if known.
 
     Raises:
-      ValueError: no such range, or steps the run does not have.
+      ValueError: not a range, or steps that the run does not have.
     """
     if not text:
         return range(0)
@@ -52,27 +52,27 @@ def parse(text: str, last_step: int | None = None) -> range:
 def traced(
     first: int, last: int, text: str, folder: pathlib.Path, wait: Callable[[], object]
 ) -> Iterator[Iterator[int]]:
-    """The steps `first` to `last` to loop over, of which those in the range `text` are traced.
+    """An iterator over the steps `first` to `last` that traces those in the range `text`.
 
-    Leaving it in mid-range ends the trace and keeps it. A trace that was begun before is not begun
-    anew, so that the same command can go on with a run.
+    Leaving the context in mid-range ends the trace and keeps it. An existing trace is not repeated,
+    so that the same command can resume a run.
 
     Args:
-      first: the first step of the run, or of what is left of it.
-      last: the last one.
+      first: the first step, or the first after a resume.
+      last: the last step.
       text: see `parse`.
-      folder: of the run.
-      wait: returns when the device is done with what was dispatched.
+      folder: the run's folder.
+      wait: returns when the device has finished all dispatched steps.
 
     Raises:
-      ValueError: some of the range lies before `first`.
+      ValueError: the range begins before `first`.
     """
     steps = parse(text, last)
     place = folder / run_folder.PROFILE_FOLDER / f"steps-{steps.start}-{steps.stop - 1}"
     if steps and steps[0] < first and not place.exists():
         raise ValueError(
-            f"--profile {text} begins before step {first}, at which this run goes on: give a later "
-            "range, or leave --profile out"
+            f"--profile {text} begins before step {first}, where this run resumes: give a later "
+            "range, or leave out --profile"
         )
     if not steps or place.exists() or not processes.is_main():
         yield iter(range(first, last + 1))
@@ -100,7 +100,7 @@ def _traced(
 
 
 def _options() -> dict[str, Any]:
-    """Leave out every call of Python, which crowd out the rest, where JAX can do so (0.7)."""
+    """Options that leave out Python calls, which crowd out the rest; JAX has them from 0.7 on."""
     if not hasattr(jax.profiler, "ProfileOptions"):
         return {}
     options = jax.profiler.ProfileOptions()
@@ -111,7 +111,7 @@ def _options() -> dict[str, Any]:
 def _stop(place: pathlib.Path) -> None:
     try:
         jax.profiler.stop_trace()
-    except Exception as error:  # Whatever the profiler raises, it is no reason to end a run.
+    except Exception as error:  # No error of the profiler shall end a run.
         problem = f"{type(error).__name__}: {error}"
         progress.console.print(f"The trace in {place} could not be written: {problem}")
         return

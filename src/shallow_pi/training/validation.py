@@ -1,4 +1,4 @@
-"""Validation on held-out episodes: how far sampled actions are from the data's and the teacher's.
+"""Validation on held-out episodes: errors of sampled actions against the data and the teacher.
 
 Samples and starting noise are drawn once, so every measurement of a run, resumed or not, answers
 the same question, and teacher and student start from the same noise. The teacher's actions are
@@ -35,7 +35,7 @@ TO_DATA = f"{PREFIX}error_to_data"
 TO_TEACHER = f"{PREFIX}error_to_teacher"
 TEACHER_TO_DATA = f"{PREFIX}teacher_error_to_data"
 LOSSES = tuple(f"{term}_loss" for term in loss_terms.TERMS)
-# Scanned and unfused: the quickest to compile, and no second arrangement of sharded weights.
+# Scanned and unfused: fastest to compile, and without a second copy of sharded weights.
 OPTIONS = dataclasses.replace(tuning.SCANNED, fused=False)
 
 
@@ -57,11 +57,11 @@ def read(
     """Evenly spaced samples of `source` on the devices of `mesh`, each with its own noise.
 
     Args:
-      source: of held-out samples.
-      samples: how many at least; all devices get as many.
-      batch_size: the most that go through a model at once.
+      source: source of held-out samples.
+      samples: number of samples, rounded up so that all devices get the same number.
+      batch_size: largest number of samples that go through a model at once.
       mesh: the devices; each process reads its own share.
-      seed: of the noise, which depends on the sample's place alone and not on the mesh.
+      seed: seed of the noise, which depends on the sample's place and not on the mesh.
     """
     ways = mesh.shape[sharding.DATA] * mesh.shape[sharding.FSDP]
     batch_size = min(batch_size, -(-samples // ways) * ways)
@@ -98,7 +98,7 @@ def to_robot(
     actions: Float[np.ndarray, "n ah ad"],
     state: Float[np.ndarray, "n ad"],
 ) -> Float[np.ndarray, "n ah rd"]:
-    """Normalized actions in the robot's units, given the normalized states they started from."""
+    """Normalized actions in the robot's units; `state` is normalized too."""
     robot = assets.robot
     restore = transforms.Unnormalize({"state": assets.stats["state"]}, assets.kind)
     own = restore({"state": state[..., : robot.state_dim]})["state"]
@@ -116,8 +116,8 @@ def errors(
 ) -> dict[str, float]:
     """Mean absolute differences: over the normalized robot dimensions, then by group and joint.
 
-    Without assets (made-up samples) there are no robot's units: all dimensions, and no groups. Nor
-    are there groups where the robot's transforms are not ours.
+    Without assets (synthetic samples) there are no robot units: one mean over all dimensions, and
+    no groups. Nor are there groups if the robot's transforms are openpi's alone.
     """
 
     def mean(difference: np.ndarray) -> float:
@@ -173,16 +173,16 @@ def losses(
 
 
 def saved_params(state: step.DistillState) -> PyTree:
-    """What a checkpoint deploys besides frozen parts: the moving average where there is one."""
+    """The deployed parameters without frozen parts: the moving average if there is one."""
     return state.params if state.ema_params is None else state.ema_params
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Validation:
-    """Everything a measurement takes besides the state; made by `create`."""
+    """Everything that validation needs besides the state; made by `create`."""
 
     interval: int
-    # Name of the error that decides which step is the best.
+    # Name of the error that decides which step is best.
     criterion: str
     held_out: HeldOut
     assets: policy_assets.Assets | None
@@ -196,15 +196,15 @@ class Validation:
     freeze: tuple[student.Part, ...] = ()
 
     def is_due(self, number: int, last: int) -> bool:
-        """Whether to measure after step `number` of `last`."""
+        """True if step `number` of `last` is validated."""
         return number % self.interval == 0 or number == last
 
     def measure(self, teacher_params: PyTree, state: step.DistillState) -> dict[str, float]:
-        """All errors and losses of a state, by their name in metrics.jsonl.
+        """All errors and losses of a state, by their names in metrics.jsonl.
 
         Args:
-          teacher_params: of the teacher, where the losses need them, or the frozen parts alone.
-          state: the student's; read, not donated.
+          teacher_params: the teacher's parameters if a loss needs them, else the frozen parts.
+          state: the student's state; read, not donated.
         """
         params = student.join(saved_params(state), teacher_params, self.freeze)
         held = self.held_out.batches
@@ -234,17 +234,17 @@ def create(
     batch_size: int,
     seed: int,
 ) -> Validation | None:
-    """Read the held-out samples and sample the teacher on them; None where there is nothing to do.
+    """Read the held-out samples and sample the teacher on them; None if validation is off.
 
     Args:
-      config: how often, how many, and what decides.
-      source: of held-out samples; None if no episode is held out.
-      assets: the way back to the robot's units; None for made-up samples.
-      spec: of the training step.
-      teacher_params: of the teacher, which are read here alone; None without one.
-      mesh: of the training.
-      batch_size: rows of a microbatch of the training, which fit.
-      seed: of the noise.
+      config: interval, number of samples, and criterion.
+      source: source of held-out samples; None if no episode is held out.
+      assets: conversion to the robot's units; None for synthetic samples.
+      spec: static part of the training step.
+      teacher_params: the teacher's parameters, not kept; None without a teacher.
+      mesh: mesh of the training.
+      batch_size: rows of a training microbatch, which fit in memory.
+      seed: seed of the noise.
     """
     if source is None or not config.interval:
         return None
