@@ -248,11 +248,19 @@ def _gradient(
     return jax.lax.scan(add, start, _split(inputs, spec.accumulation))[0]
 
 
+class _Line(NamedTuple):
+    """Points of the straight lines from noise to the teacher's ends, and their velocity ε − â."""
+
+    x_t: Float[Array, "b r ah ad"]
+    t: Float[Array, "b r"]
+    u: Float[Array, "b r ah ad"]
+
+
 class _Reference(NamedTuple):
     velocity: Float[Array, "b r ah ad"]
     attention: pi0.PrefixAttention | None
-    # For the reflow loss: a point of the line from noise to the teacher's end, its time, and ε − â.
-    line: tuple[Float[Array, "b r ah ad"], Float[Array, "b r"], Float[Array, "b r ah ad"]] | None
+    # None without the reflow loss.
+    line: _Line | None
 
 
 def _teacher_outputs(
@@ -285,7 +293,7 @@ def _teacher_outputs(
 
         end = flow.integrate(velocity, inputs.noise, sampler.integration_times(TEACHER_STEPS))
         x_t = flow.interpolate(end, inputs.noise, inputs.line_t)
-        line = x_t, inputs.line_t, flow.target_velocity(end, inputs.noise)
+        line = _Line(x_t, inputs.line_t, flow.target_velocity(end, inputs.noise))
     return jax.lax.stop_gradient(_Reference(found.velocity, found.attention, line))
 
 
@@ -303,7 +311,8 @@ def _total_loss(
     x_t, t, draws = inputs.x_t, inputs.t, inputs.t.shape[1]
     line = None if reference is None else reference.line
     if line is not None:  # More draws in the one pass: they share the prefix.
-        x_t, t = (jnp.concatenate(pair, axis=1) for pair in ((x_t, line[0]), (t, line[1])))
+        x_t = jnp.concatenate([x_t, line.x_t], axis=1)
+        t = jnp.concatenate([t, line.t], axis=1)
     v_all, attention = pi0.velocity(
         spec.student,
         params,
@@ -338,7 +347,7 @@ def _total_loss(
         )
         loss += weights.attention * metrics["attention_loss"]
     if line is not None:
-        metrics["reflow_loss"] = mean(losses.velocity_loss(v_all[:, draws:], line[2]))
+        metrics["reflow_loss"] = mean(losses.velocity_loss(v_all[:, draws:], line.u))
         loss += weights.reflow * metrics["reflow_loss"]
     metrics["loss"] = loss
     return loss, metrics
