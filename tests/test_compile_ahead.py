@@ -42,7 +42,7 @@ def test_memory_is_estimated_with_the_sizes_of_a_teacher_on_disk(command):
     made = command(
         "estimate_memory", "pi0_turntable_l6", *changes, "--devices", 8, "--card", "h100"
     )
-    assert "The sizes are those of the teacher's checkpoint: vocab_size" in made.err
+    assert "The sizes are those of the teacher's checkpoint:\n  vocab_size" in made.err
     for part in ("teacher", "student", "moments", "activations", "total", "largest batch"):
         assert part in made.out
 

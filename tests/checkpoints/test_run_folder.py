@@ -69,6 +69,14 @@ def test_a_field_newer_than_the_run_may_have_its_default(tmp_path):
         run_folder.compare_config(tmp_path, {**config, "seed": 42}, defaults=usual)
 
 
+def test_a_run_folder_is_held_by_one_training(tmp_path):
+    first, second = (run_folder.held(tmp_path) for _ in range(2))
+    with first, pytest.raises(ValueError, match="another process trains in"), second:
+        pass
+    with run_folder.held(tmp_path):
+        pass
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_folder_that_cannot_be_written_says_what_to_do(tmp_path, monkeypatch, overwrite):
     """As root every folder is writable, so the system call says it."""

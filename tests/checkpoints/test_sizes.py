@@ -50,7 +50,7 @@ def test_a_config_takes_the_towers_and_keeps_its_decisions(tiny_config):
     towers = {name: getattr(tiny_config(), name) for name in sizes.TOWERS}
     assert resolved == dataclasses.replace(config, **towers)
     assert (resolved.pi05, resolved.depth, resolved.action_dim) == (False, 18, 32)
-    with pytest.raises(ValueError, match="set depth=2"):
+    with pytest.raises(ValueError, match=r"give --model\.depth 2"):
         weights.check_tree(pi0.abstract_params(resolved), stored, "teacher")
 
 

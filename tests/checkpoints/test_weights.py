@@ -109,8 +109,11 @@ def test_every_missing_extra_and_misshapen_path_is_named(saved):
 @pytest.mark.parametrize(
     ("change", "hint"),
     [
-        ({"depth": 6}, "the checkpoint has 3 layers, the config 6: set depth=3"),
-        ({"pi05": True}, r"this is a π0 checkpoint and the config says π0.5: set pi05=False"),
+        ({"depth": 6}, "the checkpoint has 3 layers, the config 6: give --model.depth 3"),
+        (
+            {"pi05": True},
+            r"says π0.5: use the other checkpoint, or a config of π0 \(--model.no-pi05\)",
+        ),
         ({"action_dim": 7}, "the checkpoint has 8 action dimensions, the config 7"),
     ],
 )

@@ -112,6 +112,18 @@ def test_prompts_come_from_the_robot_or_the_observation_or_the_policy(seen):
     assert "task" not in clean(unsaid, always)
 
 
+def test_a_text_for_a_missing_prompt_is_none(seen):
+    assert clean({**seen, "task": "None"}, prompt="wait")["task"] == "wait"
+    with pytest.raises(ValueError, match="'task' is 'None', which is no instruction"):
+        clean({**seen, "task": "None"})
+
+
+def test_uneven_lists_are_named_by_their_key(seen):
+    for key in (BASE, "observation.state"):
+        with pytest.raises(ValueError, match=f"'{key}' must be an array .* list of uneven parts"):
+            clean({**seen, key: [[0], [1, 2]]})
+
+
 def test_a_state_in_parts_is_checked_as_a_whole():
     picture = np.zeros((8, 8, 3), np.uint8)
     seen = dict.fromkeys(robots.DROID.cameras.values(), picture) | {"task": "go"}

@@ -125,7 +125,7 @@ def test_six_layers_padded_act_in_openpi_as_they_do_here(teacher, tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"depth": 6}, "the checkpoint has 18 layers, the config 6: set depth=18"),
+        ({"depth": 6}, "the checkpoint has 18 layers, the config 6: give --model.depth 18"),
         ({"action_dim": 7}, "the checkpoint has 16 action dimensions, the config 7"),
         ({"vocab_size": 100}, r"input_embedding: expected \(100, 64\), found \(512, 64\)"),
     ],

@@ -36,10 +36,12 @@ def test_tower_sizes_are_the_checkpoints_and_are_told(experiment, tiny_config, t
     assert resolved.model.backbone == tiny_config().backbone
     assert resolved.student_model.expert == tiny_config().expert
     assert dataclasses.replace(resolved, model=own.model) == own
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(
-        "The sizes are those of the teacher's checkpoint: backbone.width 32 → 24"
-    )
+    first, *parts = capsys.readouterr().err.splitlines()
+    assert first == "The sizes are those of the teacher's checkpoint:"
+    assert parts[0].startswith("  backbone.width 32 → 24, backbone.")
+    assert [line.split()[0].partition(".")[0] for line in parts[:3]] == [
+        *("backbone", "expert", "image")
+    ]
     assert setup.resolve(resolved, step) == resolved
     assert capsys.readouterr().err == ""
 
@@ -47,9 +49,9 @@ def test_tower_sizes_are_the_checkpoints_and_are_told(experiment, tiny_config, t
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"depth": 4}, "the checkpoint has 3 layers, the config 4: set depth=3"),
+        ({"depth": 4}, "the checkpoint has 3 layers, the config 4: give --model.depth 3"),
         ({"action_dim": 7}, "the checkpoint has 6 action dimensions, the config 7"),
-        ({"pi05": True}, "this is a π0 checkpoint and the config says π0.5: set pi05=False"),
+        ({"pi05": True}, "use the other checkpoint, or a config of π0 (--model.no-pi05)"),
     ],
 )
 def test_what_the_config_decides_is_refused_and_widths_are_not(experiment, changes, message):

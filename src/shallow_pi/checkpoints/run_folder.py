@@ -7,6 +7,7 @@ it has learned.
 
 import contextlib
 import errno
+import fcntl
 import itertools
 import json
 import os
@@ -16,6 +17,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import jax
+
+from shallow_pi import progress
 
 # Files and folders beside the step folders.
 CONFIG_FILE = "config.json"
@@ -133,6 +136,32 @@ def prepare(
             folder.mkdir(parents=True, exist_ok=True)
     meet("prepared the run folder")
     return occupied and resume
+
+
+@contextlib.contextmanager
+def held(folder: pathlib.Path) -> Iterator[None]:
+    """Keep other processes from training in a run's folder; the system frees it when this one ends.
+
+    Raises:
+      ValueError: another process holds it.
+    """
+    if jax.process_index() != 0:
+        yield
+        return
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"another process trains in {folder}: wait for it or stop it, or use another "
+                "--exp-name"
+            ) from error
+        except OSError as error:  # Some network file systems have no locks.
+            progress.say(f"{folder} cannot be locked ({reason(error)}): start no second run there")
+        yield
+    finally:
+        os.close(opened)
 
 
 def write_text(path: pathlib.Path, text: str) -> None:

@@ -307,14 +307,15 @@ def _hints(want: dict[str, Any], have: dict[str, Any]) -> list[str]:
     if family(want) and family(have) and family(want) != family(have):
         hints.append(
             f"this is a {family(have)} checkpoint and the config says {family(want)}: "
-            f"set pi05={family(have) == 'π0.5'} or use the other checkpoint"
+            f"use the other checkpoint, or a config of {family(have)} "
+            f"(--model.{'' if family(have) == 'π0.5' else 'no-'}pi05)"
         )
     for name, of in (("layers", _depth), ("action dimensions", action_dim)):
         expected, found = of(want), of(have)
         if expected is not None and found is not None and expected != found:
-            field = "depth" if name == "layers" else "action_dim"
+            flag = "--model.depth" if name == "layers" else "--model.action-dim"
             hints.append(
-                f"the checkpoint has {found} {name}, the config {expected}: set {field}={found} "
+                f"the checkpoint has {found} {name}, the config {expected}: give {flag} {found}, "
                 "or use the other checkpoint"
             )
     return hints

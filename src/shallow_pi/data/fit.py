@@ -10,6 +10,7 @@ import numpy as np
 from shallow_pi import progress
 from shallow_pi.data.lerobot import columns, layout, reader
 from shallow_pi.data.robots import robot as robots
+from shallow_pi.data.robots import tokenizer
 
 # Episodes named in a warning.
 _NAMED = 10
@@ -34,7 +35,7 @@ def prompt(dataset: reader.Dataset, robot: robots.Robot, i: int) -> str:
         return robot.prompt
     key = prompt_key(robot, dataset.layout)
     text = dataset.task(i) if key == "task_index" else str(dataset.columns[key][i])
-    return "" if text.strip() in _ABSENT else text
+    return "" if tokenizer.is_absent(text) else text
 
 
 def check(dataset: reader.Dataset, robot: robots.Robot) -> None:
@@ -109,8 +110,6 @@ def warn(dataset: reader.Dataset, robot: robots.Robot) -> None:
 _FLAGS = {"next.done", "next.reward", "next.success"}
 # Names of an observation's instruction, for which a recording has its tasks.
 _USUAL_PROMPTS = ("task", "prompt")
-# Texts into which Python and pandas turn an instruction that is not there.
-_ABSENT = {"None", "nan", "NaN", "<NA>", "null"}
 
 
 def _first_of_each_task(dataset: reader.Dataset, robot: robots.Robot) -> list[int]:

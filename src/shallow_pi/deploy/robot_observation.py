@@ -13,6 +13,7 @@ from jaxtyping import UInt8
 
 from shallow_pi import progress
 from shallow_pi.data.robots import robot as robots
+from shallow_pi.data.robots import tokenizer
 from shallow_pi.deploy import observation_keys
 
 # What rows of a dataset have beside an observation.
@@ -65,7 +66,15 @@ def clean(
     cleaned |= _state(robot, observation)
     if not robot.prompt:
         given = observation.get(robot.prompt_key)
-        cleaned[robot.prompt_key] = _prompt(prompt if given is None else given, robot.prompt_key)
+        text = None if given is None else _prompt(given, robot.prompt_key)
+        if text is None or tokenizer.is_absent(text):
+            if prompt is None:
+                raise ValueError(
+                    f"{robot.prompt_key!r} is {text!r}, which is no instruction: send one, or give "
+                    "the policy a prompt (serve_policy's --prompt)"
+                )
+            text = prompt
+        cleaned[robot.prompt_key] = text
     return cleaned
 
 
@@ -82,7 +91,7 @@ def _warn_of_unused(
 
 def picture(value: Any, key: str) -> UInt8[np.ndarray, "h w 3"]:
     """A picture as uint8 with its colours last; `key` names it in errors."""
-    found = np.asarray(value)
+    found = _array(value, key)
     if found.ndim == 3 and found.shape[0] == 3 != found.shape[-1]:
         found = np.moveaxis(found, 0, -1)
     if found.ndim != 3 or found.shape[-1] != 3 or not found.size:
@@ -103,10 +112,19 @@ def picture(value: Any, key: str) -> UInt8[np.ndarray, "h w 3"]:
     return found
 
 
+def _array(value: Any, key: str) -> np.ndarray:
+    try:
+        return np.asarray(value)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{key!r} must be an array of numbers, got a {type(value).__name__} of uneven parts"
+        ) from error
+
+
 def _state(robot: robots.Robot, observation: Mapping[str, Any]) -> dict[str, Any]:
     """The vectors of the state by key, the state they make up checked as a whole."""
     for key in robot.state_keys:
-        found = np.asarray(observation[key])
+        found = _array(observation[key], key)
         if found.dtype.kind not in "fiu" or found.ndim > 1:
             raise ValueError(
                 f"{key!r} must be a vector of numbers, got {found.dtype} of shape {found.shape}"

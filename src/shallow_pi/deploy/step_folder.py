@@ -39,6 +39,15 @@ def find(path: str | os.PathLike[str], step: str | int = "last") -> pathlib.Path
         steps = [child for child in folder.iterdir() if child.name.isdigit() and child.is_dir()]
         found = {int(child.name): child for child in steps}
     if not found:
+        if not folder.exists():
+            raise FileNotFoundError(
+                f"there is no checkpoint at {folder}: give a step folder or the folder of a run, "
+                "checkpoints/<config>/<exp>, and check the spelling"
+            )
+        if (folder / run_folder.CONFIG_FILE).is_file() and (
+            folder / run_folder.METRICS_FILE
+        ).exists():
+            raise FileNotFoundError(f"the run in {folder} has no complete checkpoint yet")
         if wanted not in ("last", folder.name):
             raise ValueError(
                 f"step {wanted} was asked for, and {folder} is not the folder of a run: give the "

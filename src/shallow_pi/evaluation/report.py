@@ -20,7 +20,7 @@ import rich.box
 import rich.console
 import rich.table
 
-from shallow_pi import figures
+from shallow_pi import figures, progress
 from shallow_pi.checkpoints import run_folder
 from shallow_pi.data.robots import robot
 from shallow_pi.evaluation import intervals, plots, rollout, validation_tables
@@ -315,7 +315,11 @@ class Stages:
         self.path = path
         self.seconds: dict[str, float] = {}
         if self.path.exists():
-            self.seconds = json.loads(self.path.read_text(encoding="utf-8"))
+            text = self.path.read_text(encoding="utf-8")
+            try:
+                self.seconds = {name: float(seconds) for name, seconds in json.loads(text).items()}
+            except (AttributeError, TypeError, ValueError) as error:
+                progress.warn(f"{self.path} is damaged ({error!r}): the times start anew")
 
     @contextlib.contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -326,6 +330,4 @@ class Stages:
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
             if processes.is_main():
-                partial = self.path.with_suffix(".partial")
-                partial.write_text(json.dumps(self.seconds, indent=2) + "\n", encoding="utf-8")
-                partial.replace(self.path)
+                run_folder.write_text(self.path, json.dumps(self.seconds, indent=2) + "\n")

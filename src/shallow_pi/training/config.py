@@ -239,7 +239,7 @@ class DistillConfig:
             raise ValueError(
                 f"--batch-size {self.batch_size} must be a multiple of --accumulation {n}"
             )
-        if not self.exp_name or pathlib.PurePath(self.exp_name).name != self.exp_name:
+        if self.exp_name == ".." or pathlib.PurePath(self.exp_name).name != (self.exp_name or "."):
             raise ValueError(f"--exp-name must be a plain folder name, got {self.exp_name!r}")
         if self.resume and self.overwrite:
             raise ValueError("--resume continues a run, --overwrite starts anew: give only one")

@@ -16,6 +16,7 @@ import jax
 from jaxtyping import PyTree
 
 from shallow_pi import progress
+from shallow_pi.checkpoints import run_folder
 from shallow_pi.data import loader, sheet
 from shallow_pi.distill import step, student
 from shallow_pi.parallel import processes, shapes, sharding
@@ -51,6 +52,7 @@ def train(run: runs.Run, label: str = "Distil") -> pathlib.Path:
     """
     experiment, end = run.experiment, run.experiment.num_train_steps
     with contextlib.ExitStack() as stack:
+        stack.enter_context(run_folder.held(run.folder))
         whole_teacher = shapes.on_device(run.teacher)
         checkpoints = stack.enter_context(_checkpoints(run, whole_teacher))
         feed = stack.enter_context(contextlib.closing(run.feed()))

@@ -5,6 +5,7 @@ directly into its shardings, and the student is cut out of it on its devices.
 """
 
 import dataclasses
+import itertools
 import pathlib
 from collections.abc import Sequence
 
@@ -172,7 +173,9 @@ def resolve(
     found = sizes.differences(experiment.model, model)
     if not found:
         return experiment
-    progress.say(f"The sizes are those of the teacher's checkpoint: {', '.join(found)}")
+    progress.say("The sizes are those of the teacher's checkpoint:")
+    for _, fields in itertools.groupby(found, key=lambda field: field.rpartition(".")[0]):
+        progress.say(f"  {', '.join(fields)}")
     return dataclasses.replace(experiment, model=model)
 
 

@@ -8,6 +8,7 @@ into the text as 256 bins over [−1, 1]. `train` makes a small vocabulary for t
 import io
 import os
 import pathlib
+import textwrap
 import threading
 from collections.abc import Iterable, Sequence
 
@@ -18,6 +19,8 @@ from jaxtyping import Bool, Float, Int
 from shallow_pi import progress
 
 STATE_BINS = 256
+# Texts into which Python and pandas turn an instruction that is not there.
+_ABSENT = {"None", "nan", "NaN", "<NA>", "null"}
 # PaliGemma's model file, which openpi's checkpoints go with.
 PALIGEMMA = "gs://big_vision/paligemma_tokenizer.model"
 
@@ -81,7 +84,8 @@ class Tokenizer:
             first = self._truncated == 1
         if first:
             progress.warn(
-                f"a prompt has {length} tokens, {self.max_len} fit and the rest is cut: {prompt!r} "
+                f"a prompt has {length} tokens, {self.max_len} fit and the rest is cut: "
+                f"{textwrap.shorten(prompt, 60, placeholder='…')!r} "
                 "(--model.max-token-len; Tokenizer.truncated counts such prompts)"
             )
 
@@ -95,6 +99,11 @@ class Tokenizer:
 def clean(prompt: str) -> str:
     """Strip, and write underscores and newlines as spaces."""
     return prompt.strip().replace("_", " ").replace("\n", " ")
+
+
+def is_absent(prompt: str) -> bool:
+    """True for a text that stands for a missing prompt, such as "None"."""
+    return prompt.strip() in _ABSENT
 
 
 def discretize(state: Float[np.ndarray, " sd"]) -> Int[np.ndarray, " sd"]:

@@ -254,7 +254,7 @@ def _names(assets: policy_assets.Assets) -> str:
     """LeRobot's names in the robot's own terms."""
     robot = assets.robot
     keys = [robot.cameras[name] for name in assets.model.cameras if name in robot.cameras]
-    pictures = [f"`{camera_key(key)}` (`{key}`)" for key in keys]
+    pictures = [f"`{camera_key(key)}`" + f" (`{key}`)" * (camera_key(key) != key) for key in keys]
     state = f"`{STATE}` ({robot.state_dim} numbers: "
     state += " then ".join(f"`{key}`" for key in robot.state_keys) + ")"
     prompt = "its prompt is always the same" if robot.prompt else "`task`"
