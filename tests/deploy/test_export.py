@@ -116,6 +116,17 @@ def test_openpis_pytorch_file_has_every_tensor_of_its_class(exported, own):
     assert (content["depth"], content["pi05"], content["action_horizon"]) == (2, False, 5)
 
 
+def test_stablehlo_runs_with_jax_alone(run, tmp_path):
+    folder = export.export(run / "2", "stablehlo", tmp_path / "x", dtype="float32", num_steps=2)
+    text = (folder / "README.md").read_text()
+    code = "\n".join(line[4:] for line in text.splitlines() if line.startswith("    "))
+    assert "shallow_pi" not in code
+    found = {}
+    exec(code.replace('open("', f'open("{folder}/').replace('file("', f'file("{folder}/'), found)
+    assert found["actions"].shape == (1, 5, 6)
+    assert found["policy"].platforms == ("cpu", "cuda", "tpu")
+
+
 def test_files_can_be_read_by_others(exported):
     for name in FORMATS:
         for file in exported[name].rglob("*.safetensors"):

@@ -1,4 +1,4 @@
-"""ONNX and StableHLO exports: the sampler's actions, and errors for what cannot be one."""
+"""ONNX exports: the sampler's actions, and errors for what cannot be a graph."""
 
 import dataclasses
 import json
@@ -87,18 +87,6 @@ def test_float16_holds_its_weights_in_half_the_bytes(steps, exported, tmp_path):
     model = onnx.load(folder / "policy.onnx", load_external_data=False)
     types = {w.data_type for w in model.graph.initializer if len(w.dims) == 2}
     assert onnx.TensorProto.FLOAT16 in types
-
-
-def test_stablehlo_runs_with_jax_alone(steps, tmp_path):
-    folder = export.export(steps["pi05"], "stablehlo", tmp_path / "x", dtype="float32", num_steps=2)
-    text = (folder / "README.md").read_text()
-    lines = [line[4:] for line in text.splitlines() if line.startswith("    ")]
-    code = "\n".join(lines).replace('"policy.s', f'"{folder}/policy.s')
-    found = {}
-    exec(code.replace('"weights.s', f'"{folder}/weights.s'), found)
-    assert "shallow_pi" not in code
-    assert found["actions"].shape == (1, 5, 6)
-    assert found["policy"].platforms == ("cpu", "cuda", "tpu")
 
 
 @pytest.mark.parametrize(
