@@ -32,12 +32,16 @@ TRANSFORM = optimizer.AdamW().create(
 def _init(ema=True):
     key = jax.random.key(0)
     params = {
-        "mlp": {"linear": jax.random.normal(key, (2, 16, 8))},
+        "PaliGemma": {"llm": {"layers": {"mlp": {"linear": jax.random.normal(key, (2, 16, 8))}}}},
         "norm": {"scale": jax.random.normal(key, (8,))},
     }
     # A copy: the step donates the state, and no buffer can be donated twice.
     average = jax.tree.map(jnp.copy, params) if ema else None
     return State(jnp.int32(0), params, TRANSFORM.init(params), average)
+
+
+def _mlp(params):
+    return params["PaliGemma"]["llm"]["layers"]["mlp"]
 
 
 def _shardings(config):
@@ -67,7 +71,7 @@ def _step(state):
 def _update(state):
     def loss(params):
         x = jax.random.normal(jax.random.fold_in(jax.random.key(1), state.step), (4, 16))
-        return jnp.mean((x @ params["mlp"]["linear"][0] * params["norm"]["scale"]) ** 2)
+        return jnp.mean((x @ _mlp(params)["linear"][0] * params["norm"]["scale"]) ** 2)
 
     updates, opt_state = TRANSFORM.update(
         jax.grad(loss)(state.params), state.opt_state, state.params
@@ -118,8 +122,8 @@ def test_a_state_is_restored_to_another_mesh(tmp_path):
         restored, data_state = checkpoints.restore(_abstract(OTHER_MESH))
     assert data_state is None
     _assert_same(restored, state)
-    linear = restored.opt_state[1][0].mu["mlp"]["linear"]
-    assert linear.sharding.is_equivalent_to(_shardings(OTHER_MESH).params["mlp"]["linear"], 3)
+    linear = _mlp(restored.opt_state[1][0].mu)["linear"]
+    assert linear.sharding.is_equivalent_to(_mlp(_shardings(OTHER_MESH).params)["linear"], 3)
     assert linear.addressable_shards[0].data.shape == (2, 16, 1)
 
 
@@ -136,8 +140,8 @@ def test_a_step_folder_is_deployable_and_holds_nothing_twice(tmp_path, ema):
         "norm_stats": {}
     }
     stored = weights.leaves(weights.stored_shapes(tmp_path / "7" / "train_state"))
-    assert "opt_state/1/0/mu/mlp/linear" in stored
-    assert ("params/mlp/linear" in stored) == ema
+    assert "opt_state/1/0/mu/PaliGemma/llm/layers/mlp/linear" in stored
+    assert ("params/PaliGemma/llm/layers/mlp/linear" in stored) == ema
     assert not any(path.startswith("ema_params") for path in stored)
     with checkpoint.Checkpoints(tmp_path) as checkpoints:
         restored, _ = checkpoints.restore(state)
@@ -336,9 +340,10 @@ def test_a_state_of_another_shape_names_its_paths(tmp_path):
         checkpoints.save(3, _init(), None, _nothing)
         checkpoints.wait()
         other = jax.eval_shape(_init)
-        other.params["mlp"]["linear"] = jax.ShapeDtypeStruct((6, 16, 8), jnp.float32)
+        _mlp(other.params)["linear"] = jax.ShapeDtypeStruct((6, 16, 8), jnp.float32)
         with pytest.raises(
-            ValueError, match=r"3/train_state.*\n.*params/mlp/linear: expected \(6,"
+            ValueError,
+            match=r"3/train_state.*\n.*params/PaliGemma/llm/layers/mlp/linear: expected \(6,",
         ):
             checkpoints.restore(other)
 
