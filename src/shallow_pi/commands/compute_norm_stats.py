@@ -38,7 +38,7 @@ class Arguments:
     data: data_config.DataConfig
     # Actions of a chunk: the model's action horizon.
     horizon: int = 50
-    # How the model normalizes: z_score (π0) or quantile (π0.5); for the warnings only.
+    # Normalization of the model: z_score (π0) or quantile (π0.5); for the warnings only.
     kind: normalize.Kind = "z_score"
     # Folder for norm_stats.json.
     output: str = ""

@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     module = importlib.import_module(f"shallow_pi.commands.{COMMANDS[name]}")
     # Help names commands as they are typed here.
     module.__doc__ = as_typed(module.__doc__ or "")
-    # What the command's parser reads, and names itself by.
+    # Arguments of the command's parser, its name first.
     sys.argv = [f"shallow-pi {name}", *rest]
     module.main()
 

@@ -66,7 +66,7 @@ class PolicyArguments:
     # Tokens of a prompt, which openpi's folders do not say; 0 takes the folder's, or openpi's 48
     # (π0.5: 200).
     max_token_len: int = 0
-    # Whether π0.5 reads the state in the prompt, which openpi's folders do not say; None takes the
+    # π0.5 reads the state in the prompt, which openpi's folders do not say; None takes the
     # folder's, or True.
     discrete_state_input: bool | None = None
     # A state this many spreads outside its training data (its range q01 to q99) is answered with a

@@ -55,10 +55,10 @@ class DataConfig:
     # Processes that read ahead in place of the threads; 0 is none. They take seconds to start and
     # their own memory; on many cores they read faster than as many threads.
     num_workers: int = 0
-    # What is kept of decoded, resized pictures: nothing, all samples in memory, or the pictures on
+    # Cache of decoded, resized pictures: none, all samples in memory, or the pictures on
     # disk, for all processes and later runs.
     cache: Literal["none", "memory", "disk"] = "none"
-    # Where pictures are kept on disk; empty is $SHALLOW_PI_CACHE/frames, or else
+    # Folder of the cache on disk; empty is $SHALLOW_PI_CACHE/frames, or else
     # ~/.cache/shallow_pi/frames.
     cache_dir: str = ""
     # The most the cache may hold, GiB. In memory 0 is 2, and more is refused; on disk 0 is all but

@@ -47,7 +47,7 @@ class Range:
     normalized: Extent
     # Share of the normalized values beyond ±LIMIT.
     beyond: float
-    # How many normalized values there are.
+    # Number of normalized values.
     count: int
     # Values that the robot declares as plausible.
     limits: robots.Limits | None = None

@@ -294,7 +294,7 @@ class Policy:
         start: Float[np.ndarray, "b ah ad"] | program.Seed,
         guidance: real_time.Guidance | None = None,
     ) -> tuple[program.Layout, UInt8[np.ndarray, "b n"]]:
-        """What `program` takes, without the cameras and the padding that a batch does not need."""
+        """Pack the input of `program`, without absent cameras and padding."""
         config, batch = prepare.trim(self.assets.model, batch)
         sizes = tuple(batch.images[name].shape[1:3] for name in config.cameras)
         if set(sizes) == {(config.image_size, config.image_size)}:

@@ -29,7 +29,7 @@ _SMALLEST = 0.01
 class StateCheck:
     """The range of every dimension of a state in training, and how far outside is too far."""
 
-    # What the state is called in messages, such as "'observation.state'".
+    # Name of the state in messages, such as "'observation.state'".
     named: str
     low: Float[np.ndarray, " sd"]
     high: Float[np.ndarray, " sd"]

@@ -1,4 +1,4 @@
-"""How much each teacher layer does: the numbers behind two of the layer maps' strategies.
+"""Importance of each teacher layer: the scores of two layer-map strategies.
 
 `similarity` is the mean cosine between a layer's input and output; `sensitivity` what skipping the
 layer alone does to the velocity. Both are pure and meant to be jitted with `config` static; average

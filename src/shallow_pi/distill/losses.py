@@ -66,7 +66,7 @@ class Losses:
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether any term looks at the teacher."""
+        """True if any term compares with the teacher."""
         return any(getattr(self, name) > 0 for name in TERMS[1:])
 
 

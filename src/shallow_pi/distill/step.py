@@ -33,7 +33,7 @@ TEACHER_STEPS = 10
 
 @flax.struct.dataclass
 class DistillState:
-    """What training changes: all that a checkpoint holds, but for the frozen parts."""
+    """The state that training changes: all of a checkpoint but the frozen parts."""
 
     step: Int[Array, ""]
     # The student's parameters without the frozen parts.
@@ -65,7 +65,7 @@ class Spec:
     # Microbatches a step is cut into; the result is that of the whole batch.
     accumulation: int = 1
     ema_decay: float | None = None
-    # How both models are run.
+    # Execution of both models.
     execution: layers.Execution = layers.DEFAULT_EXECUTION
     # The teacher's layers lie in the host's memory, and are copied one by one.
     offload_teacher: bool = False
@@ -109,7 +109,7 @@ class Spec:
 
 
 class Inputs(NamedTuple):
-    """What both models are given, drawn once."""
+    """Inputs of both models, drawn once."""
 
     observation: observations.Observation
     x_t: Float[Array, "b r ah ad"]

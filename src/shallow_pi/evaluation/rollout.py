@@ -153,7 +153,7 @@ class _Slot:
     seed: int
     plans: int = 0
     steps: int = 0
-    # What is left of the chunk before; None at the first plan.
+    # Rest of the previous chunk; None at the first plan.
     left: Float[np.ndarray, "n rd"] | None = None
 
     def execute(self, chunk: Float[np.ndarray, "ah rd"]) -> None:

@@ -1,1 +1,1 @@
-"""What a policy is: pure functions of (config, params, arrays), with openpi's parameter tree."""
+"""The policy: pure functions of (config, params, arrays), with openpi's parameter tree."""

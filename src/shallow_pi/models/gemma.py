@@ -93,7 +93,7 @@ class KeysValues(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """What the tower gives: the normed suffix, and on request the parts that others need."""
+    """Result of the tower: the normed suffix and, on request, attention maps and hidden states."""
 
     suffix: Float[Array, "b r t e"]
     hidden: Hidden | None

@@ -48,7 +48,7 @@ def _to_float(image: AnyArray) -> Float[AnyArray, "b h w 3"]:
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    """How strongly training pictures are varied; openpi's values are the defaults."""
+    """Strength of the variation of training pictures; the defaults are openpi's."""
 
     # Side of the random crop as a share of the picture (not on wrist cameras); 1 is no crop.
     crop: float = 0.95

@@ -138,7 +138,7 @@ class PrefixCache(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """What a pass gives: the velocity, and on request the parts that others need."""
+    """Result of a pass: the velocity and, on request, attention maps and hidden states."""
 
     velocity: Float[Array, "b r ah ad"]
     attention: PrefixAttention | None

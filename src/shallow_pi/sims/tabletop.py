@@ -56,7 +56,7 @@ class Suite:
 
     # Tasks to draw from, equally likely: names in LAYOUTS.
     tasks: tuple[str, ...] = tuple(LAYOUTS)
-    # Where the arm starts: where demonstrations do, or where none did.
+    # Starts of the arm: those of the demonstrations, or where none started.
     start: Literal["usual", "elsewhere"] = "usual"
     # Actions a second.
     control_hz: float = 20.0

@@ -119,7 +119,7 @@ def _columns(source: reader.Dataset) -> tuple[list[str], list[str]]:
 
 
 def _extras(source: reader.Dataset) -> dict[int, dict[str, Any]]:
-    """What the meta files say of each episode beyond LeRobot's own entries."""
+    """Entries of the meta files for each episode beyond LeRobot's own."""
     meta = source.path / "meta"
     if source.layout.version != "v3.0":
         rows = files.json_rows(meta / "episodes.jsonl", ["episode_index"])

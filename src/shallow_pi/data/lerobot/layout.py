@@ -46,7 +46,7 @@ class Layout:
     lengths: Mapping[int, int]
     # Version 3: a row for each episode of columns such as `videos/<key>/from_timestamp`.
     rows: Mapping[int, Mapping[str, Any]]
-    # What the file of tasks says of them beside index and text.
+    # Further columns of the file of tasks, beside index and text.
     task_extras: Sequence[str] = ()
 
     @property

@@ -127,7 +127,7 @@ class Pictures:
         return value is None and bool(name)
 
     def depth(self, camera: str, episode: int) -> str:
-        """How a camera is known to hold depth or other numbers instead of a picture; or nothing.
+        """Reason why a camera holds depth or other numbers; empty if it holds pictures.
 
         Looks at `info.json`, then at the episode's first picture, if it is there.
         """

@@ -170,7 +170,7 @@ class Dataset:
         return files.read_table(file, keys)[rows]
 
     def depth(self, camera: str) -> str:
-        """How a camera is known to record depth instead of a picture; empty if it is a picture."""
+        """Reason why a camera records depth; empty if it records pictures."""
         return self._pictures.depth(camera, self.episodes[0])
 
     def names(self, key: str) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ _ENCODERS = {"av1": "libsvtav1", "h264": "libx264"}
 
 @dataclasses.dataclass(frozen=True)
 class Encoding:
-    """How pictures become video."""
+    """Encoding of pictures as video."""
 
     codec: Literal["av1", "h264"] = "av1"
     # Pictures from one key frame to the next.

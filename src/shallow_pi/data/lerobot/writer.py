@@ -37,7 +37,7 @@ class Film:
     """A video file that is copied as it is, with one or more episodes in it."""
 
     path: pathlib.Path
-    # Where the episode starts, seconds.
+    # Start of the episode, seconds.
     start: float = 0.0
     # Some of its pictures, for the statistics.
     sample: Sequence[np.ndarray] = ()
@@ -325,7 +325,7 @@ class Writer:
             described = video_writer.describe(self._video(key, 0), self.fps)
             copied = any(name == key for name, _ in self._copied)
             known = self._features[key].get("info") if copied else None
-            # What the file says of itself is true; what it cannot say, such as depth, is kept.
+            # The file's own description wins; entries it cannot have, such as depth, are kept.
             true = {k: v for k, v in described.items() if k in video_writer.OF_THE_FILE}
             kept = known and {**known, **{k: v for k, v in true.items() if k in known}}
             self._features[key]["info"] = kept or described

@@ -17,7 +17,7 @@ from shallow_pi.deploy.export import student as students
 
 
 class Format(Protocol):
-    """What a format's file defines."""
+    """The functions that a format's file defines."""
 
     # Dtypes of a graph, the usual one first; empty where others' classes load the parameters.
     DTYPES: tuple[str, ...]

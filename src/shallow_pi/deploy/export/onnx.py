@@ -144,7 +144,7 @@ def verify(folder: pathlib.Path, exported: students.Student, student: students.S
 
 
 def _inputs(model: pi0.Pi0Config) -> dict[str, jax.ShapeDtypeStruct]:
-    """What the graph of the prefix takes."""
+    """Inputs of the prefix graph."""
     size, spec = model.image_size, jax.ShapeDtypeStruct
     found = {
         "pictures": spec((1, len(model.cameras), size, size, 3), np.uint8),
@@ -217,7 +217,7 @@ def _noise(model: pi0.Pi0Config) -> jax.ShapeDtypeStruct:
 
 
 def _cache(model: pi0.Pi0Config) -> dict[str, jax.ShapeDtypeStruct]:
-    """What goes from the prefix to the steps."""
+    """Tensors that the prefix hands to the steps."""
     c, slots = model.backbone, preparation.cache_length(model)
     spec = jax.ShapeDtypeStruct((1, slots, c.num_kv_heads, c.head_dim), jnp.dtype(model.dtype))
     names = [f"{kind}_{i}" for i in range(model.depth) for kind in ("keys", "values")]

@@ -116,14 +116,14 @@ def convert(
     return helper.make_model(
         made,
         opset_imports=[helper.make_opsetid("", opset)],
-        # What came with opset 17; a newer one turns older runtimes away.
+        # The IR version of opset 17; older runtimes refuse a newer one.
         ir_version=8 if opset < 19 else 9,
         producer_name="shallow_pi",
     )
 
 
 def operators(model: Any) -> dict[str, int]:
-    """How often each operator stands in a model."""
+    """Number of nodes of each operator in a model."""
     return dict(sorted(Counter(node.op_type for node in model.graph.node).items()))
 
 

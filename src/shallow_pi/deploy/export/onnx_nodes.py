@@ -163,7 +163,7 @@ def _fold(equation: Any, inputs: Sequence[Value]) -> list[Value] | None:
 
 
 def line_of(equation: Any) -> str:
-    """Where an equation was traced, as far as JAX tells."""
+    """Source line of an equation, if JAX knows it."""
     frames = getattr(getattr(equation.source_info, "traceback", None), "frames", ())
     for frame in frames:
         if "site-packages" not in frame.file_name and "<" not in frame.file_name:
@@ -327,7 +327,7 @@ def _dynamic_slice(graph: Graph, inputs: Sequence[Value], out: Any, params: Any)
 
 
 def _update(graph: Graph, inputs: Sequence[Value], out: Any, _: Any) -> Value:
-    """What lies before the new part, the new part, and what lies behind it, joined again."""
+    """The slice before the new part, the new part, and the slice after it, concatenated."""
     x, new, *places = inputs
     starts = _known_starts(places, "dynamic_update_slice")
     axes = [i for i, (a, b) in enumerate(zip(x.shape, new.shape, strict=True)) if a != b]

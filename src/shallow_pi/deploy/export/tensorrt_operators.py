@@ -1,4 +1,4 @@
-"""ONNX operators that TensorRT reads, among those that a policy may come to.
+"""ONNX operators that TensorRT supports, among those that a policy may need.
 
 From the support matrix of ONNX-TensorRT (docs/operators.md at TensorRT 8.5, opset 17; TensorRT 10
 reads all of them and more). `LayerNormalization`, `Einsum` and control flow are left out: norms are
