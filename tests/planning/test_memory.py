@@ -180,3 +180,15 @@ def test_memory_is_what_a_device_reports_else_that_of_its_kind(kind, name):
     assert accelerators.memory_of(device) == (accelerators.TABLE[name].memory if name else None)
     reports = types.SimpleNamespace(device_kind=kind, memory_stats=lambda: {"bytes_limit": 5})
     assert accelerators.memory_of(reports) == 5
+
+
+@pytest.mark.parametrize(
+    ("teacher", "written"),
+    [
+        (3_000_000_000, "3.02 GB (teacher 3.00, gradient 0.02)"),
+        (300_000, "20.30 MB (teacher 0.30, gradient 20.00)"),
+    ],
+)
+def test_an_estimate_is_written_in_one_unit_that_suits_its_total(teacher, written):
+    found = memory.Estimate({"teacher": teacher, "ema": 0}, gradient=20_000_000, activations=0)
+    assert str(found) == written

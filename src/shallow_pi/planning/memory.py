@@ -47,8 +47,17 @@ class Estimate:
         return sum(self.parts.values())
 
     def __str__(self) -> str:
-        listed = ", ".join(f"{name} {n / GIGA:.2f}" for name, n in self.parts.items() if n)
-        return f"{self.total / GIGA:.2f} GB ({listed})"
+        name, scale = unit(self.total)
+        listed = ", ".join(f"{part} {n / scale:.2f}" for part, n in self.parts.items() if n)
+        return f"{self.total / scale:.2f} {name} ({listed})"
+
+
+def unit(count: int) -> tuple[str, float]:
+    """The unit that shows some digits of a number of bytes, and its size."""
+    for name, scale in (("GB", GIGA), ("MB", 1e6)):
+        if count >= 0.1 * scale:
+            return name, scale
+    return "kB", 1e3
 
 
 def given(teacher: PyTree, state: step.DistillState, batch: PyTree) -> dict[str, int]:

@@ -110,8 +110,6 @@ def _verdict(total: int, room: int) -> str:
 
 
 def _size(count: int) -> str:
-    """Bytes in the unit that shows three digits of them, aligned."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
-        if count >= 0.1 * scale:
-            return f"{count / scale:7.2f} {unit}"
-    return f"{count / 1e3:7.2f} kB"
+    """Bytes in the unit that suits them, aligned."""
+    unit, scale = memory.unit(count)
+    return f"{count / scale:7.2f} {unit}"
