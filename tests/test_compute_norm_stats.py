@@ -93,6 +93,16 @@ def test_constant_dimensions_are_told_and_bad_episodes_counted(run, tmp_path):
     assert "warning: state[1] is constant (3)" in err
 
 
+def test_a_set_without_its_videos_and_their_columns_has_statistics(run, tmp_path):
+    copy = shutil.copytree(FIXTURE.with_name("pusht_v30_video"), tmp_path / "copy")
+    shutil.rmtree(copy / "videos")
+    for file in (copy / "meta" / "episodes").rglob("*.parquet"):
+        pl.read_parquet(file).select(pl.exclude("^videos/.*$")).write_parquet(file)
+    out, _ = run("--data.path", str(copy))
+    assert " frames of " in out
+    assert pathlib.Path("norm_stats/copy/pusht/norm_stats.json").is_file()
+
+
 def test_episodes_are_chosen_and_warnings_are_errors_when_asked(run, capsys):
     out, err = run("--data.episodes", "1:", "--data.exclude-episodes", "2")
     assert out.startswith("60 frames of 2 episodes\n")

@@ -1,6 +1,7 @@
 """What is wrong with a batch is told by dimension, camera and prompt; a sound one is left alone."""
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -145,6 +146,16 @@ def test_a_depth_camera_that_the_robot_does_not_use_is_told(aloha):
     facts = inspection.facts(inspection.draw(source, own, 2))
     told = "observation.images.cam_low records depth (info.json marks it as a depth map)"
     assert told in facts
+
+
+def test_one_number_is_told_where_all_are_equal(own):
+    numbers = _numbers(own())
+    equal = inspection.facts(_samples(own(), *numbers, prompts=PROMPTS[:1]))
+    assert equal[0] == "6 samples, 1 instruction"
+    assert re.fullmatch(r"prompts take \d+ of \d+ tokens", equal[1])
+    uneven = inspection.facts(_samples(own(), *numbers, prompts=("go", "go to the red block")))
+    assert uneven[0] == "6 samples, 2 different instructions"
+    assert re.fullmatch(r"prompts take \d+ to \d+ of \d+ tokens", uneven[1])
 
 
 def test_padded_actions_count_as_padding_and_nowhere_else(own):

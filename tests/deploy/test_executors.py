@@ -340,8 +340,32 @@ def test_what_cannot_be_executed_is_an_error():
         executors.RealTimeChunking(Counting(), 2)
     with pytest.raises(ValueError, match="expected delay >= 0 and remember >= 1, got -1 and 10"):
         executors.RealTimeChunking(GoingOn(), 2, delay=-1)
-    too_short = r"horizon >= 7 executed steps, dimensions\), got the shape \(6, 2\)"
+    too_short = r"horizon >= 7 executed steps, dimensions\), got int64 of the shape \(6, 2\)"
     with pytest.raises(ValueError, match=too_short):
         executors.ActionChunkBroker(Counting(), 7).infer({"step": np.array([0])})
     with pytest.raises(ValueError, match=too_short):
         executors.SkipLateActions(Counting(), 7, worker=AtOnce()).infer({"step": np.array([0])})
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ({"actions": np.array([[0, 1], [0, np.nan], [np.inf, 1]])}, "nan in dimension 1 of action"),
+        ({"error": "busy"}, r"a mapping with 'actions' .*, got \['error'\]"),
+        (None, "got NoneType"),
+        ({"actions": [["left", "right"]]}, "got <U5 of the shape"),
+    ],
+    ids=["not-finite", "no-actions", "no-mapping", "words"],
+)
+def test_a_policys_wrong_answer_never_reaches_the_robot(answer, message):
+    class Wrong:
+        def infer(self, observation):
+            return answer
+
+    observation = {"step": np.array([0])}
+    with pytest.raises(ValueError, match=message):
+        executors.ActionChunkBroker(Wrong()).infer(observation)
+    executor = executors.SkipLateActions(Wrong(), 1, worker=AtOnce())
+    for _ in range(2):  # The next call asks again.
+        with pytest.raises(ValueError, match=message):
+            executor.infer(observation)

@@ -92,6 +92,13 @@ def test_everything_missing_is_named_at_once_with_what_is_there(seen):
         clean([seen])
 
 
+def test_a_key_without_a_value_is_said_to_be_there(seen, capsys):
+    said = r"lacks state 'observation\.state'; .*; 'observation\.state' there, but None"
+    with pytest.raises(ValueError, match=said):
+        clean({**seen, "observation.state": None})
+    assert not capsys.readouterr().err
+
+
 def test_keys_a_policy_does_not_use_are_named_once(seen, capsys):
     for _ in range(2):
         clean({**seen, "observation.images.top": seen[BASE], "gripper": 1.0})

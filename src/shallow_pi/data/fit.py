@@ -38,10 +38,13 @@ def prompt(dataset: reader.Dataset, robot: robots.Robot, i: int) -> str:
     return "" if tokenizer.is_absent(text) else text
 
 
-def check(dataset: reader.Dataset, robot: robots.Robot) -> None:
-    """Raise unless the dataset can train a policy of the robot."""
+def check(dataset: reader.Dataset, robot: robots.Robot, *, pictures: bool = True) -> None:
+    """Raise unless the dataset can train a policy of the robot.
+
+    Without `pictures` no picture or video is looked at: statistics need none.
+    """
     dataset.require(keys(robot, dataset.layout), tuple(robot.cameras.values()))
-    for camera, key in robot.cameras.items():
+    for camera, key in robot.cameras.items() if pictures else ():
         if reason := dataset.depth(key):
             raise ValueError(
                 f"camera {key!r} (for {camera}) of dataset {dataset.path} records depth "

@@ -274,6 +274,7 @@ def facts(samples: Samples) -> list[str]:
     """Lines about the samples as a whole: instructions, lengths, padding, cameras."""
     batch, seen = samples.batch, samples.batch.observation
     used, budget = seen.tokenized_prompt_mask.sum(axis=1), seen.tokenized_prompt_mask.shape[1]
+    told, least, most = len(set(_instructions(samples))), used.min(), used.max()
     _, horizon, width = batch.actions.shape
     state, actions = (samples.values[key].shape[1] for key in ("state", "actions"))
     counted = (
@@ -282,8 +283,8 @@ def facts(samples: Samples) -> list[str]:
         else "the last one repeated; the losses count them, as openpi's do"
     )
     lines = [
-        f"{len(used)} samples, {len(set(_instructions(samples)))} different instructions",
-        f"prompts take {used.min()} to {used.max()} of {budget} tokens",
+        f"{len(used)} samples, {f'{told} different instructions' if told > 1 else '1 instruction'}",
+        f"prompts take {f'{least} to {most}' if least < most else most} of {budget} tokens",
         f"{_padding(batch):.0%} of the actions, in chunks of {horizon}, lie beyond an episode's "
         f"end: {counted}",
         f"state has {state} and actions {actions} of the model's {width} dimensions; the rest is 0",

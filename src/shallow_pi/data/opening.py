@@ -156,7 +156,7 @@ def open_datasets(
     Args:
       data: where they are.
       robot: they have to fit.
-      pictures: whether the videos of a dataset on the hub are fetched too.
+      pictures: fetch the videos of a dataset on the hub too, and check the pictures.
 
     Raises:
       FileNotFoundError, ValueError: a dataset that is missing, cannot be read, or does not fit.
@@ -181,7 +181,7 @@ def open_datasets(
             cameras=cameras,
             skip_bad_episodes=data.skip_bad_episodes,
         )
-        fit.check(dataset, robot)
+        fit.check(dataset, robot, pictures=pictures)
         fit.warn(dataset, robot)
         if found:
             _compare_names(found[0], dataset, robot)

@@ -264,11 +264,25 @@ class RealTimeChunking(SkipLateActions):
 
 
 def _actions(result: Mapping[str, Any], execute_steps: int) -> Float[np.ndarray, "ah rd"]:
+    """The actions of a policy's answer, checked before any of them reaches the robot."""
+    if not isinstance(result, Mapping) or "actions" not in result:
+        found = sorted(map(str, result)) if isinstance(result, Mapping) else type(result).__name__
+        raise ValueError(
+            f"expected the policy's answer as a mapping with 'actions' (horizon, dimensions), got "
+            f"{found}; is the server a policy's?"
+        )
     actions = np.array(result["actions"])
-    if actions.ndim != 2 or len(actions) < execute_steps:
+    if actions.ndim != 2 or len(actions) < execute_steps or actions.dtype.kind not in "fiu":
         raise ValueError(
             f"expected a chunk of actions (horizon >= {execute_steps} executed steps, dimensions), "
-            f"got the shape {actions.shape}"
+            f"got {actions.dtype} of the shape {actions.shape}"
+        )
+    wrong = np.argwhere(~np.isfinite(actions))
+    if len(wrong):
+        at, dimension = wrong[0]
+        raise ValueError(
+            f"the policy's actions are not finite: {actions[at, dimension]} in dimension "
+            f"{dimension} of action {at} ({len(wrong)} such values); none of this chunk is executed"
         )
     return actions
 

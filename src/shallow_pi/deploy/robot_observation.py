@@ -52,6 +52,8 @@ def clean(
         )
     flat = observation_keys.flatten(observation)
     spelled = observation_keys.find(observation, wanted)
+    nones = sorted(name for name, value in flat.items() if value is None)
+    flat = {name: value for name, value in flat.items() if value is not None}
     _warn_of_unused(robot, flat, spelled)
     if prompt is not None:
         wanted.pop(robot.prompt_key, None)
@@ -61,6 +63,7 @@ def clean(
         raise ValueError(
             f"the observation lacks {', '.join(missing)}; robot {robot.name} sends these, and "
             f"there are only {sorted(flat)}"
+            + (f"; {', '.join(map(repr, nones))} there, but None" if nones else "")
         )
     cleaned: dict[str, Any] = {key: picture(observation[key], key) for key in keys}
     cleaned |= _state(robot, observation)
