@@ -2,6 +2,9 @@
 
 from typing import Any
 
+# One of a figure's axes, or an array of them; matplotlib is optional and untyped here.
+Axes = Any
+
 
 class PlotsMissingError(ModuleNotFoundError):
     """Matplotlib is not installed."""
@@ -9,7 +12,7 @@ class PlotsMissingError(ModuleNotFoundError):
 
 def make(
     rows: int, columns: int, size: tuple[float, float], *, dpi: int = 150, **kwargs: Any
-) -> tuple[Any, Any]:
+) -> tuple[Any, Axes]:
     """A figure of a size in inches, and its (rows, columns) array of axes.
 
     Raises:
@@ -28,7 +31,7 @@ def make(
     return figure, figure.subplots(rows, columns, squeeze=False, **kwargs)
 
 
-def tidy(axis: Any, grid: str) -> None:
+def tidy(axis: Axes, grid: str) -> None:
     """No frame but the axes; grid lines of "x", "y" or "both"."""
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis=grid, color="#e4e4e4", linewidth=0.8)

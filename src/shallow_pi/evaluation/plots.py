@@ -90,7 +90,7 @@ def loss_curves(
     figure.savefig(path)
 
 
-def _plain_ticks(axis: Any) -> None:
+def _plain_ticks(axis: figures.Axes) -> None:
     """Label a logarithmic axis 0.2, 0.3, 0.5, 1 instead of with powers of ten."""
     from matplotlib import ticker
 

@@ -8,31 +8,37 @@ which round the length up for the kernels, are masked.
 never stores the logits; it takes heads of 256 from Hopper (H100) on, and of 128 before.
 """
 
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from shallow_pi.models import layers
 
 Kernel = Literal["xla", "cudnn"]
 KERNELS: tuple[Kernel, ...] = get_args(Kernel)
+# Buffers or tokens of one layer, or of a stack of layers.
+KeysValues = tuple[Array, Array]
+# The buffers of all layers: one pair each, or one pair of stacks if layers are scanned.
+Cache = PyTree[Array]
 
 
-def write(buffer: Any, own: Any, slot: int, layer: Any = None) -> Any:
+def write(
+    buffer: KeysValues, own: KeysValues, slot: int, layer: Int[Array, ""] | None = None
+) -> KeysValues:
     """Put keys and values (b, t, k, h) into buffers (b, s, k, h), or (l, b, s, k, h), from a slot.
 
     XLA writes in place if nothing else reads the old buffers.
     """
 
     def put(into: Array, new: Array) -> Array:
-        start: tuple[Any, ...] = (0, slot, 0, 0)
+        start: tuple[int | Array, ...] = (0, slot, 0, 0)
         if layer is not None:
             new, start = new[None], (layer, *start)
         return jax.lax.dynamic_update_slice(into, new, start)
 
-    return jax.tree.map(put, buffer, own)
+    return put(buffer[0], own[0]), put(buffer[1], own[1])
 
 
 def attend(
@@ -57,7 +63,7 @@ def attend(
     return mixed.reshape(queries.shape)
 
 
-def check(kernel: str, dtype: Any, backend: str | None = None) -> None:
+def check(kernel: str, dtype: jax.typing.DTypeLike, backend: str | None = None) -> None:
     """Raise ValueError if a kernel cannot run on a backend; None is JAX's default one."""
     if kernel not in KERNELS:
         raise ValueError(f"attention must be one of {', '.join(KERNELS)}, got {kernel!r}")
@@ -74,7 +80,7 @@ def check(kernel: str, dtype: Any, backend: str | None = None) -> None:
         )
 
 
-def available(dtype: Any, backend: str | None = None) -> tuple[Kernel, ...]:
+def available(dtype: jax.typing.DTypeLike, backend: str | None = None) -> tuple[Kernel, ...]:
     """Kernels worth trying in this dtype; the hardware may still refuse one."""
 
     def possible(kernel: Kernel) -> bool:

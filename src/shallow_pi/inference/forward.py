@@ -5,8 +5,6 @@ buffer: the prefix from slot 0, then π0's state, then the actions, whose slots 
 step overwrites (see `attention`).
 """
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -23,7 +21,7 @@ def prefill(
     observation: observations.Observation,
     kernel: attention.Kernel = "xla",
     tower_kernel: attention.Kernel = "xla",
-) -> tuple[Any, Bool[Array, "b s"]]:
+) -> tuple[attention.Cache, Bool[Array, "b s"]]:
     """Buffers with the prefix's keys and values of every layer, and a mask of the slots in use."""
     c = config.backbone
     valid = pi0.prefix_valid(config, observation)
@@ -31,7 +29,7 @@ def prefill(
     rope = layers.rope_table(jnp.cumsum(valid, axis=1) - 1, c.head_dim)
     shape = (len(tokens), prepare.cache_length(config), c.num_kv_heads, c.head_dim)
     empty = jnp.zeros(shape, tokens.dtype)
-    cache: Any = [(empty, empty)] * config.depth
+    cache: attention.Cache = [(empty, empty)] * config.depth
     if not isinstance(prepared.prefix, list):
         cache = (jnp.zeros((config.depth, *shape), tokens.dtype),) * 2
     valid = jnp.pad(valid, ((0, 0), (0, shape[1] - valid.shape[1])))
@@ -59,10 +57,10 @@ def append_state(
     config: pi0.Pi0Config,
     prepared: prepare.Prepared,
     state: Float[Array, "b ad"],
-    cache: Any,
+    cache: attention.Cache,
     valid: Bool[Array, "b s"],
     kernel: attention.Kernel = "xla",
-) -> tuple[Any, Bool[Array, "b s"]]:
+) -> tuple[attention.Cache, Bool[Array, "b s"]]:
     """The buffers with π0's state token after the prefix: it sees the prefix and itself alone."""
     token = layers.dense(prepared.params["state_proj"], state)[:, None].astype(config.dtype)
     rope = layers.rope_table(jnp.sum(valid, axis=1, keepdims=True), config.expert.head_dim)
@@ -77,13 +75,13 @@ def append_state(
 def velocity(
     config: pi0.Pi0Config,
     prepared: prepare.Prepared,
-    cache: Any,
+    cache: attention.Cache,
     valid: Bool[Array, "b s"],
     x_t: Float[Array, "b ah ad"],
     tables: prepare.Tables,
     state: Float[Array, "b ad"] | None = None,
     kernel: attention.Kernel = "xla",
-) -> tuple[Float[Array, "b ah ad"], Any]:
+) -> tuple[Float[Array, "b ah ad"], attention.Cache]:
     """The velocity at one time, float32, and the buffers for the next one.
 
     Args:
@@ -136,15 +134,15 @@ def velocity(
 
 def run_layers(
     config: pi0.Pi0Config,
-    stack: Any,
+    stack: prepare.Stack,
     x: Float[Array, "b t d"],
-    cache: Any,
+    cache: attention.Cache,
     slot: int,
     rope: tuple[Array, Array],
     mask: Bool[Array, "b m s"],
     modulation: Float[Array, "l 2 3 e"] | None,
     kernel: attention.Kernel,
-) -> tuple[Array, Any]:
+) -> tuple[Array, attention.Cache]:
     """All layers of one stream, which write their keys and values into the cache from a slot."""
     if isinstance(stack, list):
         cache = list(cache)
@@ -157,7 +155,10 @@ def run_layers(
             x = _finish(x, mixed, layer, gate, given)
         return x, cache
 
-    def step(carry: tuple[Array, Any], scanned: Any) -> tuple[tuple[Array, Any], None]:
+    def step(
+        carry: tuple[Array, attention.KeysValues],
+        scanned: tuple[Array, prepare.Layer, Array | None],
+    ) -> tuple[tuple[Array, attention.KeysValues], None]:
         (x, cache), (i, layer, given) = carry, scanned
         queries, own, gate = _project(config, x, layer, rope, given)
         cache = attention.write(cache, own, slot, layer=i)

@@ -4,7 +4,7 @@ Query, key and value are one matrix, and layers are unrolled (a scan would copy 
 out of their stack at every call) or scanned.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +22,8 @@ class Tower(NamedTuple):
 
     patches: siglip.Pair
     positions: Float[Array, "1 s d"]
-    # One for each layer, or stacked if layers are scanned.
-    layers: Any
+    # One for each layer, or one of stacked arrays if layers are scanned.
+    layers: list[siglip.Layer] | siglip.Layer
     norm: siglip.Pair
     head: siglip.Pair
 
@@ -31,7 +31,7 @@ class Tower(NamedTuple):
 def prepare(
     config: siglip.SiglipConfig,
     params: PyTree,
-    dtype: Any,
+    dtype: jax.typing.DTypeLike,
     *,
     fused: bool,
     unrolled: bool,
@@ -49,7 +49,9 @@ def prepare(
         of zeros give GELU(0) = 0, which meets rows of zeros.
     """
 
-    def pair(tree: PyTree, name: str = "kernel", dtype: Any = jnp.float32) -> siglip.Pair:
+    def pair(
+        tree: PyTree, name: str = "kernel", dtype: jax.typing.DTypeLike = jnp.float32
+    ) -> siglip.Pair:
         return tree[name].astype(dtype), tree["bias"].astype(dtype)
 
     def matrix(weights: siglip.Pair) -> siglip.Pair:
@@ -63,7 +65,7 @@ def prepare(
         kernels, biases = zip(*qkv, strict=True)
         qkv = ((jnp.concatenate(kernels, axis=-1), jnp.concatenate(biases, axis=-1)),)
     more = (0, -config.mlp_dim % multiple)
-    stack: Any = layer._replace(
+    stack: list[siglip.Layer] | siglip.Layer = layer._replace(
         qkv=qkv,
         out=matrix(layer.out),
         up=(jnp.pad(layer.up[0], ((0, 0), (0, 0), more)), jnp.pad(layer.up[1], ((0, 0), more))),

@@ -16,7 +16,7 @@ does not need: absent cameras and prompt padding.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -58,15 +58,18 @@ class Tables(NamedTuple):
     final: Float[Array, "n 3 e"] | None
 
 
+# One for each layer, or one of stacked arrays if layers are scanned.
+Stack = list[Layer] | Layer
+
+
 class Prepared(NamedTuple):
     """A model's weights as `sampler.sample_actions` takes them."""
 
     # Embedder and everything outside the layers, as in openpi's tree.
     params: PyTree
     image: image_tower.Tower
-    # One for each layer, or stacked if layers are scanned.
-    prefix: Any
-    suffix: Any
+    prefix: Stack
+    suffix: Stack
     # None: computed from `params` at every step.
     tables: Tables | None
 
@@ -122,7 +125,7 @@ def prepare(
       times: the integration times, for the tables.
       options: the optimizations to use.
     """
-    stacks: list[Any] = [stack_layers(config, params, stream, options) for stream in (0, 1)]
+    stacks: list[Stack] = [stack_layers(config, params, stream, options) for stream in (0, 1)]
     if options.unrolled_layers:
         # One array per layer: a slice of a stack would be copied at every call.
         stacks = [

@@ -10,7 +10,7 @@ operations read them. Matrices stay arguments of their own, because XLA would co
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -205,7 +205,7 @@ def unpack_weights(shapes: PyTree, arrays: Arrays) -> prepare.Prepared:
     return jax.tree.unflatten(tree, found)
 
 
-def _vector_dtypes(leaves: list[Any]) -> list[np.dtype]:
+def _vector_dtypes(leaves: list[np.ndarray]) -> list[np.dtype]:
     return sorted({leaf.dtype for leaf in leaves if leaf.ndim == 1}, key=str)
 
 
@@ -237,7 +237,7 @@ class Program:
         return unpack_weights(self.shapes, self.arrays)
 
     @functools.cached_property
-    def run(self) -> Any:
+    def run(self) -> jax.stages.Wrapped:
         """The jitted function of (layout, arrays, buffer); the layout is static."""
         return jax.jit(
             functools.partial(

@@ -7,8 +7,6 @@ never waits for the host. `tuning` lists the optimizations,
 `real_time` says how a chunk continues the previous one.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -92,7 +90,9 @@ def sample_prepared(
     if guidance is not None:
         guidance = real_time.for_steps(guidance, num_steps)
 
-    def integrate(carry: tuple[Array, Any], at: Any) -> tuple[tuple[Array, Any], None]:
+    def integrate(
+        carry: tuple[Array, attention.Cache], at: tuple[Array, prepare.Tables | None]
+    ) -> tuple[tuple[Array, attention.Cache], None]:
         x_t, cache = carry
         t, tables = at
         if tables is None:
@@ -100,7 +100,7 @@ def sample_prepared(
         else:
             tables = jax.tree.map(lambda leaf: leaf[None], tables)
 
-        def velocity(x: Array, by: attention.Kernel) -> tuple[Array, Any]:
+        def velocity(x: Array, by: attention.Kernel) -> tuple[Array, attention.Cache]:
             return forward.velocity(config, prepared, cache, valid, x, tables, state, kernel=by)
 
         if guidance is None:

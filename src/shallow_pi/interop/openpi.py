@@ -30,9 +30,11 @@ from shallow_pi.models import pi0
 
 # Variants whose look-up is swapped; any other name is an error there.
 BACKBONE, EXPERT = "gemma_2b", "gemma_300m"
+# An object of openpi's classes, which mypy does not see.
+OpenpiObject = Any
 
 
-def model_config(model: pi0.Pi0Config) -> Any:
+def model_config(model: pi0.Pi0Config) -> OpenpiObject:
     """openpi's model config with exactly these sizes.
 
     Raises:
@@ -68,7 +70,7 @@ def model_config(model: pi0.Pi0Config) -> Any:
 
 
 @functools.cache
-def _config_class() -> Any:
+def _config_class() -> type:
     from openpi.models import pi0_config
 
     @dataclasses.dataclass(frozen=True)
@@ -77,7 +79,7 @@ def _config_class() -> Any:
 
         sizes: pi0.Pi0Config = dataclasses.field(default_factory=pi0.Pi0Config)
 
-        def create(self, rng: Any) -> Any:
+        def create(self, rng: Array) -> OpenpiObject:
             with _sizes(self.sizes):
                 return super().create(rng)
 
@@ -95,7 +97,7 @@ def _sizes(model: pi0.Pi0Config) -> Iterator[None]:
     image = dataclasses.asdict(model.image) | {"patch_size": (patch, patch)}
     before = openpi_gemma.get_config, openpi_siglip.decode_variant
 
-    def stream(variant: str) -> Any:
+    def stream(variant: str) -> OpenpiObject:
         return openpi_gemma.Config(depth=model.depth, **dataclasses.asdict(streams[variant]))
 
     openpi_gemma.get_config, openpi_siglip.decode_variant = stream, lambda _: image
@@ -143,7 +145,9 @@ def sampler(
     return lambda: sample(key, theirs, num_steps=num_steps, noise=noise)
 
 
-def train_config(name: str, model: pi0.Pi0Config, robot: robots.Robot, asset_id: str) -> Any:
+def train_config(
+    name: str, model: pi0.Pi0Config, robot: robots.Robot, asset_id: str
+) -> OpenpiObject:
     """openpi's TrainConfig of a student: its sizes, and what its robot sends and expects.
 
     ALOHA, LIBERO and DROID speak with openpi's own clients, a robot of a config of openpi's as that
@@ -201,7 +205,7 @@ class RobotInputs:
     cameras: tuple[str, ...]
     image_size: int
 
-    def __call__(self, data: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, data: transforms.Sample) -> transforms.Sample:
         robot = self.robot
         sample = transforms.Cameras(self.cameras, robot.cameras, self.image_size)(data)
         prompt = robot.prompt_key if robot.prompt_key in sample else "prompt"
@@ -228,7 +232,7 @@ class RobotInputs:
         }
 
 
-def register(name: str, train: Any) -> None:
+def register(name: str, train: OpenpiObject) -> None:
     """Let openpi's `get_config(name)` give this config, in this process.
 
     Raises:
@@ -261,7 +265,7 @@ def register_checkpoint(name: str, step: str | os.PathLike[str]) -> None:
     _sample_in(train, assets.num_steps)
 
 
-def _sample_in(train: Any, num_steps: int) -> None:
+def _sample_in(train: OpenpiObject, num_steps: int) -> None:
     """Give openpi's policies of a config this many integration steps, in this process.
 
     openpi's server has no flag for them: `create_trained_policy` takes them as `sample_kwargs`.
@@ -270,7 +274,7 @@ def _sample_in(train: Any, num_steps: int) -> None:
 
     create = policy_config.create_trained_policy
 
-    def with_steps(config: Any, *args: Any, **kwargs: Any) -> Any:
+    def with_steps(config: OpenpiObject, *args: object, **kwargs: object) -> OpenpiObject:
         if config is train and kwargs.get("sample_kwargs") is None:
             kwargs["sample_kwargs"] = {"num_steps": num_steps}
         return create(config, *args, **kwargs)

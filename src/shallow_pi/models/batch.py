@@ -6,7 +6,7 @@ shardings and warm-up shapes derive from `spec`; nothing else spells the fields 
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import flax.struct
 import jax
@@ -50,7 +50,7 @@ class Batch:
 def spec(model: Sizes, b: int) -> Batch:
     """Shapes and dtypes of a batch of `b` as the loader gives it."""
 
-    def array(dtype: type[np.generic], *shape: int) -> Any:
+    def array(dtype: type[np.generic], *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((b, *shape), dtype)
 
     side, tokens = model.image_size, model.max_token_len

@@ -12,18 +12,18 @@ and G), so that devices can share them; on each device XLA makes T and G the row
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from shallow_pi.models import layers, parameters
 
 # A tree of parameters.
-Weights = dict[str, Any]
+Weights = dict[str, PyTree[Array]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,7 +273,10 @@ class Block(nn.Module):
         carry: tuple[Array, Array, Capture | None],
         index: Int[Array, ""],
         geometry: Geometry,
-    ) -> tuple[tuple[Array, Array, Capture | None], tuple[Any, Any]]:
+    ) -> tuple[
+        tuple[Array, Array, Capture | None],
+        tuple[tuple[Array, Array] | None, tuple[Array, Array] | None],
+    ]:
         prefix, suffix, captured = carry
         pi05 = geometry.condition is not None
         weights = parameters.declare(self, parameters.LAYERS, axis_sizes(self.configs), pi05)

@@ -17,7 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 MASKED = -2.3819763e38
 ROPE_WAVELENGTH = 10_000.0
@@ -40,7 +40,7 @@ class Execution:
         if self.remat not in ("layers", "dots", "none"):
             raise ValueError(f"remat must be layers, dots or none, got {self.remat!r}.")
 
-    def layer(self, module: type[nn.Module]) -> Any:
+    def layer(self, module: type[nn.Module]) -> type[nn.Module]:
         """The class of a layer, to be scanned, as this execution runs it."""
         if self.offloaded:
             module = nn.map_variables(module, "params", trans_in_fn=to_device, init=False)
@@ -76,7 +76,7 @@ DEFAULT_EXECUTION = Execution()
 _SAVE_DOTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 
 
-def to_device(tree: Any) -> Any:
+def to_device(tree: PyTree) -> PyTree:
     """A tree of arrays copied from host memory to their devices, inside a jit."""
     if hasattr(jax, "memory"):
         memory: Any = jax.memory.Space.Device
@@ -165,7 +165,7 @@ def multiply(x: Float[Array, "*b i"], matrix: Float[Array, "i o"]) -> Float[Arra
 
 
 def dense(
-    weights: Mapping[str, Array], x: Float[Array, "*b i"], dtype: Any = None
+    weights: Mapping[str, Array], x: Float[Array, "*b i"], dtype: jax.typing.DTypeLike | None = None
 ) -> Float[Array, "*b o"]:
     """`x @ kernel + bias` in a dtype; None: the wider of the dtypes of `x` and `kernel`."""
     dtype = dtype or jnp.promote_types(x.dtype, weights["kernel"].dtype)
@@ -214,7 +214,7 @@ def attend(
     keys: Float[Array, "b s k h"],
     values: Float[Array, "b s k h"],
     mask: Bool[Array, "b m s"] | None,
-    logits_dtype: Any = jnp.float32,
+    logits_dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> Float[Array, "b t k g h"]:
     """Grouped-query attention.
 
@@ -269,7 +269,7 @@ def attend_both(
 
 
 def embed_tokens(
-    table: Float[Array, "v d"], tokens: Int[Array, "b t"], dtype: Any
+    table: Float[Array, "v d"], tokens: Int[Array, "b t"], dtype: jax.typing.DTypeLike
 ) -> Float[Array, "b t d"]:
     """Token embeddings, scaled by the root of the width."""
     return (table[tokens] * jnp.asarray(table.shape[-1] ** 0.5, table.dtype)).astype(dtype)

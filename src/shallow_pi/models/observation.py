@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
-# An array: numpy's on the host, JAX's on devices.
+# An array: numpy's on the host, JAX's on devices, or one of their shapes (`batch.spec`).
 AnyArray = Any
 
 

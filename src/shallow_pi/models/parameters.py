@@ -11,11 +11,11 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import flax.linen as nn
 import jax
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 LAYERS = "PaliGemma/llm/layers"
 ENCODER = "PaliGemma/img/Transformer/encoderblock"
@@ -186,7 +186,7 @@ class Leaves(nn.Module):
     pi05: bool | None = None
 
     @nn.compact
-    def __call__(self) -> dict[str, Any]:
+    def __call__(self) -> dict[str, PyTree[Array]]:
         return declare(self, self.root, self.sizes, self.pi05)
 
 
@@ -196,7 +196,7 @@ def declare(
     sizes: Mapping[str, int],
     pi05: bool | None = None,
     names: tuple[str, ...] | None = None,
-) -> dict[str, Any]:
+) -> dict[str, PyTree[Array]]:
     """The parameters of a Linen module at a path, as a tree; of stacked ones, one layer's.
 
     Args:
@@ -206,7 +206,7 @@ def declare(
       pi05: π0.5's parameters (True) or π0's; None where it has the same as the other.
       names: the children of the path to take; None takes all.
     """
-    tree: dict[str, Any] = {}
+    tree: dict[str, PyTree[Array]] = {}
     for parameter in TABLE:
         if parameter.pi05 not in (None, pi05) or not parameter.path.startswith(f"{path}/"):
             continue

@@ -7,11 +7,12 @@ backbone's width. Every patch gives one token; there is no pooling.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from shallow_pi.models import layers, parameters
 
@@ -62,10 +63,12 @@ class Layer(NamedTuple):
     down: Pair
 
 
-def arrange(tree: dict[str, Any], dtype: Any) -> Layer:
+def arrange(tree: PyTree, dtype: jax.typing.DTypeLike) -> Layer:
     """The weights of a layer, from openpi's tree."""
 
-    def pair(tree: dict[str, Array], name: str = "kernel", dtype: Any = dtype) -> Pair:
+    def pair(
+        tree: dict[str, Array], name: str = "kernel", dtype: jax.typing.DTypeLike = dtype
+    ) -> Pair:
         return tree[name].astype(dtype), tree["bias"].astype(dtype)
 
     heads, mlp = tree["MultiHeadDotProductAttention_0"], tree["MlpBlock_0"]

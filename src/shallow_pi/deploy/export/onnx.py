@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from shallow_pi.deploy import policy as policies
 from shallow_pi.deploy.export import onnx_graph, openpi, tensorrt_operators
@@ -154,7 +154,7 @@ def _inputs(model: pi0.Pi0Config) -> dict[str, jax.ShapeDtypeStruct]:
     return found if model.pi05 else found | {"state": spec((1, model.action_dim), np.float32)}
 
 
-def _observation(model: pi0.Pi0Config, given: Sequence[Any]) -> observations.Observation:
+def _observation(model: pi0.Pi0Config, given: Sequence[Array]) -> observations.Observation:
     """The inputs of a graph as an observation, every camera present."""
     pictures, prompt, mask, *state = given
     floats = observations.Observation({"all": pictures}, {}, None, None, None).as_float()
@@ -167,11 +167,11 @@ def _observation(model: pi0.Pi0Config, given: Sequence[Any]) -> observations.Obs
     )
 
 
-_Part = tuple[Callable[..., Sequence[Any]], dict[str, jax.ShapeDtypeStruct], list[str]]
+_Part = tuple[Callable[..., Sequence[Array]], dict[str, jax.ShapeDtypeStruct], list[str]]
 
 
 def policy_part(model: pi0.Pi0Config, num_steps: int) -> _Part:
-    def sample(prepared: preparation.Prepared, *given: Any) -> Sequence[Any]:
+    def sample(prepared: preparation.Prepared, *given: Array) -> Sequence[Array]:
         *observed, noise = given
         observation = _observation(model, observed)
         return [
@@ -184,7 +184,7 @@ def policy_part(model: pi0.Pi0Config, num_steps: int) -> _Part:
 
 
 def _prefix(model: pi0.Pi0Config, num_steps: int) -> _Part:
-    def prefix(prepared: preparation.Prepared, *given: Any) -> Sequence[Any]:
+    def prefix(prepared: preparation.Prepared, *given: Array) -> Sequence[Array]:
         observation = _observation(model, given)
         cache, valid = forward.prefill(model, prepared, observation)
         if not model.pi05:
@@ -195,7 +195,7 @@ def _prefix(model: pi0.Pi0Config, num_steps: int) -> _Part:
 
 
 def _step(model: pi0.Pi0Config, num_steps: int) -> _Part:
-    def step(prepared: preparation.Prepared, *given: Any) -> Sequence[Any]:
+    def step(prepared: preparation.Prepared, *given: Array) -> Sequence[Array]:
         x, t, *rest, valid = given
         cache = list(zip(rest[::2], rest[1::2], strict=True))
         tables = preparation.make_tables(model, prepared.params, t)
@@ -265,7 +265,7 @@ def _sampled(
 ) -> np.ndarray:
     wide = dataclasses.replace(model, dtype="float32")
 
-    def sample(params: PyTree, inputs: dict[str, Any]) -> Any:
+    def sample(params: PyTree, inputs: dict[str, Array]) -> Array:
         *observed, noise = inputs.values()
         return sampler.sample_actions(
             wide, params, _observation(wide, observed), noise, num_steps=student.num_steps

@@ -14,12 +14,15 @@ from typing import Any, BinaryIO
 
 import jax
 import numpy as np
+import numpy.typing as npt
 from jax.extend import core
 from jaxtyping import PyTree
 
 from shallow_pi.deploy.export import onnx_nodes
 from shallow_pi.deploy.export.onnx_nodes import Value
 
+# A protocol buffer of the `onnx` package, which is optional and untyped.
+Proto = Any
 # TensorRT 10 reads up to 20; below 17 operators take their axes otherwise.
 OPSETS = (17, 18, 19, 20)
 # Primitives that only call another jaxpr, by the name of the parameter that holds it.
@@ -42,7 +45,7 @@ class Weights:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def tensor(self, array: np.ndarray, name: str) -> Any:
+    def tensor(self, array: np.ndarray, name: str) -> Proto:
         """An initializer: inline if small, else a reference into the file."""
         import onnx
 
@@ -68,13 +71,13 @@ class Weights:
 
 
 def convert(
-    function: Callable[..., Sequence[Any]],
+    function: Callable[..., Sequence[jax.Array]],
     known: PyTree,
     inputs: dict[str, jax.ShapeDtypeStruct],
     outputs: Sequence[str],
     weights: Weights,
     opset: int = OPSETS[0],
-) -> Any:
+) -> Proto:
     """The ONNX model of `function(known, *inputs)`, with batch and all other sizes fixed.
 
     Args:
@@ -122,12 +125,12 @@ def convert(
     )
 
 
-def operators(model: Any) -> dict[str, int]:
+def operators(model: Proto) -> dict[str, int]:
     """Number of nodes of each operator in a model."""
     return dict(sorted(Counter(node.op_type for node in model.graph.node).items()))
 
 
-def _info(name: str, shape: Sequence[int], dtype: np.dtype) -> Any:
+def _info(name: str, shape: Sequence[int], dtype: np.dtype) -> Proto:
     import onnx
 
     return onnx.helper.make_tensor_value_info(name, onnx_nodes.type_of(dtype), shape)
@@ -135,17 +138,17 @@ def _info(name: str, shape: Sequence[int], dtype: np.dtype) -> Any:
 
 def _inline(
     graph: onnx_nodes.Graph,
-    jaxpr: Any,
-    consts: Sequence[Any],
+    jaxpr: core.Jaxpr,
+    consts: Sequence[npt.ArrayLike],
     arguments: Sequence[Value],
     line: str = "",
 ) -> list[Value]:
     """Add a jaxpr's equations to the graph; the values it returns."""
-    values: dict[Any, Value] = dict(zip(jaxpr.invars, arguments, strict=True))
+    values: dict[core.Var, Value] = dict(zip(jaxpr.invars, arguments, strict=True))
     for variable, const in zip(jaxpr.constvars, consts, strict=True):
         values[variable] = Value.of(np.asarray(const))
 
-    def read(atom: Any) -> Value:
+    def read(atom: core.Var | core.Literal) -> Value:
         if isinstance(atom, core.Literal):
             return Value.of(np.asarray(atom.val, getattr(atom.aval, "dtype", None)))
         return values[atom]
@@ -163,7 +166,7 @@ def _inline(
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _read(nodes: Sequence[Any], wanted: set[str]) -> list[Any]:
+def _read(nodes: Sequence[Proto], wanted: set[str]) -> list[Proto]:
     """The nodes that the wanted results need, in order."""
     kept, needed = [], set(wanted)
     for node in reversed(nodes):

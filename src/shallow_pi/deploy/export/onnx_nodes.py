@@ -7,14 +7,27 @@ TensorRT sums no integers that way.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
+from jax.extend import core
 
 Shape = tuple[int, ...]
+# Parameters of a JAX primitive: each has its own, of its own types.
+Params = Mapping[str, Any]
+
+
+class Spec(Protocol):
+    """Shape and dtype of an equation's result: an abstract value of JAX's."""
+
+    @property
+    def shape(self) -> Shape: ...
+    @property
+    def dtype(self) -> np.dtype: ...
 
 
 @dataclasses.dataclass(eq=False)
@@ -30,7 +43,7 @@ class Value:
     # The equation it comes from, and what that read.
     primitive: str = ""
     inputs: Sequence["Value"] = ()
-    params: Any = None
+    params: Params = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.held = self.shape if self.held is None else self.held
@@ -91,7 +104,7 @@ class Graph:
         operator: str,
         inputs: Sequence[str],
         shape: Shape,
-        dtype: Any,
+        dtype: npt.DTypeLike,
         *,
         held: Shape | None = None,
         name: str = "",
@@ -105,7 +118,7 @@ class Graph:
         return Value(tuple(shape), np.dtype(dtype), name, held)
 
 
-def type_of(dtype: Any) -> int:
+def type_of(dtype: npt.DTypeLike) -> int:
     """ONNX's number of a dtype."""
     import onnx
 
@@ -123,7 +136,7 @@ _TYPES = {
 }
 
 
-def add(graph: Graph, equation: Any, inputs: list[Value], line: str = "") -> list[Value]:
+def add(graph: Graph, equation: core.JaxprEqn, inputs: list[Value], line: str = "") -> list[Value]:
     """Add one equation: computed here if all of its inputs are known, else as nodes.
 
     Args:
@@ -153,7 +166,7 @@ def add(graph: Graph, equation: Any, inputs: list[Value], line: str = "") -> lis
     return results
 
 
-def _fold(equation: Any, inputs: Sequence[Value]) -> list[Value] | None:
+def _fold(equation: core.JaxprEqn, inputs: Sequence[Value]) -> list[Value] | None:
     arrays = [value.numbers() for value in inputs]
     if any(array is None for array in arrays):
         return None
@@ -162,7 +175,7 @@ def _fold(equation: Any, inputs: Sequence[Value]) -> list[Value] | None:
     return [Value.of(np.asarray(one)) for one in found]
 
 
-def line_of(equation: Any) -> str:
+def line_of(equation: core.JaxprEqn) -> str:
     """Source line of an equation, if JAX knows it."""
     frames = getattr(getattr(equation.source_info, "traceback", None), "frames", ())
     for frame in frames:
@@ -172,7 +185,7 @@ def line_of(equation: Any) -> str:
 
 
 def _elementwise(operator: str) -> Callable[..., Value]:
-    def make(graph: Graph, inputs: Sequence[Value], out: Any, _: Any) -> Value:
+    def make(graph: Graph, inputs: Sequence[Value], out: Spec, _: Params) -> Value:
         held = np.broadcast_shapes(*(value.held or () for value in inputs))
         names = [value.compact(graph) for value in inputs]
         return graph.node(operator, names, out.shape, out.dtype, held=held)
@@ -180,13 +193,13 @@ def _elementwise(operator: str) -> Callable[..., Value]:
     return make
 
 
-def _rsqrt(graph: Graph, inputs: Sequence[Value], out: Any, _: Any) -> Value:
+def _rsqrt(graph: Graph, inputs: Sequence[Value], out: Spec, _: Params) -> Value:
     (x,) = inputs
     root = graph.node("Sqrt", [x.compact(graph)], out.shape, out.dtype, held=x.held)
     return graph.node("Reciprocal", [root.name], out.shape, out.dtype, held=x.held)
 
 
-def _power(graph: Graph, inputs: Sequence[Value], out: Any, params: Any) -> Value:
+def _power(graph: Graph, inputs: Sequence[Value], out: Spec, params: Params) -> Value:
     (x,), power = inputs, params.get("y", 2)
     if power not in (2, 3):
         raise ValueError(f"ONNX export: integer_pow by {power}; there are 2 and 3")
@@ -197,7 +210,7 @@ def _power(graph: Graph, inputs: Sequence[Value], out: Any, params: Any) -> Valu
     return found
 
 
-def _divide(graph: Graph, inputs: Sequence[Value], out: Any, params: Any) -> Value:
+def _divide(graph: Graph, inputs: Sequence[Value], out: Spec, params: Params) -> Value:
     above, below = inputs
     if (logits := _softmaxed(above, below)) is not None:
         value, axis = logits
@@ -229,12 +242,12 @@ def _behind(value: Value, *primitives: str) -> Value:
     return value
 
 
-def _select(graph: Graph, inputs: Sequence[Value], out: Any, params: Any) -> Value:
+def _select(graph: Graph, inputs: Sequence[Value], out: Spec, params: Params) -> Value:
     which, no, yes = inputs
     return _elementwise("Where")(graph, (which, yes, no), out, params)
 
 
-def _cast(graph: Graph, inputs: Sequence[Value], out: Any, _: Any) -> Value:
+def _cast(graph: Graph, inputs: Sequence[Value], out: Spec, _: Params) -> Value:
     (x,) = inputs
     if x.dtype == out.dtype:
         return x
@@ -242,7 +255,7 @@ def _cast(graph: Graph, inputs: Sequence[Value], out: Any, _: Any) -> Value:
     return graph.node("Cast", [x.compact(graph)], out.shape, out.dtype, held=x.held, to=to)
 
 
-def _broadcast(graph: Graph, inputs: Sequence[Value], out: Any, params: Any) -> Value:
+def _broadcast(graph: Graph, inputs: Sequence[Value], out: Spec, params: Params) -> Value:
     x, held = inputs[0], [1] * len(out.shape)
     for axis, size in zip(params["broadcast_dimensions"], x.held or (), strict=True):
         held[axis] = size
@@ -251,29 +264,29 @@ def _broadcast(graph: Graph, inputs: Sequence[Value], out: Any, params: Any) -> 
     return _reshaped(graph, x.compact(graph), x.held or (), tuple(held), out)
 
 
-def _reshaped(graph: Graph, name: str, given: Shape, held: Shape, out: Any) -> Value:
+def _reshaped(graph: Graph, name: str, given: Shape, held: Shape, out: Spec) -> Value:
     if given == held:
         return Value(out.shape, np.dtype(out.dtype), name, held)
     return graph.node("Reshape", [name, graph.integers(held)], out.shape, out.dtype, held=held)
 
 
-def _reshape(graph: Graph, inputs: Sequence[Value], out: Any, _: Any) -> Value:
+def _reshape(graph: Graph, inputs: Sequence[Value], out: Spec, _: Params) -> Value:
     (x,) = inputs
     return _reshaped(graph, x.expanded(graph), x.shape, out.shape, out)
 
 
-def _transpose(graph: Graph, inputs: Sequence[Value], out: Any, params: Any) -> Value:
+def _transpose(graph: Graph, inputs: Sequence[Value], out: Spec, params: Params) -> Value:
     (x,), order = inputs, [int(axis) for axis in params["permutation"]]
     return graph.node("Transpose", [x.expanded(graph)], out.shape, out.dtype, perm=order)
 
 
-def _concatenate(graph: Graph, inputs: Sequence[Value], out: Any, params: Any) -> Value:
+def _concatenate(graph: Graph, inputs: Sequence[Value], out: Spec, params: Params) -> Value:
     names = [value.expanded(graph) for value in inputs]
     axis = int(params["dimension"])
     return graph.node("Concat", names, out.shape, out.dtype, axis=axis)
 
 
-def _stack(graph: Graph, inputs: Sequence[Value], out: Any, params: Any) -> Value:
+def _stack(graph: Graph, inputs: Sequence[Value], out: Spec, params: Params) -> Value:
     axis = int(params["axis"])
     shape = (*out.shape[:axis], 1, *out.shape[axis + 1 :])
     names = [
@@ -297,13 +310,13 @@ def _cut(
     return graph.node("Slice", names, shape, x.dtype)
 
 
-def _slice(graph: Graph, inputs: Sequence[Value], out: Any, params: Any) -> Value:
+def _slice(graph: Graph, inputs: Sequence[Value], out: Spec, params: Params) -> Value:
     (x,) = inputs
     steps = params["strides"] or (1,) * len(x.shape)
     return _cut(graph, x, params["start_indices"], params["limit_indices"], steps)
 
 
-def _split(graph: Graph, inputs: Sequence[Value], out: Any, params: Any) -> list[Value]:
+def _split(graph: Graph, inputs: Sequence[Value], out: Spec, params: Params) -> list[Value]:
     (x,), axis, results, start = inputs, params["axis"], [], 0
     for size in params["sizes"]:
         starts, ends = [0] * len(x.shape), list(x.shape)
@@ -319,14 +332,14 @@ def _known_starts(values: Sequence[Value], what: str) -> list[int]:
     return [int(value.numbers()) for value in values]  # type: ignore[arg-type]
 
 
-def _dynamic_slice(graph: Graph, inputs: Sequence[Value], out: Any, params: Any) -> Value:
+def _dynamic_slice(graph: Graph, inputs: Sequence[Value], out: Spec, params: Params) -> Value:
     x, *places = inputs
     starts = _known_starts(places, "dynamic_slice")
     ends = [start + size for start, size in zip(starts, params["slice_sizes"], strict=True)]
     return _cut(graph, x, starts, ends, [1] * len(starts))
 
 
-def _update(graph: Graph, inputs: Sequence[Value], out: Any, _: Any) -> Value:
+def _update(graph: Graph, inputs: Sequence[Value], out: Spec, _: Params) -> Value:
     """The slice before the new part, the new part, and the slice after it, concatenated."""
     x, new, *places = inputs
     starts = _known_starts(places, "dynamic_update_slice")
@@ -353,7 +366,7 @@ def _update(graph: Graph, inputs: Sequence[Value], out: Any, _: Any) -> Value:
     return _concatenate(graph, parts, out, {"dimension": axis})
 
 
-def _pad(graph: Graph, inputs: Sequence[Value], out: Any, params: Any) -> Value:
+def _pad(graph: Graph, inputs: Sequence[Value], out: Spec, params: Params) -> Value:
     x, filling = inputs
     for axis, (low, high, inside) in enumerate(params["padding_config"]):
         if inside or low < 0 or high < 0 or filling.array is None:
@@ -370,7 +383,7 @@ def _pad(graph: Graph, inputs: Sequence[Value], out: Any, params: Any) -> Value:
     return x
 
 
-def _gather(graph: Graph, inputs: Sequence[Value], out: Any, params: Any) -> Value:
+def _gather(graph: Graph, inputs: Sequence[Value], out: Spec, params: Params) -> Value:
     table, indices = inputs
     found = params["dimension_numbers"]
     rows = (1, *table.shape[1:])
@@ -378,13 +391,13 @@ def _gather(graph: Graph, inputs: Sequence[Value], out: Any, params: Any) -> Val
     if not simple or tuple(params["slice_sizes"]) != rows or indices.shape[-1] != 1:
         raise ValueError("ONNX export: gather of anything but rows of a table")
     rows_of = _reshape(
-        graph, [indices], jax.ShapeDtypeStruct(indices.shape[:-1], indices.dtype), None
+        graph, [indices], jax.ShapeDtypeStruct(indices.shape[:-1], indices.dtype), {}
     )
     names = [table.expanded(graph), rows_of.expanded(graph)]
     return graph.node("Gather", names, out.shape, out.dtype, axis=0)
 
 
-def _running_sum(graph: Graph, inputs: Sequence[Value], out: Any, params: Any) -> Value:
+def _running_sum(graph: Graph, inputs: Sequence[Value], out: Spec, params: Params) -> Value:
     (x,), axis = inputs, params["axis"]
     if axis != len(x.shape) - 1 or params["reverse"]:
         raise ValueError("ONNX export: cumsum along another than the last axis, or reversed")
@@ -395,7 +408,7 @@ def _running_sum(graph: Graph, inputs: Sequence[Value], out: Any, params: Any) -
 
 
 def _reduce(operator: str) -> Callable[..., Value]:
-    def make(graph: Graph, inputs: Sequence[Value], out: Any, params: Any) -> Value:
+    def make(graph: Graph, inputs: Sequence[Value], out: Spec, params: Params) -> Value:
         (x,), axes = inputs, [int(axis) for axis in params["axes"]]
         names, as_attribute = [x.expanded(graph)], operator != "ReduceSum" and graph.opset < 18
         if x.dtype.kind in "biu":  # TensorRT sums floats alone; counts of tokens are exact.
@@ -403,7 +416,7 @@ def _reduce(operator: str) -> Callable[..., Value]:
             names = [wide.name]
         if not as_attribute:
             names.append(graph.integers(axes))
-        more: dict[str, Any] = {"axes": axes} if as_attribute else {}
+        more: Params = {"axes": axes} if as_attribute else {}
         found = graph.node(operator, names, out.shape, out.dtype, keepdims=0, **more)
         if x.dtype.kind in "biu":
             found = graph.node("Cast", [found.name], out.shape, out.dtype, to=type_of(out.dtype))
@@ -412,7 +425,7 @@ def _reduce(operator: str) -> Callable[..., Value]:
     return make
 
 
-def _product(graph: Graph, inputs: Sequence[Value], out: Any, params: Any) -> Value:
+def _product(graph: Graph, inputs: Sequence[Value], out: Spec, params: Params) -> Value:
     """`dot_general` as MatMul: (batch, rows, inner) by (batch, inner, columns)."""
     (left_inner, right_inner), (left_batch, right_batch) = params["dimension_numbers"]
     left, right = inputs
@@ -430,18 +443,18 @@ def _product(graph: Graph, inputs: Sequence[Value], out: Any, params: Any) -> Va
             else:
                 x = _transpose(graph, [x], spec, {"permutation": order})
         spec = jax.ShapeDtypeStruct((*kept, *((rows, summed) if last else (summed, rows))), x.dtype)
-        parts.append(_reshape(graph, [x], spec, None))
+        parts.append(_reshape(graph, [x], spec, {}))
     shape = (*parts[0].shape[:-1], parts[1].shape[-1])
     names = [part.expanded(graph) for part in parts]
     found = graph.node("MatMul", names, shape, left.dtype)
-    return _cast(graph, [_reshape(graph, [found], _spec(out.shape, left.dtype), None)], out, None)
+    return _cast(graph, [_reshape(graph, [found], _spec(out.shape, left.dtype), {})], out, {})
 
 
-def _spec(shape: Shape, dtype: Any) -> jax.ShapeDtypeStruct:
+def _spec(shape: Shape, dtype: npt.DTypeLike) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def _same(graph: Graph, inputs: Sequence[Value], out: Any, _: Any) -> Value:
+def _same(graph: Graph, inputs: Sequence[Value], out: Spec, _: Params) -> Value:
     return inputs[0]
 
 
