@@ -83,11 +83,21 @@ def test_a_script_ends_with_one_line(capsys, error, status):
     assert re.fullmatch(r"error: '?bad'?\n", capsys.readouterr().err)
 
 
-def test_an_interruption_says_how_to_go_on(capsys):
-    with pytest.raises(SystemExit) as exit_, exits.exit_on(interrupted=loop.INTERRUPTED):
-        raise KeyboardInterrupt
-    assert exit_.value.code == 130
-    assert "--resume" in capsys.readouterr().err
+def test_an_interruption_says_how_to_go_on_once_there_is_a_run(capsys, tmp_path):
+    folder, told = tmp_path / "run", []
+    for _ in range(2):
+        with (
+            pytest.raises(SystemExit) as exit_,
+            exits.exit_on(interrupted=lambda: loop.interrupted(folder)),
+        ):
+            raise KeyboardInterrupt
+        assert exit_.value.code == 130
+        told.append(capsys.readouterr().err)
+        folder.mkdir(exist_ok=True)
+    assert told == [
+        "error: interrupted before the run began: start it again\n",
+        "error: interrupted; go on with --resume\n",
+    ]
 
 
 def test_a_programming_error_keeps_its_traceback():

@@ -125,6 +125,27 @@ def test_report_without_baselines_or_latency_is_complete(tmp_path):
     assert written == {"report.json", "report.md", "success.png"}
 
 
+def test_a_page_names_what_the_run_was_made_from():
+    config = {
+        "teacher": {"path": "gs://bucket/pi0"},
+        "data": {"path": "~/one", "more": ["~/two"]},
+        "model": {"depth": 18},
+        "student": {"depth": 6, "layers": []},
+        "num_train_steps": 30_000,
+        "batch_size": 64,
+    }
+    page = report.markdown(report.Report("pi0/first", config), {}).splitlines()
+    assert page[:3] == [
+        "# pi0/first",
+        "",
+        "teacher gs://bucket/pi0, dataset ~/one + ~/two, 6 of the teacher's 18 layers, "
+        "30,000 steps, 64 samples a step",
+    ]
+    alone = report.markdown(report.Report("pi0", config | {"teacher": None}), {}).splitlines()
+    assert alone[2].startswith("dataset ~/one + ~/two, 18 layers, ")
+    assert report.origin({}) == ""
+
+
 def test_policies_that_met_other_episodes_are_not_compared(full):
     other = dict(EVALUATIONS, student=evaluation("student", "1111"))
     with pytest.raises(ValueError, match="evaluate both with the same seed"):

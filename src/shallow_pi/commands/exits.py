@@ -2,24 +2,26 @@
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from shallow_pi.parallel import processes
 
 
 @contextlib.contextmanager
-def exit_on(*errors: type[Exception], interrupted: str = "interrupted") -> Iterator[None]:
+def exit_on(
+    *errors: type[Exception], interrupted: Callable[[], str] = lambda: "interrupted"
+) -> Iterator[None]:
     """Exit with an error's message and status 1 instead of a traceback.
 
     Covers the errors a user can cause (`ValueError`, `OSError`), and `errors`; Ctrl-C exits with
-    status 130 and the message `interrupted`. In a job of several processes every error, a crash
+    status 130 and the message of `interrupted`. In a job of several processes every error, a crash
     too, is prefixed with its process and ends that process (`processes.leave`).
     """
     caught: tuple[type[Exception], ...] = (ValueError, OSError, *errors)
     try:
         yield
     except KeyboardInterrupt as error:
-        print(f"{processes.prefix()}error: {interrupted}", file=sys.stderr)
+        print(f"{processes.prefix()}error: {interrupted()}", file=sys.stderr)
         processes.leave(130)
         raise SystemExit(130) from error
     except caught as error:

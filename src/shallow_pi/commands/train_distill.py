@@ -30,9 +30,11 @@ def main() -> None:
         arguments = arguments[2:]
     experiment = command_line.cli(command_line.configs(), __doc__ or "", arguments, default)
     processes.split_cpu(experiment.batch_size // experiment.accumulation)
-    with exits.exit_on(*loop.ENDS, interrupted=loop.INTERRUPTED):
+    folders = [experiment.folder]
+    with exits.exit_on(*loop.ENDS, interrupted=lambda: loop.interrupted(*folders)):
         teacher = experiment.teacher
         if teacher is not None and teacher.train:
             own = command_line.teacher_experiment(command_line.configs(), experiment)
+            folders.append(own.folder)
             experiment = study.train_teacher(experiment, own)
         study.run(experiment)

@@ -219,6 +219,8 @@ def show(report: Report, console: rich.console.Console | None = None) -> None:
 def markdown(report: Report, pictures: Mapping[str, str]) -> str:
     """The content of report.md; `pictures` maps a caption to a file beside it."""
     lines = [f"# {report.title}"]
+    if said := origin(report.config):
+        lines += ["", said]
     for header, rows in tables(report):
         lines += ["", _row(header), _row(["---", *["---:"] * (len(header) - 1)])]
         lines += [_row(row) for row in rows]
@@ -244,6 +246,23 @@ def markdown(report: Report, pictures: Mapping[str, str]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def origin(config: Mapping[str, Any]) -> str:
+    """One line about teacher, dataset, layers and training of a config; "" if it tells none."""
+    teacher, data = config.get("teacher") or {}, config.get("data") or {}
+    depth, student = (config.get("model") or {}).get("depth"), config.get("student") or {}
+    parts = [f"teacher {teacher['path']}"] if teacher.get("path") else []
+    if data.get("path"):
+        parts += ["dataset " + " + ".join([data["path"], *data.get("more", ())])]
+    if depth and teacher:
+        chosen = len(student.get("layers") or ()) or student.get("depth")
+        parts += [f"{chosen} of the teacher's {depth} layers"] if chosen else []
+    elif depth:
+        parts += [f"{depth} layers"]
+    for key, unit in (("num_train_steps", "steps"), ("batch_size", "samples a step")):
+        parts += [f"{config[key]:,} {unit}"] if config.get(key) else []
+    return ", ".join(parts)
 
 
 def _row(cells: Sequence[str]) -> str:

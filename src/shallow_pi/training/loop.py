@@ -35,9 +35,15 @@ class InterruptedRunError(RuntimeError):
     """The run was stopped by a signal; its last step is saved."""
 
 
-# Errors that end a run and are no bugs; and the message of a script after Ctrl-C.
+# Errors that end a run and are no bugs.
 ENDS = (NonFiniteLossError, InterruptedRunError)
-INTERRUPTED = "interrupted; go on with --resume"
+
+
+def interrupted(*folders: pathlib.Path) -> str:
+    """Message of a script after Ctrl-C: a run can be resumed once one of its folders is there."""
+    if any(folder.is_dir() for folder in folders):
+        return "interrupted; go on with --resume"
+    return "interrupted before the run began: start it again"
 
 
 def train(run: runs.Run, label: str = "Distil") -> pathlib.Path:

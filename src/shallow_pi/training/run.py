@@ -112,6 +112,8 @@ def open_run(experiment: config.DistillConfig, *, prepared: bool = False) -> Run
     if spec.offload_teacher:
         teacher = shapes.offload(teacher)
     run = _with_layers(Run(experiment, folder, mesh, spec, data, teacher_step, teacher), saved)
+    if experiment.teacher is not None:
+        progress.say(f"Teacher: {experiment.teacher.path}")
     for line in (*setup.describe_mesh(experiment, mesh), describe_layers(run.spec)):
         progress.say(line)
     if not prepared:
