@@ -144,6 +144,28 @@ def test_a_teacher_here_that_does_not_fit_is_found_before_a_dataset_is_opened(
         runs.open_run(absent)
 
 
+def test_lengths_other_than_the_teachers_own_are_warned_of(
+    experiment, tmp_path, tiny_params, capsys
+):
+    step = tmp_path / "teacher"
+    own = dataclasses.replace(experiment.model, action_horizon=7, max_token_len=33)
+    weights.save_params(step / "params", tiny_params(experiment.model))
+    (step / "assets").mkdir()
+    content = json.dumps({"model": dataclasses.asdict(own)})
+    (step / "assets" / assets.FILE_NAME).write_text(content)
+    data = dataclasses.replace(experiment.data, source="synthetic", path="", tokenizer="")
+    own_teacher = config.TeacherConfig(str(step))
+    runs.open_run(dataclasses.replace(experiment, data=data, teacher=own_teacher))
+    said = capsys.readouterr().err
+    horizon, length = experiment.model.action_horizon, experiment.model.max_token_len
+    for field, flag, its, given in (
+        ("action_horizon", "--model.action-horizon", 7, horizon),
+        ("max_token_len", "--model.max-token-len", 33, length),
+    ):
+        line = f"with {field} {its}, this run takes {given}: give {flag} {its}\n"
+        assert said.count(line) == 1
+
+
 def test_a_variant_shares_all_but_its_spec_and_folder(experiment):
     run = runs.open_run(experiment)
     alone = dataclasses.replace(

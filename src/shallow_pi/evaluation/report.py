@@ -219,8 +219,8 @@ def show(report: Report, console: rich.console.Console | None = None) -> None:
 def markdown(report: Report, pictures: Mapping[str, str]) -> str:
     """The content of report.md; `pictures` maps a caption to a file beside it."""
     lines = [f"# {report.title}"]
-    if said := origin(report.config):
-        lines += ["", said]
+    if made := origin(report.config):
+        lines += ["", made]
     for header, rows in tables(report):
         lines += ["", _row(header), _row(["---", *["---:"] * (len(header) - 1)])]
         lines += [_row(row) for row in rows]

@@ -18,7 +18,9 @@ from jaxtyping import Array, PyTree
 from shallow_pi import progress
 from shallow_pi.checkpoints import run_folder
 from shallow_pi.data import loader, opening
+from shallow_pi.data.robots import assets
 from shallow_pi.distill import layer_map, layer_scores, step
+from shallow_pi.models import pi0
 from shallow_pi.parallel import agreement, processes, shapes, sharding
 from shallow_pi.training import config, setup
 
@@ -104,6 +106,8 @@ def open_run(experiment: config.DistillConfig, *, prepared: bool = False) -> Run
     recordings = opening.open_recordings(experiment.data)
     teacher_step = setup.find_teacher(experiment)
     experiment = setup.resolve(experiment, teacher_step)
+    if teacher_step is not None:
+        _warn_of_lengths(experiment.model, teacher_step)
     data = opening.open_data(experiment.data, experiment.student_model, teacher_step, recordings)
     agreement.check(dataclasses.asdict(experiment), data.train)
     mesh = setup.make_mesh(experiment, jax.devices())
@@ -120,6 +124,20 @@ def open_run(experiment: config.DistillConfig, *, prepared: bool = False) -> Run
         run_folder.prepare(folder, experiment.resume, experiment.overwrite, meet=processes.sync)
     _save_config(run)
     return run
+
+
+def _warn_of_lengths(model: pi0.Pi0Config, teacher_step: pathlib.Path) -> None:
+    """Warn of a horizon or prompt length that is not the one the teacher was trained with."""
+    own = assets.recorded_model(teacher_step)
+    if own is None:
+        return
+    for field in ("action_horizon", "max_token_len"):
+        expected, given = getattr(own, field), getattr(model, field)
+        if given != expected:
+            progress.warn(
+                f"the teacher in {teacher_step} was trained with {field} {expected}, this run "
+                f"takes {given}: give --model.{field.replace('_', '-')} {expected}"
+            )
 
 
 def variant(run: Run, experiment: config.DistillConfig, folder: pathlib.Path) -> Run:

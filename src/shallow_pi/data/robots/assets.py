@@ -6,12 +6,13 @@ is a deployable policy, and `inputs` and `outputs` are the same transforms in tr
 robot.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import pathlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from shallow_pi.data.robots import (
@@ -112,8 +113,7 @@ def load(step: str | os.PathLike[str]) -> Assets:
             f"no {FILE_NAME} in {folder}: expected a step folder written by shallow_pi, such as "
             "checkpoints/<config>/<exp>/<step>"
         )
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+    with _reading(path) as content:
         model = model_from_dict(content["model"])
         # A policy keeps the robot it was trained for, listed or not; older folders name it only.
         fields, asset_id = content.get("robot_fields"), content["asset_id"]
@@ -122,10 +122,26 @@ def load(step: str | os.PathLike[str]) -> Assets:
         num_steps = content.get("num_steps", 10)  # Older folders do not say it.
         if not isinstance(num_steps, int) or num_steps < 1:
             raise TypeError(f"num_steps {num_steps!r}")
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}); export the policy again") from error
     stats = normalize.load(folder / asset_id)
     return Assets(model, robot, folder / TOKENIZER_NAME, stats, asset_id, names, num_steps)
+
+
+def recorded_model(step: pathlib.Path) -> pi0.Pi0Config | None:
+    """The model that a step folder's `shallow_pi.json` describes; None without that file."""
+    path = step / "assets" / FILE_NAME
+    if not path.is_file():
+        return None
+    with _reading(path) as content:
+        return model_from_dict(content["model"])
+
+
+@contextlib.contextmanager
+def _reading(path: pathlib.Path) -> Iterator[dict[str, Any]]:
+    """The content of a `shallow_pi.json`; what the block misses there is named as its damage."""
+    try:
+        yield json.loads(path.read_text(encoding="utf-8"))
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}); export the policy again") from error
 
 
 def teacher_statistics(
