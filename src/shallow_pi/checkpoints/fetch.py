@@ -230,7 +230,7 @@ def snapshot(
     Raises:
       FileNotFoundError: the download failed; says what was tried, and how to fetch it by hand.
     """
-    options: dict[str, Any] = {"repo_type": kind} if kind else {}
+    options: dict[str, object] = {"repo_type": kind} if kind else {}
     with _named(repo, revision, kind, part):
         import huggingface_hub
 
@@ -248,7 +248,7 @@ def files(
     Raises:
       FileNotFoundError: a download failed; says what was tried, and how to fetch it by hand.
     """
-    options: dict[str, Any] = {"repo_type": kind} if kind else {}
+    options: dict[str, object] = {"repo_type": kind} if kind else {}
     with _named(repo, revision, kind, ""):
         import huggingface_hub
 

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from shallow_pi.checkpoints import lora, run_folder, safetensors_file
 from shallow_pi.models import parameters
@@ -282,7 +282,7 @@ def _strip_value(tree: dict[str, PyTree]) -> PyTree:
     return {key: _strip_value(child) for key, child in tree.items()}
 
 
-def _is_float(leaf: Any) -> bool:
+def _is_float(leaf: Array | jax.ShapeDtypeStruct) -> bool:
     return bool(jnp.issubdtype(leaf.dtype, jnp.floating))
 
 
@@ -292,10 +292,10 @@ def _depth(flat: dict[str, Any]) -> int | None:
     )
 
 
-def _hints(want: dict[str, Any], have: dict[str, Any]) -> list[str]:
+def _hints(want: dict[str, object], have: dict[str, object]) -> list[str]:
     """Advice for three usual mistakes that explain the differences."""
 
-    def family(flat: dict[str, Any]) -> str | None:
+    def family(flat: dict[str, object]) -> str | None:
         if any("time_mlp_in/" in path and "action_time" not in path for path in flat):
             return "π0.5"
         return "π0" if any("state_proj/" in path for path in flat) else None

@@ -66,7 +66,9 @@ def observation(
     side = given.picture_size or metadata.get("image_size", 224)
     picture = (side, side, 3)
     cameras = metadata["cameras"].values()
-    found: dict[str, Any] = {key: generator.integers(0, 256, picture, np.uint8) for key in cameras}
+    found: dict[str, object] = {
+        key: generator.integers(0, 256, picture, np.uint8) for key in cameras
+    }
     # Within the training data: the policy refuses a state that is far from it.
     state = generator.uniform(metadata["state_low"], metadata["state_high"]).astype(np.float32)
     # The keys after the first are grippers, in one dimension each.
@@ -106,7 +108,7 @@ def _binary(message: str | bytes) -> bytes:
     return message
 
 
-async def measure(given: Arguments) -> dict[str, Any]:
+async def measure(given: Arguments) -> dict[str, object]:
     """Run all clients at once; the result is what is printed."""
     start = time.monotonic()
     times: list[list[float]] = [[] for _ in range(given.clients)]

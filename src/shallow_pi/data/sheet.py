@@ -9,11 +9,10 @@ import functools
 import os
 import pathlib
 import textwrap
-from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Array, Key, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from shallow_pi import figures, progress
@@ -150,7 +149,7 @@ def _augmented(
 
 @functools.partial(jax.jit, static_argnums=2)
 def _augment(
-    key: Any, seen: observation.Observation, augmentation: observation.Augmentation
+    key: Key[Array, ""], seen: observation.Observation, augmentation: observation.Augmentation
 ) -> observation.Observation:
     return observation.augment(key, seen, augmentation)
 

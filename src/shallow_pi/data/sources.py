@@ -9,7 +9,7 @@ import bisect
 import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -180,7 +180,7 @@ class Cached:
         if self._filled[i]:
             return
 
-        def write(array: np.ndarray, leaf: Any) -> None:
+        def write(array: np.ndarray, leaf: np.ndarray) -> None:
             array[i] = leaf
 
         jax.tree.map(write, self._arrays, self.source[i])

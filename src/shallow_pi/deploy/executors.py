@@ -31,7 +31,7 @@ from jaxtyping import Float
 class Policy(Protocol):
     """Predicts a chunk of actions for one observation."""
 
-    def infer(self, observation: Mapping[str, object], /) -> Mapping[str, Any]:
+    def infer(self, observation: Mapping[str, object], /) -> Mapping[str, object]:
         """A mapping with `actions` (horizon, robot's dimensions), the first one due now."""
 
 
@@ -40,12 +40,12 @@ class _Chunk:
     """A chunk, and the control step of its first action."""
 
     actions: Float[np.ndarray, "ah rd"]
-    result: Mapping[str, Any]
+    result: Mapping[str, object]
     start: int
     # Control steps between its observation and its arrival, with those the robot waited.
     late: int = 0
 
-    def at(self, step: int) -> dict[str, Any]:
+    def at(self, step: int) -> dict[str, object]:
         """The executor's answer at a control step."""
         action = self.actions[step - self.start].copy()
         return {**self.result, "actions": action, "late_steps": self.late}
@@ -67,7 +67,7 @@ class ActionChunkBroker:
         self._chunk: _Chunk | None = None
         self._step = 0
 
-    def infer(self, observation: Mapping[str, object]) -> dict[str, Any]:
+    def infer(self, observation: Mapping[str, object]) -> dict[str, object]:
         """The action due now, (robot's dimensions), as `actions`, beside the policy's answer."""
         chunk = self._chunk
         if chunk is None or self._step - chunk.start >= (self._execute_steps or len(chunk.actions)):
@@ -117,12 +117,12 @@ class SkipLateActions:
         self._owns_worker = worker is None
         self._worker = worker or concurrent.futures.ThreadPoolExecutor(1, "policy")
         self._chunk: _Chunk | None = None
-        self._pending: tuple[concurrent.futures.Future[Mapping[str, Any]], int] | None = None
+        self._pending: tuple[concurrent.futures.Future[Mapping[str, object]], int] | None = None
         self._step = 0
         self._closed = False
         self._lock = threading.Lock()
 
-    def infer(self, observation: Mapping[str, object]) -> dict[str, Any]:
+    def infer(self, observation: Mapping[str, object]) -> dict[str, object]:
         """The action due now, (robot's dimensions), as `actions`, beside the policy's answer.
 
         `late_steps` says how late its chunk was.
@@ -263,7 +263,7 @@ class RealTimeChunking(SkipLateActions):
             self._delays.append(self._chunk.late)
 
 
-def _actions(result: Mapping[str, Any], execute_steps: int) -> Float[np.ndarray, "ah rd"]:
+def _actions(result: Mapping[str, object], execute_steps: int) -> Float[np.ndarray, "ah rd"]:
     """The actions of a policy's answer, checked before any of them reaches the robot."""
     if not isinstance(result, Mapping) or "actions" not in result:
         found = sorted(map(str, result)) if isinstance(result, Mapping) else type(result).__name__

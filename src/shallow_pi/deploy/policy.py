@@ -208,13 +208,13 @@ class Policy:
 
     def infer(
         self,
-        observation: Mapping[str, Any],
+        observation: Mapping[str, object],
         noise: Float[np.ndarray, "ah ad"] | None = None,
         *,
         previous: Float[np.ndarray, "n rd"] | None = None,
         delay: int = 0,
         max_guidance_weight: float = real_time.MAX_WEIGHT,
-    ) -> dict[str, Any]:
+    ) -> dict[str, object]:
         """One action chunk in the robot's units.
 
         Args:
@@ -255,12 +255,12 @@ class Policy:
             "output_ms": end - sampled,
         }
         timing = {k: 1e3 * seconds for k, seconds in parts.items()}
-        result: dict[str, Any] = {"actions": actions, "timing": timing}
+        result: dict[str, object] = {"actions": actions, "timing": timing}
         return result | ({"warnings": [warning]} if warning else {})
 
     def infer_batch(
         self,
-        observations: Sequence[Mapping[str, Any]],
+        observations: Sequence[Mapping[str, object]],
         noise: Float[np.ndarray, "b ah ad"],
         *,
         previous: Sequence[Float[np.ndarray, "n rd"]] | None = None,
@@ -284,7 +284,7 @@ class Policy:
         batch, guidance = self._to_model(found, previous, delay, max_guidance_weight)
         return self._to_robot(found, np.asarray(self.sample(batch, noise, guidance)))
 
-    def prepare(self, observations: Sequence[Mapping[str, Any]]) -> observation.Observation:
+    def prepare(self, observations: Sequence[Mapping[str, object]]) -> observation.Observation:
         """The model's batch of observations, on the host; pictures are still uint8."""
         return self._to_model([self._clean(one) for one in observations], None, 0, 0.0)[0]
 
@@ -339,7 +339,7 @@ class Policy:
                     jax.block_until_ready(self.sample(batch, start, guidance))
                     advance(1)
 
-    def _clean(self, given: Mapping[str, Any]) -> dict[str, Any]:
+    def _clean(self, given: Mapping[str, object]) -> dict[str, object]:
         return robot_observation.clean(
             self.assets.robot, self.assets.model.cameras, given, self.prompt
         )
@@ -351,7 +351,7 @@ class Policy:
 
     def _to_model(
         self,
-        found: Sequence[dict[str, Any]],
+        found: Sequence[dict[str, object]],
         previous: Sequence[Float[np.ndarray, "n rd"]] | None,
         delay: int,
         max_weight: float,
@@ -374,7 +374,7 @@ class Policy:
         return batches.stack([pipelines.to_observation(sample) for sample in samples]), guidance
 
     def _to_robot(
-        self, found: Sequence[dict[str, Any]], normalized: np.ndarray
+        self, found: Sequence[dict[str, object]], normalized: np.ndarray
     ) -> Float[np.ndarray, "b ah rd"]:
         state = np.stack([self.assets.robot.state(one) for one in found])
         return self._outputs({"actions": normalized, "state": state})["actions"]

@@ -23,9 +23,9 @@ _BOOKKEEPING = {"timestamp", "frame_index", "episode_index", "index", "task_inde
 def clean(
     robot: robots.Robot,
     cameras: tuple[str, ...],
-    observation: Mapping[str, Any],
+    observation: Mapping[str, object],
     prompt: str | None = None,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """The parts of an observation a policy needs, each in its one form.
 
     Args:
@@ -65,7 +65,7 @@ def clean(
             f"there are only {sorted(flat)}"
             + (f"; {', '.join(map(repr, nones))} there, but None" if nones else "")
         )
-    cleaned: dict[str, Any] = {key: picture(observation[key], key) for key in keys}
+    cleaned: dict[str, object] = {key: picture(observation[key], key) for key in keys}
     cleaned |= _state(robot, observation)
     if not robot.prompt:
         given = observation.get(robot.prompt_key)
@@ -82,7 +82,7 @@ def clean(
 
 
 def _warn_of_unused(
-    robot: robots.Robot, flat: Mapping[str, Any], spelled: Mapping[str, str]
+    robot: robots.Robot, flat: Mapping[str, object], spelled: Mapping[str, str]
 ) -> None:
     used = {*spelled.values(), *robot.action_keys, *_BOOKKEEPING}
     if unused := sorted(set(flat) - used):
@@ -115,7 +115,7 @@ def picture(value: Any, key: str) -> UInt8[np.ndarray, "h w 3"]:
     return found
 
 
-def _array(value: Any, key: str) -> np.ndarray:
+def _array(value: object, key: str) -> np.ndarray:
     try:
         return np.asarray(value)
     except (ValueError, TypeError) as error:
@@ -124,7 +124,7 @@ def _array(value: Any, key: str) -> np.ndarray:
         ) from error
 
 
-def _state(robot: robots.Robot, observation: Mapping[str, Any]) -> dict[str, Any]:
+def _state(robot: robots.Robot, observation: Mapping[str, Any]) -> dict[str, object]:
     """The vectors of the state by key, the state they make up checked as a whole."""
     for key in robot.state_keys:
         found = _array(observation[key], key)
@@ -148,7 +148,7 @@ def _state(robot: robots.Robot, observation: Mapping[str, Any]) -> dict[str, Any
     return {key: np.asarray(observation[key], np.float32) for key in robot.state_keys}
 
 
-def _prompt(value: Any, key: str) -> str:
+def _prompt(value: object, key: str) -> str:
     # openpi's clients may send it as an array of no dimensions.
     text = value.item() if isinstance(value, np.ndarray | np.generic) and value.ndim == 0 else value
     if isinstance(text, bytes):  # As openpi's policy for DROID takes it.

@@ -131,7 +131,7 @@ def assets(
     return policy_assets.Assets(model, robot, file, found.stats, found.asset_id)
 
 
-def _model(step: pathlib.Path, fields: dict[str, Any]) -> pi0.Pi0Config:
+def _model(step: pathlib.Path, fields: dict[str, object]) -> pi0.Pi0Config:
     """The sizes of the parameters; fields that no file tells are openpi's defaults, and named."""
     found = sizes.of(weights.stored_params(step))
     # openpi's defaults for what its configs set by name.
@@ -150,7 +150,7 @@ def _model(step: pathlib.Path, fields: dict[str, Any]) -> pi0.Pi0Config:
     return pi0.Pi0Config(**(found | guesses | told | fields))
 
 
-def _told(step: pathlib.Path) -> dict[str, Any]:
+def _told(step: pathlib.Path) -> dict[str, object]:
     """Fields of the model that the `config.json` of a PyTorch policy holds."""
     path = step / run_folder.CONFIG_FILE
     if not path.is_file():
@@ -162,7 +162,7 @@ def _told(step: pathlib.Path) -> dict[str, Any]:
     }
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        told: dict[str, Any] = {names[k]: int(content[k]) for k in names if content.get(k)}
+        told: dict[str, object] = {names[k]: int(content[k]) for k in names if content.get(k)}
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a policy's config ({error!r}): copy it again") from error
     says_state = checkpoint_statistics.state_in_prompt(step)

@@ -10,7 +10,7 @@ one copy for both models, and the student's tree is put together where it is nee
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import flax.traverse_util
 import jax
@@ -72,8 +72,8 @@ def split(params: PyTree, parts: Sequence[Part]) -> tuple[PyTree, PyTree]:
       params: a whole tree, or any that holds the parts; leaves may be of any kind.
       parts: what is frozen; of nothing the second tree is empty.
     """
-    trained: dict[tuple[str, ...], Any] = {}
-    frozen: dict[tuple[str, ...], Any] = {}
+    trained: dict[tuple[str, ...], Array] = {}
+    frozen: dict[tuple[str, ...], Array] = {}
     prefixes = [PARTS[part] for part in parts]
     for path, leaf in flax.traverse_util.flatten_dict(params).items():
         held = any(path[: len(prefix)] == prefix for prefix in prefixes)

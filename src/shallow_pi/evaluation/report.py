@@ -66,7 +66,7 @@ class Report:
     criterion: str = validation.TO_DATA
 
 
-def contents(report: Report) -> dict[str, Any]:
+def contents(report: Report) -> dict[str, object]:
     """The content of report.json."""
     values: dict[str, Any] = {
         "success": {policy: _success(e) for policy, e in report.evaluations.items()},
@@ -99,7 +99,7 @@ def contents(report: Report) -> dict[str, Any]:
     return values
 
 
-def _success(evaluation: rollout.Evaluation) -> dict[str, Any]:
+def _success(evaluation: rollout.Evaluation) -> dict[str, object]:
     low, high = evaluation.wilson()
     episodes = len(evaluation.episodes)
     return {"rate": evaluation.rate, "low": low, "high": high, "episodes": episodes}

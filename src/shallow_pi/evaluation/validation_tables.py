@@ -125,7 +125,7 @@ def loss_table(curves: Mapping[str, plots.Rows]) -> list[Table]:
 def contents(curves: Mapping[str, plots.Rows], criterion: str) -> dict[str, Any]:
     """Policy → everything measured before training, at its best and at its last measured step."""
 
-    def values(row: Mapping[str, Any]) -> dict[str, Any]:
+    def values(row: Mapping[str, object]) -> dict[str, object]:
         kept = {k.removeprefix(validation.PREFIX): v for k, v in row.items() if _is_ours(k)}
         return {"step": row["step"], **kept}
 

@@ -6,7 +6,6 @@ size are those of the method.
 """
 
 import dataclasses
-from typing import Any
 
 from shallow_pi.data import data_config
 from shallow_pi.data.robots import robot as robots
@@ -45,7 +44,7 @@ def experiment(name: str = "") -> config.DistillConfig:
     )
 
 
-def _model(name: str, source: Any) -> pi0.Pi0Config:
+def _model(name: str, source: openpi.OpenpiObject) -> pi0.Pi0Config:
     from openpi.models import gemma as openpi_gemma
     from openpi.models import pi0_config
 
@@ -76,7 +75,7 @@ def _model(name: str, source: Any) -> pi0.Pi0Config:
     )
 
 
-def _data(name: str, source: Any) -> data_config.DataConfig:
+def _data(name: str, source: openpi.OpenpiObject) -> data_config.DataConfig:
     from openpi.training import config as configs
 
     if isinstance(source.data, configs.FakeDataConfig):
@@ -99,7 +98,7 @@ def _data(name: str, source: Any) -> data_config.DataConfig:
     return dataclasses.replace(common, source=openpi_data.SOURCE, path=name, robot=robot)
 
 
-def _robot(name: str, source: Any, model: Any) -> robots.Robot:
+def _robot(name: str, source: openpi.OpenpiObject, model: openpi.OpenpiObject) -> robots.Robot:
     """The robot of ours that does what the config's transforms do."""
     from openpi.policies import droid_policy
     from openpi.training import config as configs
@@ -129,7 +128,7 @@ def _robot(name: str, source: Any, model: Any) -> robots.Robot:
     )
 
 
-def _aloha(name: str, source: Any) -> robots.Robot:
+def _aloha(name: str, source: openpi.OpenpiObject) -> robots.Robot:
     """The listed ALOHA with these cameras, units, deltas and prompt."""
     cameras = robots.ALOHA.cameras
     if isinstance(source.repo_id, str):  # Else it is for inference, and has no recordings.

@@ -42,7 +42,11 @@ class Source:
     """
 
     def __init__(
-        self, data: Any, model: Any, dataset: Any, frames: np.ndarray | None = None
+        self,
+        data: openpi.OpenpiObject,
+        model: openpi.OpenpiObject,
+        dataset: openpi.OpenpiObject,
+        frames: np.ndarray | None = None,
     ) -> None:
         self.data = data
         self.model = model
@@ -143,7 +147,7 @@ def open_data(
     return opening.Data(train, held_out, assets)
 
 
-def available(source: Any) -> bool:
+def available(source: openpi.OpenpiObject) -> bool:
     """True if openpi's loader can read the data of this openpi training config here."""
     try:
         importlib.import_module("lerobot")
@@ -169,7 +173,7 @@ def _robot(name: str, model: pi0.Pi0Config, stats: dict[str, normalize.NormStats
 
 def _stats(
     data: data_config.DataConfig,
-    source: Any,
+    source: openpi.OpenpiObject,
     model: pi0.Pi0Config,
     teacher_step: pathlib.Path | None,
 ) -> dict[str, normalize.NormStats]:
@@ -208,7 +212,7 @@ def _openpis(stats: dict[str, normalize.NormStats]) -> dict[str, Any]:
     }
 
 
-def _episodes(dataset: Any) -> np.ndarray:
+def _episodes(dataset: openpi.OpenpiObject) -> np.ndarray:
     """The episode of every frame; openpi wraps LeRobot's dataset where it takes prompts from it."""
     while hasattr(dataset, "_dataset"):
         dataset = dataset._dataset

@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -177,7 +176,9 @@ def build(
     # XLA cannot autotune for an absent GPU, and an untuned Triton product may not compile.
     device = mesh.devices.flat[0]
     described = device.platform == "gpu" and device not in jax.devices()
-    options: Any = {"xla_gpu_enable_triton_gemm": False} if described else None
+    options: dict[str, str | bool] | None = (
+        {"xla_gpu_enable_triton_gemm": False} if described else None
+    )
     compiled = advance.lower(teacher, state, key, batch).compile(compiler_options=options)
     plan = compiled.memory_analysis()
     try:

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 from jax.sharding import Mesh
 
@@ -75,7 +74,7 @@ def planned(
 
 def contents(
     program: compile.Program, useful_flops: float, accelerator: accelerators.Accelerator | None
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """The same as plain values, for a file; arguments as of `planned`."""
     values = {k: v for k, v in dataclasses.asdict(program).items() if k != "collectives"}
     values["useful_flops_per_device"] = useful_flops

@@ -10,7 +10,7 @@ Arrays are read-only views of the message.
 import math
 import re
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn, TypeVar
 
 import msgpack
 import numpy as np
@@ -28,6 +28,9 @@ _EITHER = b"nd"
 
 # How arrays are packed: by openpi_client.msgpack_numpy, or by the PyPI package msgpack-numpy.
 Packing = Literal["openpi", "msgpack-numpy"]
+# An array or scalar as the map that travels.
+Packed = dict[bytes, object]
+Entries = TypeVar("Entries", dict, list)
 # Python types a NumPy scalar is built from, by the kind of its dtype.
 _SCALAR_TYPES: dict[str, tuple[type, ...]] = {
     "b": (bool,),
@@ -40,7 +43,7 @@ _SCALAR_TYPES: dict[str, tuple[type, ...]] = {
 _PLAIN = (str, bytes, bool, int, float, np.ndarray, np.generic, type(None))
 
 
-def pack(value: Any, packing: Packing = "openpi") -> bytes:
+def pack(value: object, packing: Packing = "openpi") -> bytes:
     """Msgpack of maps, lists, text, numbers and NumPy arrays and scalars.
 
     Raises:
@@ -68,7 +71,7 @@ def read(
     count = _Counter(max_items)
     packing: Packing = "openpi"
 
-    def read_map(found: dict[Any, Any]) -> Any:
+    def read_map(found: dict[object, object]) -> object:
         nonlocal packing
         count(found)
         if isinstance(found.get(_EITHER), bool):
@@ -97,7 +100,7 @@ class _Counter:
     def __init__(self, limit: int) -> None:
         self._left = self._limit = limit
 
-    def __call__(self, found: Any) -> Any:
+    def __call__(self, found: Entries) -> Entries:
         self._left -= len(found)
         if self._left < 0:
             raise ValueError(
@@ -107,8 +110,8 @@ class _Counter:
         return found
 
 
-def _pack_openpi(value: Any) -> Any:
-    _check_sendable(value)
+def _pack_openpi(value: object) -> Packed:
+    value = _check_sendable(value)
     if isinstance(value, np.generic):
         return {_SCALAR: True, b"data": value.item(), b"dtype": value.dtype.str}
     return {
@@ -119,28 +122,29 @@ def _pack_openpi(value: Any) -> Any:
     }
 
 
-def _pack_msgpack_numpy(value: Any) -> Any:
-    _check_sendable(value)
+def _pack_msgpack_numpy(value: object) -> Packed:
+    value = _check_sendable(value)
     found = {_EITHER: False, b"type": value.dtype.str, b"data": value.tobytes()}
     if isinstance(value, np.ndarray):
         found |= {_EITHER: True, b"kind": b"", b"shape": value.shape}
     return found
 
 
-_PACKERS: dict[Packing, Callable[[Any], Any]] = {
+_PACKERS: dict[Packing, Callable[[object], Packed]] = {
     "openpi": _pack_openpi,
     "msgpack-numpy": _pack_msgpack_numpy,
 }
 
 
-def _check_sendable(value: Any) -> None:
+def _check_sendable(value: object) -> np.ndarray | np.generic:
     if not isinstance(value, np.ndarray | np.generic):
         raise TypeError(f"cannot send a {type(value).__name__}; send text, numbers and arrays")
     if not _DTYPE.fullmatch(value.dtype.str):
         raise ValueError(f"cannot send dtype {value.dtype}; send booleans, numbers or text")
+    return value
 
 
-def _unpack_numpy(found: dict[Any, Any]) -> Any:
+def _unpack_numpy(found: dict[object, object]) -> object:
     if _ARRAY in found:
         return _array(found.get(b"dtype"), found.get(b"shape"), found.get(b"data"))
     if _SCALAR in found:
@@ -152,7 +156,7 @@ def _unpack_numpy(found: dict[Any, Any]) -> Any:
     return found
 
 
-def _scalar(dtype: np.dtype[Any], value: Any) -> np.generic:
+def _scalar(dtype: np.dtype, value: object) -> np.generic:
     if not isinstance(value, _SCALAR_TYPES[dtype.kind]):
         raise ValueError(f"a {dtype} scalar cannot hold a {type(value).__name__}")
     if isinstance(value, int) and dtype.kind in "iu" and not _fits(value, dtype):
@@ -162,11 +166,11 @@ def _scalar(dtype: np.dtype[Any], value: Any) -> np.generic:
     return scalar
 
 
-def _fits(value: int, dtype: np.dtype[Any]) -> bool:
+def _fits(value: int, dtype: np.dtype) -> bool:
     return bool(np.iinfo(dtype).min <= value <= np.iinfo(dtype).max)
 
 
-def _dtype(name: Any) -> np.dtype[Any]:
+def _dtype(name: object) -> np.dtype:
     if not isinstance(name, str) or not _DTYPE.fullmatch(name):
         raise ValueError(
             f"an array of dtype {str(name)[:40]!r} is refused; send booleans, numbers or text"
@@ -174,7 +178,7 @@ def _dtype(name: Any) -> np.dtype[Any]:
     return np.dtype(name)
 
 
-def _array(name: Any, shape: Any, data: Any) -> np.ndarray:
+def _array(name: object, shape: object, data: object) -> np.ndarray:
     dtype = _dtype(name)
     if not isinstance(data, bytes):
         raise ValueError(f"an array's data must be bytes, got {type(data).__name__}")
@@ -194,11 +198,11 @@ def _array(name: Any, shape: Any, data: Any) -> np.ndarray:
     return np.ndarray(shape, dtype, data)
 
 
-def _refuse_extension(code: int, _: bytes) -> Any:
+def _refuse_extension(code: int, _: bytes) -> NoReturn:
     raise ValueError(f"msgpack extension type {code} is refused")
 
 
-def _check(value: Any, levels: int) -> None:
+def _check(value: object, levels: int) -> None:
     """Refuse what is nested too deep, and anything but plain values under names."""
     if isinstance(value, dict):
         for name in value:

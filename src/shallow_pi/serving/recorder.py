@@ -16,7 +16,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any, BinaryIO, TypedDict
+from typing import BinaryIO, TypedDict
 
 import msgpack
 
@@ -37,9 +37,9 @@ class Record:
     # Arrival of the observation, seconds since 1970.
     time: float
     # As sent by the client.
-    observation: dict[str, Any]
+    observation: dict[str, object]
     # As sent to the client: "actions" (ah, rd) and timings.
-    answer: dict[str, Any]
+    answer: dict[str, object]
 
 
 class _Packed(TypedDict):

@@ -43,7 +43,7 @@ class Policy(Protocol):
     """A policy that can be served, such as `deploy.policy.Policy`."""
 
     @property
-    def metadata(self) -> Mapping[str, Any]:
+    def metadata(self) -> Mapping[str, object]:
         """Sent to clients when they connect: plain values that msgpack knows."""
 
     def infer(self, observation: Mapping[str, object]) -> Mapping[str, Any]:

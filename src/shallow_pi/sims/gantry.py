@@ -270,7 +270,7 @@ class Sim(abc.ABC):
         """Seconds since the episode began."""
         return self._steps / self.config.control_hz
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         state: tuple[np.ndarray, int, int | None, int] | None = None
         if self._seed is not None:
             kind = mujoco.mjtState.mjSTATE_INTEGRATION

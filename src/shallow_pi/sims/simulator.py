@@ -151,7 +151,7 @@ def find(name: str, options: Mapping[str, Any]) -> Suite:
     return kind(**{key: _read(key, value, hints[key]) for key, value in options.items()})
 
 
-def _read(option: str, value: Any, hint: Any) -> Any:
+def _read(option: str, value: object, hint: type) -> object:
     """A value given as text, as the type of the option asks; other values as they are."""
     if not isinstance(value, str) or hint is str:
         return value
@@ -169,7 +169,7 @@ def _read(option: str, value: Any, hint: Any) -> Any:
     raise ValueError(f"{option}: expected {hint}, got {value!r}")
 
 
-def _known(name: str, names: Sequence[str] | Mapping[str, Any]) -> str:
+def _known(name: str, names: Sequence[str] | Mapping[str, object]) -> str:
     close = difflib.get_close_matches(name, names, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     return f"there are {sorted(names)}{hint}"

@@ -137,7 +137,7 @@ def measure(
     start, touch = np.asarray(noise), jax.jit(jnp.negative)
     run, layout = program.Program.create(config, params, num_steps, options), program.Layout(config)
     packed = jax.device_put(program.pack(layout, on_host, start))
-    calls: dict[str, Callable[[], Any]] = {"whole": functools.partial(run, layout, packed)}
+    calls: dict[str, Callable[[], PyTree]] = {"whole": functools.partial(run, layout, packed)}
     program_bytes = _program_bytes(run, layout, packed)
     calls |= _parts(config, run.weights, observation.as_float(), noise, options)
     calls["host transfer"] = lambda: _transfer(touch, program.pack(layout, on_host, start), noise)
@@ -212,7 +212,7 @@ def _parts(
     observation: observations.Observation,
     noise: Array,
     options: tuning.InferenceOptions,
-) -> dict[str, Callable[[], Any]]:
+) -> dict[str, Callable[[], PyTree]]:
     seen, kernel = options.tower_attention, options.step_attention
     tower = jax.jit(
         lambda held, images: image_tower.encode(config.image, held, jnp.concatenate(images), seen)
@@ -224,7 +224,7 @@ def _parts(
     )
     cache, valid = prefill(weights, observation)
 
-    def one(held: prepare.Prepared, cache: Any, valid: Array, x_t: Array) -> Array:
+    def one(held: prepare.Prepared, cache: PyTree, valid: Array, x_t: Array) -> Array:
         tables = held.tables
         if tables is None:
             tables = prepare.make_tables(config, held.params, jnp.ones(1))
@@ -254,7 +254,7 @@ def _transfer(touch: Callable[[Array], Array], packed: np.ndarray, noise: Array)
 def random_params(config: pi0.Pi0Config) -> PyTree:
     """Parameters in the compute dtype, made leaf by leaf: never all of them in float32."""
 
-    def leaf(path: Any, shape: jax.ShapeDtypeStruct) -> Array:
+    def leaf(path: jax.tree_util.KeyPath, shape: jax.ShapeDtypeStruct) -> Array:
         # Not `hash`, which differs from process to process.
         key = jax.random.key(zlib.crc32(jax.tree_util.keystr(path).encode()))
         return 0.02 * jax.random.normal(key, shape.shape, config.dtype)

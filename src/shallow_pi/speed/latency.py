@@ -10,10 +10,10 @@ import importlib.metadata
 import platform
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import PyTree
 
 from shallow_pi import progress
 
@@ -52,7 +52,7 @@ class Latency:
 
 
 def median_latency(
-    functions: Mapping[str, Callable[[], Any]],
+    functions: Mapping[str, Callable[[], PyTree]],
     *,
     repeats: int = 50,
     warmup: int = 3,

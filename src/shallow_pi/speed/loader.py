@@ -74,7 +74,7 @@ class Setting:
             raise ValueError("--workers and --step-ms must be 0 or more")
 
 
-def measure(given: Setting, scratch: pathlib.Path) -> dict[str, Any]:
+def measure(given: Setting, scratch: pathlib.Path) -> dict[str, object]:
     """Measure the pictures a second of every way: medians of repeats that take turns."""
     dataset = reader.Dataset(hub.locate(given.path) if given.path else _make_up(given, scratch))
     video = [c for c in dataset.cameras if dataset.features[c]["dtype"] == "video"]

@@ -5,7 +5,6 @@ import json
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import rich.box
 import rich.table
@@ -83,7 +82,7 @@ def inference_lines(timings: Sequence[inference.Timing]) -> list[str]:
 
 def inference_contents(
     timings: Sequence[inference.Timing], limit: inference.Ceiling
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """The content of benchmark.json, without the arguments."""
     return {
         "ceiling": dataclasses.asdict(limit),
@@ -147,7 +146,7 @@ def step_lines(timing: step.Timing, limit: inference.Ceiling, stated: float | No
     return lines
 
 
-def step_contents(timing: step.Timing, limit: inference.Ceiling) -> dict[str, Any]:
+def step_contents(timing: step.Timing, limit: inference.Ceiling) -> dict[str, object]:
     """The content of step.json, without the arguments."""
     return {
         **dataclasses.asdict(timing),
@@ -161,7 +160,7 @@ def step_contents(timing: step.Timing, limit: inference.Ceiling) -> dict[str, An
 def write(
     folder: pathlib.Path,
     file: str,
-    content: Mapping[str, Any],
+    content: Mapping[str, object],
     pictures: Mapping[str, Callable[[pathlib.Path], None]],
 ) -> list[str]:
     """Write a JSON file, and pictures where matplotlib is installed; returns a line for each.

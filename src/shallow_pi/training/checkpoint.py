@@ -180,7 +180,7 @@ class Checkpoints:
 
     def restore(
         self, abstract: distillation.DistillState, step: int | None = None
-    ) -> tuple[distillation.DistillState, dict[str, Any]]:
+    ) -> tuple[distillation.DistillState, dict[str, object]]:
         """Read a step (by default the last) into the shardings of `abstract`.
 
         Args:

@@ -7,7 +7,7 @@ named after its file (see `command_line`). Only the modules that CONTRIBUTING.md
 
 import dataclasses
 import pathlib
-from typing import Any, Literal
+from typing import Literal
 
 import tyro
 
@@ -137,7 +137,7 @@ class ClosedLoopConfig:
             if not all(pair.partition("=")[::2]):
                 raise ValueError(f"--closed-loop.options: expected NAME=VALUE, got {pair!r}")
 
-    def set_options(self) -> dict[str, Any]:
+    def set_options(self) -> dict[str, object]:
         """The simulator's options: fields that differ from their defaults, and `options`.
 
         For the other fields the simulator has its own defaults; the turntable's are the same.

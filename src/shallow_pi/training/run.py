@@ -170,7 +170,9 @@ def _save_config(run: Run) -> None:
     run_folder.save_config(run.folder, _values(run.experiment, run.spec.layer_map))
 
 
-def _values(experiment: config.DistillConfig, layers: layer_map.LayerMap | None) -> dict[str, Any]:
+def _values(
+    experiment: config.DistillConfig, layers: layer_map.LayerMap | None
+) -> dict[str, object]:
     """The content of config.json."""
     chosen = None if layers is None else list(layers.layers)
     return {**dataclasses.asdict(experiment), "layer_map": chosen}

@@ -64,7 +64,7 @@ class Columns(Mapping[str, np.ndarray]):
         return len(self._keys)
 
 
-def is_text(feature: Mapping[str, Any]) -> bool:
+def is_text(feature: Mapping[str, object]) -> bool:
     """True for a column of text."""
     return feature["dtype"] in _TEXTS
 
@@ -75,7 +75,7 @@ def closest(name: str, names: Sequence[str]) -> str:
     return f"; did you mean {found[0]!r}?" if found else ""
 
 
-def to_numpy(series: pl.Series, feature: Mapping[str, Any]) -> np.ndarray:
+def to_numpy(series: pl.Series, feature: Mapping[str, object]) -> np.ndarray:
     """A column as declared: numbers (n, *shape), bookkeeping (n,), texts (n,) of str.
 
     Raises:

@@ -8,7 +8,7 @@ import os
 import pathlib
 import re
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import polars as pl
@@ -118,7 +118,7 @@ def _columns(source: reader.Dataset) -> tuple[list[str], list[str]]:
     return numbers, stored
 
 
-def _extras(source: reader.Dataset) -> dict[int, dict[str, Any]]:
+def _extras(source: reader.Dataset) -> dict[int, dict[str, object]]:
     """Entries of the meta files for each episode beyond LeRobot's own."""
     meta = source.path / "meta"
     if source.layout.version != "v3.0":
@@ -127,7 +127,7 @@ def _extras(source: reader.Dataset) -> dict[int, dict[str, Any]]:
             int(row["episode_index"]): {k: v for k, v in row.items() if not _EPISODE.fullmatch(k)}
             for row in rows
         }
-    found: dict[int, dict[str, Any]] = {}
+    found: dict[int, dict[str, object]] = {}
     for file in layout.episode_files(source.path):
         kept = [key for key in files.schema(file) if not _EPISODE.fullmatch(key)]
         if kept:

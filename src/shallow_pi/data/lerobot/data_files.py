@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import polars as pl
@@ -28,7 +28,7 @@ _MANY = 2000
 # Files that are read at once.
 _BATCH = 128
 INDEX = ("episode_index", "frame_index")
-_INDEX_FEATURE: dict[str, Any] = {"dtype": "int64", "shape": [1]}
+_INDEX_FEATURE: dict[str, object] = {"dtype": "int64", "shape": [1]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,7 +253,7 @@ def _values(
         raise ValueError(f"{place}: {error}") from error
 
 
-def _feature(layout: layouts.Layout, key: str) -> Mapping[str, Any]:
+def _feature(layout: layouts.Layout, key: str) -> Mapping[str, object]:
     if key in layout.info["features"]:
         return layout.info["features"][key]
     return {**_INDEX_FEATURE, "dtype": "float32" if key == "timestamp" else "int64"}

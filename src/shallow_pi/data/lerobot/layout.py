@@ -198,7 +198,7 @@ def _hint(root: pathlib.Path) -> str:
     return " (was writing it interrupted?)"
 
 
-def _shape(feature: Mapping[str, Any], key: str, file: pathlib.Path) -> dict[str, list[int]]:
+def _shape(feature: Mapping[str, object], key: str, file: pathlib.Path) -> dict[str, list[int]]:
     """The shape of a feature as a list, if it has one: some tools write a plain number."""
     shape = feature.get("shape")
     if shape is None:

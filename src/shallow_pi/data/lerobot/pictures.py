@@ -65,7 +65,7 @@ class Pictures:
 
     def __init__(self, layout: lerobot_layout.Layout) -> None:
         self._layout = layout
-        self._features: Mapping[str, Mapping[str, Any]] = layout.info["features"]
+        self._features: Mapping[str, Mapping[str, object]] = layout.info["features"]
         self._fps = float(layout.info["fps"])
         self._videos = video.Reader()
         self._lock = threading.Lock()

@@ -9,7 +9,7 @@ import fractions
 import math
 import os
 import pathlib
-from typing import Any, Literal
+from typing import Literal
 
 import av
 import numpy as np
@@ -106,7 +106,7 @@ class Encoder:
         self._container.close()
 
 
-def describe(path: str | os.PathLike[str], fps: float) -> dict[str, Any]:
+def describe(path: str | os.PathLike[str], fps: float) -> dict[str, object]:
     """A video file as LeRobot's `info.json` describes it."""
     with av.open(os.path.abspath(path)) as container:
         context = container.streams.video[0].codec_context

@@ -279,7 +279,7 @@ class Writer:
 
     def _encode(
         self, key: str, pictures: Iterator[np.ndarray], times: Float[np.ndarray, " T"]
-    ) -> dict[str, Any]:
+    ) -> dict[str, object]:
         """Encode an episode's pictures, each at its time; says where they are."""
         assert self.encoding is not None, "asked for by add"
         file = self._video_files.setdefault(key, 0)
@@ -301,7 +301,7 @@ class Writer:
             video_key=key, chunk_index=chunk, file_index=number
         )
 
-    def _place(self, file: int, start: float, times: Float[np.ndarray, " T"]) -> dict[str, Any]:
+    def _place(self, file: int, start: float, times: Float[np.ndarray, " T"]) -> dict[str, object]:
         chunk, number = divmod(file, CHUNK_FILES)
         end = start + float(times[-1]) + 1 / self.fps
         span = {"from_timestamp": float(start), "to_timestamp": end}
@@ -370,7 +370,7 @@ class Writer:
             )
         shutil.rmtree(self._partial)
 
-    def _declared(self, key: str) -> dict[str, Any]:
+    def _declared(self, key: str) -> dict[str, object]:
         return dict(self._source["features"].get(key, {})) if self._source is not None else {}
 
     def _describe(
@@ -380,7 +380,7 @@ class Writer:
         columns: Mapping[str, np.ndarray | pl.Series],
     ) -> None:
         """Note the features of an episode, which are those of the others."""
-        features: dict[str, dict[str, Any]] = {}
+        features: dict[str, dict[str, object]] = {}
         for key, value in images.items():
             kept = self._declared(key)
             if not kept:
@@ -407,7 +407,7 @@ class Writer:
             raise ValueError(f"{where} has features {features}, before {self._features}")
         self._features = features
 
-    def _described(self, key: str, value: np.ndarray | pl.Series) -> dict[str, Any]:
+    def _described(self, key: str, value: np.ndarray | pl.Series) -> dict[str, object]:
         assert isinstance(value, np.ndarray), "of a recording, which was checked"
         size = value.shape[1]
         names = list(self._names.get(key) or map(str, range(size)))
@@ -415,8 +415,8 @@ class Writer:
             raise ValueError(f"{key} has {size} dimensions but names {names}")
         return {"dtype": value.dtype.name, "shape": [size], "names": names}
 
-    def _info(self) -> dict[str, Any]:
-        info: dict[str, Any] = {
+    def _info(self) -> dict[str, object]:
+        info: dict[str, object] = {
             "codebase_version": reader.VERSION,
             "robot_type": self.robot_type,
             "total_episodes": len(self._episodes),

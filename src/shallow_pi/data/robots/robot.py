@@ -159,7 +159,7 @@ class Robot:
         """The keys that make up the state, in order."""
         return (self.state_key, *self.state_more)
 
-    def state(self, observation: Mapping[str, Any]) -> Float[np.ndarray, "*n sd"]:
+    def state(self, observation: Mapping[str, object]) -> Float[np.ndarray, "*n sd"]:
         """The state vector out of an observation or a dataset's columns, not converted yet."""
         return _joined(observation, self.state_keys)
 
@@ -168,12 +168,12 @@ class Robot:
         """The keys that make up the actions, in order."""
         return (self.action_key, *self.action_more)
 
-    def actions(self, columns: Mapping[str, Any]) -> Float[np.ndarray, "*n rd"]:
+    def actions(self, columns: Mapping[str, object]) -> Float[np.ndarray, "*n rd"]:
         """The action vectors out of a dataset's columns, not converted yet."""
         return _joined(columns, self.action_keys)
 
 
-def _joined(values: Mapping[str, Any], keys: tuple[str, ...]) -> Float[np.ndarray, "*n d"]:
+def _joined(values: Mapping[str, object], keys: tuple[str, ...]) -> Float[np.ndarray, "*n d"]:
     parts = [np.asarray(values[key], np.float32) for key in keys]
     if len(parts) == 1:
         return parts[0]

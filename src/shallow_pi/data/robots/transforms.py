@@ -84,7 +84,7 @@ class Cameras:
         }
 
 
-def _picture(value: Any, key: str) -> np.ndarray:
+def _picture(value: object, key: str) -> np.ndarray:
     picture = np.asarray(value)
     if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[-1] != 3:
         raise ValueError(

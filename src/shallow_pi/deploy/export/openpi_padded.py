@@ -6,7 +6,6 @@ nothing to the residual stream, so both models are the same function.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -75,7 +74,7 @@ def usage(folder: str, student: students.Student, origin: students.Origin) -> st
 def pad(params: PyTree, layers: Sequence[int], depth: int) -> PyTree:
     """The student's layers at these indices of a model of `depth` layers, zeros elsewhere."""
 
-    def place(path: Any, leaf: jax.Array) -> np.ndarray:
+    def place(path: jax.tree_util.KeyPath, leaf: jax.Array) -> np.ndarray:
         values = np.asarray(leaf)
         if parameters.stack(weights.path_name(path)) != "layers":
             return values

@@ -5,7 +5,6 @@ dictionary of arrays. Batch 1, the prompt at its full length, the robot's own ca
 """
 
 import pathlib
-from typing import Any
 
 import jax
 import jax.export
@@ -106,13 +105,13 @@ def _inputs(student: students.Student) -> dict[str, jax.ShapeDtypeStruct]:
     return onnx.policy_part(onnx.model_of(student), student.num_steps)[1]
 
 
-def _weights(student: students.Student) -> tuple[dict[str, jax.Array], Any]:
+def _weights(student: students.Student) -> tuple[dict[str, jax.Array], jax.tree_util.PyTreeDef]:
     """The prepared weights by name, and their tree."""
     leaves, tree = jax.tree.flatten(onnx.prepared_weights(onnx.model_of(student), student))
     return {f"w{i:04}": leaf for i, leaf in enumerate(leaves)}, tree
 
 
-def _program(student: students.Student, tree: Any) -> Any:
+def _program(student: students.Student, tree: jax.tree_util.PyTreeDef) -> jax.stages.Wrapped:
     function, inputs, _ = onnx.policy_part(onnx.model_of(student), student.num_steps)
 
     def run(weights: dict[str, jax.Array], given: dict[str, jax.Array]) -> dict[str, jax.Array]:
