@@ -171,6 +171,9 @@ def test_tasks_keep_their_numbers_and_episodes_left_out_are_told(convert, tmp_pa
     (old / "data" / "chunk-000" / "episode_000000.parquet").write_bytes(b"junk")
     tasks = (old / "meta" / "tasks.jsonl").read_text()
     (old / "meta" / "tasks.jsonl").write_text(tasks + '{"task_index": 2, "task": "unused"}\n')
+    with pytest.raises(SystemExit, match="1"):
+        convert(old)
+    assert "; --skip-bad-episodes leaves such episodes out\n" in capsys.readouterr().err
     found = convert(old, "--skip-bad-episodes")
     whole = reader.Dataset(OLD)
     assert found.tasks == {**whole.tasks, 2: "unused"}

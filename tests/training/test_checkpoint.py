@@ -235,8 +235,19 @@ def test_the_best_step_stays_and_is_pointed_to(tmp_path):
     assert [step for step in range(9) if (tmp_path / str(step)).exists()] == [2, 6]
     assert json.loads((tmp_path / "best.json").read_text()) == {"step": 2, "error": 0.2}
     assert (tmp_path / "best").resolve() == tmp_path / "2"
+    assert checkpoints.best_path == tmp_path / "best"
     deployed = weights.load_params(tmp_path / "best", jax.eval_shape(lambda: state.params))
     _assert_same(deployed, state.params)
+
+
+def test_where_no_link_can_be_made_the_file_names_the_best_step(tmp_path, capsys):
+    (tmp_path / "best.partial").mkdir()  # In the way of the link.
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, _init(ema=False), None, _nothing, error=0.5)
+        checkpoints.save(2, _init(ema=False), None, _nothing, error=0.2)
+    assert checkpoints.best_path == tmp_path / "best.json"
+    assert json.loads(checkpoints.best_path.read_text())["step"] == 2
+    assert capsys.readouterr().err.count(f"warning: {tmp_path / 'best'} cannot be linked") == 1
 
 
 def test_a_resumed_run_knows_the_best_step_from_the_steps_themselves(tmp_path):

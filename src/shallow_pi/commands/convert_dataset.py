@@ -47,7 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = flags.parse(Arguments, arguments, __doc__ or "")
     with exits.exit_on():
         source = reader.Dataset(
-            hub.locate(given.source), keys=(), skip_bad_episodes=given.skip_bad_episodes
+            hub.locate(given.source),
+            keys=(),
+            skip_bad_episodes=given.skip_bad_episodes,
+            skip_flag="--skip-bad-episodes",
         )
         pictures: Literal["copy", "png"] | video_writer.Encoding
         if given.pictures == "copy" or given.pictures == "png":

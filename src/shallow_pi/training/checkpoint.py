@@ -117,6 +117,12 @@ class Checkpoints:
         """The saved step with the lowest validation error, and that error."""
         return self._best
 
+    @property
+    def best_path(self) -> pathlib.Path:
+        """The link to the best step; without one, the file that names it."""
+        link = self.folder / run_folder.BEST
+        return link if link.is_symlink() else self.folder / run_folder.BEST_FILE
+
     def is_best(self, error: float | None) -> bool:
         """True if a validation error is lower than that of every saved step."""
         if error is None or not math.isfinite(error):
@@ -306,10 +312,15 @@ def _point_to(folder: pathlib.Path, step: int, error: float) -> None:
     best = json.dumps({"step": step, "error": error}) + "\n"
     run_folder.write_text(folder / run_folder.BEST_FILE, best)
     link = folder / f"{run_folder.BEST}.partial"
-    with contextlib.suppress(OSError):
+    try:
         link.unlink(missing_ok=True)
         link.symlink_to(str(step))
         link.replace(folder / run_folder.BEST)
+    except OSError as error:
+        progress.warn(
+            f"{folder / run_folder.BEST} cannot be linked ({run_folder.reason(error)}): the best "
+            f"step is named in {run_folder.BEST_FILE}"
+        )
 
 
 def _delete(step: pathlib.Path) -> None:

@@ -124,7 +124,8 @@ def train(run: runs.Run, label: str = "Distil") -> pathlib.Path:
             )
         if held_out is not None and checkpoints.best is not None:
             best, error = checkpoints.best
-            progress.say(f"Best step: {best} ({held_out.criterion} {error:.4g}), {run.folder}/best")
+            where = checkpoints.best_path
+            progress.say(f"Best step: {best} ({held_out.criterion} {error:.4g}), {where}")
     return run.folder / str(end)
 
 

@@ -35,6 +35,7 @@ class Dataset:
         reads each when it is first asked for. Columns that are not needed stop nothing.
       cameras: whose pictures will be read, so that their videos must be there and show a picture at
         the time of every frame; None checks the videos that are there.
+      skip_flag: the command's flag for `skip_bad_episodes`, named in errors.
 
     Raises:
       FileNotFoundError, ValueError: a dataset, file or episode that cannot be read; says which.
@@ -48,7 +49,9 @@ class Dataset:
         skip_bad_episodes: bool = False,
         keys: Collection[str] | None = None,
         cameras: Collection[str] | None = None,
+        skip_flag: str = "--data.skip-bad-episodes",
     ) -> None:
+        self._skip_flag = skip_flag
         self._set_up(path, episodes, skip_bad_episodes, keys, cameras, tell=True)
         for episode, reason in self.skipped.items():
             progress.warn(f"episode {episode} of dataset {self.path} is left out: {reason}")
@@ -100,9 +103,11 @@ class Dataset:
             "skip": False,
             "keys": tuple(self.columns.loaded),
             "cameras": (),  # Its videos have been checked.
+            "skip_flag": self._skip_flag,
         }
 
     def __setstate__(self, state: dict) -> None:
+        self._skip_flag = state.pop("skip_flag")
         self._set_up(
             **state, tell=False
         )  # Another process opens the files anew, and tells nothing again.
@@ -254,7 +259,7 @@ class Dataset:
         elif wrong:
             error = next(iter(wrong.values()))
             same = [n for n, other in wrong.items() if other is error]
-            advice = "; --data.skip-bad-episodes leaves such episodes out" if parts else ""
+            advice = f"; {self._skip_flag} leaves such episodes out" if parts else ""
             raise type(error)(f"{_name(same)} of dataset {self.path}: {error}{advice}") from error
         self._join(parts)
         self._check_videos(parts, skip)
@@ -297,7 +302,7 @@ class Dataset:
             raise ValueError(
                 f"{max(problems.values(), key=lambda found: found.away).problem}. {len(problems)} "
                 f"of {len(spans)} episodes of dataset {self.path} have such frames: record them "
-                "again, or leave them out (--data.skip-bad-episodes)"
+                f"again, or leave them out ({self._skip_flag})"
             )
         self.skipped |= {episode: found.problem for episode, found in problems.items()}
         self._join({e: part for e, part in parts.items() if e not in problems})
