@@ -1,6 +1,6 @@
 """Time one inference at batch 1, with random weights: by part, by size, and by optimization.
 
-uv run scripts/benchmark.py --help tells more.
+uv run scripts/benchmark.py --help shows all options.
 """
 
 from shallow_pi.commands import benchmark

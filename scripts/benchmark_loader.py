@@ -1,6 +1,6 @@
-"""Measure how fast pictures come out of a dataset: PyAV alone, the loader, the loader's caches.
+"""Measure how fast a dataset's pictures are read: by PyAV alone, the loader, the loader's caches.
 
-uv run scripts/benchmark_loader.py --help tells more.
+uv run scripts/benchmark_loader.py --help shows all options.
 """
 
 from shallow_pi.commands import benchmark_loader

@@ -1,6 +1,6 @@
-"""Time a config's distillation step and its student's own fine-tuning step, with random weights.
+"""Time a config's distillation step and a fine-tuning step of its student, with random weights.
 
-uv run scripts/benchmark_step.py --help tells more.
+uv run scripts/benchmark_step.py --help shows all options.
 """
 
 from shallow_pi.commands import benchmark_step

@@ -1,6 +1,6 @@
-"""Compile a config's step for devices that are not there: its memory, communication and time.
+"""Compile a config's step for absent devices, and report memory, communication and time.
 
-uv run scripts/compile_ahead.py --help tells more.
+uv run scripts/compile_ahead.py --help shows all options.
 """
 
 from shallow_pi.commands import compile_ahead

@@ -1,6 +1,6 @@
 """Compute a dataset's normalization statistics, exactly and without decoding a picture.
 
-uv run scripts/compute_norm_stats.py --help tells more.
+uv run scripts/compute_norm_stats.py --help shows all options.
 """
 
 from shallow_pi.commands import compute_norm_stats

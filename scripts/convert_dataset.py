@@ -1,6 +1,6 @@
-"""Convert a LeRobot dataset (v2.0, v2.1, v3.0) to v3.0, and its pictures to what reads quickly.
+"""Convert a LeRobot dataset (v2.0, v2.1, v3.0) to v3.0, and its pictures to a faster encoding.
 
-uv run scripts/convert_dataset.py --help tells more.
+uv run scripts/convert_dataset.py --help shows all options.
 """
 
 from shallow_pi.commands import convert_dataset

@@ -1,6 +1,6 @@
-"""Give a student to openpi, LeRobot, TensorRT or plain JAX.
+"""Export a student for openpi, LeRobot, TensorRT or plain JAX.
 
-uv run scripts/export_student.py --help tells more.
+uv run scripts/export_student.py --help shows all options.
 """
 
 from shallow_pi.commands import export_student

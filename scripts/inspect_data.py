@@ -1,6 +1,6 @@
-"""Look at a config's data before training on it: pictures, prompts, ranges, and what is doubtful.
+"""Inspect a config's data before training: pictures, prompts, ranges and suspicious values.
 
-uv run scripts/inspect_data.py --help tells more.
+uv run scripts/inspect_data.py --help shows all options.
 """
 
 from shallow_pi.commands import inspect_data

@@ -1,6 +1,6 @@
-"""Time a policy server that is asked by many robots at once.
+"""Measure a policy server's latency and throughput with many simultaneous clients.
 
-uv run scripts/load_test.py --help tells more.
+uv run scripts/load_test.py --help shows all options.
 """
 
 from shallow_pi.commands import load_test

@@ -1,6 +1,6 @@
-"""Predict the time of one inference on a board that is not here, with the arithmetic.
+"""Predict the time of one inference on another device, and show the arithmetic.
 
-uv run scripts/predict_latency.py --help tells more.
+uv run scripts/predict_latency.py --help shows all options.
 """
 
 from shallow_pi.commands import predict_latency

@@ -1,6 +1,6 @@
-"""Serve a student with openpi's own scripts/serve_policy.py, unmodified.
+"""Serve a student with openpi's unmodified scripts/serve_policy.py.
 
-uv run scripts/serve_openpi.py --help tells more.
+uv run scripts/serve_openpi.py --help shows all options.
 """
 
 from shallow_pi.commands import serve_openpi

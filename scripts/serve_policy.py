@@ -1,6 +1,6 @@
-"""Serve a policy to robots, with openpi's protocol.
+"""Serve a policy to robots, with openpi's protocol; neither openpi nor torch is needed.
 
-uv run scripts/serve_policy.py --help tells more.
+uv run scripts/serve_policy.py --help shows all options.
 """
 
 from shallow_pi.commands import serve_policy

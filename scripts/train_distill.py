@@ -1,6 +1,6 @@
-"""Distil a deep policy into a shallow one, and measure both where the config has a task for it.
+"""Distil a deep policy into a shallow one, and evaluate both if the config has a simulated task.
 
-uv run scripts/train_distill.py --help tells more.
+uv run scripts/train_distill.py --help shows all options.
 """
 
 from shallow_pi.commands import train_distill

@@ -1,6 +1,6 @@
-"""Train a deep teacher from scratch on the task loss, measure it, and package it.
+"""Train a deep teacher from scratch on the task loss, evaluate it, and package it.
 
-uv run scripts/train_teacher.py --help tells more.
+uv run scripts/train_teacher.py --help shows all options.
 """
 
 from shallow_pi.commands import train_teacher

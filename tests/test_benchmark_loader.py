@@ -1,4 +1,4 @@
-"""The command measures every way on made-up video and on a dataset, and marks the slow ones."""
+"""The command measures every way on synthetic video and on a dataset, and marks the slow ones."""
 
 import json
 import pathlib

@@ -3,14 +3,14 @@
 uv run scripts/benchmark.py [--model pi05] [--depths 18 6] [--cameras 2] [--output DIR]
 
     --model pi0                         the full-size models: pi0, pi05; for a CPU: turntable, small
-    --depths 18 9 6 4 --cameras 2 3     every list may have several values: all combinations are run
+    --depths 18 9 6 4 --cameras 2 3     lists: all combinations are run
     --prompts 48 200 --horizons 10 50 --num-steps 5 10
-    --against openpi                    also openpi's own sampler on the same weights, in turns with
-                                        ours (run it with the Python of an environment that has it)
-    --tune                              first measure whether layers and steps run fastest unrolled
-                                        or scanned, and with which attention kernel, and keep the
-                                        result for policies and later benchmarks
-    --output benchmarks/mine            also writes benchmark.json there, and two pictures
+    --against openpi                    also times openpi's sampler on the same weights, alternating
+                                        with ours (needs a Python environment with openpi)
+    --tune                              first finds the fastest combination of unrolled or scanned
+                                        layers and steps and of attention kernels, and stores it
+                                        for policies and later benchmarks
+    --output benchmarks/mine            also writes benchmark.json and two plots there
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from shallow_pi.parallel import processes
 from shallow_pi.speed import inference, plots, report, tuning
 from shallow_pi.training import command_line
 
-# Narrow, but with the pictures, patches, cameras and vocabulary that openpi hard-codes.
+# Narrow, with the picture size, patches, cameras and vocabulary that openpi hard-codes.
 SMALL = pi0.Pi0Config(
     backbone=gemma.GemmaConfig(width=64, mlp_dim=256, num_heads=8, num_kv_heads=1, head_dim=16),
     expert=gemma.GemmaConfig(width=32, mlp_dim=128, num_heads=8, num_kv_heads=1, head_dim=16),
@@ -40,29 +40,29 @@ SMALL = pi0.Pi0Config(
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """The models to time, and how."""
+    """The models to time, and the way to time them."""
 
     # The model; "small" is a narrow π0 that openpi can run too.
     model: Literal["pi0", "pi05", "turntable", "small"] = "pi05"
     # Layers of backbone and action expert.
     depths: tuple[int, ...] = (18, 6)
-    # Cameras that are present.
+    # Number of cameras present.
     cameras: tuple[int, ...] = (2,)
-    # Prompt tokens; 0 is the model's own number.
+    # Prompt tokens; 0 takes the model's maximum.
     prompts: tuple[int, ...] = (0,)
-    # Actions of a chunk; 0 is 10 for the full-size models.
+    # Actions in a chunk; 0 takes 10 for the full-size models.
     horizons: tuple[int, ...] = (0,)
     # Integration steps.
     num_steps: tuple[int, ...] = (10,)
     # Timed calls of each part.
     repeats: int = 50
-    # Measure first which way of running each model is fastest here, and keep it.
+    # First find the fastest options for each model on this device, and store them.
     tune: bool = False
     # Also time each optimization switched off.
     ablate: bool = True
-    # Another implementation to time in turns with ours, on the same weights.
+    # Another implementation to time on the same weights, alternating with ours.
     against: Literal["", "openpi"] = ""
-    # Folder for benchmark.json and the pictures; empty for none.
+    # Folder for benchmark.json and the plots; empty writes none.
     output: str = ""
 
     def models(self) -> Iterator[tuple[pi0.Pi0Config, int]]:
@@ -76,7 +76,7 @@ class Arguments:
             yield self._model(depth, cameras, prompt, horizon), steps
 
     def base(self) -> pi0.Pi0Config:
-        """The model whose sizes are varied; its prompts are padded to their full length."""
+        """The model before its sizes are varied; prompts are padded to their full length."""
         if self.model == "turntable":
             return command_line.load(command_line.configs(), "pi0_turntable").model
         if self.model == "small":

@@ -1,17 +1,17 @@
-"""Measure how fast pictures come out of a dataset: PyAV alone, the loader, the loader's caches.
+"""Measure how fast a dataset's pictures are read: by PyAV alone, the loader, the loader's caches.
 
 uv run scripts/benchmark_loader.py [--path PATH] [--step-ms 250 --batch-size 64] [--output FILE]
 
     --path ~/data/my_aloha --threads 8 --workers 8     a dataset of yours, on eight cores
-    --height 480 --width 640 --codec h264              made-up video of that size
+    --height 480 --width 640 --codec h264              synthetic video of that size
 
-Without PATH a synthetic dataset is written: two cameras, video in short groups. Each way is
-measured `--repeats` times, in turns, and the medians are reported. "PyAV" decodes the same pictures
-in the same order to RGB, in as many threads, and does nothing else: once with its defaults, once
-with decoders of one thread that seek as ours do. The loader resizes, transforms and stacks them
-too. With `--step-ms`, the length of a training step, each way is marked as keeping up with it or
-not. CPU milliseconds a picture are reported for ways of one process: they hold on a busy machine,
-where rates do not.
+Without PATH a synthetic dataset is written: two cameras, video with frequent key frames. The
+methods alternate, `--repeats` times each, and the medians are reported. "PyAV" only decodes the
+same pictures in the same order to RGB, with as many threads: once with its defaults, once with
+single-threaded decoders that seek as ours do. The loader also resizes, transforms and stacks them.
+With `--step-ms`, the length of a training step, the report says which methods keep up with it. For
+methods in a single process it gives CPU milliseconds per picture, which are reliable on a busy
+machine, where rates are not.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from shallow_pi.speed import loader
 
 @dataclasses.dataclass(frozen=True)
 class Arguments(loader.Setting):
-    """The data to read, and the ways to read it."""
+    """The data to read, and the methods to compare."""
 
     # File for the numbers, as JSON.
     output: str = ""

@@ -1,18 +1,18 @@
-"""Time a config's distillation step and its student's own fine-tuning step, with random weights.
+"""Time a config's distillation step and a fine-tuning step of its student, with random weights.
 
 uv run scripts/benchmark_step.py NAME [--repeats 20] [--output DIR] [--field value ...]
 
-    debug                                     tries it out on a CPU
+    debug                                     a short trial on a CPU
     pi0_aloha_l6 --batch-size 32 --output benchmarks/step_h100
-                                              full size on the devices there are; on one 80 GB H100:
+                                              full size on all devices; on one 80 GB H100:
         uv sync --extra cuda --extra plots
         uv run scripts/benchmark_step.py pi0_aloha_l6 --batch-size 32 --student.freeze vision \\
             embedder --output benchmarks/step_h100_frozen
         uv run scripts/benchmark_step.py pi05_libero_l6 --batch-size 32 --ema-decay 0 --output ...
     --output DIR                              also writes step.json and step.png there
 
-No teacher and no data are read. Targets: an MFU of 45 % or more (useful operations, without those
-recomputed), and a distillation step that costs at most 1.6 fine-tuning steps.
+Neither a teacher nor data are read. Targets: an MFU of at least 45 % (recomputed operations do not
+count), and a distillation step that costs at most 1.6 fine-tuning steps.
 """
 
 import argparse

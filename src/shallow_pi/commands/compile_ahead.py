@@ -1,4 +1,4 @@
-"""Compile a config's step for devices that are not there: its memory, communication and time.
+"""Compile a config's step for absent devices, and report memory, communication and time.
 
 uv run scripts/compile_ahead.py NAME --topology v5e:8x8 [--field value ...]
 
@@ -7,7 +7,7 @@ uv run scripts/compile_ahead.py NAME --topology v5e:8x8 [--field value ...]
     pi0_aloha_l6 --devices 8 --mesh.fsdp 8              eight virtual CPU devices
     --output benchmarks/ahead                           also writes NAME-TOPOLOGY.json there
 
-The step is compiled from shapes alone; a full-size one takes some minutes.
+The step is compiled from shapes alone; at full size this takes a few minutes.
 """
 
 import argparse

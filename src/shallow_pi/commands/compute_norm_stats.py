@@ -5,14 +5,14 @@ uv run scripts/compute_norm_stats.py NAME [--data.path PATH] [--output FOLDER]
     pi0_aloha_l6 --data.path ~/data/my_aloha     robot, horizon and normalization of that config
     --data.path ~/data/my_arm --data.robot my_arm.py --data.asset-id my_arm --horizon 50
 
-PATH is the folder of a LeRobot dataset or its address on the Hugging Face hub; `--data.more` adds
-others, and what a run holds out (`--data.held-out`) is left out. The statistics are of states and
-of action chunks as the model is trained on them (converted, as differences from the state where the
-robot says so), and go to FOLDER/norm_stats.json in openpi's format (default:
-norm_stats/<config or dataset>/<asset id>), and the flag that trains with them is printed; without
-it a run takes its teacher's, which is right where the teacher knows the robot. Dimensions that make
-a poor scale are warned of. With `--data.norm-stats` here nothing is written, and the dataset is
-compared with the statistics given.
+PATH is a LeRobot dataset: a folder, or an address on the Hugging Face hub. `--data.more` adds
+datasets, `--data.held-out` excludes the episodes that a run holds out. The statistics describe
+states and action chunks as the model sees them (converted, and relative to the state where the
+robot says so). They are written to FOLDER/norm_stats.json in openpi's format (default:
+norm_stats/<config or dataset>/<asset id>), and the flag that trains with them is printed. Without
+that flag a run uses its teacher's statistics, the right choice if the teacher knows the robot.
+Dimensions with a degenerate scale cause warnings. With `--data.norm-stats`, the dataset is compared
+with those statistics instead, and nothing is written.
 """
 
 import dataclasses
@@ -36,9 +36,9 @@ class Arguments:
 
     # The dataset and its robot.
     data: data_config.DataConfig
-    # Actions of a chunk: the model's action horizon.
+    # Actions in a chunk: the model's action horizon.
     horizon: int = 50
-    # Normalization of the model: z_score (π0) or quantile (π0.5); for the warnings only.
+    # Normalization of the model: z_score (π0) or quantile (π0.5); used for warnings only.
     kind: normalize.Kind = "z_score"
     # Folder for norm_stats.json.
     output: str = ""
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if given.horizon < 1:
             raise ValueError(f"--horizon must be at least 1, got {given.horizon}")
         robot = robots.find(given.data.robot)
-        # Without a look at pictures, no video of a dataset on the hub is fetched.
+        # No pictures are read, so no video is fetched from the hub.
         looks = given.data.skip_bad_episodes
         datasets, _ = opening.open_datasets(given.data, robot, pictures=looks)
         with progress.bar("Statistics", robot.state_dim + robot.action_dim) as advance:

@@ -2,13 +2,13 @@
 
 uv run scripts/estimate_memory.py NAME [--devices 1] [--card h100] [--field value ...]
 
-    pi0_aloha_l6                            one device, the config's own batch
+    pi0_aloha_l6                            one device, the config's batch size
     pi0_aloha_l6 --devices 8 --mesh.fsdp 8  parameters and moments sharded over eight
     pi0_aloha_l6 --devices 8 --card h100    sharded over the fewest H100s of eight that fit
     pi05_libero_l6 --topology v5e:4x4       on a TPU slice (needs libtpu)
 
-The estimate is computed from sizes, at once; `uv run scripts/compile_ahead.py` gets a compiler's
-own plan.
+The estimate is computed from sizes, in seconds; `uv run scripts/compile_ahead.py` obtains a
+compiler's memory plan.
 """
 
 import argparse

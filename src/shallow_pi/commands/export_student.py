@@ -1,20 +1,20 @@
-"""Give a student to openpi, LeRobot, TensorRT or plain JAX.
+"""Export a student for openpi, LeRobot, TensorRT or plain JAX.
 
 uv run scripts/export_student.py SOURCE --format FORMAT [--step last|best|N] [--output DIR]
 
-SOURCE is a run's folder (checkpoints/<config>/<exp>), of which --step says what is taken, or a step
-folder in it. Formats:
+SOURCE is a run's folder (checkpoints/<config>/<exp>), with --step naming the step, or a step folder
+in it. Formats:
 
     openpi            params/ and assets/ for openpi with a config of the student's depth
     openpi-padded     the same at the teacher's depth, for an unchanged openpi; no faster
     openpi-pytorch    model.safetensors for openpi's PyTorch model
-    lerobot           a policy folder of LeRobot; needs plugins/lerobot_policy_shallow_pi there
+    lerobot           a LeRobot policy folder; LeRobot needs plugins/lerobot_policy_shallow_pi
     onnx              ONNX graphs for TensorRT and ONNX Runtime (docs/edge.md); needs the extra onnx
     stablehlo         one program for CPU, CUDA and TPU that JAX runs without this package
 
-The folder (default: <run>/exports/<step>-<format>) appears when it has been read back and its
-actions compared with the student's; an existing one is never overwritten. Its README.md says how to
-run it.
+The folder (default: <run>/exports/<step>-<format>) appears only after it has been read back and its
+actions compared with the student's; an existing one is never overwritten. Its README.md explains
+how to run it.
 
     uv run scripts/export_student.py checkpoints/pi0_aloha_l6/first --format openpi
     uv run scripts/export_student.py checkpoints/pi0_aloha_l6/first --step best --format lerobot
@@ -40,31 +40,31 @@ class Arguments:
 
     # The student's run folder, or a step folder; local, gs:// or hf://.
     source: Annotated[str, tyro.conf.Positional]
-    # Whose layout: a name above.
+    # The format: a name above.
     format: str
     # Which step of a run: last, best (the one its best.json names) or a number.
     step: str = "last"
-    # The folder to make; empty is exports/<step>-<format> beside the step.
+    # The folder to create; empty takes exports/<step>-<format> next to the step.
     output: str = ""
-    # openpi-padded of a step folder without its run: teacher layers of the student's.
+    # openpi-padded, for a step folder without its run: teacher layer of each student layer.
     layers: tuple[int, ...] = ()
-    # openpi-padded of a step folder without its run: layers of the teacher.
+    # openpi-padded, for a step folder without its run: number of teacher layers.
     teacher_depth: int = 18
-    # Export sizes other than openpi's too; no released class of openpi or LeRobot loads them.
+    # Allow sizes other than openpi's; no released class of openpi or LeRobot loads them.
     any_size: bool = False
-    # Integration steps of the comparison, and of graphs, which have them written out; 0 takes those
-    # the student was trained for.
+    # Integration steps of the comparison and of graphs, where they are unrolled; 0 takes the number
+    # that the student was trained for.
     num_steps: int = 0
-    # onnx (float16, float32, bfloat16), stablehlo (bfloat16, float32): empty is the first.
+    # onnx: float16, float32, bfloat16; stablehlo: bfloat16, float32; empty takes the first.
     dtype: str = ""
-    # onnx: version of its operators, 17 to 20; TensorRT 10 reads up to 20.
+    # onnx: operator set version, 17 to 20; TensorRT 10 reads up to 20.
     opset: int = 17
-    # Make warnings errors.
+    # Treat warnings as errors.
     strict: bool = False
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Parse, export, say where it is."""
+    """Parse, export, print the folder."""
     given = flags.parse(Arguments, arguments, __doc__ or "")
     progress.be_strict(given.strict)
     processes.cache_compilations()

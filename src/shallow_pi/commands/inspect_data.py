@@ -1,21 +1,21 @@
-"""Look at a config's data before training on it: pictures, prompts, ranges, and what is doubtful.
+"""Inspect a config's data before training: pictures, prompts, ranges and suspicious values.
 
 uv run scripts/inspect_data.py NAME [--data.path PATH] [--field value ...]
 
-    pi0_aloha_l6 --data.path ~/data/my_aloha     what a run of that config would train on
+    pi0_aloha_l6 --data.path ~/data/my_aloha     the data that a run of that config trains on
     pi05_libero_l6 --samples 512 --output here   more samples, another folder
 
-Reads samples at random through the whole data path of a run (conversions, differences,
+Reads random samples through the complete data path of a run (conversions, differences,
 normalization, tokens, augmentation) and writes to FOLDER (default: data_sheets/NAME)
 
     sheet.png        pictures as the model sees them, prompts, action chunks, ranges
     histogram.png    each dimension of state and actions, normalized (uv sync --extra plots)
 
-and prints the ranges (as recorded, over all frames and in the robot's own units; and normalized),
-the prompts and a warning for each thing a person should look at: dimensions that are constant, far
-off or outside what the robot declares, pictures that are black or of one colour, prompts that are
-cut or all the same, much padding. The teacher's parameters are not needed: statistics and sizes are
-its own where it lies on this machine, else the statistics are computed from the dataset.
+It prints ranges (as recorded, over all frames, in the robot's units; and normalized), prompts, and
+a warning for anything suspicious: dimensions that are constant, far from the statistics or outside
+the robot's limits, pictures that are black or of one colour, prompts that are truncated or all the
+same, much padding. The teacher's parameters are not needed: statistics and sizes are the teacher's
+if it is on this machine; otherwise statistics are computed from the dataset.
 """
 
 import collections
@@ -34,13 +34,13 @@ from shallow_pi.commands import exits
 from shallow_pi.data import inspection, opening, sheet
 from shallow_pi.training import command_line, config, setup
 
-# Prompts that are printed.
+# Number of prompts printed.
 PROMPTS = 10
 
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """The config, the number of samples and the folder of the pictures."""
+    """The config, the number of samples and the output folder."""
 
     # The config; every field can be set, as for a run.
     experiment: Annotated[config.DistillConfig, tyro.conf.arg(name="")]
@@ -51,7 +51,7 @@ class Arguments:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Parse, read, draw, tell."""
+    """Parse, read, draw, print."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0].startswith("-"):
         command_line.cli(

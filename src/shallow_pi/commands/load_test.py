@@ -1,11 +1,11 @@
-"""Time a policy server that is asked by many robots at once.
+"""Measure a policy server's latency and throughput with many simultaneous clients.
 
 uv run scripts/load_test.py --url ws://127.0.0.1:8000 --clients 8 --seconds 60
 
-Every client sends random observations, made by the metadata of the server's policy, one after the
-other without a pause. At the end a line of JSON goes to standard output: answers a second, and
-percentiles of the time from sending an observation to having its actions, in milliseconds. An error
-of any client ends the test with status 1. A key is taken from the variable SHALLOW_PI_API_KEY.
+Every client sends random observations that fit the metadata of the server's policy, one after
+another without a pause. The result is a line of JSON on standard output: answers per second, and
+percentiles of the time from sending an observation to receiving its actions, in milliseconds. An
+error of any client ends the test with status 1. The API key is read from SHALLOW_PI_API_KEY.
 """
 
 import asyncio
@@ -31,11 +31,11 @@ class Arguments:
 
     # The server's address.
     url: str = "ws://127.0.0.1:8000"
-    # Robots at once.
+    # Number of simultaneous clients.
     clients: int = 8
-    # Length of the test.
+    # Duration of the test.
     seconds: float = 60.0
-    # Side of the pictures, pixels; 0 takes the model's.
+    # Side of the pictures in pixels; 0 takes the model's size.
     picture_size: int = 0
     # The instruction.
     prompt: str = "pick up the cup"
@@ -90,7 +90,7 @@ async def client(given: Arguments, number: int, until: float, times: list[float]
         additional_headers={"Authorization": f"Api-Key {key}"} if key else None,
     ) as connection:
         metadata = protocol.unpack(_binary(await connection.recv()))
-        # A few that differ, made before the clock runs.
+        # A few different ones, made before the clock starts.
         ready = [protocol.pack(observation(metadata, given, generator)) for _ in range(4)]
         shape = (metadata["action_horizon"], metadata["action_dim"])
         while time.monotonic() < until:

@@ -1,7 +1,7 @@
-"""`shallow-pi NAME ...`: every command of this package where there is no clone of it.
+"""`shallow-pi NAME ...`: every command of this package, without a clone.
 
-A command is a module of this folder whose docstring is its help; only the one that is asked for is
-imported.
+A command is a module of this folder, and its docstring is the help text; only the requested command
+is imported.
 """
 
 import ast
@@ -12,7 +12,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-# Name → module of this folder, whose script in a clone has the module's name.
+# Name → module of this folder; the script in a clone has the module's name.
 COMMANDS = {
     "train": "train_distill",
     "teacher": "train_teacher",
@@ -33,7 +33,7 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command that is named first; without one, list them."""
+    """Run the command named by the first argument; without one, list the commands."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] == ["--version"]:
         print(importlib.metadata.version("shallow-pi"))
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def overview() -> str:
     """The list of commands, from the first line of each one's docstring."""
-    lines = ["shallow-pi COMMAND ...; shallow-pi COMMAND --help tells more.", ""]
+    lines = ["shallow-pi COMMAND ...; shallow-pi COMMAND --help shows its options.", ""]
     for name, module in COMMANDS.items():
         path = pathlib.Path(__file__).with_name(f"{module}.py")
         docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""

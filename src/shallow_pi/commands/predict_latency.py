@@ -1,10 +1,10 @@
-"""Predict the time of one inference on a board that is not here, with the arithmetic.
+"""Predict the time of one inference on another device, and show the arithmetic.
 
 uv run scripts/predict_latency.py RUN --device DEVICE [--step last|best|N] [--num-steps 10]
 
 RUN is a run's folder or a step folder; DEVICE is one of orin-agx, orin-nx, thor, 4090, h100, h200.
-Operations and weights are counted from the model's sizes; the shares of a device's rates are those
-measured on an H200 (docs/edge.md).
+Operations and weights are counted from the model's sizes; the assumed utilization of each device is
+the one measured on an H200 (docs/edge.md).
 
     uv run scripts/predict_latency.py checkpoints/pi05_libero_l6/first --device orin-agx
     uv run scripts/predict_latency.py assets/pi0_turntable --device thor --num-steps 2
@@ -29,9 +29,9 @@ class Arguments:
 
     # The run's folder, or a step folder; local, gs:// or hf://.
     run: Annotated[str, tyro.conf.Positional]
-    # The board: orin-agx, orin-nx, thor, 4090, h100 or h200.
+    # The device: orin-agx, orin-nx, thor, 4090, h100 or h200.
     device: str
-    # Which step of a run: last, best or a number; its sizes alone are read.
+    # Which step of a run: last, best or a number; only its sizes are read.
     step: str = "last"
     # Integration steps.
     num_steps: int = 10

@@ -1,13 +1,13 @@
-"""Serve a student with openpi's own scripts/serve_policy.py, unmodified.
+"""Serve a student with openpi's unmodified scripts/serve_policy.py.
 
 python scripts/serve_openpi.py policy:checkpoint --policy.config=NAME --policy.dir=STEP [...]
 
-    --policy.config pi0_aloha_l6        any name; openpi's own names give openpi's own configs
+    --policy.config pi0_aloha_l6        any name; the names of openpi's configs keep their meaning
     --policy.dir    checkpoints/pi0_aloha_l6/first/30000
-    --openpi-dir    a clone of openpi (or $OPENPI_DIR), where it is not installed from one
+    --openpi-dir    a clone of openpi (or $OPENPI_DIR), unless it is installed from one
 
-Run it with the Python of an environment that has openpi. Every other argument (--port, ...) is
-serve_policy.py's; --help shows them.
+Run it with the Python of an environment that has openpi. All other arguments (--port, ...) are
+passed to serve_policy.py; --help shows them.
 """
 
 import argparse

@@ -2,26 +2,26 @@
 
 uv run scripts/serve_policy.py --policy.dir checkpoints/pi0_turntable_l6/first
 
-Any openpi client drives it unchanged, from the same machine:
+Any openpi client on the same machine can use it unchanged:
 
     from openpi_client import websocket_client_policy
     policy = websocket_client_policy.WebsocketClientPolicy("127.0.0.1", 8000)
     actions = policy.infer(observation)["actions"]  # (action horizon, robot's dimensions)
 
-`observation` has the robot's keys, which `policy.get_server_metadata()` lists, nested or flat. So
-openpi's example clients work as they are: for robot libero `observation/image`, `observation/state`
-and `prompt`; for droid `observation/exterior_image_1_left` and the like; for aloha and aloha_sim
-`state` and `images`. A robot file gives keys other names (--policy.robot my_robot.py).
+`observation` has the robot's keys, nested or flat; `policy.get_server_metadata()` lists them.
+openpi's example clients work unchanged: robot libero sends `observation/image`, `observation/state`
+and `prompt`; droid `observation/exterior_image_1_left` and the like; aloha and aloha_sim `state`
+and `images`. A robot file can rename the keys (--policy.robot my_robot.py).
 
 A page at http://127.0.0.1:8000/ shows cameras, actions, latency and errors; /metrics is for
-Prometheus, /healthz for supervisors. Ctrl-C or SIGTERM ends the server after the running inference,
-a second one at once.
+Prometheus, /healthz for supervisors. Ctrl-C or SIGTERM stops the server after the current
+inference, a second one immediately.
 
-For robots on other machines open it to the network, with a key that clients give as `api_key=`:
+For robots on other machines open it to the network, with a key that clients pass as `api_key=`:
 
     SHALLOW_PI_API_KEY=... uv run scripts/serve_policy.py --policy.dir ... --host 0.0.0.0
 
---record DIR keeps observations and actions, a file a connection; read them with
+--record DIR records observations and actions, one file per connection; read them with
 `shallow_pi.serving.recorder.read`.
 """
 
@@ -50,29 +50,29 @@ class PolicyArguments:
     dir: str
     # Step of a run: last, best (on held-out episodes) or its number.
     step: str = "last"
-    # Integration steps of the sampler; 0 takes those the policy was trained for.
+    # Integration steps of the sampler; 0 takes the number that the policy was trained for.
     num_steps: int = 0
     # Seed of the noise.
     seed: int = 0
-    # For a folder of openpi's or LeRobot's: which robot it is for, a name or a file with a ROBOT.
-    # For any policy, such a file may give the keys of observations other names.
+    # Robot of an openpi or LeRobot folder: a name, or a file with a ROBOT.
+    # For any policy, such a file may rename the keys of observations.
     robot: str = ""
-    # Name of the statistics under assets/, where there are several.
+    # Name of the statistics under assets/, if there are several.
     asset_id: str = ""
-    # SentencePiece model, where it is another than the folder's or PaliGemma's.
+    # SentencePiece model; empty takes the folder's, or PaliGemma's.
     tokenizer: str = ""
-    # Actions of a chunk, which openpi's folders do not say; 0 takes the folder's, or 50.
+    # Actions in a chunk, not stored in openpi's folders; 0 takes the folder's, or 50.
     action_horizon: int = 0
-    # Tokens of a prompt, which openpi's folders do not say; 0 takes the folder's, or openpi's 48
+    # Tokens of a prompt, not stored in openpi's folders; 0 takes the folder's, or openpi's 48
     # (π0.5: 200).
     max_token_len: int = 0
-    # π0.5 reads the state in the prompt, which openpi's folders do not say; None takes the
-    # folder's, or True.
+    # π0.5 only: put the state into the prompt. Not stored in openpi's folders; None takes the
+    # folder's value, or True.
     discrete_state_input: bool | None = None
-    # A state this many spreads outside its training data (its range q01 to q99) is answered with a
-    # warning; 0 never warns.
+    # Warn of a state this many spreads outside its training data (one spread: the range q01 to
+    # q99); 0 never warns.
     state_warn: float = state_check.WARN
-    # A state this many spreads outside its training data is refused; 0 refuses none.
+    # Refuse a state this many spreads outside its training data; 0 refuses none.
     state_refuse: float = state_check.REFUSE
 
     def model_fields(self) -> dict[str, Any]:
@@ -96,29 +96,29 @@ class Arguments:
     port: int = 8000
     # Instruction for observations without one.
     prompt: str = ""
-    # Make warnings errors: of what the policy's folder leaves to be assumed, of keys that are not
-    # used.
+    # Treat warnings as errors: about values missing from the policy's folder and assumed, and about
+    # unused keys.
     strict: bool = False
-    # File with the key clients must give; without it, the variable SHALLOW_PI_API_KEY; without
-    # both, no key is asked for.
+    # File with the API key that clients must send; without it the variable SHALLOW_PI_API_KEY;
+    # without both, no key is required.
     api_key_file: str = ""
     # Certificate chain for wss://, a PEM file.
     tls_cert: str = ""
     # Private key of the certificate, a PEM file.
     tls_key: str = ""
-    # Folder to keep observations and actions in.
+    # Folder to record observations and actions in.
     record: str = ""
-    # Recording ends after this many gigabytes.
+    # Recording stops after this many gigabytes.
     record_limit_gb: float = 20.0
     # Largest observation, MiB.
     max_request_mb: int = 64
-    # Clients at once; one more is answered 503.
+    # Maximum number of clients; further ones get status 503.
     max_clients: int = 32
-    # Observations that may wait for their turn; one more is refused.
+    # Maximum number of waiting observations; further ones are refused.
     max_waiting: int = 16
-    # Seconds a connection has for its TLS handshake, and for its HTTP request.
+    # Time limit of a connection's TLS handshake, and of its HTTP request, seconds.
     handshake_seconds: float = 5.0
-    # Handshakes at once, apart from clients; for one more, the oldest is dropped.
+    # Maximum number of handshakes, not counting clients; a further one replaces the oldest.
     max_handshakes: int = 128
 
     def create(self) -> server_config.ServerConfig:
@@ -142,7 +142,7 @@ def _api_key(path: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Load, warm up, serve until stopped."""
     given = flags.parse(Arguments, arguments, __doc__ or "")
-    # Libraries have set up their own logging when they were imported.
+    # Imported libraries have configured logging already.
     line = "%(asctime)s %(levelname)s %(message)s"
     logging.basicConfig(format=line, level=logging.WARNING, force=True)
     logging.getLogger("shallow_pi").setLevel(logging.INFO)

@@ -1,12 +1,12 @@
-"""Distil a deep policy into a shallow one, and measure both where the config has a task for it.
+"""Distil a deep policy into a shallow one, and evaluate both if the config has a simulated task.
 
 uv run scripts/train_distill.py NAME [--field value ...]
 
-    pi0_turntable_l6                        the whole story on two CPU cores
+    pi0_turntable_l6                        the complete experiment on two CPU cores
     pi0_turntable_l6 --student.depth 4      any field of a config can be set
-    pi0_turntable_l6 --resume               go on after an interruption
-    --openpi.config pi05_libero             a config of openpi's instead of NAME (where it is
-                                            installed): its model, robot and statistics
+    pi0_turntable_l6 --resume               continue after an interruption
+    --openpi.config pi05_libero             an openpi config instead of NAME (needs openpi): its
+                                            model, robot and statistics
 """
 
 import sys
@@ -19,7 +19,7 @@ from shallow_pi.training import command_line, loop
 
 
 def main() -> None:
-    """Parse, train the teacher first where that was asked for, then run the study."""
+    """Parse, train the teacher first if requested, then run the study."""
     with exits.exit_on():
         processes.initialize()
     processes.cache_compilations()

@@ -1,9 +1,9 @@
-"""Train a deep teacher from scratch on the task loss, measure it, and package it.
+"""Train a deep teacher from scratch on the task loss, evaluate it, and package it.
 
 uv run scripts/train_teacher.py NAME [--field value ...]
 
     pi0_turntable                     into checkpoints/, packaged in assets/pi0_turntable
-    pi0_turntable --resume            go on after an interruption
+    pi0_turntable --resume            continue after an interruption
 """
 
 import pathlib

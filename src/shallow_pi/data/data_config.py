@@ -1,6 +1,6 @@
-"""`DataConfig`: the part of an experiment that names its samples; `opening` reads them.
+"""`DataConfig`: the part of an experiment that describes its data; `opening` reads them.
 
-It imports no reader and no decoder, so that a config can be read where none is installed.
+Imports neither readers nor decoders, so that a config loads without them.
 """
 
 import dataclasses
@@ -19,41 +19,41 @@ from shallow_pi.data.robots import robot as robots
 class DataConfig:
     """The dataset, its robot, and how samples are read."""
 
-    # "lerobot" reads a dataset; "synthetic" makes samples up, to try things out; "MODULE:FUNCTION"
-    # names a function such as `open_data`.
+    # "lerobot" reads a dataset; "synthetic" generates random samples for a trial; "MODULE:FUNCTION"
+    # names a function with the interface of `open_data`.
     source: str = "lerobot"
-    # The LeRobot dataset: a folder, its address on the Hugging Face hub (owner/name) or gs://;
-    # empty in a config with a simulated task, which then makes it.
+    # The LeRobot dataset: a folder, an address on the Hugging Face hub (owner/name) or gs://; empty
+    # in a config with a simulated task, which records its own.
     path: str = ""
     # More datasets of the same robot, mixed with the first.
     more: tuple[str, ...] = ()
-    # Share of each dataset among the samples, in any unit, the first one's first; empty goes by
-    # their numbers of frames.
+    # Relative weight of each dataset in the mixture, `path` first; empty weights them by their
+    # number of frames.
     weights: tuple[float, ...] = ()
-    # Share of the episodes of each dataset held out for validation; 0 holds none out.
+    # Share of each dataset's episodes that is held out for validation; 0 holds out none.
     held_out: float = 0.0
-    # Episodes to use: numbers (7), ranges (0:50, without 50; 100:) or a file of these; empty is
-    # all. With several datasets, put the number of the dataset in front, from 0: 1/0:50.
+    # Episodes to use: numbers (7), ranges (0:50, end excluded; 100:) or a file of these; empty
+    # takes all. With several datasets, prefix the dataset's number, from 0: 1/0:50.
     episodes: tuple[str, ...] = ()
     # Episodes to leave out, in the same form.
     exclude_episodes: tuple[str, ...] = ()
-    # Leave out episodes that cannot be read, and say which.
+    # Leave out unreadable episodes, and list them.
     skip_bad_episodes: bool = False
     # Treat warnings as errors.
     strict: Annotated[bool, tyro.conf.arg(prefix_name=False)] = False
-    # The robot that made it: a name, or a Python file with a ROBOT.
+    # The robot that recorded the data: a name, or a Python file with a ROBOT.
     robot: str = "turntable"
     # SentencePiece model, local or gs://; empty takes the teacher's.
     tokenizer: str = ""
-    # Folder of the norm_stats.json to use; empty takes the teacher's, or computes it where there is
-    # none; "dataset" computes it.
+    # Folder of the norm_stats.json to use; empty takes the teacher's, or computes it if the
+    # teacher has none; "dataset" computes it from the dataset.
     norm_stats: str = ""
     # Name of the statistics' folder in a checkpoint's assets.
     asset_id: str = "turntable"
-    # Threads that read batches ahead: enough where decoding is most of the work.
+    # Threads that prefetch batches; sufficient if decoding dominates.
     num_threads: int = 1
-    # Processes that read ahead in place of the threads; 0 is none. They take seconds to start and
-    # their own memory; on many cores they read faster than as many threads.
+    # Processes that prefetch instead of the threads; 0 uses threads. They take seconds to start and
+    # need more memory; on many cores they are faster than the same number of threads.
     num_workers: int = 0
     # Cache of decoded, resized pictures: none, all samples in memory, or the pictures on
     # disk, for all processes and later runs.
@@ -61,8 +61,8 @@ class DataConfig:
     # Folder of the cache on disk; empty is $SHALLOW_PI_CACHE/frames, or else
     # ~/.cache/shallow_pi/frames.
     cache_dir: str = ""
-    # The most the cache may hold, GiB. In memory 0 is 2, and more is refused; on disk 0 is all but
-    # 1 GiB of the free space, and pictures beyond it are decoded each time.
+    # Maximum size of the cache in GiB. In memory, 0 means 2, and larger data are refused; on disk,
+    # 0 means all but 1 GiB of the free space, and pictures that do not fit are decoded each time.
     cache_gib: float = 0.0
 
     def __post_init__(self) -> None:
@@ -97,7 +97,7 @@ class DataConfig:
             raise ValueError("--data.asset-id must name a folder, got an empty string")
 
     def selection(self, number: int) -> selection.Selection:
-        """The episodes to use of a dataset: 0 is `path`, 1 the first of `more`."""
+        """The episodes to use of a dataset; 0 is `path`, 1 the first of `more`."""
         return selection.Selection(
             self._words("episodes", number), self._words("exclude_episodes", number)
         )

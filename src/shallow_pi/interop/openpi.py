@@ -1,10 +1,10 @@
-"""Our students as openpi configs: openpi restores, runs and serves them as its own.
+"""Our students as openpi configs, so that openpi restores, runs and serves them.
 
 openpi fixes a model's sizes by name (`gemma_2b`, `So400m/14`) and has no field for depth. A frozen
 subclass of its `Pi0Config` carries ours and swaps the two functions that look a name up, during one
 `create`. Everything else of openpi (restoring, transforms, policy, server) then runs
-on a student as it is. openpi is imported inside functions; without it a `ModuleNotFoundError` says
-where it can be had.
+unchanged on a student. openpi is imported inside functions; without it a `ModuleNotFoundError`
+explains how to install it.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from shallow_pi.data.robots import robot as robots
 from shallow_pi.models import observation as observations
 from shallow_pi.models import pi0
 
-# Variants whose look-up is swapped; any other name is an error there.
+# Variant names that the swapped functions accept; any other name is an error.
 BACKBONE, EXPERT = "gemma_2b", "gemma_300m"
 # An object of openpi's classes, which mypy does not see.
 OpenpiObject = Any
@@ -38,7 +38,7 @@ def model_config(model: pi0.Pi0Config) -> OpenpiObject:
     """openpi's model config with exactly these sizes.
 
     Raises:
-      ValueError: openpi hard-codes a size that this model has otherwise; names each.
+      ValueError: the model differs from sizes that openpi hard-codes; names each.
     """
     require()
     from openpi.models import gemma as openpi_gemma
@@ -75,7 +75,7 @@ def _config_class() -> type:
 
     @dataclasses.dataclass(frozen=True)
     class StudentConfig(pi0_config.Pi0Config):  # type: ignore[misc]  # openpi is untyped here.
-        """openpi's config of a model whose depth and other sizes are ours."""
+        """openpi's config of a model with our depth and other sizes."""
 
         sizes: pi0.Pi0Config = dataclasses.field(default_factory=pi0.Pi0Config)
 
@@ -88,7 +88,7 @@ def _config_class() -> type:
 
 @contextlib.contextmanager
 def _sizes(model: pi0.Pi0Config) -> Iterator[None]:
-    """Give openpi's names for sizes this model's values."""
+    """Let openpi's size names resolve to this model's values."""
     from openpi.models import gemma as openpi_gemma
     from openpi.models import siglip as openpi_siglip
 
@@ -114,10 +114,10 @@ def sampler(
     noise: Array,
     num_steps: int,
 ) -> Callable[[], Array]:
-    """openpi's own `sample_actions` on these parameters, jitted as it serves: call it to sample.
+    """openpi's `sample_actions` on these parameters, jitted as in its server; call it to sample.
 
     Args:
-      model: sizes; cameras of openpi's that it lacks are given to openpi black and masked.
+      model: sizes; openpi cameras that it lacks are passed black and masked.
       params: in the model's compute dtype.
       observation: a batch of them, pictures as uint8.
       noise: (b, action horizon, action dim).
@@ -148,10 +148,10 @@ def sampler(
 def train_config(
     name: str, model: pi0.Pi0Config, robot: robots.Robot, asset_id: str
 ) -> OpenpiObject:
-    """openpi's TrainConfig of a student: its sizes, and what its robot sends and expects.
+    """openpi's TrainConfig of a student: its sizes and its robot's transforms.
 
-    ALOHA, LIBERO and DROID speak with openpi's own clients, a robot of a config of openpi's as that
-    one does, every other robot in the flat keys of its recordings.
+    ALOHA, LIBERO and DROID use the keys of openpi's clients, a robot from an openpi config those of
+    that config, and every other robot the flat keys of its recordings.
     """
     sizes = model_config(model)
     from openpi import transforms as openpi_transforms
@@ -198,7 +198,7 @@ def train_config(
 class RobotInputs:
     """A transform for openpi: a robot's observation in the flat keys of its recordings → openpi's.
 
-    The prompt may come under openpi's own key, where its server was given a default one.
+    The prompt may be under openpi's key, if openpi's server has a default prompt.
     """
 
     robot: robots.Robot
@@ -236,11 +236,11 @@ def register(name: str, train: OpenpiObject) -> None:
     """Let openpi's `get_config(name)` give this config, in this process.
 
     Raises:
-      ValueError: the name is one of openpi's own.
+      ValueError: the name is that of an openpi config.
     """
     from openpi.training import config as configs
 
-    # openpi has no hook for configs from elsewhere; this is the table behind `get_config`.
+    # openpi has no hook for external configs; this is the table behind `get_config`.
     known = configs._CONFIGS_DICT
     if name in known and not isinstance(known[name].model, _config_class()):
         raise ValueError(f"{name!r} is a config of openpi's own: give the student another name")
@@ -252,7 +252,7 @@ def register_checkpoint(name: str, step: str | os.PathLike[str]) -> None:
 
     Raises:
       FileNotFoundError: parameters, statistics or shallow_pi.json are missing; says which.
-      ValueError: parameters that are not of the model shallow_pi.json describes, or a model that
+      ValueError: parameters that do not match the model in shallow_pi.json, or a model that
         openpi cannot run.
     """
     require()
@@ -291,10 +291,10 @@ def is_openpis(name: str) -> bool:
 
 
 def serve_script(checkout: str | os.PathLike[str] | None = None) -> pathlib.Path:
-    """openpi's scripts/serve_policy.py: in `checkout`, in $OPENPI_DIR, or beside the package.
+    """openpi's scripts/serve_policy.py: in `checkout`, in $OPENPI_DIR, or next to the package.
 
     Raises:
-      FileNotFoundError: it is at none of them; openpi's wheels ship no scripts.
+      FileNotFoundError: it is in none of them; openpi's wheels contain no scripts.
     """
     # An editable install lies in <checkout>/src/openpi.
     beside = pathlib.Path(require()).parents[2]
@@ -309,7 +309,7 @@ def serve_script(checkout: str | os.PathLike[str] | None = None) -> pathlib.Path
 
 
 def require() -> str:
-    """The path of openpi's package; an error with the way to install it where there is none."""
+    """The path of openpi's package; if it is missing, an error explains how to install it."""
     found = importlib.util.find_spec("openpi")
     if found is None or found.origin is None:
         raise ModuleNotFoundError(

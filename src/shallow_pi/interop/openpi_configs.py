@@ -1,8 +1,8 @@
 """openpi's training configs as experiments of ours, by name.
 
-The model and the data are taken over: samples come from openpi's own loader where it can run, and
-otherwise from recordings through a `Robot` with the same transforms. Losses, schedule and batch
-size are those of the method.
+Model and data are those of the openpi config: samples come from openpi's loader if it can run, else
+from recordings through a `Robot` with the same transforms. Losses, schedule and batch size are
+those of the method.
 """
 
 import dataclasses
@@ -20,12 +20,12 @@ PUBLISHED = ("pi05_libero", "pi05_droid", "pi0_droid", "pi0_aloha_sim")
 def experiment(name: str = "") -> config.DistillConfig:
     """openpi's training config of that name as a distillation to six layers.
 
-    Where openpi publishes no policy of that name the teacher's path is the folder of one's own
+    If openpi publishes no policy of that name, the teacher's path is the folder of your openpi
     runs, to be completed by experiment and step.
 
     Raises:
-      ValueError: no config of that name, or one whose model we do not have, or whose transforms
-        neither we have nor openpi's loader can run here; says which part.
+      ValueError: an unknown name, an unsupported model, or transforms that match no robot of ours
+        while openpi's loader cannot run here; names the part.
     """
     openpi.require()
     from openpi.training import config as configs
@@ -116,7 +116,7 @@ def _robot(name: str, source: openpi.OpenpiObject, model: openpi.OpenpiObject) -
     if isinstance(source, configs.SimpleDataConfig):
         try:
             group = source.data_transforms(model)
-        except TypeError as error:  # openpi's paligemma_diffusion_droid has outlived its API.
+        except TypeError as error:  # openpi's paligemma_diffusion_droid is out of date.
             raise ValueError(f"{name}: openpi's own transforms fail, {error}") from error
         droid = [droid_policy.DroidInputs(model.model_type)], [droid_policy.DroidOutputs()]
         if (list(group.inputs), list(group.outputs)) == droid:
@@ -131,7 +131,7 @@ def _robot(name: str, source: openpi.OpenpiObject, model: openpi.OpenpiObject) -
 def _aloha(name: str, source: openpi.OpenpiObject) -> robots.Robot:
     """The listed ALOHA with these cameras, units, deltas and prompt."""
     cameras = robots.ALOHA.cameras
-    if isinstance(source.repo_id, str):  # Else it is for inference, and has no recordings.
+    if isinstance(source.repo_id, str):  # Else for inference only, without recordings.
         (repack,) = source.repack_transforms.inputs
         of = {"base_0_rgb": "cam_high", "left_wrist_0_rgb": "cam_left_wrist"}
         of |= {"right_wrist_0_rgb": "cam_right_wrist"}

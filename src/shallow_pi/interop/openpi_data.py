@@ -1,9 +1,9 @@
-"""Samples from openpi's own datasets and transforms, where openpi and its LeRobot are installed.
+"""Samples from openpi's datasets and transforms; needs openpi and its version of LeRobot.
 
-`--openpi.config NAME` trains on exactly what openpi's data loader of that config gives: its
+`--openpi.config NAME` trains on exactly the samples of openpi's data loader for that config: its
 dataset, repacking, robot transforms, normalization and prompt. Order, batches, held-out episodes
 and exact resume are our loader's. `--data.source lerobot --data.path FOLDER` reads the recordings
-with our own reader instead, which is faster.
+with our reader instead, which is faster.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from shallow_pi.models import pi0
 
 # The name of this module's `open_data` in `data.source`.
 SOURCE = "shallow_pi.interop.openpi_data:open_data"
-# Before the name of a config whose transforms are no robot of ours.
+# Prefix of a config's name if none of our robots has its transforms.
 PREFIX = "openpi:"
 
 
@@ -37,7 +37,7 @@ class Source:
     Args:
       data: openpi's `DataConfig`, with statistics.
       model: openpi's model config.
-      dataset: what `create_torch_dataset` gives for them.
+      dataset: the result of `create_torch_dataset` for them.
       frames: which of its frames; None is all.
     """
 
@@ -60,7 +60,7 @@ class Source:
         from openpi.training import data_loader
 
         item = self.dataset[int(self.frames[i])]
-        # openpi's own function, on a dataset of this item: its transforms, in its order.
+        # openpi's function on a dataset of this item: openpi's transforms, in openpi's order.
         (key, *_) = self.data.action_sequence_keys
         if f"{key}_is_pad" not in item:
             progress.warn(
@@ -78,7 +78,7 @@ class Source:
                 tokenized_prompt_mask=np.asarray(found["tokenized_prompt_mask"], bool),
             ),
             actions=np.asarray(found["actions"], np.float32),
-            # openpi trains on the repeated last action beyond an episode's end too; we do not.
+            # Unlike openpi, we do not train on the repeated last action beyond an episode's end.
             action_mask=~np.asarray(is_pad, bool),
         )
 
@@ -153,12 +153,12 @@ def available(source: openpi.OpenpiObject) -> bool:
         importlib.import_module("lerobot")
     except ModuleNotFoundError:
         return False
-    # openpi marks a missing repository with an object, RLDS with a folder of its own.
+    # openpi marks a missing repository with an object, RLDS with a separate folder.
     return isinstance(source.data.repo_id, str) and not hasattr(source.data, "rlds_data_dir")
 
 
 def _robot(name: str, model: pi0.Pi0Config, stats: dict[str, normalize.NormStats]) -> robots.Robot:
-    """The robot of that name; for transforms of openpi alone, one that says where they are."""
+    """The robot of that name; for transforms only openpi has, one that names their config."""
     if not name.startswith(PREFIX):
         return robots.find(name)
     return robots.Robot(

@@ -1,4 +1,4 @@
-"""The accelerator table: memory, matrix rate and link bandwidth as their makers state them."""
+"""The accelerator table: memory, matrix rate and link bandwidth as stated by the manufacturers."""
 
 import dataclasses
 import re
@@ -16,7 +16,7 @@ class Accelerator:
     memory: int
     # Dense bfloat16 operations a second.
     flops: float
-    # Bytes a second to and from other devices, both ways together; 0 where there is PCIe alone.
+    # Bytes a second to and from other devices, both directions together; 0 for PCIe only.
     links: float = 0.0
 
 
@@ -49,7 +49,7 @@ def memory_of(device: jax.Device) -> int | None:
     try:
         reported = device.memory_stats() or {}
     except (NotImplementedError, RuntimeError, jax.errors.JaxRuntimeError):
-        reported = {}  # A device of a topology, which is not there.
+        reported = {}  # An absent device of a topology.
     if reported.get("bytes_limit"):
         return int(reported["bytes_limit"])
     found = find(device.device_kind)

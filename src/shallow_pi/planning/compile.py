@@ -71,7 +71,7 @@ class Program:
     batch_size: int
     # Bytes on one device of the step's arguments, by name (see `memory.given`).
     given: dict[str, int]
-    # Bytes on one device besides them: activations, gradients, gathered parameters.
+    # Other bytes on one device: activations, gradients, gathered parameters.
     temporary: int
     # Bytes on one device in all.
     total: int

@@ -2,8 +2,8 @@
 
 Read from the text of the optimized HLO. A collective inside a loop counts once per iteration: XLA
 states the trip count, or else (for TPUs) it is the bound in the loop's condition. Two peculiarities
-of the TPU compiler: a collective that runs in parallel to other work appears in each of those
-fusions, on one channel, and counts once; a reduce-scatter is an all-reduce inside a fusion of that
+of the TPU compiler: a collective that overlaps other work appears in each of those fusions, on one
+channel, and counts once; a reduce-scatter is an all-reduce inside a fusion of that
 name. Bytes are those of the result on one device, not those on the network.
 """
 

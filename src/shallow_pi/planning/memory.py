@@ -119,7 +119,7 @@ def _divisor(spec: step.Spec, mesh: Mesh) -> int:
 
 
 def largest_batch(spec: step.Spec, mesh: Mesh, room: int, teacher_dtype: str) -> int:
-    """The largest batch whose estimate fits devices of `room` bytes; 0 where none does."""
+    """The largest batch that is estimated to fit devices of `room` bytes; 0 if none does."""
     multiple = _divisor(spec, mesh)
 
     def fits(count: int) -> bool:
@@ -146,8 +146,8 @@ def choose(
 ) -> sharding.MeshConfig:
     """The mesh with `fsdp` set, where it was left open, to the fewest devices that fit.
 
-    Sharding parameters costs traffic in every layer, so it goes no further than it must. Nothing is
-    sharded where the memory of the devices is not known (CPUs).
+    Sharding parameters costs communication in every layer, so it uses no more devices than needed.
+    Nothing is sharded if the memory of the devices is unknown (CPUs).
 
     Args:
       wanted: of the config.
@@ -167,15 +167,15 @@ def choose(
         needed = estimate(spec, found.create(devices), batch_size, teacher_dtype)
         if needed.total <= USABLE * room:
             break
-    # Processes whose devices differ must still make one mesh.
+    # Processes with different devices must still agree on one mesh.
     return dataclasses.replace(found, fsdp=max(processes.gather(found.fsdp)))
 
 
 def _activations(spec: step.Spec) -> float:
     """Bytes of activations of one observation, while gradients flow back through the student.
 
-    With `--remat layers` every layer keeps its input, and the one layer at work holds its MLP and
-    its attention besides. The other policies keep more of each layer.
+    With `--remat layers` every layer keeps its input, and the layer being computed also holds its
+    MLP and attention. The other policies keep more of each layer.
     """
     model, remat = spec.student, spec.execution.remat
     size, tokens = jnp.dtype(model.dtype).itemsize, model.prefix_tokens
@@ -205,7 +205,7 @@ def _activations(spec: step.Spec) -> float:
 def _layer(
     stream: gemma.GemmaConfig, queries: int, keys: int, size: int, *, gated: bool = True
 ) -> tuple[dict[str, float], float]:
-    """Bytes a layer keeps besides its input, by remat policy, and bytes it holds while at work."""
+    """Bytes a layer keeps in addition to its input, by remat policy, and while it is computed."""
     heads = queries * stream.num_heads * stream.head_dim
     products = 2 * heads + 2 * queries * stream.num_kv_heads * stream.head_dim
     products += queries * ((1 + gated) * stream.mlp_dim + 2 * stream.width)

@@ -40,11 +40,11 @@ class Setting:
 
     # LeRobot dataset of video: a folder or its address on the hub; empty makes one up.
     path: str = ""
-    # Height of the made-up pictures, pixels.
+    # Height of the synthetic pictures, pixels.
     height: int = 256
-    # Width of the made-up pictures, pixels.
+    # Width of the synthetic pictures, pixels.
     width: int = 256
-    # Codec of the made-up video.
+    # Codec of the synthetic video.
     codec: Literal["av1", "h264"] = "av1"
     # Made-up pictures from one key frame to the next.
     group: int = 2

@@ -1,7 +1,7 @@
 """Time a training step: the distillation step and the student's own fine-tuning step.
 
 Both run on the same state, which each call hands to the next as training does (it is donated), on
-the same made-up batch and with random weights: no time depends on their values. The steps take
+the same synthetic batch and with random weights: no time depends on their values. The steps take
 turns and each is waited for, so the host's part, which training hides, is in the numbers.
 """
 
