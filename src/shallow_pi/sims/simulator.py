@@ -1,10 +1,10 @@
 """The interface of a simulator, and the table that finds one by name.
 
-A simulator is one file with two parts. Its `Suite` is a frozen dataclass whose fields are the
-options a user may set; it says which robot it drives, which instructions it gives, and whether it
-has an expert and demonstrations. `Suite.make` builds a `Simulator`: one running world, an episode
-of which is a function of its seed alone (task, prompt, initial state). To add one, write the file
-and name its suite in `SUITES`; its package is imported when the suite is first asked for.
+A simulator is one file with two parts. Its `Suite` is a frozen dataclass of the options that a user
+may set; it defines the robot, the instructions, and the expert and demonstrations if there are any.
+`Suite.make` builds a `Simulator`: one running world, in which an episode (task, prompt, initial
+state) depends only on its seed. To add one, write the file and name its suite in `SUITES`; its
+package is imported when the suite is first used.
 """
 
 import dataclasses
@@ -19,26 +19,26 @@ from jaxtyping import Float
 
 from shallow_pi.data.robots import robot as robots
 
-# Flat LeRobot keys: `observation.images.*`, `observation.state`, `task` or as the robot names them.
+# Flat LeRobot keys (`observation.images.*`, `observation.state`, `task`), or the robot's keys.
 Observation = dict[str, Any]
 Action = Float[np.ndarray, " ad"]
 
 
 class Simulator(Protocol):
-    """One running world; it can be pickled between two steps."""
+    """One running world; it can be pickled between steps."""
 
     def reset(self, seed: int) -> None:
-        """Begin the episode that `seed` names."""
+        """Start the episode of this seed."""
 
     def observe(self) -> Observation:
-        """Render, and return what the robot sees under its own keys, with the prompt."""
+        """Render, and return the observation under the robot's keys, with the prompt."""
 
     def step(self, action: Action) -> None:
         """Apply one action in the robot's units for one control period."""
 
     @property
     def task(self) -> str:
-        """The task's short name, by which results are grouped."""
+        """The task's short name; results are grouped by it."""
 
     @property
     def prompt(self) -> str:
@@ -46,18 +46,18 @@ class Simulator(Protocol):
 
     @property
     def success(self) -> bool:
-        """The goal was reached and, where the task asks for it, held."""
+        """True once the goal has been reached and, if the task requires it, held."""
 
     @property
     def done(self) -> bool:
-        """Success, failure, or the end of the time that an episode has."""
+        """True after success, failure or the time limit."""
 
     @property
     def time(self) -> float:
         """Seconds since the episode began."""
 
 
-# Gives the next action of a privileged expert, which may look into the simulator.
+# Returns the next action of an expert with access to the simulator's state.
 Expert = Callable[[Any], Action]
 
 
@@ -65,7 +65,7 @@ class Suite(Protocol):
     """Tasks of one simulator, as a frozen dataclass of its options that can be pickled."""
 
     def __hash__(self) -> int:
-        """Of the options, so that worlds can be kept by suite."""
+        """Hash of the options, so that worlds can be cached by suite."""
         ...
 
     @property
@@ -73,32 +73,32 @@ class Suite(Protocol):
         """The robot it drives; its `fps` is the control rate."""
 
     def names(self) -> Mapping[str, Sequence[str]]:
-        """Names of the dimensions of states and actions by the robot's keys, for a dataset."""
+        """Names of the state and action dimensions by the robot's keys, for a dataset."""
 
     def make(self) -> Simulator:
-        """Build one world; `reset` comes before anything else."""
+        """Build one world; call `reset` first."""
 
     def prompts(self) -> Sequence[str]:
-        """Every instruction of every task, whichever tasks are chosen: for training a tokenizer."""
+        """All instructions of all tasks, including tasks not chosen; for training a tokenizer."""
 
     def harder(self) -> Mapping[str, "Suite"]:
-        """Variants by name that policies are measured on, but not trained on."""
+        """Variants by name that are used for evaluation but not for training."""
 
     def expert(self) -> Expert | None:
-        """A scripted expert, or None. What it has to remember it keeps in the simulator."""
+        """A scripted expert, or None. The expert keeps its state in the simulator."""
 
     def demonstrate(
         self, sim: Simulator, rng: np.random.Generator, noise: float
     ) -> Iterator[tuple[Observation, Action]]:
-        """Let the expert play the episode that was just reset; asked for only if there is one.
+        """Let the expert play the episode just reset; called only if there is an expert.
 
         Args:
           sim: made by this suite.
-          rng: of the perturbations.
-          noise: their scale; 0 for the expert's own path.
+          rng: generator of the perturbations.
+          noise: their scale; 0 for the unperturbed path.
 
         Yields:
-          Each observation, and the expert's own action there.
+          Each observation, and the expert's action for it.
         """
 
 
@@ -108,7 +108,7 @@ class Entry:
 
     # MODULE:CLASS of the suite.
     suite: str
-    # Extra of this project that installs its packages; empty if every installation has them.
+    # Extra of this project that installs its packages; empty if none is needed.
     extra: str = ""
 
 
@@ -119,10 +119,10 @@ SUITES: dict[str, Entry] = {
 
 
 def find(name: str, options: Mapping[str, Any]) -> Suite:
-    """The suite of that name with these options; text is read as the option's type asks.
+    """The suite of that name with these options; text is converted to the option's type.
 
     Args:
-      name: a key of `SUITES`, or MODULE:CLASS of a suite of your own.
+      name: a key of `SUITES`, or MODULE:CLASS of another suite.
       options: fields of the suite; those left out keep their defaults.
 
     Raises:
@@ -158,7 +158,7 @@ def _read(option: str, value: object, hint: type) -> object:
     if typing.get_origin(hint) is tuple:
         return tuple(part.strip() for part in value.split(",") if part.strip())
     if typing.get_origin(hint) is Literal:
-        return value  # The suite checks its own choices.
+        return value  # The suite checks the choice.
     if hint is bool and value.lower() in ("true", "false"):
         return value.lower() == "true"
     if hint in (int, float):
@@ -189,7 +189,7 @@ def harder(suite: Suite, names: Sequence[str] | None) -> dict[str, Suite]:
 
 
 def check_robot(suite: Suite, robot: robots.Robot) -> None:
-    """Raise unless a policy of `robot` can drive the suite's own robot."""
+    """Raise unless a policy for `robot` can drive the suite's robot."""
     own = suite.robot
     differing = [
         f"{what} {theirs} (the simulator's: {ours})"

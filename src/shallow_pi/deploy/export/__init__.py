@@ -1,1 +1,1 @@
-"""Students in other projects' layouts and as graphs: one file a format, found in `formats`."""
+"""Students in other projects' layouts and as graphs: one file per format, listed in `formats`."""

@@ -1,4 +1,4 @@
-"""The README.md of an exported policy: its facts, its checks, how to run it."""
+"""The README.md of an exported policy: facts, checks and instructions."""
 
 import textwrap
 
@@ -29,10 +29,10 @@ def text(
     Args:
       usage: how to run it in its format.
       folder: name of the exported folder.
-      student: before its format changed it.
-      origin: its run, as far as it is known.
-      checked: how it was checked, and how far its actions are from the student's.
-      is_policy: `Policy.from_checkpoint` reads the folder.
+      student: the student before conversion to the format.
+      origin: its run, as far as known.
+      checked: the check that was made, and the difference of its actions from the student's.
+      is_policy: true if `Policy.from_checkpoint` reads the folder.
     """
     model, robot, assets = student.model, student.assets.robot, student.assets
     layers = " ".join(map(str, origin.layer_map))

@@ -34,27 +34,27 @@ def export(
     opset: int = 17,
     report: Callable[[str], None] = lambda _: None,
 ) -> pathlib.Path:
-    """Write a student in another project's layout, and return the folder.
+    """Export a student, and return the folder.
 
     Args:
       source: a step folder, or a run's folder; `gs://`, `hf://` too.
       format: a name in `formats.FORMATS`.
-      output: the folder to make; None is `exports/<step>-<format>` beside the step.
+      output: the folder to create; None takes `exports/<step>-<format>` next to the step.
       step: of a run: "last", "best" or a number.
-      layers: for `openpi-padded`, the teacher layers of the student's, where no run says so.
-      teacher_depth: for `openpi-padded`, layers of the padded model, where no run says so.
-      any_size: export a model of other sizes than openpi's too, which their classes cannot load.
-      num_steps: integration steps of the comparison, and of a graph that has them written out;
-        None takes those the student was trained for.
-      dtype: of a graph's weights and arithmetic; empty is the format's usual one.
-      opset: for `onnx`, the version of its operators.
-      report: is told what is being done.
+      layers: for `openpi-padded` without a run, the teacher layer of each student layer.
+      teacher_depth: for `openpi-padded` without a run, the number of layers of the padded model.
+      any_size: allow sizes that differ from openpi's, which the released classes cannot load.
+      num_steps: integration steps of the comparison and of a graph, where they are unrolled; None
+        takes the number that the student was trained for.
+      dtype: of a graph's weights and arithmetic; empty takes the format's default.
+      opset: for `onnx`, the operator set version.
+      report: called with progress messages.
 
     Raises:
-      ValueError: an unknown format, a student that it cannot hold, or numbers that were read back
-        otherwise than they were written.
+      ValueError: an unknown format, a student that it cannot represent, or values that differ when
+        read back.
       FileNotFoundError: no step folder, or an incomplete one.
-      FileExistsError: the output exists: nothing is ever overwritten.
+      FileExistsError: the output exists; nothing is ever overwritten.
       OSError: the output cannot be written.
     """
     chosen = formats.find(format)

@@ -1,4 +1,4 @@
-"""The formats of exports by name; a new one is a file beside this one, and a line in the table."""
+"""The export formats by name; a new one is a file in this folder and a line in the table."""
 
 import difflib
 import pathlib
@@ -19,11 +19,11 @@ from shallow_pi.deploy.export import student as students
 class Format(Protocol):
     """The functions that a format's file defines."""
 
-    # Dtypes of a graph, the usual one first; empty where others' classes load the parameters.
+    # Dtypes of a graph, the default first; empty if other projects' classes load the parameters.
     DTYPES: tuple[str, ...]
 
     def prepare(self, student: students.Student, origin: students.Origin) -> students.Student:
-        """The student as this format holds it: the same function of the same observations."""
+        """The student as represented in this format: the same function of observations."""
 
     def write(self, folder: pathlib.Path, student: students.Student) -> None:
         """Write everything but `assets/` into a new folder."""
@@ -34,10 +34,10 @@ class Format(Protocol):
     def verify(
         self, folder: pathlib.Path, exported: students.Student, student: students.Student
     ) -> str:
-        """Read the folder, compare it with the student, and say how that was done and came out.
+        """Read the folder, compare it with the student, and return a description of the result.
 
         Raises:
-          ValueError: it is not the student's function.
+          ValueError: it computes another function than the student.
         """
 
 
@@ -55,7 +55,7 @@ def find(name: str) -> Format:
     """The format of that name.
 
     Raises:
-      ValueError: there is none; lists them.
+      ValueError: an unknown name; lists the formats.
     """
     if name not in FORMATS:
         close = difflib.get_close_matches(name, FORMATS, n=1)

@@ -1,12 +1,12 @@
 """A policy folder of LeRobot: `model.safetensors`, the policy's config and its two pipelines.
 
 The types `shallow_pi0` and `shallow_pi05` come from the plugin `lerobot_policy_shallow_pi`
-(plugins/ in this repository), which reads the depth from the config and raises where the file does
-not fit. The pipelines are LeRobot's own steps with this policy's statistics, set so that they
-compute what `data.robots` computes: openpi's epsilon, relative actions where the robot has any, and
-two steps of the plugin where it has units and signs of its own or a fixed prompt. LeRobot knows one
-state, `observation.state`, one `task`, and pictures under `observation.images.`: a robot whose
-recordings name things otherwise is given these names (`camera_key`), its state's parts in one.
+(plugins/ in this repository), which reads the depth from the config and raises if the file does not
+fit. The pipelines consist of LeRobot's steps with this policy's statistics, set up to compute the
+same as `data.robots`: openpi's epsilon, relative actions if the robot has any, and two steps of the
+plugin for a robot with different units or signs or a fixed prompt. LeRobot has one state,
+`observation.state`, one `task`, and pictures under `observation.images.`: other keys of a robot are
+renamed to these (`camera_key`), and a state in parts becomes one.
 """
 
 import json
@@ -24,17 +24,17 @@ from shallow_pi.deploy.export import student as students
 from shallow_pi.models import pi0
 
 _USAGE = """\
-A policy folder of LeRobot, of the type `{type}`: LeRobot's own {kind} at {depth} layers. The type
-comes with a plugin in the repository of shallow_pi; LeRobot itself has 18 layers built in and must
-not be given this file as its own {kind}. With the Python of LeRobot:
+A LeRobot policy folder of type `{type}`: LeRobot's {kind} with {depth} layers. A plugin in the
+repository of shallow_pi provides the type; LeRobot's standard {kind} has a fixed depth of 18 layers
+and cannot load this file. With the Python of LeRobot:
 
     pip install /path/to/a/clone/of/shallow_pi/plugins/lerobot_policy_shallow_pi
     lerobot-eval --policy.path=/path/to/{folder} ...
 
 An observation has {names}.
-The plugin raises where the file and `config.json` do not fit each other. Pictures are resized by
-LeRobot's function there and by Pillow's here, which differ by a few grey levels; give pictures of
-{size} × {size} where that matters.
+The plugin raises an error if the file and `config.json` do not match. LeRobot resizes pictures with
+another function than shallow_pi (Pillow), which differs by a few grey levels; send pictures of
+{size} × {size} if that matters.
 """
 TOKENIZER = "google/paligemma-3b-pt-224"
 STATE, ACTION, PROMPT = "observation.state", "action", "task"
@@ -45,7 +45,7 @@ DTYPES, prepare, verify = openpi.DTYPES, openpi.prepare, openpi.verify
 
 
 def write(folder: pathlib.Path, student: students.Student) -> None:
-    """Write the tensors under LeRobot's names, and what describes them."""
+    """Write the tensors under LeRobot's names, the config and the pipelines."""
     model = student.model
     if model.vocab_size != pi0.PALIGEMMA_VOCAB_SIZE:
         progress.warn(
@@ -63,7 +63,7 @@ def write(folder: pathlib.Path, student: students.Student) -> None:
 
 
 def usage(folder: str, student: students.Student, origin: students.Origin) -> str:
-    """The plugin it needs, LeRobot's command, and what an observation has."""
+    """The required plugin, LeRobot's command, and the keys of an observation."""
     return _USAGE.format(
         depth=student.model.depth,
         folder=folder,
@@ -97,7 +97,7 @@ def camera_key(key: str) -> str:
 
 
 def config(assets: policy_assets.Assets) -> dict[str, Any]:
-    """The policy's config; LeRobot's defaults stand for what is not in it."""
+    """The policy's config; other fields keep LeRobot's defaults."""
     model = assets.model
     relative, absolute, names = _relative(assets)
     return {
@@ -176,7 +176,7 @@ def _after(assets: policy_assets.Assets) -> list[dict[str, Any]]:
 
 
 def _to_model(assets: policy_assets.Assets) -> list[dict[str, Any]]:
-    """The plugin's step before the difference is taken, if this robot needs it."""
+    """The plugin's step before differences are computed, if this robot needs it."""
     robot = assets.robot
     units = {
         "state": _units(robot.state_conversion),
@@ -251,7 +251,7 @@ def _dump(path: pathlib.Path, content: dict[str, Any]) -> None:
 
 
 def _names(assets: policy_assets.Assets) -> str:
-    """LeRobot's names in the robot's own terms."""
+    """LeRobot's keys, with the robot's names for them."""
     robot = assets.robot
     keys = [robot.cameras[name] for name in assets.model.cameras if name in robot.cameras]
     pictures = [f"`{camera_key(key)}`" + f" (`{key}`)" * (camera_key(key) != key) for key in keys]

@@ -1,10 +1,10 @@
 """ONNX graphs of the sampler, for TensorRT and ONNX Runtime: a robot's computer without JAX.
 
-`policy.onnx` is the whole sampler with its steps written out; `prefix.onnx` (pictures and prompt to
+`policy.onnx` is the whole sampler with its steps unrolled; `prefix.onnx` (pictures and prompt to
 keys and values) and `step.onnx` (noisy actions, time, keys and values to the velocity) are its
-parts, for a loop of one's own. Shapes are fixed, batch 1: where usual prompts are shorter than the
-longest, each length has its own graphs (`policy_16.onnx`), and all graphs share `weights.bin`. The
-cameras are the robot's own: one that it lacks is masked everywhere, so the graphs leave it out.
+parts, for a custom loop. Shapes are fixed, batch 1: there are graphs for several prompt lengths
+(`policy_16.onnx`), and all graphs share `weights.bin`. Cameras that the robot lacks would be masked
+everywhere, so the graphs omit them.
 """
 
 import dataclasses
@@ -28,7 +28,8 @@ from shallow_pi.models import pi0
 
 DTYPES: tuple[str, ...] = ("float16", "float32", "bfloat16")
 DESCRIPTION, WEIGHTS = "onnx.json", "weights.bin"
-# Largest difference of a normalized action from the sampler's; of other dtypes it is reported.
+# Largest allowed difference of a normalized action from the sampler's; for other dtypes the
+# difference is only reported.
 TOLERANCE = 1e-4
 _USAGE = """\
 ONNX graphs in {dtype}, opset {opset}, batch 1, {steps} integration steps. `onnx.json` names the
@@ -41,12 +42,12 @@ graphs for prompts of up to {lengths} tokens; all of them share `weights.bin`.
 | `step.onnx` | `x`, `t`, `keys_i`, `values_i`, `valid` | `velocity` |
 
 `pictures` are bytes (1, {count}, {size}, {size}, 3), cameras in the order {cameras}. With NVIDIA's
-TensorRT 10, on the computer that will run it:
+TensorRT 10, on the target computer:
 
     trtexec --onnx=policy.onnx --stronglyTyped --saveEngine=policy.engine
 
-Without JAX, by ONNX Runtime on CPU, CUDA or TensorRT (`examples/onnx_runtime` in the repository of
-shallow_pi; any openpi client drives it):
+With ONNX Runtime on CPU, CUDA or TensorRT, without JAX (`examples/onnx_runtime` in the repository
+of shallow_pi; works with any openpi client):
 
     python runner.py /path/to/{folder} --port 8000
 """
@@ -86,7 +87,7 @@ def write(folder: pathlib.Path, student: students.Student) -> None:
         "discrete_state_input": model.discrete_state_input,
         "normalization": student.assets.kind,
         "graphs": graphs,
-        # A copy that was cut short is told by its sizes.
+        # File sizes reveal an incomplete copy.
         "files": files,
     }
     (folder / DESCRIPTION).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -109,7 +110,7 @@ def usage(folder: str, student: students.Student, origin: students.Origin) -> st
 
 
 def verify(folder: pathlib.Path, exported: students.Student, student: students.Student) -> str:
-    """Check the graphs, and run them beside the sampler in float32 on the same noise."""
+    """Check the graphs, and compare them with the sampler in float32 on the same noise."""
     _need("onnxruntime")
     import onnx
 
@@ -225,13 +226,13 @@ def _cache(model: pi0.Pi0Config) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def model_of(student: students.Student) -> pi0.Pi0Config:
-    """The model with the robot's cameras alone: the others would be masked everywhere."""
+    """The model with only the robot's cameras: others would be masked everywhere."""
     there = tuple(c for c in student.model.cameras if c in student.assets.robot.cameras)
     return dataclasses.replace(student.model, cameras=there)
 
 
 def _lengths(student: students.Student) -> list[int]:
-    """Prompt lengths with graphs of their own: of usual prompts, and the longest."""
+    """Prompt lengths to write graphs for: those of usual prompts, and the maximum."""
     usual = policies.prompt_lengths(student.assets, None)
     return sorted({*usual, student.model.max_token_len})
 
@@ -247,7 +248,7 @@ def prepared_weights(model: pi0.Pi0Config, student: students.Student) -> prepara
 
 
 def made_up(model: pi0.Pi0Config) -> dict[str, np.ndarray]:
-    """Inputs of `policy.onnx` whose prompt fills half of its length."""
+    """Inputs of `policy.onnx` with a prompt of half the length."""
     generator, found = np.random.default_rng(0), {}
     for name, spec in (_inputs(model) | {"noise": _noise(model)}).items():
         if name == "prompt_mask":
@@ -271,7 +272,7 @@ def _sampled(
             wide, params, _observation(wide, observed), noise, num_steps=student.num_steps
         )
 
-    # In the order in which they were made: a dict of JAX's would be sorted.
+    # In creation order: JAX would sort the keys of a dict.
     names = list(inputs)
     run = jax.jit(lambda params, *given: sample(params, dict(zip(names, given, strict=True))))
     return np.asarray(run(jax.tree.map(jnp.asarray, student.params), *inputs.values()))

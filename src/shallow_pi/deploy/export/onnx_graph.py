@@ -1,9 +1,9 @@
 """A function of arrays as an ONNX graph: traced to a jaxpr, and each primitive made into nodes.
 
-Equations whose inputs are all known (weights, constants) are computed here and become weights.
-Calls are inlined, a broadcast is left to the operator that reads it, the parts of a softmax become
-one `Softmax`, and nodes whose results nobody reads are dropped. `onnx_nodes` holds the table of
-primitives. Weights go into one file beside the graphs (`Weights`), each once.
+Equations with known inputs only (weights, constants) are evaluated here and become weights. Calls
+are inlined, broadcasts are left to the operators that read them, the parts of a softmax become one
+`Softmax`, and unused nodes are dropped. `onnx_nodes` holds the table of primitives. Weights go into
+one file next to the graphs (`Weights`), each once.
 """
 
 import hashlib
@@ -23,11 +23,11 @@ from shallow_pi.deploy.export.onnx_nodes import Value
 
 # A protocol buffer of the `onnx` package, which is optional and untyped.
 Proto = Any
-# TensorRT 10 reads up to 20; below 17 operators take their axes otherwise.
+# TensorRT 10 reads up to 20; below 17 operators specify axes differently.
 OPSETS = (17, 18, 19, 20)
 # Primitives that only call another jaxpr, by the name of the parameter that holds it.
 _CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
-# Runtimes map weights into memory from whole pages, and need none of a small one.
+# Runtimes memory-map large weights from page boundaries; small ones need no alignment.
 _PAGE, _INLINE_BYTES = 4096, 256
 
 
@@ -84,7 +84,7 @@ def convert(
       function: pure, of a tree of known arrays and of one array an input; returns a sequence.
       known: a tree of arrays, the weights.
       inputs: shape and dtype of each input, by name in the order of the arguments.
-      outputs: names of what it returns.
+      outputs: names of the results.
       weights: the file that takes them.
       opset: version of ONNX's operators.
 

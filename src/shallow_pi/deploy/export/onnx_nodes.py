@@ -1,9 +1,9 @@
 """The table from JAX's primitives to ONNX's operators.
 
-Only what a π0 or π0.5 of any size comes to is in it; another primitive is an error that names it
-and the line it comes from. No control flow, no float64; integers of 64 bits appear in shapes and
-slices alone, where ONNX asks for them. A running sum is a product with a triangle of ones, since
-TensorRT sums no integers that way.
+It covers the primitives of π0 and π0.5 at any size; any other primitive is an error that names it
+and its source line. No control flow, no float64; 64-bit integers appear only in shapes and slices,
+where ONNX requires them. A cumulative sum is a product with a triangle of ones, because TensorRT
+has no cumulative sum of integers.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ class Spec(Protocol):
 
 @dataclasses.dataclass(eq=False)
 class Value:
-    """An array of the graph: a tensor's name, or its numbers where they are known."""
+    """An array of the graph: a tensor's name, or its numbers if they are known."""
 
     shape: Shape
     dtype: np.dtype
@@ -40,7 +40,7 @@ class Value:
     # Shape of the tensor of that name, or of `array`: 1 along axes still to be broadcast.
     held: Shape | None = None
     array: np.ndarray | None = None
-    # The equation it comes from, and what that read.
+    # The equation that computes it, and the inputs of that equation.
     primitive: str = ""
     inputs: Sequence["Value"] = ()
     params: Params = dataclasses.field(default_factory=dict)
@@ -54,7 +54,7 @@ class Value:
         return cls(array.shape, array.dtype, array=array)
 
     def compact(self, graph: "Graph") -> str:
-        """Its tensor, for an operator that broadcasts by itself."""
+        """Its tensor, for an operator that broadcasts its inputs."""
         if not self.name:
             assert self.array is not None, "a value has a name or an array"
             self.name = graph.constant(self.array)
@@ -78,7 +78,7 @@ class Value:
 
 
 class Graph:
-    """The nodes and constants of a graph that is being made."""
+    """The nodes and constants of a graph under construction."""
 
     def __init__(self, opset: int) -> None:
         self.opset = opset
@@ -87,13 +87,13 @@ class Graph:
         self._integers: dict[Shape, str] = {}
 
     def constant(self, array: np.ndarray) -> str:
-        """Keep an array; its name."""
+        """Add a constant; returns its name."""
         name = f"w{len(self.constants)}"
         self.constants[name] = array
         return name
 
     def integers(self, values: Sequence[int]) -> str:
-        """A shape, axes or bounds, which ONNX takes as int64."""
+        """Add a shape, axes or bounds, which ONNX reads as int64."""
         key = tuple(int(value) for value in values)
         if key not in self._integers:
             self._integers[key] = self.constant(np.array(key, np.int64))
@@ -137,16 +137,16 @@ _TYPES = {
 
 
 def add(graph: Graph, equation: core.JaxprEqn, inputs: list[Value], line: str = "") -> list[Value]:
-    """Add one equation: computed here if all of its inputs are known, else as nodes.
+    """Add one equation: evaluated here if all of its inputs are known, else as nodes.
 
     Args:
-      graph: what it is added to.
+      graph: the graph to extend.
       equation: of a jaxpr.
-      inputs: what it reads.
+      inputs: values of the equation's inputs.
       line: where the equation that calls this one was traced (`line_of`).
 
     Raises:
-      ValueError: ONNX has nothing for it; says which primitive, and the line it comes from.
+      ValueError: no operator for the primitive; names it and its source line.
     """
     name, out = equation.primitive.name, [v.aval for v in equation.outvars]
     if name != "broadcast_in_dim" and (folded := _fold(equation, inputs)) is not None:
@@ -160,7 +160,7 @@ def add(graph: Graph, equation: core.JaxprEqn, inputs: list[Value], line: str = 
     results = _TABLE[name](graph, inputs, out[0], equation.params)
     results = results if isinstance(results, list) else [results]
     for result in results:
-        # An identity keeps the history of what it passes on.
+        # An identity keeps the history of its input.
         if not result.primitive:
             result.primitive, result.inputs, result.params = name, inputs, equation.params
     return results
@@ -411,7 +411,7 @@ def _reduce(operator: str) -> Callable[..., Value]:
     def make(graph: Graph, inputs: Sequence[Value], out: Spec, params: Params) -> Value:
         (x,), axes = inputs, [int(axis) for axis in params["axes"]]
         names, as_attribute = [x.expanded(graph)], operator != "ReduceSum" and graph.opset < 18
-        if x.dtype.kind in "biu":  # TensorRT sums floats alone; counts of tokens are exact.
+        if x.dtype.kind in "biu":  # TensorRT sums only floats; token counts stay exact in them.
             wide = graph.node("Cast", names, x.shape, np.float32, to=type_of(np.float32))
             names = [wide.name]
         if not as_attribute:

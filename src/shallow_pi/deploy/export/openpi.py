@@ -1,6 +1,6 @@
 """A step folder of openpi: `params/` and `assets/<asset_id>/norm_stats.json`.
 
-openpi's own configs have the teacher's depth, so a config of the student's is registered first
+openpi's configs have the teacher's depth, so one with the student's depth is registered first
 (`interop.openpi`, `shallow-pi serve-openpi`).
 """
 
@@ -11,9 +11,9 @@ from shallow_pi.deploy.export import read_back
 from shallow_pi.deploy.export import student as students
 
 _USAGE = """\
-A step folder of openpi: `params/` and `assets/{asset_id}/norm_stats.json`. openpi's own configs
-have other depths; this project registers one of {depth} layers and runs openpi's `serve_policy.py` as
-it is. With the Python of openpi, in a clone of it (after `uv sync`):
+A step folder of openpi: `params/` and `assets/{asset_id}/norm_stats.json`. openpi's configs
+have another depth; this project registers one with {depth} layers and runs openpi's `serve_policy.py`
+unchanged. With the Python of openpi, in a clone of it (after `uv sync`):
 
     uv pip install /path/to/shallow_pi          # its wheel, or a clone of its repository
     .venv/bin/shallow-pi serve-openpi policy:checkpoint --policy.config={config} --policy.dir=/path/to/{folder}
@@ -24,7 +24,7 @@ verify = read_back.verify
 
 
 def prepare(student: students.Student, origin: students.Origin) -> students.Student:
-    """The student as it is."""
+    """The student, unchanged."""
     return student
 
 
@@ -34,7 +34,7 @@ def write(folder: pathlib.Path, student: students.Student) -> None:
 
 
 def usage(folder: str, student: students.Student, origin: students.Origin) -> str:
-    """The command that serves it with openpi's own server."""
+    """The command that serves it with openpi's server."""
     return _USAGE.format(
         asset_id=student.assets.asset_id,
         config=origin.name or "student",

@@ -1,7 +1,7 @@
 """A step folder of openpi at the teacher's depth, which an unchanged openpi runs (no faster).
 
-The student's layers stand at their teacher indices and the others are zeros. A layer of zeros adds
-nothing to the residual stream, so both models are the same function.
+The student's layers are placed at their teacher indices and the others are zeros. A layer of zeros
+adds nothing to the residual stream, so both models compute the same function.
 """
 
 import dataclasses
@@ -17,9 +17,9 @@ from shallow_pi.deploy.export import student as students
 from shallow_pi.models import parameters, pi0
 
 _USAGE = """\
-A step folder of openpi at {depth} layers: the student's stand at the indices {layers}, the others are
+A step folder of openpi with {depth} layers: the student's at the indices {layers}, the others are
 zeros, which add nothing. The actions are the student's; memory and time are those of {depth} layers.
-{who}In a clone of openpi, with a config of its own that has this model ({kind},
+{who}In a clone of openpi, with a config that has this model ({kind},
 action horizon {horizon}), this robot's transforms and `asset_id="{asset_id}"`:
 
     uv run scripts/serve_policy.py policy:checkpoint --policy.config=CONFIG --policy.dir=/path/to/{folder}
@@ -31,7 +31,7 @@ def prepare(student: students.Student, origin: students.Origin) -> students.Stud
     """The student at the teacher's depth.
 
     Raises:
-      ValueError: nothing tells the layers, or they do not fit.
+      ValueError: the layers are unknown, or they do not fit.
     """
     depth, layers, teacher_depth = student.model.depth, origin.layer_map, origin.teacher_depth
     if not layers:

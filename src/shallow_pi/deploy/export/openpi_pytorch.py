@@ -1,4 +1,4 @@
-"""`model.safetensors` for openpi's PyTorch model, with the sizes its loader asks for."""
+"""`model.safetensors` for openpi's PyTorch model, with the tensors that its loader requires."""
 
 import json
 import pathlib
@@ -9,8 +9,8 @@ from shallow_pi.deploy.export import student as students
 
 _USAGE = """\
 `model.safetensors` for openpi's PyTorch model, with `assets/{asset_id}/norm_stats.json`. The class
-takes its depth from `gemma.get_config`; tell it before it is made (openpi's loader is strict, so a
-wrong depth raises). With the Python of openpi:
+reads its depth from `gemma.get_config`; replace that first (openpi's loader is strict, so a wrong
+depth raises an error). With the Python of openpi:
 
     import dataclasses
     import openpi.models.gemma as gemma
@@ -20,9 +20,9 @@ wrong depth raises). With the Python of openpi:
     gemma.get_config = lambda name: dataclasses.replace(original(name), depth={depth})
     policy = policy_config.create_trained_policy(train_config, "/path/to/{folder}")
 
-`train_config` is one of openpi with this model ({kind}, action horizon {horizon}), this robot's
-transforms and `asset_id="{asset_id}"`. openpi wants `gemma_expert.lm_head.weight`, which no policy
-uses; here it is zeros.
+`train_config` is an openpi config with this model ({kind}, action horizon {horizon}), this robot's
+transforms and `asset_id="{asset_id}"`. openpi requires `gemma_expert.lm_head.weight`, which no
+policy uses; here it is zeros.
 """
 
 DTYPES, prepare, verify = openpi.DTYPES, openpi.prepare, openpi.verify

@@ -14,12 +14,12 @@ from shallow_pi.models import batch as batches
 from shallow_pi.models import observation as observations
 from shallow_pi.models import pi0
 
-# Largest difference of a normalized action; 0 where the same program runs.
+# Largest allowed difference of a normalized action; 0 if the same program runs.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
 
 
 def verify(folder: pathlib.Path, exported: students.Student, student: students.Student) -> str:
-    """Read the folder as a policy, compare, and say how far its actions are from the student's."""
+    """Read the folder as a policy, and describe how its actions differ from the student's."""
     expected, model = pi0.abstract_params(exported.model), student.model
     read = weights.leaves(weights.load_params(folder, expected, what="export"))
     wrong = [
@@ -61,7 +61,7 @@ def verify(folder: pathlib.Path, exported: students.Student, student: students.S
 
 
 def _made_up(model: pi0.Pi0Config) -> tuple[observations.Observation, np.ndarray]:
-    """An observation whose prompt fills half its budget, and noise."""
+    """An observation with a prompt of half the maximum length, and noise."""
     length, random = model.max_token_len, batches.noise(model, 1)
     half = np.arange(length)[None] < (length + 1) // 2
     observation = dataclasses.replace(random.observation, tokenized_prompt_mask=half)

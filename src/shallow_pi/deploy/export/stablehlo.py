@@ -1,7 +1,7 @@
-"""The sampler as one StableHLO program for CPU, CUDA and TPU, which JAX alone runs.
+"""The sampler as one StableHLO program for CPU, CUDA and TPU, which needs only JAX to run.
 
-`policy.stablehlo` is what `jax.export` serializes, `weights.safetensors` its first argument: a flat
-dictionary of arrays. Batch 1, the prompt at its full length, the robot's own cameras.
+`policy.stablehlo` is serialized by `jax.export`; `weights.safetensors` is its first argument, a
+flat dictionary of arrays. Batch 1, prompts padded to full length, the robot's cameras only.
 """
 
 import pathlib
@@ -19,11 +19,11 @@ from shallow_pi.deploy.export import student as students
 DTYPES: tuple[str, ...] = ("bfloat16", "float32")
 PROGRAM, WEIGHTS = "policy.stablehlo", "weights.safetensors"
 PLATFORMS = ("cpu", "cuda", "tpu")
-# Largest difference of a normalized action from the same function called here.
+# Largest allowed difference of a normalized action from the same function called here.
 TOLERANCE = 1e-6
 _USAGE = """\
-One program for {platforms} in {dtype}, batch 1, {steps} integration steps. JAX (from {version} on)
-and safetensors run it, nothing of shallow_pi:
+One program for {platforms} in {dtype}, batch 1, {steps} integration steps. It needs JAX
+({version} or newer) and safetensors, but not shallow_pi:
 
     import jax, jax.export, numpy as np
     from safetensors.flax import load_file
@@ -35,7 +35,7 @@ and safetensors run it, nothing of shallow_pi:
     }}
     actions = jax.jit(policy.call)(weights, inputs)["actions"]
 
-These are normalized: pictures are bytes, cameras in the order {cameras}; tokenizer and statistics
+Actions are normalized; pictures are bytes, cameras in the order {cameras}; tokenizer and statistics
 are in `assets/`.
 """
 
@@ -75,7 +75,7 @@ def usage(folder: str, student: students.Student, origin: students.Origin) -> st
 
 
 def verify(folder: pathlib.Path, exported: students.Student, student: students.Student) -> str:
-    """Read the program back and run it on this machine beside the function it was made from."""
+    """Read the program back and compare it on this machine with the exported function."""
     read = safetensors.flax.load_file(folder / WEIGHTS)
     weights, tree = _weights(student)
     wrong = [n for n, leaf in weights.items() if not np.array_equal(read[n], np.asarray(leaf))]

@@ -1,4 +1,4 @@
-"""A student that is exported: its parameters and assets, and what its run recorded of it."""
+"""A student to export: its parameters and assets, and the facts its run recorded."""
 
 import dataclasses
 import json
@@ -18,13 +18,13 @@ BUILT_IN = ("action_dim", "backbone", "expert", "image", "image_size", "vocab_si
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Student:
-    """A policy as a format holds it."""
+    """A policy to be written in a format."""
 
     assets: policy_assets.Assets
     params: PyTree
-    # Integration steps: of the comparison, and of a graph that has them written out.
+    # Integration steps of the comparison and of a graph, where they are unrolled.
     num_steps: int = 10
-    # Version of ONNX's operators.
+    # ONNX operator set version.
     opset: int = 17
 
     @property
@@ -34,28 +34,28 @@ class Student:
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """Facts about the run a step belongs to; empty where there is no run beside it."""
+    """Facts about the run a step belongs to; empty if the step is not in a run."""
 
     # Of the config.
     name: str = ""
     teacher: str = ""
     datasets: tuple[str, ...] = ()
-    # Teacher layers the student's are, and how many the teacher has.
+    # Teacher layer of each student layer, and number of teacher layers.
     layer_map: tuple[int, ...] = ()
     teacher_depth: int = 0
     # Optimizer steps taken, of those planned.
     step: int = 0
     steps: int = 0
-    # Error of sampled actions on held-out episodes at this step, and against whose actions.
+    # Error of sampled actions on held-out episodes at this step, and the reference actions.
     error: float | None = None
     against: str = ""
 
 
 def origin(step: pathlib.Path) -> Origin:
-    """Read what a run recorded of one of its steps.
+    """Read the facts that a run recorded about one of its steps.
 
     Raises:
-      ValueError: a config.json that no run has written.
+      ValueError: a config.json that was not written by a run.
     """
     path = step.parent / run_folder.CONFIG_FILE
     if not path.is_file():
@@ -83,7 +83,7 @@ def origin(step: pathlib.Path) -> Origin:
 
 
 def other_sizes(model: pi0.Pi0Config) -> list[str]:
-    """Sizes of a model that no released class of openpi or LeRobot has."""
+    """Sizes of a model that differ from the released classes of openpi and LeRobot."""
     openpi = pi0.Pi0Config()
     return [
         f"{name} is {getattr(model, name)}, theirs {getattr(openpi, name)}"
@@ -101,7 +101,7 @@ def _error(step: pathlib.Path) -> float | None:
 
 
 def _public(address: str) -> str:
-    """An address as it may be published: of a local path only the last name."""
+    """An address that is safe to publish: only the last part of a local path."""
     local = "://" not in address and (
         pathlib.Path(address).is_absolute() or address.startswith(("~", "."))
     )

@@ -2,7 +2,7 @@
 
 From the support matrix of ONNX-TensorRT (docs/operators.md at TensorRT 8.5, opset 17; TensorRT 10
 reads all of them and more). `LayerNormalization`, `Einsum` and control flow are left out: norms are
-written as reductions and attention as MatMul and Softmax, which TensorRT fuses by itself.
+written as reductions and attention as MatMul and Softmax, which TensorRT fuses.
 """
 
 from collections.abc import Iterable
