@@ -109,7 +109,7 @@ def _binary(message: str | bytes) -> bytes:
 
 
 async def measure(given: Arguments) -> dict[str, object]:
-    """Run all clients at once; the result is what is printed."""
+    """Run all clients at once; returns the result to print."""
     start = time.monotonic()
     times: list[list[float]] = [[] for _ in range(given.clients)]
     async with asyncio.TaskGroup() as group:

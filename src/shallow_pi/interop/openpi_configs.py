@@ -99,7 +99,7 @@ def _data(name: str, source: openpi.OpenpiObject) -> data_config.DataConfig:
 
 
 def _robot(name: str, source: openpi.OpenpiObject, model: openpi.OpenpiObject) -> robots.Robot:
-    """The robot of ours that does what the config's transforms do."""
+    """Our robot with the same transforms as the config."""
     from openpi.policies import droid_policy
     from openpi.training import config as configs
     from openpi.training import droid_rlds_dataset

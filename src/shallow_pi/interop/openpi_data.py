@@ -213,7 +213,7 @@ def _openpis(stats: dict[str, normalize.NormStats]) -> dict[str, Any]:
 
 
 def _episodes(dataset: openpi.OpenpiObject) -> np.ndarray:
-    """The episode of every frame; openpi wraps LeRobot's dataset where it takes prompts from it."""
+    """The episode of every frame; openpi wraps LeRobot's dataset if prompts come from it."""
     while hasattr(dataset, "_dataset"):
         dataset = dataset._dataset
     return np.asarray(dataset.hf_dataset["episode_index"])

@@ -152,7 +152,7 @@ def find(name: str, options: Mapping[str, Any]) -> Suite:
 
 
 def _read(option: str, value: object, hint: type) -> object:
-    """A value given as text, as the type of the option asks; other values as they are."""
+    """A text value converted to the option's type; other values unchanged."""
     if not isinstance(value, str) or hint is str:
         return value
     if typing.get_origin(hint) is tuple:

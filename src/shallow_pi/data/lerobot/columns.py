@@ -1,8 +1,8 @@
-"""Columns of a dataset as numpy, by what `info.json` declares, however they are stored.
+"""Columns of a dataset as numpy arrays of the types declared in `info.json`, however stored.
 
-Tools store the same vector as a fixed or a variable list, nested lists, a flat list, an extension
-type, a plain number where there is one dimension, and in any width of integer or float. Every one
-is cast to the declared type and shape; a value that does not fit is an error that names its row.
+Tools store the same vector as a fixed or variable list, nested lists, a flat list, an extension
+type, a plain number (if it has one dimension), and with any width of integer or float. All of these
+are cast to the declared type and shape; a value that does not fit is an error that names its row.
 """
 
 import difflib
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-# LeRobot's own columns, plain numbers, which no robot uses as state or action.
+# LeRobot's bookkeeping columns, plain numbers that no robot uses as state or action.
 BOOKKEEPING = ("timestamp", "frame_index", "episode_index", "index", "task_index")
 _TEXTS = ("string", "large_string", "str", "language")
 PICTURES = ("image", "video")
@@ -28,12 +28,12 @@ class RowError(ValueError):
 
 
 class Columns(Mapping[str, np.ndarray]):
-    """Columns by key, each read when it is first asked for.
+    """Columns by key, each read on first use.
 
     Args:
-      keys: of the columns that are declared.
-      load: reads one; raises KeyError if there is none of that key.
-      loaded: those that are there already.
+      keys: of the declared columns.
+      load: reads one; raises KeyError if the data files lack it.
+      loaded: columns read already.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Columns(Mapping[str, np.ndarray]):
 
     def __getitem__(self, key: str) -> np.ndarray:
         if key not in self.loaded:
-            with self._lock:  # Two threads that ask for it wait for one reading.
+            with self._lock:  # Two threads that need the same column share one read.
                 if key not in self.loaded:
                     self.loaded[key] = self._load(key)
         return self.loaded[key]
@@ -70,7 +70,7 @@ def is_text(feature: Mapping[str, object]) -> bool:
 
 
 def closest(name: str, names: Sequence[str]) -> str:
-    """A `; did you mean ...?` where some name is close, else nothing."""
+    """A `; did you mean ...?` if some name is close, else empty."""
     found = difflib.get_close_matches(name, names, n=1)
     return f"; did you mean {found[0]!r}?" if found else ""
 
@@ -99,7 +99,7 @@ def to_numpy(series: pl.Series, feature: Mapping[str, object]) -> np.ndarray:
 
 
 def texts(series: pl.Series) -> np.ndarray:
-    """A column of text (plain, categorical, bytes, or a list of one), "" where there is none."""
+    """A column of text (plain, categorical, bytes, or a list of one), "" for missing values."""
     if isinstance(series.dtype, pl.List | pl.Array):
         if isinstance(series.dtype, pl.Array):
             series = series.arr.to_list()

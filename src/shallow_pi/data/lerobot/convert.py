@@ -1,7 +1,7 @@
-"""Convert a LeRobot dataset of any version to v3.0: everything is kept, or named where it is not.
+"""Convert a LeRobot dataset of any version to v3.0; anything that is not kept is reported.
 
-Videos and encoded pictures are copied bit for bit unless they are to be encoded anew; a depth
-camera is copied in any case, because colour video and 8-bit PNG would lose its numbers.
+Videos and encoded pictures are copied bit for bit unless re-encoding is requested; depth cameras
+are always copied, because colour video and 8-bit PNG would lose their values.
 """
 
 import os
@@ -17,14 +17,14 @@ from shallow_pi import progress
 from shallow_pi.data.lerobot import columns, files, layout, reader, video, video_writer
 from shallow_pi.data.lerobot import writer as lerobot_writer
 
-# Pictures of an episode that are decoded for the statistics of a copied camera.
+# Pictures per episode that are decoded for the statistics of a copied camera.
 SAMPLED = 20
 _BOOKKEEPING = ("frame_index", "episode_index", "index", "task_index")
-# Columns of the table of episodes that are written anew.
+# Columns of the episode table that are rewritten.
 _EPISODE = re.compile(
     "episode_index|tasks|length|dataset_from_index|dataset_to_index|(data|videos|stats|meta)/.*"
 )
-# Meta files that are written anew, of any version; others are copied.
+# Meta files of any version that are rewritten; others are copied.
 _META = re.compile(r"(info|stats)\.json|(episodes|episodes_stats|tasks)(\.jsonl|\.parquet)?")
 
 
@@ -33,17 +33,17 @@ def convert(
     target: str | os.PathLike[str],
     pictures: Literal["copy", "png"] | video_writer.Encoding,
 ) -> pathlib.Path:
-    """Write the dataset anew, episode by episode.
+    """Write the converted dataset, episode by episode.
 
     Args:
       source: the dataset.
-      target: folder to make; must not exist.
-      pictures: "copy" keeps videos and encoded pictures as they are, "png" and an encoding write
-        them anew.
+      target: folder to create; must not exist.
+      pictures: "copy" keeps videos and encoded pictures unchanged, "png" and an encoding
+        re-encode them.
 
     Raises:
-      FileExistsError: there is a target already.
-      ValueError: something that cannot be read or written; says where.
+      FileExistsError: the target exists.
+      ValueError: unreadable or unwritable data; says where.
     """
     keys, stored = _columns(source)
     extras = _extras(source)
@@ -87,7 +87,7 @@ def convert(
 
 
 def _columns(source: reader.Dataset) -> tuple[list[str], list[str]]:
-    """Columns that are read as numbers, and those that are kept as they are stored."""
+    """Columns to read as numbers, and columns to copy as stored."""
     there = source.stored(source.episodes[0], None).columns
     declared = [key for key in source.features if key not in (*source.cameras, *_BOOKKEEPING)]
     lost = [key for key in declared if key not in there]
@@ -137,7 +137,7 @@ def _extras(source: reader.Dataset) -> dict[int, dict[str, object]]:
 
 
 def _depth(source: reader.Dataset, camera: str) -> bool:
-    """True for a camera that records depth; tells that it is copied."""
+    """True for a depth camera; reports that it is copied."""
     if reason := source.depth(camera):
         progress.warn(f"{camera} of {source.path} records depth ({reason}); it is copied as it is")
     return bool(reason)
@@ -179,7 +179,7 @@ def _decoded(source: reader.Dataset, rows: np.ndarray, camera: str) -> Iterator[
 
 
 def _others(root: pathlib.Path) -> list[pathlib.Path]:
-    """Files beside those that LeRobot knows: a dataset card, another tool's meta files."""
+    """Files unknown to LeRobot, such as a dataset card or another tool's meta files."""
     meta = [path for path in sorted((root / "meta").iterdir()) if path.is_file()]
     others = [path for path in meta if not _META.fullmatch(path.name)]
     card = root / "README.md"

@@ -1,7 +1,7 @@
 """Columns of chosen episodes out of the data files, file by file, in threads.
 
-An episode that cannot be read does not stop the others: its error is returned in its place, and
-names file, episode and frame as far as they are known.
+An unreadable episode does not stop the others: its error is returned in its place, and names file,
+episode and frame as far as known.
 """
 
 import concurrent.futures
@@ -23,9 +23,9 @@ T = TypeVar("T")
 R = TypeVar("R")
 # Reading releases the GIL.
 _THREADS = min(8, (os.cpu_count() or 1) + 2)
-# More files than this take seconds, and get a progress bar.
+# Above this number reading takes seconds and gets a progress bar.
 _MANY = 2000
-# Files that are read at once.
+# Files read in parallel.
 _BATCH = 128
 INDEX = ("episode_index", "frame_index")
 _INDEX_FEATURE: dict[str, object] = {"dtype": "int64", "shape": [1]}
@@ -40,7 +40,7 @@ class Episode:
 
 
 class AbsentError(ValueError):
-    """A data file that holds other episodes alone."""
+    """A data file that contains only other episodes."""
 
 
 Found = Episode | ValueError | FileNotFoundError
@@ -54,7 +54,7 @@ def read(
     Args:
       layout: of the dataset.
       episodes: to read.
-      keys: of the columns, beside the indices of episode and frame.
+      keys: of the columns, in addition to the indices of episode and frame.
       bar: whether many files get a progress bar.
     """
     by_file = _by_file(layout, episodes)
@@ -112,7 +112,7 @@ def _by_file(layout: layouts.Layout, episodes: Iterable[int]) -> dict[str, list[
 
 
 def _in_threads(call: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """Results in order; nothing more is begun after an error."""
+    """Results in order; nothing new is started after an error."""
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         try:
             yield from pool.map(call, items)
@@ -141,7 +141,7 @@ def _read_batch(
 def _read_together(
     layout: layouts.Layout, batch: Mapping[str, Sequence[int]], keys: Sequence[str]
 ) -> dict[int, Episode] | None:
-    """Files of one episode each, read at once; None if they differ, or something is wrong."""
+    """Files of one episode each, read together; None if their types differ or one is invalid."""
     if len(batch) == 1 or any(len(wanted) > 1 for wanted in batch.values()):
         return None
     episodes = [wanted[0] for wanted in batch.values()]
@@ -189,12 +189,12 @@ def _read_file(
 
 
 def _table(layout: layouts.Layout, file: str, keys: Sequence[str]) -> pl.DataFrame:
-    """These columns of a data file, and its episode and frame indices where it has them."""
+    """These columns of a data file, and its episode and frame indices if present."""
     path = layout.root / file
     try:
         return files.read_table(path, [*INDEX, *keys])
     except ValueError:
-        # A file of version 2 holds one episode, in order: it can do without them.
+        # A file of version 2 holds one episode, in order: the indices are optional.
         held = list(files.schema(path))
         there = [key for key in INDEX if key in held]
         if len(there) == len(INDEX) or layout.rows:

@@ -1,7 +1,7 @@
 """Read a dataset's JSON and parquet files as any tool may have written them.
 
-Whatever goes wrong comes back as a `FileNotFoundError` or `ValueError` that names the file, the
-line or columns, and what to do; no error of polars or json leaves this module.
+Every failure is a `FileNotFoundError` or `ValueError` that names the file, the line or columns, and
+the remedy; no error of polars or json leaves this module.
 """
 
 import codecs
@@ -12,7 +12,7 @@ from typing import Any
 
 import polars as pl
 
-# Between JSON values: JSON's own, and separators that editors and str.splitlines take for lines.
+# Whitespace between JSON values, including characters that str.splitlines treats as line ends.
 _BETWEEN = " \t\r\n\v\f\x1c\x1d\x1e\x85\u2028\u2029\ufeff\0"
 _LFS = b"version https://git-lfs"
 
@@ -27,7 +27,7 @@ def read_json(path: pathlib.Path) -> Any:
 
 
 def json_rows(path: pathlib.Path, keys: Collection[str]) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON lines file, whatever separates them; each has to have `keys`."""
+    """The objects of a JSON lines file, with any separators; each must have `keys`."""
     text, decoder, place = _text(path), json.JSONDecoder(), 0
 
     def line(start: int) -> str:
@@ -72,10 +72,10 @@ def schema(path: pathlib.Path) -> dict[str, pl.DataType]:
 
 
 def read_table(path: pathlib.Path, keys: Collection[str] | None) -> pl.DataFrame:
-    """These columns of a parquet file (None: all), extension types as what they are stored as."""
+    """These columns of a parquet file (None: all), extension types as their storage types."""
     check(path)
     try:
-        # A path is no pattern: folders may have brackets in their names.
+        # Not a glob pattern: folder names may have brackets.
         table = pl.read_parquet(
             path, columns=None if keys is None else list(keys), glob=False, hive_partitioning=False
         )
@@ -89,7 +89,7 @@ def read_table(path: pathlib.Path, keys: Collection[str] | None) -> pl.DataFrame
 
 
 def read_alike(paths: Sequence[pathlib.Path], keys: Collection[str]) -> pl.DataFrame | None:
-    """The rows of several parquet files of the same types; None if one cannot be read like that.
+    """The rows of several parquet files of the same types; None if they cannot be read together.
 
     Takes a fifth of the time of one call for each file.
     """
@@ -97,7 +97,7 @@ def read_alike(paths: Sequence[pathlib.Path], keys: Collection[str]) -> pl.DataF
         scan = pl.scan_parquet(list(paths), glob=False, hive_partitioning=False)
         return _storage(scan.select(list(keys)).collect())
     except _ERRORS:
-        return None  # `read_table` says what is wrong with which file.
+        return None  # `read_table` names the file and the problem.
 
 
 def _storage(table: pl.DataFrame) -> pl.DataFrame:
@@ -118,7 +118,7 @@ def check(path: pathlib.Path) -> None:
 
 # Polars before 1.36 reads extension types as their storage by itself.
 _EXTENSION: Any = getattr(pl, "BaseExtension", ())
-# A panic of polars (a damaged file) is no Exception.
+# A panic of polars (a damaged file) is not an Exception.
 _ERRORS = (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError, ValueError)
 
 

@@ -1,9 +1,9 @@
-"""Datasets by address: a local folder, or a dataset of the Hugging Face hub, needed files only.
+"""Datasets by address: a local folder, or the needed files of a dataset on the Hugging Face hub.
 
-`owner/name[@revision]` (also written `hf://datasets/owner/name[@revision]`) is left to
-huggingface_hub, which caches (`HF_HOME`), locks and resumes by itself. The meta files come first;
-they say which data files and videos the chosen episodes and cameras need. A revision that moves
-(`main`) is pinned to its commit between the two, and the commit is told.
+`owner/name[@revision]` (also written `hf://datasets/owner/name[@revision]`) is fetched by
+huggingface_hub, which caches (`HF_HOME`), locks and resumes downloads. The meta files come first;
+they list the data files and videos of the chosen episodes and cameras. A moving revision (`main`)
+is pinned to its commit before the rest is fetched, and the commit is logged.
 """
 
 import os
@@ -24,26 +24,26 @@ def locate(
     episodes: selection.Selection | None = None,
     cameras: Collection[str] | None = None,
 ) -> pathlib.Path:
-    """The local folder of a dataset, fetched first where it has to be.
+    """The local folder of a dataset, fetched first if necessary.
 
     Args:
       path: a local folder, or an address on the hub.
-      episodes: whose files are needed; None is all.
-      cameras: whose videos are needed; None is all.
+      episodes: fetch only their files; None fetches all.
+      cameras: fetch only their videos; None fetches all.
 
     Raises:
-      FileNotFoundError: it is neither; says what was tried and how to fetch it by hand.
+      FileNotFoundError: it is neither; says what was tried and how to fetch it manually.
       ValueError: a dataset of a version that cannot be read.
     """
     text = os.fspath(path)
-    local = pathlib.Path(os.path.expanduser(text))  # Unlike pathlib, lets `~nobody` be.
+    local = pathlib.Path(os.path.expanduser(text))  # Unlike pathlib, leaves `~nobody` unchanged.
     match = _ADDRESS.fullmatch(text)
     if local.exists() or match is None:
         return local
     repo, revision = match["repo"], match["revision"]
     root = fetch.snapshot(repo, revision, ["meta/*", "meta/**/*"], kind="dataset")
     meta = layout.read(root)
-    # The cache keeps a snapshot in a folder named after its commit.
+    # The cache names the folder of a snapshot after its commit.
     commit = root.name if re.fullmatch(r"[0-9a-f]{40}", root.name) else revision
     if revision is None and commit:
         progress.say(f"{repo} is {repo}@{commit}")

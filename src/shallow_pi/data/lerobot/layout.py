@@ -1,7 +1,7 @@
 """Files of a LeRobot dataset (v2.0, v2.1, v3.0), and the episodes and tasks its meta files list.
 
-Version 2 has a parquet file and a video for each episode and says so in JSON lines; version 3 packs
-many episodes into a file and says in parquet where each one starts.
+Version 2 has a parquet file and a video for each episode, listed in JSON lines; version 3 packs
+many episodes into a file and lists in parquet where each one starts.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from shallow_pi.data.lerobot import columns, files
 
 VERSIONS = ("v2.0", "v2.1", "v3.0")
 CHUNK_SIZE = 1000
-# Where files lie if info.json does not say, by major version.
+# Default file locations, if info.json gives none, by major version.
 _PATHS = {
     "v2": {
         "data_path": "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet",
@@ -36,15 +36,15 @@ _PATHS = {
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A dataset's meta files, read."""
+    """The contents of a dataset's meta files."""
 
     root: pathlib.Path
     info: Mapping[str, Any]
-    # Task texts by index, "" for an absent one.
+    # Task texts by index, "" if the text is absent.
     tasks: Mapping[int, str]
     # Frames of every episode, by episode index.
     lengths: Mapping[int, int]
-    # Version 3: a row for each episode of columns such as `videos/<key>/from_timestamp`.
+    # Version 3: one row per episode, with columns such as `videos/<key>/from_timestamp`.
     rows: Mapping[int, Mapping[str, Any]]
     # Further columns of the file of tasks, beside index and text.
     task_extras: Sequence[str] = ()
@@ -66,7 +66,7 @@ class Layout:
         return self._path("video_path", episode, f"videos/{camera}", video_key=camera), start
 
     def with_data_after(self, episodes: Collection[int]) -> "Layout":
-        """This layout with the data of these episodes in the file after the one named for them."""
+        """This layout, with these episodes in the data file after the one listed for them."""
         keys = ("data/chunk_index", "data/file_index")
         places = sorted({tuple(self._value(n, key) for key in keys) for n in self.rows})
         rows = dict(self.rows)
@@ -79,8 +79,8 @@ class Layout:
     def files(self, episodes: Collection[int], cameras: Sequence[str]) -> list[str]:
         """The files these episodes and cameras need, meta files excepted, relative and sorted.
 
-        For all episodes they are one pattern (`*`) for the data and one for each camera: the hub
-        compares every file of a repository with every name or pattern.
+        For all episodes this is one pattern (`*`) for the data and one for each camera, because the
+        hub compares every file of a repository with every name or pattern.
         """
         features = self.info["features"]
         videos = [key for key in cameras if features.get(key, {}).get("dtype") == "video"]
@@ -102,7 +102,7 @@ class Layout:
         )
 
     def _template(self, what: str) -> str:
-        # Windows' separators are no part of a name.
+        # Backslashes are Windows separators, not part of a name.
         return (self.info.get(what) or _PATHS[self.version[:2]][what]).replace("\\", "/")
 
     def _path(self, what: str, episode: int, prefix: str, **known: str) -> str:
@@ -134,10 +134,10 @@ def read(folder: str | os.PathLike[str]) -> Layout:
     """Read a dataset's meta files.
 
     Raises:
-      FileNotFoundError: there is no dataset, or a meta file is missing; says which.
+      FileNotFoundError: the dataset or a meta file is missing; says which.
       ValueError: a version or content that cannot be read.
     """
-    # Absolute, because FFmpeg takes `a:` before a relative path for a protocol.
+    # Absolute, because FFmpeg reads `a:` at the start of a relative path as a protocol.
     root = pathlib.Path(os.path.expanduser(folder)).absolute()
     info = _read_info(root)
     rows: dict[int, dict[str, Any]] = {}
@@ -186,7 +186,7 @@ def _read_info(root: pathlib.Path) -> dict[str, Any]:
 
 
 def _hint(root: pathlib.Path) -> str:
-    """A guess at the folder that was meant."""
+    """A guess at the intended folder."""
     if root.is_file():
         return "; it is a file: unpack it, and name the folder that holds meta/"
     if (root / "info.json").exists():
@@ -222,7 +222,7 @@ def _read_lengths(path: pathlib.Path) -> dict[int, int]:
 
 
 def episode_files(root: pathlib.Path) -> list[pathlib.Path]:
-    """Version 3's tables of episodes, without the `._` files that macOS writes beside them."""
+    """Version 3's episode tables, without the `._` files that macOS adds."""
     paths = sorted((root / "meta" / "episodes").glob("*/[!.]*.parquet"))
     if not paths:
         raise FileNotFoundError(
@@ -232,7 +232,7 @@ def episode_files(root: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _read_episodes(root: pathlib.Path) -> dict[int, dict[str, Any]]:
-    """The rows of version 3's episodes, without their statistics."""
+    """The rows of version 3's episode tables, without statistics."""
     found: dict[int, dict[str, Any]] = {}
     for path in episode_files(root):
         keys = [key for key in files.schema(path) if re.fullmatch(_EPISODE_COLUMNS, key)]
@@ -262,9 +262,9 @@ _EPISODE_COLUMNS = (
 
 
 def _read_tasks(root: pathlib.Path, version: str) -> tuple[dict[int, str], list[str]]:
-    """Task texts by index, and the names of what else is said of tasks, of either version's file.
+    """Task texts by index, and the names of other task columns, from either version's file.
 
-    There is nothing of both where there is no file.
+    Both are empty if there is no file.
     """
     lines, table = root / "meta" / "tasks.jsonl", root / "meta" / "tasks.parquet"
     for path in (table, lines) if version == "v3.0" else (lines, table):
@@ -300,7 +300,7 @@ def _tasks_of_lines(path: pathlib.Path) -> _Tasks:
 
 
 def _tasks_of_table(path: pathlib.Path) -> _Tasks:
-    """LeRobot looks a task up by the pandas index, whose column is named by its writer."""
+    """The column of task texts: the pandas index, under the name its writer chose."""
     table = files.read_table(path, None)
     texts = [name for name, kind in table.schema.items() if kind in _TEXT_TYPES]
     usual = [*_pandas_index(path), "__index_level_0__", "task"]
@@ -324,10 +324,10 @@ _TEXT_TYPES = (pl.String, pl.Categorical, pl.Enum, pl.Binary, pl.Null)
 
 
 def _pandas_index(path: pathlib.Path) -> list[str]:
-    """Names of the columns that pandas took for the index."""
+    """Names of the columns that form the pandas index."""
     try:
-        with path.open("rb") as file:  # A path would be taken for a pattern.
+        with path.open("rb") as file:  # A path would be read as a glob pattern.
             described = json.loads(pl.read_parquet_metadata(file).get("pandas", "{}"))
         return [name for name in described.get("index_columns", ()) if isinstance(name, str)]
     except (ValueError, AttributeError, pl.exceptions.PolarsError):
-        return []  # A note of other tools, which not every one writes.
+        return []  # Metadata that not every tool writes.

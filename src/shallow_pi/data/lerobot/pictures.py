@@ -1,8 +1,8 @@
 """Pictures of a dataset's frames: found by row in parquet files or by time in videos, and decoded.
 
 A video's picture belongs to a frame by the frame's recorded time plus the episode's start in the
-file, as LeRobot reads it: the picture shown nearest, at most a quarter of a frame away. Colour
-comes out as uint8 RGB, depth as the numbers that are stored.
+file, as in LeRobot: the nearest picture in time, at most a quarter of a frame away. Colour is
+returned as uint8 RGB, depth as the stored numbers.
 """
 
 import collections
@@ -25,12 +25,12 @@ from shallow_pi.data.lerobot import layout as lerobot_layout
 
 # Encoded pictures of parquet files kept in memory, per dataset.
 MAX_PICTURE_BYTES = 4 * 2**30
-# The most by which a picture's time may differ from a frame's, in frames.
+# Largest allowed difference between the times of a picture and its frame, in frames.
 TOLERANCE = 0.25
-# A recorded time this near to frame number / fps is that: what LeRobot itself allows, seconds.
+# Recorded times this close to frame number / fps are rounded to it (LeRobot's tolerance), seconds.
 ROUNDING = 1e-4
-# Videos whose times are checked when a dataset is opened; of more, as many in even spacing and all
-# whose frames are not at frame number / fps. The others are checked when they are read.
+# Number of videos to check for frame times when a dataset is opened. If there are more, an evenly
+# spaced choice and all with frames not at frame number / fps are checked; the rest when read.
 MAX_CHECKED = 20_000
 _THREADS = 8
 # Pillow's modes of one channel above 8 bits.
@@ -43,16 +43,16 @@ class Unmatched:
 
     # Seconds from its worst frame to the picture nearest to it.
     away: float
-    # Says which frame that is, and the numbers.
+    # Names that frame, with the numbers.
     problem: str
 
 
 def times(
     recorded: Float[np.ndarray, " n"], frames: np.ndarray, fps: float
 ) -> Float[np.ndarray, " n"]:
-    """Recorded times in double precision, which the float32 of a long episode is not.
+    """Recorded times in double precision; float32 is too coarse for long episodes.
 
-    Times that are frame number / fps but for rounding become exactly that.
+    Times that equal frame number / fps up to rounding become exactly that.
     """
     recorded = recorded.astype(np.float64)
     regular = frames / fps
@@ -82,12 +82,12 @@ class Pictures:
 
         Args:
           camera: its key.
-          episode: whose frame it is.
+          episode: the frame's episode.
           row: of the frame in the episode's data file, for pictures in parquet.
           seconds: the frame's time since the episode's start, for video.
 
         Raises:
-          FileNotFoundError, ValueError: a picture that is missing or damaged; says which file.
+          FileNotFoundError, ValueError: the picture is missing or damaged; names the file.
         """
         if self.is_video(camera):
             file, start = self._layout.video(episode, camera)
@@ -100,7 +100,7 @@ class Pictures:
         file = self._layout.data_file(episode)
         try:
             picture = self._decode(self._encoded(file, camera, episode, row), camera)
-        # Pillow lets any error through that a damaged file causes.
+        # Damaged files cause errors of any type in Pillow.
         except Exception as error:
             raise ValueError(
                 f"cannot decode it from {self._layout.root / file}: {error}; repair it, or leave "
@@ -110,7 +110,7 @@ class Pictures:
         return picture
 
     def encoded(self, camera: str, episode: int, row: int) -> tuple[bytes, str]:
-        """A picture of a data file, as it is encoded there, and a name for it."""
+        """A picture of a data file in its stored encoding, and a name for it."""
         encoded = self._encoded(self._layout.data_file(episode), camera, episode, row)
         if not isinstance(encoded, bytes):
             picture = self._decode(encoded, camera)
@@ -119,17 +119,17 @@ class Pictures:
         return encoded, f"frame-{row:06d}.{kind}"
 
     def is_beside(self, camera: str, episode: int) -> bool:
-        """True where the data file names files of pictures instead of holding them."""
+        """True if the data file refers to picture files instead of containing the pictures."""
         try:
             value, name = self._stored(self._layout.data_file(episode), camera, 0)
         except (ValueError, FileNotFoundError):
-            return False  # Opening the dataset says what is wrong with it.
+            return False  # Opening the dataset reports the error.
         return value is None and bool(name)
 
     def depth(self, camera: str, episode: int) -> str:
         """Reason why a camera holds depth or other numbers; empty if it holds pictures.
 
-        Looks at `info.json`, then at the episode's first picture, if it is there.
+        Checks `info.json`, then the episode's first picture if it is available.
         """
         with self._lock:
             if camera in self._depth:
@@ -164,13 +164,13 @@ class Pictures:
     ) -> dict[int, Unmatched]:
         """Episodes with a frame that no picture belongs to.
 
-        Reads the index of each video file once, no picture.
+        Reads the index of each video file once, and decodes nothing.
 
         Args:
           spans: first row and last row + 1 of each episode in `seconds`.
           seconds: time of each frame since its episode's start.
-          cameras: to look at; those in parquet files need no times.
-          missing_ok: pass over video files that are not there.
+          cameras: to check; those in parquet files need no times.
+          missing_ok: skip missing video files.
         """
         files: dict[tuple[str, str], list[tuple[int, float]]] = {}
         for camera in cameras:
@@ -248,7 +248,7 @@ class Pictures:
         return problems
 
     def _encoded(self, file: str, camera: str, episode: int, row: int) -> Any:
-        """A picture as the parquet file holds it: bytes, or numbers."""
+        """A picture as stored in the parquet file: bytes, or numbers."""
         value, name = self._stored(file, camera, row)
         if value is None and name:
             value = self._beside(file, camera, episode, name).read_bytes()
@@ -267,7 +267,7 @@ class Pictures:
         """The file that a path in a parquet file names."""
         root, relative = self._layout.root, pathlib.Path(name.replace("\\", "/"))
         own = root / f"images/{camera}/episode_{episode:06d}"
-        # A path of the computer that recorded it ends like the path here.
+        # A path of the recording computer ends like the path here.
         places = (root / relative, (root / file).parent / relative, own / relative.name)
         for place in places:
             if place.is_file():
@@ -275,12 +275,12 @@ class Pictures:
         raise ValueError(f"its file {name!r} is none of {', '.join(map(str, places))}")
 
     def _mode(self, file: str, camera: str, episode: int) -> str:
-        """Pillow's mode of a file's first picture; empty where that cannot be said."""
+        """Pillow's mode of a file's first picture; empty if unknown."""
         try:
             encoded = self._encoded(file, camera, episode, 0)
             with Image.open(io.BytesIO(encoded)) as picture:
                 return picture.mode
-        except Exception:  # Reading the picture says what is wrong with it.
+        except Exception:  # Reading the picture reports the error.
             return ""
 
     def _decode(self, encoded: Any, camera: str) -> np.ndarray:
@@ -288,7 +288,7 @@ class Pictures:
             lists = encoded.to_list() if isinstance(encoded, pl.Series) else encoded
             return _from_numbers(np.array(lists))
         with Image.open(io.BytesIO(encoded)) as opened:
-            # As LeRobot does, by way of the `datasets` library.
+            # As LeRobot does through the `datasets` library.
             picture = ImageOps.exif_transpose(opened)
             if picture.mode.startswith(_DEEP):
                 return np.asarray(picture)[..., None]
@@ -312,7 +312,7 @@ class Pictures:
             )
 
     def _column(self, file: str, camera: str) -> pl.Series:
-        """The pictures of one data file; the files used last are kept, up to a limit."""
+        """The pictures of one data file; recently used files are cached, up to a limit."""
         key = (file, camera)
         with self._lock:
             if key in self._columns:
@@ -329,14 +329,14 @@ class Pictures:
 
 
 def is_marked_depth(feature: Mapping[str, Any]) -> bool:
-    """True where `info.json` says that a camera records depth, in any of LeRobot's spellings."""
+    """True if `info.json` marks a camera as depth, in any of LeRobot's spellings."""
     places = (feature, feature.get("info") or {}, feature.get("video_info") or {})
     names = ("is_depth_map", "video.is_depth_map")
     return any(bool(place.get(name)) for place in places for name in names)
 
 
 def declared_size(feature: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Height and width of a camera's pictures as `info.json` says; None if it does not."""
+    """Height and width of a camera's pictures from `info.json`; None if not given."""
     shape, names = feature.get("shape"), feature.get("names")
     if not isinstance(shape, list | tuple) or len(shape) != 3:
         return None

@@ -1,9 +1,8 @@
 """Read LeRobot datasets (v2.0, v2.1, v3.0) without torch: random access to frames and chunks.
 
-Columns live in memory as numpy, only those that are asked for; pictures are decoded when asked for,
-from PNG bytes in the parquet files or from video. All methods may be called from several threads at
-once, and a dataset can be pickled to another process. Frame `i` runs over the frames of the chosen
-episodes, in order.
+The requested columns are kept in memory as numpy arrays; pictures are decoded on demand, from PNG
+bytes in the parquet files or from video. All methods are thread-safe, and a dataset can be pickled
+to another process. Frame `i` counts the frames of the chosen episodes, in order.
 """
 
 import itertools
@@ -27,14 +26,14 @@ class Dataset:
     """A LeRobot dataset in a local folder.
 
     Args:
-      path: of the folder, or its meta files, read already.
-      episodes: to read, by their index; None is all of them. Files of others are not opened.
-      skip_bad_episodes: leave out episodes that cannot be read, instead of raising: `skipped` then
-        says which and why. Looks at the first and last picture of each, with a progress bar.
-      keys: of the columns that are needed, read at once; None checks all that can be read, and
-        reads each when it is first asked for. Columns that are not needed stop nothing.
-      cameras: whose pictures will be read, so that their videos must be there and show a picture at
-        the time of every frame; None checks the videos that are there.
+      path: of the folder, or its meta files if read already.
+      episodes: indices of the episodes to read; None reads all. Files of others are not opened.
+      skip_bad_episodes: leave out unreadable episodes instead of raising; `skipped` lists them with
+        the reasons. Decodes the first and last picture of each, with a progress bar.
+      keys: of the needed columns, read immediately; None checks all readable columns and reads each
+        on first use. Errors in columns that are not needed are ignored.
+      cameras: the needed cameras: their videos must exist and have a picture for every frame; None
+        checks the videos that exist.
       skip_flag: the command's flag for `skip_bad_episodes`, named in errors.
 
     Raises:
@@ -83,7 +82,7 @@ class Dataset:
         # Episodes left out, and why.
         self.skipped: dict[int, str] = {}
         self._needed = None if keys is None else tuple(keys)
-        # Cameras that were asked for; None is not known.
+        # Requested cameras; None if unknown.
         self._asked = None if cameras is None else tuple(cameras)
         self.require(self._needed or (), self._asked or ())
         self._pictures = pictures.Pictures(self.layout)
@@ -102,7 +101,7 @@ class Dataset:
             "episodes": self.episodes,
             "skip": False,
             "keys": tuple(self.columns.loaded),
-            "cameras": (),  # Its videos have been checked.
+            "cameras": (),  # The videos have been checked.
             "skip_flag": self._skip_flag,
         }
 
@@ -110,11 +109,11 @@ class Dataset:
         self._skip_flag = state.pop("skip_flag")
         self._set_up(
             **state, tell=False
-        )  # Another process opens the files anew, and tells nothing again.
+        )  # Another process reopens the files, without repeating warnings.
 
     @property
     def num_episodes(self) -> int:
-        """Number of episodes that are read."""
+        """Number of episodes."""
         return len(self.episodes)
 
     def read(
@@ -130,7 +129,7 @@ class Dataset:
         return frame | {"task": self.task(i)} if keys is None else frame
 
     def task(self, i: int) -> str:
-        """The instruction of frame `i`; "" where the recording has none."""
+        """The instruction of frame `i`; "" if the recording has none."""
         task = int(self.columns["task_index"][i])
         if task not in self.tasks:
             raise ValueError(
@@ -143,7 +142,7 @@ class Dataset:
     def chunk(
         self, i: int, horizon: int, key: str = "action"
     ) -> tuple[Float[np.ndarray, "ah rd"], Bool[np.ndarray, " ah"]]:
-        """Actions from frame `i` on; beyond the episode's end its last one, marked True."""
+        """Actions from frame `i` on; beyond the episode's end the last one repeats, marked True."""
         frames = np.arange(i, i + horizon)
         return self.columns[key][np.minimum(frames, self.ends[i] - 1)], frames >= self.ends[i]
 
@@ -159,7 +158,7 @@ class Dataset:
             raise type(error)(f"{camera} of {self.where(i)}: {error}") from error
 
     def encoded(self, i: int, camera: str) -> tuple[bytes, str]:
-        """The picture of frame `i` as the data file holds it, and a name for it."""
+        """The picture of frame `i` in its stored encoding, and a name for it."""
         episode, row = int(self.columns["episode_index"][i]), int(self._rows[i])
         try:
             return self._pictures.encoded(camera, episode, row)
@@ -167,7 +166,7 @@ class Dataset:
             raise ValueError(f"{camera} of {self.where(i)}: {error}") from error
 
     def stored(self, episode: int, keys: Sequence[str] | None) -> pl.DataFrame:
-        """Columns of one episode as its data file holds them; None is all but the pictures."""
+        """Columns of one episode as stored in its data file; None takes all but the pictures."""
         file = self.path / self.layout.data_file(episode)
         if keys is None:
             keys = [key for key in files.schema(file) if key not in self.cameras]
@@ -214,7 +213,7 @@ class Dataset:
                     )
 
     def select(self, episodes: Collection[int]) -> "Dataset":
-        """This dataset with only some of its episodes; nothing is read again."""
+        """This dataset with only some of its episodes, sharing the data already read."""
         unknown = sorted(set(episodes) - set(self.episodes))
         if unknown or not episodes:
             raise ValueError(
@@ -269,7 +268,7 @@ class Dataset:
     def _read_after(
         self, found: Mapping[int, data_files.Found], keys: Sequence[str], tell: bool
     ) -> dict[int, data_files.Found]:
-        """Episodes in the file after the one named, as a converter of LeRobot 0.4.0 left them."""
+        """Look in the next file for episodes that LeRobot 0.4.0's converter misplaced."""
         absent = [n for n, part in found.items() if isinstance(part, data_files.AbsentError)]
         if not absent or not self.layout.rows:
             return {}
@@ -287,7 +286,7 @@ class Dataset:
         return dict(moved)
 
     def _check_videos(self, parts: Mapping[int, data_files.Episode], skip: bool) -> None:
-        """Raise for, or leave out, episodes with frames at whose time no picture is shown."""
+        """Raise for, or leave out, episodes with frames that have no picture at their time."""
         if not self._timed:
             return
         starts = np.flatnonzero(np.diff(self.ends, prepend=0))
@@ -308,7 +307,7 @@ class Dataset:
         self._join({e: part for e, part in parts.items() if e not in problems})
 
     def _wanted(self, skip: bool) -> tuple[str, ...]:
-        """Columns to read at once: to skip episodes, all have to be looked at."""
+        """Columns to read immediately: all of them if bad episodes are to be skipped."""
         keys = self._needed
         if keys is None:
             keys = tuple(key for key in self.features if key not in self.cameras) if skip else ()
@@ -316,7 +315,7 @@ class Dataset:
 
     @property
     def _timed(self) -> list[str]:
-        """Cameras whose pictures are found by time, among those that were asked for."""
+        """The requested cameras that are stored as video."""
         looked_at = self.cameras if self._asked is None else self._asked
         return [camera for camera in looked_at if self._pictures.is_video(camera)]
 
@@ -334,7 +333,7 @@ class Dataset:
         for key in chosen[0].values:
             loaded[key] = data_files.join(self.layout, key, [part.values[key] for part in chosen])
         held = files.schema(self.path / self.layout.data_file(order[0]))
-        # A column of info.json that the data files lack stops nothing unless it is asked for.
+        # A column of info.json that the data files lack is an error only if it is requested.
         self._held = [k for k in self.features if k in held and k not in self.cameras]
         self._keep(order, np.concatenate([part.rows for part in chosen]), loaded)
 
@@ -342,7 +341,7 @@ class Dataset:
         self.episodes, self._rows = order, rows
         keys = dict.fromkeys([*data_files.INDEX, *self._held])
         self.columns = columns.Columns(list(keys), self._load, loaded)
-        # For every frame the index after its episode's last frame.
+        # For every frame, the end index of its episode.
         index = loaded["episode_index"]
         self.ends = np.searchsorted(index, index, "right")
         self._times: np.ndarray | None = None
@@ -356,7 +355,7 @@ class Dataset:
         return self._times
 
     def _load(self, key: str) -> np.ndarray:
-        """A column that is asked for later: every file is read again."""
+        """Read a column requested later: every file is read again."""
         if key not in self.features and key not in columns.BOOKKEEPING:
             raise KeyError(key)
         starts = np.searchsorted(self.columns["episode_index"], self.episodes)
@@ -364,7 +363,7 @@ class Dataset:
         return data_files.column(self.layout, key, dict(zip(self.episodes, rows, strict=True)))
 
     def _skip_unreadable(self, parts: Mapping[int, data_files.Episode]) -> None:
-        """Leave out episodes with a number that is not finite, or pictures that do not decode."""
+        """Leave out episodes with numbers that are not finite, or undecodable pictures."""
         starts = np.flatnonzero(np.diff(self.ends, prepend=0))
         with progress.bar("Check episodes", len(starts)) as advance:
             for start in map(int, starts):
@@ -390,7 +389,7 @@ class Dataset:
 
 
 def split(episodes: Sequence[int], validation: float, seed: int = 0) -> tuple[list[int], list[int]]:
-    """Episodes to train on, and a share `validation` of them, at least one, held out.
+    """Episodes to train on, and the share `validation` that is held out, at least one.
 
     Raises:
       ValueError: nothing would be left for one of the two.

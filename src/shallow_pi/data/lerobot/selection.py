@@ -1,7 +1,7 @@
 """Episodes by number, range or file, for `--data.episodes` and `--data.exclude-episodes`.
 
-`7` is one episode, `0:50` fifty (as in LeRobot's splits the end is not included), `100:` and `:20`
-are open. Commas join them. Any other word is a file of such words, `#` begins a comment in it.
+`7` is one episode, `0:50` fifty (the end is excluded, as in LeRobot's splits), `100:` and `:20` are
+open ranges. Commas separate several. Any other word names a file of such words, with `#` comments.
 """
 
 import dataclasses
@@ -15,18 +15,18 @@ _RANGE = re.compile(r"(\d*):(\d*)")
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """Episodes to use (none named: all), and episodes to leave out."""
+    """Episodes to use (empty: all), and episodes to leave out."""
 
     episodes: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
 
     def of(self, known: Collection[int]) -> list[int]:
-        """The chosen ones of a dataset's episodes, in order.
+        """The chosen episodes of a dataset, in order.
 
         Raises:
-          ValueError: a word that is no number, range or file, or names no episode of the dataset;
-            or nothing is left.
-          FileNotFoundError: a file that is not there.
+          ValueError: a word that is not a number, range or file, or names no episode of the
+            dataset; or no episode is left.
+          FileNotFoundError: a missing file.
         """
         chosen = _named(self.episodes, known) if self.episodes else set(known)
         left = sorted(chosen - _named(self.exclude, known))

@@ -1,6 +1,6 @@
 """The statistics LeRobot keeps in `stats.json`, exact over every frame.
 
-LeRobot's own averages the quantiles of episodes, which are not quantiles of the whole.
+LeRobot averages the quantiles of episodes, which are not the quantiles of all frames.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ QUANTILES: Mapping[str, float] = {"q01": 0.01, "q10": 0.1, "q50": 0.5, "q90": 0.
 
 
 def of_values(values: Num[np.ndarray, "n ..."]) -> dict[str, np.ndarray]:
-    """Exact statistics over frames, as LeRobot shapes them."""
+    """Exact statistics over frames, in LeRobot's shapes."""
     rows = values[:, None] if values.ndim == 1 else values
     exact = rows.astype(np.float64)
     quantiles = np.quantile(exact, list(QUANTILES.values()), axis=0)
@@ -27,7 +27,7 @@ def of_values(values: Num[np.ndarray, "n ..."]) -> dict[str, np.ndarray]:
 
 
 class Histogram:
-    """Counts of a camera's pixel values by channel: statistics of pictures come from it."""
+    """Counts of a camera's pixel values by channel, for the statistics of its pictures."""
 
     def __init__(self) -> None:
         self.frames = 0
@@ -43,7 +43,7 @@ class Histogram:
             self._counts[channel] += np.bincount(picture[..., channel].ravel(), minlength=256)
 
     def merge(self, other: "Histogram") -> None:
-        """Count the pictures of another."""
+        """Add the counts of another histogram."""
         self.frames += other.frames
         self.shape = self.shape or other.shape
         self._counts += other._counts

@@ -57,8 +57,8 @@ def hf_type(feature: Mapping[str, Any]) -> dict[str, Any]:
 def write_tasks(path: pathlib.Path, tasks: Mapping[str, int]) -> None:
     """LeRobot looks tasks up by a pandas index, so the file says which column is the index.
 
-    pyarrow ignores that note where the file also holds an Arrow schema, which polars always
-    writes: its key is renamed in place (same length), which leaves the parquet schema in force.
+    pyarrow ignores this metadata if the file also has an Arrow schema, which polars always writes;
+    that schema's key is renamed in place (same length), so that the parquet schema applies.
     """
     index = "__index_level_0__"
     description = [

@@ -1,10 +1,10 @@
 """Frames of a video file by time, decoded with PyAV exactly as LeRobot's PyAV backend does.
 
 The frame nearest to a time is found in the file's index (`video_times`), then decoded. Every thread
-has its own decoders, because a container shared between threads crashes the process; pickling
-leaves them behind. A jump seeks to the last key frame at or before the frame, a short step ahead
-decodes on, so videos with short groups of pictures are the fast ones. A decoder is single threaded:
-with threads of its own it would decode pictures ahead that nobody asked for.
+has its own decoders, because a container shared between threads crashes the process; they are not
+pickled. A jump seeks to the last key frame at or before the frame, a short step forward continues
+decoding, so videos with frequent key frames are fast. Decoders are single threaded, because a
+multithreaded one decodes pictures ahead that are not needed.
 """
 
 import collections
@@ -26,9 +26,9 @@ from shallow_pi.data.lerobot import video_times
 MAX_OPEN = 8
 # To RGB on the calling thread; before PyAV 17 there was no other way.
 _ONE_THREAD: dict[str, Any] = {"threads": 1} if int(av.__version__.split(".")[0]) >= 17 else {}
-# Seconds between key frames, until a file has shown its own.
+# Seconds between key frames, until measured for a file.
 _GROUP = 1.0
-# Seconds by which a decoder's time of a frame may differ from the index: rounding of doubles.
+# Allowed rounding difference between the decoder's and the index's frame time, seconds.
 _ROUNDING = 1e-6
 
 
@@ -44,7 +44,7 @@ class _Stream:
     key: float = math.inf
     # Between key frames, seconds.
     group: float = _GROUP
-    # Kept, because to set one up costs more than to use it.
+    # Kept, because setup costs more than use.
     to_rgb: reformatter.VideoReformatter = dataclasses.field(
         default_factory=reformatter.VideoReformatter
     )
@@ -57,7 +57,7 @@ class _Stream:
         self.frames, self.key = self.container.decode(self.video), math.inf
 
     def decode_to(self, seconds: float) -> av.VideoFrame | None:
-        """Decode on to the first frame at or after `seconds`; None if there is none."""
+        """Continue decoding to the first frame at or after `seconds`; None if there is none."""
         for frame in self.frames:
             if frame.time is None:
                 continue
@@ -86,12 +86,11 @@ class Reader:
         Args:
           path: of the file.
           seconds: since the file's start.
-          tolerance: the most by which the frame's own time may differ, in seconds.
-          deep: give the first plane as it is stored (uint16 above 8 bits), as for depth, instead of
-            RGB.
+          tolerance: largest allowed difference from the frame's time, in seconds.
+          deep: return the first plane as stored (uint16 above 8 bits), for depth, instead of RGB.
 
         Raises:
-          FileNotFoundError, ValueError: no file, no frame near enough, or one that is damaged.
+          FileNotFoundError, ValueError: no file, no frame close enough, or a damaged one.
         """
         path = os.path.abspath(path)
         stream = self._open(path)
@@ -107,14 +106,14 @@ class Reader:
                 if start is not None:
                     stream.seek(start)
                 frame = stream.decode_to(nearest - _ROUNDING)
-                # A decoder makes up what it lacks, after a seek also what lies further back.
+                # Decoders invent missing reference frames, after a seek also earlier ones.
                 if frame is None or frame.is_corrupt or abs(stream.last - nearest) > _ROUNDING:
                     continue
                 if deep:
                     return _upright(_first_plane(frame), frame.rotation)
                 rgb = stream.to_rgb.reformat(frame, format="rgb24", **_ONE_THREAD)
                 return _upright(rgb.to_ndarray(), frame.rotation)
-        # PyAV's errors, and Python's where a format is one that it does not know.
+        # PyAV's errors, and Python's for formats that PyAV does not know.
         except (av.FFmpegError, ValueError, IndexError, NotImplementedError) as error:
             self._close(path)
             raise ValueError(
@@ -128,12 +127,12 @@ class Reader:
 
     @staticmethod
     def _starts(stream: _Stream, seconds: float) -> Iterator[float | None]:
-        """Times to decode from, the next one if a frame was not found; None is to go on."""
+        """Start times to try until the frame is found; None continues from the current position."""
         if 0 < seconds - stream.last <= stream.group:
             yield None
         else:
             yield seconds
-        # Key frames are found by decoding time: with B frames the one found may be shown later.
+        # Seeking uses decoding time: with B frames the key frame found may be shown later.
         yield seconds - _GROUP
         yield 0.0
 
@@ -149,7 +148,7 @@ class Reader:
                 hint = video_times.hint(path)
                 raise ValueError(f"cannot read {path}: {error}{hint}") from error
             video.thread_type = "NONE"
-            # dav1d starts threads whatever the type says.
+            # dav1d starts threads regardless of the thread type.
             video.codec_context.thread_count = 1
             streams[path] = _Stream(container, video, shown)
             if len(streams) > MAX_OPEN:
@@ -170,7 +169,7 @@ class Reader:
 
 
 def pixel_format(path: str | os.PathLike[str]) -> str:
-    """FFmpeg's name of how a file stores its pixels, such as `yuv420p` or `gray12le`.
+    """FFmpeg's name of a file's pixel format, such as `yuv420p` or `gray12le`.
 
     Raises:
       ValueError: a file that cannot be read.
@@ -184,12 +183,12 @@ def pixel_format(path: str | os.PathLike[str]) -> str:
 
 
 def is_deep_grey(pixels: str) -> bool:
-    """A pixel format of one channel above 8 bits holds numbers such as depth, not a picture."""
+    """True for one channel above 8 bits: numbers such as depth, not a picture."""
     return pixels.startswith("gray") and pixels not in ("gray", "gray8")
 
 
 def _upright(picture: UInt[np.ndarray, "h w c"], degrees: float) -> UInt[np.ndarray, "h2 w2 c"]:
-    """A picture as players show it: phones record sideways and note by how much to turn."""
+    """The picture as players show it, rotated by the angle that phones store."""
     quarters = round(degrees / 90) % 4
     return np.ascontiguousarray(np.rot90(picture, quarters)) if quarters else picture
 

@@ -1,8 +1,8 @@
 """Times at which a video file shows its frames, read from its index: nothing is decoded.
 
 The index of an MP4 file (its `moov` box) takes a tenth of a millisecond to read, however long the
-video is. Fragmented files, other containers and unusual edit lists are left to FFmpeg, which then
-reads the file through.
+video is. Fragmented files, other containers and unusual edit lists are left to FFmpeg, which reads
+the complete file.
 """
 
 import functools
@@ -15,7 +15,7 @@ import av
 import numpy as np
 from jaxtyping import Float, Int
 
-# Kept in memory, for reading; the least recently used go first.
+# Files kept in memory; the least recently used are dropped first.
 _KEPT = 64
 
 
@@ -23,8 +23,8 @@ def of(path: str) -> Float[np.ndarray, " n"]:
     """Times of a file's frames in seconds, in order.
 
     Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: a file that is not a video, or is damaged; says what is wrong with it.
+      FileNotFoundError: the file is missing.
+      ValueError: the file is not a video, or is damaged; says which.
     """
     try:
         found = os.stat(path)
@@ -45,7 +45,7 @@ def nearest(shown: Float[np.ndarray, " n"], seconds: Float[np.ndarray, "*q"]) ->
 
 @functools.lru_cache(_KEPT)
 def _read(path: str, size: int, changed: int) -> Float[np.ndarray, " n"]:
-    del size, changed  # A file that was written again is read again.
+    del size, changed  # A rewritten file is read again.
     try:
         times = _of_mp4(path)
     except (_UnusualError, struct.error, ValueError, LookupError, OSError):
@@ -58,7 +58,7 @@ def _read(path: str, size: int, changed: int) -> Float[np.ndarray, " n"]:
 
 
 def hint(path: str) -> str:
-    """A guess why a file cannot be read, to be appended to an error; may be empty."""
+    """A guess at the reason a file is unreadable, to append to an error; may be empty."""
     try:
         with open(path, "rb") as file:
             head = file.read(40)
@@ -90,7 +90,7 @@ def _demuxed(path: str) -> Float[np.ndarray, " n"]:
 
 
 class _UnusualError(Exception):
-    """Something of an MP4 file that is left to FFmpeg."""
+    """An MP4 feature that is left to FFmpeg."""
 
 
 def _of_mp4(path: str) -> Float[np.ndarray, " n"]:

@@ -1,7 +1,7 @@
-"""Write video that is quick to read at random: short groups of pictures, one stream, no B frames.
+"""Write video for fast random access: frequent key frames, one stream, no B frames.
 
-A picture is found by decoding from the key frame before it, so a group of two costs at most two
-decodes; LeRobot writes AV1 so. H.264 is larger and is decoded by everything.
+A picture is decoded from the key frame before it, so a key frame every second picture costs at most
+two decodes; LeRobot writes AV1 this way. H.264 is larger but supported everywhere.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ class Encoding:
     """Encoding of pictures as video."""
 
     codec: Literal["av1", "h264"] = "av1"
-    # Pictures from one key frame to the next.
+    # Distance between key frames, in pictures.
     group: int = 2
     # Constant rate factor: 0 is best, 63 (AV1) or 51 (H.264) smallest.
     crf: int = 30
@@ -37,16 +37,16 @@ class Encoding:
             )
 
 
-# Finer than this, times of pictures are rounded, seconds.
+# Picture times are rounded to this resolution, seconds.
 _TICK = fractions.Fraction(1, 90_000)
-# Entries of a video's `info` that its file can tell.
+# Entries of a video's `info` that can be read from its file.
 OF_THE_FILE = ("video.height", "video.width", "video.codec", "video.pix_fmt")
 
 
 class Encoder:
     """Pictures, one by one, to a file; `close` completes it.
 
-    `nbytes` is how much came out so far; encoders hold some pictures back.
+    `nbytes` counts the bytes written so far; encoders buffer some pictures.
     """
 
     def __init__(
@@ -63,11 +63,11 @@ class Encoder:
         rate = fractions.Fraction(fps).limit_denominator(1001)
         options = {"g": str(encoding.group), "crf": str(encoding.crf)}
         if encoding.codec == "h264":
-            # Neither B frames nor key frames where the scene changes.
+            # No B frames, and no extra key frames at scene changes.
             options |= {"bf": "0", "sc_threshold": "0"}
         else:
             options |= {"preset": "8"}
-            # The library prints its settings otherwise; 1 leaves errors.
+            # Only log errors (1); by default the library prints its settings.
             os.environ.setdefault("SVT_LOG", "1")
         self._container = av.open(os.fspath(path), "w")
         stream = self._container.add_stream(_ENCODERS[encoding.codec], rate=rate, options=options)
@@ -101,7 +101,7 @@ class Encoder:
         self.nbytes += sum(packet.size for packet in packets)
 
     def close(self) -> None:
-        """Write what the encoder holds back, and the file's index."""
+        """Flush the encoder, and write the file's index."""
         self._container.mux(self._stream.encode())
         self._container.close()
 

@@ -1,8 +1,8 @@
 """Write LeRobot v3.0 datasets (pictures as PNG in parquet, or video) without torch or pyarrow.
 
-Everything goes to `<folder>.partial`, which `finish` renames: a folder that exists is complete.
-Statistics are exact over every frame, unlike LeRobot's own, which averages quantiles of episodes;
-pictures that are copied are sampled for them, and depth has none.
+Everything is written to `<folder>.partial`, which `finish` renames: an existing folder is complete.
+Statistics are exact over all frames, unlike LeRobot's, which average quantiles of episodes; copied
+pictures are sampled, and depth has no statistics.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ _OLD_INFO = ("total_videos", "total_chunks")
 
 @dataclasses.dataclass(frozen=True)
 class Film:
-    """A video file that is copied as it is, with one or more episodes in it."""
+    """A video file to copy unchanged, with one or more episodes in it."""
 
     path: pathlib.Path
     # Start of the episode, seconds.
@@ -45,14 +45,14 @@ class Film:
 
 @dataclasses.dataclass(frozen=True)
 class Files:
-    """Encoded pictures that are copied as they are, and their names."""
+    """Encoded pictures to copy unchanged, and their names."""
 
     content: Sequence[tuple[bytes, str]]
     # Some of them decoded, for the statistics.
     sample: Sequence[np.ndarray] = ()
 
 
-# Of one camera in one episode: pictures to be encoded, uint8 (h, w, 3) each, or copied.
+# One camera in one episode: pictures to encode, uint8 (h, w, 3) each, or to copy.
 Images = Iterable[np.ndarray] | Film | Files
 
 
@@ -64,10 +64,10 @@ class Writer:
       fps: frame rate.
       robot_type: written to `info.json`.
       names: of a column's dimensions; default `["0", "1", ...]`.
-      encoding: of video; None keeps pictures as they are, as PNG.
-      source: `info.json` of a dataset that is converted: its entries and features are kept, and
-        its numbers are not checked.
-      tasks: instructions to be numbered first, in this order.
+      encoding: of video; None writes pictures as PNG.
+      source: `info.json` of a dataset being converted: its entries and features are kept, and its
+        numbers are not checked.
+      tasks: instructions to number first, in this order.
     """
 
     def __init__(
@@ -253,7 +253,7 @@ class Writer:
         histogram: lerobot_stats.Histogram,
         length: int,
     ) -> Iterator[np.ndarray]:
-        """The pictures themselves, checked and counted on their way."""
+        """Iterate over the pictures, checking and counting them."""
         for i, picture in enumerate(pictures):
             shape = histogram.shape or picture.shape
             if picture.shape != shape:
@@ -268,7 +268,7 @@ class Writer:
             raise ValueError(f"{where} has {histogram.frames} pictures for {length} frames")
 
     def _copy(self, key: str, film: Film, times: Float[np.ndarray, " T"]) -> dict[str, Any]:
-        """Copy an episode's video, once; says where it is, as the table of episodes does."""
+        """Copy an episode's video, once; returns its location for the episode table."""
         if (key, film.path) not in self._copied:
             file = self._video_files.get(key, 0)
             path = self._video(key, file)
@@ -280,15 +280,15 @@ class Writer:
     def _encode(
         self, key: str, pictures: Iterator[np.ndarray], times: Float[np.ndarray, " T"]
     ) -> dict[str, object]:
-        """Encode an episode's pictures, each at its time; says where they are."""
-        assert self.encoding is not None, "asked for by add"
+        """Encode an episode's pictures, each at its time; returns their location."""
+        assert self.encoding is not None, "`add` requires an encoding"
         file = self._video_files.setdefault(key, 0)
         for i, picture in enumerate(pictures):
             if key not in self._encoders:
                 path, shape = self._video(key, file), (picture.shape[0], picture.shape[1])
                 self._encoders[key] = video_writer.Encoder(path, self.fps, shape, self.encoding)
             if not i:
-                # An episode whose times start late follows the one before it without a gap.
+                # Episodes follow each other without a gap, even if their times start late.
                 start = self._encoders[key].end - times[0]
             self._encoders[key].add(picture, start + times[i])
         if self._encoders[key].nbytes >= VIDEO_FILE_MB * 2**20:
@@ -316,7 +316,7 @@ class Writer:
             self._close_encoder(key)
 
     def finish(self) -> pathlib.Path:
-        """Write what is left and the meta files, then rename; returns the dataset's folder."""
+        """Write the remaining data and the meta files, then rename; returns the folder."""
         if not self._episodes:
             raise ValueError(f"no episodes were added to {self.folder}; nothing to finish")
         self._flush()
@@ -360,7 +360,7 @@ class Writer:
         shutil.copyfile(file, self._partial / place)
 
     def _clear(self) -> None:
-        """Remove what an interrupted run has left, and nothing else."""
+        """Remove the files of an interrupted run, and nothing else."""
         if not os.path.lexists(self._partial):
             return
         ours = {"data", "meta", "videos", "README.md"}
@@ -379,7 +379,7 @@ class Writer:
         images: Mapping[str, Images],
         columns: Mapping[str, np.ndarray | pl.Series],
     ) -> None:
-        """Note the features of an episode, which are those of the others."""
+        """Record an episode's features, which must equal those of the others."""
         features: dict[str, dict[str, object]] = {}
         for key, value in images.items():
             kept = self._declared(key)
