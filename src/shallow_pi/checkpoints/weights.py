@@ -26,6 +26,8 @@ from shallow_pi.models import parameters
 
 # Host memory for reading a checkpoint, in 10⁹ bytes; a larger parameter is read alone.
 HOST_GB = 2
+# A parameter, or its shape.
+Leaf = Array | jax.ShapeDtypeStruct
 
 
 def save_params(path: str | os.PathLike[str], params: PyTree) -> None:
@@ -282,25 +284,25 @@ def _strip_value(tree: dict[str, PyTree]) -> PyTree:
     return {key: _strip_value(child) for key, child in tree.items()}
 
 
-def _is_float(leaf: Array | jax.ShapeDtypeStruct) -> bool:
+def _is_float(leaf: Leaf) -> bool:
     return bool(jnp.issubdtype(leaf.dtype, jnp.floating))
 
 
-def _depth(flat: dict[str, Any]) -> int | None:
+def _depth(flat: dict[str, Leaf]) -> int | None:
     return next(
         (leaf.shape[0] for path, leaf in flat.items() if parameters.stack(path) == "layers"), None
     )
 
 
-def _hints(want: dict[str, object], have: dict[str, object]) -> list[str]:
+def _hints(want: dict[str, Leaf], have: dict[str, Leaf]) -> list[str]:
     """Advice for three usual mistakes that explain the differences."""
 
-    def family(flat: dict[str, object]) -> str | None:
+    def family(flat: dict[str, Leaf]) -> str | None:
         if any("time_mlp_in/" in path and "action_time" not in path for path in flat):
             return "π0.5"
         return "π0" if any("state_proj/" in path for path in flat) else None
 
-    def action_dim(flat: dict[str, Any]) -> int | None:
+    def action_dim(flat: dict[str, Leaf]) -> int | None:
         return next((x.shape[0] for p, x in flat.items() if "action_in_proj/kernel" in p), None)
 
     hints = []

@@ -124,7 +124,7 @@ def _array(value: object, key: str) -> np.ndarray:
         ) from error
 
 
-def _state(robot: robots.Robot, observation: Mapping[str, Any]) -> dict[str, object]:
+def _state(robot: robots.Robot, observation: Mapping[str, object]) -> dict[str, object]:
     """The vectors of the state by key, the state they make up checked as a whole."""
     for key in robot.state_keys:
         found = _array(observation[key], key)

@@ -43,7 +43,9 @@ NAMES = {
 # Curves of so few points show each of them.
 FEW = 30
 
-Rows = Sequence[Mapping[str, Any]]
+# A row of metrics.jsonl: numbers by their names, and the step.
+Row = Mapping[str, Any]
+Rows = Sequence[Row]
 
 
 def loss_curves(

@@ -35,7 +35,7 @@ def measured(rows: plots.Rows) -> plots.Rows:
     return [row for row in rows if row.get(validation.TO_DATA) is not None]
 
 
-def best(rows: plots.Rows, criterion: str) -> Mapping[str, Any] | None:
+def best(rows: plots.Rows, criterion: str) -> plots.Row | None:
     """The row of the step with the lowest error `criterion`, which is the one that is kept.
 
     Not step 0, which is measured for comparison and has no checkpoint.

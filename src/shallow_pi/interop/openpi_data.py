@@ -9,7 +9,6 @@ with our reader instead, which is faster.
 import dataclasses
 import importlib
 import pathlib
-from typing import Any
 
 import numpy as np
 
@@ -204,7 +203,7 @@ def _stats(
     }
 
 
-def _openpis(stats: dict[str, normalize.NormStats]) -> dict[str, Any]:
+def _openpis(stats: dict[str, normalize.NormStats]) -> dict[str, openpi.OpenpiObject]:
     from openpi.shared import normalize as openpi_normalize
 
     return {

@@ -118,7 +118,7 @@ SUITES: dict[str, Entry] = {
 }
 
 
-def find(name: str, options: Mapping[str, Any]) -> Suite:
+def find(name: str, options: Mapping[str, object]) -> Suite:
     """The suite of that name with these options; text is converted to the option's type.
 
     Args:

@@ -119,7 +119,7 @@ class _Board:
                 self._write(step, summary=one)
             self._writer.flush()
 
-    def _write(self, step: int, **content: Any) -> None:
+    def _write(self, step: int, **content: object) -> None:
         self._writer.write_event(event_pb2.Event(wall_time=time.time(), step=step, **content))
 
     def close(self) -> None:

@@ -17,6 +17,8 @@ import polars as pl
 BOOKKEEPING = ("timestamp", "frame_index", "episode_index", "index", "task_index")
 _TEXTS = ("string", "large_string", "str", "language")
 PICTURES = ("image", "video")
+# An entry of `features` of info.json: dtype, shape, names, and for videos their codec.
+Feature = Mapping[str, Any]
 
 
 class RowError(ValueError):
@@ -64,7 +66,7 @@ class Columns(Mapping[str, np.ndarray]):
         return len(self._keys)
 
 
-def is_text(feature: Mapping[str, object]) -> bool:
+def is_text(feature: Feature) -> bool:
     """True for a column of text."""
     return feature["dtype"] in _TEXTS
 
@@ -75,7 +77,7 @@ def closest(name: str, names: Sequence[str]) -> str:
     return f"; did you mean {found[0]!r}?" if found else ""
 
 
-def to_numpy(series: pl.Series, feature: Mapping[str, object]) -> np.ndarray:
+def to_numpy(series: pl.Series, feature: Feature) -> np.ndarray:
     """A column as declared: numbers (n, *shape), bookkeeping (n,), texts (n,) of str.
 
     Raises:
@@ -111,7 +113,7 @@ def texts(series: pl.Series) -> np.ndarray:
     return np.array(found.to_list(), object)
 
 
-def _dtype(key: str, feature: Mapping[str, Any]) -> np.dtype:
+def _dtype(key: str, feature: Feature) -> np.dtype:
     declared = {"bfloat16": "float32"}.get(feature["dtype"], feature["dtype"])
     try:
         dtype = np.dtype(declared)
@@ -148,7 +150,7 @@ def _flat(series: pl.Series) -> tuple[pl.Series, list[int]]:
     return flat, sizes
 
 
-def _shape(key: str, feature: Mapping[str, Any], sizes: list[int]) -> tuple[int, ...]:
+def _shape(key: str, feature: Feature, sizes: list[int]) -> tuple[int, ...]:
     if key in BOOKKEEPING and np.prod(sizes, dtype=int) == 1:
         return ()
     declared = feature.get("shape")

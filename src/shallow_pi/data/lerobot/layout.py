@@ -33,6 +33,9 @@ _PATHS = {
     },
 }
 
+# A row of the table of episodes of version 3, by its columns.
+EpisodeRow = Mapping[str, Any]
+
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
@@ -45,7 +48,7 @@ class Layout:
     # Frames of every episode, by episode index.
     lengths: Mapping[int, int]
     # Version 3: one row per episode, with columns such as `videos/<key>/from_timestamp`.
-    rows: Mapping[int, Mapping[str, Any]]
+    rows: Mapping[int, EpisodeRow]
     # Further columns of the file of tasks, beside index and text.
     task_extras: Sequence[str] = ()
 
@@ -140,7 +143,7 @@ def read(folder: str | os.PathLike[str]) -> Layout:
     # Absolute, because FFmpeg reads `a:` at the start of a relative path as a protocol.
     root = pathlib.Path(os.path.expanduser(folder)).absolute()
     info = _read_info(root)
-    rows: dict[int, dict[str, Any]] = {}
+    rows: dict[int, EpisodeRow] = {}
     if info["codebase_version"] == "v3.0":
         rows = _read_episodes(root)
         lengths = {episode: rows[episode]["length"] for episode in sorted(rows)}
@@ -231,9 +234,9 @@ def episode_files(root: pathlib.Path) -> list[pathlib.Path]:
     return paths
 
 
-def _read_episodes(root: pathlib.Path) -> dict[int, dict[str, Any]]:
+def _read_episodes(root: pathlib.Path) -> dict[int, EpisodeRow]:
     """The rows of version 3's episode tables, without statistics."""
-    found: dict[int, dict[str, Any]] = {}
+    found: dict[int, EpisodeRow] = {}
     for path in episode_files(root):
         keys = [key for key in files.schema(path) if re.fullmatch(_EPISODE_COLUMNS, key)]
         if "episode_index" not in keys:

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from PIL import Image, ImageOps
 
 from shallow_pi import progress
-from shallow_pi.data.lerobot import files, tables, video, video_times
+from shallow_pi.data.lerobot import columns, files, tables, video, video_times
 from shallow_pi.data.lerobot import layout as lerobot_layout
 
 # Encoded pictures of parquet files kept in memory, per dataset.
@@ -65,7 +65,7 @@ class Pictures:
 
     def __init__(self, layout: lerobot_layout.Layout) -> None:
         self._layout = layout
-        self._features: Mapping[str, Mapping[str, object]] = layout.info["features"]
+        self._features: Mapping[str, columns.Feature] = layout.info["features"]
         self._fps = float(layout.info["fps"])
         self._videos = video.Reader()
         self._lock = threading.Lock()
@@ -283,7 +283,7 @@ class Pictures:
         except Exception:  # Reading the picture reports the error.
             return ""
 
-    def _decode(self, encoded: Any, camera: str) -> np.ndarray:
+    def _decode(self, encoded: object, camera: str) -> np.ndarray:
         if not isinstance(encoded, bytes):
             lists = encoded.to_list() if isinstance(encoded, pl.Series) else encoded
             return _from_numbers(np.array(lists))
@@ -328,14 +328,14 @@ class Pictures:
         return column
 
 
-def is_marked_depth(feature: Mapping[str, Any]) -> bool:
+def is_marked_depth(feature: columns.Feature) -> bool:
     """True if `info.json` marks a camera as depth, in any of LeRobot's spellings."""
     places = (feature, feature.get("info") or {}, feature.get("video_info") or {})
     names = ("is_depth_map", "video.is_depth_map")
     return any(bool(place.get(name)) for place in places for name in names)
 
 
-def declared_size(feature: Mapping[str, Any]) -> tuple[int, int] | None:
+def declared_size(feature: columns.Feature) -> tuple[int, int] | None:
     """Height and width of a camera's pictures from `info.json`; None if not given."""
     shape, names = feature.get("shape"), feature.get("names")
     if not isinstance(shape, list | tuple) or len(shape) != 3:

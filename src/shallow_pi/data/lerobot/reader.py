@@ -9,7 +9,6 @@ import itertools
 import math
 import os
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import polars as pl
@@ -73,7 +72,7 @@ class Dataset:
         self.layout = path if isinstance(path, layout.Layout) else layout.read(path)
         self.path = self.layout.root
         self.info = self.layout.info
-        self.features: dict[str, dict[str, Any]] = self.info["features"]
+        self.features: Mapping[str, columns.Feature] = self.info["features"]
         self.fps = float(self.info["fps"])
         self.cameras = tuple(
             key for key, feature in self.features.items() if feature["dtype"] in columns.PICTURES
@@ -91,7 +90,7 @@ class Dataset:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, i: int) -> dict[str, Any]:
+    def __getitem__(self, i: int) -> dict[str, object]:
         """All keys of frame `i`, flat: pictures uint8 (h, w, 3), vectors, `task` as text."""
         return self.read(i)
 
@@ -118,12 +117,12 @@ class Dataset:
 
     def read(
         self, i: int, cameras: Collection[str] | None = None, keys: Collection[str] | None = None
-    ) -> dict[str, Any]:
+    ) -> dict[str, object]:
         """Frame `i` with only the pictures of `cameras` and the columns `keys` (default: all)."""
         if not 0 <= i < len(self):
             raise IndexError(f"frame {i} of a dataset of {len(self)} frames")
         names = self.columns if keys is None else keys
-        frame: dict[str, Any] = {key: self.columns[key][i] for key in names}
+        frame: dict[str, object] = {key: self.columns[key][i] for key in names}
         cameras = self.cameras if cameras is None else cameras
         frame |= {key: self.picture(i, key) for key in cameras}
         return frame | {"task": self.task(i)} if keys is None else frame

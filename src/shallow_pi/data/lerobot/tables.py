@@ -4,11 +4,12 @@ import io
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import polars as pl
 from PIL import Image
+
+from shallow_pi.data.lerobot.columns import Feature
 
 
 def frames(
@@ -42,7 +43,7 @@ def png(picture: np.ndarray) -> bytes:
     return data.getvalue()
 
 
-def hf_type(feature: Mapping[str, Any]) -> dict[str, Any]:
+def hf_type(feature: Feature) -> dict[str, object]:
     """A feature as the `datasets` library describes it in parquet metadata."""
     if feature["dtype"] == "image":
         return {"_type": "Image"}

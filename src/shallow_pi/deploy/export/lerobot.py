@@ -11,7 +11,7 @@ renamed to these (`camera_key`), and a state in parts becomes one.
 
 import json
 import pathlib
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -39,6 +39,8 @@ another function than shallow_pi (Pillow), which differs by a few grey levels; s
 TOKENIZER = "google/paligemma-3b-pt-224"
 STATE, ACTION, PROMPT = "observation.state", "action", "task"
 PICTURES = "observation.images."
+# An object of the JSON that LeRobot reads.
+Json = Mapping[str, object]
 
 
 DTYPES, prepare, verify = openpi.DTYPES, openpi.prepare, openpi.verify
@@ -96,7 +98,7 @@ def camera_key(key: str) -> str:
     return PICTURES + key.removeprefix("observation.").replace(".", "_")
 
 
-def config(assets: policy_assets.Assets) -> dict[str, Any]:
+def config(assets: policy_assets.Assets) -> Json:
     """The policy's config; other fields keep LeRobot's defaults."""
     model = assets.model
     relative, absolute, names = _relative(assets)
@@ -138,10 +140,10 @@ def statistics(assets: policy_assets.Assets) -> dict[str, np.ndarray]:
     return found
 
 
-def _before(assets: policy_assets.Assets) -> list[dict[str, Any]]:
+def _before(assets: policy_assets.Assets) -> list[dict[str, object]]:
     relative, absolute, names = _relative(assets)
     make_relative = {"enabled": relative, "exclude_joints": absolute, "action_names": names}
-    prompt: tuple[str, dict[str, Any]] = ("pi0_new_line_processor", {})
+    prompt: tuple[str, Json] = ("pi0_new_line_processor", {})
     if assets.model.discrete_state_input:
         dim = {"max_state_dim": assets.model.action_dim}
         prompt = ("pi05_prepare_state_tokenizer_processor_step", dim)
@@ -166,7 +168,7 @@ def _before(assets: policy_assets.Assets) -> list[dict[str, Any]]:
     ]
 
 
-def _after(assets: policy_assets.Assets) -> list[dict[str, Any]]:
+def _after(assets: policy_assets.Assets) -> list[dict[str, object]]:
     return [
         _step("unnormalizer_processor", _normalizer(assets, _outputs(assets))),
         _step("absolute_actions_processor", {"enabled": _relative(assets)[0]}),
@@ -175,7 +177,7 @@ def _after(assets: policy_assets.Assets) -> list[dict[str, Any]]:
     ]
 
 
-def _to_model(assets: policy_assets.Assets) -> list[dict[str, Any]]:
+def _to_model(assets: policy_assets.Assets) -> list[dict[str, object]]:
     """The plugin's step before differences are computed, if this robot needs it."""
     robot = assets.robot
     units = {
@@ -186,13 +188,13 @@ def _to_model(assets: policy_assets.Assets) -> list[dict[str, Any]]:
     return [_step("shallow_pi_to_model", units)] if any(units.values()) else []
 
 
-def _to_robot(assets: policy_assets.Assets) -> list[dict[str, Any]]:
+def _to_robot(assets: policy_assets.Assets) -> list[dict[str, object]]:
     """Its inverse on the actions."""
     units = _units(assets.robot.action_conversion)
     return [_step("shallow_pi_to_robot", {"action": units})] if units else []
 
 
-def _units(conversion: conversions.Conversion | None) -> dict[str, Any] | None:
+def _units(conversion: conversions.Conversion | None) -> Json | None:
     if conversion is None:
         return None
     return {
@@ -206,11 +208,11 @@ def _units(conversion: conversions.Conversion | None) -> dict[str, Any] | None:
     }
 
 
-def _step(name: str, settings: dict[str, Any]) -> dict[str, Any]:
+def _step(name: str, settings: Json) -> dict[str, object]:
     return {"registry_name": name, "config": settings}
 
 
-def _normalizer(assets: policy_assets.Assets, features: dict[str, Any]) -> dict[str, Any]:
+def _normalizer(assets: policy_assets.Assets, features: Json) -> Json:
     return {"eps": normalize.EPSILON, "features": features, "norm_map": _modes(assets)}
 
 
@@ -219,7 +221,7 @@ def _modes(assets: policy_assets.Assets) -> dict[str, str]:
     return {"VISUAL": "IDENTITY", "STATE": mode, "ACTION": mode}
 
 
-def _inputs(assets: policy_assets.Assets) -> dict[str, Any]:
+def _inputs(assets: policy_assets.Assets) -> dict[str, Json]:
     """Pictures in the model's order (cameras the robot lacks are left out), and the state."""
     size, robot = assets.model.image_size, assets.robot
     own = [robot.cameras[name] for name in assets.model.cameras if name in robot.cameras]
@@ -229,11 +231,11 @@ def _inputs(assets: policy_assets.Assets) -> dict[str, Any]:
             f"robot {robot.name} has cameras {own}, which LeRobot would know by the same name "
             f"({seen}): give one of them another key in a robot file"
         )
-    pictures = {key: {"type": "VISUAL", "shape": [3, size, size]} for key in seen}
+    pictures: dict[str, Json] = {key: {"type": "VISUAL", "shape": [3, size, size]} for key in seen}
     return pictures | {STATE: {"type": "STATE", "shape": [robot.state_dim]}}
 
 
-def _outputs(assets: policy_assets.Assets) -> dict[str, Any]:
+def _outputs(assets: policy_assets.Assets) -> dict[str, Json]:
     return {ACTION: {"type": "ACTION", "shape": [assets.robot.action_dim]}}
 
 
@@ -246,7 +248,7 @@ def _relative(assets: policy_assets.Assets) -> tuple[bool, list[str], list[str]]
     return any(delta), absolute, names
 
 
-def _dump(path: pathlib.Path, content: dict[str, Any]) -> None:
+def _dump(path: pathlib.Path, content: Json) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
