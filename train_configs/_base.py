@@ -1,4 +1,4 @@
-"""Shared parts of several experiments: sizes of the embedded task's model, and its schedule."""
+"""Parts shared by several experiments: model sizes and schedule of the embedded task."""
 
 import dataclasses
 import pathlib
@@ -12,7 +12,7 @@ ASSETS = pathlib.Path(__file__).parents[1] / "assets"
 OPENPI = "gs://openpi-assets/checkpoints"
 
 LIBERO = "physical-intelligence/libero"
-# Share of a real robot's episodes that validation is measured on.
+# Share of a real robot's episodes used for validation.
 HELD_OUT = 0.02
 
 # The turntable's π0: two cameras of 16 tokens, four query heads on one kv head.
@@ -29,7 +29,7 @@ TURNTABLE_PI0 = pi0.Pi0Config(
     max_token_len=12,
     dtype="float32",
 )
-# The smallest π0 that has every part; for trying things out.
+# The smallest π0 with all parts; for trials.
 DEBUG_PI0 = pi0.Pi0Config(
     depth=4,
     backbone=gemma.GemmaConfig(width=32, mlp_dim=64, num_heads=4, num_kv_heads=1, head_dim=8),
@@ -58,7 +58,7 @@ def short_schedule(steps: int, peak: float) -> optimizer.CosineSchedule:
 
 
 def turntable_teacher(model: pi0.Pi0Config) -> config.DistillConfig:
-    """A teacher from scratch: no teacher of its own, task loss alone."""
+    """A teacher trained from scratch with the task loss only."""
     steps = 6000
     return config.DistillConfig(
         model=model,
@@ -76,7 +76,7 @@ def turntable_teacher(model: pi0.Pi0Config) -> config.DistillConfig:
 
 
 def turntable_student(model: pi0.Pi0Config, teacher: str) -> config.DistillConfig:
-    """A student of the teacher in assets/, which `teacher.train` makes anew."""
+    """A student of the teacher in assets/, which `--teacher.train` retrains."""
     steps = 600
     return config.DistillConfig(
         model=model,
@@ -86,7 +86,7 @@ def turntable_student(model: pi0.Pi0Config, teacher: str) -> config.DistillConfi
         losses=losses.Losses(),
         augmentation=observation.NO_AUGMENTATION,
         schedule=short_schedule(steps, peak=2e-3),
-        # Other scenes than the teacher's.
+        # Different scenes from the teacher's.
         closed_loop=config.ClosedLoopConfig(demonstrations=800, seed=1),
         batch_size=64,
         draws=2,

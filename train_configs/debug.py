@@ -10,7 +10,7 @@ from shallow_pi.training import config
 
 
 def get_config() -> config.DistillConfig:
-    """Every term of the loss, on synthetic samples."""
+    """All loss terms, on synthetic samples."""
     return config.DistillConfig(
         model=_base.DEBUG_PI0,
         data=data_config.DataConfig(source="synthetic"),

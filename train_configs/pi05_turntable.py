@@ -1,4 +1,4 @@
-"""The same teacher as a π0.5: time by adaptive norms, the state as integers in the prompt.
+"""The turntable's teacher as a π0.5: adaptive norms for time, the state in the prompt.
 
 uv run scripts/train_teacher.py pi05_turntable"""
 

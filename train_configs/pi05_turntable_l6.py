@@ -1,7 +1,7 @@
 """The turntable's π0.5 (adaptive norms, the state in the prompt), 18 → 6 layers.
 
 uv run scripts/train_distill.py pi05_turntable_l6 --teacher.train
-Its teacher does not come with the repository; --teacher.train makes it first (about an hour)."""
+The repository does not include its teacher; --teacher.train trains it first (about an hour)."""
 
 import _base
 

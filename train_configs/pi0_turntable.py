@@ -1,7 +1,7 @@
-"""The turntable's teacher: an 18-layer π0 trained from scratch on demonstrations, task loss alone.
+"""The turntable's teacher: an 18-layer π0 trained from scratch with the task loss only.
 
 uv run scripts/train_teacher.py pi0_turntable
-What it reached and how long it took stands beside it, in assets/pi0_turntable/recipe.json."""
+Results and training time are in assets/pi0_turntable/recipe.json."""
 
 import _base
 

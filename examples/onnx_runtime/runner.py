@@ -1,10 +1,10 @@
-"""Run an ONNX export without JAX: a robot's observation in, its actions out.
+"""Run an ONNX export without JAX: from a robot's observation to its actions.
 
     python runner.py EXPORT [--port 8000] [--prompt TEXT] [--providers NAME ...]
 
 EXPORT is a folder of `export_student.py --format onnx`. Needs numpy, onnxruntime (or
 onnxruntime-gpu), sentencepiece and Pillow; msgpack and websockets to serve. Transforms, statistics
-and tokenizer are the export's; the arithmetic is that of shallow_pi's `Policy`. In Python:
+and tokenizer come from the export; the results match those of shallow_pi's `Policy`. In Python:
 
     policy = runner.OnnxPolicy("EXPORT")
     actions = policy.infer(observation)["actions"]
@@ -22,7 +22,7 @@ import onnxruntime
 import sentencepiece
 from PIL import Image
 
-# The last part of a robot's key → other names that openpi's clients have for it.
+# The last part of a robot's key → other names for it in openpi's clients.
 ALIASES = {
     "task": ("prompt",),
     "prompt": ("task",),
@@ -33,12 +33,12 @@ ALIASES = {
 
 
 class OnnxPolicy:
-    """An export with its robot's transforms around it.
+    """An exported policy with its robot's transforms.
 
     Args:
       folder: the export.
       providers: ONNX Runtime's, in order of preference; None takes all that are installed.
-      prompt: the instruction where an observation has none.
+      prompt: the instruction for observations without one.
       seed: of the noise that `infer` draws.
     """
 
@@ -72,11 +72,11 @@ class OnnxPolicy:
         }
 
     def reset(self):
-        """Begin an episode: the noise starts anew from the seed."""
+        """Start an episode: reset the noise generator to the seed."""
         self._random = np.random.default_rng(self._seed)
 
     def warm_up(self):
-        """Load every graph, so that no robot waits for it."""
+        """Load every graph before the first observation."""
         for length in self.export["graphs"]:
             self._session(length)
 
@@ -88,7 +88,7 @@ class OnnxPolicy:
           noise: standard normal (horizon, the model's dimensions); None draws it.
 
         Raises:
-          ValueError: something is missing or of another robot; names the key.
+          ValueError: a value is missing or does not fit the robot; names the key.
         """
         start = time.perf_counter()
         state, inputs, length = self._inputs(observation)
@@ -144,14 +144,14 @@ class OnnxPolicy:
             "prompt": prompt,
             "prompt_mask": np.arange(int(length))[None] < len(tokens),
         }
-        if export["normalization"] == "z_score":  # π0 is given the state, π0.5's is in the prompt.
+        if export["normalization"] == "z_score":  # π0 reads the state, π0.5 has it in the prompt.
             padded = np.zeros((1, export["action_dim"]), np.float32)
             padded[0, : len(state)] = normalized
             inputs["state"] = padded
         return state, inputs, length
 
     def _find(self, observation):
-        """The observation's values under the robot's own keys."""
+        """The observation's values under the robot's keys."""
         robot = self.robot
         wanted = [robot["cameras"][name] for name in self.export["cameras"]]
         wanted += [robot["state_key"], *robot["state_more"]]
@@ -204,7 +204,7 @@ class OnnxPolicy:
         return ((state - shift) / scale).astype(np.float32)
 
     def _outputs(self, normalized, state):
-        """Normalized actions to the robot's."""
+        """Normalized actions to the robot's units."""
         robot = self.robot
         shift, scale = self._scale("actions", robot["action_dim"])
         actions = (normalized[:, : robot["action_dim"]] * scale + shift).astype(np.float32)
@@ -215,7 +215,7 @@ class OnnxPolicy:
 
 
 def _read_whole(folder):
-    """The description of an export, every file of it there and whole."""
+    """The description of an export, after checking that all of its files are complete."""
     path = folder / "onnx.json"
     if not path.is_file():
         raise FileNotFoundError(f"no {path}: expected a folder of `export_student --format onnx`")
@@ -231,7 +231,7 @@ def _read_whole(folder):
 
 
 def flatten(observation, prefix=""):
-    """Nested maps as one, names joined by a slash."""
+    """Nested maps as one flat map, names joined by a slash."""
     flat = {}
     for name, value in observation.items():
         if isinstance(value, dict):
@@ -242,12 +242,12 @@ def flatten(observation, prefix=""):
 
 
 def short(key):
-    """A key without what openpi and LeRobot put in front of it."""
+    """A key without the prefixes of openpi and LeRobot."""
     return key.replace(".", "/").removeprefix("observation/").removeprefix("images/")
 
 
 def picture(value, key):
-    """A picture as bytes, colours last."""
+    """A picture as uint8, colours last."""
     found = np.asarray(value)
     if found.ndim == 3 and found.shape[0] == 3 != found.shape[-1]:
         found = np.moveaxis(found, 0, -1)
@@ -263,7 +263,7 @@ def picture(value, key):
 
 
 def resize(image, size):
-    """To a square, proportions kept, padded with black."""
+    """Resize to a square, keeping proportions, padded with black."""
     height, width = image.shape[:2]
     if (height, width) == (size, size):
         return image
@@ -310,7 +310,7 @@ def pack(value):
 
 
 def unpack(message):
-    """A client's message; arrays of numbers and booleans alone."""
+    """A client's message; only arrays of numbers and booleans are accepted."""
 
     def read(found):
         if b"__ndarray__" not in found:
@@ -336,7 +336,7 @@ async def serve(policy, host, port, stop, ready=lambda port: None):
                 observation = unpack(message)
                 async with turn:
                     result = await asyncio.to_thread(policy.infer, observation)
-            except Exception as error:  # Whatever it is, the client is told and the server lives.
+            except Exception as error:  # Report any error to the client, and keep serving.
                 await connection.send(f"{type(error).__name__}: {error}")
                 await connection.close(1011, "the reason is in the frame before")
                 return

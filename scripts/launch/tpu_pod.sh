@@ -5,8 +5,8 @@
 #     scripts/launch/tpu_pod.sh pi0_aloha_l6 --data.path /shared/my_aloha \
 #       --checkpoint-dir /shared/runs --mesh.fsdp 16
 #
-# The same command again goes on with the run, after a preemption for instance. STOP=1 in front of it
-# has the run save and end. What it needs: docs/launch.md.
+# Repeating the command resumes the run, for instance after a preemption. With STOP=1 in front, the
+# run saves and stops. Requirements: docs/launch.md.
 set -euo pipefail
 : "${TPU:?name of the TPU VM}" "${ZONE:?its zone}"
 on_every_host() {
@@ -19,7 +19,7 @@ fi
 
 : "${NFS:?host:/share of a file system for checkpoints and data}"
 : "${REPOSITORY:?address to clone shallow_pi from}" "${REVISION:=main}"
-# As words that the shell over there reads as they are here.
+# Quoted for the remote shell.
 printf -v arguments ' %q' "$@"
 on_every_host "
   set -e

@@ -1,6 +1,6 @@
-"""The plugin's policies in miniature: they have the config's depth, and let no tensor be wrong.
+"""The plugin's policies in miniature: they have the config's depth and check every tensor.
 
-Needs LeRobot 0.6 with torch and transformers, so it is run beside the plugin and not by .ci/run:
+Needs LeRobot 0.6 with torch and transformers, so .ci/run does not run it:
 pip install plugins/lerobot_policy_shallow_pi pytest && pytest plugins/lerobot_policy_shallow_pi
 """
 

@@ -1,6 +1,6 @@
-"""The two steps of a robot's own units: exact inverses, and what they leave alone.
+"""The two unit conversion steps: they are exact inverses and leave other values unchanged.
 
-Needs LeRobot 0.6 with torch, like the policies' tests beside it.
+Needs LeRobot 0.6 with torch, like the tests of the policies.
 """
 
 import pytest
@@ -53,7 +53,7 @@ def test_the_steps_convert_state_action_and_prompt_and_nothing_else():
     assert observation["observation.state"][0, 1] == -1
     assert after[TransitionKey.ACTION] is action
     assert after[TransitionKey.COMPLEMENTARY_DATA] == {"task": ["go"], "index": 7}
-    # The caller's own transition is as it was.
+    # The caller's transition is unchanged.
     assert before[TransitionKey.OBSERVATION]["observation.state"][0, 1] == 1
     assert before[TransitionKey.COMPLEMENTARY_DATA]["task"] == ["stop"]
 

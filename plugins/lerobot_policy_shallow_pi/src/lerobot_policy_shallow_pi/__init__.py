@@ -1,7 +1,7 @@
 """LeRobot's π0 and π0.5 at any depth: importing this registers the two policy types.
 
-The pipelines of an exported folder use steps that LeRobot registers with its own π0 and π0.5, and
-two of this package for a robot with units of its own.
+The pipelines of an exported folder use steps that LeRobot registers with its π0 and π0.5, and two
+steps of this package for robots with other units.
 """
 
 import lerobot.policies.pi0.processor_pi0

@@ -1,6 +1,6 @@
-"""The two policy types: LeRobot's own configs and a depth.
+"""The two policy types: LeRobot's configs with a depth.
 
-The depth has no default that could fit. The policies check it: an error in a config's
+No default depth would be right. The policies check it, because an error in a config's
 `__post_init__` reaches the user without its message.
 """
 

@@ -1,8 +1,8 @@
-"""LeRobot's π0 and π0.5 made at another depth, and a loader that lets no tensor be wrong.
+"""LeRobot's π0 and π0.5 at another depth, and a loader that checks every tensor.
 
-LeRobot asks `get_gemma_config` for its sizes while it builds a model; for that moment, the answer
-has the config's depth. The action expert's output matrix (257152 × 1024), which no policy uses, is
-left out. Loading compares every name and shape first and raises with all that differ.
+LeRobot gets its sizes from `get_gemma_config` while it builds a model; meanwhile that function is
+replaced by one with the config's depth. The action expert's output matrix (257152 × 1024), which no
+policy uses, is left out. Loading first compares all names and shapes, and lists every difference.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from lerobot_policy_shallow_pi import configuration_shallow_pi as configuration
 
 FILE_NAME = "model.safetensors"
 EMBEDDING = "model.paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"
-# The backbone's output matrix, which is its embedding.
+# The backbone's output matrix, tied to its embedding.
 TIED = "model.paligemma_with_expert.paligemma.lm_head.weight"
 UNUSED = "model.paligemma_with_expert.gemma_expert.lm_head.weight"
 LAYERS = "model.paligemma_with_expert.paligemma.model.language_model.layers."
@@ -162,7 +162,7 @@ def check(
 
 
 class ShallowPi0Policy(_Shallow, modeling_pi0.PI0Policy):
-    """π0 with as many layers as its config says."""
+    """π0 with the depth of its config."""
 
     config_class = configuration.ShallowPi0Config
     name = "shallow_pi0"
@@ -170,7 +170,7 @@ class ShallowPi0Policy(_Shallow, modeling_pi0.PI0Policy):
 
 
 class ShallowPi05Policy(_Shallow, modeling_pi05.PI05Policy):
-    """π0.5 with as many layers as its config says."""
+    """π0.5 with the depth of its config."""
 
     config_class = configuration.ShallowPi05Config
     name = "shallow_pi05"

@@ -1,6 +1,6 @@
-"""Pipelines of a policy that has none yet: LeRobot's own of π0 and π0.5.
+"""Pipelines for a new policy: LeRobot's for π0 and π0.5.
 
-An exported folder brings its pipelines along; these are for training one from scratch.
+An exported folder includes its pipelines; these are for training from scratch.
 """
 
 from typing import Any

@@ -1,9 +1,9 @@
-"""Two steps LeRobot's pipelines lack: a robot's units and signs to the model's, and back.
+"""Two pipeline steps that LeRobot lacks: a robot's units and signs to the model's, and back.
 
-`model = factor · robot + offset` by dimension; in dimensions named by `crank` the robot's number is
-the relative position of a gripper's fingers, and the angle of the servo that moves them through a
-crank takes its place first. The numbers, the crank's lengths (metres) too, come from the exported
-folder: the pipelines' JSON files.
+`model = factor · robot + offset` by dimension; in the dimensions listed in `crank` the robot's
+number is the relative position of a gripper's fingers, and is first converted to the angle of the
+servo that moves them through a crank. The numbers, including the crank's lengths (metres), come
+from the pipelines' JSON files in the exported folder.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from lerobot.processor import ProcessorStep, ProcessorStepRegistry
 from lerobot.utils.constants import OBS_STATE
 
 Features = dict[PipelineFeatureType, dict[str, PolicyFeature]]
-# factor, offset: a number for each dimension; crank: dimensions; closed, open, arm, horn: metres.
+# factor, offset: one number per dimension; crank: dimensions; closed, open, arm, horn: metres.
 Units = dict[str, Any]
 
 
@@ -61,12 +61,12 @@ def _check(values: torch.Tensor, units: Units) -> None:
 @ProcessorStepRegistry.register("shallow_pi_to_model")
 @dataclasses.dataclass
 class ToModelStep(ProcessorStep):
-    """State, and actions where there are some, to the model's units; a fixed prompt if any."""
+    """State and any actions to the model's units; sets a fixed prompt if there is one."""
 
     # None leaves the numbers as they are.
     state: Units | None = None
     action: Units | None = None
-    # Takes the place of every task; empty leaves them.
+    # Replaces every task; empty leaves them unchanged.
     prompt: str = ""
 
     def __call__(self, transition: EnvTransition) -> EnvTransition:
