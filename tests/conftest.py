@@ -76,7 +76,7 @@ def strict():
 
 @pytest.fixture(scope="session")
 def offloads():
-    """Whether CPU devices have memory of their host's beside their own, as JAX 0.5.3's have not."""
+    """True if CPU devices have a separate host memory, which JAX 0.5.3's lack."""
     kinds = [memory.kind for memory in jax.devices()[0].addressable_memories()]
     return shapes.HOST_MEMORY in kinds
 

@@ -159,7 +159,7 @@ def thinned(array: jax.Array) -> np.ndarray:
 
 
 def ours(config: pi0.Pi0Config) -> dict[str, np.ndarray]:
-    """What our code makes of the inputs; the names are those of the recorded file."""
+    """Our outputs for the inputs; the names are those of the recorded file."""
     return {
         name: thinned(value)
         for name, value in jax.jit(_ours, static_argnums=0)(config, own_params(config)).items()

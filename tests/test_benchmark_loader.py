@@ -1,4 +1,4 @@
-"""The command measures every way on synthetic video and on a dataset, and marks the slow ones."""
+"""The command measures every method on synthetic video and on a dataset, and marks slow ones."""
 
 import json
 import pathlib
@@ -17,7 +17,7 @@ SMALL = [
 ]
 
 
-def test_every_way_is_measured_on_made_up_video(tmp_path, capsys):
+def test_every_method_is_measured_on_synthetic_video(tmp_path, capsys):
     output = tmp_path / "new" / "numbers.json"
     benchmark_loader.main(
         [*SMALL, "--codec", "h264", "--step-ms", "100000", "--output", str(output)]

@@ -120,7 +120,7 @@ def test_episodes_are_chosen_and_warnings_are_errors_when_asked(run, capsys):
         (["--horizon", "0"], "horizon must be at least 1"),
     ],
 )
-def test_bad_input_is_told_in_one_line(run, capsys, arguments, message):
+def test_bad_input_is_reported_in_one_line(run, capsys, arguments, message):
     with pytest.raises(SystemExit, match="1"):
         run(*arguments)
     assert message in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Configs of real robots run and serve: small data and a small teacher, their own rest.
+"""Configs of real robots run and serve with small data and a small teacher, otherwise unchanged.
 
 One of each kind: π0 on differences and three cameras (ALOHA); on absolute actions, one camera and a
 fixed prompt (ALOHA simulated); π0.5 without the state in its prompt (LIBERO), which is interrupted
@@ -134,14 +134,14 @@ def _saved(step):
 
 
 def _rows(folder):
-    """What was logged, without how long it took."""
+    """The logged rows, without timings."""
     clock = ("seconds_per_step", "data_wait", "checkpoint_stall")
     return [{k: v for k, v in row.items() if k not in clock} for row in metrics.read(folder)]
 
 
 @pytest.fixture
 def start(command, record, publish, words, tmp_path):
-    """Runs a config to a step, in a folder of its own; gives the run's folder and its parts."""
+    """Runs a config to a step, in a separate folder; returns the run's folder and its parts."""
 
     def call(name, *arguments):
         experiment = command_line.load(CONFIGS, name)

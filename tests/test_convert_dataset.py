@@ -84,7 +84,7 @@ def test_video_can_become_images(convert):
     assert found.features[source.cameras[0]]["dtype"] == "image"
 
 
-def test_what_cannot_be_done_is_told_and_leaves_nothing(convert, tmp_path, capsys):
+def test_a_failed_conversion_is_reported_and_leaves_nothing(convert, tmp_path, capsys):
     with pytest.raises(SystemExit, match="1"):
         convert(tmp_path / "absent")
     assert "no LeRobot dataset at" in capsys.readouterr().err
@@ -198,7 +198,7 @@ def test_a_dataset_of_version_3_is_copied_film_by_film(convert):
 
 @pytest.mark.parametrize("pictures", ["copy", "png", "h264"])
 def test_recorded_times_are_kept(convert, tmp_path, pictures):
-    """Of a recording whose start was cut off, and one whose clock was slow."""
+    """Times of a recording with its start cut off, and of one with a slow clock."""
     old = shutil.copytree(OLD, tmp_path / "old")
     for episode, times in ((1, 0.5 + np.arange(20) / 10), (2, np.arange(30) / 10 * 1.005)):
         file = old / "data" / "chunk-000" / f"episode_{episode:06d}.parquet"

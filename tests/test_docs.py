@@ -23,7 +23,7 @@ def _examples(page):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The examples as the pages name them, and recordings of that robot beside them."""
+    """The examples under the names on the pages, with recordings of that robot."""
     folder = tmp_path_factory.mktemp("my_arm")
     robot, variant = _examples("robots.md")
     (folder / "my_arm.py").write_text(robot, encoding="utf-8")

@@ -120,7 +120,7 @@ def test_statistics_and_sizes_are_the_teachers_where_it_is_here(
     assert "image_size 28 → 24" in err
 
 
-def test_made_up_samples_and_given_statistics_are_named(run, dataset):
+def test_synthetic_samples_and_given_statistics_are_named(run, dataset):
     out, _ = run("debug", "--model.image-size", 24)
     assert "synthetic" in out
     found = sources.norm_stats([reader.Dataset(dataset)], robot.LIBERO, 10)
@@ -154,7 +154,9 @@ def test_without_matplotlib_the_sheet_is_written_and_a_note(run, dataset, monkey
     ],
     ids=["camera", "fps", "split", "dimension", "robot", "samples", "path", "tokenizer"],
 )
-def test_bad_input_is_told_in_one_line(run, record, dataset, capsys, changes, arguments, message):
+def test_bad_input_is_reported_in_one_line(
+    run, record, dataset, capsys, changes, arguments, message
+):
     path = record(length=4, **changes) if changes else dataset
     with pytest.raises(SystemExit, match="1"):
         run("pi05_libero_l6", "--data.path", path, *arguments)

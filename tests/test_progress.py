@@ -1,4 +1,4 @@
-"""A warning is told once, and is an error where that was asked for; bars estimate honestly."""
+"""A warning is shown once, and is an error if requested; progress bars estimate correctly."""
 
 import types
 

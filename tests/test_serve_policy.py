@@ -33,7 +33,7 @@ def failing(capsys):
 
 
 def serve(*arguments, key=""):
-    """The real command in a process of its own, once it can be connected to: (process, said)."""
+    """The real command in a separate process, once it accepts connections: (process, output)."""
     process = subprocess.Popen(
         [sys.executable, "scripts/serve_policy.py", "--policy.dir", POLICY, "--port", "0"]
         + [str(argument) for argument in arguments],

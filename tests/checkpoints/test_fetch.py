@@ -43,7 +43,7 @@ class Bucket:
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    """Where downloads are kept; the bucket of the test before is emptied, blocks are small."""
+    """The download folder; the previous test's bucket is emptied, blocks are small."""
     monkeypatch.setenv("OPENPI_DATA_HOME", str(tmp_path))
     monkeypatch.setattr(fetch, "BLOCK", 32)
     memory = fsspec.filesystem("memory")
@@ -87,7 +87,7 @@ def test_a_folder_or_a_file_is_downloaded_once(home):
     assert not names
 
 
-def test_an_interrupted_download_looks_absent_and_goes_on_where_it_stopped(home):
+def test_an_interrupted_download_looks_absent_and_resumes(home):
     bucket = Bucket(break_after=3)  # assets/b, then two of the four blocks of params/a
     with pytest.raises(FileNotFoundError, match=r"connection reset.*model\.unfinished is kept"):
         fetch.locate("gs://bucket/model", filesystem=bucket)

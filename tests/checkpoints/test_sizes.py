@@ -12,7 +12,7 @@ from shallow_pi.models import gemma, pi0
 
 
 def _rebuilt(stored, like):
-    """A config of a checkpoint's sizes and of what no shape tells."""
+    """A config with a checkpoint's sizes and the facts that no shape shows."""
     untold = ("action_horizon", "max_token_len", "cameras", "discrete_state_input")
     more = {name: getattr(like, name) for name in (*untold, "dtype")}
     return pi0.Pi0Config(**sizes.of(stored), **more)

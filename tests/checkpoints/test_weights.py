@@ -183,7 +183,7 @@ def test_a_fast_checkpoint_is_refused_by_name(tmp_path):
 
 
 def _with_adapters(tree, rank=16):
-    """Factors as openpi names them: beside an einsum's `w`, and beside an MLP's matrix."""
+    """Factors under openpi's names: next to an einsum's `w`, and next to an MLP's matrix."""
     generator = np.random.default_rng(1)
     tree = jax.tree.map(np.copy, tree)
     layers = tree["PaliGemma"]["llm"]["layers"]

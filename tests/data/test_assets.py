@@ -148,7 +148,7 @@ def test_a_damaged_description_is_named(own, tmp_path, damage):
 
 
 @pytest.mark.parametrize("robot", [*robots.ROBOTS.values()], ids=lambda robot: robot.name)
-def test_every_robot_comes_back_as_it_was_saved(own, tmp_path, robot):
+def test_every_robot_is_restored_as_saved(own, tmp_path, robot):
     changed = dataclasses.replace(robot, name="not_listed", prompt="go")
     dataclasses.replace(own, robot=changed).save(tmp_path / "assets")
     assert assets.load(tmp_path).robot == changed

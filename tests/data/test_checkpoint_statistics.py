@@ -116,7 +116,7 @@ def test_what_lerobot_does_not_normalize_stays(tmp_path):
         np.testing.assert_allclose(found, values, rtol=1e-6)
 
 
-def test_another_normalization_than_the_models_is_told(tmp_path, capsys):
+def test_another_normalization_than_the_models_is_reported(tmp_path, capsys):
     _find(_lerobots(tmp_path, "QUANTILES"), kind="quantile")
     assert capsys.readouterr().err == ""
     _find(_lerobots(tmp_path, "MEAN_STD"), kind="quantile")

@@ -168,7 +168,7 @@ def test_a_column_of_text_can_be_the_prompt(copy) -> None:
     fit.check(dataset, dataclasses.replace(PUSHT, prompt="push it"))
 
 
-def test_a_column_of_prompts_that_is_not_there_is_told(copy, capsys) -> None:
+def test_a_missing_column_of_prompts_is_reported(copy, capsys) -> None:
     _edit_data(copy, pl.lit("lift").alias("instruction"))
     _edit_info(copy, instruction={"dtype": "string", "shape": [1]})
     dataset = reader.Dataset(copy)

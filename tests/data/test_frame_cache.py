@@ -170,7 +170,7 @@ def test_a_disk_that_fills_up_stops_the_cache_but_not_the_run(
     assert "".join(warned.split()).count("Nospaceleftondevice") == 1
 
 
-def test_a_folder_that_cannot_be_written_is_told(dataset, tmp_path):
+def test_an_unwritable_folder_is_reported(dataset, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OSError, match=r"no place for the frame cache at .*file.*--data\.cache-dir"):
         _cache(dataset, tmp_path / "file" / "frames")

@@ -18,7 +18,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @pytest.fixture
 def calls(tmp_path, monkeypatch):
-    """Stands in for huggingface_hub: serves the v2.1 fixture and keeps what it was asked for."""
+    """Stands in for huggingface_hub: serves the v2.1 fixture and records the requests."""
     asked = []
 
     def snapshot_download(repo, *, revision, allow_patterns, repo_type):
@@ -68,7 +68,7 @@ def test_only_the_files_of_chosen_episodes_and_cameras_come(calls):
     assert len(calls) == 1, "what is there already is not asked for"
 
 
-def test_pictures_beside_the_data_files_come_too(calls, tmp_path, monkeypatch):
+def test_pictures_next_to_the_data_files_are_fetched_too(calls, tmp_path, monkeypatch):
     camera = "observation.images.top"
     source = shutil.copytree(FIXTURES / "pusht_v30_image", tmp_path / "set" / "pusht_v21_video")
     file = source / "data" / "chunk-000" / "file-000.parquet"
@@ -107,7 +107,7 @@ def test_a_folder_is_a_folder_even_if_it_looks_like_an_address(calls, tmp_path):
     assert calls == []
 
 
-def test_what_was_tried_is_told(monkeypatch, tmp_path):
+def test_an_error_lists_the_attempts(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     message = r"dataset a/b could not be fetched .*--extra hf.*hf download a/b --repo-type dataset "

@@ -1,4 +1,4 @@
-"""What is wrong with a batch is told by dimension, camera and prompt; a sound one is left alone."""
+"""Errors in a batch are reported by dimension, camera and prompt; a sound one gives none."""
 
 import dataclasses
 import re
@@ -138,7 +138,7 @@ def test_numbers_in_another_unit_than_the_robots_are_named(aloha, opening, messa
     assert sum("another unit" in line for line in lines) == 4
 
 
-def test_a_depth_camera_that_the_robot_does_not_use_is_told(aloha):
+def test_an_unused_depth_camera_is_reported(aloha):
     source, own = aloha(1.0)
     assert inspection.draw(source, own, 2).depth == {}
     source, own = aloha(1.0)
@@ -148,7 +148,7 @@ def test_a_depth_camera_that_the_robot_does_not_use_is_told(aloha):
     assert told in facts
 
 
-def test_one_number_is_told_where_all_are_equal(own):
+def test_one_number_is_shown_if_all_are_equal(own):
     numbers = _numbers(own())
     equal = inspection.facts(_samples(own(), *numbers, prompts=PROMPTS[:1]))
     assert equal[0] == "6 samples, 1 instruction"
@@ -257,7 +257,7 @@ def test_drawn_samples_are_others_each_time_and_none_twice(tiny_config):
         states(0)
 
 
-def test_made_up_samples_need_no_assets(tiny_config):
+def test_synthetic_samples_need_no_assets(tiny_config):
     samples = inspection.draw(sources.SyntheticSource(tiny_config(action_dim=2)), None, 8)
     found = inspection.ranges(samples)
     assert [one.recorded for one in found] == [None] * 4

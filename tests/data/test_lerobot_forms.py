@@ -412,7 +412,7 @@ DAMAGE = {
     ("name", "content", "message"),
     [(name, content, message) for name, rows in DAMAGE.items() for content, message in rows],
 )
-def test_damage_is_told_by_file_and_place(tmp_path, frames, name, content, message) -> None:
+def test_damage_is_reported_by_file_and_place(tmp_path, frames, name, content, message) -> None:
     root = _write(tmp_path / "set", frames)
     (root / name).write_bytes(content)
     with pytest.raises(ValueError, match=message) as error:

@@ -1,4 +1,4 @@
-"""What is written reads back bit for bit and has the layout LeRobot itself writes."""
+"""Written datasets read back bit for bit and have LeRobot's layout."""
 
 import json
 import pathlib
@@ -90,7 +90,7 @@ def test_files_and_schemas_are_lerobots(tmp_path) -> None:
 
 
 def test_pandas_finds_the_tasks_index(tmp_path) -> None:
-    """LeRobot reads tasks.parquet with pandas, which drops the index note beside ARROW:schema."""
+    """LeRobot reads tasks.parquet with pandas, which loses the index if ARROW:schema exists."""
     _rewrite_fixture(tmp_path / "new")
     metadata = pl.read_parquet_metadata(tmp_path / "new" / "meta" / "tasks.parquet")
     assert "ARROW:schema" not in metadata

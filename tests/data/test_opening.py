@@ -93,7 +93,7 @@ def test_held_out_episodes_are_whole_and_shape_neither_samples_nor_statistics(da
 
 
 @pytest.mark.parametrize("share", [0.01, 0.9])
-def test_an_empty_split_is_told(data, model, share):
+def test_an_empty_split_is_reported(data, model, share):
     few = dataclasses.replace(data, held_out=share)
     if share == 0.01:  # At least one.
         assert len(opening.open_data(few, model, None).held_out) in (7, 8, 9)
@@ -210,7 +210,7 @@ def test_a_source_can_be_a_function_of_somebody_else(model):
 
 
 @pytest.mark.parametrize("source", ["no_such_module:open", "shallow_pi.data.opening:no", ":"])
-def test_a_source_nobody_can_import_is_told(model, source):
+def test_a_source_that_cannot_be_imported_is_reported(model, source):
     with pytest.raises(ValueError, match="names no function that can be imported"):
         opening.open_data(data_config.DataConfig(source=source), model, None)
 

@@ -190,7 +190,7 @@ def test_an_absent_instruction_is_refused_and_an_empty_one_told(tokens, stats, c
     assert "an instruction is empty" in capsys.readouterr().err
 
 
-def test_a_camera_the_model_does_not_have_is_told_once(tokens, stats, capsys) -> None:
+def test_a_camera_the_model_lacks_is_reported_once(tokens, stats, capsys) -> None:
     cameras = {"base_rgb": "top", "left_wrist_0_rgb": "observation.images.wrist"}
     robot = dataclasses.replace(robots.TURNTABLE, cameras=cameras)
     arguments = {"cameras": CAMERAS, "image_size": 8, "action_dim": 8, "tokenizer": tokens}

@@ -106,7 +106,7 @@ def test_a_sheet_that_the_disk_has_no_room_for_names_its_file(own, source, tmp_p
         sheet.write(tmp_path, source, own, observation.Augmentation())
 
 
-def test_made_up_samples_have_a_sheet_too(tmp_path, tiny_config):
+def test_synthetic_samples_have_a_sheet_too(tmp_path, tiny_config):
     made_up = sources.SyntheticSource(tiny_config(), length=3)
     sheet.write(tmp_path, made_up, None, observation.Augmentation())
     assert (tmp_path / "data_sheet.png").is_file()

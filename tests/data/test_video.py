@@ -82,8 +82,8 @@ def test_a_jump_beyond_the_group_seeks_instead_of_decoding_on(film, monkeypatch)
 
 
 @pytest.mark.parametrize("late", [0.5, 3.0])
-def test_a_seek_that_lands_too_late_is_made_up_for(film, monkeypatch, late):
-    """As containers do whose index is not by the time a frame is shown."""
+def test_a_seek_that_lands_too_late_is_repeated_earlier(film, monkeypatch, late):
+    """Imitates containers with an index that is not by presentation time."""
     path, frames = film
     seek = video._Stream.seek
     monkeypatch.setattr(video._Stream, "seek", lambda self, t: seek(self, t + late if t > 0 else t))
@@ -92,7 +92,7 @@ def test_a_seek_that_lands_too_late_is_made_up_for(film, monkeypatch, late):
         np.testing.assert_array_equal(found, frames[i], f"frame {i}")
 
 
-def test_a_time_without_a_frame_is_told(film):
+def test_a_time_without_a_frame_is_an_error(film):
     path, frames = film
     reader = video.Reader()
     for seconds in (COUNT / FPS, 100.0, 0.5 / FPS):

@@ -89,7 +89,7 @@ def test_frames_that_a_file_was_cut_off_before_are_not_listed(tmp_path):
     assert 5 < len(video_times.of(str(path))) < 25
 
 
-def test_a_frame_that_the_decoder_made_up_is_refused(tmp_path):
+def test_a_frame_invented_by_the_decoder_is_refused(tmp_path):
     path = _film(tmp_path / "a.mp4", g="100")
     whole = bytearray(path.read_bytes())
     middle = whole.index(b"mdat") + (whole.index(b"moov") - whole.index(b"mdat")) // 2

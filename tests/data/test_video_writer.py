@@ -1,4 +1,4 @@
-"""Video is read back frame by frame, close to what was written, in groups as short as asked for."""
+"""Video reads back frame by frame, close to the original, with the requested key frames."""
 
 import av
 import numpy as np

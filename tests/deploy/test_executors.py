@@ -1,4 +1,4 @@
-"""Executors, step by step: which chunk is asked for when, and which of its actions is due."""
+"""Executors, step by step: when a chunk is requested, and which of its actions is due."""
 
 import concurrent.futures
 import threading
@@ -41,7 +41,7 @@ class GoingOn(Counting):
 
 
 class Later(concurrent.futures.Executor):
-    """Runs what it is given when it is told to."""
+    """Runs submitted work when the test says so."""
 
     def __init__(self):
         self.waiting = []
@@ -84,7 +84,7 @@ def clock_of(worker, seconds):
 
 
 def run(executor, worker, steps, delay, start=0):
-    """Actions of `steps` control steps; plans are ready `delay` steps after they were asked for."""
+    """Actions of `steps` control steps; plans are ready `delay` steps after the request."""
     found, age = [], 0
     for step in range(start, start + steps):
         age = age + 1 if worker.waiting else 0
@@ -146,7 +146,7 @@ def test_a_plan_that_comes_late_loses_its_first_actions(executor):
 
 
 class Robot:
-    """Moves one unit a control step towards where it is told to be, and cannot do more.
+    """Moves at most one unit per control step towards its target.
 
     Its policy leads on from the position it sees, one unit a step.
     """
@@ -174,7 +174,7 @@ class Robot:
 @pytest.mark.parametrize("execute_steps", [1, 4, 7, 10])
 @pytest.mark.parametrize("kind", [executors.SkipLateActions, executors.RealTimeChunking])
 def test_no_action_is_further_than_the_robot_can_have_come(kind, execute_steps, delay, hz):
-    """Chunks take longer than the actions last: the robot starves, stands, and goes on from there.
+    """Chunks take longer than the actions last: the robot stops, and continues from there.
 
     In the middle nobody asks for two minutes, as when an operator stops it.
     """
@@ -194,14 +194,14 @@ def test_no_action_is_further_than_the_robot_can_have_come(kind, execute_steps, 
     assert robot.jumps == [1.0] * 60
 
 
-def test_a_broker_goes_on_from_where_the_robot_stands():
+def test_a_broker_continues_from_the_robots_position():
     robot = Robot(horizon=10)
     robot.drive(executors.ActionChunkBroker(robot, 7), 30)
     assert robot.jumps == [1.0] * 30
 
 
 def test_a_starved_robot_skips_what_it_executed_and_counts_how_long_it_stood():
-    """Out of actions at step 6; the chunk asked for at step 5 takes 0.2 s more."""
+    """Out of actions at step 6; the chunk requested at step 5 takes another 0.2 s."""
     for hz, late in ((None, 1), (10.0, 3)):
         policy, worker = Counting(), Later()
         clock = clock_of(worker, 0.2)

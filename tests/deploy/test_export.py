@@ -158,7 +158,7 @@ def test_the_card_says_what_it_is_and_how_to_run_it(exported, name):
     assert "unchanged" not in card
 
 
-def test_the_last_step_of_a_run_is_taken_and_goes_beside_it(run, params, tmp_path):
+def test_the_last_step_of_a_run_is_exported_into_the_run(run, params, tmp_path):
     folder = tmp_path / "first"
     shutil.copytree(run, folder)
     said = []

@@ -56,7 +56,7 @@ def test_a_step_folder_gives_the_actions_of_the_parameters_in_memory(own, params
 
 
 def test_a_policy_runs_as_was_measured_here(own, params, deployed, scene, monkeypatch, tmp_path):
-    """Layers are written out then, which they are not on a CPU of their own accord."""
+    """Layers are unrolled then, which is not the default on a CPU."""
     monkeypatch.setenv("SHALLOW_PI_CACHE", str(tmp_path))
     tuning.store(own.model, dataclasses.replace(tuning.SCANNED, unrolled_layers=True), {})
     tuned = policy.Policy(own, params, num_steps=3)
@@ -278,7 +278,7 @@ def test_a_warm_policy_traces_nothing_more(step, scene, monkeypatch):
     assert len(traced) == 2
 
 
-def test_a_chunk_goes_on_from_the_previous_one(deployed, scene):
+def test_a_chunk_continues_the_previous_one(deployed, scene):
     """In the robot's absolute units, although the state, and with it every difference, moved."""
     (first, second), noise = scene
     previous = deployed.infer(first, noise[0])["actions"][2:]
@@ -293,7 +293,7 @@ def test_a_chunk_goes_on_from_the_previous_one(deployed, scene):
     np.testing.assert_array_equal(nothing["actions"], plain)
 
 
-def test_the_previous_chunk_is_given_to_the_model_as_it_would_have_predicted_it(deployed, scene):
+def test_the_previous_chunk_reaches_the_model_as_it_would_predict_it(deployed, scene):
     """The way there is the inverse of the way back: from this state, normalized, padded."""
     (first, _), noise = scene
     result = deployed.infer(first, noise[0])["actions"]
@@ -305,7 +305,7 @@ def test_the_previous_chunk_is_given_to_the_model_as_it_would_have_predicted_it(
     assert not guidance.previous[..., 3:].any()
 
 
-def test_chunks_of_a_batch_go_on_each_from_its_own_or_from_none(deployed, scene):
+def test_each_chunk_of_a_batch_continues_its_predecessor_or_none(deployed, scene):
     found, noise = scene
     previous = deployed.infer(found[0], noise[1])["actions"][2:]
     nothing = previous[:0]

@@ -1,4 +1,4 @@
-"""What openpi accepts is accepted, and everything else is refused by its key."""
+"""Observations that openpi accepts are accepted, others are refused with the key's name."""
 
 import dataclasses
 

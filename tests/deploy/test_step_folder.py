@@ -46,7 +46,7 @@ def test_a_run_stands_for_its_last_step_or_the_one_asked_for(run):
     assert step_folder.find(run / "2" / "params") == run / "2"
 
 
-def test_a_step_that_is_not_there_says_which_are(run):
+def test_a_missing_step_lists_the_existing_ones(run):
     with pytest.raises(FileNotFoundError, match=r"no step 3 .*there are 2, 9, 10 in"):
         step_folder.find(run, 3)
     with pytest.raises(FileNotFoundError, match=r"no best\.json in .*take the last one"):
@@ -81,7 +81,7 @@ def test_a_folder_of_openpis_is_the_same_policy_once_its_robot_is_known(own, par
     np.testing.assert_allclose(found.infer(observation)["actions"], expected, atol=1e-6)
 
 
-def test_what_no_shape_tells_is_openpis_default_and_named(
+def test_facts_that_no_shape_shows_default_to_openpis_and_are_named(
     own, openpis, tiny_config, tiny_params, tmp_path, capsys
 ):
     asked = {"robot": robot.TURNTABLE, "tokenizer": own.tokenizer}
@@ -163,7 +163,7 @@ def test_a_folder_of_ours_takes_other_statistics_and_another_tokenizer(own, para
 
 
 def test_a_policy_of_lerobots_says_more_of_itself(own, params, tmp_path, capsys):
-    """Its own files alone: no assets of ours beside them."""
+    """Only its standard files, without assets of ours."""
     written = weights.leaves(params)
     heads = {"num_kv_heads": own.model.backbone.num_kv_heads, "num_image_heads": 2}
     safetensors_file.write(tmp_path / "model.safetensors", written, **heads, prefix="model.")

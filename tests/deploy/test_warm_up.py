@@ -49,7 +49,7 @@ def test_unknown_prompts_are_expected_short_and_long(longer):
     assert policy.prompt_lengths(fixed, None) == [16]
 
 
-def test_a_made_up_observation_is_trimmed_as_a_real_one(longer):
+def test_a_synthetic_observation_is_trimmed_like_a_real_one(longer):
     robot = dataclasses.replace(longer.robot, cameras={"base_0_rgb": "front"})
     one_camera = dataclasses.replace(longer, robot=robot)
     small, trimmed = prepare.trim(longer.model, policy.made_up_observation(one_camera, 32))

@@ -97,7 +97,7 @@ def test_frozen_parts_are_in_no_state(setting, frozen):
 
 
 def _tower_passes(spec, teacher, params, batch):
-    """How often the batch's 8 patches of 12 × 12 × 3 numbers enter an image tower."""
+    """Number of times the batch's 8 patches of 12 × 12 × 3 numbers enter an image tower."""
     state = jax.eval_shape(functools.partial(step.init_state, spec), params)
     traced = jax.make_jaxpr(functools.partial(step.distill_step, spec))(teacher, state, KEY, batch)
     return str(traced).count(":f32[8,432] = reshape[")

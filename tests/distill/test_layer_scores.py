@@ -1,4 +1,4 @@
-"""What each layer does, on a teacher one of whose layers does nothing."""
+"""Layer scores, on a teacher with one layer that does nothing."""
 
 import functools
 

@@ -38,7 +38,7 @@ def _losses(spec, teacher_params, state, key, batch):
 
 @pytest.fixture(scope="module")
 def setting(tiny_config, tiny_params, tiny_batch):
-    """A spec of all three losses and plain SGD, whose update is −0.1 times the gradient."""
+    """A spec of all three losses and plain SGD with updates of −0.1 times the gradient."""
     teacher_config = tiny_config(cameras=("base_0_rgb",))
     teacher = tiny_params(teacher_config)
     layers = layer_map.explicit((0, 2), 3)

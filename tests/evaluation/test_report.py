@@ -357,7 +357,7 @@ def test_held_out_errors_are_drawn_and_fit_a_terminal(trained, tmp_path):
     assert "student, best step" in text
 
 
-def test_held_out_errors_stand_beside_success(full, trained):
+def test_held_out_errors_are_reported_with_success(full, trained):
     both = dataclasses.replace(full, curves=trained.curves, groups=trained.groups)
     headers = [header[0] for header, _ in report.tables(both)]
     assert headers == ["policy", "success in", "held-out action error", "at the best step"]

@@ -281,7 +281,7 @@ class Waiting(concurrent.futures.Executor):
         future.set_result(function(*arguments))
 
 
-def test_a_plan_executed_late_as_it_stands_misses_what_a_skipping_one_meets():
+def test_a_late_plan_executed_unchanged_misses_the_goal_that_a_skipping_one_reaches():
     """The goal moves; each plan leads it exactly, for the time it is made at."""
     chunk, before = np.arange(10, 16)[:, None], np.arange(4)[:, None]
     skip, late = (rollout.Delay(2, name).due(before, chunk, 3) for name in ("skip", "late"))

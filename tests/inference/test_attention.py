@@ -1,4 +1,4 @@
-"""Buffers of keys and values, and the kernels beside `layers.attend`."""
+"""Buffers of keys and values, and the alternatives to `layers.attend`."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ def _drawn(k):
 
 @pytest.mark.parametrize("rows", [0, 1, T], ids=["no mask", "one row for all", "a row each"])
 def test_cudnn_is_asked_for_the_same(monkeypatch, rows):
-    """What cuDNN is given, given to XLA's implementation of the same function, comes out alike."""
+    """XLA's implementation gives the same result on the inputs passed to cuDNN."""
     asked = []
     original = jax.nn.dot_product_attention
 

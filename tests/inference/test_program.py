@@ -62,7 +62,7 @@ def test_actions_are_the_samplers(tiny_config, tiny_params, options, pi05):
 
 
 def test_weights_come_back_from_few_arguments(tiny_config, tiny_params):
-    """Every vector is in one argument; matrices are arguments of their own, uncopied."""
+    """Every vector is in one argument; matrices are separate arguments, uncopied."""
     config = tiny_config(pi05=True)
     params, times = tiny_params(config), sampler.integration_times(2)
     prepared = prepare.prepare(config, params, times, tuning.ALL_ON)

@@ -103,7 +103,7 @@ def test_what_the_last_layer_makes_of_the_prefix_is_never_computed(setting):
 
 @pytest.mark.parametrize("num_steps", [1, 3, 10, 64])
 def test_times_are_those_of_openpi_s_loop(num_steps):
-    """openpi goes on while t >= -dt/2, in float32."""
+    """openpi continues while t >= -dt/2, in float32."""
     dt, t, times = np.float32(-1.0 / num_steps), np.float32(1.0), []
     while t >= -dt / 2:
         times.append(t)

@@ -1,4 +1,4 @@
-"""What was measured is found again for the same model, device and JAX, and for no other."""
+"""A tuning result is found again for the same model, device and JAX, and for no other."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""The live suite: openpi itself beside our code, in the environment of the pyproject.toml here.
+"""The live suite: openpi together with our code, in the environment of the pyproject.toml here.
 
 uv run --project tests/interop pytest tests/interop
 

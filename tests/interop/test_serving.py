@@ -259,6 +259,6 @@ def test_the_names_of_openpis_own_configs_stay_theirs(make_step):
     assert openpi_config.get_config("pi0_aloha").model.paligemma_variant == "gemma_2b"
 
 
-def test_openpis_look_up_is_its_own_again_after_a_student_was_made():
+def test_openpis_look_up_is_restored_after_a_student_is_made():
     theirs.shapes(parity.model(False, 2, "float32"))
     assert openpi_gemma.get_config("gemma_2b").depth == 18

@@ -31,7 +31,7 @@ def test_spec_is_that_of_the_loaders_batches(tiny_config):
 
 
 @pytest.mark.parametrize("make", [batches.zeros, batches.noise])
-def test_made_up_batches_fit_the_spec_and_mask_nothing(make, tiny_config):
+def test_synthetic_batches_fit_the_spec_and_mask_nothing(make, tiny_config):
     config = tiny_config()
     batch = make(config, 3)
     found = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), batch)

@@ -154,7 +154,7 @@ def test_remat_changes_no_gradient():
 
 
 def test_remat_keeps_a_layers_input_its_products_or_everything():
-    """What crosses from the forward to the backward pass, by the number of stacked arrays."""
+    """Residuals from the forward to the backward pass, by the number of stacked arrays."""
     params, inputs = _params(True), _inputs(True)
 
     def kept(remat):

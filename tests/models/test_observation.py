@@ -1,4 +1,4 @@
-"""What a policy sees, and how its pictures are varied."""
+"""Observations, and the augmentation of their pictures."""
 
 import dataclasses
 

@@ -261,7 +261,7 @@ def test_attention_is_that_of_action_queries_over_prefix_keys(pi05, layer, model
 
 
 def test_attention_nobody_uses_costs_nothing(model):
-    """Once compiled, a velocity whose attention is dropped does no more arithmetic."""
+    """Once compiled, unused attention maps add no arithmetic to a velocity."""
     config, params, observation = model(False)
     x_t = _x_t(config, 2)
 

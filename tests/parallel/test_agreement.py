@@ -1,4 +1,4 @@
-"""What must be the same everywhere is found, named, and blamed on the process that differs."""
+"""A difference between processes is found and reported with the process that differs."""
 
 import dataclasses
 import pathlib

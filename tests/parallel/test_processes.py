@@ -35,7 +35,7 @@ COORDINATOR_AND_COUNT = {name: TWO[name] for name in list(TWO)[:2]}
 
 @pytest.fixture
 def joined(monkeypatch):
-    """What jax.distributed.initialize was called with, in an environment of one process."""
+    """The arguments of jax.distributed.initialize, in an environment of one process."""
     calls = []
     for name in {*SLURM, *MPI, *OPEN_MPI_4, *BY_HAND, "JOB_COMPLETION_INDEX"}:
         monkeypatch.delenv(name, raising=False)

@@ -18,7 +18,7 @@ def address():
 
 
 def _meet(address, calls, timeout):
-    """What became of each (index, processes): None, or its error."""
+    """The result of each (index, processes): None, or its error."""
 
     def one(call):
         index, processes = call

@@ -68,7 +68,7 @@ def test_activations_grow_the_less_is_recomputed_and_with_the_rows_of_a_device(f
 @pytest.mark.slow
 @pytest.mark.parametrize("remat", ["layers", "none"])
 def test_an_estimate_is_near_what_the_compiler_plans(tiny_experiment, tmp_path, remat):
-    """On a model whose activations outweigh its parameters."""
+    """Uses a model with more activations than parameters."""
     experiment = tiny_experiment(tmp_path, remat=remat, batch_size=64)
     mesh = sharding.MeshConfig().create(jax.devices()[:1])
     spec = setup.make_spec(experiment, mesh)
@@ -90,7 +90,7 @@ def _devices(count, room, monkeypatch):
 def test_parameters_are_sharded_over_the_fewest_devices_that_fit(
     full_size, monkeypatch, room, chosen
 ):
-    """Where no split fits, the widest is taken, and the run warns."""
+    """If no sharding fits, the widest is used, and the run warns."""
     spec = setup.make_spec(_with(full_size, remat="layers"))
     devices = _devices(8, room, monkeypatch)
     found = memory.choose(sharding.MeshConfig(), devices, spec, 64, "bfloat16")
@@ -110,7 +110,7 @@ def test_a_mesh_given_in_the_config_is_kept(full_size, monkeypatch):
         assert memory.choose(mesh, devices, spec, 64, "bfloat16") == mesh
 
 
-def test_a_run_tells_its_mesh_and_when_it_may_not_fit(full_size, monkeypatch):
+def test_a_run_reports_its_mesh_and_warns_if_it_may_not_fit(full_size, monkeypatch):
     devices = _devices(8, 16 * GIGA, monkeypatch)
     experiment = dataclasses.replace(full_size, batch_size=64, remat="layers")
     mesh = setup.make_mesh(experiment, devices)

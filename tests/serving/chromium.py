@@ -89,7 +89,7 @@ class Tab:
 
 @contextlib.contextmanager
 def tab(folder):
-    """A tab of a browser of its own, whose profile lies in that folder."""
+    """A tab of a separate browser with its profile in that folder."""
     process = subprocess.Popen(
         [PROGRAM, *FLAGS.split(), f"--user-data-dir={folder}", "about:blank"],
         stdout=subprocess.DEVNULL,

@@ -46,7 +46,7 @@ class Echo:
 
 
 class Running:
-    """Where a server is, and its end."""
+    """A server's address, and a way to stop it."""
 
     def __init__(self, url, loop, stop, thread):
         self.url, self._loop, self._stop, self._thread = url, loop, stop, thread

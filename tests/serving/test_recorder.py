@@ -1,4 +1,4 @@
-"""What passed a server comes back as it was, and a bad disk costs records alone."""
+"""Recorded messages read back unchanged, and a bad disk loses only records."""
 
 import os
 

@@ -52,7 +52,7 @@ def observation():
     }
 
 
-def test_openpis_client_is_told_what_the_policy_is(tiny, served):
+def test_openpis_client_gets_the_policys_metadata(tiny, served):
     assert serving.openpi(served).get_server_metadata() == tiny.metadata
 
 
@@ -134,7 +134,7 @@ def test_a_bad_observation_is_refused_with_the_reason_alone(served, observation,
         ("an observation", "expected an observation in a binary frame, got text"),
     ],
 )
-def test_a_malformed_frame_is_refused_and_the_server_goes_on(echo, message, why):
+def test_a_malformed_frame_is_refused_and_the_server_continues(echo, message, why):
     with echo.connect() as connection:
         connection.recv()
         connection.send(message)
@@ -227,7 +227,7 @@ def test_openpis_broker_passes_a_warning_on(served, observation):
         assert "far from the training data" in found["warnings"][0]
 
 
-def test_what_passed_is_recorded_as_it_passed(served, tiny, observation, tmp_path):
+def test_messages_are_recorded_unchanged(served, tiny, observation, tmp_path):
     record = recorder.Recorder(tmp_path, tiny.metadata)
     with serving.running(tiny, record=record) as running:
         clients = [serving.openpi(running) for _ in range(2)]

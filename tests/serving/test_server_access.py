@@ -34,14 +34,14 @@ def test_the_api_key_is_asked_for_before_anything():
         assert running.get("/healthz")[0] == 200
 
 
-def test_one_client_too_many_is_told_so():
+def test_one_client_too_many_is_refused_with_a_reason():
     with serving.running(serving.Echo(), max_clients=1) as running, running.connect():
         with pytest.raises(websockets.exceptions.InvalidStatus, match="503") as refused:
             running.connect()
         assert b"1 clients are connected" in refused.value.response.body
 
 
-def test_a_path_that_is_not_there_says_what_is(echo):
+def test_an_unknown_path_lists_the_known_ones(echo):
     status, text, _ = echo.get("/favicon.ico")
     assert status == 404
     assert "/healthz" in text

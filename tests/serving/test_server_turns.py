@@ -58,7 +58,7 @@ def test_a_client_that_sends_ahead_does_not_overtake():
 
 
 def test_a_client_that_sends_ahead_is_not_kept_in_memory():
-    """What the server does not read yet stays with the client, which has to wait."""
+    """Data that the server has not read yet stays with the client, which has to wait."""
     sent, think = [], threading.Event()
 
     class Thinking(serving.Echo):

@@ -1,4 +1,4 @@
-"""What is counted, what a person is told, and where a chunk belongs in time."""
+"""Metrics, messages to people, and the time range of a chunk."""
 
 import json
 

@@ -47,7 +47,7 @@ def test_an_episode_is_a_function_of_its_seed_alone():
     assert len(tasks) > 4
 
 
-def test_a_pickled_simulator_goes_on_bit_for_bit(sims):
+def test_a_pickled_simulator_continues_bit_for_bit(sims):
     sim = sims["moving"]
     sim.reset(4)
     for _ in range(10):

@@ -47,7 +47,7 @@ def test_observation_has_lerobot_keys_and_proprioception_only():
     assert seen["task"] in turntable.prompts()
 
 
-def test_pickled_simulator_goes_on_bit_for_bit():
+def test_pickled_simulator_continues_bit_for_bit():
     sim = _sim(disc_speed_deg=15.0)
     sim.reset(4)
     for _ in range(12):

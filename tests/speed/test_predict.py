@@ -41,7 +41,7 @@ def test_fewer_steps_save_their_share():
     assert two == pytest.approx(ten / 5)
 
 
-def test_the_command_shows_the_arithmetic_beside_the_papers_time(capsys):
+def test_the_command_shows_the_arithmetic_and_the_papers_time(capsys):
     predict_latency.main([str(ROOT / "assets/pi0_turntable"), "--device", "orin-agx"])
     out = capsys.readouterr().out
     assert "π0, 18 layers, 2 cameras, 12 prompt tokens, horizon 10" in out

@@ -114,7 +114,7 @@ def test_a_batch_that_does_not_fit_says_what_to_change(parts, monkeypatch):
         assert words in str(caught.value)
 
 
-def test_another_error_of_the_device_is_left_as_it_is():
+def test_another_error_of_the_device_is_left_unchanged():
     with (
         pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"),
         step.explained(8),

@@ -17,7 +17,7 @@ def _cli(*arguments):
 
 
 def _refused(capsys, *arguments):
-    """What is said, as one line of words, when arguments are refused with status 2."""
+    """The message, joined into one line, when arguments are refused with status 2."""
     with pytest.raises(SystemExit) as error:
         _cli(*arguments)
     assert error.value.code == 2
@@ -114,7 +114,7 @@ def test_every_field_can_be_set():
     ), "nothing else changed"
 
 
-def test_a_teacher_that_is_not_there_cannot_decide_the_best_step(capsys):
+def test_an_absent_teacher_cannot_decide_the_best_step(capsys):
     said = _refused(capsys, "pi0_turntable", "--validation.against", "teacher")
     assert "--validation.against teacher needs a teacher; set it to data" in said
 

@@ -62,7 +62,7 @@ def test_its_command_line_is_one_of_train_distill(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_run_that_was_cut_short_goes_on(name):
+def test_an_interrupted_run_resumes(name):
     assert re.search(r"train_distill\.py.*--resume", _scripts()[name].replace("\\\n", " "))
 
 
@@ -85,7 +85,7 @@ def test_the_pods_of_the_jobset_find_each_other():
     assert job["completionMode"] == "Indexed"
 
 
-def test_slurm_gets_one_process_a_node_and_tells_it_to_save():
+def test_slurm_gets_one_process_a_node_and_signals_it_to_save():
     text = (LAUNCH / "slurm.sbatch").read_text()
     options = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)", text, re.MULTILINE))
     assert options["ntasks-per-node"] == "1"

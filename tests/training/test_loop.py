@@ -35,7 +35,7 @@ def _train(experiment, **changes):
 
 
 def _rows(folder):
-    """What was logged, without how long it took."""
+    """The logged rows, without timings."""
     return [
         {name: value for name, value in row.items() if name not in CLOCK}
         for row in metrics.read(folder)
@@ -201,7 +201,7 @@ def test_validation_does_not_change_what_is_learned(validated):
     assert position == same
 
 
-def test_a_finished_run_is_left_as_it_is(whole):
+def test_a_finished_run_is_left_unchanged(whole):
     before = _hashes(whole.folder)
     assert _train(whole, resume=True) == whole.folder / "4"
     changed = {name for name, digest in _hashes(whole.folder).items() if before[name] != digest}
@@ -239,7 +239,7 @@ def test_overwrite_starts_anew_and_keeps_the_old_run(whole_recorded):
 
 
 @pytest.mark.slow
-def test_a_signal_saves_and_the_resumed_run_goes_on_exactly(whole, monkeypatch):
+def test_a_signal_saves_and_the_run_resumes_exactly(whole, monkeypatch):
     experiment = dataclasses.replace(whole, exp_name="interrupted", save_interval=100)
     with monkeypatch.context() as patch:
         _send(patch, signal.SIGINT, after_step=1)

@@ -80,7 +80,7 @@ def _spec(layout, mesh):
 
 @contextlib.contextmanager
 def _warnings_of_xla(found):
-    """What compiling writes to stderr, past Python's own; a program read from the cache is mute."""
+    """Compiler output on stderr, bypassing Python's; a cached program writes none."""
     folder = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", None)
     compilation_cache.reset_cache()

@@ -1,4 +1,4 @@
-"""metrics.jsonl holds every step once, through interruptions; extras are asked for by name."""
+"""metrics.jsonl has every step once, despite interruptions; extras are selected by name."""
 
 import json
 import math
@@ -116,7 +116,7 @@ def _records(path):
         start += length + 16
 
 
-def test_a_full_disk_is_told_with_the_files_name_and_what_to_do(tmp_path, small_disk):
+def test_a_full_disk_is_reported_with_the_files_name_and_a_remedy(tmp_path, small_disk):
     row = {f"loss {i}": 1.0 for i in range(200)}
     with small_disk(1000):
         log = metrics.MetricsLog(tmp_path, tensorboard=False)

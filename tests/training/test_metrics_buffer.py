@@ -10,7 +10,7 @@ from shallow_pi.training import metrics_buffer
 
 
 class _Log:
-    """Rows of steps whose loss is their number; a clock that moves when told to."""
+    """Rows of steps with their number as the loss; a clock that is moved by the test."""
 
     def __init__(self, monkeypatch, interval):
         self.now, self.fetched, self.written = 100.0, [], {}

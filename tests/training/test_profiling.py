@@ -1,4 +1,4 @@
-"""A trace holds exactly the steps that were asked for, however the run ends."""
+"""A trace contains exactly the requested steps, however the run ends."""
 
 import dataclasses
 import gzip

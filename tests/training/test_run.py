@@ -16,7 +16,7 @@ from shallow_pi.training import run as runs
 
 @pytest.fixture
 def experiment(tmp_path, tiny_experiment, tiny_dataset):
-    """On a recorded dataset, with a made-up teacher."""
+    """An experiment on a recorded dataset with a random teacher."""
     dataset, tokenizer = tiny_dataset
     data = data_config.DataConfig(path=str(dataset), tokenizer=str(tokenizer), held_out=0.34)
     return tiny_experiment(tmp_path / "runs", data=data)
@@ -108,7 +108,7 @@ def test_a_run_that_is_there_is_left_alone_before_anything_is_opened(remote):
     assert "  model." not in str(error.value)
 
 
-def test_a_run_begun_before_a_config_field_existed_goes_on(experiment, capsys):
+def test_a_run_begun_before_a_config_field_existed_resumes(experiment, capsys):
     data = dataclasses.replace(experiment.data, source="synthetic", path="", tokenizer="")
     experiment = dataclasses.replace(experiment, data=data, ema_decay=0.0)
     path = runs.open_run(experiment).folder / "config.json"
@@ -181,5 +181,5 @@ def test_a_variant_shares_all_but_its_spec_and_folder(experiment):
         runs.variant(run, run.experiment, other.folder)
 
 
-def test_a_made_up_teacher_needs_no_folder(experiment):
+def test_a_random_teacher_needs_no_folder(experiment):
     assert setup.find_teacher(experiment) is None

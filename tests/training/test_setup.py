@@ -62,7 +62,7 @@ def test_what_the_config_decides_is_refused_and_widths_are_not(experiment, chang
     assert not wrong, "sizes of a tower are taken over, so they do not differ"
 
 
-def test_a_made_up_teacher_keeps_the_configs_sizes(experiment):
+def test_a_random_teacher_keeps_the_configs_sizes(experiment):
     own = experiment(setup.RANDOM)
     assert setup.resolve(own, setup.find_teacher(own)) is own
 

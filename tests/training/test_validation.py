@@ -1,4 +1,4 @@
-"""Held-out errors: what they count, in whose units, and that they are the same everywhere."""
+"""Held-out errors: their definition, their units, and that they are the same everywhere."""
 
 import dataclasses
 import pathlib
@@ -62,7 +62,7 @@ def test_model_actions_go_back_to_what_the_robot_recorded(tiny_config, name, qua
 
 
 def test_errors_are_means_over_actions_that_exist(tiny_config):
-    """Two samples of three actions; the last of the second lies behind its episode's end."""
+    """Two samples of three actions; the last of the second is past its episode's end."""
     robot = dataclasses.replace(
         robots.UR5, delta=(), groups=(robots.Group("a", 2), robots.Group("b", 5, "rad"))
     )
