@@ -26,7 +26,7 @@ from shallow_pi.models import pi0
 _USAGE = """\
 A LeRobot policy folder of type `{type}`: LeRobot's {kind} with {depth} layers. A plugin in the
 repository of shallow_pi provides the type; LeRobot's standard {kind} has a fixed depth of 18 layers
-and cannot load this file. With the Python of LeRobot:
+and must not load this file. With the Python of LeRobot:
 
     pip install /path/to/a/clone/of/shallow_pi/plugins/lerobot_policy_shallow_pi
     lerobot-eval --policy.path=/path/to/{folder} ...
