@@ -176,7 +176,7 @@ def _assert_serves(experiment, step, dataset, small):
 @pytest.mark.parametrize("name", ["pi0_aloha_l6", "pi0_aloha_sim_l6", "pi05_droid_l6"])
 def test_a_config_runs_and_serves(start, name):
     _, whole, dataset, small = start(name, "--num-train-steps", 2)
-    assert [row["step"] for row in _rows(whole)] == [1, 2]
+    assert [row["step"] for row in _rows(whole)] == [0, 1, 2]
     _assert_serves(command_line.load(CONFIGS, name), whole / "2", dataset, small)
 
 
@@ -199,7 +199,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(start, command, t
         assert array.tobytes() == arrays[path].tobytes(), path
     assert position == expected_position
     assert _rows(again) == _rows(whole)
-    assert [row["step"] for row in _rows(whole)] == [1, 2, 3, 4]
+    assert [row["step"] for row in _rows(whole)] == [0, 1, 2, 3, 4]
     before, _ = _saved(whole / "2")
     kernel = "params/params/action_out_proj/kernel"
     assert np.any(before[kernel] != expected[kernel]), "steps 3 and 4 change something"

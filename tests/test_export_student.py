@@ -52,7 +52,7 @@ def test_help_teaches(command):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("nowhere", "--format", "openpi"), "no shallow_pi.json"),
+        (("nowhere", "--format", "openpi"), "there is no checkpoint at"),
         ((TEACHER, "--format", "openpi"), "--any-size"),
         (("s3://bucket/7", "--format", "openpi"), "expected a local path"),
     ],

@@ -244,7 +244,7 @@ def test_an_absent_teacher_that_can_be_trained_says_how(command, tmp_path):
     status, said = command("pi05_turntable_l6", *arguments)
     assert status == 1
     assert "there is no checkpoint at" in said
-    assert "--teacher.train makes it first, from pi05_turntable" in said
+    assert "train it first, with pi05_turntable (--teacher.train)" in said
     assert not (tmp_path / "runs").exists()
 
 

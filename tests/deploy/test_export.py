@@ -231,7 +231,7 @@ def test_missing_statistics_or_a_half_copied_step_are_named(run, tmp_path):
     (tmp_path / "3" / "params" / "_METADATA").unlink()
     with pytest.raises(ValueError, match=r"written, copied or downloaded in part"):
         export.export(tmp_path / "3", "openpi", any_size=True)
-    with pytest.raises(FileNotFoundError, match=r"no shallow_pi\.json"):
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint at .*absent"):
         export.export(tmp_path / "absent", "openpi")
 
 

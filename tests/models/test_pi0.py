@@ -392,7 +392,7 @@ def test_a_fresh_model_has_finite_velocities_and_openpi_s_zeros(tiny_config, tin
         ({"image_size": 25}, "multiple of image.patch_size, got 25 and 12"),
         ({"cameras": ()}, "at least one camera"),
         ({"discrete_state_input": True}, "π0.5 option"),
-        ({"dtype": "float16"}, "'bfloat16' or 'float32', got 'float16'"),
+        ({"dtype": "float64"}, "'bfloat16', 'float16' or 'float32', got 'float64'"),
         ({"expert": pi0.GEMMA_300M}, "must be equal; got"),
     ],
 )

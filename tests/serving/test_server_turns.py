@@ -108,7 +108,7 @@ def test_a_full_queue_is_said_and_closed_with_1013():
 
 
 def test_a_client_that_vanishes_is_quiet_and_costs_no_inference(caplog):
-    echo = serving.Echo(0.3)
+    echo = serving.Echo(1.5)  # Long enough for three clients to come and go.
     with serving.running(echo) as running:
         for number in range(3):
             raw = running.connect()
@@ -118,6 +118,7 @@ def test_a_client_that_vanishes_is_quiet_and_costs_no_inference(caplog):
             # Without a close frame, and with a reset in place of an end.
             raw.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, bytes([1] + [0] * 7))
             raw.close_socket()
+        echo.seconds = 0.0
         assert serving.openpi(running).infer({"state": np.float32([9, 9])})["actions"].shape == (
             4,
             2,
