@@ -138,7 +138,7 @@ def test_the_card_says_what_it_is_and_how_to_run_it(exported, name):
     card = (exported[name] / "README.md").read_text()
     command = {
         "openpi": "serve-openpi policy:checkpoint --policy.config=pi0_tiny_l2",
-        "openpi-padded": "at 5 layers: the student's stand at the indices 1 3, the",
+        "openpi-padded": "with 5 layers: the student's at the indices 1 3, the",
         "openpi-pytorch": "dataclasses.replace(original(name), depth=2)",
         "lerobot": "plugins/lerobot_policy_shallow_pi",
     }
@@ -231,7 +231,7 @@ def test_missing_statistics_or_a_half_copied_step_are_named(run, tmp_path):
     (tmp_path / "3" / "params" / "_METADATA").unlink()
     with pytest.raises(ValueError, match=r"written, copied or downloaded in part"):
         export.export(tmp_path / "3", "openpi", any_size=True)
-    with pytest.raises(FileNotFoundError, match="there is no checkpoint at .*absent"):
+    with pytest.raises(FileNotFoundError, match=r"there is no checkpoint at .*absent"):
         export.export(tmp_path / "absent", "openpi")
 
 

@@ -144,7 +144,7 @@ def test_parameters_of_another_model_name_their_paths(own, params, tmp_path):
 
 def test_a_folder_that_is_no_step_says_what_is_expected(step):
     with pytest.raises(
-        FileNotFoundError, match="there is no checkpoint at .*absent: give a step folder"
+        FileNotFoundError, match=r"there is no checkpoint at .*absent: give a step folder"
     ):
         policy.Policy.from_checkpoint(step / "absent")
 

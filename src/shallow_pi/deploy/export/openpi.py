@@ -12,8 +12,8 @@ from shallow_pi.deploy.export import student as students
 
 _USAGE = """\
 A step folder of openpi: `params/` and `assets/{asset_id}/norm_stats.json`. openpi's configs
-have another depth; this project registers one with {depth} layers and runs openpi's `serve_policy.py`
-unchanged. With the Python of openpi, in a clone of it (after `uv sync`):
+have another depth; this project registers one with {depth} layers, then runs openpi's own
+`serve_policy.py`. With the Python of openpi, in a clone of it (after `uv sync`):
 
     uv pip install /path/to/shallow_pi          # its wheel, or a clone of its repository
     .venv/bin/shallow-pi serve-openpi policy:checkpoint --policy.config={config} --policy.dir=/path/to/{folder}

@@ -59,7 +59,7 @@ def usage(folder: str, student: students.Student, origin: students.Origin) -> st
     """Ten lines of Python that run it."""
     model = onnx.model_of(student)
     lines = [
-        f'"{name}": np.zeros({spec.shape}, np.{np.dtype(spec.dtype).name}),'
+        f'"{name}": np.zeros({spec.shape}, "{np.dtype(spec.dtype).name}"),'
         for name, spec in _inputs(student).items()
     ]
     return _USAGE.format(
