@@ -140,6 +140,15 @@ class Options(Protocol):
     def renderer(self) -> Literal["ray", "gl"]: ...
 
 
+def check(options: Options) -> None:
+    """Raise a ValueError for values of these fields that cannot be."""
+    for name in ("control_hz", "image_size", "max_seconds"):
+        if getattr(options, name) <= 0:
+            raise ValueError(f"{name}: expected a positive number, got {getattr(options, name)}")
+    if options.renderer not in ("ray", "gl"):
+        raise ValueError(f'renderer: expected "ray" or "gl", got {options.renderer!r}')
+
+
 class Sim(abc.ABC):
     """A running episode on a bench (see `simulator.Simulator`); call `reset` first.
 

@@ -73,11 +73,7 @@ class Suite:
             raise ValueError(f"tasks: expected some of {list(LAYOUTS)}, got {list(self.tasks)}")
         if self.start not in ("usual", "elsewhere"):
             raise ValueError(f'start: expected "usual" or "elsewhere", got {self.start!r}')
-        for name in ("control_hz", "image_size", "max_seconds"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
-        if self.renderer not in ("ray", "gl"):
-            raise ValueError(f'renderer: expected "ray" or "gl", got {self.renderer!r}')
+        gantry.check(self)
 
     @property
     def robot(self) -> robots.Robot:

@@ -52,11 +52,7 @@ class Suite:
                 raise ValueError(f"{name}: expected {least} to 4 for {self.tasks}, got {count}")
         if not 0.5 <= self.clearance_mm <= 8.0:
             raise ValueError(f"clearance_mm: expected 0.5 to 8, got {self.clearance_mm}")
-        for name in ("control_hz", "image_size", "max_seconds"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
-        if self.renderer not in ("ray", "gl"):
-            raise ValueError(f'renderer: expected "ray" or "gl", got {self.renderer!r}')
+        gantry.check(self)
 
     @property
     def robot(self) -> robots.Robot:
