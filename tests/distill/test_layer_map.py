@@ -90,7 +90,7 @@ def test_a_depth_the_teacher_does_not_have_raises(depth):
 
 
 def test_scores_that_are_no_numbers_raise():
-    with pytest.raises(ValueError, match="cosine must be one finite number a teacher layer"):
+    with pytest.raises(ValueError, match="alike must be one finite number a teacher layer"):
         layer_map.similarity(2, np.array([0.1, np.nan, 0.3]))
-    with pytest.raises(ValueError, match=r"increase must be .* got shape \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"missed must be .* got shape \(2, 3\)"):
         layer_map.sensitivity(2, np.ones((2, 3)))

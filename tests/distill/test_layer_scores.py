@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from shallow_pi.distill import layer_map, layer_scores, student
+from shallow_pi.distill import gates, layer_map, layer_scores, student
 from shallow_pi.models import pi0
 
 T = np.array([0.2, 0.7], np.float32)
 IDLE = 1
 _similarity = jax.jit(layer_scores.similarity, static_argnums=0)
 _sensitivity = jax.jit(layer_scores.sensitivity, static_argnums=0)
+_measure = jax.jit(layer_scores.measure, static_argnums=(0, 1))
 
 
 def _without_effect(path, leaf):
@@ -71,6 +72,85 @@ def test_similarity_counts_valid_prefix_tokens_and_the_suffix(teacher):
         for i in range(3)
     ]
     np.testing.assert_allclose(_similarity(*arguments), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("pi05", [False, True], ids=["pi0", "pi05"])
+def test_a_layer_that_does_nothing_has_cka_one_and_no_gradient_by_its_gate(pi05, teacher):
+    arguments = teacher(pi05)
+    u = jnp.ones_like(arguments[3])
+    alike, missed = _measure("cka", *arguments, u), _measure("gate", *arguments, u)
+    assert alike[0] == 0.0  # No layer comes before it.
+    np.testing.assert_allclose(alike[IDLE], 1.0, atol=1e-5)
+    assert 0 < alike[2] < 0.99
+    np.testing.assert_allclose(missed[IDLE], 0.0, atol=1e-8)
+    assert min(missed[0], missed[2]) > 1e-4
+    for strategy, scores in (("cka", alike), ("gate", missed)):
+        assert layer_map.measured(strategy, 2, np.asarray(scores)).layers == (0, 2)
+
+
+def test_cka_is_that_of_the_valid_rows(teacher):
+    arguments = teacher()
+    config, _, observation, _, _ = arguments
+    hidden = jax.jit(pi0.hidden_states, static_argnums=0)(*arguments)
+    valid = np.asarray(pi0.prefix_valid(config, observation))
+
+    def centred_gram(rows):
+        rows = np.asarray(rows, np.float64)
+        return (rows - rows.mean(0)) @ (rows - rows.mean(0)).T
+
+    def cka(x, y):  # By Gram matrices, as in Kornblith et al., 1905.00414.
+        x, y = centred_gram(x), centred_gram(y)
+        return (x * y).sum() / np.linalg.norm(x) / np.linalg.norm(y)
+
+    expected = [
+        np.mean(
+            [
+                cka(hidden.prefix[i][valid], hidden.prefix[i + 1][valid]),
+                cka(*(hidden.suffix[j].reshape(-1, 16) for j in (i, i + 1))),
+            ]
+        )
+        for i in (1, 2)
+    ]
+    np.testing.assert_allclose(layer_scores.cka(*arguments)[1:], expected, rtol=1e-4)
+
+
+def test_the_gradient_by_a_gate_is_a_difference_of_losses(teacher):
+    config, params, observation, x_t, t = teacher()
+    u = jnp.asarray(np.random.default_rng(1).standard_normal(x_t.shape), jnp.float32)
+
+    @jax.jit
+    def loss(opened):
+        prefix = gates.embed(config, params, observation)
+        given = (prefix, observation.state, x_t[:, None], t[:, None], opened)
+        return jnp.mean((gates.velocity(config, params, *given)[:, 0] - u) ** 2, axis=(1, 2))
+
+    expected = []
+    for layer in range(3):
+        step = jnp.zeros((3, 2)).at[layer].set(0.01)
+        expected.append(np.mean(np.abs(loss(1 + step) - loss(1 - step)) / 0.02))
+    found = _measure("gate", config, params, observation, x_t, t, u)
+    np.testing.assert_allclose(found, expected, rtol=1e-2, atol=1e-5)
+
+
+@pytest.mark.parametrize("pi05", [False, True], ids=["pi0", "pi05"])
+def test_gates_of_zero_skip_a_layer_of_one_observation_alone(pi05, teacher, tiny_params):
+    config, _, observation, x_t, t = teacher(pi05)
+    params = tiny_params(config)
+    velocity = jax.jit(pi0.velocity, static_argnums=0)
+    whole, _ = velocity(config, params, observation, x_t, t)
+    cut = student.cut(config, params, layer_map.explicit([0, 2], 3))
+    without, _ = velocity(pi0.at_depth(config, 2), cut, observation, x_t, t)
+
+    @jax.jit
+    def gated(opened):
+        prefix = gates.embed(config, params, observation)
+        given = (prefix, observation.state, x_t[:, None], t[:, None], opened)
+        return gates.velocity(config, params, *given)[:, 0]
+
+    for opened in (None, jnp.ones((3, 2))):
+        np.testing.assert_allclose(gated(opened), whole, rtol=1e-4, atol=1e-5)
+    mixed = gated(jnp.array([[1.0, 1.0], [1.0, 0.0], [1.0, 1.0]]))
+    np.testing.assert_allclose(mixed, np.stack([whole[0], without[1]]), rtol=1e-4, atol=1e-5)
 
 
 def test_sensitivity_is_that_of_the_teacher_cut_without_the_layer(teacher):

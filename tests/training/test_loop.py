@@ -443,20 +443,23 @@ def test_a_strategy_that_measures_leaves_the_data_position_untouched(synthetic, 
     _train(experiment, resume=True)
 
 
-@pytest.mark.parametrize(("strategy", "layers"), [("similarity", (0, 2)), ("sensitivity", (1, 2))])
+@pytest.mark.parametrize(
+    ("strategy", "layers"),
+    [("similarity", (0, 2)), ("cka", (0, 2)), ("sensitivity", (1, 2)), ("gate", (1, 2))],
+)
 def test_the_measured_layers_are_those_of_the_scores(synthetic, monkeypatch, strategy, layers):
     asked = []
 
-    def measure(model, params, observation, x_t, t):
-        asked.append((x_t.shape, t.shape))
+    def measure(named, model, params, observation, x_t, t, u):
+        asked.append((named, x_t.shape, t.shape, u.shape))
         return np.array([0.1, 0.9, 0.5])
 
-    fake = types.SimpleNamespace(similarity=measure, sensitivity=measure)
+    fake = types.SimpleNamespace(measure=measure)
     monkeypatch.setattr(runs, "layer_scores", fake)
     student = config.StudentConfig(depth=2, strategy=strategy)
     experiment = dataclasses.replace(synthetic, exp_name=f"scores-{strategy}", student=student)
     assert runs.open_run(experiment).spec.layer_map.layers == layers
-    assert asked == [((8, 8, 4), (8,))]
+    assert asked == [(strategy, (8, 8, 4), (8,), (8, 8, 4))]
 
 
 def _hashes(folder: pathlib.Path):

@@ -2,19 +2,22 @@
 
 A layer map is a strictly increasing tuple of teacher indices, one a student layer; backbone and
 action expert use the same one. `uniform` is the paper's: round_half_even(linspace(0, L−1, S)), for
-18 → 6 layers 0 3 7 10 14 17. The strategies that look at the teacher take what they need as plain
-arrays: `similarity` the cosine between every layer's input and output, `sensitivity` the rise of
-the velocity error when a layer is skipped (`layer_scores` measures both).
+18 → 6 layers 0 3 7 10 14 17. The strategies that look at the teacher (`MEASURED`) take a score of
+each layer as a plain array, which `layer_scores` measures: those whose score says how much a layer
+repeats what came before it (`similarity`, `cka`) drop the largest, those whose score says how much
+a layer is missed (`sensitivity`, `gate`) the smallest.
 """
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from jaxtyping import Float
 
-Strategy = Literal["uniform", "first", "last", "random", "similarity", "sensitivity"]
+Measured = Literal["similarity", "sensitivity", "cka", "gate"]
+Strategy = Literal["uniform", "first", "last", "random", Measured]
+MEASURED: tuple[Measured, ...] = get_args(Measured)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,24 +87,30 @@ def random(depth: int, teacher_depth: int, seed: int) -> LayerMap:
     return explicit(np.sort(chosen).tolist(), teacher_depth)
 
 
-def similarity(depth: int, cosine: Float[np.ndarray, " l"]) -> LayerMap:
-    """Drop the layers whose input and output are most alike.
+def similarity(depth: int, alike: Float[np.ndarray, " l"]) -> LayerMap:
+    """Drop the layers that most repeat what came before them.
 
     Args:
       depth: layers to keep.
-      cosine: mean cosine between input and output of each teacher layer.
+      alike: likeness of each teacher layer's output to its input, a cosine or CKA.
     """
-    return _keep_largest(depth, -np.asarray(cosine), "cosine")
+    return _keep_largest(depth, -np.asarray(alike), "alike")
 
 
-def sensitivity(depth: int, increase: Float[np.ndarray, " l"]) -> LayerMap:
-    """Drop the layers in order of least increase of the velocity error when skipped.
+def sensitivity(depth: int, missed: Float[np.ndarray, " l"]) -> LayerMap:
+    """Drop the layers that are least missed.
 
     Args:
       depth: layers to keep.
-      increase: rise of the mean squared velocity error when each teacher layer alone is skipped.
+      missed: the harm of being without each teacher layer, alone.
     """
-    return _keep_largest(depth, np.asarray(increase), "increase")
+    return _keep_largest(depth, np.asarray(missed), "missed")
+
+
+def measured(strategy: Measured, depth: int, scores: Float[np.ndarray, " l"]) -> LayerMap:
+    """The layers by a strategy whose scores `layer_scores.measure` gave."""
+    choose = similarity if strategy in ("similarity", "cka") else sensitivity
+    return choose(depth, scores)
 
 
 def _keep_largest(depth: int, score: np.ndarray, what: str) -> LayerMap:

@@ -52,7 +52,9 @@ class StudentConfig:
 
     # Number of layers.
     depth: int = 6
-    # Strategy that chooses them among the teacher's.
+    # Strategy that chooses them among the teacher's. Four measure it on the first batch: similarity
+    # (cosine of input and output) and cka drop layers that change little, sensitivity (error
+    # when skipped) and gate (gradient of a gate on the layer) those that are missed least.
     strategy: layer_map.Strategy = "uniform"
     # Teacher layers to keep, in increasing order, instead of a strategy's; sets the depth too.
     layers: tuple[int, ...] = ()
@@ -268,7 +270,7 @@ class DistillConfig:
             return layer_map.explicit(student.layers, teacher_depth)
         if student.strategy == "random":
             return layer_map.random(student.depth, teacher_depth, student.layer_seed)
-        if student.strategy in ("similarity", "sensitivity"):
+        if student.strategy in layer_map.MEASURED:
             layer_map.first(student.depth, teacher_depth)  # Checks the depth.
             return None
         choose = {"uniform": layer_map.uniform, "first": layer_map.first, "last": layer_map.last}

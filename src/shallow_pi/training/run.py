@@ -8,12 +8,12 @@ run's folder. A `Run` needs no further checks.
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
 from shallow_pi import progress
 from shallow_pi.checkpoints import run_folder
@@ -206,20 +206,15 @@ def _with_layers(run: Run, saved: dict[str, Any] | None) -> Run:
 def measure_layers(run: Run) -> layer_map.LayerMap:
     """The layers by a strategy that depends on the teacher, measured on the first batch."""
     experiment, strategy = run.experiment, run.experiment.student.strategy
+    assert strategy in layer_map.MEASURED, "the others need no teacher (`fixed_layer_map`)"
     feed = run.feed()
     try:
         spec = dataclasses.replace(run.spec, draws=1)
         inputs = step.draw_inputs(spec, jax.random.key(experiment.seed), next(feed))
     finally:
         feed.close()
-    measure: Callable[..., Array]
-    choose: Callable[[int, np.ndarray], layer_map.LayerMap]
-    measure, choose = {
-        "similarity": (layer_scores.similarity, layer_map.similarity),
-        "sensitivity": (layer_scores.sensitivity, layer_map.sensitivity),
-    }[strategy]
     progress.say(f"Measuring the {strategy} of {experiment.model.depth} layers")
-    scores = jax.jit(functools.partial(measure, experiment.model))(
-        shapes.on_device(run.teacher), inputs.observation, inputs.x_t[:, 0], inputs.t[:, 0]
-    )
-    return choose(experiment.student.depth, np.asarray(scores))
+    measure = functools.partial(layer_scores.measure, strategy, experiment.model)
+    single = (x[:, 0] for x in (inputs.x_t, inputs.t, inputs.u))
+    scores = jax.jit(measure)(shapes.on_device(run.teacher), inputs.observation, *single)
+    return layer_map.measured(strategy, experiment.student.depth, np.asarray(scores))
