@@ -94,6 +94,19 @@ def velocity(
       state: π0's state, if its token is not in the cache.
       kernel: computes attention.
     """
+    tokens = embed_suffix(config, prepared, x_t, tables, state)
+    x, cache = run_suffix(config, prepared, tokens, cache, valid, tables, kernel)
+    return read_velocity(config, prepared, x, tables), cache
+
+
+def embed_suffix(
+    config: pi0.Pi0Config,
+    prepared: prepare.Prepared,
+    x_t: Float[Array, "b ah ad"],
+    tables: prepare.Tables,
+    state: Float[Array, "b ad"] | None = None,
+) -> Float[Array, "b t e"]:
+    """The suffix's tokens before the first layer; arguments as of `velocity`."""
     params = prepared.params
     tokens = layers.dense(params["action_in_proj"], x_t)
     if not config.pi05:
@@ -101,35 +114,71 @@ def velocity(
         kernel_half = params["action_time_mlp_in"]["kernel"][: config.expert.width]
         hidden = nn.swish(layers.multiply(tokens, kernel_half) + tables.hidden[:, None])
         tokens = layers.dense(params["action_time_mlp_out"], hidden)
-    slot = config.prefix_tokens + (not config.pi05 and state is None)
     if state is not None:
         token = layers.dense(params["state_proj"], state)[:, None]
         tokens = jnp.concatenate([token.astype(tokens.dtype), tokens], axis=1)
-    count = tokens.shape[1]
-    positions = jnp.sum(valid, axis=1)[:, None] + jnp.arange(count)[None]
-    # The state does not see the actions; without it, one row stands for all.
-    rows = slice(None) if state is not None else slice(-1, None)
-    own = jnp.asarray(gemma.suffix_mask(count, config.action_horizon)[rows])[None]
-    mask = jnp.broadcast_to(valid[:, None], (len(valid), own.shape[1], valid.shape[1]))
-    own = jnp.broadcast_to(own, (len(valid), *own.shape[1:]))
-    mask = jax.lax.dynamic_update_slice(mask, own, (0, 0, slot))
-    x, cache = run_layers(
+    return tokens.astype(config.dtype)
+
+
+def run_suffix(
+    config: pi0.Pi0Config,
+    prepared: prepare.Prepared,
+    tokens: Float[Array, "b t e"],
+    cache: attention.Cache,
+    valid: Bool[Array, "b s"],
+    tables: prepare.Tables,
+    kernel: attention.Kernel = "xla",
+) -> tuple[Float[Array, "b t e"], attention.Cache]:
+    """The suffix's tokens behind the last layer, and the buffers with their keys and values."""
+    slot, rope, mask = suffix_geometry(config, valid, tokens.shape[1])
+    return run_layers(
         config,
         prepared.suffix,
-        tokens.astype(config.dtype),
+        tokens,
         cache,
         slot,
-        layers.rope_table(positions, config.expert.head_dim),
+        rope,
         mask,
         None if tables.modulation is None else tables.modulation[0],
         kernel,
     )
-    x = x[:, -config.action_horizon :]
-    scale = None
+
+
+def suffix_geometry(
+    config: pi0.Pi0Config, valid: Bool[Array, "b s"], count: int
+) -> tuple[int, tuple[Array, Array], Bool[Array, "b m s"]]:
+    """First slot, rotary table and mask of the suffix's tokens.
+
+    Args:
+      config: the model.
+      valid: the slots with tokens, of `prefill` or `append_state`.
+      count: tokens of the suffix: the actions, and π0's state if it is not in the cache.
+    """
+    with_state = count > config.action_horizon
+    slot = config.prefix_tokens + (not config.pi05 and not with_state)
+    positions = jnp.sum(valid, axis=1)[:, None] + jnp.arange(count)[None]
+    # The state does not see the actions; without it, one row stands for all.
+    rows = slice(None) if with_state else slice(-1, None)
+    own = jnp.asarray(gemma.suffix_mask(count, config.action_horizon)[rows])[None]
+    mask = jnp.broadcast_to(valid[:, None], (len(valid), own.shape[1], valid.shape[1]))
+    own = jnp.broadcast_to(own, (len(valid), *own.shape[1:]))
+    mask = jax.lax.dynamic_update_slice(mask, own, (0, 0, slot))
+    return slot, layers.rope_table(positions, config.expert.head_dim), mask
+
+
+def read_velocity(
+    config: pi0.Pi0Config,
+    prepared: prepare.Prepared,
+    x: Float[Array, "b t e"],
+    tables: prepare.Tables,
+) -> Float[Array, "b ah ad"]:
+    """The velocity, float32, from the suffix's tokens behind the last layer."""
+    params, scale = prepared.params, None
     if tables.final is None:
         scale = 1 + params["PaliGemma"]["llm"]["final_norm_1"]["scale"].astype(jnp.float32)
-    x, _ = _norm(x, scale, None if tables.final is None else tables.final[0])
-    return layers.dense(params["action_out_proj"], x).astype(jnp.float32), cache
+    given = None if tables.final is None else tables.final[0]
+    x, _ = _norm(x[:, -config.action_horizon :], scale, given)
+    return layers.dense(params["action_out_proj"], x).astype(jnp.float32)
 
 
 def run_layers(
