@@ -180,6 +180,40 @@ def test_the_nth_call_since_a_reset_draws_its_noise_from_the_seed_and_n(own, par
     np.testing.assert_array_equal(asked.infer(observation)["actions"], found[1])
 
 
+def test_observations_answered_together_are_refused_and_warned_of_one_by_one(deployed, scene):
+    (first, second), _ = scene
+    far = {**second, "observation.state": np.float32([60, 0, 0])}
+    absurd = {**second, "observation.state": np.float32([1e6, 0, 0])}
+    lacking, refused, good, warned = deployed.infer_each([{}, absurd, first, far], [0, 1, 2, 3])
+    assert isinstance(lacking, ValueError)
+    assert "lacks camera" in str(lacking)
+    assert isinstance(refused, ValueError)
+    assert "the policy was not asked" in str(refused)
+    assert "warnings" not in good
+    assert "dimension 0 is 60" in warned["warnings"][0]
+    assert good["timing"].keys() == {"infer_ms", "transform_ms", "device_ms", "output_ms"}
+    # A call number of each, wherever it is in the batch.
+    deployed.reset()
+    alone = [deployed.infer(first)["actions"] for _ in range(3)][2]
+    np.testing.assert_allclose(good["actions"], alone, rtol=1e-5, atol=1e-5)
+    (only,) = deployed.infer_each([{}], [0])
+    assert isinstance(only, ValueError)
+
+
+def test_as_many_are_answered_together_as_give_the_most_answers_a_second(own, params, monkeypatch):
+    tiny = policy.Policy(own, params, num_steps=1)
+    assert [tiny.together(waiting) for waiting in (1, 2, 9)] == [1, 1, 1]
+    # As on an accelerator: filling up is nearly free, but for 5 that a batch of 4 answers faster.
+    monkeypatch.setattr(tiny, "batch_ms", {1: 10.0, 2: 11.0, 4: 13.0, 8: 18.0})
+    assert [tiny.together(n) for n in range(1, 10)] == [1, 2, 3, 4, 4, 6, 7, 8, 8]
+    # As on a CPU: a row computed in vain costs as much as another, and 8 are no faster than 4.
+    monkeypatch.setattr(tiny, "batch_ms", {1: 4.0, 2: 4.8, 4: 8.0, 8: 20.0})
+    assert [tiny.together(n) for n in range(1, 10)] == [1, 2, 2, 4, 4, 4, 4, 4, 4]
+    # No gain, no batch.
+    monkeypatch.setattr(tiny, "batch_ms", {1: 1.0, 2: 2.0, 4: 4.5})
+    assert [tiny.together(n) for n in (1, 2, 4)] == [1, 1, 1]
+
+
 def test_threads_get_the_actions_of_their_own_observation(deployed, scene):
     (first, _), _ = scene
     generator = np.random.default_rng(1)
@@ -278,6 +312,12 @@ def test_a_warm_policy_traces_nothing_more(step, scene, monkeypatch):
     warm.infer(asked, previous=chunk[2:], delay=1)
     warm.infer(asked, previous=chunk[1:], delay=3, max_guidance_weight=2.0)
     assert len(traced) == 2
+    warm.warm_up(batch=3)
+    assert list(warm.batch_ms) == [1, 2, 3]
+    assert len(traced) == 4
+    for count in (3, 2):
+        warm.infer_each(count * [asked], range(count))
+    assert len(traced) == 4
 
 
 def test_a_chunk_continues_the_previous_one(deployed, scene):

@@ -32,16 +32,28 @@ class Echo:
     """A policy whose actions are its observation's state; `seconds` is how long it thinks."""
 
     def __init__(self, seconds=0.0):
-        self.metadata, self.seconds, self.asked, self.resets = METADATA, seconds, [], 0
-        self.threads = set()
+        self.metadata, self.seconds, self.asked, self.threads = METADATA, seconds, [], set()
+        # Size of each turn, and (first number of the state, call) of each observation.
+        self.turns, self.calls = [], []
 
-    def reset(self):
-        self.resets += 1
+    def together(self, waiting):
+        return waiting
+
+    def infer_each(self, observations, calls):
+        self.threads.add(threading.get_ident())
+        self.turns.append(len(calls))
+        time.sleep(self.seconds)
+        answers = []
+        for observation, call in zip(observations, calls, strict=True):
+            try:
+                answers.append(self.infer(observation))
+                self.calls.append((int(observation["state"][0]), call))
+            except ValueError as error:
+                answers.append(error)
+        return answers
 
     def infer(self, observation):
-        self.threads.add(threading.get_ident())
         self.asked.append(observation["state"].tolist())
-        time.sleep(self.seconds)
         return {"actions": np.tile(observation["state"], (4, 1)), "timing": {"infer_ms": 1.0}}
 
 

@@ -129,15 +129,13 @@ def test_a_client_that_vanishes_is_quiet_and_costs_no_inference(caplog):
     assert not [record for record in caplog.records if record.levelname != "INFO"]
 
 
-def test_an_episode_begins_with_a_client_that_comes_alone():
+def test_the_calls_of_a_client_are_counted_from_its_connection():
     echo = serving.Echo()
     with serving.running(echo) as running:
-        with running.connect() as first, running.connect() as second:
-            first.recv(), second.recv()
-            assert echo.resets == 1
-        running.wait_for("shallow_pi_clients", 0)
-        serving.openpi(running)
-    assert echo.resets == 2
+        first, second = serving.openpi(running), serving.openpi(running)
+        for client, number in ((first, 1), (first, 1), (second, 2), (first, 1), (second, 2)):
+            client.infer({"state": np.float32([number, 0])})
+    assert echo.calls == [(1, 0), (1, 1), (2, 0), (1, 2), (2, 1)]
 
 
 def test_stopping_lets_the_running_inference_end_and_says_goodbye():

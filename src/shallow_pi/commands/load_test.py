@@ -1,11 +1,12 @@
 """Measure a policy server's latency and throughput with many simultaneous clients.
 
-uv run scripts/load_test.py --url ws://127.0.0.1:8000 --clients 8 --seconds 60
+uv run scripts/load_test.py --url ws://127.0.0.1:8000 --clients 1 2 4 8 --seconds 60
 
 Every client sends random observations that fit the metadata of the server's policy, one after
-another without a pause. The result is a line of JSON on standard output: answers per second, and
-percentiles of the time from sending an observation to receiving its actions, in milliseconds. An
-error of any client ends the test with status 1. The API key is read from SHALLOW_PI_API_KEY.
+another without a pause. For each number of clients the result is a line of JSON on standard output:
+answers per second, percentiles of the time from sending an observation to receiving its actions,
+in milliseconds, and how many observations the server answered at once on average. An error of any
+client ends the test with status 1. The API key is read from SHALLOW_PI_API_KEY.
 """
 
 import asyncio
@@ -13,6 +14,8 @@ import dataclasses
 import json
 import os
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,9 +34,9 @@ class Arguments:
 
     # The server's address.
     url: str = "ws://127.0.0.1:8000"
-    # Number of simultaneous clients.
-    clients: int = 8
-    # Duration of the test.
+    # Number of simultaneous clients; several numbers are tested one after another.
+    clients: tuple[int, ...] = (8,)
+    # Duration of the test with each number of clients.
     seconds: float = 60.0
     # Side of the pictures in pixels; 0 takes the model's size.
     picture_size: int = 0
@@ -43,7 +46,7 @@ class Arguments:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.clients < 1 or self.seconds <= 0 or self.picture_size < 0:
+        if min(self.clients, default=0) < 1 or self.seconds <= 0 or self.picture_size < 0:
             raise ValueError(
                 "--clients must be at least 1, --seconds positive and --picture-size not negative"
             )
@@ -82,12 +85,11 @@ def observation(
 async def client(given: Arguments, number: int, until: float, times: list[float]) -> None:
     """One robot: observations without a pause; appends the seconds of each."""
     generator = np.random.default_rng((given.seed, number))
-    key = os.environ.get("SHALLOW_PI_API_KEY")
     async with websockets.asyncio.client.connect(
         given.url,
         compression=None,
         max_size=None,
-        additional_headers={"Authorization": f"Api-Key {key}"} if key else None,
+        additional_headers=_headers(),
     ) as connection:
         metadata = protocol.unpack(_binary(await connection.recv()))
         # A few different ones, made before the clock starts.
@@ -108,10 +110,29 @@ def _binary(message: str | bytes) -> bytes:
     return message
 
 
-async def measure(given: Arguments) -> dict[str, object]:
-    """Run all clients at once; returns the result to print."""
+def served(url: str) -> tuple[float, float] | None:
+    """Observations and turns counted by the server's /metrics; None if it has none."""
+    request = urllib.request.Request(f"{url.replace('ws', 'http', 1)}/metrics", headers=_headers())
+    try:
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            lines = answer.read().decode().splitlines()
+    except urllib.error.URLError:
+        return None
+    found = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    names = [f"shallow_pi_batch_size_{name}" for name in ("sum", "count")]
+    return (float(found[names[0]]), float(found[names[1]])) if found.keys() >= set(names) else None
+
+
+def _headers() -> dict[str, str]:
+    key = os.environ.get("SHALLOW_PI_API_KEY")
+    return {"Authorization": f"Api-Key {key}"} if key else {}
+
+
+async def measure(given: Arguments, clients: int) -> dict[str, object]:
+    """Run that many clients at once; returns the result to print."""
+    before = await asyncio.to_thread(served, given.url)
     start = time.monotonic()
-    times: list[list[float]] = [[] for _ in range(given.clients)]
+    times: list[list[float]] = [[] for _ in range(clients)]
     async with asyncio.TaskGroup() as group:
         for number, own in enumerate(times):
             group.create_task(client(given, number, start + given.seconds, own))
@@ -120,11 +141,15 @@ async def measure(given: Arguments) -> dict[str, object]:
                 await asyncio.sleep(min(1.0, given.seconds))
                 advance(1, f"{sum(map(len, times))} answers")
     seconds = time.monotonic() - start
+    after = await asyncio.to_thread(served, given.url)
+    batch = None
+    if before is not None and after is not None and after[1] > before[1]:
+        batch = round((after[0] - before[0]) / (after[1] - before[1]), 2)
     every = 1000 * np.concatenate([np.asarray(own) for own in times])
     p50, p95, p99 = np.percentile(every, [50, 95, 99])
     return {
         "url": given.url,
-        "clients": given.clients,
+        "clients": clients,
         "seconds": round(seconds, 2),
         "requests": len(every),
         "requests_per_second": round(len(every) / seconds, 2),
@@ -132,6 +157,8 @@ async def measure(given: Arguments) -> dict[str, object]:
         "p95_ms": round(float(p95), 2),
         "p99_ms": round(float(p99), 2),
         "max_ms": round(float(every.max()), 2),
+        # Null if the server does not tell.
+        "mean_batch": batch,
         # Close together if clients are treated alike.
         "fewest_of_a_client": min(map(len, times)),
         "most_of_a_client": max(map(len, times)),
@@ -143,9 +170,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, measure, print."""
     with exits.exit_on(websockets.exceptions.WebSocketException):
         given = flags.parse(Arguments, arguments, __doc__ or "")
-        try:
-            result = asyncio.run(measure(given))
-        except ExceptionGroup as group:
-            # All clients usually fail for the same reason.
-            raise group.exceptions[0] from None
-    print(json.dumps(result))
+        for clients in given.clients:
+            try:
+                result = asyncio.run(measure(given, clients))
+            except ExceptionGroup as group:
+                # All clients usually fail for the same reason.
+                raise group.exceptions[0] from None
+            print(json.dumps(result), flush=True)

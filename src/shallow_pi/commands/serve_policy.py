@@ -116,6 +116,13 @@ class Arguments:
     max_clients: int = 32
     # Maximum number of waiting observations; further ones are refused.
     max_waiting: int = 16
+    # Answer up to this many waiting observations at once, for a fleet behind one server; programs
+    # for 1, 2, 4, 8 ... are compiled and timed at the start, and the fastest for those that wait is
+    # used. 1 answers one after another.
+    batch: int = 1
+    # With --batch: longest time an observation waits for those of other active clients,
+    # milliseconds. A lone client never waits.
+    batch_wait_ms: float = 2.0
     # Time limit of a connection's TLS handshake, and of its HTTP request, seconds.
     handshake_seconds: float = 5.0
     # Maximum number of handshakes, not counting clients; a further one replaces the oldest.
@@ -162,8 +169,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             prompt=given.prompt or None,
             state_warn=given.policy.state_warn,
             state_refuse=given.policy.state_refuse,
+            warm_up=False,
             **given.policy.model_fields(),
         )
+        chosen.warm_up(batch=given.batch)
         record = None
         if given.record:
             limit = int(given.record_limit_gb * 1e9)
@@ -180,8 +189,10 @@ def _ready(url: str, serving: server_config.ServerConfig, chosen: policy.Policy)
     there = host if serving.tls_cert else host.removeprefix("ws://")
     there = there.replace("0.0.0.0", "<this machine's address>")
     key = ', api_key="..."' if serving.api_key else ""
+    sizes = ", ".join(f"{size} in {ms:.1f} ms" for size, ms in chosen.batch_ms.items())
+    batched = f"answers several observations at once: {sizes}\n" if serving.batch > 1 else ""
     print(
-        f"{chosen.description}\n"
+        f"{chosen.description}\n{batched}"
         f"on {url}, page at http{url.removeprefix('ws')}/\n"
         f"an observation has {', '.join(map(repr, keys))}; a client is\n"
         "    from openpi_client import websocket_client_policy\n"

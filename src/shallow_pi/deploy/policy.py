@@ -2,8 +2,9 @@
 
 `Policy.from_checkpoint(step)` needs nothing but a step folder written by training; depth, model,
 robot, tokenizer and statistics are in it. `infer` is what a robot or a server calls: one
-observation, its noise drawn from the seed. `infer_batch` takes several, and the noise from the
-caller. Both may be called from several threads at once.
+observation, its noise drawn from the seed. `infer_each` answers observations of several robots
+at once, each as if it were alone; `infer_batch` takes several with noise from the caller. All may
+be called from several threads at once.
 """
 
 import dataclasses
@@ -11,7 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,19 +24,10 @@ from shallow_pi.checkpoints import weights
 from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.data.robots import pipelines, transforms
 from shallow_pi.data.robots import robot as robots
-from shallow_pi.data.robots import tokenizer as tokenizers
-from shallow_pi.deploy import robot_observation, state_check, step_folder
+from shallow_pi.deploy import robot_observation, state_check, step_folder, warm_up_inputs
 from shallow_pi.inference import prepare, program, real_time, tuning
 from shallow_pi.models import batch as batches
 from shallow_pi.models import observation, pi0
-
-# Instructions as short and as long as they usually are: for a policy without a prompt of its own.
-LIKELY_PROMPTS = (
-    "pick up the cup",
-    "pick up the red block on the left and put it into the white box in the middle of the table",
-)
-# Height and width of most robots' pictures, for which the program that resizes them is compiled.
-USUAL_SIZE = (480, 640)
 
 
 class Policy:
@@ -94,6 +86,8 @@ class Policy:
         self.program = program.Program.create(assets.model, params, num_steps, options)
         key = jax.random.key(seed, impl=program.KEY_KIND)
         self._key, self._calls = np.asarray(jax.random.key_data(key)), 0
+        # Compiled batch sizes and the milliseconds each takes; `warm_up` measures them.
+        self.batch_ms: dict[int, float] = {1: 1.0}
         self._lock = threading.Lock()
 
     @classmethod
@@ -247,16 +241,54 @@ class Policy:
         normalized = np.asarray(self.sample(batch, start_from, guidance))
         sampled = time.perf_counter()
         (actions,) = self._to_robot([found], normalized)
-        end = time.perf_counter()
-        parts = {
-            "infer_ms": end - start,
-            "transform_ms": ready - start,
-            "device_ms": sampled - ready,
-            "output_ms": end - sampled,
-        }
-        timing = {k: 1e3 * seconds for k, seconds in parts.items()}
-        result: dict[str, object] = {"actions": actions, "timing": timing}
-        return result | ({"warnings": [warning]} if warning else {})
+        return _result(actions, _timing(start, ready, sampled), warning)
+
+    def infer_each(
+        self, observations: Sequence[Mapping[str, object]], calls: Sequence[int]
+    ) -> list[dict[str, object] | ValueError]:
+        """Answers to observations of several robots, computed together.
+
+        The batch is filled up to the next size that `warm_up` compiled. There are no previous
+        chunks: those are for `infer` and `infer_batch`.
+
+        Args:
+          observations: one of each robot.
+          calls: number of observations of that robot answered before; its noise is drawn from
+            `fold_in(seed, call)`, so that no robot depends on the others.
+
+        Returns:
+          For each what `infer` returns, with the times of the batch, or the error it raises.
+        """
+        start = time.perf_counter()
+        answers: list[dict[str, object] | ValueError] = []
+        rows: list[_Row] = []
+        for place, (given, call) in enumerate(zip(observations, calls, strict=True)):
+            answers.append({})
+            try:
+                found = self._clean(given)
+                warning = self._check_state(self.assets.robot.state(found))
+                rows.append(_Row(place, call, found, self._inputs(dict(found)), warning))
+            except ValueError as error:
+                answers[place] = error
+        if not rows:
+            return answers
+        size = min((size for size in self.batch_ms if size >= len(rows)), default=len(rows))
+        filled = rows + (size - len(rows)) * rows[-1:]
+        batch = self._stack([row.sample for row in filled])
+        seed = program.Seed(self._key, np.array([row.call for row in filled], np.uint32))
+        ready = time.perf_counter()
+        normalized = np.asarray(self.sample(batch, seed))[: len(rows)]
+        sampled = time.perf_counter()
+        actions = self._to_robot([row.found for row in rows], normalized)
+        timing = _timing(start, ready, sampled)
+        for row, chunk in zip(rows, actions, strict=True):
+            answers[row.place] = _result(chunk, timing, row.warning)
+        return answers
+
+    def together(self, waiting: int) -> int:
+        """Number of the waiting observations to answer at once: the most a second, as measured."""
+        rates = {size: min(waiting, size) / ms for size, ms in self.batch_ms.items()}
+        return min(waiting, max(rates, key=lambda size: (rates[size], -size)))
 
     def infer_batch(
         self,
@@ -311,8 +343,8 @@ class Policy:
         """Normalized actions on device: what a latency measurement calls."""
         return self.program(*self.pack(batch, start, guidance))
 
-    def warm_up(self, *, guided: bool = False) -> None:
-        """Compile for single observations, so that no robot waits for it.
+    def warm_up(self, *, guided: bool = False, batch: int = 1) -> None:
+        """Compile, so that no robot waits for it, and time each batch size.
 
         Every prompt length (see `prepare.trim`) is compiled that the policy's prompt, or usual ones
         where it has none, come to with the states of its statistics. JAX's persistent cache, where
@@ -320,24 +352,43 @@ class Policy:
 
         Args:
           guided: compile for chunks that go on from a previous one (`infer(previous=)`) as well.
+          batch: most observations `infer_each` answers at once; compiles 1, 2, 4, 8 ... and this.
         """
-        plans: list[real_time.Guidance | None] = [None]
-        if guided:
-            actions = np.zeros((1, *self.noise_shape), np.float32)
-            plans.append(real_time.make_guidance(actions, lengths=[1], delay=0, max_weight=0.0))
-        lengths = prompt_lengths(self.assets, self.prompt)
+        sizes = warm_up_inputs.batch_sizes(batch)
+        actions = np.zeros((1, *self.noise_shape), np.float32)
+        continued = real_time.make_guidance(actions, lengths=[1], delay=0, max_weight=0.0)
+        plans = [(size, None) for size in sizes] + ([(1, continued)] if guided else [])
+        lengths = warm_up_inputs.prompt_lengths(self.assets, self.prompt)
         with progress.bar("Compile", total=len(lengths) * len(plans)) as advance:
             for length in lengths:
-                batch = made_up_observation(self.assets, length)
-                if self.resize_on_device:
-                    batch = dataclasses.replace(
-                        batch,
-                        images={n: np.zeros((1, *USUAL_SIZE, 3), np.uint8) for n in batch.images},
-                    )
-                for guidance in plans:
-                    start = program.Seed(self._key, 0)
-                    jax.block_until_ready(self.sample(batch, start, guidance))
+                for size, guidance in plans:
+                    given = self._made_up(length, size)
+                    jax.block_until_ready(self.sample(given, program.Seed(self._key, 0), guidance))
                     advance(1)
+        if len(sizes) > 1:
+            self.batch_ms = self._time({size: self._made_up(lengths[0], size) for size in sizes})
+
+    def _made_up(self, length: int, size: int) -> observation.Observation:
+        """Made-up observations with pictures as a camera gives them."""
+        found = warm_up_inputs.observations(self.assets, length, size)
+        if not self.resize_on_device:
+            return found
+        images = {
+            name: np.zeros((size, *warm_up_inputs.USUAL_SIZE, 3), np.uint8) for name in found.images
+        }
+        return dataclasses.replace(found, images=images)
+
+    def _time(self, given: Mapping[int, observation.Observation]) -> dict[int, float]:
+        """Milliseconds of each batch: the fastest of up to ten calls, in turn, in some seconds."""
+        fastest, until = dict.fromkeys(given, np.inf), time.perf_counter() + 2.0
+        for _ in range(10):
+            for size, batch in given.items():
+                start = time.perf_counter()
+                jax.block_until_ready(self.sample(batch, program.Seed(self._key, 0)))
+                fastest[size] = min(fastest[size], 1e3 * (time.perf_counter() - start))
+            if time.perf_counter() > until:
+                break
+        return fastest
 
     def _clean(self, given: Mapping[str, object]) -> dict[str, object]:
         return robot_observation.clean(
@@ -363,15 +414,18 @@ class Policy:
             # The transforms of training: relative to this state, normalized, padded.
             found = [{**o, robot.action_key: a} for o, a in zip(found, left, strict=True)]
         samples = [self._inputs(dict(one)) for one in found]
-        if any(_sizes(sample) != _sizes(samples[0]) for sample in samples):
-            # Robots with different cameras in one batch.
-            samples = list(map(transforms.Resize(self.assets.model.image_size), samples))
         guidance = None
         if previous is not None and any(map(len, previous)):
             actions = np.stack([sample["actions"] for sample in samples])
             lengths = [len(one) for one in previous]
             guidance = real_time.make_guidance(actions, lengths, delay, max_weight)
-        return batches.stack([pipelines.to_observation(sample) for sample in samples]), guidance
+        return self._stack(samples), guidance
+
+    def _stack(self, samples: Sequence[transforms.Sample]) -> observation.Observation:
+        if any(_sizes(sample) != _sizes(samples[0]) for sample in samples):
+            # Robots with different cameras in one batch.
+            samples = list(map(transforms.Resize(self.assets.model.image_size), samples))
+        return batches.stack([pipelines.to_observation(sample) for sample in samples])
 
     def _to_robot(
         self, found: Sequence[dict[str, object]], normalized: np.ndarray
@@ -380,36 +434,35 @@ class Policy:
         return self._outputs({"actions": normalized, "state": state})["actions"]
 
 
+class _Row(NamedTuple):
+    """One observation of several that are answered together."""
+
+    # Its place among the observations, refused ones counted.
+    place: int
+    call: int
+    found: dict[str, object]
+    sample: transforms.Sample
+    warning: str | None
+
+
+def _timing(start: float, ready: float, sampled: float) -> dict[str, float]:
+    """Milliseconds of an inference that ends now, from `time.perf_counter` after each part."""
+    end = time.perf_counter()
+    parts = {
+        "infer_ms": end - start,
+        "transform_ms": ready - start,
+        "device_ms": sampled - ready,
+        "output_ms": end - sampled,
+    }
+    return {name: 1e3 * seconds for name, seconds in parts.items()}
+
+
+def _result(
+    actions: Float[np.ndarray, "ah rd"], timing: Mapping[str, float], warning: str | None
+) -> dict[str, object]:
+    result: dict[str, object] = {"actions": actions, "timing": dict(timing)}
+    return result | ({"warnings": [warning]} if warning else {})
+
+
 def _sizes(sample: transforms.Sample) -> list[tuple[int, ...]]:
     return [picture.shape for picture in sample["image"].values()]
-
-
-def prompt_lengths(assets: policy_assets.Assets, prompt: str | None) -> list[int]:
-    """Prompt lengths to compile for: tokens after `prepare.trim`, a multiple of 16 each.
-
-    The length is known where the policy has a prompt, but for π0.5's state, which is written into
-    it with more or fewer digits.
-    """
-    model, robot = assets.model, assets.robot
-    encode = tokenizers.Tokenizer(assets.tokenizer, model.max_token_len).encode
-    known = robot.prompt or prompt
-    states: list[np.ndarray | None] = [None]
-    if model.discrete_state_input:
-        states = list(np.random.default_rng(0).uniform(-1, 1, (8, robot.state_dim)))
-    words = [
-        len(encode(text, state))
-        for text in ([known] if known else LIKELY_PROMPTS)
-        for state in states
-    ]
-    every = range(min(words), max(words) + 1)
-    return sorted({prepare.prompt_length(model, count) for count in every})
-
-
-def made_up_observation(assets: policy_assets.Assets, length: int) -> observation.Observation:
-    """A made-up batch of one on the host: black pictures, and a prompt of that many tokens."""
-    model = assets.model
-    return dataclasses.replace(
-        batches.zeros(model, 1).observation,
-        image_masks={name: np.array([name in assets.robot.cameras]) for name in model.cameras},
-        tokenized_prompt_mask=np.arange(model.max_token_len)[None] < length,
-    )

@@ -29,7 +29,8 @@ class Seed(NamedTuple):
 
     # `jax.random.key_data` of a key.
     key: UInt32[np.ndarray, " 2"]
-    call: int
+    # One for all rows, or one for each.
+    call: int | UInt32[np.ndarray, " b"]
 
 
 @dataclasses.dataclass(frozen=True)

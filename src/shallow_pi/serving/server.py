@@ -21,7 +21,7 @@ import websockets.asyncio.server
 import websockets.datastructures
 import websockets.http11
 
-from shallow_pi.serving import page, recorder, server_config, sessions
+from shallow_pi.serving import page, recorder, server_config, sessions, turns
 
 _log = logging.getLogger(__name__)
 # The library's own lines: every port scan would be a traceback.
@@ -30,7 +30,7 @@ _quiet.setLevel(logging.CRITICAL + 1)
 
 
 def run(
-    policy: sessions.Policy,
+    policy: turns.Policy,
     config: server_config.ServerConfig,
     *,
     ready: Callable[[str], None] = lambda _: None,
@@ -63,7 +63,7 @@ def run(
 
 
 async def serve(
-    policy: sessions.Policy,
+    policy: turns.Policy,
     config: server_config.ServerConfig,
     *,
     stop: asyncio.Event,

@@ -10,6 +10,7 @@ import dataclasses
 import errno
 import hmac
 import ipaddress
+import math
 import pathlib
 import socket
 import ssl
@@ -35,15 +36,23 @@ class ServerConfig:
     max_clients: int = 32
     # Observations that may wait for their turn; one more is refused and closed with 1013.
     max_waiting: int = 16
+    # Most observations that are answered at once.
+    batch: int = 1
+    # Longest time a turn waits for more observations after the arrival of its first, milliseconds.
+    batch_wait_ms: float = 2.0
     # Seconds a connection has for its TLS handshake, and for its HTTP request.
     handshake_seconds: float = 5.0
     # Handshakes at once; for one more, the oldest is dropped.
     max_handshakes: int = 128
 
     def __post_init__(self) -> None:
-        for name in ("max_request_mb", "max_clients", "max_waiting", "max_handshakes"):
+        for name in ("max_request_mb", "max_clients", "max_waiting", "batch", "max_handshakes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{_flag(name)} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.batch_wait_ms < math.inf:
+            raise ValueError(
+                f"--batch-wait-ms must be finite and not negative, got {self.batch_wait_ms}"
+            )
         if not self.handshake_seconds > 0:
             raise ValueError(f"--handshake-seconds must be positive, got {self.handshake_seconds}")
         if not 0 <= self.port < 2**16:

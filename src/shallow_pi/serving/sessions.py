@@ -1,60 +1,36 @@
-"""The clients of a server: observations in turn, and answers.
+"""The clients of a server: they connect, ask, are answered in turn (`turns`), and leave.
 
-Clients take turns, one observation each, in one worker thread. An observation that cannot be
-answered is refused by a text frame with the reason, then a close, as by openpi's server, and
-concerns that client alone. A client that comes while no other is there begins an episode: the
-policy is reset. If the server is full, clients that are gone without a word, or that never asked
-for anything, make room for a new one.
+An observation that cannot be answered is refused by a text frame with the reason, then a close, as
+by openpi's server, and concerns that client alone. Every connection begins an episode: its noise
+is numbered from 0, whoever else is there. If the server is full, clients that are gone without a
+word, or that never asked for anything, make room for a new one.
 """
 
 import asyncio
 import concurrent.futures
 import contextlib
-import dataclasses
-import functools
 import logging
 import time
 import traceback
 import urllib.parse
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
 
-import numpy as np
 import websockets.asyncio.server
 import websockets.exceptions
 import websockets.http11
 import websockets.protocol
 
-from shallow_pi.serving import page, protocol, recorder, server_config, telemetry
+from shallow_pi.serving import page, protocol, recorder, server_config, telemetry, turns
 
 _log = logging.getLogger(__name__)
 
-# Close codes of the websocket protocol.
-GOING_AWAY, TOO_LARGE, FAILED, TRY_AGAIN = 1001, 1009, 1011, 1013
+# Close code of the websocket protocol.
+TOO_LARGE = 1009
 # Seconds a client has to read an answer.
 READ = 20.0
 # Seconds a client keeps its place without having sent an observation when its place is wanted.
 UNUSED = 10.0
 
 Connection = websockets.asyncio.server.ServerConnection
-
-
-class Policy(Protocol):
-    """A policy that can be served, such as `deploy.policy.Policy`."""
-
-    @property
-    def metadata(self) -> Mapping[str, object]:
-        """Sent to clients when they connect: plain values that msgpack knows."""
-
-    def infer(self, observation: Mapping[str, object]) -> Mapping[str, Any]:
-        """`{"actions": (ah, rd), "timing": {...}}`, perhaps with `warnings` (a list of texts).
-
-        Raises:
-          ValueError: an observation that cannot be answered; says why.
-        """
-
-    def reset(self) -> None:
-        """Begin an episode."""
 
 
 def path(request: websockets.http11.Request) -> str:
@@ -71,43 +47,20 @@ def address(connection: Connection) -> str:
     return f"{host}:{port}"
 
 
-class _Refusal(Exception):
-    """An observation is not answered: the kind of reason, the text for the client, a close code."""
-
-    def __init__(self, kind: telemetry.Kind, text: str, code: int = FAILED) -> None:
-        super().__init__(text)
-        self.kind, self.text, self.code = kind, text, code
-
-
-@dataclasses.dataclass(frozen=True)
-class _Answer:
-    """The result of one turn; times in milliseconds."""
-
-    observation: Mapping[str, object]
-    actions: np.ndarray
-    # The whole answer as it is sent.
-    packed: bytes
-    warnings: Sequence[str]
-    queue_ms: float
-    infer_ms: float
-
-
 class Sessions:
-    """The connections of one server; everything but `_infer` runs on the event loop."""
+    """The connections of one server, on its event loop."""
 
     def __init__(
         self,
-        policy: Policy,
+        policy: turns.Policy,
         config: server_config.ServerConfig,
         record: recorder.Recorder | None,
         worker: concurrent.futures.Executor,
     ) -> None:
         self.seen = telemetry.Telemetry(policy.metadata)
-        self._policy, self._config, self._record = policy, config, record
+        self._config, self._record = config, record
         self._metadata = protocol.pack(dict(policy.metadata))
-        self._worker = worker
-        # First come, first served: with one observation a client under way, clients take turns.
-        self._turn = asyncio.Lock()
+        self._turns = turns.Turns(policy, config, self.seen, worker)
         self._stopping = False
         self._pages: set[Connection] = set()
         self._clients: dict[Connection, telemetry.Client] = {}
@@ -131,8 +84,9 @@ class Sessions:
     async def finish(self) -> None:
         """Close the idle with 1001, and the others once the running inference is answered."""
         self._stopping = True
+        self._turns.stop()
         idle = {*self._pages, *self._clients} - self._busy
-        await asyncio.gather(*(one.close(GOING_AWAY, "the server stops") for one in idle))
+        await asyncio.gather(*(one.close(turns.GOING_AWAY, "the server stops") for one in idle))
         while self._pages or self._clients:
             await asyncio.sleep(0.02)
 
@@ -165,7 +119,7 @@ class Sessions:
             _, oldest = min(unused, key=lambda pair: pair[0])
             reason = f"no observation for {UNUSED:.0f} s, and its place was wanted"
             self._drop(oldest, reason)
-            await oldest.close(TRY_AGAIN, reason)
+            await oldest.close(turns.TRY_AGAIN, reason)
 
     async def _ping(self, connection: Connection) -> None:
         # A newcomer waits for this during its handshake.
@@ -192,19 +146,23 @@ class Sessions:
         _log.info("client %d connected from %s", client.number, client.address)
         previous: dict[str, float] = {}
         warned = False
+
+        def is_open() -> bool:
+            return connection.state is websockets.protocol.State.OPEN
+
         try:
             if len(self._clients) > self._config.max_clients:
                 # Several newcomers were let in at once.
-                raise _Refusal("busy", "all places are taken; connect again later", TRY_AGAIN)
-            if len(self._clients) == 1:
-                await self._reset()
+                raise turns.Refusal(
+                    "busy", "all places are taken; connect again later", turns.TRY_AGAIN
+                )
             await self._send(connection, self._metadata)
             while not self._stopping:
                 message = await connection.recv()
                 arrived = time.monotonic()
                 self._busy.add(connection)
-                answer = await self._in_turn(
-                    connection, functools.partial(self._infer, message, arrived, previous)
+                answer = await self._turns.answer(
+                    turns.Request(connection, message, client.requests, arrived, previous, is_open)
                 )
                 await self._send(connection, answer.packed)
                 total_ms = 1000 * (time.monotonic() - arrived)
@@ -224,20 +182,23 @@ class Sessions:
                 if self._record is not None and isinstance(message, bytes):
                     self._record.add(name, message, answer.packed)
                 self._busy.discard(connection)
-            await connection.close(GOING_AWAY, "the server stops")
+            await connection.close(turns.GOING_AWAY, "the server stops")
         except websockets.exceptions.ConnectionClosed as closed:
             if closed.sent is not None and closed.sent.code == TOO_LARGE:
                 text = f"an observation larger than {self._config.max_request_mb} MiB"
                 self.seen.fail("too_large", f"client {client.number}", text)
                 _log.warning("client %d: %s", client.number, text)
-        except _Refusal as refusal:
+        except turns.Refusal as refusal:
             _log.warning("client %d: %s", client.number, refusal.text)
             await self._refuse(connection, client, refusal)
         except Exception:
             _log.exception("client %d: its observation could not be answered", client.number)
-            await self._refuse(connection, client, _Refusal("internal", traceback.format_exc()))
+            await self._refuse(
+                connection, client, turns.Refusal("internal", traceback.format_exc())
+            )
         finally:
             self._busy.discard(connection)
+            self._turns.left(connection)
             if self._clients.pop(connection, None) is not None:
                 self.seen.disconnect(client)
             if self._record is not None:
@@ -245,7 +206,7 @@ class Sessions:
             _log.info("client %d left after %d observations", client.number, client.requests)
 
     async def _refuse(
-        self, connection: Connection, client: telemetry.Client, refusal: _Refusal
+        self, connection: Connection, client: telemetry.Client, refusal: turns.Refusal
     ) -> None:
         self.seen.fail(refusal.kind, f"client {client.number}", refusal.text)
         with contextlib.suppress(websockets.exceptions.ConnectionClosed):
@@ -261,57 +222,3 @@ class Sessions:
             self._drop(connection, f"it has not read its answer for {READ:.0f} s")
             connection.transport.abort()
             raise websockets.exceptions.ConnectionClosedError(None, None) from None
-
-    async def _in_turn(self, connection: Connection, call: Callable[[], _Answer]) -> _Answer:
-        """Wait for this client's turn, unless too many wait already."""
-        if self.seen.waiting >= self._config.max_waiting:
-            raise _Refusal(
-                "busy",
-                f"busy: {self.seen.waiting} observations wait already, which is the limit "
-                "(--max-waiting); connect again later",
-                TRY_AGAIN,
-            )
-        self.seen.waiting += 1
-        try:
-            await self._turn.acquire()
-        finally:
-            self.seen.waiting -= 1
-        try:
-            if connection.state is not websockets.protocol.State.OPEN:
-                # It left while it waited: sending raises the reason.
-                await connection.send(b"")
-            if self._stopping:
-                raise _Refusal("busy", "the server stops", GOING_AWAY)
-            return await asyncio.get_running_loop().run_in_executor(self._worker, call)
-        finally:
-            self._turn.release()
-
-    async def _reset(self) -> None:
-        async with self._turn:
-            await asyncio.get_running_loop().run_in_executor(self._worker, self._policy.reset)
-
-    def _infer(self, message: str | bytes, arrived: float, previous: dict[str, float]) -> _Answer:
-        """One turn, in the worker thread."""
-        began = time.monotonic()
-        if isinstance(message, str):
-            raise _Refusal("message", "expected an observation in a binary frame, got text")
-        try:
-            observation, packing = protocol.read(message)
-        except ValueError as error:
-            raise _Refusal("message", str(error)) from error
-        if not isinstance(observation, dict):
-            found = type(observation).__name__
-            raise _Refusal("message", f"expected an observation, which is a map, got a {found}")
-        try:
-            result = dict(self._policy.infer(observation))
-        except ValueError as error:
-            raise _Refusal("observation", str(error)) from error
-        actions = np.asarray(result.pop("actions"))
-        if not np.isfinite(actions).all():
-            raise _Refusal("internal", "the policy gave actions that are not finite; none are sent")
-        queue_ms, infer_ms = 1000 * (began - arrived), 1000 * (time.monotonic() - began)
-        timing = {"infer_ms": infer_ms, "queue_ms": queue_ms, **previous}
-        policy_timing = result.pop("timing", {})
-        whole = {"actions": actions, "policy_timing": policy_timing, "server_timing": timing}
-        packed = protocol.pack({**whole, **result}, packing)
-        return _Answer(observation, actions, packed, result.get("warnings", ()), queue_ms, infer_ms)

@@ -21,6 +21,7 @@ from shallow_pi.deploy import observation_keys
 # Numbers of answers, events and (of each client) chunks kept for the page.
 SERVED, EVENTS, CHUNKS = 500, 20, 12
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 # Seconds a failure keeps the page red.
 ALARM = 10.0
 
@@ -129,6 +130,12 @@ class Telemetry:
                 ("inference", "The part of it in the policy."),
             )
         }
+        self._batch = prometheus_client.Histogram(
+            "shallow_pi_batch_size",
+            "Observations that were answered at once.",
+            buckets=_SIZES,
+            registry=registry,
+        )
         self._clients.set_function(lambda: len(self.clients))
         self._queue.set_function(lambda: self.waiting)
         for kind in ("message", "observation", "too_large", "busy", "unauthorized", "internal"):
@@ -156,6 +163,10 @@ class Telemetry:
         """Note that a client left."""
         del self.clients[client.number]
         self.version += 1
+
+    def turn(self, size: int) -> None:
+        """Note that inference begins for that many observations at once."""
+        self._batch.observe(size)
 
     def answer(
         self,

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from shallow_pi.deploy import policy as policies
+from shallow_pi.deploy import warm_up_inputs
 from shallow_pi.deploy.export import onnx_graph, openpi, tensorrt_operators
 from shallow_pi.deploy.export import student as students
 from shallow_pi.inference import forward, sampler, tuning
@@ -233,7 +233,7 @@ def model_of(student: students.Student) -> pi0.Pi0Config:
 
 def _lengths(student: students.Student) -> list[int]:
     """Prompt lengths to write graphs for: those of usual prompts, and the maximum."""
-    usual = policies.prompt_lengths(student.assets, None)
+    usual = warm_up_inputs.prompt_lengths(student.assets, None)
     return sorted({*usual, student.model.max_token_len})
 
 
