@@ -113,3 +113,55 @@ def test_paired_difference_stays_within_possible_values():
 def test_paired_difference_refuses_unequal_lengths():
     with pytest.raises(ValueError, match="same episodes for both"):
         intervals.paired_difference([True], [True, False])
+
+
+@pytest.mark.parametrize(
+    ("degrees", "expected"),
+    # From tables of Student's t, two-sided 5 %; the last is the normal distribution's.
+    [(1, 12.706), (2, 4.303), (3, 3.182), (10, 2.228), (30, 2.042), (1e6, 1.95997)],
+)
+def test_student_t_equals_the_tables(degrees, expected):
+    assert intervals.student_t(degrees) == pytest.approx(expected, abs=1e-3)
+
+
+def test_one_seed_gives_the_t_interval_of_its_episodes():
+    values = np.array([[1.0, 2.0, 4.0, 5.0]])
+    found = intervals.over_seeds(values)
+    half = 3.18245 * values.std(ddof=1) / 2
+    assert (found.mean, found.low, found.high) == pytest.approx((3.0, 3 - half, 3 + half), abs=1e-4)
+
+
+def test_seeds_that_differ_alike_in_every_episode_give_the_t_interval_of_the_seeds():
+    # outcome = seed's effect alone: n episodes add nothing, three numbers remain.
+    values = np.repeat([[0.2], [0.5], [0.8]], 50, axis=1)
+    found = intervals.over_seeds(values)
+    half = 4.30265 * 0.3 / math.sqrt(3)
+    assert (found.low, found.high) == pytest.approx((0.5 - half, 0.5 + half), abs=1e-4)
+
+
+def test_seeds_that_are_alike_do_not_multiply_the_episodes():
+    # Three seeds with the same outcomes know as much as one: the same interval.
+    one = np.random.default_rng(0).integers(0, 2, (1, 200)).astype(float)
+    alone, thrice = intervals.over_seeds(one), intervals.over_seeds(np.repeat(one, 3, axis=0))
+    assert (thrice.low, thrice.high) == pytest.approx((alone.low, alone.high))
+
+
+def test_the_interval_over_seeds_covers_the_mean_in_about_95_of_100_studies():
+    rng = np.random.default_rng(1)
+    covered = 0
+    for _ in range(1000):
+        seeds, episodes = rng.normal(0, 0.3, (3, 1)), rng.normal(0, 1, (1, 40))
+        found = intervals.over_seeds(seeds + episodes + rng.normal(0, 1, (3, 40)))
+        covered += found.low < 0 < found.high
+    assert 935 <= covered <= 995
+
+
+def test_a_rate_of_one_keeps_wilsons_interval():
+    found = intervals.rate_over_seeds(np.ones((3, 100)))
+    assert (found.low, found.high) == pytest.approx(intervals.wilson(100, 100))
+
+
+@pytest.mark.parametrize("values", [np.zeros((0, 3)), np.zeros(3), np.array([[np.nan]])])
+def test_outcomes_that_are_no_table_are_refused(values):
+    with pytest.raises(ValueError, match="outcomes"):
+        intervals.over_seeds(values)

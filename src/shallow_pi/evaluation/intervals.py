@@ -4,11 +4,18 @@ A rate gets Wilson's score interval. Two policies evaluated on the same seeds ar
 with Newcombe's hybrid score interval (his method 10, Statistics in Medicine 17, 1998), which uses
 only the four counts of the paired 2×2 table; that is far sharper than two overlapping intervals.
 Both behave at 0 % and 100 %, where the textbook normal interval has no width.
+
+These speak of the one policy that was trained. What holds for a recipe must hold for other seeds of
+its training too: `over_seeds` takes every training seed's outcome in every episode, and counts both
+as drawn at random (two crossed random effects, Satterthwaite's degrees of freedom).
 """
 
 import dataclasses
 import math
 from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float
 
 # The 97.5 % point of the standard normal distribution: two-sided 95 %.
 Z95 = 1.959963984540054
@@ -91,3 +98,87 @@ def paired_difference(a: Sequence[bool], b: Sequence[bool], z: float = Z95) -> D
         both=both,
         neither=neither,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Mean:
+    """A mean over training seeds and episodes, with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+    # Training seeds; with one, the interval is over its episodes alone.
+    seeds: int
+    episodes: int
+
+
+def over_seeds(values: Float[np.ndarray, "seeds episodes"]) -> Mean:
+    """The mean outcome of a recipe, or a paired difference, over training seeds and episodes.
+
+    With outcome = mean + seed + episode + rest, all but the mean random, the variance of the mean
+    of k seeds in the same n episodes is (MS_seed + MS_episode − MS_rest) / kn, where MS are the
+    mean squares of the two-way table. Its degrees of freedom are Satterthwaite's, so that three
+    seeds that differ give an interval as wide as three numbers can support.
+
+    Args:
+      values: a seed's outcome in an episode (1 for success); every seed met the same episodes. For
+        a difference of two recipes, the differences seed by seed.
+    """
+    values = np.asarray(values, float)
+    if values.ndim != 2 or not values.size or not np.isfinite(values).all():
+        raise ValueError(
+            f"expected finite outcomes (seeds, episodes) of at least one each, got the shape "
+            f"{values.shape}"
+        )
+    k, n = values.shape
+    mean = float(values.mean())
+    if n == 1:
+        return Mean(mean, -math.inf, math.inf, k, n)
+    by_seed, by_episode = values.mean(1), values.mean(0)
+    episode = k * float(np.sum((by_episode - mean) ** 2)) / (n - 1)
+    if k == 1:
+        half = student_t(n - 1) * math.sqrt(episode / n)
+        return Mean(mean, mean - half, mean + half, k, n)
+    seed = n * float(np.sum((by_seed - mean) ** 2)) / (k - 1)
+    rest = float(np.sum((values - by_seed[:, None] - by_episode + mean) ** 2)) / (k - 1) / (n - 1)
+    # An effect's own variance is never negative, whatever the estimate.
+    parts = {k - 1: max(seed - rest, 0.0), n - 1: max(episode - rest, 0.0)}
+    variance = (sum(parts.values()) + rest) / (k * n)
+    if variance == 0:
+        return Mean(mean, mean, mean, k, n)
+    squares = sum((part + rest * (part > 0)) ** 2 / degrees for degrees, part in parts.items()) + (
+        rest**2 / ((k - 1) * (n - 1))
+    )
+    degrees = max((variance * k * n) ** 2 / squares, 1.0)
+    half = student_t(degrees) * math.sqrt(variance)
+    return Mean(mean, mean - half, mean + half, k, n)
+
+
+def rate_over_seeds(successes: Float[np.ndarray, "seeds episodes"]) -> Mean:
+    """`over_seeds` of successes: never beyond 0 and 1, nor narrower than Wilson's of its episodes.
+
+    The seeds share their episodes, so they do not count as more of them.
+    """
+    found = over_seeds(successes)
+    low, high = wilson(round(found.mean * found.episodes), found.episodes)
+    return dataclasses.replace(
+        found, low=max(min(found.low, low), 0.0), high=min(max(found.high, high), 1.0)
+    )
+
+
+def student_t(degrees: float, probability: float = 0.975) -> float:
+    """The point of Student's t distribution below which `probability` (above ½) lies.
+
+    With t = sqrt(ν)·tan θ the density is proportional to cos(θ)^(ν−1), here summed over a fine grid.
+    """
+    if not (degrees >= 1 and 0.5 < probability < 1):
+        raise ValueError(
+            f"expected degrees >= 1 and a probability in (½, 1), got {degrees} and {probability}"
+        )
+    # The mass lies within a few 1/sqrt(ν): no grid over the whole quarter circle for large ν.
+    end = min(math.pi / 2, 12 / math.sqrt(degrees))
+    angles = np.linspace(0.0, end, 5_001)
+    density = np.maximum(np.cos(angles), 0.0) ** (degrees - 1)
+    mass = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
+    angle = float(np.interp(2 * probability - 1, mass / mass[-1], angles))
+    return math.sqrt(degrees) * math.tan(angle)
