@@ -30,6 +30,7 @@ FOLDERS = [
     "sims",
     "speed",
     "evaluation",
+    "evidence",
     "interop",
     "commands",
 ]

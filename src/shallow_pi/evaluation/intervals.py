@@ -169,7 +169,7 @@ def rate_over_seeds(successes: Float[np.ndarray, "seeds episodes"]) -> Mean:
 def student_t(degrees: float, probability: float = 0.975) -> float:
     """The point of Student's t distribution below which `probability` (above ½) lies.
 
-    With t = sqrt(ν)·tan θ the density is proportional to cos(θ)^(ν−1), here summed over a fine grid.
+    With t = sqrt(ν)·tan θ the density is proportional to cos(θ)^(ν−1), summed over a fine grid.
     """
     if not (degrees >= 1 and 0.5 < probability < 1):
         raise ValueError(

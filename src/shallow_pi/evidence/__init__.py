@@ -1,0 +1,1 @@
+"""Claims about the method, each a study of many small policies on the tabletop suite."""

@@ -1,0 +1,230 @@
+"""A cell of a study: one policy in one situation, measured, and its results as lines of JSON.
+
+    Episodes    closed loop: success, time, collisions, path and jerk of every episode
+    Chunks      open loop: the distribution of its plans at held-out observations
+
+A cell knows nothing of the claim that asks for it: two claims with a cell in common share its
+results. A line of a results file holds the cell, a digest of the policy's parameters, and a block
+of episodes by their seeds, so that any number of processes and machines can append lines, an
+interrupted cell loses a block at most, and files can be put behind each other. All policies of a
+situation meet the same seeds.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Float
+
+from shallow_pi import progress
+from shallow_pi.evaluation import rollout
+from shallow_pi.sims import tabletop
+
+# Far from the seeds that demonstrations are likely to have (63 random bits).
+EPISODE_SEED, OBSERVATION_SEED = 1_000_000, 2_000_000
+# Integration steps of a policy whose cell does not say.
+NUM_STEPS = 10
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Situation:
+    """The tasks a policy is put before, and how its plans are executed."""
+
+    tasks: tuple[str, ...]
+    start: Literal["usual", "elsewhere"] = "usual"
+    # Integration steps.
+    num_steps: int = NUM_STEPS
+    execute_steps: int = 10
+    # Control steps that plans are late, and the execution of a late plan (`rollout.Delay`).
+    late: int = 0
+    executor: rollout.Executor = "skip"
+
+    @property
+    def suite(self) -> tabletop.Suite:
+        """The simulator's options."""
+        return tabletop.Suite(tasks=self.tasks, start=self.start)
+
+    @property
+    def delay(self) -> rollout.Delay:
+        """As rollouts take it."""
+        return rollout.Delay(self.late, self.executor)
+
+    @property
+    def name(self) -> str:
+        """Short, for lists and progress bars."""
+        words = ["+".join(self.tasks) if len(self.tasks) < 4 else f"{len(self.tasks)} tasks"]
+        words += [self.start] if self.start != "usual" else []
+        words += [f"N{self.num_steps}", f"x{self.execute_steps}"]
+        words += [f"late{self.late}-{self.executor}"] if self.late else []
+        return " ".join(words)
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Cell:
+    """A policy by its slug (see `sources`), and its situation."""
+
+    policy: str
+    situation: Situation
+    # Closed-loop episodes, or the distribution of its plans (`num_steps` alone matters then).
+    kind: str = "episodes"
+
+    @property
+    def name(self) -> str:
+        """Short, for lists and progress bars."""
+        words = f"{self.policy} {self.situation.name}"
+        return words if self.kind == "episodes" else f"{words} {self.kind}"
+
+
+# What is kept of each episode or observation, by the kind of cell.
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "episodes": ("success", "steps", "collided", "path_mm", "jerk", "disc_speed"),
+    "chunks": ("to_teacher_mm", "to_expert_mm", "spread_mm"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Some episodes (or held-out observations) of a cell: a line of a results file."""
+
+    cell: Cell
+    # Of the policy's parameters: a cell of a policy trained anew is another one.
+    digest: str
+    seeds: tuple[int, ...]
+    tasks: tuple[str, ...]
+    columns: Mapping[str, Sequence[float]]
+    # Where and when: commit, device, seconds.
+    origin: Mapping[str, object]
+
+    def to_json(self) -> str:
+        """One line."""
+        situation = dataclasses.asdict(self.cell.situation)
+        line = {
+            "kind": self.cell.kind,
+            "policy": self.cell.policy,
+            **situation,
+            "digest": self.digest,
+            **self.origin,
+            "seeds": _runs(self.seeds),
+            "task": [self.cell.situation.tasks.index(task) for task in self.tasks],
+            **{name: [_short(v) for v in values] for name, values in self.columns.items()},
+        }
+        return json.dumps(line, separators=(",", ":"))
+
+
+def from_json(line: str) -> Block:
+    """The block of a line.
+
+    Raises:
+      ValueError: not such a line.
+    """
+    try:
+        found = json.loads(line)
+        fields: dict[str, Any] = {f.name: found[f.name] for f in dataclasses.fields(Situation)}
+        situation = Situation(**fields | {"tasks": tuple(fields["tasks"])})
+        kind = found["kind"]
+        cell = Cell(found["policy"], situation, kind)
+        seeds = tuple(
+            seed for first, count in found["seeds"] for seed in range(first, first + count)
+        )
+        columns = {name: found[name] for name in COLUMNS[kind]}
+        tasks = tuple(situation.tasks[index] for index in found["task"])
+        if {len(values) for values in columns.values()} != {len(seeds)} or len(tasks) != len(seeds):
+            raise ValueError("its columns differ in length")
+        origin = {name: found[name] for name in ("commit", "device", "seconds")}
+        return Block(cell, found["digest"], seeds, tasks, columns, origin)
+    except (KeyError, TypeError, IndexError, ValueError) as error:
+        raise ValueError(f"expected a line of results, got {line[:120]!r} ({error!r})") from error
+
+
+def _runs(seeds: Sequence[int]) -> list[list[int]]:
+    """Consecutive seeds as [first, number] pairs."""
+    found: list[list[int]] = []
+    for seed in seeds:
+        if found and seed == sum(found[-1]):
+            found[-1][1] += 1
+        else:
+            found.append([seed, 1])
+    return found
+
+
+def _short(value: float) -> float | int:
+    rounded = round(float(value), 3)
+    return int(rounded) if rounded == int(rounded) else rounded
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """Everything measured of each cell."""
+
+    # By cell, then by episode or observation seed.
+    rows: Mapping[Cell, Mapping[int, Mapping[str, float]]]
+    tasks: Mapping[Cell, Mapping[int, str]]
+    digests: Mapping[Cell, str]
+    origins: Mapping[Cell, Mapping[str, object]]
+
+    def seeds(self, cell: Cell) -> set[int]:
+        """Those measured."""
+        return set(self.rows.get(cell, ()))
+
+    def column(self, cell: Cell, name: str, seeds: Sequence[int]) -> Float[np.ndarray, " n"]:
+        """A column of a cell at these seeds."""
+        return np.array([self.rows[cell][seed][name] for seed in seeds], float)
+
+
+def read(folder: pathlib.Path, digests: Mapping[str, str] | None = None) -> Results:
+    """All lines of the files in a folder; of two of one seed the later in order of names holds.
+
+    Args:
+      folder: with files `*.jsonl`; it may not exist yet.
+      digests: policy → digest of its parameters as they are now: lines of others are left out.
+    """
+    rows: dict[Cell, dict[int, dict[str, float]]] = {}
+    tasks: dict[Cell, dict[int, str]] = {}
+    seen: dict[Cell, str] = {}
+    origins: dict[Cell, Mapping[str, object]] = {}
+    for block in _blocks(sorted(folder.glob("*.jsonl")) if folder.is_dir() else []):
+        cell = block.cell
+        if digests is not None and digests.get(cell.policy, block.digest) != block.digest:
+            progress.warn(
+                f"{cell.policy} was trained anew: its earlier results in {folder} are not used"
+            )
+            continue
+        if seen.setdefault(cell, block.digest) != block.digest:
+            # No checkpoint at hand tells which training is meant: the later line's.
+            rows.pop(cell, None)
+            tasks.pop(cell, None)
+            seen[cell] = block.digest
+        origins[cell] = block.origin
+        for index, seed in enumerate(block.seeds):
+            values = {name: float(column[index]) for name, column in block.columns.items()}
+            rows.setdefault(cell, {})[seed] = values
+            tasks.setdefault(cell, {})[seed] = block.tasks[index]
+    return Results(rows, tasks, seen, origins)
+
+
+def _blocks(paths: Iterable[pathlib.Path]) -> Iterable[Block]:
+    for path in paths:
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if not line.endswith("}"):
+                continue  # Cut short when its process was killed.
+            try:
+                yield from_json(line)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: {error}") from error
+
+
+def append(path: pathlib.Path, block: Block) -> None:
+    """Write a line; other processes may append to the file at the same time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        size = os.fstat(file).st_size
+        cut_short = size and os.pread(file, 1, size - 1) != b"\n"
+        # One write: lines of several processes do not mix.
+        os.write(file, b"\n" * bool(cut_short) + block.to_json().encode() + b"\n")
+    finally:
+        os.close(file)

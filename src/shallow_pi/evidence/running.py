@@ -1,0 +1,309 @@
+"""Measure cells: episodes in closed loop, and the distributions of plans in open loop.
+
+`measure` yields what it finds block by block. `run` spreads cells over processes and appends their
+blocks to a results file.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+import json
+import multiprocessing
+import os
+import pathlib
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from shallow_pi import progress
+from shallow_pi.deploy import policy as deployed
+from shallow_pi.evaluation import policies, rollout
+from shallow_pi.evidence import cells, measures, sources
+from shallow_pi.sims import simulator, tabletop
+
+# Simulators side by side; episodes a line of results.
+BATCH, BLOCK = 50, 125
+# Held-out observations of a cell of plans, and plans at each.
+OBSERVATIONS, PLANS = 64, 16
+# The expert has played at most so many steps when a held-out observation is made.
+PLAYED = 15
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What is missing of a cell."""
+
+    cell: cells.Cell
+    seeds: tuple[int, ...]
+    # Whose plans are the reference of a cell of plans.
+    teacher: str = ""
+    max_seconds: float = 5.0
+
+
+def jobs(
+    wanted: Sequence[cells.Cell], results: cells.Results, teacher: str, episodes: int
+) -> list[Job]:
+    """What is missing of each cell, in order; nothing of those that are complete."""
+    found = []
+    for cell in dict.fromkeys(wanted):
+        first, count = cells.EPISODE_SEED, episodes
+        if cell.kind == "chunks":
+            first, count = cells.OBSERVATION_SEED, min(OBSERVATIONS, episodes)
+        missing = sorted(set(range(first, first + count)) - results.seeds(cell))
+        if missing:
+            found.append(Job(cell, tuple(missing), teacher))
+    return found
+
+
+# Seed, task and columns of an episode or observation.
+Found = list[tuple[int, str, dict[str, float]]]
+
+
+class Watched:
+    """A simulator that keeps what each of its episodes came to (see `simulator.Simulator`)."""
+
+    def __init__(self, sim: tabletop.Tabletop, ended: Found):
+        self._sim, self._ended = sim, ended
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sim, name)
+
+    def reset(self, seed: int) -> None:
+        """Start an episode, and its path."""
+        self._sim.reset(seed)
+        self._seed, self._path = seed, [self._sim.tip]
+
+    def step(self, action: simulator.Action) -> None:
+        """Apply an action; when the episode is over, note what it came to."""
+        sim = self._sim
+        sim.step(action)
+        self._path.append(sim.tip)
+        if sim.done:
+            path = np.array(self._path)
+            outcome = {
+                "success": float(sim.success),
+                "steps": len(path) - 1.0,
+                "collided": float(sim.collided),
+                "path_mm": round(measures.path_length(path)),
+                "jerk": round(measures.jerk(path, sim.config.control_hz), 2),
+                "disc_speed": round(float(np.rad2deg(sim.speed))),
+            }
+            self._ended.append((self._seed, sim.task, outcome))
+
+
+def measure(job: Job, runs: pathlib.Path) -> Iterator[cells.Block]:
+    """The missing blocks of a cell."""
+    digest = _digest(job.cell.policy, runs)
+    origin = {"commit": commit(), "device": jax.devices()[0].device_kind}
+    start = time.monotonic()
+    for found in (_chunks if job.cell.kind == "chunks" else _episodes)(job, runs):
+        seconds = round(time.monotonic() - start, 1)
+        start = time.monotonic()
+        seeds, tasks, rows = zip(*sorted(found, key=lambda one: one[0]), strict=True)
+        columns = {name: [row[name] for row in rows] for name in cells.COLUMNS[job.cell.kind]}
+        yield cells.Block(job.cell, digest, seeds, tasks, columns, {**origin, "seconds": seconds})
+
+
+def _watched(suite: tabletop.Suite, ended: Found) -> Watched:
+    return Watched(suite.make(), ended)
+
+
+def _episodes(job: Job, runs: pathlib.Path) -> Iterator[Found]:
+    situation = job.cell.situation
+    suite = dataclasses.replace(situation.suite, max_seconds=job.max_seconds)
+    policy: policies.Policy
+    execute_steps = situation.execute_steps
+    if job.cell.policy == sources.EXPERT:
+        policy, execute_steps = policies.Scripted(tabletop.expert), 1
+    else:
+        policy = policies.Trained(_policy(job.cell.policy, runs, situation.num_steps))
+    for seeds in (job.seeds[i : i + BLOCK] for i in range(0, len(job.seeds), BLOCK)):
+        ended: Found = []
+        with tempfile.TemporaryDirectory() as folder:
+            # `evaluate` takes a range of seeds, less those that a file says are done.
+            path, wanted = pathlib.Path(folder) / "done.jsonl", set(seeds)
+            span = range(seeds[0], seeds[-1] + 1)
+            done = [rollout.Episode(seed, "", False, 0) for seed in span if seed not in wanted]
+            path.write_text("".join(json.dumps(dataclasses.asdict(e)) + "\n" for e in done))
+            rollout.evaluate(
+                functools.partial(_watched, suite, ended),
+                policy,
+                episodes=len(span),
+                seed=span.start,
+                execute_steps=execute_steps,
+                label=job.cell.name,
+                batch=min(BATCH, len(wanted)),
+                path=path,
+                delay=situation.delay,
+            )
+        yield ended
+
+
+def _chunks(job: Job, runs: pathlib.Path) -> Iterator[Found]:
+    situation = job.cell.situation
+    at = runs, situation.tasks, job.seeds
+    held = _held_out(*at[1:])
+    references = _plans(job.teacher, cells.NUM_STEPS, *at, salt=1)
+    planned = _plans(job.cell.policy, situation.num_steps, *at, salt=2)
+    found: Found = []
+    for one, own, teachers in zip(held, planned, references, strict=True):
+        expert = one.expert[:, : own.shape[1]]
+        outcome = {
+            "to_teacher_mm": measures.chunk_distance(own, teachers),
+            "to_expert_mm": measures.chunk_distance(own, expert),
+            "spread_mm": measures.sideways_spread(own, one.towards),
+        }
+        found.append((one.seed, one.task, {name: round(v, 3) for name, v in outcome.items()}))
+    yield found
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """A state that no demonstration has, and what the expert might do from there."""
+
+    seed: int
+    task: str
+    observation: simulator.Observation
+    towards: Float[np.ndarray, "2"]
+    expert: Float[np.ndarray, "n h 3"]
+
+
+@functools.lru_cache(maxsize=4)
+def _held_out(tasks: tuple[str, ...], seeds: tuple[int, ...]) -> list[HeldOut]:
+    """States on the expert's way, and samples of its plans there."""
+    sim = tabletop.Suite(tasks=tasks).make()
+    return [_held_out_state(sim, seed) for seed in seeds]
+
+
+def _held_out_state(sim: tabletop.Tabletop, seed: int, horizon: int = 20) -> HeldOut:
+    rng = np.random.default_rng([seed, 0])
+    side, played = (1 if rng.uniform() < 0.5 else -1), int(rng.integers(PLAYED))
+
+    def start(played: int) -> None:
+        sim.reset(seed)
+        sim.side = side
+        _play(sim, np.random.default_rng([seed, 1]), played)
+
+    start(played)
+    if sim.task == "around" or sim.done:
+        played = 0  # Before the pillar, where both ways are open; or before the end.
+        start(played)
+    observation = sim.observe()
+    towards = sim.positions[sim.target, :2] - sim.tip[:2]
+    plans = []
+    for plan in range(PLANS):
+        start(played)
+        sim.side = 1 if plan % 2 else -1
+        plans.append(_play(sim, np.random.default_rng([seed, 2, plan]), horizon))
+    return HeldOut(seed, sim.task, observation, towards, np.stack(plans))
+
+
+def _play(sim: tabletop.Tabletop, rng: np.random.Generator, steps: int) -> Float[np.ndarray, "h 3"]:
+    """The expert's actions, perturbed when executed as in demonstrations (`gantry.demonstrate`)."""
+    spread, wander, actions = rng.uniform(0, 0.003), np.zeros(3), []
+    for _ in range(steps):
+        if not sim.done:
+            actions.append(tabletop.expert(sim))
+            wander = 0.7 * wander + np.sqrt(1 - 0.7**2) * rng.normal(scale=spread, size=3)
+            sim.step(actions[-1] + wander)
+    return np.array(actions + actions[-1:] * (steps - len(actions)))
+
+
+@functools.lru_cache(maxsize=4)
+def _plans(
+    slug: str,
+    num_steps: int,
+    runs: pathlib.Path,
+    tasks: tuple[str, ...],
+    seeds: tuple[int, ...],
+    salt: int,
+) -> list[Float[np.ndarray, "n h 3"]]:
+    """A policy's plans at each held-out observation; another salt is other noise."""
+    policy, found = _policy(slug, runs, num_steps), []
+    held = _held_out(tasks, seeds)
+    keys = [[one.seed, salt * 1000 + plan] for one in held for plan in range(PLANS)]
+    observations = [one.observation for one in held for _ in range(PLANS)]
+    size = 4 * PLANS
+    for i in range(0, len(keys), size):
+        # Always full batches, so that one shape is compiled.
+        rows = [min(row, len(keys) - 1) for row in range(i, i + size)]
+        noise = policies.noise(np.array([keys[row] for row in rows]), *policy.noise_shape)
+        found.append(policy.infer_batch([observations[row] for row in rows], noise))
+    whole = np.concatenate(found)[: len(keys)]
+    return list(whole.reshape(len(held), PLANS, *whole.shape[1:]))
+
+
+@functools.lru_cache(maxsize=4)
+def _policy(slug: str, runs: pathlib.Path, num_steps: int) -> deployed.Policy:
+    return sources.load(slug, runs, num_steps)
+
+
+@functools.lru_cache(maxsize=4)
+def _digest(slug: str, runs: pathlib.Path) -> str:
+    return sources.digest(slug, runs)
+
+
+@functools.lru_cache(maxsize=1)
+def commit() -> str:
+    """Of the source, where it is a clone."""
+    try:
+        asked = ["git", "-C", str(pathlib.Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def run(todo: Sequence[Job], runs: pathlib.Path, output: pathlib.Path, workers: int) -> None:
+    """Measure jobs in this many processes and append their blocks to a file.
+
+    Each process keeps to one core, so that many small policies run side by side; one alone uses
+    all.
+    """
+    total = sum(len(job.seeds) for job in todo)
+    with progress.bar("Episodes", total=total) as advance:
+        if workers <= 1:
+            for job in todo:
+                for block in measure(job, runs):
+                    cells.append(output, block)
+                    advance(len(block.seeds), note=job.cell.name)
+            return
+        context = multiprocessing.get_context("spawn")
+        cores: Any = context.SimpleQueue()
+        for index in range(workers):
+            cores.put(index)
+        with concurrent.futures.ProcessPoolExecutor(
+            workers, mp_context=context, initializer=_begin, initargs=(cores,)
+        ) as pool:
+            pending = {pool.submit(_work, job, runs, output): job for job in todo}
+            try:
+                for future in concurrent.futures.as_completed(pending):
+                    advance(future.result(), note=pending[future].cell.name)
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+
+def _begin(cores: Any) -> None:
+    """Keep a worker on a core of its own, and quiet."""
+    progress.console.quiet = True
+    if hasattr(os, "sched_setaffinity"):
+        allowed = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {allowed[cores.get() % len(allowed)]})
+
+
+def _work(job: Job, runs: pathlib.Path, output: pathlib.Path) -> int:
+    blocks = []
+    for block in measure(job, runs):
+        cells.append(output, block)
+        blocks.append(len(block.seeds))
+    return sum(blocks)
+
+
+def digests(slugs: Sequence[str], runs: pathlib.Path) -> Mapping[str, str]:
+    """Of the policies that are there."""
+    return {slug: _digest(slug, runs) for slug in slugs if sources.exists(slug, runs)}

@@ -1,0 +1,93 @@
+"""The policies of cells by their slugs.
+
+| slug | policy |
+|---|---|
+| `expert` | the suite's scripted expert |
+| a recipe's slug | the step folder of that name among the runs |
+| `SLUG--keep-0.3.7` | layers 0, 3 and 7 of that policy, without training |
+| `SLUG--similarity-drop3` | the policy without the 3 layers that `layer_scores` of that name rank |
+|                          | last, without training; also `sensitivity` |
+"""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from shallow_pi.checkpoints import weights
+from shallow_pi.data.robots import assets as policy_assets
+from shallow_pi.deploy import policy as deployed
+from shallow_pi.distill import layer_map, student
+from shallow_pi.models import pi0
+
+EXPERT = "expert"
+# Of a teacher's layers, beside its parameters; `scores` writes it.
+SCORES_FILE = "layer_scores.json"
+CUT = re.compile(r"(keep)-([0-9.]+)|(similarity|sensitivity)-drop([0-9]+)")
+
+
+def exists(slug: str, runs: pathlib.Path) -> bool:
+    """The policy can be loaded."""
+    return slug == EXPERT or (runs / slug.partition("--")[0] / "params").is_dir()
+
+
+def load(slug: str, runs: pathlib.Path, num_steps: int) -> deployed.Policy:
+    """A policy that samples in `num_steps`.
+
+    Raises:
+      ValueError, FileNotFoundError: no such policy, or one that is not complete.
+    """
+    assets, params = _read(slug, runs)
+    # A cell asks for these steps on purpose: no warning that it was trained for others.
+    assets = dataclasses.replace(assets, num_steps=num_steps)
+    return deployed.Policy(assets, params)
+
+
+def digest(slug: str, runs: pathlib.Path) -> str:
+    """A short hash of the policy's parameters; "" for the expert."""
+    if slug == EXPERT:
+        return ""
+    found = hashlib.sha256(slug.partition("--")[2].encode())
+    _, params = _read(slug.partition("--")[0], runs)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        found.update(jax.tree_util.keystr(path).encode())
+        found.update(np.ascontiguousarray(leaf).tobytes())
+    return found.hexdigest()[:10]
+
+
+def _read(slug: str, runs: pathlib.Path) -> tuple[policy_assets.Assets, PyTree]:
+    base, _, way = slug.partition("--")
+    folder = runs / base
+    if not (folder / "params").is_dir():
+        raise FileNotFoundError(f"no policy {base} in {runs}: train it, or give --runs")
+    assets = policy_assets.load(folder)
+    dtype = np.dtype(jnp.dtype(assets.model.dtype))
+    expected = pi0.abstract_params(assets.model)
+    params = weights.load_params(folder, expected, dtype=dtype, what="policy")
+    if not way:
+        return assets, params
+    kept = _kept(slug, assets.model.depth, folder)
+    cut = student.cut(assets.model, params, kept)
+    model = pi0.at_depth(assets.model, kept.depth)
+    whole = dataclasses.replace(assets, model=model)
+    return whole, jax.tree.map(np.asarray, cut)
+
+
+def _kept(slug: str, depth: int, folder: pathlib.Path) -> layer_map.LayerMap:
+    found = CUT.fullmatch(slug.partition("--")[2])
+    if found is None:
+        raise ValueError(f"policy {slug!r}: expected SLUG--keep-0.3.7 or SLUG--similarity-drop3")
+    if found[1]:
+        return layer_map.explicit([int(layer) for layer in found[2].split(".")], depth)
+    path = folder / SCORES_FILE
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: run scripts/reproduce.py skipping")
+    score = np.array(json.loads(path.read_text(encoding="utf-8"))[found[3]])
+    choose = {"similarity": layer_map.similarity, "sensitivity": layer_map.sensitivity}[found[3]]
+    return choose(depth - int(found[4]), score)
