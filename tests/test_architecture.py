@@ -29,6 +29,7 @@ FOLDERS = [
     "serving",
     "sims",
     "speed",
+    "evaluation/rivals",
     "evaluation",
     "evidence",
     "interop",

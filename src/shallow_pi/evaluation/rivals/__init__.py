@@ -1,0 +1,1 @@
+"""Published alternatives to a shallow student, reimplemented on the same teacher; one file each."""

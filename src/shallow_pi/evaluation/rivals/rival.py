@@ -1,0 +1,237 @@
+"""The interface of rivals: made of a teacher and samples, they are policies that anything can run.
+
+A rival is a frozen dataclass of its options. It is made by `make` into a `deployed.Policy` whose
+program is the rival's own; rollouts, latency measurements and servers call it like any other.
+Rivals read the same openpi checkpoint as the teacher. All run with unrolled layers and scanned
+steps, whatever is fastest for the teacher on this device: times compare when the teacher's own is
+measured with these options too (rival `teacher`).
+"""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PyTree, UInt8
+
+from shallow_pi.checkpoints import weights as checkpoints
+from shallow_pi.data import data_config, loader, opening
+from shallow_pi.data.robots import assets as policy_assets
+from shallow_pi.deploy import policy as deployed
+from shallow_pi.distill import flow
+from shallow_pi.inference import attention, forward, prepare, program, sampler, tuning
+from shallow_pi.models import batch as batches
+from shallow_pi.models import observation as observations
+from shallow_pi.models import pi0
+from shallow_pi.speed import flops
+
+OPTIONS = dataclasses.replace(tuning.ALL_ON, unrolled_steps=False, padded_tower=False)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Material:
+    """What a rival is made of."""
+
+    # The teacher's.
+    assets: policy_assets.Assets
+    params: PyTree
+    # Training batches from the first on, in the same order at every call.
+    feed: Callable[[], Iterator[batches.Batch]]
+
+    @property
+    def model(self) -> pi0.Pi0Config:
+        """The teacher."""
+        return self.assets.model
+
+
+def from_step(
+    step: pathlib.Path, dataset: pathlib.Path, *, batch_size: int = 64, seed: int = 0
+) -> Material:
+    """A teacher's step folder, and a LeRobot dataset of its robot with its statistics."""
+    assets = policy_assets.load(step)
+    dtype = np.dtype(jnp.dtype(assets.model.dtype))
+    params = checkpoints.load_params(step, pi0.abstract_params(assets.model), dtype=dtype)
+    config = data_config.DataConfig(
+        path=str(dataset), robot=assets.robot.name, asset_id=assets.asset_id, cache="memory"
+    )
+    train = opening.open_data(config, assets.model, step).train
+    return Material(assets, params, lambda: iter(loader.Loader(train, batch_size, seed=seed)))
+
+
+class Draw(NamedTuple):
+    """A batch with noise and time, as the losses draw it."""
+
+    observation: observations.Observation
+    x_t: Float[Array, "b r ah ad"]
+    t: Float[Array, "b r"]
+    u: Float[Array, "b r ah ad"]
+
+
+def draw(key: Array, batch: batches.Batch, draws: int = 1) -> Draw:
+    """Noise and times for every sample of a batch."""
+    noise_key, time_key = jax.random.split(key)
+    actions = jnp.asarray(batch.actions)
+    shape = (len(actions), draws, *actions.shape[1:])
+    noise, t = flow.sample_noise(noise_key, shape), flow.sample_time(time_key, shape[:2])
+    actions = jnp.broadcast_to(actions[:, None], shape)
+    observation = jax.tree.map(jnp.asarray, batch.observation).as_float()
+    x_t = flow.interpolate(actions, noise, t)
+    return Draw(observation, x_t, t, flow.target_velocity(actions, noise))
+
+
+class Weights(NamedTuple):
+    """A rival's weights: prepared layers, and its own."""
+
+    prepared: prepare.Prepared
+    extra: PyTree
+
+
+# From (config, weights, observation, noise) to normalized actions.
+Sample = Callable[[pi0.Pi0Config, Weights, observations.Observation, Array], Array]
+
+
+class Rival(Protocol):
+    """A rival's options."""
+
+    def make(self, material: Material, folder: pathlib.Path) -> deployed.Policy:
+        """The policy; what is trained is kept in the folder, and read from it when it is there."""
+        ...
+
+    def operations(self, config: pi0.Pi0Config, num_steps: int) -> int:
+        """Floating-point operations of one inference, of trimmed observations."""
+        ...
+
+    def parameters_held(self, config: pi0.Pi0Config) -> int:
+        """Parameters in memory, those included that an input may skip."""
+        ...
+
+
+def policy(
+    material: Material, config: pi0.Pi0Config, params: PyTree, sample: Sample, extra: PyTree
+) -> deployed.Policy:
+    """A policy that samples in its own way.
+
+    Args:
+      material: its teacher, whose robot and integration steps are kept.
+      config: its model; it differs from the teacher at most in depth.
+      params: its parameters in openpi's tree.
+      sample: its sampler.
+      extra: parameters of its own, for the sampler.
+    """
+    assets = dataclasses.replace(material.assets, model=config)
+    made = deployed.Policy(assets, params, num_steps=assets.num_steps)
+    made.program = RivalProgram.of(config, params, sample, extra, assets.num_steps)
+    return made
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RivalProgram(program.Program):
+    """A program with another sampler."""
+
+    sample: Sample
+
+    @classmethod
+    def of(
+        cls, config: pi0.Pi0Config, params: PyTree, sample: Sample, extra: PyTree, num_steps: int
+    ) -> "RivalProgram":
+        """Prepare a model's parameters."""
+        times = sampler.integration_times(num_steps)
+        prepared = jax.jit(lambda tree: prepare.prepare(config, tree, times, OPTIONS))(params)
+        held = Weights(prepared, jax.tree.map(jnp.asarray, extra))
+        arrays = program.Arrays((), tuple(jax.tree.leaves(held)))
+        return cls(arrays, jax.eval_shape(lambda: held), num_steps, OPTIONS, sample)
+
+    @functools.cached_property
+    def run(self) -> jax.stages.Wrapped:
+        """As of `program.Program`."""
+        tree = jax.tree.structure(self.shapes)
+        return jax.jit(functools.partial(_run, tree=tree, sample=self.sample), static_argnums=0)
+
+
+def _run(
+    layout: program.Layout,
+    arrays: program.Arrays,
+    packed: UInt8[Array, "b n"],
+    *,
+    tree: Any,
+    sample: Sample,
+) -> Float[Array, "b ah ad"]:
+    if layout.guided:
+        raise ValueError("rivals do not go on from a previous chunk: take another executor")
+    observation, noise, _ = program.unpack(layout, packed)
+    held: Weights = jax.tree.unflatten(tree, arrays.others)
+    return sample(layout.config, held, observation, noise)
+
+
+def steps_of(prepared: prepare.Prepared) -> int:
+    """The integration steps that weights are prepared for."""
+    return len(jax.tree.leaves(prepared.tables)[0])
+
+
+# From (x_t, tables of one time, buffers) to (velocity, buffers).
+Velocity = Callable[[Array, prepare.Tables, attention.Cache], tuple[Array, attention.Cache]]
+
+
+def integrate(
+    velocity: Velocity, prepared: prepare.Prepared, noise: Array, cache: attention.Cache
+) -> Float[Array, "b ah ad"]:
+    """Euler steps at the times of the prepared tables, from noise to actions."""
+    dt = jnp.float32(-1.0 / steps_of(prepared))
+
+    def step(
+        carry: tuple[Array, attention.Cache], tables: prepare.Tables
+    ) -> tuple[tuple[Array, attention.Cache], None]:
+        x_t, cache = carry
+        v, cache = velocity(x_t, jax.tree.map(lambda leaf: leaf[None], tables), cache)
+        return (x_t + dt * v, cache), None
+
+    return jax.lax.scan(step, (noise.astype(jnp.float32), cache), prepared.tables)[0][0]
+
+
+def with_state(
+    config: pi0.Pi0Config,
+    prepared: prepare.Prepared,
+    observation: observations.Observation,
+    cache: attention.Cache,
+    valid: Array,
+) -> tuple[attention.Cache, Array]:
+    """The prefix's buffers, with π0's state token behind it."""
+    if config.pi05:
+        return cache, valid
+    return forward.append_state(config, prepared, observation.state, cache, valid)
+
+
+@dataclasses.dataclass(frozen=True)
+class FewerTokens(pi0.Pi0Config):
+    """A model over fewer image tokens than its cameras give."""
+
+    kept: int = 0
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Kept image tokens and prompt tokens together."""
+        return self.kept + self.max_token_len
+
+
+def with_tokens(config: pi0.Pi0Config, kept: int) -> FewerTokens:
+    """The same model over that many image tokens."""
+    fields = {
+        field.name: getattr(config, field.name) for field in dataclasses.fields(pi0.Pi0Config)
+    }
+    return FewerTokens(**fields, kept=kept)
+
+
+def count(config: pi0.Pi0Config, depth: int, num_steps: int) -> flops.Count:
+    """Operations of a plain model of that depth."""
+    model = pi0.at_depth(config, depth)
+    return flops.inference_flops(model, num_steps=num_steps, options=OPTIONS)
+
+
+def layer(config: pi0.Pi0Config) -> flops.Count:
+    """Operations of one layer that others follow, over the prefix and in one step."""
+    two, one = (count(config, depth, 1) for depth in (2, 1))
+    return flops.Count(0, two.prefix - one.prefix, two.step - one.step, 1)

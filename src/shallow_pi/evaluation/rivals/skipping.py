@@ -1,0 +1,147 @@
+"""Layers left out of the teacher without training, and the teacher itself for comparison.
+
+The Shallow-π paper asks whether skipping could replace a trained cut: it drops layers one after the
+other in the order of a test-time oracle, least harm first. `oracle` measures the harm anew behind
+every drop, `sensitivity` and the other scores once.
+"""
+
+import dataclasses
+import pathlib
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from shallow_pi.deploy import policy as deployed
+from shallow_pi.distill import gates, layer_map, layer_scores, student
+from shallow_pi.evaluation.rivals import rival
+from shallow_pi.inference import forward
+from shallow_pi.models import observation as observations
+from shallow_pi.models import parameters, pi0
+
+Order = Literal["oracle", layer_map.Measured]
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """The teacher, run as the rivals are."""
+
+    def make(self, material: rival.Material, folder: pathlib.Path) -> deployed.Policy:
+        """The whole teacher."""
+        del folder
+        return rival.policy(material, material.model, material.params, plain, ())
+
+    def operations(self, config: pi0.Pi0Config, num_steps: int) -> int:
+        """Of the plain sampler."""
+        return rival.count(config, config.depth, num_steps).total
+
+    def parameters_held(self, config: pi0.Pi0Config) -> int:
+        """All."""
+        return parameters.count(pi0.axis_sizes(config))
+
+
+@dataclasses.dataclass(frozen=True)
+class Skip:
+    """The teacher without some layers, untrained."""
+
+    # Layers left out.
+    drop: int = 0
+    # Order in which they go: oracle, or a score of `layer_scores`.
+    order: str = "oracle"
+
+    def __post_init__(self) -> None:
+        known = (*get_args(Order)[:1], *layer_map.MEASURED)
+        if self.order not in known or self.drop < 0:
+            raise ValueError(
+                f"skip: drop is 0 or more and order one of {', '.join(known)}, got {self}"
+            )
+
+    def make(self, material: rival.Material, folder: pathlib.Path) -> deployed.Policy:
+        """Measure the order on the first batch, and cut."""
+        del folder
+        model = material.model
+        kept = without(model.depth, order(material, self.order)[: self.drop])
+        params = student.cut(model, material.params, kept)
+        return rival.policy(material, pi0.at_depth(model, kept.depth), params, plain, ())
+
+    def operations(self, config: pi0.Pi0Config, num_steps: int) -> int:
+        """Of the plain sampler at what is left."""
+        return rival.count(config, config.depth - self.drop, num_steps).total
+
+    def parameters_held(self, config: pi0.Pi0Config) -> int:
+        """Those of the kept layers."""
+        return parameters.count(pi0.axis_sizes(pi0.at_depth(config, config.depth - self.drop)))
+
+
+def plain(
+    config: pi0.Pi0Config,
+    held: rival.Weights,
+    observation: observations.Observation,
+    noise: jax.Array,
+) -> jax.Array:
+    """The sampler of every policy, with the rivals' options."""
+    prepared = held.prepared
+    cache, valid = forward.prefill(config, prepared, observation)
+    cache, valid = rival.with_state(config, prepared, observation, cache, valid)
+    return rival.integrate(
+        lambda x_t, tables, cache: forward.velocity(config, prepared, cache, valid, x_t, tables),
+        prepared,
+        noise,
+        cache,
+    )
+
+
+def without(depth: int, dropped: tuple[int, ...]) -> layer_map.LayerMap:
+    """The map of all layers but these."""
+    return layer_map.explicit([i for i in range(depth) if i not in dropped], depth)
+
+
+def order(material: rival.Material, by: str) -> tuple[int, ...]:
+    """All layers in the order in which they are left out, first the one missed least.
+
+    Args:
+      material: the teacher, and a batch to measure it on.
+      by: "oracle", or a score of `layer_scores`.
+    """
+    drawn = rival.draw(jax.random.key(0), next(iter(material.feed())))
+    single = tuple(x[:, 0] for x in drawn[1:])
+    if by == "oracle":
+        return _oracle(material, drawn.observation, single[0], single[1])
+    assert by in layer_map.MEASURED, "checked by the rival"
+    measure = jax.jit(layer_scores.measure, static_argnums=(0, 1))
+    scores = np.asarray(measure(by, material.model, material.params, drawn.observation, *single))
+    missed = -scores if by in ("similarity", "cka") else scores
+    return tuple(np.argsort(missed, kind="stable").tolist())
+
+
+def _oracle(
+    material: rival.Material,
+    observation: observations.Observation,
+    x_t: jax.Array,
+    t: jax.Array,
+) -> tuple[int, ...]:
+    """Greedy: again and again the layer whose loss changes the teacher's velocity least."""
+    model, params = material.model, material.params
+
+    @jax.jit
+    def harms(opened: jax.Array) -> jax.Array:
+        """Error of the velocity without each layer, beside those that are gone."""
+        prefix = gates.embed(model, params, observation)
+        given = (prefix, observation.state, x_t[:, None], t[:, None])
+        whole = gates.velocity(model, params, *given)
+
+        def harm(without: jax.Array) -> jax.Array:
+            spread = jnp.broadcast_to((opened * (1 - without))[:, None], (model.depth, len(t)))
+            v = gates.velocity(model, params, *given, spread)
+            return jnp.mean(jnp.square(v - whole))
+
+        return jax.lax.map(harm, jnp.eye(model.depth))
+
+    opened = np.ones(model.depth, np.float32)
+    gone: list[int] = []
+    while len(gone) < model.depth - 1:
+        found = np.where(opened > 0, np.asarray(harms(opened)), np.inf)
+        gone.append(int(np.argmin(found)))
+        opened[gone[-1]] = 0
+    return (*gone, int(np.argmax(opened)))
