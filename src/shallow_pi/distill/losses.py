@@ -11,6 +11,7 @@ Everything is float32. (METHOD: the layer pair, the weights and `per_head` are o
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Literal
 
 import jax
@@ -22,6 +23,8 @@ from shallow_pi.distill import flow
 Attention = Literal["per_head", "head_mean"]
 # The fields of `Losses` that are weights, and all but the first look at the teacher.
 TERMS = ("task", "velocity", "attention", "reflow")
+# The weight of every term.
+Weights = Mapping[str, float | Float[Array, ""]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +66,11 @@ class Losses:
             raise ValueError(
                 f"--losses.attention-layer is a student layer or -1, got {self.attention_layer}."
             )
+
+    @property
+    def weights(self) -> Weights:
+        """The weight of every term, by name."""
+        return {name: getattr(self, name) for name in TERMS}
 
     @property
     def needs_teacher(self) -> bool:

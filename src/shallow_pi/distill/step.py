@@ -168,6 +168,7 @@ def distill_step(
     state: DistillState,
     key: Array,
     batch: batches.Batch,
+    weights: losses.Weights | None = None,
 ) -> tuple[DistillState, Metrics]:
     """One step of AdamW on the weighted sum of the losses (see `losses`).
 
@@ -178,13 +179,15 @@ def distill_step(
       state: the student's state.
       key: the run's key, the same at every step.
       batch: a batch of the loader.
+      weights: of the terms that `spec.losses` has, as arrays that may differ between students of
+        one program; None takes those of `spec.losses`.
 
     Returns:
       The new state, and float32 metrics: every loss, gradient norms, the learning rate, the
       teacher's own task loss and the cosine between the two velocities.
     """
     inputs = draw_inputs(spec, jax.random.fold_in(key, state.step), batch)
-    grads, metrics = _gradient(spec, teacher_params, state.params, inputs)
+    grads, metrics = _gradient(spec, teacher_params, state.params, inputs, weights)
     updates, opt_state = spec.optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema_params = state.ema_params
@@ -219,9 +222,14 @@ def loss_gradient_norms(
 
 
 def _gradient(
-    spec: Spec, teacher_params: PyTree, params: PyTree, inputs: Inputs
+    spec: Spec,
+    teacher_params: PyTree,
+    params: PyTree,
+    inputs: Inputs,
+    weights: losses.Weights | None = None,
 ) -> tuple[PyTree, Metrics]:
     """Gradient and metrics of the whole batch, microbatch by microbatch."""
+    weights = spec.losses.weights if weights is None else weights
     count = jnp.maximum(jnp.sum(inputs.action_mask.astype(jnp.float32)), 1.0)
 
     def microbatch(part: Inputs) -> tuple[PyTree, Metrics]:
@@ -234,7 +242,7 @@ def _gradient(
 
         def loss(params: PyTree) -> tuple[Float[Array, ""], Metrics]:
             whole = students.join(params, teacher_params, spec.freeze)
-            return _total_loss(spec, whole, reference, part, tokens, count)
+            return _total_loss(spec, weights, whole, reference, part, tokens, count)
 
         return jax.grad(loss, has_aux=True)(params)
 
@@ -299,6 +307,7 @@ def _teacher_outputs(
 
 def _total_loss(
     spec: Spec,
+    weights: losses.Weights,
     params: PyTree,
     reference: _Reference | None,
     inputs: Inputs,
@@ -306,8 +315,7 @@ def _total_loss(
     count: Array,
 ) -> tuple[Float[Array, ""], Metrics]:
     """The weighted loss of a microbatch as its share of the mean over the whole batch."""
-    weights = spec.losses
-    layer = spec.attention_layers[0] if weights.attention > 0 else None
+    layer = spec.attention_layers[0] if spec.losses.attention > 0 else None
     x_t, t, draws = inputs.x_t, inputs.t, inputs.t.shape[1]
     line = None if reference is None else reference.line
     if line is not None:  # More draws in the one pass: they share the prefix.
@@ -329,12 +337,12 @@ def _total_loss(
 
     v_student = v_all[:, :draws]
     metrics = {"task_loss": mean(losses.task_loss(v_student, inputs.u))}
-    loss = weights.task * metrics["task_loss"]
+    loss = weights["task"] * metrics["task_loss"]
     if reference is not None:
         metrics["teacher_task_loss"] = mean(losses.task_loss(reference.velocity, inputs.u))
         metrics["velocity_cosine"] = mean(losses.cosine(v_student, reference.velocity))
         metrics["velocity_loss"] = mean(losses.velocity_loss(v_student, reference.velocity))
-        loss += weights.velocity * metrics["velocity_loss"]
+        loss += weights["velocity"] * metrics["velocity_loss"]
     if reference is not None and attention is not None:
         assert reference.attention is not None, "both models return attention or neither does"
         metrics["attention_loss"] = mean(
@@ -342,13 +350,13 @@ def _total_loss(
                 attention.logits[:, :draws],
                 reference.attention.logits,
                 attention.valid[:, None, None, None, :],
-                weights.attention_heads,
+                spec.losses.attention_heads,
             )
         )
-        loss += weights.attention * metrics["attention_loss"]
+        loss += weights["attention"] * metrics["attention_loss"]
     if line is not None:
         metrics["reflow_loss"] = mean(losses.velocity_loss(v_all[:, draws:], line.u))
-        loss += weights.reflow * metrics["reflow_loss"]
+        loss += weights["reflow"] * metrics["reflow_loss"]
     metrics["loss"] = loss
     return loss, metrics
 

@@ -1,0 +1,315 @@
+"""Train many small policies in few programs.
+
+A small policy leaves an accelerator idle: its kernels are shorter than their launch. So all recipes
+that differ only in arrays (initial parameters, loss weights, seeds, number of demonstrations) are
+trained together, by the same `step.distill_step` as any student, mapped twice: over seeds, each
+with its own order of the data, noise and times, and over the variants that share them, for which
+the teacher runs once. The frames stay on the device, and batches are drawn there, with replacement.
+Programs are compiled side by side and run one after the other.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from shallow_pi import progress
+from shallow_pi.distill import layer_map, losses, step, student
+from shallow_pi.evidence import frames, recipes
+from shallow_pi.models import batch as batches
+from shallow_pi.models import layers, pi0
+from shallow_pi.training import optimizer
+
+# Steps of one call of a compiled program.
+CHUNK = 50
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """A teacher: its parameters on the host."""
+
+    model: pi0.Pi0Config
+    params: PyTree
+    # Scores of its layers by strategy, for the strategies that measure.
+    scores: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """A grid of seeds × variants that one program trains."""
+
+    # Seed and number of demonstrations of each row.
+    rows: tuple[tuple[int, int], ...]
+    # The columns; seed and demonstrations of these are meaningless.
+    variants: tuple[recipes.Recipe, ...]
+
+    @property
+    def grid(self) -> list[list[recipes.Recipe]]:
+        """One list for each row."""
+        return [
+            [dataclasses.replace(v, seed=seed, demonstrations=count) for v in self.variants]
+            for seed, count in self.rows
+        ]
+
+    @property
+    def first(self) -> recipes.Recipe:
+        """Any member: what the program depends on is the same in all."""
+        return self.grid[0][0]
+
+    def __str__(self) -> str:
+        size = len(self.rows) * len(self.variants)
+        return f"{size} × {self.first.slug}" if size > 1 else self.first.slug
+
+
+def group(wanted: Iterable[recipes.Recipe]) -> list[Group]:
+    """Recipes of one program together, in the order in which they first appear."""
+    columns: dict[object, dict[recipes.Recipe, list[tuple[int, int]]]] = {}
+    for recipe in dict.fromkeys(wanted):
+        variant = dataclasses.replace(recipe, seed=0, demonstrations=0)
+        rows = columns.setdefault(_program(recipe), {}).setdefault(variant, [])
+        rows.append((recipe.seed, recipe.demonstrations))
+    found = []
+    for variants in columns.values():
+        grids: dict[tuple[tuple[int, int], ...], list[recipes.Recipe]] = {}
+        for variant, rows in variants.items():
+            grids.setdefault(tuple(sorted(rows)), []).append(variant)
+        found += [Group(rows, tuple(members)) for rows, members in grids.items()]
+    return found
+
+
+def _program(recipe: recipes.Recipe) -> tuple[object, ...]:
+    """What a compiled program depends on; weights, initial parameters and seeds are arrays.
+
+    A variant without some term joins those that have it: its weight is 0. Which of the teacher's
+    layers is compared is part of the program, and so is the layer map where attention is.
+    """
+    compared: object = None
+    if recipe.strategy != "uniform" or recipe.attention_layer != "middle":
+        seed = recipe.seed if recipe.strategy == "random" else None
+        compared = (recipe.strategy, seed, recipe.attention_layer)
+    return (
+        recipe.role,
+        recipe.depth,
+        recipe.teacher,
+        recipe.steps,
+        recipe.reflow > 0,
+        recipe.num_steps,
+        recipe.heads,
+        compared if recipe.attention else None,
+    )
+
+
+def layers_of(recipe: recipes.Recipe, teacher: Teacher) -> layer_map.LayerMap:
+    """The teacher's layers that a student copies."""
+    depth, strategy = recipe.depth, recipe.strategy
+    if strategy == "random":
+        return layer_map.random(depth, teacher.model.depth, recipe.seed)
+    if strategy in ("similarity", "sensitivity"):
+        return getattr(layer_map, strategy)(depth, teacher.scores[strategy])
+    return getattr(layer_map, strategy)(depth, teacher.model.depth)
+
+
+def initial(recipe: recipes.Recipe, model: pi0.Pi0Config, teacher: Teacher | None) -> PyTree:
+    """Parameters before the first step: cut out of the teacher, or random."""
+    if recipe.init == "random":
+        return pi0.init(pi0.at_depth(model, recipe.depth), jax.random.key(1000 + recipe.seed))
+    assert teacher is not None, "a student is cut out of a teacher"
+    return student.cut(teacher.model, teacher.params, layers_of(recipe, teacher))
+
+
+def train(
+    groups: Sequence[Group],
+    model: pi0.Pi0Config,
+    data: frames.Frames,
+    teacher: Teacher | None = None,
+    deadline: float = math.inf,
+) -> Iterator[tuple[recipes.Recipe, PyTree, Mapping[str, float]]]:
+    """Train groups of recipes; yields each policy's parameters, and its last metrics.
+
+    Args:
+      groups: of `group`, the most important first.
+      model: the teacher's architecture, at any depth.
+      data: demonstrations, of which a recipe takes the first.
+      teacher: what students are cut from and compared with; None for teachers.
+      deadline: of `time.monotonic`; no group begins that would, by the time the groups before it
+        took, end later. What is left out is told.
+
+    Raises:
+      ValueError: more demonstrations are asked for than there are.
+    """
+    most = max(count for members in groups for _, count in members.rows)
+    if most > len(data.ends) - 1:
+        raise ValueError(f"{most} demonstrations are wanted, {len(data.ends) - 1} were collected")
+    samples = jax.device_put(data.samples)
+    held = None if teacher is None else jax.device_put(teacher.params)
+    pace = 0.0  # Seconds for a step of one policy, of the slowest group so far.
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        jobs = [pool.submit(_compile, members, model, data, teacher) for members in groups]
+        for members, job in zip(groups, jobs, strict=True):
+            steps = members.first.steps
+            size = len(members.rows) * len(members.variants)
+            if time.monotonic() + pace * size * steps > deadline:
+                progress.say(f"no time left for {members}")
+                continue
+            if (program := job.result()) is None:
+                params = _starts(members, model, teacher)
+                metrics: Mapping[str, Array] = {}
+            else:
+                began = time.monotonic()
+                params, metrics = _run(program, members, model, data, samples, teacher, held)
+                pace = max(pace, (time.monotonic() - began) / steps / size)
+            yield from _members(members, jax.device_get(params), jax.device_get(metrics))
+
+
+def _members(
+    members: Group, params: PyTree, metrics: Mapping[str, np.ndarray]
+) -> Iterator[tuple[recipes.Recipe, PyTree, Mapping[str, float]]]:
+    for i, row in enumerate(members.grid):
+        for j, recipe in enumerate(row):
+            own = jax.tree.map(lambda leaf, i=i, j=j: np.asarray(leaf[i, j]), params)
+            yield recipe, own, {name: float(value[i, j]) for name, value in metrics.items()}
+
+
+def _starts(members: Group, model: pi0.Pi0Config, teacher: Teacher | None) -> PyTree:
+    """Initial parameters, with axes of seeds and variants in front."""
+    rows = [
+        jax.tree.map(
+            lambda *leaves: jnp.stack(leaves), *[initial(recipe, model, teacher) for recipe in row]
+        )
+        for row in members.grid
+    ]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
+
+
+def _spec(members: Group, model: pi0.Pi0Config, teacher: Teacher | None) -> step.Spec:
+    # A term that any variant has is computed for all; a weight of 0 takes it out again.
+    largest = {name: max(getattr(v, name) for v in members.variants) for name in losses.TERMS}
+    shown = next((v for v in members.variants if v.attention), members.first)
+    weights = dataclasses.replace(shown.losses, **largest)
+    first = members.first
+    schedule = optimizer.CosineSchedule(
+        warmup_steps=max(1, first.steps // 20),
+        peak_lr=recipes.PEAK_LR,
+        decay_steps=max(2, first.steps),
+        end_lr=recipes.PEAK_LR / 50,
+    ).create()
+    compared = teacher if weights.needs_teacher else None
+    # Of students without a seed of their own in the layer map, all have that of the first.
+    at = dataclasses.replace(shown, seed=members.rows[0][0])
+    return step.Spec(
+        student=pi0.at_depth(model, first.depth),
+        optimizer=optimizer.AdamW().create(schedule),
+        schedule=schedule,
+        losses=weights,
+        teacher=None if compared is None else compared.model,
+        layer_map=None if compared is None else layers_of(at, compared),
+        draws=recipes.DRAWS,
+        num_steps=first.num_steps,
+        execution=layers.Execution(remat="none"),
+    )
+
+
+def _arrays(members: Group, data: frames.Frames) -> tuple[Array, Array, Mapping[str, Array]]:
+    """Seeds and numbers of frames of the rows, and the weights of all members."""
+    grid = members.grid
+    weights = {
+        name: jnp.array([[getattr(recipe, name) for recipe in row] for row in grid], jnp.float32)
+        for name in losses.TERMS
+    }
+    seeds = jnp.array([seed for seed, _ in members.rows])
+    return seeds, jnp.array([data.ends[count] for _, count in members.rows]), weights
+
+
+def _compile(
+    members: Group, model: pi0.Pi0Config, data: frames.Frames, teacher: Teacher | None
+) -> tuple[jax.stages.Compiled, step.Spec, int] | None:
+    """The program of a group, for `CHUNK` steps or a divisor; None if nothing is trained."""
+    steps = members.first.steps
+    if not steps:
+        return None
+    length = next(n for n in range(min(CHUNK, steps), 0, -1) if steps % n == 0)
+    spec = _spec(members, model, teacher)
+    shape = (len(members.rows), len(members.variants))
+
+    def widened(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((*shape, *leaf.shape), leaf.dtype)
+
+    abstract = jax.eval_shape(
+        functools.partial(step.init_state, spec), pi0.abstract_params(spec.student)
+    )
+    state = jax.tree.map(widened, abstract)
+    run = jax.jit(functools.partial(_chunk, spec, length), donate_argnums=0)
+    held = None if spec.teacher is None or teacher is None else _shapes(teacher.params)
+    lowered = run.lower(state, held, _shapes(data.samples), *_arrays(members, data))
+    return lowered.compile(), spec, length
+
+
+def _shapes(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+
+
+def _run(
+    program: tuple[jax.stages.Compiled, step.Spec, int],
+    members: Group,
+    model: pi0.Pi0Config,
+    data: frames.Frames,
+    samples: batches.Batch,
+    teacher: Teacher | None,
+    held: PyTree,
+) -> tuple[PyTree, Mapping[str, Array]]:
+    run, spec, length = program
+    init = jax.vmap(jax.vmap(functools.partial(step.init_state, spec)))
+    state = jax.jit(init)(_starts(members, model, teacher))
+    arrays = _arrays(members, data)
+    metrics: Mapping[str, Array] = {}
+    with progress.bar(str(members), total=members.first.steps) as advance:
+        for _ in range(members.first.steps // length):
+            state, metrics = run(state, None if spec.teacher is None else held, samples, *arrays)
+            jax.block_until_ready(state.step)
+            advance(length)
+    return state.params, metrics
+
+
+def _chunk(
+    spec: step.Spec,
+    length: int,
+    state: step.DistillState,
+    teacher: PyTree,
+    samples: batches.Batch,
+    seeds: Array,
+    count: Array,
+    weights: Mapping[str, Array],
+) -> tuple[step.DistillState, Mapping[str, Array]]:
+    """`length` steps of every policy; the metrics are means over them."""
+
+    def one_row(
+        states: step.DistillState, seed: Array, frames: Array, scales: Mapping[str, Array]
+    ) -> tuple[step.DistillState, Mapping[str, Array]]:
+        key = jax.random.key(seed)
+        drawn = jax.random.fold_in(jax.random.fold_in(key, 2**30), states.step[0])
+        rows = jax.random.randint(drawn, (recipes.BATCH_SIZE,), 0, frames)
+        batch = jax.tree.map(lambda leaf: leaf[rows], samples)
+
+        def one(
+            state: step.DistillState, scale: Mapping[str, Array]
+        ) -> tuple[step.DistillState, Mapping[str, Array]]:
+            # The step's number is the row's, so that inputs and teacher are not mapped.
+            shared = dataclasses.replace(state, step=states.step[0])
+            return step.distill_step(spec, teacher, shared, key, batch, scale)
+
+        return jax.vmap(one)(states, scales)
+
+    def one_step(
+        states: step.DistillState, _: None
+    ) -> tuple[step.DistillState, Mapping[str, Array]]:
+        return jax.vmap(one_row)(states, seeds, count, weights)
+
+    state, metrics = jax.lax.scan(one_step, state, None, length)
+    return state, {name: jnp.mean(values, 0) for name, values in metrics.items()}

@@ -1,0 +1,94 @@
+"""The policies of the studies: how each one is made, and the name that says so.
+
+A recipe is everything that tells one trained policy from another. Its `slug` names the policy's
+folder and its lines in the results, so it spells out whatever differs from the default student:
+`l6-s0`, `l6-velocity0-attention0-s2`, `l4-first-s1`, `teacher-l9-s0`, `l6-cut-s0` (no training).
+"""
+
+import dataclasses
+from typing import Literal
+
+from shallow_pi.distill import layer_map, losses
+
+# Fixed by the suite's pictures and horizon; the paper's students see larger ones.
+BATCH_SIZE, DRAWS, PEAK_LR = 64, 2, 2e-3
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Recipe:
+    """One policy of a study. The defaults are the paper's student on the suite."""
+
+    # "student" is distilled or fine-tuned from the teacher below, "teacher" is trained from
+    # nothing on the task loss.
+    role: Literal["student", "teacher"] = "student"
+    # Layers of both towers.
+    depth: int = 6
+    # Slug of the teacher; empty for a teacher.
+    teacher: str = "teacher"
+    # Teacher layers that the student copies: a strategy.
+    strategy: layer_map.Strategy = "uniform"
+    # Copy the teacher's layers, or start from random parameters.
+    init: Literal["cut", "random"] = "cut"
+    # Weights of the losses.
+    task: float = 1.0
+    velocity: float = 1.0
+    attention: float = 0.1
+    reflow: float = 0.0
+    # Which layer's attention is compared, and how.
+    attention_layer: Literal["first", "middle", "last"] = "middle"
+    heads: losses.Attention = "per_head"
+    # Integration steps that the student is deployed with; the reflow loss looks at their times.
+    num_steps: int = 10
+    # Optimizer steps of 64 observations, twice drawn.
+    steps: int = 1200
+    # Episodes of the expert that the policy is trained on.
+    demonstrations: int = 400
+    # Of the order of the data, noise, times and random parameters.
+    seed: int = 0
+
+    @property
+    def slug(self) -> str:
+        """A name for files that tells the recipe from every other."""
+        default = TEACHER if self.role == "teacher" else STUDENT
+        parts = [f"l{self.depth}"] if self.role == "student" else ["teacher", f"l{self.depth}"]
+        if self.steps == 0:
+            parts.append("cut" if self.init == "cut" else "untrained")
+        for field in dataclasses.fields(self):
+            name, value = field.name, getattr(self, field.name)
+            if name in ("role", "depth", "seed") or value == getattr(default, name):
+                continue
+            if name == "steps" and not value:
+                continue
+            word = value if name in ("strategy", "init", "heads") else f"{name}{_short(value)}"
+            parts.append(str(word).replace("_", ""))
+        return "-".join([*parts, f"s{self.seed}"])
+
+    @property
+    def losses(self) -> losses.Losses:
+        """The weights, and the layer whose attention is compared."""
+        layer = {"first": 0, "middle": -1, "last": self.depth - 1}[self.attention_layer]
+        return losses.Losses(
+            task=self.task,
+            velocity=self.velocity,
+            attention=self.attention,
+            reflow=self.reflow,
+            attention_heads=self.heads,
+            attention_layer=layer,
+        )
+
+
+STUDENT = Recipe()
+TEACHER = Recipe(
+    role="teacher",
+    depth=18,
+    teacher="",
+    init="random",
+    velocity=0.0,
+    attention=0.0,
+    steps=20_000,
+    demonstrations=10_000,
+)
+
+
+def _short(value: object) -> str:
+    return f"{value:g}" if isinstance(value, (int, float)) else str(value)
