@@ -12,7 +12,7 @@ with `config` static; average them over a few batches and times, for they change
 path (METHOD: §6).
 """
 
-from typing import assert_never
+from typing import NamedTuple, assert_never
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +59,15 @@ def measure(
             assert_never(strategy)
 
 
+class Cosines(NamedTuple):
+    """Mean cosine between input and output of each layer, by stream."""
+
+    # Over valid prefix tokens.
+    backbone: Float[Array, " l"]
+    # Over suffix tokens.
+    expert: Float[Array, " l"]
+
+
 def similarity(
     config: pi0.Pi0Config,
     params: PyTree,
@@ -67,12 +76,25 @@ def similarity(
     t: Float[Array, " b"],
 ) -> Float[Array, " l"]:
     """Mean cosine between input and output of each layer, over valid prefix and suffix tokens."""
+    backbone, expert = cosines(config, params, observation, x_t, t)
+    prefix = jnp.sum(pi0.prefix_valid(config, observation)).astype(jnp.float32)
+    suffix = len(t) * (config.action_horizon + (not config.pi05))
+    return (prefix * backbone + suffix * expert) / (prefix + suffix)
+
+
+def cosines(
+    config: pi0.Pi0Config,
+    params: PyTree,
+    observation: observations.Observation,
+    x_t: Float[Array, "b ah ad"],
+    t: Float[Array, " b"],
+) -> Cosines:
+    """`similarity` of each stream alone; of the two, only the expert's changes with the time."""
     hidden = pi0.hidden_states(config, params, observation, x_t, t)
     prefix, suffix = _cosine(hidden.prefix), _cosine(hidden.suffix)
     valid = jnp.broadcast_to(pi0.prefix_valid(config, observation)[None], prefix.shape)
-    count = jnp.sum(valid[0]) + suffix[0].size
-    total = jnp.sum(jnp.where(valid, prefix, 0.0), axis=(1, 2)) + jnp.sum(suffix, axis=(1, 2, 3))
-    return total / count.astype(jnp.float32)
+    total = jnp.sum(jnp.where(valid, prefix, 0.0), axis=(1, 2))
+    return Cosines(total / jnp.sum(valid[0]).astype(jnp.float32), jnp.mean(suffix, axis=(1, 2, 3)))
 
 
 def sensitivity(

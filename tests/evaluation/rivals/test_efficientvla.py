@@ -1,7 +1,6 @@
 """EfficientVLA: with everything kept it is the teacher; else it keeps what the formulas say."""
 
 import dataclasses
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -167,12 +166,12 @@ def test_relevance_is_the_attention_that_prompt_tokens_give(setting):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_a_rival_runs_as_a_policy_and_drops_the_most_alike(own, params, tiny_batch):
+def test_a_rival_runs_as_a_policy_and_drops_the_most_alike(own, params, tiny_batch, tmp_path):
     config = own.model
     batch = tiny_batch(config, 2)
     material = rival.Material(own, params, lambda: iter([batch]))
-    made = table.find("efficientvla:layers=1").make(material, pathlib.Path("."))
-    alike = efficientvla.scores(material, "similarity")
+    made = table.find("efficientvla:layers=1").make(material, tmp_path)
+    alike = rival.scores(material, "similarity")
     kept = layer_map.similarity(1, alike)
     shallow = student.cut(config, params, kept)
     expected = table.find("teacher").make(
@@ -181,7 +180,7 @@ def test_a_rival_runs_as_a_policy_and_drops_the_most_alike(own, params, tiny_bat
             assets=dataclasses.replace(own, model=pi0.at_depth(config, 1)),
             params=shallow,
         ),
-        pathlib.Path("."),
+        tmp_path,
     )
     noise = np.random.default_rng(0).standard_normal((2, 5, 6)).astype(np.float32)
     np.testing.assert_allclose(

@@ -1,7 +1,6 @@
 """Layers left out without training: the order, and the policy that is left."""
 
 import dataclasses
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -45,12 +44,12 @@ def test_the_oracle_leaves_out_what_then_changes_the_velocity_least(material):
     assert skipping.order(material, "similarity") == tuple(np.argsort(-alike).tolist())
 
 
-def test_a_policy_without_layers_is_the_cut_and_without_any_gone_the_teacher(material):
+def test_a_policy_without_layers_is_the_cut_and_without_any_gone_the_teacher(material, tmp_path):
     model, batch = material.model, next(material.feed())
     noise = np.random.default_rng(0).standard_normal((4, 5, 6)).astype(np.float32)
     observation = jax.tree.map(jnp.asarray, batch.observation).as_float()
     for name in ("teacher", "skip:drop=0", "skip:drop=2"):
-        made = table.find(name).make(material, pathlib.Path("."))
+        made = table.find(name).make(material, tmp_path)
         drop = 2 if name.endswith("2") else 0
         kept = skipping.without(3, skipping.order(material, "oracle")[:drop])
         expected = sampler.sample_actions(
@@ -62,7 +61,7 @@ def test_a_policy_without_layers_is_the_cut_and_without_any_gone_the_teacher(mat
         np.testing.assert_allclose(made.sample(batch.observation, noise), expected, atol=1e-4)
 
 
-def test_a_rival_refuses_to_go_on_from_a_chunk(material):
-    made = table.find("teacher").make(material, pathlib.Path("."))
+def test_a_rival_refuses_to_go_on_from_a_chunk(material, tmp_path):
+    made = table.find("teacher").make(material, tmp_path)
     with pytest.raises(ValueError, match="do not go on from a previous chunk"):
         made.warm_up(guided=True)

@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from shallow_pi.deploy import policy as deployed
-from shallow_pi.distill import layer_map, layer_scores, student
+from shallow_pi.distill import layer_map, student
 from shallow_pi.evaluation.rivals import rival
 from shallow_pi.inference import attention, forward, prepare
 from shallow_pi.models import layers, parameters, pi0
@@ -55,11 +55,13 @@ class EfficientVLA:
             )
 
     def make(self, material: rival.Material, folder: pathlib.Path) -> deployed.Policy:
-        """Measure the layers on the first batch, and drop the most alike; keeps no file."""
-        del folder
+        """Measure the layers on the first batch, and drop the most alike."""
         model, params = material.model, material.params
         if self.layers and self.layers < model.depth:
-            kept = layer_map.similarity(self.layers, scores(material, "similarity"))
+            scores = rival.kept(
+                folder / "similarity.json", lambda: rival.scores(material, "similarity")
+            )
+            kept = layer_map.similarity(self.layers, np.array(scores))
             params = student.cut(model, params, kept)
             model = pi0.at_depth(model, self.layers)
         return rival.policy(material, model, params, self.sample, ())
@@ -120,16 +122,6 @@ class EfficientVLA:
     def parameters_held(self, config: pi0.Pi0Config) -> int:
         """Those of the kept layers."""
         return parameters.count(pi0.axis_sizes(pi0.at_depth(config, self.layers or config.depth)))
-
-
-def scores(material: rival.Material, strategy: layer_map.Measured) -> Float[np.ndarray, " l"]:
-    """A score of each layer of the teacher, on the first batch."""
-    drawn = rival.draw(jax.random.key(0), next(iter(material.feed())))
-    single = (x[:, 0] for x in drawn[1:])
-    measure = jax.jit(layer_scores.measure, static_argnums=(0, 1))
-    return np.asarray(
-        measure(strategy, material.model, material.params, drawn.observation, *single)
-    )
 
 
 def prefill(

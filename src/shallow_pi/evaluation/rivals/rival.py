@@ -9,8 +9,9 @@ measured with these options too (rival `teacher`).
 
 import dataclasses
 import functools
+import json
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -19,10 +20,10 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree, UInt8
 
 from shallow_pi.checkpoints import weights as checkpoints
-from shallow_pi.data import data_config, loader, opening
+from shallow_pi.data import data_config, loader, opening, sources
 from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.deploy import policy as deployed
-from shallow_pi.distill import flow
+from shallow_pi.distill import flow, layer_map, layer_scores
 from shallow_pi.inference import attention, forward, prepare, program, sampler, tuning
 from shallow_pi.models import batch as batches
 from shallow_pi.models import observation as observations
@@ -51,15 +52,19 @@ class Material:
 def from_step(
     step: pathlib.Path, dataset: pathlib.Path, *, batch_size: int = 64, seed: int = 0
 ) -> Material:
-    """A teacher's step folder, and a LeRobot dataset of its robot with its statistics."""
+    """A teacher's step folder, and a LeRobot dataset of its robot, which is opened when needed."""
     assets = policy_assets.load(step)
     dtype = np.dtype(jnp.dtype(assets.model.dtype))
     params = checkpoints.load_params(step, pi0.abstract_params(assets.model), dtype=dtype)
     config = data_config.DataConfig(
         path=str(dataset), robot=assets.robot.name, asset_id=assets.asset_id, cache="memory"
     )
-    train = opening.open_data(config, assets.model, step).train
-    return Material(assets, params, lambda: iter(loader.Loader(train, batch_size, seed=seed)))
+
+    @functools.cache
+    def train() -> sources.Source:
+        return opening.open_data(config, assets.model, step).train
+
+    return Material(assets, params, lambda: iter(loader.Loader(train(), batch_size, seed=seed)))
 
 
 class Draw(NamedTuple):
@@ -83,6 +88,23 @@ def draw(key: Array, batch: batches.Batch, draws: int = 1) -> Draw:
     return Draw(observation, x_t, t, flow.target_velocity(actions, noise))
 
 
+def scores(material: Material, strategy: layer_map.Measured) -> Float[np.ndarray, " l"]:
+    """A score of each layer of the teacher, on the first batch."""
+    drawn = draw(jax.random.key(0), next(iter(material.feed())))
+    measure = jax.jit(layer_scores.measure, static_argnums=(0, 1))
+    single = (x[:, 0] for x in drawn[1:])
+    found = measure(strategy, material.model, material.params, drawn.observation, *single)
+    return np.asarray(found)
+
+
+def kept(path: pathlib.Path, measure: Callable[[], Iterable[float]]) -> list[float]:
+    """Numbers of a JSON file, measured and written first where it is missing."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps([float(x) for x in measure()]) + "\n", encoding="utf-8")
+    return [float(x) for x in json.loads(path.read_text(encoding="utf-8"))]
+
+
 class Weights(NamedTuple):
     """A rival's weights: prepared layers, and its own."""
 
@@ -98,7 +120,7 @@ class Rival(Protocol):
     """A rival's options."""
 
     def make(self, material: Material, folder: pathlib.Path) -> deployed.Policy:
-        """The policy; what is trained is kept in the folder, and read from it when it is there."""
+        """The policy; what it measures or trains is kept in the folder, and read where it is."""
         ...
 
     def operations(self, config: pi0.Pi0Config, num_steps: int) -> int:

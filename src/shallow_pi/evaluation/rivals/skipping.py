@@ -7,6 +7,7 @@ every drop, `sensitivity` and the other scores once.
 
 import dataclasses
 import pathlib
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import jax
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from shallow_pi.deploy import policy as deployed
-from shallow_pi.distill import gates, layer_map, layer_scores, student
+from shallow_pi.distill import gates, layer_map, student
 from shallow_pi.evaluation.rivals import rival
 from shallow_pi.inference import forward
 from shallow_pi.models import observation as observations
@@ -59,9 +60,9 @@ class Skip:
 
     def make(self, material: rival.Material, folder: pathlib.Path) -> deployed.Policy:
         """Measure the order on the first batch, and cut."""
-        del folder
-        model = material.model
-        kept = without(model.depth, order(material, self.order)[: self.drop])
+        model, path = material.model, folder / f"{self.order}-order.json"
+        found = rival.kept(path, lambda: order(material, self.order))
+        kept = without(model.depth, [int(layer) for layer in found[: self.drop]])
         params = student.cut(model, material.params, kept)
         return rival.policy(material, pi0.at_depth(model, kept.depth), params, plain, ())
 
@@ -92,7 +93,7 @@ def plain(
     )
 
 
-def without(depth: int, dropped: tuple[int, ...]) -> layer_map.LayerMap:
+def without(depth: int, dropped: Sequence[int]) -> layer_map.LayerMap:
     """The map of all layers but these."""
     return layer_map.explicit([i for i in range(depth) if i not in dropped], depth)
 
@@ -104,31 +105,24 @@ def order(material: rival.Material, by: str) -> tuple[int, ...]:
       material: the teacher, and a batch to measure it on.
       by: "oracle", or a score of `layer_scores`.
     """
-    drawn = rival.draw(jax.random.key(0), next(iter(material.feed())))
-    single = tuple(x[:, 0] for x in drawn[1:])
     if by == "oracle":
-        return _oracle(material, drawn.observation, single[0], single[1])
-    assert by in layer_map.MEASURED, "checked by the rival"
-    measure = jax.jit(layer_scores.measure, static_argnums=(0, 1))
-    scores = np.asarray(measure(by, material.model, material.params, drawn.observation, *single))
+        return _oracle(material)
+    strategy = next(name for name in layer_map.MEASURED if name == by)
+    scores = rival.scores(material, strategy)
     missed = -scores if by in ("similarity", "cka") else scores
     return tuple(np.argsort(missed, kind="stable").tolist())
 
 
-def _oracle(
-    material: rival.Material,
-    observation: observations.Observation,
-    x_t: jax.Array,
-    t: jax.Array,
-) -> tuple[int, ...]:
+def _oracle(material: rival.Material) -> tuple[int, ...]:
     """Greedy: again and again the layer whose loss changes the teacher's velocity least."""
     model, params = material.model, material.params
+    observation, x_t, t, _ = rival.draw(jax.random.key(0), next(iter(material.feed())))
 
     @jax.jit
     def harms(opened: jax.Array) -> jax.Array:
         """Error of the velocity without each layer, beside those that are gone."""
         prefix = gates.embed(model, params, observation)
-        given = (prefix, observation.state, x_t[:, None], t[:, None])
+        given = (prefix, observation.state, x_t, t)
         whole = gates.velocity(model, params, *given)
 
         def harm(without: jax.Array) -> jax.Array:
