@@ -1,0 +1,117 @@
+"""The structure of a claim: rows, columns, statements and pictures, all of them data.
+
+A claim compares variants (a recipe under several training seeds, or one fixed policy) in columns (a
+situation and a measure). Its statements are inequalities between two of these, each decided by its
+95 % interval alone.
+"""
+
+import dataclasses
+import itertools
+
+from shallow_pi.evidence import cells
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One row of a table: the same recipe under several seeds, or one policy."""
+
+    label: str
+    # Slugs; those of several seeds in the order of the seeds.
+    policies: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """One column of a table: a measure in a situation."""
+
+    label: str
+    situation: cells.Situation
+    # A column of results (`cells.COLUMNS`); rates are "success" and "collided".
+    measure: str = "success"
+    # Of the situation's tasks this one; "" is all.
+    task: str = ""
+
+    @property
+    def kind(self) -> str:
+        """Of the cells that hold it."""
+        return next(kind for kind, names in cells.COLUMNS.items() if self.measure in names)
+
+    @property
+    def is_rate(self) -> bool:
+        """A share of episodes."""
+        return self.measure in ("success", "collided")
+
+
+# A variant's label and a column's.
+Side = tuple[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Statement:
+    """`a` − `b` (or `a` alone) is at least, or at most, a bound."""
+
+    text: str
+    a: Side
+    b: Side | None = None
+    at_least: float | None = None
+    at_most: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """Points of a picture: where they stand, and which variant and column gives their height."""
+
+    label: str
+    points: tuple[tuple[float | str, Side], ...]
+    # Of the palette of policies, and solid, dashed or dotted.
+    colour: str = "student"
+    style: str = "-"
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A figure of a claim: curves over numbers, or points over names."""
+
+    name: str
+    title: str
+    x: str
+    y: str
+    lines: tuple[Line, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """One study."""
+
+    # As typed.
+    name: str
+    question: str
+    # What the paper, or we, say.
+    says: str
+    variants: tuple[Variant, ...]
+    columns: tuple[Column, ...]
+    statements: tuple[Statement, ...]
+    pictures: tuple[Picture, ...]
+    # Row with which the others are compared, pair by pair.
+    reference: str
+    limits: str
+    # What belongs to the claim and has no cell yet.
+    pending: tuple[str, ...] = ()
+    # Rows and columns that are measured; None is all of them.
+    only: frozenset[Side] | None = None
+
+    def has(self, side: Side) -> bool:
+        """The claim asks for this pair of row and column."""
+        return self.only is None or side in self.only
+
+    def cells(self) -> list[cells.Cell]:
+        """All cells, the first seeds of every row first."""
+        found = []
+        longest = max(len(variant.policies) for variant in self.variants)
+        for index, column, variant in itertools.product(
+            range(longest), self.columns, self.variants
+        ):
+            if index < len(variant.policies) and self.has((variant.label, column.label)):
+                policy = variant.policies[index]
+                found.append(cells.Cell(policy, column.situation, column.kind))
+        return list(dict.fromkeys(found))

@@ -1,0 +1,60 @@
+"""Policies and situations that several claims share."""
+
+import dataclasses
+
+from shallow_pi.evidence import cells, recipes
+from shallow_pi.evidence.claim import Column, Variant
+from shallow_pi.sims import tabletop
+
+SEEDS = (0, 1, 2)
+TASKS = tuple(task for task in tabletop.LAYOUTS if task != "around")
+
+
+def students(label: str, **fields: object) -> Variant:
+    """Students of the default recipe but for these fields, one for each seed."""
+    return Variant(label, tuple(recipe.slug for recipe in _recipes(**fields)))
+
+
+def _recipes(**fields: object) -> list[recipes.Recipe]:
+    return [dataclasses.replace(recipes.STUDENT, seed=seed, **fields) for seed in SEEDS]  # type: ignore[arg-type]  # by name
+
+
+TEACHER = recipes.TEACHER.slug
+SUITE = cells.Situation(TASKS)
+ELSEWHERE = cells.Situation(TASKS, start="elsewhere")
+RELATION = cells.Situation(("relation",))
+
+
+def around(num_steps: int) -> cells.Situation:
+    """Past the pillar, a second's plan executed whole."""
+    return cells.Situation(("around",), num_steps=num_steps, execute_steps=tabletop.EXECUTE_STEPS)
+
+
+def plans(num_steps: int, tasks: tuple[str, ...] = tuple(tabletop.LAYOUTS)) -> cells.Situation:
+    """Held-out observations; how plans would be executed does not matter."""
+    return cells.Situation(tasks, num_steps=num_steps)
+
+
+def late(steps: int, executor: str) -> cells.Situation:
+    """The turning disc, with plans that are late."""
+    if not steps:
+        executor = "skip"
+    return cells.Situation(("moving",), late=steps, executor=executor)  # type: ignore[arg-type]  # checked by Delay
+
+
+# Weights of task, velocity and attention loss.
+THREE: dict[str, object] = {"task": 1.0, "velocity": 1.0, "attention": 0.1}
+ALONE: dict[str, object] = {"task": 1.0, "velocity": 0.0, "attention": 0.0}
+VELOCITY: dict[str, object] = {"task": 1.0, "velocity": 1.0, "attention": 0.0}
+# As many operations without a teacher as half the steps with one: its 18 layers forward cost about
+# what 6 cost forward and backward.
+SCRATCH: dict[str, object] = {**ALONE, "init": "random", "steps": 2 * recipes.STUDENT.steps}
+
+TEACHER_ROW = Variant("teacher, 18 layers", (TEACHER,))
+STUDENT_ROW = students("three losses")
+UNTRAINED_ROW = Variant("cut, not trained", (f"{TEACHER}--keep-0.3.7.10.14.17",))
+TWO_ROW = students("2 layers", depth=2)
+IN_TIME = Column("success", SUITE)
+TO_TEACHER = Column("plans to teacher, mm", plans(10), "to_teacher_mm")
+TO_EXPERT = Column("plans to expert, mm", plans(10), "to_expert_mm")
+SPREAD = Column("sideways spread, mm", plans(10, ("around",)), "spread_mm")

@@ -1,0 +1,39 @@
+"""The table of claims is consistent: what a statement or picture names is measured."""
+
+import pytest
+
+from shallow_pi.evidence import claims, recipes, sources
+
+EVERY = list(claims.CLAIMS.values())
+
+
+@pytest.mark.parametrize("claim", EVERY, ids=lambda claim: claim.name)
+def test_what_statements_and_pictures_name_is_measured(claim):
+    rows = [row.label for row in claim.variants]
+    columns = [column.label for column in claim.columns]
+    assert len(set(rows)) == len(rows)
+    assert len(set(columns)) == len(columns)
+    assert claim.reference in rows
+    sides = [side for s in claim.statements for side in (s.a, s.b) if side is not None]
+    sides += [side for p in claim.pictures for line in p.lines for _, side in line.points]
+    for row, column in sides:
+        assert row in rows
+        assert column in columns
+        assert claim.has((row, column))
+    for statement in claim.statements:
+        assert (statement.at_least is None) != (statement.at_most is None)
+
+
+def test_every_policy_is_the_expert_a_cut_or_a_recipe_of_its_own():
+    slugs = claims.students()
+    assert slugs[0] == recipes.TEACHER.slug
+    assert sources.EXPERT not in slugs
+    assert not [slug for slug in slugs if "--" in slug]
+    assert len(set(slugs)) == len(slugs)
+
+
+def test_cells_come_seed_by_seed():
+    cells = claims.CLAIMS["late"].cells()
+    seeds = [cell.policy[-1] for cell in cells if cell.policy.startswith("l6")]
+    assert seeds == sorted(seeds)
+    assert len(seeds) == 3 * len(claims.CLAIMS["late"].columns)
