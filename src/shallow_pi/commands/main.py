@@ -23,6 +23,7 @@ COMMANDS = {
     "inspect": "inspect_data",
     "stats": "compute_norm_stats",
     "convert": "convert_dataset",
+    "demonstrations": "make_demonstrations",
     "estimate": "estimate_memory",
     "compile": "compile_ahead",
     "predict": "predict_latency",

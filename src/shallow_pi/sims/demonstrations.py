@@ -9,13 +9,16 @@ import dataclasses
 import functools
 import itertools
 import multiprocessing
+import os
 import pathlib
+from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
 from jaxtyping import Float32, UInt8
 
 from shallow_pi import progress
+from shallow_pi.data.lerobot import video_writer
 from shallow_pi.data.lerobot import writer as lerobot_writer
 from shallow_pi.sims import simulator
 
@@ -79,7 +82,7 @@ def _demonstrate(suite: simulator.Suite, seed: int, noise: float, index: int) ->
         if attempt >= ATTEMPTS:
             raise ValueError(
                 f"no success in {attempt} attempts at demonstration {index} of {suite} with noise "
-                f"{noise:g}; lower --closed-loop.noise, or give an episode more time"
+                f"{noise:g}; lower the noise, or give an episode more time"
             )
     raise AssertionError("unreachable")
 
@@ -112,16 +115,39 @@ def _attempt(
 
 
 def write(
-    path: pathlib.Path, suite: simulator.Suite, episodes: int, seed: int, noise: float = 1.0
-) -> None:
-    """Have the expert solve the tasks and write the episodes as a LeRobot dataset."""
+    path: pathlib.Path,
+    suite: simulator.Suite,
+    episodes: int,
+    seed: int,
+    noise: float = 1.0,
+    workers: int = 0,
+    encoding: video_writer.Encoding | None = None,
+) -> Counter[str]:
+    """Have the expert solve the tasks and write the episodes as a LeRobot dataset.
+
+    Args:
+      path: folder to create.
+      suite: as in `collect`, like the next three.
+      episodes: their number.
+      seed: of the episodes and perturbations.
+      noise: scale of the perturbations.
+      workers: processes; 0 takes one for each CPU.
+      encoding: of video; None writes pictures as PNG.
+
+    Returns:
+      The number of episodes of each task.
+    """
     robot = suite.robot
     fps = int(robot.fps) if robot.fps == int(robot.fps) else robot.fps
-    with (
-        lerobot_writer.Writer(path, fps, robot_type=robot.name, names=suite.names()) as writer,
-        progress.bar("Demonstrations", total=episodes) as advance,
-    ):
-        for episode in collect(suite, episodes, seed, noise, workers=2):
+    tasks: Counter[str] = Counter()
+    writer = lerobot_writer.Writer(
+        path, fps, robot_type=robot.name, names=suite.names(), encoding=encoding
+    )
+    with writer, progress.bar("Demonstrations", total=episodes) as advance:
+        cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        for episode in collect(suite, episodes, seed, noise, workers or cpus or 1):
             prompts = [episode.prompt] * len(episode.vectors[robot.action_key])
             writer.add(episode.images, episode.vectors, prompts)
+            tasks[episode.task] += 1
             advance(1)
+    return tasks

@@ -16,13 +16,13 @@ to foresee a perturbation.
 import abc
 import math
 from collections.abc import Iterator
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import mujoco
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from shallow_pi.sims import raycast, simulator, turntable_scene
+from shallow_pi.sims import pictures, raycast, simulator, turntable_scene
 
 CAMERAS = ("base", "wrist")
 HOLD_STEPS = 4
@@ -137,7 +137,7 @@ class Options(Protocol):
     @property
     def max_seconds(self) -> float: ...
     @property
-    def renderer(self) -> Literal["ray", "gl"]: ...
+    def renderer(self) -> pictures.Renderer: ...
 
 
 def check(options: Options) -> None:
@@ -145,8 +145,7 @@ def check(options: Options) -> None:
     for name in ("control_hz", "image_size", "max_seconds"):
         if getattr(options, name) <= 0:
             raise ValueError(f"{name}: expected a positive number, got {getattr(options, name)}")
-    if options.renderer not in ("ray", "gl"):
-        raise ValueError(f'renderer: expected "ray" or "gl", got {options.renderer!r}')
+    pictures.check(options.renderer)
 
 
 class Sim(abc.ABC):
@@ -166,8 +165,7 @@ class Sim(abc.ABC):
 
     def __init__(self, config: Options):
         self.config = config
-        self._cameras: dict[tuple[int, str], raycast.RayCamera] = {}
-        self._gl: mujoco.Renderer | None = None
+        self._pictures: dict[int, pictures.Pictures] = {}
         self._seed: int | None = None
 
     @abc.abstractmethod
@@ -234,30 +232,14 @@ class Sim(abc.ABC):
 
     def render(self, camera: str) -> UInt8[np.ndarray, "h w 3"]:
         """One camera's picture of the current state."""
-        if self.config.renderer == "gl":
-            return self._render_gl(camera)
-        key = (id(self.bench), camera)
-        if key not in self._cameras:
-            size = self.config.image_size
-            self._cameras[key] = raycast.RayCamera(self.model, camera, size, size)
-        return self._cameras[key].render(self.data, self.light)
-
-    def _render_gl(self, camera: str) -> UInt8[np.ndarray, "h w 3"]:
-        if self._gl is None or self._gl.model is not self.model:
-            size = self.config.image_size
-            if self._gl is not None:
-                self._gl.close()  # Two at once can give black pictures.
-            try:
-                self._gl = mujoco.Renderer(self.model, size, size)
-            except Exception as error:  # each backend fails in its own way
-                raise ValueError(
-                    f'renderer="gl" needs an OpenGL backend and none works here ({error}); set '
-                    'MUJOCO_GL to egl or osmesa after installing it, or use renderer="ray"'
-                ) from error
-        self._gl.update_scene(self.data, camera)
-        for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
-            self._gl.scene.flags[flag] = 0
-        return self._gl.render()
+        key = id(self.bench)
+        for other, scene in self._pictures.items():
+            if other != key:
+                scene.close()
+        if key not in self._pictures:
+            size = (self.config.image_size,) * 2
+            self._pictures[key] = pictures.Pictures(self.model, size, self.config.renderer)
+        return self._pictures[key].render(self.data, camera, self.light)
 
     @property
     def success(self) -> bool:

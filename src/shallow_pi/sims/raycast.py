@@ -11,6 +11,7 @@ must lie within its body's colliding geoms, or in a body that has none.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import mujoco
 import numpy as np
@@ -35,7 +36,13 @@ class RayCamera:
     """A named camera of `model`, fixed or carried by a body, that renders uint8 pictures."""
 
     def __init__(
-        self, model: mujoco.MjModel, camera: str, height: int = 48, width: int = 48, grid: int = 3
+        self,
+        model: mujoco.MjModel,
+        camera: str,
+        height: int = 48,
+        width: int = 48,
+        grid: int = 3,
+        sites: Sequence[int] = (),
     ):
         """Prepare the ray directions.
 
@@ -44,8 +51,9 @@ class RayCamera:
           camera: the camera's name in the scene.
           height, width: of the picture, in pixels.
           grid: rays along each side of a pixel that shows an edge.
+          sites: ids of the sites to draw, as spheres of their radius.
         """
-        self._model = model
+        self._model, self._sites = model, tuple(sites)
         self._id = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_CAMERA, camera)
         if self._id < 0:
             names = [model.camera(i).name for i in range(model.ncam)]
@@ -100,12 +108,30 @@ class RayCamera:
     def _shade(
         self, data: mujoco.MjData, rays: Float[np.ndarray, "n 3"], source: Light
     ) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, "n 3"]]:
-        geom, _, normal = self.cast(data, rays)
+        geom, distance, normal = self.cast(data, rays)
+        for i, site in enumerate(self._sites):
+            near, outward = self._cast_sphere(data, rays, site)
+            seen = (near > 0) & ((geom < 0) | (near < distance))
+            geom[seen], distance[seen] = self._model.ngeom + i, near[seen]
+            normal[seen] = outward[seen]
         towards = np.array(source.towards) / np.linalg.norm(source.towards)
-        colours = np.concatenate([self._model.geom_rgba[:, :3], [BACKGROUND]])
+        sites = self._model.site_rgba[list(self._sites), :3]
+        colours = np.concatenate([self._model.geom_rgba[:, :3], sites, [BACKGROUND]])
         light = source.ambient + (1 - source.ambient) * np.maximum(normal @ towards, 0.0)
         light[geom < 0] = 1.0
         return geom, colours[geom] * light[:, None]
+
+    def _cast_sphere(
+        self, data: mujoco.MjData, rays: Float[np.ndarray, "n 3"], site: int
+    ) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, "n 3"]]:
+        """Distances to a site's sphere (−1: missed) and normals in the world's frame."""
+        world = rays @ data.cam_xmat[self._id].reshape(3, 3).T
+        away = data.cam_xpos[self._id] - data.site_xpos[site]
+        half = world @ away
+        root = half**2 - away @ away + self._model.site_size[site, 0] ** 2
+        distance = np.where(root > 0, -half - np.sqrt(np.maximum(root, 0)), -1.0)
+        normal = away + distance[:, None] * world
+        return distance, normal / np.linalg.norm(normal, axis=1, keepdims=True)
 
     def render(self, data: mujoco.MjData, light: Light = LIGHT) -> UInt8[np.ndarray, "h w 3"]:
         """A picture of the current pose; `data` must hold current kinematics (`mj_forward`)."""

@@ -78,6 +78,9 @@ class Suite(Protocol):
     def make(self) -> Simulator:
         """Build one world; call `reset` first."""
 
+    def task_names(self) -> Sequence[str]:
+        """Short names of the tasks that episodes have, all equally often."""
+
     def prompts(self) -> Sequence[str]:
         """All instructions of all tasks, including tasks not chosen; for training a tokenizer."""
 
@@ -110,20 +113,24 @@ class Entry:
     suite: str
     # Extra of this project that installs its packages; empty if none is needed.
     extra: str = ""
+    # Options of the suite that the name stands for.
+    options: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
 
+_METAWORLD = "shallow_pi.sims.metaworld:Suite", "metaworld"
 SUITES: dict[str, Entry] = {
+    **{f"metaworld_{suite}": Entry(*_METAWORLD, {"suite": suite}) for suite in ("mt10", "mt50")},
     "tabletop": Entry("shallow_pi.sims.tabletop:Suite"),
     "turntable": Entry("shallow_pi.sims.turntable:Suite"),
 }
 
 
-def find(name: str, options: Mapping[str, object]) -> Suite:
+def find(name: str, given: Mapping[str, object]) -> Suite:
     """The suite of that name with these options; text is converted to the option's type.
 
     Args:
       name: a key of `SUITES`, or MODULE:CLASS of another suite.
-      options: fields of the suite; those left out keep their defaults.
+      given: fields of the suite; those left out keep their defaults.
 
     Raises:
       ValueError: an unknown name or option, a value that does not fit, or a package that is not
@@ -143,12 +150,25 @@ def find(name: str, options: Mapping[str, object]) -> Suite:
         raise ValueError(f"simulator {name!r}: {advice} ({error})") from error
     hints = typing.get_type_hints(kind)
     fields = [field.name for field in dataclasses.fields(kind)]
-    for option in options:
+    for option in given:
         if option not in fields:
             raise ValueError(
                 f"simulator {name!r} has no option {option!r}; {_known(option, fields)}"
             )
-    return kind(**{key: _read(key, value, hints[key]) for key, value in options.items()})
+    values = {**entry.options, **given}
+    return kind(**{key: _read(key, value, hints[key]) for key, value in values.items()})
+
+
+def options(pairs: Sequence[str], flag: str) -> dict[str, str]:
+    """Options of a suite given as NAME=VALUE.
+
+    Raises:
+      ValueError: a pair has no name or no value; `flag` is named.
+    """
+    for pair in pairs:
+        if not all(pair.partition("=")[::2]):
+            raise ValueError(f"{flag}: expected NAME=VALUE, got {pair!r}")
+    return dict(pair.split("=", 1) for pair in pairs)
 
 
 def _read(option: str, value: object, hint: type) -> object:

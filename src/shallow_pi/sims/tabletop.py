@@ -89,6 +89,10 @@ class Suite:
         """Build the simulator; scenes are compiled when a task first needs them."""
         return Tabletop(self)
 
+    def task_names(self) -> tuple[str, ...]:
+        """The tasks to draw from."""
+        return self.tasks
+
     def prompts(self) -> list[str]:
         """Every instruction of every task."""
         return sorted(

@@ -67,6 +67,10 @@ class Suite:
         """Compile the scene."""
         return Turntable(self)
 
+    def task_names(self) -> tuple[str, ...]:
+        """The tasks to draw from."""
+        return self.tasks
+
     def prompts(self) -> list[str]:
         """Every instruction of every task."""
         return prompts()

@@ -206,6 +206,18 @@ TURNTABLE = Robot(
 # The same gantry, which also reads the speed of its disc in radians a second.
 TABLETOP = dataclasses.replace(TURNTABLE, name="tabletop", state_dim=4)
 
+# Meta-World's Sawyer: the gripper's position in metres and its opening in, shares of its greatest
+# motion (a centimetre) and of closing (1) or opening (-1) out.
+METAWORLD = Robot(
+    name="metaworld",
+    cameras=TURNTABLE.cameras,
+    state_dim=4,
+    action_dim=4,
+    fps=80,
+    groups=(Group("position", 3), Group("gripper", 1)),
+    action_limits=(Limits(-1, 1),) * 4,
+)
+
 # ALOHA's joints to the signs, and its grippers to the angles, of the runtime that recorded the data
 # π0 was trained on. States have finger positions, actions have angles of the leader's gripper.
 _SIGNS = (1, -1, -1, 1, 1, 1)
@@ -343,7 +355,7 @@ def unit_differences(own: Robot, given: Robot) -> list[str]:
 ROBOTS = {
     robot.name: robot
     for robot in (
-        *(TURNTABLE, TABLETOP, ALOHA, ALOHA_SIM, LIBERO, LIBERO_DELTA),
+        *(TURNTABLE, TABLETOP, METAWORLD, ALOHA, ALOHA_SIM, LIBERO, LIBERO_DELTA),
         *(DROID, DROID_POSITION, UR5, RBY1),
     )
 }

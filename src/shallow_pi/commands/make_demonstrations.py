@@ -1,0 +1,71 @@
+"""Record demonstrations of a simulator's scripted expert as a LeRobot v3.0 dataset.
+
+uv run scripts/make_demonstrations.py --sim NAME [--episodes N] [--output DIR]
+
+    --sim metaworld_mt10 --episodes 500                       MT10, 50 episodes a task on average
+    --sim metaworld_mt50 --option tasks=hammer,soccer         two tasks of MT50
+    --sim turntable --episodes 3000 --noise 1 --seed 7
+
+What is executed is perturbed, and the expert's own action is recorded in every state reached;
+attempts that fail are thrown away. An episode depends on the options, the seed and its number
+alone, not on the number of processes. Simulators and what they need: docs/benchmarks.md.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+from typing import Literal
+
+from shallow_pi import flags, progress
+from shallow_pi.commands import exits
+from shallow_pi.data.lerobot import video_writer
+from shallow_pi.sims import demonstrations, simulator
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """The simulator, and how much to record."""
+
+    # Name of a simulator, or MODULE:CLASS of your own suite.
+    sim: str
+    # Options of the simulator as NAME=VALUE.
+    option: tuple[str, ...] = ()
+    # Number of episodes.
+    episodes: int = 500
+    # Folder to create; empty takes demonstrations/SIM.
+    output: str = ""
+    # Seed of the episodes and perturbations.
+    seed: int = 0
+    # Scale of the perturbations; 0 records the expert's own path.
+    noise: float = 0.5
+    # Number of processes; 0 takes one for each CPU.
+    workers: int = 0
+    # Pictures without loss (png) or as video, which is smaller.
+    pictures: Literal["png", "h264", "av1"] = "png"
+    # Constant rate factor of video; smaller means better quality and larger files.
+    crf: int = 18
+
+    def __post_init__(self) -> None:
+        if self.episodes < 1 or self.workers < 0 or not self.noise >= 0:
+            raise ValueError(
+                "--episodes must be at least 1, --workers and --noise not negative, got "
+                f"{self.episodes}, {self.workers} and {self.noise}"
+            )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse, record, print the folder."""
+    given = flags.parse(Arguments, arguments, __doc__ or "")
+    with exits.exit_on():
+        suite = simulator.find(given.sim, simulator.options(given.option, "--option"))
+        if suite.expert() is None:
+            raise ValueError(f"simulator {given.sim!r} has no expert that demonstrates its tasks")
+        encoding = None
+        if given.pictures != "png":
+            encoding = video_writer.Encoding(given.pictures, crf=given.crf)
+        folder = pathlib.Path(given.output or f"demonstrations/{given.sim}").expanduser()
+        tasks = demonstrations.write(
+            folder, suite, given.episodes, given.seed, given.noise, given.workers, encoding
+        )
+        progress.say(", ".join(f"{task} {count}" for task, count in sorted(tasks.items())))
+    print(folder)

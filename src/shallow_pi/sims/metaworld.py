@@ -1,0 +1,329 @@
+"""Meta-World: 50 tasks of a Sawyer arm on a table, with the package's scripted experts.
+
+MT10 and MT50 are its lists of tasks. An action moves the gripper by up to a centimetre along x, y
+and z (−1 to 1 each) and closes it (1) or opens it (−1), 80 times a second; the state is the
+gripper's position in metres and its opening (0 to 1). Episodes take the tasks in turn, and one
+succeeds at the first step that the package calls a success. A policy learns the goal from the
+pictures: where nothing else shows it, a coloured ball does.
+
+The package has no instructions in words; those in PROMPTS are ours. Two views: "near" is a camera
+of ours that fills small pictures with the table, "corner2" is the package's, turned upright as in
+LeRobot. Ray casting paints a textured surface with the mean of its texture.
+"""
+
+import dataclasses
+import difflib
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import metaworld.env_dict
+import metaworld.policies
+import mujoco
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from shallow_pi.data.robots import robot as robots
+from shallow_pi.sims import pictures, simulator
+
+# Name in the package, without its version → instruction.
+PROMPTS = {
+    "assembly": "put the ring over the peg",
+    "basketball": "put the ball into the basket",
+    "bin-picking": "move the block into the other bin",
+    "box-close": "put the lid on the box",
+    "button-press-topdown": "press the button from above",
+    "button-press-topdown-wall": "press the button behind the wall from above",
+    "button-press": "press the button",
+    "button-press-wall": "press the button behind the wall",
+    "coffee-button": "press the button of the coffee machine",
+    "coffee-pull": "pull the mug away from the coffee machine",
+    "coffee-push": "push the mug under the coffee machine",
+    "dial-turn": "turn the dial",
+    "disassemble": "take the ring off the peg",
+    "door-close": "close the door",
+    "door-lock": "lock the door",
+    "door-open": "open the door",
+    "door-unlock": "unlock the door",
+    "hand-insert": "put the gripper into the hole",
+    "drawer-close": "close the drawer",
+    "drawer-open": "open the drawer",
+    "faucet-open": "open the faucet",
+    "faucet-close": "close the faucet",
+    "hammer": "hammer the nail into the wall",
+    "handle-press-side": "press the handle down from the side",
+    "handle-press": "press the handle down",
+    "handle-pull-side": "pull the handle up from the side",
+    "handle-pull": "pull the handle up",
+    "lever-pull": "pull the lever up",
+    "peg-insert-side": "insert the peg into the box from the side",
+    "pick-place-wall": "pick up the puck and place it behind the wall",
+    "pick-out-of-hole": "pick the puck out of the hole",
+    "reach": "reach the red ball",
+    "push-back": "push the block back to the goal",
+    "push": "push the puck to the green goal",
+    "pick-place": "pick up the puck and place it at the blue goal",
+    "plate-slide": "slide the plate into the cabinet",
+    "plate-slide-side": "slide the plate sideways into the cabinet",
+    "plate-slide-back": "slide the plate out of the cabinet",
+    "plate-slide-back-side": "slide the plate sideways out of the cabinet",
+    "peg-unplug-side": "unplug the peg from the side",
+    "soccer": "kick the ball into the goal",
+    "stick-push": "push the thermos with the stick",
+    "stick-pull": "pull the thermos with the stick",
+    "push-wall": "push the puck around the wall to the goal",
+    "reach-wall": "reach the ball behind the wall",
+    "shelf-place": "place the block on the shelf",
+    "sweep-into": "sweep the block into the hole",
+    "sweep": "sweep the block off the table",
+    "window-open": "open the window",
+    "window-close": "close the window",
+}
+MT10 = (
+    *("reach", "push", "pick-place", "door-open", "drawer-open", "drawer-close"),
+    *("button-press-topdown", "peg-insert-side", "window-open", "window-close"),
+)
+VERSION = "-v3"
+# Our camera of the view "near": position, point looked at, vertical field of view in degrees.
+NEAR = ((0.72, 0.30, 0.76), (0.0, 0.71, 0.12), 45.0)
+DEMONSTRATION_STEPS = 300  # Experts that take longer are stuck.
+_UNPAINTED = np.array([0.5, 0.5, 0.5, 1.0], np.float32)  # MuJoCo's colour of a geom without one.
+
+
+@dataclasses.dataclass(frozen=True)
+class Suite:
+    """Some of the tasks (see `simulator.Suite`)."""
+
+    # The benchmark's list of tasks.
+    suite: Literal["mt10", "mt50"] = "mt10"
+    # Some of MT50's tasks, as in PROMPTS; empty takes all of the list.
+    tasks: tuple[str, ...] = ()
+    # Height and width of the pictures, pixels.
+    image_size: int = 64
+    # Episodes are cut off here, control steps; 500 is the benchmark's.
+    max_steps: int = 500
+    # Camera of the base picture: ours ("near") or the package's ("corner2").
+    view: Literal["near", "corner2"] = "near"
+    # Pictures by ray casting ("ray") or by MuJoCo's OpenGL renderer ("gl").
+    renderer: pictures.Renderer = "ray"
+
+    def __post_init__(self) -> None:
+        for task in self.tasks:
+            if task not in PROMPTS:
+                close = difflib.get_close_matches(task.removesuffix(VERSION), PROMPTS, n=1)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                raise ValueError(f"tasks: Meta-World has no {task!r}, only {sorted(PROMPTS)}{hint}")
+        if self.suite not in ("mt10", "mt50"):
+            raise ValueError(f'suite: expected "mt10" or "mt50", got {self.suite!r}')
+        if min(self.image_size, self.max_steps) < 1:
+            raise ValueError(
+                f"expected positive image_size and max_steps, got {self.image_size} and "
+                f"{self.max_steps}"
+            )
+        if self.view not in ("near", "corner2"):
+            raise ValueError(f'view: expected "near" or "corner2", got {self.view!r}')
+        pictures.check(self.renderer)
+
+    @property
+    def robot(self) -> robots.Robot:
+        """The arm's gripper."""
+        return robots.METAWORLD
+
+    def names(self) -> Mapping[str, tuple[str, ...]]:
+        """Axes of the gripper's position and motion, and its fingers."""
+        (state,), action = self.robot.state_keys, self.robot.action_key
+        return {state: ("x", "y", "z", "opening"), action: ("x", "y", "z", "close")}
+
+    def make(self) -> "MetaWorld":
+        """Build the simulator; a task's scene is compiled when it first comes up."""
+        return MetaWorld(self)
+
+    def task_names(self) -> tuple[str, ...]:
+        """The tasks that episodes take in turn."""
+        return self.tasks or (MT10 if self.suite == "mt10" else tuple(PROMPTS))
+
+    def prompts(self) -> list[str]:
+        """Every instruction of MT50, whose tokenizer serves MT10 too."""
+        return sorted(PROMPTS.values())
+
+    def harder(self) -> Mapping[str, "Suite"]:
+        """None."""
+        return {}
+
+    def expert(self) -> simulator.Expert:
+        """The package's own, one a task; they see the true state and the goal."""
+        return expert
+
+    def demonstrate(
+        self, sim: simulator.Simulator, rng: np.random.Generator, noise: float
+    ) -> Iterator[tuple[simulator.Observation, simulator.Action]]:
+        """Play a perturbed episode; yield what is seen, and the expert's own action there."""
+        spread = noise * rng.uniform(0, 0.3)
+        wander = np.zeros(3)
+        for _ in range(min(self.max_steps, DEMONSTRATION_STEPS)):
+            if sim.done:
+                return
+            action = expert(sim)
+            yield sim.observe(), action
+            wander = 0.8 * wander + 0.6 * rng.normal(scale=spread, size=3)
+            sim.step(np.array([*(action[:3] + wander), action[3]]))
+
+
+def expert(sim: Any) -> Float[np.ndarray, "4"]:
+    """The action of the package's expert, within the range that the arm follows."""
+    assert isinstance(sim, MetaWorld), "made by this suite"
+    policy = metaworld.policies.ENV_POLICY_MAP[sim.task + VERSION]()
+    with warnings.catch_warnings():  # That the arm clips their actions.
+        warnings.filterwarnings("ignore", message="Constant", category=UserWarning)
+        action = policy.get_action(sim.true_state)
+    return np.clip(action, -1.0, 1.0).astype(np.float64)
+
+
+class MetaWorld:
+    """The simulator of one suite."""
+
+    def __init__(self, config: Suite):
+        self.config = config
+        self.task = config.task_names()[0]
+        self._scenes: dict[str, tuple[Any, pictures.Pictures]] = {}
+        self._seed: int | None = None
+
+    def _scene(self, task: str) -> tuple[Any, pictures.Pictures]:
+        for _, views in self._scenes.values():
+            views.close()
+        if task not in self._scenes:
+            env: Any = metaworld.env_dict.ALL_V3_ENVIRONMENTS[task + VERSION]()
+            # Each reset draws objects and goal anew, from its own generator, and the true state
+            # includes the goal: as the package prepares it for multi-task learning.
+            env._partially_observable = False
+            del env.sawyer_observation_space
+            env._freeze_rand_vec, env.seeded_rand_vec, env._set_task_called = False, True, True
+            env.max_path_length = np.inf  # Our own limit counts.
+            if self.config.renderer == "ray":
+                _paint(env.model)
+            if self.config.view == "near":
+                _place_camera(env.model, "corner2", *NEAR)
+            sites = [env.model.site(name).id for name, _ in _goal_sites(env)]
+            size = (self.config.image_size,) * 2
+            views = pictures.Pictures(env.model, size, self.config.renderer, 2, sites)
+            self._scenes[task] = env, views
+        return self._scenes[task]
+
+    def reset(self, seed: int) -> None:
+        """Begin the episode that `seed` names; consecutive seeds take the tasks in turn."""
+        tasks = self.config.task_names()
+        self.task = tasks[seed % len(tasks)]
+        self._env, self._pictures = self._scene(self.task)
+        self._env.seed(seed // len(tasks) % 2**32)
+        self.true_state, _ = self._env.reset()
+        self._seed, self._steps, self._succeeded = seed, 0, False
+        mujoco.mj_forward(self._env.model, self._env.data)
+
+    @property
+    def prompt(self) -> str:
+        """The instruction."""
+        return PROMPTS[self.task]
+
+    def step(self, action: simulator.Action) -> None:
+        """Move the gripper for one period; values beyond −1 and 1 are clipped, as on the arm."""
+        action = np.asarray(action, np.float64)
+        if action.shape != (4,) or not np.isfinite(action).all():
+            raise ValueError(f"action: expected four finite numbers, got {action}")
+        clipped = np.clip(action, -1.0, 1.0)
+        self.true_state, _, _, _, info = self._env.step(clipped.astype(np.float32))
+        self._steps += 1
+        self._succeeded |= bool(info["success"])
+
+    def observe(self) -> simulator.Observation:
+        """Both pictures, the state and the prompt, under LeRobot's keys."""
+        base, wrist = self._render("corner2"), self._render("gripperPOV")
+        if self.config.view == "corner2":
+            base = base[::-1, ::-1]
+        return {
+            "observation.images.base": np.ascontiguousarray(base),
+            "observation.images.wrist": wrist,
+            "observation.state": self.true_state[:4].astype(np.float32),
+            "task": self.prompt,
+        }
+
+    def _render(self, camera: str) -> UInt8[np.ndarray, "h w 3"]:
+        return self._pictures.render(self._env.data, camera)
+
+    @property
+    def success(self) -> bool:
+        """The package called some step of the episode a success."""
+        return self._succeeded
+
+    @property
+    def done(self) -> bool:
+        """Success or time-out."""
+        return self._succeeded or self._steps >= self.config.max_steps
+
+    @property
+    def time(self) -> float:
+        """Seconds since the episode began."""
+        return self._steps / self.config.robot.fps
+
+    def __getstate__(self) -> dict[str, object]:
+        state: tuple[object, ...] | None = None
+        if self._seed is not None:
+            env, kind = self._env, mujoco.mjtState.mjSTATE_INTEGRATION
+            physics = np.empty(mujoco.mj_stateSize(env.model, kind))
+            mujoco.mj_getState(env.model, env.data, physics, kind)
+            state = physics, self.true_state, env._prev_obs, self._steps, self._succeeded
+        return {"config": self.config, "seed": self._seed, "state": state}
+
+    def __setstate__(self, pickled: dict[str, Any]) -> None:
+        self.__init__(pickled["config"])  # type: ignore[misc]  # scenes are compiled anew
+        if pickled["seed"] is not None:
+            self.reset(pickled["seed"])
+            env, kind = self._env, mujoco.mjtState.mjSTATE_INTEGRATION
+            physics, self.true_state, env._prev_obs, self._steps, self._succeeded = pickled["state"]
+            mujoco.mj_setState(env.model, env.data, physics, kind)
+            mujoco.mj_forward(env.model, env.data)
+
+
+def _goal_sites(env: Any) -> list[tuple[str, object]]:
+    """Sites that show the goal, once the task has one."""
+    env._target_pos = np.zeros(3)
+    try:
+        return [pair for pair in env._target_site_config if env.model.site(pair[0]).rgba[3] > 0]
+    finally:
+        env._target_pos = None
+
+
+def _paint(model: mujoco.MjModel) -> None:
+    """Give each geom the colour of its material, times its texture's mean."""
+    for geom, material in enumerate(model.geom_matid):
+        if material < 0:
+            continue
+        # As MuJoCo draws it: a colour of the geom's own goes before its material's.
+        own = model.geom_rgba[geom]
+        colour = model.mat_rgba[material] if np.array_equal(own, _UNPAINTED) else own.copy()
+        for texture in np.ravel(model.mat_texid[material]):
+            if texture >= 0:
+                start, channels = model.tex_adr[texture], model.tex_nchannel[texture]
+                count = model.tex_height[texture] * model.tex_width[texture]
+                data = model.tex_data[start : start + count * channels].reshape(count, channels)
+                colour[:3] = colour[:3] * data[:, :3].mean(0) / 255
+                break
+        model.geom_rgba[geom] = colour
+
+
+def _place_camera(
+    model: mujoco.MjModel,
+    name: str,
+    position: tuple[float, float, float],
+    target: tuple[float, float, float],
+    fovy: float,
+) -> None:
+    """Move a fixed camera and point it at `target`, upright."""
+    back = np.subtract(position, target)
+    back /= np.linalg.norm(back)
+    right = np.cross([0.0, 0.0, 1.0], back)
+    right /= np.linalg.norm(right)
+    quaternion = np.empty(4)
+    mujoco.mju_mat2Quat(quaternion, np.stack([right, np.cross(back, right), back], 1).ravel())
+    camera = model.camera(name).id
+    model.cam_pos[camera], model.cam_quat[camera] = position, quaternion
+    model.cam_fovy[camera] = fovy

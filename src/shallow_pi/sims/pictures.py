@@ -1,0 +1,86 @@
+"""Pictures of a MuJoCo model, by ray casting or by MuJoCo's OpenGL renderer."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import mujoco
+import numpy as np
+from jaxtyping import UInt8
+
+from shallow_pi.sims import raycast
+
+Renderer = Literal["ray", "gl"]
+
+
+def check(renderer: str) -> None:
+    """Raise a ValueError for an unknown renderer."""
+    if renderer not in ("ray", "gl"):
+        raise ValueError(f'renderer: expected "ray" or "gl", got {renderer!r}')
+
+
+class Pictures:
+    """Pictures of one model by its named cameras.
+
+    Args:
+      model: the compiled scene; its colours are read anew for every picture.
+      size: height and width in pixels.
+      renderer: "ray" needs no graphics library.
+      grid: rays along each side of a pixel that shows an edge.
+      sites: ids of the sites that ray casting draws, as spheres; OpenGL draws all of them.
+    """
+
+    def __init__(
+        self,
+        model: mujoco.MjModel,
+        size: tuple[int, int],
+        renderer: Renderer,
+        grid: int = 3,
+        sites: Sequence[int] = (),
+    ):
+        self._model, self._size, self._renderer = model, size, renderer
+        self._grid, self._sites = grid, tuple(sites)
+        self._cameras: dict[str, raycast.RayCamera] = {}
+        self._gl: mujoco.Renderer | None = None
+
+    def render(
+        self, data: mujoco.MjData, camera: str, light: raycast.Light = raycast.LIGHT
+    ) -> UInt8[np.ndarray, "h w 3"]:
+        """One camera's picture; `data` must hold current kinematics.
+
+        Raises:
+          ValueError: there is no OpenGL here.
+        """
+        if self._renderer == "gl":
+            return self._render_gl(data, camera)
+        if camera not in self._cameras:
+            self._cameras[camera] = raycast.RayCamera(
+                self._model, camera, *self._size, self._grid, self._sites
+            )
+        return self._cameras[camera].render(data, light)
+
+    def _render_gl(self, data: mujoco.MjData, camera: str) -> UInt8[np.ndarray, "h w 3"]:
+        if self._gl is None:
+            self._model.vis.quality.offsamples = self._model.vis.quality.shadowsize = 0
+            try:
+                self._gl = mujoco.Renderer(self._model, *self._size)
+            except Exception as error:  # each backend fails in its own way
+                raise ValueError(no_gl(error)) from error
+        self._gl.update_scene(data, camera)
+        for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
+            self._gl.scene.flags[flag] = 0
+        return self._gl.render()
+
+    def close(self) -> None:
+        """Free the OpenGL renderer: two at once can give black pictures."""
+        if self._gl is not None:
+            self._gl.close()
+            self._gl = None
+
+
+def no_gl(error: BaseException, otherwise: str = 'or use renderer="ray"') -> str:
+    """The message for a machine on which no OpenGL backend works."""
+    return (
+        f'renderer="gl" needs an OpenGL backend and none works here ({error}); install one '
+        "(Debian: libegl1 or libosmesa6) and set MUJOCO_GL to egl or osmesa before the start, "
+        f"{otherwise}"
+    )

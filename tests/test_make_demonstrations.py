@@ -1,0 +1,40 @@
+"""`make_demonstrations` writes a dataset that this package reads; what cannot be is refused first."""
+
+import numpy as np
+import pytest
+
+from shallow_pi.commands import make_demonstrations
+from shallow_pi.data.lerobot import reader
+
+
+def test_the_dataset_reads_back_with_its_robot_and_tasks(tmp_path, capsys):
+    target = tmp_path / "demos"
+    make_demonstrations.main(
+        [
+            *("--sim", "turntable", "--option", "tasks=touch", "image_size=16"),
+            *("--episodes", "2", "--workers", "1", "--output", str(target)),
+        ]
+    )
+    assert capsys.readouterr().out.strip() == str(target)
+    dataset = reader.Dataset(target)
+    assert dataset.info["robot_type"] == "turntable"
+    assert dataset.info["fps"] == 20
+    assert dataset.info["total_episodes"] == 2
+    frame = dataset[0]
+    assert np.shape(frame["observation.images.base"]) == (16, 16, 3)
+    assert frame["task"].split()[0] in ("touch", "tap")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--sim", "turntabel"], "unknown simulator 'turntabel'"),
+        (["--sim", "turntable", "--option", "tasks"], "--option: expected NAME=VALUE, got 'tasks'"),
+        (["--sim", "turntable", "--option", "tasks=tuch"], "expected some of"),
+    ],
+)
+def test_what_does_not_exist_ends_the_command(arguments, message, capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        make_demonstrations.main([*arguments, "--output", str(tmp_path / "none")])
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,33 @@
+"""Meta-World's MT10, 18 → 6 layers, compared with its teacher on the same episodes.
+
+uv run scripts/train_distill.py pi0_metaworld_mt10_l6 --teacher.path RUN/STEP
+Needs the extra metaworld. --teacher.train trains the teacher first, by pi0_metaworld_mt10."""
+
+import dataclasses
+
+import _base
+
+from shallow_pi.distill import losses
+from shallow_pi.models import observation
+from shallow_pi.training import config
+
+
+def get_config() -> config.DistillConfig:
+    """Three losses, other demonstrations than the teacher's."""
+    steps = 6000
+    return config.DistillConfig(
+        model=_base.METAWORLD_PI0,
+        data=_base.METAWORLD_DATA,
+        teacher=config.TeacherConfig(
+            path=str(_base.ASSETS / "pi0_metaworld_mt10"), config="pi0_metaworld_mt10"
+        ),
+        student=config.StudentConfig(depth=6),
+        losses=losses.Losses(),
+        augmentation=observation.NO_AUGMENTATION,
+        schedule=_base.short_schedule(steps, peak=1e-3),
+        closed_loop=dataclasses.replace(_base.METAWORLD_TASK, seed=1),
+        batch_size=128,
+        num_train_steps=steps,
+        save_interval=1000,
+        keep_period=0,
+    )
