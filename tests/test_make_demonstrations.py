@@ -1,4 +1,4 @@
-"""`make_demonstrations` writes a dataset that this package reads; what cannot be is refused first."""
+"""`make_demonstrations` writes a readable dataset; wrong arguments are refused first."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Meta-World behind our interface: the package decides on success, and its experts solve the tasks."""
+"""Meta-World behind our interface: the package decides success, and its experts solve tasks."""
 
 import pickle
 
