@@ -260,6 +260,7 @@ def test_metadata_is_plain_and_says_what_a_client_sends(deployed):
         "prompt_key": "task",
         "fps": 20,
         "num_steps": 3,
+        "quantize": "none",
         "state_names": [],
         "action_names": [],
         "state_low": [-0.5, -1.25, -2.0],

@@ -10,6 +10,7 @@ uv run scripts/benchmark.py [--model pi05] [--depths 18 6] [--cameras 2] [--outp
     --tune                              first finds the fastest combination of unrolled or scanned
                                         layers and steps and of attention kernels, and stores it
                                         for policies and later benchmarks
+    --quantize int8 fp8 w8              also times products in 8 bits (docs/quantization.md)
     --output benchmarks/mine            also writes benchmark.json and two plots there
 """
 
@@ -23,6 +24,7 @@ import rich.console
 
 from shallow_pi import flags
 from shallow_pi.commands import exits
+from shallow_pi.inference import quantize as quantization
 from shallow_pi.inference import tuning as options
 from shallow_pi.models import gemma, pi0, siglip
 from shallow_pi.parallel import processes
@@ -60,6 +62,9 @@ class Arguments:
     tune: bool = False
     # Also time each optimization switched off.
     ablate: bool = True
+    # Products in 8 bits to time, and to try with --tune: int8, fp8 (weights and activations), w8,
+    # wf8 (weights alone).
+    quantize: tuple[quantization.Scheme, ...] = ()
     # Another implementation to time on the same weights, alternating with ours.
     against: Literal["", "openpi"] = ""
     # Folder for benchmark.json and the plots; empty writes none.
@@ -108,11 +113,14 @@ def main() -> None:
         others = _openpi(models[0][0]) if given.against else {}
         console = rich.console.Console()
         for model, steps in models if given.tune else ():
-            found = tuning.tune(model, num_steps=steps, repeats=given.repeats)
+            found = tuning.tune(
+                model, num_steps=steps, repeats=given.repeats, schemes=given.quantize
+            )
             console.print(report.tuning_table(model, found))
             for name, reason in found.failed.items():
                 print(f"skipped: {name}: {reason}")
-            print(f"written: {options.store(model, found.options, found.median_ms)}")
+            file = options.store(model, found.options, found.median_ms, found.quantize)
+            print(f"written: {file}")
         limit = inference.ceiling(models[0][0].dtype)
         timings = [
             inference.measure(
@@ -122,6 +130,7 @@ def main() -> None:
                 ablate=given.ablate,
                 padded_to=given.base().max_token_len,
                 others=others,
+                schemes=given.quantize,
             )
             for model, steps in models
         ]

@@ -19,6 +19,7 @@ COMMANDS = {
     "serve": "serve_policy",
     "load-test": "load_test",
     "export": "export_student",
+    "calibrate": "calibrate",
     "serve-openpi": "serve_openpi",
     "inspect": "inspect_data",
     "stats": "compute_norm_stats",

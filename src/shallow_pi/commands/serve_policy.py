@@ -31,11 +31,12 @@ import logging
 import os
 import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from shallow_pi import flags, progress
 from shallow_pi.commands import exits
 from shallow_pi.deploy import policy, state_check
+from shallow_pi.inference import quantize as quantization
 from shallow_pi.parallel import processes
 from shallow_pi.serving import recorder, server, server_config
 
@@ -52,6 +53,12 @@ class PolicyArguments:
     step: str = "last"
     # Integration steps of the sampler; 0 takes the number that the policy was trained for.
     num_steps: int = 0
+    # Products in 8 bits: int8 or fp8 (weights and activations; scripts/calibrate.py first), w8 or
+    # wf8 (weights alone), none, or tuned (the fastest that scripts/benchmark.py --tune --quantize
+    # measured here). Empty does what the policy was trained for.
+    quantize: Literal["", "none", "int8", "fp8", "w8", "wf8", "tuned"] = ""
+    # Parts of the model in 8 bits.
+    quantized: tuple[quantization.Part, ...] = quantization.PARTS
     # Seed of the noise.
     seed: int = 0
     # Robot of an openpi or LeRobot folder: a name, or a file with a ROBOT.
@@ -162,6 +169,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             given.policy.dir,
             step=given.policy.step,
             num_steps=given.policy.num_steps or None,
+            quantize=given.policy.quantize or None,
+            quantized=given.policy.quantized,
             seed=given.policy.seed,
             robot=given.policy.robot or None,
             asset_id=given.policy.asset_id or None,

@@ -25,7 +25,9 @@ from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.data.robots import pipelines, transforms
 from shallow_pi.data.robots import robot as robots
 from shallow_pi.deploy import robot_observation, state_check, step_folder, warm_up_inputs
+from shallow_pi.inference import calibration as calibrations
 from shallow_pi.inference import prepare, program, real_time, tuning
+from shallow_pi.inference import quantize as quantization
 from shallow_pi.models import batch as batches
 from shallow_pi.models import observation, pi0
 
@@ -42,6 +44,10 @@ class Policy:
       state_warn: spreads outside its training data beyond which a state is warned of; see
         `state_check`.
       state_refuse: the same, beyond which it is refused; 0 refuses none.
+      quantize: products in 8 bits by this scheme (see `inference.quantize`); "none" rounds nothing,
+        "tuned" takes the fastest that was measured, None does what the policy was trained for.
+      quantized: the parts of the model in 8 bits.
+      calibration: bounds of the activations, which int8 and fp8 need.
       resize_on_device: whether pictures are brought to the model's size on the device (within one
         grey level of Pillow's) or by Pillow; None is the faster, Pillow on a CPU.
     """
@@ -57,6 +63,9 @@ class Policy:
         state_warn: float = state_check.WARN,
         state_refuse: float = state_check.REFUSE,
         resize_on_device: bool | None = None,
+        quantize: calibrations.Asked | None = None,
+        quantized: tuple[quantization.Part, ...] = quantization.PARTS,
+        calibration: calibrations.Calibration | None = None,
     ) -> None:
         num_steps = assets.num_steps if num_steps is None else num_steps
         self.assets, self.num_steps, self.prompt = assets, num_steps, prompt
@@ -82,8 +91,13 @@ class Policy:
             warn=state_warn,
             refuse=state_refuse,
         )
-        options = tuning.best(assets.model)
-        self.program = program.Program.create(assets.model, params, num_steps, options)
+        self.quantize, bounds = calibrations.choose(
+            assets.model, quantize, assets.quantize, calibration, num_steps
+        )
+        options = dataclasses.replace(
+            tuning.best(assets.model), quantize=self.quantize, quantized=quantized
+        )
+        self.program = program.Program.create(assets.model, params, num_steps, options, bounds)
         key = jax.random.key(seed, impl=program.KEY_KIND)
         self._key, self._calls = np.asarray(jax.random.key_data(key)), 0
         # Compiled batch sizes and the milliseconds each takes; `warm_up` measures them.
@@ -106,6 +120,8 @@ class Policy:
         state_warn: float = state_check.WARN,
         state_refuse: float = state_check.REFUSE,
         resize_on_device: bool | None = None,
+        quantize: calibrations.Asked | None = None,
+        quantized: tuple[quantization.Part, ...] = quantization.PARTS,
         **fields: Any,
     ) -> "Policy":
         """The policy of a step folder, its parameters in the model's compute dtype.
@@ -124,6 +140,8 @@ class Policy:
           state_warn: as of `Policy`.
           state_refuse: as of `Policy`.
           resize_on_device: as of `Policy`.
+          quantize: as of `Policy`; int8 and fp8 read the bounds that scripts/calibrate.py wrote.
+          quantized: as of `Policy`.
           fields: of the `Pi0Config`, where they are to be others; openpi's checkpoints do not hold
             `action_horizon` (50), `max_token_len` (48; π0.5: 200) and `discrete_state_input` (π0.5:
             True). Those that are assumed are named in a warning.
@@ -148,6 +166,9 @@ class Policy:
             state_warn=state_warn,
             state_refuse=state_refuse,
             resize_on_device=resize_on_device,
+            quantize=quantize,
+            quantized=quantized,
+            calibration=calibrations.load(folder / "assets", assets.model),
         )
         if warm_up:
             policy.warm_up()
@@ -177,6 +198,7 @@ class Policy:
             "prompt_key": robot.prompt_key,
             "fps": robot.fps,
             "num_steps": self.num_steps,
+            "quantize": self.quantize,
             "state_names": list(self.assets.names.get("state", ())),
             "action_names": list(self.assets.names.get("actions", ())),
             "state_low": self._check_state.low.tolist(),
@@ -188,10 +210,11 @@ class Policy:
         """One line: the model, its robot, and all that a folder of openpi's does not say."""
         model, robot = self.assets.model, self.assets.robot
         state = ", state in the prompt" if model.discrete_state_input else ""
+        bits = "" if self.quantize == "none" else f", products in 8 bits ({self.quantize})"
         return (
             f"{model.kind}, {model.depth} layers, for {robot.name}: {model.action_horizon} actions "
             f"of {robot.action_dim} (model: {model.action_dim}) dimensions, {model.max_token_len} "
-            f"prompt tokens{state}, statistics {self.assets.asset_id!r}, tokenizer "
+            f"prompt tokens{state}{bits}, statistics {self.assets.asset_id!r}, tokenizer "
             f"{self.assets.tokenizer}"
         )
 

@@ -54,13 +54,15 @@ def prepare(
     ) -> siglip.Pair:
         return tree[name].astype(dtype), tree["bias"].astype(dtype)
 
-    def matrix(weights: siglip.Pair) -> siglip.Pair:
+    def matrix(weights: siglip.Dense) -> siglip.Pair:
         """Kernels and biases of all layers, without an axis of heads."""
-        bias = weights[1].reshape(config.depth, -1)
-        return weights[0].reshape(config.depth, -1, bias.shape[-1]), bias
+        kernel, bias = weights[0], weights[1].reshape(config.depth, -1)
+        assert not isinstance(kernel, layers.Stored), "the tree has arrays"
+        return kernel.reshape(config.depth, -1, bias.shape[-1]), bias
 
     layer = siglip.arrange(params["Transformer"]["encoderblock"], dtype)
     qkv = tuple(matrix(part) for part in layer.qkv)
+    up, down = matrix(layer.up), matrix(layer.down)
     if fused:
         kernels, biases = zip(*qkv, strict=True)
         qkv = ((jnp.concatenate(kernels, axis=-1), jnp.concatenate(biases, axis=-1)),)
@@ -68,8 +70,8 @@ def prepare(
     stack: list[siglip.Layer] | siglip.Layer = layer._replace(
         qkv=qkv,
         out=matrix(layer.out),
-        up=(jnp.pad(layer.up[0], ((0, 0), (0, 0), more)), jnp.pad(layer.up[1], ((0, 0), more))),
-        down=(jnp.pad(layer.down[0], ((0, 0), more, (0, 0))), layer.down[1]),
+        up=(jnp.pad(up[0], ((0, 0), (0, 0), more)), jnp.pad(up[1], ((0, 0), more))),
+        down=(jnp.pad(down[0], ((0, 0), more, (0, 0))), down[1]),
     )
     if unrolled:
         stack = [jax.tree.map(lambda leaf, i=i: leaf[i], stack) for i in range(config.depth)]

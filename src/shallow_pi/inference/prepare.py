@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from shallow_pi.inference import image_tower, tuning
+from shallow_pi.inference import image_tower, quantize, tuning
 from shallow_pi.models import layers, pi0
 from shallow_pi.models import observation as observations
 
@@ -39,13 +39,13 @@ class Layer(NamedTuple):
     attention_norm: Float[Array, " d"] | None
     mlp_norm: Float[Array, " d"] | None
     # D × (N·H + 2·K·H), or its three parts.
-    qkv: tuple[Array, ...]
+    qkv: tuple[layers.Matrix, ...]
     # N·H × D
-    out: Float[Array, "nh d"]
+    out: layers.Matrix
     # D × 2F, or its two parts.
-    gate_up: tuple[Array, ...]
+    gate_up: tuple[layers.Matrix, ...]
     # F × D
-    down: Float[Array, "f d"]
+    down: layers.Matrix
 
 
 class Tables(NamedTuple):
@@ -116,6 +116,7 @@ def prepare(
     params: PyTree,
     times: Float[np.ndarray, " n"],
     options: tuning.InferenceOptions,
+    bounds: quantize.Bounds | None = None,
 ) -> Prepared:
     """Rearrange parameters for inference. Jit it, so that nothing is kept twice.
 
@@ -124,6 +125,10 @@ def prepare(
       params: its parameters, in any float dtype.
       times: the integration times, for the tables.
       options: the optimizations to use.
+      bounds: of activations, where the options round them (`calibration`).
+
+    Raises:
+      ValueError: the options round activations, and there are no bounds.
     """
     stacks: list[Stack] = [stack_layers(config, params, stream, options) for stream in (0, 1)]
     if options.unrolled_layers:
@@ -149,7 +154,14 @@ def prepare(
         unrolled=options.unrolled_layers,
         multiple=image_tower.WIDE if options.padded_tower else 1,
     )
-    return Prepared(rest, image, prefix, suffix, tables)
+    how = options.quantize, options.quantized, bounds
+    return Prepared(
+        rest,
+        image._replace(layers=quantize.stack(image.layers, "vision", *how)),
+        quantize.stack(prefix, "backbone", *how),
+        quantize.stack(suffix, "expert", *how),
+        tables,
+    )
 
 
 def make_tables(config: pi0.Pi0Config, params: PyTree, times: Float[Array, " n"]) -> Tables:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree, UInt8, UInt32
 
-from shallow_pi.inference import prepare, real_time, resize, sampler, tuning
+from shallow_pi.inference import prepare, quantize, real_time, resize, sampler, tuning
 from shallow_pi.models import observation as observations
 from shallow_pi.models import pi0
 
@@ -223,11 +223,20 @@ class Program:
 
     @classmethod
     def create(
-        cls, config: pi0.Pi0Config, params: PyTree, num_steps: int, options: tuning.InferenceOptions
+        cls,
+        config: pi0.Pi0Config,
+        params: PyTree,
+        num_steps: int,
+        options: tuning.InferenceOptions,
+        bounds: quantize.Bounds | None = None,
     ) -> "Program":
-        """Prepare a model's parameters."""
+        """Prepare a model's parameters; `bounds` are those of `prepare.prepare`."""
         prepared = functools.partial(
-            prepare.prepare, config, times=sampler.integration_times(num_steps), options=options
+            prepare.prepare,
+            config,
+            times=sampler.integration_times(num_steps),
+            options=options,
+            bounds=bounds,
         )
         arrays = jax.jit(lambda given: pack_weights(prepared(given)))(params)
         return cls(arrays, jax.eval_shape(prepared, params), num_steps, options)

@@ -1,4 +1,4 @@
-"""Result-preserving optimizations of inference, and the fastest of them measured on this device.
+"""Options of inference, and the fastest of them measured on this device.
 
 Layers and steps run fastest unrolled or scanned, and attention fastest in one kernel or another,
 depending on device and compiler. `scripts/benchmark.py --tune` measures the combinations and keeps
@@ -20,12 +20,16 @@ import jax
 
 from shallow_pi import user_cache
 from shallow_pi.inference import attention as attentions
+from shallow_pi.inference import quantize as quantization
 from shallow_pi.models import pi0
 
 
 @dataclasses.dataclass(frozen=True)
 class InferenceOptions:
-    """Optimizations that change no result, all on by default, and the attention kernels."""
+    """Optimizations that change no result, all on by default, attention kernels, and bits.
+
+    Products in 8 bits alone change the result, so they are never chosen unless asked for.
+    """
 
     # One matrix for query, key and value, one for gate and up.
     fused: bool = True
@@ -45,6 +49,13 @@ class InferenceOptions:
     tower_attention: attentions.Kernel = "xla"
     prefix_attention: attentions.Kernel = "xla"
     step_attention: attentions.Kernel = "xla"
+    # Products in 8 bits: of weights and activations (int8, fp8), or with 8-bit weights alone (w8,
+    # wf8); in these parts of the model.
+    quantize: quantization.Scheme = "none"
+    quantized: tuple[quantization.Part, ...] = quantization.PARTS
+
+    def __post_init__(self) -> None:
+        quantization.check(self.quantize, self.quantized)
 
     @property
     def on(self) -> tuple[str, ...]:
@@ -92,20 +103,25 @@ def path(config: pi0.Pi0Config) -> pathlib.Path:
 
 
 def store(
-    config: pi0.Pi0Config, options: InferenceOptions, milliseconds: Mapping[str, float]
+    config: pi0.Pi0Config,
+    options: InferenceOptions,
+    milliseconds: Mapping[str, float],
+    scheme: quantization.Scheme = "none",
 ) -> pathlib.Path:
     """Keep the fastest options and all measurements; returns the file.
 
     Args:
       config: the model.
-      options: the fastest ones.
+      options: the fastest ones that change no result.
       milliseconds: of each candidate, by name.
+      scheme: the fastest of products in 8 bits, which `fastest_scheme` gives whoever asks for it.
     """
     file = path(config)
     file.parent.mkdir(parents=True, exist_ok=True)
     content = {
         "key": key(config),
         "options": dataclasses.asdict(options),
+        "quantize": scheme,
         "milliseconds": dict(milliseconds),
     }
     # Renamed when complete: a robot may be reading.
@@ -117,9 +133,23 @@ def store(
 
 def load(config: pi0.Pi0Config) -> InferenceOptions | None:
     """The options kept by `store`, for this device and JAX; None, with a warning, if damaged."""
+    found = _load(config)
+    return None if found is None else found[0]
+
+
+def fastest_scheme(config: pi0.Pi0Config) -> quantization.Scheme | None:
+    """The scheme of products in 8 bits measured as fastest on this device; None: not measured."""
+    found = _load(config)
+    return None if found is None else found[1]
+
+
+def _load(config: pi0.Pi0Config) -> tuple[InferenceOptions, quantization.Scheme] | None:
     file = path(config)
     try:
-        return _options(config, json.loads(file.read_text(encoding="utf-8")))
+        content = json.loads(file.read_text(encoding="utf-8"))
+        options, scheme = _options(config, content), content.get("quantize", "none")
+        quantization.check(scheme)
+        return options, scheme
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
@@ -143,4 +173,4 @@ def _options(config: pi0.Pi0Config, content: Any) -> InferenceOptions:
         raise ValueError(f"{', '.join(wrong)} must be true or false")
     for name in ATTENTION:
         attentions.check(given[name], config.dtype)
-    return InferenceOptions(**given)
+    return InferenceOptions(**{**given, "quantized": tuple(given["quantized"])})

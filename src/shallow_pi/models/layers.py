@@ -11,7 +11,7 @@ H head dim.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
@@ -158,10 +158,30 @@ def residual(x: Array, y: Array, gate: Array | None) -> Array:
     return x + y if gate is None else x + y * gate
 
 
-def multiply(x: Float[Array, "*b i"], matrix: Float[Array, "i o"]) -> Float[Array, "*b o"]:
-    """One product of two matrices in the dtype of `x`, which XLA's CPU backend is fastest at."""
+@runtime_checkable
+class Stored(Protocol):
+    """A matrix (inputs × outputs) in another form than an array, which multiplies rows itself."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def times(self, rows: Float[Array, "n i"]) -> Float[Array, "n o"]:
+        """The product, in the dtype of the rows."""
+        ...
+
+
+# A weight of a large product: an array, or in 8 bits (`quantized.Quantized`).
+Matrix = Array | Stored
+
+
+def multiply(x: Float[Array, "*b i"], matrix: Matrix) -> Float[Array, "*b o"]:
+    """One product of two matrices in the dtype of `x`, which XLA's CPU backend is fastest at.
+
+    Every large product of a layer in inference is this one.
+    """
     rows = x.reshape(-1, x.shape[-1])
-    return (rows @ matrix.astype(x.dtype)).reshape(*x.shape[:-1], -1)
+    found = matrix.times(rows) if isinstance(matrix, Stored) else rows @ matrix.astype(x.dtype)
+    return found.reshape(*x.shape[:-1], -1)
 
 
 def dense(
@@ -174,7 +194,7 @@ def dense(
 
 
 def products(
-    x: Float[Array, "*b i"], matrices: tuple[Array, ...], sizes: tuple[int, ...]
+    x: Float[Array, "*b i"], matrices: tuple[Matrix, ...], sizes: tuple[int, ...]
 ) -> list[Array]:
     """The products of `x` with matrices of these widths, given one by one or as one matrix."""
     if len(matrices) > 1:
@@ -184,7 +204,7 @@ def products(
 
 
 def gated_mlp(
-    x: Float[Array, "*b d"], gate_up: tuple[Array, ...], down: Float[Array, "f d"]
+    x: Float[Array, "*b d"], gate_up: tuple[Matrix, ...], down: Matrix
 ) -> Float[Array, "*b d"]:
     """Gated GELU MLP: `(gelu(x @ gate) * (x @ up)) @ down`."""
     # As one matrix throughout: XLA's CPU backend takes five times as long for the gradient else.

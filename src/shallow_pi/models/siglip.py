@@ -18,6 +18,8 @@ from shallow_pi.models import layers, parameters
 
 # A kernel (or a norm's scale) and a bias.
 Pair = tuple[Array, Array]
+# A kernel of an array or in 8 bits, and a bias.
+Dense = tuple[layers.Matrix, Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,11 +58,11 @@ class Layer(NamedTuple):
 
     norm: Pair
     # Query, key and value; or one matrix of all three.
-    qkv: tuple[Pair, ...]
-    out: Pair
+    qkv: tuple[Dense, ...]
+    out: Dense
     mlp_norm: Pair
-    up: Pair
-    down: Pair
+    up: Dense
+    down: Dense
 
 
 def arrange(tree: PyTree, dtype: jax.typing.DTypeLike) -> Layer:
@@ -119,9 +121,11 @@ def layer(
     return x + dense(nn.gelu(dense(normed, weights.up)), weights.down)
 
 
-def dense(x: Float[Array, "b s *i"], weights: Pair) -> Float[Array, "b s *o"]:
+def dense(x: Float[Array, "b s *i"], weights: Dense) -> Float[Array, "b s *o"]:
     """`x @ kernel + bias` over the kernel's leading axes, as one product of matrices."""
     kernel, bias = weights
+    if isinstance(kernel, layers.Stored):
+        return layers.multiply(x.reshape(*x.shape[:2], -1), kernel) + layers.row(bias, 3)
     inputs = kernel.ndim - bias.ndim
     rows = jnp.tensordot(x.reshape(-1, *kernel.shape[:inputs]), kernel, inputs) + bias[None]
     return rows.reshape(*x.shape[:2], *bias.shape)

@@ -7,7 +7,7 @@ process (see `latency`), so that ratios hold on a busy machine.
 import dataclasses
 import functools
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from shallow_pi.inference import forward, image_tower, prepare, program, tuning
+from shallow_pi.inference import forward, image_tower, prepare, program, quantize, tuning
 from shallow_pi.models import batch as batches
 from shallow_pi.models import observation as observations
 from shallow_pi.models import pi0
@@ -56,6 +56,8 @@ class Timing:
     others_ms: dict[str, float]
     # Largest difference of any of their actions from ours.
     others_difference: float
+    # Milliseconds of the whole inference with products in 8 bits, by scheme.
+    quantized_ms: dict[str, float]
     # Operations, and bytes of weights read, by part; the prefix includes the image tower.
     flops: dict[str, int]
     weight_bytes: dict[str, int]
@@ -117,6 +119,7 @@ def measure(
     ablate: bool = True,
     padded_to: int = 0,
     others: Mapping[str, Other] | None = None,
+    schemes: Sequence[quantize.Scheme] = (),
 ) -> Timing:
     """Time one inference of a model with random weights.
 
@@ -128,6 +131,7 @@ def measure(
       ablate: also time the whole inference with each optimization in turn switched off.
       padded_to: the prompt length of a model that pads; more than the config's, it is timed too.
       others: other samplers to time in the same turns, by name.
+      schemes: time the whole inference with products in 8 bits, by these schemes, as well.
     """
     options = options or tuning.best(config)
     params = random_params(config)
@@ -135,7 +139,10 @@ def measure(
     observation = jax.device_put(on_host)
     noise = jax.random.normal(jax.random.key(0), (1, config.action_horizon, config.action_dim))
     start, touch = np.asarray(noise), jax.jit(jnp.negative)
-    run, layout = program.Program.create(config, params, num_steps, options), program.Layout(config)
+    # No time depends on them.
+    bounds = quantize.made_up_bounds(config)
+    run = program.Program.create(config, params, num_steps, options, bounds)
+    layout = program.Layout(config)
     packed = jax.device_put(program.pack(layout, on_host, start))
     calls: dict[str, Callable[[], PyTree]] = {"whole": functools.partial(run, layout, packed)}
     program_bytes = _program_bytes(run, layout, packed)
@@ -147,18 +154,23 @@ def measure(
         for name in options.on:
             change: dict[str, Any] = {name: False}
             chosen = dataclasses.replace(options, **change)
-            one = program.Program.create(config, params, num_steps, chosen)
+            one = program.Program.create(config, params, num_steps, chosen, bounds)
             without[name] = functools.partial(one, layout, packed)
         for name, (larger, seen) in _untrimmed(config, padded_to).items():
             more = program.Layout(larger)
             untrimmed = jax.device_put(program.pack(more, seen, start))
             without[name] = functools.partial(run, more, untrimmed)
+    in_bits: dict[str, Callable[[], Array]] = {}
+    for scheme in schemes:
+        chosen = dataclasses.replace(options, quantize=scheme)
+        one = program.Program.create(config, params, num_steps, chosen, bounds)
+        in_bits[scheme] = functools.partial(one, layout, packed)
     ready = {
         name: prepare_other(config, params, on_host, noise, num_steps)
         for name, prepare_other in (others or {}).items()
     }
     difference = max((_difference(calls["whole"], call) for call in ready.values()), default=0.0)
-    every = {**calls, **without, **ready}
+    every = {**calls, **without, **ready, **in_bits}
     found = latency.median_latency(every, repeats=repeats, label=f"{config.depth} layers")
     statistics = jax.devices()[0].memory_stats() or {}
     return Timing(
@@ -172,6 +184,7 @@ def measure(
         p95_ms={name: found.p95_ms[name] for name in calls},
         without_ms={name: found.median_ms[name] for name in without},
         others_ms={name: found.median_ms[name] for name in ready},
+        quantized_ms={name: found.median_ms[name] for name in in_bits},
         others_difference=difference,
         flops=flops.inference_flops(config, num_steps=num_steps, options=options).by_part,
         weight_bytes=flops.weight_bytes(config, num_steps=num_steps, options=options).by_part,

@@ -69,6 +69,9 @@ def inference_lines(timings: Sequence[inference.Timing]) -> list[str]:
         slower = [f"{name} {ms - whole:+.2f}" for name, ms in timing.without_ms.items()]
         if slower:
             lines.append(f"{timing.depth} layers, ms more without: {', '.join(slower)}")
+        if timing.quantized_ms:
+            bits = ", ".join(f"{name} {ms:.2f}" for name, ms in timing.quantized_ms.items())
+            lines.append(f"{timing.depth} layers, ms with products in 8 bits: {bits}")
         for name, ms in timing.others_ms.items():
             lines.append(
                 f"{timing.depth} layers: ours is {ms / whole:.2f} times as fast as {name}'s "

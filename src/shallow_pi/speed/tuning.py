@@ -9,14 +9,14 @@ the hardware lacks, a program too large) are reported with the reason.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
 from jaxtyping import Array
 
 from shallow_pi import progress
-from shallow_pi.inference import attention, program, tuning
+from shallow_pi.inference import attention, program, quantize, tuning
 from shallow_pi.models import batch as batches
 from shallow_pi.models import pi0
 from shallow_pi.speed import inference, latency
@@ -26,16 +26,20 @@ from shallow_pi.speed import inference, latency
 class Tuned:
     """The outcome of a measurement."""
 
-    # The fastest.
+    # The fastest that change no result.
     options: tuning.InferenceOptions
+    # The fastest scheme of products in 8 bits; "none" where it is not faster, or none was tried.
+    quantize: quantize.Scheme
     # Milliseconds of each candidate that ran, by name, the fastest first.
     median_ms: dict[str, float]
     # Reasons of those that did not run, by name.
     failed: dict[str, str]
 
 
-def candidates(dtype: str) -> dict[str, tuning.InferenceOptions]:
-    """Every combination worth trying, by name."""
+def candidates(
+    dtype: str, schemes: Sequence[quantize.Scheme] = ()
+) -> dict[str, tuning.InferenceOptions]:
+    """Every combination worth trying, by name; with products in 8 bits, everything unrolled."""
     words, found = {True: "unrolled", False: "scanned"}, {}
     for layers, steps in itertools.product((True, False), (True, False)):
         found[f"layers {words[layers]}, steps {words[steps]}"] = dataclasses.replace(
@@ -53,6 +57,8 @@ def candidates(dtype: str) -> dict[str, tuning.InferenceOptions]:
                 step_attention=step,
             )
         )
+    for scheme in schemes:
+        found[f"all unrolled, {scheme}"] = dataclasses.replace(tuning.ALL_ON, quantize=scheme)
     return found
 
 
@@ -62,6 +68,7 @@ def tune(
     num_steps: int = 10,
     repeats: int = 20,
     tried: Mapping[str, tuning.InferenceOptions] | None = None,
+    schemes: Sequence[quantize.Scheme] = (),
 ) -> Tuned:
     """Time a model with random weights under every combination of options.
 
@@ -70,29 +77,32 @@ def tune(
       num_steps: integration steps.
       repeats: timed calls of each.
       tried: what to time, by name; None is `candidates`.
+      schemes: of products in 8 bits, to time as well.
 
     Raises:
       RuntimeError: nothing compiles.
     """
-    tried = candidates(config.dtype) if tried is None else tried
+    tried = candidates(config.dtype, schemes) if tried is None else tried
     params = inference.random_params(config)
     noise = np.random.default_rng(0).standard_normal((1, config.action_horizon, config.action_dim))
     layout = program.Layout(config)
     packed = program.pack(layout, batches.noise(config, 1).observation, noise)
     given = layout, jax.device_put(packed)
     # Steps and kernels share their weights.
-    weights: dict[bool, program.Program] = {}
+    weights: dict[tuple[bool, str], program.Program] = {}
     calls: dict[str, Callable[[], Array]] = {}
     failed: dict[str, str] = {}
     with progress.bar("Compile", total=len(tried)) as advance:
         for name, options in tried.items():
-            if options.unrolled_layers not in weights:
-                weights[options.unrolled_layers] = program.Program.create(
-                    config, params, num_steps, options
-                )
-            run = dataclasses.replace(weights[options.unrolled_layers], options=options)
-            call = functools.partial(run, *given)
+            kind = options.unrolled_layers, options.quantize
             try:
+                if kind not in weights:
+                    bounds = quantize.made_up_bounds(config)
+                    weights[kind] = program.Program.create(
+                        config, params, num_steps, options, bounds
+                    )
+                run = dataclasses.replace(weights[kind], options=options)
+                call = functools.partial(run, *given)
                 jax.block_until_ready(call())
                 calls[name] = call
             except (RuntimeError, NotImplementedError, ValueError) as error:
@@ -103,4 +113,5 @@ def tune(
         raise RuntimeError(f"nothing compiles on {jax.devices()[0].device_kind}: {reasons}")
     found = latency.median_latency(calls, repeats=repeats, label="Tune").median_ms
     order = sorted(found, key=lambda name: found[name])
-    return Tuned(tried[order[0]], {name: found[name] for name in order}, failed)
+    same = next((tried[name] for name in order if tried[name].quantize == "none"), tuning.default())
+    return Tuned(same, tried[order[0]].quantize, {name: found[name] for name in order}, failed)

@@ -23,6 +23,7 @@ from shallow_pi.data.robots import (
     transforms,
 )
 from shallow_pi.data.robots import robot as robots
+from shallow_pi.inference import quantize as quantization
 from shallow_pi.models import gemma, pi0, siglip
 
 FILE_NAME = "shallow_pi.json"
@@ -46,6 +47,8 @@ class Assets:
     names: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     # Integration steps that the policy was trained for.
     num_steps: int = 10
+    # Products in 8 bits whose weights the policy was trained with (see `inference.quantize`).
+    quantize: quantization.Scheme = "none"
 
     @property
     def kind(self) -> normalize.Kind:
@@ -95,6 +98,7 @@ class Assets:
             "asset_id": self.asset_id,
             "names": self.names,
             "num_steps": self.num_steps,
+            "quantize": self.quantize,
         }
         (folder / FILE_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
@@ -122,8 +126,11 @@ def load(step: str | os.PathLike[str]) -> Assets:
         num_steps = content.get("num_steps", 10)  # Older folders do not say it.
         if not isinstance(num_steps, int) or num_steps < 1:
             raise TypeError(f"num_steps {num_steps!r}")
+        scheme = content.get("quantize", "none")
+        if scheme not in quantization.SCHEMES:
+            raise TypeError(f"quantize {scheme!r}")
     stats = normalize.load(folder / asset_id)
-    return Assets(model, robot, folder / TOKENIZER_NAME, stats, asset_id, names, num_steps)
+    return Assets(model, robot, folder / TOKENIZER_NAME, stats, asset_id, names, num_steps, scheme)
 
 
 def recorded_model(step: pathlib.Path) -> pi0.Pi0Config | None:

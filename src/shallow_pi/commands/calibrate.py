@@ -1,0 +1,135 @@
+"""Measure the activations of a policy on data, so that it can run in 8 bits.
+
+uv run scripts/calibrate.py POLICY --data.path DATASET [--samples 64] [--step last|best|N]
+
+POLICY is a run's folder or a step folder, DATASET a LeRobot dataset of its robot; without
+--data.path the dataset of the policy's run is taken. Actions are sampled for frames spread over all
+episodes, and the bounds of the activations of every large product are written to
+assets/calibration.json beside the parameters. int8 and fp8 then round activations within them:
+
+    uv run scripts/serve_policy.py --policy.dir POLICY --policy.quantize int8
+    uv run scripts/export_student.py POLICY --format onnx --quantize int8
+
+Calibrate again after changing the number of integration steps. Weights alone (w8, wf8) need no
+calibration. docs/quantization.md compares the schemes.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Annotated
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from shallow_pi import flags, progress
+from shallow_pi.checkpoints import run_folder, weights
+from shallow_pi.commands import exits
+from shallow_pi.data import data_config, opening, sources
+from shallow_pi.data.robots import assets as policy_assets
+from shallow_pi.deploy import step_folder
+from shallow_pi.inference import calibration
+from shallow_pi.models import batch as batches
+from shallow_pi.models import observation as observations
+from shallow_pi.models import pi0
+from shallow_pi.parallel import processes
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """The policy and the observations to calibrate it on."""
+
+    # A run's folder, or a step folder of ours on this machine.
+    policy: Annotated[str, tyro.conf.Positional]
+    # The dataset; robot and statistics are the policy's own.
+    data: data_config.DataConfig = dataclasses.field(default_factory=data_config.DataConfig)
+    # Which step of a run: last, best (the one its best.json names) or a number.
+    step: str = "last"
+    # Observations, spread evenly over the dataset.
+    samples: int = 64
+    # Observations in one batch.
+    batch_size: int = 8
+    # int8 clips activations beyond this percentile of their magnitudes; 100 clips none.
+    percentile: float = calibration.PERCENTILE
+    # Integration steps of the sampler; 0 takes the number that the policy was trained for.
+    num_steps: int = 0
+    # Seed of the noise.
+    seed: int = 0
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse, sample, write, print the file."""
+    given = flags.parse(Arguments, arguments, __doc__ or "")
+    processes.cache_compilations()
+    with exits.exit_on():
+        for name in ("samples", "batch_size"):
+            if getattr(given, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+        folder = step_folder.find(given.policy, given.step)
+        assets = policy_assets.load(folder)
+        data = _data(given, folder)
+        datasets, held_out = opening.open_datasets(data, assets.robot)
+        source = sources.Mixture(
+            [
+                sources.DatasetSource(d, assets.robot, assets.model.action_horizon, assets.inputs())
+                for d in (*datasets, *held_out)
+            ]
+        )
+        seen = tuple(name for name in assets.model.cameras if name in assets.robot.cameras)
+        model = dataclasses.replace(assets.model, cameras=seen)
+        params = weights.load_params(
+            folder,
+            pi0.abstract_params(assets.model),
+            dtype=np.dtype(jnp.dtype(assets.model.dtype)),
+            what="policy",
+        )
+        count = min(given.samples, len(source))
+        with progress.bar("Calibrate", total=count) as advance:
+            found = calibration.calibrate(
+                model,
+                jax.tree.map(jnp.asarray, params),
+                _batches(source, model, count, given),
+                num_steps=given.num_steps or assets.num_steps,
+                percentile=given.percentile,
+                advance=advance,
+            )
+        print(calibration.save(folder / "assets", found))
+
+
+def _data(given: Arguments, folder: pathlib.Path) -> data_config.DataConfig:
+    """The data config with a path: the one given, else that of the policy's run."""
+    if given.data.path:
+        return given.data
+    recorded = folder.parent / run_folder.CONFIG_FILE
+    path = ""
+    if recorded.is_file():
+        path = (json.loads(recorded.read_text(encoding="utf-8")).get("data") or {}).get("path", "")
+    if not path:
+        raise ValueError(
+            f"no dataset to calibrate on: {folder} is not in a run that names one; give "
+            "--data.path, a LeRobot dataset of the policy's robot (or run with weights alone in 8 "
+            "bits, w8 or wf8, which need none)"
+        )
+    progress.say(f"Dataset of the policy's run: {path}")
+    return dataclasses.replace(given.data, path=path)
+
+
+def _batches(
+    source: sources.Source, model: pi0.Pi0Config, count: int, given: Arguments
+) -> Iterator[tuple[observations.Observation, np.ndarray]]:
+    """Observations of one size each, and their noise; the last batch goes back to fill up."""
+    size = min(given.batch_size, count)
+    chosen = np.linspace(0, len(source) - 1, count).round().astype(int).tolist()
+    noise = np.random.default_rng(given.seed)
+    shape = size, model.action_horizon, model.action_dim
+    for start in range(0, count, size):
+        taken = chosen[min(start, count - size) :][:size]
+        found = batches.stack([source[i] for i in taken]).observation.as_float()
+        # Cameras that the robot lacks are not computed.
+        images = {name: found.images[name] for name in model.cameras}
+        masks = {name: found.image_masks[name] for name in model.cameras}
+        found = dataclasses.replace(found, images=images, image_masks=masks)
+        yield found, noise.standard_normal(shape).astype(np.float32)

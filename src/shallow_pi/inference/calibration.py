@@ -1,0 +1,278 @@
+"""Bounds of a policy's activations, measured on data and kept beside its parameters.
+
+The sampler runs over observations with its own integration steps, and every product of a layer
+counts the magnitudes of what it multiplies in a histogram with logarithmic bins. Of each the
+largest magnitude is kept, and a percentile. int8, whose steps are of one size, rounds within the
+percentile and clips what is beyond; float8, whose steps grow with the number, keeps the largest.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, PyTree
+
+from shallow_pi import progress
+from shallow_pi.inference import prepare, quantize, sampler, tuning
+from shallow_pi.models import observation as observations
+from shallow_pi.models import pi0
+
+FILE_NAME = "calibration.json"
+# A scheme; "tuned" is the fastest that was measured on this device.
+Asked = quantize.Scheme | Literal["tuned"]
+# Of the magnitudes of a product's activations, in percent.
+PERCENTILE = 99.99
+# A bin is all numbers that share exponent and leading bits of the mantissa: 3 % wide.
+_MANTISSA_BITS = 5
+_BINS = 2 ** (8 + _MANTISSA_BITS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """Bounds of the activations of every product, one for each layer."""
+
+    # Observations that were sampled for, and integration steps of each.
+    observations: int
+    num_steps: int
+    percentile: float
+    # By part and product (`quantize.PRODUCTS`).
+    largest: Mapping[str, Mapping[str, tuple[float, ...]]]
+    within: Mapping[str, Mapping[str, tuple[float, ...]]]
+
+    def bounds(self, scheme: quantize.Scheme) -> quantize.Bounds:
+        """The bounds that a scheme rounds activations with."""
+        chosen = self.within if quantize.format_of(scheme) == "int8" else self.largest
+        return {
+            part: {name: np.asarray(values, np.float32) for name, values in products.items()}
+            for part, products in chosen.items()
+        }
+
+
+def save(folder: pathlib.Path, calibration: Calibration) -> pathlib.Path:
+    """Write the file into an `assets` folder; returns it."""
+    path = folder / FILE_NAME
+    partial = path.with_name(f"{path.name}.partial")
+    text = json.dumps(dataclasses.asdict(calibration), indent=1)
+    partial.write_text(text + "\n", encoding="utf-8")
+    partial.replace(path)
+    return path
+
+
+def load(folder: pathlib.Path, config: pi0.Pi0Config) -> Calibration | None:
+    """The calibration in an `assets` folder; None if there is none.
+
+    Raises:
+      ValueError: it is damaged, or of a model of other depths.
+    """
+    path = folder / FILE_NAME
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        found = Calibration(**content)
+        for chosen in (found.largest, found.within):
+            for part, depth in quantize.depths(config).items():
+                for name in quantize.PRODUCTS[part]:
+                    values = np.asarray(chosen[part][name], np.float64)
+                    if values.shape != (depth,) or not (np.isfinite(values) & (values > 0)).all():
+                        raise ValueError(f"expected {depth} positive bounds for {part} {name}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} does not fit the model beside it ({error!r}): calibrate again with "
+            "scripts/calibrate.py"
+        ) from error
+    return found
+
+
+def choose(
+    config: pi0.Pi0Config,
+    asked: Asked | None,
+    trained: quantize.Scheme,
+    calibration: Calibration | None,
+    num_steps: int,
+) -> tuple[quantize.Scheme, quantize.Bounds | None]:
+    """The scheme of a policy, and its bounds where it rounds activations.
+
+    Args:
+      config: the model.
+      asked: None takes what the policy was trained for: training rounds weights alone, so
+        activations are rounded only where there is a calibration.
+      trained: as said there.
+      calibration: the policy's, if it has one.
+      num_steps: integration steps of the policy.
+
+    Raises:
+      ValueError: activations are to be rounded without a calibration, or "tuned" without a
+        measurement.
+    """
+    scheme = trained if calibration is not None else quantize.weights_alone(trained)
+    if asked == "tuned":
+        fastest = tuning.fastest_scheme(config)
+        if fastest is None:
+            raise ValueError(
+                "quantize 'tuned' takes the scheme measured as fastest, and none was measured for "
+                "this model on this device: run scripts/benchmark.py --tune --quantize int8 fp8 w8"
+            )
+        scheme = fastest
+    elif asked is not None:
+        scheme = asked
+    quantize.check(scheme)
+    if not quantize.rounds_activations(scheme):
+        return scheme, None
+    if calibration is None:
+        raise ValueError(
+            f"quantize {scheme!r} rounds activations, and this policy has no assets/{FILE_NAME} "
+            "with their bounds: write it with scripts/calibrate.py POLICY --data.path DATASET, or "
+            f"round weights alone with --policy.quantize {quantize.weights_alone(scheme)}"
+        )
+    if calibration.num_steps != num_steps:
+        progress.warn(
+            f"the activations of the policy were calibrated at {calibration.num_steps} integration "
+            f"steps and it samples in {num_steps}: calibrate it again (scripts/calibrate.py)"
+        )
+    return scheme, calibration.bounds(scheme)
+
+
+def calibrate(
+    config: pi0.Pi0Config,
+    params: PyTree,
+    batches: Iterable[tuple[observations.Observation, Float[np.ndarray, "b ah ad"]]],
+    *,
+    num_steps: int,
+    percentile: float = PERCENTILE,
+    advance: Callable[[int], None] = lambda count: None,
+) -> Calibration:
+    """Sample actions for observations, and measure the activations of every product.
+
+    Args:
+      config: the model.
+      params: its parameters.
+      batches: observations in [-1, 1] and the noise to begin at; all of one size.
+      num_steps: integration steps of the policy.
+      percentile: of the magnitudes, in percent; 100 is the largest.
+      advance: called with the number of observations after each batch.
+
+    Raises:
+      ValueError: no observations, a percentile outside (0, 100], or activations that are not
+        finite.
+    """
+    if not 0 < percentile <= 100:
+        raise ValueError(f"--percentile must lie in (0, 100], got {percentile}")
+    # Everything unrolled: each product of each layer and step is an equation of its own.
+    options = dataclasses.replace(tuning.ALL_ON, padded_tower=False)
+    times = sampler.integration_times(num_steps)
+
+    @jax.jit
+    def measure(params: PyTree, observation: observations.Observation, noise: Array) -> PyTree:
+        watched = _Watched({}, {})
+        prepared = watched.watch(prepare.prepare(config, params, times, options))
+        actions = sampler.sample_prepared(
+            config, prepared, observation, noise, num_steps=num_steps, options=options
+        )
+        return watched.largest, watched.counts, actions
+
+    largest: dict[_Name, float] = {}
+    counts: dict[_Name, np.ndarray] = {}
+    total = 0
+    for observation, noise in batches:
+        found, bins, actions = jax.device_get(measure(params, observation, noise))
+        if not np.isfinite(actions).all():
+            raise ValueError("the policy's actions are not finite: it cannot be calibrated")
+        for name, value in found.items():
+            largest[name] = max(largest.get(name, 0.0), float(value))
+            counts[name] = counts.get(name, np.zeros(_BINS, np.int64)) + bins[name]
+        total += len(noise)
+        advance(len(noise))
+    if not total:
+        raise ValueError("there are no observations to calibrate on")
+    within = {name: _percentile(counts[name], percentile) for name in counts}
+    within = {name: min(value, largest[name]) for name, value in within.items()}
+    return Calibration(
+        total, num_steps, percentile, _by_part(config, largest), _by_part(config, within)
+    )
+
+
+# Part, product and layer.
+_Name = tuple[str, str, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Watched:
+    """Statistics of the activations that watched matrices multiply, while one trace runs."""
+
+    largest: dict[_Name, Array]
+    counts: dict[_Name, Array]
+
+    def watch(self, prepared: prepare.Prepared) -> prepare.Prepared:
+        """Prepared weights whose matrices are watched."""
+
+        def of(part: quantize.Part) -> quantize.Change:
+            def change(index: int | None, name: str, matrix: Array) -> "_Matrix":
+                assert index is not None, "layers are unrolled"
+                return _Matrix(matrix, (part, name, index), self)
+
+            return change
+
+        image = prepared.image
+        return prepared._replace(
+            image=image._replace(layers=quantize.map_matrices(image.layers, of("vision"))),
+            prefix=quantize.map_matrices(prepared.prefix, of("backbone")),
+            suffix=quantize.map_matrices(prepared.suffix, of("expert")),
+        )
+
+    def add(self, name: _Name, rows: Float[Array, "n i"]) -> None:
+        magnitude = jnp.abs(rows.astype(jnp.float32))
+        largest, counts = jnp.max(magnitude), _histogram(magnitude)
+        if name in self.largest:
+            largest = jnp.maximum(largest, self.largest[name])
+            counts = counts + self.counts[name]
+        self.largest[name], self.counts[name] = largest, counts
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Matrix:
+    """A matrix that reports what it multiplies."""
+
+    array: Array
+    name: _Name
+    watched: _Watched
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
+
+    def times(self, rows: Float[Array, "n i"]) -> Float[Array, "n o"]:
+        self.watched.add(self.name, rows)
+        return rows @ self.array.astype(rows.dtype)
+
+
+def _histogram(magnitude: Float[Array, "n i"]) -> Int[Array, " bins"]:
+    bits = jax.lax.bitcast_convert_type(magnitude, jnp.int32)
+    return jnp.zeros(_BINS, jnp.int32).at[(bits >> (23 - _MANTISSA_BITS)).reshape(-1)].add(1)
+
+
+def _percentile(counts: np.ndarray, percentile: float) -> float:
+    """The upper end of the bin in which a percentile lies; zeros do not count."""
+    counts = counts.copy()
+    counts[0] = 0
+    reached = np.cumsum(counts)
+    if not reached[-1]:
+        return 1.0
+    last = int(np.searchsorted(reached, percentile / 100 * reached[-1]))
+    return float(np.array(last + 1 << (23 - _MANTISSA_BITS), np.int32).view(np.float32))
+
+
+def _by_part(config: pi0.Pi0Config, found: Mapping[_Name, float]) -> dict[str, Any]:
+    """Bounds by part and product; a product of zeros alone has the bound 1."""
+    return {
+        part: {
+            name: tuple(found[part, name, i] or 1.0 for i in range(depth))
+            for name in quantize.PRODUCTS[part]
+        }
+        for part, depth in quantize.depths(config).items()
+    }
