@@ -68,11 +68,21 @@ def make_assets(
     return policy_assets.Assets(model, robot, tokenizer, stats, robot.name, named)
 
 
-def samples(assets: policy_assets.Assets, episodes: Sequence[demonstrations.Episode]) -> Frames:
+def samples(
+    assets: policy_assets.Assets,
+    episodes: Sequence[demonstrations.Episode],
+    rows: int | None = None,
+) -> Frames:
     """The model's samples of all frames, with the statistics and the tokenizer of `assets`.
 
+    Args:
+      assets: of the teacher.
+      episodes: in the order of `Frames.ends`.
+      rows: of the arrays, where they are to be longer than the frames: the rest is empty.
+
     Raises:
-      ValueError: a model that reads the state as text, whose prompts differ from frame to frame.
+      ValueError: a model that reads the state as text, whose prompts differ from frame to frame;
+        more frames than `rows`.
     """
     model, robot = assets.model, assets.robot
     if model.discrete_state_input:
@@ -87,20 +97,22 @@ def samples(assets: policy_assets.Assets, episodes: Sequence[demonstrations.Epis
     reader = prompts.Tokenizer(assets.tokenizer, model.max_token_len)
     tokens = {prompt: reader.tokenize(prompt) for prompt in {e.prompt for e in episodes}}
     total, horizon = int(ends[-1]), model.action_horizon
-    found = batches.zeros(model, total)
+    if rows is not None and rows < total:
+        raise ValueError(f"{total} frames do not fit into {rows} rows")
+    found = batches.zeros(model, total if rows is None else rows)
     pictures: Mapping[str, np.ndarray] = found.observation.images
     for start, stop, episode in zip(ends[:-1], ends[1:], episodes, strict=True):
-        rows, length = slice(start, stop), stop - start
+        at, length = slice(start, stop), stop - start
         ahead = np.arange(length)[:, None] + np.arange(horizon)
         actions = robot.actions(episode.vectors)[np.minimum(ahead, length - 1)]
         seen = to_model({"state": robot.state(episode.vectors), "actions": actions})
-        found.observation.state[rows], found.actions[rows] = seen["state"], seen["actions"]
-        found.action_mask[rows] = ahead < length
-        found.observation.tokenized_prompt[rows] = tokens[episode.prompt][0]
-        found.observation.tokenized_prompt_mask[rows] = tokens[episode.prompt][1]
+        found.observation.state[at], found.actions[at] = seen["state"], seen["actions"]
+        found.action_mask[at] = ahead < length
+        found.observation.tokenized_prompt[at] = tokens[episode.prompt][0]
+        found.observation.tokenized_prompt_mask[at] = tokens[episode.prompt][1]
         for camera in model.cameras:
             if (key := robot.cameras.get(camera)) is None:
-                found.observation.image_masks[camera][rows] = False
+                found.observation.image_masks[camera][at] = False
             else:
-                pictures[camera][rows] = episode.images[key]
+                pictures[camera][at] = episode.images[key]
     return Frames(found, ends)

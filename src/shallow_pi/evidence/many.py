@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Int, PyTree
 
 from shallow_pi import progress
 from shallow_pi.distill import layer_map, losses, step, student
@@ -29,6 +29,7 @@ from shallow_pi.training import optimizer
 
 # Steps of one call of a compiled program.
 CHUNK = 50
+_NONE: Mapping[str, np.ndarray] = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,14 +107,18 @@ def _program(recipe: recipes.Recipe) -> tuple[object, ...]:
     )
 
 
-def layers_of(recipe: recipes.Recipe, teacher: Teacher) -> layer_map.LayerMap:
+def layers_of(
+    recipe: recipes.Recipe, teacher_depth: int, scores: Mapping[str, np.ndarray]
+) -> layer_map.LayerMap:
     """The teacher's layers that a student copies."""
     depth, strategy = recipe.depth, recipe.strategy
     if strategy == "random":
-        return layer_map.random(depth, teacher.model.depth, recipe.seed)
-    if strategy in ("similarity", "sensitivity"):
-        return getattr(layer_map, strategy)(depth, teacher.scores[strategy])
-    return getattr(layer_map, strategy)(depth, teacher.model.depth)
+        return layer_map.random(depth, teacher_depth, recipe.seed)
+    if strategy in ("uniform", "first", "last"):
+        return getattr(layer_map, strategy)(depth, teacher_depth)
+    if strategy not in scores:
+        raise ValueError(f"{recipe.slug}: the layers' {strategy} has to be measured first")
+    return getattr(layer_map, strategy)(depth, scores[strategy])
 
 
 def initial(recipe: recipes.Recipe, model: pi0.Pi0Config, teacher: Teacher | None) -> PyTree:
@@ -121,51 +126,104 @@ def initial(recipe: recipes.Recipe, model: pi0.Pi0Config, teacher: Teacher | Non
     if recipe.init == "random":
         return pi0.init(pi0.at_depth(model, recipe.depth), jax.random.key(1000 + recipe.seed))
     assert teacher is not None, "a student is cut out of a teacher"
-    return student.cut(teacher.model, teacher.params, layers_of(recipe, teacher))
+    chosen = layers_of(recipe, teacher.model.depth, teacher.scores)
+    return student.cut(teacher.model, teacher.params, chosen)
 
 
-def train(
-    groups: Sequence[Group],
-    model: pi0.Pi0Config,
-    data: frames.Frames,
-    teacher: Teacher | None = None,
-    deadline: float = math.inf,
-) -> Iterator[tuple[recipes.Recipe, PyTree, Mapping[str, float]]]:
-    """Train groups of recipes; yields each policy's parameters, and its last metrics.
+@dataclasses.dataclass(frozen=True)
+class _Program:
+    """The program of a group: `length` steps a call."""
+
+    run: jax.stages.Compiled
+    spec: step.Spec
+    length: int
+
+
+class Programs:
+    """Compiled programs for one model and one size of data, made in the background.
 
     Args:
-      groups: of `group`, the most important first.
-      model: the teacher's architecture, at any depth.
-      data: demonstrations, of which a recipe takes the first.
-      teacher: what students are cut from and compared with; None for teachers.
-      deadline: of `time.monotonic`; no group begins that would, by the time the groups before it
-        took, end later. What is left out is told.
-
-    Raises:
-      ValueError: more demonstrations are asked for than there are.
+      model: the architecture, at any depth; `teacher_depth` is that of the teacher.
+      frames: rows of the samples, padding included (`frames.samples`).
+      teacher_depth: 0 for programs that train teachers.
+      threads: programs compiled side by side.
     """
-    most = max(count for members in groups for _, count in members.rows)
-    if most > len(data.ends) - 1:
-        raise ValueError(f"{most} demonstrations are wanted, {len(data.ends) - 1} were collected")
-    samples = jax.device_put(data.samples)
-    held = None if teacher is None else jax.device_put(teacher.params)
-    pace = 0.0  # Seconds for a step of one policy, of the slowest group so far.
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        jobs = [pool.submit(_compile, members, model, data, teacher) for members in groups]
-        for members, job in zip(groups, jobs, strict=True):
-            steps = members.first.steps
-            size = len(members.rows) * len(members.variants)
-            if time.monotonic() + pace * size * steps > deadline:
-                progress.say(f"no time left for {members}")
+
+    def __init__(
+        self, model: pi0.Pi0Config, frames: int, teacher_depth: int = 0, threads: int = 4
+    ) -> None:
+        self.model = model
+        self._samples = batches.spec(model, frames)
+        self._teacher = pi0.at_depth(model, teacher_depth) if teacher_depth else None
+        self._pool = concurrent.futures.ThreadPoolExecutor(threads)
+        self._jobs: dict[Group, concurrent.futures.Future[_Program | None]] = {}
+
+    def prepare(self, groups: Sequence[Group], scores: Mapping[str, np.ndarray] = _NONE) -> None:
+        """Begin to compile; groups whose layers are measured on the teacher need its scores."""
+        for members in groups:
+            if members not in self._jobs:
+                self._jobs[members] = self._pool.submit(self._compile, members, scores)
+
+    def train(
+        self,
+        groups: Sequence[Group],
+        data: frames.Frames,
+        teacher: Teacher | None = None,
+        deadline: float = math.inf,
+    ) -> Iterator[tuple[recipes.Recipe, PyTree, Mapping[str, float]]]:
+        """Train groups of recipes; yields each policy's parameters, and its last metrics.
+
+        Args:
+          groups: of `group`, the most important first.
+          data: demonstrations, of which a recipe takes the first.
+          teacher: what students are cut from and compared with; None for teachers.
+          deadline: of `time.monotonic`; a group that would end later, by the pace of those before
+            it, is left out, and told.
+
+        Raises:
+          ValueError: more demonstrations are asked for than there are.
+        """
+        most = max((count for members in groups for _, count in members.rows), default=0)
+        if most > len(data.ends) - 1:
+            raise ValueError(
+                f"{most} demonstrations are wanted, {len(data.ends) - 1} were collected"
+            )
+        self.prepare(groups, _NONE if teacher is None else teacher.scores)
+        samples = jax.device_put(data.samples)
+        held = None if teacher is None else jax.device_put(teacher.params)
+        pace = 0.0  # Seconds for a step of one policy, of the slowest group so far.
+        for members in groups:
+            work = members.first.steps * len(members.rows) * len(members.variants)
+            if time.monotonic() + pace * work > deadline:
+                progress.say(f"No time left for {members}")
                 continue
-            if (program := job.result()) is None:
-                params = _starts(members, model, teacher)
-                metrics: Mapping[str, Array] = {}
-            else:
+            program = self._jobs[members].result()
+            metrics: Mapping[str, Array] = {}
+            params = _starts(members, self.model, teacher)
+            if program is not None:
                 began = time.monotonic()
-                params, metrics = _run(program, members, model, data, samples, teacher, held)
-                pace = max(pace, (time.monotonic() - began) / steps / size)
+                params, metrics = _run(program, members, params, data, samples, held)
+                pace = max(pace, (time.monotonic() - began) / work)
             yield from _members(members, jax.device_get(params), jax.device_get(metrics))
+
+    def _compile(self, members: Group, scores: Mapping[str, np.ndarray]) -> _Program | None:
+        """For `CHUNK` steps or a divisor; None if nothing is trained."""
+        steps = members.first.steps
+        if not steps:
+            return None
+        length = next(n for n in range(min(CHUNK, steps), 0, -1) if steps % n == 0)
+        spec = _spec(members, self.model, self._teacher, scores)
+        init = jax.vmap(jax.vmap(functools.partial(step.init_state, spec)))
+        shape = (len(members.rows), len(members.variants))
+        params = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct((*shape, *leaf.shape), leaf.dtype),
+            pi0.abstract_params(spec.student),
+        )
+        held = None if spec.teacher is None else pi0.abstract_params(spec.teacher)
+        run = jax.jit(functools.partial(_chunk, spec, length), donate_argnums=0)
+        arrays = _arrays(members, np.zeros(1 + max(count for _, count in members.rows), int))
+        lowered = run.lower(jax.eval_shape(init, params), held, self._samples, *arrays)
+        return _Program(lowered.compile(), spec, length)
 
 
 def _members(
@@ -188,7 +246,12 @@ def _starts(members: Group, model: pi0.Pi0Config, teacher: Teacher | None) -> Py
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
 
 
-def _spec(members: Group, model: pi0.Pi0Config, teacher: Teacher | None) -> step.Spec:
+def _spec(
+    members: Group,
+    model: pi0.Pi0Config,
+    teacher: pi0.Pi0Config | None,
+    scores: Mapping[str, np.ndarray],
+) -> step.Spec:
     # A term that any variant has is computed for all; a weight of 0 takes it out again.
     largest = {name: max(getattr(v, name) for v in members.variants) for name in losses.TERMS}
     shown = next((v for v in members.variants if v.attention), members.first)
@@ -200,80 +263,51 @@ def _spec(members: Group, model: pi0.Pi0Config, teacher: Teacher | None) -> step
         decay_steps=max(2, first.steps),
         end_lr=recipes.PEAK_LR / 50,
     ).create()
-    compared = teacher if weights.needs_teacher else None
-    # Of students without a seed of their own in the layer map, all have that of the first.
+    teacher = teacher if weights.needs_teacher else None
     at = dataclasses.replace(shown, seed=members.rows[0][0])
     return step.Spec(
         student=pi0.at_depth(model, first.depth),
         optimizer=optimizer.AdamW().create(schedule),
         schedule=schedule,
         losses=weights,
-        teacher=None if compared is None else compared.model,
-        layer_map=None if compared is None else layers_of(at, compared),
+        teacher=teacher,
+        layer_map=None if teacher is None else layers_of(at, teacher.depth, scores),
         draws=recipes.DRAWS,
         num_steps=first.num_steps,
         execution=layers.Execution(remat="none"),
     )
 
 
-def _arrays(members: Group, data: frames.Frames) -> tuple[Array, Array, Mapping[str, Array]]:
+def _arrays(
+    members: Group, ends: Int[np.ndarray, " e+1"]
+) -> tuple[Array, Array, Mapping[str, Array]]:
     """Seeds and numbers of frames of the rows, and the weights of all members."""
     grid = members.grid
     weights = {
         name: jnp.array([[getattr(recipe, name) for recipe in row] for row in grid], jnp.float32)
         for name in losses.TERMS
     }
-    seeds = jnp.array([seed for seed, _ in members.rows])
-    return seeds, jnp.array([data.ends[count] for _, count in members.rows]), weights
-
-
-def _compile(
-    members: Group, model: pi0.Pi0Config, data: frames.Frames, teacher: Teacher | None
-) -> tuple[jax.stages.Compiled, step.Spec, int] | None:
-    """The program of a group, for `CHUNK` steps or a divisor; None if nothing is trained."""
-    steps = members.first.steps
-    if not steps:
-        return None
-    length = next(n for n in range(min(CHUNK, steps), 0, -1) if steps % n == 0)
-    spec = _spec(members, model, teacher)
-    shape = (len(members.rows), len(members.variants))
-
-    def widened(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((*shape, *leaf.shape), leaf.dtype)
-
-    abstract = jax.eval_shape(
-        functools.partial(step.init_state, spec), pi0.abstract_params(spec.student)
-    )
-    state = jax.tree.map(widened, abstract)
-    run = jax.jit(functools.partial(_chunk, spec, length), donate_argnums=0)
-    held = None if spec.teacher is None or teacher is None else _shapes(teacher.params)
-    lowered = run.lower(state, held, _shapes(data.samples), *_arrays(members, data))
-    return lowered.compile(), spec, length
-
-
-def _shapes(tree: PyTree) -> PyTree:
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+    seeds = jnp.array([seed for seed, _ in members.rows], jnp.int32)
+    return seeds, jnp.array([ends[count] for _, count in members.rows], jnp.int32), weights
 
 
 def _run(
-    program: tuple[jax.stages.Compiled, step.Spec, int],
+    program: _Program,
     members: Group,
-    model: pi0.Pi0Config,
+    params: PyTree,
     data: frames.Frames,
     samples: batches.Batch,
-    teacher: Teacher | None,
     held: PyTree,
 ) -> tuple[PyTree, Mapping[str, Array]]:
-    run, spec, length = program
-    init = jax.vmap(jax.vmap(functools.partial(step.init_state, spec)))
-    state = jax.jit(init)(_starts(members, model, teacher))
-    arrays = _arrays(members, data)
+    spec, steps = program.spec, members.first.steps
+    state = jax.jit(jax.vmap(jax.vmap(functools.partial(step.init_state, spec))))(params)
+    arrays, held = _arrays(members, data.ends), None if spec.teacher is None else held
     metrics: Mapping[str, Array] = {}
-    with progress.bar(str(members), total=members.first.steps) as advance:
-        for _ in range(members.first.steps // length):
-            state, metrics = run(state, None if spec.teacher is None else held, samples, *arrays)
+    with progress.bar(str(members), total=steps) as advance:
+        for _ in range(steps // program.length):
+            state, metrics = program.run(state, held, samples, *arrays)
             jax.block_until_ready(state.step)
-            advance(length)
+            advance(program.length)
     return state.params, metrics
 
 

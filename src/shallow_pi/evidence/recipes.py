@@ -24,7 +24,7 @@ class Recipe:
     # Layers of both towers.
     depth: int = 6
     # Slug of the teacher; empty for a teacher.
-    teacher: str = "teacher"
+    teacher: str = "teacher-l18-s0"
     # Teacher layers that the student copies: a strategy.
     strategy: layer_map.Strategy = "uniform"
     # Copy the teacher's layers, or start from random parameters.

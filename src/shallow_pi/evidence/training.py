@@ -1,0 +1,156 @@
+"""Make the policies of studies that are not there yet: teachers first, then their students.
+
+Every policy becomes an ordinary step folder `RUNS/<slug>`, which the server and the evaluation load
+like any other, with `recipe.json` beside its parameters. Parameters are stored in float16: hundreds
+of policies then take little room. A teacher is rounded before anything is learned from it.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import pathlib
+import shutil
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from shallow_pi import progress
+from shallow_pi.checkpoints import run_folder, weights
+from shallow_pi.data.robots import assets as policy_assets
+from shallow_pi.distill import flow, layer_scores
+from shallow_pi.evidence import frames, many, recipes
+from shallow_pi.models import batch as batches
+from shallow_pi.models import pi0
+
+RECIPE_FILE, SCORES_FILE = "recipe.json", "layer_scores.json"
+# Seeds of the expert's episodes: a student sees other scenes than its teacher did.
+SEEDS = {"teacher": 0, "student": 1}
+# Observations that the layers of a teacher are measured on.
+MEASURED = 256
+
+
+def missing(wanted: Sequence[recipes.Recipe], runs: pathlib.Path) -> list[recipes.Recipe]:
+    """Those that have no complete folder yet."""
+    return [recipe for recipe in wanted if not (runs / recipe.slug / RECIPE_FILE).is_file()]
+
+
+def save(
+    runs: pathlib.Path,
+    recipe: recipes.Recipe,
+    params: PyTree,
+    assets: policy_assets.Assets,
+    metrics: Mapping[str, float],
+) -> None:
+    """Write a policy's step folder; the recipe is written last, so that a folder with it is whole.
+
+    An earlier folder without it is the rest of an interrupted save, and is replaced.
+    """
+    folder = runs / recipe.slug
+    if folder.exists() and not (folder / RECIPE_FILE).is_file():
+        shutil.rmtree(folder)
+    model = pi0.at_depth(assets.model, recipe.depth)
+    weights.save_params(folder / run_folder.PARAMS, params)
+    own = dataclasses.replace(assets, model=model, num_steps=recipe.num_steps)
+    own.save(folder / run_folder.ASSETS)
+    content = {"recipe": dataclasses.asdict(recipe), "metrics": dict(metrics)}
+    (folder / RECIPE_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def rounded(params: PyTree) -> PyTree:
+    """Parameters as they are stored, float16."""
+    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float16), params)
+
+
+def teach(
+    wanted: Sequence[recipes.Recipe],
+    assets: policy_assets.Assets,
+    data: frames.Frames,
+    runs: pathlib.Path,
+    programs: many.Programs,
+    deadline: float = math.inf,
+) -> None:
+    """Train teachers, and measure their layers.
+
+    Args:
+      wanted: recipes of teachers; those that are there are left alone.
+      assets: of the teachers; the model's depth is that of each recipe.
+      data: the demonstrations.
+      runs: where the step folders are written.
+      programs: for the model and the data.
+      deadline: see `many.Programs.train`.
+    """
+    groups = many.group(missing(wanted, runs))
+    for recipe, params, metrics in programs.train(groups, data, deadline=deadline):
+        params = rounded(params)
+        save(runs, recipe, params, assets, metrics)
+        model = pi0.at_depth(assets.model, recipe.depth)
+        found = measure_layers(model, params, data)
+        text = json.dumps({name: list(map(float, score)) for name, score in found.items()})
+        (runs / recipe.slug / SCORES_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def measure_layers(
+    model: pi0.Pi0Config, params: PyTree, data: frames.Frames
+) -> Mapping[str, np.ndarray]:
+    """Similarity and sensitivity of the layers, at observations from all demonstrations."""
+    rows = np.linspace(0, data.ends[-1] - 1, MEASURED).astype(int)
+    batch: batches.Batch = jax.tree.map(lambda leaf: jnp.asarray(leaf[rows]), data.samples)
+    noise_key, time_key = jax.random.split(jax.random.key(0))
+    noise = flow.sample_noise(noise_key, batch.actions.shape)
+    t = flow.sample_time(time_key, (MEASURED,))
+    inputs = batch.observation.as_float(), flow.interpolate(batch.actions, noise, t), t
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
+    measures = {"similarity": layer_scores.similarity, "sensitivity": layer_scores.sensitivity}
+    return {
+        name: np.asarray(jax.jit(functools.partial(measure, model))(params, *inputs))
+        for name, measure in measures.items()
+    }
+
+
+def load_teacher(slug: str, runs: pathlib.Path) -> tuple[policy_assets.Assets, many.Teacher]:
+    """A teacher's assets, its parameters in float32, and the scores of its layers.
+
+    Raises:
+      FileNotFoundError: it is not there.
+    """
+    folder = runs / slug
+    if not (folder / RECIPE_FILE).is_file():
+        raise FileNotFoundError(f"no teacher {slug} in {runs}: it has to be trained first")
+    assets = policy_assets.load(folder)
+    expected = pi0.abstract_params(assets.model)
+    params = jax.device_get(weights.load_params(folder, expected, dtype="float32"))
+    scores = json.loads((folder / SCORES_FILE).read_text(encoding="utf-8"))
+    found = {name: np.array(score) for name, score in scores.items()}
+    return assets, many.Teacher(assets.model, params, found)
+
+
+def distil(
+    wanted: Sequence[recipes.Recipe],
+    data: frames.Frames,
+    runs: pathlib.Path,
+    programs: many.Programs,
+    deadline: float = math.inf,
+) -> None:
+    """Train the students of one teacher, the first ones first.
+
+    Args:
+      wanted: recipes of students of one teacher; those that are there are left alone.
+      data: the demonstrations, with the teacher's statistics.
+      runs: where the teacher is, and the step folders are written.
+      programs: for the teacher's model and the data.
+      deadline: see `many.Programs.train`.
+    """
+    left = missing(wanted, runs)
+    if not left:
+        return
+    assets, teacher = load_teacher(left[0].teacher, runs)
+    groups = many.group(left)
+    for recipe, params, metrics in programs.train(groups, data, teacher, deadline):
+        save(runs, recipe, rounded(params), assets, metrics)
+    absent = missing(left, runs)
+    if absent:
+        progress.say(f"Pending: {', '.join(recipe.slug for recipe in absent)}")
