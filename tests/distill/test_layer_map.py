@@ -56,11 +56,30 @@ def test_ties_keep_the_earlier_layer():
     assert layer_map.sensitivity(2, np.ones(4)).layers == (0, 1)
 
 
-@pytest.mark.parametrize(
-    ("depth", "pair"), [(1, (0, 0)), (2, (0, 0)), (4, (1, 6)), (6, (2, 7)), (9, (4, 8))]
-)
-def test_the_middle_pair_is_a_student_layer_and_its_source(depth, pair):
-    assert layer_map.uniform(depth, 18).middle == pair
+def test_a_shallower_backbone_is_spread_over_all_but_the_last_layer():
+    """Nothing reads the last layer's tokens, only its keys and values."""
+    assert layer_map.backbone_positions(2, 6) == (0, 4)
+    assert layer_map.backbone_positions(1, 6) == (0,)
+    assert layer_map.backbone_positions(6, 6) == (0, 1, 2, 3, 4, 5)
+
+
+def test_a_shallower_expert_is_spread_to_the_last_layer():
+    assert layer_map.expert_positions(2, 6) == (0, 5)
+    assert layer_map.expert_positions(1, 6) == (5,)
+    assert layer_map.expert_positions(6, 6) == (0, 1, 2, 3, 4, 5)
+
+
+def test_a_depth_beyond_the_student_s_raises():
+    with pytest.raises(ValueError, match=r"--student.backbone-depth must lie in 1..6, .* got 7"):
+        layer_map.backbone_positions(7, 6)
+    with pytest.raises(ValueError, match=r"--student.expert-depth must lie in 1..6, .* got 0"):
+        layer_map.expert_positions(0, 6)
+
+
+def test_expert_layers_keep_keys_and_values_of_a_cut_backbone():
+    backbone, expert = layer_map.halves(4, backbone=(0, 2), expert=(0, 1, 3))
+    assert backbone == ("whole", "keys_values", "whole", "keys_values")
+    assert expert == ("whole", "whole", "absent", "whole")
 
 
 @pytest.mark.parametrize(

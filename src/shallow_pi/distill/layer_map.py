@@ -1,19 +1,22 @@
 """Which teacher layer each student layer copies, and the strategies that choose.
 
 A layer map is a strictly increasing tuple of teacher indices, one a student layer; backbone and
-action expert use the same one. `uniform` is the paper's: round_half_even(linspace(0, L−1, S)), for
-18 → 6 layers 0 3 7 10 14 17. The strategies that look at the teacher (`MEASURED`) take a score of
-each layer as a plain array, which `layer_scores` measures: those whose score says how much a layer
-repeats what came before it (`similarity`, `cka`) drop the largest, those whose score says how much
-a layer is missed (`sensitivity`, `gate`) the smallest.
+action expert use the same one, and a stream that is cut further (`halves`) some of it. `uniform` is
+the paper's: round_half_even(linspace(0, L−1, S)), for 18 → 6 layers 0 3 7 10 14 17. The strategies
+that look at the teacher (`MEASURED`) take a score of each layer as a plain array, which
+`layer_scores` measures: those whose score says how much a layer repeats what came before it
+(`similarity`, `cka`) drop the largest, those whose score says how much a layer is missed
+(`sensitivity`, `gate`) the smallest.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Literal, get_args
 
 import numpy as np
 from jaxtyping import Float
+
+from shallow_pi.models import layer_table
 
 Measured = Literal["similarity", "sensitivity", "cka", "gate"]
 Strategy = Literal["uniform", "first", "last", "random", Measured]
@@ -48,12 +51,6 @@ class LayerMap:
     def depth(self) -> int:
         """Layers of the student."""
         return len(self.layers)
-
-    @property
-    def middle(self) -> tuple[int, int]:
-        """The default pair of (student, teacher) layers whose attention is compared."""
-        student = (self.depth - 1) // 2
-        return student, self.layers[student]
 
 
 def explicit(layers: Sequence[int], teacher_depth: int) -> LayerMap:
@@ -113,6 +110,39 @@ def measured(strategy: Measured, depth: int, scores: Float[np.ndarray, " l"]) ->
     return choose(depth, scores)
 
 
+def backbone_positions(count: int, depth: int) -> tuple[int, ...]:
+    """The layers of a student that stay whole in a backbone cut to `count` of its `depth` layers.
+
+    They are evenly spaced over all but the last, of which nothing but keys and values is ever read.
+    """
+    _check_count("backbone", count, depth)
+    return uniform(count, depth - (count < depth)).layers
+
+
+def expert_positions(count: int, depth: int) -> tuple[int, ...]:
+    """The layers of a student that an expert cut to `count` of its `depth` layers keeps.
+
+    They are evenly spaced from first to last; of one layer it is the last.
+    """
+    _check_count("expert", count, depth)
+    return (depth - 1,) if count == 1 else uniform(count, depth).layers
+
+
+def halves(
+    depth: int, backbone: Collection[int], expert: Collection[int]
+) -> tuple[tuple[layer_table.Half, ...], tuple[layer_table.Half, ...]]:
+    """The two columns of a student's layer table, from the positions of its whole halves.
+
+    A layer of the expert whose backbone half is cut keeps that half's keys and values.
+    """
+    cut: dict[int, layer_table.Half] = dict.fromkeys(expert, "keys_values")
+    whole: tuple[dict[int, layer_table.Half], dict[int, layer_table.Half]]
+    whole = dict.fromkeys(backbone, "whole"), dict.fromkeys(expert, "whole")
+    columns = cut | whole[0], whole[1]
+    first, second = (tuple(column.get(i, "absent") for i in range(depth)) for column in columns)
+    return first, second
+
+
 def _keep_largest(depth: int, score: np.ndarray, what: str) -> LayerMap:
     if score.ndim != 1 or not np.all(np.isfinite(score)):
         raise ValueError(
@@ -127,4 +157,11 @@ def _check_depth(depth: int, teacher_depth: int) -> None:
     if not 1 <= depth <= teacher_depth:
         raise ValueError(
             f"the student's depth must lie in 1..{teacher_depth} (the teacher's), got {depth}."
+        )
+
+
+def _check_count(stream: str, count: int, depth: int) -> None:
+    if not 1 <= count <= depth:
+        raise ValueError(
+            f"--student.{stream}-depth must lie in 1..{depth}, the student's layers, got {count}."
         )

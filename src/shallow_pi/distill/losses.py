@@ -1,13 +1,14 @@
-"""The three losses of Shallow-π and reflow, unreduced, and the one masked sum that reduces them.
+"""The losses of Shallow-π and two more, unreduced, and the one masked sum that reduces them.
 
     L = w_task·‖v_θ − u‖² + w_velocity·‖v_θ − v_φ‖² + w_attention·KL(P_φ ‖ P_θ)
-      + w_reflow·‖v_θ(z_s, s) − (ε − â)‖²,    z_s = s·ε + (1 − s)·â
+      + w_reflow·‖v_θ(z_s, s) − (ε − â)‖² + w_vision·‖i_θ − i_φ‖²,    z_s = s·ε + (1 − s)·â
 
 φ is the teacher, θ the student; both see the same observation, noise and time. P is the attention
 of the action tokens over the valid prefix keys at one layer of each model, renormalised over those
 keys. â is where the teacher's sampler takes the noise ε: on the straight line between them (reflow,
 arXiv 2209.03003, off by default) one or two integration steps reach what the teacher's ten do.
-Everything is float32. (METHOD: the layer pair, the weights and `per_head` are our choices.)
+i are the image tokens, compared where the student's tower is cut. Everything is float32. (METHOD:
+the layer pair, the weights and `per_head` are our choices.)
 """
 
 import dataclasses
@@ -22,7 +23,7 @@ from shallow_pi.distill import flow
 
 Attention = Literal["per_head", "head_mean"]
 # The fields of `Losses` that are weights, and all but the first look at the teacher.
-TERMS = ("task", "velocity", "attention", "reflow")
+TERMS = ("task", "velocity", "attention", "reflow", "vision")
 # The weight of every term.
 Weights = Mapping[str, float | Float[Array, ""]]
 
@@ -40,6 +41,9 @@ class Losses:
     # Weight of the reflow loss, for few integration steps (--student.num-steps): student velocity
     # on the straight line from noise to the teacher's own actions for it.
     reflow: float = 0.0
+    # Weight of the vision loss: image tokens of the student's tower against the teacher's. By
+    # default 1 where --student.vision-depth cuts the tower, and 0 elsewhere.
+    vision: float | None = None
     # Share of the reflow loss's times that are those of the student's sampler: 1 for one step, 1
     # and 1/2 for two. The others are uniform.
     reflow_deployed: float = 0.5
@@ -54,6 +58,8 @@ class Losses:
     def __post_init__(self) -> None:
         for name in TERMS:
             value = getattr(self, name)
+            if value is None and name == "vision":
+                continue
             if not (isinstance(value, (int, float)) and 0 <= value < float("inf")):
                 raise ValueError(f"--losses.{name} must be a finite weight of at least 0: {value}.")
         if not any(getattr(self, name) for name in TERMS):
@@ -70,12 +76,12 @@ class Losses:
     @property
     def weights(self) -> Weights:
         """The weight of every term, by name."""
-        return {name: getattr(self, name) for name in TERMS}
+        return {name: getattr(self, name) or 0.0 for name in TERMS}
 
     @property
     def needs_teacher(self) -> bool:
         """True if any term compares with the teacher."""
-        return any(getattr(self, name) > 0 for name in TERMS[1:])
+        return any(self.weights[name] for name in TERMS[1:])
 
 
 def task_loss(
@@ -119,6 +125,20 @@ def attention_loss(
         log_teacher = _mean_over_heads(log_teacher)
     p_teacher = jnp.where(valid, jnp.exp(log_teacher), 0.0)
     return jnp.mean(jnp.sum(p_teacher * (log_teacher - log_student), axis=-1), axis=-2)
+
+
+def vision_loss(
+    tokens: Float[Array, "b n d"], reference: Float[Array, "b n d"], valid: Bool[Array, "b n"]
+) -> Float[Array, " b"]:
+    """Squared error of image tokens, mean over width and the tokens of cameras that exist.
+
+    No gradient flows through the teacher's. An observation without a camera gives 0.
+    """
+    flow.same_shape("tokens", tokens, "reference", reference)
+    reference = jax.lax.stop_gradient(reference.astype(jnp.float32))
+    squares = jnp.mean(jnp.square(tokens.astype(jnp.float32) - reference), axis=-1)
+    count = jnp.maximum(jnp.sum(valid.astype(jnp.float32), axis=1), 1.0)
+    return jnp.sum(jnp.where(valid, squares, 0.0), axis=1) / count
 
 
 def masked_log_softmax(

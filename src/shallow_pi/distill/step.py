@@ -76,6 +76,9 @@ class Spec:
             raise ValueError(f"{', '.join(counts)} are at least 1, got {', '.join(low)}.")
         if self.layer_map is not None and self.teacher is None:
             raise ValueError("a layer map names layers of a teacher, and there is none.")
+        if self.losses.vision is None:
+            resolved = dataclasses.replace(self.losses, vision=float(self.cuts_tower))
+            object.__setattr__(self, "losses", resolved)
         if self.losses.needs_teacher and self.teacher is None:
             given = {name: getattr(self.losses, name) for name in losses.TERMS[1:]}
             flags = [f"--losses.{name} {weight}" for name, weight in given.items() if weight]
@@ -89,11 +92,27 @@ class Spec:
             )
         if self.teacher is not None:
             students.check_pair(self.teacher, self.student)
-        if self.losses.attention_layer >= self.student.depth:
+        if "vision" in self.freeze and (self.cuts_tower or self.losses.vision):
             raise ValueError(
-                f"--losses.attention-layer must lie in 0..{self.student.depth - 1}, or be -1; got "
-                f"{self.losses.attention_layer}."
+                "--student.freeze vision keeps the teacher's image tower, which "
+                "--student.vision-depth cuts and --losses.vision trains: leave it out, or both."
             )
+        layer, there = self.losses.attention_layer, self._expert_layers
+        if layer != -1 and layer not in there:
+            raise ValueError(
+                f"--losses.attention-layer must be -1 or one of {', '.join(map(str, there))}, the "
+                f"student's layers with an expert; got {layer}."
+            )
+
+    @property
+    def cuts_tower(self) -> bool:
+        """True if the student's image tower has not all of the teacher's layers."""
+        return self.teacher is not None and self.student.image.depth != self.teacher.image.depth
+
+    @property
+    def _expert_layers(self) -> list[int]:
+        """The student layers that have an expert half."""
+        return [i for i, kind in enumerate(self.student.layers) if kind.expert == "whole"]
 
     @property
     def attention_layers(self) -> tuple[int, int]:
@@ -103,9 +122,10 @@ class Spec:
                 "attention is compared with a layer of the teacher, and none is chosen yet: a "
                 "strategy that measures does so in a run; name layers with --student.layers."
             )
-        if self.losses.attention_layer == -1:
-            return self.layer_map.middle
-        return self.losses.attention_layer, self.layer_map.layers[self.losses.attention_layer]
+        layer = self.losses.attention_layer
+        if layer == -1:  # The middle one.
+            layer = self._expert_layers[(len(self._expert_layers) - 1) // 2]
+        return layer, self.layer_map.layers[layer]
 
 
 class Inputs(NamedTuple):
@@ -234,10 +254,12 @@ def _gradient(
 
     def microbatch(part: Inputs) -> tuple[PyTree, Metrics]:
         tokens = None
-        if "vision" in spec.freeze:
+        if "vision" in spec.freeze or spec.losses.vision:
+            assert spec.teacher is not None, "the tokens are its own"
             tokens = pi0.embed_images(
-                spec.student, teacher_params, part.observation, spec.execution
+                spec.teacher, teacher_params, part.observation, spec.execution
             )
+            tokens = jax.lax.stop_gradient(tokens)
         reference = _teacher_outputs(spec, teacher_params, part, tokens)
 
         def loss(params: PyTree) -> tuple[Float[Array, ""], Metrics]:
@@ -314,7 +336,20 @@ def _total_loss(
     image_tokens: Array | None,
     count: Array,
 ) -> tuple[Float[Array, ""], Metrics]:
-    """The weighted loss of a microbatch as its share of the mean over the whole batch."""
+    """The weighted loss of a microbatch as its share of the mean over the whole batch.
+
+    Args:
+      spec: the static part.
+      weights: of the terms.
+      params: the student's whole parameters.
+      reference: of `_teacher_outputs`.
+      inputs: of the microbatch.
+      image_tokens: the teacher's: for the vision loss, or the student's too where it has its tower.
+      count: actions that count in the whole batch.
+    """
+    own_tokens = image_tokens
+    if spec.losses.vision:
+        own_tokens = pi0.embed_images(spec.student, params, inputs.observation, spec.execution)
     layer = spec.attention_layers[0] if spec.losses.attention > 0 else None
     x_t, t, draws = inputs.x_t, inputs.t, inputs.t.shape[1]
     line = None if reference is None else reference.line
@@ -327,7 +362,7 @@ def _total_loss(
         inputs.observation,
         x_t,
         t,
-        image_tokens=image_tokens,
+        image_tokens=own_tokens,
         attention_layer=layer,
         execution=spec.execution,
     )
@@ -357,6 +392,13 @@ def _total_loss(
     if line is not None:
         metrics["reflow_loss"] = mean(losses.velocity_loss(v_all[:, draws:], line.u))
         loss += weights["reflow"] * metrics["reflow_loss"]
+    if spec.losses.vision:
+        assert own_tokens is not None, "this tower has run"
+        assert image_tokens is not None, "and the teacher's"
+        valid = pi0.image_valid(spec.student, inputs.observation)
+        errors = losses.vision_loss(own_tokens, image_tokens, valid)
+        metrics["vision_loss"] = jnp.mean(errors) / spec.accumulation
+        loss += weights["vision"] * metrics["vision_loss"]
     metrics["loss"] = loss
     return loss, metrics
 
@@ -369,7 +411,8 @@ def _zero_metrics(spec: Spec) -> Metrics:
     names = ["loss", "task_loss"]
     if spec.teacher is not None and spec.losses.needs_teacher:
         names += ["teacher_task_loss", "velocity_cosine", "velocity_loss"]
-        names += [f"{name}_loss" for name in _terms(spec.losses) if name in ("attention", "reflow")]
+        own = ("attention", "reflow", "vision")
+        names += [f"{name}_loss" for name in _terms(spec.losses) if name in own]
     return {name: jnp.zeros(()) for name in names}
 
 

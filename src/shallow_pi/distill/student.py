@@ -1,8 +1,9 @@
 """Cut a student out of a teacher: chosen layers gathered, everything else copied.
 
 Leaves whose first axis is the tower's layers (`parameters.TABLE`), of backbone and action expert
-alike, are indexed with the layer map. Every other leaf (image encoder, embedder, final norms,
-projections) is copied. The cut refuses a tree with a missing or unknown path.
+alike, are indexed with the layer map; halves of layers that the student lacks become zero. A cut
+image tower keeps evenly spaced layers. Every other leaf (embedder, final norms, projections) is
+copied. The cut refuses a tree with a missing or unknown path.
 
 What comes before the layers may stay as it is (`Part`): those leaves are then the teacher's own, in
 one copy for both models, and the student's tree is put together where it is needed (`join`).
@@ -24,24 +25,34 @@ from shallow_pi.models import parameters, pi0
 
 # What can be frozen: the image tower, and the token embedding.
 Part = Literal["vision", "embedder"]
+# The fields of a model in which a student may differ, besides the depth of its image tower.
+DIFFERING = ("depth", "backbone_layers", "expert_layers", "dtype")
 PARTS: dict[Part, tuple[str, ...]] = {
     "vision": ("PaliGemma", "img"),
     "embedder": ("PaliGemma", "llm", "embedder"),
 }
 
 
-def gather(params: PyTree, indices: Int[Array | np.ndarray, " s"]) -> PyTree:
-    """The tower's layers at `indices`, which may be traced; the other leaves as they are."""
+def gather(
+    params: PyTree,
+    indices: Int[Array | np.ndarray, " s"],
+    image_indices: Int[Array | np.ndarray, " i"] | None = None,
+) -> PyTree:
+    """The layers at `indices`, which may be traced, and the image tower's; other leaves as is."""
+    chosen = {"layers": indices, "image_layers": image_indices}
 
     def take(path: tuple[jax.tree_util.DictKey, ...], leaf: jax.Array) -> jax.Array:
-        stacked = parameters.stack(weights.path_name(path)) == "layers"
-        return jnp.take(leaf, indices, axis=0) if stacked else leaf
+        taken = chosen.get(parameters.stack(weights.path_name(path)) or "")
+        return leaf if taken is None else jnp.take(leaf, taken, axis=0)
 
     return jax.tree_util.tree_map_with_path(take, params)
 
 
 def cut(
-    teacher_config: pi0.Pi0Config, teacher_params: PyTree, layer_map: layer_maps.LayerMap
+    teacher_config: pi0.Pi0Config,
+    teacher_params: PyTree,
+    layer_map: layer_maps.LayerMap,
+    student_config: pi0.Pi0Config | None = None,
 ) -> PyTree:
     """Student parameters in the teacher's dtype; jit it to cut sharded parameters in place.
 
@@ -49,6 +60,7 @@ def cut(
       teacher_config: the teacher; its depth must be the map's teacher depth.
       teacher_params: its parameters, checked against the config path by path.
       layer_map: which layers to keep.
+      student_config: the student; None is the teacher with the map's layers, all of them whole.
 
     Raises:
       ValueError: a map for another depth, or parameters with a missing, extra or misshapen leaf.
@@ -59,10 +71,27 @@ def cut(
             f"{teacher_config.depth}."
         )
     weights.check_tree(pi0.abstract_params(teacher_config), teacher_params, "teacher")
-    student = gather(teacher_params, np.asarray(layer_map.layers))
-    expected = pi0.abstract_params(pi0.at_depth(teacher_config, layer_map.depth))
-    weights.check_tree(expected, student, "student")
-    return student
+    config = student_config or pi0.at_depth(teacher_config, layer_map.depth)
+    tower = None
+    if config.image.depth != teacher_config.image.depth:
+        tower = np.asarray(vision_layers(teacher_config, config))
+    student = gather(teacher_params, np.asarray(layer_map.layers), tower)
+    weights.check_tree(pi0.abstract_params(config), student, "student")
+    return pi0.zero_cut(config, student)
+
+
+def vision_layers(teacher: pi0.Pi0Config, student: pi0.Pi0Config) -> tuple[int, ...]:
+    """The layers of the teacher's image tower that the student keeps: evenly spaced ones.
+
+    Raises:
+      ValueError: more layers than the teacher's, or none.
+    """
+    own, theirs = student.image.depth, teacher.image.depth
+    if not 1 <= own <= theirs:
+        raise ValueError(
+            f"--student.vision-depth must lie in 1..{theirs} (the teacher's image tower), got {own}"
+        )
+    return layer_maps.uniform(own, theirs).layers
 
 
 def split(params: PyTree, parts: Sequence[Part]) -> tuple[PyTree, PyTree]:
@@ -92,8 +121,17 @@ def join(trained: PyTree, params: PyTree, parts: Sequence[Part]) -> PyTree:
 
 
 def check_pair(teacher: pi0.Pi0Config, student: pi0.Pi0Config) -> None:
-    """Teacher and student may differ in depth and dtype, and in nothing else."""
-    same = dataclasses.replace(teacher, depth=student.depth, dtype=student.dtype)
+    """Teacher and student may differ in layers and dtype, and in nothing else."""
+    if not teacher.is_even:
+        raise ValueError(
+            "the teacher's layers must be whole in both streams (--model.backbone-layers, "
+            "--model.expert-layers): distil from the teacher that this one was cut from."
+        )
+    same = dataclasses.replace(
+        teacher,
+        image=dataclasses.replace(teacher.image, depth=student.image.depth),
+        **{name: getattr(student, name) for name in DIFFERING},
+    )
     if same != student:
         differing = [
             f"{field.name} ({getattr(teacher, field.name)} and {getattr(student, field.name)})"
@@ -101,6 +139,6 @@ def check_pair(teacher: pi0.Pi0Config, student: pi0.Pi0Config) -> None:
             if getattr(same, field.name) != getattr(student, field.name)
         ]
         raise ValueError(
-            "teacher and student must be one model up to depth; they differ in "
+            "teacher and student must be one model up to their layers; they differ in "
             f"{', '.join(differing)}."
         )

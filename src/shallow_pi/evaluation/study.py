@@ -17,6 +17,7 @@ import json
 import pathlib
 import shutil
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ from shallow_pi.checkpoints import run_folder, weights
 from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.data.robots import robot, tokenizer
 from shallow_pi.deploy import policy as deployed
-from shallow_pi.distill import step, student
+from shallow_pi.distill import losses, step, student
 from shallow_pi.evaluation import policies, report, rollout
 from shallow_pi.models import pi0
 from shallow_pi.parallel import processes, sharding
@@ -164,9 +165,10 @@ def find_suite(task: config.ClosedLoopConfig) -> simulator.Suite:
 
 def baselines(experiment: config.DistillConfig) -> dict[str, config.DistillConfig]:
     """Students by the task loss alone, from the cut and from random weights; all else the same."""
+    off: dict[str, Any] = dict.fromkeys(losses.TERMS[1:], 0.0)
     alone = dataclasses.replace(
         experiment,
-        losses=dataclasses.replace(experiment.losses, task=1.0, velocity=0.0, attention=0.0),
+        losses=dataclasses.replace(experiment.losses, task=1.0, **off),
         gradient_interval=0,
         profile="",
     )
@@ -319,7 +321,7 @@ def _policies(
     held = setup.load_teacher(experiment, opened.teacher_step, mesh)
     # As a deployed policy has them (`Policy.from_checkpoint`), so that times compare.
     teacher = jax.tree.map(lambda leaf: leaf.astype(experiment.model.dtype), held)
-    cut = student.cut(spec.teacher, teacher, spec.layer_map)
+    cut = student.cut(spec.teacher, teacher, spec.layer_map, spec.student)
     found = {
         "teacher": deployed.Policy(whole, teacher, num_steps=asked),
         "student": trained("student"),

@@ -11,6 +11,7 @@ and G), so that devices can share them; on each device XLA makes T and G the row
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from shallow_pi.models import layers, parameters
+from shallow_pi.models import layer_table, layers, parameters
 
 # A tree of parameters.
 Weights = dict[str, PyTree[Array]]
@@ -188,6 +189,16 @@ def _finish(
     return layers.residual(x, layers.gated_mlp(normed, (gating[0], gating[1]), mlp["linear"]), gate)
 
 
+def prefix_keys_values(
+    weights: Weights, x: Float[Array, "b s d"], geometry: Geometry
+) -> tuple[Array, Array]:
+    """The keys and values of a prefix layer that has nothing else."""
+    normed, _ = norm(weights["pre_attention_norm"], x, None)
+    to_both = weights["attn"]["kv_einsum"]["w"].astype(x.dtype)
+    keys, values = jnp.einsum("...SD,CKDH->C...SKH", normed, to_both)
+    return layers.apply_rope(keys, geometry.prefix_rope), values
+
+
 def prefix_layer(
     weights: Weights, x: Float[Array, "b s d"], geometry: Geometry
 ) -> tuple[Float[Array, "b s d"], tuple[Array, Array]]:
@@ -216,6 +227,28 @@ def suffix_layer(
     queries, own = _project(weights["attn"], 1, normed, geometry.suffix_rope)
     mixed = layers.attend_both(queries, cached, own, geometry.prefix_valid, geometry.suffix_mask)
     return _finish(weights, 1, x, mixed, gate, geometry.condition), queries
+
+
+def joint_layer(
+    kind: layer_table.Kind,
+    weights: Weights,
+    prefix: Float[Array, "b s d"],
+    suffix: Float[Array, "b r t e"],
+    geometry: Geometry,
+) -> tuple[Array, Array, tuple[Array, Array] | None, Array | None]:
+    """One layer of both streams: the streams, the prefix's keys and values, the suffix's queries.
+
+    The last two are None where the layer lacks them.
+    """
+    cached = queries = None
+    if kind.backbone == "whole":
+        prefix, cached = prefix_layer(weights, prefix, geometry)
+    elif kind.backbone == "keys_values":
+        cached = prefix_keys_values(weights, prefix, geometry)
+    if kind.expert == "whole":
+        assert cached is not None, "a table has no expert layer without its backbone layer"
+        suffix, queries = suffix_layer(weights, suffix, cached, geometry)
+    return prefix, suffix, cached, queries
 
 
 def suffix_weights(llm: Weights) -> Weights:
@@ -281,8 +314,11 @@ class Block(nn.Module):
         pi05 = geometry.condition is not None
         weights = parameters.declare(self, parameters.LAYERS, axis_sizes(self.configs), pi05)
         keep = self.execution.keep_rows
-        prefix, cached = prefix_layer(weights, keep(prefix), geometry)
-        suffix, queries = suffix_layer(weights, keep(suffix), cached, geometry)
+        prefix, suffix, cached, queries = joint_layer(
+            layer_table.WHOLE, weights, keep(prefix), keep(suffix), geometry
+        )
+        assert cached is not None, "a whole layer has keys and values"
+        assert queries is not None, "and queries"
         if self.capture_layer is not None:
             capture = Capture(queries[:, :, -self.action_rows :], cached[0])
             captured = jax.tree.map(
@@ -293,6 +329,10 @@ class Block(nn.Module):
         return (*streams, captured), stacked
 
 
+# The suffix that leaves the layers; the capture; on request the stacked streams and the cache.
+_Run = tuple[Array, Capture | None, tuple[Array, Array] | None, tuple[Array, Array] | None]
+
+
 class Module(nn.Module):
     """Embedder, layers scanned over a leading axis of their parameters, and final norms."""
 
@@ -301,6 +341,8 @@ class Module(nn.Module):
     vocab_size: int
     dtype: jnp.dtype
     execution: layers.Execution = layers.DEFAULT_EXECUTION
+    # The halves of each layer; None: all are whole, and scanned instead of unrolled.
+    kinds: tuple[layer_table.Kind, ...] | None = None
 
     def setup(self) -> None:
         sizes = {"vocab": self.vocab_size, "width": self.configs[0].width}
@@ -321,6 +363,33 @@ class Module(nn.Module):
         """Run the layers; residual streams, one layer's attention and the cache on request."""
         prefix = prefix.astype(self.dtype)
         suffix = suffix.astype(self.dtype)
+        embedded, pi05 = (prefix, suffix), geometry.condition is not None
+        run = self._scan if self.kinds is None else self._loop
+        suffix, captured, streams, cached = run(
+            *embedded, geometry, action_rows, capture_layer, hidden, cache
+        )
+        # openpi's tree has the prefix's final norm too, though nothing reads its output.
+        names = ("final_norm", "final_norm_1")
+        sizes = axis_sizes(self.configs)
+        norms = parameters.declare(self, "PaliGemma/llm", sizes, pi05, names)
+        suffix, _ = norm(norms["final_norm_1"], suffix, geometry.condition)
+        stacked = None
+        if hidden:
+            both = jax.tree.map(lambda x, xs: jnp.concatenate([x[None], xs]), embedded, streams)
+            stacked = Hidden(*both)
+        return Outputs(suffix, stacked, captured, None if cached is None else KeysValues(*cached))
+
+    def _scan(
+        self,
+        prefix: Float[Array, "b s d"],
+        suffix: Float[Array, "b r t e"],
+        geometry: Geometry,
+        action_rows: int,
+        capture_layer: int | None,
+        hidden: bool,
+        cache: bool,
+    ) -> _Run:
+        """All layers, which are whole, in one scan."""
         captured = None
         if capture_layer is not None:
             c = self.configs[0]
@@ -336,21 +405,40 @@ class Module(nn.Module):
             in_axes=(0, nn.broadcast),
             length=self.depth,
         )(self.configs, action_rows, capture_layer, hidden, cache, self.execution, name="layers")
-        embedded = prefix, suffix
         (_, suffix, captured), (streams, cached) = scanned(
             (prefix, suffix, captured), jnp.arange(self.depth), geometry
         )
-        # openpi's tree has the prefix's final norm too, though nothing reads its output.
-        names = ("final_norm", "final_norm_1")
+        return suffix, captured, streams, cached
+
+    def _loop(
+        self,
+        prefix: Float[Array, "b s d"],
+        suffix: Float[Array, "b r t e"],
+        geometry: Geometry,
+        action_rows: int,
+        capture_layer: int | None,
+        hidden: bool,
+        cache: bool,
+    ) -> _Run:
+        """All layers one after the other, each computing only the halves it has."""
+        if cache or self.execution.offloaded:
+            raise ValueError("a model with cut layers is no teacher: no cache, nothing offloaded.")
+        keep, captured = self.execution.keep_rows, None
+        sizes = {**axis_sizes(self.configs), "layers": self.depth}
         pi05 = geometry.condition is not None
-        sizes = axis_sizes(self.configs)
-        norms = parameters.declare(self, "PaliGemma/llm", sizes, pi05, names)
-        suffix, _ = norm(norms["final_norm_1"], suffix, geometry.condition)
-        stacked = None
-        if hidden:
-            both = jax.tree.map(lambda x, xs: jnp.concatenate([x[None], xs]), embedded, streams)
-            stacked = Hidden(*both)
-        return Outputs(suffix, stacked, captured, KeysValues(*cached) if cache else None)
+        stack = parameters.Leaves(parameters.LAYERS, sizes, pi05, stacked=True, name="layers")()
+        streams = []
+        weights = layer_table.unstack(stack, self.depth)
+        for i, (kind, own) in enumerate(zip(self.kinds or (), weights, strict=True)):
+            layer = self.execution.unrolled(functools.partial(joint_layer, kind))
+            prefix, suffix, cached, queries = layer(own, keep(prefix), keep(suffix), geometry)
+            streams.append((prefix, suffix))
+            if i == capture_layer:
+                assert cached is not None, "the caller names a layer with an expert half"
+                assert queries is not None, "the same"
+                captured = Capture(queries[:, :, -action_rows:], cached[0])
+        stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *streams) if hidden else None
+        return keep(suffix), captured, stacked, None
 
     def embed(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
         """Scaled embeddings of prompt tokens in the compute dtype."""

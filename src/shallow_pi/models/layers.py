@@ -10,8 +10,8 @@ H head dim.
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, Literal, Protocol, runtime_checkable
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, Protocol, TypeVar, cast, runtime_checkable
 
 import flax.linen as nn
 import jax
@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+Tree = TypeVar("Tree")
 MASKED = -2.3819763e38
 ROPE_WAVELENGTH = 10_000.0
 # What the forward pass keeps of a layer for the backward one, which recomputes the rest: its input;
@@ -46,8 +47,17 @@ class Execution:
             module = nn.map_variables(module, "params", trans_in_fn=to_device, init=False)
         if self.remat == "none":
             return module
-        policy = None if self.remat == "layers" else _SAVE_DOTS
-        return nn.remat(module, prevent_cse=False, policy=policy)
+        return nn.remat(module, prevent_cse=False, policy=self._policy)
+
+    def unrolled(self, function: Callable[..., Tree]) -> Callable[..., Tree]:
+        """A layer as a function, to be called in a Python loop, as this execution runs it."""
+        if self.remat == "none":
+            return function
+        return cast(Callable[..., Tree], jax.checkpoint(function, policy=self._policy))
+
+    @property
+    def _policy(self) -> Callable[..., bool] | None:
+        return None if self.remat == "layers" else _SAVE_DOTS
 
     def keep_rows(self, x: Float[Array, " b *more"]) -> Float[Array, " b *more"]:
         """`x` with its first axis sharded as `rows`, and no other axis.

@@ -10,11 +10,12 @@ stack are scanned.
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 LAYERS = "PaliGemma/llm/layers"
@@ -184,10 +185,12 @@ class Leaves(nn.Module):
     root: str
     sizes: Mapping[str, int]
     pi05: bool | None = None
+    # Stack the parts of all layers of a stack, instead of one layer's.
+    stacked: bool = False
 
     @nn.compact
     def __call__(self) -> dict[str, PyTree[Array]]:
-        return declare(self, self.root, self.sizes, self.pi05)
+        return declare(self, self.root, self.sizes, self.pi05, stacked=self.stacked)
 
 
 def declare(
@@ -196,6 +199,8 @@ def declare(
     sizes: Mapping[str, int],
     pi05: bool | None = None,
     names: tuple[str, ...] | None = None,
+    *,
+    stacked: bool = False,
 ) -> dict[str, PyTree[Array]]:
     """The parameters of a Linen module at a path, as a tree; of stacked ones, one layer's.
 
@@ -205,6 +210,7 @@ def declare(
       sizes: the size of every axis.
       pi05: π0.5's parameters (True) or π0's; None where it has the same as the other.
       names: the children of the path to take; None takes all.
+      stacked: of stacked ones, all layers' parts.
     """
     tree: dict[str, PyTree[Array]] = {}
     for parameter in TABLE:
@@ -214,11 +220,23 @@ def declare(
         if name in tree or (names is not None and name not in names):
             continue
         if deeper:
-            tree[name] = Leaves(f"{path}/{name}", sizes, pi05, name=name)()
+            tree[name] = Leaves(f"{path}/{name}", sizes, pi05, stacked, name=name)()
+        elif stacked:
+            tree[name] = module.param(name, _each_layer(parameter), parameter.shape(sizes))
         else:
             shape = parameter.layer_shape(sizes)
             tree[name] = module.param(name, parameter.initializer(), shape)
     return tree
+
+
+def _each_layer(parameter: Parameter) -> Callable[[Array, tuple[int, ...]], Array]:
+    """The initialiser of a stack: each layer's part is drawn with a key of its own."""
+
+    def init(key: Array, shape: tuple[int, ...]) -> Array:
+        keys = jax.random.split(key, shape[0])
+        return jnp.stack([parameter.initializer()(k, shape[1:]) for k in keys])
+
+    return init
 
 
 def abstract(sizes: Mapping[str, int], pi05: bool) -> PyTree:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
 from shallow_pi.models import batch as batches
-from shallow_pi.models import gemma, layers, parameters, siglip
+from shallow_pi.models import gemma, layer_table, layers, parameters, siglip
 from shallow_pi.models import observation as observations
 
 GEMMA_2B = gemma.GemmaConfig(width=2048, mlp_dim=16_384)
@@ -34,6 +34,11 @@ class Pi0Config:
     pi05: bool = False
     # Layers of backbone and action expert.
     depth: int = 18
+    # The backbone's half of each layer: "whole", its "keys_values" alone, or "absent"; empty: whole
+    # throughout.
+    backbone_layers: tuple[layer_table.Half, ...] = ()
+    # The expert's half of each layer: "whole" or "absent"; empty: whole throughout.
+    expert_layers: tuple[layer_table.Half, ...] = ()
     # The vision-language backbone.
     backbone: gemma.GemmaConfig = GEMMA_2B
     # The action expert.
@@ -71,6 +76,11 @@ class Pi0Config:
             )
         if self.depth < 1:
             raise ValueError(f"depth must be at least 1, got {self.depth}.")
+        for name in ("backbone_layers", "expert_layers"):
+            halves = tuple(getattr(self, name))  # One spelling of a stream that is whole.
+            plain = () if len(halves) == self.depth and set(halves) == {"whole"} else halves
+            object.__setattr__(self, name, plain)
+        layer_table.table(self.depth, self.backbone_layers, self.expert_layers)
         if self.image_size % self.image.patch_size:
             raise ValueError(
                 f"image_size must be a multiple of image.patch_size, got {self.image_size} and "
@@ -84,6 +94,16 @@ class Pi0Config:
             raise ValueError(
                 f"dtype must be 'bfloat16', 'float16' or 'float32', got {self.dtype!r}."
             )
+
+    @property
+    def layers(self) -> tuple[layer_table.Kind, ...]:
+        """The halves of every layer."""
+        return layer_table.table(self.depth, self.backbone_layers, self.expert_layers)
+
+    @property
+    def is_even(self) -> bool:
+        """True if every layer is whole in both streams."""
+        return not (self.backbone_layers or self.expert_layers)
 
     @property
     def image_tokens(self) -> int:
@@ -116,8 +136,17 @@ def axis_sizes(config: Pi0Config) -> dict[str, int]:
 
 
 def at_depth(config: Pi0Config, depth: int) -> Pi0Config:
-    """The same model with another number of layers."""
-    return dataclasses.replace(config, depth=depth)
+    """The same model with another number of layers, all of them whole."""
+    return dataclasses.replace(config, depth=depth, backbone_layers=(), expert_layers=())
+
+
+def zero_cut(config: Pi0Config, params: PyTree) -> PyTree:
+    """Parameters with zeros for the halves of layers that the model lacks."""
+    if config.is_even:
+        return params
+    llm = params["PaliGemma"]["llm"]
+    llm = {**llm, "layers": layer_table.zero_cut(config.layers, llm["layers"])}
+    return {**params, "PaliGemma": {**params["PaliGemma"], "llm": llm}}
 
 
 class PrefixAttention(NamedTuple):
@@ -153,7 +182,8 @@ class _PaliGemma(nn.Module):
     def setup(self) -> None:
         c, dtype = self.config, jnp.dtype(self.config.dtype)
         streams = (c.backbone, c.expert)
-        self.llm = gemma.Module(streams, c.depth, c.vocab_size, dtype, self.execution)
+        kinds = None if c.is_even else c.layers
+        self.llm = gemma.Module(streams, c.depth, c.vocab_size, dtype, self.execution, kinds)
         self.img = siglip.Module(c.image, c.backbone.width, dtype, self.execution)
 
 
@@ -265,16 +295,21 @@ def time_condition(params: PyTree, embedded: Float[Array, "*b e"]) -> Float[Arra
 
 def prefix_valid(config: Pi0Config, observation: observations.Observation) -> Bool[Array, "b s"]:
     """True for the prefix tokens that exist, not for those of masked cameras or prompt padding."""
+    seen = image_valid(config, observation)
+    return jnp.concatenate([seen, observation.tokenized_prompt_mask], axis=1)
+
+
+def image_valid(config: Pi0Config, observation: observations.Observation) -> Bool[Array, "b n"]:
+    """True for the image tokens of cameras that exist."""
     cameras = jnp.stack([observation.image_masks[name] for name in config.cameras], axis=1)
-    cameras = jnp.repeat(cameras, config.image_tokens, axis=1)
-    return jnp.concatenate([cameras, observation.tokenized_prompt_mask], axis=1)
+    return jnp.repeat(cameras, config.image_tokens, axis=1)
 
 
 def init(config: Pi0Config, key: Array) -> PyTree:
     """Random float32 parameters in openpi's tree. Jit it with `config` static."""
     blank = batches.zeros(config, 1)
     arrays = blank.observation.as_float(), blank.actions[:, None], jnp.zeros((1, 1))
-    return Pi0(config).init(key, *arrays)["params"]
+    return zero_cut(config, Pi0(config).init(key, *arrays)["params"])
 
 
 def abstract_params(config: Pi0Config) -> PyTree:
@@ -346,6 +381,8 @@ def outputs(
             f"attention_layer must lie in 0..{config.depth - 1} for a model of {config.depth} "
             f"layers, got {attention_layer}."
         )
+    if attention_layer is not None and config.layers[attention_layer].expert != "whole":
+        raise ValueError(f"layer {attention_layer} has no expert half, whose attention is asked.")
     arrays = (observation, x_t, t, image_tokens)
     found: Any = Pi0(config, execution).apply(
         {"params": params}, *arrays, attention_layer=attention_layer, cache=cache

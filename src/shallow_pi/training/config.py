@@ -52,12 +52,25 @@ class StudentConfig:
 
     # Number of layers.
     depth: int = 6
+    # Layers of the backbone that stay whole, if other than --student.depth. Of the others the
+    # expert keeps the keys and values. The shallower of the two streams has evenly spaced ones of
+    # the deeper one's layers.
+    backbone_depth: int = 0
+    # Layers of the action expert, if other than --student.depth.
+    expert_depth: int = 0
+    # Layers of the image tower, evenly spaced; 0 keeps all. A cut tower has a loss on its tokens
+    # (--losses.vision).
+    vision_depth: int = 0
     # Strategy that chooses them among the teacher's. Four measure it on the first batch: similarity
     # (cosine of input and output) and cka drop layers that change little, sensitivity (error
     # when skipped) and gate (gradient of a gate on the layer) those that are missed least.
     strategy: layer_map.Strategy = "uniform"
     # Teacher layers to keep, in increasing order, instead of a strategy's; sets the depth too.
     layers: tuple[int, ...] = ()
+    # Those of --student.layers whose backbone is whole, instead of --student.backbone-depth.
+    backbone_layers: tuple[int, ...] = ()
+    # Those of --student.layers with an action expert, instead of --student.expert-depth.
+    expert_layers: tuple[int, ...] = ()
     # Seed of the strategy "random".
     layer_seed: int = 0
     # Initial parameters: cut out of the teacher, or random.
@@ -71,6 +84,71 @@ class StudentConfig:
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "depth", "num_steps", prefix="student.")
+        depths = ("backbone_depth", "expert_depth", "vision_depth")
+        _at_least(self, 0, *depths, prefix="student.")
+        for stream in ("backbone", "expert"):
+            named = getattr(self, f"{stream}_layers")
+            listed = " ".join(map(str, named))
+            if named and getattr(self, f"{stream}_depth"):
+                raise ValueError(
+                    f"--student.{stream}-layers {listed} and --student.{stream}-depth say the same "
+                    "thing: give only one"
+                )
+            if lacking := [str(i) for i in named if i not in self.layers]:
+                need = (
+                    ""
+                    if stream == "backbone"
+                    else (": an expert layer needs its backbone layer, at least as keys and values")
+                )
+                raise ValueError(
+                    f"--student.{stream}-layers {listed}: {', '.join(lacking)} not among "
+                    f"--student.layers {' '.join(map(str, self.layers)) or '(none)'}{need}; add it "
+                    "there"
+                )
+
+    @property
+    def cuts(self) -> list[str]:
+        """The flags given that cut one part of the model further than --student.depth."""
+        names = ("backbone_depth", "expert_depth", "vision_depth", "backbone_layers")
+        given = [name for name in (*names, "expert_layers") if getattr(self, name)]
+        return [f"--student.{name}".replace("_", "-") for name in given]
+
+    @property
+    def total_depth(self) -> int:
+        """Layers that at least one stream has."""
+        if self.layers:
+            return len(self.layers)
+        return max(self.backbone_depth or self.depth, self.expert_depth or self.depth)
+
+    def cut(self, teacher: pi0.Pi0Config) -> pi0.Pi0Config:
+        """The student's architecture.
+
+        Raises:
+          ValueError: a depth that the teacher, or the student's layers, do not have.
+        """
+        depth = self.total_depth
+        usual = depth if self.layers else self.depth
+        backbone = expert = tuple(range(depth))
+        if self.backbone_layers:
+            backbone = tuple(map(self.layers.index, self.backbone_layers))
+        elif (count := self.backbone_depth or usual) != depth:
+            backbone = layer_map.backbone_positions(count, depth)
+        if self.expert_layers:
+            expert = tuple(map(self.layers.index, self.expert_layers))
+        elif (count := self.expert_depth or usual) != depth:
+            expert = layer_map.expert_positions(count, depth)
+        halves = layer_map.halves(depth, backbone, expert)
+        if ("absent", "absent") in zip(*halves, strict=True):
+            raise ValueError(
+                "neither stream has all of --student.layers: leave out those that both lack"
+            )
+        model = pi0.at_depth(teacher, depth)
+        image = dataclasses.replace(model.image, depth=self.vision_depth or model.image.depth)
+        model = dataclasses.replace(
+            model, backbone_layers=halves[0], expert_layers=halves[1], image=image
+        )
+        students.vision_layers(teacher, model)  # Checks the depth.
+        return model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,6 +324,13 @@ class DistillConfig:
         if self.resume and self.overwrite:
             raise ValueError("--resume continues a run, --overwrite starts anew: give only one")
         self.fixed_layer_map()
+        if self.teacher is not None:
+            self.student.cut(self.model)
+        elif self.student.cuts:
+            raise ValueError(
+                f"{', '.join(self.student.cuts)}: these cut layers of a teacher, and there is "
+                "none; leave them out"
+            )
         if self.teacher is None and self.validation.against == "teacher":
             raise ValueError("--validation.against teacher needs a teacher; set it to data")
 
@@ -259,7 +344,7 @@ class DistillConfig:
         """The architecture that is trained."""
         if self.teacher is None:
             return self.model
-        return pi0.at_depth(self.model, len(self.student.layers) or self.student.depth)
+        return self.student.cut(self.model)
 
     def fixed_layer_map(self) -> layer_map.LayerMap | None:
         """The layer map; None without a teacher, or if the strategy measures the teacher first."""
@@ -269,12 +354,12 @@ class DistillConfig:
         if student.layers:
             return layer_map.explicit(student.layers, teacher_depth)
         if student.strategy == "random":
-            return layer_map.random(student.depth, teacher_depth, student.layer_seed)
+            return layer_map.random(student.total_depth, teacher_depth, student.layer_seed)
         if student.strategy in layer_map.MEASURED:
-            layer_map.first(student.depth, teacher_depth)  # Checks the depth.
+            layer_map.first(student.total_depth, teacher_depth)  # Checks the depth.
             return None
         choose = {"uniform": layer_map.uniform, "first": layer_map.first, "last": layer_map.last}
-        return choose[student.strategy](student.depth, teacher_depth)
+        return choose[student.strategy](student.total_depth, teacher_depth)
 
 
 def defaults(config: object) -> dict[str, object]:

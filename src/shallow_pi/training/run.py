@@ -19,7 +19,7 @@ from shallow_pi import progress
 from shallow_pi.checkpoints import run_folder
 from shallow_pi.data import loader, opening
 from shallow_pi.data.robots import assets
-from shallow_pi.distill import layer_map, layer_scores, step
+from shallow_pi.distill import layer_map, layer_scores, step, student
 from shallow_pi.models import pi0
 from shallow_pi.parallel import agreement, processes, shapes, sharding
 from shallow_pi.training import config, setup
@@ -118,7 +118,7 @@ def open_run(experiment: config.DistillConfig, *, prepared: bool = False) -> Run
     run = _with_layers(Run(experiment, folder, mesh, spec, data, teacher_step, teacher), saved)
     if experiment.teacher is not None:
         progress.say(f"Teacher: {experiment.teacher.path}")
-    for line in (*setup.describe_mesh(experiment, mesh), describe_layers(run.spec)):
+    for line in (*setup.describe_mesh(experiment, mesh), *describe_layers(run.spec)):
         progress.say(line)
     if not prepared:
         run_folder.prepare(folder, experiment.resume, experiment.overwrite, meet=processes.sync)
@@ -152,12 +152,32 @@ def variant(run: Run, experiment: config.DistillConfig, folder: pathlib.Path) ->
     return other
 
 
-def describe_layers(spec: step.Spec) -> str:
-    """One line about the layers of the student."""
+def describe_layers(spec: step.Spec) -> list[str]:
+    """The layers of the student, and where its streams and its image tower lack some."""
     if spec.teacher is None or spec.layer_map is None:
-        return f"Layers: {spec.student.depth}, without a teacher"
-    chosen = " ".join(map(str, spec.layer_map.layers))
-    return f"Layers: {spec.student.depth} of the teacher's {spec.teacher.depth}: {chosen}"
+        return [f"Layers: {spec.student.depth}, without a teacher"]
+    layers, kinds = spec.layer_map.layers, spec.student.layers
+
+    def listed(stream: str, *halves: str) -> str:
+        found = [
+            n for n, kind in zip(layers, kinds, strict=True) if getattr(kind, stream) in halves
+        ]
+        return f"{len(found)} ({' '.join(map(str, found))})"
+
+    chosen = " ".join(map(str, layers))
+    lines = [f"Layers: {spec.student.depth} of the teacher's {spec.teacher.depth}: {chosen}"]
+    if not spec.student.is_even:
+        lines.append(
+            f"Whole backbone layers: {listed('backbone', 'whole')}, keys and values alone: "
+            f"{listed('backbone', 'keys_values')}; expert layers: {listed('expert', 'whole')}"
+        )
+    if spec.cuts_tower:
+        tower = " ".join(map(str, student.vision_layers(spec.teacher, spec.student)))
+        lines.append(
+            f"Image tower: {spec.student.image.depth} of the teacher's {spec.teacher.image.depth} "
+            f"layers: {tower}; loss on its tokens: --losses.vision {spec.losses.vision:g}"
+        )
+    return lines
 
 
 def _save_config(run: Run) -> None:
@@ -217,4 +237,4 @@ def measure_layers(run: Run) -> layer_map.LayerMap:
     measure = functools.partial(layer_scores.measure, strategy, experiment.model)
     single = (x[:, 0] for x in (inputs.x_t, inputs.t, inputs.u))
     scores = jax.jit(measure)(shapes.on_device(run.teacher), inputs.observation, *single)
-    return layer_map.measured(strategy, experiment.student.depth, np.asarray(scores))
+    return layer_map.measured(strategy, experiment.student.total_depth, np.asarray(scores))

@@ -206,7 +206,7 @@ def cut_state(
     teacher, chosen = spec.teacher, spec.layer_map
 
     def cut(params: PyTree) -> step.DistillState:
-        return step.init_state(spec, student.cut(teacher, params, chosen))
+        return step.init_state(spec, student.cut(teacher, params, chosen, spec.student))
 
     return jax.jit(cut, out_shardings=_shardings(spec, mesh))(teacher_params)
 
