@@ -9,68 +9,54 @@ import pytest
 
 from shallow_pi.distill import layer_map, student
 from shallow_pi.evaluation.rivals import efficientvla, rival, skipping, table
-from shallow_pi.inference import prepare, sampler
+from shallow_pi.inference import sampler
 from shallow_pi.models import gemma, layers, pi0
 
 STEPS = 4
+# 16 image tokens a camera, so that some can go.
+SIDE = 48
 
 
-@pytest.fixture(scope="module")
-def setting(tiny_config, tiny_params, tiny_observation):
-    def make(pi05, **changes):
-        # 16 image tokens a camera, so that some can go.
-        config = tiny_config(pi05=pi05, image_size=48, **changes)
-        noise = np.random.default_rng(0).standard_normal((2, 5, 6)).astype(np.float32)
-        return config, tiny_params(config), tiny_observation(config), jnp.asarray(noise)
+@pytest.fixture
+def sample(weights):
+    def run(options, config, params, observation, noise):
+        made = jax.jit(options.sample, static_argnums=0)
+        return made(config, weights(config, params), observation, noise)
 
-    return make
-
-
-def _weights(config, params):
-    times = sampler.integration_times(STEPS)
-    return rival.Weights(prepare.prepare(config, params, times, rival.OPTIONS), ())
-
-
-def _sample(options, config, params, observation, noise):
-    run = jax.jit(options.sample, static_argnums=0)
-    return run(config, _weights(config, params), observation, noise)
+    return run
 
 
 @pytest.mark.parametrize("pi05", [False, True], ids=["pi0", "pi05"])
-def test_keeping_everything_is_the_teacher(pi05, setting):
-    config, params, observation, noise = setting(pi05)
+def test_keeping_everything_is_the_teacher(pi05, setting, sample):
+    config, params, observation, noise = setting(pi05, image_size=SIDE)
     expected = sampler.sample_actions(config, params, observation, noise, num_steps=STEPS)
     for tokens in (0, 32, 99):
-        found = _sample(
-            efficientvla.EfficientVLA(tokens=tokens), config, params, observation, noise
-        )
+        found = sample(efficientvla.EfficientVLA(tokens=tokens), config, params, observation, noise)
         np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
-def test_absent_tokens_go_first_and_cost_nothing(setting):
+def test_absent_tokens_go_first_and_cost_nothing(setting, sample):
     """Camera 1 of sample 0 is absent: 16 tokens are all it has."""
-    config, params, observation, noise = setting(False)
+    config, params, observation, noise = setting(image_size=SIDE)
     masks = {name: jnp.array([mask[0], mask[0]]) for name, mask in observation.image_masks.items()}
     observation = observation.replace(image_masks=masks)
     expected = sampler.sample_actions(config, params, observation, noise, num_steps=STEPS)
     for tokens in (16, 20):
-        found = _sample(
-            efficientvla.EfficientVLA(tokens=tokens), config, params, observation, noise
-        )
+        found = sample(efficientvla.EfficientVLA(tokens=tokens), config, params, observation, noise)
         np.testing.assert_allclose(found, expected, atol=1e-4)
-    fewer = _sample(efficientvla.EfficientVLA(tokens=12), config, params, observation, noise)
+    fewer = sample(efficientvla.EfficientVLA(tokens=12), config, params, observation, noise)
     assert np.abs(fewer - expected).max() > 1e-3
 
 
-def test_dropped_tokens_are_masked_ones_and_positions_stay(setting):
+def test_dropped_tokens_are_masked_ones_and_positions_stay(setting, sample, weights):
     """From the second layer on in the prefix, and for the suffix in all layers."""
-    config, params, observation, noise = setting(False, depth=2)
-    found = _sample(efficientvla.EfficientVLA(tokens=8), config, params, observation, noise)
-    weights = [
+    config, params, observation, noise = setting(image_size=SIDE, depth=2)
+    found = sample(efficientvla.EfficientVLA(tokens=8), config, params, observation, noise)
+    stack = [
         jax.tree.map(lambda leaf, i=i: leaf[i], params["PaliGemma"]["llm"]["layers"])
         for i in (0, 1)
     ]
-    model, held = pi0.Pi0(config), _weights(config, params).prepared
+    model, held = pi0.Pi0(config), weights(config, params).prepared
 
     @jax.jit
     def velocity(x_t, t):
@@ -78,15 +64,15 @@ def test_dropped_tokens_are_masked_ones_and_positions_stay(setting):
         given = (observation.state, x_t[:, None], jnp.full((2, 1), t))
         suffix, _ = model.apply({"params": params}, *given, method="embed_suffix")
         geometry = gemma.Geometry.create(valid, 8, suffix.shape[2], 5)
-        behind, first = gemma.prefix_layer(weights[0], tokens, geometry)
+        behind, first = gemma.prefix_layer(stack[0], tokens, geometry)
         asked = efficientvla.relevance(
             config, held.prefix[0], tokens, first[0], valid, geometry.prefix_rope, 32
         )
         chosen = efficientvla.choose(asked, behind[:, :32], valid[:, :32], 8)
         kept = jnp.any(chosen[:, :, None] == jnp.arange(39), axis=1) | (jnp.arange(39) >= 32)
         geometry = geometry._replace(prefix_valid=valid & kept)
-        _, second = gemma.prefix_layer(weights[1], behind, geometry)
-        for layer, cached in zip(weights, (first, second), strict=True):
+        _, second = gemma.prefix_layer(stack[1], behind, geometry)
+        for layer, cached in zip(stack, (first, second), strict=True):
             suffix, _ = gemma.suffix_layer(layer, suffix, cached, geometry)
         final = params["PaliGemma"]["llm"]["final_norm_1"]
         normed, _ = gemma.norm(final, suffix, None)
@@ -99,9 +85,9 @@ def test_dropped_tokens_are_masked_ones_and_positions_stay(setting):
 
 
 @pytest.mark.parametrize("cache", [2, 3, 4])
-def test_cached_steps_add_what_the_last_computed_step_added(cache, setting):
-    config, params, observation, noise = setting(True)
-    found = _sample(efficientvla.EfficientVLA(cache=cache), config, params, observation, noise)
+def test_cached_steps_add_what_the_last_computed_step_added(cache, setting, sample):
+    config, params, observation, noise = setting(True, image_size=SIDE)
+    found = sample(efficientvla.EfficientVLA(cache=cache), config, params, observation, noise)
     model = pi0.Pi0(config)
 
     @jax.jit
@@ -146,20 +132,20 @@ def test_tokens_are_chosen_by_relevance_and_then_by_distance_to_the_key():
     assert chosen(6, absent) == sorted([2, 4, 6, 8, 7, 10])
 
 
-def test_relevance_is_the_attention_that_prompt_tokens_give(setting):
-    config, params, observation, _ = setting(False)
-    weights = jax.tree.map(lambda leaf: leaf[0], params["PaliGemma"]["llm"]["layers"])
+def test_relevance_is_the_attention_that_prompt_tokens_give(setting, weights):
+    config, params, observation, _ = setting(image_size=SIDE)
+    layer = jax.tree.map(lambda leaf: leaf[0], params["PaliGemma"]["llm"]["layers"])
     tokens, valid = pi0.Pi0(config).apply({"params": params}, observation, method="embed_prefix")
     rope = layers.rope_table(jnp.cumsum(valid, axis=1) - 1, 8)
-    normed, _ = gemma.norm(weights["pre_attention_norm"], tokens, None)
-    q = jnp.einsum("bsd,ndh->bsnh", normed, weights["attn"]["q_einsum"]["w"])
-    k = jnp.einsum("bsd,kdh->bskh", normed, weights["attn"]["kv_einsum"]["w"][0])
+    normed, _ = gemma.norm(layer["pre_attention_norm"], tokens, None)
+    q = jnp.einsum("bsd,ndh->bsnh", normed, layer["attn"]["q_einsum"]["w"])
+    k = jnp.einsum("bsd,kdh->bskh", normed, layer["attn"]["kv_einsum"]["w"][0])
     q, k = layers.apply_rope(q, rope), layers.apply_rope(k, rope)
     k = jnp.repeat(k, 2, axis=2)  # Two query heads for each of two kv heads.
     logits = jnp.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(8)
     maps = jax.nn.softmax(jnp.where(valid[:, None, None], logits, -1e30), axis=-1).mean(axis=1)
     expected = (maps * valid[:, :, None])[:, 32:, :32].sum(axis=1)
-    held = _weights(config, params).prepared
+    held = weights(config, params).prepared
     found = efficientvla.relevance(
         config, held.prefix[0], tokens, k[:, :, ::2], valid, rope, images=32
     )

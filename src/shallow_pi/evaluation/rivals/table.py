@@ -3,12 +3,15 @@
 import dataclasses
 import difflib
 
-from shallow_pi.evaluation.rivals import efficientvla, rival, skipping
+from shallow_pi.evaluation.rivals import cogvla, early_exit, efficientvla, mole, rival, skipping
 
 RIVALS: dict[str, type[rival.Rival]] = {
     "teacher": skipping.Teacher,
     "skip": skipping.Skip,
     "efficientvla": efficientvla.EfficientVLA,
+    "mole": mole.MoLE,
+    "cogvla": cogvla.CogVLA,
+    "earlyexit": early_exit.EarlyExit,
 }
 
 
