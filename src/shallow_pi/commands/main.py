@@ -31,6 +31,7 @@ COMMANDS = {
     "benchmark": "benchmark",
     "benchmark-step": "benchmark_step",
     "benchmark-loader": "benchmark_loader",
+    "reproduce": "reproduce",
 }
 
 

@@ -117,12 +117,12 @@ def _watched(suite: tabletop.Suite, ended: Found) -> Watched:
 def _episodes(job: Job, runs: pathlib.Path) -> Iterator[Found]:
     situation = job.cell.situation
     suite = dataclasses.replace(situation.suite, max_seconds=job.max_seconds)
-    policy: policies.Policy
+    acting: policies.Policy
     execute_steps = situation.execute_steps
     if job.cell.policy == sources.EXPERT:
-        policy, execute_steps = policies.Scripted(tabletop.expert), 1
+        acting, execute_steps = policies.Scripted(tabletop.expert), 1
     else:
-        policy = policies.Trained(_policy(job.cell.policy, runs, situation.num_steps))
+        acting = policies.Trained(policy(job.cell.policy, runs, situation.num_steps))
     for seeds in (job.seeds[i : i + BLOCK] for i in range(0, len(job.seeds), BLOCK)):
         ended: Found = []
         with tempfile.TemporaryDirectory() as folder:
@@ -133,7 +133,7 @@ def _episodes(job: Job, runs: pathlib.Path) -> Iterator[Found]:
             path.write_text("".join(json.dumps(dataclasses.asdict(e)) + "\n" for e in done))
             rollout.evaluate(
                 functools.partial(_watched, suite, ended),
-                policy,
+                acting,
                 episodes=len(span),
                 seed=span.start,
                 execute_steps=execute_steps,
@@ -148,7 +148,7 @@ def _episodes(job: Job, runs: pathlib.Path) -> Iterator[Found]:
 def _chunks(job: Job, runs: pathlib.Path) -> Iterator[Found]:
     situation = job.cell.situation
     at = runs, situation.tasks, job.seeds
-    held = _held_out(*at[1:])
+    held = held_out(*at[1:])
     references = _plans(job.teacher, cells.NUM_STEPS, *at, salt=1)
     planned = _plans(job.cell.policy, situation.num_steps, *at, salt=2)
     found: Found = []
@@ -175,13 +175,13 @@ class HeldOut:
 
 
 @functools.lru_cache(maxsize=4)
-def _held_out(tasks: tuple[str, ...], seeds: tuple[int, ...]) -> list[HeldOut]:
+def held_out(tasks: tuple[str, ...], seeds: tuple[int, ...]) -> list[HeldOut]:
     """States on the expert's way, and samples of its plans there."""
     sim = tabletop.Suite(tasks=tasks).make()
-    return [_held_out_state(sim, seed) for seed in seeds]
+    return [_state(sim, seed) for seed in seeds]
 
 
-def _held_out_state(sim: tabletop.Tabletop, seed: int, horizon: int = 20) -> HeldOut:
+def _state(sim: tabletop.Tabletop, seed: int, horizon: int = 20) -> HeldOut:
     rng = np.random.default_rng([seed, 0])
     side, played = (1 if rng.uniform() < 0.5 else -1), int(rng.integers(PLAYED))
 
@@ -225,22 +225,22 @@ def _plans(
     salt: int,
 ) -> list[Float[np.ndarray, "n h 3"]]:
     """A policy's plans at each held-out observation; another salt is other noise."""
-    policy, found = _policy(slug, runs, num_steps), []
-    held = _held_out(tasks, seeds)
+    planner, found = policy(slug, runs, num_steps), []
+    held = held_out(tasks, seeds)
     keys = [[one.seed, salt * 1000 + plan] for one in held for plan in range(PLANS)]
     observations = [one.observation for one in held for _ in range(PLANS)]
     size = 4 * PLANS
     for i in range(0, len(keys), size):
         # Always full batches, so that one shape is compiled.
         rows = [min(row, len(keys) - 1) for row in range(i, i + size)]
-        noise = policies.noise(np.array([keys[row] for row in rows]), *policy.noise_shape)
-        found.append(policy.infer_batch([observations[row] for row in rows], noise))
+        noise = policies.noise(np.array([keys[row] for row in rows]), *planner.noise_shape)
+        found.append(planner.infer_batch([observations[row] for row in rows], noise))
     whole = np.concatenate(found)[: len(keys)]
     return list(whole.reshape(len(held), PLANS, *whole.shape[1:]))
 
 
 @functools.lru_cache(maxsize=4)
-def _policy(slug: str, runs: pathlib.Path, num_steps: int) -> deployed.Policy:
+def policy(slug: str, runs: pathlib.Path, num_steps: int) -> deployed.Policy:
     return sources.load(slug, runs, num_steps)
 
 

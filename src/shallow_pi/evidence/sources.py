@@ -27,7 +27,7 @@ from shallow_pi.distill import layer_map, student
 from shallow_pi.models import pi0
 
 EXPERT = "expert"
-# Of a teacher's layers, beside its parameters; `scores` writes it.
+# Of a teacher's layers, beside its parameters; `scoring` writes it.
 SCORES_FILE = "layer_scores.json"
 CUT = re.compile(r"(keep)-([0-9.]+)|(similarity|sensitivity)-drop([0-9]+)")
 
@@ -43,7 +43,7 @@ def load(slug: str, runs: pathlib.Path, num_steps: int) -> deployed.Policy:
     Raises:
       ValueError, FileNotFoundError: no such policy, or one that is not complete.
     """
-    assets, params = _read(slug, runs)
+    assets, params = read(slug, runs)
     # A cell asks for these steps on purpose: no warning that it was trained for others.
     assets = dataclasses.replace(assets, num_steps=num_steps)
     return deployed.Policy(assets, params)
@@ -54,14 +54,15 @@ def digest(slug: str, runs: pathlib.Path) -> str:
     if slug == EXPERT:
         return ""
     found = hashlib.sha256(slug.partition("--")[2].encode())
-    _, params = _read(slug.partition("--")[0], runs)
+    _, params = read(slug.partition("--")[0], runs)
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         found.update(jax.tree_util.keystr(path).encode())
         found.update(np.ascontiguousarray(leaf).tobytes())
     return found.hexdigest()[:10]
 
 
-def _read(slug: str, runs: pathlib.Path) -> tuple[policy_assets.Assets, PyTree]:
+def read(slug: str, runs: pathlib.Path) -> tuple[policy_assets.Assets, PyTree]:
+    """A policy's assets and parameters."""
     base, _, way = slug.partition("--")
     folder = runs / base
     if not (folder / "params").is_dir():

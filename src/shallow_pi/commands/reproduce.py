@@ -1,0 +1,169 @@
+"""Measure the paper's claims on the tabletop suite, cell by cell, and write the page of evidence.
+
+uv run scripts/reproduce.py CLAIM ... [--runs DIR] [--results DIR] [--page FILE]
+
+    --list                       names the claims, and how much of each is measured
+    late --pending               names what is not measured of these claims
+    late parity                  measures what is missing of these claims, in the order that matters
+    all                          of all claims
+    all --episodes 0             measures nothing, and writes the page from what is there
+    late --only teacher          only cells whose names match a regular expression
+    all --part 2/3 --workers 16  the second third of the cells, in 16 processes of a core each
+    all --miniature              everything, once, with tiny untrained policies, somewhere temporary
+
+A cell that is measured is not measured again. Policies that are not among the runs are left out and
+stay pending. Several machines may each do a part: put their results files into one folder.
+"""
+
+import dataclasses
+import pathlib
+import re
+import tempfile
+from collections.abc import Sequence
+from typing import Annotated
+
+import rich.box
+import rich.console
+import rich.table
+import tyro
+
+from shallow_pi import flags, progress
+from shallow_pi.commands import exits
+from shallow_pi.evidence import (
+    cells,
+    claims,
+    miniature,
+    outcomes,
+    page,
+    rows,
+    running,
+    scoring,
+    sources,
+)
+from shallow_pi.evidence.claim import Claim
+from shallow_pi.parallel import processes
+
+ALL = "all"
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """The claims to measure, and with what."""
+
+    # Names of claims, or all.
+    claims: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    # List the claims, and stop.
+    list: bool = False
+    # Name the cells that are not measured, and stop.
+    pending: bool = False
+    # Folder with a step folder for each policy, by its name.
+    runs: pathlib.Path = pathlib.Path("checkpoints/evidence")
+    # Folder of the measured lines.
+    results: pathlib.Path = pathlib.Path("benchmarks/evidence")
+    # Page to write, with its pictures beside the results; empty writes none.
+    page: str = "docs/evidence.md"
+    # Episodes of a cell.
+    episodes: int = 500
+    # Cells whose names match this regular expression; empty is all.
+    only: str = ""
+    # Of the cells every n-th, from the i-th: i/n.
+    part: str = "1/1"
+    # Processes.
+    workers: int = 1
+    # Try everything with tiny untrained policies and two episodes.
+    miniature: bool = False
+
+    def chosen(self) -> Sequence[Claim]:
+        """The claims named.
+
+        Raises:
+          ValueError: one that does not exist, or none.
+        """
+        wanted = tuple(claims.CLAIMS) if ALL in self.claims else self.claims
+        unknown = [name for name in wanted if name not in claims.CLAIMS]
+        if unknown or not wanted:
+            pending = [f"{name} is pending: {claims.PENDING[name]}" for name in unknown
+                       if name in claims.PENDING]  # fmt: skip
+            known = ", ".join([*claims.CLAIMS, ALL])
+            got = f", got {unknown[0]!r}" if unknown else ""
+            raise ValueError("; ".join([f"expected claims of {known}{got}", *pending]))
+        return [claims.CLAIMS[name] for name in wanted]
+
+    def share(self) -> tuple[int, int]:
+        """The part as (index from 0, number of parts).
+
+        Raises:
+          ValueError: not i/n.
+        """
+        found = re.fullmatch(r"(\d+)/(\d+)", self.part)
+        if found is None or not 1 <= int(found[1]) <= int(found[2]):
+            raise ValueError(f"--part: expected i/n with i of 1 to n, got {self.part!r}")
+        return int(found[1]) - 1, int(found[2])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse, measure what is missing, write the page."""
+    given = flags.parse(Arguments, arguments, __doc__ or "")
+    processes.cache_compilations()
+    with exits.exit_on():
+        if given.list:
+            show(given)
+            return
+        chosen, (index, parts) = given.chosen(), given.share()
+        if given.episodes < 0 or given.workers < 1:
+            raise ValueError(
+                f"expected --episodes of at least 0 and --workers of at least 1, got "
+                f"{given.episodes} and {given.workers}"
+            )
+        if given.pending:
+            print("\n".join(page.pending(chosen, given.results, given.episodes)))
+            return
+        if given.miniature:
+            with tempfile.TemporaryDirectory() as folder:
+                miniature.run(chosen, given.workers, pathlib.Path(folder))
+            progress.say("Every chosen study ran in miniature")
+            return
+        if given.episodes:
+            wanted = [cell for claim in chosen for cell in claim.cells()]
+            wanted = [cell for cell in wanted if re.search(given.only, cell.name)]
+            measure(list(dict.fromkeys(wanted))[index::parts], given)
+        if given.page:
+            written = page.write(
+                pathlib.Path(given.page), given.results, given.episodes or Arguments.episodes
+            )
+            progress.say(f"Written: {', '.join(map(str, written))}")
+
+
+def measure(wanted: Sequence[cells.Cell], given: Arguments) -> None:
+    """Run what is missing of cells whose policies are there; tell what is not."""
+    absent = {c.policy for c in wanted if not sources.exists(c.policy, given.runs)}
+    if absent:
+        few = ", ".join(sorted(absent)[:4]) + (" ..." if len(absent) > 4 else "")
+        progress.say(f"{len(absent)} policies are not in {given.runs}, and pending: {few}")
+    ready = [cell for cell in wanted if cell.policy not in absent]
+    if any(cell.kind == "chunks" for cell in ready) and rows.TEACHER in absent:
+        raise FileNotFoundError(f"plans are compared with {rows.TEACHER}'s: not in {given.runs}")
+    scoring.ensure([cell.policy for cell in ready], given.runs, given.results)
+    digests = running.digests([cell.policy for cell in ready], given.runs)
+    results = cells.read(given.results, digests)
+    todo = running.jobs(ready, results, rows.TEACHER, given.episodes)
+    progress.say(f"{len(ready) - len(todo)} of {len(wanted)} cells are measured, {len(todo)} to do")
+    name = (
+        f"cells-{given.part.replace('/', '-of-')}.jsonl" if given.part != "1/1" else "cells.jsonl"
+    )
+    running.run(todo, given.runs, given.results / name, given.workers)
+
+
+def show(given: Arguments) -> None:
+    """List claims with the share that is measured, and what is pending as a whole."""
+    results = cells.read(given.results)
+    table = rich.table.Table(box=rich.box.SIMPLE_HEAD)
+    for column in ("claim", "question", "cells", "measured"):
+        table.add_column(column, no_wrap=column == "claim")
+    for claim in claims.CLAIMS.values():
+        total = len(claim.cells())
+        left = outcomes.missing(claim, results, given.episodes, running.OBSERVATIONS)
+        table.add_row(claim.name, claim.question, str(total), str(total - len(left)))
+    for name, text in claims.PENDING.items():
+        table.add_row(name, text, "", "pending")
+    rich.console.Console().print(table)

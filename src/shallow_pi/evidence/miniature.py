@@ -1,0 +1,91 @@
+"""Every study in miniature: the whole way from cells to the page, with tiny untrained policies."""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+
+from shallow_pi.checkpoints import weights
+from shallow_pi.data.robots import assets as policy_assets
+from shallow_pi.data.robots import normalize, tokenizer
+from shallow_pi.evidence import cells, page, rows, running, scoring, sources
+from shallow_pi.evidence.claim import Claim
+from shallow_pi.models import gemma, pi0, siglip
+from shallow_pi.sims import tabletop
+
+LAYER = gemma.GemmaConfig(width=8, mlp_dim=8, num_heads=2, num_kv_heads=1, head_dim=8)
+MODEL = pi0.Pi0Config(
+    depth=18,
+    backbone=LAYER,
+    expert=LAYER,
+    image=siglip.SiglipConfig(width=8, depth=1, mlp_dim=8, num_heads=1, patch_size=24),
+    image_size=48,
+    vocab_size=448,
+    cameras=("base_0_rgb", "left_wrist_0_rgb"),
+    action_dim=4,
+    action_horizon=20,
+    max_token_len=16,
+    dtype="float32",
+)
+EPISODES, SECONDS = 2, 1.2
+
+
+def run(chosen: Sequence[Claim], workers: int, folder: pathlib.Path) -> list[pathlib.Path]:
+    """Measure a few cells of every claim: each column once, and the last rows; write the page.
+
+    Args:
+      chosen: the claims.
+      workers: processes.
+      folder: for policies, results and page.
+    """
+    wanted = list(dict.fromkeys(cell for claim in chosen for cell in _some(claim)))
+    runs, results = folder / "runs", folder / "results"
+    make_policies([cell.policy for cell in wanted], runs)
+    scoring.ensure([cell.policy for cell in wanted], runs, results)
+    todo = running.jobs(wanted, cells.read(results), rows.TEACHER, EPISODES)
+    todo = [dataclasses.replace(job, max_seconds=SECONDS) for job in todo]
+    running.run(todo, runs, results / "cells.jsonl", workers)
+    return page.write(folder / "evidence.md", results, EPISODES)
+
+
+def _some(claim: Claim) -> list[cells.Cell]:
+    """Each column in the first row that has it, and the second and the last row once."""
+    every, found = claim.cells(), []
+    for column in claim.columns:
+        at = (column.situation, column.kind)
+        found.append(next(cell for cell in every if (cell.situation, cell.kind) == at))
+    for row in (claim.variants[1], claim.variants[-1]):
+        found.append(next(cell for cell in every if cell.policy == row.policies[0]))
+    return found
+
+
+def make_policies(slugs: Sequence[str], runs: pathlib.Path) -> None:
+    """Write an 18-layer teacher and a 2-layer student with random parameters under these names."""
+    runs.mkdir(parents=True)
+    suite = tabletop.Suite()
+    tokens = runs / "tokenizer.model"
+    tokenizer.train(suite.prompts(), tokens, vocab_size=MODEL.vocab_size)
+    spread = {
+        name: normalize.NormStats(
+            mean=np.zeros(size), std=np.full(size, 0.1), q01=-np.ones(size), q99=np.ones(size)
+        )
+        for name, size in (("state", 4), ("actions", 3))
+    }
+    for base in dict.fromkeys([rows.TEACHER, *(slug.partition("--")[0] for slug in slugs)]):
+        if base == sources.EXPERT:
+            continue
+        model = MODEL if base == rows.TEACHER else pi0.at_depth(MODEL, 2)
+        weights.save_params(runs / base / "params", _random(model))
+        made = policy_assets.Assets(model, suite.robot, tokens, spread, "tabletop")
+        made.save(runs / base / "assets")
+
+
+def _random(model: pi0.Pi0Config) -> PyTree:
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda leaf: rng.normal(scale=0.3, size=leaf.shape).astype(np.float32),
+        pi0.abstract_params(model),
+    )

@@ -1,0 +1,103 @@
+"""From lines of results to numbers: means, paired differences and decisions, with their intervals.
+
+A row's outcomes are a table of training seeds × episodes; its interval counts both as drawn at
+random (`intervals.over_seeds`). Two rows are compared in the episodes that both met, seed by seed;
+one that has a single policy (the teacher) meets every seed of the other.
+"""
+
+import dataclasses
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float
+
+from shallow_pi.evaluation import intervals
+from shallow_pi.evidence import cells
+from shallow_pi.evidence.claim import Claim, Column, Side, Statement, Variant
+
+Verdict = Literal["shown", "refuted", "open", "not measured"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A claim's results."""
+
+    claim: Claim
+    results: cells.Results
+    # Episodes that a complete cell has; `complete` asks for them.
+    episodes: int
+
+    def _row(self, label: str) -> Variant:
+        return next(row for row in self.claim.variants if row.label == label)
+
+    def _column(self, label: str) -> Column:
+        return next(column for column in self.claim.columns if column.label == label)
+
+    def _measured(self, side: Side) -> list[dict[int, float]]:
+        """Of each policy of the row that was measured at all: outcome by episode."""
+        column, found = self._column(side[1]), []
+        for policy in self._row(side[0]).policies:
+            cell = cells.Cell(policy, column.situation, column.kind)
+            rows, tasks = self.results.rows.get(cell, {}), self.results.tasks.get(cell, {})
+            outcomes = {
+                seed: row[column.measure]
+                for seed, row in rows.items()
+                if column.task in ("", tasks[seed])
+            }
+            if outcomes:
+                found.append(outcomes)
+        return found
+
+    def mean(self, side: Side) -> intervals.Mean | None:
+        """Of a row in a column; None where nothing was measured."""
+        values = _matrix(self._measured(side))
+        if values is None:
+            return None
+        rate = self._column(side[1]).is_rate
+        return intervals.rate_over_seeds(values) if rate else intervals.over_seeds(values)
+
+    def difference(self, a: Side, b: Side) -> intervals.Mean | None:
+        """`a` − `b`, paired; None where one of them was not measured."""
+        first, second = self._measured(a), self._measured(b)
+        if not first or not second:
+            return None
+        count = max(len(first), len(second))
+        if 1 in (len(first), len(second)):
+            first, second = (many * count if len(many) == 1 else many for many in (first, second))
+        shared = min(len(first), len(second))
+        table = _matrix([*first[:shared], *second[:shared]])
+        return None if table is None else intervals.over_seeds(table[:shared] - table[shared:])
+
+    def decide(self, statement: Statement) -> tuple[Verdict, intervals.Mean | None]:
+        """By the interval alone, and the value that is compared with the bound."""
+        if statement.b is None:
+            found = self.mean(statement.a)
+        else:
+            found = self.difference(statement.a, statement.b)
+        if found is None:
+            return "not measured", None
+        if statement.at_least is not None:
+            holds, fails = found.low >= statement.at_least, found.high < statement.at_least
+        else:
+            assert statement.at_most is not None, "one of the bounds is given"
+            holds, fails = found.high <= statement.at_most, found.low > statement.at_most
+        return ("shown" if holds else "refuted" if fails else "open"), found
+
+
+def _matrix(measured: list[dict[int, float]]) -> Float[np.ndarray, "seeds episodes"] | None:
+    """Outcomes in the episodes that all policies met."""
+    shared = sorted(set.intersection(*map(set, measured))) if measured else []
+    if not shared:
+        return None
+    return np.array([[outcomes[seed] for seed in shared] for outcomes in measured])
+
+
+def missing(claim: Claim, results: cells.Results, episodes: int, plans: int) -> dict[str, str]:
+    """Cells that are not complete, by name: how much of each is there."""
+    found = {}
+    for cell in claim.cells():
+        wanted = episodes if cell.kind == "episodes" else min(plans, episodes)
+        there = len(results.seeds(cell))
+        if there < wanted:
+            found[cell.name] = f"{there} of {wanted}"
+    return found

@@ -1,0 +1,212 @@
+"""The page of evidence, written from the claims and the measured lines alone.
+
+Nothing on it is written by hand but the claims' own words: what is shown, refuted or open follows
+from the intervals, what is pending from what is not measured.
+"""
+
+import os
+import pathlib
+from collections.abc import Iterator, Sequence
+
+from shallow_pi import figures, progress
+from shallow_pi.evaluation import intervals
+from shallow_pi.evidence import cells, claims, drawing, outcomes, rows, running, sources
+from shallow_pi.evidence.claim import Claim, Column, Side, Statement
+
+# Names of pending cells that are listed one by one.
+LISTED = 12
+HEAD = """# Evidence
+
+The paper's claims, and ours, tested on a suite of tabletop tasks small enough that every student
+can be trained under several seeds. `uv run scripts/reproduce.py {names}` measures them, cell by
+cell; this page and its pictures are written by that command from `{results}/*.jsonl`.
+
+**Protocol.** One 18-layer teacher (`{teacher}`). Tasks: {tasks}. A row is one recipe under up to
+{seeds} training seeds; all policies meet the same {episodes} episodes (seeds from {first}), none of
+which is a demonstration, with the same noise for the sampler. 10 of 20 planned actions are executed
+at 20 Hz before the next plan (past the pillar all 20). Plans are compared at {held} held-out
+observations, {plans} noises each: *plans to teacher* is the energy distance (mm) between the
+distributions of a policy's plans and of its teacher's in ten steps, 0 for equal distributions.
+
+**Intervals** are 95 % and count training seeds and episodes both as drawn at random (two crossed
+random effects); they are wide where three seeds differ. Differences are paired by episode and by
+training seed. A statement is *shown* or *refuted* only if the whole interval says so, else *open*.
+Rows with one seed (the teacher, untrained cuts) speak of that one policy.
+"""
+
+
+def write(path: pathlib.Path, folder: pathlib.Path, episodes: int) -> list[pathlib.Path]:
+    """Write the page, and its pictures beside the results; returns the files.
+
+    Args:
+      path: of the page.
+      folder: of the results.
+      episodes: of a complete cell.
+    """
+    results, drawings = cells.read(folder), folder / "pictures"
+    written = [path]
+    lines = _head(folder, episodes)
+    tables = {name: outcomes.Table(c, results, episodes) for name, c in claims.CLAIMS.items()}
+    lines += ["", "| claim | statement | value | verdict |", "|---|---|---|---|"]
+    for name, table in tables.items():
+        for statement in table.claim.statements:
+            lines.append(f"| [{name}](#{name}) | {' | '.join(_decision(table, statement))} |")
+    for table in tables.values():
+        lines += _section(table)
+        pictures: list[tuple[str, pathlib.Path]] = []
+        try:
+            drawings.mkdir(parents=True, exist_ok=True)
+            for picture in table.claim.pictures:
+                if drawing.picture(drawings / f"{picture.name}.png", table, picture):
+                    pictures.append((picture.title, drawings / f"{picture.name}.png"))
+            if table.claim.name == "skipping" and drawing.layer_scores(
+                drawings / "layer_scores.png", folder / sources.SCORES_FILE
+            ):
+                pictures.append(("Scores of the layers", drawings / "layer_scores.png"))
+        except figures.PlotsMissingError as error:
+            progress.warn(str(error))
+        written += [file for _, file in pictures]
+        for title, file in pictures:
+            target = os.path.relpath(file, path.parent)
+            lines += ["", f"![{title}]({pathlib.PurePath(target).as_posix()})"]
+        lines += _tables(table)
+        lines += ["", f"*Not said:* {table.claim.limits}", *_pending(table), *_origin(table)]
+    lines += ["", "## Pending as a whole", ""]
+    lines += [f"- **{name}**: {text}" for name, text in claims.PENDING.items()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return written
+
+
+def _head(folder: pathlib.Path, episodes: int) -> list[str]:
+    return HEAD.format(
+        names="CLAIM",
+        results=folder.as_posix(),
+        teacher=rows.TEACHER,
+        tasks=", ".join(f"*{task}*" for task in (*rows.TASKS, "around")),
+        seeds=len(rows.SEEDS),
+        episodes=episodes,
+        first=f"{cells.EPISODE_SEED:,}",
+        held=running.OBSERVATIONS,
+        plans=running.PLANS,
+    ).splitlines()
+
+
+def _section(table: outcomes.Table) -> list[str]:
+    claim = table.claim
+    lines = ["", f"## {claim.name}", "", f"**{claim.question}** {claim.says}", ""]
+    for statement in claim.statements:
+        text, value, verdict = _decision(table, statement)
+        lines.append(f"- {text}: {verdict}" + (f", {value}" if value else ""))
+    return lines
+
+
+def _decision(table: outcomes.Table, statement: Statement) -> tuple[str, str, str]:
+    """Text, value and verdict of a statement."""
+    verdict, found = table.decide(statement)
+    if found is None:
+        return statement.text, "", "not measured"
+    column = next(c for c in table.claim.columns if c.label == statement.a[1])
+    value = _difference(found, column) if statement.b else _mean(found, column)
+    few = " (one seed)" if statement.b and found.seeds == 1 and _trained(statement) else ""
+    return statement.text, value + few, f"**{verdict}**" if verdict != "open" else verdict
+
+
+def _trained(statement: Statement) -> bool:
+    """A student takes part, whose seeds count."""
+    return any(side and side[0] != rows.TEACHER_ROW.label for side in (statement.a, statement.b))
+
+
+def _mean(found: intervals.Mean, column: Column) -> str:
+    scale, unit = (100, " %") if column.is_rate else (1, "")
+    low, high = scale * found.low, scale * found.high
+    return f"{scale * found.mean:.1f}{unit} ({low:.1f} to {high:.1f})"
+
+
+def _difference(found: intervals.Mean, column: Column) -> str:
+    scale, unit = (100, " points") if column.is_rate else (1, "")
+    values = (scale * v for v in (found.mean, found.low, found.high))
+    mean, low, high = (f"{v:+.1f}".replace("-", "−") for v in values)
+    return f"{mean}{unit} ({low} to {high})"
+
+
+def _tables(table: outcomes.Table) -> Iterator[str]:
+    """Every row that was measured somewhere: mean, interval, and difference to the reference."""
+    claim = table.claim
+    columns = [
+        c for c in claim.columns if any(table.mean((r.label, c.label)) for r in claim.variants)
+    ]
+    if not columns:
+        yield ""
+        yield "Nothing is measured yet."
+        return
+    yield ""
+    yield "| | " + " | ".join(_title(c) for c in columns) + " |"
+    yield "|---|" + "---|" * len(columns)
+    for row in claim.variants:
+        cell_texts = [_cell(table, (row.label, c.label), c) for c in columns]
+        if any(cell_texts):
+            yield f"| {row.label} | " + " | ".join(cell_texts) + " |"
+    yield ""
+    yield (
+        f"Mean (interval; number of seeds where several), and below it the difference to "
+        f"*{claim.reference}*."
+    )
+
+
+def _title(column: Column) -> str:
+    return f"{column.label}, %" if column.is_rate else column.label
+
+
+def _cell(table: outcomes.Table, side: Side, column: Column) -> str:
+    found = table.mean(side) if table.claim.has(side) else None
+    if found is None:
+        return ""
+    scale = 100 if column.is_rate else 1
+    seeds = f"; {found.seeds}" if found.seeds > 1 else ""
+    text = f"{scale * found.mean:.1f} ({scale * found.low:.1f}–{scale * found.high:.1f}{seeds})"
+    reference = (table.claim.reference, side[1])
+    if side[0] != table.claim.reference and table.claim.has(reference):
+        other = table.difference(side, reference)
+        if other is not None:
+            text += f"<br>{_difference(other, column)}"
+    return text.replace("(-", "(−").replace("–-", "–−")
+
+
+def _pending(table: outcomes.Table) -> list[str]:
+    """Cells that are not complete, by name."""
+    left = outcomes.missing(table.claim, table.results, table.episodes, running.OBSERVATIONS)
+    total = len(table.claim.cells())
+    lines = ["", f"*Pending:* {len(left)} of {total} cells."] if left else []
+    names = [f"`{name}` ({there})" for name, there in left.items()]
+    if names:
+        shown = "; ".join(names[:LISTED])
+        lines[-1] += f" {shown}" + (
+            f"; and {len(names) - LISTED} more: `reproduce.py {table.claim.name} --pending`"
+            if len(names) > LISTED
+            else ""
+        )
+    lines += [f"*Pending, without a cell yet:* {text}." for text in table.claim.pending]
+    return lines
+
+
+def _origin(table: outcomes.Table) -> list[str]:
+    """Commits, devices and time of what is measured."""
+    origins = [table.results.origins[c] for c in table.claim.cells() if c in table.results.origins]
+    if not origins:
+        return []
+    commits, devices = (
+        ", ".join(sorted({str(o[name]) for o in origins if o[name]}))
+        for name in ("commit", "device")
+    )
+    return ["", f"*Measured* at commit {commits} on {devices}."]
+
+
+def pending(chosen: Sequence[Claim], folder: pathlib.Path, episodes: int) -> list[str]:
+    """Lines that name every cell that is not complete."""
+    results = cells.read(folder)
+    return [
+        f"{claim.name}: {name} ({there})"
+        for claim in chosen
+        for name, there in outcomes.missing(claim, results, episodes, running.OBSERVATIONS).items()
+    ]

@@ -1,0 +1,56 @@
+"""Scores of a teacher's layers over the denoising steps, for untrained cuts and pictures.
+
+`similarity` is the mean cosine between input and output of a layer, `sensitivity` the rise of the
+velocity error when it alone is skipped (`layer_scores`), both along the teacher's own paths from
+noise to its plans at held-out observations.
+"""
+
+import json
+import pathlib
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from shallow_pi import progress
+from shallow_pi.distill import layer_scores
+from shallow_pi.evaluation import policies
+from shallow_pi.evidence import cells, running, sources
+from shallow_pi.sims import tabletop
+
+
+def ensure(slugs: Sequence[str], runs: pathlib.Path, results: pathlib.Path) -> None:
+    """Measure the layers that cuts among these policies are chosen by, unless that was done.
+
+    The scores lie beside the policy's parameters, and a copy among the results.
+    """
+    for base in dict.fromkeys(slug.partition("--")[0] for slug in slugs if "-drop" in slug):
+        path = runs / base / sources.SCORES_FILE
+        if not path.exists():
+            path.write_text(json.dumps(measure(base, runs)) + "\n", encoding="utf-8")
+        results.mkdir(parents=True, exist_ok=True)
+        (results / sources.SCORES_FILE).write_bytes(path.read_bytes())
+
+
+def measure(slug: str, runs: pathlib.Path, observations: int = 32) -> dict[str, object]:
+    """Both scores of each layer, their means and, by `NAME_by_step`, at each integration step."""
+    policy = running.policy(slug, runs, cells.NUM_STEPS)
+    seeds = tuple(range(cells.OBSERVATION_SEED, cells.OBSERVATION_SEED + observations))
+    held = running.held_out(tuple(tabletop.LAYOUTS), seeds)
+    noise = policies.noise(np.array([[seed, 0] for seed in seeds]), *policy.noise_shape)
+    batch = policy.prepare([one.observation for one in held])
+    actions = np.asarray(policy.sample(batch, noise))
+    model, (_, params) = policy.assets.model, sources.read(slug, runs)
+    observation = jax.device_put(batch.as_float())
+    found: dict[str, list[list[float]]] = {"similarity": [], "sensitivity": []}
+    measures = {name: jax.jit(getattr(layer_scores, name), static_argnums=0) for name in found}
+    with progress.bar("Layer scores", total=cells.NUM_STEPS) as advance:
+        for step in range(cells.NUM_STEPS):
+            t = np.full(len(seeds), 1 - step / cells.NUM_STEPS, np.float32)
+            x_t = t[:, None, None] * noise + (1 - t[:, None, None]) * actions
+            for name, score in measures.items():
+                values = score(model, params, observation, x_t, t)
+                found[name].append([round(float(v), 6) for v in values])
+            advance(1)
+    means = {name: np.mean(rows, axis=0).round(6).tolist() for name, rows in found.items()}
+    return {"policy": slug, **means, **{f"{name}_by_step": rows for name, rows in found.items()}}

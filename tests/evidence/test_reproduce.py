@@ -1,0 +1,91 @@
+"""The command runs every study in miniature, resumes, and names what is pending."""
+
+import json
+import re
+
+import pytest
+
+from shallow_pi.commands import reproduce
+from shallow_pi.evidence import cells, claims, miniature, running
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """Every study, measured in miniature."""
+    folder = tmp_path_factory.mktemp("miniature")
+    written = miniature.run(list(claims.CLAIMS.values()), 1, folder)
+    return folder, written
+
+
+def test_every_study_runs_in_miniature(measured):
+    folder, written = measured
+    text = (folder / "evidence.md").read_text()
+    for name, claim in claims.CLAIMS.items():
+        assert f"\n## {name}\n" in text
+        for statement in claim.statements:
+            assert statement.text in text
+    # Every claim has rows, a picture and pending cells.
+    assert "Nothing is measured yet" not in text
+    assert text.count("*Pending:*") == len(claims.CLAIMS)
+    assert {path.stem for path in written} >= {"evidence", "late", "layers", "layer_scores"}
+    found = cells.read(folder / "results")
+    for claim in claims.CLAIMS.values():
+        for column in claim.columns:
+            assert any(
+                cell.situation == column.situation and cell.kind == column.kind
+                for cell in found.rows
+            )
+
+
+def test_measured_cells_are_not_measured_again(measured):
+    folder, _ = measured
+    lines = (folder / "results" / "cells.jsonl").read_text().splitlines()
+    found = cells.read(folder / "results")
+    assert sum(len(seeds) for seeds in found.rows.values()) == len(lines) * miniature.EPISODES
+    cell = next(iter(found.rows))
+    assert running.jobs([cell], found, "", miniature.EPISODES) == []
+    (job,) = running.jobs([cell], found, "", miniature.EPISODES + 3)
+    assert len(job.seeds) == 3
+
+
+def test_an_interrupted_cell_goes_on_with_the_same_outcomes(measured):
+    folder, _ = measured
+    found = cells.read(folder / "results")
+    cell = next(c for c in found.rows if c.kind == "episodes" and c.policy.startswith("teacher"))
+    seeds = tuple(sorted(found.seeds(cell)))
+    job = running.Job(cell, seeds[1:], max_seconds=miniature.SECONDS)
+    (block,) = running.measure(job, folder / "runs")
+    for name, values in block.columns.items():
+        assert list(values) == pytest.approx(found.column(cell, name, seeds[1:]).tolist(), rel=1e-3)
+
+
+def test_the_command_names_pending_cells_and_refreshes_the_page(measured, tmp_path, capsys):
+    folder, _ = measured
+    at = ["--results", str(folder / "results"), "--runs", str(tmp_path / "none")]
+    reproduce.main(["late", "--pending", *at])
+    pending = capsys.readouterr().out
+    assert re.search(r"^late: l6-s2 moving N10 x10 late8-late \(0 of 500\)$", pending, re.MULTILINE)
+    reproduce.main(["late", "--episodes", "0", *at, "--page", str(tmp_path / "page.md")])
+    assert "## late" in (tmp_path / "page.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nonsense"], "expected claims of instrument, .*got 'nonsense'"),
+        (["rivals"], "rivals is pending: EfficientVLA"),
+        (["late", "--part", "3/2"], "--part: expected i/n with i of 1 to n, got '3/2'"),
+        (["late", "--workers", "0"], "expected --episodes of at least 0 and --workers"),
+    ],
+)
+def test_wrong_arguments_are_told(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        reproduce.main(arguments)
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_scores_of_layers_have_a_row_for_each_step(measured):
+    folder, _ = measured
+    found = json.loads((folder / "results" / "layer_scores.json").read_text())
+    assert len(found["similarity_by_step"]) == 10
+    assert len(found["similarity"]) == len(found["sensitivity"]) == 18
