@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -87,6 +88,19 @@ def test_float16_holds_its_weights_in_half_the_bytes(steps, exported, tmp_path):
     model = onnx.load(folder / "policy.onnx", load_external_data=False)
     types = {w.data_type for w in model.graph.initializer if len(w.dims) == 2}
     assert onnx.TensorProto.FLOAT16 in types
+
+
+def test_bfloat16_is_compared_in_float32_arithmetic_with_a_warning(steps, tmp_path, capsys):
+    folder = export.export(steps["pi05"], "onnx", tmp_path / "x", dtype="bfloat16", num_steps=1)
+    assert "their rounding is unchecked" in capsys.readouterr().err
+    card = " ".join((folder / "README.md").read_text().split())
+    found = re.search(r"widened to float32 and the sampler .* at most (\S+) in a normalized", card)
+    # The weights' own rounding is in both; the tables of time are rounded in the graph alone.
+    assert float(found[1]) < 2e-2
+    model = onnx.load(folder / "policy.onnx", load_external_data=False)
+    kinds = {w.data_type for w in model.graph.initializer if len(w.dims) == 2}
+    assert onnx.TensorProto.BFLOAT16 in kinds
+    assert not [one for one in folder.iterdir() if one.is_dir() and one.name != "assets"]
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,33 @@ def convert(
     )
 
 
+def write_in_float32(source: pathlib.Path, target: pathlib.Path) -> None:
+    """Write a copy of a bfloat16 graph that computes in float32, its weights in a file of its own.
+
+    One weight is in memory at a time.
+    """
+    import onnx
+
+    model = onnx.load(source, load_external_data=False)
+    narrow, wide = onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT
+    graph, widened = model.graph, []
+    with Weights(target.with_suffix(".bin")) as weights:
+        for one in graph.initializer:
+            array = onnx.numpy_helper.to_array(one, str(source.parent))
+            array = array.astype(np.float32) if one.data_type == narrow else array
+            widened.append(weights.tensor(array, one.name))
+    del graph.initializer[:]
+    graph.initializer.extend(widened)
+    for value in (*graph.input, *graph.output):
+        kind = value.type.tensor_type
+        kind.elem_type = wide if kind.elem_type == narrow else kind.elem_type
+    for node in graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "Cast" and attribute.i == narrow:
+                attribute.i = wide
+    onnx.save_model(model, target)
+
+
 def operators(model: Proto) -> dict[str, int]:
     """Number of nodes of each operator in a model."""
     return dict(sorted(Counter(node.op_type for node in model.graph.node).items()))
