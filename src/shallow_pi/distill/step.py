@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from shallow_pi.distill import flow, losses, norms
 from shallow_pi.distill import layer_map as layer_maps
 from shallow_pi.distill import student as students
+from shallow_pi.inference import quantize as quantization
 from shallow_pi.inference import sampler
 from shallow_pi.models import batch as batches
 from shallow_pi.models import layers, pi0
@@ -55,6 +56,8 @@ class Spec:
     teacher: pi0.Pi0Config | None = None
     # Its layers that the student was cut from; None before they are chosen, or without a teacher.
     layer_map: layer_maps.LayerMap | None = None
+    # Products in 8 bits that the student is deployed with: it sees its weights rounded.
+    quantize: quantization.Scheme = "none"
     # Parts of the student that stay the teacher's.
     freeze: tuple[students.Part, ...] = ()
     augmentation: observations.Augmentation = observations.NO_AUGMENTATION
@@ -263,7 +266,7 @@ def _gradient(
         reference = _teacher_outputs(spec, teacher_params, part, tokens)
 
         def loss(params: PyTree) -> tuple[Float[Array, ""], Metrics]:
-            whole = students.join(params, teacher_params, spec.freeze)
+            whole = rounded(spec, students.join(params, teacher_params, spec.freeze))
             return _total_loss(spec, weights, whole, reference, part, tokens, count)
 
         return jax.grad(loss, has_aux=True)(params)
@@ -401,6 +404,15 @@ def _total_loss(
         loss += weights["vision"] * metrics["vision_loss"]
     metrics["loss"] = loss
     return loss, metrics
+
+
+def rounded(spec: Spec, params: PyTree) -> PyTree:
+    """The student's parameters as it is deployed, in 8 bits, with the gradient of the unrounded.
+
+    A frozen image tower stays as it is: teacher and student share its tokens.
+    """
+    parts = tuple(part for part in quantization.PARTS if part not in spec.freeze)
+    return quantization.straight_through(params, spec.quantize, parts)
 
 
 def _terms(weights: losses.Losses) -> list[str]:

@@ -7,6 +7,7 @@ percentile and clips what is beyond; float8, whose steps grow with the number, k
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
@@ -18,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
 from shallow_pi import progress
-from shallow_pi.inference import prepare, quantize, sampler, tuning
+from shallow_pi.inference import forward, prepare, quantize, sampler, tuning
 from shallow_pi.models import observation as observations
 from shallow_pi.models import pi0
 
@@ -30,6 +31,11 @@ PERCENTILE = 99.99
 # A bin is all numbers that share exponent and leading bits of the mantissa: 3 % wide.
 _MANTISSA_BITS = 5
 _BINS = 2 ** (8 + _MANTISSA_BITS)
+
+# Part, product and layer.
+_Name = tuple[str, str, int]
+# Largest magnitudes, and histograms.
+_Found = tuple[dict[_Name, Array], dict[_Name, Array]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,29 +169,51 @@ def calibrate(
     """
     if not 0 < percentile <= 100:
         raise ValueError(f"--percentile must lie in (0, 100], got {percentile}")
-    # Everything unrolled: each product of each layer and step is an equation of its own.
+    # Each product of each layer is an equation of its own; the steps share one program.
     options = dataclasses.replace(tuning.ALL_ON, padded_tower=False)
     times = sampler.integration_times(num_steps)
+    prepared = jax.jit(functools.partial(prepare.prepare, config, times=times, options=options))(
+        params
+    )
 
     @jax.jit
-    def measure(params: PyTree, observation: observations.Observation, noise: Array) -> PyTree:
+    def prefix(
+        prepared: prepare.Prepared, observation: observations.Observation
+    ) -> tuple[tuple[PyTree, Array], _Found]:
         watched = _Watched({}, {})
-        prepared = watched.watch(prepare.prepare(config, params, times, options))
-        actions = sampler.sample_prepared(
-            config, prepared, observation, noise, num_steps=num_steps, options=options
-        )
-        return watched.largest, watched.counts, actions
+        seen = watched.watch(prepared)
+        cache, valid = forward.prefill(config, seen, observation)
+        if not config.pi05:
+            cache, valid = forward.append_state(config, seen, observation.state, cache, valid)
+        return (cache, valid), (watched.largest, watched.counts)
+
+    @jax.jit
+    def step(
+        prepared: prepare.Prepared, held: tuple[PyTree, Array], x_t: Array, t: Array
+    ) -> tuple[Array, _Found]:
+        watched, tables = _Watched({}, {}), prepare.make_tables(config, prepared.params, t[None])
+        cache, valid = held
+        v, _ = forward.velocity(config, watched.watch(prepared), cache, valid, x_t, tables)
+        return x_t - v / num_steps, (watched.largest, watched.counts)
 
     largest: dict[_Name, float] = {}
     counts: dict[_Name, np.ndarray] = {}
     total = 0
-    for observation, noise in batches:
-        found, bins, actions = jax.device_get(measure(params, observation, noise))
-        if not np.isfinite(actions).all():
-            raise ValueError("the policy's actions are not finite: it cannot be calibrated")
-        for name, value in found.items():
+
+    def add(found: _Found) -> None:
+        for name, value in found[0].items():
             largest[name] = max(largest.get(name, 0.0), float(value))
-            counts[name] = counts.get(name, np.zeros(_BINS, np.int64)) + bins[name]
+            counts[name] = counts.get(name, np.zeros(_BINS, np.int64)) + np.asarray(found[1][name])
+
+    for observation, noise in batches:
+        held, found = prefix(prepared, observation)
+        add(found)
+        x_t = jnp.asarray(noise, jnp.float32)
+        for t in times:
+            x_t, found = step(prepared, held, x_t, jnp.asarray(t))
+            add(found)
+        if not np.isfinite(x_t).all():
+            raise ValueError("the policy's actions are not finite: it cannot be calibrated")
         total += len(noise)
         advance(len(noise))
     if not total:
@@ -195,10 +223,6 @@ def calibrate(
     return Calibration(
         total, num_steps, percentile, _by_part(config, largest), _by_part(config, within)
     )
-
-
-# Part, product and layer.
-_Name = tuple[str, str, int]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -93,24 +93,28 @@ def estimate(spec: step.Spec, mesh: Mesh, batch_size: int, teacher_dtype: str) -
       batch_size: observations, over all devices.
       teacher_dtype: of the teacher's parameters.
     """
-    fixed, gradient = _fixed(spec, mesh, teacher_dtype)
+    fixed, gradient, rounded = _fixed(spec, mesh, teacher_dtype)
     batch = shapes.abstract_batch(spec.student, mesh, batch_size)
     rows = batch_size / _divisor(spec, mesh)
     return Estimate(
         given=fixed | {"batch": bytes_per_device(batch)},
         gradient=gradient,
-        activations=int(rows * _activations(spec) / mesh.shape[sharding.TENSOR]),
+        activations=rounded + int(rows * _activations(spec) / mesh.shape[sharding.TENSOR]),
     )
 
 
 @functools.lru_cache(maxsize=32)
-def _fixed(spec: step.Spec, mesh: Mesh, teacher_dtype: str) -> tuple[dict[str, int], int]:
-    """The part of an estimate that does not depend on the batch: arguments, and the gradient."""
+def _fixed(spec: step.Spec, mesh: Mesh, teacher_dtype: str) -> tuple[dict[str, int], int, int]:
+    """The part of an estimate that does not depend on the batch.
+
+    Bytes of the arguments, of the gradient, and of the weights that `--student.quantize` rounds.
+    """
     state = shapes.abstract_state(spec, mesh)
     teacher = shapes.abstract_teacher(spec, mesh, teacher_dtype)
     # Microbatches add up into a second gradient.
     gradient = bytes_per_device(state.params) * (1 + (spec.accumulation > 1))
-    return given(teacher, state, ()), gradient
+    rounded = 0 if spec.quantize == "none" else bytes_per_device(state.params)
+    return given(teacher, state, ()), gradient, rounded
 
 
 def _divisor(spec: step.Spec, mesh: Mesh) -> int:

@@ -78,6 +78,9 @@ class StudentConfig:
     # Integration steps it is deployed with; stored beside its checkpoints. Fewer than 10 need
     # --losses.reflow, which trains for them.
     num_steps: int = 10
+    # Products in 8 bits it is deployed with: int8 or fp8. Training sees its weights rounded; stored
+    # beside its checkpoints. For rounded activations too, calibrate it (scripts/calibrate.py).
+    quantize: Literal["none", "int8", "fp8"] = "none"
     # Parts to keep from the teacher and not to train: "vision" (the image tower, which then runs
     # once for both models), "embedder" (the token embedding). Frozen parts need no moments.
     freeze: tuple[students.Part, ...] = ()

@@ -46,8 +46,10 @@ class Run:
     def save_assets(self, folder: pathlib.Path) -> None:
         """Write the files that make a step folder deployable; none for synthetic samples."""
         if self.data.assets is not None:
-            num_steps = self.experiment.student.num_steps
-            dataclasses.replace(self.data.assets, num_steps=num_steps).save(folder)
+            student = self.experiment.student
+            dataclasses.replace(
+                self.data.assets, num_steps=student.num_steps, quantize=student.quantize
+            ).save(folder)
 
     def feed(self) -> loader.Prefetch:
         """Training batches on the mesh, starting with the first."""

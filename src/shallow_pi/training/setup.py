@@ -70,6 +70,7 @@ def make_spec(
         accumulation=experiment.accumulation,
         ema_decay=experiment.ema_decay or None,
         freeze=experiment.student.freeze,
+        quantize=experiment.student.quantize,
         execution=layers.Execution(
             experiment.remat, None if mesh is None else sharding.batch_sharding(mesh)
         ),

@@ -251,9 +251,13 @@ def create(
     held_out = read(source, config.samples, batch_size, mesh, seed)
     whole = sharding.replicated(mesh)
 
-    def sampling(model: pi0.Pi0Config, own_steps: int) -> Callable[..., Array]:
-        steps = config.num_steps or own_steps
-        return jax.jit(functools.partial(sample, model, steps), out_shardings=whole)
+    def sampling(
+        model: pi0.Pi0Config, own_steps: int, deployed: Callable[[PyTree], PyTree] = lambda p: p
+    ) -> Callable[..., Array]:
+        def run(params: PyTree, batch: batches.Batch, noise: Array) -> Array:
+            return sample(model, config.num_steps or own_steps, deployed(params), batch, noise)
+
+        return jax.jit(run, out_shardings=whole)
 
     teacher_actions = None
     if spec.teacher is not None:
@@ -272,7 +276,9 @@ def create(
         held_out=held_out,
         assets=assets,
         teacher_actions=teacher_actions,
-        sample_student=sampling(spec.student, spec.num_steps),
+        sample_student=sampling(
+            spec.student, spec.num_steps, functools.partial(step.rounded, spec)
+        ),
         losses=jax.jit(functools.partial(losses, plain), out_shardings=whole),
         key=jax.random.key(seed),
         freeze=spec.freeze,
