@@ -64,3 +64,29 @@ def test_writing_changes_the_slots_it_writes_alone(strict):
     for before, after, one in zip(stacked, written, (keys, values), strict=True):
         np.testing.assert_array_equal(after[1], one)
         np.testing.assert_array_equal(after[::2], before[::2])
+
+
+@pytest.mark.parametrize("b", [1, B])
+@pytest.mark.parametrize("rows", [S, S + T * N + 1], ids=["joined", "with queries"])
+@pytest.mark.parametrize("stacked", [False, True])
+def test_joined_buffers_give_what_two_buffers_give(strict, b, rows, stacked):
+    k = b  # One row and one kv head make a matrix of the buffer.
+    queries, keys, values = (x[:b] for x in _drawn(k))
+    own = (keys[:, :T] + 1, values[:, :T] - 1)
+    mask = jnp.asarray(np.arange(S) < 10)[None, None].repeat(b, 0)
+    expected, (new_keys, new_values) = attention.update_and_attend(
+        queries, own, (keys, values), mask, 7
+    )
+    layer, pair = None, (keys, values)
+    if stacked:
+        layer, pair = jnp.int32(1), tuple(jnp.stack([x, x, x]) for x in pair)
+    buffer = attention.join(pair, rows)
+    assert buffer.shape == (*(3,) * stacked, *(() if b == 1 else (b, k)), rows, 2 * H)
+    found, buffer = attention.update_and_attend(queries, own, buffer, mask, 7, layer=layer)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    held = buffer if layer is None else buffer[1]
+    held = held.reshape(b, k, rows, 2 * H)[:, :, :S].swapaxes(1, 2)
+    now = jnp.concatenate([new_keys, new_values], axis=-1)
+    np.testing.assert_array_equal(held[:, :10], now[:, :10])
+    if rows > S:
+        assert jnp.abs(held[:, 10:, :, :H]).max() > 0  # The queries.

@@ -18,6 +18,9 @@ CHOICES = {
     "all": EVERYTHING,
     "none": NOTHING,
     **{f"no {name}": dataclasses.replace(EVERYTHING, **{name: False}) for name in EVERYTHING.on},
+    "joined": dataclasses.replace(EVERYTHING, step_buffers="joined"),
+    "queries": dataclasses.replace(EVERYTHING, step_buffers="joined with queries"),
+    "scanned queries": dataclasses.replace(NOTHING, step_buffers="joined with queries"),
 }
 
 

@@ -54,6 +54,7 @@ def _changed(file, **changes):
         (dataclasses.asdict(CHOICE) | {"fused": "no"}, "fused must be true or false"),
         (dataclasses.asdict(CHOICE) | {"tower_attention": "magic"}, "must be one of xla, cudnn"),
         (dataclasses.asdict(CHOICE) | {"step_attention": "cudnn"}, "needs an NVIDIA GPU"),
+        (dataclasses.asdict(CHOICE) | {"step_buffers": "one"}, "step_buffers must be one of apart"),
         (None, "'options' must hold"),
     ],
 )
@@ -74,3 +75,8 @@ def test_a_damaged_file_is_ignored_with_a_warning(tiny_config):
         file.write_text(text)
         with pytest.warns(UserWarning, match="is ignored"):
             assert tuning.load(config) is None
+
+
+def test_joined_buffers_are_refused_for_kernels_that_cannot_read_them():
+    with pytest.raises(ValueError, match="'joined' needs step_attention 'xla', got 'cudnn'"):
+        dataclasses.replace(tuning.ALL_ON, step_buffers="joined", step_attention="cudnn")

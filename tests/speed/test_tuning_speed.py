@@ -8,10 +8,10 @@ from shallow_pi.speed import latency, tuning
 
 
 def test_every_combination_is_a_candidate(monkeypatch):
-    assert len(tuning.candidates("float32")) == 4
+    assert len(tuning.candidates("float32")) == 6
     monkeypatch.setattr(attention, "available", lambda dtype: ("xla", "cudnn"))
     found = tuning.candidates("bfloat16")
-    assert len(set(found.values())) == len(found) == 11
+    assert len(set(found.values())) == len(found) == 13
     assert found["layers scanned, steps unrolled"] == options.InferenceOptions(
         unrolled_layers=False
     )

@@ -1,7 +1,7 @@
 """The prefix and one integration step's velocity, from prepared weights (see `prepare`).
 
-Each stream is a plain stack of layers, run by one function. A layer's keys and values are in one
-buffer: the prefix from slot 0, then π0's state, then the actions, whose slots every integration
+Each stream is a plain stack of layers, run by one function. A layer's keys and values are in
+buffers: the prefix from slot 0, then π0's state, then the actions, whose slots every integration
 step overwrites (see `attention`).
 """
 
@@ -72,6 +72,20 @@ def append_state(
     return cache, valid
 
 
+def step_buffers(
+    config: pi0.Pi0Config, cache: attention.Cache, buffers: attention.Buffers, count: int
+) -> attention.Cache:
+    """The cache of `prefill` or `append_state` as the steps' buffers, for a count of tokens."""
+    if buffers == "apart":
+        return cache
+    groups = config.expert.num_heads // config.expert.num_kv_heads
+    queries = count * groups if buffers == "joined with queries" else 0
+    rows = prepare.cache_length(config, queries)
+    if isinstance(cache, list):
+        return [attention.join(pair, rows) for pair in cache]
+    return attention.join(cache, rows)
+
+
 def velocity(
     config: pi0.Pi0Config,
     prepared: prepare.Prepared,
@@ -87,7 +101,7 @@ def velocity(
     Args:
       config: the model.
       prepared: its weights.
-      cache: of `prefill` or `append_state`, or of another time's velocity.
+      cache: of `step_buffers`, `prefill` or `append_state`, or of another time's velocity.
       valid: the slots with tokens, of `prefill` or `append_state`.
       x_t: noisy actions.
       tables: of this one time (n = 1).
@@ -198,21 +212,19 @@ def run_layers(
         for i, layer in enumerate(stack):
             given = None if modulation is None else modulation[i]
             queries, own, gate = _project(config, x, layer, rope, given)
-            cache[i] = attention.write(cache[i], own, slot)
-            keys, values = cache[i]
-            mixed = attention.attend(queries, keys, values, mask, kernel)
+            mixed, cache[i] = attention.update_and_attend(
+                queries, own, cache[i], mask, slot, kernel
+            )
             x = _finish(x, mixed, layer, gate, given)
         return x, cache
 
     def step(
-        carry: tuple[Array, attention.KeysValues],
+        carry: tuple[Array, attention.Held],
         scanned: tuple[Array, prepare.Layer, Array | None],
-    ) -> tuple[tuple[Array, attention.KeysValues], None]:
+    ) -> tuple[tuple[Array, attention.Held], None]:
         (x, cache), (i, layer, given) = carry, scanned
         queries, own, gate = _project(config, x, layer, rope, given)
-        cache = attention.write(cache, own, slot, layer=i)
-        keys, values = cache
-        mixed = attention.attend(queries, keys[i], values[i], mask, kernel)
+        mixed, cache = attention.update_and_attend(queries, own, cache, mask, slot, kernel, i)
         return (_finish(x, mixed, layer, gate, given), cache), None
 
     (x, cache), _ = jax.lax.scan(step, (x, cache), (jnp.arange(config.depth), stack, modulation))

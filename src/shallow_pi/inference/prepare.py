@@ -101,14 +101,14 @@ def prompt_length(config: pi0.Pi0Config, words: int) -> int:
     return min(-(-words // PROMPT_BUCKET) * PROMPT_BUCKET, config.max_token_len)
 
 
-def cache_length(config: pi0.Pi0Config) -> int:
-    """Slots of a layer's buffer: prefix, state and actions, rounded up.
+def cache_length(config: pi0.Pi0Config, queries: int = 0) -> int:
+    """Slots of a layer's buffer: prefix, state, actions and rows for queries, rounded up.
 
     Rounded to `KEY_BLOCK`, or in a small model to 16.
     """
     tokens = config.prefix_tokens + (not config.pi05) + config.action_horizon
     block = KEY_BLOCK if tokens >= 4 * KEY_BLOCK else 16
-    return -(-tokens // block) * block
+    return -(-(tokens + queries) // block) * block
 
 
 def prepare(

@@ -86,6 +86,8 @@ def sample_prepared(
     if state is not None and options.state_once:
         cache, valid = forward.append_state(config, prepared, state, cache, valid, kernel)
         state = None
+    count = config.action_horizon + (state is not None)
+    cache = forward.step_buffers(config, cache, options.step_buffers, count)
     dt = jnp.float32(-1.0 / num_steps)
     if guidance is not None:
         guidance = real_time.for_steps(guidance, num_steps)

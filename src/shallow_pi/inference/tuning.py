@@ -49,6 +49,9 @@ class InferenceOptions:
     tower_attention: attentions.Kernel = "xla"
     prefix_attention: attentions.Kernel = "xla"
     step_attention: attentions.Kernel = "xla"
+    # The steps' buffers: "joined" has one write a layer and step where "apart" has two, and "joined
+    # with queries" one kernel that rotates and writes all three.
+    step_buffers: attentions.Buffers = "apart"
     # Products in 8 bits: of weights and activations (int8, fp8), or with 8-bit weights alone (w8,
     # wf8); in these parts of the model.
     quantize: quantization.Scheme = "none"
@@ -56,6 +59,7 @@ class InferenceOptions:
 
     def __post_init__(self) -> None:
         quantization.check(self.quantize, self.quantized)
+        attentions.check_buffers(self.step_buffers, self.step_attention)
 
     @property
     def on(self) -> tuple[str, ...]:

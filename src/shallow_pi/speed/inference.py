@@ -236,6 +236,10 @@ def _parts(
         )
     )
     cache, valid = prefill(weights, observation)
+    buffers, count = options.step_buffers, config.action_horizon
+    cache = jax.jit(functools.partial(forward.step_buffers, config, buffers=buffers, count=count))(
+        cache
+    )
 
     def one(held: prepare.Prepared, cache: PyTree, valid: Array, x_t: Array) -> Array:
         tables = held.tables

@@ -1,9 +1,9 @@
 """Measure the fastest inference options on this device; `inference.tuning` keeps them.
 
 Layers unrolled or scanned and integration steps unrolled or scanned are combined, and, with both
-unrolled, every choice of attention kernels for image tower, prefix and steps; all are timed in
-turns (see `latency`). Combinations that do not compile (a kernel
-the hardware lacks, a program too large) are reported with the reason.
+unrolled, every choice of attention kernels for image tower, prefix and steps, and of the steps'
+buffers; all are timed in turns (see `latency`). Combinations that do not compile (a kernel the
+hardware lacks, a program too large) are reported with the reason.
 """
 
 import dataclasses
@@ -56,6 +56,10 @@ def candidates(
                 prefix_attention=prefix,
                 step_attention=step,
             )
+        )
+    for buffers in attention.BUFFERS[1:]:
+        found[f"all unrolled, buffers {buffers}"] = dataclasses.replace(
+            tuning.ALL_ON, step_buffers=buffers
         )
     for scheme in schemes:
         found[f"all unrolled, {scheme}"] = dataclasses.replace(tuning.ALL_ON, quantize=scheme)
