@@ -3,7 +3,10 @@
 torch alone would be 2 GB. Only what is touched while openpi is imported is here; anything else is
 an AttributeError that names it. Real packages are preferred.
 
-python tests/interop/stand_ins.py SCRIPT [arguments]   runs a script that imports openpi
+python tests/interop/stand_ins.py [--all] SCRIPT [arguments]
+
+runs a script that imports openpi; with --all, without torch, transformers and LeRobot even where
+they are installed: they take long to import.
 """
 
 import importlib.util
@@ -30,12 +33,17 @@ MODULES: dict[str, tuple[str, ...]] = {
 PYTORCH_MODEL = "openpi.models_pytorch.pi0_pytorch"
 
 
-def install() -> None:
-    """Put a stand-in for every absent package into `sys.modules`; call it before openpi."""
+def install(every: bool = False) -> None:
+    """Put a stand-in for every absent package into `sys.modules`; call it before openpi.
+
+    Args:
+      every: for those that are installed, too, but for safetensors, which others use.
+    """
     absent = {
         root
         for root in {name.partition(".")[0] for name in MODULES}
-        if root not in sys.modules and importlib.util.find_spec(root) is None
+        if root not in sys.modules
+        and ((every and root != "safetensors") or importlib.util.find_spec(root) is None)
     }
     modules = {name: names for name, names in MODULES.items() if name.partition(".")[0] in absent}
     if "torch" in absent:
@@ -53,6 +61,6 @@ def install() -> None:
 
 
 if __name__ == "__main__":
-    install()
-    sys.argv = sys.argv[1:]
+    install(every=sys.argv[1] == "--all")
+    sys.argv = [word for word in sys.argv[1:] if word != "--all"]
     runpy.run_path(sys.argv[0], run_name="__main__")

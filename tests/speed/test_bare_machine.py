@@ -36,7 +36,10 @@ def bare(monkeypatch):
 
 
 def test_the_benchmarks_import_jax_and_little_else(bare):
-    for name in ("benchmark", "benchmark_step", "compile_ahead", "estimate_memory"):
+    for name in (
+        *("benchmark", "benchmark_all", "benchmark_step"),
+        *("compile_ahead", "estimate_memory"),
+    ):
         spec = importlib.util.spec_from_file_location(f"bare_{name}", SCRIPTS / f"{name}.py")
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
     assert "shallow_pi.speed.step" in sys.modules

@@ -22,29 +22,27 @@ def parts(tiny_experiment, tmp_path_factory):
     experiment = dataclasses.replace(experiment, student=student)
     mesh = sharding.MeshConfig(8).create()
     spec = setup.make_spec(experiment, mesh)
-    teacher = setup.load_teacher(experiment, None, mesh)
-
-    def state():
-        return setup.cut_state(spec, mesh, teacher)
-
-    return spec, mesh, teacher, state
+    return spec, mesh
 
 
 @pytest.fixture(scope="module")
 def measured(parts):
-    """A timing, the state it was given, and what the latency's calls were."""
-    spec, mesh, teacher, state = parts
-    kept, given = {}, state()
+    """A timing, the state before the first step, and what the latency's calls were."""
+    spec, mesh = parts
+    kept, first = {}, []
     with pytest.MonkeyPatch.context() as patch:
         real = latency.median_latency
 
         def median_latency(calls, **more):
             kept.update(calls)
+            first.extend(calls["distillation"].args[2])
             return real(calls, **more)
 
         patch.setattr(latency, "median_latency", median_latency)
-        timing = step.measure(spec, mesh, teacher, given, batch_size=8, repeats=2, warmup=1)
-    return timing, given, kept
+        timing = step.measure(
+            spec, mesh, batch_size=8, teacher_dtype="float32", repeats=2, warmup=1
+        )
+    return timing, first[0], kept
 
 
 def test_steps_of_both_kinds_take_turns_on_one_state_that_is_donated(measured):
@@ -60,7 +58,7 @@ def test_steps_of_both_kinds_take_turns_on_one_state_that_is_donated(measured):
 
 
 def test_counts_and_rates_are_those_of_the_step(parts, measured):
-    spec, _, _, _ = parts
+    spec, _ = parts
     timing, _, _ = measured
     count = functools.partial(flops.training_flops, batch=8, draws=2, freeze=FREEZE)
     assert timing.flops["distillation"] == count(spec.student, spec.teacher)
@@ -87,7 +85,7 @@ def test_the_plan_of_fine_tuning_holds_the_frozen_parts_of_the_teacher_alone(mea
 
 
 def test_a_batch_is_full_and_split_over_the_mesh(parts):
-    spec, mesh, _, _ = parts
+    spec, mesh = parts
     batch = step.made_up_batch(spec.student, mesh, 16)
     assert all(mask.all() for mask in batch.observation.image_masks.values())
     assert batch.observation.tokenized_prompt_mask.all()
@@ -97,14 +95,14 @@ def test_a_batch_is_full_and_split_over_the_mesh(parts):
 
 
 def test_a_batch_that_does_not_fit_says_what_to_change(parts, monkeypatch):
-    spec, mesh, teacher, state = parts
+    spec, mesh = parts
 
     def full(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
 
     monkeypatch.setattr(step, "_advance", full)
     with pytest.raises(step.DoesNotFitError) as caught:
-        step.measure(spec, mesh, teacher, state(), batch_size=8)
+        step.measure(spec, mesh, batch_size=8, teacher_dtype="float32")
     for words in (
         "a batch of 8 does not fit into the memory of cpu",
         "the distillation step is planned to need 0.",
@@ -123,10 +121,10 @@ def test_another_error_of_the_device_is_left_unchanged():
 
 
 def test_without_a_teacher_there_is_nothing_to_compare(parts):
-    spec, mesh, teacher, _ = parts
+    spec, mesh = parts
     alone = step.fine_tuning(spec)
     with pytest.raises(ValueError, match="is the fine-tuning step already; name a config with bo"):
-        step.measure(alone, mesh, teacher, None, batch_size=8)
+        step.measure(alone, mesh, batch_size=8)
 
 
 @pytest.mark.parametrize(

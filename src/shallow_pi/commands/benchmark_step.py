@@ -19,6 +19,7 @@ import argparse
 import dataclasses
 import pathlib
 import sys
+from collections.abc import Callable
 
 import jax
 import rich.console
@@ -44,7 +45,8 @@ def main() -> None:
         processes.cache_compilations()
         experiment = command_line.cli(command_line.configs(), __doc__ or "", arguments)
         processes.split_cpu(experiment.batch_size // experiment.accumulation)
-        timing, limit = _measure(experiment, own.repeats)
+        timing = measure(experiment, own.repeats)
+        limit = inference.ceiling(experiment.model.dtype)
         if not processes.is_main():
             return
         stated = step.stated_rate(timing.device, experiment.model.dtype)
@@ -58,23 +60,25 @@ def main() -> None:
         print("\n".join(lines))
 
 
-def _measure(
-    experiment: config.DistillConfig, repeats: int
-) -> tuple[step.Timing, inference.Ceiling]:
-    if experiment.teacher is not None:
-        made_up = dataclasses.replace(experiment.teacher, path=setup.RANDOM)
-        experiment = dataclasses.replace(experiment, teacher=made_up)
+def measure(
+    experiment: config.DistillConfig,
+    repeats: int,
+    *,
+    profile: bool = False,
+    ready: Callable[[], None] = lambda: None,
+) -> step.Timing:
+    """Time a config's steps; arguments as of `step.measure`."""
+    if experiment.teacher is None:
+        raise ValueError(f"--config {experiment.name} has no teacher: name a config with one")
+    made_up = dataclasses.replace(experiment.teacher, path=setup.RANDOM)
+    experiment = dataclasses.replace(experiment, teacher=made_up)
     mesh = setup.make_mesh(experiment, jax.devices())
-    spec = setup.make_spec(experiment, mesh)
-    with step.explained(experiment.batch_size):
-        limit = inference.ceiling(experiment.model.dtype)
-        teacher = setup.load_teacher(experiment, None, mesh)
-        timing = step.measure(
-            spec,
-            mesh,
-            teacher,
-            setup.random_state(spec, mesh, experiment.seed),
-            batch_size=experiment.batch_size,
-            repeats=repeats,
-        )
-    return timing, limit
+    return step.measure(
+        setup.make_spec(experiment, mesh),
+        mesh,
+        batch_size=experiment.batch_size,
+        teacher_dtype=made_up.dtype,
+        repeats=repeats,
+        profile=profile,
+        ready=ready,
+    )

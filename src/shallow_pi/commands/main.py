@@ -29,6 +29,7 @@ COMMANDS = {
     "compile": "compile_ahead",
     "predict": "predict_latency",
     "benchmark": "benchmark",
+    "benchmark-all": "benchmark_all",
     "benchmark-step": "benchmark_step",
     "benchmark-loader": "benchmark_loader",
     "reproduce": "reproduce",

@@ -6,7 +6,7 @@ process (see `latency`), so that ratios hold on a busy machine.
 
 import dataclasses
 import functools
-import zlib
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,7 +19,7 @@ from shallow_pi.inference import forward, image_tower, prepare, program, quantiz
 from shallow_pi.models import batch as batches
 from shallow_pi.models import observation as observations
 from shallow_pi.models import pi0
-from shallow_pi.speed import flops, latency
+from shallow_pi.speed import flops, latency, made_up, stages, trace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +48,10 @@ class Timing:
     # "end to end" (pixels and actions on the host, as a policy runs it).
     median_ms: dict[str, float]
     p95_ms: dict[str, float]
+    # Milliseconds of the whole where no call waits for the last one: the device's own.
+    device_ms: float
+    # Milliseconds by stage from pixels to actions, each waited for (see `stages.PROGRAM`).
+    stages_ms: dict[str, float]
     # Milliseconds of the whole inference with one optimization off, by its name in
     # `InferenceOptions`; with one more camera, absent ("masked camera"); and with the prompt padded
     # to the model's own length ("prompt bucket").
@@ -65,6 +69,11 @@ class Timing:
     program_bytes: int
     # Most bytes in use on the device while everything ran; 0 where the backend reports none.
     peak_bytes: int
+    # Seconds of the first call of the whole, and arguments of the program.
+    compile_s: float
+    arguments: int
+    # Kernels of the whole; None unless asked for, or on a CPU.
+    kernels: trace.Kernels | None
     # Optimizations it ran with.
     options: tuning.InferenceOptions
     device: str
@@ -77,6 +86,7 @@ class Timing:
                 self.weight_bytes[part] / (self.median_ms[part] / 1e3) / limit.bytes_per_second,
             )
             for part, operations in self.flops.items()
+            if part in self.median_ms
         }
 
 
@@ -91,17 +101,22 @@ def ceiling(dtype: str, size: int | None = None, repeats: int = 5, loops: int = 
       repeats: timed loops.
       loops: products, or copies, of a loop.
     """
-    size = size or (2048 if jax.default_backend() == "cpu" else 8192)
-    # A multiple of the identity: products stay finite, and no compiler knows it.
-    a = jnp.eye(size, dtype=dtype)
+    small = jax.default_backend() == "cpu"
+    size = size or (2048 if small else 8192)
+    # Noise, as zeros draw less power and run at a higher clock; products keep its size.
+    scale, shape = 1 / (made_up.DEVIATION * size**0.5), (1 if small else 8, size, size)
+    large = jax.jit(lambda seed: scale * made_up.noise(shape, dtype, seed))(made_up.SEED)
+    a = large[0]  # What is copied is larger than any cache.
     multiply = jax.jit(lambda x: jax.lax.fori_loop(0, loops, lambda _, y: y @ x, x))
     copy = jax.jit(lambda x: jax.lax.fori_loop(0, loops, lambda i, y: y + i.astype(y.dtype), x))
     found = latency.median_latency(
-        {"multiply": lambda: multiply(a), "copy": lambda: copy(a)}, repeats=repeats, label="Ceiling"
+        {"multiply": lambda: multiply(a), "copy": lambda: copy(large)},
+        repeats=repeats,
+        label="Ceiling",
     )
     return Ceiling(
         loops * 2 * size**3 / found.median_ms["multiply"] * 1e3,
-        loops * 2 * a.nbytes / found.median_ms["copy"] * 1e3,
+        loops * 2 * large.nbytes / found.median_ms["copy"] * 1e3,
     )
 
 
@@ -116,10 +131,13 @@ def measure(
     num_steps: int = 10,
     repeats: int = 50,
     options: tuning.InferenceOptions | None = None,
+    parts: bool = True,
     ablate: bool = True,
     padded_to: int = 0,
     others: Mapping[str, Other] | None = None,
     schemes: Sequence[quantize.Scheme] = (),
+    profile: bool = False,
+    ready: Callable[[], None] = lambda: None,
 ) -> Timing:
     """Time one inference of a model with random weights.
 
@@ -128,25 +146,35 @@ def measure(
       num_steps: integration steps.
       repeats: timed calls of each part.
       options: the optimizations; None is `tuning.best`.
+      parts: also time image tower, prefix and one step by themselves.
       ablate: also time the whole inference with each optimization in turn switched off.
       padded_to: the prompt length of a model that pads; more than the config's, it is timed too.
       others: other samplers to time in the same turns, by name.
       schemes: time the whole inference with products in 8 bits, by these schemes, as well.
+      profile: also trace the kernels of the whole.
+      ready: called when everything is compiled, before anything is timed.
     """
     options = options or tuning.best(config)
-    params = random_params(config)
     on_host = batches.noise(config, 1).observation
-    observation = jax.device_put(on_host)
     noise = jax.random.normal(jax.random.key(0), (1, config.action_horizon, config.action_dim))
-    start, touch = np.asarray(noise), jax.jit(jnp.negative)
-    # No time depends on them.
-    bounds = quantize.made_up_bounds(config)
-    run = program.Program.create(config, params, num_steps, options, bounds)
-    layout = program.Layout(config)
+    start, touch, layout = np.asarray(noise), jax.jit(jnp.negative), program.Layout(config)
+    # With the parameters only where others need them too.
+    params = made_up.params(config) if others else None
+    run = (
+        program.Program.create(config, params, num_steps, options, quantize.made_up_bounds(config))
+        if others
+        else made_up.prepared_program(config, num_steps, options)
+    )
     packed = jax.device_put(program.pack(layout, on_host, start))
-    calls: dict[str, Callable[[], PyTree]] = {"whole": functools.partial(run, layout, packed)}
+    whole = functools.partial(run, layout, packed)
+    began = time.perf_counter()
+    jax.block_until_ready(whole())
+    compile_s = time.perf_counter() - began
     program_bytes = _program_bytes(run, layout, packed)
-    calls |= _parts(config, run.weights, observation.as_float(), noise, options)
+    calls: dict[str, Callable[[], PyTree]] = {"whole": whole}
+    if parts:
+        observation = jax.device_put(on_host).as_float()
+        calls |= _parts(config, run.weights, observation, noise, options)
     calls["host transfer"] = lambda: _transfer(touch, program.pack(layout, on_host, start), noise)
     calls["end to end"] = lambda: np.asarray(run(layout, program.pack(layout, on_host, start)))
     without: dict[str, Callable[[], Array]] = {}
@@ -154,7 +182,7 @@ def measure(
         for name in options.on:
             change: dict[str, Any] = {name: False}
             chosen = dataclasses.replace(options, **change)
-            one = program.Program.create(config, params, num_steps, chosen, bounds)
+            one = made_up.prepared_program(config, num_steps, chosen)
             without[name] = functools.partial(one, layout, packed)
         for name, (larger, seen) in _untrimmed(config, padded_to).items():
             more = program.Layout(larger)
@@ -163,14 +191,16 @@ def measure(
     in_bits: dict[str, Callable[[], Array]] = {}
     for scheme in schemes:
         chosen = dataclasses.replace(options, quantize=scheme)
-        one = program.Program.create(config, params, num_steps, chosen, bounds)
+        one = made_up.prepared_program(config, num_steps, chosen)
         in_bits[scheme] = functools.partial(one, layout, packed)
-    ready = {
+    ready_others = {
         name: prepare_other(config, params, on_host, noise, num_steps)
         for name, prepare_other in (others or {}).items()
     }
-    difference = max((_difference(calls["whole"], call) for call in ready.values()), default=0.0)
-    every = {**calls, **without, **ready, **in_bits}
+    difference = max((_difference(whole, call) for call in ready_others.values()), default=0.0)
+    every = {**calls, **without, **ready_others, **in_bits}
+    latency.compile_all(every)
+    ready()
     found = latency.median_latency(every, repeats=repeats, label=f"{config.depth} layers")
     statistics = jax.devices()[0].memory_stats() or {}
     return Timing(
@@ -182,17 +212,38 @@ def measure(
         num_steps=num_steps,
         median_ms={name: found.median_ms[name] for name in calls},
         p95_ms={name: found.p95_ms[name] for name in calls},
+        device_ms=latency.back_to_back(whole),
+        stages_ms=_stages(run, layout, on_host, start, repeats),
         without_ms={name: found.median_ms[name] for name in without},
-        others_ms={name: found.median_ms[name] for name in ready},
+        others_ms={name: found.median_ms[name] for name in ready_others},
         quantized_ms={name: found.median_ms[name] for name in in_bits},
         others_difference=difference,
         flops=flops.inference_flops(config, num_steps=num_steps, options=options).by_part,
         weight_bytes=flops.weight_bytes(config, num_steps=num_steps, options=options).by_part,
         program_bytes=program_bytes,
         peak_bytes=int(statistics.get("peak_bytes_in_use", 0)),
+        compile_s=compile_s,
+        arguments=len(jax.tree.leaves(run.arrays)) + 1,
+        kernels=trace.kernels(whole) if profile else None,
         options=options,
         device=found.device,
     )
+
+
+def _stages(
+    run: program.Program,
+    layout: program.Layout,
+    observation: observations.Observation,
+    start: np.ndarray,
+    repeats: int,
+) -> dict[str, float]:
+    laps = stages.Laps()
+    for _ in range(repeats):
+        laps.start()
+        packed = program.pack(layout, observation, start)
+        laps("pack")
+        stages.through_program(laps, run, layout, packed)
+    return laps.median_ms(repeats, stages.PROGRAM)
 
 
 def _untrimmed(
@@ -266,14 +317,3 @@ def _transfer(touch: Callable[[Array], Array], packed: np.ndarray, noise: Array)
     """The packed buffer to the device, and as many numbers as the actions have back."""
     jax.block_until_ready(jax.device_put(packed))
     return np.asarray(touch(noise))
-
-
-def random_params(config: pi0.Pi0Config) -> PyTree:
-    """Parameters in the compute dtype, made leaf by leaf: never all of them in float32."""
-
-    def leaf(path: jax.tree_util.KeyPath, shape: jax.ShapeDtypeStruct) -> Array:
-        # Not `hash`, which differs from process to process.
-        key = jax.random.key(zlib.crc32(jax.tree_util.keystr(path).encode()))
-        return 0.02 * jax.random.normal(key, shape.shape, config.dtype)
-
-    return jax.tree_util.tree_map_with_path(leaf, pi0.abstract_params(config))

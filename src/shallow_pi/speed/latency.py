@@ -5,6 +5,7 @@ affects all of them alike, and every call is waited for with `jax.block_until_re
 before the device is done. The median is reported: a few slow calls would dominate a mean.
 """
 
+import concurrent.futures
 import dataclasses
 import importlib.metadata
 import platform
@@ -22,6 +23,7 @@ PACKAGES = (
     "jax",
     "jaxlib",
     "jax-cuda12-plugin",
+    "jax-cuda13-plugin",
     "libtpu",
     "flax",
     "optax",
@@ -86,6 +88,38 @@ def median_latency(
         repeats=repeats,
         device=jax.devices()[0].device_kind,
     )
+
+
+def back_to_back(call: Callable[[], PyTree], *, calls: int = 0, repeats: int = 5) -> float:
+    """Median milliseconds between results where the next call never waits for the last one.
+
+    That is the device's own time if it takes longer than the host takes to dispatch a call.
+
+    Args:
+      call: compiled, as of `median_latency`.
+      calls: in one go; 0 is enough of them that the first one's launch does not count.
+      repeats: such goes.
+    """
+    calls = calls or (3 if jax.default_backend() == "cpu" else 30)
+    jax.block_until_ready(call())
+    found = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready([call() for _ in range(calls)])
+        found.append((time.perf_counter() - start) / calls)
+    return 1e3 * float(np.median(found))
+
+
+def compile_all(functions: Mapping[str, Callable[[], PyTree]], *, threads: int = 4) -> None:
+    """Call each function once: the first alone, the others from several threads.
+
+    What is compiled alone is autotuned undisturbed.
+    """
+    first, *others = functions.values()
+    jax.block_until_ready(first())
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        for result in pool.map(lambda function: function(), others):
+            jax.block_until_ready(result)
 
 
 def versions() -> dict[str, str]:

@@ -7,8 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from shallow_pi import figures
-from shallow_pi.speed import inference, step
+from shallow_pi.speed import inference, stages, step
 
+# One for each stage of the host path.
+COLOURS = (
+    *("#8c564b", "#e377c2", "#bcbd22", "#7f7f7f", "#ff7f0e"),
+    *("#2ca02c", "#9467bd", "#1f77b4", "#17becf", "#d62728"),
+)
 PARTS = ("image tower", "rest of the prefix", "steps")
 
 
@@ -59,6 +64,37 @@ def growth(path: pathlib.Path, timings: Sequence[inference.Timing]) -> None:
         axis.legend(frameon=False, fontsize=8)
         figures.tidy(axis, "y")
     axes[0][0].set(ylabel="ms, whole inference")
+    figure.savefig(path)
+
+
+def host_path(
+    path: pathlib.Path,
+    timings: Mapping[str, inference.Timing],
+    policies: Mapping[str, stages.HostPath],
+) -> None:
+    """Plot milliseconds by stage: pixels to actions of each timing, `Policy.infer` of each policy.
+
+    The mark is the whole, measured as it runs.
+    """
+    bars = {f"{name}: pixels to actions": one.stages_ms for name, one in timings.items()}
+    bars |= {f"{name}: Policy.infer": one.stages_ms for name, one in policies.items()}
+    wholes = [one.median_ms["end to end"] for one in timings.values()]
+    wholes += [one.infer_ms for one in policies.values()]
+    figure, axes = figures.make(1, 1, (8.0, 1.4 + 0.45 * len(bars)))
+    axis, left = axes[0][0], np.zeros(len(bars))
+    order = (*stages.BEFORE, *stages.PROGRAM, *stages.AFTER)
+    axis.set_prop_cycle(color=COLOURS)
+    for stage in order:
+        widths = np.array([found.get(stage, 0.0) for found in bars.values()])
+        if widths.any():
+            axis.barh(list(bars), widths, left=left, height=0.6, label=stage)
+            left += widths
+    for label, whole in zip(bars, wholes, strict=True):
+        axis.plot([whole] * 2, [label] * 2, "|", color="#222222", markersize=14)
+    axis.set(xlabel="ms, each stage waited for (the mark: the whole as it runs)", xlim=(0, None))
+    axis.legend(frameon=False, fontsize=7, ncols=5, loc="lower left", bbox_to_anchor=(0, 1))
+    axis.invert_yaxis()
+    figures.tidy(axis, "x")
     figure.savefig(path)
 
 

@@ -92,6 +92,13 @@ def inference_contents(
         "timings": [
             dataclasses.asdict(timing) | {"shares": timing.shares(limit)} for timing in timings
         ],
+        **surroundings(),
+    }
+
+
+def surroundings() -> dict[str, object]:
+    """XLA's flags, and versions."""
+    return {
         "flags": {name: os.environ.get(name, "") for name in FLAGS},
         "versions": latency.versions(),
     }

@@ -5,10 +5,11 @@ the same synthetic batch and with random weights: no time depends on their value
 turns and each is waited for, so the host's part, which training hides, is in the numbers.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 from jax.sharding import Mesh
@@ -19,7 +20,7 @@ from shallow_pi.models import batch as batches
 from shallow_pi.models import pi0
 from shallow_pi.parallel import shapes, sharding
 from shallow_pi.planning import accelerators, compile
-from shallow_pi.speed import flops, latency
+from shallow_pi.speed import flops, latency, made_up, trace
 
 DISTILLATION, FINE_TUNING = "distillation", "fine-tuning"
 GIGA = 1e9
@@ -47,6 +48,8 @@ class Timing:
     plan: dict[str, dict[str, int]]
     # Most bytes in use on a device since the process began; 0 where the backend reports none.
     peak_bytes: int
+    # Kernels of a distillation step; None unless asked for, or on a CPU.
+    kernels: trace.Kernels | None
 
     @property
     def ratio(self) -> float:
@@ -82,23 +85,25 @@ def fine_tuning(spec: step.Spec) -> step.Spec:
 def measure(
     spec: step.Spec,
     mesh: Mesh,
-    teacher_params: PyTree,
-    state: step.DistillState,
     *,
     batch_size: int,
+    teacher_dtype: str = "bfloat16",
     repeats: int = 20,
     warmup: int = 3,
+    profile: bool = False,
+    ready: Callable[[], None] = lambda: None,
 ) -> Timing:
-    """Time both steps.
+    """Time both steps, with made-up weights.
 
     Args:
       spec: the static part of the distillation step.
       mesh: the devices.
-      teacher_params: of any values, as `setup.load_teacher` makes them.
-      state: of any values; it is donated.
       batch_size: observations a step, over all devices.
+      teacher_dtype: dtype of the teacher's parameters.
       repeats: timed steps of each kind.
       warmup: untimed steps of each kind before.
+      profile: also trace the kernels of the distillation step.
+      ready: called when everything is compiled; no weights are in memory until it returns.
 
     Raises:
       ValueError: nothing to compare; a batch the mesh cannot split.
@@ -110,20 +115,34 @@ def measure(
             "step already; name a config with both"
         )
     specs = {DISTILLATION: spec, FINE_TUNING: fine_tuning(spec)}
-    dtype = str(jax.tree.leaves(teacher_params)[0].dtype)
     plan: dict[str, dict[str, int]] = {}
     with explained(batch_size, plan):
-        calls, held = {}, [state]
+        build = functools.partial(
+            compile.build, mesh=mesh, batch_size=batch_size, teacher_dtype=teacher_dtype
+        )
+        with concurrent.futures.ThreadPoolExecutor(3) as pool:
+            both = pool.map(build, specs.values())
+            # On the device first, whence `held_teacher` takes what is offloaded.
+            near = dataclasses.replace(spec, offload_teacher=False)
+            teacher = shapes.abstract_teacher(near, mesh, teacher_dtype)
+            make = pool.submit(_maker, (teacher, shapes.abstract_state(spec, mesh)))
+            compiled = dict(zip(specs, both, strict=True))
+        for name, (_, program) in compiled.items():
+            plan[name] = {**program.given, "temporary": program.temporary, "in all": program.total}
+        ready()
+        whole, state = make.result()(made_up.SEED)
+        held = [state]
         del state
         batch = made_up_batch(spec.student, mesh, batch_size)
-        whole = sharding.replicated(mesh)
-        key = jax.jit(lambda: jax.random.key(0), out_shardings=whole)()
-        for name, one in specs.items():
-            compiled, program = compile.build(one, mesh, batch_size, dtype)
-            plan[name] = {**program.given, "temporary": program.temporary, "in all": program.total}
-            teacher = shapes.held_teacher(one, teacher_params)
-            calls[name] = functools.partial(_advance, compiled, teacher, held, key, batch)
+        key = jax.jit(lambda: jax.random.key(0), out_shardings=sharding.replicated(mesh))()
+        calls = {
+            name: functools.partial(
+                _advance, advance, shapes.held_teacher(specs[name], whole), held, key, batch
+            )
+            for name, (advance, _) in compiled.items()
+        }
         found = latency.median_latency(calls, repeats=repeats, warmup=warmup, label="Steps")
+        kernels = trace.kernels(calls[DISTILLATION], calls=2) if profile else None
     statistics = [device.memory_stats() or {} for device in jax.local_devices()]
     student = spec.student
     suffix = student.action_horizon + (not student.pi05)
@@ -138,7 +157,17 @@ def measure(
         flops={name: flops.of_step(one, batch_size) for name, one in specs.items()},
         plan=plan,
         peak_bytes=max(int(one.get("peak_bytes_in_use", 0)) for one in statistics),
+        kernels=kernels,
     )
+
+
+def _maker(abstract: PyTree) -> jax.stages.Compiled:
+    """A compiled function of a seed that makes a tree of these shapes and shardings."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    make = jax.jit(
+        lambda seed: made_up.tree(abstract, seed, zero="opt_state"), out_shardings=shardings
+    )
+    return make.lower(made_up.SEED).compile()
 
 
 def made_up_batch(model: pi0.Pi0Config, mesh: Mesh, batch_size: int) -> batches.Batch:

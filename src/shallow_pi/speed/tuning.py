@@ -19,7 +19,7 @@ from shallow_pi import progress
 from shallow_pi.inference import attention, program, quantize, tuning
 from shallow_pi.models import batch as batches
 from shallow_pi.models import pi0
-from shallow_pi.speed import inference, latency
+from shallow_pi.speed import latency, made_up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +87,6 @@ def tune(
       RuntimeError: nothing compiles.
     """
     tried = candidates(config.dtype, schemes) if tried is None else tried
-    params = inference.random_params(config)
     noise = np.random.default_rng(0).standard_normal((1, config.action_horizon, config.action_dim))
     layout = program.Layout(config)
     packed = program.pack(layout, batches.noise(config, 1).observation, noise)
@@ -101,10 +100,7 @@ def tune(
             kind = options.unrolled_layers, options.quantize
             try:
                 if kind not in weights:
-                    bounds = quantize.made_up_bounds(config)
-                    weights[kind] = program.Program.create(
-                        config, params, num_steps, options, bounds
-                    )
+                    weights[kind] = made_up.prepared_program(config, num_steps, options)
                 run = dataclasses.replace(weights[kind], options=options)
                 call = functools.partial(run, *given)
                 jax.block_until_ready(call())

@@ -55,7 +55,7 @@ class Assets:
         """The normalization of the model's inputs: z-score for π0, quantiles for π0.5."""
         return normalize.kind_of(self.model.pi05)
 
-    def inputs(self, *, resize: bool = True) -> transforms.Transform:
+    def inputs(self, *, resize: bool = True) -> transforms.Composed:
         """Robot observation → model sample without its batch axis.
 
         Without `resize`, pictures keep the robot's size.

@@ -27,7 +27,7 @@ def inputs(
     kind: normalize.Kind,
     discrete_state: bool = False,
     resize: bool = True,
-) -> transforms.Transform:
+) -> transforms.Composed:
     """Robot observation to model sample (see `to_observation`, `to_batch`).
 
     Args:

@@ -21,13 +21,15 @@ Sample = dict[str, Any]
 Transform = Callable[[Sample], Sample]
 
 
-def compose(*transforms: Transform) -> Transform:
+def compose(*transforms: Transform) -> "Composed":
     """Apply `transforms` from left to right."""
-    return _Composed(transforms)
+    return Composed(transforms)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Composed:
+class Composed:
+    """Transforms that are applied from left to right."""
+
     parts: tuple[Transform, ...]
 
     def __call__(self, sample: Sample) -> Sample:

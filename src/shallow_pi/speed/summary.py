@@ -1,0 +1,176 @@
+"""Tables and pictures of a folder of measured variants (`scripts/benchmark_all.py`)."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import rich.box
+import rich.table
+
+from shallow_pi import figures
+from shallow_pi.speed import inference, plots, stages
+
+# Contents of the variants' JSON files, by name.
+Found = Mapping[str, Mapping[str, Any]]
+# Shown for what was not measured.
+NONE = ""
+
+
+def read(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """The measured variants of a folder, by name, in the order they were measured."""
+    files = sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime)
+    contents = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in files}
+    return {name: content for name, content in contents.items() if "variant" in content}
+
+
+def tables(found: Found) -> list[rich.table.Table]:
+    """Inference, `Policy.infer`, batches and training steps, each where something was measured."""
+    made = [_inference(found), _policy(found), _batches(found), _steps(found)]
+    return [table for table in made if table.row_count]
+
+
+def _inference(found: Found) -> rich.table.Table:
+    table = _table("Inference at batch 1, median ms", found)
+    for name in ("device", "waited for", "pixels to actions", "against", "kernels", "compiled, s"):
+        table.add_column(name, justify="right")
+    for name, content in found.items():
+        device = _device(content)
+        if device is None:
+            continue
+        timing = content.get("timing", {})
+        median, kernels = timing.get("median_ms", {}), timing.get("kernels") or {}
+        waited = median.get("whole", content.get("openpi", {}).get("median_ms"))
+        base = content["variant"]["base"]
+        against = _device(found.get(base, {}))
+        table.add_row(
+            name,
+            _ms(device),
+            _ms(waited),
+            _ms(median.get("end to end")),
+            f"{device / against:.3f} × {base}" if against else NONE,
+            f"{kernels['count']:.0f}" if kernels else NONE,
+            f"{content['compile_seconds']:.0f}",
+        )
+    return table
+
+
+def _device(content: Mapping[str, Any]) -> float | None:
+    value = {**content.get("timing", {}), **content.get("openpi", {})}.get("device_ms")
+    return None if value is None else float(value)
+
+
+def _policy(found: Found) -> rich.table.Table:
+    table = _table("Policy.infer on a 480 × 640 ALOHA observation, median ms by stage", found)
+    paths = _paths(found)
+    names = [*stages.BEFORE, *stages.PROGRAM, *stages.AFTER] if paths else []
+    for name in [*names, "infer", "device alone", "above it"]:
+        table.add_column(name, justify="right")
+    for variant, path in paths.items():
+        table.add_row(
+            variant,
+            *(_ms(path.stages_ms.get(name)) for name in names),
+            *map(_ms, (path.infer_ms, path.device_ms, path.overhead_ms)),
+        )
+    return table
+
+
+def _batches(found: Found) -> rich.table.Table:
+    table = _table("Batches, median ms", found)
+    for name in ("batch", "device", "infer_batch", "observations/s"):
+        table.add_column(name, justify="right")
+    for variant, content in found.items():
+        for size, one in content.get("batches", {}).items():
+            rate = f"{1e3 * int(size) / one['infer_batch']:.0f}"
+            table.add_row(variant, size, _ms(one["device"]), _ms(one["infer_batch"]), rate)
+    return table
+
+
+def _steps(found: Found) -> rich.table.Table:
+    table = _table("Training steps", found)
+    for name in ("ms", "fine-tuning", "ratio", "samples/s", "MFU", "peak GB", "against"):
+        table.add_column(name, justify="right")
+    for variant, content in found.items():
+        if "mfu" not in content:
+            continue
+        median = content["median_ms"]
+        base = found.get(content["variant"]["base"], {}).get("median_ms", {}).get("distillation")
+        table.add_row(
+            variant,
+            _ms(median["distillation"]),
+            _ms(median["fine-tuning"]),
+            f"{content['ratio']:.2f}",
+            f"{content['samples_per_second']['distillation']:.1f}",
+            f"{100 * content['mfu']['distillation']:.0f} %",
+            f"{content['peak_bytes'] / 1e9:.1f}",
+            f"{median['distillation'] / base:.3f}" if base else NONE,
+        )
+    return table
+
+
+def _table(title: str, found: Found) -> rich.table.Table:
+    devices = sorted({content["device"] for content in found.values()})
+    table = rich.table.Table(
+        title=f"{', '.join(devices)}: {title}", box=rich.box.SIMPLE_HEAD, title_justify="left"
+    )
+    table.add_column("variant")
+    return table
+
+
+def _ms(value: float | None) -> str:
+    return NONE if value is None else f"{value:.2f}"
+
+
+def timings(found: Found) -> dict[str, inference.Timing]:
+    """The timings of inference, by variant."""
+    fields = {field.name for field in dataclasses.fields(inference.Timing)}
+    return {
+        name: inference.Timing(**{k: v for k, v in content["timing"].items() if k in fields})
+        for name, content in found.items()
+        if "timing" in content
+    }
+
+
+def _paths(found: Found) -> dict[str, stages.HostPath]:
+    fields = {field.name for field in dataclasses.fields(stages.HostPath)}
+    return {
+        name: stages.HostPath(**{k: v for k, v in content["policy"].items() if k in fields})
+        for name, content in found.items()
+        if "policy" in content
+    }
+
+
+def pictures(folder: pathlib.Path, found: Found) -> list[str]:
+    """Draw breakdown, growth with depth, and host path; returns a line for each."""
+    every, paths = timings(found), _paths(found)
+    whole = [one for one in every.values() if "prefix" in one.median_ms]
+    depths = [one for name, one in every.items() if _plain(found[name])]
+    draw: dict[str, Callable[[pathlib.Path], None]] = {}
+    if whole:
+        draw["breakdown.png"] = lambda path: plots.breakdown(path, whole)
+    if depths:
+        draw["growth.png"] = lambda path: plots.growth(path, depths)
+    if every:
+        pixels = {name: one for name, one in every.items() if name in paths} or every
+        draw["host_path.png"] = lambda path: plots.host_path(path, pixels, paths)
+    lines: list[str] = []
+    for name, function in draw.items():
+        try:
+            function(folder / name)
+        except figures.PlotsMissingError as error:
+            return [*lines, str(error)]
+        lines.append(f"written: {folder / name}")
+    return lines
+
+
+def _plain(content: Mapping[str, Any]) -> bool:
+    """A π0.5 of two cameras and ten steps, nothing changed: it differs in depth alone."""
+    variant = content["variant"]
+    return (
+        variant["model"] == "pi05"
+        and variant["cameras"] == 2
+        and variant["num_steps"] in (2, 10)
+        and not variant["base"]
+        and not variant["name"].endswith(("_steps", "_step"))
+    )
