@@ -16,9 +16,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from shallow_pi.data import robots
 from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.data.robots import normalize, pipelines, tokenizer, transforms
+from shallow_pi.data.robots import robot as robots
 from shallow_pi.deploy import policy as policies
 from shallow_pi.deploy import robot_observation
 from shallow_pi.inference import program
