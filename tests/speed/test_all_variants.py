@@ -95,7 +95,7 @@ def found():
     return {
         "pi05_l6": _measured("pi05_l6"),
         "unrolled": _measured("pi05_l9", base="pi05_l6", options=options),
-        "pi05_l6_batches": _measured("pi05_l6_batches"),
+        "pi05_l6_policy": _measured("pi05_l6_policy"),
     }
 
 
@@ -103,8 +103,8 @@ def found():
 def test_every_kind_of_inference_is_measured(found):
     assert found["unrolled"]["timing"]["options"]["unrolled_layers"]
     assert not found["pi05_l6"]["timing"]["options"]["unrolled_layers"]
-    assert set(found["pi05_l6_batches"]["batches"]) == {"1", "2"}
-    stages = found["pi05_l6"]["policy"]["stages_ms"]
+    assert set(found["pi05_l6_policy"]["batches"]) == {"1", "2"}
+    stages = found["pi05_l6_policy"]["policy"]["stages_ms"]
     assert list(stages) == [
         *("check", "tokenize", "resize", "normalize", "pack", "transfer", "dispatch", "device"),
         *("fetch", "output"),

@@ -8,7 +8,6 @@ standard input.
 """
 
 import dataclasses
-import functools
 import json
 import pathlib
 import sys
@@ -49,7 +48,7 @@ def measure(variant: variants.Variant, tiny: bool, ready: Ready) -> dict[str, An
 
     kinds = {
         "inference": _inference,
-        "batches": _batches,
+        "policy": _policy,
         "openpi": _openpi,
         "step": _step,
     }
@@ -67,9 +66,7 @@ def measure(variant: variants.Variant, tiny: bool, ready: Ready) -> dict[str, An
 
 def _inference(variant: variants.Variant, tiny: bool, ready: Ready) -> dict[str, Any]:
     config, options = variant.config(tiny), variant.inference_options()
-    found: dict[str, Any] = {}
-    measure = functools.partial(
-        inference.measure,
+    timing = inference.measure(
         config,
         num_steps=variant.num_steps,
         repeats=variant.repeats,
@@ -77,36 +74,28 @@ def _inference(variant: variants.Variant, tiny: bool, ready: Ready) -> dict[str,
         parts=variant.parts,
         ablate=False,
         profile=variant.profile,
+        ready=ready,
     )
-    if not variant.policy:
-        timing = measure(ready=ready)
-    else:
-        # Pillow and SentencePiece, which the rest does without.
-        from shallow_pi.speed import host_path
-
-        with host_path.made_up_policy(config, variant.num_steps) as policy:
-
-            def both() -> None:
-                policy.infer(host_path.observation(policy))
-                ready()
-
-            timing = measure(ready=both)
-            path = host_path.measure(policy, repeats=variant.repeats)
-        found["policy"] = dataclasses.asdict(path) | {"overhead_ms": path.overhead_ms}
+    found: dict[str, Any] = {"timing": dataclasses.asdict(timing)}
     if variant.parts:
         limit = inference.ceiling(config.dtype, CEILING if tiny else None)
         found |= {"ceiling": dataclasses.asdict(limit), "shares": timing.shares(limit)}
-    return {"timing": dataclasses.asdict(timing), **found}
+    return found
 
 
-def _batches(variant: variants.Variant, tiny: bool, ready: Ready) -> dict[str, Any]:
-    from shallow_pi.speed import host_path  # As above.
+def _policy(variant: variants.Variant, tiny: bool, ready: Ready) -> dict[str, Any]:
+    # Pillow and SentencePiece, which the rest does without.
+    from shallow_pi.speed import host_path
 
     with host_path.made_up_policy(variant.config(tiny), variant.num_steps) as policy:
         found = host_path.measure_batches(
             policy, variant.sizes, repeats=variant.repeats, ready=ready
         )
-    return {"batches": found}
+        path = host_path.measure(policy, repeats=variant.repeats)
+    return {
+        "policy": dataclasses.asdict(path) | {"overhead_ms": path.overhead_ms},
+        "batches": found,
+    }
 
 
 def _openpi(variant: variants.Variant, tiny: bool, ready: Ready) -> dict[str, Any]:

@@ -174,7 +174,9 @@ def measure(
     calls: dict[str, Callable[[], PyTree]] = {"whole": whole}
     if parts:
         observation = jax.device_put(on_host).as_float()
-        calls |= _parts(config, run.weights, observation, noise, options)
+        # Vectors are sliced in one program; matrices pass through it as they are.
+        unpack = functools.partial(program.unpack_weights, run.shapes)
+        calls |= _parts(config, jax.jit(unpack)(run.arrays), observation, noise, options)
     calls["host transfer"] = lambda: _transfer(touch, program.pack(layout, on_host, start), noise)
     calls["end to end"] = lambda: np.asarray(run(layout, program.pack(layout, on_host, start)))
     without: dict[str, Callable[[], Array]] = {}

@@ -145,14 +145,14 @@ def pictures(folder: pathlib.Path, found: Found) -> list[str]:
     """Draw breakdown, growth with depth, and host path; returns a line for each."""
     every, paths = timings(found), _paths(found)
     whole = [one for one in every.values() if "prefix" in one.median_ms]
-    depths = [one for name, one in every.items() if _plain(found[name])]
+    depths = [one for name, one in every.items() if _plain(found, name)]
     draw: dict[str, Callable[[pathlib.Path], None]] = {}
     if whole:
         draw["breakdown.png"] = lambda path: plots.breakdown(path, whole)
     if depths:
         draw["growth.png"] = lambda path: plots.growth(path, depths)
-    if every:
-        pixels = {name: one for name, one in every.items() if name in paths} or every
+    if every or paths:
+        pixels = {name: one for name, one in every.items() if not found[name]["variant"]["base"]}
         draw["host_path.png"] = lambda path: plots.host_path(path, pixels, paths)
     lines: list[str] = []
     for name, function in draw.items():
@@ -164,13 +164,9 @@ def pictures(folder: pathlib.Path, found: Found) -> list[str]:
     return lines
 
 
-def _plain(content: Mapping[str, Any]) -> bool:
-    """A π0.5 of two cameras and ten steps, nothing changed: it differs in depth alone."""
-    variant = content["variant"]
-    return (
-        variant["model"] == "pi05"
-        and variant["cameras"] == 2
-        and variant["num_steps"] in (2, 10)
-        and not variant["base"]
-        and not variant["name"].endswith(("_steps", "_step"))
-    )
+def _plain(found: Found, name: str) -> bool:
+    """A π0.5 of two cameras, all its steps, and nothing changed: it differs in depth alone."""
+    variant = found[name]["variant"]
+    most = max(one["variant"]["num_steps"] for one in found.values())
+    sizes = variant["model"], variant["cameras"], variant["num_steps"], variant["base"]
+    return sizes == ("pi05", 2, most, "")

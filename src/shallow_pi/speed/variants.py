@@ -32,9 +32,9 @@ class Variant:
     """One measurement."""
 
     name: str
-    # "inference": one inference at batch 1. "batches": a policy's `infer_batch`. "openpi": openpi's
-    # own sampler. "step": a training step.
-    kind: Literal["inference", "batches", "openpi", "step"] = "inference"
+    # "inference": one inference at batch 1. "policy": `Policy.infer` by stage, and `infer_batch`.
+    # "openpi": openpi's own sampler. "step": a training step.
+    kind: Literal["inference", "policy", "openpi", "step"] = "inference"
     model: Literal["pi0", "pi05"] = "pi05"
     depth: int = 6
     cameras: int = 2
@@ -42,12 +42,11 @@ class Variant:
     prompt: int = 0
     horizon: int = 0
     num_steps: int = 10
-    # "inference": time image tower, prefix and one step by themselves; time `Policy.infer` too.
+    # "inference": time image tower, prefix and one step by themselves, and the ceilings.
     parts: bool = False
-    policy: bool = False
     # Trace the kernels.
     profile: bool = False
-    # "batches": the sizes.
+    # "policy": the sizes of batches.
     sizes: tuple[int, ...] = (1, 2, 4, 8)
     # Changes of `InferenceOptions`, by field.
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -82,12 +81,12 @@ class Variant:
 _FULL = ("pi0_aloha_l6", "--batch-size", "32")
 # The most valuable first; training last, since it needs the memory that the others give back.
 VARIANTS = (
-    Variant("pi05_l6", parts=True, policy=True, profile=True),
+    Variant("pi05_l6", parts=True, profile=True),
     Variant("pi05_l18", depth=18, parts=True, profile=True),
     Variant("openpi_pi05_l18", "openpi", depth=18, repeats=20),
+    Variant("pi05_l6_policy", "policy"),
     Variant("pi0_l6", model="pi0", parts=True, profile=True),
     Variant("pi0_l18", model="pi0", depth=18),
-    Variant("pi05_l6_batches", "batches"),
     Variant("pi05_l6_2_steps", num_steps=2),
     Variant("pi05_l6_1_step", num_steps=1),
     Variant("pi05_l6_3_cameras", cameras=3),
