@@ -3,6 +3,7 @@
 import json
 import re
 
+import numpy as np
 import pytest
 
 from shallow_pi.commands import reproduce
@@ -73,7 +74,7 @@ def test_the_command_names_pending_cells_and_refreshes_the_page(measured, tmp_pa
     ("arguments", "message"),
     [
         (["nonsense"], "expected claims of instrument, .*got 'nonsense'"),
-        (["rivals"], "rivals is pending: EfficientVLA"),
+        (["teacher-size"], "teacher-size is pending: the smallest useful teacher"),
         (["late", "--part", "3/2"], "--part: expected i/n with i of 1 to n, got '3/2'"),
         (["late", "--workers", "0"], "expected --episodes of at least 0 and --workers"),
     ],
@@ -88,4 +89,6 @@ def test_scores_of_layers_have_a_row_for_each_step(measured):
     folder, _ = measured
     found = json.loads((folder / "results" / "layer_scores.json").read_text())
     assert len(found["similarity_by_step"]) == 10
+    # The backbone's likeness is the same at all steps, the expert's is not.
+    assert np.ptp(found["expert_similarity_by_step"], axis=0).max() > 1e-4
     assert len(found["similarity"]) == len(found["sensitivity"]) == 18

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from shallow_pi.evidence import rows, sources, student_claims
+from shallow_pi.evidence import rival_claims, rows, sources, student_claims
 from shallow_pi.evidence.claim import Claim, Column, Line, Picture, Statement, Variant
 
 # Control steps at 20 Hz until an action after 364 and 110 ms (the paper's teacher and student), and
@@ -284,6 +284,7 @@ CLAIMS: dict[str, Claim] = {
         student_claims.layers(),
         _skipping(),
         _few(),
+        rival_claims.rivals(),
     )
 }
 # Claims of the plan that no cell measures yet.
@@ -292,7 +293,6 @@ PENDING = {
     "distilled to the same 6 layers",
     "last-layer-expert": "the same distillation with an action expert that reads the backbone's "
     "last layer alone (GR00T's way)",
-    "rivals": "EfficientVLA, MoLE-VLA, CogVLA, DeeR in the same tables, with full-size latencies",
 }
 
 

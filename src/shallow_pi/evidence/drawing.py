@@ -75,11 +75,11 @@ def layer_scores(path: pathlib.Path, scores: pathlib.Path) -> bool:
         return False
     found: Mapping[str, list[list[float]]] = json.loads(scores.read_text(encoding="utf-8"))
     figure, axes = figures.make(1, 2, (10.5, 3.9))
-    by_step = np.array(found["similarity_by_step"])
+    by_step = np.array(found["expert_similarity_by_step"])
     image = axes[0][0].imshow(by_step, aspect="auto", cmap="viridis", interpolation="nearest")
     figure.colorbar(image, ax=axes[0][0], label="cosine of input and output")
     axes[0][0].set(xlabel="layer", ylabel="integration step (0 is noise)")
-    axes[0][0].set_title("Likeness of layers over the denoising steps", fontsize=11)
+    axes[0][0].set_title("Likeness of the expert's layers over the denoising steps", fontsize=11)
     similarity, sensitivity = np.array(found["similarity"]), np.array(found["sensitivity"])
     axis = axes[0][1]
     axis.scatter(similarity, sensitivity, color=plots.COLORS["teacher"], s=22)

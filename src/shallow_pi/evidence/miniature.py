@@ -11,8 +11,9 @@ from jaxtyping import PyTree
 from shallow_pi.checkpoints import weights
 from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.data.robots import normalize, tokenizer
-from shallow_pi.evidence import cells, page, rows, running, scoring, sources
+from shallow_pi.evidence import cells, frames, page, rival_runs, rows, running, scoring, sources
 from shallow_pi.evidence.claim import Claim
+from shallow_pi.models import batch as batches
 from shallow_pi.models import gemma, pi0, siglip
 from shallow_pi.sims import tabletop
 
@@ -44,6 +45,10 @@ def run(chosen: Sequence[Claim], workers: int, folder: pathlib.Path) -> list[pat
     wanted = list(dict.fromkeys(cell for claim in chosen for cell in _some(claim)))
     runs, results = folder / "runs", folder / "results"
     make_policies([cell.policy for cell in wanted], runs)
+    rivals = [cell.policy for cell in wanted if rival_runs.is_rival(cell.policy)]
+    made_up = batches.noise(MODEL, rival_runs.BATCH_SIZE, 0)
+    ends = np.array([0, rival_runs.BATCH_SIZE])
+    rival_runs.make(rivals, runs, frames.Frames(made_up, ends))
     scoring.ensure([cell.policy for cell in wanted], runs, results)
     todo = running.jobs(wanted, cells.read(results), rows.TEACHER, EPISODES)
     todo = [dataclasses.replace(job, max_seconds=SECONDS) for job in todo]

@@ -2,20 +2,24 @@
 
 `similarity` is the mean cosine between input and output of a layer, `sensitivity` the rise of the
 velocity error when it alone is skipped (`layer_scores`), both along the teacher's own paths from
-noise to its plans at held-out observations.
+noise to its plans at held-out observations. The backbone sees neither noise nor time, so the
+action expert's similarity, which alone changes on the way, is kept apart as well.
 """
 
 import json
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Array
 
 from shallow_pi import progress
 from shallow_pi.distill import layer_scores
 from shallow_pi.evaluation import policies
 from shallow_pi.evidence import cells, running, sources
+from shallow_pi.models import pi0
 from shallow_pi.sims import tabletop
 
 
@@ -42,8 +46,12 @@ def measure(slug: str, runs: pathlib.Path, observations: int = 32) -> dict[str, 
     actions = np.asarray(policy.sample(batch, noise))
     model, (_, params) = policy.assets.model, sources.read(slug, runs)
     observation = jax.device_put(batch.as_float())
-    found: dict[str, list[list[float]]] = {"similarity": [], "sensitivity": []}
-    measures = {name: jax.jit(getattr(layer_scores, name), static_argnums=0) for name in found}
+    measures = {
+        "similarity": jax.jit(layer_scores.similarity, static_argnums=0),
+        "sensitivity": jax.jit(layer_scores.sensitivity, static_argnums=0),
+        "expert_similarity": jax.jit(_expert, static_argnums=0),
+    }
+    found: dict[str, list[list[float]]] = {name: [] for name in measures}
     with progress.bar("Layer scores", total=cells.NUM_STEPS) as advance:
         for step in range(cells.NUM_STEPS):
             t = np.full(len(seeds), 1 - step / cells.NUM_STEPS, np.float32)
@@ -54,3 +62,7 @@ def measure(slug: str, runs: pathlib.Path, observations: int = 32) -> dict[str, 
             advance(1)
     means = {name: np.mean(rows, axis=0).round(6).tolist() for name, rows in found.items()}
     return {"policy": slug, **means, **{f"{name}_by_step": rows for name, rows in found.items()}}
+
+
+def _expert(config: pi0.Pi0Config, *given: Any) -> Array:
+    return layer_scores.cosines(config, *given).expert

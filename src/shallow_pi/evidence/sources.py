@@ -7,6 +7,7 @@
 | `SLUG--keep-0.3.7` | layers 0, 3 and 7 of that policy, without training |
 | `SLUG--similarity-drop3` | the policy without the 3 layers that `layer_scores` of that name rank |
 |                          | last, without training; also `sensitivity` |
+| `SLUG--efficientvla:...` | a rival of that policy (see `rival_runs`) |
 """
 
 import dataclasses
@@ -24,6 +25,7 @@ from shallow_pi.checkpoints import weights
 from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.deploy import policy as deployed
 from shallow_pi.distill import layer_map, student
+from shallow_pi.evidence import rival_runs
 from shallow_pi.models import pi0
 
 EXPERT = "expert"
@@ -34,6 +36,8 @@ CUT = re.compile(r"(keep)-([0-9.]+)|(similarity|sensitivity)-drop([0-9]+)")
 
 def exists(slug: str, runs: pathlib.Path) -> bool:
     """The policy can be loaded."""
+    if rival_runs.is_rival(slug) and not rival_runs.exists(slug, runs):
+        return False
     return slug == EXPERT or (runs / slug.partition("--")[0] / "params").is_dir()
 
 
@@ -43,6 +47,8 @@ def load(slug: str, runs: pathlib.Path, num_steps: int) -> deployed.Policy:
     Raises:
       ValueError, FileNotFoundError: no such policy, or one that is not complete.
     """
+    if rival_runs.is_rival(slug):
+        return rival_runs.load(slug, runs, num_steps)
     assets, params = read(slug, runs)
     # A cell asks for these steps on purpose: no warning that it was trained for others.
     assets = dataclasses.replace(assets, num_steps=num_steps)
@@ -54,6 +60,8 @@ def digest(slug: str, runs: pathlib.Path) -> str:
     if slug == EXPERT:
         return ""
     found = hashlib.sha256(slug.partition("--")[2].encode())
+    if rival_runs.is_rival(slug):
+        found.update(rival_runs.digest(slug, runs).encode())
     _, params = read(slug.partition("--")[0], runs)
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         found.update(jax.tree_util.keystr(path).encode())

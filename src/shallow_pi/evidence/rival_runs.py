@@ -1,0 +1,105 @@
+"""Rivals of a student among the policies of studies: `TEACHER--efficientvla:layers=9,cache=2`.
+
+`make` measures or trains a rival on demonstrations and keeps what it found in `RUNS/<slug>`; the
+evaluation then needs the teacher's folder and that one. A rival has one training seed.
+"""
+
+import dataclasses
+import hashlib
+import pathlib
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from shallow_pi import progress
+from shallow_pi.checkpoints import weights
+from shallow_pi.data.robots import assets as policy_assets
+from shallow_pi.deploy import policy as deployed
+from shallow_pi.evaluation.rivals import rival, table
+from shallow_pi.evidence import frames
+from shallow_pi.models import batch as batches
+from shallow_pi.models import pi0
+
+# Written last: a folder with it is whole.
+MADE_FILE = "rival.txt"
+BATCH_SIZE = 64
+
+
+def is_rival(slug: str) -> bool:
+    """The slug names a rival of a teacher."""
+    return slug.partition("--")[2].partition(":")[0] in table.RIVALS
+
+
+def exists(slug: str, runs: pathlib.Path) -> bool:
+    """The rival was made."""
+    return (_folder(slug, runs) / MADE_FILE).is_file()
+
+
+def make(slugs: Sequence[str], runs: pathlib.Path, data: frames.Frames) -> None:
+    """Make the rivals that are not there; their teachers have to be.
+
+    Args:
+      slugs: of rivals.
+      runs: folder of step folders.
+      data: demonstrations, with the teacher's statistics.
+    """
+    for slug in slugs:
+        if not exists(slug, runs):
+            progress.say(f"Making {slug}")
+            _policy(slug, _material(slug, runs, data), runs)
+            folder = _folder(slug, runs)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / MADE_FILE).write_text(f"{slug}\n", encoding="utf-8")
+
+
+def load(slug: str, runs: pathlib.Path, num_steps: int) -> deployed.Policy:
+    """A rival that was made, sampling in `num_steps`.
+
+    Raises:
+      FileNotFoundError: it was not.
+    """
+    if not exists(slug, runs):
+        raise FileNotFoundError(f"no rival {slug} in {runs}: make it, or give --runs")
+    found = _material(slug, runs, None)
+    assets = dataclasses.replace(found.assets, num_steps=num_steps)
+    return _policy(slug, dataclasses.replace(found, assets=assets), runs)
+
+
+def digest(slug: str, runs: pathlib.Path) -> str:
+    """A short hash of everything that was measured or trained for a rival."""
+    found, folder = hashlib.sha256(slug.encode()), _folder(slug, runs)
+    for path in sorted(folder.glob("*.json")):
+        found.update(path.read_bytes())
+    if (folder / "params").is_dir():
+        stored = weights.load_params(folder, weights.stored_params(folder), what="rival")
+        for leaf in jax.tree.leaves(stored):
+            found.update(np.ascontiguousarray(leaf).tobytes())
+    return found.hexdigest()[:10]
+
+
+def _folder(slug: str, runs: pathlib.Path) -> pathlib.Path:
+    return runs / slug.translate(str.maketrans(":,=", "---"))
+
+
+def _policy(slug: str, material: rival.Material, runs: pathlib.Path) -> deployed.Policy:
+    return table.find(slug.partition("--")[2]).make(material, _folder(slug, runs))
+
+
+def _material(slug: str, runs: pathlib.Path, data: frames.Frames | None) -> rival.Material:
+    folder = runs / slug.partition("--")[0]
+    assets = policy_assets.load(folder)
+    dtype = np.dtype(jnp.dtype(assets.model.dtype))
+    params = weights.load_params(folder, pi0.abstract_params(assets.model), dtype=dtype)
+
+    def feed() -> Iterator[batches.Batch]:
+        assert data is not None, "what a rival needs of the data is kept when it is made"
+        rng, total = np.random.default_rng(0), int(data.ends[-1])
+        while True:
+            order = rng.permutation(total)
+            for start in range(0, total - BATCH_SIZE + 1, BATCH_SIZE):
+                rows = order[start : start + BATCH_SIZE]
+                yield jax.tree.map(lambda leaf, rows=rows: leaf[rows], data.samples)
+
+    return rival.Material(assets, params, feed)

@@ -1,0 +1,40 @@
+"""Rivals among the policies of studies: made once, loaded without data, told apart by digests."""
+
+import numpy as np
+import pytest
+
+from shallow_pi.evidence import frames, miniature, rival_runs, rows, sources
+from shallow_pi.models import batch as batches
+
+SLUG = f"{rows.TEACHER}--skip:drop=16,order=similarity"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rivals") / "runs"
+    miniature.make_policies([rows.TEACHER], folder)
+    return folder
+
+
+def test_a_rival_is_made_of_demonstrations_and_loaded_without_them(runs):
+    assert not sources.exists(SLUG, runs)
+    with pytest.raises(FileNotFoundError, match=r"no rival teacher-.*--skip:drop=16"):
+        sources.load(SLUG, runs, 10)
+    before = sources.digest(rows.TEACHER, runs)
+    data = frames.Frames(batches.noise(miniature.MODEL, 64, 0), np.array([0, 64]))
+    rival_runs.make([SLUG], runs, data)
+    assert sources.exists(SLUG, runs)
+    made = sources.load(SLUG, runs, 3)
+    assert (made.assets.model.depth, made.num_steps) == (2, 3)
+    assert sources.digest(SLUG, runs) not in (before, rival_runs.digest(SLUG, runs))
+    first = rival_runs.digest(SLUG, runs)
+    scores = next(runs.glob("*skip*/similarity-order.json"))
+    scores.write_text("[2, 1, 0, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17]\n")
+    assert rival_runs.digest(SLUG, runs) != first
+
+
+def test_slugs_of_rivals_are_told_from_cuts():
+    assert rival_runs.is_rival("teacher--efficientvla:layers=3")
+    assert rival_runs.is_rival("teacher--cogvla")
+    assert not rival_runs.is_rival("teacher--keep-0.3")
+    assert not rival_runs.is_rival("teacher")
