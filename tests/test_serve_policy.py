@@ -116,10 +116,10 @@ def test_what_is_missing_is_named(failing, tmp_path):
 def test_the_key_comes_from_its_file_before_the_variable(monkeypatch, tmp_path):
     monkeypatch.setenv("SHALLOW_PI_API_KEY", "of the variable".replace(" ", "-"))
     (tmp_path / "key").write_text("of-the-file\n")
-    given = serve_policy.Arguments(serve_policy.PolicyArguments("nowhere"))
+    given = serve_policy.Arguments(serve_policy.PolicyArguments(dir="nowhere"))
     assert given.create().api_key == "of-the-variable"
     given = serve_policy.Arguments(
-        serve_policy.PolicyArguments("nowhere"), api_key_file=str(tmp_path / "key")
+        serve_policy.PolicyArguments(dir="nowhere"), api_key_file=str(tmp_path / "key")
     )
     assert given.create().api_key == "of-the-file"
 

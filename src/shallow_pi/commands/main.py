@@ -25,6 +25,7 @@ COMMANDS = {
     "stats": "compute_norm_stats",
     "convert": "convert_dataset",
     "demonstrations": "make_demonstrations",
+    "evaluate": "evaluate",
     "estimate": "estimate_memory",
     "compile": "compile_ahead",
     "predict": "predict_latency",

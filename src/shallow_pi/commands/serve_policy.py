@@ -31,65 +31,22 @@ import logging
 import os
 import pathlib
 from collections.abc import Sequence
-from typing import Any, Literal
 
 from shallow_pi import flags, progress
-from shallow_pi.commands import exits
-from shallow_pi.deploy import policy, state_check
-from shallow_pi.inference import quantize as quantization
+from shallow_pi.commands import exits, policy_arguments
+from shallow_pi.deploy import policy
 from shallow_pi.parallel import processes
 from shallow_pi.serving import recorder, server, server_config
 
 KEY_VARIABLE = "SHALLOW_PI_API_KEY"
 
 
-@dataclasses.dataclass(frozen=True)
-class PolicyArguments:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PolicyArguments(policy_arguments.Loading):
     """The policy."""
 
     # A step folder, a run's folder (its last step is taken), or a step folder of openpi's.
     dir: str
-    # Step of a run: last, best (on held-out episodes) or its number.
-    step: str = "last"
-    # Integration steps of the sampler; 0 takes the number that the policy was trained for.
-    num_steps: int = 0
-    # Products in 8 bits: int8 or fp8 (weights and activations; scripts/calibrate.py first), w8 or
-    # wf8 (weights alone), none, or tuned (the fastest that scripts/benchmark.py --tune --quantize
-    # measured here). Empty does what the policy was trained for.
-    quantize: Literal["", "none", "int8", "fp8", "w8", "wf8", "tuned"] = ""
-    # Parts of the model in 8 bits.
-    quantized: tuple[quantization.Part, ...] = quantization.PARTS
-    # Seed of the noise.
-    seed: int = 0
-    # Robot of an openpi or LeRobot folder: a name, or a file with a ROBOT.
-    # For any policy, such a file may rename the keys of observations.
-    robot: str = ""
-    # Name of the statistics under assets/, if there are several.
-    asset_id: str = ""
-    # SentencePiece model; empty takes the folder's, or PaliGemma's.
-    tokenizer: str = ""
-    # Actions in a chunk, not stored in openpi's folders; 0 takes the folder's, or 50.
-    action_horizon: int = 0
-    # Tokens of a prompt, not stored in openpi's folders; 0 takes the folder's, or openpi's 48
-    # (π0.5: 200).
-    max_token_len: int = 0
-    # π0.5 only: put the state into the prompt. Not stored in openpi's folders; None takes the
-    # folder's value, or True.
-    discrete_state_input: bool | None = None
-    # Warn of a state this many spreads outside its training data (one spread: the range q01 to
-    # q99); 0 never warns.
-    state_warn: float = state_check.WARN
-    # Refuse a state this many spreads outside its training data; 0 refuses none.
-    state_refuse: float = state_check.REFUSE
-
-    def model_fields(self) -> dict[str, Any]:
-        """Fields of the model that were given."""
-        given = {
-            "action_horizon": self.action_horizon or None,
-            "max_token_len": self.max_token_len or None,
-            "discrete_state_input": self.discrete_state_input,
-        }
-        return {name: value for name, value in given.items() if value is not None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,22 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         serving = given.create()
         serving.check()
         processes.cache_compilations()
-        chosen = policy.Policy.from_checkpoint(
-            given.policy.dir,
-            step=given.policy.step,
-            num_steps=given.policy.num_steps or None,
-            quantize=given.policy.quantize or None,
-            quantized=given.policy.quantized,
-            seed=given.policy.seed,
-            robot=given.policy.robot or None,
-            asset_id=given.policy.asset_id or None,
-            tokenizer=given.policy.tokenizer or None,
-            prompt=given.prompt or None,
-            state_warn=given.policy.state_warn,
-            state_refuse=given.policy.state_refuse,
-            warm_up=False,
-            **given.policy.model_fields(),
-        )
+        chosen = given.policy.load(given.policy.dir, prompt=given.prompt or None)
         chosen.warm_up(batch=given.batch)
         record = None
         if given.record:

@@ -69,13 +69,13 @@ class Report:
 def contents(report: Report) -> dict[str, object]:
     """The content of report.json."""
     values: dict[str, Any] = {
-        "success": {policy: _success(e) for policy, e in report.evaluations.items()},
+        "success": {policy: success(e) for policy, e in report.evaluations.items()},
         "by_task": {
-            policy: {task: _success(part) for task, part in e.by_task().items()}
+            policy: {task: success(part) for task, part in e.by_task().items()}
             for policy, e in report.evaluations.items()
         },
         "harder": {
-            variant: {policy: _success(e) for policy, e in policies.items()}
+            variant: {policy: success(e) for policy, e in policies.items()}
             for variant, policies in report.harder.items()
         },
         "differences": {
@@ -99,7 +99,8 @@ def contents(report: Report) -> dict[str, object]:
     return values
 
 
-def _success(evaluation: rollout.Evaluation) -> dict[str, object]:
+def success(evaluation: rollout.Evaluation) -> dict[str, object]:
+    """A rate with its interval, for report.json."""
     low, high = evaluation.wilson()
     episodes = len(evaluation.episodes)
     return {"rate": evaluation.rate, "low": low, "high": high, "episodes": episodes}
@@ -201,6 +202,17 @@ def sentences(report: Report) -> list[str]:
     return lines
 
 
+def show_table(console: rich.console.Console, table: validation_tables.Table) -> None:
+    """Print one table; its first column holds names."""
+    header, rows = table
+    display = rich.table.Table(box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for index, column in enumerate(header):
+        display.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
+    for cells in rows:
+        display.add_row(*cells)
+    console.print(display)
+
+
 def show(report: Report, console: rich.console.Console | None = None) -> None:
     """Print the tables and the comparisons."""
     console = console or rich.console.Console()
@@ -222,8 +234,8 @@ def markdown(report: Report, pictures: Mapping[str, str]) -> str:
     if made := origin(report.config):
         lines += ["", made]
     for header, rows in tables(report):
-        lines += ["", _row(header), _row(["---", *["---:"] * (len(header) - 1)])]
-        lines += [_row(row) for row in rows]
+        lines += ["", row(header), row(["---", *["---:"] * (len(header) - 1)])]
+        lines += [row(cells) for cells in rows]
     if report.evaluations:
         lines += [
             "",
@@ -237,9 +249,9 @@ def markdown(report: Report, pictures: Mapping[str, str]) -> str:
     for caption, name in pictures.items():
         lines += ["", f"## {caption}", "", f"![{caption}]({name})"]
     if report.stage_seconds:
-        lines += ["", "## Time", "", _row(["stage", "seconds"]), _row(["---", "---:"])]
-        lines += [_row([stage, f"{s:.1f}"]) for stage, s in report.stage_seconds.items()]
-        lines += [_row(["total", f"{sum(report.stage_seconds.values()):.1f}"])]
+        lines += ["", "## Time", "", row(["stage", "seconds"]), row(["---", "---:"])]
+        lines += [row([stage, f"{s:.1f}"]) for stage, s in report.stage_seconds.items()]
+        lines += [row(["total", f"{sum(report.stage_seconds.values()):.1f}"])]
     lines += ["", "## Versions", ""]
     lines += [
         ", ".join(f"{package} {version}" for package, version in latencies.versions().items()),
@@ -265,7 +277,8 @@ def origin(config: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _row(cells: Sequence[str]) -> str:
+def row(cells: Sequence[str]) -> str:
+    """A row of a table in Markdown."""
     return "| " + " | ".join(cells) + " |"
 
 

@@ -11,12 +11,13 @@ its observation, and meanwhile the chunk before is executed further, as `deploy.
 on a robot. The first plan of an episode is waited for.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import json
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -25,6 +26,7 @@ from shallow_pi import progress
 from shallow_pi.evaluation import intervals, policies
 from shallow_pi.sims import simulator
 
+T = TypeVar("T")
 Executor = Literal["skip", "late", "real-time"]
 
 
@@ -178,6 +180,7 @@ def evaluate(
     batch: int = 50,
     path: pathlib.Path | None = None,
     delay: Delay = AT_ONCE,
+    threads: int = 1,
 ) -> Evaluation:
     """Run the episodes with seeds `seed`, `seed + 1`, ... and count successes.
 
@@ -193,6 +196,8 @@ def evaluate(
         run again, so an interrupted evaluation picks up where it was. The caller gives each policy
         its own file and deletes it when the policy changes.
       delay: how late plans arrive.
+      threads: how many simulators render and move at once; more than one for simulators that are
+        in other processes (`sims.workers`).
     """
     if min(episodes, execute_steps, batch) < 1:
         raise ValueError(
@@ -207,16 +212,15 @@ def evaluate(
     slots: list[_Slot] = []
     with (
         _episode_log(path) as log,
+        concurrent.futures.ThreadPoolExecutor(threads) as pool,
         progress.bar(f"Evaluate {label}", total=episodes, done=len(finished)) as advance,
     ):
         while queue or slots:
-            while queue and idle:
-                sim, episode_seed = idle.pop(), queue.pop(0)
-                sim.reset(episode_seed)
-                slots.append(_Slot(sim, episode_seed))
-            chunks = _plan(policy, slots, batch, execute_steps, label, delay)
-            for slot, chunk in zip(slots, chunks, strict=True):
-                slot.execute(chunk)
+            begun = [_Slot(idle.pop(), queue.pop(0)) for _ in range(min(len(queue), len(idle)))]
+            _each(pool, lambda slot: slot.sim.reset(slot.seed), begun)
+            slots += begun
+            chunks = _plan(policy, slots, batch, execute_steps, label, delay, pool)
+            _each(pool, _Slot.execute, slots, list(chunks))
             ended = [slot for slot in slots if slot.sim.done]
             slots = [slot for slot in slots if not slot.sim.done]
             for slot in ended:
@@ -230,6 +234,13 @@ def evaluate(
     return Evaluation(label, execute_steps, tuple(finished[s] for s in wanted))
 
 
+def _each(
+    pool: concurrent.futures.Executor | None, call: Callable[..., T], *arguments: Sequence[Any]
+) -> list[T]:
+    """The results of `call`, by the threads of the pool."""
+    return list((map if pool is None else pool.map)(call, *arguments))
+
+
 def _plan(
     policy: policies.Policy,
     slots: Sequence[_Slot],
@@ -237,13 +248,14 @@ def _plan(
     execute_steps: int,
     label: str,
     delay: Delay,
+    pool: concurrent.futures.Executor | None = None,
 ) -> Float[np.ndarray, "n execute rd"]:
     """One batched inference, and the actions that are due by it.
 
     Checks what comes back, since a NaN would only look like a failure.
     """
     horizon = delay.horizon(execute_steps)
-    observations = [slot.sim.observe() for slot in slots]
+    observations = _each(pool, lambda slot: slot.sim.observe(), slots)
     keys = [(slot.seed, slot.plans) for slot in slots]
     padding = batch - len(slots)
     left = [slot.left for slot in slots]
@@ -275,6 +287,15 @@ def _plan(
         actions, slot.left = delay.due(slot.left, chunk, execute_steps)
         due.append(actions)
     return np.stack(due)
+
+
+def stored(path: pathlib.Path, label: str, seed: int, episodes: int) -> Evaluation | None:
+    """The evaluation that `evaluate` kept in a file, if all its episodes are there."""
+    found = _read_episodes(path)
+    wanted = range(seed, seed + episodes)
+    if not found.keys() >= set(wanted):
+        return None
+    return Evaluation(label, 0, tuple(found[s] for s in wanted))
 
 
 def _read_episodes(path: pathlib.Path | None) -> dict[int, Episode]:
@@ -315,7 +336,7 @@ class Recording:
     episode: Episode
     # Seconds of simulated time of each frame.
     times: Float[np.ndarray, " n"]
-    # By camera: "base", "wrist", ...
+    # By camera's key, or the end of LeRobot's: "base", "wrist", ...
     frames: dict[str, UInt8[np.ndarray, "n h w 3"]]
 
 
@@ -343,7 +364,7 @@ def record(
     def keep() -> None:
         times.append(slot.sim.time)
         for key, picture in slot.sim.observe().items():
-            if key.startswith(prefix):
+            if np.ndim(picture) == 3:
                 frames.setdefault(key.removeprefix(prefix), []).append(picture)
 
     keep()

@@ -114,6 +114,13 @@ def _attempt(
     )
 
 
+def cpus() -> int:
+    """Number of CPUs this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def write(
     path: pathlib.Path,
     suite: simulator.Suite,
@@ -144,8 +151,7 @@ def write(
         path, fps, robot_type=robot.name, names=suite.names(), encoding=encoding
     )
     with writer, progress.bar("Demonstrations", total=episodes) as advance:
-        cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        for episode in collect(suite, episodes, seed, noise, workers or cpus or 1):
+        for episode in collect(suite, episodes, seed, noise, workers or cpus()):
             prompts = [episode.prompt] * len(episode.vectors[robot.action_key])
             writer.add(episode.images, episode.vectors, prompts)
             tasks[episode.task] += 1

@@ -208,9 +208,10 @@ def harder(suite: Suite, names: Sequence[str] | None) -> dict[str, Suite]:
     return {name: found[name] for name in (found if names is None else names)}
 
 
-def check_robot(suite: Suite, robot: robots.Robot) -> None:
-    """Raise unless a policy for `robot` can drive the suite's robot."""
+def check_robot(suite: Suite, robot: robots.Robot, advice: str = "") -> None:
+    """Raise unless a policy for `robot` can drive the suite's robot; `advice` ends the message."""
     own = suite.robot
+    advice = advice or f"give --data.robot {own.name}, or another --closed-loop.sim"
     differing = [
         f"{what} {theirs} (the simulator's: {ours})"
         for what, theirs, ours in (
@@ -227,5 +228,5 @@ def check_robot(suite: Suite, robot: robots.Robot) -> None:
     if differing:
         raise ValueError(
             f"robot {robot.name!r} does not fit the simulator's, {own.name!r}: it has "
-            f"{'; '.join(differing)}; give --data.robot {own.name}, or another --closed-loop.sim"
+            f"{'; '.join(differing)}; {advice}"
         )

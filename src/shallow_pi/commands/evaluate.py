@@ -1,0 +1,206 @@
+"""Evaluate policies closed loop on a simulated benchmark, on the same episodes.
+
+uv run scripts/evaluate.py POLICY [POLICY ...] --sim NAME [--episodes 50] [--execute-steps 5]
+
+A POLICY is a run's folder, a step folder, a checkpoint of openpi's or LeRobot's (local, gs://,
+hf://), a policy server (ws://HOST:PORT, ours or openpi's), or `expert`, the simulator's own script.
+NAME=POLICY gives it a name.
+
+    checkpoints/pi0_metaworld_mt10_l6/first --sim metaworld_mt10 --late-ms 110
+    ws://127.0.0.1:8000 expert --sim turntable --option disc_speed_deg=15
+
+Simulators: turntable, tabletop; metaworld_mt10, metaworld_mt50 (--extra metaworld).
+docs/benchmarks.md says what each needs, and its protocol.
+
+All policies meet the same initial states. The result (report.md, report.json, a film of each
+policy) lies in evaluations/SIM. The same command goes on where it was interrupted; further policies
+and more episodes are added to what is there.
+"""
+
+import dataclasses
+import math
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import Annotated
+
+import tyro
+
+from shallow_pi import flags, progress
+from shallow_pi.checkpoints import run_folder
+from shallow_pi.commands import exits, policy_arguments
+from shallow_pi.data.robots import assets as policy_assets
+from shallow_pi.deploy import step_folder
+from shallow_pi.evaluation import comparison, policies, rollout, served
+from shallow_pi.parallel import processes
+from shallow_pi.sims import demonstrations, simulator, workers
+
+EXPERT = "expert"
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """The policies, the simulator, and the execution."""
+
+    # Policies, as above.
+    policies: Annotated[tuple[str, ...], tyro.conf.Positional]
+    # Name of a simulator, or MODULE:CLASS of your own suite.
+    sim: str
+    # Loading of the policies that are checkpoints.
+    policy: policy_arguments.Loading = dataclasses.field(default_factory=policy_arguments.Loading)
+    # Options of the simulator as NAME=VALUE, such as tasks=hammer,soccer.
+    option: tuple[str, ...] = ()
+    # Number of episodes of each task (on average, where an episode draws its task).
+    episodes: int = 50
+    # Actions of a chunk executed before the next plan.
+    execute_steps: int = 5
+    # Lateness of plans in milliseconds: one number for all policies, or one for each.
+    late_ms: tuple[float, ...] = (0.0,)
+    # Execution of a late plan: skip the actions whose time is over, execute it late as a whole, or
+    # skip and have the plan go on from what is executed meanwhile (real-time).
+    executor: rollout.Executor = "skip"
+    # Seed of the first episode; the next have the next seeds.
+    seed: int = 1_000_000
+    # Folder of the results; empty takes evaluations/SIM.
+    output: str = ""
+    # Rename an existing folder, and start anew.
+    overwrite: bool = False
+    # Number of simulators that run side by side; plans are made for all of them at once.
+    parallel: int = 16
+    # Number of processes that hold them; 0 takes one for each CPU.
+    processes: int = 0
+    # Number of episodes to film with each policy.
+    films: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("episodes", "execute_steps", "parallel"):
+            if getattr(self, name) < 1:
+                flag = name.replace("_", "-")
+                raise ValueError(f"--{flag} must be at least 1, got {getattr(self, name)}")
+        if min(self.processes, self.films, self.seed) < 0:
+            raise ValueError("--processes, --films and --seed must not be negative")
+        if not self.late_ms or not all(0 <= late < math.inf for late in self.late_ms):
+            raise ValueError(f"--late-ms: expected numbers of 0 or more, got {self.late_ms}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse, evaluate, print the folder."""
+    given = flags.parse(Arguments, arguments, __doc__ or "")
+    with exits.exit_on():
+        folder = evaluate(given)
+    print(folder)
+
+
+def evaluate(given: Arguments) -> pathlib.Path:
+    """Evaluate the policies; returns the folder of the results."""
+    options = simulator.options(given.option, "--option")
+    suite = simulator.find(given.sim, options)
+    course = comparison.Course(
+        sim=given.sim,
+        options=options,
+        suite=suite,
+        episodes=given.episodes * len(suite.task_names()),
+        seed=given.seed,
+        parallel=given.parallel,
+        processes=given.processes or demonstrations.cpus(),
+        films=given.films,
+    )
+    entrants = _entrants(given, suite)
+    folder = pathlib.Path(given.output or f"evaluations/{given.sim.replace(':', '.')}").expanduser()
+    if given.overwrite:
+        run_folder.prepare(folder, resume=False, overwrite=True, meet=processes.sync)
+    processes.cache_compilations()
+    comparison.run(folder, course, entrants)
+    return folder
+
+
+def _entrants(given: Arguments, suite: simulator.Suite) -> list[comparison.Entrant]:
+    """Every policy, in order; what cannot be evaluated is found out before any of them runs."""
+    if len(given.late_ms) not in (1, len(given.policies)):
+        raise ValueError(
+            f"--late-ms: expected one number, or one for each of {len(given.policies)} policies, "
+            f"got {len(given.late_ms)}"
+        )
+    late = given.late_ms * len(given.policies) if len(given.late_ms) == 1 else given.late_ms
+    entrants = [
+        _entrant(given, suite, source, milliseconds)
+        for source, milliseconds in zip(given.policies, late, strict=True)
+    ]
+    labels = [entrant.label for entrant in entrants]
+    if twice := sorted({label for label in labels if labels.count(label) > 1}):
+        raise ValueError(
+            f"several policies are called {' and '.join(twice)}: name them, as in NAME=POLICY"
+        )
+    return entrants
+
+
+def _entrant(
+    given: Arguments, suite: simulator.Suite, named: str, late_ms: float
+) -> comparison.Entrant:
+    match = re.fullmatch(r"(?:([\w.+-]+)=)?(.+)", named)
+    assert match is not None, "any text but none at all matches"
+    label, source = match.groups()
+    steps = math.ceil(late_ms / 1000 * suite.robot.fps - 1e-9)
+    if steps > given.execute_steps:
+        raise ValueError(
+            f"plans {late_ms:g} ms late arrive after {steps} control steps at {suite.robot.fps:g} "
+            f"Hz, when the next was asked for long ago: give --execute-steps {steps} or more, got "
+            f"{given.execute_steps}"
+        )
+    delay = rollout.Delay(steps, given.executor)
+    if source == EXPERT:
+        if suite.expert() is None:
+            raise ValueError(f"simulator {given.sim!r} has no expert")
+        # It plans one action, and never late.
+        expert = policies.Scripted(workers.expert)
+        return comparison.Entrant(
+            label or EXPERT, {"source": EXPERT}, 1, rollout.AT_ONCE, lambda: expert
+        )
+    if served.is_url(source):
+        label = label or re.sub(r"\W+", "-", source).strip("-")
+        return comparison.Entrant(
+            label,
+            {"source": source},
+            given.execute_steps,
+            delay,
+            lambda: served.Served(source, suite.robot),
+        )
+    step = step_folder.find(source, given.policy.step)
+    is_ours = (step / "assets" / policy_assets.FILE_NAME).is_file()
+    needed, default = delay.horizon(given.execute_steps), _label(step)
+
+    def check(horizon: int) -> None:
+        if needed > horizon:
+            raise ValueError(
+                f"{step} plans {horizon} actions: --execute-steps {given.execute_steps} and "
+                f"{delay.steps} control steps of lateness need {needed}"
+            )
+
+    if is_ours:
+        assets = policy_assets.load(step)
+        simulator.check_robot(suite, assets.robot, f"evaluate it on another --sim than {given.sim}")
+        check(given.policy.action_horizon or assets.model.action_horizon)
+    origin = {"source": str(step), **_set_options(given.policy)}
+
+    def load() -> policies.Policy:
+        loaded = given.policy.load(str(step), robot=None if is_ours else suite.robot)
+        check(loaded.noise_shape[0])
+        progress.say(f"{label or default}: {loaded.description}")
+        return policies.Trained(loaded)
+
+    return comparison.Entrant(label or default, origin, given.execute_steps, delay, load)
+
+
+def _set_options(loading: policy_arguments.Loading) -> dict[str, object]:
+    """Options of loading that differ from their defaults; the step is in the path."""
+    return {
+        field.name: value
+        for field in dataclasses.fields(loading)
+        if field.name != "step" and (value := getattr(loading, field.name)) != field.default
+    }
+
+
+def _label(step: pathlib.Path) -> str:
+    """The end of the path that tells policies apart."""
+    parts = step.parts[-3:] if step.name.isdigit() else step.parts[-1:]
+    return re.sub(r"[^\w.+-]+", "-", "-".join(parts)).strip("-")

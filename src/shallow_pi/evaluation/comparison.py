@@ -1,0 +1,331 @@
+"""Several policies on the same episodes of one simulator: rates, paired differences, films.
+
+A folder holds everything: `settings.json`, a line for each finished episode under `episodes/`,
+`report.json` and `report.md`, and films. Episodes that are there are not run again, so an
+interrupted comparison goes on where it was, and one more policy can join it later. Results of
+other settings are never mixed with these.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from shallow_pi import figures, progress
+from shallow_pi.checkpoints import run_folder
+from shallow_pi.evaluation import plots, policies, report, rollout, served, validation_tables
+from shallow_pi.sims import simulator, workers
+from shallow_pi.speed import latency
+
+SETTINGS, EPISODES, FILMS = "settings.json", "episodes", "films"
+# A film's frames a second at most; GIFs are large.
+FILM_FPS = 12.5
+# Most panels of the picture of success.
+PANELS = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Entrant:
+    """One policy, and its execution."""
+
+    label: str
+    # Its step folder or address, and whatever else changes its actions, as plain JSON values.
+    origin: Mapping[str, object]
+    # Actions of a chunk executed before the next plan.
+    execute_steps: int
+    delay: rollout.Delay
+    # Loads it; called once it is its turn.
+    load: Callable[[], policies.Policy]
+
+    def settings(self) -> dict[str, object]:
+        """All that its results depend on, as plain JSON values."""
+        own: dict[str, object] = {"execute_steps": self.execute_steps}
+        if self.delay.steps:
+            own |= {"late_steps": self.delay.steps, "executor": self.delay.executor}
+        return {**self.origin, **own}
+
+
+@dataclasses.dataclass(frozen=True)
+class Course:
+    """The episodes that every policy meets."""
+
+    # The simulator's name and options, as given.
+    sim: str
+    options: Mapping[str, str]
+    suite: simulator.Suite
+    # Total number of episodes.
+    episodes: int
+    # Of the first.
+    seed: int
+    # Simulators, and processes that hold them.
+    parallel: int
+    processes: int
+    # Films of each policy.
+    films: int = 1
+
+    def settings(self) -> dict[str, object]:
+        """All that the episodes depend on, as plain JSON values; more of them may be run later."""
+        return {"sim": self.sim, "options": dict(self.options), "seed": self.seed}
+
+
+def prepare(
+    folder: pathlib.Path, course: Course, entrants: Sequence[Entrant]
+) -> dict[str, dict[str, Any]]:
+    """Make the folder, or find out that it holds results of these settings.
+
+    Returns:
+      The settings of every policy in it, by label.
+
+    Raises:
+      ValueError: it holds others.
+    """
+    path = folder / SETTINGS
+    every: dict[str, dict[str, Any]] = {}
+    if path.exists():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        differing = [
+            f"{name} {found[name]} (asked for: {value})"
+            for name, value in course.settings().items()
+            if found[name] != value
+        ]
+        for entrant in entrants:
+            before, now = found["policies"].get(entrant.label), _plain(entrant.settings())
+            if before not in (None, now):
+                changed = {k for k in before.keys() | now.keys() if before.get(k) != now.get(k)}
+                differing += [
+                    f"{entrant.label}'s {key} {before.get(key)} (asked for: {now.get(key)})"
+                    for key in sorted(changed)
+                ]
+        if differing:
+            raise ValueError(
+                f"{folder} holds results of other settings: {'; '.join(differing)}. Give another "
+                "--output, or --overwrite, which renames the old folder"
+            )
+        every = found["policies"]
+    every |= {entrant.label: _plain(entrant.settings()) for entrant in entrants}
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {**course.settings(), "policies": every}
+    run_folder.write_text(path, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+    return every
+
+
+def _plain(values: Mapping[str, object]) -> dict[str, Any]:
+    plain: dict[str, Any] = json.loads(json.dumps(values))
+    return plain
+
+
+def run(folder: pathlib.Path, course: Course, entrants: Sequence[Entrant]) -> None:
+    """Evaluate every policy, and write the report after each.
+
+    Raises:
+      ValueError, OSError: from a policy, a server or the simulator; finished episodes are kept.
+    """
+    settings = prepare(folder, course, entrants)
+    found: dict[str, rollout.Evaluation] = {}
+    for label in settings:
+        before = rollout.stored(_path(folder, label), label, course.seed, course.episodes)
+        if before is not None:
+            found[label] = before
+    count = min(course.parallel, course.episodes)
+    with workers.Workers(course.suite, count, course.processes) as pool:
+        for entrant in entrants:
+            policy = entrant.load()
+            found[entrant.label] = rollout.evaluate(
+                iter(pool.simulators).__next__,
+                policy,
+                episodes=course.episodes,
+                seed=course.seed,
+                execute_steps=entrant.execute_steps,
+                label=entrant.label,
+                batch=count,
+                path=_path(folder, entrant.label),
+                delay=entrant.delay,
+                threads=count,
+            )
+            for seed in range(course.seed, course.seed + min(course.films, course.episodes)):
+                _film(folder, entrant, policy, pool.simulators[0], seed, count)
+            if isinstance(policy, served.Served):
+                policy.close()
+            write(folder, course, settings, found)
+    show(course, found)
+
+
+def _path(folder: pathlib.Path, label: str) -> pathlib.Path:
+    return folder / EPISODES / f"{label}.jsonl"
+
+
+def _film(
+    folder: pathlib.Path,
+    entrant: Entrant,
+    policy: policies.Policy,
+    sim: simulator.Simulator,
+    seed: int,
+    batch: int,
+) -> None:
+    """Make a GIF of one episode, unless it is there."""
+    path = folder / FILMS / f"{entrant.label}-{seed}.gif"
+    if path.exists():
+        return
+    recording = rollout.record(
+        lambda: sim,
+        policy,
+        seed=seed,
+        execute_steps=entrant.execute_steps,
+        label=entrant.label,
+        batch=batch,
+        delay=entrant.delay,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plots.animation(path, thinned(recording))
+
+
+def thinned(recording: rollout.Recording) -> rollout.Recording:
+    """The same with at most FILM_FPS frames a second, its last frame among them."""
+    period = float(np.median(np.diff(recording.times))) if len(recording.times) > 1 else 1.0
+    stride = max(1, int(np.ceil(1 / FILM_FPS / max(period, 1e-6) - 1e-9)))
+    kept = np.arange(len(recording.times) - 1, -1, -stride)[::-1]
+    frames = {camera: pictures[kept] for camera, pictures in recording.frames.items()}
+    return dataclasses.replace(recording, times=recording.times[kept], frames=frames)
+
+
+def contents(
+    course: Course,
+    settings: Mapping[str, Mapping[str, object]],
+    found: Mapping[str, rollout.Evaluation],
+) -> dict[str, object]:
+    """The content of report.json; `settings` are those of each policy."""
+    return {
+        **course.settings(),
+        "episodes": course.episodes,
+        "policies": {
+            label: {
+                **report.success(evaluation),
+                "steps": float(np.mean([e.steps for e in evaluation.episodes])),
+                "settings": settings[label],
+                "by_task": {
+                    task: report.success(part) for task, part in evaluation.by_task().items()
+                },
+            }
+            for label, evaluation in found.items()
+        },
+        "differences": {
+            f"{b} - {a}": {
+                scope: {**dataclasses.asdict(d), "verdict": d.verdict}
+                for scope, d in differences(found, b, a).items()
+            }
+            for a, b in pairs(found)
+        },
+        "versions": latency.versions(),
+    }
+
+
+def pairs(found: Mapping[str, object]) -> list[tuple[str, str]]:
+    """Each two policies, the earlier one first."""
+    labels = list(found)
+    return [(a, b) for i, a in enumerate(labels) for b in labels[i + 1 :]]
+
+
+def differences(found: Mapping[str, rollout.Evaluation], a: str, b: str) -> dict[str, Any]:
+    """Paired differences `a` − `b`: over all tasks, and in each task where there are several."""
+    one, other = found[a].by_task(), found[b].by_task()
+    tasks = sorted(one.keys() & other.keys()) if len(one) > 1 else []
+    whole = {"all tasks": found[a].minus(found[b])}
+    return whole | {task: one[task].minus(other[task]) for task in tasks}
+
+
+def tables(found: Mapping[str, rollout.Evaluation]) -> list[validation_tables.Table]:
+    """Headers and rows: success of each policy, then task by task."""
+    rows = []
+    for label, evaluation in found.items():
+        low, high = evaluation.wilson()
+        steps = [e.steps for e in evaluation.episodes if e.success]
+        rows.append(
+            [
+                label,
+                f"{100 * evaluation.rate:.1f} %",
+                f"{100 * low:.1f}–{100 * high:.1f}",
+                str(len(evaluation.episodes)),
+                f"{np.mean(steps):.0f}" if steps else "",
+            ]
+        )
+    whole: validation_tables.Table = (
+        ["policy", "success", "95 % interval", "episodes", "steps to success"],
+        rows,
+    )
+    by_task = {label: evaluation.by_task() for label, evaluation in found.items()}
+    tasks = sorted({task for split in by_task.values() for task in split})
+    if len(tasks) < 2:
+        return [whole]
+    each = [
+        [task, *(f"{s[task].successes}/{len(s[task].episodes)}" for s in by_task.values())]
+        for task in tasks
+    ]
+    return [whole, (["task", *by_task], each)]
+
+
+def sentences(found: Mapping[str, rollout.Evaluation]) -> list[str]:
+    """The overall differences in words."""
+    return [
+        report.sentence(b, a, "all tasks", differences(found, b, a)["all tasks"])
+        for a, b in pairs(found)
+    ]
+
+
+def write(
+    folder: pathlib.Path,
+    course: Course,
+    settings: Mapping[str, Mapping[str, object]],
+    found: Mapping[str, rollout.Evaluation],
+) -> None:
+    """Write report.json, report.md and the picture of success."""
+    values = json.dumps(contents(course, settings, found), indent=2, ensure_ascii=False)
+    run_folder.write_text(folder / run_folder.REPORT_FILE, values + "\n")
+    options = "".join(f", {name} {value}" for name, value in course.options.items())
+    lines = [
+        f"# {course.sim}: {', '.join(found)}",
+        "",
+        f"{course.episodes} episodes from seed {course.seed}{options}; every policy met the same "
+        "initial states. Intervals of rates are Wilson's, those of differences Newcombe's for "
+        "pairs.",
+    ]
+    for header, rows in tables(found):
+        lines += ["", report.row(header), report.row(["---", *["---:"] * (len(header) - 1)])]
+        lines += [report.row(cells) for cells in rows]
+    if said := sentences(found):
+        lines += ["", *(f"- {line}" for line in said)]
+    lines += ["", "## Policies", ""]
+    for label in found:
+        lines += [f"- {label}: " + ", ".join(f"{k} {v}" for k, v in settings[label].items())]
+    try:
+        plots.success(folder / "success.png", _panels(found))
+        lines += ["", "## Success", "", "![Success](success.png)"]
+    except figures.PlotsMissingError as error:
+        lines += ["", str(error)]
+    for film in sorted((folder / FILMS).glob("*.gif")) if (folder / FILMS).is_dir() else []:
+        lines += ["", f"![{film.stem}]({FILMS}/{film.name})"]
+    lines += ["", ", ".join(f"{package} {v}" for package, v in latency.versions().items()), ""]
+    run_folder.write_text(folder / run_folder.REPORT_PAGE, "\n".join(lines))
+
+
+def _panels(
+    found: Mapping[str, rollout.Evaluation],
+) -> dict[str, Mapping[str, rollout.Evaluation]]:
+    """Scopes of the picture: all tasks, and each where they are few."""
+    by_task = {label: evaluation.by_task() for label, evaluation in found.items()}
+    tasks = sorted({task for split in by_task.values() for task in split})
+    chosen = tasks if 1 < len(tasks) < PANELS else []
+    return {"all tasks": found} | {
+        task: {label: split[task] for label, split in by_task.items()} for task in chosen
+    }
+
+
+def show(course: Course, found: Mapping[str, rollout.Evaluation]) -> None:
+    """Print the tables and the differences."""
+    progress.say(f"{course.sim}, {course.episodes} episodes from seed {course.seed}")
+    for table in tables(found):
+        report.show_table(progress.console, table)
+    for line in sentences(found):
+        progress.say(line)

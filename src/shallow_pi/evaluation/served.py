@@ -1,0 +1,171 @@
+"""Policies behind a server, ours or openpi's, as policies under test.
+
+Every simulator has a connection of its own, so that a server that batches can. Our server says what
+it reads, and gets the simulator's observation as it is; openpi's gets the form that openpi's own
+example client for the robot sends. Noise is drawn by the server, so episodes repeat only as far as
+its answers do.
+"""
+
+import concurrent.futures
+import contextlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import websockets.exceptions
+import websockets.sync.client
+from jaxtyping import Float, Int
+
+from shallow_pi.data.robots import robot as robots
+from shallow_pi.serving import protocol
+from shallow_pi.sims import simulator
+
+
+def is_url(source: str) -> bool:
+    """A policy's name is the address of a server."""
+    return source.startswith(("ws://", "wss://"))
+
+
+class Served:
+    """A policy behind a websocket server (see `policies.Policy`).
+
+    Args:
+      url: the server's address.
+      robot: the simulator's, which the actions must fit.
+
+    Raises:
+      ConnectionError: there is no server.
+      ValueError: its policy is of another robot.
+    """
+
+    def __init__(self, url: str, robot: robots.Robot) -> None:
+        self.url, self._robot = url, robot
+        self._connections: list[websockets.sync.client.ClientConnection] = []
+        self._open = contextlib.ExitStack()
+        self._pool = concurrent.futures.ThreadPoolExecutor(64, "server")
+        self.metadata = self._connect()
+        self._is_ours = "state_keys" in self.metadata
+        sizes = {"action_dim": robot.action_dim, "state_dim": robot.state_dim}
+        different = [
+            f"{name} {self.metadata[name]} (the simulator's: {size})"
+            for name, size in sizes.items()
+            if self.metadata.get(name, size) != size
+        ]
+        if different:
+            self.close()
+            raise ValueError(
+                f"the policy at {url} is of robot {self.metadata.get('robot', 'unknown')!r} and "
+                f"does not fit the simulator's, {robot.name!r}: it has {'; '.join(different)}"
+            )
+
+    def _connect(self) -> dict[str, Any]:
+        key = os.environ.get("SHALLOW_PI_API_KEY")
+        headers = {"Authorization": f"Api-Key {key}"} if key else {}
+        try:
+            # A server that compiles or infers may be silent for longer than pings wait.
+            connection = self._open.enter_context(
+                websockets.sync.client.connect(
+                    self.url,
+                    compression=None,
+                    max_size=None,
+                    ping_interval=None,
+                    additional_headers=headers,
+                )
+            )
+            metadata = protocol.unpack(_binary(self.url, connection.recv()))
+        except (OSError, websockets.exceptions.WebSocketException) as error:
+            raise ConnectionError(
+                f"no policy server at {self.url} ({error or type(error).__name__}): start it, or "
+                "check the address and SHALLOW_PI_API_KEY"
+            ) from error
+        self._connections.append(connection)
+        return dict(metadata) if isinstance(metadata, Mapping) else {}
+
+    def plan(
+        self,
+        observations: Sequence[simulator.Observation],
+        keys: Int[np.ndarray, "b 2"],
+        sims: Sequence[simulator.Simulator],
+        *,
+        previous: Sequence[Float[np.ndarray, "m rd"]] | None = None,
+        delay: int = 0,
+    ) -> Float[np.ndarray, "n ah rd"]:
+        """One chunk for each simulator.
+
+        Raises:
+          ConnectionError: the server has ended.
+          ValueError: it refused the observation, or its actions do not fit.
+        """
+        if previous is not None:
+            raise ValueError(
+                f"the protocol of {self.url} has no previous chunk to go on from: use --executor "
+                "skip or late"
+            )
+        while len(self._connections) < len(sims):
+            self._connect()
+        asked = [self._message(one) for one in observations[: len(sims)]]
+        return np.stack(list(self._pool.map(self._ask, self._connections, asked)))
+
+    def _message(self, observation: simulator.Observation) -> bytes:
+        if not self._is_ours:
+            observation = openpi_form(self._robot, observation)
+        return protocol.pack(observation)
+
+    def _ask(
+        self, connection: websockets.sync.client.ClientConnection, message: bytes
+    ) -> Float[np.ndarray, "ah rd"]:
+        try:
+            connection.send(message)
+            answer = connection.recv()
+        except (OSError, websockets.exceptions.WebSocketException) as error:
+            raise ConnectionError(
+                f"the server at {self.url} ended in the middle of an episode ({error}): start it "
+                "again and repeat the command, which goes on with the episodes that are not "
+                "finished"
+            ) from error
+        found = protocol.unpack(_binary(self.url, answer))
+        actions = np.asarray(found["actions"] if isinstance(found, Mapping) else None, np.float32)
+        if actions.ndim != 2 or actions.shape[1] != self._robot.action_dim:
+            raise ValueError(
+                f"expected actions (horizon, {self._robot.action_dim}) of robot "
+                f"{self._robot.name!r} from {self.url}, got the shape {actions.shape}: its policy "
+                "is of another robot"
+            )
+        return actions
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._open.close()
+        self._connections.clear()
+        self._pool.shutdown()
+
+
+def _binary(url: str, message: str | bytes) -> bytes:
+    if isinstance(message, str):
+        raise ValueError(f"the server at {url} refused: {message.strip()[-1000:]}")
+    return message
+
+
+def openpi_form(robot: robots.Robot, observation: simulator.Observation) -> dict[str, Any]:
+    """An observation as openpi's example client for this robot sends it; else as it is."""
+    form = _FORMS.get(robot.name)
+    return dict(observation) if form is None else form(observation)
+
+
+def _libero(observation: simulator.Observation) -> dict[str, Any]:
+    keys = ("image", "wrist_image", "state")
+    return {f"observation/{k}": observation[k] for k in keys} | {"prompt": observation["task"]}
+
+
+def _aloha_sim(observation: simulator.Observation) -> dict[str, Any]:
+    # Channels first, and without a prompt, which openpi's server has itself.
+    picture = np.moveaxis(observation["observation.images.top"], -1, 0)
+    state = observation["observation.state"]
+    return {"state": state, "images": {"cam_high": picture}}
+
+
+_FORMS: dict[str, Callable[[simulator.Observation], dict[str, Any]]] = {
+    "libero": _libero,
+    "aloha_sim": _aloha_sim,
+}

@@ -1,0 +1,187 @@
+"""`evaluate` compares policies on the same episodes, goes on where it was, and refuses misfits."""
+
+import contextlib
+import json
+import threading
+
+import numpy as np
+import pytest
+import websockets.sync.server
+
+from shallow_pi.checkpoints import weights
+from shallow_pi.commands import evaluate
+from shallow_pi.data.robots import robot as robots
+from shallow_pi.deploy import robot_observation
+from shallow_pi.evaluation import served
+from shallow_pi.serving import protocol
+
+SMALL = ("--option", "image_size=16", "--parallel", "2", "--processes", "1", "--films", "0")
+
+
+@pytest.fixture
+def failing(capsys):
+    """Runs the command, which must fail, and returns its error."""
+
+    def call(*arguments):
+        with pytest.raises(SystemExit) as ending:
+            evaluate.main(arguments)
+        assert ending.value.code == 1
+        return capsys.readouterr().err
+
+    return call
+
+
+@contextlib.contextmanager
+def server(answer, metadata=None):
+    """A policy server as openpi's: its metadata, then `answer(observation)` for each observation.
+
+    An answer of None ends the connection.
+    """
+
+    def talk(connection):
+        connection.send(protocol.pack(metadata or {}))
+        for message in connection:
+            actions = answer(protocol.unpack(message))
+            if actions is None:
+                return
+            connection.send(protocol.pack({"actions": actions}))
+
+    with websockets.sync.server.serve(talk, "127.0.0.1", 0) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"ws://127.0.0.1:{running.socket.getsockname()[1]}"
+
+
+def test_policies_meet_the_same_episodes_and_more_are_added(tmp_path, capsys):
+    out = tmp_path / "results"
+    asked = []
+
+    def hold(observation):
+        asked.append(observation)
+        return np.tile(np.float32(observation["observation.state"]), (5, 1))
+
+    common = ("--sim", "turntable", *SMALL, "--episodes", "1", "--output", str(out))
+    evaluate.main(("expert", *common, "--films", "1"))
+    report = json.loads((out / "report.json").read_text())
+    assert report["policies"]["expert"]["rate"] == 1
+    assert report["episodes"] == 2, "one of each task"
+    assert (out / "films" / "expert-1000000.gif").stat().st_size > 1000
+    lines = (out / "episodes" / "expert.jsonl").read_text()
+
+    with server(hold) as url:
+        evaluate.main((f"still={url}", *common))
+    report = json.loads((out / "report.json").read_text())
+    assert list(report["policies"]) == ["expert", "still"]
+    assert report["policies"]["still"]["rate"] == 0
+    assert report["policies"]["still"]["settings"]["source"] == url
+    assert report["differences"]["still - expert"]["all tasks"]["difference"] == -1
+    # Both episodes last four seconds at 20 Hz, five steps a plan.
+    assert len(asked) == 2 * 16
+    assert (out / "episodes" / "expert.jsonl").read_text() == lines, "not run again"
+    page = (out / "report.md").read_text()
+    assert "| still | 0.0 % |" in page
+    assert capsys.readouterr().out.split() == [str(out)] * 2
+
+
+def test_a_server_that_ends_in_mid_episode_costs_nothing_that_was_finished(tmp_path, failing):
+    out, calls = tmp_path / "results", []
+
+    def answer(observation):
+        calls.append(0)
+        over = len(calls) > 20 and not tmp_path.joinpath("again").exists()
+        return None if over else np.tile(np.float32(observation["observation.state"]), (5, 1))
+
+    common = ("--sim", "turntable", *SMALL, "--parallel", "1", "--episodes", "1")
+    with server(answer) as url:
+        command = (f"still={url}", *common, "--output", str(out))
+        said = failing(*command)
+        assert f"the server at {url} ended in the middle of an episode" in said
+        assert "repeat the command" in said
+        kept = (out / "episodes" / "still.jsonl").read_text()
+        assert len(kept.splitlines()) == 1
+        tmp_path.joinpath("again").touch()
+        evaluate.main(command)
+    assert len(calls) == 16 + 5 + 16
+    assert (out / "episodes" / "still.jsonl").read_text().startswith(kept)
+    assert json.loads((out / "report.json").read_text())["policies"]["still"]["episodes"] == 2
+
+
+def test_results_of_other_settings_are_not_mixed(tmp_path, failing):
+    common = ("expert", "--sim", "turntable", "--episodes", "1", *SMALL)
+    out = ("--output", str(tmp_path / "results"))
+    evaluate.main((*common, *out))
+    said = failing(*common, *out, "--seed", "7")
+    assert "holds results of other settings: seed 1000000 (asked for: 7)" in said
+    evaluate.main((*common, *out, "--seed", "7", "--overwrite"))
+    assert (tmp_path / "results.old-1" / "report.json").exists()
+
+
+def test_a_checkpoint_of_another_robot_is_refused_before_it_is_loaded(
+    own, params, tmp_path, failing
+):
+    step = tmp_path / "7"
+    weights.save_params(step / "params", params)
+    own.save(step / "assets")
+    out = ("--output", str(tmp_path / "results"), "--episodes", "1")
+    said = failing(str(step), "--sim", "tabletop", *SMALL, *out)
+    assert "robot 'turntable' does not fit the simulator's, 'tabletop'" in said
+    assert "state dimensions 3 (the simulator's: 4)" in said
+    late = ("--late-ms", "45", "--execute-steps", "4")
+    evaluate.main((f"tiny={step}", "--sim", "turntable", *SMALL, *out, *late))
+    report = json.loads((tmp_path / "results" / "report.json").read_text())
+    assert report["policies"]["tiny"]["settings"]["late_steps"] == 1, "45 ms are one step at 20 Hz"
+    said = failing(f"tiny={step}", "--sim", "turntable", *SMALL, *out, "--execute-steps", "6")
+    assert "plans 5 actions: --execute-steps 6" in said
+
+
+def test_a_server_of_another_robot_is_refused(failing, tmp_path):
+    common = ("--sim", "turntable", *SMALL, "--output", str(tmp_path / "results"))
+    with server(lambda _: np.zeros((5, 14), np.float32)) as url:
+        said = failing(url, *common)
+    assert "expected actions (horizon, 3) of robot 'turntable'" in said
+    assert "got the shape (5, 14)" in said
+    metadata = {"robot": "aloha", "action_dim": 14, "state_dim": 14}
+    with server(lambda _: None, metadata) as url:
+        said = failing(url, *common)
+    assert "is of robot 'aloha'" in said
+    assert "action_dim 14 (the simulator's: 3)" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("expert", "--sim", "turntabel"), "did you mean 'turntable'"),
+        (("expert", "--sim", "turntable", "--option", "tasks=tuch"), "expected some of"),
+        (("expert", "expert", "--sim", "turntable"), "several policies are called expert"),
+        (("nowhere", "--sim", "turntable"), "there is no checkpoint at"),
+        (("ws://127.0.0.1:9", "--sim", "turntable"), "no policy server at ws://127.0.0.1:9"),
+        (
+            ("expert", "--sim", "turntable", "--late-ms", "1", "2", "3"),
+            "one for each of 1 policies, got 3",
+        ),
+        (
+            ("ws://127.0.0.1:9", "--sim", "turntable", "--late-ms", "300"),
+            "give --execute-steps 6 or more, got 5",
+        ),
+        (
+            ("expert", "--sim", "turntable", "--option", "renderer=gl", "--episodes", "1"),
+            'renderer="gl" needs an OpenGL backend',
+        ),
+    ],
+)
+def test_what_cannot_be_is_said(arguments, message, failing, tmp_path, monkeypatch):
+    monkeypatch.setenv("MUJOCO_GL", "disabled")
+    assert message in failing(*arguments, "--output", str(tmp_path / "results"))
+
+
+@pytest.mark.parametrize("robot", [robots.LIBERO, robots.ALOHA_SIM, robots.TURNTABLE])
+def test_openpis_form_of_an_observation_is_read_back(robot):
+    generator = np.random.default_rng(0)
+    observation = {key: generator.integers(0, 9, (6, 8, 3)) for key in robot.cameras.values()}
+    observation = {key: value.astype(np.uint8) for key, value in observation.items()}
+    observation[robot.state_key] = generator.standard_normal(robot.state_dim).astype(np.float32)
+    if not robot.prompt:
+        observation["task"] = "Transfer cube"
+    sent = protocol.unpack(protocol.pack(served.openpi_form(robot, observation)))
+    read = robot_observation.clean(robot, tuple(robot.cameras), sent, None)
+    for key, value in observation.items():
+        np.testing.assert_array_equal(read[key], value)
