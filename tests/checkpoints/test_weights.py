@@ -155,15 +155,21 @@ def test_a_truncated_checkpoint_is_an_error_that_names_the_folder(tmp_path, brok
         weights.load_params(tmp_path, _abstract(tree))
 
 
-def test_truncated_numbers_are_an_error_and_not_zeros(tmp_path):
-    tree = {"w": jnp.arange(4000.0)}
+@pytest.mark.parametrize("kept", [100, None])
+def test_numbers_that_are_cut_short_or_missing_are_an_error_and_not_zeros(tmp_path, kept):
+    tree = {"head": {"w": jnp.arange(4000.0)}}
     weights.save_params(tmp_path / "params", tree)
     data = max(
         (file for file in (tmp_path / "params").rglob("*") if file.is_file()),
         key=lambda file: file.stat().st_size,
     )
-    data.write_bytes(data.read_bytes()[:100])
-    with pytest.raises(ValueError, match="fetch it again"):
+    content = data.read_bytes()
+    data.unlink()
+    if kept is not None:
+        data.write_bytes(content[:kept])
+    with pytest.raises(
+        ValueError, match=r"\(a file in it is missing or cut short, and with it head/w"
+    ):
         weights.load_params(tmp_path, _abstract(tree))
 
 

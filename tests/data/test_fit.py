@@ -3,46 +3,20 @@
 import dataclasses
 import json
 import pathlib
-import shutil
 
 import numpy as np
 import polars as pl
+import pusht
 import pytest
 
 from shallow_pi import progress
 from shallow_pi.data import fit, sources
 from shallow_pi.data.lerobot import reader
-from shallow_pi.data.robots import robot as robots
-
-FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures" / "lerobot"
-IMAGE, VIDEO = FIXTURES / "pusht_v30_image", FIXTURES / "pusht_v30_video"
-PUSHT = robots.Robot(
-    name="pusht",
-    cameras={
-        "base_0_rgb": "observation.images.top",
-        "left_wrist_0_rgb": "observation.images.wrist",
-    },
-    state_dim=2,
-    action_dim=2,
-    fps=10,
-)
 
 
-@pytest.fixture
-def copy(tmp_path) -> pathlib.Path:
-    return shutil.copytree(IMAGE, tmp_path / "dataset")
-
-
-def _edit_info(path: pathlib.Path, **features) -> None:
-    file = path / "meta" / "info.json"
-    info = json.loads(file.read_text())
-    info["features"] |= features
-    file.write_text(json.dumps(info))
-
-
-def _edit_data(path: pathlib.Path, *columns: pl.Expr) -> None:
-    file = path / "data" / "chunk-000" / "file-000.parquet"
-    pl.read_parquet(file).with_columns(*columns).write_parquet(file)
+def _edit_features(path: pathlib.Path, **features) -> None:
+    info = json.loads((path / "meta" / "info.json").read_text())
+    pusht.edit_info(path, features=info["features"] | features)
 
 
 def _edit_tasks(path: pathlib.Path, texts: list[str | None]) -> None:
@@ -51,16 +25,16 @@ def _edit_tasks(path: pathlib.Path, texts: list[str | None]) -> None:
 
 
 def test_statistics_are_those_of_the_columns() -> None:
-    dataset = reader.Dataset(VIDEO)
-    stats = sources.norm_stats([dataset], PUSHT, horizon=1)
+    dataset = reader.Dataset(pusht.VIDEO)
+    stats = sources.norm_stats([dataset], pusht.ROBOT, horizon=1)
     np.testing.assert_allclose(stats["actions"].mean, dataset.columns["action"].mean(0), rtol=1e-5)
     expected = np.quantile(dataset.columns["observation.state"].astype(float), 0.99, axis=0)
     np.testing.assert_array_equal(stats["state"].q99, expected)
 
 
 def test_statistics_of_delta_actions_are_those_of_what_the_model_sees() -> None:
-    dataset = reader.Dataset(VIDEO)
-    robot = dataclasses.replace(PUSHT, delta=(True, False))
+    dataset = reader.Dataset(pusht.VIDEO)
+    robot = dataclasses.replace(pusht.ROBOT, delta=(True, False))
     seen = np.concatenate([dataset.chunk(i, 4)[0] for i in range(len(dataset))])
     seen = seen.reshape(-1, 4, 2).astype(float)
     seen[:, :, 0] -= dataset.columns["observation.state"][:, None, 0]
@@ -69,10 +43,10 @@ def test_statistics_of_delta_actions_are_those_of_what_the_model_sees() -> None:
 
 
 def test_a_dataset_that_fits_passes_without_a_word(capsys) -> None:
-    for path in (IMAGE, VIDEO):
+    for path in (pusht.IMAGE, pusht.VIDEO):
         dataset = reader.Dataset(path)
-        fit.check(dataset, PUSHT)
-        fit.warn(dataset, PUSHT)
+        fit.check(dataset, pusht.ROBOT)
+        fit.warn(dataset, pusht.ROBOT)
     assert capsys.readouterr().err == ""
 
 
@@ -92,18 +66,18 @@ def test_a_dataset_that_fits_passes_without_a_word(capsys) -> None:
 )
 def test_a_misfit_is_named_with_the_closest_name(changes, message) -> None:
     with pytest.raises(ValueError, match=message):
-        fit.check(reader.Dataset(IMAGE), dataclasses.replace(PUSHT, **changes))
+        fit.check(reader.Dataset(pusht.IMAGE), dataclasses.replace(pusht.ROBOT, **changes))
 
 
 def test_nan_names_episode_and_frame(copy) -> None:
     bad = pl.when(pl.col("index") == 27).then(float("nan")).otherwise(1.0).cast(pl.Float32)
-    _edit_data(copy, pl.concat_arr(bad, bad).alias("observation.state"))
+    pusht.edit_data(copy, pl.concat_arr(bad, bad).alias("observation.state"))
     with pytest.raises(ValueError, match=r"'observation.state' .* in episode 1, frame 7: \[nan"):
-        fit.check(reader.Dataset(copy), PUSHT)
+        fit.check(reader.Dataset(copy), pusht.ROBOT)
 
 
 def test_what_the_robot_does_not_use_stops_nothing_and_is_named_once(copy, capsys) -> None:
-    _edit_data(
+    pusht.edit_data(
         copy,
         pl.lit(float("nan")).alias("effort"),
         pl.lit([[1.0], [2.0, 3.0]]).alias("ragged"),
@@ -111,7 +85,7 @@ def test_what_the_robot_does_not_use_stops_nothing_and_is_named_once(copy, capsy
         pl.lit(b"junk").alias("observation.images.side"),
     )
     kind = {"dtype": "float32", "shape": [3], "names": None}
-    _edit_info(
+    _edit_features(
         copy,
         effort=kind,
         ragged=kind,
@@ -120,28 +94,28 @@ def test_what_the_robot_does_not_use_stops_nothing_and_is_named_once(copy, capsy
         subtask={"dtype": "string", "shape": [1]},
         **{"observation.images.side": {"dtype": "image", "shape": [9, 9, 3]}},
     )
-    dataset = reader.Dataset(copy, keys=fit.keys(PUSHT, reader.Dataset(copy).layout))
-    fit.check(dataset, PUSHT)
+    dataset = reader.Dataset(copy, keys=fit.keys(pusht.ROBOT, reader.Dataset(copy).layout))
+    fit.check(dataset, pusht.ROBOT)
     for _ in range(2):
-        fit.warn(dataset, PUSHT)
+        fit.warn(dataset, pusht.ROBOT)
     assert capsys.readouterr().err.splitlines() == [
         f"warning: robot pusht does not use these of dataset {copy}: absent, effort, "
         "observation.images.side, ragged, strange, subtask"
     ]
     progress.be_strict()
     with pytest.raises(ValueError, match=r"does not use these .*--strict makes this warning an er"):
-        fit.warn(dataset, PUSHT)
+        fit.warn(dataset, pusht.ROBOT)
 
 
 @pytest.mark.parametrize("text", ["", " ", None, "None", "nan"])
 def test_an_absent_instruction_is_an_empty_prompt_and_told(copy, capsys, text) -> None:
     _edit_tasks(copy, ["push it", text])
     dataset = reader.Dataset(copy)
-    assert [fit.prompt(dataset, PUSHT, i).strip() for i in (0, 20)] == ["push it", ""]
-    fit.warn(dataset, PUSHT)
+    assert [fit.prompt(dataset, pusht.ROBOT, i).strip() for i in (0, 20)] == ["push it", ""]
+    fit.warn(dataset, pusht.ROBOT)
     assert "2 of 4 episodes of dataset" in (err := capsys.readouterr().err)
     assert "have frames without an instruction, whose prompt is empty (1 3): leave" in err
-    fit.warn(dataset, dataclasses.replace(PUSHT, prompt="push it"))
+    fit.warn(dataset, dataclasses.replace(pusht.ROBOT, prompt="push it"))
     assert capsys.readouterr().err == ""
 
 
@@ -149,33 +123,33 @@ def test_splits_that_are_not_used_are_told(copy, capsys) -> None:
     file = copy / "meta" / "info.json"
     info = json.loads(file.read_text()) | {"splits": {"train": "0:3", "val": "3:4"}}
     file.write_text(json.dumps(info))
-    fit.warn(reader.Dataset(copy), PUSHT)
+    fit.warn(reader.Dataset(copy), pusht.ROBOT)
     assert "declares splits {'train': '0:3', 'val': '3:4'}, which" in capsys.readouterr().err
 
 
 def test_a_column_of_text_can_be_the_prompt(copy) -> None:
     text = pl.when(pl.col("episode_index") == 2).then(pl.lit("lift")).otherwise(pl.lit("push"))
-    _edit_data(copy, text.cast(pl.Categorical).alias("instruction"))
-    _edit_info(copy, instruction={"dtype": "string", "shape": [1]})
+    pusht.edit_data(copy, text.cast(pl.Categorical).alias("instruction"))
+    _edit_features(copy, instruction={"dtype": "string", "shape": [1]})
     (copy / "meta" / "tasks.parquet").unlink()
     dataset = reader.Dataset(copy)
-    robot = dataclasses.replace(PUSHT, prompt_key="instruction")
+    robot = dataclasses.replace(pusht.ROBOT, prompt_key="instruction")
     fit.check(dataset, robot)
     first = int(np.flatnonzero(dataset.columns["episode_index"] == 2)[0])
     assert (fit.prompt(dataset, robot, 0), fit.prompt(dataset, robot, first)) == ("push", "lift")
     with pytest.raises(ValueError, match=r"episode 0, frame 0 .* has task 0; there are \[\]"):
-        fit.check(dataset, PUSHT)
-    fit.check(dataset, dataclasses.replace(PUSHT, prompt="push it"))
+        fit.check(dataset, pusht.ROBOT)
+    fit.check(dataset, dataclasses.replace(pusht.ROBOT, prompt="push it"))
 
 
 def test_a_missing_column_of_prompts_is_reported(copy, capsys) -> None:
-    _edit_data(copy, pl.lit("lift").alias("instruction"))
-    _edit_info(copy, instruction={"dtype": "string", "shape": [1]})
+    pusht.edit_data(copy, pl.lit("lift").alias("instruction"))
+    _edit_features(copy, instruction={"dtype": "string", "shape": [1]})
     dataset = reader.Dataset(copy)
-    fit.warn(dataset, dataclasses.replace(PUSHT, prompt_key="instructoin"))
+    fit.warn(dataset, dataclasses.replace(pusht.ROBOT, prompt_key="instructoin"))
     told = capsys.readouterr().err
     assert f"{copy} has no column 'instructoin' (prompt_key of robot pusht): its tasks are" in told
     assert "['instruction']; did you mean 'instruction'?" in told
     for key in ("task", "prompt", "instruction"):
-        fit.warn(dataset, dataclasses.replace(PUSHT, prompt_key=key))
+        fit.warn(dataset, dataclasses.replace(pusht.ROBOT, prompt_key=key))
     assert "prompt_key" not in capsys.readouterr().err

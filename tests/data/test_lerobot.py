@@ -1,59 +1,29 @@
 """Frames and chunks equal LeRobot's own reader bit for bit; every defect of a dataset is named."""
 
 import concurrent.futures
-import json
 import pathlib
 import pickle
 import shutil
 
 import numpy as np
 import polars as pl
+import pusht
 import pytest
 
 from shallow_pi.data import fit
 from shallow_pi.data.lerobot import pictures, reader
-from shallow_pi.data.robots import robot as robots
 
-FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures" / "lerobot"
-IMAGE, VIDEO = FIXTURES / "pusht_v30_image", FIXTURES / "pusht_v30_video"
-OLD, MULTI = FIXTURES / "pusht_v21_video", FIXTURES / "multi_v30_h264"
+MULTI = pusht.FIXTURES / "multi_v30_h264"
 REFERENCES = [
-    pytest.param(IMAGE, "reference_v30_image.npz", id="image"),
-    pytest.param(VIDEO, "reference_v30_video.npz", id="video"),
-    pytest.param(OLD, "reference_v21_video.npz", id="v2.1"),
+    pytest.param(pusht.IMAGE, "reference_v30_image.npz", id="image"),
+    pytest.param(pusht.VIDEO, "reference_v30_video.npz", id="video"),
+    pytest.param(pusht.OLD, "reference_v21_video.npz", id="v2.1"),
 ]
-
-PUSHT = robots.Robot(
-    name="pusht",
-    cameras={
-        "base_0_rgb": "observation.images.top",
-        "left_wrist_0_rgb": "observation.images.wrist",
-    },
-    state_dim=2,
-    action_dim=2,
-    fps=10,
-)
-
-
-@pytest.fixture
-def copy(tmp_path) -> pathlib.Path:
-    return shutil.copytree(IMAGE, tmp_path / "dataset")
-
-
-def _edit_info(path: pathlib.Path, **changes) -> None:
-    file = path / "meta" / "info.json"
-    info = json.loads(file.read_text()) | changes
-    file.write_text(json.dumps({k: v for k, v in info.items() if v is not None}))
-
-
-def _edit_data(path: pathlib.Path, *columns: pl.Expr | pl.Series) -> None:
-    file = path / "data" / "chunk-000" / "file-000.parquet"
-    pl.read_parquet(file).with_columns(*columns).write_parquet(file)
 
 
 @pytest.mark.parametrize(("path", "reference"), REFERENCES)
 def test_frames_equal_lerobots_in_any_order_from_any_thread(path, reference) -> None:
-    dataset, expected = reader.Dataset(path), np.load(FIXTURES / reference)
+    dataset, expected = reader.Dataset(path), np.load(pusht.FIXTURES / reference)
     top, wrist = expected["top"], expected["wrist"]
     assert len(dataset) == len(top) == 110
 
@@ -70,7 +40,7 @@ def test_frames_equal_lerobots_in_any_order_from_any_thread(path, reference) -> 
 
 @pytest.mark.parametrize(("path", "reference"), REFERENCES)
 def test_chunks_equal_lerobots(path, reference) -> None:
-    dataset, expected = reader.Dataset(path), np.load(FIXTURES / reference)
+    dataset, expected = reader.Dataset(path), np.load(pusht.FIXTURES / reference)
     actions, pad = zip(*(dataset.chunk(i, 8) for i in range(len(dataset))), strict=True)
     np.testing.assert_array_equal(np.stack(actions), expected["action"])
     np.testing.assert_array_equal(np.stack(pad), expected["pad"])
@@ -78,7 +48,7 @@ def test_chunks_equal_lerobots(path, reference) -> None:
 
 
 def test_frame_carries_its_task_and_bookkeeping() -> None:
-    dataset = reader.Dataset(IMAGE)
+    dataset = reader.Dataset(pusht.IMAGE)
     assert dataset[0]["task"] == "push the T block onto the target"
     assert dataset[20]["task"] == "move the T away"
     assert (dataset[20]["episode_index"], dataset[20]["frame_index"]) == (1, 0)
@@ -89,14 +59,16 @@ def test_frame_carries_its_task_and_bookkeeping() -> None:
 
 
 def test_read_decodes_only_the_cameras_asked_for() -> None:
-    frame = reader.Dataset(IMAGE).read(3, ["observation.images.wrist"])
+    frame = reader.Dataset(pusht.IMAGE).read(3, ["observation.images.wrist"])
     assert "observation.images.wrist" in frame
     assert "observation.images.top" not in frame
     with pytest.raises(ValueError, match="has no camera 'front'"):
-        reader.Dataset(IMAGE).read(3, ["front"])
+        reader.Dataset(pusht.IMAGE).read(3, ["front"])
 
 
-@pytest.mark.parametrize("path", [IMAGE, VIDEO, OLD], ids=["image", "video", "v2.1"])
+@pytest.mark.parametrize(
+    "path", [pusht.IMAGE, pusht.VIDEO, pusht.OLD], ids=["image", "video", "v2.1"]
+)
 def test_dataset_can_be_sent_to_another_process(path) -> None:
     dataset = reader.Dataset(path)
     before = dataset[50]
@@ -106,7 +78,7 @@ def test_dataset_can_be_sent_to_another_process(path) -> None:
 
 
 def test_empty_dataset_raises(tmp_path) -> None:
-    copy = shutil.copytree(OLD, tmp_path / "old")
+    copy = shutil.copytree(pusht.OLD, tmp_path / "old")
     (copy / "meta" / "episodes.jsonl").write_text("")
     with pytest.raises(ValueError, match="is empty"):
         reader.Dataset(copy)
@@ -119,16 +91,16 @@ def test_a_file_that_is_missing_is_named_with_its_episodes(copy) -> None:
 
 
 def test_totals_that_do_not_add_up_are_told(copy, capsys) -> None:
-    _edit_info(copy, total_frames=200)
+    pusht.edit_info(copy, total_frames=200)
     assert len(reader.Dataset(copy)) == 110
     assert "info.json says 200 frames, its episodes have 110" in capsys.readouterr().err
 
 
 def test_other_versions_and_absent_datasets_raise(copy, tmp_path) -> None:
-    _edit_info(copy, fps=None)
+    pusht.edit_info(copy, fps=None)
     with pytest.raises(ValueError, match=r"info\.json has no 'fps'"):
         reader.Dataset(copy)
-    _edit_info(copy, codebase_version="v1.6")
+    pusht.edit_info(copy, codebase_version="v1.6")
     with pytest.raises(ValueError, match=r"has LeRobot format v1\.6, expected one of v2\.0, v2"):
         reader.Dataset(copy)
     with pytest.raises(FileNotFoundError, match="no LeRobot dataset at"):
@@ -137,7 +109,7 @@ def test_other_versions_and_absent_datasets_raise(copy, tmp_path) -> None:
 
 def test_corrupt_files_name_file_episode_and_frame(copy, tmp_path) -> None:
     junk = pl.struct(bytes=pl.lit(b"junk"), path=pl.lit("x")).alias("observation.images.top")
-    _edit_data(copy, junk)
+    pusht.edit_data(copy, junk)
     with pytest.raises(
         ValueError,
         match=r"images.top of episode 1, frame 2: cannot decode it from .*file-000\.parquet",
@@ -146,7 +118,7 @@ def test_corrupt_files_name_file_episode_and_frame(copy, tmp_path) -> None:
     (copy / "data" / "chunk-000" / "file-000.parquet").write_bytes(b"junk")
     with pytest.raises(ValueError, match=r"cannot read .* from .*file-000\.parquet"):
         reader.Dataset(copy)
-    video = shutil.copytree(VIDEO, tmp_path / "video")
+    video = shutil.copytree(pusht.VIDEO, tmp_path / "video")
     file = next((video / "videos" / "observation.images.top").rglob("*.mp4"))
     dataset = reader.Dataset(video)
     whole = file.read_bytes()
@@ -160,13 +132,13 @@ def test_corrupt_files_name_file_episode_and_frame(copy, tmp_path) -> None:
 
 def test_version_2_0_is_read_like_2_1(tmp_path) -> None:
     """The two differ in where their statistics lie, which nothing reads."""
-    copy = shutil.copytree(OLD, tmp_path / "old")
-    _edit_info(copy, codebase_version="v2.0")
+    copy = shutil.copytree(pusht.OLD, tmp_path / "old")
+    pusht.edit_info(copy, codebase_version="v2.0")
     (copy / "meta" / "episodes_stats.jsonl").unlink()
     dataset = reader.Dataset(copy)
     assert (len(dataset), dataset.num_episodes) == (110, 4)
     assert dataset[20]["task"] == "move the T away"
-    fit.check(dataset, PUSHT)
+    fit.check(dataset, pusht.ROBOT)
 
 
 def test_many_episodes_in_many_files_h264() -> None:
@@ -183,7 +155,9 @@ def test_many_episodes_in_many_files_h264() -> None:
         np.testing.assert_array_equal(dataset.picture(i, dataset.cameras[0]), pictures[i])
 
 
-@pytest.mark.parametrize("path", [IMAGE, VIDEO, OLD], ids=["image", "video", "v2.1"])
+@pytest.mark.parametrize(
+    "path", [pusht.IMAGE, pusht.VIDEO, pusht.OLD], ids=["image", "video", "v2.1"]
+)
 def test_chosen_episodes_are_those_of_the_whole(path, tmp_path) -> None:
     whole, chosen = reader.Dataset(path), reader.Dataset(path, episodes=[3, 1])
     assert (chosen.episodes, len(chosen)) == ([1, 3], 60)
@@ -199,7 +173,7 @@ def test_chosen_episodes_are_those_of_the_whole(path, tmp_path) -> None:
 
 
 def test_files_of_other_episodes_need_not_be_there(tmp_path) -> None:
-    copy = shutil.copytree(OLD, tmp_path / "old")
+    copy = shutil.copytree(pusht.OLD, tmp_path / "old")
     for file in copy.rglob("episode_000002.*"):
         file.unlink()
     dataset = reader.Dataset(copy, episodes=[0, 3])
@@ -215,7 +189,7 @@ def test_files_of_other_episodes_need_not_be_there(tmp_path) -> None:
 
 
 def test_bad_episodes_are_left_out_counted_and_named(tmp_path) -> None:
-    copy = shutil.copytree(OLD, tmp_path / "old")
+    copy = shutil.copytree(pusht.OLD, tmp_path / "old")
     data, top = copy / "data" / "chunk-000", copy / "videos" / "chunk-000"
     (data / "episode_000000.parquet").write_bytes(b"junk")
     file = top / "observation.images.wrist" / "episode_000001.mp4"
@@ -231,7 +205,7 @@ def test_bad_episodes_are_left_out_counted_and_named(tmp_path) -> None:
     assert sorted(dataset.skipped) == [0, 1, 3]
     assert "episode_000001.mp4" in dataset.skipped[1]
     assert "episode 1, frame" in dataset.skipped[1]
-    whole = reader.Dataset(OLD)
+    whole = reader.Dataset(pusht.OLD)
     np.testing.assert_array_equal(dataset[7]["action"], whole[52]["action"])
     assert len(pickle.loads(pickle.dumps(dataset))) == 30
     shutil.rmtree(copy / "videos")
@@ -241,21 +215,21 @@ def test_bad_episodes_are_left_out_counted_and_named(tmp_path) -> None:
 
 def test_an_episode_that_is_not_finite_can_be_left_out(copy) -> None:
     bad = pl.when(pl.col("index") == 27).then(float("nan")).otherwise(1.0).cast(pl.Float32)
-    _edit_data(copy, pl.concat_arr(bad, bad).alias("action"))
+    pusht.edit_data(copy, pl.concat_arr(bad, bad).alias("action"))
     dataset = reader.Dataset(copy, skip_bad_episodes=True)
     assert dataset.skipped == {1: "'action' is not finite in episode 1"}
-    fit.check(dataset, PUSHT)
+    fit.check(dataset, pusht.ROBOT)
 
 
 def test_frames_out_of_order_are_named(copy) -> None:
     swapped = pl.when(pl.col("index") == 21).then(5).otherwise(pl.col("frame_index"))
-    _edit_data(copy, swapped.alias("frame_index"))
+    pusht.edit_data(copy, swapped.alias("frame_index"))
     with pytest.raises(ValueError, match=r"row 1 of episode 1 is frame 5"):
         reader.Dataset(copy)
 
 
 def test_damaged_meta_files_are_named(tmp_path) -> None:
-    old = shutil.copytree(OLD, tmp_path / "old")
+    old = shutil.copytree(pusht.OLD, tmp_path / "old")
     with (old / "meta" / "episodes.jsonl").open("a") as file:
         file.write("{cut")
     with pytest.raises(ValueError, match=r"episodes\.jsonl, line 5 is not JSON"):
@@ -263,18 +237,18 @@ def test_damaged_meta_files_are_named(tmp_path) -> None:
     (old / "meta" / "episodes.jsonl").unlink()
     with pytest.raises(FileNotFoundError, match=r"episodes\.jsonl is missing"):
         reader.Dataset(old)
-    new = shutil.copytree(IMAGE, tmp_path / "new")
+    new = shutil.copytree(pusht.IMAGE, tmp_path / "new")
     (new / "meta" / "info.json").write_text("{")
     with pytest.raises(ValueError, match=r"info\.json is not JSON"):
         reader.Dataset(new)
-    shutil.copy(IMAGE / "meta" / "info.json", new / "meta")
+    shutil.copy(pusht.IMAGE / "meta" / "info.json", new / "meta")
     shutil.rmtree(new / "meta" / "episodes")
     with pytest.raises(FileNotFoundError, match=r"has no meta/episodes"):
         reader.Dataset(new)
 
 
 def test_a_task_without_text_is_named(tmp_path) -> None:
-    old = shutil.copytree(OLD, tmp_path / "old")
+    old = shutil.copytree(pusht.OLD, tmp_path / "old")
     file = old / "meta" / "tasks.jsonl"
     file.write_text(file.read_text().splitlines()[0])
     with pytest.raises(ValueError, match=r"episode 1, frame 0 .* has task 1; there are \[0\]"):
@@ -294,7 +268,7 @@ def test_episodes_are_split_by_share_and_seed() -> None:
 
 
 def test_memory_for_encoded_pictures_is_limited(monkeypatch) -> None:
-    dataset, expected = reader.Dataset(IMAGE), reader.Dataset(IMAGE)
+    dataset, expected = reader.Dataset(pusht.IMAGE), reader.Dataset(pusht.IMAGE)
     monkeypatch.setattr(pictures, "MAX_PICTURE_BYTES", 1)
     for camera in (*dataset.cameras, *dataset.cameras):
         np.testing.assert_array_equal(dataset.picture(5, camera), expected.picture(5, camera))
@@ -305,11 +279,11 @@ def test_memory_for_encoded_pictures_is_limited(monkeypatch) -> None:
 def test_a_folder_may_have_any_name(name, tmp_path, monkeypatch) -> None:
     """Brackets are a pattern to polars, and `a:` a protocol to FFmpeg."""
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(IMAGE, tmp_path / "run 1")
-    for source in (IMAGE, OLD):
+    shutil.copytree(pusht.IMAGE, tmp_path / "run 1")
+    for source in (pusht.IMAGE, pusht.OLD):
         folder = shutil.copytree(source, tmp_path / name / "set")
         expected = reader.Dataset(source)
-        _edit_data(tmp_path / "run 1", pl.lit(7).alias("task_index"))
+        pusht.edit_data(tmp_path / "run 1", pl.lit(7).alias("task_index"))
         for path in (folder, f"./{name}/set/", pathlib.Path(name, "set")):
             dataset = reader.Dataset(path)
             assert dataset.task(0) == expected.task(0)

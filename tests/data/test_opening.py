@@ -163,6 +163,14 @@ def test_joints_in_another_order_are_told(data, model, tmp_path, capsys):
     assert told.count("learned as one") == 1
 
 
+def test_a_dataset_given_twice_is_told_unless_its_episodes_differ(data, capsys):
+    twice = dataclasses.replace(data, more=(f"{data.path}/../dataset",))
+    opening.open_recordings(twice)
+    assert "is given twice (--data.path, --data.more), and 3 of its" in capsys.readouterr().err
+    opening.open_recordings(dataclasses.replace(twice, episodes=("0/0", "1/1")))
+    assert "twice" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("cache", ["memory", "disk"])
 def test_caches_change_no_sample(data, model, more, tmp_path, cache):
     data = dataclasses.replace(data, more=(str(more),), weights=(2, 1), held_out=0.3)

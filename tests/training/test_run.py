@@ -130,6 +130,16 @@ def test_a_run_name_that_orbax_could_not_read_is_refused_before_all(remote, monk
         runs.open_run(dataclasses.replace(remote, exp_name="lr[1]"))
 
 
+def test_a_place_that_cannot_be_written_is_found_before_a_dataset_is_opened(
+    remote, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(reader.Dataset, "__init__", lambda *_, **__: pytest.fail("a dataset opens"))
+    (tmp_path / "file").write_text("")
+    lost = dataclasses.replace(remote, checkpoint_dir=str(tmp_path / "file"))
+    with pytest.raises(OSError, match=r"cannot be written \(Not a directory\).*--checkpoint-dir"):
+        runs.open_run(lost)
+
+
 def test_a_teacher_here_that_does_not_fit_is_found_before_a_dataset_is_opened(
     experiment, tmp_path, tiny_config, tiny_params
 ):

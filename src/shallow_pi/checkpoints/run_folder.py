@@ -13,6 +13,7 @@ import json
 import os
 import pathlib
 import re
+import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
@@ -98,7 +99,7 @@ def steps(folder: pathlib.Path) -> list[int]:
 
 
 def check(path: str | os.PathLike[str], resume: bool, overwrite: bool) -> bool:
-    """Raise where `prepare` would, changing nothing; True if the folder holds anything."""
+    """Raise where `prepare` would, leaving nothing behind; True if the folder holds anything."""
     folder = pathlib.Path(path).expanduser().absolute()
     check_name(folder)
     if resume and overwrite:
@@ -111,6 +112,11 @@ def check(path: str | os.PathLike[str], resume: bool, overwrite: bool) -> bool:
             f"{folder} already holds a run: --resume continues it, --overwrite renames it and "
             "starts anew, or choose another --exp-name"
         )
+    if jax.process_index() == 0:
+        # As root every folder says that it is writable, on a read-only disk too.
+        there = next(one for one in (folder, *folder.parents) if one.exists())
+        with writing(folder), tempfile.TemporaryDirectory(prefix=".writable-", dir=there):
+            pass
     return occupied
 
 

@@ -11,6 +11,7 @@ path; each shard goes straight to its device.
 import math
 import os
 import pathlib
+import re
 from collections.abc import Iterable
 from typing import Any, cast
 
@@ -26,6 +27,8 @@ from shallow_pi.models import parameters
 
 # Host memory for reading a checkpoint, in 10⁹ bytes; a larger parameter is read alone.
 HOST_GB = 2
+# Where TensorStore says which array it could not read.
+_UNREAD = re.compile(r'"([^"]+)/[^"/]*" in OCDBT database')
 # A parameter, or its shape.
 Leaf = Array | jax.ShapeDtypeStruct
 
@@ -327,11 +330,18 @@ def damaged(folder: pathlib.Path, error: Exception) -> Exception:
     """The error to raise for a checkpoint that `error` prevented from being read."""
     if not folder.exists():
         return FileNotFoundError(f"there is no checkpoint at {folder}")
-    first_line = next(iter(str(error).splitlines()), "")[:300]
+    first: BaseException = error
+    while first.__cause__ is not None:
+        first = first.__cause__
+    # Orbax's text is a page of TensorStore's settings; its cause names the array.
+    if (array := _UNREAD.search(str(first))) is not None:
+        name = array[1].removeprefix("params.").replace(".", "/")
+        why = f"a file in it is missing or cut short, and with it {name}"
+    else:
+        why = f"{type(first).__name__}: {next(iter(str(first).splitlines()), '')[:300]}"
     return ValueError(
-        f"{folder} could not be read ({type(error).__name__}: {first_line}). If it was copied or "
-        "downloaded, it is probably truncated: delete it and fetch it again; a run continues "
-        "from its previous step folder"
+        f"{folder} could not be read ({why}). If it was copied or downloaded, it is probably "
+        "truncated: delete it and fetch it again; a run continues from its previous step folder"
     )
 
 

@@ -185,6 +185,7 @@ def open_datasets(
         fit.warn(dataset, robot)
         if found:
             _compare_names(found[0], dataset, robot)
+            _warn_of_repeats(found, dataset)
         found.append(dataset)
     if not data.held_out:
         return found, []
@@ -197,6 +198,17 @@ def open_datasets(
         train.append(dataset.select(parts[0]))
         held_out.append(dataset.select(parts[1]))
     return train, held_out
+
+
+def _warn_of_repeats(before: Sequence[reader.Dataset], dataset: reader.Dataset) -> None:
+    """Warn of episodes that another of the datasets has already given."""
+    for other in before:
+        twice = set(dataset.episodes) & set(other.episodes)
+        if twice and dataset.path.resolve() == other.path.resolve():
+            progress.warn(
+                f"dataset {dataset.path} is given twice (--data.path, --data.more), and "
+                f"{len(twice)} of its episodes count twice; --data.weights sets shares"
+            )
 
 
 def _samples(
