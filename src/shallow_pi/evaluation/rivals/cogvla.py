@@ -28,7 +28,7 @@ from shallow_pi.evaluation.rivals import gated, rival, training
 from shallow_pi.inference import attention, forward, prepare
 from shallow_pi.models import layers as equations
 from shallow_pi.models import observation as observations
-from shallow_pi.models import parameters, pi0
+from shallow_pi.models import pi0
 
 KINDS = ("film", "plain", "mean")
 # A query's attention logits outside its window at the start.
@@ -58,9 +58,8 @@ class CogVLA:
         """Train the queries and the model behind them."""
         teacher = material.model
         kept = layer_map.uniform(self.layers or teacher.depth, teacher.depth)
-        model = pi0.at_depth(teacher, kept.depth)
-        cut = student.cut(teacher, material.params, kept)
-        start = training.Trained(cut, init(model, jax.random.key(0)))
+        model, _, own = self.untrained(teacher, material.params)
+        start = training.Trained(student.cut(teacher, material.params, kept), own)
 
         def loss(held: training.Trained, seen: training.Seen) -> Float[Array, ""]:
             drawn = seen.drawn
@@ -99,6 +98,14 @@ class CogVLA:
             cache,
         )
 
+    def untrained(
+        self, config: pi0.Pi0Config, params: PyTree
+    ) -> tuple[pi0.Pi0Config, rival.Sample, PyTree]:
+        """The model at the kept depth, and queries that are the mean of windows."""
+        del params
+        model = pi0.at_depth(config, self.layers or config.depth)
+        return model, self.sample, init(model, jax.random.key(0))
+
     def operations(self, config: pi0.Pi0Config, num_steps: int) -> int:
         """Of the tower, the queries, and the model over fewer tokens."""
         fewer, depth = rival.with_tokens(config, _images(config) // 4), self.layers or config.depth
@@ -114,7 +121,7 @@ class CogVLA:
         model = pi0.at_depth(config, self.layers or config.depth)
         own = jax.eval_shape(lambda: init(model, jax.random.key(0)))
         extra = sum(leaf.size for leaf in jax.tree.leaves(own)) if self.kind != "mean" else 0
-        return parameters.count(pi0.axis_sizes(model)) + extra
+        return rival.held(model) + extra
 
 
 def init(config: pi0.Pi0Config, key: Array) -> PyTree:

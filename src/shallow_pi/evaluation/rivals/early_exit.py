@@ -21,7 +21,7 @@ from shallow_pi.deploy import policy as deployed
 from shallow_pi.distill import flow, gates
 from shallow_pi.evaluation.rivals import gated, rival, training
 from shallow_pi.inference import forward, prepare
-from shallow_pi.models import gemma, layers, parameters, pi0
+from shallow_pi.models import gemma, layers, pi0
 from shallow_pi.models import observation as observations
 
 # Batches over which thresholds are calibrated.
@@ -162,6 +162,17 @@ class EarlyExit:
 
         return rival.integrate(velocity, prepared, noise, cache)
 
+    def untrained(
+        self, config: pi0.Pi0Config, params: PyTree
+    ) -> tuple[pi0.Pi0Config, rival.Sample, PyTree]:
+        """The teacher; everybody leaves at the exit nearest to the mean depth."""
+        every = self.exits(config.depth)
+        mean = float(self.shares(config.depth) @ np.array(every))
+        nearest = int(np.argmin(np.abs(np.array(every) - mean)))
+        limits = np.where(np.arange(len(every)) >= max(nearest, 1), 1e30, -1.0)
+        own = {**init(params, len(every)), "thresholds": limits.astype(np.float32)}
+        return config, self.sample, own
+
     def operations(self, config: pi0.Pi0Config, num_steps: int) -> int:
         """The mean over those who leave at each exit, at the calibrated shares."""
         one, whole = rival.layer(config), rival.count(config, config.depth, num_steps)
@@ -175,7 +186,7 @@ class EarlyExit:
     def parameters_held(self, config: pi0.Pi0Config) -> int:
         """All layers, and the exits' heads."""
         head = config.expert.width + (config.expert.width + 1) * config.action_dim
-        return parameters.count(pi0.axis_sizes(config)) + len(self.exits(config.depth)) * head
+        return rival.held(config) + len(self.exits(config.depth)) * head
 
 
 def init(params: PyTree, exits: int) -> PyTree:

@@ -21,13 +21,13 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from shallow_pi.deploy import policy as deployed
 from shallow_pi.distill import layer_map, student
 from shallow_pi.evaluation.rivals import rival
 from shallow_pi.inference import attention, forward, prepare
-from shallow_pi.models import layers, parameters, pi0
+from shallow_pi.models import layers, pi0
 from shallow_pi.models import observation as observations
 
 # Most relevant tokens, from which diversity is measured.
@@ -108,6 +108,13 @@ class EfficientVLA:
         rest = num_steps - whole * self.cache
         return block(x_t, cache, jax.tree.map(lambda leaf: leaf[-rest:], tables), rest)
 
+    def untrained(
+        self, config: pi0.Pi0Config, params: PyTree
+    ) -> tuple[pi0.Pi0Config, rival.Sample, PyTree]:
+        """The model at the kept depth."""
+        del params
+        return pi0.at_depth(config, self.layers or config.depth), self.sample, ()
+
     def operations(self, config: pi0.Pi0Config, num_steps: int) -> int:
         """Of the tower, the first layer over all tokens, the others, and the computed steps."""
         depth, images = self.layers or config.depth, _images(config)
@@ -121,7 +128,7 @@ class EfficientVLA:
 
     def parameters_held(self, config: pi0.Pi0Config) -> int:
         """Those of the kept layers."""
-        return parameters.count(pi0.axis_sizes(pi0.at_depth(config, self.layers or config.depth)))
+        return rival.held(pi0.at_depth(config, self.layers or config.depth))
 
 
 def prefill(

@@ -26,7 +26,7 @@ from shallow_pi.deploy import policy as deployed
 from shallow_pi.distill import gates
 from shallow_pi.evaluation.rivals import gated, rival, training
 from shallow_pi.inference import forward
-from shallow_pi.models import layers, parameters, pi0
+from shallow_pi.models import layers, pi0
 from shallow_pi.models import observation as observations
 
 # Width of the router, or the backbone's where that is less; its heads.
@@ -52,7 +52,7 @@ class MoLE:
         model = material.model
         if self.layers > model.depth:
             raise ValueError(f"mole: {self.layers} layers of {model.depth} cannot be on")
-        start = training.Trained(material.params, init(model, jax.random.key(0)))
+        start = training.Trained(material.params, self.untrained(model, material.params)[2])
         named = f"mole-{self.layers}"
         teacher = material.params
 
@@ -99,6 +99,13 @@ class MoLE:
         opened = top(soft, self.layers).T > 0
         return gated.sample(config, held.prepared, *prefix, observation.state, noise, opened)
 
+    def untrained(
+        self, config: pi0.Pi0Config, params: PyTree
+    ) -> tuple[pi0.Pi0Config, rival.Sample, PyTree]:
+        """The teacher, and a router that has learned nothing."""
+        del params
+        return config, self.sample, init(config, jax.random.key(0))
+
     def operations(self, config: pi0.Pi0Config, num_steps: int) -> int:
         """Of as many layers as are on, and of the router over the prompt and once."""
         count, one = rival.count(config, self.layers, num_steps), rival.layer(config)
@@ -112,7 +119,7 @@ class MoLE:
         """All layers, and the router."""
         router = jax.eval_shape(lambda: init(config, jax.random.key(0)))
         own = sum(leaf.size for leaf in jax.tree.leaves(router))
-        return parameters.count(pi0.axis_sizes(config)) + own
+        return rival.held(config) + own
 
 
 def init(config: pi0.Pi0Config, key: Array) -> PyTree:

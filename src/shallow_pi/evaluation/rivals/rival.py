@@ -10,6 +10,7 @@ measured with these options too (rival `teacher`).
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, Protocol
@@ -121,6 +122,17 @@ class Rival(Protocol):
 
     def make(self, material: Material, folder: pathlib.Path) -> deployed.Policy:
         """The policy; what it measures or trains is kept in the folder, and read where it is."""
+        ...
+
+    def untrained(
+        self, config: pi0.Pi0Config, params: PyTree
+    ) -> tuple[pi0.Pi0Config, Sample, PyTree]:
+        """Its model, sampler and own parameters before training, to measure times with.
+
+        Args:
+          config: the teacher.
+          params: its parameters.
+        """
         ...
 
     def operations(self, config: pi0.Pi0Config, num_steps: int) -> int:
@@ -257,3 +269,8 @@ def layer(config: pi0.Pi0Config) -> flops.Count:
     """Operations of one layer that others follow, over the prefix and in one step."""
     two, one = (count(config, depth, 1) for depth in (2, 1))
     return flops.Count(0, two.prefix - one.prefix, two.step - one.step, 1)
+
+
+def held(config: pi0.Pi0Config) -> int:
+    """Parameters of a plain model."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(pi0.abstract_params(config)))

@@ -13,13 +13,14 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from shallow_pi.deploy import policy as deployed
 from shallow_pi.distill import gates, layer_map, student
 from shallow_pi.evaluation.rivals import rival
 from shallow_pi.inference import forward
 from shallow_pi.models import observation as observations
-from shallow_pi.models import parameters, pi0
+from shallow_pi.models import pi0
 
 Order = Literal["oracle", layer_map.Measured]
 
@@ -33,13 +34,20 @@ class Teacher:
         del folder
         return rival.policy(material, material.model, material.params, plain, ())
 
+    def untrained(
+        self, config: pi0.Pi0Config, params: PyTree
+    ) -> tuple[pi0.Pi0Config, rival.Sample, PyTree]:
+        """The teacher."""
+        del params
+        return config, plain, ()
+
     def operations(self, config: pi0.Pi0Config, num_steps: int) -> int:
         """Of the plain sampler."""
         return rival.count(config, config.depth, num_steps).total
 
     def parameters_held(self, config: pi0.Pi0Config) -> int:
         """All."""
-        return parameters.count(pi0.axis_sizes(config))
+        return rival.held(config)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,13 +74,20 @@ class Skip:
         params = student.cut(model, material.params, kept)
         return rival.policy(material, pi0.at_depth(model, kept.depth), params, plain, ())
 
+    def untrained(
+        self, config: pi0.Pi0Config, params: PyTree
+    ) -> tuple[pi0.Pi0Config, rival.Sample, PyTree]:
+        """The model at what is left of its depth."""
+        del params
+        return pi0.at_depth(config, config.depth - self.drop), plain, ()
+
     def operations(self, config: pi0.Pi0Config, num_steps: int) -> int:
         """Of the plain sampler at what is left."""
         return rival.count(config, config.depth - self.drop, num_steps).total
 
     def parameters_held(self, config: pi0.Pi0Config) -> int:
         """Those of the kept layers."""
-        return parameters.count(pi0.axis_sizes(pi0.at_depth(config, config.depth - self.drop)))
+        return rival.held(pi0.at_depth(config, config.depth - self.drop))
 
 
 def plain(
