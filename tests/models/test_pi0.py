@@ -363,6 +363,41 @@ def test_remat_changes_no_gradient(pi05, model):
 
 
 @BOTH
+def test_flash_attention_changes_neither_velocity_nor_gradient(pi05, model, monkeypatch):
+    """cuDNN's arguments, computed by XLA: the keys that exist come first."""
+    config, params, observation = model(pi05)
+    x_t, asked = _x_t(config, 2), []
+    original = jax.nn.dot_product_attention
+
+    def on_xla(*arguments, implementation, **keywords):
+        asked.append((implementation, keywords["key_value_seq_lengths"] is not None))
+        return original(*arguments, implementation="xla", **keywords)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", on_xla)
+    masks = {name: jnp.arange(2) > i for i, name in enumerate(config.cameras)}
+    seen = observation.replace(image_masks=masks)
+
+    def run(kernel):
+        execution = layers.Execution("dots", tower_attention=kernel, prefix_attention=kernel)
+
+        def loss(params):
+            v, attention = pi0.velocity(
+                config, params, seen, x_t, T, attention_layer=1, execution=execution
+            )
+            return jnp.mean(v**2) + jnp.mean(attention.logits**2), v
+
+        return jax.jit(jax.grad(loss, has_aux=True))(params)
+
+    gradient, v = run("cudnn")
+    assert set(asked) == {("cudnn", False), ("cudnn", True)}  # Tower and prefix.
+    plain, expected = run("xla")
+    np.testing.assert_allclose(v, expected, atol=1e-5)
+    for path, leaf in weights.leaves(plain).items():
+        found = weights.leaves(gradient)[path]
+        np.testing.assert_allclose(leaf, found, rtol=1e-3, atol=1e-5, err_msg=path)
+
+
+@BOTH
 def test_bfloat16_is_close_to_float32(pi05, model, tiny_config):
     config, params, observation = model(pi05)
     x_t = _x_t(config, 2)

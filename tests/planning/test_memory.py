@@ -6,6 +6,7 @@ import re
 import types
 
 import jax
+import numpy as np
 import pytest
 
 from shallow_pi.models import pi0
@@ -114,11 +115,50 @@ def test_a_run_reports_its_mesh_and_warns_if_it_may_not_fit(full_size, monkeypat
     devices = _devices(8, 16 * GIGA, monkeypatch)
     experiment = dataclasses.replace(full_size, batch_size=64, remat="layers")
     mesh = setup.make_mesh(experiment, devices)
-    first, second = setup.describe_mesh(experiment, mesh)
+    first, second, third = setup.describe_mesh(experiment, mesh)
     assert first == "Mesh: data 2 × fsdp 4 × tensor 1 (8 cpu)"
     assert re.fullmatch(r"Memory of a device: about [\d.]+ GB \(teacher .*\) of 16 GB", second)
+    assert third == (
+        "Recomputed: all activations of a layer but its input (--remat layers); attention: xla in "
+        "the image tower, xla in the prefix"
+    )
     big = dataclasses.replace(experiment, batch_size=512)
-    assert "may not fit: try --student.freeze" in setup.describe_mesh(big, mesh)[2]
+    assert "may not fit: try --student.freeze" in setup.describe_mesh(big, mesh)[-1]
+
+
+@pytest.mark.parametrize(("room", "chosen"), [(None, "layers"), (40, "layers"), (96, "dots")])
+def test_remat_is_chosen_by_memory(full_size, monkeypatch, room, chosen):
+    devices = _devices(1, room and room * GIGA, monkeypatch)
+    mesh = sharding.MeshConfig().create(devices)
+    auto = dataclasses.replace(full_size, batch_size=32, remat="auto")
+    assert setup.make_spec(auto, mesh).execution.remat == chosen
+    assert setup.make_spec(_with(auto, remat="none"), mesh).execution.remat == "none"
+
+
+def test_attention_is_chosen_by_device(full_size, monkeypatch):
+    mesh = sharding.MeshConfig().create(jax.devices()[:1])
+    monkeypatch.setattr(setup.sharding, "batch_sharding", lambda mesh: None)
+    monkeypatch.setattr(accelerators, "memory_of", lambda device: None)
+
+    def chosen(device, **changes):
+        devices = np.array([types.SimpleNamespace(**device)])
+        on = types.SimpleNamespace(devices=devices)
+        spec = setup.make_spec(_with(full_size, **changes), on)
+        return spec.execution.tower_attention, spec.execution.prefix_attention
+
+    hopper = {"platform": "gpu", "compute_capability": "9.0"}
+    assert chosen(hopper) == ("cudnn", "cudnn")
+    assert chosen(hopper, attention="tower") == ("cudnn", "xla")
+    assert chosen(hopper, attention="xla") == ("xla", "xla")
+    assert chosen({"platform": "gpu", "compute_capability": "8.6"}) == ("cudnn", "xla")
+    assert chosen({"platform": "gpu", "compute_capability": "7.5"}) == ("xla", "xla")
+    assert chosen({"platform": "tpu"}) == ("xla", "xla")
+    wide = dataclasses.replace(full_size.model, dtype="float32")
+    assert chosen(hopper, model=wide) == ("xla", "xla")
+    with pytest.raises(ValueError, match=r"--attention cudnn: .* the model in float32: use 'xla'"):
+        chosen(hopper, model=wide, attention="cudnn")
+    with pytest.raises(ValueError, match=r"--attention tower: .*, and JAX's backend is cpu"):
+        setup.make_spec(_with(full_size, attention="tower"), mesh)
 
 
 def test_a_strategy_that_measures_can_be_planned_but_not_stepped(full_size):

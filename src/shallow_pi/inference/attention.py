@@ -19,8 +19,8 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from shallow_pi.models import layers
 
-Kernel = Literal["xla", "cudnn"]
-KERNELS: tuple[Kernel, ...] = get_args(Kernel)
+Kernel = layers.Kernel
+KERNELS = layers.KERNELS
 # The buffers of a step's layer: keys and values apart; side by side; or with queries below them.
 Buffers = Literal["apart", "joined", "joined with queries"]
 BUFFERS: tuple[Buffers, ...] = get_args(Buffers)

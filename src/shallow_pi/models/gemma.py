@@ -111,6 +111,9 @@ class Geometry(NamedTuple):
     suffix_mask: Bool[Array, "t t"]
     # Condition of the adaptive norms (π0.5).
     condition: Float[Array, "b r e"] | None
+    # Flash attention of the prefix: its keys in an order that begins with those that exist. None:
+    # `layers.attend`.
+    order: Int[Array, "b s"] | None = None
 
     @classmethod
     def create(
@@ -120,6 +123,7 @@ class Geometry(NamedTuple):
         suffix_len: int,
         action_rows: int,
         condition: Float[Array, "b r e"] | None = None,
+        prefix_attention: layers.Kernel = "xla",
     ) -> "Geometry":
         """Positions count valid tokens; the suffix, all valid, goes on where the prefix ends."""
         prefix_rope = layers.rope_table(jnp.cumsum(prefix_valid, axis=1) - 1, head_dim)
@@ -128,7 +132,10 @@ class Geometry(NamedTuple):
         )
         mask = jnp.asarray(suffix_mask(suffix_len, action_rows))
         rope = layers.rope_table(positions, head_dim)
-        return cls(prefix_valid, prefix_rope, rope, mask, condition)
+        order = None
+        if prefix_attention == "cudnn":
+            order = jnp.argsort(~prefix_valid, axis=1, stable=True)
+        return cls(prefix_valid, prefix_rope, rope, mask, condition, order)
 
 
 def suffix_mask(suffix_len: int, action_horizon: int) -> Bool[np.ndarray, "t t"]:
@@ -199,13 +206,23 @@ def prefix_keys_values(
     return layers.apply_rope(keys, geometry.prefix_rope), values
 
 
+def _rows(x: Float[Array, "s k h"], order: Int[Array, " s"]) -> Float[Array, "s k h"]:
+    return x.at[order].get(unique_indices=True)
+
+
 def prefix_layer(
     weights: Weights, x: Float[Array, "b s d"], geometry: Geometry
 ) -> tuple[Float[Array, "b s d"], tuple[Array, Array]]:
     """One layer of the prefix, and its keys and values for the suffix."""
     normed, _ = norm(weights["pre_attention_norm"], x, None)
     queries, cached = _project(weights["attn"], 0, normed, geometry.prefix_rope)
-    mixed = layers.attend(queries, *cached, geometry.prefix_valid[:, None])
+    if geometry.order is None:
+        mixed = layers.attend(queries, *cached, geometry.prefix_valid[:, None])
+    else:
+        keys, values = (jax.vmap(_rows)(leaf, geometry.order) for leaf in cached)
+        # Where nothing exists, nothing reads the result.
+        lengths = jnp.maximum(jnp.sum(geometry.prefix_valid, axis=1), 1)
+        mixed = layers.attend_flash(queries, keys, values, lengths)
     return _finish(weights, 0, x, mixed, None, None), cached
 
 

@@ -11,7 +11,7 @@ H head dim.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, Protocol, TypeVar, cast, runtime_checkable
+from typing import Any, Literal, Protocol, TypeVar, cast, get_args, runtime_checkable
 
 import flax.linen as nn
 import jax
@@ -23,8 +23,13 @@ Tree = TypeVar("Tree")
 MASKED = -2.3819763e38
 ROPE_WAVELENGTH = 10_000.0
 # What the forward pass keeps of a layer for the backward one, which recomputes the rest: its input;
-# its products with weights too; or everything, so that "none" recomputes nothing.
+# its products with weights, and flash attention, too; or everything, so that "none" recomputes
+# nothing.
 Remat = Literal["layers", "dots", "none"]
+REMATS: tuple[Remat, ...] = get_args(Remat)
+# `attend`, or NVIDIA's flash attention, which stores no logits.
+Kernel = Literal["xla", "cudnn"]
+KERNELS: tuple[Kernel, ...] = get_args(Kernel)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,10 +41,16 @@ class Execution:
     rows: jax.sharding.Sharding | None = None
     # The parameters are in host memory: each layer copies its own to the device when it runs.
     offloaded: bool = False
+    # The kernels that compute attention in the image tower and in the prefix.
+    tower_attention: Kernel = "xla"
+    prefix_attention: Kernel = "xla"
 
     def __post_init__(self) -> None:
-        if self.remat not in ("layers", "dots", "none"):
+        if self.remat not in REMATS:
             raise ValueError(f"remat must be layers, dots or none, got {self.remat!r}.")
+        for name in ("tower_attention", "prefix_attention"):
+            if getattr(self, name) not in KERNELS:
+                raise ValueError(f"{name} must be xla or cudnn, got {getattr(self, name)!r}.")
 
     def layer(self, module: type[nn.Module]) -> type[nn.Module]:
         """The class of a layer, to be scanned, as this execution runs it."""
@@ -57,7 +68,7 @@ class Execution:
 
     @property
     def _policy(self) -> Callable[..., bool] | None:
-        return None if self.remat == "layers" else _SAVE_DOTS
+        return None if self.remat == "layers" else _save_dots
 
     def keep_rows(self, x: Float[Array, " b *more"]) -> Float[Array, " b *more"]:
         """`x` with its first axis sharded as `rows`, and no other axis.
@@ -83,7 +94,14 @@ class Execution:
 
 
 DEFAULT_EXECUTION = Execution()
-_SAVE_DOTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+
+
+def _save_dots(primitive: Any, *arguments: Any, **parameters: Any) -> bool:
+    """The remat policy that keeps products with weights, and flash attention."""
+    dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    if "dot_product_attention_fwd" in primitive.name:
+        return True
+    return bool(dots(primitive, *arguments, **parameters))
 
 
 def to_device(tree: PyTree) -> PyTree:
@@ -260,6 +278,26 @@ def attend(
     probabilities = softmax(logits, None if mask is None else mask[:, None, :, None])
     mixed = jnp.einsum("BKTGS,BSKH->BKTGH", probabilities.astype(values.dtype), values)
     return jnp.moveaxis(mixed, 1, 2)
+
+
+def attend_flash(
+    queries: Float[Array, "b t k g h"],
+    keys: Float[Array, "b s k h"],
+    values: Float[Array, "b s k h"],
+    lengths: Int[Array, " b"] | None,
+) -> Float[Array, "b t k g h"]:
+    """`attend` by cuDNN; every query sees the first keys, up to a length, or all of them."""
+    b, t, k, g, h = queries.shape
+    mixed = jax.nn.dot_product_attention(
+        queries.reshape(b, t, k * g, h),
+        keys,
+        values,
+        scale=1.0,
+        query_seq_lengths=None if lengths is None else jnp.full((b,), t, jnp.int32),
+        key_value_seq_lengths=None if lengths is None else lengths.astype(jnp.int32),
+        implementation="cudnn",
+    )
+    return mixed.reshape(queries.shape)
 
 
 def attend_both(

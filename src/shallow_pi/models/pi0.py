@@ -263,7 +263,10 @@ class Pi0(nn.Module):
         prefix, valid = self.embed_prefix(observation, image_tokens)
         suffix, condition = self.embed_suffix(observation.state, x_t, time)
         head_dim, horizon = self.config.expert.head_dim, self.config.action_horizon
-        geometry = gemma.Geometry.create(valid, head_dim, suffix.shape[2], horizon, condition)
+        kernel = self.execution.prefix_attention
+        geometry = gemma.Geometry.create(
+            valid, head_dim, suffix.shape[2], horizon, condition, kernel
+        )
         tower = self.PaliGemma.llm(
             prefix,
             suffix,

@@ -144,6 +144,8 @@ class Block(nn.Module):
         keep = self.execution.keep_rows
 
         def attend(queries: Array, keys: Array, values: Array) -> Array:
+            if self.execution.tower_attention == "cudnn":
+                return layers.attend_flash(queries, keys, values, None)
             return layers.attend(queries, keys, values, None, x.dtype)  # As openpi's logits.
 
         x = layer(self.config, arrange(weights, x.dtype), keep(x), attend)

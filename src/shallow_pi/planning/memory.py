@@ -191,14 +191,19 @@ def _activations(spec: step.Spec) -> float:
     if reflow and spec.teacher is not None:
         heads = 2 * model.backbone.num_kv_heads * model.backbone.head_dim
         stays += spec.teacher.depth * size * tokens * heads
-    for stream, queries in ((model.backbone, tokens), (model.expert, suffix)):
-        kept, working = _layer(stream, queries, keys, size)
+    in_prefix = 0 if spec.execution.prefix_attention == "cudnn" else keys
+    for stream, queries, seen in (
+        (model.backbone, tokens, in_prefix),
+        (model.expert, suffix, keys),
+    ):
+        kept, working = _layer(stream, queries, seen, size)
         stays += model.depth * (size * queries * stream.width + kept[remat])
         at_once += working
     image = model.image
     as_stream = _as_stream(image)
     cameras, patches = len(model.cameras), model.image_tokens
-    kept, working = _layer(as_stream, patches, patches, size, gated=False)
+    seen = 0 if spec.execution.tower_attention == "cudnn" else patches
+    kept, working = _layer(as_stream, patches, seen, size, gated=False)
     if "vision" not in spec.freeze:
         kept_image = size * patches * image.width + kept[remat]
         stays += cameras * image.depth * kept_image
@@ -209,7 +214,10 @@ def _activations(spec: step.Spec) -> float:
 def _layer(
     stream: gemma.GemmaConfig, queries: int, keys: int, size: int, *, gated: bool = True
 ) -> tuple[dict[str, float], float]:
-    """Bytes a layer keeps in addition to its input, by remat policy, and while it is computed."""
+    """Bytes a layer keeps in addition to its input, by remat policy, and while it is computed.
+
+    Flash attention stores no logits: as for 0 keys.
+    """
     heads = queries * stream.num_heads * stream.head_dim
     products = 2 * heads + 2 * queries * stream.num_kv_heads * stream.head_dim
     products += queries * ((1 + gated) * stream.mlp_dim + 2 * stream.width)

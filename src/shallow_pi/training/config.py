@@ -15,7 +15,7 @@ from shallow_pi.data import data_config
 from shallow_pi.distill import layer_map
 from shallow_pi.distill import losses as loss_terms
 from shallow_pi.distill import student as students
-from shallow_pi.models import layers, observation, pi0
+from shallow_pi.models import observation, pi0
 from shallow_pi.parallel import sharding
 from shallow_pi.training import optimizer as optimizers
 from shallow_pi.training import profiling
@@ -284,8 +284,13 @@ class DistillConfig:
     # Microbatches per step.
     accumulation: int = 1
     # Activations that the backward pass recomputes: of whole "layers" (least memory), of all but
-    # the "dots" (products with weights), or "none" (least time).
-    remat: layers.Remat = "layers"
+    # the "dots" (products with weights, flash attention), or "none". "auto": "dots" if that is
+    # estimated to fit the devices' memory, else, or where their memory is unknown, "layers".
+    remat: Literal["auto", "layers", "dots", "none"] = "auto"
+    # Attention of image tower and prefix: "xla", cuDNN's flash attention ("cudnn"), or that in the
+    # "tower" alone. "auto": cudnn in bfloat16 on NVIDIA GPUs from Hopper on, in the tower alone on
+    # Ampere and Ada, and xla elsewhere. The action tokens' attention is XLA's always.
+    attention: Literal["auto", "xla", "cudnn", "tower"] = "auto"
     # Number of optimizer steps.
     num_train_steps: int = 30_000
     # Decay of the moving average of the parameters; 0 turns it off.
@@ -398,7 +403,7 @@ SAFE_TO_CHANGE = frozenset(
         *("keep", "keep_period", "log_interval", "gradient_interval", "validation.interval"),
         *("validation.num_steps", "closed_loop.num_steps"),
         *("tensorboard", "wandb", "trackio", "profile", "data.num_threads", "data.num_workers"),
-        *("remat", "teacher.offload"),
+        *("remat", "attention", "teacher.offload"),
         *("data.cache", "data.cache_dir", "data.cache_gib"),
         *("closed_loop.baselines", "closed_loop.episodes", "closed_loop.harder"),
         *("teacher.train", "teacher.config"),

@@ -16,13 +16,20 @@ from jaxtyping import Array, PyTree
 from shallow_pi import progress
 from shallow_pi.checkpoints import fetch, sizes, weights
 from shallow_pi.distill import layer_map, step, student
+from shallow_pi.inference import attention
 from shallow_pi.models import layers, pi0
-from shallow_pi.parallel import shapes, sharding
+from shallow_pi.parallel import processes, shapes, sharding
 from shallow_pi.planning import accelerators, memory
 from shallow_pi.training import config
 
 # The teacher's "path" that stands for random parameters.
 RANDOM = "random"
+# What the backward pass computes again, by `--remat`.
+RECOMPUTED = {
+    "layers": "all activations of a layer but its input",
+    "dots": "all activations but products with weights",
+    "none": "nothing",
+}
 
 
 def make_mesh(
@@ -57,7 +64,7 @@ def make_spec(
         has no layer map yet: enough for shapes and memory.
     """
     schedule = experiment.schedule.create()
-    return step.Spec(
+    spec = step.Spec(
         student=experiment.student_model,
         optimizer=experiment.optimizer.create(schedule),
         schedule=schedule,
@@ -71,11 +78,55 @@ def make_spec(
         ema_decay=experiment.ema_decay or None,
         freeze=experiment.student.freeze,
         quantize=experiment.student.quantize,
-        execution=layers.Execution(
-            experiment.remat, None if mesh is None else sharding.batch_sharding(mesh)
-        ),
         offload_teacher=experiment.teacher is not None and experiment.teacher.offload,
     )
+    return dataclasses.replace(spec, execution=_execution(experiment, spec, mesh))
+
+
+def _execution(
+    experiment: config.DistillConfig, spec: step.Spec, mesh: jax.sharding.Mesh | None
+) -> layers.Execution:
+    """How a step is run on a mesh; without one, "auto" means XLA's attention and least memory."""
+    device = None if mesh is None else mesh.devices.flat[0]
+    tower, prefix = _attention(experiment, device)
+    rows = None if mesh is None else sharding.batch_sharding(mesh)
+    found = layers.Execution(
+        "layers" if experiment.remat == "auto" else experiment.remat,
+        rows,
+        tower_attention=tower,
+        prefix_attention=prefix,
+    )
+    room = None if device is None else accelerators.memory_of(device)
+    if experiment.remat != "auto" or mesh is None or room is None:
+        return found
+    dots = dataclasses.replace(found, remat="dots")
+    more = dataclasses.replace(spec, execution=dots)
+    needed = memory.estimate(more, mesh, experiment.batch_size, teacher_dtype(experiment)).total
+    # Processes with different devices must still agree.
+    return dots if all(processes.gather(needed <= memory.USABLE * room)) else found
+
+
+def _attention(
+    experiment: config.DistillConfig, device: jax.Device | None
+) -> tuple[layers.Kernel, layers.Kernel]:
+    """The kernels of image tower and prefix, as the config says.
+
+    Raises:
+      ValueError: cuDNN is asked for where it does not run.
+    """
+    wanted, dtype = experiment.attention, experiment.model.dtype
+    if device is not None and wanted in ("cudnn", "tower"):
+        try:
+            attention.check("cudnn", dtype, device.platform)
+        except ValueError as error:
+            raise ValueError(f"--attention {wanted}: {error}") from None
+    if wanted == "auto":
+        capable = 0.0
+        if device is not None and device.platform == "gpu" and dtype == "bfloat16":
+            # Absent of other makes; and an absent device's kernels cannot be planned.
+            capable = float(getattr(device, "compute_capability", 0))
+        wanted = "cudnn" if capable >= 9.0 else "tower" if capable >= 8.0 else "xla"
+    return "xla" if wanted == "xla" else "cudnn", "cudnn" if wanted == "cudnn" else "xla"
 
 
 def teacher_dtype(experiment: config.DistillConfig) -> str:
@@ -87,13 +138,17 @@ def describe_mesh(experiment: config.DistillConfig, mesh: jax.sharding.Mesh) -> 
     """The mesh, and the memory that a step needs on each of its devices, a line each."""
     device = mesh.devices.flat[0]
     dtype = teacher_dtype(experiment)
-    needed = memory.estimate(make_spec(experiment), mesh, experiment.batch_size, dtype)
+    spec = make_spec(experiment, mesh)
+    needed = memory.estimate(spec, mesh, experiment.batch_size, dtype)
     room = accelerators.memory_of(device)
     axes = " × ".join(f"{name} {size}" for name, size in mesh.shape.items())
     of = f" of {room / memory.GIGA:.0f} GB" if room else ""
+    run = spec.execution
     lines = [
         f"Mesh: {axes} ({mesh.size} {device.device_kind})",
         f"Memory of a device: about {needed}{of}",
+        f"Recomputed: {RECOMPUTED[run.remat]} (--remat {run.remat}); attention: "
+        f"{run.tower_attention} in the image tower, {run.prefix_attention} in the prefix",
     ]
     if room and needed.total > memory.USABLE * room:
         lines.append(
