@@ -31,6 +31,7 @@ import tyro
 from shallow_pi import flags, progress
 from shallow_pi.commands import exits
 from shallow_pi.deploy.export import export
+from shallow_pi.inference import quantize as quantization
 from shallow_pi.parallel import processes
 
 
@@ -59,6 +60,9 @@ class Arguments:
     dtype: str = ""
     # onnx: operator set version, 17 to 20; TensorRT 10 reads up to 20.
     opset: int = 17
+    # Products in 8 bits; onnx: int8; stablehlo: int8, w8 (weights alone). For int8, calibrate the
+    # student first (scripts/calibrate.py).
+    quantize: quantization.Scheme = "none"
     # Treat warnings as errors.
     strict: bool = False
 
@@ -80,6 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             num_steps=given.num_steps or None,
             dtype=given.dtype,
             opset=given.opset,
+            quantize=given.quantize,
             report=progress.say,
         )
     print(folder)

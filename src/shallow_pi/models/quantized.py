@@ -82,7 +82,8 @@ def weight_scale(
 
 def round_to(x: Float[Array, "..."], format: Format) -> Array:
     """The nearest number of a format, ties to even; beyond the largest, the largest."""
-    clipped = jnp.clip(x, -LARGEST[format], LARGEST[format])
+    smallest = -128.0 if format == "int8" else -LARGEST[format]  # As ONNX saturates.
+    clipped = jnp.clip(x, smallest, LARGEST[format])
     return (jnp.round(clipped) if format == "int8" else clipped).astype(DTYPES[format])
 
 

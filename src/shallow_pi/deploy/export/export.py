@@ -17,6 +17,8 @@ from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.deploy import step_folder
 from shallow_pi.deploy.export import card, formats
 from shallow_pi.deploy.export import student as students
+from shallow_pi.inference import calibration
+from shallow_pi.inference import quantize as quantization
 from shallow_pi.models import pi0
 
 
@@ -32,6 +34,7 @@ def export(
     num_steps: int | None = None,
     dtype: str = "",
     opset: int = 17,
+    quantize: quantization.Scheme = "none",
     report: Callable[[str], None] = lambda _: None,
 ) -> pathlib.Path:
     """Export a student, and return the folder.
@@ -48,6 +51,7 @@ def export(
         takes the number that the student was trained for.
       dtype: of a graph's weights and arithmetic; empty takes the format's default.
       opset: for `onnx`, the operator set version.
+      quantize: products in 8 bits, for graphs; int8 needs the student's calibration.
       report: called with progress messages.
 
     Raises:
@@ -58,6 +62,7 @@ def export(
       OSError: the output cannot be written.
     """
     chosen = formats.find(format)
+    formats.check_scheme(format, quantize)
     folder = step_folder.find(source, step)
     target = pathlib.Path(output or folder.parent / "exports" / f"{folder.name}-{format}")
     target = target.expanduser().absolute()
@@ -87,7 +92,10 @@ def export(
         what="student",
     )
     steps = assets.num_steps if num_steps is None else num_steps
-    student = students.Student(assets, params, steps, opset)
+    scheme, bounds = calibration.choose(
+        assets.model, quantize, "none", calibration.load(folder / "assets", assets.model), steps
+    )
+    student = students.Student(assets, params, steps, opset, scheme, bounds)
     exported = chosen.prepare(student, origin)
 
     partial = target.with_name(f".{target.name}.unfinished-{os.getpid()}")

@@ -14,6 +14,7 @@ from shallow_pi.deploy.export import (
     stablehlo,
 )
 from shallow_pi.deploy.export import student as students
+from shallow_pi.inference import quantize
 
 
 class Format(Protocol):
@@ -49,6 +50,24 @@ FORMATS: Mapping[str, Format] = {
     "onnx": onnx,
     "stablehlo": stablehlo,
 }
+
+
+# Schemes of products in 8 bits (`inference.quantize`) that a format can hold; the others hold float
+# weights alone.
+SCHEMES: Mapping[str, tuple[quantize.Scheme, ...]] = {
+    "onnx": ("int8",),
+    "stablehlo": ("int8", "w8"),
+}
+
+
+def check_scheme(name: str, scheme: quantize.Scheme) -> None:
+    """Raise ValueError if a format has no products in 8 bits of that scheme."""
+    quantize.check(scheme)
+    if scheme != "none" and scheme not in SCHEMES.get(name, ()):
+        there = "; ".join(f"{format}: {', '.join(found)}" for format, found in SCHEMES.items())
+        own = SCHEMES.get(name)
+        holds = f"has --quantize {', '.join(own)}" if own else "holds float weights alone"
+        raise ValueError(f"--quantize {scheme}: --format {name} {holds} (there are {there})")
 
 
 def find(name: str) -> Format:

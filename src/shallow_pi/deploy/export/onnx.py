@@ -25,7 +25,7 @@ from shallow_pi import progress
 from shallow_pi.deploy import warm_up_inputs
 from shallow_pi.deploy.export import onnx_graph, openpi, tensorrt_operators
 from shallow_pi.deploy.export import student as students
-from shallow_pi.inference import forward, sampler, tuning
+from shallow_pi.inference import forward, quantize, sampler, tuning
 from shallow_pi.inference import prepare as preparation
 from shallow_pi.models import observation as observations
 from shallow_pi.models import pi0
@@ -36,8 +36,8 @@ DESCRIPTION, WEIGHTS = "onnx.json", "weights.bin"
 # difference is only reported.
 TOLERANCE = 1e-4
 _USAGE = """\
-ONNX graphs in {dtype}, opset {opset}, batch 1, {steps} integration steps. `onnx.json` names the
-graphs for prompts of up to {lengths} tokens; all of them share `weights.bin`.
+ONNX graphs in {dtype}{bits}, opset {opset}, batch 1, {steps} integration steps. `onnx.json` names
+the graphs for prompts of up to {lengths} tokens; all of them share `weights.bin`.
 
 | graph | inputs | outputs |
 |---|---|---|
@@ -84,6 +84,7 @@ def write(folder: pathlib.Path, student: students.Student) -> None:
         "dtype": model.dtype,
         "opset": student.opset,
         "num_steps": student.num_steps,
+        "quantize": student.quantize,
         "action_horizon": model.action_horizon,
         "action_dim": model.action_dim,
         "image_size": model.image_size,
@@ -101,6 +102,7 @@ def usage(folder: str, student: students.Student, origin: students.Origin) -> st
     """The graphs' inputs and outputs, and two ways to run them."""
     model, lengths = model_of(student), _lengths(student)
     return _USAGE.format(
+        bits="" if student.quantize == "none" else f" with products in {student.quantize} (Q/DQ)",
         cameras=", ".join(model.cameras),
         count=len(model.cameras),
         dtype=model.dtype,
@@ -126,8 +128,14 @@ def verify(folder: pathlib.Path, exported: students.Student, student: students.S
         for file in graphs.values():
             onnx.checker.check_model(folder / file)
     lengths = [dataclasses.replace(model, max_token_len=int(n)) for n in content["graphs"]]
-    wanted = [_sampled(at, student) for at in lengths]
-    worst = 0.0
+    wanted = [_sampled(at, student, student.quantize) for at in lengths]
+    worst, limit, rounding = 0.0, TOLERANCE, ""
+    if student.quantize != "none":
+        # A difference of one bit before a rounding is a whole step behind it.
+        exact = _sampled(model, student, "none")
+        steps = float(np.max(np.abs(exact - wanted[lengths.index(model)])))
+        limit = max(TOLERANCE, steps / 2)
+        rounding = f" ({student.quantize} itself changes an action by {steps:.1e})"
     with contextlib.ExitStack() as stack:
         run = folder
         if model.dtype == "bfloat16":
@@ -144,10 +152,10 @@ def verify(folder: pathlib.Path, exported: students.Student, student: students.S
             if at == model:
                 got.append(_by_parts(run, graphs, inputs, student.num_steps))
             worst = max(worst, *(float(np.max(np.abs(one - want))) for one in got))
-    if not worst <= (TOLERANCE if model.dtype == "float32" else np.finfo(np.float32).max):
+    if not worst <= (limit if model.dtype == "float32" else np.finfo(np.float32).max):
         raise ValueError(
             f"the actions of {folder} differ from the sampler's by {worst:.3g}, more than "
-            f"{TOLERANCE:g}: "
+            f"{limit:.3g}: "
             + (
                 "give --dtype float32, whose range these weights need; nothing was kept"
                 if model.dtype != "float32"
@@ -165,7 +173,7 @@ def verify(folder: pathlib.Path, exported: students.Student, student: students.S
     return (
         "Checked by `onnx.checker`; every operator is one that TensorRT reads. On the same "
         f"observation and noise, ONNX Runtime on a CPU{arithmetic} and the sampler in float32 "
-        f"differed by at most {worst:.1e} in a normalized action."
+        f"differed by at most {worst:.1e} in a normalized action{rounding}."
     )
 
 
@@ -267,7 +275,8 @@ def prepared_weights(model: pi0.Pi0Config, student: students.Student) -> prepara
 
     def prepare(params: PyTree) -> preparation.Prepared:
         cast = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
-        return preparation.prepare(model, cast, times, tuning.ALL_ON)
+        options = dataclasses.replace(tuning.ALL_ON, quantize=student.quantize)
+        return preparation.prepare(model, cast, times, options, student.bounds)
 
     return jax.jit(prepare)(jax.tree.map(jnp.asarray, student.params))
 
@@ -286,14 +295,21 @@ def made_up(model: pi0.Pi0Config) -> dict[str, np.ndarray]:
     return found
 
 
-def _sampled(model: pi0.Pi0Config, student: students.Student) -> np.ndarray:
-    """The sampler's actions in float32, from `made_up` inputs."""
-    wide = dataclasses.replace(model, dtype="float32")
+def _sampled(
+    model: pi0.Pi0Config, student: students.Student, scheme: quantize.Scheme
+) -> np.ndarray:
+    """The sampler's actions in float32, from `made_up` inputs, with products by a scheme."""
+    wide, steps = dataclasses.replace(model, dtype="float32"), student.num_steps
+    options = dataclasses.replace(tuning.default(), quantize=scheme)
 
     def sample(params: PyTree, *given: Array) -> Array:
         *observed, noise = given
+        times = sampler.integration_times(steps)
+        prepared = preparation.prepare(wide, params, times, options, student.bounds)
         observation = _observation(wide, observed)
-        return sampler.sample_actions(wide, params, observation, noise, num_steps=student.num_steps)
+        return sampler.sample_prepared(
+            wide, prepared, observation, noise, num_steps=steps, options=options
+        )
 
     params = jax.tree.map(jnp.asarray, student.params)
     actions = np.array(jax.jit(sample)(params, *made_up(model).values()))

@@ -18,8 +18,9 @@ import numpy.typing as npt
 from jax.extend import core
 from jaxtyping import PyTree
 
-from shallow_pi.deploy.export import onnx_nodes
+from shallow_pi.deploy.export import onnx_nodes, onnx_quantized
 from shallow_pi.deploy.export.onnx_nodes import Value
+from shallow_pi.models import quantized
 
 # A protocol buffer of the `onnx` package, which is optional and untyped.
 Proto = Any
@@ -183,7 +184,9 @@ def _inline(
     for equation in jaxpr.eqns:
         inputs = [read(atom) for atom in equation.invars]
         inner = next((equation.params[n] for n in _CALLS if n in equation.params), None)
-        if inner is not None and equation.primitive.name not in ("scan", "while"):
+        if equation.params.get("name") == quantized.PRODUCT:
+            results = [onnx_quantized.product(graph, inputs)]
+        elif inner is not None and equation.primitive.name not in ("scan", "while"):
             body, constants = getattr(inner, "jaxpr", inner), getattr(inner, "consts", ())
             at = onnx_nodes.line_of(equation) or line
             results = _inline(graph, body, constants, inputs, at)

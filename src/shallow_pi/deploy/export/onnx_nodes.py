@@ -131,6 +131,7 @@ _TYPES = {
     "bfloat16": "BFLOAT16",
     "int32": "INT32",
     "int64": "INT64",
+    "int8": "INT8",
     "uint8": "UINT8",
     "bool": "BOOL",
 }

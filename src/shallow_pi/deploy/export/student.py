@@ -10,6 +10,7 @@ from jaxtyping import PyTree
 
 from shallow_pi.checkpoints import run_folder
 from shallow_pi.data.robots import assets as policy_assets
+from shallow_pi.inference import quantize as quantization
 from shallow_pi.models import pi0
 
 # Sizes that the classes of openpi and LeRobot have built in.
@@ -26,6 +27,9 @@ class Student:
     num_steps: int = 10
     # ONNX operator set version.
     opset: int = 17
+    # Products in 8 bits, and the bounds of activations where they are rounded.
+    quantize: quantization.Scheme = "none"
+    bounds: quantization.Bounds | None = None
 
     @property
     def model(self) -> pi0.Pi0Config:

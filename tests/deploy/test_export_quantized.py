@@ -1,0 +1,121 @@
+"""Exports in 8 bits: the sampler's integers in an ONNX graph, and refusals by name."""
+
+import json
+import re
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from shallow_pi.checkpoints import weights
+from shallow_pi.deploy.export import export, onnx_graph, stablehlo
+from shallow_pi.inference import calibration
+from shallow_pi.models import batch as batches
+
+STEPS = 2
+
+
+@pytest.fixture(scope="module")
+def step(own, params, tmp_path_factory):
+    """A step folder with a calibration."""
+    folder = tmp_path_factory.mktemp("run") / "2"
+    weights.save_params(folder / "params", params)
+    own.save(folder / "assets")
+    observation = batches.noise(own.model, 4).observation.as_float()
+    noise = np.random.default_rng(0).standard_normal((4, 5, 6)).astype(np.float32)
+    found = calibration.calibrate(own.model, params, [(observation, noise)], num_steps=STEPS)
+    calibration.save(folder / "assets", found)
+    return folder
+
+
+def _export(step, folder, format="onnx", **options):
+    return export.export(step, format, folder, num_steps=STEPS, **options)
+
+
+def _difference(folder):
+    card = " ".join((folder / "README.md").read_text().split())
+    found = re.search(
+        r"differed by at most (\S+) in a normalized action \(int8 itself .* by (\S+)\)", card
+    )
+    return float(found[1]), float(found[2])
+
+
+def test_onnx_in_int8_is_the_sampler_in_int8(step, tmp_path):
+    onnx = pytest.importorskip("onnx", reason="onnx is an extra, absent beside openpi's pins")
+    pytest.importorskip("onnxruntime", reason="onnxruntime is an extra")
+    folder = _export(step, tmp_path / "x", dtype="float32", quantize="int8")
+    difference, rounding = _difference(folder)
+    assert difference <= max(1e-4, rounding / 2)
+    assert rounding > 1e-3
+    content = json.loads((folder / "onnx.json").read_text())
+    assert content["quantize"] == "int8"
+    model = onnx.load(folder / "policy.onnx")
+    nodes = {output: node for node in model.graph.node for output in node.output}
+    constants = {w.name: onnx.numpy_helper.to_array(w) for w in model.graph.initializer}
+    counts = onnx_graph.operators(model)
+    # Tower 1 x 4; prefix 4 and the last layer's keys and values; state 4 and 1; steps 2 x 2 x 4.
+    expected = 4 + 4 + 1 + 4 + 1 + STEPS * 8
+    assert counts["QuantizeLinear"] == expected
+    assert counts["DequantizeLinear"] == 2 * expected
+    for node in model.graph.node:
+        if node.op_type != "MatMul" or nodes.get(node.input[1], node).op_type != "DequantizeLinear":
+            continue
+        left, right = (nodes[name] for name in node.input)
+        values, scales, zeros = (constants[name] for name in right.input)
+        assert (left.op_type, nodes[left.input[0]].op_type) == (
+            "DequantizeLinear",
+            "QuantizeLinear",
+        )
+        assert (values.dtype, zeros.dtype) == (np.int8, np.int8)
+        assert scales.shape == zeros.shape == values.shape[1:]
+        assert constants[left.input[1]].shape == ()
+        assert not zeros.any()
+
+
+def test_opset_19_takes_activations_in_float16(step, tmp_path):
+    onnx = pytest.importorskip("onnx", reason="onnx is an extra, absent beside openpi's pins")
+    pytest.importorskip("onnxruntime", reason="onnxruntime is an extra")
+    folder = _export(step, tmp_path / "half", opset=19, quantize="int8")
+    difference, rounding = _difference(folder)
+    assert difference < 4 * rounding
+    model = onnx.load(folder / "policy.onnx", load_external_data=False)
+    kinds = {w.data_type for w in model.graph.initializer if len(w.dims) == 2}
+    assert {onnx.TensorProto.INT8, onnx.TensorProto.FLOAT16} <= kinds
+
+
+@pytest.mark.parametrize(
+    ("format", "options", "match"),
+    [
+        ("openpi", {"quantize": "int8"}, "--format openpi holds float weights alone"),
+        ("lerobot", {"quantize": "w8"}, "--format lerobot holds float weights alone"),
+        ("onnx", {"quantize": "fp8"}, "--quantize fp8: --format onnx has --quantize int8"),
+        ("onnx", {"quantize": "int4"}, "quantize must be one of none, int8, fp8"),
+    ],
+)
+def test_a_format_without_such_products_is_refused_by_name(step, tmp_path, format, options, match):
+    with pytest.raises(ValueError, match=match):
+        _export(step, tmp_path / "x", format, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_float16_activations_need_a_newer_opset(step, tmp_path):
+    pytest.importorskip("onnx", reason="onnx is an extra, absent beside openpi's pins")
+    with pytest.raises(ValueError, match="float16 from ONNX's opset 19 on: give --opset 19"):
+        _export(step, tmp_path / "x", quantize="int8")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_student_that_was_not_calibrated_is_refused(step, own, params, tmp_path):
+    weights.save_params(tmp_path / "2" / "params", params)
+    own.save(tmp_path / "2" / "assets")
+    with pytest.raises(ValueError, match=r"no assets/calibration.json.*scripts/calibrate\.py"):
+        _export(tmp_path / "2", tmp_path / "x", "stablehlo", quantize="int8")
+
+
+@pytest.mark.parametrize("scheme", ["int8", "w8"])
+def test_stablehlo_holds_int8_weights(step, tmp_path, scheme):
+    folder = _export(step, tmp_path / "x", "stablehlo", dtype="float32", quantize=scheme)
+    import safetensors.flax
+
+    found = safetensors.flax.load_file(folder / stablehlo.WEIGHTS)
+    assert sum(leaf.dtype == jnp.int8 for leaf in found.values()) == 4 * (1 + 2 + 2)
