@@ -135,6 +135,15 @@ def test_a_variant_of_json_changes_its_base():
     assert [one.name for one in given.variants()] == ["pi0_l6", "pi05_l6", "a"]
 
 
+def test_every_choice_is_a_set_of_options_against_a_variant_of_the_list():
+    usual = [one.name for one in benchmark_all.Arguments().variants()]
+    chosen = benchmark_all.Arguments(choices=True).variants()
+    assert [one.name for one in chosen] == usual + [one.name for one in variants.CHOICES]
+    for one in variants.CHOICES:
+        assert one.inference_options() != tuning.default()
+        assert one.base in usual
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

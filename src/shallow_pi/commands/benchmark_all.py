@@ -7,6 +7,7 @@ uv run scripts/benchmark_all.py --output benchmarks/mine
                                     one more, compared with the one it changes; any field of
                                     speed/variants.py, such as "environment" for XLA_FLAGS or
                                     "arguments" for the flags of a training step
+    --choices                       also inference options: attention kernels, buffers, 8 bits
     --budget-s 270                  start nothing and give no turn after this many seconds
     --tiny                          everything in miniature, on a CPU
 
@@ -47,6 +48,8 @@ class Arguments:
     only: tuple[str, ...] = ()
     # Variants to measure besides, each as JSON.
     add: tuple[str, ...] = ()
+    # Also measure every choice of inference options, each against 6 layers without it.
+    choices: bool = False
     # Seconds after which nothing is started.
     budget_s: float = 270.0
     # Processes that compile at once; 0 is one a CPU core, 13 at most.
@@ -58,7 +61,7 @@ class Arguments:
 
     def variants(self) -> Sequence[variants.Variant]:
         """The variants to measure, in order."""
-        known = list(variants.VARIANTS)
+        known = [*variants.VARIANTS, *variants.CHOICES]
         # Each is known to the next.
         for text in self.add:
             known.append(variants.parse(text, known))
@@ -67,8 +70,11 @@ class Arguments:
             raise ValueError(f"--add: names must differ, got {[one.name for one in known]}")
         if wrong := [name for name in self.only if name not in names]:
             raise ValueError(f"--only: no variants {wrong}, only {list(names)}")
-        added = names.keys() - {one.name for one in variants.VARIANTS}
-        chosen = [name for name in names if not self.only or name in {*self.only, *added}]
+        usual = {one.name for one in variants.VARIANTS} if not self.only else set(self.only)
+        choices = {one.name for one in variants.CHOICES}
+        added = {one.name for one in known[len(variants.VARIANTS) + len(choices) :]}
+        wanted = usual | added | (choices if self.choices else set())
+        chosen = [name for name in names if name in wanted]
         chosen.sort(key=lambda name: self.only.index(name) if name in self.only else len(names))
         found = [names[name] for name in chosen]
         return variants.tiny(found) if self.tiny else found

@@ -104,6 +104,25 @@ VARIANTS = (
 )
 
 
+def _choice(name: str, model: Literal["pi0", "pi05"] = "pi05", **options: Any) -> Variant:
+    return Variant(name, model=model, options=options, base=f"{model}_l6", profile=True)
+
+
+# Options to choose between on a device, each against the same model without it.
+CHOICES = (
+    _choice("queries", step_buffers="joined with queries"),
+    _choice("joined", step_buffers="joined"),
+    _choice("tower_cudnn", tower_attention="cudnn"),
+    _choice("tower_cudnn_queries", tower_attention="cudnn", step_buffers="joined with queries"),
+    _choice("fp8", quantize="fp8"),
+    _choice("int8", quantize="int8"),
+    _choice("w8_expert", quantize="w8", quantized=["expert"]),
+    _choice("fp8_prefix", quantize="fp8", quantized=["vision", "backbone"]),
+    _choice("pi0_queries", "pi0", step_buffers="joined with queries"),
+    _choice("pi0_joined", "pi0", step_buffers="joined"),
+)
+
+
 def tiny(variants: Sequence[Variant]) -> list[Variant]:
     """The same variants at a size that a CPU can run."""
     shrink = {"pi0_aloha_l6": "debug", "32": "8"}
