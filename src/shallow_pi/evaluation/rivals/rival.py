@@ -20,8 +20,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree, UInt8
 
-from shallow_pi.checkpoints import weights as checkpoints
-from shallow_pi.data import data_config, loader, opening, sources
 from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.deploy import policy as deployed
 from shallow_pi.distill import flow, layer_map, layer_scores
@@ -48,24 +46,6 @@ class Material:
     def model(self) -> pi0.Pi0Config:
         """The teacher."""
         return self.assets.model
-
-
-def from_step(
-    step: pathlib.Path, dataset: pathlib.Path, *, batch_size: int = 64, seed: int = 0
-) -> Material:
-    """A teacher's step folder, and a LeRobot dataset of its robot, which is opened when needed."""
-    assets = policy_assets.load(step)
-    dtype = np.dtype(jnp.dtype(assets.model.dtype))
-    params = checkpoints.load_params(step, pi0.abstract_params(assets.model), dtype=dtype)
-    config = data_config.DataConfig(
-        path=str(dataset), robot=assets.robot.name, asset_id=assets.asset_id, cache="memory"
-    )
-
-    @functools.cache
-    def train() -> sources.Source:
-        return opening.open_data(config, assets.model, step).train
-
-    return Material(assets, params, lambda: iter(loader.Loader(train(), batch_size, seed=seed)))
 
 
 class Draw(NamedTuple):
