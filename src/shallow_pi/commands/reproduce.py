@@ -35,6 +35,7 @@ from shallow_pi.evidence import (
     miniature,
     outcomes,
     page,
+    rival_costs,
     rows,
     running,
     scoring,
@@ -144,6 +145,7 @@ def measure(wanted: Sequence[cells.Cell], given: Arguments) -> None:
     if any(cell.kind == "chunks" for cell in ready) and rows.TEACHER in absent:
         raise FileNotFoundError(f"plans are compared with {rows.TEACHER}'s: not in {given.runs}")
     scoring.ensure([cell.policy for cell in ready], given.runs, given.results)
+    rival_costs.ensure([cell.policy for cell in ready], given.runs, given.results)
     digests = running.digests([cell.policy for cell in ready], given.runs)
     results = cells.read(given.results, digests)
     todo = running.jobs(ready, results, rows.TEACHER, given.episodes)

@@ -10,7 +10,16 @@ from collections.abc import Iterator, Sequence
 
 from shallow_pi import figures, progress
 from shallow_pi.evaluation import intervals
-from shallow_pi.evidence import cells, claims, drawing, outcomes, rows, running, sources
+from shallow_pi.evidence import (
+    cells,
+    claims,
+    drawing,
+    outcomes,
+    rival_costs,
+    rows,
+    running,
+    sources,
+)
 from shallow_pi.evidence.claim import Claim, Column, Side, Statement
 
 # Names of pending cells that are listed one by one.
@@ -63,6 +72,10 @@ def write(path: pathlib.Path, folder: pathlib.Path, episodes: int) -> list[pathl
                 drawings / "layer_scores.png", folder / sources.SCORES_FILE
             ):
                 pictures.append(("Scores of the layers", drawings / "layer_scores.png"))
+            if table.claim.name == "rivals" and rival_costs.picture(
+                drawings / "rival_costs.png", table, folder
+            ):
+                pictures.append(("Success against operations", drawings / "rival_costs.png"))
         except figures.PlotsMissingError as error:
             progress.warn(str(error))
         written += [file for _, file in pictures]
@@ -70,6 +83,8 @@ def write(path: pathlib.Path, folder: pathlib.Path, episodes: int) -> list[pathl
             target = os.path.relpath(file, path.parent)
             lines += ["", f"![{title}]({pathlib.PurePath(target).as_posix()})"]
         lines += _tables(table)
+        if table.claim.name == "rivals":
+            lines += rival_costs.lines(folder)
         lines += ["", f"*Not said:* {table.claim.limits}", *_pending(table), *_origin(table)]
     lines += ["", "## Pending as a whole", ""]
     lines += [f"- **{name}**: {text}" for name, text in claims.PENDING.items()]

@@ -1,0 +1,85 @@
+"""Costs of rivals beside their success: operations, parameters in memory, latency at batch 1.
+
+`ensure` measures them on the suite's teacher and keeps them in `rival_costs.json` among the
+results; the page gets a table and a picture of success against operations from it.
+"""
+
+import json
+import pathlib
+from collections.abc import Iterator, Sequence
+
+from shallow_pi import figures
+from shallow_pi.evaluation import plots
+from shallow_pi.evaluation.rivals import costs
+from shallow_pi.evidence import outcomes, rival_claims, rival_runs, rows, sources
+
+FILE = "rival_costs.json"
+# Rows that are no rivals, and what costs as much.
+PLAIN = {rows.TEACHER_ROW.label: "teacher", rows.STUDENT_ROW.label: "skip:drop=12"}
+
+# By the first word of a row.
+COLORS = {
+    "teacher": plots.COLORS["teacher"],
+    "three": plots.COLORS["student"],
+    "EfficientVLA": plots.COLORS["task_only"],
+    "CogVLA": plots.COLORS["random_init"],
+    "MoLE": "#e69f00",
+    "early": "#56b4e9",
+    "skipping": plots.COLORS["cut_only"],
+}
+
+
+def ensure(slugs: Sequence[str], runs: pathlib.Path, results: pathlib.Path) -> None:
+    """Measure what rivals cost, where there are any and that was not done."""
+    if (results / FILE).exists() or not any(map(rival_runs.is_rival, slugs)):
+        return
+    assets, params = sources.read(rows.TEACHER, runs)
+    names = [*PLAIN.values(), *rival_claims.RIVALS.values()]
+    found = [cost.to_json() for cost in costs.measure(assets.model, params, names)]
+    (results / FILE).write_text("[\n" + ",\n".join(found) + "\n]\n", encoding="utf-8")
+
+
+def read(results: pathlib.Path) -> dict[str, costs.Cost]:
+    """By the row's label; empty where nothing was measured."""
+    if not (results / FILE).exists():
+        return {}
+    kept = json.loads((results / FILE).read_text(encoding="utf-8"))
+    by_name = {one["name"]: costs.Cost(**one) for one in kept}
+    labels = {**PLAIN, **rival_claims.RIVALS}
+    return {label: by_name[name] for label, name in labels.items() if name in by_name}
+
+
+def lines(results: pathlib.Path) -> Iterator[str]:
+    """The page's table of costs."""
+    found = read(results)
+    if not found:
+        return
+    device = next(iter(found.values())).device
+    yield ""
+    yield f"| one inference, batch 1 | operations, M | parameters held, M | ms on {device} |"
+    yield "|---|---|---|---|"
+    for label, cost in found.items():
+        operations, held = cost.operations / 1e6, cost.parameters / 1e6
+        yield f"| {label} | {operations:.0f} | {held:.2f} | {cost.median_ms:.2f} |"
+
+
+def picture(path: pathlib.Path, table: outcomes.Table, results: pathlib.Path) -> bool:
+    """Success against operations, a point for each rival; False, and no file, without any."""
+    column, found = rows.IN_TIME.label, read(results)
+    points = {label: table.mean((label, column)) for label in found}
+    measured = {label: mean for label, mean in points.items() if mean is not None}
+    if not measured:
+        return False
+    figure, axes = figures.make(1, 1, (7.2, 4.6))
+    axis = axes[0][0]
+    for label, mean in measured.items():
+        family = label.split()[0].rstrip(",")
+        color = COLORS.get(family, plots.OTHER_COLOR)
+        x, y = found[label].operations / 1e6, 100 * mean.mean
+        axis.plot([x, x], [100 * mean.low, 100 * mean.high], color=color, linewidth=1)
+        axis.plot(x, y, "o", color=color, markersize=6)
+        axis.annotate(label, (x, y), (5, 4), textcoords="offset points", fontsize=7)
+    axis.set(xlabel="operations of one inference, M", ylabel="success, %", ylim=(0, 103))
+    figures.tidy(axis, "both")
+    figure.savefig(path)
+    return True
