@@ -25,6 +25,7 @@ def test_what_is_stored_is_the_best(tiny_config, folder):
     assert tuning.best(config) == CHOICE
     assert list(folder.iterdir()) == [file]
     assert json.loads(file.read_text())["milliseconds"] == {"loops": 2.0, "written out": 1.0}
+    assert tuning.fastest_scheme(config) == "none"
 
 
 def test_it_holds_for_the_sizes_whatever_is_seen(tiny_config):

@@ -82,6 +82,12 @@ def test_weights_are_those_of_the_layers():
     assert counted.prefix / 2 / 18 == pytest.approx(110.1e6, rel=0.01)
     assert counted.step / 2 / 18 == pytest.approx(17.3e6, rel=0.01)
     assert counted.vision / 2 == pytest.approx(415e6, rel=0.01)
+    options = dataclasses.replace(tuning.ALL_OFF, quantize="w8", quantized=("vision", "expert"))
+    rounded = flops.weight_bytes(config, options=options)
+    assert rounded.step == counted.step / 2
+    assert rounded.prefix == counted.prefix
+    # The patches and the head keep their dtype.
+    assert rounded.vision - counted.vision / 2 == 588 * 1152 + 1152 * 2048
 
 
 def test_a_training_step_is_the_teachers_pass_and_three_of_the_students(tiny_config):

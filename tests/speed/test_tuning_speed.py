@@ -17,6 +17,8 @@ def test_every_combination_is_a_candidate(monkeypatch):
     )
     in_tower = found["all unrolled, attention cudnn (tower), xla (prefix), xla (steps)"]
     assert in_tower == options.InferenceOptions(tower_attention="cudnn")
+    more = list(tuning.candidates("bfloat16", ("int8", "w8")).values())
+    assert [one.quantize for one in more] == ["none"] * 13 + ["int8", "w8"]
 
 
 def test_the_fastest_that_runs_is_taken(tiny_config, monkeypatch):
@@ -25,18 +27,20 @@ def test_the_fastest_that_runs_is_taken(tiny_config, monkeypatch):
         "lacking": options.InferenceOptions(tower_attention="cudnn"),
         "slow": options.SCANNED,
         "fast": options.InferenceOptions(unrolled_steps=False),
+        "rounded": options.InferenceOptions(quantize="int8"),
     }
 
     def timed(calls, **_):
         for call in calls.values():
             assert call().shape == (1, 5, 6)
-        known = {"slow": 3.0, "fast": 2.0}
+        known = {"slow": 3.0, "fast": 2.0, "rounded": 1.0}
         return latency.Latency({n: known[n] for n in calls}, known, 1, "a device")
 
     monkeypatch.setattr(latency, "median_latency", timed)
     found = tuning.tune(tiny_config(), num_steps=2, tried=tried)
     assert found.options == tried["fast"]
-    assert list(found.median_ms.items()) == [("fast", 2.0), ("slow", 3.0)]
+    assert found.quantize == "int8"  # Changes the result, so it is kept apart.
+    assert list(found.median_ms.items()) == [("rounded", 1.0), ("fast", 2.0), ("slow", 3.0)]
     assert set(found.failed) == {"lacking"}
     assert "needs an NVIDIA GPU" in found.failed["lacking"]
 

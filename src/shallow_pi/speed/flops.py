@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Collection
 
 from shallow_pi.distill import step
-from shallow_pi.inference import tuning
+from shallow_pi.inference import quantize, tuning
 from shallow_pi.models import parameters, pi0
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -120,13 +120,22 @@ def weight_bytes(
 ) -> Count:
     """Bytes of weights read at batch 1: with the memory bandwidth, a lower bound of the time.
 
-    With `options` that unroll layers, the unread ones of the last layer do not count.
+    With `options` that unroll layers, the unread ones of the last layer do not count; matrices in 8
+    bits count one byte an element.
     """
-    vision = parameters.count(pi0.axis_sizes(config), "PaliGemma/img/")
-    unread = options is not None and options.unrolled_layers
-    prefix, step = _layers(config, "", 1, 0, unread) // 2, _layers(config, "_1", 1, 0) // 2
-    size = BYTES[config.dtype]
-    return Count(size * vision, size * prefix, size * step, num_steps)
+    options = options or tuning.ALL_OFF
+    sizes = pi0.axis_sizes(config)
+    inside = parameters.count(sizes, f"{parameters.ENCODER}/")
+    around = parameters.count(sizes, "PaliGemma/img/") - inside
+    prefix = _layers(config, "", 1, 0, options.unrolled_layers) // 2
+    step = _layers(config, "_1", 1, 0) // 2
+
+    def size(part: quantize.Part) -> int:
+        rounded = options.quantize != "none" and part in options.quantized
+        return 1 if rounded else BYTES[config.dtype]
+
+    vision = size("vision") * inside + BYTES[config.dtype] * around
+    return Count(vision, size("backbone") * prefix, size("expert") * step, num_steps)
 
 
 def _layers(

@@ -1,0 +1,139 @@
+"""The command measures a policy on a dataset, and the policy then runs in 8 bits."""
+
+import dataclasses
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+
+from shallow_pi.checkpoints import weights
+from shallow_pi.commands import calibrate
+from shallow_pi.deploy import policy
+from shallow_pi.inference import calibration, tuning
+from shallow_pi.models import quantized
+
+
+@pytest.fixture(scope="module")
+def step(own, params, tmp_path_factory):
+    """A step folder in a run, without a calibration."""
+    folder = tmp_path_factory.mktemp("run") / "2"
+    weights.save_params(folder / "params", params)
+    dataclasses.replace(own, num_steps=2).save(folder / "assets")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def calibrated(step, tiny_dataset, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("calibrated") / "2"
+    shutil.copytree(step, folder)
+    given = ["--data.path", str(tiny_dataset[0]), "--samples", "7", "--batch-size", "4"]
+    calibrate.main([str(folder), *given])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scene():
+    generator = np.random.default_rng(0)
+    pictures = generator.integers(0, 256, (2, 24, 24, 3), np.uint8)
+    observation = {
+        "observation.images.base": pictures[0],
+        "observation.images.wrist": pictures[1],
+        "observation.state": generator.standard_normal(3).astype(np.float32),
+        "task": "touch the red block",
+    }
+    return observation, generator.standard_normal((5, 6)).astype(np.float32)
+
+
+def _policy(folder, **options):
+    return policy.Policy.from_checkpoint(folder, warm_up=False, **options)
+
+
+def test_a_calibrated_policy_runs_in_8_bits(calibrated, own, scene):
+    found = calibration.load(calibrated / "assets", own.model)
+    # Seven frames in batches of four: one frame counts twice.
+    assert (found.observations, found.num_steps) == (8, 2)
+    exact = _policy(calibrated, quantize="none").infer(*scene)["actions"]
+    for scheme, dtype in (("int8", "int8"), ("fp8", "float8_e4m3fn")):
+        chosen = _policy(calibrated, quantize=scheme)
+        error = np.linalg.norm(chosen.infer(*scene)["actions"] - exact) / np.linalg.norm(exact)
+        assert 1e-4 < error < 0.2
+        assert chosen.metadata["quantize"] == scheme
+        assert f"products in 8 bits ({scheme})" in chosen.description
+        held = [leaf.dtype for leaf in chosen.program.arrays.others]
+        assert held.count(quantized.DTYPES[scheme]) == 4 * 3
+        assert held.count(dtype) == 4 * 3
+    part = _policy(calibrated, quantize="int8", quantized=("expert",))
+    assert [leaf.dtype for leaf in part.program.arrays.others].count("int8") == 4
+
+
+def test_a_guided_chunk_in_8_bits_continues_the_previous_one(calibrated, scene):
+    """The gradient of the guidance passes the rounding: without it guidance would do little."""
+    observation, noise = scene
+    chosen = _policy(calibrated, quantize="int8")
+    left = chosen.infer(observation, -noise)["actions"]
+    apart = np.abs(chosen.infer(observation, noise)["actions"] - left)[:2].mean()
+    guided = chosen.infer(observation, noise, previous=left, delay=2)["actions"]
+    exact = _policy(calibrated, quantize="none")
+    reference = exact.infer(observation, noise, previous=left, delay=2)["actions"]
+    assert np.abs(guided - left)[:2].mean() < 0.5 * apart
+    assert np.abs(guided - reference).mean() < 0.2 * np.abs(reference - left).max() + 0.1 * apart
+
+
+def test_rounded_activations_need_a_calibration_of_the_same_steps(step, calibrated, capsys):
+    with pytest.raises(ValueError, match=r"has no assets/calibration\.json .*quantize w8"):
+        _policy(step, quantize="int8")
+    assert _policy(step, quantize="w8").quantize == "w8"
+    _policy(calibrated, quantize="fp8", num_steps=1)
+    assert "calibrated at 2 integration steps and it samples in 1" in capsys.readouterr().err
+
+
+def test_a_policy_runs_in_the_bits_it_was_trained_for(step, calibrated, own, tmp_path):
+    for source, expected in ((step, "wf8"), (calibrated, "fp8")):
+        folder = tmp_path / expected
+        shutil.copytree(source, folder)
+        path = folder / "assets" / "shallow_pi.json"
+        content = json.loads(path.read_text())
+        assert content["quantize"] == "none"
+        path.write_text(json.dumps(content | {"quantize": "fp8"}))
+        assert _policy(folder).quantize == expected
+        assert _policy(folder, quantize="none").quantize == "none"
+    path.write_text(json.dumps(content | {"quantize": "int4"}))
+    with pytest.raises(ValueError, match=r"damaged.*quantize 'int4'"):
+        _policy(folder)
+
+
+def test_tuned_takes_the_fastest_scheme_measured_here(calibrated, own, monkeypatch, tmp_path):
+    monkeypatch.setenv("SHALLOW_PI_CACHE", str(tmp_path))
+    with pytest.raises(ValueError, match=r"none was measured .*--tune --quantize"):
+        _policy(calibrated, quantize="tuned")
+    tuning.store(own.model, tuning.SCANNED, {}, "fp8")
+    assert _policy(calibrated, quantize="tuned").quantize == "fp8"
+    assert _policy(calibrated).quantize == "none"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no dataset to calibrate on: .* give --data.path"),
+        (["--samples", "0"], "--samples must be at least 1"),
+        (["--data.path", "nowhere"], "nowhere"),
+        (["--data.path", "DATASET", "--percentile", "101"], r"--percentile must lie in \(0, 100\]"),
+    ],
+)
+def test_bad_arguments_end_in_one_line(step, tiny_dataset, capsys, arguments, message):
+    given = [str(tiny_dataset[0]) if word == "DATASET" else word for word in arguments]
+    with pytest.raises(SystemExit):
+        calibrate.main([str(step), *given])
+    assert re.search(message, capsys.readouterr().err.replace("\n", " "))
+    assert not (step / "assets" / "calibration.json").exists()
+
+
+def test_the_dataset_of_the_run_is_taken(step, tiny_dataset, tmp_path, capsys):
+    shutil.copytree(step, tmp_path / "2")
+    (tmp_path / "config.json").write_text(json.dumps({"data": {"path": str(tiny_dataset[0])}}))
+    calibrate.main([str(tmp_path / "2"), "--samples", "1", "--num-steps", "1"])
+    said = capsys.readouterr()
+    assert f"Dataset of the policy's run: {tiny_dataset[0]}" in said.err
+    assert said.out.strip() == str(tmp_path / "2" / "assets" / "calibration.json")
