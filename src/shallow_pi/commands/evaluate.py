@@ -9,7 +9,8 @@ NAME=POLICY gives it a name.
     checkpoints/pi0_metaworld_mt10_l6/first --sim metaworld_mt10 --late-ms 110
     ws://127.0.0.1:8000 expert --sim turntable --option disc_speed_deg=15
 
-Simulators: turntable, tabletop; metaworld_mt10, metaworld_mt50 (--extra metaworld).
+Simulators: turntable, tabletop; metaworld_mt10, metaworld_mt50 (--extra metaworld);
+aloha_transfer_cube, aloha_insertion (--extra aloha-sim).
 docs/benchmarks.md says what each needs, and its protocol.
 
 All policies meet the same initial states. The result (report.md, report.json, a film of each

@@ -118,7 +118,10 @@ class Entry:
 
 
 _METAWORLD = "shallow_pi.sims.metaworld:Suite", "metaworld"
+_ALOHA = "shallow_pi.sims.aloha:Suite", "aloha-sim"
 SUITES: dict[str, Entry] = {
+    "aloha_transfer_cube": Entry(*_ALOHA, {"task": "transfer_cube"}),
+    "aloha_insertion": Entry(*_ALOHA, {"task": "insertion"}),
     **{f"metaworld_{suite}": Entry(*_METAWORLD, {"suite": suite}) for suite in ("mt10", "mt50")},
     "tabletop": Entry("shallow_pi.sims.tabletop:Suite"),
     "turntable": Entry("shallow_pi.sims.turntable:Suite"),

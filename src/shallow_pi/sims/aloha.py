@@ -1,0 +1,347 @@
+"""Simulated ALOHA: two arms hand a cube over, or insert a peg into a socket.
+
+The scenes are gym-aloha's own files, run by plain MuJoCo: neither gymnasium nor dm_control is
+needed. An action holds the absolute joint positions of both arms in radians, each followed by its
+gripper (0 closed, 1 open), 50 times a second; targets beyond the joints' range are the servos' to
+stop. Starts, success (the package's reward of 4) and the limit of 300 steps are the package's:
+episode `seed` has the cube where `reset(seed=seed)` puts it there.
+
+The expert of the transfer plans with the scene's other file, in which grippers are welded to moving
+frames: it lets them follow waypoints, and its joint positions are the actions.
+"""
+
+import dataclasses
+import importlib.util
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import mujoco
+import numpy as np
+from jaxtyping import Float
+
+from shallow_pi.data.robots import robot as robots
+from shallow_pi.sims import pictures, simulator
+
+PACKAGE = "gym_aloha"
+PROMPTS = {"transfer_cube": "Transfer cube", "insertion": "Insert the peg into the socket"}
+START = (0.0, -0.96, 1.16, 0.0, -0.3, 0.0, 0.02239, -0.02239) * 2
+# Position of a finger that the gripper's 0 and 1 stand for, metres.
+CLOSED, OPEN = 0.01844, 0.05800
+SUBSTEPS = 10
+# Where objects begin: lower and upper corner.
+CUBE = ((0.0, 0.4, 0.05), (0.2, 0.6, 0.05))
+PEG, SOCKET = ((0.1, 0.4, 0.05), (0.2, 0.6, 0.05)), ((-0.2, 0.4, 0.05), (-0.1, 0.6, 0.05))
+
+# The expert's: of the fingers' grip in front of a gripper's frame, and of the meeting point.
+GRIP = 0.140
+RIGHT_BASE = np.array([0.469, 0.5])
+MEETING = np.array([0.0, 0.5, 0.30])
+DIVE = np.deg2rad(60)  # of the right gripper, which comes from above
+
+
+@dataclasses.dataclass(frozen=True)
+class Suite:
+    """One of the two tasks (see `simulator.Suite`)."""
+
+    task: Literal["transfer_cube", "insertion"] = "transfer_cube"
+    # Height of the picture in pixels; its width is four thirds of it.
+    height: int = 480
+    # Episodes are cut off here, control steps.
+    max_steps: int = 300
+    # Pictures by MuJoCo's OpenGL renderer ("gl"), as all published policies saw them, or by ray
+    # casting ("ray").
+    renderer: pictures.Renderer = "gl"
+
+    def __post_init__(self) -> None:
+        if self.task not in PROMPTS:
+            raise ValueError(f"task: expected one of {list(PROMPTS)}, got {self.task!r}")
+        if self.height < 3 or self.max_steps < 1:
+            raise ValueError(
+                f"expected a height of 3 or more and positive max_steps, got {self.height} and "
+                f"{self.max_steps}"
+            )
+        pictures.check(self.renderer)
+
+    @property
+    def robot(self) -> robots.Robot:
+        """Both arms; the prompt is the task's."""
+        return dataclasses.replace(robots.ALOHA_SIM, prompt=PROMPTS[self.task])
+
+    def names(self) -> Mapping[str, tuple[str, ...]]:
+        """Joints of both arms."""
+        joints = ("waist", "shoulder", "elbow", "forearm_roll", "wrist_angle", "wrist_rotate")
+        arms = tuple(f"{s}_{joint}" for s in ("left", "right") for joint in (*joints, "gripper"))
+        return {self.robot.state_key: arms, self.robot.action_key: arms}
+
+    def task_names(self) -> tuple[str, ...]:
+        """The task."""
+        return (self.task,)
+
+    def make(self) -> "Aloha":
+        """Compile the scene."""
+        return Aloha(self)
+
+    def prompts(self) -> list[str]:
+        """Both instructions."""
+        return list(PROMPTS.values())
+
+    def harder(self) -> Mapping[str, "Suite"]:
+        """None."""
+        return {}
+
+    def expert(self) -> simulator.Expert | None:
+        """Of the transfer alone."""
+        return expert if self.task == "transfer_cube" else None
+
+    def demonstrate(
+        self, sim: simulator.Simulator, rng: np.random.Generator, noise: float
+    ) -> Iterator[tuple[simulator.Observation, simulator.Action]]:
+        """Play the plan, disturbed in the joints; yield what is seen, and the plan's action."""
+        wander = np.zeros(14)
+        spread = noise * rng.uniform(0, 0.01) * np.array(([1.0] * 6 + [0.0]) * 2)  # radians
+        while not sim.done:
+            action = expert(sim)
+            yield sim.observe(), action
+            wander = 0.9 * wander + 0.44 * rng.normal(size=14) * spread
+            sim.step(action + wander)
+
+
+def assets() -> pathlib.Path:
+    """The folder of the package's scenes.
+
+    Raises:
+      ModuleNotFoundError: the package is not installed.
+    """
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError(f"No module named {PACKAGE!r}", name=PACKAGE)
+    return pathlib.Path(next(iter(spec.submodule_search_locations))) / "assets"
+
+
+ASSETS = assets()  # Fails where the module is imported, as an import of the package would.
+
+
+class Aloha:
+    """The simulator of one task."""
+
+    def __init__(self, config: Suite):
+        self.config = config
+        self.task = config.task
+        self.prompt = PROMPTS[config.task]
+        path = ASSETS / f"bimanual_viperx_{config.task}.xml"
+        self.model = mujoco.MjModel.from_xml_path(str(path))
+        self.data = mujoco.MjData(self.model)
+        size = (config.height, round(config.height * 4 / 3))
+        for axis, most in (("offheight", size[0]), ("offwidth", size[1])):
+            now = getattr(self.model.vis.global_, axis)
+            setattr(self.model.vis.global_, axis, max(now, most))
+        self._pictures = pictures.Pictures(self.model, size, config.renderer, 2)
+        self._names = [self.model.geom(i).name for i in range(self.model.ngeom)]
+        self._seed: int | None = None
+        self.plan: Float[np.ndarray, "n 14"] | None = None
+
+    def reset(self, seed: int) -> None:
+        """Lay out the episode that `seed` names, as gym-aloha does."""
+        rng = np.random.RandomState(seed % 2**32)
+        corners = [CUBE] if self.task == "transfer_cube" else [PEG, SOCKET]
+        mujoco.mj_resetData(self.model, self.data)
+        self.data.qpos[:16] = self.data.ctrl[:] = START
+        upright = (1.0, 0.0, 0.0, 0.0)
+        self.data.qpos[16:] = np.concatenate([[*rng.uniform(*c), *upright] for c in corners])
+        mujoco.mj_forward(self.model, self.data)
+        self._seed, self.steps, self.plan = seed, 0, None
+        self._reward = self.reward()
+
+    def step(self, action: simulator.Action) -> None:
+        """Move the servos' targets for one period."""
+        action = np.asarray(action, np.float64)
+        if action.shape != (14,) or not np.isfinite(action).all():
+            raise ValueError(f"action: expected 14 finite numbers, got {action}")
+        for arm in (0, 1):
+            joints, gripper = action[7 * arm : 7 * arm + 6], action[7 * arm + 6]
+            finger = CLOSED + gripper * (OPEN - CLOSED)
+            self.data.ctrl[8 * arm : 8 * arm + 8] = [*joints, finger, -finger]
+        mujoco.mj_step(self.model, self.data, SUBSTEPS)
+        mujoco.mj_fwdPosition(self.model, self.data)  # poses and contacts of the state reached
+        self.steps += 1
+        self._reward = self.reward()
+
+    def state(self) -> Float[np.ndarray, "14"]:
+        """Joint positions of both arms in radians, and openings of the grippers; float32."""
+        arms = self.data.qpos[:16].reshape(2, 8)
+        grippers = (arms[:, 6:7] - CLOSED) / (OPEN - CLOSED)
+        return np.concatenate([arms[:, :6], grippers], 1).ravel().astype(np.float32)
+
+    def observe(self) -> simulator.Observation:
+        """The picture from above, the state and the prompt, under LeRobot's keys."""
+        return {
+            "observation.images.top": self._pictures.render(self.data, "top"),
+            "observation.state": self.state(),
+            "task": self.prompt,
+        }
+
+    def reward(self) -> int:
+        """The package's reward, 0 to 4, by what touches what."""
+        pairs = {frozenset(self._names[i] for i in pair) for pair in self.data.contact.geom}
+
+        def touch(one: str, *others: str) -> bool:
+            return any(frozenset((one, other)) in pairs for other in others)
+
+        left = "vx300s_left/10_left_gripper_finger"
+        right = "vx300s_right/10_right_gripper_finger"
+        if self.task == "transfer_cube":
+            if touch("red_box", left):
+                return 3 if touch("red_box", "table") else 4
+            if touch("red_box", right):
+                return 1 if touch("red_box", "table") else 2
+            return 0
+        socket = [f"socket-{i}" for i in range(1, 5)]
+        if touch("red_peg", "pin"):
+            return 4
+        lifted = not (touch("red_peg", "table") or touch("table", *socket))
+        if lifted and touch("red_peg", *socket):
+            return 3
+        held = touch(left, *socket) and touch("red_peg", right)
+        return (2 if lifted else 1) if held else 0
+
+    @property
+    def success(self) -> bool:
+        """The left gripper has the cube in the air; or the peg touches the socket's pin."""
+        return self._reward == 4
+
+    @property
+    def done(self) -> bool:
+        """Success or time-out."""
+        return self.success or self.steps >= self.config.max_steps
+
+    @property
+    def time(self) -> float:
+        """Seconds since the episode began."""
+        return self.steps / self.config.robot.fps
+
+    def __getstate__(self) -> dict[str, object]:
+        state: tuple[object, ...] | None = None
+        if self._seed is not None:
+            kind = mujoco.mjtState.mjSTATE_INTEGRATION
+            physics = np.empty(mujoco.mj_stateSize(self.model, kind))
+            mujoco.mj_getState(self.model, self.data, physics, kind)
+            state = physics, self.steps, self._reward, self.plan
+        return {"config": self.config, "seed": self._seed, "state": state}
+
+    def __setstate__(self, pickled: dict[str, Any]) -> None:
+        self.__init__(pickled["config"])  # type: ignore[misc]  # the scene is compiled anew
+        if pickled["seed"] is not None:
+            self.reset(pickled["seed"])
+            physics, self.steps, self._reward, self.plan = pickled["state"]
+            kind = mujoco.mjtState.mjSTATE_INTEGRATION
+            mujoco.mj_setState(self.model, self.data, physics, kind)
+            mujoco.mj_fwdPosition(self.model, self.data)
+
+
+def expert(sim: Any) -> Float[np.ndarray, "14"]:
+    """The next action of the plan, made when the episode's first is asked for."""
+    assert isinstance(sim, Aloha), "made by this suite"
+    if sim.plan is None:
+        sim.plan = plan(sim.data.qpos[16:19])
+    return sim.plan[min(sim.steps, len(sim.plan) - 1)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Waypoint:
+    """Where a gripper's grip is at a step, its orientation (columns x, y, z), and its opening."""
+
+    step: int
+    place: Float[np.ndarray, "3"]
+    frame: Float[np.ndarray, "3 3"]
+    opening: float
+
+
+def waypoints(cube: Float[np.ndarray, "3"]) -> dict[str, list[Waypoint]]:
+    """Of both grippers: the right one lifts the cube to the meeting, the left one takes it."""
+    cube = np.array([cube[0], cube[1], 0.02])
+    # The forearm and the wrist roll weakly, against much friction: so the right gripper dives
+    # straight out from its base, which needs neither. The left one points right and closes along z.
+    dive, meet = _dive(cube), _dive(MEETING)
+    level = np.stack([[1, 0, 0], [0, 0, 1], [0, -1, 0]], 1)
+    above, aside = np.array([0.0, 0.0, 0.10]), np.array([-0.14, 0.0, 0.0])
+    taken = MEETING + np.array([-0.005, 0.0, 0.0])
+    right = [
+        Waypoint(50, cube + above, dive, 1.0),
+        Waypoint(85, cube, dive, 1.0),
+        Waypoint(105, cube, dive, 0.0),
+        Waypoint(170, MEETING, meet, 0.0),
+        Waypoint(300, MEETING, meet, 0.0),
+    ]
+    left = [
+        Waypoint(150, MEETING + aside, level, 1.0),
+        Waypoint(180, MEETING + aside, level, 1.0),
+        Waypoint(220, taken, level, 1.0),
+        Waypoint(240, taken, level, 0.0),
+        Waypoint(300, taken, level, 0.0),
+    ]
+    return {"left": left, "right": right}
+
+
+def _dive(place: Float[np.ndarray, "3"]) -> Float[np.ndarray, "3 3"]:
+    """Frame of the right gripper that points from its base's side down to a place."""
+    out = place[:2] - RIGHT_BASE
+    out = out / np.linalg.norm(out)
+    forward = np.array([*(np.cos(DIVE) * out), -np.sin(DIVE)])
+    across = np.array([-out[1], out[0], 0.0])
+    return np.stack([forward, across, np.cross(forward, across)], 1)
+
+
+def plan(cube: Float[np.ndarray, "3"]) -> Float[np.ndarray, "n 14"]:
+    """Joint targets that hand over a cube lying at this place."""
+    scene = ASSETS / "bimanual_viperx_end_effector_transfer_cube.xml"
+    model = mujoco.MjModel.from_xml_path(str(scene))
+    data = mujoco.MjData(model)
+    model.eq_solimp[:, :2] = 0.9, 0.95  # Stiffer than the scene's.
+    # A gripper's frame is the moving frame's: no offset, no turn.
+    model.eq_data[:] = [0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 1]
+    data.qpos[:16] = START
+    data.qpos[16:] = [*cube, 1, 0, 0, 0]
+    mujoco.mj_forward(model, data)
+    paths = {side: _path(model, data, side, points) for side, points in waypoints(cube).items()}
+    actions = []
+    for step in range(max(points[-1].step for points in waypoints(cube).values())):
+        action: list[float] = []
+        for arm, side in enumerate(("left", "right")):
+            place, quaternion, opening = paths[side](step)
+            mocap = model.body_mocapid[model.body(f"mocap_{side}").id]
+            data.mocap_pos[mocap], data.mocap_quat[mocap] = place, quaternion
+            finger = CLOSED + opening * (OPEN - CLOSED)
+            data.ctrl[2 * arm : 2 * arm + 2] = finger, -finger
+        mujoco.mj_step(model, data, SUBSTEPS)
+        for arm, side in enumerate(("left", "right")):
+            action += [*data.qpos[8 * arm : 8 * arm + 6], paths[side](step)[2]]
+        actions.append(action)
+    return np.array(actions)
+
+
+def _path(model: mujoco.MjModel, data: mujoco.MjData, side: str, points: list[Waypoint]) -> Any:
+    """Step → position and orientation of the gripper's frame, and opening, between waypoints."""
+    body = model.body(f"vx300s_{side}/gripper_link").id
+    start = data.xmat[body].reshape(3, 3)
+    first = Waypoint(0, data.xpos[body] + GRIP * start[:, 0], start, 0.0)
+    points = [first, *points]
+
+    def at(step: int) -> tuple[Float[np.ndarray, "3"], Float[np.ndarray, "4"], float]:
+        after = next(p for p in points if p.step > step)
+        before = points[points.index(after) - 1]
+        share = (step - before.step) / (after.step - before.step)
+        place = before.place + share * (after.place - before.place)
+        quaternions = np.empty((2, 4))
+        for quaternion, point in zip(quaternions, (before, after), strict=True):
+            mujoco.mju_mat2Quat(quaternion, point.frame.ravel())
+        if quaternions[0] @ quaternions[1] < 0:
+            quaternions[1] *= -1
+        quaternion = (1 - share) * quaternions[0] + share * quaternions[1]
+        quaternion /= np.linalg.norm(quaternion)
+        frame = np.empty(9)
+        mujoco.mju_quat2Mat(frame, quaternion)
+        opening = before.opening + share * (after.opening - before.opening)
+        return place - GRIP * frame.reshape(3, 3)[:, 0], quaternion, opening
+
+    return at
