@@ -224,8 +224,11 @@ def _few() -> Claim:
         rows.students("task loss alone", **rows.ALONE),
         rows.students("reflow for 2 steps", reflow=1.0, num_steps=2),
         rows.students("reflow for 1 step", reflow=1.0, num_steps=1),
+        rows.students(
+            "reflow in place of task and velocity", task=0.0, velocity=0.0, reflow=1.0, num_steps=1
+        ),
     )
-    colours = ("teacher", "student", "task_only", "expert", "random_init")
+    colours = ("teacher", "student", "task_only", "expert", "random_init", "cut_only")
     return Claim(
         name="few-steps",
         question="How many integration steps does a policy with several modes need?",

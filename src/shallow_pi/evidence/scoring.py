@@ -26,12 +26,15 @@ from shallow_pi.sims import tabletop
 def ensure(slugs: Sequence[str], runs: pathlib.Path, results: pathlib.Path) -> None:
     """Measure the layers that cuts among these policies are chosen by, unless that was done.
 
-    The scores lie beside the policy's parameters, and a copy among the results.
+    The scores lie beside the policy's parameters, and a copy among the results. Scores that were
+    there, by which students were cut, are kept.
     """
     for base in dict.fromkeys(slug.partition("--")[0] for slug in slugs if "-drop" in slug):
         path = runs / base / sources.SCORES_FILE
-        if not path.exists():
-            path.write_text(json.dumps(measure(base, runs)) + "\n", encoding="utf-8")
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if not {"similarity_by_step", "sensitivity_by_step"} <= set(found):
+            found = measure(base, runs) | found
+            path.write_text(json.dumps(found) + "\n", encoding="utf-8")
         results.mkdir(parents=True, exist_ok=True)
         (results / sources.SCORES_FILE).write_bytes(path.read_bytes())
 

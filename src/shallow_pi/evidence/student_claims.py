@@ -37,11 +37,17 @@ def parity() -> Claim:
             Picture(f"parity_{axis}", f"Success against {unit}", unit, "success, %", tuple(lines))
         )
     scratch = rows.students("from scratch, equal compute", **rows.SCRATCH)
-    found = [*dict.fromkeys([*found, scratch])]
+    taught = rows.students("random init, three losses", init="random")
+    found = [*dict.fromkeys([*found, scratch, taught])]
     ten, elsewhere = Column("around", rows.around(10)), Column("elsewhere", rows.ELSEWHERE)
     columns = (rows.IN_TIME, ten, elsewhere, rows.TO_TEACHER)
     # The other columns for the default amounts alone.
-    default_rows = [rows.TEACHER_ROW.label, scratch.label, *(label for label, _, _ in ways)]
+    default_rows = [
+        rows.TEACHER_ROW.label,
+        scratch.label,
+        taught.label,
+        *(label for label, _, _ in ways),
+    ]
     only = {(row.label, c.label) for row in found for c in (rows.IN_TIME, rows.TO_TEACHER)}
     only |= {(label, c.label) for label in default_rows for c in columns}
     return Claim(
