@@ -11,7 +11,7 @@ import rich.console
 from PIL import Image
 
 from shallow_pi.data.robots import robot
-from shallow_pi.evaluation import plots, report, rollout, validation_tables
+from shallow_pi.evaluation import late_plans, plots, report, rollout, validation_tables
 from shallow_pi.speed import latency
 
 
@@ -113,6 +113,36 @@ def test_sentences_claim_no_more_than_the_interval(full):
         for line in lines
     )
     assert "3.00 times faster" in lines[-1]
+
+
+def test_late_plans_are_a_table_of_both_policies(full):
+    columns = [
+        dataclasses.replace(
+            column, evaluations={name: EVALUATIONS[name] for name in ("teacher", "student")}
+        )
+        for column in late_plans.columns(full.latency.median_ms)
+    ]
+    late = dataclasses.replace(full, late=columns)
+    (table,) = [
+        rows for header, rows in report.tables(late) if header[0].startswith("success when")
+    ]
+    assert [row[0] for row in table] == [
+        "in time",
+        *(
+            f"{ms}, {way}"
+            for ms in ("6 and 2 ms (measured here)", "364 and 110 ms (the paper's)")
+            for way in ("as they come", "late actions skipped", "real-time chunking")
+        ),
+    ]
+    assert table[0][1:] == ["95 % (76–99)", "90 % (70–97)"]
+    assert report.contents(late)["late_plans"]["in time"]["student"]["rate"] == 0.9
+
+
+def test_a_latency_counts_in_whole_control_steps_rounded_up():
+    column = late_plans.LatePlans("", {"teacher": 364.0, "student": 100.0})
+    assert column.steps("teacher", 20) == 8
+    assert column.steps("student", 20) == 2
+    assert late_plans.LatePlans("", {}).steps("student", 20) == 0
 
 
 def test_report_without_baselines_or_latency_is_complete(tmp_path):

@@ -226,6 +226,10 @@ def test_a_students_study_leaves_the_numbers_it_must(studied):
         assert rate["episodes"] == 2
         assert 0 <= rate["low"] <= rate["rate"] <= rate["high"] <= 1
     assert sorted(written["latency_ms"]) == ["student", "teacher"]
+    late = written["late_plans"]
+    assert next(iter(late)) == "in time"
+    assert list(late)[-1] == "364 and 110 ms (the paper's), real-time chunking"
+    assert {len(rates) for rates in late.values()} == {2}
     assert {"success", "latency_ms", "stage_seconds", "config", "versions"} <= set(written)
     assert written["config"]["name"] == "pi0_turntable_l6"
     for name in ("report.md", "success.png", "losses.png", "episode.png", "episode.gif"):

@@ -168,7 +168,7 @@ def _entrant(
         )
     step = step_folder.find(source, given.policy.step)
     is_ours = (step / "assets" / policy_assets.FILE_NAME).is_file()
-    needed, default = delay.horizon(given.execute_steps), _label(step)
+    needed, default = given.execute_steps + delay.steps, _label(step)
 
     def check(horizon: int) -> None:
         if needed > horizon:

@@ -23,7 +23,7 @@ import rich.table
 from shallow_pi import figures, progress
 from shallow_pi.checkpoints import run_folder
 from shallow_pi.data.robots import robot
-from shallow_pi.evaluation import intervals, plots, rollout, validation_tables
+from shallow_pi.evaluation import intervals, late_plans, plots, rollout, validation_tables
 from shallow_pi.parallel import processes
 from shallow_pi.speed import latency as latencies
 from shallow_pi.training import validation
@@ -54,6 +54,8 @@ class Report:
     harder: Mapping[str, Mapping[str, rollout.Evaluation]] = dataclasses.field(default_factory=dict)
     # Batch-1 inference of "teacher" and "student".
     latency: latencies.Latency | None = None
+    # Success when plans are late; empty where the world does not move.
+    late: Sequence[late_plans.LatePlans] = ()
     # Wall-clock seconds of each stage.
     stage_seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
     # Trained policy → rows of its metrics.jsonl.
@@ -91,6 +93,11 @@ def contents(report: Report) -> dict[str, object]:
         "versions": latencies.versions(),
         "machine": {"architecture": platform.machine(), "cpus": os.cpu_count()},
     }
+    if report.late:
+        values["late_plans"] = {
+            column.label: {policy: success(e) for policy, e in column.evaluations.items()}
+            for column in report.late
+        }
     if report.latency is not None:
         values["latency_ms"] = dict(report.latency.median_ms)
         values["latency_p95_ms"] = dict(report.latency.p95_ms)
@@ -151,7 +158,24 @@ def tables(report: Report) -> list[validation_tables.Table]:
     errors = validation_tables.error_tables(report.curves, report.groups, report.criterion)
     if not report.evaluations:
         return [*errors, *validation_tables.loss_table(report.curves)]
-    return [*_success_tables(report), *errors]
+    return [*_success_tables(report), *_late_table(report), *errors]
+
+
+def _late_table(report: Report) -> list[validation_tables.Table]:
+    """Success when plans are late: a row for each way, a column for each policy."""
+    if not report.late:
+        return []
+    episodes = len(next(iter(report.late[0].evaluations.values())).episodes)
+    header = [f"success when plans are late ({episodes} episodes)", *late_plans.PAPER_MS]
+    rows = []
+    for column in report.late:
+        shown = []
+        for policy in late_plans.PAPER_MS:
+            low, high = column.evaluations[policy].wilson()
+            rate = column.evaluations[policy].rate
+            shown.append(f"{100 * rate:.0f} % ({100 * low:.0f}–{100 * high:.0f})")
+        rows.append([column.label, *shown])
+    return [(header, rows)]
 
 
 def _success_tables(report: Report) -> list[validation_tables.Table]:

@@ -44,37 +44,33 @@ class Delay:
         if self.steps < 0:
             raise ValueError(f"a plan is 0 or more control steps late, got {self.steps}")
 
-    def horizon(self, execute_steps: int) -> int:
-        """Actions a chunk needs.
-
-        Raises:
-          ValueError: plans would arrive after the next was asked for.
-        """
-        if self.steps > execute_steps:
-            raise ValueError(
-                f"plans that are {self.steps} control steps late arrive after the next is asked "
-                f"for: execute at least as many, got execute_steps {execute_steps}"
-            )
-        return execute_steps + self.steps
-
     def due(
         self,
         before: Float[np.ndarray, "n rd"] | None,
+        last: Float[np.ndarray, " rd"] | None,
         chunk: Float[np.ndarray, "ah rd"],
         execute_steps: int,
     ) -> tuple[Float[np.ndarray, "execute rd"], Float[np.ndarray, "m rd"]]:
         """The actions until the next observation, and what is left of the chunk then.
 
+        A robot that runs out of actions stands: its last action is repeated until the plan is
+        there. Only actions for which it executed others are skipped, as `deploy.executors` does.
+
         Args:
           before: what was left of the chunk before at the observation; None at the first.
+          last: the action executed last; None at the first.
           chunk: the plan for that observation.
-          execute_steps: control steps between two observations.
+          execute_steps: actions executed of a chunk before the next observation, if it came by
+            then.
         """
-        if before is None:
+        if before is None or last is None:
             return chunk[:execute_steps], chunk[execute_steps:]
-        start = 0 if self.executor == "late" else self.steps
-        end = start + execute_steps - self.steps
-        return np.concatenate([before[: self.steps], chunk[start:end]]), chunk[end:]
+        meanwhile = before[: self.steps]
+        given = len(meanwhile)
+        standing = (meanwhile[-1:] if given else last[None]).repeat(self.steps - given, axis=0)
+        start = 0 if self.executor == "late" else given
+        end = start + max(execute_steps - given, 0)
+        return np.concatenate([meanwhile, standing, chunk[start:end]]), chunk[end:]
 
     def previous(
         self, left: list[Float[np.ndarray, "n rd"] | None]
@@ -155,8 +151,9 @@ class _Slot:
     seed: int
     plans: int = 0
     steps: int = 0
-    # Rest of the previous chunk; None at the first plan.
+    # Rest of the previous chunk, and the last action before the plan; None at the first plan.
     left: Float[np.ndarray, "n rd"] | None = None
+    last: Float[np.ndarray, " rd"] | None = None
 
     def execute(self, chunk: Float[np.ndarray, "ah rd"]) -> None:
         for action in chunk:
@@ -220,7 +217,7 @@ def evaluate(
             _each(pool, lambda slot: slot.sim.reset(slot.seed), begun)
             slots += begun
             chunks = _plan(policy, slots, batch, execute_steps, label, delay, pool)
-            _each(pool, _Slot.execute, slots, list(chunks))
+            _each(pool, _Slot.execute, slots, chunks)
             ended = [slot for slot in slots if slot.sim.done]
             slots = [slot for slot in slots if not slot.sim.done]
             for slot in ended:
@@ -249,12 +246,11 @@ def _plan(
     label: str,
     delay: Delay,
     pool: concurrent.futures.Executor | None = None,
-) -> Float[np.ndarray, "n execute rd"]:
+) -> list[Float[np.ndarray, "execute rd"]]:
     """One batched inference, and the actions that are due by it.
 
     Checks what comes back, since a NaN would only look like a failure.
     """
-    horizon = delay.horizon(execute_steps)
     observations = _each(pool, lambda slot: slot.sim.observe(), slots)
     keys = [(slot.seed, slot.plans) for slot in slots]
     padding = batch - len(slots)
@@ -269,11 +265,10 @@ def _plan(
             delay=0 if previous is None else delay.steps,
         )
     )
-    if chunks.ndim != 3 or len(chunks) < len(slots) or chunks.shape[1] < horizon:
+    if chunks.ndim != 3 or len(chunks) < len(slots) or chunks.shape[1] < execute_steps:
         raise ValueError(
-            f"Expected actions of shape (n >= {len(slots)}, ah >= {horizon}, rd) from "
-            f"{label!r}, got {chunks.shape}; execute_steps (and the control steps a plan is late) "
-            "must not exceed the action horizon."
+            f"Expected actions of shape (n >= {len(slots)}, ah >= {execute_steps}, rd) "
+            f"from {label!r}, got {chunks.shape}; execute_steps must not exceed the action horizon."
         )
     due = []
     for slot, chunk in zip(slots, chunks[: len(slots)], strict=True):
@@ -284,9 +279,10 @@ def _plan(
                 "parameters and normalization statistics."
             )
         slot.plans += 1
-        actions, slot.left = delay.due(slot.left, chunk, execute_steps)
+        actions, slot.left = delay.due(slot.left, slot.last, chunk, execute_steps)
+        slot.last = actions[-1]
         due.append(actions)
-    return np.stack(due)
+    return due
 
 
 def stored(path: pathlib.Path, label: str, seed: int, episodes: int) -> Evaluation | None:

@@ -28,7 +28,7 @@ from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.data.robots import robot, tokenizer
 from shallow_pi.deploy import policy as deployed
 from shallow_pi.distill import losses, step, student
-from shallow_pi.evaluation import policies, report, rollout
+from shallow_pi.evaluation import late_plans, policies, report, rollout
 from shallow_pi.models import pi0
 from shallow_pi.parallel import processes, sharding
 from shallow_pi.sims import demonstrations, simulator
@@ -259,16 +259,29 @@ def _measure(
             label=trained,
         )
     whole = found.pop("")
-    measured = None
+    measured, late = None, []
     if "student" in tested:
         with stages.timed("latency"):
             pair = {name: tested[name] for name in ("teacher", "student")}
             measured = policies.measure_latency(pair, suite.make())
+        if (world := simulator.moving(suite)) is not None:
+            with stages.timed("late plans"):
+                late = late_plans.evaluate(
+                    world,
+                    {name: acting[name] for name in pair},
+                    measured,
+                    execute_steps=task.execute_steps,
+                    seed=task.eval_seed,
+                    folder=folder / run_folder.EVALUATIONS,
+                    name=str(experiment.num_train_steps),
+                    episodes=min(task.episodes, late_plans.EPISODES),
+                )
     outcome = dataclasses.replace(
         _outcome(experiment, folders),
         evaluations=whole,
         harder=found,
         latency=measured,
+        late=late,
         stage_seconds=stages.seconds,
         recording=recording,
     )

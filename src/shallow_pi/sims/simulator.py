@@ -211,6 +211,15 @@ def harder(suite: Suite, names: Sequence[str] | None) -> dict[str, Suite]:
     return {name: found[name] for name in (found if names is None else names)}
 
 
+def moving(suite: Suite) -> Suite | None:
+    """The variant whose world moves by itself, where late plans matter; None if there is none.
+
+    A suite that has one gives it by a method `moving`, which others need not have.
+    """
+    make = getattr(suite, "moving", None)
+    return None if make is None else make()
+
+
 def check_robot(suite: Suite, robot: robots.Robot, advice: str = "") -> None:
     """Raise unless a policy for `robot` can drive the suite's robot; `advice` ends the message."""
     own = suite.robot

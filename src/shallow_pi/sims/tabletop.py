@@ -104,6 +104,10 @@ class Suite:
             }
         )
 
+    def moving(self) -> "Suite":
+        """The task whose disc turns."""
+        return dataclasses.replace(self, tasks=("moving",))
+
     def harder(self) -> Mapping[str, "Suite"]:
         """Starts where no demonstration did."""
         return {"elsewhere": dataclasses.replace(self, start="elsewhere")}

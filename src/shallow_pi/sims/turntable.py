@@ -75,6 +75,10 @@ class Suite:
         """Every instruction of every task."""
         return prompts()
 
+    def moving(self) -> "Suite":
+        """The disc turns, at the speed of the paper's turntable."""
+        return dataclasses.replace(self, disc_speed_deg=self.disc_speed_deg or 15.0)
+
     def harder(self) -> Mapping[str, "Suite"]:
         """Less play; more to choose from."""
         return {
