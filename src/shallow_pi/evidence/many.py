@@ -191,10 +191,10 @@ class Programs:
         self.prepare(groups, _NONE if teacher is None else teacher.scores)
         samples = jax.device_put(data.samples)
         held = None if teacher is None else jax.device_put(teacher.params)
-        pace = 0.0  # Seconds for a step of one policy, of the slowest group so far.
+        pace = 0.0  # Seconds a step of the slowest group so far.
         for members in groups:
-            work = members.first.steps * len(members.rows) * len(members.variants)
-            if time.monotonic() + pace * work > deadline:
+            steps = members.first.steps
+            if time.monotonic() + pace * steps > deadline:
                 progress.say(f"No time left for {members}")
                 continue
             program = self._jobs[members].result()
@@ -203,7 +203,7 @@ class Programs:
             if program is not None:
                 began = time.monotonic()
                 params, metrics = _run(program, members, params, data, samples, held)
-                pace = max(pace, (time.monotonic() - began) / work)
+                pace = max(pace, (time.monotonic() - began) / steps)
             yield from _members(members, jax.device_get(params), jax.device_get(metrics))
 
     def _compile(self, members: Group, scores: Mapping[str, np.ndarray]) -> _Program | None:

@@ -1,0 +1,179 @@
+"""Many policies in one program: each comes out as if it were trained alone, and can be loaded."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from shallow_pi.data.robots import assets as policy_assets
+from shallow_pi.evidence import frames, many, recipes, sources, training
+from shallow_pi.models import batch as batches
+from shallow_pi.models import pi0
+from shallow_pi.sims import demonstrations
+
+EPISODES = 3
+
+
+def _vary(**fields):
+    own = {"depth": 2, "steps": 2, "demonstrations": EPISODES, "teacher": "teacher-l3-s0"}
+    return dataclasses.replace(recipes.STUDENT, **{**own, **fields})
+
+
+@pytest.fixture(scope="module")
+def model(tiny_config):
+    return tiny_config(vocab_size=320, max_token_len=12)
+
+
+@pytest.fixture(scope="module")
+def data(model):
+    """Random frames of three episodes, with rows to spare."""
+    return frames.Frames(batches.noise(model, 40), np.array([0, 9, 20, 33]))
+
+
+@pytest.fixture(scope="module")
+def teacher(model, tiny_params):
+    scores = {"similarity": np.array([0.9, 0.1, 0.5]), "sensitivity": np.array([3.0, 1.0, 2.0])}
+    return many.Teacher(model, tiny_params(model), scores)
+
+
+def _trained(programs, groups, data, teacher):
+    return {recipe: params for recipe, params, _ in programs.train(groups, data, teacher)}
+
+
+def test_policies_trained_together_are_those_trained_alone(model, data, teacher):
+    wanted = [
+        _vary(seed=seed, **fields)
+        for seed in (0, 1)
+        for fields in ({}, {"velocity": 0.0, "attention": 0.0}, {"init": "random"})
+    ]
+    programs = many.Programs(model, 40, teacher_depth=3)
+    groups = many.group(wanted)
+    assert [len(group.rows) * len(group.variants) for group in groups] == [6]
+    together = _trained(programs, groups, data, teacher)
+    assert set(together) == set(wanted)
+    for recipe in (wanted[0], wanted[4]):  # All three losses, and the task loss alone.
+        alone = _trained(programs, many.group([recipe]), data, teacher)[recipe]
+        # Adam divides by the root of a squared gradient, which magnifies rounding.
+        for one, other in zip(
+            jax.tree.leaves(alone), jax.tree.leaves(together[recipe]), strict=True
+        ):
+            np.testing.assert_allclose(one, other, atol=1e-4)
+    start = jax.tree.leaves(many.initial(wanted[0], model, teacher))
+    moved = [
+        np.abs(a - b).max()
+        for a, b in zip(jax.tree.leaves(together[wanted[0]]), start, strict=True)
+    ]
+    assert min(moved) > 0
+
+
+def test_groups_keep_apart_what_programs_depend_on():
+    apart = [
+        _vary(),
+        _vary(depth=1),
+        _vary(steps=3),
+        _vary(heads="head_mean"),
+        _vary(strategy="first"),
+        _vary(strategy="random", seed=0),
+        _vary(strategy="random", seed=1),
+        _vary(reflow=1.0),
+    ]
+    assert len(many.group(apart)) == len(apart)
+    # Other numbers of demonstrations are other rows, and the rows of a program make a grid.
+    grid = [_vary(demonstrations=n, attention=a) for n in (1, 2) for a in (0.1, 0.5)]
+    assert [len(group.rows) for group in many.group(grid)] == [2]
+    assert len(many.group(grid[:3])) == 2
+
+
+@pytest.mark.parametrize(
+    ("strategy", "layers"), [("first", [0, 1]), ("similarity", [1, 2]), ("sensitivity", [0, 2])]
+)
+def test_a_student_without_training_is_the_cut(model, data, teacher, strategy, layers):
+    recipe = _vary(strategy=strategy, steps=0)
+    programs = many.Programs(model, 40, teacher_depth=3)
+    found = _trained(programs, many.group([recipe]), data, teacher)[recipe]
+    own = found["PaliGemma"]["llm"]["layers"]["mlp"]["linear"]
+    whole = teacher.params["PaliGemma"]["llm"]["layers"]["mlp"]["linear"]
+    np.testing.assert_array_equal(own, whole[np.array(layers)])
+
+
+def test_more_demonstrations_than_there_are_are_refused(model, data, teacher):
+    programs = many.Programs(model, 40, teacher_depth=3)
+    with pytest.raises(ValueError, match="4 demonstrations are wanted, 3 were collected"):
+        list(programs.train(many.group([_vary(demonstrations=4)]), data, teacher))
+
+
+def test_what_takes_too_long_is_left_out_and_told(model, data, teacher, capsys):
+    programs = many.Programs(model, 40, teacher_depth=3)
+    groups = many.group([_vary(steps=0)])
+    assert not list(programs.train(groups, data, teacher, deadline=0.0))
+    assert "No time left for l2-cut" in capsys.readouterr().out
+
+
+def test_slugs_tell_recipes_apart():
+    varied = [
+        _vary(**{name: value})
+        for name, value in {
+            "depth": 3,
+            "strategy": "last",
+            "init": "random",
+            "task": 0.0,
+            "velocity": 0.5,
+            "attention": 0.0,
+            "reflow": 1.0,
+            "attention_layer": "first",
+            "heads": "head_mean",
+            "num_steps": 1,
+            "steps": 0,
+            "demonstrations": 50,
+            "seed": 7,
+            "teacher": "teacher-l9-s0",
+        }.items()
+    ]
+    slugs = [recipe.slug for recipe in [recipes.STUDENT, recipes.TEACHER, *varied]]
+    assert len(set(slugs)) == len(slugs)
+    assert recipes.STUDENT.slug == "l6-s0"
+
+
+def test_teachers_and_students_become_step_folders(own, tiny_dataset, tmp_path):
+    model = dataclasses.replace(own.model, depth=3, max_token_len=12)
+    assets = dataclasses.replace(own, model=model)
+    robot = assets.robot
+    generator = np.random.default_rng(0)
+    episodes = [
+        demonstrations.Episode(
+            images={
+                key: generator.integers(0, 256, (n, 24, 24, 3), np.uint8)
+                for key in robot.cameras.values()
+            },
+            vectors={
+                key: generator.standard_normal((n, 3)).astype(np.float32)
+                for key in (*robot.state_keys, robot.action_key)
+            },
+            prompt="touch the red block",
+            task="touch",
+            seed=0,
+            discarded=0,
+        )
+        for n in (4, 6)
+    ]
+    data = frames.samples(assets, episodes)
+    wanted = dataclasses.replace(recipes.TEACHER, depth=3, steps=1, demonstrations=2)
+    training.teach([wanted], assets, data, tmp_path, many.Programs(model, 10))
+    student = _vary(teacher=wanted.slug, steps=1, demonstrations=2)
+    programs = many.Programs(model, 10, teacher_depth=3)
+    training.distil([student], data, tmp_path, programs)
+    assert not training.missing([wanted, student], tmp_path)
+    found = sources.load(student.slug, tmp_path, num_steps=2)
+    assert found.model.depth == 2
+    # Of a frame, the samples are what the robot's transforms make of it.
+    frame = {key: pictures[1] for key, pictures in episodes[1].images.items()}
+    frame |= {key: episodes[1].vectors[key][1] for key in robot.state_keys}
+    frame |= {robot.prompt_key: "touch the red block"}
+    expected = batches.stack([assets.inputs()(frame)["state"]])[0]
+    np.testing.assert_allclose(data.samples.observation.state[5], expected)
+    later = episodes[1].vectors[robot.action_key]
+    raw = np.concatenate([later[1:], np.repeat(later[-1:], 5, 0)])[:5]
+    whole = assets.inputs()({**frame, robot.action_key: raw, "action_is_pad": np.zeros(5, bool)})
+    np.testing.assert_allclose(data.samples.actions[5], whole["actions"])
+    assert policy_assets.load(tmp_path / wanted.slug).model == pi0.at_depth(model, 3)
