@@ -19,7 +19,7 @@ from typing import Literal
 from shallow_pi import flags, progress
 from shallow_pi.commands import exits
 from shallow_pi.data.lerobot import video_writer
-from shallow_pi.sims import demonstrations, simulator
+from shallow_pi.sims import recording, simulator
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if given.pictures != "png":
             encoding = video_writer.Encoding(given.pictures, crf=given.crf)
         folder = pathlib.Path(given.output or f"demonstrations/{given.sim}").expanduser()
-        tasks = demonstrations.write(
+        tasks = recording.write(
             folder, suite, given.episodes, given.seed, given.noise, given.workers, encoding
         )
         progress.say(", ".join(f"{task} {count}" for task, count in sorted(tasks.items())))

@@ -31,7 +31,7 @@ from shallow_pi.distill import losses, step, student
 from shallow_pi.evaluation import late_plans, policies, report, rollout
 from shallow_pi.models import pi0
 from shallow_pi.parallel import processes, sharding
-from shallow_pi.sims import demonstrations, simulator
+from shallow_pi.sims import recording, simulator
 from shallow_pi.training import config, loop, metrics, setup, validation
 from shallow_pi.training import run as runs
 
@@ -209,7 +209,7 @@ def _with_data(
     path = experiment.folder / run_folder.DEMONSTRATIONS
     if not path.exists():
         with report.Stages(experiment.folder / run_folder.STAGES_FILE).timed("demonstrations"):
-            demonstrations.write(path, suite, task.demonstrations, task.seed, task.noise)
+            recording.write(path, suite, task.demonstrations, task.seed, task.noise)
     named = experiment.data.tokenizer
     if not named and experiment.teacher is None:
         model = experiment.folder / policy_assets.TOKENIZER_NAME

@@ -1,4 +1,4 @@
-"""Successful demonstrations by a suite's expert, written as a LeRobot dataset.
+"""Successful demonstrations by a suite's expert.
 
 Episode i is a function of (suite, seed, i, noise) alone, whatever the number of processes. An
 attempt that fails is thrown away and another one made in its place.
@@ -10,16 +10,11 @@ import functools
 import itertools
 import multiprocessing
 import os
-import pathlib
-from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
 from jaxtyping import Float32, UInt8
 
-from shallow_pi import progress
-from shallow_pi.data.lerobot import video_writer
-from shallow_pi.data.lerobot import writer as lerobot_writer
 from shallow_pi.sims import simulator
 
 # Attempts at one episode before giving up.
@@ -119,41 +114,3 @@ def cpus() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def write(
-    path: pathlib.Path,
-    suite: simulator.Suite,
-    episodes: int,
-    seed: int,
-    noise: float = 1.0,
-    workers: int = 0,
-    encoding: video_writer.Encoding | None = None,
-) -> Counter[str]:
-    """Have the expert solve the tasks and write the episodes as a LeRobot dataset.
-
-    Args:
-      path: folder to create.
-      suite: as in `collect`, like the next three.
-      episodes: their number.
-      seed: of the episodes and perturbations.
-      noise: scale of the perturbations.
-      workers: processes; 0 takes one for each CPU.
-      encoding: of video; None writes pictures as PNG.
-
-    Returns:
-      The number of episodes of each task.
-    """
-    robot = suite.robot
-    fps = int(robot.fps) if robot.fps == int(robot.fps) else robot.fps
-    tasks: Counter[str] = Counter()
-    writer = lerobot_writer.Writer(
-        path, fps, robot_type=robot.name, names=suite.names(), encoding=encoding
-    )
-    with writer, progress.bar("Demonstrations", total=episodes) as advance:
-        for episode in collect(suite, episodes, seed, noise, workers or cpus()):
-            prompts = [episode.prompt] * len(episode.vectors[robot.action_key])
-            writer.add(episode.images, episode.vectors, prompts)
-            tasks[episode.task] += 1
-            advance(1)
-    return tasks
