@@ -14,6 +14,7 @@ import functools
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -253,7 +254,10 @@ def _spec(
     scores: Mapping[str, np.ndarray],
 ) -> step.Spec:
     # A term that any variant has is computed for all; a weight of 0 takes it out again.
-    largest = {name: max(getattr(v, name) for v in members.variants) for name in losses.TERMS}
+    weighted = [variant.losses.weights for variant in members.variants]
+    largest: dict[str, Any] = {
+        name: max(weights[name] for weights in weighted) for name in losses.TERMS
+    }
     shown = next((v for v in members.variants if v.attention), members.first)
     weights = dataclasses.replace(shown.losses, **largest)
     first = members.first
@@ -284,7 +288,7 @@ def _arrays(
     """Seeds and numbers of frames of the rows, and the weights of all members."""
     grid = members.grid
     weights = {
-        name: jnp.array([[getattr(recipe, name) for recipe in row] for row in grid], jnp.float32)
+        name: jnp.array([[r.losses.weights[name] for r in row] for row in grid], jnp.float32)
         for name in losses.TERMS
     }
     seeds = jnp.array([seed for seed, _ in members.rows], jnp.int32)
