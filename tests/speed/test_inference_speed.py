@@ -124,7 +124,8 @@ def test_a_breakdowns_parts_add_up_to_the_whole(timing):
     _, found = timing
     median = {"image tower": 1.0, "prefix": 3.0, "whole": 7.0}
     assert [plots._share(median, part) for part in plots.PARTS] == [1.0, 2.0, 4.0]
-    assert plots._label(found, [found]) == "3 layers"
-    assert "4 cameras" in plots._label(
-        dataclasses.replace(found, cameras=4), [found, dataclasses.replace(found, cameras=4)]
-    )
+    assert plots.labels([found]) == ["3 layers"]
+    assert plots.labels([found, dataclasses.replace(found, cameras=4)]) == [
+        "3 layers, 2 cameras",
+        "3 layers, 4 cameras",
+    ]

@@ -17,7 +17,7 @@ uv run scripts/benchmark.py [--model pi05] [--depths 18 6] [--cameras 2] [--outp
 import dataclasses
 import itertools
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Literal
 
 import rich.console
@@ -28,7 +28,7 @@ from shallow_pi.inference import quantize as quantization
 from shallow_pi.inference import tuning as options
 from shallow_pi.models import gemma, pi0, siglip
 from shallow_pi.parallel import processes
-from shallow_pi.speed import inference, plots, report, tuning
+from shallow_pi.speed import inference, plots, report, stages, tuning
 from shallow_pi.training import command_line
 
 # Narrow, with the picture size, patches, cameras and vocabulary that openpi hard-codes.
@@ -65,6 +65,8 @@ class Arguments:
     # Products in 8 bits to time, and to try with --tune: int8, fp8 (weights and activations), w8,
     # wf8 (weights alone).
     quantize: tuple[quantization.Scheme, ...] = ()
+    # Also time `Policy.infer` on a 480 × 640 ALOHA observation, by stage.
+    policy: bool = True
     # Another implementation to time on the same weights, alternating with ours.
     against: Literal["", "openpi"] = ""
     # Folder for benchmark.json and the plots; empty writes none.
@@ -134,18 +136,40 @@ def main() -> None:
             )
             for model, steps in models
         ]
+        named = dict(zip(plots.labels(timings), timings, strict=True))
+        labels = dict(zip(named, models, strict=True))
+        paths = _policies(labels, given.repeats) if given.policy else {}
         console.print(report.inference_table(timings, limit))
+        console.print(report.host_table(named, paths))
         lines = report.inference_lines(timings)
         if given.output:
             arguments = dataclasses.asdict(dataclasses.replace(given, output=""))
-            content = {"arguments": arguments} | report.inference_contents(timings, limit)
+            content = {"arguments": arguments} | report.inference_contents(timings, limit, paths)
             pictures = {
                 "breakdown.png": lambda path: plots.breakdown(path, timings),
                 "growth.png": lambda path: plots.growth(path, timings),
+                "host_path.png": lambda path: plots.host_path(path, named, paths),
             }
             folder = pathlib.Path(given.output).expanduser()
             lines += report.write(folder, "benchmark.json", content, pictures)
         print("\n".join(lines))
+
+
+def _policies(
+    models: Mapping[str, tuple[pi0.Pi0Config, int]], repeats: int
+) -> dict[str, stages.HostPath]:
+    """`Policy.infer` of each model; of none, with a line that says why, where it cannot run."""
+    found = {}
+    for label, (model, steps) in models.items():
+        try:
+            # Pillow and SentencePiece, which the rest does without.
+            from shallow_pi.speed import host_path
+
+            with host_path.made_up_policy(model, steps) as policy:
+                found[label] = host_path.measure(policy, repeats=repeats)
+        except (ModuleNotFoundError, ValueError) as error:
+            print(f"Policy.infer is not timed: {error}")
+    return found
 
 
 def _openpi(model: pi0.Pi0Config) -> dict[str, inference.Other]:

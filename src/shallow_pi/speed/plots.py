@@ -21,13 +21,13 @@ def breakdown(path: pathlib.Path, timings: Sequence[inference.Timing]) -> None:
     """Plot milliseconds of one inference by part, a bar for each timing."""
     figure, axes = figures.make(1, 1, (6.4, 1.2 + 0.5 * len(timings)))
     axis = axes[0][0]
-    labels = [_label(timing, timings) for timing in timings]
+    names = labels(timings)
     left = np.zeros(len(timings))
     for part in PARTS:
         widths = np.array([_share(timing.median_ms, part) for timing in timings])
-        axis.barh(labels, widths, left=left, height=0.6, label=part)
+        axis.barh(names, widths, left=left, height=0.6, label=part)
         left += widths
-    for label, timing in zip(labels, timings, strict=True):
+    for label, timing in zip(names, timings, strict=True):
         axis.plot([timing.median_ms["whole"]] * 2, [label] * 2, "|", color="#222222", markersize=14)
     axis.set(xlabel="ms (the mark: measured as a whole)", xlim=(0, None))
     axis.legend(frameon=False, fontsize=8, loc="lower right")
@@ -126,18 +126,20 @@ def _points(timings: Iterable[inference.Timing], field: str, name: str) -> list[
     ]
 
 
-def _label(timing: inference.Timing, timings: Sequence[inference.Timing]) -> str:
-    """The depth, and every other size that differs between the timings."""
+def labels(timings: Sequence[inference.Timing]) -> list[str]:
+    """Of each timing the depth, and every other size that differs between them."""
     words = {
-        "cameras": f"{timing.cameras} camera{'s' * (timing.cameras > 1)}",
-        "prompt_tokens": f"prompt {timing.prompt_tokens}",
-        "horizon": f"horizon {timing.horizon}",
-        "num_steps": f"{timing.num_steps} steps",
+        "cameras": lambda one: f"{one.cameras} camera{'s' * (one.cameras > 1)}",
+        "prompt_tokens": lambda one: f"prompt {one.prompt_tokens}",
+        "horizon": lambda one: f"horizon {one.horizon}",
+        "num_steps": lambda one: f"{one.num_steps} steps",
     }
     differing = [
         word for field, word in words.items() if len({getattr(t, field) for t in timings}) > 1
     ]
-    return ", ".join([f"{timing.depth} layers", *differing])
+    return [
+        ", ".join([f"{one.depth} layers", *(word(one) for word in differing)]) for one in timings
+    ]
 
 
 def _share(median: Mapping[str, float], part: str) -> float:

@@ -11,7 +11,7 @@ import rich.table
 
 from shallow_pi import figures
 from shallow_pi.models import pi0
-from shallow_pi.speed import inference, latency, step, tuning
+from shallow_pi.speed import inference, latency, stages, step, tuning
 
 TERA, GIGA = 1e12, 1e9
 # Variables that tell XLA how to compile.
@@ -47,6 +47,7 @@ def inference_table(
     table.add_section()
     for part in first.median_ms:
         table.add_row(part, *(f"{t.median_ms[part]:.2f} ({t.p95_ms[part]:.2f})" for t in timings))
+    table.add_row("device, back to back", *(f"{t.device_ms:.2f}" for t in timings))
     for name in first.others_ms:
         table.add_row(f"{name}, whole", *(f"{t.others_ms[name]:.2f}" for t in timings))
     table.add_section()
@@ -58,6 +59,36 @@ def inference_table(
         table.add_row(f"{part}: share of both rates", *percent)
     table.add_row("program, GB", *(f"{t.program_bytes / GIGA:.2f}" for t in timings))
     table.add_row("peak memory, GB", *(f"{t.peak_bytes / GIGA:.2f}" for t in timings))
+    return table
+
+
+def host_table(
+    timings: Mapping[str, inference.Timing], policies: Mapping[str, stages.HostPath]
+) -> rich.table.Table:
+    """Stages from pixels to actions, and of `Policy.infer` on an ALOHA observation.
+
+    Args:
+      timings: a column of pixels to actions for each.
+      policies: a column of `Policy.infer` for each.
+    """
+    table = _table("Median ms by stage, each waited for", "stage")
+    columns = [
+        (f"{name}: pixels to actions", one.stages_ms, one.median_ms["end to end"], one.device_ms)
+        for name, one in timings.items()
+    ]
+    columns += [
+        (f"{name}: Policy.infer", one.stages_ms, one.infer_ms, one.device_ms)
+        for name, one in policies.items()
+    ]
+    for name, *_ in columns:
+        table.add_column(name, justify="right")
+    for stage in (*stages.BEFORE, *stages.PROGRAM, *stages.AFTER):
+        cells = [found.get(stage) for _, found, *_ in columns]
+        table.add_row(stage, *("" if cell is None else f"{cell:.2f}" for cell in cells))
+    table.add_section()
+    table.add_row("as it runs", *(f"{whole:.2f}" for *_, whole, _ in columns))
+    table.add_row("device, back to back", *(f"{device:.2f}" for *_, device in columns))
+    table.add_row("above the device", *(f"{w - d:.2f}" for *_, w, d in columns))
     return table
 
 
@@ -84,10 +115,13 @@ def inference_lines(timings: Sequence[inference.Timing]) -> list[str]:
 
 
 def inference_contents(
-    timings: Sequence[inference.Timing], limit: inference.Ceiling
+    timings: Sequence[inference.Timing],
+    limit: inference.Ceiling,
+    policies: Mapping[str, stages.HostPath],
 ) -> dict[str, object]:
     """The content of benchmark.json, without the arguments."""
     return {
+        "policies": {name: dataclasses.asdict(one) for name, one in policies.items()},
         "ceiling": dataclasses.asdict(limit),
         "timings": [
             dataclasses.asdict(timing) | {"shares": timing.shares(limit)} for timing in timings

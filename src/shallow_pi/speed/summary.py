@@ -10,7 +10,7 @@ import rich.box
 import rich.table
 
 from shallow_pi import figures
-from shallow_pi.speed import inference, plots, stages
+from shallow_pi.speed import inference, plots, report, stages
 
 # Contents of the variants' JSON files, by name.
 Found = Mapping[str, Mapping[str, Any]]
@@ -26,9 +26,16 @@ def read(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
 
 
 def tables(found: Found) -> list[rich.table.Table]:
-    """Inference, `Policy.infer`, batches and training steps, each where something was measured."""
-    made = [_inference(found), _policy(found), _batches(found), _steps(found)]
+    """Inference, stages, batches and training steps, each where something was measured."""
+    whole, paths = _with_parts(found), _paths(found)
+    made = [_inference(found), _batches(found), _steps(found)]
+    if whole or paths:
+        made.insert(1, report.host_table(whole, paths))
     return [table for table in made if table.row_count]
+
+
+def _with_parts(found: Found) -> dict[str, inference.Timing]:
+    return {name: one for name, one in timings(found).items() if "prefix" in one.median_ms}
 
 
 def _inference(found: Found) -> rich.table.Table:
@@ -59,21 +66,6 @@ def _inference(found: Found) -> rich.table.Table:
 def _device(content: Mapping[str, Any]) -> float | None:
     value = {**content.get("timing", {}), **content.get("openpi", {})}.get("device_ms")
     return None if value is None else float(value)
-
-
-def _policy(found: Found) -> rich.table.Table:
-    table = _table("Policy.infer on a 480 × 640 ALOHA observation, median ms by stage", found)
-    paths = _paths(found)
-    names = [*stages.BEFORE, *stages.PROGRAM, *stages.AFTER] if paths else []
-    for name in [*names, "infer", "device alone", "above it"]:
-        table.add_column(name, justify="right")
-    for variant, path in paths.items():
-        table.add_row(
-            variant,
-            *(_ms(path.stages_ms.get(name)) for name in names),
-            *map(_ms, (path.infer_ms, path.device_ms, path.overhead_ms)),
-        )
-    return table
 
 
 def _batches(found: Found) -> rich.table.Table:
@@ -143,17 +135,15 @@ def _paths(found: Found) -> dict[str, stages.HostPath]:
 
 def pictures(folder: pathlib.Path, found: Found) -> list[str]:
     """Draw breakdown, growth with depth, and host path; returns a line for each."""
-    every, paths = timings(found), _paths(found)
-    whole = [one for one in every.values() if "prefix" in one.median_ms]
-    depths = [one for name, one in every.items() if _plain(found, name)]
+    whole, paths = _with_parts(found), _paths(found)
+    depths = [one for name, one in timings(found).items() if _plain(found, name)]
     draw: dict[str, Callable[[pathlib.Path], None]] = {}
     if whole:
-        draw["breakdown.png"] = lambda path: plots.breakdown(path, whole)
+        draw["breakdown.png"] = lambda path: plots.breakdown(path, list(whole.values()))
     if depths:
         draw["growth.png"] = lambda path: plots.growth(path, depths)
-    if every or paths:
-        pixels = {name: one for name, one in every.items() if not found[name]["variant"]["base"]}
-        draw["host_path.png"] = lambda path: plots.host_path(path, pixels, paths)
+    if whole or paths:
+        draw["host_path.png"] = lambda path: plots.host_path(path, whole, paths)
     lines: list[str] = []
     for name, function in draw.items():
         try:
