@@ -7,7 +7,7 @@ uv run scripts/benchmark_all.py --output benchmarks/mine
                                     one more, compared with the one it changes; any field of
                                     speed/variants.py, such as "environment" for XLA_FLAGS or
                                     "arguments" for the flags of a training step
-    --choices                       also inference options: attention kernels, buffers, 8 bits
+    --choices inference training    also options to choose between: attention, 8 bits, remat ...
     --budget-s 270                  start nothing and give no turn after this many seconds
     --tiny                          everything in miniature, on a CPU
 
@@ -19,6 +19,7 @@ and tuning results of earlier runs are not used, unless JAX_COMPILATION_CACHE_DI
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -26,7 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import rich.console
 
@@ -48,8 +49,8 @@ class Arguments:
     only: tuple[str, ...] = ()
     # Variants to measure besides, each as JSON.
     add: tuple[str, ...] = ()
-    # Also measure every choice of inference options, each against 6 layers without it.
-    choices: bool = False
+    # Also measure every choice of options of inference, or of a training step.
+    choices: tuple[Literal["inference", "training"], ...] = ()
     # Seconds after which nothing is started.
     budget_s: float = 270.0
     # Processes that compile at once; 0 is one a CPU core, 13 at most.
@@ -61,7 +62,8 @@ class Arguments:
 
     def variants(self) -> Sequence[variants.Variant]:
         """The variants to measure, in order."""
-        known = [*variants.VARIANTS, *variants.CHOICES]
+        known = [*variants.VARIANTS, *itertools.chain(*variants.CHOICES.values())]
+        listed = len(known)
         # Each is known to the next.
         for text in self.add:
             known.append(variants.parse(text, known))
@@ -70,10 +72,9 @@ class Arguments:
             raise ValueError(f"--add: names must differ, got {[one.name for one in known]}")
         if wrong := [name for name in self.only if name not in names]:
             raise ValueError(f"--only: no variants {wrong}, only {list(names)}")
-        usual = {one.name for one in variants.VARIANTS} if not self.only else set(self.only)
-        choices = {one.name for one in variants.CHOICES}
-        added = {one.name for one in known[len(variants.VARIANTS) + len(choices) :]}
-        wanted = usual | added | (choices if self.choices else set())
+        wanted = set(self.only) or {one.name for one in variants.VARIANTS}
+        wanted |= {one.name for kind in self.choices for one in variants.CHOICES[kind]}
+        wanted |= {one.name for one in known[listed:]}
         chosen = [name for name in names if name in wanted]
         chosen.sort(key=lambda name: self.only.index(name) if name in self.only else len(names))
         found = [names[name] for name in chosen]
@@ -122,6 +123,7 @@ def measure(
             **os.environ,
             # Processes share the device's memory.
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+            "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92",
             "SHALLOW_PI_CACHE": private,
         }
         jobs = [_job(one, folder, environment, given.tiny) for one in chosen]

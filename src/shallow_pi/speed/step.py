@@ -48,6 +48,8 @@ class Timing:
     plan: dict[str, dict[str, int]]
     # Most bytes in use on a device since the process began; 0 where the backend reports none.
     peak_bytes: int
+    # Activations that are recomputed, and the attention of image tower and prefix.
+    execution: dict[str, str]
     # Kernels of a distillation step; None unless asked for, or on a CPU.
     kernels: trace.Kernels | None
 
@@ -157,6 +159,11 @@ def measure(
         flops={name: flops.of_step(one, batch_size) for name, one in specs.items()},
         plan=plan,
         peak_bytes=max(int(one.get("peak_bytes_in_use", 0)) for one in statistics),
+        execution={
+            "remat": spec.execution.remat,
+            "tower_attention": spec.execution.tower_attention,
+            "prefix_attention": spec.execution.prefix_attention,
+        },
         kernels=kernels,
     )
 

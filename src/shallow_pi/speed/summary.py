@@ -81,7 +81,17 @@ def _batches(found: Found) -> rich.table.Table:
 
 def _steps(found: Found) -> rich.table.Table:
     table = _table("Training steps", found)
-    for name in ("ms", "fine-tuning", "ratio", "samples/s", "MFU", "peak GB", "against"):
+    for name in (
+        "ms",
+        "fine-tuning",
+        "ratio",
+        "samples/s",
+        "MFU",
+        "peak GB",
+        "remat",
+        "attention",
+        "against",
+    ):
         table.add_column(name, justify="right")
     for variant, content in found.items():
         if "mfu" not in content:
@@ -96,6 +106,8 @@ def _steps(found: Found) -> rich.table.Table:
             f"{content['samples_per_second']['distillation']:.1f}",
             f"{100 * content['mfu']['distillation']:.0f} %",
             f"{content['peak_bytes'] / 1e9:.1f}",
+            content["execution"]["remat"],
+            "{tower_attention}, {prefix_attention}".format(**content["execution"]),
             f"{median['distillation'] / base:.3f}" if base else NONE,
         )
     return table

@@ -79,6 +79,7 @@ class Variant:
 
 
 _FULL = ("pi0_aloha_l6", "--batch-size", "32")
+_FROZEN = (*_FULL, "--student.freeze", "vision", "embedder")
 # The most valuable first; training last, since it needs the memory that the others give back.
 VARIANTS = (
     Variant("pi05_l6", parts=True, profile=True),
@@ -97,7 +98,7 @@ VARIANTS = (
     Variant(
         "step_pi0_l6_frozen",
         "step",
-        arguments=(*_FULL, "--student.freeze", "vision", "embedder"),
+        arguments=_FROZEN,
         repeats=6,
         profile=True,
     ),
@@ -108,19 +109,33 @@ def _choice(name: str, model: Literal["pi0", "pi05"] = "pi05", **options: Any) -
     return Variant(name, model=model, options=options, base=f"{model}_l6", profile=True)
 
 
-# Options to choose between on a device, each against the same model without it.
-CHOICES = (
-    _choice("queries", step_buffers="joined with queries"),
-    _choice("joined", step_buffers="joined"),
-    _choice("tower_cudnn", tower_attention="cudnn"),
-    _choice("tower_cudnn_queries", tower_attention="cudnn", step_buffers="joined with queries"),
-    _choice("fp8", quantize="fp8"),
-    _choice("int8", quantize="int8"),
-    _choice("w8_expert", quantize="w8", quantized=["expert"]),
-    _choice("fp8_prefix", quantize="fp8", quantized=["vision", "backbone"]),
-    _choice("pi0_queries", "pi0", step_buffers="joined with queries"),
-    _choice("pi0_joined", "pi0", step_buffers="joined"),
-)
+def _step_choice(name: str, base: str, *arguments: str) -> Variant:
+    return Variant(name, "step", arguments=arguments, base=base, repeats=6, profile=True)
+
+
+_CUDNN = ("--attention", "cudnn")
+_WHOLE, _PART = ("step_pi0_l6", *_FULL), ("step_pi0_l6_frozen", *_FROZEN)
+# Options to choose between on a device, each against the same model or step without it.
+CHOICES = {
+    "inference": (
+        _choice("queries", step_buffers="joined with queries"),
+        _choice("joined", step_buffers="joined"),
+        _choice("tower_cudnn", tower_attention="cudnn"),
+        _choice("tower_cudnn_queries", tower_attention="cudnn", step_buffers="joined with queries"),
+        _choice("fp8", quantize="fp8"),
+        _choice("int8", quantize="int8"),
+        _choice("w8_expert", quantize="w8", quantized=["expert"]),
+        _choice("fp8_prefix", quantize="fp8", quantized=["vision", "backbone"]),
+        _choice("pi0_queries", "pi0", step_buffers="joined with queries"),
+        _choice("pi0_joined", "pi0", step_buffers="joined"),
+    ),
+    "training": (
+        _step_choice("step_xla_layers", *_WHOLE, "--attention", "xla", "--remat", "layers"),
+        _step_choice("step_cudnn_layers", *_WHOLE, *_CUDNN, "--remat", "layers"),
+        _step_choice("step_frozen_cudnn_none", *_PART, *_CUDNN, "--remat", "none"),
+        _step_choice("step_cudnn_dots", *_WHOLE, *_CUDNN, "--remat", "dots"),
+    ),
+}
 
 
 def tiny(variants: Sequence[Variant]) -> list[Variant]:
