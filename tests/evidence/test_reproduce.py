@@ -1,5 +1,6 @@
 """The command runs every study in miniature, resumes, and names what is pending."""
 
+import dataclasses
 import json
 import re
 
@@ -18,6 +19,7 @@ def measured(tmp_path_factory):
     return folder, written
 
 
+@pytest.mark.slow
 def test_every_study_runs_in_miniature(measured):
     folder, written = measured
     text = (folder / "evidence.md").read_text()
@@ -38,6 +40,7 @@ def test_every_study_runs_in_miniature(measured):
             )
 
 
+@pytest.mark.slow
 def test_measured_cells_are_not_measured_again(measured):
     folder, _ = measured
     lines = (folder / "results" / "cells.jsonl").read_text().splitlines()
@@ -49,6 +52,7 @@ def test_measured_cells_are_not_measured_again(measured):
     assert len(job.seeds) == 3
 
 
+@pytest.mark.slow
 def test_an_interrupted_cell_goes_on_with_the_same_outcomes(measured):
     folder, _ = measured
     found = cells.read(folder / "results")
@@ -60,12 +64,24 @@ def test_an_interrupted_cell_goes_on_with_the_same_outcomes(measured):
         assert list(values) == pytest.approx(found.column(cell, name, seeds[1:]).tolist(), rel=1e-3)
 
 
+@pytest.mark.slow
+def test_a_cell_that_fails_does_not_stop_the_others(measured, tmp_path):
+    folder, _ = measured
+    cell = cells.Cell("expert", cells.Situation(("touch",)))
+    broken = dataclasses.replace(cell, policy="nobody")
+    jobs = [running.Job(c, (5,), max_seconds=miniature.SECONDS) for c in (broken, cell)]
+    with pytest.raises(ValueError, match=r"1 of 2 cells failed: nobody touch .*no policy nobody"):
+        running.run(jobs, folder / "runs", tmp_path / "cells.jsonl", 1)
+    assert cells.read(tmp_path).seeds(cell) == {5}
+
+
+@pytest.mark.slow
 def test_the_command_names_pending_cells_and_refreshes_the_page(measured, tmp_path, capsys):
     folder, _ = measured
     at = ["--results", str(folder / "results"), "--runs", str(tmp_path / "none")]
     reproduce.main(["late", "--pending", *at])
     pending = capsys.readouterr().out
-    assert re.search(r"^late: l6-s2 moving N10 x10 late8-late \(0 of 500\)$", pending, re.MULTILINE)
+    assert re.search(r"^late: l6-s1 moving N10 x10 late8-late \(0 of 500\)$", pending, re.MULTILINE)
     reproduce.main(["late", "--episodes", "0", *at, "--page", str(tmp_path / "page.md")])
     assert "## late" in (tmp_path / "page.md").read_text()
 
@@ -85,6 +101,7 @@ def test_wrong_arguments_are_told(arguments, message, capsys):
     assert re.search(message, capsys.readouterr().err)
 
 
+@pytest.mark.slow
 def test_scores_of_layers_have_a_row_for_each_step(measured):
     folder, _ = measured
     found = json.loads((folder / "results" / "layer_scores.json").read_text())

@@ -5,6 +5,7 @@ blocks to a results file.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import json
@@ -14,7 +15,7 @@ import pathlib
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,6 +26,7 @@ from shallow_pi import progress
 from shallow_pi.deploy import policy as deployed
 from shallow_pi.evaluation import policies, rollout
 from shallow_pi.evidence import cells, measures, sources
+from shallow_pi.parallel import processes
 from shallow_pi.sims import simulator, tabletop
 
 # Simulators side by side; episodes a line of results.
@@ -263,45 +265,86 @@ def run(todo: Sequence[Job], runs: pathlib.Path, output: pathlib.Path, workers: 
     """Measure jobs in this many processes and append their blocks to a file.
 
     Each process keeps to one core, so that many small policies run side by side; one alone uses
-    all.
+    the whole device. A job that fails does not stop the others.
+
+    Raises:
+      ValueError: some jobs failed; says which, and why.
     """
     total = sum(len(job.seeds) for job in todo)
-    with progress.bar("Episodes", total=total) as advance:
-        if workers <= 1:
-            for job in todo:
-                for block in measure(job, runs):
-                    cells.append(output, block)
-                    advance(len(block.seeds), note=job.cell.name)
-            return
-        context = multiprocessing.get_context("spawn")
-        cores: Any = context.SimpleQueue()
-        for index in range(workers):
-            cores.put(index)
-        with concurrent.futures.ProcessPoolExecutor(
-            workers, mp_context=context, initializer=_begin, initargs=(cores,)
-        ) as pool:
-            pending = {pool.submit(_work, job, runs, output): job for job in todo}
+    failed: dict[str, str] = {}
+    # One process shows the bar of each cell, and beside it a line as cells are done.
+    bar = progress.bar("Episodes", total=total) if workers > 1 else _lines(total)
+    with bar as advance, _results(workers) as submit:
+        pending = {submit(_work, job, runs, output): job for job in todo}
+        for future in concurrent.futures.as_completed(pending):
+            name, error = pending[future].cell.name, future.result()
+            if error:
+                failed[name] = error
+                progress.say(f"{name}: {error}")
+            advance(len(pending[future].seeds), note=name)
+    if failed:
+        few = "; ".join(f"{name}: {error}" for name, error in list(failed.items())[:3])
+        raise ValueError(f"{len(failed)} of {len(todo)} cells failed: {few}")
+
+
+@contextlib.contextmanager
+def _lines(total: int) -> Iterator[progress.Advance]:
+    """A line with an estimate of the time left whenever a cell is done."""
+    start, count = time.monotonic(), 0
+
+    def advance(amount: int = 1, note: str = "") -> None:
+        nonlocal count
+        count += amount
+        left = (time.monotonic() - start) / count * (total - count)
+        progress.say(f"{count} of {total} episodes, ETA {left:.0f} s: {note}")
+
+    yield advance
+
+
+Submit = Callable[..., concurrent.futures.Future[str]]
+
+
+@contextlib.contextmanager
+def _results(workers: int) -> Iterator[Submit]:
+    """Where jobs are done: in processes, or in this one's only other thread."""
+    if workers <= 1:
+        with concurrent.futures.ThreadPoolExecutor(1) as alone:
             try:
-                for future in concurrent.futures.as_completed(pending):
-                    advance(future.result(), note=pending[future].cell.name)
+                yield alone.submit
             finally:
-                pool.shutdown(cancel_futures=True)
+                alone.shutdown(cancel_futures=True)
+        return
+    context = multiprocessing.get_context("spawn")
+    cores: Any = context.SimpleQueue()
+    for index in range(workers):
+        cores.put(index)
+    os.environ["JAX_PLATFORMS"] = "cpu"  # Of the workers: many processes do not share a GPU well.
+    with concurrent.futures.ProcessPoolExecutor(
+        workers, mp_context=context, initializer=_begin, initargs=(cores,)
+    ) as pool:
+        try:
+            yield pool.submit
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _begin(cores: Any) -> None:
     """Keep a worker on a core of its own, and quiet."""
     progress.console.quiet = True
+    processes.cache_compilations()
     if hasattr(os, "sched_setaffinity"):
         allowed = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {allowed[cores.get() % len(allowed)]})
 
 
-def _work(job: Job, runs: pathlib.Path, output: pathlib.Path) -> int:
-    blocks = []
-    for block in measure(job, runs):
-        cells.append(output, block)
-        blocks.append(len(block.seeds))
-    return sum(blocks)
+def _work(job: Job, runs: pathlib.Path, output: pathlib.Path) -> str:
+    """Measure a job and write its blocks; an error's text, or ""."""
+    try:
+        for block in measure(job, runs):
+            cells.append(output, block)
+    except (ValueError, OSError) as error:
+        return str(error)
+    return ""
 
 
 def digests(slugs: Sequence[str], runs: pathlib.Path) -> Mapping[str, str]:
