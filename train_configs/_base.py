@@ -5,7 +5,7 @@ import pathlib
 
 from shallow_pi.data import data_config
 from shallow_pi.distill import losses
-from shallow_pi.models import gemma, observation, pi0, siglip
+from shallow_pi.models import gemma, layer_table, observation, pi0, siglip
 from shallow_pi.training import config, optimizer
 
 ASSETS = pathlib.Path(__file__).parents[1] / "assets"
@@ -37,6 +37,11 @@ TABLETOP_PI0 = dataclasses.replace(
     image=siglip.SiglipConfig(width=64, depth=2, mlp_dim=128, num_heads=4, patch_size=8),
     action_horizon=20,
     max_token_len=16,
+)
+# The same with an expert that reads the backbone's last state alone: 18 layers of each.
+_READS_LAST = layer_table.reads_last(18, 18)
+TABLETOP_LAST = dataclasses.replace(
+    TABLETOP_PI0, depth=36, backbone_layers=_READS_LAST[0], expert_layers=_READS_LAST[1]
 )
 # The smallest π0 with all parts; for trials.
 DEBUG_PI0 = pi0.Pi0Config(
@@ -107,6 +112,34 @@ def turntable_teacher(model: pi0.Pi0Config) -> config.DistillConfig:
         num_train_steps=steps,
         save_interval=500,
         keep_period=0,
+    )
+
+
+def tabletop_teacher(model: pi0.Pi0Config) -> config.DistillConfig:
+    """A teacher of seven tasks with language instructions, trained on 10,000 demonstrations."""
+    steps = 20_000
+    return dataclasses.replace(
+        turntable_teacher(model),
+        data=dataclasses.replace(TABLETOP_DATA, cache="none"),
+        schedule=short_schedule(steps, peak=2e-3),
+        closed_loop=config.ClosedLoopConfig(
+            sim="tabletop", demonstrations=10_000, execute_steps=10
+        ),
+        num_train_steps=steps,
+    )
+
+
+def tabletop_student(model: pi0.Pi0Config, teacher: str) -> config.DistillConfig:
+    """A student of such a teacher, by three losses, on 400 demonstrations in 1,200 steps."""
+    steps = 1200
+    return dataclasses.replace(
+        turntable_student(model, teacher),
+        data=TABLETOP_DATA,
+        schedule=short_schedule(steps, peak=2e-3),
+        closed_loop=config.ClosedLoopConfig(
+            sim="tabletop", demonstrations=400, seed=1, execute_steps=10
+        ),
+        num_train_steps=steps,
     )
 
 

@@ -94,7 +94,7 @@ class Spec:
                 "none: leave it out."
             )
         if self.teacher is not None:
-            students.check_pair(self.teacher, self.student)
+            students.check_pair(self.teacher, self.student, self.layer_map)
         if "vision" in self.freeze and (self.cuts_tower or self.losses.vision):
             raise ValueError(
                 "--student.freeze vision keeps the teacher's image tower, which "

@@ -120,13 +120,25 @@ def join(trained: PyTree, params: PyTree, parts: Sequence[Part]) -> PyTree:
     return flax.traverse_util.unflatten_dict(whole)
 
 
-def check_pair(teacher: pi0.Pi0Config, student: pi0.Pi0Config) -> None:
-    """Teacher and student may differ in layers and dtype, and in nothing else."""
+def check_pair(
+    teacher: pi0.Pi0Config,
+    student: pi0.Pi0Config,
+    layer_map: layer_maps.LayerMap | None = None,
+) -> None:
+    """Teacher and student may differ in layers and dtype, and in nothing else.
+
+    A teacher whose expert reads the last state of its backbone (`layer_table.reads_last`) has
+    halves of layers too: its student has the same ones of the layers it keeps.
+    """
     if not teacher.is_even:
-        raise ValueError(
-            "the teacher's layers must be whole in both streams (--model.backbone-layers, "
-            "--model.expert-layers): distil from the teacher that this one was cut from."
-        )
+        kept = None if layer_map is None else [teacher.layers[i] for i in layer_map.layers]
+        if kept != list(student.layers):
+            raise ValueError(
+                "the teacher's layers are not whole in both streams (--model.backbone-layers, "
+                "--model.expert-layers), so its student must have the same halves of the layers it "
+                "keeps: name them with --student.layers, --student.backbone-layers and "
+                "--student.expert-layers, or distil from the teacher that this one was cut from."
+            )
     same = dataclasses.replace(
         teacher,
         image=dataclasses.replace(teacher.image, depth=student.image.depth),

@@ -8,9 +8,9 @@ RIVALS = {
     "skipping, 3 of 18 dropped": "skip:drop=3",
     "skipping, 9 of 18 dropped": "skip:drop=9",
     "EfficientVLA, 15 layers": "efficientvla:layers=15",
-    "EfficientVLA, half of the tokens": "efficientvla:tokens=16",
+    "EfficientVLA, half of the tokens": "efficientvla:tokens=36",
     "EfficientVLA, layers every 2nd step": "efficientvla:cache=2",
-    "EfficientVLA, 15 layers, tokens, every 5th": "efficientvla:layers=15,tokens=16,cache=5",
+    "EfficientVLA, 15 layers, tokens, every 5th": "efficientvla:layers=15,tokens=36,cache=5",
     "CogVLA, quarter of the tokens": "cogvla",
     "CogVLA without the prompt": "cogvla:kind=plain",
     "CogVLA, mean of 2 × 2": "cogvla:kind=mean",
@@ -72,5 +72,5 @@ def rivals() -> Claim:
         ),
         reference=rows.STUDENT_ROW.label,
         limits="Our reimplementations of the ideas, one training seed each; what differs from the "
-        "authors' is in each file of evaluation/rivals. Trained rivals get 600 steps.",
+        "authors' is in each file of evaluation/rivals. Trained rivals get a student's steps.",
     )

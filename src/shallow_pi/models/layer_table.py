@@ -73,6 +73,17 @@ def table(depth: int, backbone: Sequence[Half], expert: Sequence[Half]) -> tuple
     return kinds
 
 
+def reads_last(backbone: int, expert: int) -> tuple[tuple[Half, ...], tuple[Half, ...]]:
+    """Halves of a model whose expert reads nothing of the backbone but its last state.
+
+    The backbone's layers come first. Each of the expert's then attends to keys and values of its
+    own of the state they leave, as in GR00T, where the depths of both are free of each other.
+    """
+    before, after = Kind("whole", "absent"), Kind("keys_values", "whole")
+    first, second = zip(*[before] * backbone, *[after] * expert, strict=True)
+    return first, second
+
+
 def last_read(kinds: Sequence[Kind]) -> int:
     """The last layer of the expert: nothing of the backbone is read after its keys and values."""
     return max(i for i, kind in enumerate(kinds) if kind.expert == "whole")

@@ -44,8 +44,8 @@ class CogVLA:
     kind: str = "film"
     # Layers to keep, uniformly; 0 keeps all.
     layers: int = 0
-    # Training steps.
-    steps: int = 600
+    # Training steps; a student's on the tabletop.
+    steps: int = 1200
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS or self.layers < 0 or self.steps < 1:

@@ -36,8 +36,8 @@ class EarlyExit:
     every: int = 3
     # Share of those who leave at an exit to those who leave at the one before.
     ratio: float = 0.5
-    # Training steps.
-    steps: int = 600
+    # Training steps; a student's on the tabletop.
+    steps: int = 1200
 
     def __post_init__(self) -> None:
         if min(self.every, self.steps) < 1 or not self.ratio > 0:

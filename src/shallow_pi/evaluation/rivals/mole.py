@@ -40,8 +40,8 @@ class MoLE:
 
     # Layers that are on for each input.
     layers: int = 6
-    # Training steps.
-    steps: int = 600
+    # Training steps; a student's on the tabletop.
+    steps: int = 1200
 
     def __post_init__(self) -> None:
         if min(self.layers, self.steps) < 1:
