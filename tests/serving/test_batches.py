@@ -60,7 +60,7 @@ def gathered(running, held, states):
 
 def test_clients_get_the_actions_they_get_alone(own, params):
     """Of their own observations and calls, with others in the batch or none."""
-    asked = policy.Policy(own, params, num_steps=2, seed=3)
+    asked = policy.Policy(own, params, num_steps=1, seed=3)
     asked.warm_up(batch=4)
     # So that batches of three are filled up to four.
     asked.batch_ms = {1: 1.0, 2: 0.9, 4: 0.8}
@@ -123,6 +123,25 @@ def test_the_policy_says_how_many_to_answer_at_once():
         held.go.set()
         assert [number(raw) for raw in waiting] == [0, 1, 2, 3, 4]
     assert held.turns == [1, 3, 1, 1]
+
+
+def test_a_policy_that_cannot_say_how_many_fails_its_clients_and_keeps_none_waiting():
+    def together(waiting):
+        raise KeyError("of the policy's own")
+
+    held = Held()
+    held.together = together
+    with (
+        serving.running(held, batch=8) as running,
+        gathered(running, held, range(2)) as waiting,
+    ):
+        held.go.set()
+        for raw in waiting:
+            said, code = serving.refusal(raw)
+            assert "of the policy's own" in said
+            assert code == 1011
+        del held.together
+        assert serving.openpi(running).infer(serving.STATE)["actions"].shape == (4, 2)
 
 
 def test_a_bad_observation_in_a_batch_is_refused_alone():
@@ -217,37 +236,33 @@ def test_a_lone_client_never_waits_for_idle_ones():
 
 def test_an_active_client_is_waited_for_but_no_longer_than_the_bound():
     with (
-        serving.running(serving.Echo(), batch=8, batch_wait_ms=300) as running,
+        serving.running(serving.Echo(), batch=8, batch_wait_ms=600) as running,
         robots(running, 2) as (one, other),
     ):
         serving.ask(other, serving.STATE)
         other.recv()
         serving.ask(one, serving.STATE)
-        assert 290 < queue_ms(one) < 800
+        assert 590 < queue_ms(one) < 3000
         # One that has left is not.
         other.close()
         running.wait_for("shallow_pi_clients", 1)
         serving.ask(one, serving.STATE)
-        assert queue_ms(one) < 200
+        assert queue_ms(one) < 500
 
 
-def test_clients_of_a_full_line_get_equal_shares():
-    def drive(state):
-        client, count = serving.openpi(running), 0
-        ready.wait(10)
-        while time.monotonic() < until:
-            client.infer({"state": np.float32([state, 0])})
-            count += 1
-        return count
-
-    ready, until = threading.Barrier(5), time.monotonic() + 1.5
-    with (
-        serving.running(serving.Echo(0.01), batch=2, batch_wait_ms=0) as running,
-        concurrent.futures.ThreadPoolExecutor(5) as pool,
-    ):
-        counts = list(pool.map(drive, range(5)))
-    assert max(counts) - min(counts) <= 2
-    assert min(counts) > 3
+def test_a_client_that_sends_ahead_has_one_place_in_line():
+    held = Held()
+    with serving.running(held, batch=2) as running, robots(running, 3) as (greedy, *others):
+        for state in range(100, 104):
+            serving.ask(greedy, {"state": np.float32([state, 0])})
+        assert held.begun.wait(10)
+        for i, raw in enumerate(others):
+            serving.ask(raw, {"state": np.float32([i, 0])})
+            running.wait_for("shallow_pi_queue_length", 1 + i)
+        held.go.set()
+        assert [number(raw) for raw in others] == [0, 1]
+        assert [number(greedy) for _ in range(4)] == [100, 101, 102, 103]
+    assert [state[0] for state in held.asked] == [100, 0, 1, 101, 102, 103]
 
 
 @pytest.mark.parametrize(

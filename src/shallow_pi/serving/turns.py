@@ -147,20 +147,26 @@ class Turns:
 
     async def _take_turns(self) -> None:
         while self._line:
-            await self._wait_for_more()
-            turn = self._next()
-            if not turn:
-                continue
-            self._seen.turn(len(turn))
-            self._is_asking = True
+            turn = list(self._line)
             try:
+                await self._wait_for_more()
+                turn = self._next()
+                if not turn:
+                    continue
+                self._seen.turn(len(turn))
+                self._is_asking = True
                 answers = await asyncio.get_running_loop().run_in_executor(
                     self._worker, self._answer, [request for request, _ in turn]
                 )
+                for (_, answered), found in zip(turn, answers, strict=True):
+                    _settle(answered, found)
+            except Exception as error:
+                # Of the policy's `together`, or a defect of ours: nobody waits in vain.
+                for entry in turn:
+                    _settle(entry[1], error)
+                self._line = collections.deque(e for e in self._line if not e[1].done())
             finally:
                 self._is_asking = False
-            for (_, answered), found in zip(turn, answers, strict=True):
-                _settle(answered, found)
 
     async def _wait_for_more(self) -> None:
         """Wait for clients that are about to ask, no longer than the bound."""
