@@ -12,7 +12,7 @@ import pytest
 import serving
 
 from shallow_pi.deploy import policy
-from shallow_pi.serving import protocol, server_config
+from shallow_pi.serving import protocol, server_config, turns
 
 pytestmark = pytest.mark.filterwarnings(serving.OPENPI_WARNS)
 
@@ -224,11 +224,15 @@ def queue_ms(raw):
     return protocol.unpack(raw.recv(timeout=10))["server_timing"]["queue_ms"]
 
 
-def test_a_lone_client_never_waits_for_idle_ones():
+def test_a_lone_client_never_waits_for_idle_ones(monkeypatch):
+    monkeypatch.setattr(turns, "ACTIVE", 0.1)
     with (
         serving.running(serving.Echo(), batch=8, batch_wait_ms=5000) as running,
-        robots(running, 3) as (lone, _, _),
+        robots(running, 3) as (lone, idle, _),
     ):
+        serving.ask(idle, serving.STATE)
+        idle.recv()
+        time.sleep(0.2)
         for _ in range(3):
             serving.ask(lone, serving.STATE)
             assert queue_ms(lone) < 1000
