@@ -33,12 +33,16 @@ def setting(request, tiny_config, tiny_params, tiny_observation):
     words = jnp.arange(40) < jnp.array([[19], [11]])
     observation = dataclasses.replace(observation, image_masks=masks, tokenized_prompt_mask=words)
     noise = jnp.asarray(np.random.default_rng(0).standard_normal((2, 5, 6)), jnp.float32)
+    return config, params, observation, noise, _euler(config, params, observation, noise)
+
+
+def _euler(config, params, observation, noise):
     velocity = jax.jit(functools.partial(pi0.velocity, config))
     x_t = noise
     for t in (1.0, 0.75, 0.5, 0.25):
         v, _ = velocity(params, observation, x_t, jnp.full(2, t))
         x_t = x_t - 0.25 * v
-    return config, params, observation, noise, x_t
+    return x_t
 
 
 def _assert_same(actions, setting):
@@ -54,6 +58,23 @@ def test_sampling_equals_euler_on_the_velocity_for_all_options(setting, name):
     config, params, observation, noise, _ = setting
     actions = _sample(config, params, observation, noise, num_steps=4, options=CHOICES[name])
     _assert_same(actions, setting)
+
+
+@pytest.mark.parametrize("name", ["all", "none", "no fused"])
+def test_halves_of_layers_that_are_cut_change_nothing_but_the_work(setting, name):
+    """Their parameters may be anything; with zeros for them, whole layers give the same actions."""
+    config, params, observation, noise, _ = setting
+    cut = dataclasses.replace(
+        config,
+        backbone_layers=("whole", "whole", "keys_values"),
+        expert_layers=("whole", "absent", "whole"),
+    )
+    given, options = (observation, noise), CHOICES[name]
+    actions = _sample(cut, params, *given, num_steps=4, options=options)
+    padded = pi0.zero_cut(cut, params)
+    _assert_same(actions, (*given, None, noise, _euler(cut, params, observation, noise)))
+    whole = _sample(config, padded, *given, num_steps=4, options=options)
+    np.testing.assert_allclose(actions, whole, atol=1e-4)
 
 
 def test_what_nobody_attends_to_can_be_dropped(setting):

@@ -292,10 +292,10 @@ def _percentile(counts: np.ndarray, percentile: float) -> float:
 
 
 def _by_part(config: pi0.Pi0Config, found: Mapping[_Name, float]) -> dict[str, Any]:
-    """Bounds by part and product; a product of zeros alone has the bound 1."""
+    """Bounds by part and product; 1 where a product is of zeros alone or its layer lacks it."""
     return {
         part: {
-            name: tuple(found[part, name, i] or 1.0 for i in range(depth))
+            name: tuple(found.get((part, name, i)) or 1.0 for i in range(depth))
             for name in quantize.PRODUCTS[part]
         }
         for part, depth in quantize.depths(config).items()

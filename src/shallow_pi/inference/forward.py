@@ -210,6 +210,11 @@ def run_layers(
     if isinstance(stack, list):
         cache = list(cache)
         for i, layer in enumerate(stack):
+            if not layer.qkv:  # The stream lacks this layer.
+                continue
+            if layer.out is None:  # It has its keys and values alone.
+                cache[i] = attention.write(cache[i], _keys_values(config, x, layer, rope), slot)
+                continue
             given = None if modulation is None else modulation[i]
             queries, own, gate = _project(config, x, layer, rope, given)
             mixed, cache[i] = attention.update_and_attend(
@@ -248,6 +253,17 @@ def _project(
     return queries, (keys, values), gate
 
 
+def _keys_values(
+    config: pi0.Pi0Config, x: Float[Array, "b t d"], layer: prepare.Layer, rope: tuple[Array, Array]
+) -> tuple[Array, Array]:
+    """Keys and values of a layer of the prefix that has nothing else."""
+    k, h = config.backbone.num_kv_heads, config.backbone.head_dim
+    normed, _ = _norm(x, layer.attention_norm, None)
+    parts = layers.products(normed, layer.qkv, (k * h, k * h))
+    keys, values = (part.reshape(*x.shape[:2], k, h) for part in parts)
+    return layers.apply_rope(keys, rope), values
+
+
 def _finish(
     x: Float[Array, "b t d"],
     mixed: Float[Array, "b t k g h"],
@@ -256,6 +272,8 @@ def _finish(
     modulation: Float[Array, "2 3 e"] | None,
 ) -> Float[Array, "b t d"]:
     """Out of the heads, then the MLP."""
+    assert layer.out is not None, "the layer is whole"
+    assert layer.down is not None, "the layer is whole"
     mixed = mixed.reshape(*x.shape[:2], -1)
     x = layers.residual(x, layers.multiply(mixed, layer.out), gate)
     normed, gate = _norm(x, layer.mlp_norm, None if modulation is None else modulation[1])

@@ -9,7 +9,8 @@ equations (`layers`) on the same parameters, with optimizations that leave the r
 - everything that depends on time alone (π0's half of an MLP, all of π0.5's adaptive modulations) is
   a table over the N integration times;
 - query, key and value, and gate and up, are one matrix each, in the compute dtype;
-- keys and values are written into one buffer per layer (see `attention`) and never concatenated.
+- keys and values are written into one buffer per layer (see `attention`) and never concatenated;
+- halves of layers that a model lacks (`models.layer_table`) are left out.
 
 `tuning.InferenceOptions` switches each of them off, to measure its gain. `trim` drops what a batch
 does not need: absent cameras and prompt padding.
@@ -24,7 +25,7 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from shallow_pi.inference import image_tower, quantize, tuning
-from shallow_pi.models import layers, pi0
+from shallow_pi.models import layer_table, layers, pi0
 from shallow_pi.models import observation as observations
 
 PROMPT_BUCKET = 16
@@ -33,7 +34,10 @@ KEY_BLOCK = 128
 
 
 class Layer(NamedTuple):
-    """One layer of one stream (or a stack of them on a leading axis), in the compute dtype."""
+    """One layer of one stream (or a stack of them on a leading axis), in the compute dtype.
+
+    A layer of keys and values alone has a norm and `qkv` without queries, an absent one nothing.
+    """
 
     # 1 + scale in float32; None where norms are adaptive.
     attention_norm: Float[Array, " d"] | None
@@ -41,11 +45,11 @@ class Layer(NamedTuple):
     # D × (N·H + 2·K·H), or its three parts.
     qkv: tuple[layers.Matrix, ...]
     # N·H × D
-    out: layers.Matrix
+    out: layers.Matrix | None
     # D × 2F, or its two parts.
     gate_up: tuple[layers.Matrix, ...]
     # F × D
-    down: layers.Matrix
+    down: layers.Matrix | None
 
 
 class Tables(NamedTuple):
@@ -131,11 +135,14 @@ def prepare(
       ValueError: the options round activations, and there are no bounds.
     """
     stacks: list[Stack] = [stack_layers(config, params, stream, options) for stream in (0, 1)]
-    if options.unrolled_layers:
+    if options.unrolled_layers or not config.is_even:
         # One array per layer: a slice of a stack would be copied at every call.
         stacks = [
-            [jax.tree.map(lambda leaf, i=i: leaf[i], stack) for i in range(config.depth)]
-            for stack in stacks
+            [
+                _half(config, jax.tree.map(lambda leaf, i=i: leaf[i], stack), kind[stream])
+                for i, kind in enumerate(config.layers)
+            ]
+            for stream, stack in enumerate(stacks)
         ]
     llm = {k: v for k, v in params["PaliGemma"]["llm"].items() if k != "layers"}
     rest = {**params, "PaliGemma": {"llm": llm}}
@@ -187,6 +194,22 @@ def make_tables(config: pi0.Pi0Config, params: PyTree, times: Float[Array, " n"]
     ]
     final = modulation(params["PaliGemma"]["llm"]["final_norm_1"]["Dense_0"])
     return Tables(None, jnp.moveaxis(jnp.stack(per_layer, axis=2), 1, 0), final)
+
+
+def _half(config: pi0.Pi0Config, layer: Layer, half: layer_table.Half) -> Layer:
+    """The part of a layer that a stream has."""
+    if half == "whole":
+        return layer
+    qkv: tuple[layers.Matrix, ...] = ()
+    if half == "keys_values":
+        width = config.backbone.num_heads * config.backbone.head_dim
+        qkv = layer.qkv[1:]
+        if not qkv:  # One matrix.
+            whole = layer.qkv[0]
+            assert isinstance(whole, jax.Array), "it is quantized later"
+            qkv = (whole[:, width:],)
+    norm = layer.attention_norm if qkv else None
+    return Layer(norm, mlp_norm=None, qkv=qkv, out=None, gate_up=(), down=None)
 
 
 def stack_layers(
