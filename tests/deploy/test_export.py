@@ -13,7 +13,7 @@ import safetensors.numpy
 from shallow_pi.checkpoints import safetensors_file, sizes, weights
 from shallow_pi.data.robots import assets, normalize, robot
 from shallow_pi.deploy import policy
-from shallow_pi.deploy.export import export, openpi_padded
+from shallow_pi.deploy.export import export, student
 from shallow_pi.models import pi0
 
 FORMATS = ("openpi", "openpi-padded", "openpi-pytorch", "lerobot")
@@ -97,12 +97,51 @@ def test_a_padded_model_is_the_same_function(tiny_config, tiny_params, tiny_obse
     config = tiny_config(pi05=pi05, depth=2)
     params, observation = tiny_params(config), tiny_observation(config)
     deep = pi0.at_depth(config, 4)
-    padded = jax.tree.map(jnp.asarray, openpi_padded.pad(params, (0, 2), 4))
+    padded = jax.tree.map(jnp.asarray, student.pad(params, "layers", (0, 2), 4))
     x_t = jax.random.normal(jax.random.key(0), (2, 5, 6))
     t = jnp.array([0.3, 0.9])
     shallow, _ = jax.jit(pi0.velocity, static_argnums=0)(config, params, observation, x_t, t)
     same, _ = jax.jit(pi0.velocity, static_argnums=0)(deep, padded, observation, x_t, t)
     np.testing.assert_allclose(same, shallow, rtol=1e-6, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def uneven(own, tiny_params, tmp_path_factory):
+    """A run whose student is cut further in the backbone, the expert and the image tower."""
+    model = dataclasses.replace(
+        own.model,
+        depth=3,
+        backbone_layers=("whole", "whole", "keys_values"),
+        expert_layers=("whole", "absent", "whole"),
+    )
+    folder = tmp_path_factory.mktemp("uneven")
+    weights.save_params(folder / "2" / "params", tiny_params(model))
+    dataclasses.replace(own, model=model).save(folder / "2" / "assets")
+    whole = {"depth": 5, "image": {"depth": 2}}
+    content = {"name": "pi0_tiny_l3", "layer_map": [0, 1, 4], "model": whole}
+    (folder / "config.json").write_text(json.dumps(content))
+    return folder / "2"
+
+
+@pytest.mark.parametrize(("name", "tower"), [("openpi", 1), ("openpi-padded", 2), ("lerobot", 2)])
+def test_a_student_of_several_depths_is_the_same_function_in_whole_layers(
+    name, tower, uneven, tmp_path
+):
+    """Actions are compared by the export, over the whole layers of the padded one."""
+    made = export.export(uneven, name, tmp_path / name, any_size=True, num_steps=2)
+    stored = sizes.of(weights.stored_params(made))
+    padded = name == "openpi-padded"
+    assert (stored["depth"], stored["image"].depth) == (5 if padded else 3, tower)
+    model = assets.load(made).model
+    assert model.is_even == padded
+    read = weights.load_params(made, pi0.abstract_params(model))["PaliGemma"]
+    cut = (4 if padded else 2), 1
+    layers = read["llm"]["layers"]
+    assert not np.any(layers["mlp"]["linear"][cut[0]])
+    assert not np.any(layers["attn"]["attn_vec_einsum_1"]["w"][cut[1]])
+    assert np.any(layers["attn"]["kv_einsum"]["w"][cut[0]])
+    card = (made / "README.md").read_text()
+    assert "# π0 with 3 layers (backbone 2, action expert 2)" in card
 
 
 def test_openpis_pytorch_file_has_every_tensor_of_its_class(exported, own):
@@ -268,9 +307,9 @@ def test_statistics_that_differ_are_not_kept(run, tmp_path, monkeypatch):
 
 def test_actions_that_differ_are_not_kept(run, tmp_path, monkeypatch):
     """Layers in another order are read back as they were written, and are another policy."""
-    pad = openpi_padded.pad
+    pad = student.pad
     monkeypatch.setattr(
-        openpi_padded, "pad", lambda params, layers, depth: pad(params, list(layers)[::-1], depth)
+        student, "pad", lambda params, stack, layers, n: pad(params, stack, list(layers)[::-1], n)
     )
     with pytest.raises(ValueError, match=r"actions of .* differ from the student's by"):
         export.export(run / "2", "openpi-padded", tmp_path / "new", any_size=True, num_steps=2)

@@ -22,11 +22,16 @@ from shallow_pi.deploy.export import onnx_graph  # noqa: E402
 
 @pytest.fixture(scope="module")
 def steps(own, tiny_params, tmp_path_factory):
-    """Step folders of π0 and of π0.5 with the state in its prompt."""
+    """Step folders of π0, and of an uneven π0.5 with the state in its prompt."""
+    uneven = {
+        "depth": 3,
+        "backbone_layers": ("whole", "whole", "keys_values"),
+        "expert_layers": ("whole", "absent", "whole"),
+    }
     found = {}
     for name, changes in (
         ("pi0", {}),
-        ("pi05", {"pi05": True, "discrete_state_input": True, "depth": 1, "max_token_len": 40}),
+        ("pi05", {"pi05": True, "discrete_state_input": True, "max_token_len": 40} | uneven),
     ):
         model = dataclasses.replace(own.model, **changes)
         found[name] = tmp_path_factory.mktemp(name) / "2"
@@ -60,8 +65,9 @@ def test_onnx_graphs_hold_operators_of_tensorrt_in_fixed_shapes(exported, name):
     counts = onnx_graph.operators(model)
     assert set(counts) <= tensorrt_operators.SUPPORTED
     # One a layer of the tower, the backbone (the last layer's is not read) and each step's expert;
-    # π0's state sees the prefix in every layer but the last too.
-    assert counts["Softmax"] == (1 + 1 + 1 + 2 * 2 if name == "pi0" else 1 + 0 + 2 * 1)
+    # π0's state sees the prefix in every layer but the last too. π0.5 has keys and values alone in
+    # its last backbone layer, and no expert in its second.
+    assert counts["Softmax"] == (1 + 1 + 1 + 2 * 2 if name == "pi0" else 1 + 2 + 2 * 2)
     assert "ReduceMax" not in counts
     large = [w for w in model.graph.initializer if w.data_location == onnx.TensorProto.EXTERNAL]
     assert {w.external_data[0].value for w in large} == {"weights.bin"}

@@ -39,11 +39,27 @@ def _compiled(function, *arguments):
     return (analysis[0] if isinstance(analysis, list) else analysis)["flops"]
 
 
-@pytest.mark.parametrize("pi05", [False, True], ids=["pi0", "pi05"])
-@pytest.mark.parametrize("once", [False, True], ids=["every step", "once"])
-def test_operations_are_those_the_compiler_counts(pi05, once):
+UNEVEN = {
+    "backbone_layers": ("whole", "whole", "keys_values"),
+    "expert_layers": ("whole", "absent", "whole"),
+}
+
+
+@pytest.mark.parametrize(
+    ("pi05", "once", "cut"),
+    [
+        (False, False, {}),
+        (True, False, {}),
+        (False, True, {}),
+        (True, True, {}),
+        (False, True, UNEVEN),
+        (True, True, {"backbone_layers": ("keys_values", "whole", "whole")}),
+    ],
+    ids=["pi0", "pi05", "pi0, once", "pi05, once", "pi0, uneven", "pi05, uneven"],
+)
+def test_operations_are_those_the_compiler_counts(pi05, once, cut):
     """Unrolled, since the compiler counts the body of a loop once."""
-    config = _config(pi05)
+    config = dataclasses.replace(_config(pi05), **cut)
     options = dataclasses.replace(tuning.ALL_ON, time_tables=once, state_once=once)
     params = pi0.abstract_params(config)
     times = sampler.integration_times(2)
@@ -74,6 +90,23 @@ def test_operations_of_pi05_are_the_published_ones(depth, teraflop):
     )
     counted = flops.inference_flops(config, options=tuning.ALL_OFF)
     assert counted.total / 1e12 == pytest.approx(teraflop, rel=0.02)
+
+
+def test_each_cut_saves_its_own_part():
+    whole = pi0.at_depth(pi0.Pi0Config(), 6)
+    kept = ("whole", *("keys_values",) * 3, "whole", "keys_values")
+    backbone = dataclasses.replace(whole, backbone_layers=kept)
+    expert = dataclasses.replace(whole, expert_layers=(*("absent",) * 4, "whole", "whole"))
+    tower = dataclasses.replace(whole, image=dataclasses.replace(whole.image, depth=9))
+    count = functools.partial(flops.inference_flops, options=tuning.ALL_ON)
+    size = functools.partial(flops.weight_bytes, options=tuning.ALL_ON)
+    for of in (count, size):
+        # Of five backbone layers that are read, and the keys and values of one, two are left.
+        assert 0.40 < of(backbone).prefix / of(whole).prefix < 0.44
+        assert of(backbone).vision == of(whole).vision
+        assert of(backbone).step == of(whole).step
+        assert of(expert).step / of(whole).step == pytest.approx(1 / 3, abs=0.015)
+        assert of(tower).vision / of(whole).vision == pytest.approx(1 / 3, abs=0.015)
 
 
 def test_weights_are_those_of_the_layers():

@@ -212,7 +212,7 @@ class Policy:
         state = ", state in the prompt" if model.discrete_state_input else ""
         bits = "" if self.quantize == "none" else f", products in 8 bits ({self.quantize})"
         return (
-            f"{model.kind}, {model.depth} layers, for {robot.name}: {model.action_horizon} actions "
+            f"{model.kind}, {model.depths}, for {robot.name}: {model.action_horizon} actions "
             f"of {robot.action_dim} (model: {model.action_dim}) dimensions, {model.max_token_len} "
             f"prompt tokens{state}{bits}, statistics {self.assets.asset_id!r}, tokenizer "
             f"{self.assets.tokenizer}"

@@ -106,6 +106,15 @@ class Pi0Config:
         return not (self.backbone_layers or self.expert_layers)
 
     @property
+    def depths(self) -> str:
+        """The layers in words, such as "6 layers (backbone 2, action expert 6)"."""
+        if self.is_even:
+            return f"{self.depth} layers"
+        columns = zip(*self.layers, strict=True)
+        whole = [sum(half == "whole" for half in column) for column in columns]
+        return f"{self.depth} layers (backbone {whole[0]}, action expert {whole[1]})"
+
+    @property
     def image_tokens(self) -> int:
         """Prefix tokens of one camera."""
         return (self.image_size // self.image.patch_size) ** 2

@@ -192,12 +192,16 @@ def _activations(spec: step.Spec) -> float:
         heads = 2 * model.backbone.num_kv_heads * model.backbone.head_dim
         stays += spec.teacher.depth * size * tokens * heads
     in_prefix = 0 if spec.execution.prefix_attention == "cudnn" else keys
-    for stream, queries, seen in (
-        (model.backbone, tokens, in_prefix),
-        (model.expert, suffix, keys),
+    for stream, queries, seen, halves in zip(
+        (model.backbone, model.expert),
+        (tokens, suffix),
+        (in_prefix, keys),
+        zip(*model.layers, strict=True),
+        strict=True,
     ):
         kept, working = _layer(stream, queries, seen, size)
-        stays += model.depth * (size * queries * stream.width + kept[remat])
+        there = len(halves) - halves.count("absent")
+        stays += there * size * queries * stream.width + halves.count("whole") * kept[remat]
         at_once += working
     image = model.image
     as_stream = _as_stream(image)

@@ -10,7 +10,7 @@ from collections.abc import Collection
 
 from shallow_pi.distill import step
 from shallow_pi.inference import quantize, tuning
-from shallow_pi.models import parameters, pi0
+from shallow_pi.models import layer_table, parameters, pi0
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -53,9 +53,10 @@ def inference_flops(
     vision += image.depth * 4 * tokens**2 * image.width
     length, horizon = config.prefix_tokens, config.action_horizon
     cached = length + (not config.pi05)
-    prefix = _layers(config, "", length, length, options.unrolled_layers)
+    unread = options.unrolled_layers or not config.is_even
+    prefix = _layers(config, "", length, length, unread)
     if not config.pi05 and options.state_once:
-        prefix += _layers(config, "_1", 1, cached, options.unrolled_layers)
+        prefix += _layers(config, "_1", 1, cached, unread)
         prefix += 2 * parameters.count(sizes, "state_proj")
     extra = not config.pi05 and not options.state_once
     step = _layers(config, "_1", horizon + extra, cached + horizon)
@@ -127,7 +128,8 @@ def weight_bytes(
     sizes = pi0.axis_sizes(config)
     inside = parameters.count(sizes, f"{parameters.ENCODER}/")
     around = parameters.count(sizes, "PaliGemma/img/") - inside
-    prefix = _layers(config, "", 1, 0, options.unrolled_layers) // 2
+    unread = options.unrolled_layers or not config.is_even
+    prefix = _layers(config, "", 1, 0, unread) // 2
     step = _layers(config, "_1", 1, 0) // 2
 
     def size(part: quantize.Part) -> int:
@@ -143,14 +145,25 @@ def _layers(
 ) -> int:
     """All layers of the backbone (`end` "") or the expert ("_1") over these tokens.
 
-    Where nobody reads the last layer's tokens, it computes queries, keys and values alone.
+    Where nobody reads the last layer's tokens, it computes queries, keys and values alone, and what
+    comes after the expert's last layer nothing.
     """
     sizes = pi0.axis_sizes(pi0.at_depth(config, 1))
     names = [f"{parameters.LAYERS}/attn/{name}_einsum{end}/" for name in ("q", "kv", "attn_vec")]
     into = 2 * tokens * parameters.count(sizes, *names[:2])
     whole = 2 * tokens * parameters.count(sizes, *names, f"{parameters.LAYERS}/mlp{end}/")
     whole += 4 * tokens * keys * config.backbone.num_heads * config.backbone.head_dim
-    return (config.depth - 1) * whole + (into if last_unread else whole)
+    keys_values = 2 * tokens * parameters.count(sizes, names[1])
+    total, last = 0, layer_table.last_read(config.layers)
+    for i, kind in enumerate(config.layers):
+        half = kind.expert if end else kind.backbone
+        if half == "absent" or (last_unread and i > last):
+            continue
+        if half == "keys_values":
+            total += keys_values
+        else:
+            total += into if last_unread and i == last else whole
+    return total
 
 
 def _time(config: pi0.Pi0Config, options: tuning.InferenceOptions) -> int:

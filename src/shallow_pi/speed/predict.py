@@ -69,7 +69,8 @@ def parts(config: pi0.Pi0Config, device: Device, num_steps: int = 10) -> list[Pa
         text = f"max({operations / 1e12:.3f} TFLOP / {tera:g} TFLOP/s, {size / 1e9:.2f} GB / "
         return Part(name, floor / share, floor, f"{text}{giga:g} GB/s) / {share:.2f}")
 
-    operations, size, layers = count.step, weights.step, config.depth
+    operations, size = count.step, weights.step
+    layers = sum(kind.expert == "whole" for kind in config.layers)
     floor = 1e3 * max(operations / device.flops, size / device.bandwidth)
     step = Part(
         f"{num_steps} steps",
@@ -97,7 +98,7 @@ def table(config: pi0.Pi0Config, device: str, num_steps: int = 10) -> list[str]:
     found = parts(config, chosen, num_steps)
     kind = "measured" if chosen.is_measured else "as its maker states them"
     lines = [
-        f"{config.kind}, {config.depth} layers, {len(config.cameras)} cameras, "
+        f"{config.kind}, {config.depths}, {len(config.cameras)} cameras, "
         f"{config.max_token_len} prompt tokens, horizon {config.action_horizon}, 16-bit floats",
         f"{chosen.name}: {chosen.flops / 1e12:g} TFLOP/s, {chosen.bandwidth / 1e9:g} GB/s ({kind})",
         "",

@@ -35,8 +35,10 @@ def text(
       is_policy: true if `Policy.from_checkpoint` reads the folder.
     """
     model, robot, assets = student.model, student.assets.robot, student.assets
-    layers = " ".join(map(str, origin.layer_map))
-    source = f" (teacher layers {layers} of {origin.teacher_depth})" if layers else ""
+    chosen = " ".join(map(str, origin.layer_map))
+    layers = model.depths + (" in\nbackbone and action expert alike" if model.is_even else "")
+    if chosen:
+        layers += f" (teacher layers {chosen} of {origin.teacher_depth})"
     cameras = ", ".join(name for name in model.cameras if name in robot.cameras)
     rows = {
         "teacher": origin.teacher,
@@ -60,10 +62,9 @@ pipeline_tag: robotics
 tags: [robotics, vision-language-action, shallow_pi, {"pi05" if model.pi05 else "pi0"}]
 ---
 
-# {model.kind} with {model.depth} layers
+# {model.kind} with {model.depths}
 
-A policy of shallow_pi{f" (config {origin.name})" if origin.name else ""}: {model.depth} layers in
-backbone and action expert alike{source}.
+A policy of shallow_pi{f" (config {origin.name})" if origin.name else ""}: {layers}.
 
 | | |
 |---|---|

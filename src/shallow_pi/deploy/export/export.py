@@ -84,7 +84,7 @@ def export(
         depth = origin.teacher_depth or teacher_depth
         origin = dataclasses.replace(origin, layer_map=tuple(layers), teacher_depth=depth)
 
-    report(f"Reading {folder}: {assets.model.kind}, {assets.model.depth} layers")
+    report(f"Reading {folder}: {assets.model.kind}, {assets.model.depths}")
     params = weights.load_params(
         folder,
         pi0.abstract_params(assets.model),

@@ -43,7 +43,12 @@ PICTURES = "observation.images."
 Json = Mapping[str, object]
 
 
-DTYPES, prepare, verify = openpi.DTYPES, openpi.prepare, openpi.verify
+DTYPES, verify = openpi.DTYPES, openpi.verify
+
+
+def prepare(student: students.Student, origin: students.Origin) -> students.Student:
+    """The student in whole layers, and with an image tower of the depth that the class has."""
+    return students.with_whole_tower(students.in_whole_layers(student), origin)
 
 
 def write(folder: pathlib.Path, student: students.Student) -> None:

@@ -223,7 +223,7 @@ def _prefix(model: pi0.Pi0Config, num_steps: int) -> _Part:
         cache, valid = forward.prefill(model, prepared, observation)
         if not model.pi05:
             cache, valid = forward.append_state(model, prepared, observation.state, cache, valid)
-        return [*jax.tree.leaves(cache), valid]
+        return [*jax.tree.leaves([cache[i] for i in _read_layers(model)]), valid]
 
     return prefix, _inputs(model), list(_cache(model))
 
@@ -231,7 +231,8 @@ def _prefix(model: pi0.Pi0Config, num_steps: int) -> _Part:
 def _step(model: pi0.Pi0Config, num_steps: int) -> _Part:
     def step(prepared: preparation.Prepared, *given: Array) -> Sequence[Array]:
         x, t, *rest, valid = given
-        cache = list(zip(rest[::2], rest[1::2], strict=True))
+        held = dict(zip(_read_layers(model), zip(rest[::2], rest[1::2], strict=True), strict=True))
+        cache = [held.get(i) for i in range(model.depth)]
         tables = preparation.make_tables(model, prepared.params, t)
         return [forward.velocity(model, prepared, cache, valid, x, tables)[0]]
 
@@ -250,11 +251,16 @@ def _noise(model: pi0.Pi0Config) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((1, model.action_horizon, model.action_dim), np.float32)
 
 
+def _read_layers(model: pi0.Pi0Config) -> list[int]:
+    """The layers whose keys and values the steps read: those of the expert."""
+    return [i for i, kind in enumerate(model.layers) if kind.expert == "whole"]
+
+
 def _cache(model: pi0.Pi0Config) -> dict[str, jax.ShapeDtypeStruct]:
     """Tensors that the prefix hands to the steps."""
     c, slots = model.backbone, preparation.cache_length(model)
     spec = jax.ShapeDtypeStruct((1, slots, c.num_kv_heads, c.head_dim), jnp.dtype(model.dtype))
-    names = [f"{kind}_{i}" for i in range(model.depth) for kind in ("keys", "values")]
+    names = [f"{kind}_{i}" for i in _read_layers(model) for kind in ("keys", "values")]
     return dict.fromkeys(names, spec) | {"valid": jax.ShapeDtypeStruct((1, slots), np.bool_)}
 
 

@@ -1,20 +1,15 @@
 """A step folder of openpi at the teacher's depth, which an unchanged openpi runs (no faster).
 
-The student's layers are placed at their teacher indices and the others are zeros. A layer of zeros
-adds nothing to the residual stream, so both models compute the same function.
+The student's layers are placed at their teacher indices and the others are zeros, and so are halves
+of layers and layers of the image tower that the student lacks. A layer of zeros adds nothing to the
+residual stream, so both models compute the same function.
 """
 
 import dataclasses
-from collections.abc import Sequence
 
-import jax
-import numpy as np
-from jaxtyping import PyTree
-
-from shallow_pi.checkpoints import weights
 from shallow_pi.deploy.export import openpi
 from shallow_pi.deploy.export import student as students
-from shallow_pi.models import parameters, pi0
+from shallow_pi.models import pi0
 
 _USAGE = """\
 A step folder of openpi with {depth} layers: the student's at the indices {layers}, the others are
@@ -47,10 +42,12 @@ def prepare(student: students.Student, origin: students.Origin) -> students.Stud
             f"a teacher of {teacher_depth}: expected {depth} different indices in increasing "
             f"order, from 0 to {teacher_depth - 1}"
         )
-    model = pi0.at_depth(student.model, teacher_depth)
-    assets = dataclasses.replace(student.assets, model=model)
+    whole = students.with_whole_tower(students.in_whole_layers(student), origin)
+    model = pi0.at_depth(whole.model, teacher_depth)
     return dataclasses.replace(
-        student, assets=assets, params=pad(student.params, layers, teacher_depth)
+        whole,
+        assets=dataclasses.replace(whole.assets, model=model),
+        params=students.pad(whole.params, "layers", layers, teacher_depth),
     )
 
 
@@ -69,17 +66,3 @@ def usage(folder: str, student: students.Student, origin: students.Origin) -> st
         layers=" ".join(map(str, origin.layer_map)),
         who="" if students.other_sizes(model) else _UNCHANGED,
     )
-
-
-def pad(params: PyTree, layers: Sequence[int], depth: int) -> PyTree:
-    """The student's layers at these indices of a model of `depth` layers, zeros elsewhere."""
-
-    def place(path: jax.tree_util.KeyPath, leaf: jax.Array) -> np.ndarray:
-        values = np.asarray(leaf)
-        if parameters.stack(weights.path_name(path)) != "layers":
-            return values
-        padded = np.zeros((depth, *values.shape[1:]), values.dtype)
-        padded[list(layers)] = values
-        return padded
-
-    return jax.tree_util.tree_map_with_path(place, params)

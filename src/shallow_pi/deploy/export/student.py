@@ -3,15 +3,18 @@
 import dataclasses
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
+import numpy as np
 from jaxtyping import PyTree
 
-from shallow_pi.checkpoints import run_folder
+from shallow_pi.checkpoints import run_folder, weights
 from shallow_pi.data.robots import assets as policy_assets
+from shallow_pi.distill import layer_map
 from shallow_pi.inference import quantize as quantization
-from shallow_pi.models import pi0
+from shallow_pi.models import parameters, pi0
 
 # Sizes that the classes of openpi and LeRobot have built in.
 BUILT_IN = ("action_dim", "backbone", "expert", "image", "image_size", "vocab_size")
@@ -47,6 +50,8 @@ class Origin:
     # Teacher layer of each student layer, and number of teacher layers.
     layer_map: tuple[int, ...] = ()
     teacher_depth: int = 0
+    # Layers of the teacher's image tower.
+    vision_depth: int = 0
     # Optimizer steps taken, of those planned.
     step: int = 0
     steps: int = 0
@@ -74,6 +79,7 @@ def origin(step: pathlib.Path) -> Origin:
             datasets=tuple(_public(path) for path in paths if path),
             layer_map=tuple(config["layer_map"] or ()),
             teacher_depth=int(config["model"]["depth"]),
+            vision_depth=int((config["model"].get("image") or {}).get("depth", 0)),
             step=int(step.name) if step.name.isdigit() else 0,
             steps=int(config.get("num_train_steps", 0)),
             error=_error(step),
@@ -89,11 +95,49 @@ def origin(step: pathlib.Path) -> Origin:
 def other_sizes(model: pi0.Pi0Config) -> list[str]:
     """Sizes of a model that differ from the released classes of openpi and LeRobot."""
     openpi = pi0.Pi0Config()
+    if model.image.depth < openpi.image.depth:  # Exports fill a cut tower with zeros.
+        image = dataclasses.replace(model.image, depth=openpi.image.depth)
+        model = dataclasses.replace(model, image=image)
     return [
         f"{name} is {getattr(model, name)}, theirs {getattr(openpi, name)}"
         for name in BUILT_IN
         if getattr(model, name) != getattr(openpi, name)
     ]
+
+
+def in_whole_layers(student: Student) -> Student:
+    """The student with zeros for the halves of layers that it lacks, as openpi computes them."""
+    return dataclasses.replace(student, params=pi0.zero_cut(student.model, student.params))
+
+
+def with_whole_tower(student: Student, origin: Origin) -> Student:
+    """The student with an image tower as deep as openpi's, or its teacher's, by layers of zeros."""
+    image, openpis = student.model.image, pi0.SO400M_14
+    is_openpis = dataclasses.replace(image, depth=openpis.depth) == openpis
+    depth = openpis.depth if is_openpis else origin.vision_depth
+    if image.depth >= depth:
+        return student
+    kept = layer_map.uniform(image.depth, depth).layers
+    whole = dataclasses.replace(student.model, image=dataclasses.replace(image, depth=depth))
+    return dataclasses.replace(
+        student,
+        assets=dataclasses.replace(student.assets, model=whole),
+        params=pad(student.params, "image_layers", kept, depth),
+    )
+
+
+def pad(params: PyTree, stack: str, layers: Sequence[int], depth: int) -> PyTree:
+    """A stack's layers at these indices of a stack of `depth` layers, zeros elsewhere."""
+
+    def place(path: jax.tree_util.KeyPath, leaf: jax.Array) -> np.ndarray:
+        values = np.asarray(leaf)
+        if parameters.stack(weights.path_name(path)) != stack:
+            return values
+        padded = np.zeros((depth, *values.shape[1:]), values.dtype)
+        padded[list(layers)] = values
+        return padded
+
+    return jax.tree_util.tree_map_with_path(place, params)
 
 
 def _error(step: pathlib.Path) -> float | None:
