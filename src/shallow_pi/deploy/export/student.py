@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -12,7 +12,6 @@ from jaxtyping import PyTree
 
 from shallow_pi.checkpoints import run_folder, weights
 from shallow_pi.data.robots import assets as policy_assets
-from shallow_pi.distill import layer_map
 from shallow_pi.inference import quantize as quantization
 from shallow_pi.models import parameters, pi0
 
@@ -117,7 +116,7 @@ def with_whole_tower(student: Student, origin: Origin) -> Student:
     depth = openpis.depth if is_openpis else origin.vision_depth
     if image.depth >= depth:
         return student
-    kept = layer_map.uniform(image.depth, depth).layers
+    kept = np.round(np.linspace(0, depth - 1, image.depth)).astype(int)  # Where it was cut.
     whole = dataclasses.replace(student.model, image=dataclasses.replace(image, depth=depth))
     return dataclasses.replace(
         student,
@@ -126,7 +125,7 @@ def with_whole_tower(student: Student, origin: Origin) -> Student:
     )
 
 
-def pad(params: PyTree, stack: str, layers: Sequence[int], depth: int) -> PyTree:
+def pad(params: PyTree, stack: str, layers: Iterable[int], depth: int) -> PyTree:
     """A stack's layers at these indices of a stack of `depth` layers, zeros elsewhere."""
 
     def place(path: jax.tree_util.KeyPath, leaf: jax.Array) -> np.ndarray:
