@@ -140,13 +140,14 @@ def test_attention_is_chosen_by_device(full_size, monkeypatch):
     monkeypatch.setattr(setup.sharding, "batch_sharding", lambda mesh: None)
     monkeypatch.setattr(accelerators, "memory_of", lambda device: None)
 
-    def chosen(device, **changes):
+    def chosen(device, present=True, **changes):
         devices = np.array([types.SimpleNamespace(**device)])
         on = types.SimpleNamespace(devices=devices)
+        monkeypatch.setattr(jax, "devices", lambda: list(devices) if present else [])
         spec = setup.make_spec(_with(full_size, **changes), on)
         return spec.execution.tower_attention, spec.execution.prefix_attention
 
-    hopper = {"platform": "gpu", "compute_capability": "9.0"}
+    hopper = {"device_kind": "H100", "platform": "gpu", "compute_capability": "9.0"}
     assert chosen(hopper) == ("cudnn", "cudnn")
     assert chosen(hopper, attention="tower") == ("cudnn", "xla")
     assert chosen(hopper, attention="xla") == ("xla", "xla")
@@ -157,6 +158,9 @@ def test_attention_is_chosen_by_device(full_size, monkeypatch):
     assert chosen(hopper, model=wide) == ("xla", "xla")
     with pytest.raises(ValueError, match=r"--attention cudnn: .* the model in float32: use 'xla'"):
         chosen(hopper, model=wide, attention="cudnn")
+    assert chosen(hopper, present=False) == ("xla", "xla")
+    with pytest.raises(ValueError, match=r"--attention cudnn: JAX looks at the GPU .* is not here"):
+        chosen(hopper, present=False, attention="cudnn")
     with pytest.raises(ValueError, match=r"--attention tower: .*, and JAX's backend is cpu"):
         setup.make_spec(_with(full_size, attention="tower"), mesh)
 

@@ -289,7 +289,7 @@ class DistillConfig:
     remat: Literal["auto", "layers", "dots", "none"] = "auto"
     # Attention of image tower and prefix: "xla", cuDNN's flash attention ("cudnn"), or that in the
     # "tower" alone. "auto": cudnn in bfloat16 on NVIDIA GPUs from Hopper on, in the tower alone on
-    # Ampere and Ada, and xla elsewhere. The action tokens' attention is XLA's always.
+    # Ampere and Ada, and xla elsewhere and for absent devices. Action tokens always use xla.
     attention: Literal["auto", "xla", "cudnn", "tower"] = "auto"
     # Number of optimizer steps.
     num_train_steps: int = 30_000

@@ -115,15 +115,20 @@ def _attention(
       ValueError: cuDNN is asked for where it does not run.
     """
     wanted, dtype = experiment.attention, experiment.model.dtype
+    present = device is not None and device in jax.devices()
     if device is not None and wanted in ("cudnn", "tower"):
         try:
             attention.check("cudnn", dtype, device.platform)
         except ValueError as error:
             raise ValueError(f"--attention {wanted}: {error}") from None
+        if not present:
+            raise ValueError(
+                f"--attention {wanted}: JAX looks at the GPU to compile cuDNN's attention, and "
+                f"{device.device_kind} is not here: use 'xla'"
+            )
     if wanted == "auto":
         capable = 0.0
-        if device is not None and device.platform == "gpu" and dtype == "bfloat16":
-            # Absent of other makes; and an absent device's kernels cannot be planned.
+        if device is not None and present and device.platform == "gpu" and dtype == "bfloat16":
             capable = float(getattr(device, "compute_capability", 0))
         wanted = "cudnn" if capable >= 9.0 else "tower" if capable >= 8.0 else "xla"
     return "xla" if wanted == "xla" else "cudnn", "cudnn" if wanted == "cudnn" else "xla"
