@@ -66,7 +66,12 @@ class Table:
             first, second = (many * count if len(many) == 1 else many for many in (first, second))
         shared = min(len(first), len(second))
         table = _matrix([*first[:shared], *second[:shared]])
-        return None if table is None else intervals.over_seeds(table[:shared] - table[shared:])
+        if table is None:
+            return None
+        found = intervals.over_seeds(table[:shared] - table[shared:])
+        if self._column(a[1]).is_rate:  # Two rates differ by no more than 1.
+            found = dataclasses.replace(found, low=max(found.low, -1.0), high=min(found.high, 1.0))
+        return found
 
     def decide(self, statement: Statement) -> tuple[Verdict, intervals.Mean | None]:
         """By the interval alone, and the value that is compared with the bound."""

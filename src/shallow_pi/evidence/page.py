@@ -56,10 +56,11 @@ def write(path: pathlib.Path, folder: pathlib.Path, episodes: int) -> list[pathl
     written = [path]
     lines = _head(folder, episodes)
     tables = {name: outcomes.Table(c, results, episodes) for name, c in claims.CLAIMS.items()}
-    lines += ["", "| claim | statement | value | verdict |", "|---|---|---|---|"]
+    lines += ["", "| claim | statement | verdict |", "|---|---|---|"]
     for name, table in tables.items():
         for statement in table.claim.statements:
-            lines.append(f"| [{name}](#{name}) | {' | '.join(_decision(table, statement))} |")
+            text, _, verdict = _decision(table, statement)
+            lines.append(f"| [{name}](#{name}) | {text} | {verdict} |")
     for table in tables.values():
         lines += _section(table)
         pictures: list[tuple[str, pathlib.Path]] = []
