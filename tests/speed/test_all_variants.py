@@ -126,6 +126,23 @@ def test_a_folder_becomes_tables_and_pictures(found, tmp_path):
         assert (tmp_path / f"{name}.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
+def test_the_command_measures_in_processes_and_names_what_fails(tmp_path, monkeypatch, capsys):
+    wrong = '{"name": "wrong", "kind": "step", "arguments": ["no_such_config"]}'
+    arguments = ["--tiny", "--only", "pi05_l2", "--add", wrong, "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["benchmark_all.py", *arguments])
+    benchmark_all.main()
+    said = capsys.readouterr().out
+    assert "pi05_l2: measured" in said
+    assert "failed: wrong: exit status" in said
+    assert "no_such_config" in (tmp_path / "wrong.log").read_text()
+    content = json.loads((tmp_path / "pi05_l2.json").read_text())
+    assert content["timing"]["depth"] == content["variant"]["depth"] == 2
+    assert content["timing"]["device_ms"] > 0
+    assert "pi05_l2" in (tmp_path / "summary.txt").read_text()
+    assert not list(tmp_path.glob("*.ready"))
+
+
 def test_a_variant_of_json_changes_its_base():
     text = '{"name": "a", "base": "pi05_l18", "options": {"tower_attention": "cudnn"}}'
     found = variants.parse(text, variants.VARIANTS)
