@@ -33,6 +33,22 @@ def test_a_rival_is_made_of_demonstrations_and_loaded_without_them(runs):
     assert rival_runs.digest(SLUG, runs) != first
 
 
+def test_rivals_that_learn_nothing_are_made_when_asked_for(runs, monkeypatch):
+    monkeypatch.setattr(rival_runs, "MEASURED", 3)
+    names = ("skip:drop=1,order=cka", "mole", "efficientvla:cache=2")
+    slugs = [f"{rows.TEACHER}--{name}" for name in names]
+    absent = "teacher-l9-s0--efficientvla:cache=2"
+    rival_runs.ensure([rows.TEACHER, absent, *slugs], runs, train=False)
+    made = [sources.exists(slug, runs) for slug in (*slugs, absent)]
+    assert made == [True, False, True, False]
+
+
+def test_too_few_frames_are_refused(runs):
+    data = frames.Frames(batches.noise(miniature.MODEL, 8, 0), np.array([0, 8]))
+    with pytest.raises(ValueError, match="at least 64 frames, got 8"):
+        rival_runs.make([SLUG], runs, data)
+
+
 def test_slugs_of_rivals_are_told_from_cuts():
     assert rival_runs.is_rival("teacher--efficientvla:layers=3")
     assert rival_runs.is_rival("teacher--cogvla")

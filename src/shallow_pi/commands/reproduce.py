@@ -9,6 +9,7 @@ uv run scripts/reproduce.py CLAIM ... [--runs DIR] [--results DIR] [--page FILE]
     all --episodes 0             measures nothing, and writes the page from what is there
     late --only teacher          only cells whose names match a regular expression
     all --part 2/3 --workers 16  the second third of the cells, in 16 processes of a core each
+    rivals --train-rivals        rivals too that have to be trained first
     all --miniature              everything, once, with tiny untrained policies, somewhere temporary
 
 A cell that is measured is not measured again. Policies that are not among the runs are left out and
@@ -36,6 +37,7 @@ from shallow_pi.evidence import (
     outcomes,
     page,
     rival_costs,
+    rival_runs,
     rows,
     running,
     scoring,
@@ -71,6 +73,9 @@ class Arguments:
     part: str = "1/1"
     # Processes.
     workers: int = 1
+    # Train the rivals that are trained, where they are missing (each takes as long as a student of
+    # all layers); those that are not are made anyway.
+    train_rivals: bool = False
     # Try everything with tiny untrained policies and two episodes.
     miniature: bool = False
 
@@ -137,6 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def measure(wanted: Sequence[cells.Cell], given: Arguments) -> None:
     """Run what is missing of cells whose policies are there; tell what is not."""
+    rival_runs.ensure([cell.policy for cell in wanted], given.runs, given.train_rivals)
     absent = {c.policy for c in wanted if not sources.exists(c.policy, given.runs)}
     if absent:
         few = ", ".join(sorted(absent)[:4]) + (" ..." if len(absent) > 4 else "")

@@ -1,7 +1,8 @@
 """Rivals of a student among the policies of studies: `TEACHER--efficientvla:layers=9,cache=2`.
 
 `make` measures or trains a rival on demonstrations and keeps what it found in `RUNS/<slug>`; the
-evaluation then needs the teacher's folder and that one. A rival has one training seed.
+evaluation then needs the teacher's folder and that one. A rival has one training seed, a student's
+demonstrations, and the data of every batch drawn without replacement.
 """
 
 import dataclasses
@@ -18,13 +19,16 @@ from shallow_pi.checkpoints import weights
 from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.deploy import policy as deployed
 from shallow_pi.evaluation.rivals import rival, table
-from shallow_pi.evidence import frames
+from shallow_pi.evidence import frames, recipes, training
 from shallow_pi.models import batch as batches
 from shallow_pi.models import pi0
+from shallow_pi.sims import tabletop
 
 # Written last: a folder with it is whole.
 MADE_FILE = "rival.txt"
 BATCH_SIZE = 64
+# Demonstrations from which a rival's layers are measured.
+MEASURED = 40
 
 
 def is_rival(slug: str) -> bool:
@@ -44,7 +48,15 @@ def make(slugs: Sequence[str], runs: pathlib.Path, data: frames.Frames) -> None:
       slugs: of rivals.
       runs: folder of step folders.
       data: demonstrations, with the teacher's statistics.
+
+    Raises:
+      ValueError: fewer frames than a batch.
     """
+    if data.ends[-1] < BATCH_SIZE:
+        raise ValueError(
+            f"rivals are made of at least {BATCH_SIZE} frames, got {data.ends[-1]}: record more "
+            "demonstrations"
+        )
     for slug in slugs:
         if not exists(slug, runs):
             progress.say(f"Making {slug}")
@@ -52,6 +64,25 @@ def make(slugs: Sequence[str], runs: pathlib.Path, data: frames.Frames) -> None:
             folder = _folder(slug, runs)
             folder.mkdir(parents=True, exist_ok=True)
             (folder / MADE_FILE).write_text(f"{slug}\n", encoding="utf-8")
+
+
+def ensure(slugs: Sequence[str], runs: pathlib.Path, train: bool) -> None:
+    """Make the rivals whose teacher is there, of demonstrations recorded now.
+
+    Args:
+      slugs: of policies; what is no rival is left alone.
+      runs: folder of step folders.
+      train: make those too that are trained, which takes as long as students of all layers.
+    """
+    wanted = [slug for slug in dict.fromkeys(slugs) if is_rival(slug) and not exists(slug, runs)]
+    wanted = [slug for slug in wanted if (runs / slug.partition("--")[0] / "params").is_dir()]
+    if not train:
+        wanted = [slug for slug in wanted if not hasattr(_options(slug), "steps")]
+    if wanted:
+        assets = policy_assets.load(runs / wanted[0].partition("--")[0])
+        count, workers = (recipes.STUDENT.demonstrations, 2) if train else (MEASURED, 1)
+        seen = frames.collect(tabletop.Suite(), count, training.SEEDS["student"], workers)
+        make(wanted, runs, frames.samples(assets, seen))
 
 
 def load(slug: str, runs: pathlib.Path, num_steps: int) -> deployed.Policy:
@@ -84,7 +115,11 @@ def _folder(slug: str, runs: pathlib.Path) -> pathlib.Path:
 
 
 def _policy(slug: str, material: rival.Material, runs: pathlib.Path) -> deployed.Policy:
-    return table.find(slug.partition("--")[2]).make(material, _folder(slug, runs))
+    return _options(slug).make(material, _folder(slug, runs))
+
+
+def _options(slug: str) -> rival.Rival:
+    return table.find(slug.partition("--")[2])
 
 
 def _material(slug: str, runs: pathlib.Path, data: frames.Frames | None) -> rival.Material:
