@@ -140,6 +140,7 @@ def test_a_policy_that_cannot_say_how_many_fails_its_clients_and_keeps_none_wait
             said, code = serving.refusal(raw)
             assert "of the policy's own" in said
             assert code == 1011
+        running.wait_for("shallow_pi_queue_length", 0)
         del held.together
         assert serving.openpi(running).infer(serving.STATE)["actions"].shape == (4, 2)
 

@@ -144,6 +144,7 @@ class Turns:
         self._came.set()
         while self._line:
             _settle(self._line.popleft()[1], _stops())
+        self._seen.waiting = 0
 
     async def _take_turns(self) -> None:
         while self._line:
@@ -165,6 +166,7 @@ class Turns:
                 for entry in turn:
                     _settle(entry[1], error)
                 self._line = collections.deque(e for e in self._line if not e[1].done())
+                self._seen.waiting = len(self._line)
             finally:
                 self._is_asking = False
 
