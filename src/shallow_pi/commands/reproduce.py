@@ -13,7 +13,8 @@ uv run scripts/reproduce.py CLAIM ... [--runs DIR] [--results DIR] [--page FILE]
     all --miniature              everything, once, with tiny untrained policies, somewhere temporary
 
 A cell that is measured is not measured again. Policies that are not among the runs are left out and
-stay pending. Several machines may each do a part: put their results files into one folder.
+stay pending; --train makes them first, many in one program (minutes on an accelerator, days on a
+CPU). Several machines may each do a part: put their results files into one folder.
 """
 
 import dataclasses
@@ -42,9 +43,12 @@ from shallow_pi.evidence import (
     running,
     scoring,
     sources,
+    training,
 )
 from shallow_pi.evidence.claim import Claim
 from shallow_pi.parallel import processes
+from shallow_pi.sims import tabletop
+from shallow_pi.training import command_line
 
 ALL = "all"
 
@@ -76,6 +80,8 @@ class Arguments:
     # Train the rivals that are trained, where they are missing (each takes as long as a student of
     # all layers); those that are not are made anyway.
     train_rivals: bool = False
+    # First train the policies that are not among the runs.
+    train: bool = False
     # Try everything with tiny untrained policies and two episodes.
     miniature: bool = False
 
@@ -129,6 +135,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 miniature.run(chosen, given.workers, pathlib.Path(folder))
             progress.say("Every chosen study ran in miniature")
             return
+        if given.train:
+            slugs = claims.students([claim.name for claim in chosen])
+            model = command_line.load(command_line.configs(), "pi0_tabletop").model
+            wanted_recipes = [rows.RECIPES[slug] for slug in slugs]
+            training.ensure(wanted_recipes, model, tabletop.Suite(), given.runs, given.workers)
         if given.episodes:
             wanted = [cell for claim in chosen for cell in claim.cells()]
             wanted = [cell for cell in wanted if re.search(given.only, cell.name)]

@@ -10,9 +10,15 @@ SEEDS = (0, 1, 2)
 TASKS = tuple(task for task in tabletop.LAYOUTS if task != "around")
 
 
+# Of every trained policy that a claim names, by slug.
+RECIPES = {recipes.TEACHER.slug: recipes.TEACHER}
+
+
 def students(label: str, **fields: object) -> Variant:
     """Students of the default recipe but for these fields, one for each seed."""
-    return Variant(label, tuple(recipe.slug for recipe in _recipes(**fields)))
+    found = _recipes(**fields)
+    RECIPES.update({recipe.slug: recipe for recipe in found})
+    return Variant(label, tuple(recipe.slug for recipe in found))
 
 
 def _recipes(**fields: object) -> list[recipes.Recipe]:

@@ -25,6 +25,7 @@ from shallow_pi.distill import flow, layer_scores
 from shallow_pi.evidence import frames, many, recipes
 from shallow_pi.models import batch as batches
 from shallow_pi.models import pi0
+from shallow_pi.sims import demonstrations, simulator
 
 RECIPE_FILE, SCORES_FILE = "recipe.json", "layer_scores.json"
 # Seeds of the expert's episodes: a student sees other scenes than its teacher did.
@@ -154,3 +155,39 @@ def distil(
     absent = missing(left, runs)
     if absent:
         progress.say(f"Pending: {', '.join(recipe.slug for recipe in absent)}")
+
+
+def ensure(
+    wanted: Sequence[recipes.Recipe],
+    model: pi0.Pi0Config,
+    suite: simulator.Suite,
+    runs: pathlib.Path,
+    workers: int,
+) -> None:
+    """Train the policies that are not there yet: teachers, then their students, by teacher.
+
+    Args:
+      wanted: the recipes, the most important first.
+      model: architecture of the teachers, at any depth.
+      suite: whose expert demonstrates.
+      runs: folder of the step folders.
+      workers: processes that record demonstrations.
+    """
+    runs.mkdir(parents=True, exist_ok=True)
+
+    def record(left: Sequence[recipes.Recipe]) -> list[demonstrations.Episode]:
+        most = max(recipe.demonstrations for recipe in left)
+        return frames.collect(suite, most, SEEDS[left[0].role], workers)
+
+    if teachers := missing([recipe for recipe in wanted if recipe.role == "teacher"], runs):
+        episodes = record(teachers)
+        assets = frames.make_assets(suite, model, episodes, runs / policy_assets.TOKENIZER_NAME)
+        data = frames.samples(assets, episodes)
+        teach(teachers, assets, data, runs, many.Programs(model, len(data.samples.actions)))
+    students = missing([recipe for recipe in wanted if recipe.role == "student"], runs)
+    for slug in dict.fromkeys(recipe.teacher for recipe in students):
+        own = [recipe for recipe in students if recipe.teacher == slug]
+        assets, _ = load_teacher(slug, runs)
+        data = frames.samples(assets, record(own))
+        rows, depth = len(data.samples.actions), assets.model.depth
+        distil(own, data, runs, many.Programs(assets.model, rows, teacher_depth=depth))
