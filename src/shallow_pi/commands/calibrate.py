@@ -52,7 +52,8 @@ class Arguments:
     samples: int = 64
     # Observations in one batch.
     batch_size: int = 8
-    # int8 clips activations beyond this percentile of their magnitudes; 100 clips none.
+    # int8 clips activations beyond this percentile of their magnitudes; 100 clips none. Lower it
+    # slightly, to 99.99, for a model with rare large activations.
     percentile: float = calibration.PERCENTILE
     # Integration steps of the sampler; 0 takes the number that the policy was trained for.
     num_steps: int = 0

@@ -81,7 +81,10 @@ def weight_scale(
 
 
 def round_to(x: Float[Array, "..."], format: Format) -> Array:
-    """The nearest number of a format, ties to even; beyond the largest, the largest."""
+    """The nearest number of a format, ties to even; beyond the largest, the largest.
+
+    JAX 0.5's CPU rounds to float8 by way of float16: what is nearly a tie may go the other way.
+    """
     smallest = -128.0 if format == "int8" else -LARGEST[format]  # As ONNX saturates.
     clipped = jnp.clip(x, smallest, LARGEST[format])
     return (jnp.round(clipped) if format == "int8" else clipped).astype(DTYPES[format])
