@@ -64,7 +64,7 @@ def test_policies_trained_together_are_those_trained_alone(model, data, teacher)
         np.abs(a - b).max()
         for a, b in zip(jax.tree.leaves(together[wanted[0]]), start, strict=True)
     ]
-    assert min(moved) > 0
+    assert max(moved) > 1e-3
 
 
 def test_groups_keep_apart_what_programs_depend_on():

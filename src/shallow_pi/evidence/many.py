@@ -125,7 +125,9 @@ def layers_of(
 def initial(recipe: recipes.Recipe, model: pi0.Pi0Config, teacher: Teacher | None) -> PyTree:
     """Parameters before the first step: cut out of the teacher, or random."""
     if recipe.init == "random":
-        return pi0.init(pi0.at_depth(model, recipe.depth), jax.random.key(1000 + recipe.seed))
+        # One program: op by op this takes minutes on an accelerator.
+        made = jax.jit(functools.partial(pi0.init, pi0.at_depth(model, recipe.depth)))
+        return made(jax.random.key(1000 + recipe.seed))
     assert teacher is not None, "a student is cut out of a teacher"
     chosen = layers_of(recipe, teacher.model.depth, teacher.scores)
     return student.cut(teacher.model, teacher.params, chosen)

@@ -43,6 +43,8 @@ class Recipe:
     steps: int = 1200
     # Episodes of the expert that the policy is trained on.
     demonstrations: int = 400
+    # Tasks of the suite that its demonstrations show; empty for all.
+    tasks: tuple[str, ...] = ()
     # Of the order of the data, noise, times and random parameters.
     seed: int = 0
 
@@ -58,6 +60,9 @@ class Recipe:
             if name in ("role", "depth", "seed") or value == getattr(default, name):
                 continue
             if name == "steps" and not value:
+                continue
+            if name == "tasks":
+                parts.append("+".join(value))
                 continue
             word = value if name in ("strategy", "init", "heads") else f"{name}{_short(value)}"
             parts.append(str(word).replace("_", ""))
