@@ -100,9 +100,18 @@ def test_trimmed_cameras_and_padding_change_no_action(tiny_config, tiny_params):
 
 
 def test_the_ceiling_is_operations_and_bytes_a_second():
-    found = inference.ceiling("float32", size=256, repeats=2, loops=3)
+    found = inference.ceiling("float32", size=256, repeats=2, loops=4)
     assert 1e8 < found.flops_per_second < 1e16
     assert 1e7 < found.bytes_per_second < 1e14
+
+
+def test_the_ceilings_loops_do_the_work_that_is_counted():
+    y, x = 0.5 * jnp.eye(8, k=1), jnp.arange(64.0).reshape(8, 8) / 64
+    multiply, copy = inference.ceiling_loops(4)
+    expected = np.asarray(y) @ np.linalg.matrix_power(np.asarray(x), 4)
+    np.testing.assert_allclose(multiply(y, x), expected, rtol=1e-5)
+    assert y.is_deleted(), "in place: a copy of it would take time"
+    np.testing.assert_array_equal(copy(jnp.ones(3)), np.full(3, 1 + 0 + 1 + 2 + 3))
 
 
 def test_sizes_are_the_models(timing):

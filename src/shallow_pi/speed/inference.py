@@ -90,34 +90,54 @@ class Timing:
         }
 
 
-def ceiling(dtype: str, size: int | None = None, repeats: int = 5, loops: int = 8) -> Ceiling:
+def ceiling(dtype: str, size: int | None = None, repeats: int = 5, loops: int = 16) -> Ceiling:
     """Measure the device's matrix rate and copy rate on square matrices of this size.
-
-    The loop runs on the device: from the host, a call's launch would count as work.
 
     Args:
       dtype: of the matrices.
       size: their side; None suits the backend.
       repeats: timed loops.
-      loops: products, or copies, of a loop.
+      loops: products, or copies, of a loop; an even number.
     """
     small = jax.default_backend() == "cpu"
     size = size or (2048 if small else 8192)
     # Noise, as zeros draw less power and run at a higher clock; products keep its size.
     scale, shape = 1 / (made_up.DEVIATION * size**0.5), (1 if small else 8, size, size)
-    large = jax.jit(lambda seed: scale * made_up.noise(shape, dtype, seed))(made_up.SEED)
-    a = large[0]  # What is copied is larger than any cache.
-    multiply = jax.jit(lambda x: jax.lax.fori_loop(0, loops, lambda _, y: y @ x, x))
-    copy = jax.jit(lambda x: jax.lax.fori_loop(0, loops, lambda i, y: y + i.astype(y.dtype), x))
-    found = latency.median_latency(
-        {"multiply": lambda: multiply(a), "copy": lambda: copy(large)},
-        repeats=repeats,
-        label="Ceiling",
-    )
+    # What is copied is larger than any cache.
+    noise = jax.jit(lambda seed: scale * made_up.noise(shape, dtype, seed))
+    held = {"multiply": noise(made_up.SEED)[0], "copy": noise(made_up.SEED)}
+    factor, (multiply, copy) = held["multiply"] + 0, ceiling_loops(loops)
+
+    def again(name: str, loop: Callable[..., Array], *others: Array) -> Array:
+        held[name] = loop(held[name], *others)
+        return held[name]
+
+    calls = {
+        "multiply": functools.partial(again, "multiply", multiply, factor),
+        "copy": functools.partial(again, "copy", copy),
+    }
+    found = latency.median_latency(calls, repeats=repeats, label="Ceiling")
     return Ceiling(
         loops * 2 * size**3 / found.median_ms["multiply"] * 1e3,
-        loops * 2 * large.nbytes / found.median_ms["copy"] * 1e3,
+        loops * 2 * held["copy"].nbytes / found.median_ms["copy"] * 1e3,
     )
+
+
+def ceiling_loops(loops: int) -> tuple[jax.stages.Wrapped, jax.stages.Wrapped]:
+    """Loops of products and of copies that run on the device, where no launch counts as work.
+
+    The compiled loops copy nothing besides: their first argument is donated, and a body of two
+    products writes the second one where it read the first one's factor.
+    """
+    multiply = jax.jit(
+        lambda y, x: jax.lax.fori_loop(0, loops // 2, lambda _, y: (y @ x) @ x, y),
+        donate_argnums=0,
+    )
+    copy = jax.jit(
+        lambda y: jax.lax.fori_loop(0, loops, lambda i, y: y + i.astype(y.dtype), y),
+        donate_argnums=0,
+    )
+    return multiply, copy
 
 
 # Prepares another sampler from (model, params, observation on the host, noise, integration steps);
