@@ -1,5 +1,7 @@
 """A teacher, observations and noise in miniature, and the samplers' oracle."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,10 +29,14 @@ def setting(tiny_config, tiny_params, tiny_observation):
 def weights():
     """Makes a rival's weights for STEPS integration steps."""
 
+    times = sampler.integration_times(STEPS)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def prepared(config, params):
+        return prepare.prepare(config, params, times, rival.OPTIONS)
+
     def make(config, params, extra=()):
-        times = sampler.integration_times(STEPS)
-        prepared = prepare.prepare(config, params, times, rival.OPTIONS)
-        return rival.Weights(prepared, extra)
+        return rival.Weights(prepared(config, params), extra)
 
     return make
 

@@ -44,9 +44,9 @@ def test_sampling_runs_the_layers_that_training_ran(setting, weights, euler, rou
 
 @pytest.mark.parametrize("pi05", [False, True], ids=["pi0", "pi05"])
 def test_closed_gates_are_layers_cut_out(pi05, setting, weights):
-    config, params, observation, noise = setting(pi05)
-    cut = student.cut(config, params, layer_map.explicit([0, 2], 3))
-    short = pi0.at_depth(config, 2)
+    config, params, observation, noise = setting(pi05, depth=2)
+    cut = student.cut(config, params, layer_map.explicit([1], 2))
+    short = pi0.at_depth(config, 1)
     expected = sampler.sample_actions(short, cut, observation, noise, num_steps=4)
     held = weights(config, params).prepared
 
@@ -54,7 +54,7 @@ def test_closed_gates_are_layers_cut_out(pi05, setting, weights):
     def found(observation, noise):
         tokens = forward.embed_prefix(config, held, observation)
         valid = pi0.prefix_valid(config, observation)
-        opened = jnp.broadcast_to(jnp.array([True, False, True])[:, None], (3, len(noise)))
+        opened = jnp.broadcast_to(jnp.array([False, True])[:, None], (2, len(noise)))
         return gated.sample(config, held, tokens, valid, observation.state, noise, opened)
 
     np.testing.assert_allclose(found(observation, noise), expected, atol=1e-4)
@@ -80,13 +80,14 @@ def test_the_choice_is_hard_and_its_gradient_soft():
     assert mole.cognition(same, same[::-1]) > 0.01
 
 
-def test_the_loss_trains_router_and_layers(setting, router, tiny_batch):
-    config, params, _, _ = setting()
+def test_the_loss_trains_router_and_layers(setting, tiny_batch):
+    config, params, _, _ = setting(depth=2)
+    router = mole.init(config, jax.random.key(1))
     drawn = rival.draw(jax.random.key(0), tiny_batch(config, 4))
     tokens = pi0.embed_images(config, params, drawn.observation)
     v, _ = pi0.velocity(config, params, *drawn[:3], image_tokens=tokens)
     seen = training.Seen(drawn, tokens, v)
-    rivals = mole.MoLE(layers=2)
+    rivals = mole.MoLE(layers=1)
 
     def loss(held):
         return rivals.loss(config, held, params, seen)

@@ -48,7 +48,7 @@ def test_a_policy_without_layers_is_the_cut_and_without_any_gone_the_teacher(mat
     model, batch = material.model, next(material.feed())
     noise = np.random.default_rng(0).standard_normal((4, 5, 6)).astype(np.float32)
     observation = jax.tree.map(jnp.asarray, batch.observation).as_float()
-    for name in ("teacher", "skip:drop=0", "skip:drop=2"):
+    for name in ("teacher", "skip:drop=2"):
         made = table.find(name).make(material, tmp_path)
         drop = 2 if name.endswith("2") else 0
         kept = skipping.without(3, skipping.order(material, "oracle")[:drop])
