@@ -55,6 +55,23 @@ def test_actions_are_close_in_every_scheme_and_the_same_scanned_or_unrolled(sett
             assert _error(unrolled, found) < 0.2 * _error(found, exact)
 
 
+def test_halves_of_layers_that_a_model_lacks_are_left_out(
+    tiny_config, tiny_params, tiny_observation
+):
+    config = tiny_config(
+        backbone_layers=("whole", "keys_values", "whole"),
+        expert_layers=("whole", "whole", "absent"),
+    )
+    params, observation = tiny_params(config), tiny_observation(config)
+    noise = jnp.asarray(np.random.default_rng(0).standard_normal((2, 5, 6)), jnp.float32)
+    found = calibration.calibrate(config, params, [(observation, noise)], num_steps=STEPS)
+    assert found.largest["backbone"]["down"][1] == found.largest["expert"]["qkv"][2] == 1.0
+    assert found.largest["backbone"]["qkv"][1] != 1.0
+    setting = config, params, observation, noise, found
+    exact = _sample(setting, "none")
+    assert 1e-4 < _error(_sample(setting, "int8"), exact) < 0.06
+
+
 def test_each_part_can_be_rounded_by_itself(setting):
     config, params, *_, found = setting
     times = sampler.integration_times(STEPS)
