@@ -398,6 +398,31 @@ def test_flash_attention_changes_neither_velocity_nor_gradient(pi05, model, monk
 
 
 @BOTH
+def test_unrolled_layers_change_neither_velocity_nor_gradient(pi05, model):
+    """Nothing but the last layer's keys and values of the prefix is read, scanned or unrolled."""
+    config, params, observation = model(pi05)
+    x_t = _x_t(config, 2)
+
+    def run(execution):
+        def loss(params):
+            v, attention = pi0.velocity(
+                config, params, observation, x_t, T, attention_layer=1, execution=execution
+            )
+            return jnp.mean(v**2) + jnp.mean(attention.logits**2), v
+
+        return jax.jit(jax.grad(loss, has_aux=True))(params)
+
+    gradient, v = run(layers.Execution("dots", unroll=True))
+    plain, expected = run(layers.Execution("layers"))
+    np.testing.assert_allclose(v, expected, atol=1e-5)
+    for path, leaf in weights.leaves(plain).items():
+        found = weights.leaves(gradient)[path]
+        np.testing.assert_allclose(leaf, found, rtol=1e-3, atol=1e-5, err_msg=path)
+    unread = gradient["PaliGemma"]["llm"]["layers"]["mlp"]["linear"][-1]
+    np.testing.assert_array_equal(unread, 0.0)
+
+
+@BOTH
 def test_bfloat16_is_close_to_float32(pi05, model, tiny_config):
     config, params, observation = model(pi05)
     x_t = _x_t(config, 2)

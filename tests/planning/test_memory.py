@@ -152,6 +152,7 @@ def test_attention_is_chosen_by_device(full_size, monkeypatch):
     assert chosen(hopper, attention="tower") == ("cudnn", "xla")
     assert chosen(hopper, attention="xla") == ("xla", "xla")
     assert chosen({"platform": "gpu", "compute_capability": "8.6"}) == ("cudnn", "xla")
+    assert chosen({"platform": "gpu", "compute_capability": "10.0"}) == ("cudnn", "xla")
     assert chosen({"platform": "gpu", "compute_capability": "7.5"}) == ("xla", "xla")
     assert chosen({"platform": "tpu"}) == ("xla", "xla")
     wide = dataclasses.replace(full_size.model, dtype="float32")

@@ -68,7 +68,7 @@ class Spec:
     # Microbatches a step is cut into; the result is that of the whole batch.
     accumulation: int = 1
     ema_decay: float | None = None
-    # Execution of both models.
+    # Execution of both models; the teacher's layers are always scanned.
     execution: layers.Execution = layers.DEFAULT_EXECUTION
     # The teacher's layers lie in the host's memory, and are copied one by one.
     offload_teacher: bool = False
@@ -304,7 +304,8 @@ def _teacher_outputs(
         return None
     teacher = spec.teacher
     layer = spec.attention_layers[1] if spec.losses.attention > 0 else None
-    execution = dataclasses.replace(spec.execution, offloaded=spec.offload_teacher)
+    offloaded = spec.offload_teacher
+    execution = dataclasses.replace(spec.execution, offloaded=offloaded, unroll=False)
     found = pi0.outputs(
         teacher,
         teacher_params,

@@ -439,7 +439,7 @@ class Module(nn.Module):
     ) -> _Run:
         """All layers one after the other, each computing only the halves it has."""
         if cache or self.execution.offloaded:
-            raise ValueError("a model with cut layers is no teacher: no cache, nothing offloaded.")
+            raise ValueError("layers that are cut or unrolled have no cache and are not offloaded.")
         keep, captured = self.execution.keep_rows, None
         sizes = {**axis_sizes(self.configs), "layers": self.depth}
         pi05 = geometry.condition is not None

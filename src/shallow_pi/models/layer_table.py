@@ -89,6 +89,13 @@ def last_read(kinds: Sequence[Kind]) -> int:
     return max(i for i, kind in enumerate(kinds) if kind.expert == "whole")
 
 
+def read(kinds: Sequence[Kind]) -> tuple[Kind, ...]:
+    """The same layers without what nothing reads: of the last backbone layer all but its keys."""
+    last = last_read(kinds)
+    after = (Kind("absent", "absent"),) * (len(kinds) - last - 1)
+    return (*kinds[:last], Kind("keys_values", "whole"), *after)
+
+
 def has(kind: Kind, path: str) -> bool:
     """True if a layer of this kind has its part of the stacked parameter at a path."""
     inside = path.removeprefix(f"{parameters.LAYERS}/").split("/")

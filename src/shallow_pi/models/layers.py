@@ -41,6 +41,9 @@ class Execution:
     rows: jax.sharding.Sharding | None = None
     # The parameters are in host memory: each layer copies its own to the device when it runs.
     offloaded: bool = False
+    # The two streams' layers are unrolled instead of scanned, and nothing of the prefix is computed
+    # after the last keys and values that the suffix reads. It compiles longer.
+    unroll: bool = False
     # The kernels that compute attention in the image tower and in the prefix.
     tower_attention: Kernel = "xla"
     prefix_attention: Kernel = "xla"

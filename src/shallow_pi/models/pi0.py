@@ -192,6 +192,8 @@ class _PaliGemma(nn.Module):
         c, dtype = self.config, jnp.dtype(self.config.dtype)
         streams = (c.backbone, c.expert)
         kinds = None if c.is_even else c.layers
+        if self.execution.unroll:
+            kinds = layer_table.read(c.layers)
         self.llm = gemma.Module(streams, c.depth, c.vocab_size, dtype, self.execution, kinds)
         self.img = siglip.Module(c.image, c.backbone.width, dtype, self.execution)
 

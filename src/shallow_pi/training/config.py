@@ -287,9 +287,12 @@ class DistillConfig:
     # the "dots" (products with weights, flash attention), or "none". "auto": "dots" if that is
     # estimated to fit the devices' memory, else, or where their memory is unknown, "layers".
     remat: Literal["auto", "layers", "dots", "none"] = "auto"
+    # Unroll the student's layers instead of scanning them: compiles several times as long, and
+    # leaves out the last layer's work on the prefix, which nothing reads.
+    unroll: bool = False
     # Attention of image tower and prefix: "xla", cuDNN's flash attention ("cudnn"), or that in the
-    # "tower" alone. "auto": cudnn in bfloat16 on NVIDIA GPUs from Hopper on, in the tower alone on
-    # Ampere and Ada, and xla elsewhere and for absent devices. Action tokens always use xla.
+    # "tower" alone. "auto": cudnn in bfloat16 on Hopper GPUs, in the tower alone on other NVIDIA
+    # GPUs from Ampere on, and xla elsewhere and for absent devices. Action tokens always use xla.
     attention: Literal["auto", "xla", "cudnn", "tower"] = "auto"
     # Number of optimizer steps.
     num_train_steps: int = 30_000
@@ -403,7 +406,7 @@ SAFE_TO_CHANGE = frozenset(
         *("keep", "keep_period", "log_interval", "gradient_interval", "validation.interval"),
         *("validation.num_steps", "closed_loop.num_steps"),
         *("tensorboard", "wandb", "trackio", "profile", "data.num_threads", "data.num_workers"),
-        *("remat", "attention", "teacher.offload"),
+        *("remat", "unroll", "attention", "teacher.offload"),
         *("data.cache", "data.cache_dir", "data.cache_gib"),
         *("closed_loop.baselines", "closed_loop.episodes", "closed_loop.harder"),
         *("teacher.train", "teacher.config"),

@@ -93,6 +93,7 @@ def _execution(
     found = layers.Execution(
         "layers" if experiment.remat == "auto" else experiment.remat,
         rows,
+        unroll=experiment.unroll,
         tower_attention=tower,
         prefix_attention=prefix,
     )
@@ -130,7 +131,7 @@ def _attention(
         capable = 0.0
         if device is not None and present and device.platform == "gpu" and dtype == "bfloat16":
             capable = float(getattr(device, "compute_capability", 0))
-        wanted = "cudnn" if capable >= 9.0 else "tower" if capable >= 8.0 else "xla"
+        wanted = "cudnn" if 9.0 <= capable < 10.0 else "tower" if capable >= 8.0 else "xla"
     return "xla" if wanted == "xla" else "cudnn", "cudnn" if wanted == "cudnn" else "xla"
 
 
