@@ -8,7 +8,7 @@ episodes, and the bounds of the activations of every large product are written t
 assets/calibration.json beside the parameters. int8 and fp8 then round activations within them:
 
     uv run scripts/serve_policy.py --policy.dir POLICY --policy.quantize int8
-    uv run scripts/export_student.py POLICY --format onnx --quantize int8
+    uv run scripts/export_student.py POLICY --format onnx --opset 19 --quantize int8
 
 Calibrate again after changing the number of integration steps. Weights alone (w8, wf8) need no
 calibration. docs/quantization.md compares the schemes.
