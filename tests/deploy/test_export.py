@@ -105,6 +105,18 @@ def test_a_padded_model_is_the_same_function(tiny_config, tiny_params, tiny_obse
     np.testing.assert_allclose(same, shallow, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_pooled_image_tokens_are_refused_where_nothing_can_pool(name, own, params, tmp_path):
+    model = dataclasses.replace(own.model, pooled_tokens=1)
+    weights.save_params(tmp_path / "2" / "params", params)
+    dataclasses.replace(own, model=model).save(tmp_path / "2" / "assets")
+    with pytest.raises(
+        ValueError, match=r"pools the 4 image tokens of a camera to 1 .*--format on"
+    ):
+        export.export(tmp_path / "2", name, any_size=True, layers=(1, 3))
+    assert policy.Policy.from_checkpoint(tmp_path / "2", warm_up=False).assets.model == model
+
+
 @pytest.fixture(scope="module")
 def uneven(own, tiny_params, tmp_path_factory):
     """A run whose student is cut further in the backbone, the expert and the image tower."""

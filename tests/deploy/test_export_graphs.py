@@ -22,7 +22,7 @@ from shallow_pi.deploy.export import onnx_graph  # noqa: E402
 
 @pytest.fixture(scope="module")
 def steps(own, tiny_params, tmp_path_factory):
-    """Step folders of π0, and of an uneven π0.5 with the state in its prompt."""
+    """Step folders of a π0 that pools image tokens, and of an uneven π0.5."""
     uneven = {
         "depth": 3,
         "backbone_layers": ("whole", "whole", "keys_values"),
@@ -30,7 +30,7 @@ def steps(own, tiny_params, tmp_path_factory):
     }
     found = {}
     for name, changes in (
-        ("pi0", {}),
+        ("pi0", {"pooled_tokens": 2}),
         ("pi05", {"pi05": True, "discrete_state_input": True, "max_token_len": 40} | uneven),
     ):
         model = dataclasses.replace(own.model, **changes)

@@ -32,7 +32,9 @@ def spec(teacher):
     """All losses, of a student cut in the three directions."""
     small = dataclasses.replace(teacher[0].image, depth=2)
     return step.Spec(
-        student=dataclasses.replace(pi0.at_depth(teacher[0], 3), image=small, **UNEVEN),
+        student=dataclasses.replace(
+            pi0.at_depth(teacher[0], 3), image=small, pooled_tokens=2, **UNEVEN
+        ),
         optimizer=optax.adamw(0.1, weight_decay=1e-3),
         schedule=optax.constant_schedule(0.1),
         losses=losses.Losses(velocity=0.5, attention=2.0, reflow=1.5),
@@ -85,7 +87,7 @@ def test_cut_halves_of_zeros_compute_the_same_in_whole_layers(
 ):
     """So openpi, whose layers are all whole, computes the student's function."""
     config = tiny_config(pi05=pi05, **UNEVEN)
-    params = pi0.zero_cut(config, tiny_params(config))
+    params = layer_table.zero_cut(config.layers, tiny_params(config))
     given = tiny_observation(config), jnp.ones((2, 5, 6)), jnp.array([0.2, 0.7])
     run = jax.jit(pi0.velocity, static_argnums=0, static_argnames="attention_layer")
     own, own_map = run(config, params, *given, attention_layer=2)
@@ -137,6 +139,26 @@ def test_the_vision_loss_compares_the_tokens_of_both_towers(spec, teacher, cut, 
     np.testing.assert_allclose(result[1]["vision_loss"], expected, rtol=1e-5)
     parts = [float(result[1][f"{name}_loss"]) for name in losses.TERMS]
     np.testing.assert_allclose(result[1]["loss"], np.dot([1, 0.5, 2, 1.5, 1], parts), rtol=1e-5)
+
+
+def test_the_attention_loss_compares_with_the_teacher_s_over_the_pooled_tokens(
+    spec, teacher, cut, result, tiny_batch
+):
+    inputs = step.draw_inputs(spec, jax.random.fold_in(KEY, 0), tiny_batch(teacher[0]))
+    given = inputs.observation, inputs.x_t, inputs.t
+    own, theirs = (
+        pi0.velocity(c, params, *given, attention_layer=0)[1]
+        for c, params in ((spec.student, cut), (spec.teacher, teacher[1]))
+    )
+    masked = np.where(theirs.valid[:, None, None, None], theirs.logits, -np.inf)
+    probabilities = np.array(jax.nn.softmax(masked, axis=-1))
+    # Two cameras of 2 × 2 patches become two tokens each.
+    halves = probabilities[..., :8].reshape(*probabilities.shape[:-1], 4, 2).sum(axis=-1)
+    expected = np.concatenate([halves, probabilities[..., 8:]], axis=-1)
+    seen = np.where(own.valid[:, None, None, None], own.logits, -1e9)
+    found = np.array(jax.nn.log_softmax(seen, axis=-1))
+    kl = np.where(expected > 0, expected * (np.log(np.maximum(expected, 1e-30)) - found), 0.0)
+    np.testing.assert_allclose(result[1]["attention_loss"], kl.sum(axis=-1).mean(), rtol=1e-4)
 
 
 def test_microbatches_give_the_same_vision_loss(spec, teacher, cut, result, tiny_batch):
@@ -214,6 +236,10 @@ def test_flags_make_the_layer_table(fields, backbone, expert):
             {"layers": (0, 3, 7), "backbone_layers": (0,), "expert_layers": (0, 7)},
             "neither stream has all of --student.layers",
         ),
+        (
+            {"image_tokens": 100},
+            r"--student.image-tokens 100: .* cannot be pooled .*: give one of 256, 128, 64, 32",
+        ),
         ({"vision_depth": 28}, r"--student.vision-depth must lie in 1..27 .*, got 28"),
         ({"backbone_depth": -1}, "--student.backbone-depth must be at least 0, got -1"),
     ],
@@ -226,7 +252,7 @@ def test_bad_depths_raise(fields, message):
 def test_depths_without_a_teacher_raise(tiny_experiment, tmp_path):
     given = config.StudentConfig(backbone_depth=1, vision_depth=1)
     with pytest.raises(
-        ValueError, match=r"--student.backbone-depth, --student.vision-depth: these cut layers of a"
+        ValueError, match=r"--student.backbone-depth, --student.vision-depth: these cut parts of a"
     ):
         tiny_experiment(tmp_path, teacher=None, student=given)
 

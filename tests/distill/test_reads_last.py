@@ -24,7 +24,7 @@ def _reads_last(made, backbone, expert):
 @pytest.fixture(scope="module")
 def teacher(tiny_config, tiny_params):
     made = _reads_last(tiny_config(), 3, 2)
-    return made, pi0.zero_cut(made, tiny_params(made))
+    return made, layer_table.zero_cut(made.layers, tiny_params(made))
 
 
 def _spec(teacher, kept, backbone, expert):

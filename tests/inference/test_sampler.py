@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from shallow_pi.inference import forward, prepare, sampler, tuning
-from shallow_pi.models import pi0
+from shallow_pi.models import layer_table, pi0
 
 _sample = jax.jit(sampler.sample_actions, static_argnames=("config", "num_steps", "options"))
 EVERYTHING = tuning.ALL_ON
@@ -71,10 +71,20 @@ def test_halves_of_layers_that_are_cut_change_nothing_but_the_work(setting, name
     )
     given, options = (observation, noise), CHOICES[name]
     actions = _sample(cut, params, *given, num_steps=4, options=options)
-    padded = pi0.zero_cut(cut, params)
-    _assert_same(actions, (*given, None, noise, _euler(cut, params, observation, noise)))
+    padded = layer_table.zero_cut(cut.layers, params)
+    _assert_same(actions, (*setting[:4], _euler(cut, params, observation, noise)))
     whole = _sample(config, padded, *given, num_steps=4, options=options)
     np.testing.assert_allclose(actions, whole, atol=1e-4)
+
+
+def test_pooled_image_tokens_are_those_of_training(setting):
+    config, params, observation, noise, _ = setting
+    pooled = dataclasses.replace(config, pooled_tokens=2)
+    actions = _sample(pooled, params, observation, noise, num_steps=4)
+    expected = _euler(pooled, params, observation, noise)
+    _assert_same(actions, (*setting[:4], expected))
+    small, trimmed = prepare.trim(pooled, observation)
+    _assert_same(_sample(small, params, trimmed, noise, num_steps=4), (*setting[:4], expected))
 
 
 def test_what_nobody_attends_to_can_be_dropped(setting):

@@ -24,7 +24,7 @@ from shallow_pi.distill import student as students
 from shallow_pi.inference import quantize as quantization
 from shallow_pi.inference import sampler
 from shallow_pi.models import batch as batches
-from shallow_pi.models import layers, pi0
+from shallow_pi.models import layers, pi0, pooling
 from shallow_pi.models import observation as observations
 
 Metrics = norms.Metrics
@@ -387,7 +387,12 @@ def _total_loss(
         metrics["attention_loss"] = mean(
             losses.attention_loss(
                 attention.logits[:, :draws],
-                reference.attention.logits,
+                pooling.pool_logits(
+                    reference.attention.logits,
+                    len(spec.student.cameras),
+                    spec.student.grid,
+                    spec.student.image_tokens,
+                ),
                 attention.valid[:, None, None, None, :],
                 spec.losses.attention_heads,
             )
@@ -399,7 +404,7 @@ def _total_loss(
     if spec.losses.vision:
         assert own_tokens is not None, "this tower has run"
         assert image_tokens is not None, "and the teacher's"
-        valid = pi0.image_valid(spec.student, inputs.observation)
+        valid = pi0.image_valid(spec.student, inputs.observation, spec.student.patches)
         errors = losses.vision_loss(own_tokens, image_tokens, valid)
         metrics["vision_loss"] = jnp.mean(errors) / spec.accumulation
         loss += weights["vision"] * metrics["vision_loss"]

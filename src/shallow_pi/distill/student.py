@@ -21,12 +21,12 @@ from jaxtyping import Array, Int, PyTree
 
 from shallow_pi.checkpoints import weights
 from shallow_pi.distill import layer_map as layer_maps
-from shallow_pi.models import parameters, pi0
+from shallow_pi.models import layer_table, parameters, pi0
 
 # What can be frozen: the image tower, and the token embedding.
 Part = Literal["vision", "embedder"]
 # The fields of a model in which a student may differ, besides the depth of its image tower.
-DIFFERING = ("depth", "backbone_layers", "expert_layers", "dtype")
+DIFFERING = ("depth", "backbone_layers", "expert_layers", "pooled_tokens", "dtype")
 PARTS: dict[Part, tuple[str, ...]] = {
     "vision": ("PaliGemma", "img"),
     "embedder": ("PaliGemma", "llm", "embedder"),
@@ -77,7 +77,7 @@ def cut(
         tower = np.asarray(vision_layers(teacher_config, config))
     student = gather(teacher_params, np.asarray(layer_map.layers), tower)
     weights.check_tree(pi0.abstract_params(config), student, "student")
-    return pi0.zero_cut(config, student)
+    return layer_table.zero_cut(config.layers, student)
 
 
 def vision_layers(teacher: pi0.Pi0Config, student: pi0.Pi0Config) -> tuple[int, ...]:
@@ -130,6 +130,11 @@ def check_pair(
     A teacher whose expert reads the last state of its backbone (`layer_table.reads_last`) has
     halves of layers too: its student has the same ones of the layers it keeps.
     """
+    if teacher.pooled_tokens:
+        raise ValueError(
+            "a teacher has all image tokens (--model.pooled-tokens 0): distil from the one that "
+            "this one was cut from."
+        )
     if not teacher.is_even:
         kept = None if layer_map is None else [teacher.layers[i] for i in layer_map.layers]
         if kept != list(student.layers):
@@ -151,6 +156,6 @@ def check_pair(
             if getattr(same, field.name) != getattr(student, field.name)
         ]
         raise ValueError(
-            "teacher and student must be one model up to their layers; they differ in "
+            "teacher and student must be one model up to layers and tokens; they differ in "
             f"{', '.join(differing)}."
         )

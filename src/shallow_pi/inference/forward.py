@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from shallow_pi.inference import attention, image_tower, prepare
-from shallow_pi.models import gemma, layers, pi0
+from shallow_pi.models import gemma, layers, pi0, pooling
 from shallow_pi.models import observation as observations
 
 
@@ -45,12 +45,14 @@ def embed_prefix(
     observation: observations.Observation,
     kernel: attention.Kernel = "xla",
 ) -> Float[Array, "b p d"]:
-    """Image tokens of every camera as one batch, then prompt tokens."""
+    """Image tokens of every camera, encoded as one batch, then prompt tokens."""
     pictures = pi0.pictures(config, observation)
     seen = image_tower.encode(config.image, prepared.image, pictures, kernel)
     table = prepared.params["PaliGemma"]["llm"]["embedder"]["input_embedding"]
     words = layers.embed_tokens(table, observation.tokenized_prompt, seen.dtype)
-    return jnp.concatenate([seen.reshape(len(words), -1, config.backbone.width), words], axis=1)
+    seen = seen.reshape(len(words), -1, config.backbone.width)
+    seen = pooling.pool(seen, config.grid, config.image_tokens)
+    return jnp.concatenate([seen, words], axis=1)
 
 
 def append_state(

@@ -106,17 +106,19 @@ def has(kind: Kind, path: str) -> bool:
     return kind.backbone == "whole"
 
 
-def zero_cut(kinds: Sequence[Kind], llm_layers: PyTree) -> PyTree:
-    """The stacked layers (`parameters.LAYERS`) with zeros for the parts that a layer lacks."""
+def zero_cut(kinds: Sequence[Kind], params: PyTree) -> PyTree:
+    """A model's parameters with zeros for the parts that its layers lack."""
 
     def mask(path: tuple[jax.tree_util.DictKey, ...], leaf: Array) -> Array:
-        name = "/".join((parameters.LAYERS, *(key.key for key in path)))
+        name = "/".join(key.key for key in path)
+        if parameters.stack(name) != "layers":
+            return leaf
         kept = np.array([has(kind, name) for kind in kinds])
         if kept.all():
             return leaf
         return jnp.where(kept.reshape(-1, *[1] * (leaf.ndim - 1)), leaf, jnp.zeros((), leaf.dtype))
 
-    return jax.tree_util.tree_map_with_path(mask, llm_layers)
+    return jax.tree_util.tree_map_with_path(mask, params)
 
 
 def unstack(tree: PyTree, depth: int) -> list[PyTree]:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
 from shallow_pi.models import batch as batches
-from shallow_pi.models import gemma, layer_table, layers, parameters, siglip
+from shallow_pi.models import gemma, layer_table, layers, parameters, pooling, siglip
 from shallow_pi.models import observation as observations
 
 GEMMA_2B = gemma.GemmaConfig(width=2048, mlp_dim=16_384)
@@ -47,6 +47,8 @@ class Pi0Config:
     image: siglip.SiglipConfig = SO400M_14
     # Side of the square pictures, in pixels.
     image_size: int = 224
+    # Image tokens of a camera that the backbone sees: means of cells of patches. 0: every patch.
+    pooled_tokens: int = 0
     # Rows of the token embedding.
     vocab_size: int = PALIGEMMA_VOCAB_SIZE
     # Cameras in the order of their tokens.
@@ -86,6 +88,9 @@ class Pi0Config:
                 f"image_size must be a multiple of image.patch_size, got {self.image_size} and "
                 f"{self.image.patch_size}."
             )
+        if self.pooled_tokens == self.patches:  # One spelling of all.
+            object.__setattr__(self, "pooled_tokens", 0)
+        pooling.cell(self.grid, self.image_tokens)  # Raises where they do not divide.
         if not self.cameras:
             raise ValueError("cameras must name at least one camera.")
         if self.discrete_state_input and not self.pi05:
@@ -110,14 +115,23 @@ class Pi0Config:
         """The layers in words, such as "6 layers (backbone 2, action expert 6)"."""
         if self.is_even:
             return f"{self.depth} layers"
-        columns = zip(*self.layers, strict=True)
-        whole = [sum(half == "whole" for half in column) for column in columns]
+        whole = [column.count("whole") for column in zip(*self.layers, strict=True)]
         return f"{self.depth} layers (backbone {whole[0]}, action expert {whole[1]})"
+
+    @property
+    def grid(self) -> int:
+        """Patches along a side of a picture."""
+        return self.image_size // self.image.patch_size
+
+    @property
+    def patches(self) -> int:
+        """Patches of a picture, each of which is a token of the image tower."""
+        return self.grid**2
 
     @property
     def image_tokens(self) -> int:
         """Prefix tokens of one camera."""
-        return (self.image_size // self.image.patch_size) ** 2
+        return self.pooled_tokens or self.patches
 
     @property
     def prefix_tokens(self) -> int:
@@ -134,7 +148,7 @@ def axis_sizes(config: Pi0Config) -> dict[str, int]:
     """The size of every logical axis of the parameters (`parameters.TABLE`)."""
     return {
         **gemma.axis_sizes((config.backbone, config.expert)),
-        **siglip.axis_sizes(config.image, config.image_tokens, config.backbone.width),
+        **siglip.axis_sizes(config.image, config.patches, config.backbone.width),
         "layers": config.depth,
         "image_layers": config.image.depth,
         "vocab": config.vocab_size,
@@ -147,15 +161,6 @@ def axis_sizes(config: Pi0Config) -> dict[str, int]:
 def at_depth(config: Pi0Config, depth: int) -> Pi0Config:
     """The same model with another number of layers, all of them whole."""
     return dataclasses.replace(config, depth=depth, backbone_layers=(), expert_layers=())
-
-
-def zero_cut(config: Pi0Config, params: PyTree) -> PyTree:
-    """Parameters with zeros for the halves of layers that the model lacks."""
-    if config.is_even:
-        return params
-    llm = params["PaliGemma"]["llm"]
-    llm = {**llm, "layers": layer_table.zero_cut(config.layers, llm["layers"])}
-    return {**params, "PaliGemma": {**params["PaliGemma"], "llm": llm}}
 
 
 class PrefixAttention(NamedTuple):
@@ -231,9 +236,10 @@ class Pi0(nn.Module):
         observation: observations.Observation,
         image_tokens: Float[Array, "b n d"] | None = None,
     ) -> tuple[Float[Array, "b s d"], Bool[Array, "b s"]]:
-        """Image tokens, encoded here unless they are given, then prompt tokens; and which exist."""
+        """Image tokens, encoded unless they are given, and prompt tokens; and which exist."""
         if image_tokens is None:
             image_tokens = self.embed_images(observation)
+        image_tokens = pooling.pool(image_tokens, self.config.grid, self.config.image_tokens)
         prompt_tokens = self.PaliGemma.llm.embed(observation.tokenized_prompt)
         tokens = jnp.concatenate([image_tokens, prompt_tokens], axis=1)
         return tokens, prefix_valid(self.config, observation)
@@ -309,21 +315,23 @@ def time_condition(params: PyTree, embedded: Float[Array, "*b e"]) -> Float[Arra
 
 def prefix_valid(config: Pi0Config, observation: observations.Observation) -> Bool[Array, "b s"]:
     """True for the prefix tokens that exist, not for those of masked cameras or prompt padding."""
-    seen = image_valid(config, observation)
+    seen = image_valid(config, observation, config.image_tokens)
     return jnp.concatenate([seen, observation.tokenized_prompt_mask], axis=1)
 
 
-def image_valid(config: Pi0Config, observation: observations.Observation) -> Bool[Array, "b n"]:
-    """True for the image tokens of cameras that exist."""
+def image_valid(
+    config: Pi0Config, observation: observations.Observation, tokens: int
+) -> Bool[Array, "b n"]:
+    """True for the tokens, of a number a camera, of cameras that exist."""
     cameras = jnp.stack([observation.image_masks[name] for name in config.cameras], axis=1)
-    return jnp.repeat(cameras, config.image_tokens, axis=1)
+    return jnp.repeat(cameras, tokens, axis=1)
 
 
 def init(config: Pi0Config, key: Array) -> PyTree:
     """Random float32 parameters in openpi's tree. Jit it with `config` static."""
     blank = batches.zeros(config, 1)
     arrays = blank.observation.as_float(), blank.actions[:, None], jnp.zeros((1, 1))
-    return zero_cut(config, Pi0(config).init(key, *arrays)["params"])
+    return layer_table.zero_cut(config.layers, Pi0(config).init(key, *arrays)["params"])
 
 
 def abstract_params(config: Pi0Config) -> PyTree:

@@ -205,7 +205,7 @@ def _activations(spec: step.Spec) -> float:
         at_once += working
     image = model.image
     as_stream = _as_stream(image)
-    cameras, patches = len(model.cameras), model.image_tokens
+    cameras, patches = len(model.cameras), model.patches
     seen = 0 if spec.execution.tower_attention == "cudnn" else patches
     kept, working = _layer(as_stream, patches, seen, size, gated=False)
     if "vision" not in spec.freeze:

@@ -48,7 +48,7 @@ def inference_flops(
     config: pi0.Pi0Config, *, batch: int = 1, num_steps: int = 10, options: tuning.InferenceOptions
 ) -> Count:
     """Operations of `sampler.sample_actions` for a batch with these cameras and prompt length."""
-    tokens, image, sizes = config.image_tokens, config.image, pi0.axis_sizes(config)
+    tokens, image, sizes = config.patches, config.image, pi0.axis_sizes(config)
     vision = 2 * tokens * parameters.count(sizes, "PaliGemma/img/")
     vision += image.depth * 4 * tokens**2 * image.width
     length, horizon = config.prefix_tokens, config.action_horizon

@@ -61,6 +61,9 @@ class StudentConfig:
     # Layers of the image tower, evenly spaced; 0 keeps all. A cut tower has a loss on its tokens
     # (--losses.vision).
     vision_depth: int = 0
+    # Image tokens of a camera that the backbone sees, means of neighbouring ones: of 256 such as
+    # 128 or 64 (2 × 2). 0 keeps all.
+    image_tokens: int = 0
     # Strategy that chooses them among the teacher's. Four measure it on the first batch: similarity
     # (cosine of input and output) and cka drop layers that change little, sensitivity (error
     # when skipped) and gate (gradient of a gate on the layer) those that are missed least.
@@ -87,8 +90,8 @@ class StudentConfig:
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "depth", "num_steps", prefix="student.")
-        depths = ("backbone_depth", "expert_depth", "vision_depth")
-        _at_least(self, 0, *depths, prefix="student.")
+        counts = ("backbone_depth", "expert_depth", "vision_depth", "image_tokens")
+        _at_least(self, 0, *counts, prefix="student.")
         for stream in ("backbone", "expert"):
             named = getattr(self, f"{stream}_layers")
             listed = " ".join(map(str, named))
@@ -112,8 +115,9 @@ class StudentConfig:
     @property
     def cuts(self) -> list[str]:
         """The flags given that cut one part of the model further than --student.depth."""
-        names = ("backbone_depth", "expert_depth", "vision_depth", "backbone_layers")
-        given = [name for name in (*names, "expert_layers") if getattr(self, name)]
+        names = ("backbone_depth", "expert_depth", "vision_depth", "image_tokens")
+        streams = ("backbone_layers", "expert_layers")
+        given = [name for name in (*names, *streams) if getattr(self, name)]
         return [f"--student.{name}".replace("_", "-") for name in given]
 
     @property
@@ -127,7 +131,8 @@ class StudentConfig:
         """The student's architecture.
 
         Raises:
-          ValueError: a depth that the teacher, or the student's layers, do not have.
+          ValueError: a depth that the teacher, or the student's layers, do not have; image tokens
+            that do not divide.
         """
         depth = self.total_depth
         usual = depth if self.layers else self.depth
@@ -151,7 +156,10 @@ class StudentConfig:
             model, backbone_layers=halves[0], expert_layers=halves[1], image=image
         )
         students.vision_layers(teacher, model)  # Checks the depth.
-        return model
+        try:
+            return dataclasses.replace(model, pooled_tokens=self.image_tokens)
+        except ValueError as error:
+            raise ValueError(f"--student.image-tokens {self.image_tokens}: {error}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -339,7 +347,7 @@ class DistillConfig:
             self.student.cut(self.model)
         elif self.student.cuts:
             raise ValueError(
-                f"{', '.join(self.student.cuts)}: these cut layers of a teacher, and there is "
+                f"{', '.join(self.student.cuts)}: these cut parts of a teacher, and there is "
                 "none; leave them out"
             )
         if self.teacher is None and self.validation.against == "teacher":

@@ -179,6 +179,11 @@ def describe_layers(spec: step.Spec) -> list[str]:
             f"Image tower: {spec.student.image.depth} of the teacher's {spec.teacher.image.depth} "
             f"layers: {tower}; loss on its tokens: --losses.vision {spec.losses.vision:g}"
         )
+    if spec.student.pooled_tokens:
+        lines.append(
+            f"Image tokens: {spec.student.pooled_tokens} of {spec.student.patches} a camera, means "
+            "of neighbours"
+        )
     return lines
 
 

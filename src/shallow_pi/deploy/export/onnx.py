@@ -23,7 +23,7 @@ from jaxtyping import Array, PyTree
 
 from shallow_pi import progress
 from shallow_pi.deploy import warm_up_inputs
-from shallow_pi.deploy.export import onnx_graph, openpi, tensorrt_operators
+from shallow_pi.deploy.export import onnx_graph, tensorrt_operators
 from shallow_pi.deploy.export import student as students
 from shallow_pi.inference import forward, quantize, sampler, tuning
 from shallow_pi.inference import prepare as preparation
@@ -56,7 +56,10 @@ of shallow_pi; works with any openpi client):
     python runner.py /path/to/{folder} --port 8000
 """
 
-prepare = openpi.prepare
+
+def prepare(student: students.Student, origin: students.Origin) -> students.Student:
+    """The student, unchanged."""
+    return student
 
 
 def write(folder: pathlib.Path, student: students.Student) -> None:

@@ -13,7 +13,7 @@ from jaxtyping import PyTree
 from shallow_pi.checkpoints import run_folder, weights
 from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.inference import quantize as quantization
-from shallow_pi.models import parameters, pi0
+from shallow_pi.models import layer_table, parameters, pi0
 
 # Sizes that the classes of openpi and LeRobot have built in.
 BUILT_IN = ("action_dim", "backbone", "expert", "image", "image_size", "vocab_size")
@@ -105,8 +105,20 @@ def other_sizes(model: pi0.Pi0Config) -> list[str]:
 
 
 def in_whole_layers(student: Student) -> Student:
-    """The student with zeros for the halves of layers that it lacks, as openpi computes them."""
-    return dataclasses.replace(student, params=pi0.zero_cut(student.model, student.params))
+    """The student with zeros for the halves of layers that it lacks, as openpi computes them.
+
+    Raises:
+      ValueError: it pools its image tokens, which no released class does.
+    """
+    if tokens := student.model.pooled_tokens:
+        raise ValueError(
+            f"this student pools the {student.model.patches} image tokens of a camera to {tokens} "
+            "(--student.image-tokens), which the classes of openpi and LeRobot cannot: serve it "
+            "from its step folder (shallow-pi serve), or give --format onnx or stablehlo"
+        )
+    return dataclasses.replace(
+        student, params=layer_table.zero_cut(student.model.layers, student.params)
+    )
 
 
 def with_whole_tower(student: Student, origin: Origin) -> Student:
