@@ -83,11 +83,9 @@ class Pi0Config:
             plain = () if len(halves) == self.depth and set(halves) == {"whole"} else halves
             object.__setattr__(self, name, plain)
         layer_table.table(self.depth, self.backbone_layers, self.expert_layers)
-        if self.image_size % self.image.patch_size:
-            raise ValueError(
-                f"image_size must be a multiple of image.patch_size, got {self.image_size} and "
-                f"{self.image.patch_size}."
-            )
+        size, patch = self.image_size, self.image.patch_size
+        if size % patch:
+            raise ValueError(f"image_size {size} must be a multiple of image.patch_size {patch}.")
         if self.pooled_tokens == self.patches:  # One spelling of all.
             object.__setattr__(self, "pooled_tokens", 0)
         pooling.cell(self.grid, self.image_tokens)  # Raises where they do not divide.
