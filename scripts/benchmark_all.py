@@ -1,4 +1,4 @@
-"""Measure a bare accelerator machine at full size in five minutes: inference, training, openpi.
+"""Measure an accelerator at full size in five minutes at most: inference, training, openpi.
 
 uv run scripts/benchmark_all.py --help shows all options.
 """
