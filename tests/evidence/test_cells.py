@@ -54,3 +54,9 @@ def test_a_line_that_is_something_else_is_refused_with_its_place(tmp_path):
     (tmp_path / "a.jsonl").write_text(_block([1], 1).to_json() + '\n{"kind":"episodes"}\n')
     with pytest.raises(ValueError, match=r"a\.jsonl, line 2: expected a line of results"):
         cells.read(tmp_path)
+
+
+@pytest.mark.parametrize("kind", cells.COLUMNS)
+def test_no_column_has_the_name_of_a_field(kind):
+    fields = {field.name for field in dataclasses.fields(cells.Situation)}
+    assert not fields & set(cells.COLUMNS[kind])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from shallow_pi.commands import reproduce
-from shallow_pi.evidence import cells, claims, miniature, running
+from shallow_pi.evidence import cells, claims, miniature, rows, running
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +20,7 @@ def measured(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_every_study_runs_in_miniature(measured):
     folder, written = measured
     text = (folder / "evidence.md").read_text()
@@ -41,18 +42,20 @@ def test_every_study_runs_in_miniature(measured):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_measured_cells_are_not_measured_again(measured):
     folder, _ = measured
     lines = (folder / "results" / "cells.jsonl").read_text().splitlines()
     found = cells.read(folder / "results")
     assert sum(len(seeds) for seeds in found.rows.values()) == len(lines) * miniature.EPISODES
     cell = next(iter(found.rows))
-    assert running.jobs([cell], found, "", miniature.EPISODES) == []
-    (job,) = running.jobs([cell], found, "", miniature.EPISODES + 3)
+    assert running.jobs([cell], found, rows.teacher_of, miniature.EPISODES) == []
+    (job,) = running.jobs([cell], found, rows.teacher_of, miniature.EPISODES + 3)
     assert len(job.seeds) == 3
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_an_interrupted_cell_goes_on_with_the_same_outcomes(measured):
     folder, _ = measured
     found = cells.read(folder / "results")
@@ -65,6 +68,7 @@ def test_an_interrupted_cell_goes_on_with_the_same_outcomes(measured):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_cell_that_fails_does_not_stop_the_others(measured, tmp_path):
     folder, _ = measured
     cell = cells.Cell("expert", cells.Situation(("touch",)))
@@ -76,6 +80,7 @@ def test_a_cell_that_fails_does_not_stop_the_others(measured, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_command_names_pending_cells_and_refreshes_the_page(measured, tmp_path, capsys):
     folder, _ = measured
     at = ["--results", str(folder / "results"), "--runs", str(tmp_path / "none")]
@@ -102,6 +107,7 @@ def test_wrong_arguments_are_told(arguments, message, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_scores_of_layers_have_a_row_for_each_step(measured):
     folder, _ = measured
     found = json.loads((folder / "results" / "layer_scores.json").read_text())

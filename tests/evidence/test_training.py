@@ -10,6 +10,7 @@ from shallow_pi.sims import tabletop
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_missing_teachers_and_students_are_trained_once(tmp_path):
     model = dataclasses.replace(miniature.MODEL, depth=2)
     few = {"steps": 1, "demonstrations": 2}

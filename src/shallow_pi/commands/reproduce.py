@@ -159,13 +159,14 @@ def measure(wanted: Sequence[cells.Cell], given: Arguments) -> None:
         few = ", ".join(sorted(absent)[:4]) + (" ..." if len(absent) > 4 else "")
         progress.say(f"{len(absent)} policies are not in {given.runs}, and pending: {few}")
     ready = [cell for cell in wanted if cell.policy not in absent]
-    if any(cell.kind == "chunks" for cell in ready) and rows.TEACHER in absent:
-        raise FileNotFoundError(f"plans are compared with {rows.TEACHER}'s: not in {given.runs}")
+    teachers = {rows.teacher_of(cell.policy) for cell in ready if cell.kind == "chunks"}
+    if lost := sorted(slug for slug in teachers if not sources.exists(slug, given.runs)):
+        raise FileNotFoundError(f"plans are compared with {lost[0]}'s: not in {given.runs}")
     scoring.ensure([cell.policy for cell in ready], given.runs, given.results)
     rival_costs.ensure([cell.policy for cell in ready], given.runs, given.results)
     digests = running.digests([cell.policy for cell in ready], given.runs)
     results = cells.read(given.results, digests)
-    todo = running.jobs(ready, results, rows.TEACHER, given.episodes)
+    todo = running.jobs(ready, results, rows.teacher_of, given.episodes)
     progress.say(f"{len(ready) - len(todo)} of {len(wanted)} cells are measured, {len(todo)} to do")
     name = (
         f"cells-{given.part.replace('/', '-of-')}.jsonl" if given.part != "1/1" else "cells.jsonl"

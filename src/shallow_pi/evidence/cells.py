@@ -22,7 +22,7 @@ from jaxtyping import Float
 
 from shallow_pi import progress
 from shallow_pi.evaluation import rollout
-from shallow_pi.sims import tabletop
+from shallow_pi.sims import tabletop, turntable
 
 # Far from the seeds that demonstrations are likely to have (63 random bits).
 EPISODE_SEED, OBSERVATION_SEED = 1_000_000, 2_000_000
@@ -42,10 +42,15 @@ class Situation:
     # Control steps that plans are late, and the execution of a late plan (`rollout.Delay`).
     late: int = 0
     executor: rollout.Executor = "skip"
+    # Of the turntable, whose disc turns at this speed, degrees a second.
+    sim: Literal["tabletop", "turntable"] = "tabletop"
+    turning: float = 0.0
 
     @property
-    def suite(self) -> tabletop.Suite:
+    def suite(self) -> tabletop.Suite | turntable.Suite:
         """The simulator's options."""
+        if self.sim == "turntable":
+            return turntable.Suite(tasks=self.tasks, disc_speed_deg=self.turning)
         return tabletop.Suite(tasks=self.tasks, start=self.start)
 
     @property
@@ -58,6 +63,7 @@ class Situation:
         """Short, for lists and progress bars."""
         words = ["+".join(self.tasks) if len(self.tasks) < 4 else f"{len(self.tasks)} tasks"]
         words += [self.start] if self.start != "usual" else []
+        words += [f"turntable-{self.turning:g}"] if self.sim == "turntable" else []
         words += [f"N{self.num_steps}", f"x{self.execute_steps}"]
         words += [f"late{self.late}-{self.executor}"] if self.late else []
         return " ".join(words)

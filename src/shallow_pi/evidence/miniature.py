@@ -11,11 +11,21 @@ from jaxtyping import PyTree
 from shallow_pi.checkpoints import weights
 from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.data.robots import normalize, tokenizer
-from shallow_pi.evidence import cells, frames, page, rival_runs, rows, running, scoring, sources
+from shallow_pi.evidence import (
+    cells,
+    frames,
+    late_claims,
+    page,
+    rival_runs,
+    rows,
+    running,
+    scoring,
+    sources,
+)
 from shallow_pi.evidence.claim import Claim
 from shallow_pi.models import batch as batches
 from shallow_pi.models import gemma, pi0, siglip
-from shallow_pi.sims import tabletop
+from shallow_pi.sims import tabletop, turntable
 
 LAYER = gemma.GemmaConfig(width=8, mlp_dim=8, num_heads=2, num_kv_heads=1, head_dim=8)
 MODEL = pi0.Pi0Config(
@@ -50,7 +60,7 @@ def run(chosen: Sequence[Claim], workers: int, folder: pathlib.Path) -> list[pat
     ends = np.array([0, rival_runs.BATCH_SIZE])
     rival_runs.make(rivals, runs, frames.Frames(made_up, ends))
     scoring.ensure([cell.policy for cell in wanted], runs, results)
-    todo = running.jobs(wanted, cells.read(results), rows.TEACHER, EPISODES)
+    todo = running.jobs(wanted, cells.read(results), rows.teacher_of, EPISODES)
     todo = [dataclasses.replace(job, max_seconds=SECONDS) for job in todo]
     running.run(todo, runs, results / "cells.jsonl", workers)
     return page.write(folder / "evidence.md", results, EPISODES)
@@ -73,19 +83,20 @@ def make_policies(slugs: Sequence[str], runs: pathlib.Path) -> None:
     suite = tabletop.Suite()
     tokens = runs / "tokenizer.model"
     tokenizer.train(suite.prompts(), tokens, vocab_size=MODEL.vocab_size)
-    spread = {
-        name: normalize.NormStats(
-            mean=np.zeros(size), std=np.full(size, 0.1), q01=-np.ones(size), q99=np.ones(size)
-        )
-        for name, size in (("state", 4), ("actions", 3))
-    }
-    for base in dict.fromkeys([rows.TEACHER, *(slug.partition("--")[0] for slug in slugs)]):
+    bases = [slug.partition("--")[0] for slug in slugs]
+    for base in dict.fromkeys([rows.TEACHER, *map(rows.teacher_of, bases), *bases]):
         if base == sources.EXPERT:
             continue
         model = MODEL if base == rows.TEACHER else pi0.at_depth(MODEL, 2)
+        robot = turntable.Suite().robot if base in late_claims.TURNTABLE else suite.robot
+        spread = {
+            name: normalize.NormStats(
+                mean=np.zeros(size), std=np.full(size, 0.1), q01=-np.ones(size), q99=np.ones(size)
+            )
+            for name, size in (("state", robot.state_dim), ("actions", robot.action_dim))
+        }
         weights.save_params(runs / base / "params", _random(model))
-        made = policy_assets.Assets(model, suite.robot, tokens, spread, "tabletop")
-        made.save(runs / base / "assets")
+        policy_assets.Assets(model, robot, tokens, spread, robot.name).save(runs / base / "assets")
 
 
 def _random(model: pi0.Pi0Config) -> PyTree:

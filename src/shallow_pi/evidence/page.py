@@ -30,12 +30,14 @@ The paper's claims, and ours, tested on a suite of tabletop tasks small enough t
 can be trained under several seeds. `uv run scripts/reproduce.py {names}` measures them, cell by
 cell; this page and its pictures are written by that command from `{results}/*.jsonl`.
 
-**Protocol.** One 18-layer teacher (`{teacher}`). Tasks: {tasks}. A row is one recipe under up to
-{seeds} training seeds; all policies meet the same {episodes} episodes (seeds from {first}), none of
-which is a demonstration, with the same noise for the sampler. 10 of 20 planned actions are executed
-at 20 Hz before the next plan (past the pillar all 20). Plans are compared at {held} held-out
-observations, {plans} noises each: *plans to teacher* is the energy distance (mm) between the
-distributions of a policy's plans and of its teacher's in ten steps, 0 for equal distributions.
+**Protocol.** One 18-layer teacher (`{teacher}`){untrained}. Tasks:
+{tasks}.
+A row is one recipe under up to {seeds} training seeds. All policies meet the same {episodes}
+episodes (seeds from {first}; fewer where a cell says so) with the same noise for the sampler, none
+of them a demonstration. 10 of 20 planned actions are executed at 20 Hz before the next plan (past
+the pillar all 20). Plans are compared at {held} held-out observations, {plans} noises each:
+*plans to teacher* is the energy distance (mm) between the distributions of a policy's plans and of
+its teacher's in ten steps, 0 for equal distributions.
 
 **Intervals** are 95 % and count training seeds and episodes both as drawn at random (two crossed
 random effects); they are wide where three seeds differ. Differences are paired by episode and by
@@ -54,14 +56,17 @@ def write(path: pathlib.Path, folder: pathlib.Path, episodes: int) -> list[pathl
     """
     results, drawings = cells.read(folder), folder / "pictures"
     written = [path]
-    lines = _head(folder, episodes)
-    tables = {name: outcomes.Table(c, results, episodes) for name, c in claims.CLAIMS.items()}
-    lines += ["", "| claim | statement | verdict |", "|---|---|---|"]
-    for name, table in tables.items():
+    tables = [outcomes.Table(claim, results, episodes) for claim in claims.CLAIMS.values()]
+    measured = [table for table in tables if set(table.claim.cells()) & set(results.rows)]
+    lines = _head(folder, episodes, results)
+    if measured:
+        lines += ["", "| claim | statement | verdict |", "|---|---|---|"]
+    for table in measured:
+        name = table.claim.name
         for statement in table.claim.statements:
             text, _, verdict = _decision(table, statement)
             lines.append(f"| [{name}](#{name}) | {text} | {verdict} |")
-    for table in tables.values():
+    for table in measured:
         lines += _section(table)
         pictures: list[tuple[str, pathlib.Path]] = []
         try:
@@ -87,15 +92,22 @@ def write(path: pathlib.Path, folder: pathlib.Path, episodes: int) -> list[pathl
         if table.claim.name == "rivals":
             lines += rival_costs.lines(folder)
         lines += ["", f"*Not said:* {table.claim.limits}", *_pending(table), *_origin(table)]
-    lines += ["", "## Pending as a whole", ""]
-    lines += [f"- **{name}**: {text}" for name, text in claims.PENDING.items()]
+    lines += ["", "## Pending as a whole", "", "Nothing is measured yet of these claims.", ""]
+    for table in tables:
+        if table not in measured:
+            claim, count = table.claim, len(table.claim.cells())
+            lines.append(f"- **{claim.name}** ({count} cells): {claim.question} {claim.says}")
+    lines += [f"- **{name}** (no cells yet): {text}" for name, text in claims.PENDING.items()]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return written
 
 
-def _head(folder: pathlib.Path, episodes: int) -> list[str]:
+def _head(folder: pathlib.Path, episodes: int, results: cells.Results) -> list[str]:
+    there = any(cell.policy == rows.TEACHER for cell in results.rows)
+    untrained = ", **which is not trained yet**: what follows has teachers of its own"
     return HEAD.format(
+        untrained="" if there else untrained,
         names="CLAIM",
         results=folder.as_posix(),
         teacher=rows.TEACHER,
@@ -165,8 +177,8 @@ def _tables(table: outcomes.Table) -> Iterator[str]:
             yield f"| {row.label} | " + " | ".join(cell_texts) + " |"
     yield ""
     yield (
-        f"Mean (interval; number of seeds where several), and below it the difference to "
-        f"*{claim.reference}*."
+        "Mean (interval; seeds where several; episodes n where not all), and below it the "
+        f"difference to *{claim.reference}*."
     )
 
 
@@ -179,7 +191,9 @@ def _cell(table: outcomes.Table, side: Side, column: Column) -> str:
     if found is None:
         return ""
     scale = 100 if column.is_rate else 1
-    seeds = f"; {found.seeds}" if found.seeds > 1 else ""
+    seeds = f"; {found.seeds} seeds" if found.seeds > 1 else ""
+    if column.kind == "episodes" and not column.task and found.episodes < table.episodes:
+        seeds += f"; n {found.episodes}"
     text = f"{scale * found.mean:.1f} ({scale * found.low:.1f}–{scale * found.high:.1f}{seeds})"
     reference = (table.claim.reference, side[1])
     if side[0] != table.claim.reference and table.claim.has(reference):

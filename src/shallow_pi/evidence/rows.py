@@ -26,6 +26,14 @@ def _recipes(**fields: object) -> list[recipes.Recipe]:
 
 
 TEACHER = recipes.TEACHER.slug
+
+
+def teacher_of(slug: str) -> str:
+    """The policy that one was distilled from, with whose plans its own are compared."""
+    recipe = RECIPES.get(slug.partition("--")[0])
+    return recipe.teacher if recipe is not None and recipe.teacher else slug.partition("--")[0]
+
+
 SUITE = cells.Situation(TASKS)
 ELSEWHERE = cells.Situation(TASKS, start="elsewhere")
 RELATION = cells.Situation(("relation",))
@@ -39,13 +47,6 @@ def around(num_steps: int) -> cells.Situation:
 def plans(num_steps: int, tasks: tuple[str, ...] = tuple(tabletop.LAYOUTS)) -> cells.Situation:
     """Held-out observations; how plans would be executed does not matter."""
     return cells.Situation(tasks, num_steps=num_steps)
-
-
-def late(steps: int, executor: str) -> cells.Situation:
-    """The turning disc, with plans that are late."""
-    if not steps:
-        executor = "skip"
-    return cells.Situation(("moving",), late=steps, executor=executor)  # type: ignore[arg-type]  # checked by Delay
 
 
 # Weights of task, velocity and attention loss.

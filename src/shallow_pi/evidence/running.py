@@ -27,7 +27,7 @@ from shallow_pi.deploy import policy as deployed
 from shallow_pi.evaluation import policies, rollout
 from shallow_pi.evidence import cells, measures, sources
 from shallow_pi.parallel import processes
-from shallow_pi.sims import simulator, tabletop
+from shallow_pi.sims import gantry, simulator, tabletop, turntable
 
 # Simulators side by side; episodes a line of results.
 BATCH, BLOCK = 50, 125
@@ -45,13 +45,24 @@ class Job:
     seeds: tuple[int, ...]
     # Whose plans are the reference of a cell of plans.
     teacher: str = ""
-    max_seconds: float = 5.0
+    # Where episodes are cut off; 0 is the simulator's own.
+    max_seconds: float = 0.0
 
 
 def jobs(
-    wanted: Sequence[cells.Cell], results: cells.Results, teacher: str, episodes: int
+    wanted: Sequence[cells.Cell],
+    results: cells.Results,
+    teacher_of: Callable[[str], str],
+    episodes: int,
 ) -> list[Job]:
-    """What is missing of each cell, in order; nothing of those that are complete."""
+    """What is missing of each cell, in order; nothing of those that are complete.
+
+    Args:
+      wanted: the cells.
+      results: what is there.
+      teacher_of: gives the slug of the policy whose plans one's are compared with.
+      episodes: of a complete cell.
+    """
     found = []
     for cell in dict.fromkeys(wanted):
         first, count = cells.EPISODE_SEED, episodes
@@ -59,7 +70,7 @@ def jobs(
             first, count = cells.OBSERVATION_SEED, min(OBSERVATIONS, episodes)
         missing = sorted(set(range(first, first + count)) - results.seeds(cell))
         if missing:
-            found.append(Job(cell, tuple(missing), teacher))
+            found.append(Job(cell, tuple(missing), teacher_of(cell.policy)))
     return found
 
 
@@ -70,7 +81,7 @@ Found = list[tuple[int, str, dict[str, float]]]
 class Watched:
     """A simulator that keeps what each of its episodes came to (see `simulator.Simulator`)."""
 
-    def __init__(self, sim: tabletop.Tabletop, ended: Found):
+    def __init__(self, sim: gantry.Sim, ended: Found):
         self._sim, self._ended = sim, ended
 
     def __getattr__(self, name: str) -> Any:
@@ -91,7 +102,7 @@ class Watched:
             outcome = {
                 "success": float(sim.success),
                 "steps": len(path) - 1.0,
-                "collided": float(sim.collided),
+                "collided": float(getattr(sim, "collided", False)),
                 "path_mm": round(measures.path_length(path)),
                 "jerk": round(measures.jerk(path, sim.config.control_hz), 2),
                 "disc_speed": round(float(np.rad2deg(sim.speed))),
@@ -112,17 +123,19 @@ def measure(job: Job, runs: pathlib.Path) -> Iterator[cells.Block]:
         yield cells.Block(job.cell, digest, seeds, tasks, columns, {**origin, "seconds": seconds})
 
 
-def _watched(suite: tabletop.Suite, ended: Found) -> Watched:
+def _watched(suite: tabletop.Suite | turntable.Suite, ended: Found) -> Watched:
     return Watched(suite.make(), ended)
 
 
 def _episodes(job: Job, runs: pathlib.Path) -> Iterator[Found]:
     situation = job.cell.situation
-    suite = dataclasses.replace(situation.suite, max_seconds=job.max_seconds)
+    suite = situation.suite
+    if job.max_seconds:
+        suite = dataclasses.replace(suite, max_seconds=job.max_seconds)
     acting: policies.Policy
     execute_steps = situation.execute_steps
     if job.cell.policy == sources.EXPERT:
-        acting, execute_steps = policies.Scripted(tabletop.expert), 1
+        acting, execute_steps = policies.Scripted(suite.expert()), 1
     else:
         acting = policies.Trained(policy(job.cell.policy, runs, situation.num_steps))
     for seeds in (job.seeds[i : i + BLOCK] for i in range(0, len(job.seeds), BLOCK)):

@@ -1,0 +1,168 @@
+"""Claims about many modes and few integration steps."""
+
+import dataclasses
+
+from shallow_pi.evidence import recipes, rows
+from shallow_pi.evidence.claim import Claim, Column, Line, Picture, Statement, Variant
+
+# A teacher of the one task with two modes, and its students.
+AROUND = dataclasses.replace(recipes.TEACHER, tasks=("around",), steps=2400, demonstrations=1200)
+
+
+def few_steps() -> Claim:
+    """On the suite."""
+    numbers = (10, 5, 2, 1)
+    columns = [Column(f"around, {n} steps", rows.around(n)) for n in numbers]
+    apart = [
+        Column(f"plans to teacher, {n} steps, mm", rows.plans(n), "to_teacher_mm")
+        for n in (10, 2, 1)
+    ]
+    spread = [
+        Column(f"spread, {n} steps, mm", rows.plans(n, ("around",)), "spread_mm")
+        for n in (10, 2, 1)
+    ]
+    found = (
+        rows.TEACHER_ROW,
+        rows.STUDENT_ROW,
+        rows.students("task loss alone", **rows.ALONE),
+        rows.students("reflow for 2 steps", reflow=1.0, num_steps=2),
+        rows.students("reflow for 1 step", reflow=1.0, num_steps=1),
+        rows.students(
+            "reflow in place of task and velocity", task=0.0, velocity=0.0, reflow=1.0, num_steps=1
+        ),
+    )
+    colours = ("teacher", "student", "task_only", "expert", "random_init", "cut_only")
+    return Claim(
+        name="few-steps",
+        question="How many integration steps does a policy with several modes need?",
+        says="Ours: where the mean of the modes is fatal, one step of an ordinary policy fails, "
+        "and a loss for few steps (reflow) repairs it.",
+        variants=found,
+        columns=(*columns, *apart, *spread),
+        statements=(
+            Statement(
+                "one step costs the student 20 points",
+                (rows.STUDENT_ROW.label, columns[0].label),
+                (rows.STUDENT_ROW.label, columns[3].label),
+                at_least=0.2,
+            ),
+            Statement(
+                "reflow raises the success of one step",
+                ("reflow for 1 step", columns[3].label),
+                (rows.STUDENT_ROW.label, columns[3].label),
+                at_least=0,
+            ),
+            Statement(
+                "reflow brings plans in one step nearer to the teacher's in ten",
+                ("reflow for 1 step", apart[2].label),
+                (rows.STUDENT_ROW.label, apart[2].label),
+                at_most=0,
+            ),
+        ),
+        pictures=(
+            Picture(
+                "few_steps",
+                "Past the pillar in few integration steps",
+                "integration steps",
+                "success, %",
+                tuple(
+                    Line(
+                        row.label,
+                        tuple((float(n), (row.label, f"around, {n} steps")) for n in numbers),
+                        colour,
+                    )
+                    for row, colour in zip(found, colours, strict=True)
+                ),
+            ),
+        ),
+        reference=rows.STUDENT_ROW.label,
+        limits="Two modes of equal weight; a task with one mode needs one step.",
+    )
+
+
+def modes() -> Claim:
+    """On the one task with two modes, with a teacher of its own."""
+    numbers = (10, 1, 2, 5)
+    shared: dict[str, object] = {"teacher": AROUND.slug, "tasks": ("around",), "steps": 600}
+    rows.RECIPES[AROUND.slug] = AROUND
+    top = Variant("teacher, 18 layers", (AROUND.slug,))
+    three = rows.students("three losses", **shared)
+    alone = rows.students("task loss alone", **shared, **rows.ALONE)
+    reflow = rows.students(
+        "reflow alone, for 1 step",
+        **shared,
+        reflow=1.0,
+        num_steps=1,
+        task=0.0,
+        velocity=0.0,
+        attention=0.0,
+    )
+    found = (top, three, alone, reflow)
+    success = {n: Column(f"{n} steps", rows.around(n)) for n in numbers}
+    touched = {n: Column(f"touched, {n} steps", rows.around(n), "collided") for n in (10, 1)}
+    apart = {
+        n: Column(f"plans to teacher, {n} steps, mm", rows.plans(n, ("around",)), "to_teacher_mm")
+        for n in (10, 1)
+    }
+    spread = {
+        n: Column(f"spread, {n} steps, mm", rows.plans(n, ("around",)), "spread_mm")
+        for n in (10, 1)
+    }
+
+    def differ(text: str, a: Variant, b: Variant, column: Column, **bound: float) -> Statement:
+        return Statement(text, (a.label, column.label), (b.label, column.label), **bound)
+
+    def loses(row: Variant, words: str) -> Statement:
+        ten, one = (row.label, success[10].label), (row.label, success[1].label)
+        return Statement(f"one integration step costs {words} 20 points", ten, one, at_least=0.2)
+
+    return Claim(
+        name="modes",
+        question="Where an expert passes a pillar left or right by a coin, do one-step plans fail, "
+        "and which students keep both ways?",
+        says="Ours: the mean of the two ways touches the pillar, so few steps must fail; students "
+        "by the task loss alone lose the ways of their teacher, and reflow keeps them in one step.",
+        variants=found,
+        columns=(*success.values(), *touched.values(), *apart.values(), *spread.values()),
+        statements=(
+            loses(top, "the teacher"),
+            loses(three, "the student"),
+            differ("three losses beat the task loss alone", three, alone, success[10], at_least=0),
+            differ(
+                "three losses bring plans nearer to the teacher's than the task loss alone",
+                three,
+                alone,
+                apart[10],
+                at_most=0,
+            ),
+            differ("reflow raises the success of one step", reflow, three, success[1], at_least=0),
+            differ(
+                "reflow brings plans in one step nearer to the teacher's in ten",
+                reflow,
+                three,
+                apart[1],
+                at_most=0,
+            ),
+        ),
+        pictures=(
+            Picture(
+                "modes",
+                "Past the pillar in few integration steps",
+                "integration steps",
+                "success, %",
+                tuple(
+                    Line(
+                        row.label,
+                        tuple((float(n), (row.label, success[n].label)) for n in sorted(numbers)),
+                        colour,
+                    )
+                    for row, colour in zip(
+                        found, ("teacher", "student", "task_only", "random_init"), strict=True
+                    )
+                ),
+            ),
+        ),
+        reference=three.label,
+        limits="A small teacher of this task alone (2,400 steps on two CPU cores), students of 600 "
+        "steps; plans of a second, executed whole.",
+    )
