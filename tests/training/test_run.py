@@ -45,19 +45,20 @@ def test_a_run_says_what_it_trains_on(experiment, capsys):
     assert json.loads((run.folder / "config.json").read_text())["layer_map"] == [0, 2]
 
 
-def test_the_students_integration_steps_are_saved_and_fewer_want_reflow(
+def test_the_students_steps_and_bits_are_saved_and_fewer_steps_want_reflow(
     experiment, tmp_path, capsys
 ):
     few = dataclasses.replace(
         experiment,
-        student=dataclasses.replace(experiment.student, num_steps=2),
+        student=dataclasses.replace(experiment.student, num_steps=2, quantize="fp8"),
         losses=dataclasses.replace(experiment.losses, reflow=1.0),
     )
     run = runs.open_run(few)
     assert "warning" not in capsys.readouterr().err
-    assert run.spec.num_steps == 2
+    assert (run.spec.num_steps, run.spec.quantize) == (2, "fp8")
     run.save_assets(tmp_path / "1" / "assets")
-    assert assets.load(tmp_path / "1").num_steps == 2
+    saved = assets.load(tmp_path / "1")
+    assert (saved.num_steps, saved.quantize) == (2, "fp8")
     runs.check(dataclasses.replace(few, losses=experiment.losses))
     assert "--student.num-steps 2 without --losses.reflow" in capsys.readouterr().err
 

@@ -146,6 +146,19 @@ def pair(tiny_config, tiny_params):
     return spec, params, state, found
 
 
+def test_a_student_for_8_bits_is_measured_with_rounded_weights(pair):
+    spec, params, state, found = pair
+    chosen = dataclasses.replace(spec, quantize="fp8")
+    measured = _created(chosen, params, _mesh(ONE, 1)).measure(params, state)
+    rounded = dataclasses.replace(state, params=step.rounded(chosen, state.params))
+    expected = _created(spec, params, _mesh(ONE, 1)).measure(params, rounded)
+    for name, value in expected.items():
+        assert measured[name] == pytest.approx(value, rel=1e-4), name
+    assert measured["validation/error_to_teacher"] != pytest.approx(
+        found["validation/error_to_teacher"], rel=1e-4
+    )
+
+
 def test_all_errors_and_losses_are_measured(pair):
     _, _, _, found = pair
     assert list(found) == [
