@@ -4,30 +4,33 @@ import json
 
 from shallow_pi.evidence import cells, claims, outcomes, rival_costs, rows
 
+CLAIM = claims.CLAIMS["rivals"]
+
 
 def _write(folder):
     one = {"operations": 4_000_000, "parameters": 1_500_000, "median_ms": 2.5, "p95_ms": 3.0}
     names = ("teacher", "skip:drop=12", "mole:layers=6")
     made = [{"name": name, **one, "device": "cpu"} for name in names]
-    (folder / rival_costs.FILE).write_text(json.dumps(made))
+    (folder / rival_costs.FILE.format(claim=CLAIM.name)).write_text(json.dumps(made))
 
 
 def test_costs_stand_by_the_rows_that_have_them(tmp_path):
-    assert rival_costs.read(tmp_path) == {}
-    assert list(rival_costs.lines(tmp_path)) == []
+    assert rival_costs.read(CLAIM, tmp_path) == {}
+    assert list(rival_costs.lines(CLAIM, tmp_path)) == []
     _write(tmp_path)
-    found = rival_costs.read(tmp_path)
+    found = rival_costs.read(CLAIM, tmp_path)
     labels = [rows.TEACHER_ROW.label, rows.STUDENT_ROW.label, "MoLE, 6 of 18 layers routed"]
     assert list(found) == labels
-    assert set(found) <= {row.label for row in claims.CLAIMS["rivals"].variants}
-    assert list(rival_costs.lines(tmp_path))[-1] == f"| {labels[-1]} | 4 | 1.50 | 2.50 |"
-    rival_costs.ensure(["teacher--mole"], tmp_path / "none", tmp_path)  # Nothing is measured again.
+    assert set(found) <= {row.label for row in CLAIM.variants}
+    assert list(rival_costs.lines(CLAIM, tmp_path))[-1] == f"| {labels[-1]} | 4 | 1.50 | 2.50 |"
+    assert rival_costs.read(claims.CLAIMS["late"], tmp_path) == {}
+    rival_costs.ensure([CLAIM], tmp_path / "none", tmp_path)  # Nothing is measured again.
 
 
 def test_success_is_drawn_against_operations_where_both_are_known(tmp_path):
     _write(tmp_path)
-    claim, picture = claims.CLAIMS["rivals"], tmp_path / "costs.png"
-    empty = outcomes.Table(claim, cells.read(tmp_path), 2)
+    picture = tmp_path / "costs.png"
+    empty = outcomes.Table(CLAIM, cells.read(tmp_path), 2)
     assert not rival_costs.picture(picture, empty, tmp_path)
     cell = cells.Cell(rows.TEACHER, rows.SUITE)
     names = cells.COLUMNS["episodes"]
@@ -35,5 +38,5 @@ def test_success_is_drawn_against_operations_where_both_are_known(tmp_path):
     origin = {"commit": "", "device": "cpu", "seconds": 1.0}
     block = cells.Block(cell, "d", (1_000_000, 1_000_001), rows.TASKS[:2], columns, origin)
     cells.append(tmp_path / "cells.jsonl", block)
-    assert rival_costs.picture(picture, outcomes.Table(claim, cells.read(tmp_path), 2), tmp_path)
+    assert rival_costs.picture(picture, outcomes.Table(CLAIM, cells.read(tmp_path), 2), tmp_path)
     assert picture.exists()

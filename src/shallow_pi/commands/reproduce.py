@@ -163,7 +163,6 @@ def measure(wanted: Sequence[cells.Cell], given: Arguments) -> None:
     if lost := sorted(slug for slug in teachers if not sources.exists(slug, given.runs)):
         raise FileNotFoundError(f"plans are compared with {lost[0]}'s: not in {given.runs}")
     scoring.ensure([cell.policy for cell in ready], given.runs, given.results)
-    rival_costs.ensure([cell.policy for cell in ready], given.runs, given.results)
     digests = running.digests([cell.policy for cell in ready], given.runs)
     results = cells.read(given.results, digests)
     todo = running.jobs(ready, results, rows.teacher_of, given.episodes)
@@ -172,6 +171,7 @@ def measure(wanted: Sequence[cells.Cell], given: Arguments) -> None:
         f"cells-{given.part.replace('/', '-of-')}.jsonl" if given.part != "1/1" else "cells.jsonl"
     )
     running.run(todo, given.runs, given.results / name, given.workers)
+    rival_costs.ensure(given.chosen(), given.runs, given.results)
 
 
 def show(given: Arguments) -> None:

@@ -168,7 +168,8 @@ CLAIMS: dict[str, Claim] = {
         _skipping(),
         step_claims.few_steps(),
         step_claims.modes(),
-        rival_claims.rivals(),
+        rival_claims.on_the_tabletop(),
+        rival_claims.on_the_turntable(),
     )
 }
 # Claims of the plan that no cell measures yet.

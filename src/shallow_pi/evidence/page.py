@@ -78,10 +78,9 @@ def write(path: pathlib.Path, folder: pathlib.Path, episodes: int) -> list[pathl
                 drawings / "layer_scores.png", folder / sources.SCORES_FILE
             ):
                 pictures.append(("Scores of the layers", drawings / "layer_scores.png"))
-            if table.claim.name == "rivals" and rival_costs.picture(
-                drawings / "rival_costs.png", table, folder
-            ):
-                pictures.append(("Success against operations", drawings / "rival_costs.png"))
+            against = drawings / f"{table.claim.name}_costs.png"
+            if rival_costs.picture(against, table, folder):
+                pictures.append(("Success against operations", against))
         except figures.PlotsMissingError as error:
             progress.warn(str(error))
         written += [file for _, file in pictures]
@@ -89,8 +88,7 @@ def write(path: pathlib.Path, folder: pathlib.Path, episodes: int) -> list[pathl
             target = os.path.relpath(file, path.parent)
             lines += ["", f"![{title}]({pathlib.PurePath(target).as_posix()})"]
         lines += _tables(table)
-        if table.claim.name == "rivals":
-            lines += rival_costs.lines(folder)
+        lines += rival_costs.lines(table.claim, folder)
         lines += ["", f"*Not said:* {table.claim.limits}", *_pending(table), *_origin(table)]
     lines += ["", "## Pending as a whole", "", "Nothing is measured yet of these claims.", ""]
     for table in tables:

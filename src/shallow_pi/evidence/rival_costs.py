@@ -1,7 +1,7 @@
 """Costs of rivals beside their success: operations, parameters in memory, latency at batch 1.
 
-`ensure` measures them on the suite's teacher and keeps them in `rival_costs.json` among the
-results; the page gets a table and a picture of success against operations from it.
+`ensure` measures them on a claim's teacher and keeps them among the results; the page gets a table
+and a picture of success against operations from it.
 """
 
 import json
@@ -11,16 +11,18 @@ from collections.abc import Iterator, Sequence
 from shallow_pi import figures
 from shallow_pi.evaluation import plots
 from shallow_pi.evaluation.rivals import costs
-from shallow_pi.evidence import outcomes, rival_claims, rival_runs, rows, sources
+from shallow_pi.evidence import outcomes, rival_runs, sources
+from shallow_pi.evidence.claim import Claim
 
-FILE = "rival_costs.json"
-# Rows that are no rivals, and what costs as much.
-PLAIN = {rows.TEACHER_ROW.label: "teacher", rows.STUDENT_ROW.label: "skip:drop=12"}
-
+# Results of a claim.
+FILE = "{claim}-costs.json"
+# The rival that costs as much as the row that is compared with: a student of 6 layers.
+STUDENT = "skip:drop=12"
 # By the first word of a row.
 COLORS = {
     "teacher": plots.COLORS["teacher"],
     "three": plots.COLORS["student"],
+    "student": plots.COLORS["student"],
     "EfficientVLA": plots.COLORS["task_only"],
     "CogVLA": plots.COLORS["random_init"],
     "MoLE": "#e69f00",
@@ -29,29 +31,45 @@ COLORS = {
 }
 
 
-def ensure(slugs: Sequence[str], runs: pathlib.Path, results: pathlib.Path) -> None:
-    """Measure what rivals cost, where there are any and that was not done."""
-    if (results / FILE).exists() or not any(map(rival_runs.is_rival, slugs)):
-        return
-    assets, params = sources.read(rows.TEACHER, runs)
-    names = [*PLAIN.values(), *rival_claims.RIVALS.values()]
-    found = [cost.to_json() for cost in costs.measure(assets.model, params, names)]
-    (results / FILE).write_text("[\n" + ",\n".join(found) + "\n]\n", encoding="utf-8")
+def ensure(chosen: Sequence[Claim], runs: pathlib.Path, results: pathlib.Path) -> None:
+    """Measure what the rivals of these claims cost, where their teacher is and that was not done.
+
+    A rival's cost does not depend on its training.
+    """
+    for claim in chosen:
+        path, names = results / FILE.format(claim=claim.name), _names(claim)
+        if not names or path.exists() or not sources.exists(claim.variants[0].policies[0], runs):
+            continue
+        assets, params = sources.read(claim.variants[0].policies[0], runs)
+        found = [cost.to_json() for cost in costs.measure(assets.model, params, [*names.values()])]
+        results.mkdir(parents=True, exist_ok=True)
+        path.write_text("[\n" + ",\n".join(found) + "\n]\n", encoding="utf-8")
 
 
-def read(results: pathlib.Path) -> dict[str, costs.Cost]:
+def read(claim: Claim, results: pathlib.Path) -> dict[str, costs.Cost]:
     """By the row's label; empty where nothing was measured."""
-    if not (results / FILE).exists():
+    path = results / FILE.format(claim=claim.name)
+    if not path.exists():
         return {}
-    kept = json.loads((results / FILE).read_text(encoding="utf-8"))
+    kept = json.loads(path.read_text(encoding="utf-8"))
     by_name = {one["name"]: costs.Cost(**one) for one in kept}
-    labels = {**PLAIN, **rival_claims.RIVALS}
-    return {label: by_name[name] for label, name in labels.items() if name in by_name}
+    return {label: by_name[name] for label, name in _names(claim).items() if name in by_name}
 
 
-def lines(results: pathlib.Path) -> Iterator[str]:
+def _names(claim: Claim) -> dict[str, str]:
+    """Row → rival of a claim about rivals: teacher, student, rivals; empty for other claims."""
+    slugs = {row.label: row.policies[0] for row in claim.variants}
+    rivals = {
+        label: slug.partition("--")[2] for label, slug in slugs.items() if rival_runs.is_rival(slug)
+    }
+    if not rivals:
+        return {}
+    return {claim.variants[0].label: "teacher", claim.variants[1].label: STUDENT, **rivals}
+
+
+def lines(claim: Claim, results: pathlib.Path) -> Iterator[str]:
     """The page's table of costs."""
-    found = read(results)
+    found = read(claim, results)
     if not found:
         return
     device = next(iter(found.values())).device
@@ -65,7 +83,7 @@ def lines(results: pathlib.Path) -> Iterator[str]:
 
 def picture(path: pathlib.Path, table: outcomes.Table, results: pathlib.Path) -> bool:
     """Success against operations, a point for each rival; False, and no file, without any."""
-    column, found = rows.IN_TIME.label, read(results)
+    column, found = table.claim.columns[0].label, read(table.claim, results)
     points = {label: table.mean((label, column)) for label in found}
     measured = {label: mean for label, mean in points.items() if mean is not None}
     if not measured:

@@ -22,7 +22,7 @@ from shallow_pi.evaluation.rivals import rival, table
 from shallow_pi.evidence import frames, recipes, training
 from shallow_pi.models import batch as batches
 from shallow_pi.models import pi0
-from shallow_pi.sims import tabletop
+from shallow_pi.sims import simulator
 
 # Written last: a folder with it is whole.
 MADE_FILE = "rival.txt"
@@ -78,11 +78,13 @@ def ensure(slugs: Sequence[str], runs: pathlib.Path, train: bool) -> None:
     wanted = [slug for slug in wanted if (runs / slug.partition("--")[0] / "params").is_dir()]
     if not train:
         wanted = [slug for slug in wanted if not hasattr(_options(slug), "steps")]
-    if wanted:
-        assets = policy_assets.load(runs / wanted[0].partition("--")[0])
+    for base in dict.fromkeys(slug.partition("--")[0] for slug in wanted):
+        assets = policy_assets.load(runs / base)
         count, workers = (recipes.STUDENT.demonstrations, 2) if train else (MEASURED, 1)
-        seen = frames.collect(tabletop.Suite(), count, training.SEEDS["student"], workers)
-        make(wanted, runs, frames.samples(assets, seen))
+        suite = simulator.find(assets.robot.name, {})
+        seen = frames.collect(suite, count, training.SEEDS["student"], workers)
+        of_base = [slug for slug in wanted if slug.startswith(f"{base}--")]
+        make(of_base, runs, frames.samples(assets, seen))
 
 
 def load(slug: str, runs: pathlib.Path, num_steps: int) -> deployed.Policy:
