@@ -141,10 +141,10 @@ def _entrant(
     match = re.fullmatch(r"(?:([\w.+-]+)=)?(.+)", named)
     assert match is not None, "any text but none at all matches"
     label, source = match.groups()
-    steps = math.ceil(late_ms / 1000 * suite.robot.fps - 1e-9)
+    steps = math.ceil(late_ms / 1000 * suite.control_hz - 1e-9)
     if steps > given.execute_steps:
         raise ValueError(
-            f"plans {late_ms:g} ms late arrive after {steps} control steps at {suite.robot.fps:g} "
+            f"plans {late_ms:g} ms late arrive after {steps} control steps at {suite.control_hz:g} "
             f"Hz, when the next was asked for long ago: give --execute-steps {steps} or more, got "
             f"{given.execute_steps}"
         )

@@ -68,6 +68,11 @@ class Suite:
         """Both arms; the prompt is the task's."""
         return dataclasses.replace(robots.ALOHA_SIM, prompt=PROMPTS[self.task])
 
+    @property
+    def control_hz(self) -> float:
+        """Control steps a second."""
+        return float(self.robot.fps)
+
     def names(self) -> Mapping[str, tuple[str, ...]]:
         """Joints of both arms."""
         joints = ("waist", "shoulder", "elbow", "forearm_roll", "wrist_angle", "wrist_rotate")

@@ -87,7 +87,6 @@ VERSION = "-v3"
 # Our camera of the view "near": position, point looked at, vertical field of view in degrees.
 NEAR = ((0.72, 0.30, 0.76), (0.0, 0.71, 0.12), 45.0)
 DEMONSTRATION_STEPS = 300  # Experts that take longer are stuck.
-_UNPAINTED = np.array([0.5, 0.5, 0.5, 1.0], np.float32)  # MuJoCo's colour of a geom without one.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +127,11 @@ class Suite:
     def robot(self) -> robots.Robot:
         """The arm's gripper."""
         return robots.METAWORLD
+
+    @property
+    def control_hz(self) -> float:
+        """Control steps a second."""
+        return float(self.robot.fps)
 
     def names(self) -> Mapping[str, tuple[str, ...]]:
         """Axes of the gripper's position and motion, and its fingers."""
@@ -200,7 +204,7 @@ class MetaWorld:
             env._freeze_rand_vec, env.seeded_rand_vec, env._set_task_called = False, True, True
             env.max_path_length = np.inf  # Our own limit counts.
             if self.config.renderer == "ray":
-                _paint(env.model)
+                pictures.paint(env.model)
             if self.config.view == "near":
                 _place_camera(env.model, "corner2", *NEAR)
             sites = [env.model.site(name).id for name, _ in _goal_sites(env)]
@@ -290,24 +294,6 @@ def _goal_sites(env: Any) -> list[tuple[str, object]]:
         return [pair for pair in env._target_site_config if env.model.site(pair[0]).rgba[3] > 0]
     finally:
         env._target_pos = None
-
-
-def _paint(model: mujoco.MjModel) -> None:
-    """Give each geom the colour of its material, times its texture's mean."""
-    for geom, material in enumerate(model.geom_matid):
-        if material < 0:
-            continue
-        # As MuJoCo draws it: a colour of the geom's own goes before its material's.
-        own = model.geom_rgba[geom]
-        colour = model.mat_rgba[material] if np.array_equal(own, _UNPAINTED) else own.copy()
-        for texture in np.ravel(model.mat_texid[material]):
-            if texture >= 0:
-                start, channels = model.tex_adr[texture], model.tex_nchannel[texture]
-                count = model.tex_height[texture] * model.tex_width[texture]
-                data = model.tex_data[start : start + count * channels].reshape(count, channels)
-                colour[:3] = colour[:3] * data[:, :3].mean(0) / 255
-                break
-        model.geom_rgba[geom] = colour
 
 
 def _place_camera(

@@ -10,6 +10,7 @@ from jaxtyping import UInt8
 from shallow_pi.sims import raycast
 
 Renderer = Literal["ray", "gl"]
+_UNPAINTED = np.array([0.5, 0.5, 0.5, 1.0], np.float32)  # MuJoCo's colour of a geom without one.
 
 
 def check(renderer: str) -> None:
@@ -27,6 +28,7 @@ class Pictures:
       renderer: "ray" needs no graphics library.
       grid: rays along each side of a pixel that shows an edge.
       sites: ids of the sites that ray casting draws, as spheres; OpenGL draws all of them.
+      groups: which groups of geoms ray casting sees.
     """
 
     def __init__(
@@ -36,9 +38,10 @@ class Pictures:
         renderer: Renderer,
         grid: int = 3,
         sites: Sequence[int] = (),
+        groups: Sequence[int] = raycast.VISIBLE_GROUPS,
     ):
         self._model, self._size, self._renderer = model, size, renderer
-        self._grid, self._sites = grid, tuple(sites)
+        self._grid, self._sites, self._groups = grid, tuple(sites), tuple(groups)
         self._cameras: dict[str, raycast.RayCamera] = {}
         self._gl: mujoco.Renderer | None = None
 
@@ -54,7 +57,7 @@ class Pictures:
             return self._render_gl(data, camera)
         if camera not in self._cameras:
             self._cameras[camera] = raycast.RayCamera(
-                self._model, camera, *self._size, self._grid, self._sites
+                self._model, camera, *self._size, self._grid, self._sites, self._groups
             )
         return self._cameras[camera].render(data, light)
 
@@ -75,6 +78,24 @@ class Pictures:
         if self._gl is not None:
             self._gl.close()
             self._gl = None
+
+
+def paint(model: mujoco.MjModel) -> None:
+    """Give each geom the colour of its material, times its texture's mean."""
+    for geom, material in enumerate(model.geom_matid):
+        if material < 0:
+            continue
+        # As MuJoCo draws it: a colour of the geom's own goes before its material's.
+        own = model.geom_rgba[geom]
+        colour = model.mat_rgba[material] if np.array_equal(own, _UNPAINTED) else own.copy()
+        for texture in np.ravel(model.mat_texid[material]):
+            if texture >= 0:
+                start, channels = model.tex_adr[texture], model.tex_nchannel[texture]
+                count = model.tex_height[texture] * model.tex_width[texture]
+                data = model.tex_data[start : start + count * channels].reshape(count, channels)
+                colour[:3] = colour[:3] * data[:, :3].mean(0) / 255
+                break
+        model.geom_rgba[geom] = colour
 
 
 def no_gl(error: BaseException, otherwise: str = 'or use renderer="ray"') -> str:

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 BACKGROUND = (0.55, 0.62, 0.70)
-VISIBLE_GROUPS = np.array([1, 1, 1, 0, 0, 0], np.uint8)  # as in MuJoCo's own viewer
+VISIBLE_GROUPS = (1, 1, 1, 0, 0, 0)  # as in MuJoCo's own viewer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +43,7 @@ class RayCamera:
         width: int = 48,
         grid: int = 3,
         sites: Sequence[int] = (),
+        groups: Sequence[int] = VISIBLE_GROUPS,
     ):
         """Prepare the ray directions.
 
@@ -52,7 +53,9 @@ class RayCamera:
           height, width: of the picture, in pixels.
           grid: rays along each side of a pixel that shows an edge.
           sites: ids of the sites to draw, as spheres of their radius.
+          groups: 1 for each of the six groups of geoms to draw, 0 for the others.
         """
+        self._groups = np.array(groups, np.uint8)
         self._model, self._sites = model, tuple(sites)
         self._id = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_CAMERA, camera)
         if self._id < 0:
@@ -94,7 +97,7 @@ class RayCamera:
             data,
             data.cam_xpos[self._id],
             world.ravel(),
-            VISIBLE_GROUPS,
+            self._groups,
             1,  # static geoms are visible too
             -1,  # no body is left out
             geom,

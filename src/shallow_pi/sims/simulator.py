@@ -72,6 +72,11 @@ class Suite(Protocol):
     def robot(self) -> robots.Robot:
         """The robot it drives; its `fps` is the control rate."""
 
+    @property
+    def control_hz(self) -> float:
+        """Control steps a second; datasets may be labelled with another rate, the robot's."""
+        ...
+
     def names(self) -> Mapping[str, Sequence[str]]:
         """Names of the state and action dimensions by the robot's keys, for a dataset."""
 
@@ -118,10 +123,15 @@ class Entry:
 
 
 _METAWORLD = "shallow_pi.sims.metaworld:Suite", "metaworld"
+_LIBERO = "shallow_pi.sims.libero:Suite", "libero"
 _ALOHA = "shallow_pi.sims.aloha:Suite", "aloha-sim"
 SUITES: dict[str, Entry] = {
     "aloha_transfer_cube": Entry(*_ALOHA, {"task": "transfer_cube"}),
     "aloha_insertion": Entry(*_ALOHA, {"task": "insertion"}),
+    **{
+        f"libero_{suite}": Entry(*_LIBERO, {"suite": f"libero_{suite}"})
+        for suite in ("spatial", "object", "goal", "10")
+    },
     **{f"metaworld_{suite}": Entry(*_METAWORLD, {"suite": suite}) for suite in ("mt10", "mt50")},
     "tabletop": Entry("shallow_pi.sims.tabletop:Suite"),
     "turntable": Entry("shallow_pi.sims.turntable:Suite"),

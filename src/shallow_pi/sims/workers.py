@@ -168,6 +168,7 @@ def expert(sim: Any) -> simulator.Action:
 def main(descriptor: int) -> None:
     """Answer calls until the pipe is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks.
+    os.dup2(2, 1)  # Some packages print; the output is a command's result.
     pipe = multiprocessing.connection.Connection(descriptor)
     sims: dict[int, simulator.Simulator] = {}
     try:

@@ -1,0 +1,398 @@
+"""LIBERO's four suites of ten tasks, by the protocol of openpi's `examples/libero/main.py`.
+
+Pictures of 256 × 256 by OpenGL, turned by half a turn and resized to 224; ten steps of waiting, for
+objects to fall; 220 to 520 steps a suite; success when the package says so. Seeds take the tasks
+in turn, and an episode's number in its task (0 to 49) is that of its official initial state. openpi
+seeds LIBERO once for each task and resets it before each episode, which moves cabinets and stoves a
+little; the same resets are made here, so an episode is openpi's whatever ran before it.
+
+The actions are differences of the gripper's pose and its closing, −1 to 1 each, 20 times a second;
+datasets of this robot are labelled with 10. The experts of `libero_object` and `libero_spatial` see
+the true state; they carry one object to one place.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import math
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import libero.libero
+import mujoco
+import numpy as np
+from jaxtyping import Float, UInt8
+from libero.libero import benchmark
+
+from shallow_pi.data.robots import robot as robots
+from shallow_pi.data.robots import transforms
+from shallow_pi.sims import pictures, simulator
+
+# Longest episode of each suite, control steps, without those of waiting.
+MAX_STEPS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520}
+WAIT_STEPS, WAIT_ACTION = 10, (0.0,) * 6 + (-1.0,)
+SEED = 7  # openpi's
+STATES = 50  # initial states of a task
+CAMERAS = {"image": "agentview", "wrist_image": "robot0_eye_in_hand"}
+WITH_EXPERT = ("libero_object", "libero_spatial")
+
+
+@dataclasses.dataclass(frozen=True)
+class Suite:
+    """One of the suites (see `simulator.Suite`)."""
+
+    suite: Literal["libero_spatial", "libero_object", "libero_goal", "libero_10"] = "libero_spatial"
+    # Some of its tasks, by number (0 to 9) or name; empty takes all.
+    tasks: tuple[str, ...] = ()
+    # Height and width of the pictures as rendered, and as they are given to policies.
+    render_size: int = 256
+    image_size: int = 224
+    # Episodes are cut off here, control steps; 0 takes openpi's limit of the suite.
+    max_steps: int = 0
+    # Pictures by MuJoCo's OpenGL renderer ("gl"), as all published policies saw them, or by ray
+    # casting ("ray").
+    renderer: pictures.Renderer = "gl"
+
+    def __post_init__(self) -> None:
+        if self.suite not in MAX_STEPS:
+            raise ValueError(f"suite: expected one of {list(MAX_STEPS)}, got {self.suite!r}")
+        if min(self.render_size, self.image_size) < 1 or self.max_steps < 0:
+            raise ValueError(
+                "expected positive render_size and image_size, and max_steps of 0 or more, got "
+                f"{self.render_size}, {self.image_size} and {self.max_steps}"
+            )
+        pictures.check(self.renderer)
+        self.numbers()
+
+    @property
+    def robot(self) -> robots.Robot:
+        """A Panda arm."""
+        return robots.LIBERO
+
+    @property
+    def control_hz(self) -> float:
+        """Control steps a second, which the robot's datasets are not labelled with."""
+        return 20.0
+
+    def numbers(self) -> tuple[int, ...]:
+        """The chosen tasks' numbers in the suite."""
+        names = [task.name for task in tasks(self.suite)]
+        for task in self.tasks:
+            if task not in names and task not in map(str, range(len(names))):
+                close = difflib.get_close_matches(task, names, n=1)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                raise ValueError(
+                    f"tasks: {self.suite} has no {task!r}, only the numbers 0 to "
+                    f"{len(names) - 1} and {names}{hint}"
+                )
+        chosen = self.tasks or tuple(names)
+        return tuple(names.index(t) if t in names else int(t) for t in chosen)
+
+    def names(self) -> Mapping[str, tuple[str, ...]]:
+        """Pose of the gripper and fingers; differences of the pose and the gripper's closing."""
+        pose = ("x", "y", "z", "axis_angle_x", "axis_angle_y", "axis_angle_z")
+        return {"state": (*pose, "finger_1", "finger_2"), "actions": (*pose, "close")}
+
+    def task_names(self) -> tuple[str, ...]:
+        """The tasks that episodes take in turn."""
+        every = tasks(self.suite)
+        return tuple(every[number].name for number in self.numbers())
+
+    def make(self) -> "Libero":
+        """Build the simulator; a task's scene is compiled when an episode has it."""
+        return Libero(self)
+
+    def prompts(self) -> list[str]:
+        """Every instruction of the suite."""
+        return sorted({task.language for task in tasks(self.suite)})
+
+    def harder(self) -> Mapping[str, "Suite"]:
+        """None."""
+        return {}
+
+    def expert(self) -> simulator.Expert | None:
+        """Of the suites in which one object is carried to one place."""
+        return expert if self.suite in WITH_EXPERT else None
+
+    def demonstrate(
+        self, sim: simulator.Simulator, rng: np.random.Generator, noise: float
+    ) -> Iterator[tuple[simulator.Observation, simulator.Action]]:
+        """Play a perturbed episode; yield what is seen, and the expert's own action there."""
+        spread = noise * rng.uniform(0, 0.2)
+        wander = np.zeros(3)
+        while not sim.done:
+            action = expert(sim)
+            yield sim.observe(), action
+            wander = 0.8 * wander + 0.6 * rng.normal(scale=spread, size=3)
+            sim.step(action + np.array([*wander, 0.0, 0.0, 0.0, 0.0]))
+
+
+def tasks(suite: str) -> list[Any]:
+    """The tasks of a suite, in the package's order: name, language, and files."""
+    with contextlib.redirect_stdout(io.StringIO()):  # The package prints.
+        return list(benchmark.get_benchmark_dict()[suite]().tasks)
+
+
+def _environment() -> Any:
+    """The package's environment, whose import needs an OpenGL library.
+
+    Raises:
+      ValueError: there is none.
+    """
+    from robosuite.controllers import base_controller
+
+    update = base_controller.Controller.update
+    from libero.libero.envs import env_wrapper
+
+    # The package replaces it for an order of arguments that MuJoCo has from 4.0 on.
+    if "dst" in (mujoco.mj_fullM.__doc__ or ""):
+        base_controller.Controller.update = update
+    return env_wrapper.ControlEnv
+
+
+class Libero:
+    """The simulator of one suite."""
+
+    def __init__(self, config: Suite):
+        self.config = config
+        self._tasks = tasks(config.suite)
+        self._numbers = config.numbers()
+        self._number: int | None = None
+        self._seed: int | None = None
+        self.env: Any = None
+
+    def reset(self, seed: int) -> None:
+        """Begin the episode that `seed` names, after the steps of waiting."""
+        number = self._numbers[seed % len(self._numbers)]
+        trial = seed // len(self._numbers) % STATES
+        before = np.random.get_state()  # LIBERO draws from the global generator.
+        try:
+            if number != self._number:
+                self._build(number)
+            self.env.seed(SEED)
+            for i in range(trial + 1):
+                # Only the last reset needs the model compiled anew, as openpi has it.
+                self.env.env.hard_reset = i == trial
+                self.env.reset()
+            self.seen: Mapping[str, Any] = self.env.set_init_state(self._states[trial])
+            for _ in range(WAIT_STEPS):
+                self.seen, *_ = self.env.step(WAIT_ACTION)
+        finally:
+            np.random.set_state(before)
+        self._seed, self._steps, self._succeeded = seed, 0, False
+        self._pictures: pictures.Pictures | None = None
+        self.carrier: Carrier | None = None
+
+    def _build(self, number: int) -> None:
+        if self.env is not None:
+            self.env.close()
+        try:
+            make = _environment()
+        except (AttributeError, ImportError, RuntimeError) as error:
+            if isinstance(error, ModuleNotFoundError):
+                raise
+            advice = "which robosuite needs at its import, whatever draws the pictures"
+            raise ValueError(pictures.no_gl(error, advice)) from error
+        task = self._tasks[number]
+        folder = pathlib.Path(libero.libero.get_libero_path("bddl_files")) / task.problem_folder
+        self.env = make(
+            bddl_file_name=str(folder / task.bddl_file),
+            has_offscreen_renderer=self.config.renderer == "gl",
+            use_camera_obs=False,
+        )
+        with contextlib.redirect_stdout(io.StringIO()):
+            suite = benchmark.get_benchmark_dict()[self.config.suite]()
+        self._states = suite.get_task_init_states(number)
+        self._number = number
+
+    @property
+    def task(self) -> str:
+        """The task's name."""
+        assert self._number is not None, "reset first"
+        return str(self._tasks[self._number].name)
+
+    @property
+    def prompt(self) -> str:
+        """The instruction."""
+        assert self._number is not None, "reset first"
+        return str(self._tasks[self._number].language)
+
+    @property
+    def model(self) -> mujoco.MjModel:
+        """The compiled scene of this episode."""
+        return self.env.sim.model._model
+
+    @property
+    def data(self) -> mujoco.MjData:
+        """Its physical state."""
+        return self.env.sim.data._data
+
+    def step(self, action: simulator.Action) -> None:
+        """Apply one action for one period."""
+        action = np.asarray(action, np.float64)
+        if action.shape != (7,) or not np.isfinite(action).all():
+            raise ValueError(f"action: expected seven finite numbers, got {action}")
+        self.seen, _, done, _ = self.env.step(action.tolist())
+        self._steps += 1
+        self._succeeded |= bool(done)
+
+    def state(self) -> Float[np.ndarray, "8"]:
+        """Position and axis-angle of the gripper, and its fingers' positions; float32."""
+        turn = axis_angle(self.seen["robot0_eef_quat"])
+        parts = (self.seen["robot0_eef_pos"], turn, self.seen["robot0_gripper_qpos"])
+        return np.concatenate(parts).astype(np.float32)
+
+    def observe(self) -> simulator.Observation:
+        """Both pictures, the state and the prompt, under the robot's keys."""
+        size = self.config.image_size
+        found: simulator.Observation = {
+            key: transforms.resize_with_pad(self.render(camera), size)
+            for key, camera in CAMERAS.items()
+        }
+        return {**found, "state": self.state(), "task": self.prompt}
+
+    def render(self, camera: str) -> UInt8[np.ndarray, "h w 3"]:
+        """A camera's picture as openpi turns it: the right way up, and mirrored."""
+        size = self.config.render_size
+        if self.config.renderer == "gl":
+            try:
+                raw = self.env.sim.render(camera_name=camera, width=size, height=size)
+            except Exception as error:  # each backend fails in its own way
+                raise ValueError(pictures.no_gl(error)) from error
+            return np.ascontiguousarray(raw[::-1, ::-1])
+        if self._pictures is None:
+            pictures.paint(self.model)
+            self._pictures = pictures.Pictures(
+                self.model, (size, size), "ray", 2, groups=(0, 1, 0, 0, 0, 0)
+            )
+        return np.ascontiguousarray(self._pictures.render(self.data, camera)[:, ::-1])
+
+    @property
+    def success(self) -> bool:
+        """The package's goal held at some step."""
+        return self._succeeded
+
+    @property
+    def done(self) -> bool:
+        """Success or time-out."""
+        limit = self.config.max_steps or MAX_STEPS[self.config.suite]
+        return self._succeeded or self._steps >= limit
+
+    @property
+    def time(self) -> float:
+        """Seconds since the episode began."""
+        return self._steps / self.config.control_hz
+
+
+def axis_angle(quaternion: Float[np.ndarray, "4"]) -> Float[np.ndarray, "3"]:
+    """Axis times angle of a unit quaternion x, y, z, w."""
+    w = min(max(float(quaternion[3]), -1.0), 1.0)
+    sine = math.sqrt(1.0 - w * w)
+    if math.isclose(sine, 0.0):
+        return np.zeros(3)
+    return np.asarray(quaternion[:3]) * 2.0 * math.acos(w) / sine
+
+
+class Carrier:
+    """Carries the first object of interest to the last, from the true state.
+
+    Phases: above, down, close, up, across, lower, release. Wide objects are gripped at the rim on
+    the side of the robot's own y.
+    """
+
+    def __init__(self, sim: Libero):
+        self._sim = sim
+        names = list(sim.env.obj_of_interest)
+        self._object, self._target = (f"{names[i]}_main" for i in (0, -1))
+        self._into = "basket" in names[-1]
+        low, high = self._box(self._object)
+        width, centre = high - low, (low + high) / 2
+        self._grip = np.zeros(3)
+        if width[1] > 0.075:
+            self._grip[1] = (width[1] / 2 - 0.008) * (1 if centre[1] < 0 else -1)
+        self._height = max(low[2] + 0.012, high[2] - 0.030)
+        self._phase, self._since, self._lifted_from = 0, 0, 0.0
+
+    def _box(self, body: str) -> tuple[Float[np.ndarray, "3"], Float[np.ndarray, "3"]]:
+        """Lower and upper corner of a body and all that is fixed to it, in the world."""
+        model, data = self._sim.model, self._sim.data
+        inside = {model.body(body).id}
+        for child in range(min(inside) + 1, model.nbody):
+            if model.body_parentid[child] in inside:
+                inside.add(child)
+        low, high = np.full(3, np.inf), np.full(3, -np.inf)
+        for geom in range(model.ngeom):
+            solid = model.geom_contype[geom] or model.geom_conaffinity[geom]
+            if model.geom_bodyid[geom] in inside and solid:
+                turn = data.geom_xmat[geom].reshape(3, 3)
+                centre = data.geom_xpos[geom] + turn @ model.geom_aabb[geom, :3]
+                half = np.abs(turn) @ model.geom_aabb[geom, 3:]
+                low, high = np.minimum(low, centre - half), np.maximum(high, centre + half)
+        return low, high
+
+    def act(self) -> Float[np.ndarray, "7"]:
+        """The next action."""
+        hand = np.asarray(self._sim.seen["robot0_eef_pos"])
+        low, high = self._box(self._object)
+        centre, (below, above) = (low + high) / 2, self._box(self._target)
+        place = (below + above) / 2
+        goal, closed = self._next(hand, low, high, centre, place, float(above[2]))
+        way = np.clip((goal - hand) / 0.05 * 1.5, -1.0, 1.0)
+        return np.array([*way, 0.0, 0.0, 0.0, 1.0 if closed else -1.0])
+
+    def _next(
+        self,
+        hand: Float[np.ndarray, "3"],
+        low: Float[np.ndarray, "3"],
+        high: Float[np.ndarray, "3"],
+        centre: Float[np.ndarray, "3"],
+        place: Float[np.ndarray, "3"],
+        top: float,
+    ) -> tuple[Float[np.ndarray, "3"], bool]:
+        """Where the hand should go, and whether it grips; moves on to the next phase."""
+        over = centre + self._grip
+        rest = top + 0.03 if self._into else top  # Height at which the object is let go.
+        self._since += 1
+        if self._phase == 0:
+            far = np.hypot(*(hand - over)[:2])
+            if far >= 0.006:
+                return np.array(
+                    [*over[:2], max(high[2] + 0.10, hand[2] if far > 0.05 else 0)]
+                ), False
+            self._enter(1)
+        if self._phase == 1:
+            if abs(hand[2] - self._height) >= 0.008 and self._since < 60:
+                return np.array([*over[:2], self._height]), False
+            self._enter(2)
+        if self._phase == 2:
+            if self._since <= 12:
+                return np.array([*over[:2], self._height]), True
+            self._lifted_from = float(hand[2])
+            self._enter(3)
+        if self._phase == 3:
+            if hand[2] <= self._lifted_from + 0.15 and self._since < 60:
+                return np.array([*hand[:2], self._lifted_from + 0.20]), True
+            self._enter(4)
+        held = hand - centre
+        if self._phase == 4:
+            if np.hypot(*(centre - place)[:2]) >= 0.012 and self._since < 100:
+                return np.array([*(place + held)[:2], max(hand[2], top + 0.16)]), True
+            self._enter(5)
+        if self._phase == 5:
+            if low[2] - rest >= 0.012 and self._since <= 60:
+                return np.array([*(place + held)[:2], hand[2] - (low[2] - rest)]), True
+            self._enter(6)
+        return hand + (np.array([0.0, 0.0, 0.1]) if self._since > 8 else 0.0), False
+
+    def _enter(self, phase: int) -> None:
+        self._phase, self._since = phase, 0
+
+
+def expert(sim: Any) -> Float[np.ndarray, "7"]:
+    """The action of the episode's carrier."""
+    assert isinstance(sim, Libero), "made by this suite"
+    if sim.carrier is None:
+        sim.carrier = Carrier(sim)
+    return sim.carrier.act()
