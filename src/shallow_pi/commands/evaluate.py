@@ -6,11 +6,14 @@ A POLICY is a run's folder, a step folder, a checkpoint of openpi's or LeRobot's
 hf://), a policy server (ws://HOST:PORT, ours or openpi's), or `expert`, the simulator's own script.
 NAME=POLICY gives it a name.
 
+    student=checkpoints/pi05_libero_l6/first teacher=gs://openpi-assets/checkpoints/pi05_libero
+        --sim libero_spatial --policy.action-horizon 10 --policy.discrete-state-input False
     checkpoints/pi0_metaworld_mt10_l6/first --sim metaworld_mt10 --late-ms 110
     ws://127.0.0.1:8000 expert --sim turntable --option disc_speed_deg=15
 
 Simulators: turntable, tabletop; metaworld_mt10, metaworld_mt50 (--extra metaworld);
-aloha_transfer_cube, aloha_insertion (--extra aloha-sim).
+aloha_transfer_cube, aloha_insertion (--extra aloha-sim); libero_spatial, libero_object,
+libero_goal, libero_10 (--extra libero).
 docs/benchmarks.md says what each needs, and its protocol.
 
 All policies meet the same initial states. The result (report.md, report.json, a film of each

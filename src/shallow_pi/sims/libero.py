@@ -81,7 +81,8 @@ class Suite:
         names = [task.name for task in tasks(self.suite)]
         for task in self.tasks:
             if task not in names and task not in map(str, range(len(names))):
-                close = difflib.get_close_matches(task, names, n=1)
+                within = [name for name in names if task in name]
+                close = within or difflib.get_close_matches(task, names, n=1)
                 hint = f"; did you mean {close[0]!r}?" if close else ""
                 raise ValueError(
                     f"tasks: {self.suite} has no {task!r}, only the numbers 0 to "
@@ -162,6 +163,9 @@ class Libero:
         self._number: int | None = None
         self._seed: int | None = None
         self.env: Any = None
+        # Physics of the last look, and the model it is of.
+        self._looked: mujoco.MjData | None = None
+        self._looked_at: mujoco.MjModel | None = None
 
     def reset(self, seed: int) -> None:
         """Begin the episode that `seed` names, after the steps of waiting."""
@@ -206,6 +210,27 @@ class Libero:
             suite = benchmark.get_benchmark_dict()[self.config.suite]()
         self._states = suite.get_task_init_states(number)
         self._number = number
+        self._watch()
+
+    def _watch(self) -> None:
+        """Keep the physics of the moment at which robosuite's cameras would have looked.
+
+        Its sensors look once in a control step, and early in it: what a policy sees is almost a
+        step old. A sensor that copies the physics looks when they do, for pictures drawn later.
+        """
+        from robosuite.utils import observables
+
+        def look(_: object) -> Float[np.ndarray, "1"]:
+            if self._looked is None or self._looked_at is not self.model:
+                self._looked, self._looked_at = mujoco.MjData(self.model), self.model
+            mujoco.mj_copyData(self._looked, self.model, self.data)
+            return np.zeros(1)
+
+        sensor = observables.sensor(modality="physics")(look)
+        rate = self.env.env.control_freq
+        self.env.env.add_observable(
+            observables.Observable(name="physics", sensor=sensor, sampling_rate=rate)
+        )
 
     @property
     def task(self) -> str:
@@ -255,19 +280,26 @@ class Libero:
 
     def render(self, camera: str) -> UInt8[np.ndarray, "h w 3"]:
         """A camera's picture as openpi turns it: the right way up, and mirrored."""
-        size = self.config.render_size
-        if self.config.renderer == "gl":
-            try:
-                raw = self.env.sim.render(camera_name=camera, width=size, height=size)
-            except Exception as error:  # each backend fails in its own way
-                raise ValueError(pictures.no_gl(error)) from error
-            return np.ascontiguousarray(raw[::-1, ::-1])
-        if self._pictures is None:
-            pictures.paint(self.model)
-            self._pictures = pictures.Pictures(
-                self.model, (size, size), "ray", 2, groups=(0, 1, 0, 0, 0, 0)
-            )
-        return np.ascontiguousarray(self._pictures.render(self.data, camera)[:, ::-1])
+        size, looked = self.config.render_size, self._looked
+        assert looked is not None, "reset first"
+        if self.config.renderer == "ray":
+            if self._pictures is None:
+                pictures.paint(self.model)
+                groups = (0, 1, 0, 0, 0, 0)  # What is seen, not what collides.
+                self._pictures = pictures.Pictures(
+                    self.model, (size, size), "ray", 2, groups=groups
+                )
+            return np.ascontiguousarray(self._pictures.render(looked, camera)[:, ::-1])
+        now = mujoco.MjData(self.model)
+        mujoco.mj_copyData(now, self.model, self.data)
+        mujoco.mj_copyData(self.data, self.model, looked)
+        try:
+            raw = self.env.sim.render(camera_name=camera, width=size, height=size)
+        except Exception as error:  # each backend fails in its own way
+            raise ValueError(pictures.no_gl(error)) from error
+        finally:
+            mujoco.mj_copyData(self.data, self.model, now)
+        return np.ascontiguousarray(raw[::-1, ::-1])
 
     @property
     def success(self) -> bool:

@@ -25,7 +25,7 @@ Action = Float[np.ndarray, " ad"]
 
 
 class Simulator(Protocol):
-    """One running world; it can be pickled between steps."""
+    """One running world; ours can be pickled between steps, LIBERO's cannot."""
 
     def reset(self, seed: int) -> None:
         """Start the episode of this seed."""

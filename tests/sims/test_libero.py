@@ -1,0 +1,142 @@
+"""LIBERO behind our interface: the episodes, pictures and states of openpi's evaluation."""
+
+import math
+import os
+import pathlib
+
+import numpy as np
+import pytest
+from openpi_client import image_tools
+
+from shallow_pi.data.robots import robot as robots
+from shallow_pi.sims import simulator
+
+pytest.importorskip("libero.libero", reason="needs the extra libero")
+
+import libero.libero
+
+from shallow_pi.sims import libero as ours
+
+# Of robosuite 1.4 and what it imports.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def _gl_works():
+    """OpenGL draws here; robosuite takes EGL where the variable names nothing else."""
+    os.environ.setdefault("MUJOCO_GL", "egl")
+    suite = ours.Suite(suite="libero_object", tasks=("0",))
+    sim = suite.make()
+    sim.reset(0)
+    try:
+        sim.observe()
+    except ValueError as error:
+        return str(error)
+    finally:
+        sim.env.close()
+    return ""
+
+
+def test_suites_have_openpis_limits_and_ten_tasks():
+    for name, limit in (("spatial", 220), ("object", 280), ("goal", 300), ("10", 520)):
+        suite = simulator.find(f"libero_{name}", {})
+        assert len(suite.task_names()) == len(set(suite.prompts())) == 10
+        assert ours.MAX_STEPS[suite.suite] == limit
+        simulator.check_robot(suite, robots.LIBERO)
+    assert suite.control_hz == 20
+    assert suite.expert() is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tasks": "pick_up_the_milk"}, "did you mean 'pick_up_the_milk_and_place_it_in_the_bask"),
+        ({"tasks": "10"}, "libero_object has no '10', only the numbers 0 to 9"),
+        ({"suite": "libero_90"}, r"suite: expected one of \['libero_spatial'"),
+        ({"max_steps": "-1"}, "max_steps of 0 or more"),
+    ],
+)
+def test_options_that_do_not_exist_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        simulator.find("libero_object", options)
+
+
+def test_tasks_are_chosen_by_number_or_name():
+    suite = simulator.find("libero_object", {"tasks": "7, 2"})
+    assert suite.numbers() == (7, 2)
+    assert ours.Suite(suite="libero_object", tasks=suite.task_names()).numbers() == (7, 2)
+
+
+def test_a_rotation_is_its_axis_times_its_angle():
+    axis, angle = np.array([2.0, -1.0, 2.0]) / 3, 0.7
+    quaternion = np.array([*(math.sin(angle / 2) * axis), math.cos(angle / 2)])
+    np.testing.assert_allclose(ours.axis_angle(quaternion), angle * axis)
+    np.testing.assert_array_equal(ours.axis_angle(np.array([0, 0, 0, 1.0])), np.zeros(3))
+
+
+@pytest.mark.slow
+def test_episodes_pictures_and_states_are_openpis():
+    """Its loop over trials, in our words: seed 7 once, a reset and ten steps for each trial."""
+    if error := _gl_works():
+        pytest.skip(error)
+    from libero.libero.envs import env_wrapper
+
+    suite = ours.Suite(suite="libero_spatial", tasks=("3",))
+    number, trials = 3, 3
+    task = ours.tasks("libero_spatial")[number]
+    folder = pathlib.Path(libero.libero.get_libero_path("bddl_files")) / task.problem_folder
+    env = env_wrapper.OffScreenRenderEnv(
+        bddl_file_name=str(folder / task.bddl_file), camera_heights=256, camera_widths=256
+    )
+    sim = suite.make()
+    sim.reset(0)
+    states = sim._states
+    assert states.shape[0] == 50
+    env.seed(7)
+    for trial in range(trials):
+        env.reset()
+        seen = env.set_init_state(states[trial])
+        for _ in range(10):
+            seen, *_ = env.step([0.0] * 6 + [-1.0])
+    for _ in range(2):
+        action = np.array([0.5, -0.3, 0.2, 0.1, 0.0, -0.1, 1.0])
+        seen, *_ = env.step(action.tolist())
+
+    sim.reset(trials - 1)
+    for _ in range(2):
+        sim.step(action)
+    fixed = sim.model.body_pos
+    np.testing.assert_array_equal(fixed, env.sim.model._model.body_pos)
+    np.testing.assert_array_equal(sim.data.qpos, env.sim.data.qpos)
+    found = sim.observe()
+    quaternion = seen["robot0_eef_quat"]
+    turn = ours.axis_angle(quaternion)
+    state = [*seen["robot0_eef_pos"], *turn, *seen["robot0_gripper_qpos"]]
+    np.testing.assert_allclose(found["state"], state, atol=1e-7)
+    for key, camera in (("image", "agentview_image"), ("wrist_image", "robot0_eye_in_hand_image")):
+        turned = np.ascontiguousarray(seen[camera][::-1, ::-1])
+        resized = image_tools.convert_to_uint8(image_tools.resize_with_pad(turned, 224, 224))
+        np.testing.assert_array_equal(found[key], resized)
+    assert found["task"] == task.language
+    env.close()
+    sim.env.close()
+
+
+@pytest.mark.slow
+def test_the_expert_puts_the_object_into_the_basket():
+    os.environ.setdefault("MUJOCO_GL", "egl")
+    suite = ours.Suite(suite="libero_object", tasks=("6",), renderer="ray", render_size=32)
+    sim = suite.make()
+    try:
+        sim.reset(1)
+    except ValueError as error:
+        pytest.skip(str(error))
+    before = np.random.get_state()[1].copy()
+    picture = sim.observe()["image"]
+    assert picture.shape == (224, 224, 3)
+    assert picture.std() > 20
+    while not sim.done:
+        sim.step(ours.expert(sim))
+    assert sim.success
+    assert sim.time < 140 / 20
+    np.testing.assert_array_equal(np.random.get_state()[1], before, "the global generator")
+    sim.env.close()
