@@ -449,7 +449,7 @@ def test_a_fresh_model_has_finite_velocities_and_openpi_s_zeros(tiny_config, tin
     ("changes", "message"),
     [
         ({"depth": 0}, "depth must be at least 1, got 0"),
-        ({"image_size": 25}, "multiple of image.patch_size, got 25 and 12"),
+        ({"image_size": 25}, "image_size 25 must be a multiple of image.patch_size 12"),
         ({"cameras": ()}, "at least one camera"),
         ({"discrete_state_input": True}, "π0.5 option"),
         ({"dtype": "float64"}, "'bfloat16', 'float16' or 'float32', got 'float64'"),

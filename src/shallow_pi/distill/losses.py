@@ -49,7 +49,7 @@ class Losses:
     reflow_deployed: float = 0.5
     # Compare attention maps head by head, or averaged over heads.
     attention_heads: Attention = "per_head"
-    # Student layer whose attention is compared; -1 takes the middle one, (depth − 1)//2.
+    # Student layer whose attention is compared; -1 takes the middle one of the action expert's.
     attention_layer: int = -1
     # Leave actions past the episode's end out of the losses. openpi counts them (its chunks repeat
     # the last action there).
