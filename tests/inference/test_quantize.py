@@ -15,14 +15,29 @@ from shallow_pi.models import layers, quantized
 STEPS = 2
 
 
+@pytest.fixture(scope="module")
+def make(tiny_config, tiny_params, tiny_observation):
+    """Makes a model, its parameters, observations, noise, and the bounds of its activations."""
+
+    @functools.cache
+    def made(pi05):
+        config = tiny_config(pi05=pi05)
+        params, observation = tiny_params(config), tiny_observation(config)
+        noise = jnp.asarray(np.random.default_rng(0).standard_normal((2, 5, 6)), jnp.float32)
+        found = calibration.calibrate(config, params, [(observation, noise)], num_steps=STEPS)
+        return config, params, observation, noise, found
+
+    return made
+
+
 @pytest.fixture(scope="module", params=[False, True], ids=["pi0", "pi05"])
-def setting(request, tiny_config, tiny_params, tiny_observation):
-    """A model, its parameters, observations, noise, and the bounds of its activations."""
-    config = tiny_config(pi05=request.param)
-    params, observation = tiny_params(config), tiny_observation(config)
-    noise = jnp.asarray(np.random.default_rng(0).standard_normal((2, 5, 6)), jnp.float32)
-    found = calibration.calibrate(config, params, [(observation, noise)], num_steps=STEPS)
-    return config, params, observation, noise, found
+def each(request, make):
+    return make(request.param)
+
+
+@pytest.fixture(scope="module")
+def setting(make):
+    return make(False)
 
 
 def _sample(setting, scheme, parts=quantize.PARTS, base=tuning.SCANNED, params=None):
@@ -45,13 +60,13 @@ def _error(found, expected):
     return float(jnp.linalg.norm(found - expected) / jnp.linalg.norm(expected))
 
 
-def test_actions_are_close_in_every_scheme_and_the_same_scanned_or_unrolled(setting):
-    exact = _sample(setting, "none")
+def test_actions_are_close_in_every_scheme_and_the_same_scanned_or_unrolled(each):
+    exact = _sample(each, "none")
     for scheme, most in {"w8": 0.03, "int8": 0.06, "wf8": 0.12, "fp8": 0.15}.items():
-        found = _sample(setting, scheme)
+        found = _sample(each, scheme)
         assert 1e-4 < _error(found, exact) < most
         if scheme == "int8":  # A sum in another order can turn a rounding.
-            unrolled = _sample(setting, scheme, base=tuning.ALL_ON)
+            unrolled = _sample(each, scheme, base=tuning.ALL_ON)
             assert _error(unrolled, found) < 0.2 * _error(found, exact)
 
 
@@ -92,24 +107,27 @@ def test_each_part_can_be_rounded_by_itself(setting):
         assert {leaf.dtype for leaf in untouched} == {jnp.dtype("float32")}
 
 
-def test_a_policy_of_rounded_weights_is_the_one_that_training_saw(setting):
+_seen = jax.jit(quantize.straight_through, static_argnums=(1, 2))
+
+
+def test_a_policy_of_rounded_weights_is_the_one_that_training_saw(each):
     """Rounding what is rounded already changes nothing, in openpi's tree as in fused matrices."""
-    params = setting[1]
-    for scheme in ("w8", "wf8"):
-        seen = jax.jit(quantize.straight_through, static_argnums=1)(params, scheme)
-        plain, rounded = _sample(setting, "none", params=seen), _sample(setting, scheme)
-        assert _error(rounded, plain) < 1e-5
-        changed = {
-            "/".join(key.key for key in path)
-            for path, leaf in jax.tree_util.tree_leaves_with_path(
-                jax.tree.map(lambda a, b: jnp.any(a != b), params, seen)
-            )
-            if leaf
-        }
-        assert len(changed) == 6 + 5 + 5
-        assert not [name for name in changed if "embed" in name or "norm" in name.lower()]
-    only = quantize.straight_through(params, "int8", ("expert",))
-    same = jax.tree.map(lambda a, b: bool(jnp.all(a == b)), params, only)
+    config, params = each[:2]
+    scheme = "w8" if config.pi05 else "wf8"
+    seen = _seen(params, scheme)
+    plain, rounded = _sample(each, "none", params=seen), _sample(each, scheme)
+    assert _error(rounded, plain) < 1e-5
+    changed = {
+        "/".join(key.key for key in path)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(
+            jax.tree.map(lambda a, b: np.any(np.asarray(a) != b), params, seen)
+        )
+        if leaf
+    }
+    assert len(changed) == 6 + 5 + 5
+    assert not [name for name in changed if "embed" in name or "norm" in name.lower()]
+    only = _seen(params, "int8", ("expert",))
+    same = jax.tree.map(lambda a, b: np.array_equal(a, b), params, only)
     assert jax.tree.all(same["PaliGemma"]["img"])
     assert same["PaliGemma"]["llm"]["layers"]["mlp"] == {"gating_einsum": True, "linear": True}
     assert not any(same["PaliGemma"]["llm"]["layers"]["mlp_1"].values())
@@ -162,7 +180,12 @@ def test_activations_are_not_rounded_without_bounds(setting):
     config, params, observation, noise, _ = setting
     options = dataclasses.replace(tuning.SCANNED, quantize="int8")
     with pytest.raises(ValueError, match=r"'int8' rounds activations.*weights alone: 'w8'"):
-        sampler.sample_actions(config, params, observation, noise, num_steps=1, options=options)
+        jax.eval_shape(
+            functools.partial(sampler.sample_actions, config, num_steps=1, options=options),
+            params,
+            observation,
+            noise,
+        )
 
 
 @pytest.mark.parametrize(
