@@ -40,9 +40,25 @@ def test_a_run_says_what_it_trains_on(experiment, capsys):
     assert said[2] == "Teacher: random"
     assert said[3].startswith("Mesh: data 8 × fsdp 1 × tensor 1 (8 cpu")
     assert said[4].startswith("Memory of a device: about ")
-    assert said[5] == "Layers: 2 of the teacher's 3: 0 2"
-    assert len(said) == 6
+    assert said[5].startswith("Recomputed: nothing (--remat none); attention: xla")
+    assert said[6] == "Layers: 2 of the teacher's 3: 0 2"
+    assert len(said) == 7
     assert json.loads((run.folder / "config.json").read_text())["layer_map"] == [0, 2]
+
+
+def test_the_first_lines_name_every_part_that_is_cut(experiment):
+    image = dataclasses.replace(experiment.model.image, depth=3)
+    cut = dataclasses.replace(
+        experiment,
+        model=dataclasses.replace(experiment.model, image=image),
+        student=config.StudentConfig(depth=3, backbone_depth=1, vision_depth=2, image_tokens=2),
+    )
+    assert runs.describe_layers(setup.make_spec(cut)) == [
+        "Layers: 3 of the teacher's 3: 0 1 2",
+        "Whole backbone layers: 1 (0), keys and values alone: 2 (1 2); expert layers: 3 (0 1 2)",
+        "Image tower: 2 of the teacher's 3 layers: 0 2; loss on its tokens: --losses.vision 1",
+        "Image tokens: 2 of 4 a camera, means of neighbours",
+    ]
 
 
 def test_the_students_steps_and_bits_are_saved_and_fewer_steps_want_reflow(
