@@ -61,7 +61,7 @@ class Arguments:
     # onnx: operator set version, 17 to 20; TensorRT 10 reads up to 20.
     opset: int = 17
     # Products in 8 bits; onnx: int8; stablehlo: int8, w8 (weights alone). For int8, calibrate the
-    # student first (scripts/calibrate.py).
+    # student first, by the command of that name.
     quantize: quantization.Scheme = "none"
     # Treat warnings as errors.
     strict: bool = False

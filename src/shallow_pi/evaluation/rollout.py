@@ -251,7 +251,10 @@ def _plan(
 
     Checks what comes back, since a NaN would only look like a failure.
     """
-    observations = _each(pool, lambda slot: slot.sim.observe(), slots)
+    if isinstance(policy, policies.Scripted):  # It looks into the simulators: no pictures.
+        observations: list[simulator.Observation] = [{} for _ in slots]
+    else:
+        observations = _each(pool, lambda slot: slot.sim.observe(), slots)
     keys = [(slot.seed, slot.plans) for slot in slots]
     padding = batch - len(slots)
     left = [slot.left for slot in slots]
