@@ -90,7 +90,7 @@ def write(path: pathlib.Path, folder: pathlib.Path, episodes: int) -> list[pathl
         lines += _tables(table)
         lines += rival_costs.lines(table.claim, folder)
         lines += ["", f"*Not said:* {table.claim.limits}", *_pending(table), *_origin(table)]
-    lines += ["", "## Pending as a whole", "", "Nothing is measured yet of these claims.", ""]
+    lines += ["", "## Pending as a whole", ""]
     for table in tables:
         if table not in measured:
             claim, count = table.claim, len(table.claim.cells())
@@ -123,7 +123,7 @@ def _section(table: outcomes.Table) -> list[str]:
     lines = ["", f"## {claim.name}", "", f"**{claim.question}** {claim.says}", ""]
     for statement in claim.statements:
         text, value, verdict = _decision(table, statement)
-        lines.append(f"- {text}: {verdict}" + (f", {value}" if value else ""))
+        lines.append(f"- {text}: {verdict}" + (f": {value}" if value else ""))
     return lines
 
 
@@ -134,13 +134,15 @@ def _decision(table: outcomes.Table, statement: Statement) -> tuple[str, str, st
         return statement.text, "", "not measured"
     column = next(c for c in table.claim.columns if c.label == statement.a[1])
     value = _difference(found, column) if statement.b else _mean(found, column)
-    few = " (one seed)" if statement.b and found.seeds == 1 and _trained(statement) else ""
-    return statement.text, value + few, f"**{verdict}**" if verdict != "open" else verdict
+    bold = f"**{verdict}**" if verdict != "open" else verdict
+    few = ", of one training seed" if found.seeds == 1 and _trained(statement) else ""
+    return statement.text, value, bold + few
 
 
 def _trained(statement: Statement) -> bool:
-    """A student takes part, whose seeds count."""
-    return any(side and side[0] != rows.TEACHER_ROW.label for side in (statement.a, statement.b))
+    """A student takes part, whose training seeds count."""
+    sides = [side for side in (statement.a, statement.b) if side is not None]
+    return any(not side[0].startswith("teacher") for side in sides)
 
 
 def _mean(found: intervals.Mean, column: Column) -> str:
@@ -162,10 +164,6 @@ def _tables(table: outcomes.Table) -> Iterator[str]:
     columns = [
         c for c in claim.columns if any(table.mean((r.label, c.label)) for r in claim.variants)
     ]
-    if not columns:
-        yield ""
-        yield "Nothing is measured yet."
-        return
     yield ""
     yield "| | " + " | ".join(_title(c) for c in columns) + " |"
     yield "|---|" + "---|" * len(columns)

@@ -125,6 +125,11 @@ def modes() -> Claim:
         variants=found,
         columns=(*success.values(), *touched.values(), *apart.values(), *spread.values()),
         statements=(
+            Statement(
+                "the teacher solves at least 90 % in ten steps",
+                (top.label, success[10].label),
+                at_least=0.9,
+            ),
             loses(top, "the teacher"),
             loses(three, "the student"),
             differ("three losses beat the task loss alone", three, alone, success[10], at_least=0),
