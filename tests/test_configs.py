@@ -41,7 +41,7 @@ def test_a_name_says_teacher_task_and_depth(experiment):
     kind, task, _, depth = re.fullmatch(pattern, experiment.name).groups()
     assert kind == ("pi05" if experiment.model.pi05 else "pi0")
     # π0's LIBERO policies were trained on differences, which is a robot of its own.
-    task = task.removesuffix("_last").removesuffix("_mt10")
+    task = task.removesuffix("_last").removesuffix("_mt10").removesuffix("_around")
     assert experiment.data.robot in (task, f"{task}_delta")
     assert (experiment.teacher is None) == (depth is None)
     if depth is not None:

@@ -43,6 +43,8 @@ _READS_LAST = layer_table.reads_last(18, 18)
 TABLETOP_LAST = dataclasses.replace(
     TABLETOP_PI0, depth=36, backbone_layers=_READS_LAST[0], expert_layers=_READS_LAST[1]
 )
+# For one task of the tabletop, which the turntable's sizes are enough for.
+AROUND_PI0 = dataclasses.replace(TURNTABLE_PI0, action_horizon=20, max_token_len=16)
 # The smallest π0 with all parts; for trials.
 DEBUG_PI0 = pi0.Pi0Config(
     depth=4,

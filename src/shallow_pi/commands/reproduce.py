@@ -37,6 +37,7 @@ from shallow_pi.evidence import (
     miniature,
     outcomes,
     page,
+    recipes,
     rival_costs,
     rival_runs,
     rows,
@@ -137,9 +138,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             return
         if given.train:
             slugs = claims.students([claim.name for claim in chosen])
-            model = command_line.load(command_line.configs(), "pi0_tabletop").model
-            wanted_recipes = [rows.RECIPES[slug] for slug in slugs]
-            training.ensure(wanted_recipes, model, tabletop.Suite(), given.runs, given.workers)
+            for tasks, config in recipes.CONFIGS.items():
+                own = [rows.RECIPES[slug] for slug in slugs if rows.RECIPES[slug].tasks == tasks]
+                model = command_line.load(command_line.configs(), config).model
+                suite = tabletop.Suite(tasks=tasks) if tasks else tabletop.Suite()
+                training.ensure(own, model, suite, given.runs, given.workers)
         if given.episodes:
             wanted = [cell for claim in chosen for cell in claim.cells()]
             wanted = [cell for cell in wanted if re.search(given.only, cell.name)]

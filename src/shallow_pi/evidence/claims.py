@@ -182,8 +182,7 @@ PENDING = {
 
 
 def students(names: Sequence[str] = tuple(CLAIMS)) -> list[str]:
-    """Slugs of the policies that claims need and a recipe makes, in order, the teacher first."""
-    found = [rows.TEACHER]
-    for name in names:
-        found += [cell.policy.partition("--")[0] for cell in CLAIMS[name].cells()]
-    return [slug for slug in dict.fromkeys(found) if slug in rows.RECIPES]
+    """Slugs of the policies that claims need and a recipe makes, in order, teachers first."""
+    needed = [cell.policy.partition("--")[0] for name in names for cell in CLAIMS[name].cells()]
+    found = [slug for slug in dict.fromkeys(needed) if slug in rows.RECIPES]
+    return list(dict.fromkeys([*map(rows.teacher_of, found), *found]))

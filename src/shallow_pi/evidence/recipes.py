@@ -82,6 +82,8 @@ class Recipe:
         )
 
 
+# Of teachers and students by their tasks: the config in train_configs/ with their sizes.
+CONFIGS: dict[tuple[str, ...], str] = {(): "pi0_tabletop", ("around",): "pi0_tabletop_around"}
 STUDENT = Recipe()
 TEACHER = Recipe(
     role="teacher",
