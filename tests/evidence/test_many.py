@@ -130,6 +130,7 @@ def test_slugs_tell_recipes_apart():
             "teacher": "teacher-l9-s0",
         }.items()
     ]
+    varied += [_vary(strategy="random"), _vary(tasks=("around",))]
     slugs = [recipe.slug for recipe in [recipes.STUDENT, recipes.TEACHER, *varied]]
     assert len(set(slugs)) == len(slugs)
     assert recipes.STUDENT.slug == "l6-s0"

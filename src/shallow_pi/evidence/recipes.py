@@ -2,7 +2,7 @@
 
 A recipe is everything that tells one trained policy from another. Its `slug` names the policy's
 folder and its lines in the results, so it spells out whatever differs from the default student:
-`l6-s0`, `l6-velocity0-attention0-s2`, `l4-first-s1`, `teacher-l9-s0`, `l6-cut-s0` (no training).
+`l6-s0`, `l6-velocity0-attention0-s2`, `l4-firstlayers-s1`, `teacher-l9-s0`, `l6-cut-s0` (untrained).
 """
 
 import dataclasses
@@ -64,7 +64,8 @@ class Recipe:
             if name == "tasks":
                 parts.append("+".join(value))
                 continue
-            word = value if name in ("strategy", "init", "heads") else f"{name}{_short(value)}"
+            word = value if name in ("init", "heads") else f"{name}{_short(value)}"
+            word = f"{value}layers" if name == "strategy" else word
             parts.append(str(word).replace("_", ""))
         return "-".join([*parts, f"s{self.seed}"])
 
