@@ -2,7 +2,8 @@
 
 A recipe is everything that tells one trained policy from another. Its `slug` names the policy's
 folder and its lines in the results, so it spells out whatever differs from the default student:
-`l6-s0`, `l6-velocity0-attention0-s2`, `l4-firstlayers-s1`, `teacher-l9-s0`, `l6-cut-s0` (untrained).
+`l6-s0`, `l6-velocity0-attention0-s2`, `l4-firstlayers-s1`, `teacher-l9-s0`,
+`l6-cut-s0` (not trained).
 """
 
 import dataclasses
