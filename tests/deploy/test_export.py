@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 
 import jax
@@ -228,7 +229,13 @@ def test_any_step_of_a_run_can_be_asked_for(run, params, tmp_path):
     shutil.copytree(run, folder)
     (folder / "best.json").write_text(json.dumps({"step": 2}))
     for step in ("best", 2):
+        # Left behind by an export that was killed (no process has this number), and by one at work.
+        killed = tmp_path / f".{step}.unfinished-{2**30}"
+        working = tmp_path / f".{step}.unfinished-{os.getppid()}"
+        killed.mkdir()
+        working.mkdir()
         made = export.export(folder, "openpi", tmp_path / str(step), step=step, any_size=True)
+        assert (killed.exists(), working.exists()) == (False, True)
         read = weights.load_params(made, pi0.abstract_params(assets.load(made).model))
         np.testing.assert_array_equal(
             read["action_in_proj"]["kernel"], params["action_in_proj"]["kernel"]

@@ -98,7 +98,8 @@ def export(
     student = students.Student(assets, params, steps, opset, scheme, bounds)
     exported = chosen.prepare(student, origin)
 
-    partial = target.with_name(f".{target.name}.unfinished-{os.getpid()}")
+    _clear(target, report)
+    partial = _partial(target, os.getpid())
     try:
         try:
             partial.mkdir(parents=True)
@@ -122,6 +123,31 @@ def export(
         shutil.rmtree(partial, ignore_errors=True)
     report(f"{target}: {checked}")
     return target
+
+
+def _partial(target: pathlib.Path, process: int | str) -> pathlib.Path:
+    return target.with_name(f".{target.name}.unfinished-{process}")
+
+
+def _clear(target: pathlib.Path, report: Callable[[str], None]) -> None:
+    """Remove what exports of this name left behind when they were killed."""
+    start = _partial(target, "").name
+    for folder in target.parent.iterdir() if target.parent.is_dir() else ():
+        process = folder.name.removeprefix(start)
+        if folder.name.startswith(start) and process.isdecimal() and not _runs(int(process)):
+            report(f"Removing {folder}, of an export that was killed")
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _runs(process: int) -> bool:
+    """The process exists on this machine."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # Another user's.
+        return True
+    return True
 
 
 def _dtype(format: str, dtype: str, known: Sequence[str]) -> str:
