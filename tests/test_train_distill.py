@@ -111,7 +111,7 @@ def test_a_batch_that_does_not_divide_is_refused(refused):
 
 def test_losses_that_do_not_fit_the_student_are_refused(refused):
     said = refused("--losses.attention-layer", 2)
-    assert "--losses.attention-layer must lie in 0..1" in said
+    assert "--losses.attention-layer must be -1 or one of 0, 1" in said
 
 
 def test_resume_and_overwrite_exclude_each_other(refused):
