@@ -153,7 +153,8 @@ def test_a_student_for_8_bits_is_measured_with_rounded_weights(pair):
     rounded = dataclasses.replace(state, params=step.rounded(chosen, state.params))
     expected = _created(spec, params, _mesh(ONE, 1)).measure(params, rounded)
     for name, value in expected.items():
-        assert measured[name] == pytest.approx(value, rel=1e-4), name
+        # The attention loss is 1e-4: its rounding is not relative to it.
+        assert measured[name] == pytest.approx(value, rel=1e-4, abs=1e-7), name
     assert measured["validation/error_to_teacher"] != pytest.approx(
         found["validation/error_to_teacher"], rel=1e-4
     )
