@@ -112,14 +112,15 @@ def layers_of(
     recipe: recipes.Recipe, teacher_depth: int, scores: Mapping[str, np.ndarray]
 ) -> layer_map.LayerMap:
     """The teacher's layers that a student copies."""
-    depth, strategy = recipe.depth, recipe.strategy
-    if strategy == "random":
-        return layer_map.random(depth, teacher_depth, recipe.seed)
-    if strategy in ("uniform", "first", "last"):
-        return getattr(layer_map, strategy)(depth, teacher_depth)
-    if strategy not in scores:
-        raise ValueError(f"{recipe.slug}: the layers' {strategy} has to be measured first")
-    return getattr(layer_map, strategy)(depth, scores[strategy])
+    match recipe.strategy:
+        case "random":
+            return layer_map.random(recipe.depth, teacher_depth, recipe.seed)
+        case "uniform" | "first" | "last":
+            return getattr(layer_map, recipe.strategy)(recipe.depth, teacher_depth)
+        case strategy:
+            if strategy not in scores:
+                raise ValueError(f"{recipe.slug}: the layers' {strategy} has to be measured first")
+            return layer_map.measured(strategy, recipe.depth, scores[strategy])
 
 
 def initial(recipe: recipes.Recipe, model: pi0.Pi0Config, teacher: Teacher | None) -> PyTree:

@@ -15,10 +15,10 @@ from shallow_pi.evidence import (
     claims,
     drawing,
     outcomes,
+    recipes,
     rival_costs,
     rows,
     running,
-    sources,
 )
 from shallow_pi.evidence.claim import Claim, Column, Side, Statement
 
@@ -75,7 +75,7 @@ def write(path: pathlib.Path, folder: pathlib.Path, episodes: int) -> list[pathl
                 if drawing.picture(drawings / f"{picture.name}.png", table, picture):
                     pictures.append((picture.title, drawings / f"{picture.name}.png"))
             if table.claim.name == "skipping" and drawing.layer_scores(
-                drawings / "layer_scores.png", folder / sources.SCORES_FILE
+                drawings / "layer_scores.png", folder / recipes.SCORES_FILE
             ):
                 pictures.append(("Scores of the layers", drawings / "layer_scores.png"))
             against = drawings / f"{table.claim.name}_costs.png"

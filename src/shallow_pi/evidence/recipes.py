@@ -13,6 +13,8 @@ from shallow_pi.distill import layer_map, losses
 
 # Fixed by the suite's pictures and horizon; the paper's students see larger ones.
 BATCH_SIZE, DRAWS, PEAK_LR = 64, 2, 2e-3
+# Scores of a teacher's layers, beside its parameters.
+SCORES_FILE = "layer_scores.json"
 
 
 @dataclasses.dataclass(frozen=True, order=True)

@@ -18,7 +18,7 @@ from jaxtyping import Array
 from shallow_pi import progress
 from shallow_pi.distill import layer_scores
 from shallow_pi.evaluation import policies
-from shallow_pi.evidence import cells, running, sources
+from shallow_pi.evidence import cells, recipes, running, sources
 from shallow_pi.models import pi0
 from shallow_pi.sims import tabletop
 
@@ -30,13 +30,13 @@ def ensure(slugs: Sequence[str], runs: pathlib.Path, results: pathlib.Path) -> N
     there, by which students were cut, are kept.
     """
     for base in dict.fromkeys(slug.partition("--")[0] for slug in slugs if "-drop" in slug):
-        path = runs / base / sources.SCORES_FILE
+        path = runs / base / recipes.SCORES_FILE
         found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         if not {"similarity_by_step", "sensitivity_by_step"} <= set(found):
             found = measure(base, runs) | found
             path.write_text(json.dumps(found) + "\n", encoding="utf-8")
         results.mkdir(parents=True, exist_ok=True)
-        (results / sources.SCORES_FILE).write_bytes(path.read_bytes())
+        (results / recipes.SCORES_FILE).write_bytes(path.read_bytes())
 
 
 def measure(slug: str, runs: pathlib.Path, observations: int = 32) -> dict[str, object]:

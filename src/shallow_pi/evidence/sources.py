@@ -25,12 +25,10 @@ from shallow_pi.checkpoints import weights
 from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.deploy import policy as deployed
 from shallow_pi.distill import layer_map, student
-from shallow_pi.evidence import rival_runs
+from shallow_pi.evidence import recipes, rival_runs
 from shallow_pi.models import pi0
 
 EXPERT = "expert"
-# Of a teacher's layers, beside its parameters; `scoring` writes it.
-SCORES_FILE = "layer_scores.json"
 CUT = re.compile(r"(keep)-([0-9.]+)|(similarity|sensitivity)-drop([0-9]+)")
 
 
@@ -94,9 +92,9 @@ def _kept(slug: str, depth: int, folder: pathlib.Path) -> layer_map.LayerMap:
         raise ValueError(f"policy {slug!r}: expected SLUG--keep-0.3.7 or SLUG--similarity-drop3")
     if found[1]:
         return layer_map.explicit([int(layer) for layer in found[2].split(".")], depth)
-    path = folder / SCORES_FILE
+    path = folder / recipes.SCORES_FILE
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: run scripts/reproduce.py skipping")
     score = np.array(json.loads(path.read_text(encoding="utf-8"))[found[3]])
-    choose = {"similarity": layer_map.similarity, "sensitivity": layer_map.sensitivity}[found[3]]
-    return choose(depth - int(found[4]), score)
+    strategy: layer_map.Measured = "similarity" if found[3] == "similarity" else "sensitivity"
+    return layer_map.measured(strategy, depth - int(found[4]), score)

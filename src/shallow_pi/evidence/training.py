@@ -21,13 +21,13 @@ from jaxtyping import PyTree
 from shallow_pi import progress
 from shallow_pi.checkpoints import run_folder, weights
 from shallow_pi.data.robots import assets as policy_assets
-from shallow_pi.distill import flow, layer_scores
+from shallow_pi.distill import flow, layer_map, layer_scores
 from shallow_pi.evidence import frames, many, recipes
 from shallow_pi.models import batch as batches
 from shallow_pi.models import pi0
 from shallow_pi.sims import demonstrations, simulator
 
-RECIPE_FILE, SCORES_FILE = "recipe.json", "layer_scores.json"
+RECIPE_FILE = "recipe.json"
 # Seeds of the expert's episodes: a student sees other scenes than its teacher did.
 SEEDS = {"teacher": 0, "student": 1}
 # Observations that the layers of a teacher are measured on.
@@ -91,24 +91,26 @@ def teach(
         model = pi0.at_depth(assets.model, recipe.depth)
         found = measure_layers(model, params, data)
         text = json.dumps({name: list(map(float, score)) for name, score in found.items()})
-        (runs / recipe.slug / SCORES_FILE).write_text(text + "\n", encoding="utf-8")
+        (runs / recipe.slug / recipes.SCORES_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def measure_layers(
     model: pi0.Pi0Config, params: PyTree, data: frames.Frames
 ) -> Mapping[str, np.ndarray]:
-    """Similarity and sensitivity of the layers, at observations from all demonstrations."""
+    """Scores of the layers by every strategy, at observations from all demonstrations."""
     rows = np.linspace(0, data.ends[-1] - 1, MEASURED).astype(int)
     batch: batches.Batch = jax.tree.map(lambda leaf: jnp.asarray(leaf[rows]), data.samples)
     noise_key, time_key = jax.random.split(jax.random.key(0))
     noise = flow.sample_noise(noise_key, batch.actions.shape)
     t = flow.sample_time(time_key, (MEASURED,))
-    inputs = batch.observation.as_float(), flow.interpolate(batch.actions, noise, t), t
+    x_t, u = flow.interpolate(batch.actions, noise, t), flow.target_velocity(batch.actions, noise)
+    inputs = batch.observation.as_float(), x_t, t, u
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
-    measures = {"similarity": layer_scores.similarity, "sensitivity": layer_scores.sensitivity}
     return {
-        name: np.asarray(jax.jit(functools.partial(measure, model))(params, *inputs))
-        for name, measure in measures.items()
+        name: np.asarray(
+            jax.jit(functools.partial(layer_scores.measure, name, model))(params, *inputs)
+        )
+        for name in layer_map.MEASURED
     }
 
 
@@ -124,7 +126,7 @@ def load_teacher(slug: str, runs: pathlib.Path) -> tuple[policy_assets.Assets, m
     assets = policy_assets.load(folder)
     expected = pi0.abstract_params(assets.model)
     params = jax.device_get(weights.load_params(folder, expected, dtype="float32"))
-    scores = json.loads((folder / SCORES_FILE).read_text(encoding="utf-8"))
+    scores = json.loads((folder / recipes.SCORES_FILE).read_text(encoding="utf-8"))
     found = {name: np.array(score) for name, score in scores.items()}
     return assets, many.Teacher(assets.model, params, found)
 
