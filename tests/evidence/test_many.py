@@ -59,7 +59,7 @@ def test_policies_trained_together_are_those_trained_alone(model, data, teacher)
             jax.tree.leaves(alone), jax.tree.leaves(together[recipe]), strict=True
         ):
             np.testing.assert_allclose(one, other, atol=1e-4)
-    start = jax.tree.leaves(many.initial(wanted[0], model, teacher))
+    start = jax.tree.leaves(many.initial(wanted[0], model, teacher.params))
     moved = [
         np.abs(a - b).max()
         for a, b in zip(jax.tree.leaves(together[wanted[0]]), start, strict=True)

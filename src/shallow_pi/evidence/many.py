@@ -123,23 +123,30 @@ def layers_of(
             return layer_map.measured(strategy, recipe.depth, scores[strategy])
 
 
-def initial(recipe: recipes.Recipe, model: pi0.Pi0Config, teacher: Teacher | None) -> PyTree:
-    """Parameters before the first step: cut out of the teacher, or random."""
+def initial(
+    recipe: recipes.Recipe,
+    model: pi0.Pi0Config,
+    teacher: PyTree,
+    scores: Mapping[str, np.ndarray] = _NONE,
+) -> PyTree:
+    """Parameters before the first step: cut out of the teacher's, or random.
+
+    `model` has the teacher's depth for a student that is cut. Op by op this takes minutes on an
+    accelerator: it belongs in a program.
+    """
     if recipe.init == "random":
-        # One program: op by op this takes minutes on an accelerator.
-        made = jax.jit(functools.partial(pi0.init, pi0.at_depth(model, recipe.depth)))
-        return made(jax.random.key(1000 + recipe.seed))
-    assert teacher is not None, "a student is cut out of a teacher"
-    chosen = layers_of(recipe, teacher.model.depth, teacher.scores)
-    return student.cut(teacher.model, teacher.params, chosen)
+        return pi0.init(pi0.at_depth(model, recipe.depth), jax.random.key(1000 + recipe.seed))
+    return student.cut(model, teacher, layers_of(recipe, model.depth, scores))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Program:
-    """The program of a group: `length` steps a call."""
+    """The programs of a group: the states before the first step, and `length` steps of them."""
 
-    run: jax.stages.Compiled
-    spec: step.Spec
+    start: jax.stages.Compiled
+    # None where nothing is trained.
+    run: jax.stages.Compiled | None
+    needs_teacher: bool
     length: int
 
 
@@ -160,7 +167,7 @@ class Programs:
         self._samples = batches.spec(model, frames)
         self._teacher = pi0.at_depth(model, teacher_depth) if teacher_depth else None
         self._pool = concurrent.futures.ThreadPoolExecutor(threads)
-        self._jobs: dict[Group, concurrent.futures.Future[_Program | None]] = {}
+        self._jobs: dict[Group, concurrent.futures.Future[_Program]] = {}
 
     def prepare(self, groups: Sequence[Group], scores: Mapping[str, np.ndarray] = _NONE) -> None:
         """Begin to compile; groups whose layers are measured on the teacher need its scores."""
@@ -202,32 +209,26 @@ class Programs:
                 progress.say(f"No time left for {members}")
                 continue
             program = self._jobs[members].result()
-            metrics: Mapping[str, Array] = {}
-            params = _starts(members, self.model, teacher)
-            if program is not None:
-                began = time.monotonic()
-                params, metrics = _run(program, members, params, data, samples, held)
-                pace = max(pace, (time.monotonic() - began) / steps)
+            began = time.monotonic()
+            params, metrics = _run(program, members, data, samples, held)
+            pace = max(pace, (time.monotonic() - began) / steps if steps else 0.0)
             yield from _members(members, jax.device_get(params), jax.device_get(metrics))
 
-    def _compile(self, members: Group, scores: Mapping[str, np.ndarray]) -> _Program | None:
-        """For `CHUNK` steps or a divisor; None if nothing is trained."""
+    def _compile(self, members: Group, scores: Mapping[str, np.ndarray]) -> _Program:
+        """For `CHUNK` steps or a divisor."""
         steps = members.first.steps
-        if not steps:
-            return None
-        length = next(n for n in range(min(CHUNK, steps), 0, -1) if steps % n == 0)
         spec = _spec(members, self.model, self._teacher, scores)
-        init = jax.vmap(jax.vmap(functools.partial(step.init_state, spec)))
-        shape = (len(members.rows), len(members.variants))
-        params = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct((*shape, *leaf.shape), leaf.dtype),
-            pi0.abstract_params(spec.student),
-        )
-        held = None if spec.teacher is None else pi0.abstract_params(spec.teacher)
+        known = None if self._teacher is None else pi0.abstract_params(self._teacher)
+        begin = functools.partial(_start, spec, members, self._teacher or self.model, scores)
+        start = jax.jit(begin).lower(known)
+        if not steps:
+            return _Program(start.compile(), None, False, 0)
+        length = next(n for n in range(min(CHUNK, steps), 0, -1) if steps % n == 0)
         run = jax.jit(functools.partial(_chunk, spec, length), donate_argnums=0)
+        held = None if spec.teacher is None else known
         arrays = _arrays(members, np.zeros(1 + max(count for _, count in members.rows), int))
-        lowered = run.lower(jax.eval_shape(init, params), held, self._samples, *arrays)
-        return _Program(lowered.compile(), spec, length)
+        lowered = run.lower(jax.eval_shape(begin, known), held, self._samples, *arrays)
+        return _Program(start.compile(), lowered.compile(), held is not None, length)
 
 
 def _members(
@@ -239,15 +240,29 @@ def _members(
             yield recipe, own, {name: float(value[i, j]) for name, value in metrics.items()}
 
 
-def _starts(members: Group, model: pi0.Pi0Config, teacher: Teacher | None) -> PyTree:
-    """Initial parameters, with axes of seeds and variants in front."""
-    rows = [
-        jax.tree.map(
-            lambda *leaves: jnp.stack(leaves), *[initial(recipe, model, teacher) for recipe in row]
-        )
-        for row in members.grid
-    ]
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
+def _start(
+    spec: step.Spec,
+    members: Group,
+    model: pi0.Pi0Config,
+    scores: Mapping[str, np.ndarray],
+    teacher: PyTree,
+) -> step.DistillState:
+    """States before the first step, with axes of seeds and variants in front."""
+    made: dict[object, PyTree] = {}
+
+    def params(recipe: recipes.Recipe) -> PyTree:
+        # Members that differ in their losses or data alone begin as one.
+        own = recipe.seed if "random" in (recipe.init, recipe.strategy) else None
+        key = recipe.init, recipe.strategy, own
+        if key not in made:
+            made[key] = initial(recipe, model, teacher, scores)
+        return made[key]
+
+    def stack(*trees: PyTree) -> PyTree:
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+    grid = stack(*[stack(*map(params, row)) for row in members.grid])
+    return jax.vmap(jax.vmap(functools.partial(step.init_state, spec)))(grid)
 
 
 def _spec(
@@ -301,18 +316,18 @@ def _arrays(
 def _run(
     program: _Program,
     members: Group,
-    params: PyTree,
     data: frames.Frames,
     samples: batches.Batch,
     held: PyTree,
 ) -> tuple[PyTree, Mapping[str, Array]]:
-    spec, steps = program.spec, members.first.steps
-    state = jax.jit(jax.vmap(jax.vmap(functools.partial(step.init_state, spec))))(params)
-    arrays, held = _arrays(members, data.ends), None if spec.teacher is None else held
+    steps, state = members.first.steps, program.start(held)
     metrics: Mapping[str, Array] = {}
+    if program.run is None:
+        return state.params, metrics
+    arrays, known = _arrays(members, data.ends), held if program.needs_teacher else None
     with progress.bar(str(members), total=steps) as advance:
         for _ in range(steps // program.length):
-            state, metrics = program.run(state, held, samples, *arrays)
+            state, metrics = program.run(state, known, samples, *arrays)
             jax.block_until_ready(state.step)
             advance(program.length)
     return state.params, metrics
