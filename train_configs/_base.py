@@ -118,15 +118,13 @@ def turntable_teacher(model: pi0.Pi0Config) -> config.DistillConfig:
 
 
 def tabletop_teacher(model: pi0.Pi0Config) -> config.DistillConfig:
-    """A teacher of seven tasks with language instructions, trained on 10,000 demonstrations."""
-    steps = 20_000
+    """A teacher of seven tasks with language instructions, trained on 8,000 demonstrations."""
+    steps = 12_000
     return dataclasses.replace(
         turntable_teacher(model),
         data=dataclasses.replace(TABLETOP_DATA, cache="none"),
         schedule=short_schedule(steps, peak=2e-3),
-        closed_loop=config.ClosedLoopConfig(
-            sim="tabletop", demonstrations=10_000, execute_steps=10
-        ),
+        closed_loop=config.ClosedLoopConfig(sim="tabletop", demonstrations=8_000, execute_steps=10),
         num_train_steps=steps,
     )
 

@@ -10,5 +10,5 @@ from shallow_pi.training import config
 
 
 def get_config() -> config.DistillConfig:
-    """Seven tasks with language instructions; 10,000 demonstrations."""
+    """Seven tasks with language instructions; 8,000 demonstrations."""
     return _base.tabletop_teacher(_base.TABLETOP_PI0)

@@ -96,8 +96,8 @@ TEACHER = Recipe(
     init="random",
     velocity=0.0,
     attention=0.0,
-    steps=20_000,
-    demonstrations=10_000,
+    steps=12_000,
+    demonstrations=8_000,
 )
 
 
