@@ -9,7 +9,6 @@ import pytest
 from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.evidence import frames, many, recipes, sources, training
 from shallow_pi.models import batch as batches
-from shallow_pi.models import pi0
 from shallow_pi.sims import demonstrations
 
 EPISODES = 3
@@ -131,12 +130,14 @@ def test_slugs_tell_recipes_apart():
         }.items()
     ]
     varied += [_vary(strategy="random"), _vary(tasks=("around",))]
+    varied += [dataclasses.replace(recipes.TEACHER, model=name) for name in recipes.MODELS]
     slugs = [recipe.slug for recipe in [recipes.STUDENT, recipes.TEACHER, *varied]]
     assert len(set(slugs)) == len(slugs)
     assert recipes.STUDENT.slug == "l6-s0"
 
 
-def test_teachers_and_students_become_step_folders(own, tiny_dataset, tmp_path):
+@pytest.mark.parametrize("kind", ["half_width", "reads_last"])
+def test_teachers_and_students_become_step_folders(own, tiny_dataset, tmp_path, kind):
     model = dataclasses.replace(own.model, depth=3, max_token_len=12)
     assets = dataclasses.replace(own, model=model)
     robot = assets.robot
@@ -159,15 +160,17 @@ def test_teachers_and_students_become_step_folders(own, tiny_dataset, tmp_path):
         for n in (4, 6)
     ]
     data = frames.samples(assets, episodes)
-    wanted = dataclasses.replace(recipes.TEACHER, depth=3, steps=1, demonstrations=2)
+    wanted = dataclasses.replace(recipes.TEACHER, depth=3, steps=1, demonstrations=2, model=kind)
     training.teach([wanted], assets, data, tmp_path, many.Programs(model, 10))
     student = _vary(teacher=wanted.slug, steps=1, demonstrations=2)
-    programs = many.Programs(model, 10, teacher_depth=3)
+    teacher = recipes.teacher_model(wanted, model)
+    programs = many.Programs(teacher, 10, teacher_depth=teacher.depth)
     training.distil([student], data, tmp_path, programs)
     assert not training.missing([wanted, student], tmp_path)
     found = sources.load(student.slug, tmp_path, num_steps=2)
     assert found.noise_shape == (5, 6)
-    assert policy_assets.load(tmp_path / student.slug).model.depth == 2
+    cut = policy_assets.load(tmp_path / student.slug).model
+    assert cut == recipes.teacher_model(dataclasses.replace(wanted, depth=2), model)
     # Of a frame, the samples are what the robot's transforms make of it.
     frame = {key: pictures[1] for key, pictures in episodes[1].images.items()}
     frame |= {key: episodes[1].vectors[key][1] for key in robot.state_keys}
@@ -178,4 +181,8 @@ def test_teachers_and_students_become_step_folders(own, tiny_dataset, tmp_path):
     raw = np.concatenate([later[1:], np.repeat(later[-1:], 5, 0)])[:5]
     whole = assets.inputs()({**frame, robot.action_key: raw, "action_is_pad": np.zeros(5, bool)})
     np.testing.assert_allclose(data.samples.actions[5], whole["actions"])
-    assert policy_assets.load(tmp_path / wanted.slug).model == pi0.at_depth(model, 3)
+    assert policy_assets.load(tmp_path / wanted.slug).model == teacher
+    # What a teacher's layers lack stays out of training.
+    params = sources.read(student.slug, tmp_path)[1]["PaliGemma"]["llm"]["layers"]
+    there = np.any(np.asarray(params["mlp_1"]["linear"]), axis=(1, 2))
+    assert there.tolist() == [half.expert == "whole" for half in cut.layers]

@@ -95,7 +95,6 @@ def test_the_command_names_pending_cells_and_refreshes_the_page(measured, tmp_pa
     ("arguments", "message"),
     [
         (["nonsense"], "expected claims of instrument, .*got 'nonsense'"),
-        (["teacher-size"], "teacher-size is pending: the smallest useful teacher"),
         (["late", "--part", "3/2"], "--part: expected i/n with i of 1 to n, got '3/2'"),
         (["late", "--workers", "0"], "expected --episodes of at least 0 and --workers"),
     ],

@@ -95,11 +95,9 @@ class Arguments:
         wanted = tuple(claims.CLAIMS) if ALL in self.claims else self.claims
         unknown = [name for name in wanted if name not in claims.CLAIMS]
         if unknown or not wanted:
-            pending = [f"{name} is pending: {claims.PENDING[name]}" for name in unknown
-                       if name in claims.PENDING]  # fmt: skip
             known = ", ".join([*claims.CLAIMS, ALL])
             got = f", got {unknown[0]!r}" if unknown else ""
-            raise ValueError("; ".join([f"expected claims of {known}{got}", *pending]))
+            raise ValueError(f"expected claims of {known}{got}")
         return [claims.CLAIMS[name] for name in wanted]
 
     def share(self) -> tuple[int, int]:
@@ -178,7 +176,7 @@ def measure(wanted: Sequence[cells.Cell], given: Arguments) -> None:
 
 
 def show(given: Arguments) -> None:
-    """List claims with the share that is measured, and what is pending as a whole."""
+    """List claims with the share that is measured, none of them where it is pending as a whole."""
     results = cells.read(given.results)
     table = rich.table.Table(box=rich.box.SIMPLE_HEAD)
     for column in ("claim", "question", "cells", "measured"):
@@ -187,6 +185,4 @@ def show(given: Arguments) -> None:
         total = len(claim.cells())
         left = outcomes.missing(claim, results, given.episodes, running.OBSERVATIONS)
         table.add_row(claim.name, claim.question, str(total), str(total - len(left)))
-    for name, text in claims.PENDING.items():
-        table.add_row(name, text, "", "pending")
     rich.console.Console().print(table)

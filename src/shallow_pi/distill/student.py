@@ -60,7 +60,7 @@ def cut(
       teacher_config: the teacher; its depth must be the map's teacher depth.
       teacher_params: its parameters, checked against the config path by path.
       layer_map: which layers to keep.
-      student_config: the student; None is the teacher with the map's layers, all of them whole.
+      student_config: the student; None is the teacher with the map's layers, as they are.
 
     Raises:
       ValueError: a map for another depth, or parameters with a missing, extra or misshapen leaf.
@@ -71,7 +71,7 @@ def cut(
             f"{teacher_config.depth}."
         )
     weights.check_tree(pi0.abstract_params(teacher_config), teacher_params, "teacher")
-    config = student_config or pi0.at_depth(teacher_config, layer_map.depth)
+    config = student_config or pi0.at_layers(teacher_config, layer_map.layers)
     tower = None
     if config.image.depth != teacher_config.image.depth:
         tower = np.asarray(vision_layers(teacher_config, config))

@@ -9,6 +9,7 @@ from shallow_pi.evidence import (
     sources,
     step_claims,
     student_claims,
+    teacher_claims,
 )
 from shallow_pi.evidence.claim import Claim, Column, Line, Picture, Statement, Variant
 
@@ -168,16 +169,11 @@ CLAIMS: dict[str, Claim] = {
         _skipping(),
         step_claims.few_steps(),
         step_claims.modes(),
+        teacher_claims.sizes(),
+        teacher_claims.last_layer(),
         rival_claims.on_the_tabletop(),
         rival_claims.on_the_turntable(),
     )
-}
-# Claims of the plan that no cell measures yet.
-PENDING = {
-    "teacher-size": "the smallest useful teacher: 18, 12, 9, 6 layers and half the width, each "
-    "distilled to the same 6 layers",
-    "last-layer-expert": "the same distillation with an action expert that reads the backbone's "
-    "last layer alone (GR00T's way)",
 }
 
 

@@ -42,6 +42,10 @@ class Teacher:
     # Scores of its layers by strategy, for the strategies that measure.
     scores: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
+    def student(self, recipe: recipes.Recipe) -> pi0.Pi0Config:
+        """The model of a student of it."""
+        return architecture(recipe, self.model, self.scores)
+
 
 @dataclasses.dataclass(frozen=True)
 class Group:
@@ -98,6 +102,7 @@ def _program(recipe: recipes.Recipe) -> tuple[object, ...]:
         compared = (recipe.strategy, seed, recipe.attention_layer)
     return (
         recipe.role,
+        recipe.model,
         recipe.depth,
         recipe.teacher,
         recipe.steps,
@@ -109,18 +114,42 @@ def _program(recipe: recipes.Recipe) -> tuple[object, ...]:
 
 
 def layers_of(
-    recipe: recipes.Recipe, teacher_depth: int, scores: Mapping[str, np.ndarray]
+    recipe: recipes.Recipe, teacher: pi0.Pi0Config, scores: Mapping[str, np.ndarray]
 ) -> layer_map.LayerMap:
-    """The teacher's layers that a student copies."""
+    """The teacher's layers that a student copies.
+
+    Of a teacher whose expert reads the backbone's last state alone, these are as many of the
+    backbone's layers, which come first, as of the expert's.
+    """
+    depth = teacher.depth if teacher.is_even else teacher.depth // 2
     match recipe.strategy:
         case "random":
-            return layer_map.random(recipe.depth, teacher_depth, recipe.seed)
+            chosen = layer_map.random(recipe.depth, depth, recipe.seed)
         case "uniform" | "first" | "last":
-            return getattr(layer_map, recipe.strategy)(recipe.depth, teacher_depth)
+            chosen = getattr(layer_map, recipe.strategy)(recipe.depth, depth)
         case strategy:
             if strategy not in scores:
                 raise ValueError(f"{recipe.slug}: the layers' {strategy} has to be measured first")
-            return layer_map.measured(strategy, recipe.depth, scores[strategy])
+            chosen = layer_map.measured(strategy, recipe.depth, scores[strategy])
+    if teacher.is_even:
+        return chosen
+    both = (*chosen.layers, *(depth + layer for layer in chosen.layers))
+    return layer_map.explicit(both, teacher.depth)
+
+
+def architecture(
+    recipe: recipes.Recipe, model: pi0.Pi0Config, scores: Mapping[str, np.ndarray] = _NONE
+) -> pi0.Pi0Config:
+    """The model of a recipe.
+
+    Args:
+      recipe: of a teacher or a student.
+      model: of a student its teacher; of a teacher the sizes of its tasks' config.
+      scores: of the teacher's layers, for the strategies that measure.
+    """
+    if recipe.role == "teacher":
+        return recipes.teacher_model(recipe, model)
+    return pi0.at_layers(model, layers_of(recipe, model, scores).layers)
 
 
 def initial(
@@ -131,12 +160,13 @@ def initial(
 ) -> PyTree:
     """Parameters before the first step: cut out of the teacher's, or random.
 
-    `model` has the teacher's depth for a student that is cut. Op by op this takes minutes on an
-    accelerator: it belongs in a program.
+    `model` is that of `architecture`. Op by op this takes minutes on an accelerator: it belongs in
+    a program.
     """
     if recipe.init == "random":
-        return pi0.init(pi0.at_depth(model, recipe.depth), jax.random.key(1000 + recipe.seed))
-    return student.cut(model, teacher, layers_of(recipe, model.depth, scores))
+        own = architecture(recipe, model, scores)
+        return pi0.init(own, jax.random.key(1000 + recipe.seed))
+    return student.cut(model, teacher, layers_of(recipe, model, scores))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,18 +184,21 @@ class Programs:
     """Compiled programs for one model and one size of data, made in the background.
 
     Args:
-      model: the architecture, at any depth; `teacher_depth` is that of the teacher.
+      model: of programs for teachers the sizes of the tasks' config, at any depth; of programs for
+        students their teacher.
       frames: rows of the samples, padding included (`frames.samples`).
-      teacher_depth: 0 for programs that train teachers.
+      teacher_depth: layers of the teacher; 0 for programs that train teachers.
       threads: programs compiled side by side.
     """
 
     def __init__(
         self, model: pi0.Pi0Config, frames: int, teacher_depth: int = 0, threads: int = 4
     ) -> None:
+        if teacher_depth and teacher_depth != model.depth:
+            model = pi0.at_depth(model, teacher_depth)
         self.model = model
         self._samples = batches.spec(model, frames)
-        self._teacher = pi0.at_depth(model, teacher_depth) if teacher_depth else None
+        self._teacher = model if teacher_depth else None
         self._pool = concurrent.futures.ThreadPoolExecutor(threads)
         self._jobs: dict[Group, concurrent.futures.Future[_Program]] = {}
 
@@ -285,15 +318,16 @@ def _spec(
         decay_steps=max(2, first.steps),
         end_lr=recipes.PEAK_LR / 50,
     ).create()
-    teacher = teacher if weights.needs_teacher else None
     at = dataclasses.replace(shown, seed=members.rows[0][0])
+    own = architecture(at, model, scores)
+    teacher = teacher if weights.needs_teacher else None
     return step.Spec(
-        student=pi0.at_depth(model, first.depth),
+        student=own,
         optimizer=optimizer.AdamW().create(schedule),
         schedule=schedule,
         losses=weights,
         teacher=teacher,
-        layer_map=None if teacher is None else layers_of(at, teacher.depth, scores),
+        layer_map=None if teacher is None else layers_of(at, teacher, scores),
         draws=recipes.DRAWS,
         num_steps=first.num_steps,
         execution=layers.Execution(remat="none"),

@@ -16,6 +16,7 @@ from shallow_pi.evidence import (
     frames,
     late_claims,
     page,
+    recipes,
     rival_runs,
     rows,
     running,
@@ -87,7 +88,7 @@ def make_policies(slugs: Sequence[str], runs: pathlib.Path) -> None:
     for base in dict.fromkeys([rows.TEACHER, *map(rows.teacher_of, bases), *bases]):
         if base == sources.EXPERT:
             continue
-        model = MODEL if base == rows.TEACHER else pi0.at_depth(MODEL, 2)
+        model = MODEL if base == rows.TEACHER else _small(base)
         robot = turntable.Suite().robot if base in late_claims.TURNTABLE else suite.robot
         spread = {
             name: normalize.NormStats(
@@ -97,6 +98,12 @@ def make_policies(slugs: Sequence[str], runs: pathlib.Path) -> None:
         }
         weights.save_params(runs / base / "params", _random(model))
         policy_assets.Assets(model, robot, tokens, spread, robot.name).save(runs / base / "assets")
+
+
+def _small(slug: str) -> pi0.Pi0Config:
+    """Two layers, of the kind and the widths of the policy's teacher."""
+    teacher = rows.RECIPES.get(rows.teacher_of(slug), recipes.TEACHER)
+    return recipes.teacher_model(dataclasses.replace(teacher, depth=2), MODEL)
 
 
 def _random(model: pi0.Pi0Config) -> PyTree:

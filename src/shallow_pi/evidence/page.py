@@ -95,7 +95,6 @@ def write(path: pathlib.Path, folder: pathlib.Path, episodes: int) -> list[pathl
         if table not in measured:
             claim, count = table.claim, len(table.claim.cells())
             lines.append(f"- **{claim.name}** ({count} cells): {claim.question} {claim.says}")
-    lines += [f"- **{name}** (no cells yet): {text}" for name, text in claims.PENDING.items()]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return written

@@ -7,9 +7,11 @@ folder and its lines in the results, so it spells out whatever differs from the 
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Literal
 
 from shallow_pi.distill import layer_map, losses
+from shallow_pi.models import gemma, layer_table, pi0
 
 # Fixed by the suite's pictures and horizon; the paper's students see larger ones.
 BATCH_SIZE, DRAWS, PEAK_LR = 64, 2, 2e-3
@@ -50,6 +52,9 @@ class Recipe:
     tasks: tuple[str, ...] = ()
     # Of the order of the data, noise, times and random parameters.
     seed: int = 0
+    # Of a teacher: its change to the sizes of the tasks' config (`MODELS`); empty for none. A
+    # student has its teacher's.
+    model: Literal["", "half_width", "reads_last"] = ""
 
     @property
     def slug(self) -> str:
@@ -67,7 +72,7 @@ class Recipe:
             if name == "tasks":
                 parts.append("+".join(value))
                 continue
-            word = value if name in ("init", "heads") else f"{name}{_short(value)}"
+            word = value if name in ("init", "heads", "model") else f"{name}{_short(value)}"
             word = f"{value}layers" if name == "strategy" else word
             parts.append(str(word).replace("_", ""))
         return "-".join([*parts, f"s{self.seed}"])
@@ -88,6 +93,48 @@ class Recipe:
 
 # Of teachers and students by their tasks: the config in train_configs/ with their sizes.
 CONFIGS: dict[tuple[str, ...], str] = {(): "pi0_tabletop", ("around",): "pi0_tabletop_around"}
+
+
+def _half_width(model: pi0.Pi0Config) -> pi0.Pi0Config:
+    """Half of all widths: of the streams, their heads and their MLPs, and of the image tower."""
+
+    def half(sizes: gemma.GemmaConfig) -> gemma.GemmaConfig:
+        return dataclasses.replace(
+            sizes, width=sizes.width // 2, mlp_dim=sizes.mlp_dim // 2, head_dim=sizes.head_dim // 2
+        )
+
+    image = model.image
+    image = dataclasses.replace(image, width=image.width // 2, mlp_dim=image.mlp_dim // 2)
+    backbone, expert = half(model.backbone), half(model.expert)
+    return dataclasses.replace(model, backbone=backbone, expert=expert, image=image)
+
+
+def _reads_last(model: pi0.Pi0Config) -> pi0.Pi0Config:
+    """As many layers of the backbone, then of the expert, which reads its last state alone."""
+    backbone, expert = layer_table.reads_last(model.depth, model.depth)
+    return dataclasses.replace(
+        model, depth=2 * model.depth, backbone_layers=backbone, expert_layers=expert
+    )
+
+
+# Of teachers: changes to a config's sizes, by the recipe's `model`.
+MODELS: dict[str, Callable[[pi0.Pi0Config], pi0.Pi0Config]] = {
+    "half_width": _half_width,
+    "reads_last": _reads_last,
+}
+
+
+def teacher_model(recipe: Recipe, sizes: pi0.Pi0Config) -> pi0.Pi0Config:
+    """The architecture of a teacher.
+
+    Args:
+      recipe: the teacher's.
+      sizes: of the tasks' config, at any depth.
+    """
+    model = pi0.at_depth(sizes, recipe.depth)
+    return MODELS[recipe.model](model) if recipe.model else model
+
+
 STUDENT = Recipe()
 TEACHER = Recipe(
     role="teacher",

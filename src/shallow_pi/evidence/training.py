@@ -48,14 +48,14 @@ def save(
 ) -> None:
     """Write a policy's step folder; the recipe is written last, so that a folder with it is whole.
 
-    An earlier folder without it is the rest of an interrupted save, and is replaced.
+    An earlier folder without it is the rest of an interrupted save, and is replaced. `assets` have
+    the policy's model.
     """
     folder = runs / recipe.slug
     if folder.exists() and not (folder / RECIPE_FILE).is_file():
         shutil.rmtree(folder)
-    model = pi0.at_depth(assets.model, recipe.depth)
     weights.save_params(folder / run_folder.PARAMS, params)
-    own = dataclasses.replace(assets, model=model, num_steps=recipe.num_steps)
+    own = dataclasses.replace(assets, num_steps=recipe.num_steps)
     own.save(folder / run_folder.ASSETS)
     content = {"recipe": dataclasses.asdict(recipe), "metrics": dict(metrics)}
     (folder / RECIPE_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -78,7 +78,7 @@ def teach(
 
     Args:
       wanted: recipes of teachers; those that are there are left alone.
-      assets: of the teachers; the model's depth is that of each recipe.
+      assets: of the teachers; their models are those of the recipes.
       data: the demonstrations.
       runs: where the step folders are written.
       programs: for the model and the data.
@@ -86,9 +86,8 @@ def teach(
     """
     groups = many.group(missing(wanted, runs))
     for recipe, params, metrics in programs.train(groups, data, deadline=deadline):
-        params = rounded(params)
-        save(runs, recipe, params, assets, metrics)
-        model = pi0.at_depth(assets.model, recipe.depth)
+        params, model = rounded(params), many.architecture(recipe, programs.model)
+        save(runs, recipe, params, dataclasses.replace(assets, model=model), metrics)
         found = measure_layers(model, params, data)
         text = json.dumps({name: list(map(float, score)) for name, score in found.items()})
         (runs / recipe.slug / recipes.SCORES_FILE).write_text(text + "\n", encoding="utf-8")
@@ -97,7 +96,12 @@ def teach(
 def measure_layers(
     model: pi0.Pi0Config, params: PyTree, data: frames.Frames
 ) -> Mapping[str, np.ndarray]:
-    """Scores of the layers by every strategy, at observations from all demonstrations."""
+    """Scores of the layers by every strategy, at observations from all demonstrations.
+
+    There are none where layers have one half: a backbone without one of them is another model.
+    """
+    if not model.is_even:
+        return {}
     rows = np.linspace(0, data.ends[-1] - 1, MEASURED).astype(int)
     batch: batches.Batch = jax.tree.map(lambda leaf: jnp.asarray(leaf[rows]), data.samples)
     noise_key, time_key = jax.random.split(jax.random.key(0))
@@ -153,7 +157,8 @@ def distil(
     assets, teacher = load_teacher(left[0].teacher, runs)
     groups = many.group(left)
     for recipe, params, metrics in programs.train(groups, data, teacher, deadline):
-        save(runs, recipe, rounded(params), assets, metrics)
+        own = dataclasses.replace(assets, model=teacher.student(recipe))
+        save(runs, recipe, rounded(params), own, metrics)
     absent = missing(left, runs)
     if absent:
         progress.say(f"Pending: {', '.join(recipe.slug for recipe in absent)}")
@@ -170,7 +175,7 @@ def ensure(
 
     Args:
       wanted: the recipes, the most important first.
-      model: architecture of the teachers, at any depth.
+      model: sizes of the tasks' config, at any depth.
       suite: whose expert demonstrates.
       runs: folder of the step folders.
       workers: processes that record demonstrations.
@@ -187,9 +192,10 @@ def ensure(
         data = frames.samples(assets, episodes)
         teach(teachers, assets, data, runs, many.Programs(model, len(data.samples.actions)))
     students = missing([recipe for recipe in wanted if recipe.role == "student"], runs)
+    episodes = record(students) if students else []
     for slug in dict.fromkeys(recipe.teacher for recipe in students):
         own = [recipe for recipe in students if recipe.teacher == slug]
         assets, _ = load_teacher(slug, runs)
-        data = frames.samples(assets, record(own))
+        data = frames.samples(assets, episodes)
         rows, depth = len(data.samples.actions), assets.model.depth
         distil(own, data, runs, many.Programs(assets.model, rows, teacher_depth=depth))

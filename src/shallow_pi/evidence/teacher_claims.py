@@ -1,0 +1,161 @@
+"""Claims about the teacher: its size, and an expert that reads the backbone's last state alone.
+
+All of them are of the one task past the pillar, where a teacher takes minutes to train.
+"""
+
+import dataclasses
+
+from shallow_pi.evidence import recipes, rows
+from shallow_pi.evidence.claim import Claim, Column, Line, Picture, Side, Statement, Variant
+from shallow_pi.evidence.step_claims import AROUND
+
+READS_LAST = dataclasses.replace(AROUND, model="reads_last")
+SUCCESS = {n: Column(f"{n} step{'s' * (n > 1)}", rows.around(n)) for n in (10, 1)}
+TO_TEACHER = Column("plans to own teacher, mm", rows.plans(10, ("around",)), "to_teacher_mm")
+TO_EXPERT = Column("plans to expert, mm", rows.plans(10, ("around",)), "to_expert_mm")
+COLUMNS = (SUCCESS[10], TO_TEACHER, TO_EXPERT, SUCCESS[1])
+
+
+def _teacher(label: str, **fields: object) -> Variant:
+    recipe = dataclasses.replace(AROUND, **fields)  # type: ignore[arg-type]  # by name
+    rows.RECIPES[recipe.slug] = recipe
+    return Variant(label, (recipe.slug,))
+
+
+def _students(label: str, teacher: Variant, **fields: object) -> Variant:
+    shared: dict[str, object] = {"tasks": AROUND.tasks, "steps": 600, **fields}
+    return rows.students(label, teacher=teacher.policies[0], **shared)
+
+
+def _in_ten(row: Variant) -> Side:
+    return row.label, SUCCESS[10].label
+
+
+def sizes() -> Claim:
+    """Teachers of several sizes, and the same student of each."""
+    depths = (18, 12, 9, 6)
+    teachers = {depth: _teacher(f"teacher, {depth} layers", depth=depth) for depth in depths}
+    students = {depth: _students(f"student of {depth} layers", teachers[depth]) for depth in depths}
+    half = _teacher("teacher, 18 layers, half width", model="half_width")
+    of_half = _students("student of 18 layers, half width", half)
+    smaller = (*(students[depth] for depth in depths[1:]), of_half)
+    lines = []
+    for column, style in ((SUCCESS[10], "-"), (SUCCESS[1], ":")):
+        for words, found, colour in (
+            ("teacher", teachers, "teacher"),
+            ("its 6-layer student", students, "student"),
+        ):
+            points = tuple((float(d), (found[d].label, column.label)) for d in sorted(depths))
+            lines.append(Line(f"{words}, {column.label}", points, colour, style))
+    for words, row, colour in (
+        ("teacher of half width", half, "expert"),
+        ("its 6-layer student", of_half, "random_init"),
+    ):
+        lines.append(Line(f"{words}, 10 steps", ((18.0, _in_ten(row)),), colour, ""))
+    return Claim(
+        name="teacher-size",
+        question="How small may a teacher be that gives the same 6-layer student?",
+        says="Ours: students are cut from large pretrained policies; a smaller teacher would be "
+        "cheaper to train, and a 6-layer one would need no distillation.",
+        variants=(*teachers.values(), half, *students.values(), of_half),
+        columns=COLUMNS,
+        statements=(
+            *(
+                Statement(
+                    f"the {row.label} is at most 5 points below that of 18 layers",
+                    _in_ten(row),
+                    _in_ten(students[18]),
+                    at_least=-0.05,
+                )
+                for row in smaller
+            ),
+            Statement(
+                "the student of 18 layers beats 6 layers trained as their teacher was",
+                _in_ten(students[18]),
+                _in_ten(teachers[6]),
+                at_least=0,
+            ),
+        ),
+        pictures=(
+            Picture(
+                "teacher_size",
+                "Success past the pillar against the teacher's layers",
+                "layers of the teacher",
+                "success, %",
+                tuple(lines),
+            ),
+        ),
+        reference=students[18].label,
+        limits="One teacher of each size, 2,400 steps on 1,200 demonstrations; a larger one may "
+        "gain more from more. A student of a teacher of half the width has half the width too. The "
+        "student of 6 layers keeps all of its teacher's: this row is that teacher trained 600 "
+        "steps further on other demonstrations, with its earlier self as the teacher.",
+    )
+
+
+def last_layer() -> Claim:
+    """The distillation of a policy of another family."""
+    pi0 = _teacher("teacher, π0, 18 layers")
+    teacher = _teacher("teacher, reads the last state, 18 + 18 layers", model="reads_last")
+    start = dataclasses.replace(
+        recipes.STUDENT, teacher=READS_LAST.slug, tasks=READS_LAST.tasks, steps=0
+    )
+    rows.RECIPES[start.slug] = start
+    cut = Variant("cut to 6 + 6, not trained", (start.slug,))
+    three = _students("three losses, 6 + 6 layers", teacher)
+    alone = _students("task loss alone, 6 + 6 layers", teacher, **rows.ALONE)
+    found = (pi0, teacher, cut, three, alone)
+    return Claim(
+        name="last-layer-expert",
+        question="Does the same distillation work where the action expert reads nothing of the "
+        "backbone but its last state (GR00T's way)?",
+        says="The paper distils π0 and π0.5, whose experts read every layer; ours: the cut and the "
+        "three losses need neither.",
+        variants=found,
+        columns=COLUMNS,
+        statements=(
+            Statement(
+                "the teacher is at most 5 points below π0",
+                _in_ten(teacher),
+                _in_ten(pi0),
+                at_least=-0.05,
+            ),
+            Statement("cut and not trained, at most 5 %", _in_ten(cut), at_most=0.05),
+            Statement(
+                "the student is at most 1 point below its teacher",
+                _in_ten(three),
+                _in_ten(teacher),
+                at_least=-0.01,
+            ),
+            Statement(
+                "three losses beat the task loss alone", _in_ten(three), _in_ten(alone), at_least=0
+            ),
+            Statement(
+                "three losses bring plans nearer to the teacher's than the task loss alone",
+                (three.label, TO_TEACHER.label),
+                (alone.label, TO_TEACHER.label),
+                at_most=0,
+            ),
+        ),
+        pictures=(
+            Picture(
+                "last_layer_expert",
+                "An expert that reads the backbone's last state",
+                "",
+                "success, %",
+                tuple(
+                    Line(
+                        column.label,
+                        tuple((row.label, (row.label, column.label)) for row in found),
+                        colour,
+                        "",
+                    )
+                    for column, colour in ((SUCCESS[10], "student"), (SUCCESS[1], "task_only"))
+                ),
+            ),
+        ),
+        reference=three.label,
+        limits="One teacher, 2,400 steps on 1,200 demonstrations: 18 layers of the backbone, then "
+        "18 of the expert, each of which reads keys and values of its own of the backbone's last "
+        "state. The attention loss is of the expert's middle layer.",
+    )
