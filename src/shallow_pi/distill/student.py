@@ -48,6 +48,14 @@ def gather(
     return jax.tree_util.tree_map_with_path(take, params)
 
 
+def model(teacher: pi0.Pi0Config, layer_map: layer_maps.LayerMap) -> pi0.Pi0Config:
+    """The teacher's model with the map's layers, each with the halves that it has."""
+    backbone, expert = zip(*[teacher.layers[layer] for layer in layer_map.layers], strict=True)
+    return dataclasses.replace(
+        teacher, depth=layer_map.depth, backbone_layers=backbone, expert_layers=expert
+    )
+
+
 def cut(
     teacher_config: pi0.Pi0Config,
     teacher_params: PyTree,
@@ -71,7 +79,7 @@ def cut(
             f"{teacher_config.depth}."
         )
     weights.check_tree(pi0.abstract_params(teacher_config), teacher_params, "teacher")
-    config = student_config or pi0.at_layers(teacher_config, layer_map.layers)
+    config = student_config or model(teacher_config, layer_map)
     tower = None
     if config.image.depth != teacher_config.image.depth:
         tower = np.asarray(vision_layers(teacher_config, config))

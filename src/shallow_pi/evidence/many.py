@@ -149,7 +149,7 @@ def architecture(
     """
     if recipe.role == "teacher":
         return recipes.teacher_model(recipe, model)
-    return pi0.at_layers(model, layers_of(recipe, model, scores).layers)
+    return student.model(model, layers_of(recipe, model, scores))
 
 
 def initial(

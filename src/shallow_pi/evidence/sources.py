@@ -81,7 +81,7 @@ def read(slug: str, runs: pathlib.Path) -> tuple[policy_assets.Assets, PyTree]:
         return assets, params
     kept = _kept(slug, assets.model.depth, folder)
     cut = student.cut(assets.model, params, kept)
-    model = pi0.at_layers(assets.model, kept.layers)
+    model = student.model(assets.model, kept)
     whole = dataclasses.replace(assets, model=model)
     return whole, jax.tree.map(np.asarray, cut)
 

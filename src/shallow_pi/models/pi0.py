@@ -9,7 +9,6 @@ dim, s prefix tokens, t suffix tokens.
 """
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -160,14 +159,6 @@ def axis_sizes(config: Pi0Config) -> dict[str, int]:
 def at_depth(config: Pi0Config, depth: int) -> Pi0Config:
     """The same model with another number of layers, all of them whole."""
     return dataclasses.replace(config, depth=depth, backbone_layers=(), expert_layers=())
-
-
-def at_layers(config: Pi0Config, layers: Sequence[int]) -> Pi0Config:
-    """The same model with these of its layers, each with the halves that it has."""
-    backbone, expert = zip(*[config.layers[layer] for layer in layers], strict=True)
-    return dataclasses.replace(
-        config, depth=len(layers), backbone_layers=backbone, expert_layers=expert
-    )
 
 
 class PrefixAttention(NamedTuple):
