@@ -71,6 +71,7 @@ def test_groups_keep_apart_what_programs_depend_on():
         _vary(),
         _vary(depth=1),
         _vary(steps=3),
+        _vary(peak_lr=1e-3),
         _vary(heads="head_mean"),
         _vary(strategy="first"),
         _vary(strategy="random", seed=0),
@@ -129,11 +130,14 @@ def test_slugs_tell_recipes_apart():
             "teacher": "teacher-l9-s0",
         }.items()
     ]
+    varied += [recipes.METAWORLD_STUDENT, recipes.METAWORLD_TEACHER, _vary(peak_lr=1e-3)]
     varied += [_vary(strategy="random"), _vary(tasks=("around",))]
     varied += [dataclasses.replace(recipes.TEACHER, model=name) for name in recipes.MODELS]
     slugs = [recipe.slug for recipe in [recipes.STUDENT, recipes.TEACHER, *varied]]
     assert len(set(slugs)) == len(slugs)
     assert recipes.STUDENT.slug == "l6-s0"
+    assert recipes.METAWORLD_STUDENT.slug == "l6-metaworldmt10-s0"
+    assert recipes.METAWORLD_STUDENT.teacher == recipes.METAWORLD_TEACHER.slug
 
 
 @pytest.mark.parametrize("kind", ["half_width", "reads_last"])

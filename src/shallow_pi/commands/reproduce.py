@@ -48,7 +48,7 @@ from shallow_pi.evidence import (
 )
 from shallow_pi.evidence.claim import Claim
 from shallow_pi.parallel import processes
-from shallow_pi.sims import tabletop
+from shallow_pi.sims import simulator
 from shallow_pi.training import command_line
 
 ALL = "all"
@@ -135,12 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             progress.say("Every chosen study ran in miniature")
             return
         if given.train:
-            slugs = claims.students([claim.name for claim in chosen])
-            for tasks, config in recipes.CONFIGS.items():
-                own = [rows.RECIPES[slug] for slug in slugs if rows.RECIPES[slug].tasks == tasks]
-                model = command_line.load(command_line.configs(), config).model
-                suite = tabletop.Suite(tasks=tasks) if tasks else tabletop.Suite()
-                training.ensure(own, model, suite, given.runs, given.workers)
+            train([rows.RECIPES[slug] for slug in claims.students([c.name for c in chosen])], given)
         if given.episodes:
             wanted = [cell for claim in chosen for cell in claim.cells()]
             wanted = [cell for cell in wanted if re.search(given.only, cell.name)]
@@ -150,6 +145,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 pathlib.Path(given.page), given.results, given.episodes or Arguments.episodes
             )
             progress.say(f"Written: {', '.join(map(str, written))}")
+
+
+def train(wanted: Sequence[recipes.Recipe], given: Arguments) -> None:
+    """Make the policies that are missing, by the configs with their sizes and simulators."""
+    for name in dict.fromkeys(map(recipes.config, wanted)):
+        own = [recipe for recipe in wanted if recipes.config(recipe) == name]
+        config = command_line.load(command_line.configs(), name)
+        task = config.closed_loop
+        assert task is not None, "its simulator"
+        suite = simulator.find(task.sim, task.set_options())
+        training.ensure(own, config.model, suite, given.runs, given.workers, task.noise)
 
 
 def measure(wanted: Sequence[cells.Cell], given: Arguments) -> None:

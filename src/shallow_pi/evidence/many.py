@@ -106,6 +106,7 @@ def _program(recipe: recipes.Recipe) -> tuple[object, ...]:
         recipe.depth,
         recipe.teacher,
         recipe.steps,
+        recipe.peak_lr,
         recipe.reflow > 0,
         recipe.num_steps,
         recipe.heads,
@@ -314,9 +315,9 @@ def _spec(
     first = members.first
     schedule = optimizer.CosineSchedule(
         warmup_steps=max(1, first.steps // 20),
-        peak_lr=recipes.PEAK_LR,
+        peak_lr=first.peak_lr,
         decay_steps=max(2, first.steps),
-        end_lr=recipes.PEAK_LR / 50,
+        end_lr=first.peak_lr / 50,
     ).create()
     at = dataclasses.replace(shown, seed=members.rows[0][0])
     own = architecture(at, model, scores)

@@ -14,14 +14,14 @@ from shallow_pi.distill import layer_map, losses
 from shallow_pi.models import gemma, layer_table, pi0
 
 # Fixed by the suite's pictures and horizon; the paper's students see larger ones.
-BATCH_SIZE, DRAWS, PEAK_LR = 64, 2, 2e-3
+BATCH_SIZE, DRAWS = 64, 2
 # Scores of a teacher's layers, beside its parameters.
 SCORES_FILE = "layer_scores.json"
 
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Recipe:
-    """One policy of a study. The defaults are the paper's student on the suite."""
+    """One policy of a study. The defaults are the paper's student on the tabletop."""
 
     # "student" is distilled or fine-tuned from the teacher below, "teacher" is trained from
     # nothing on the task loss.
@@ -50,6 +50,10 @@ class Recipe:
     demonstrations: int = 400
     # Tasks of the suite that its demonstrations show; empty for all.
     tasks: tuple[str, ...] = ()
+    # The simulator whose expert demonstrates, by its name in `simulator.SUITES`.
+    suite: Literal["tabletop", "metaworld_mt10"] = "tabletop"
+    # Learning rate after the warm-up.
+    peak_lr: float = 2e-3
     # Of the order of the data, noise, times and random parameters.
     seed: int = 0
     # Of a teacher: its change to the sizes of the tasks' config (`MODELS`); empty for none. A
@@ -59,8 +63,10 @@ class Recipe:
     @property
     def slug(self) -> str:
         """A name for files that tells the recipe from every other."""
-        default = TEACHER if self.role == "teacher" else STUDENT
+        default = DEFAULTS[self.suite, self.role]
         parts = [f"l{self.depth}"] if self.role == "student" else ["teacher", f"l{self.depth}"]
+        if self.suite != STUDENT.suite:
+            parts.append(self.suite.replace("_", ""))
         if self.steps == 0:
             parts.append("cut" if self.init == "cut" else "untrained")
         for field in dataclasses.fields(self):
@@ -89,10 +95,6 @@ class Recipe:
             attention_heads=self.heads,
             attention_layer=layer,
         )
-
-
-# Of teachers and students by their tasks: the config in train_configs/ with their sizes.
-CONFIGS: dict[tuple[str, ...], str] = {(): "pi0_tabletop", ("around",): "pi0_tabletop_around"}
 
 
 def _half_width(model: pi0.Pi0Config) -> pi0.Pi0Config:
@@ -146,6 +148,28 @@ TEACHER = Recipe(
     steps=12_000,
     demonstrations=8_000,
 )
+METAWORLD_STUDENT = Recipe(
+    teacher="teacher-l18-metaworldmt10-s0", suite="metaworld_mt10", peak_lr=1e-3
+)
+METAWORLD_TEACHER = dataclasses.replace(
+    TEACHER, suite="metaworld_mt10", peak_lr=1e-3, steps=6000, demonstrations=1000
+)
+# By suite and role: slugs tell what differs from these.
+DEFAULTS = {
+    (recipe.suite, recipe.role): recipe
+    for recipe in (STUDENT, TEACHER, METAWORLD_STUDENT, METAWORLD_TEACHER)
+}
+# By suite and tasks: the config in train_configs/ with their sizes, simulator and noise.
+CONFIGS: dict[tuple[str, tuple[str, ...]], str] = {
+    ("tabletop", ()): "pi0_tabletop",
+    ("tabletop", ("around",)): "pi0_tabletop_around",
+    ("metaworld_mt10", ()): "pi0_metaworld_mt10",
+}
+
+
+def config(recipe: Recipe) -> str:
+    """Name of the config whose model a policy or its teacher has, and whose simulator it learns."""
+    return CONFIGS[recipe.suite, recipe.tasks]
 
 
 def _short(value: object) -> str:

@@ -170,6 +170,7 @@ def ensure(
     suite: simulator.Suite,
     runs: pathlib.Path,
     workers: int,
+    noise: float = 1.0,
 ) -> None:
     """Train the policies that are not there yet: teachers, then their students, by teacher.
 
@@ -179,16 +180,17 @@ def ensure(
       suite: whose expert demonstrates.
       runs: folder of the step folders.
       workers: processes that record demonstrations.
+      noise: scale of the perturbations of demonstrations.
     """
     runs.mkdir(parents=True, exist_ok=True)
 
     def record(left: Sequence[recipes.Recipe]) -> list[demonstrations.Episode]:
         most = max(recipe.demonstrations for recipe in left)
-        return frames.collect(suite, most, SEEDS[left[0].role], workers)
+        return frames.collect(suite, most, SEEDS[left[0].role], workers, noise)
 
     if teachers := missing([recipe for recipe in wanted if recipe.role == "teacher"], runs):
         episodes = record(teachers)
-        assets = frames.make_assets(suite, model, episodes, runs / policy_assets.TOKENIZER_NAME)
+        assets = frames.make_assets(suite, model, episodes, runs / f"{suite.robot.name}.model")
         data = frames.samples(assets, episodes)
         teach(teachers, assets, data, runs, many.Programs(model, len(data.samples.actions)))
     students = missing([recipe for recipe in wanted if recipe.role == "student"], runs)
