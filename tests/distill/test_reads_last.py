@@ -51,7 +51,7 @@ def test_every_expert_layer_reads_the_state_behind_all_backbone_layers(teacher, 
     suffix, _ = model.apply({"params": params}, *given, method="embed_suffix")
     geometry = gemma.Geometry.create(valid, 8, suffix.shape[2], 5)
     for weights in stack[:3]:
-        prefix, _ = gemma.prefix_layer(weights, prefix, geometry)
+        prefix, _, _ = gemma.prefix_layer(weights, prefix, geometry)
     for weights in stack[3:]:
         cached = gemma.prefix_keys_values(weights, prefix, geometry)
         suffix, _ = gemma.suffix_layer(weights, suffix, cached, geometry)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from shallow_pi.models import gemma, layers
+from shallow_pi.models import captures, gemma, layers
 
 SIZES = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
 CONFIGS = (
@@ -26,7 +26,7 @@ def _normal(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
-@functools.partial(jax.jit, static_argnames=("module", "action_rows", "capture_layer", "hidden"))
+@functools.partial(jax.jit, static_argnames=("module", "asked", "hidden"))
 def _run(module, params, prefix, suffix, geometry, **static):
     return module.apply({"params": params}, prefix, suffix, geometry, **static)
 
@@ -67,7 +67,7 @@ def test_positions_count_the_valid_tokens_and_go_on_in_the_suffix(strict):
 def test_scan_equals_a_loop_over_the_layers(pi05):
     params, (prefix, suffix, geometry) = _params(pi05), _inputs(pi05)
     expected, hidden, *_ = _run(_module(), params, prefix, suffix, geometry, hidden=True)
-    block = jax.jit(gemma.Block(CONFIGS, ROWS, None, False, False, layers.DEFAULT_EXECUTION).apply)
+    block = jax.jit(gemma.Block(CONFIGS, None, False, False, layers.DEFAULT_EXECUTION).apply)
     carry = (prefix, suffix, None)
     for i in range(DEPTH):
         np.testing.assert_allclose(hidden.prefix[i], carry[0], atol=1e-5)
@@ -112,8 +112,7 @@ def test_captured_attention_is_that_of_the_chosen_layer(layer):
     _, hidden, capture, _ = _run(
         _module(),
         *(params, prefix, suffix, geometry),
-        action_rows=ROWS,
-        capture_layer=layer,
+        asked=captures.Asked(layer, ROWS, 2),
         hidden=True,
     )
     one = jax.tree.map(lambda x: x[layer], params["layers"])
@@ -121,9 +120,15 @@ def test_captured_attention_is_that_of_the_chosen_layer(layer):
     keys = jnp.einsum("bsd,kdh->bskh", normed, one["attn"]["kv_einsum"]["w"][0])
     keys = layers.apply_rope(keys, geometry.prefix_rope)
     np.testing.assert_allclose(capture.keys, keys, atol=1e-5)
-    by_hand = np.einsum("brakgh,bskh->brkgas", capture.queries, capture.keys)
+    by_hand = np.einsum("brakgh,bskh->brkgas", capture.suffix_queries, capture.keys)
     by_hand = by_hand.reshape(2, 2, 4, ROWS, 5)
-    np.testing.assert_allclose(capture.logits(), by_hand, atol=1e-5)
+    found = capture.attention(jnp.asarray(VALID))
+    np.testing.assert_allclose(found.logits, by_hand, atol=1e-5)
+    # The last rows of the prefix: what the layer itself attends with.
+    queries = jnp.einsum("btd,ndh->btnh", normed, one["attn"]["q_einsum"]["w"])
+    queries, _ = layers.split_heads(queries, keys, geometry.prefix_rope)
+    by_hand = np.einsum("bpkgh,bskh->bkgps", queries[:, -2:], capture.keys).reshape(2, 4, 2, 5)
+    np.testing.assert_allclose(found.prefix_logits, by_hand, atol=1e-5)
 
 
 def test_adaptive_norm_takes_scale_shift_and_gate_from_the_condition(strict):

@@ -81,7 +81,7 @@ def run(
         streams: tuple[Array, Array], scanned: tuple[gemma.Weights, Array | None]
     ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
         (before, own), (weights, gate) = streams, scanned
-        after, cached = gemma.prefix_layer(weights, before, geometry)
+        after, cached, _ = gemma.prefix_layer(weights, before, geometry)
         acted, _ = gemma.suffix_layer(weights, own, cached, geometry)
         streams = mix(before, after, gate), mix(own, acted, gate)
         return streams, streams

@@ -5,10 +5,11 @@
 
 φ is the teacher, θ the student; both see the same observation, noise and time. P is the attention
 of the action tokens over the valid prefix keys at one layer of each model, renormalised over those
-keys. â is where the teacher's sampler takes the noise ε: on the straight line between them (reflow,
-arXiv 2209.03003, off by default) one or two integration steps reach what the teacher's ten do.
-i are the image tokens, compared where the student's tower is cut. Everything is float32. (METHOD:
-the layer pair, the weights and `per_head` are our choices.)
+keys; for ablations that of all tokens, or of the prompt over the image tokens. â is where the
+teacher's sampler takes the noise ε: on the straight line between them (reflow, arXiv 2209.03003,
+off by default) one or two integration steps reach what the teacher's ten do. i are the image
+tokens, compared where the student's tower is cut. Everything is float32. (METHOD: the layer pair,
+the weights and `per_head` are our choices.)
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from shallow_pi.distill import flow
+from shallow_pi.models import captures
 
 Attention = Literal["per_head", "head_mean"]
 # The fields of `Losses` that are weights, and all but the first look at the teacher.
@@ -49,7 +51,12 @@ class Losses:
     reflow_deployed: float = 0.5
     # Compare attention maps head by head, or averaged over heads.
     attention_heads: Attention = "per_head"
-    # Student layer whose attention is compared; -1 takes the middle one of the action expert's.
+    # Tokens whose attention is compared: "actions" over the prefix, "all" tokens over the prefix
+    # (the paper reports that it destroys training), or the prompt's "text" over the image tokens
+    # (Align-KD, arXiv 2412.01282). Meant for ablations.
+    attention_queries: captures.Queries = "actions"
+    # Student layer whose attention is compared; -1 takes the middle one of the action expert's, for
+    # "text" the first one of the backbone.
     attention_layer: int = -1
     # Leave actions past the episode's end out of the losses. openpi counts them (its chunks repeat
     # the last action there).

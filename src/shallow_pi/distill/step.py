@@ -18,13 +18,14 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from shallow_pi.distill import attention as attentions
 from shallow_pi.distill import flow, losses, norms
 from shallow_pi.distill import layer_map as layer_maps
 from shallow_pi.distill import student as students
 from shallow_pi.inference import quantize as quantization
 from shallow_pi.inference import sampler
 from shallow_pi.models import batch as batches
-from shallow_pi.models import layers, pi0, pooling
+from shallow_pi.models import captures, layers, pi0
 from shallow_pi.models import observation as observations
 
 Metrics = norms.Metrics
@@ -100,22 +101,41 @@ class Spec:
                 "--student.freeze vision keeps the teacher's image tower, which "
                 "--student.vision-depth cuts and --losses.vision trains: leave it out, or both."
             )
-        layer, there = self.losses.attention_layer, self._expert_layers
-        if layer != -1 and layer not in there:
-            raise ValueError(
-                f"--losses.attention-layer must be -1 or one of {', '.join(map(str, there))}, the "
-                f"student's layers with an expert; got {layer}."
-            )
+        self._check_attention()
 
     @property
     def cuts_tower(self) -> bool:
         """True if the student's image tower has not all of the teacher's layers."""
         return self.teacher is not None and self.student.image.depth != self.teacher.image.depth
 
+    def _check_attention(self) -> None:
+        layer, queries = self.losses.attention_layer, self.losses.attention_queries
+        there, layers = self._attending, ", ".join(map(str, self._attending))
+        kind = {"actions": "an expert", "text": "a whole backbone", "all": "both halves"}[queries]
+        if layer != -1 and layer not in there:
+            raise ValueError(
+                f"--losses.attention-layer must be -1 or one of {layers or 'none'}, the student's "
+                f"layers with {kind}; got {layer}."
+            )
+        if queries == "actions" or not self.losses.attention:
+            return
+        if not there:
+            raise ValueError(
+                f"--losses.attention-queries {queries} compares a layer with {kind}, and the "
+                "student has none: compare actions."
+            )
+        if queries == "all" and self.student.pooled_tokens:
+            raise ValueError(
+                "--losses.attention-queries all compares token by token, and "
+                f"--student.image-tokens {self.student.pooled_tokens} leaves the student fewer "
+                "than its teacher: compare actions or text, or keep all image tokens."
+            )
+
     @property
-    def _expert_layers(self) -> list[int]:
-        """The student layers that have an expert half."""
-        return [i for i, kind in enumerate(self.student.layers) if kind.expert == "whole"]
+    def _attending(self) -> list[int]:
+        """The student layers that have the halves whose attention is compared."""
+        queries = self.losses.attention_queries
+        return [i for i, k in enumerate(self.student.layers) if not captures.lacks(k, queries)]
 
     @property
     def attention_layers(self) -> tuple[int, int]:
@@ -126,8 +146,9 @@ class Spec:
                 "strategy that measures does so in a run; name layers with --student.layers."
             )
         layer = self.losses.attention_layer
-        if layer == -1:  # The middle one.
-            layer = self._expert_layers[(len(self._expert_layers) - 1) // 2]
+        if layer == -1:  # The middle one, of the prompt the first.
+            middle = (len(self._attending) - 1) // 2
+            layer = self._attending[0 if self.losses.attention_queries == "text" else middle]
         return layer, self.layer_map.layers[layer]
 
 
@@ -291,7 +312,7 @@ class _Line(NamedTuple):
 
 class _Reference(NamedTuple):
     velocity: Float[Array, "b r ah ad"]
-    attention: pi0.PrefixAttention | None
+    attention: captures.PrefixAttention | None
     # None without the reflow loss.
     line: _Line | None
 
@@ -314,6 +335,7 @@ def _teacher_outputs(
         inputs.t,
         image_tokens=image_tokens,
         attention_layer=layer,
+        attention_queries=spec.losses.attention_queries,
         cache=spec.losses.reflow > 0,
         execution=execution,
     )
@@ -368,6 +390,7 @@ def _total_loss(
         t,
         image_tokens=own_tokens,
         attention_layer=layer,
+        attention_queries=spec.losses.attention_queries,
         execution=spec.execution,
     )
 
@@ -384,18 +407,11 @@ def _total_loss(
         loss += weights["velocity"] * metrics["velocity_loss"]
     if reference is not None and attention is not None:
         assert reference.attention is not None, "both models return attention or neither does"
-        metrics["attention_loss"] = mean(
-            losses.attention_loss(
-                attention.logits[:, :draws],
-                pooling.pool_logits(
-                    reference.attention.logits,
-                    len(spec.student.cameras),
-                    spec.student.grid,
-                    spec.student.image_tokens,
-                ),
-                attention.valid[:, None, None, None, :],
-                spec.losses.attention_heads,
-            )
+        both = attention, reference.attention
+        found = attentions.divergence(spec.student, spec.losses, *both, inputs.action_mask)
+        of_actions = spec.losses.attention_queries == "actions"
+        metrics["attention_loss"] = (
+            mean(found) if of_actions else jnp.mean(found) / spec.accumulation
         )
         loss += weights["attention"] * metrics["attention_loss"]
     if line is not None:

@@ -97,13 +97,13 @@ def _program(recipe: recipes.Recipe) -> tuple[object, ...]:
     layers is compared is part of the program, and so is the layer map where attention is.
     """
     compared: object = None
-    if recipe.strategy != "uniform" or recipe.attention_layer != "middle":
-        seed = recipe.seed if recipe.strategy == "random" else None
-        compared = (recipe.strategy, seed, recipe.attention_layer)
+    chosen = (recipe.strategy, recipe.attention_layer, recipe.queries)
+    if chosen != ("uniform", "middle", "actions"):
+        compared = (*chosen, recipe.seed if recipe.strategy == "random" else None)
     return (
         recipe.role,
         recipe.model,
-        recipe.depth,
+        (recipe.depth, recipe.vision_depth, recipe.image_tokens),
         recipe.teacher,
         recipe.steps,
         recipe.peak_lr,
@@ -150,7 +150,11 @@ def architecture(
     """
     if recipe.role == "teacher":
         return recipes.teacher_model(recipe, model)
-    return student.model(model, layers_of(recipe, model, scores))
+    own = student.model(model, layers_of(recipe, model, scores))
+    image = dataclasses.replace(own.image, depth=recipe.vision_depth or own.image.depth)
+    own = dataclasses.replace(own, image=image, pooled_tokens=recipe.image_tokens)
+    student.vision_layers(model, own)  # Checks the depth.
+    return own
 
 
 def initial(
@@ -164,10 +168,10 @@ def initial(
     `model` is that of `architecture`. Op by op this takes minutes on an accelerator: it belongs in
     a program.
     """
+    own = architecture(recipe, model, scores)
     if recipe.init == "random":
-        own = architecture(recipe, model, scores)
         return pi0.init(own, jax.random.key(1000 + recipe.seed))
-    return student.cut(model, teacher, layers_of(recipe, model, scores))
+    return student.cut(model, teacher, layers_of(recipe, model, scores), own)
 
 
 @dataclasses.dataclass(frozen=True)

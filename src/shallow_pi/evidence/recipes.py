@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Literal
 
 from shallow_pi.distill import layer_map, losses
-from shallow_pi.models import gemma, layer_table, pi0
+from shallow_pi.models import captures, gemma, layer_table, pi0
 
 # Fixed by the suite's pictures and horizon; the paper's students see larger ones.
 BATCH_SIZE, DRAWS = 64, 2
@@ -42,6 +42,12 @@ class Recipe:
     # Which layer's attention is compared, and how.
     attention_layer: Literal["first", "middle", "last"] = "middle"
     heads: losses.Attention = "per_head"
+    # Whose attention is compared.
+    queries: captures.Queries = "actions"
+    # Layers of the image tower, and image tokens of a camera; 0: the teacher's. A cut tower has the
+    # vision loss.
+    vision_depth: int = 0
+    image_tokens: int = 0
     # Integration steps that the student is deployed with; the reflow loss looks at their times.
     num_steps: int = 10
     # Optimizer steps of 64 observations, twice drawn.
@@ -92,6 +98,8 @@ class Recipe:
             velocity=self.velocity,
             attention=self.attention,
             reflow=self.reflow,
+            vision=float(self.vision_depth > 0),
+            attention_queries=self.queries,
             attention_heads=self.heads,
             attention_layer=layer,
         )

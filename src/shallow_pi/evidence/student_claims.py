@@ -111,6 +111,8 @@ def losses() -> Claim:
         rows.students("attention of the first layer", attention_layer="first"),
         rows.students("attention of the last layer", attention_layer="last"),
         rows.students("attention, mean of heads", heads="head_mean"),
+        rows.students("attention over all tokens", queries="all"),
+        rows.students("first-layer attention of text to images", queries="text"),
     )
     names = [row.label for row in found]
     return Claim(
@@ -191,10 +193,6 @@ def losses() -> Claim:
         ),
         reference=rows.STUDENT_ROW.label,
         limits="Every student has the same steps; a loss may matter at other lengths (see parity).",
-        pending=(
-            "attention matched over all tokens (the paper: collapses)",
-            "first-layer attention of text to images (Align-KD)",
-        ),
     )
 
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from shallow_pi.models import layer_table, layers, parameters
+from shallow_pi.models import captures, layer_table, layers, parameters
 
 # A tree of parameters.
 Weights = dict[str, PyTree[Array]]
@@ -60,25 +60,6 @@ def axis_sizes(configs: tuple[GemmaConfig, GemmaConfig]) -> dict[str, int]:
     }
 
 
-class Capture(NamedTuple):
-    """The parts of one layer's attention of the action rows over the prefix columns."""
-
-    # Scaled, rotated queries of the last rows of the suffix, the action tokens.
-    queries: Float[Array, "b r a k g h"]
-    keys: Float[Array, "b s k h"]
-
-    def logits(self) -> Float[Array, "b r n a s"]:
-        """The attention logits in float32, before any mask, one map a query head."""
-        logits = jnp.einsum(
-            "BRTKGH,BSKH->BRKTGS",
-            self.queries,
-            self.keys,
-            preferred_element_type=jnp.float32,
-        )
-        b, r, k, a, g, s = logits.shape
-        return jnp.moveaxis(logits, 4, 3).reshape(b, r, k * g, a, s)
-
-
 class Hidden(NamedTuple):
     """The residual streams around every layer: index i enters layer i, the last one leaves all."""
 
@@ -98,7 +79,7 @@ class Outputs(NamedTuple):
 
     suffix: Float[Array, "b r t e"]
     hidden: Hidden | None
-    capture: Capture | None
+    capture: captures.Capture | None
     cache: KeysValues | None
 
 
@@ -212,8 +193,8 @@ def _rows(x: Float[Array, "s k h"], order: Int[Array, " s"]) -> Float[Array, "s 
 
 def prefix_layer(
     weights: Weights, x: Float[Array, "b s d"], geometry: Geometry
-) -> tuple[Float[Array, "b s d"], tuple[Array, Array]]:
-    """One layer of the prefix, and its keys and values for the suffix."""
+) -> tuple[Float[Array, "b s d"], tuple[Array, Array], Float[Array, "b s k g h"]]:
+    """One layer of the prefix, its keys and values for the suffix, and its queries."""
     normed, _ = norm(weights["pre_attention_norm"], x, None)
     queries, cached = _project(weights["attn"], 0, normed, geometry.prefix_rope)
     if geometry.order is None:
@@ -223,7 +204,7 @@ def prefix_layer(
         # Where nothing exists, nothing reads the result.
         lengths = jnp.maximum(jnp.sum(geometry.prefix_valid, axis=1), 1)
         mixed = layers.attend_flash(queries, keys, values, lengths)
-    return _finish(weights, 0, x, mixed, None, None), cached
+    return _finish(weights, 0, x, mixed, None, None), cached, queries
 
 
 def suffix_layer(
@@ -252,20 +233,20 @@ def joint_layer(
     prefix: Float[Array, "b s d"],
     suffix: Float[Array, "b r t e"],
     geometry: Geometry,
-) -> tuple[Array, Array, tuple[Array, Array] | None, Array | None]:
-    """One layer of both streams: the streams, the prefix's keys and values, the suffix's queries.
+) -> tuple[Array, Array, tuple[Array, Array] | None, tuple[Array | None, Array | None]]:
+    """One layer of both streams: the streams, the prefix's keys and values, the queries of both.
 
-    The last two are None where the layer lacks them.
+    The last ones are None where the layer lacks them.
     """
-    cached = queries = None
+    cached = asking = queries = None
     if kind.backbone == "whole":
-        prefix, cached = prefix_layer(weights, prefix, geometry)
+        prefix, cached, asking = prefix_layer(weights, prefix, geometry)
     elif kind.backbone == "keys_values":
         cached = prefix_keys_values(weights, prefix, geometry)
     if kind.expert == "whole":
         assert cached is not None, "a table has no expert layer without its backbone layer"
         suffix, queries = suffix_layer(weights, suffix, cached, geometry)
-    return prefix, suffix, cached, queries
+    return prefix, suffix, cached, (asking, queries)
 
 
 def suffix_weights(llm: Weights) -> Weights:
@@ -307,10 +288,8 @@ class Block(nn.Module):
     """One layer of both streams, shaped for `nn.scan`: (carry, scanned, shared) → (carry, out)."""
 
     configs: tuple[GemmaConfig, GemmaConfig]
-    # Rows at the end of the suffix that are action tokens.
-    action_rows: int
-    # The layer whose action-to-prefix attention is carried out; None carries nothing.
-    capture_layer: int | None
+    # The attention that is carried out; None carries nothing.
+    asked: captures.Asked | None
     # Stack the residual streams over the layers.
     hidden: bool
     # Stack the prefix's keys and values over the layers.
@@ -320,11 +299,11 @@ class Block(nn.Module):
     @nn.compact
     def __call__(
         self,
-        carry: tuple[Array, Array, Capture | None],
+        carry: tuple[Array, Array, captures.Capture | None],
         index: Int[Array, ""],
         geometry: Geometry,
     ) -> tuple[
-        tuple[Array, Array, Capture | None],
+        tuple[Array, Array, captures.Capture | None],
         tuple[tuple[Array, Array] | None, tuple[Array, Array] | None],
     ]:
         prefix, suffix, captured = carry
@@ -335,11 +314,10 @@ class Block(nn.Module):
             layer_table.WHOLE, weights, keep(prefix), keep(suffix), geometry
         )
         assert cached is not None, "a whole layer has keys and values"
-        assert queries is not None, "and queries"
-        if self.capture_layer is not None:
-            capture = Capture(queries[:, :, -self.action_rows :], cached[0])
+        if (asked := self.asked) is not None:
+            capture = captures.Capture.create(asked, cached[0], *queries)
             captured = jax.tree.map(
-                lambda new, old: jnp.where(index == self.capture_layer, new, old), capture, captured
+                lambda new, old: jnp.where(index == asked.layer, new, old), capture, captured
             )
         streams = keep(prefix), keep(suffix)
         stacked = streams if self.hidden else None, cached if self.cache else None
@@ -347,7 +325,7 @@ class Block(nn.Module):
 
 
 # The suffix that leaves the layers; the capture; on request the stacked streams and the cache.
-_Run = tuple[Array, Capture | None, tuple[Array, Array] | None, tuple[Array, Array] | None]
+_Run = tuple[Array, captures.Capture | None, tuple[Array, Array] | None, tuple[Array, Array] | None]
 
 
 class Module(nn.Module):
@@ -372,8 +350,7 @@ class Module(nn.Module):
         suffix: Float[Array, "b r t e"],
         geometry: Geometry,
         *,
-        action_rows: int = 0,
-        capture_layer: int | None = None,
+        asked: captures.Asked | None = None,
         hidden: bool = False,
         cache: bool = False,
     ) -> Outputs:
@@ -382,9 +359,7 @@ class Module(nn.Module):
         suffix = suffix.astype(self.dtype)
         embedded, pi05 = (prefix, suffix), geometry.condition is not None
         run = self._scan if self.kinds is None else self._loop
-        suffix, captured, streams, cached = run(
-            *embedded, geometry, action_rows, capture_layer, hidden, cache
-        )
+        suffix, captured, streams, cached = run(*embedded, geometry, asked, hidden, cache)
         # openpi's tree has the prefix's final norm too, though nothing reads its output.
         names = ("final_norm", "final_norm_1")
         sizes = axis_sizes(self.configs)
@@ -401,27 +376,25 @@ class Module(nn.Module):
         prefix: Float[Array, "b s d"],
         suffix: Float[Array, "b r t e"],
         geometry: Geometry,
-        action_rows: int,
-        capture_layer: int | None,
+        asked: captures.Asked | None,
         hidden: bool,
         cache: bool,
     ) -> _Run:
         """All layers, which are whole, in one scan."""
         captured = None
-        if capture_layer is not None:
+        if asked is not None:
             c = self.configs[0]
             k, g, h = c.num_kv_heads, c.num_heads // c.num_kv_heads, c.head_dim
-            captured = Capture(
-                jnp.zeros((*suffix.shape[:2], action_rows, k, g, h), self.dtype),
-                jnp.zeros((*prefix.shape[:2], k, h), self.dtype),
-            )
+            keys = jnp.zeros((*prefix.shape[:2], k, h), self.dtype)
+            heads = (jnp.zeros((*x.shape[:-1], k, g, h), self.dtype) for x in (prefix, suffix))
+            captured = captures.Capture.create(asked, keys, *heads)
         scanned = nn.scan(
             self.execution.layer(Block),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast),
             length=self.depth,
-        )(self.configs, action_rows, capture_layer, hidden, cache, self.execution, name="layers")
+        )(self.configs, asked, hidden, cache, self.execution, name="layers")
         (_, suffix, captured), (streams, cached) = scanned(
             (prefix, suffix, captured), jnp.arange(self.depth), geometry
         )
@@ -432,8 +405,7 @@ class Module(nn.Module):
         prefix: Float[Array, "b s d"],
         suffix: Float[Array, "b r t e"],
         geometry: Geometry,
-        action_rows: int,
-        capture_layer: int | None,
+        asked: captures.Asked | None,
         hidden: bool,
         cache: bool,
     ) -> _Run:
@@ -450,10 +422,10 @@ class Module(nn.Module):
             layer = self.execution.unrolled(functools.partial(joint_layer, kind))
             prefix, suffix, cached, queries = layer(own, keep(prefix), keep(suffix), geometry)
             streams.append((prefix, suffix))
-            if i == capture_layer:
-                assert cached is not None, "the caller names a layer with an expert half"
-                assert queries is not None, "the same"
-                captured = Capture(queries[:, :, -action_rows:], cached[0])
+            if asked is not None and i == asked.layer:
+                captured = captures.Capture.create(
+                    asked, None if cached is None else cached[0], *queries
+                )
         stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *streams) if hidden else None
         return keep(suffix), captured, stacked, None
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
 from shallow_pi.models import batch as batches
-from shallow_pi.models import gemma, layer_table, layers, parameters, pooling, siglip
+from shallow_pi.models import captures, gemma, layer_table, layers, parameters, pooling, siglip
 from shallow_pi.models import observation as observations
 
 GEMMA_2B = gemma.GemmaConfig(width=2048, mlp_dim=16_384)
@@ -161,14 +161,6 @@ def at_depth(config: Pi0Config, depth: int) -> Pi0Config:
     return dataclasses.replace(config, depth=depth, backbone_layers=(), expert_layers=())
 
 
-class PrefixAttention(NamedTuple):
-    """One layer's attention of the action tokens over the prefix, before the mask."""
-
-    logits: Float[Array, "b r n ah s"]
-    # Which prefix tokens exist (masked cameras and prompt padding do not).
-    valid: Bool[Array, "b s"]
-
-
 class PrefixCache(NamedTuple):
     """Everything about an observation that later passes of the suffix read."""
 
@@ -182,7 +174,7 @@ class Outputs(NamedTuple):
     """Result of a pass: the velocity and, on request, attention maps and hidden states."""
 
     velocity: Float[Array, "b r ah ad"]
-    attention: PrefixAttention | None
+    attention: captures.PrefixAttention | None
     hidden: gemma.Hidden | None
     cache: PrefixCache | None
 
@@ -271,6 +263,7 @@ class Pi0(nn.Module):
         time: Float[Array, "b r"],
         image_tokens: Float[Array, "b n d"] | None = None,
         attention_layer: int | None = None,
+        attention_queries: captures.Queries = "actions",
         hidden: bool = False,
         cache: bool = False,
     ) -> Outputs:
@@ -282,17 +275,18 @@ class Pi0(nn.Module):
         geometry = gemma.Geometry.create(
             valid, head_dim, suffix.shape[2], horizon, condition, kernel
         )
+        asked = None
+        if attention_layer is not None:
+            sizes = suffix.shape[2], prefix.shape[1]
+            prompt = self.config.max_token_len
+            asked = captures.Asked.create(
+                attention_layer, attention_queries, *sizes, prompt, horizon
+            )
         tower = self.PaliGemma.llm(
-            prefix,
-            suffix,
-            geometry,
-            action_rows=horizon,
-            capture_layer=attention_layer,
-            hidden=hidden,
-            cache=cache,
+            prefix, suffix, geometry, asked=asked, hidden=hidden, cache=cache
         )
         capture, stacked = tower.capture, tower.cache
-        attention = None if capture is None else PrefixAttention(capture.logits(), valid)
+        attention = None if capture is None else capture.attention(valid)
         cached = None if stacked is None else PrefixCache(stacked, valid, observation.state)
         v = layers.dense(self.action_out_proj(), tower.suffix[:, :, -horizon:])
         return Outputs(v, attention, tower.hidden, cached)
@@ -346,8 +340,9 @@ def velocity(
     *,
     image_tokens: Float[Array, "b n d"] | None = None,
     attention_layer: int | None = None,
+    attention_queries: captures.Queries = "actions",
     execution: layers.Execution = layers.DEFAULT_EXECUTION,
-) -> tuple[Float[Array, "b *r ah ad"], PrefixAttention | None]:
+) -> tuple[Float[Array, "b *r ah ad"], captures.PrefixAttention | None]:
     """The velocity v(x_t, o, t) in float32, for one draw or for r draws of each observation.
 
     Args:
@@ -357,7 +352,8 @@ def velocity(
       x_t: noisy actions, with or without the axis of draws.
       t: their times in [0, 1], 1 is noise.
       image_tokens: of `embed_images`, where they are known already.
-      attention_layer: layer whose action-to-prefix attention logits are returned as well.
+      attention_layer: layer whose attention logits over the prefix are returned as well.
+      attention_queries: of these tokens.
       execution: how it is run.
 
     Returns:
@@ -377,6 +373,7 @@ def velocity(
         t,
         image_tokens=image_tokens,
         attention_layer=attention_layer,
+        attention_queries=attention_queries,
         execution=execution,
     )
     return (found.velocity[:, 0] if single else found.velocity), found.attention
@@ -391,21 +388,20 @@ def outputs(
     *,
     image_tokens: Float[Array, "b n d"] | None = None,
     attention_layer: int | None = None,
+    attention_queries: captures.Queries = "actions",
     cache: bool = False,
     execution: layers.Execution = layers.DEFAULT_EXECUTION,
 ) -> Outputs:
     """`velocity` of r draws, and with `cache` the prefix for `velocity_over_cache`."""
     _check(config, observation, x_t.shape[-2:])
-    if attention_layer is not None and not 0 <= attention_layer < config.depth:
-        raise ValueError(
-            f"attention_layer must lie in 0..{config.depth - 1} for a model of {config.depth} "
-            f"layers, got {attention_layer}."
-        )
-    if attention_layer is not None and config.layers[attention_layer].expert != "whole":
-        raise ValueError(f"layer {attention_layer} has no expert half, whose attention is asked.")
+    captures.check(config.layers, attention_layer, attention_queries)
     arrays = (observation, x_t, t, image_tokens)
     found: Any = Pi0(config, execution).apply(
-        {"params": params}, *arrays, attention_layer=attention_layer, cache=cache
+        {"params": params},
+        *arrays,
+        attention_layer=attention_layer,
+        attention_queries=attention_queries,
+        cache=cache,
     )
     return found._replace(velocity=found.velocity.astype(jnp.float32))
 

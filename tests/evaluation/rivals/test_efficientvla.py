@@ -64,14 +64,14 @@ def test_dropped_tokens_are_masked_ones_and_positions_stay(setting, sample, weig
         given = (observation.state, x_t[:, None], jnp.full((2, 1), t))
         suffix, _ = model.apply({"params": params}, *given, method="embed_suffix")
         geometry = gemma.Geometry.create(valid, 8, suffix.shape[2], 5)
-        behind, first = gemma.prefix_layer(stack[0], tokens, geometry)
+        behind, first, _ = gemma.prefix_layer(stack[0], tokens, geometry)
         asked = efficientvla.relevance(
             config, held.prefix[0], tokens, first[0], valid, geometry.prefix_rope, 32
         )
         chosen = efficientvla.choose(asked, behind[:, :32], valid[:, :32], 8)
         kept = jnp.any(chosen[:, :, None] == jnp.arange(39), axis=1) | (jnp.arange(39) >= 32)
         geometry = geometry._replace(prefix_valid=valid & kept)
-        _, second = gemma.prefix_layer(stack[1], behind, geometry)
+        _, second, _ = gemma.prefix_layer(stack[1], behind, geometry)
         for layer, cached in zip(stack, (first, second), strict=True):
             suffix, _ = gemma.suffix_layer(layer, suffix, cached, geometry)
         final = params["PaliGemma"]["llm"]["final_norm_1"]
