@@ -9,6 +9,7 @@ import pytest
 from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.evidence import frames, many, recipes, sources, training
 from shallow_pi.models import batch as batches
+from shallow_pi.models import pi0
 from shallow_pi.sims import demonstrations
 
 EPISODES = 3
@@ -77,6 +78,9 @@ def test_groups_keep_apart_what_programs_depend_on():
         _vary(strategy="random", seed=0),
         _vary(strategy="random", seed=1),
         _vary(reflow=1.0),
+        _vary(queries="all"),
+        _vary(vision_depth=1),
+        _vary(image_tokens=1),
     ]
     assert len(many.group(apart)) == len(apart)
     # Other numbers of demonstrations are other rows, and the rows of a program make a grid.
@@ -95,6 +99,19 @@ def test_a_student_without_training_is_the_cut(model, data, teacher, strategy, l
     own = found["PaliGemma"]["llm"]["layers"]["mlp"]["linear"]
     whole = teacher.params["PaliGemma"]["llm"]["layers"]["mlp"]["linear"]
     np.testing.assert_array_equal(own, whole[np.array(layers)])
+
+
+def test_a_student_of_another_shape_is_cut_with_the_vision_loss(model, data, teacher):
+    """Its tower is the teacher's first layer, its tokens are pooled."""
+    recipe = _vary(vision_depth=1, image_tokens=1, steps=0)
+    programs = many.Programs(model, 40, teacher_depth=3)
+    found = _trained(programs, many.group([recipe]), data, teacher)[recipe]
+    own = many.architecture(recipe, model)
+    assert (own.image.depth, own.image_tokens, own.depth) == (1, 1, 2)
+    assert jax.tree.map(np.shape, found) == jax.tree.map(np.shape, pi0.abstract_params(own))
+    assert recipe.losses.weights["vision"] == 1.0
+    with pytest.raises(ValueError, match=r"vision-depth must lie in 1..\d+ .*, got 9"):
+        many.architecture(_vary(vision_depth=9), model)
 
 
 def test_more_demonstrations_than_there_are_are_refused(model, data, teacher):
@@ -123,6 +140,9 @@ def test_slugs_tell_recipes_apart():
             "reflow": 1.0,
             "attention_layer": "first",
             "heads": "head_mean",
+            "queries": "all",
+            "vision_depth": 1,
+            "image_tokens": 4,
             "num_steps": 1,
             "steps": 0,
             "demonstrations": 50,
