@@ -24,6 +24,16 @@ def test_a_line_gives_its_block_back():
     assert cells.from_json(block.to_json()) == block
 
 
+def test_what_a_simulator_does_not_tell_is_absent_and_the_rest_is_needed():
+    block = _block([4, 5], 1)
+    columns = {n: v for n, v in block.columns.items() if n not in ("collided", "disc_speed")}
+    known = dataclasses.replace(block, columns=columns)
+    assert cells.from_json(known.to_json()) == known
+    del columns["jerk"]
+    with pytest.raises(ValueError, match=r"expected a line of results.*jerk"):
+        cells.from_json(dataclasses.replace(block, columns=columns).to_json())
+
+
 def test_blocks_of_several_files_add_up(tmp_path):
     cells.append(tmp_path / "a.jsonl", _block([1, 2], 1))
     cells.append(tmp_path / "b.jsonl", _block([3], 0))

@@ -3,6 +3,7 @@
 import pytest
 
 from shallow_pi.evidence import claims, recipes, sources
+from shallow_pi.sims import simulator
 
 EVERY = list(claims.CLAIMS.values())
 
@@ -37,3 +38,9 @@ def test_cells_come_seed_by_seed():
     seeds = [cell.policy[-1] for cell in cells if cell.policy.startswith("l6")]
     assert seeds == sorted(seeds)
     assert len(seeds) == 3 * len(claims.CLAIMS["late"].columns)
+
+
+def test_the_tasks_of_mt10_are_the_simulators():
+    pytest.importorskip("metaworld", reason="needs the extra metaworld")
+    (situation,) = {column.situation for column in claims.CLAIMS["metaworld"].columns}
+    assert situation.suite.task_names() == simulator.find("metaworld_mt10", {}).task_names()

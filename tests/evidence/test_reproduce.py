@@ -1,6 +1,7 @@
 """The command runs every study in miniature, resumes, and names what is pending."""
 
 import dataclasses
+import importlib.util
 import json
 import re
 
@@ -10,12 +11,15 @@ import pytest
 from shallow_pi.commands import reproduce
 from shallow_pi.evidence import cells, claims, miniature, rows, running
 
+METAWORLD = importlib.util.find_spec("metaworld") is not None
+CHOSEN = [claim for claim in claims.CLAIMS.values() if METAWORLD or claim.name != "metaworld"]
+
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     """Every study, measured in miniature."""
     folder = tmp_path_factory.mktemp("miniature")
-    written = miniature.run(list(claims.CLAIMS.values()), 1, folder)
+    written = miniature.run(CHOSEN, 1, folder)
     return folder, written
 
 
@@ -24,16 +28,16 @@ def measured(tmp_path_factory):
 def test_every_study_runs_in_miniature(measured):
     folder, written = measured
     text = (folder / "evidence.md").read_text()
-    for name, claim in claims.CLAIMS.items():
-        assert f"\n## {name}\n" in text
+    for claim in CHOSEN:
+        assert f"\n## {claim.name}\n" in text
         for statement in claim.statements:
             assert statement.text in text
     # Every claim has rows, a picture and pending cells; none is pending as a whole.
-    assert " cells): " not in text
-    assert text.count("*Pending:*") == len(claims.CLAIMS)
+    assert text.count(" cells): ") == len(claims.CLAIMS) - len(CHOSEN)
+    assert text.count("*Pending:*") == len(CHOSEN)
     assert {path.stem for path in written} >= {"evidence", "late", "layers", "layer_scores"}
     found = cells.read(folder / "results")
-    for claim in claims.CLAIMS.values():
+    for claim in CHOSEN:
         for column in claim.columns:
             assert any(
                 cell.situation == column.situation and cell.kind == column.kind

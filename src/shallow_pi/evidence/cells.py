@@ -22,7 +22,7 @@ from jaxtyping import Float
 
 from shallow_pi import progress
 from shallow_pi.evaluation import rollout
-from shallow_pi.sims import tabletop, turntable
+from shallow_pi.sims import simulator
 
 # Far from the seeds that demonstrations are likely to have (63 random bits).
 EPISODE_SEED, OBSERVATION_SEED = 1_000_000, 2_000_000
@@ -42,16 +42,23 @@ class Situation:
     # Control steps that plans are late, and the execution of a late plan (`rollout.Delay`).
     late: int = 0
     executor: rollout.Executor = "skip"
-    # Of the turntable, whose disc turns at this speed, degrees a second.
-    sim: Literal["tabletop", "turntable"] = "tabletop"
+    # A name of `simulator.SUITES`; the turntable's disc turns at this speed, degrees a second.
+    sim: Literal["tabletop", "turntable", "metaworld_mt10"] = "tabletop"
     turning: float = 0.0
 
     @property
-    def suite(self) -> tabletop.Suite | turntable.Suite:
-        """The simulator's options."""
+    def suite(self) -> simulator.Suite:
+        """The simulator with its options.
+
+        Raises:
+          ValueError: its package is not installed.
+        """
+        options: dict[str, object] = {"tasks": self.tasks}
         if self.sim == "turntable":
-            return turntable.Suite(tasks=self.tasks, disc_speed_deg=self.turning)
-        return tabletop.Suite(tasks=self.tasks, start=self.start)
+            options["disc_speed_deg"] = self.turning
+        if self.sim == "tabletop":
+            options["start"] = self.start
+        return simulator.find(self.sim, options)
 
     @property
     def delay(self) -> rollout.Delay:
@@ -64,6 +71,7 @@ class Situation:
         words = ["+".join(self.tasks) if len(self.tasks) < 4 else f"{len(self.tasks)} tasks"]
         words += [self.start] if self.start != "usual" else []
         words += [f"turntable-{self.turning:g}"] if self.sim == "turntable" else []
+        words += ["metaworld"] if self.sim == "metaworld_mt10" else []
         words += [f"N{self.num_steps}", f"x{self.execute_steps}"]
         words += [f"late{self.late}-{self.executor}"] if self.late else []
         return " ".join(words)
@@ -90,6 +98,8 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "episodes": ("success", "steps", "collided", "path_mm", "jerk", "disc_speed"),
     "chunks": ("to_teacher_mm", "to_expert_mm", "spread_mm"),
 }
+# Not every simulator has these (`simulator.Followed.happened`).
+OPTIONAL = ("collided", "disc_speed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +146,8 @@ def from_json(line: str) -> Block:
         seeds = tuple(
             seed for first, count in found["seeds"] for seed in range(first, first + count)
         )
-        columns = {name: found[name] for name in COLUMNS[kind]}
+        names = [name for name in COLUMNS[kind] if name in found or name not in OPTIONAL]
+        columns = {name: found[name] for name in names}
         tasks = tuple(situation.tasks[index] for index in found["task"])
         if {len(values) for values in columns.values()} != {len(seeds)} or len(tasks) != len(seeds):
             raise ValueError("its columns differ in length")

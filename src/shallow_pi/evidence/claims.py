@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from shallow_pi.evidence import (
     late_claims,
+    metaworld_claims,
     rival_claims,
     rows,
     sources,
@@ -173,6 +174,7 @@ CLAIMS: dict[str, Claim] = {
         teacher_claims.last_layer(),
         rival_claims.on_the_tabletop(),
         rival_claims.on_the_turntable(),
+        metaworld_claims.mt10(),
     )
 }
 

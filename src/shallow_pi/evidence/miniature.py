@@ -11,6 +11,7 @@ from jaxtyping import PyTree
 from shallow_pi.checkpoints import weights
 from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.data.robots import normalize, tokenizer
+from shallow_pi.data.robots import robot as robots
 from shallow_pi.evidence import (
     cells,
     frames,
@@ -88,8 +89,11 @@ def make_policies(slugs: Sequence[str], runs: pathlib.Path) -> None:
     for base in dict.fromkeys([rows.TEACHER, *map(rows.teacher_of, bases), *bases]):
         if base == sources.EXPERT:
             continue
-        model = MODEL if base == rows.TEACHER else _small(base)
+        whole = base in (rows.TEACHER, recipes.METAWORLD_TEACHER.slug)
+        model = MODEL if whole else _small(base)
         robot = turntable.Suite().robot if base in late_claims.TURNTABLE else suite.robot
+        if base in rows.RECIPES and rows.RECIPES[base].suite == "metaworld_mt10":
+            robot = robots.METAWORLD
         spread = {
             name: normalize.NormStats(
                 mean=np.zeros(size), std=np.full(size, 0.1), q01=-np.ones(size), q99=np.ones(size)

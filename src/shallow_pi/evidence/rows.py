@@ -16,13 +16,14 @@ RECIPES = {recipes.TEACHER.slug: recipes.TEACHER}
 
 def students(label: str, **fields: object) -> Variant:
     """Students of the default recipe but for these fields, one for each seed."""
-    found = _recipes(**fields)
+    return students_like(recipes.STUDENT, label, **fields)
+
+
+def students_like(base: recipes.Recipe, label: str, /, **fields: object) -> Variant:
+    """Students of the recipe `base` but for these fields, one for each seed."""
+    found = [dataclasses.replace(base, seed=seed, **fields) for seed in SEEDS]  # type: ignore[arg-type]  # by name
     RECIPES.update({recipe.slug: recipe for recipe in found})
     return Variant(label, tuple(recipe.slug for recipe in found))
-
-
-def _recipes(**fields: object) -> list[recipes.Recipe]:
-    return [dataclasses.replace(recipes.STUDENT, seed=seed, **fields) for seed in SEEDS]  # type: ignore[arg-type]  # by name
 
 
 TEACHER = recipes.TEACHER.slug

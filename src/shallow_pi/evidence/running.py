@@ -16,7 +16,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -27,10 +27,11 @@ from shallow_pi.deploy import policy as deployed
 from shallow_pi.evaluation import policies, rollout
 from shallow_pi.evidence import cells, measures, sources
 from shallow_pi.parallel import processes
-from shallow_pi.sims import gantry, simulator, tabletop, turntable
+from shallow_pi.sims import simulator, tabletop
 
-# Simulators side by side; episodes a line of results.
-BATCH, BLOCK = 50, 125
+# Simulators side by side; of Meta-World, whose scenes take 21 MB for each task; episodes a line of
+# results.
+BATCH, MANY_SCENES, BLOCK = 50, 20, 125
 # Held-out observations of a cell of plans, and plans at each.
 OBSERVATIONS, PLANS = 64, 16
 # The expert has played at most so many steps when a held-out observation is made.
@@ -79,35 +80,50 @@ Found = list[tuple[int, str, dict[str, float]]]
 
 
 class Watched:
-    """A simulator that keeps what each of its episodes came to (see `simulator.Simulator`)."""
+    """A simulator that keeps what each of its episodes came to (see `simulator.Simulator`).
 
-    def __init__(self, sim: gantry.Sim, ended: Found):
-        self._sim, self._ended = sim, ended
+    Args:
+      world: the simulator.
+      control_hz: its control steps a second.
+      max_seconds: episodes end here; 0 is the simulator's own limit.
+      ended: where outcomes are put.
+    """
+
+    def __init__(
+        self, world: simulator.Followed, control_hz: float, max_seconds: float, ended: Found
+    ):
+        self.world = world
+        self._control_hz, self._max_seconds, self._ended = control_hz, max_seconds, ended
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._sim, name)
+        return getattr(self.world, name)
 
     def reset(self, seed: int) -> None:
         """Start an episode, and its path."""
-        self._sim.reset(seed)
-        self._seed, self._path = seed, [self._sim.tip]
+        self.world.reset(seed)
+        self._seed, self._path = seed, [self.world.tip]
+
+    @property
+    def done(self) -> bool:
+        """The episode is over, or cut off."""
+        cut_off = self._max_seconds and self.world.time >= self._max_seconds - 1e-9
+        return bool(self.world.done or cut_off)
 
     def step(self, action: simulator.Action) -> None:
         """Apply an action; when the episode is over, note what it came to."""
-        sim = self._sim
-        sim.step(action)
-        self._path.append(sim.tip)
-        if sim.done:
+        world = self.world
+        world.step(action)
+        self._path.append(world.tip)
+        if self.done:
             path = np.array(self._path)
             outcome = {
-                "success": float(sim.success),
+                "success": float(world.success),
                 "steps": len(path) - 1.0,
-                "collided": float(getattr(sim, "collided", False)),
                 "path_mm": round(measures.path_length(path)),
-                "jerk": round(measures.jerk(path, sim.config.control_hz), 2),
-                "disc_speed": round(float(np.rad2deg(sim.speed))),
+                "jerk": round(measures.jerk(path, self._control_hz), 2),
+                **world.happened(),
             }
-            self._ended.append((self._seed, sim.task, outcome))
+            self._ended.append((self._seed, world.task, outcome))
 
 
 def measure(job: Job, runs: pathlib.Path) -> Iterator[cells.Block]:
@@ -119,45 +135,69 @@ def measure(job: Job, runs: pathlib.Path) -> Iterator[cells.Block]:
         seconds = round(time.monotonic() - start, 1)
         start = time.monotonic()
         seeds, tasks, rows = zip(*sorted(found, key=lambda one: one[0]), strict=True)
-        columns = {name: [row[name] for row in rows] for name in cells.COLUMNS[job.cell.kind]}
+        names = [name for name in cells.COLUMNS[job.cell.kind] if name in rows[0]]
+        columns = {name: [row[name] for row in rows] for name in names}
         yield cells.Block(job.cell, digest, seeds, tasks, columns, {**origin, "seconds": seconds})
 
 
-def _watched(suite: tabletop.Suite | turntable.Suite, ended: Found) -> Watched:
-    return Watched(suite.make(), ended)
+@functools.lru_cache(maxsize=2)
+def _worlds(suite: simulator.Suite) -> list[simulator.Followed]:
+    """Simulators that are not in use: what their scenes compile is kept from cell to cell."""
+    return []
 
 
 def _episodes(job: Job, runs: pathlib.Path) -> Iterator[Found]:
     situation = job.cell.situation
     suite = situation.suite
-    if job.max_seconds:
-        suite = dataclasses.replace(suite, max_seconds=job.max_seconds)
     acting: policies.Policy
     execute_steps = situation.execute_steps
     if job.cell.policy == sources.EXPERT:
-        acting, execute_steps = policies.Scripted(suite.expert()), 1
+        play = suite.expert()
+        assert play is not None, "every suite of the studies has one"
+        acting, execute_steps = policies.Scripted(lambda watched: play(watched.world)), 1
     else:
         acting = policies.Trained(policy(job.cell.policy, runs, situation.num_steps))
-    for seeds in (job.seeds[i : i + BLOCK] for i in range(0, len(job.seeds), BLOCK)):
-        ended: Found = []
-        with tempfile.TemporaryDirectory() as folder:
-            # `evaluate` takes a range of seeds, less those that a file says are done.
-            path, wanted = pathlib.Path(folder) / "done.jsonl", set(seeds)
-            span = range(seeds[0], seeds[-1] + 1)
-            done = [rollout.Episode(seed, "", False, 0) for seed in span if seed not in wanted]
-            path.write_text("".join(json.dumps(dataclasses.asdict(e)) + "\n" for e in done))
-            rollout.evaluate(
-                functools.partial(_watched, suite, ended),
-                acting,
-                episodes=len(span),
-                seed=span.start,
-                execute_steps=execute_steps,
-                label=job.cell.name,
-                batch=min(BATCH, len(wanted)),
-                path=path,
-                delay=situation.delay,
-            )
-        yield ended
+    for start in range(0, len(job.seeds), BLOCK):
+        yield _block(job, suite, acting, execute_steps, job.seeds[start : start + BLOCK])
+
+
+def _block(
+    job: Job,
+    suite: simulator.Suite,
+    acting: policies.Policy,
+    execute_steps: int,
+    seeds: Sequence[int],
+) -> Found:
+    """The episodes of these seeds."""
+    ended: Found = []
+    idle, used = _worlds(suite), list[Watched]()
+
+    def watched() -> Watched:
+        world = idle.pop() if idle else cast(simulator.Followed, suite.make())
+        used.append(Watched(world, suite.control_hz, job.max_seconds, ended))
+        return used[-1]
+
+    situation = job.cell.situation
+    batch = MANY_SCENES if situation.sim == "metaworld_mt10" else BATCH
+    with tempfile.TemporaryDirectory() as folder:
+        # `evaluate` takes a range of seeds, less those that a file says are done.
+        path, wanted = pathlib.Path(folder) / "done.jsonl", set(seeds)
+        span = range(seeds[0], seeds[-1] + 1)
+        done = [rollout.Episode(seed, "", False, 0) for seed in span if seed not in wanted]
+        path.write_text("".join(json.dumps(dataclasses.asdict(e)) + "\n" for e in done))
+        rollout.evaluate(
+            watched,
+            acting,
+            episodes=len(span),
+            seed=span.start,
+            execute_steps=execute_steps,
+            label=job.cell.name,
+            batch=min(batch, len(wanted)),
+            path=path,
+            delay=situation.delay,
+        )
+    idle += [one.world for one in used]
+    return ended
 
 
 def _chunks(job: Job, runs: pathlib.Path) -> Iterator[Found]:

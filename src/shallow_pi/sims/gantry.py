@@ -211,6 +211,10 @@ class Sim(abc.ABC):
         """Of the peg, in the world."""
         return self.bench.tip
 
+    def happened(self) -> dict[str, float]:
+        """The disc's speed, degrees a second."""
+        return {"disc_speed": round(float(np.rad2deg(self.speed)))}
+
     @property
     def positions(self) -> Float[np.ndarray, "n 3"]:
         """The middle of each object's top (for a cup: of its rim), in the world."""

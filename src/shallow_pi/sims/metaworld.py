@@ -238,6 +238,15 @@ class MetaWorld:
         self._steps += 1
         self._succeeded |= bool(info["success"])
 
+    @property
+    def tip(self) -> Float[np.ndarray, "3"]:
+        """Of the gripper, in the world."""
+        return self.true_state[:3].copy()
+
+    def happened(self) -> dict[str, float]:
+        """Nothing: the package tells success alone."""
+        return {}
+
     def observe(self) -> simulator.Observation:
         """Both pictures, the state and the prompt, under LeRobot's keys."""
         base, wrist = self._render("corner2"), self._render("gripperPOV")

@@ -57,6 +57,17 @@ class Simulator(Protocol):
         """Seconds since the episode began."""
 
 
+class Followed(Simulator, Protocol):
+    """A simulator whose episodes studies describe by more than success (`shallow_pi.evidence`)."""
+
+    @property
+    def tip(self) -> Float[np.ndarray, "3"]:
+        """Position of the peg or gripper in the world, metres."""
+
+    def happened(self) -> Mapping[str, float]:
+        """More about the episode so far, by name; a simulator without collisions names none."""
+
+
 # Returns the next action of an expert with access to the simulator's state.
 Expert = Callable[[Any], Action]
 

@@ -201,6 +201,10 @@ class Tabletop(gantry.Sim):
             mujoco.mj_step(self.model, self.data)
             self.collided |= self.bench.touches(self._pillar)
 
+    def happened(self) -> dict[str, float]:
+        """Whether the pillar was touched, too."""
+        return {"collided": float(self.collided), **super().happened()}
+
     def state(self) -> Float[np.ndarray, "4"]:
         """The tip's position in metres and the disc's speed in radians a second, float32."""
         return np.array([*self.tip, self.speed], np.float32)
