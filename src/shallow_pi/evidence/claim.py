@@ -80,6 +80,14 @@ class Picture:
 
 
 @dataclasses.dataclass(frozen=True)
+class Factor:
+    """One direction of a factorial study, and its levels, the usual one first."""
+
+    name: str
+    levels: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Claim:
     """One study."""
 
@@ -99,6 +107,9 @@ class Claim:
     pending: tuple[str, ...] = ()
     # Rows and columns that are measured; None is all of them.
     only: frozenset[Side] | None = None
+    # Of a factorial study its directions, and the level of each that a row and column has.
+    factors: tuple[Factor, ...] = ()
+    design: tuple[tuple[tuple[str, ...], Side], ...] = ()
 
     def has(self, side: Side) -> bool:
         """The claim asks for this pair of row and column."""

@@ -7,6 +7,8 @@
 | `SLUG--keep-0.3.7` | layers 0, 3 and 7 of that policy, without training |
 | `SLUG--similarity-drop3` | the policy without the 3 layers that `layer_scores` of that name rank |
 |                          | last, without training; also `sensitivity` |
+| `SLUG--w8`               | its products in 8 bits (`inference.quantize`): weights alone, or with |
+|                          | `int8` also activations, once scripts/calibrate.py measured them |
 | `SLUG--efficientvla:...` | a rival of that policy (see `rival_runs`) |
 """
 
@@ -21,11 +23,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from shallow_pi.checkpoints import weights
+from shallow_pi.checkpoints import run_folder, weights
 from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.deploy import policy as deployed
 from shallow_pi.distill import layer_map, student
 from shallow_pi.evidence import recipes, rival_runs
+from shallow_pi.inference import calibration, quantize
 from shallow_pi.models import pi0
 
 EXPERT = "expert"
@@ -48,9 +51,13 @@ def load(slug: str, runs: pathlib.Path, num_steps: int) -> deployed.Policy:
     if rival_runs.is_rival(slug):
         return rival_runs.load(slug, runs, num_steps)
     assets, params = read(slug, runs)
+    scheme, folder = _scheme(slug), runs / slug.partition("--")[0]
+    bounds = None
+    if scheme is not None and quantize.rounds_activations(scheme):
+        bounds = calibration.load(folder / run_folder.ASSETS, assets.model)
     # A cell asks for these steps on purpose: no warning that it was trained for others.
     assets = dataclasses.replace(assets, num_steps=num_steps)
-    return deployed.Policy(assets, params)
+    return deployed.Policy(assets, params, quantize=scheme, calibration=bounds)
 
 
 def digest(slug: str, runs: pathlib.Path) -> str:
@@ -77,7 +84,7 @@ def read(slug: str, runs: pathlib.Path) -> tuple[policy_assets.Assets, PyTree]:
     dtype = np.dtype(jnp.dtype(assets.model.dtype))
     expected = pi0.abstract_params(assets.model)
     params = weights.load_params(folder, expected, dtype=dtype, what="policy")
-    if not way:
+    if not way or _scheme(slug) is not None:
         return assets, params
     kept = _kept(slug, assets.model.depth, folder)
     cut = student.cut(assets.model, params, kept)
@@ -86,10 +93,18 @@ def read(slug: str, runs: pathlib.Path) -> tuple[policy_assets.Assets, PyTree]:
     return whole, jax.tree.map(np.asarray, cut)
 
 
+def _scheme(slug: str) -> quantize.Scheme | None:
+    """How a policy's products are rounded, if its slug says so."""
+    way = slug.partition("--")[2]
+    return next((scheme for scheme in quantize.SCHEMES if scheme == way), None)
+
+
 def _kept(slug: str, depth: int, folder: pathlib.Path) -> layer_map.LayerMap:
     found = CUT.fullmatch(slug.partition("--")[2])
     if found is None:
-        raise ValueError(f"policy {slug!r}: expected SLUG--keep-0.3.7 or SLUG--similarity-drop3")
+        raise ValueError(
+            f"policy {slug!r}: expected SLUG--keep-0.3.7, SLUG--similarity-drop3 or SLUG--w8"
+        )
     if found[1]:
         return layer_map.explicit([int(layer) for layer in found[2].split(".")], depth)
     path = folder / recipes.SCORES_FILE

@@ -1,0 +1,103 @@
+"""The claim about cuts in every direction: layers, tower, image tokens, steps and bits together."""
+
+import itertools
+
+from shallow_pi.evidence import rows, step_claims
+from shallow_pi.evidence.claim import Claim, Column, Factor, Line, Picture, Statement, Variant
+
+# Levels of the students' parts, the uncut one first; 0 is the teacher's.
+DEPTHS, TOWERS, TOKENS, STEPS, BITS = (6, 4), (0, 1), (0, 4), (10, 2, 1), (16, 8)
+_WORDS = {"tower": ("", ", half tower"), "tokens": ("", ", quarter of tokens")}
+
+
+def shapes() -> Claim:
+    """On the one task with two modes: one training of a shape serves all steps and bits."""
+    columns = {steps: Column(f"{steps} steps", rows.around(steps)) for steps in STEPS}
+    teacher = step_claims.AROUND.slug
+    rows.RECIPES[teacher] = step_claims.AROUND
+    found: list[Variant] = []
+    design: list[tuple[tuple[str, ...], tuple[str, str]]] = []
+
+    def add(row: Variant, levels: tuple[str, ...] = ()) -> None:
+        """A row, and the same in 8 bits."""
+        eight = Variant(f"{row.label}, 8 bits", tuple(f"{slug}--w8" for slug in row.policies))
+        found.extend((row, eight))
+        if levels:
+            design.extend(
+                ((*levels, str(steps), str(bits)), (one.label, column.label))
+                for steps, column in columns.items()
+                for bits, one in zip(BITS, (row, eight), strict=True)
+            )
+
+    top = Variant("teacher, 18 layers", (teacher,))
+    add(top)
+    for depth, tower, tokens in itertools.product(DEPTHS, TOWERS, TOKENS):
+        words = _WORDS["tower"][tower > 0] + _WORDS["tokens"][tokens > 0]
+        row = rows.students(
+            f"{depth} layers{words}",
+            teacher=teacher,
+            tasks=("around",),
+            steps=600,
+            depth=depth,
+            vision_depth=tower,
+            image_tokens=tokens,
+            reflow=1.0,
+            num_steps=1,
+        )
+        add(row, (str(depth), "half" if tower else "all", "quarter" if tokens else "all"))
+    six, ten = "6 layers", columns[10].label
+    every = f"4 layers{_WORDS['tower'][1]}{_WORDS['tokens'][1]}, 8 bits"
+
+    def costs(text: str, bound: float, row: str, column: str = ten, than: str = six) -> Statement:
+        return Statement(text, (row, column), (than, ten), at_least=-bound)
+
+    return Claim(
+        name="shapes",
+        question="Which cuts of a student go together: layers, image tower, image tokens, "
+        "integration steps, bits?",
+        says="Ours: published cuts go one by one; costs that are small alone may add up, or worse.",
+        variants=tuple(found),
+        columns=tuple(columns.values()),
+        statements=(
+            costs("six layers cost at most 10 points", 0.1, six, than=top.label),
+            costs("four layers cost at most 5 points more", 0.05, "4 layers"),
+            costs("half of the tower costs at most 5 points", 0.05, f"{six}, half tower"),
+            costs(
+                "a quarter of the tokens costs at most 5 points", 0.05, f"{six}, quarter of tokens"
+            ),
+            costs("weights in 8 bits cost at most 2 points", 0.02, f"{six}, 8 bits"),
+            costs("one step costs at most 10 points", 0.1, six, columns[1].label),
+            costs("all cuts together cost at most 20 points", 0.2, every, columns[1].label),
+        ),
+        pictures=(
+            Picture(
+                "shapes",
+                "Students of all shapes in few steps",
+                "",
+                "success, %",
+                tuple(
+                    Line(
+                        column.label,
+                        tuple((row.label, (row.label, column.label)) for row in found[::2]),
+                        colour,
+                        "",
+                    )
+                    for column, colour in zip(
+                        columns.values(), ("teacher", "student", "task_only"), strict=True
+                    )
+                ),
+            ),
+        ),
+        reference=six,
+        limits="A small teacher of one task, whose tower has two layers and whose cameras have 16 "
+        "tokens; students of 600 steps with the three losses, reflow for one step and, where the "
+        "tower is cut, the vision loss. 8 bits are of weights alone; activations stay float32.",
+        factors=(
+            Factor("layers", tuple(map(str, DEPTHS))),
+            Factor("tower", ("all", "half")),
+            Factor("image tokens", ("all", "quarter")),
+            Factor("steps", tuple(map(str, STEPS))),
+            Factor("bits", tuple(map(str, BITS))),
+        ),
+        design=tuple(design),
+    )
