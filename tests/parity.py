@@ -178,7 +178,7 @@ def _ours(config: pi0.Pi0Config, params: dict) -> dict[str, jax.Array]:
     pictures = observation.images[config.cameras[0]]
     actions, t = jnp.asarray(samples["actions"]), jnp.asarray(times())
     policy = pi0.Pi0(config)
-    prefix, _ = policy.apply({"params": params}, observation, method="embed_prefix")
+    prefix = policy.apply({"params": params}, observation, method="embed_prefix").tokens
     suffix, condition = policy.apply(
         {"params": params},
         *(observation.state, actions[:, None], t[:, None]),

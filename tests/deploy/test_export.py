@@ -118,6 +118,20 @@ def test_pooled_image_tokens_are_refused_where_nothing_can_pool(name, own, param
     assert policy.Policy.from_checkpoint(tmp_path / "2", warm_up=False).assets.model == model
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_scorer_is_refused_where_there_is_no_place_for_it(name, own, tiny_params, tmp_path):
+    model = dataclasses.replace(own.model, scored_tokens=1)
+    weights.save_params(tmp_path / "2" / "params", tiny_params(model))
+    dataclasses.replace(own, model=model).save(tmp_path / "2" / "assets")
+    with pytest.raises(
+        ValueError, match=r"chooses 1 of a camera's 4 image tokens by a scorer .*\(image_scorer/…\)"
+    ):
+        export.export(tmp_path / "2", name, any_size=True, layers=(1, 3))
+    loaded = policy.Policy.from_checkpoint(tmp_path / "2", warm_up=False)
+    assert loaded.assets.model == model
+    assert ", 1 chosen image tokens a camera, " in loaded.description
+
+
 @pytest.fixture(scope="module")
 def uneven(own, tiny_params, tmp_path_factory):
     """A run whose student is cut further in the backbone, the expert and the image tower."""

@@ -22,11 +22,12 @@ from shallow_pi.deploy.export import onnx_graph  # noqa: E402
 
 @pytest.fixture(scope="module")
 def steps(own, tiny_params, tmp_path_factory):
-    """Step folders of a π0 that pools image tokens, and of an uneven π0.5."""
+    """Step folders of a π0 that pools image tokens, and of an uneven π0.5 that scores them."""
     uneven = {
         "depth": 3,
         "backbone_layers": ("whole", "whole", "keys_values"),
         "expert_layers": ("whole", "absent", "whole"),
+        "scored_tokens": 2,
     }
     found = {}
     for name, changes in (

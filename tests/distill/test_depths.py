@@ -137,7 +137,8 @@ def test_the_vision_loss_compares_the_tokens_of_both_towers(spec, teacher, cut, 
     # Sample 0 lacks its second camera, of four tokens.
     expected = np.mean([squares[0, :4].mean(), squares[1].mean()])
     np.testing.assert_allclose(result[1]["vision_loss"], expected, rtol=1e-5)
-    parts = [float(result[1][f"{name}_loss"]) for name in losses.TERMS]
+    terms = ("task", "velocity", "attention", "reflow", "vision")
+    parts = [float(result[1][f"{name}_loss"]) for name in terms]
     np.testing.assert_allclose(result[1]["loss"], np.dot([1, 0.5, 2, 1.5, 1], parts), rtol=1e-5)
 
 
@@ -240,6 +241,11 @@ def test_flags_make_the_layer_table(fields, backbone, expert):
             {"image_tokens": 100},
             r"--student.image-tokens 100: .* cannot be pooled .*: give one of 256, 128, 64, 32",
         ),
+        (
+            {"image_tokens": 257, "image_token_choice": "scored"},
+            r"--student.image-tokens 257: a scorer chooses 1 to 256 of the 16 × 16 patches",
+        ),
+        ({"image_token_choice": "scored"}, "scored chooses --student.image-tokens of each camera"),
         ({"vision_depth": 28}, r"--student.vision-depth must lie in 1..27 .*, got 28"),
         ({"backbone_depth": -1}, "--student.backbone-depth must be at least 0, got -1"),
     ],

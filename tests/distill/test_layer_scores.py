@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from shallow_pi.distill import gates, layer_map, layer_scores, student
-from shallow_pi.models import pi0
+from shallow_pi.models import pi0, prefixes
 
 T = np.array([0.2, 0.7], np.float32)
 IDLE = 1
@@ -55,7 +55,7 @@ def test_similarity_counts_valid_prefix_tokens_and_the_suffix(teacher):
     arguments = teacher()
     config, _, observation, _, _ = arguments
     hidden = jax.jit(pi0.hidden_states, static_argnums=0)(*arguments)
-    valid = np.asarray(pi0.prefix_valid(config, observation))
+    valid = np.asarray(prefixes.valid(config, observation))
     assert 0 < valid.sum() < valid.size
     prefix, suffix = (np.asarray(stream, np.float64) for stream in hidden)
 
@@ -92,7 +92,7 @@ def test_cka_is_that_of_the_valid_rows(teacher):
     arguments = teacher()
     config, _, observation, _, _ = arguments
     hidden = jax.jit(pi0.hidden_states, static_argnums=0)(*arguments)
-    valid = np.asarray(pi0.prefix_valid(config, observation))
+    valid = np.asarray(prefixes.valid(config, observation))
 
     def centred_gram(rows):
         rows = np.asarray(rows, np.float64)

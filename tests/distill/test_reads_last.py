@@ -46,7 +46,7 @@ def test_every_expert_layer_reads_the_state_behind_all_backbone_layers(teacher, 
     found, _ = jax.jit(pi0.velocity, static_argnums=0)(made, params, observation, x_t, t)
     stack = layer_table.unstack(params["PaliGemma"]["llm"]["layers"], 5)
     model = pi0.Pi0(made)
-    prefix, valid = model.apply({"params": params}, observation, method="embed_prefix")
+    prefix, valid, *_ = model.apply({"params": params}, observation, method="embed_prefix")
     given = (observation.state, x_t[:, None], t[:, None])
     suffix, _ = model.apply({"params": params}, *given, method="embed_suffix")
     geometry = gemma.Geometry.create(valid, 8, suffix.shape[2], 5)

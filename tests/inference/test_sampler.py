@@ -77,9 +77,11 @@ def test_halves_of_layers_that_are_cut_change_nothing_but_the_work(setting, name
     np.testing.assert_allclose(actions, whole, atol=1e-4)
 
 
-def test_pooled_image_tokens_are_those_of_training(setting):
+@pytest.mark.parametrize("field", ["pooled_tokens", "scored_tokens"])
+def test_fewer_image_tokens_are_those_of_training(setting, field, tiny_params):
     config, params, observation, noise, _ = setting
-    pooled = dataclasses.replace(config, pooled_tokens=2)
+    pooled = dataclasses.replace(config, **{field: 2})
+    params = tiny_params(pooled)
     actions = _sample(pooled, params, observation, noise, num_steps=4)
     expected = _euler(pooled, params, observation, noise)
     _assert_same(actions, (*setting[:4], expected))

@@ -10,9 +10,9 @@ from shallow_pi.checkpoints import weights
 from shallow_pi.models import parameters, pi0
 
 
-@pytest.mark.parametrize("pi05", [False, True])
-def test_a_fresh_model_has_the_leaves_of_the_table(tiny_config, pi05):
-    config = tiny_config(pi05=pi05)
+@pytest.mark.parametrize(("pi05", "scored"), [(False, 0), (True, 0), (True, 2)])
+def test_a_fresh_model_has_the_leaves_of_the_table(tiny_config, pi05, scored):
+    config = tiny_config(pi05=pi05, scored_tokens=scored)
     fresh = jax.eval_shape(functools.partial(pi0.init, config), jax.random.key(0))
     assert weights.leaves(fresh) == weights.leaves(pi0.abstract_params(config))
 

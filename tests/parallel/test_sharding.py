@@ -122,6 +122,15 @@ def test_the_written_table_is_the_models_tree(table, pi05):
     }
 
 
+def test_a_scorer_of_image_tokens_is_on_every_device():
+    shapes = pi0.abstract_params(pi0.Pi0Config(scored_tokens=64))
+    mesh = sharding.MeshConfig(fsdp=2, tensor=2).create()
+    specs = _specs(sharding.param_sharding(mesh, shapes))
+    own = {path: spec for path, spec in specs.items() if path not in PI0}
+    names = ("hidden/bias", "hidden/kernel", "position", "prompt/kernel", "score/kernel")
+    assert own == {f"image_scorer/{name}": P() for name in names}
+
+
 def test_full_size_models_split_over_all_usual_meshes():
     devices = jax.devices()
     for config in (

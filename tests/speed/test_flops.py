@@ -54,8 +54,9 @@ UNEVEN = {
         (True, True, {}),
         (False, True, UNEVEN),
         (True, True, {"backbone_layers": ("keys_values", "whole", "whole"), "pooled_tokens": 4}),
+        (False, True, {"scored_tokens": 4}),
     ],
-    ids=["pi0", "pi05", "pi0, once", "pi05, once", "pi0, uneven", "pi05, uneven, pooled"],
+    ids=["pi0", "pi05", "pi0, once", "pi05, once", "uneven", "uneven, pooled", "scored"],
 )
 def test_operations_are_those_the_compiler_counts(pi05, once, cut):
     """Unrolled, since the compiler counts the body of a loop once."""

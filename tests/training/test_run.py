@@ -59,6 +59,10 @@ def test_the_first_lines_name_every_part_that_is_cut(experiment):
         "Image tower: 2 of the teacher's 3 layers: 0 2; loss on its tokens: --losses.vision 1",
         "Image tokens: 2 of 4 a camera, means of neighbours",
     ]
+    scored = config.StudentConfig(depth=3, image_tokens=1, image_token_choice="scored")
+    assert runs.describe_layers(setup.make_spec(dataclasses.replace(cut, student=scored)))[1:] == [
+        "Image tokens: 1 of 4 a camera, chosen by a scorer: --losses.scorer 1",
+    ]
 
 
 def test_the_students_steps_and_bits_are_saved_and_fewer_steps_want_reflow(

@@ -210,12 +210,13 @@ class Policy:
         """One line: the model, its robot, and all that a folder of openpi's does not say."""
         model, robot = self.assets.model, self.assets.robot
         state = ", state in the prompt" if model.discrete_state_input else ""
-        pooled = f", {model.image_tokens} image tokens a camera" if model.pooled_tokens else ""
+        how = "pooled" if model.pooled_tokens else "chosen" if model.scored_tokens else ""
+        fewer = f", {model.image_tokens} {how} image tokens a camera" if how else ""
         bits = "" if self.quantize == "none" else f", products in 8 bits ({self.quantize})"
         return (
             f"{model.kind}, {model.depths}, for {robot.name}: {model.action_horizon} actions "
             f"of {robot.action_dim} (model: {model.action_dim}) dimensions, {model.max_token_len} "
-            f"prompt tokens{pooled}{state}{bits}, statistics {self.assets.asset_id!r}, tokenizer "
+            f"prompt tokens{fewer}{state}{bits}, statistics {self.assets.asset_id!r}, tokenizer "
             f"{self.assets.tokenizer}"
         )
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from shallow_pi.distill import losses
-from shallow_pi.models import captures, pi0, pooling
+from shallow_pi.models import captures, pi0, pooling, scorer
 
 
 def divergence(
@@ -20,6 +20,7 @@ def divergence(
     student: captures.PrefixAttention,
     teacher: captures.PrefixAttention,
     actions: Bool[Array, "b r ah"],
+    choice: scorer.Choice | None = None,
 ) -> Float[Array, "b r *ah"]:
     """KL(teacher ‖ student) of each action token, or its mean over the tokens compared.
 
@@ -29,6 +30,7 @@ def divergence(
       student: its attention, of at least r draws.
       teacher: its own, over all image tokens.
       actions: the actions that count.
+      choice: the image tokens that the student's scorer chose, which goes with "actions".
 
     Returns:
       For "actions" one value for each, else one for each draw.
@@ -36,6 +38,10 @@ def divergence(
     valid, heads = student.valid, switches.attention_heads
     match switches.attention_queries:
         case "actions":
+            if choice is not None:
+                assert teacher.logits is not None, "asked for"
+                chosen = scorer.take_logits(teacher.logits, choice.kept)
+                teacher = teacher._replace(logits=chosen)
             return _of_suffix(config, student, teacher, valid, heads, actions.shape[1])
         case "text":
             images = len(config.cameras) * config.image_tokens
@@ -78,8 +84,31 @@ def _of_suffix(
     return losses.attention_loss(own, over_cells, keys[:, None, None, None, :], heads)
 
 
+def of_scorer(
+    choice: scorer.Choice,
+    cameras: Bool[Array, "b c"],
+    teacher: captures.PrefixAttention,
+    actions: Bool[Array, "b r ah"],
+) -> tuple[Float[Array, " b"], Float[Array, ""]]:
+    """The scorer loss, and the share of the teacher's attention to images that is kept.
+
+    Args:
+      choice: the student's.
+      cameras: which of them exist.
+      teacher: its attention over all patches.
+      actions: the actions that count.
+    """
+    assert teacher.logits is not None, "asked for"
+    mass = losses.attention_mass(teacher.logits, teacher.valid, actions)
+    patches = mass[:, : choice.scores[0].size].reshape(choice.scores.shape)
+    kept = jnp.sum(scorer.take(patches, choice.kept)) / jnp.maximum(jnp.sum(patches), 1e-30)
+    return losses.scorer_loss(choice.scores, patches, cameras), kept
+
+
 def _over_cells(config: pi0.Pi0Config, logits: Float[Array, "*b s"]) -> Float[Array, "*b p"]:
     """The teacher's logits over the cells whose means the student sees."""
+    if config.scored_tokens:  # They are over its patches already.
+        return logits
     return pooling.pool_logits(logits, len(config.cameras), config.grid, config.image_tokens)
 
 

@@ -42,7 +42,7 @@ def embed(
     found: Any = pi0.Pi0(config).apply(
         {"params": params}, observation, image_tokens, method="embed_prefix"
     )
-    return Prefix(*found)
+    return Prefix(found.tokens, found.valid)
 
 
 def run(

@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 from shallow_pi.distill import gates, student
 from shallow_pi.distill import layer_map as layer_maps
 from shallow_pi.models import observation as observations
-from shallow_pi.models import pi0
+from shallow_pi.models import pi0, prefixes
 
 
 def measure(
@@ -77,7 +77,7 @@ def similarity(
 ) -> Float[Array, " l"]:
     """Mean cosine between input and output of each layer, over valid prefix and suffix tokens."""
     backbone, expert = cosines(config, params, observation, x_t, t)
-    prefix = jnp.sum(pi0.prefix_valid(config, observation)).astype(jnp.float32)
+    prefix = jnp.sum(prefixes.valid(config, observation)).astype(jnp.float32)
     suffix = len(t) * (config.action_horizon + (not config.pi05))
     return (prefix * backbone + suffix * expert) / (prefix + suffix)
 
@@ -92,7 +92,7 @@ def cosines(
     """`similarity` of each stream alone; of the two, only the expert's changes with the time."""
     hidden = pi0.hidden_states(config, params, observation, x_t, t)
     prefix, suffix = _cosine(hidden.prefix), _cosine(hidden.suffix)
-    valid = jnp.broadcast_to(pi0.prefix_valid(config, observation)[None], prefix.shape)
+    valid = jnp.broadcast_to(prefixes.valid(config, observation)[None], prefix.shape)
     total = jnp.sum(jnp.where(valid, prefix, 0.0), axis=(1, 2))
     return Cosines(total / jnp.sum(valid[0]).astype(jnp.float32), jnp.mean(suffix, axis=(1, 2, 3)))
 
@@ -147,7 +147,7 @@ def cka(
     of each run of alike layers the first stays.
     """
     hidden = pi0.hidden_states(config, params, observation, x_t, t)
-    valid = pi0.prefix_valid(config, observation).reshape(-1)
+    valid = prefixes.valid(config, observation).reshape(-1)
     suffix = hidden.suffix.reshape(len(hidden.suffix), -1, hidden.suffix.shape[-1])
     prefix = hidden.prefix.reshape(len(hidden.prefix), -1, hidden.prefix.shape[-1])
     both = _cka(prefix, valid) + _cka(suffix, jnp.ones(suffix.shape[1], bool))

@@ -1,15 +1,18 @@
-"""The losses of Shallow-π and two more, unreduced, and the one masked sum that reduces them.
+"""The losses of Shallow-π and three more, unreduced, and the one masked sum that reduces them.
 
     L = w_task·‖v_θ − u‖² + w_velocity·‖v_θ − v_φ‖² + w_attention·KL(P_φ ‖ P_θ)
-      + w_reflow·‖v_θ(z_s, s) − (ε − â)‖² + w_vision·‖i_θ − i_φ‖²,    z_s = s·ε + (1 − s)·â
+      + w_reflow·‖v_θ(z_s, s) − (ε − â)‖² + w_vision·‖i_θ − i_φ‖² + w_scorer·KL(p_φ ‖ softmax s_θ),
+    z_s = s·ε + (1 − s)·â
 
 φ is the teacher, θ the student; both see the same observation, noise and time. P is the attention
 of the action tokens over the valid prefix keys at one layer of each model, renormalised over those
 keys; for ablations that of all tokens, or of the prompt over the image tokens. â is where the
 teacher's sampler takes the noise ε: on the straight line between them (reflow, arXiv 2209.03003,
 off by default) one or two integration steps reach what the teacher's ten do. i are the image
-tokens, compared where the student's tower is cut. Everything is float32. (METHOD: the layer pair,
-the weights and `per_head` are our choices.)
+tokens, compared where the student's tower is cut. p is the teacher's attention to the patches of a
+camera, mean over heads, action tokens and draws, and s the scores by which the student keeps some
+of them (`models.scorer`). Everything is float32. (METHOD: the layer pair, the weights and
+`per_head` are our choices.)
 """
 
 import dataclasses
@@ -25,7 +28,7 @@ from shallow_pi.models import captures
 
 Attention = Literal["per_head", "head_mean"]
 # The fields of `Losses` that are weights, and all but the first look at the teacher.
-TERMS = ("task", "velocity", "attention", "reflow", "vision")
+TERMS = ("task", "velocity", "attention", "reflow", "vision", "scorer")
 # The weight of every term.
 Weights = Mapping[str, float | Float[Array, ""]]
 
@@ -46,6 +49,9 @@ class Losses:
     # Weight of the vision loss: image tokens of the student's tower against the teacher's. By
     # default 1 where --student.vision-depth cuts the tower, and 0 elsewhere.
     vision: float | None = None
+    # Weight of the scorer loss: scores of image tokens against the teacher's attention. By default
+    # 1 where a scorer chooses them (--student.image-token-choice scored), and 0 elsewhere.
+    scorer: float | None = None
     # Share of the reflow loss's times that are those of the student's sampler: 1 for one step, 1
     # and 1/2 for two. The others are uniform.
     reflow_deployed: float = 0.5
@@ -65,7 +71,7 @@ class Losses:
     def __post_init__(self) -> None:
         for name in TERMS:
             value = getattr(self, name)
-            if value is None and name == "vision":
+            if value is None and name in ("vision", "scorer"):
                 continue
             if not (isinstance(value, (int, float)) and 0 <= value < float("inf")):
                 raise ValueError(f"--losses.{name} must be a finite weight of at least 0: {value}.")
@@ -146,6 +152,38 @@ def vision_loss(
     squares = jnp.mean(jnp.square(tokens.astype(jnp.float32) - reference), axis=-1)
     count = jnp.maximum(jnp.sum(valid.astype(jnp.float32), axis=1), 1.0)
     return jnp.sum(jnp.where(valid, squares, 0.0), axis=1) / count
+
+
+def scorer_loss(
+    scores: Float[Array, "b c n"], attention: Float[Array, "b c n"], valid: Bool[Array, "b c"]
+) -> Float[Array, " b"]:
+    """KL(teacher's attention ‖ softmax of the scores) in each camera, mean over those that exist.
+
+    Each camera's attention is renormalised, because each keeps its own best tokens. One without
+    attention gives 0.
+    """
+    flow.same_shape("scores", scores, "attention", attention)
+    attention = jax.lax.stop_gradient(attention.astype(jnp.float32))
+    total = jnp.sum(attention, axis=-1, keepdims=True)
+    p = attention / jnp.where(total > 0, total, 1.0)
+    log_p = jnp.log(jnp.where(p > 0, p, 1.0))
+    kl = jnp.sum(p * (log_p - jax.nn.log_softmax(scores.astype(jnp.float32), axis=-1)), axis=-1)
+    count = jnp.maximum(jnp.sum(valid.astype(jnp.float32), axis=1), 1.0)
+    return jnp.sum(jnp.where(valid, kl, 0.0), axis=1) / count
+
+
+def attention_mass(
+    logits: Float[Array, "b r n ah s"], valid: Bool[Array, "b s"], actions: Bool[Array, "b r ah"]
+) -> Float[Array, "b s"]:
+    """The attention that the actions that count pay to each prefix key, mean over heads and draws.
+
+    0 at keys that do not exist, and where no action counts.
+    """
+    seen = valid[:, None, None, None, :]
+    p = jnp.where(seen, jnp.exp(masked_log_softmax(logits, seen)), 0.0)
+    weights = actions.astype(jnp.float32)
+    count = jnp.maximum(jnp.sum(weights, axis=(1, 2)), 1.0)
+    return jnp.einsum("brnas,bra->bs", p, weights) / (p.shape[2] * count[:, None])
 
 
 def masked_log_softmax(

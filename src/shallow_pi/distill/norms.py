@@ -21,6 +21,7 @@ def by_part(grads: PyTree) -> Metrics:
         "backbone": [],
         "expert": [],
         "projections": [],
+        "scorer": [],
     }
     for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
         parts[_part(tuple(key.key for key in path))].append(leaf)
@@ -35,4 +36,4 @@ def _part(path: tuple[str, ...]) -> str:
         return "embedder"
     if path[0] == "PaliGemma":
         return "expert" if any(name.endswith("_1") for name in path[2:5]) else "backbone"
-    return "projections"
+    return "scorer" if path[0] == "image_scorer" else "projections"

@@ -25,7 +25,7 @@ from shallow_pi.distill import student as students
 from shallow_pi.inference import quantize as quantization
 from shallow_pi.inference import sampler
 from shallow_pi.models import batch as batches
-from shallow_pi.models import captures, layers, pi0
+from shallow_pi.models import cached, captures, layers, pi0, prefixes
 from shallow_pi.models import observation as observations
 
 Metrics = norms.Metrics
@@ -83,6 +83,16 @@ class Spec:
         if self.losses.vision is None:
             resolved = dataclasses.replace(self.losses, vision=float(self.cuts_tower))
             object.__setattr__(self, "losses", resolved)
+        scored = self.student.scored_tokens > 0
+        if self.losses.scorer is None:
+            resolved = dataclasses.replace(self.losses, scorer=float(scored))
+            object.__setattr__(self, "losses", resolved)
+        if self.losses.scorer and not scored:
+            raise ValueError(
+                f"--losses.scorer {self.losses.scorer:g} trains a scorer of image tokens, and "
+                "there is none: give --student.image-token-choice scored with "
+                "--student.image-tokens, or leave it out."
+            )
         if self.losses.needs_teacher and self.teacher is None:
             given = {name: getattr(self.losses, name) for name in losses.TERMS[1:]}
             flags = [f"--losses.{name} {weight}" for name, weight in given.items() if weight]
@@ -116,6 +126,12 @@ class Spec:
             raise ValueError(
                 f"--losses.attention-layer must be -1 or one of {layers or 'none'}, the student's "
                 f"layers with {kind}; got {layer}."
+            )
+        if queries != "actions" and self.student.scored_tokens:
+            raise ValueError(
+                f"--losses.attention-queries {queries}: a scorer of image tokens "
+                "(--student.image-token-choice scored) learns from the attention of the actions, "
+                "so compare theirs."
             )
         if queries == "actions" or not self.losses.attention:
             return
@@ -324,7 +340,8 @@ def _teacher_outputs(
     if spec.teacher is None or not spec.losses.needs_teacher:
         return None
     teacher = spec.teacher
-    layer = spec.attention_layers[1] if spec.losses.attention > 0 else None
+    compared = spec.losses.attention > 0 or spec.losses.scorer
+    layer = spec.attention_layers[1] if compared else None
     offloaded = spec.offload_teacher
     execution = dataclasses.replace(spec.execution, offloaded=offloaded, unroll=False)
     found = pi0.outputs(
@@ -342,10 +359,10 @@ def _teacher_outputs(
     line = None
     if (cache := found.cache) is not None:
         assert inputs.line_t is not None, "drawn where the reflow loss is on"
-        own = pi0.suffix_params(teacher_params, execution)
+        own = cached.suffix_params(teacher_params, execution)
 
         def velocity(x_t: Array, t: Array) -> Array:
-            return pi0.velocity_over_cache(teacher, own, cache, x_t, t, execution)
+            return cached.velocity(teacher, own, cache, x_t, t, execution)
 
         end = flow.integrate(velocity, inputs.noise, sampler.integration_times(TEACHER_STEPS))
         x_t = flow.interpolate(end, inputs.noise, inputs.line_t)
@@ -382,7 +399,7 @@ def _total_loss(
     if line is not None:  # More draws in the one pass: they share the prefix.
         x_t = jnp.concatenate([x_t, line.x_t], axis=1)
         t = jnp.concatenate([t, line.t], axis=1)
-    v_all, attention = pi0.velocity(
+    found = pi0.outputs(
         spec.student,
         params,
         inputs.observation,
@@ -393,6 +410,7 @@ def _total_loss(
         attention_queries=spec.losses.attention_queries,
         execution=spec.execution,
     )
+    v_all, attention, choice = found.velocity, found.attention, found.choice
 
     def mean(values: Float[Array, "b r ah"]) -> Float[Array, ""]:
         return losses.masked_sum(values, inputs.action_mask) / count
@@ -406,12 +424,12 @@ def _total_loss(
         metrics["velocity_loss"] = mean(losses.velocity_loss(v_student, reference.velocity))
         loss += weights["velocity"] * metrics["velocity_loss"]
     if reference is not None and attention is not None:
-        assert reference.attention is not None, "both models return attention or neither does"
+        assert reference.attention is not None, "the teacher returns it too"
         both = attention, reference.attention
-        found = attentions.divergence(spec.student, spec.losses, *both, inputs.action_mask)
+        values = attentions.divergence(spec.student, spec.losses, *both, inputs.action_mask, choice)
         of_actions = spec.losses.attention_queries == "actions"
         metrics["attention_loss"] = (
-            mean(found) if of_actions else jnp.mean(found) / spec.accumulation
+            mean(values) if of_actions else jnp.mean(values) / spec.accumulation
         )
         loss += weights["attention"] * metrics["attention_loss"]
     if line is not None:
@@ -420,10 +438,20 @@ def _total_loss(
     if spec.losses.vision:
         assert own_tokens is not None, "this tower has run"
         assert image_tokens is not None, "and the teacher's"
-        valid = pi0.image_valid(spec.student, inputs.observation, spec.student.patches)
+        valid = prefixes.image_valid(spec.student, inputs.observation, spec.student.patches)
         errors = losses.vision_loss(own_tokens, image_tokens, valid)
         metrics["vision_loss"] = jnp.mean(errors) / spec.accumulation
         loss += weights["vision"] * metrics["vision_loss"]
+    if spec.losses.scorer:
+        assert choice is not None, "this student has a scorer"
+        assert reference is not None, "the scores are compared"
+        assert reference.attention is not None, "with the teacher's attention"
+        cameras = prefixes.image_valid(spec.student, inputs.observation, 1)
+        mask = inputs.action_mask
+        errors, kept = attentions.of_scorer(choice, cameras, reference.attention, mask)
+        metrics["scorer_loss"] = jnp.mean(errors) / spec.accumulation
+        metrics["attention_kept"] = kept / spec.accumulation
+        loss += weights["scorer"] * metrics["scorer_loss"]
     metrics["loss"] = loss
     return loss, metrics
 
@@ -445,8 +473,9 @@ def _zero_metrics(spec: Spec) -> Metrics:
     names = ["loss", "task_loss"]
     if spec.teacher is not None and spec.losses.needs_teacher:
         names += ["teacher_task_loss", "velocity_cosine", "velocity_loss"]
-        own = ("attention", "reflow", "vision")
+        own = ("attention", "reflow", "vision", "scorer")
         names += [f"{name}_loss" for name in _terms(spec.losses) if name in own]
+        names += ["attention_kept"] * bool(spec.losses.scorer)
     return {name: jnp.zeros(()) for name in names}
 
 

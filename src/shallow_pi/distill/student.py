@@ -3,7 +3,7 @@
 Leaves whose first axis is the tower's layers (`parameters.TABLE`), of backbone and action expert
 alike, are indexed with the layer map; halves of layers that the student lacks become zero. A cut
 image tower keeps evenly spaced layers. Every other leaf (embedder, final norms, projections) is
-copied. The cut refuses a tree with a missing or unknown path.
+copied. A scorer of image tokens is new. The cut refuses a tree with a missing or unknown path.
 
 What comes before the layers may stay as it is (`Part`): those leaves are then the teacher's own, in
 one copy for both models, and the student's tree is put together where it is needed (`join`).
@@ -26,7 +26,7 @@ from shallow_pi.models import layer_table, parameters, pi0
 # What can be frozen: the image tower, and the token embedding.
 Part = Literal["vision", "embedder"]
 # The fields of a model in which a student may differ, besides the depth of its image tower.
-DIFFERING = ("depth", "backbone_layers", "expert_layers", "pooled_tokens", "dtype")
+DIFFERING = ("depth", "backbone_layers", "expert_layers", "pooled_tokens", "scored_tokens", "dtype")
 PARTS: dict[Part, tuple[str, ...]] = {
     "vision": ("PaliGemma", "img"),
     "embedder": ("PaliGemma", "llm", "embedder"),
@@ -84,6 +84,9 @@ def cut(
     if config.image.depth != teacher_config.image.depth:
         tower = np.asarray(vision_layers(teacher_config, config))
     student = gather(teacher_params, np.asarray(layer_map.layers), tower)
+    if config.scored_tokens:  # No teacher has a scorer: every student's starts alike.
+        scorer = parameters.Leaves("image_scorer", pi0.axis_sizes(config))
+        student = {**student, "image_scorer": scorer.init(jax.random.key(0))["params"]}
     weights.check_tree(pi0.abstract_params(config), student, "student")
     return layer_table.zero_cut(config.layers, student)
 
@@ -138,10 +141,10 @@ def check_pair(
     A teacher whose expert reads the last state of its backbone (`layer_table.reads_last`) has
     halves of layers too: its student has the same ones of the layers it keeps.
     """
-    if teacher.pooled_tokens:
+    if teacher.pooled_tokens or teacher.scored_tokens:
         raise ValueError(
-            "a teacher has all image tokens (--model.pooled-tokens 0): distil from the one that "
-            "this one was cut from."
+            "a teacher has all image tokens (--model.pooled-tokens 0 --model.scored-tokens 0): "
+            "distil from the one that this one was cut from."
         )
     if not teacher.is_even:
         kept = None if layer_map is None else [teacher.layers[i] for i in layer_map.layers]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from shallow_pi.inference import attention, image_tower, prepare
-from shallow_pi.models import gemma, layers, pi0, pooling
+from shallow_pi.models import gemma, layers, pi0, prefixes
 from shallow_pi.models import observation as observations
 
 
@@ -24,9 +24,9 @@ def prefill(
 ) -> tuple[attention.Cache, Bool[Array, "b s"]]:
     """Buffers with the prefix's keys and values of every layer, and a mask of the slots in use."""
     c = config.backbone
-    valid = pi0.prefix_valid(config, observation)
-    tokens = embed_prefix(config, prepared, observation, tower_kernel)
-    rope = layers.rope_table(jnp.cumsum(valid, axis=1) - 1, c.head_dim)
+    prefix = embed_prefix(config, prepared, observation, tower_kernel)
+    tokens, valid = prefix.tokens, prefix.valid
+    rope = layers.rope_table(prefix.positions, c.head_dim)
     shape = (len(tokens), prepare.cache_length(config), c.num_kv_heads, c.head_dim)
     empty = jnp.zeros(shape, tokens.dtype)
     cache: attention.Cache = [(empty, empty)] * config.depth
@@ -44,15 +44,15 @@ def embed_prefix(
     prepared: prepare.Prepared,
     observation: observations.Observation,
     kernel: attention.Kernel = "xla",
-) -> Float[Array, "b p d"]:
+) -> prefixes.Prefix:
     """Image tokens of every camera, encoded as one batch, then prompt tokens."""
     pictures = pi0.pictures(config, observation)
     seen = image_tower.encode(config.image, prepared.image, pictures, kernel)
     table = prepared.params["PaliGemma"]["llm"]["embedder"]["input_embedding"]
     words = layers.embed_tokens(table, observation.tokenized_prompt, seen.dtype)
     seen = seen.reshape(len(words), -1, config.backbone.width)
-    seen = pooling.pool(seen, config.grid, config.image_tokens)
-    return jnp.concatenate([seen, words], axis=1)
+    weights = prepared.params["image_scorer"] if config.scored_tokens else None
+    return prefixes.join(config, observation, seen, words, weights)
 
 
 def append_state(
@@ -65,7 +65,9 @@ def append_state(
 ) -> tuple[attention.Cache, Bool[Array, "b s"]]:
     """The buffers with π0's state token after the prefix: it sees the prefix and itself alone."""
     token = layers.dense(prepared.params["state_proj"], state)[:, None].astype(config.dtype)
-    rope = layers.rope_table(jnp.sum(valid, axis=1, keepdims=True), config.expert.head_dim)
+    rope = layers.rope_table(
+        prefixes.positions_taken(config, valid)[:, None], config.expert.head_dim
+    )
     slot = config.prefix_tokens
     valid = jax.lax.dynamic_update_slice(valid, jnp.ones((len(valid), 1), bool), (0, slot))
     _, cache = run_layers(
@@ -172,7 +174,7 @@ def suffix_geometry(
     """
     with_state = count > config.action_horizon
     slot = config.prefix_tokens + (not config.pi05 and not with_state)
-    positions = jnp.sum(valid, axis=1)[:, None] + jnp.arange(count)[None]
+    positions = prefixes.positions_taken(config, valid)[:, None] + jnp.arange(count)[None]
     # The state does not see the actions; without it, one row stands for all.
     rows = slice(None) if with_state else slice(-1, None)
     own = jnp.asarray(gemma.suffix_mask(count, config.action_horizon)[rows])[None]

@@ -50,6 +50,7 @@ def model_config(model: pi0.Pi0Config) -> OpenpiObject:
         "vocab_size": (model.vocab_size, openpi_gemma.PALIGEMMA_VOCAB_SIZE),
         "image.patch_size": (model.image.patch_size, 14),
         "pooled_tokens": (model.pooled_tokens, 0),
+        "scored_tokens": (model.scored_tokens, 0),
     }
     wrong = [f"{k} {ours} (openpi: {its})" for k, (ours, its) in fixed.items() if ours != its]
     if wrong:

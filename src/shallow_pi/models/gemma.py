@@ -105,14 +105,18 @@ class Geometry(NamedTuple):
         action_rows: int,
         condition: Float[Array, "b r e"] | None = None,
         prefix_attention: layers.Kernel = "xla",
+        positions: tuple[Int[Array, "b s"] | None, Int[Array, " b"]] | None = None,
     ) -> "Geometry":
-        """Positions count valid tokens; the suffix, all valid, goes on where the prefix ends."""
-        prefix_rope = layers.rope_table(jnp.cumsum(prefix_valid, axis=1) - 1, head_dim)
-        positions = (
-            jnp.sum(prefix_valid, axis=1)[:, None, None] + jnp.arange(suffix_len)[None, None]
-        )
+        """Positions count valid tokens; the suffix, all valid, goes on where the prefix ends.
+
+        Where tokens are left out they are given: the prefix's, and the suffix's first one.
+        """
+        in_prefix, end = positions or (None, jnp.sum(prefix_valid, axis=1))
+        if in_prefix is None:
+            in_prefix = jnp.cumsum(prefix_valid, axis=1) - 1
+        prefix_rope = layers.rope_table(in_prefix, head_dim)
         mask = jnp.asarray(suffix_mask(suffix_len, action_rows))
-        rope = layers.rope_table(positions, head_dim)
+        rope = layers.rope_table(end[:, None, None] + jnp.arange(suffix_len)[None, None], head_dim)
         order = None
         if prefix_attention == "cudnn":
             order = jnp.argsort(~prefix_valid, axis=1, stable=True)

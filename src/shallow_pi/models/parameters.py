@@ -2,16 +2,16 @@
 
 Everything that describes the tree reads this table: the Linen modules, abstract shapes, sizes read
 from a checkpoint, shardings, PyTorch names, the student cut, LoRA and FLOP counts. Paths are
-openpi's. Axes have logical names, whose sizes a model's config fixes (`pi0.axis_sizes`): a name
-has one size throughout a model. The first axis is `layers` or `image_layers` where the layers of a
-stack are scanned.
+openpi's, but for those of a scorer of image tokens. Axes have logical names, whose sizes a model's
+config fixes (`pi0.axis_sizes`): a name has one size throughout a model. The first axis is `layers`
+or `image_layers` where the layers of a stack are scanned.
 """
 
 import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -23,7 +23,7 @@ ENCODER = "PaliGemma/img/Transformer/encoderblock"
 # Leading axes over which scanned layers are stacked: the tower's, and the image encoder's.
 STACKS = ("layers", "image_layers")
 
-Init = Literal["zeros", "ones", "lecun", "xavier", "root", "tiny"]
+Init = Literal["zeros", "ones", "lecun", "xavier", "root", "tiny", "spread"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +75,16 @@ class Parameter:
                 )
             case "tiny":
                 return nn.initializers.normal(1e-6)
+            case "spread":
+                return _spread
+
+
+def _spread(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+    """Small numbers, exact in bfloat16, whose largest ones are evenly spaced, however many."""
+    del key
+    golden = jnp.arange(shape[-1]) * 0.6180339887 % 1.0
+    ranks = jnp.argsort(jnp.argsort(golden)).astype(dtype)
+    return jnp.broadcast_to(ranks / 1024, shape)
 
 
 def _dense(
@@ -163,7 +173,15 @@ TABLE: tuple[Parameter, ...] = (
     *_dense("time_mlp_in", _EXPERT, _HIDDEN, pi05=True),
     *_dense("time_mlp_out", _HIDDEN, _EXPERT, pi05=True),
 )
-_BY_PATH = {parameter.path: parameter for parameter in TABLE}
+# Those of a scorer of image tokens (`scorer`), which openpi's models do not have. It starts with
+# evenly spaced patches.
+SCORER: tuple[Parameter, ...] = (
+    *_dense("image_scorer/hidden", ("width",), ("scorer_hidden",)),
+    Parameter("image_scorer/prompt/kernel", ("width", "scorer_hidden"), ("width",)),
+    Parameter("image_scorer/score/kernel", ("scorer_hidden", "one"), ("scorer_hidden",)),
+    Parameter("image_scorer/position", ("image_tokens",), (), "spread"),
+)
+_BY_PATH = {parameter.path: parameter for parameter in (*TABLE, *SCORER)}
 
 
 def find(path: str) -> Parameter | None:
@@ -213,7 +231,7 @@ def declare(
       stacked: of stacked ones, all layers' parts.
     """
     tree: dict[str, PyTree[Array]] = {}
-    for parameter in TABLE:
+    for parameter in (*TABLE, *SCORER):
         if parameter.pi05 not in (None, pi05) or not parameter.path.startswith(f"{path}/"):
             continue
         name, _, deeper = parameter.path[len(path) + 1 :].partition("/")
@@ -239,10 +257,10 @@ def _each_layer(parameter: Parameter) -> Callable[[Array, tuple[int, ...]], Arra
     return init
 
 
-def abstract(sizes: Mapping[str, int], pi05: bool) -> PyTree:
+def abstract(sizes: Mapping[str, int], pi05: bool, scorer: bool = False) -> PyTree:
     """The shapes of all parameters in float32, as a tree."""
     tree: dict[str, PyTree] = {}
-    for parameter in TABLE:
+    for parameter in (*TABLE, *SCORER * scorer):
         if parameter.pi05 in (None, pi05):
             *folders, name = parameter.path.split("/")
             node = functools.reduce(lambda node, key: node.setdefault(key, {}), folders, tree)
@@ -254,6 +272,6 @@ def count(sizes: Mapping[str, int], *paths: str) -> int:
     """Elements of the matrices whose paths start with one of `paths`."""
     return sum(
         math.prod(parameter.shape(sizes))
-        for parameter in TABLE
+        for parameter in (*TABLE, *SCORER)
         if parameter.inputs and parameter.path.startswith(paths)
     )

@@ -16,7 +16,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
 from shallow_pi.models import batch as batches
-from shallow_pi.models import captures, gemma, layer_table, layers, parameters, pooling, siglip
+from shallow_pi.models import (
+    captures,
+    gemma,
+    layer_table,
+    layers,
+    parameters,
+    prefixes,
+    scorer,
+    siglip,
+)
 from shallow_pi.models import observation as observations
 
 GEMMA_2B = gemma.GemmaConfig(width=2048, mlp_dim=16_384)
@@ -49,6 +58,8 @@ class Pi0Config:
     image_size: int = 224
     # Image tokens of a camera that the backbone sees: means of cells of patches. 0: every patch.
     pooled_tokens: int = 0
+    # The same, but patches that a scorer chooses, with parameters of its own. 0: there is none.
+    scored_tokens: int = 0
     # Rows of the token embedding.
     vocab_size: int = PALIGEMMA_VOCAB_SIZE
     # Cameras in the order of their tokens.
@@ -88,7 +99,7 @@ class Pi0Config:
             raise ValueError(f"image_size {size} must be a multiple of image.patch_size {patch}.")
         if self.pooled_tokens == self.patches:  # One spelling of all.
             object.__setattr__(self, "pooled_tokens", 0)
-        pooling.cell(self.grid, self.image_tokens)  # Raises where they do not divide.
+        prefixes.check(self)
         if not self.cameras:
             raise ValueError("cameras must name at least one camera.")
         if self.discrete_state_input and not self.pi05:
@@ -129,7 +140,7 @@ class Pi0Config:
     @property
     def image_tokens(self) -> int:
         """Prefix tokens of one camera."""
-        return self.pooled_tokens or self.patches
+        return self.scored_tokens or self.pooled_tokens or self.patches
 
     @property
     def prefix_tokens(self) -> int:
@@ -151,6 +162,7 @@ def axis_sizes(config: Pi0Config) -> dict[str, int]:
         "image_layers": config.image.depth,
         "vocab": config.vocab_size,
         "action_dim": config.action_dim,
+        "scorer_hidden": scorer.HIDDEN,
         "time_hidden": config.expert.width,
         "action_and_time": 2 * config.expert.width,
     }
@@ -177,6 +189,8 @@ class Outputs(NamedTuple):
     attention: captures.PrefixAttention | None
     hidden: gemma.Hidden | None
     cache: PrefixCache | None
+    # The image tokens that a scorer chose.
+    choice: scorer.Choice | None
 
 
 class _PaliGemma(nn.Module):
@@ -208,6 +222,8 @@ class Pi0(nn.Module):
 
         self.action_in_proj = leaves("action_in_proj")
         self.action_out_proj = leaves("action_out_proj")
+        if c.scored_tokens:
+            self.image_scorer = leaves("image_scorer")
         if c.pi05:
             self.time_mlp_in = leaves("time_mlp_in")
             self.time_mlp_out = leaves("time_mlp_out")
@@ -225,14 +241,13 @@ class Pi0(nn.Module):
         self,
         observation: observations.Observation,
         image_tokens: Float[Array, "b n d"] | None = None,
-    ) -> tuple[Float[Array, "b s d"], Bool[Array, "b s"]]:
-        """Image tokens, encoded unless they are given, and prompt tokens; and which exist."""
+    ) -> prefixes.Prefix:
+        """Image tokens, encoded unless they are given, and prompt tokens."""
         if image_tokens is None:
             image_tokens = self.embed_images(observation)
-        image_tokens = pooling.pool(image_tokens, self.config.grid, self.config.image_tokens)
         prompt_tokens = self.PaliGemma.llm.embed(observation.tokenized_prompt)
-        tokens = jnp.concatenate([image_tokens, prompt_tokens], axis=1)
-        return tokens, prefix_valid(self.config, observation)
+        weights = self.image_scorer() if self.config.scored_tokens else None
+        return prefixes.join(self.config, observation, image_tokens, prompt_tokens, weights)
 
     def embed_suffix(
         self,
@@ -268,12 +283,14 @@ class Pi0(nn.Module):
         cache: bool = False,
     ) -> Outputs:
         """The velocity in one joint pass; one layer's attention, all streams, or the cache."""
-        prefix, valid = self.embed_prefix(observation, image_tokens)
+        prefix, valid, positions, choice = self.embed_prefix(observation, image_tokens)
         suffix, condition = self.embed_suffix(observation.state, x_t, time)
         head_dim, horizon = self.config.expert.head_dim, self.config.action_horizon
         kernel = self.execution.prefix_attention
         geometry = gemma.Geometry.create(
-            valid, head_dim, suffix.shape[2], horizon, condition, kernel
+            valid,
+            *(head_dim, suffix.shape[2], horizon, condition, kernel),
+            (positions, prefixes.positions_taken(self.config, valid)),
         )
         asked = None
         if attention_layer is not None:
@@ -289,7 +306,7 @@ class Pi0(nn.Module):
         attention = None if capture is None else capture.attention(valid)
         cached = None if stacked is None else PrefixCache(stacked, valid, observation.state)
         v = layers.dense(self.action_out_proj(), tower.suffix[:, :, -horizon:])
-        return Outputs(v, attention, tower.hidden, cached)
+        return Outputs(v, attention, tower.hidden, cached, choice)
 
 
 def pictures(config: Pi0Config, observation: observations.Observation) -> Float[Array, "bn h w 3"]:
@@ -305,20 +322,6 @@ def time_condition(params: PyTree, embedded: Float[Array, "*b e"]) -> Float[Arra
     return nn.swish(layers.dense(params["time_mlp_out"], hidden))
 
 
-def prefix_valid(config: Pi0Config, observation: observations.Observation) -> Bool[Array, "b s"]:
-    """True for the prefix tokens that exist, not for those of masked cameras or prompt padding."""
-    seen = image_valid(config, observation, config.image_tokens)
-    return jnp.concatenate([seen, observation.tokenized_prompt_mask], axis=1)
-
-
-def image_valid(
-    config: Pi0Config, observation: observations.Observation, tokens: int
-) -> Bool[Array, "b n"]:
-    """True for the tokens, of a number a camera, of cameras that exist."""
-    cameras = jnp.stack([observation.image_masks[name] for name in config.cameras], axis=1)
-    return jnp.repeat(cameras, tokens, axis=1)
-
-
 def init(config: Pi0Config, key: Array) -> PyTree:
     """Random float32 parameters in openpi's tree. Jit it with `config` static."""
     blank = batches.zeros(config, 1)
@@ -328,7 +331,7 @@ def init(config: Pi0Config, key: Array) -> PyTree:
 
 def abstract_params(config: Pi0Config) -> PyTree:
     """Shapes of the parameters, in float32."""
-    return parameters.abstract(axis_sizes(config), config.pi05)
+    return parameters.abstract(axis_sizes(config), config.pi05, config.scored_tokens > 0)
 
 
 def velocity(
@@ -392,7 +395,7 @@ def outputs(
     cache: bool = False,
     execution: layers.Execution = layers.DEFAULT_EXECUTION,
 ) -> Outputs:
-    """`velocity` of r draws, and with `cache` the prefix for `velocity_over_cache`."""
+    """`velocity` of r draws, and with `cache` the prefix for `cached.velocity`."""
     _check(config, observation, x_t.shape[-2:])
     captures.check(config.layers, attention_layer, attention_queries)
     arrays = (observation, x_t, t, image_tokens)
@@ -404,48 +407,6 @@ def outputs(
         cache=cache,
     )
     return found._replace(velocity=found.velocity.astype(jnp.float32))
-
-
-def suffix_params(params: PyTree, execution: layers.Execution) -> PyTree:
-    """The part of the parameters that `velocity_over_cache` reads, on the device.
-
-    Offloaded layers are copied here, once for all its calls.
-    """
-    llm = gemma.suffix_weights(params["PaliGemma"]["llm"])
-    if execution.offloaded:
-        llm["layers"] = layers.to_device(llm["layers"])
-    rest = {name: leaf for name, leaf in params.items() if name != "PaliGemma"}
-    return {**rest, "PaliGemma": {"llm": llm}}
-
-
-def velocity_over_cache(
-    config: Pi0Config,
-    params: PyTree,
-    cache: PrefixCache,
-    x_t: Float[Array, "b r ah ad"],
-    t: Float[Array, "b r"],
-    execution: layers.Execution = layers.DEFAULT_EXECUTION,
-) -> Float[Array, "b r ah ad"]:
-    """`velocity` at other noisy actions of the same observations: the suffix alone.
-
-    Args:
-      config: the model.
-      params: of `suffix_params`.
-      cache: of `outputs`.
-      x_t: noisy actions.
-      t: their times.
-      execution: as there.
-    """
-    embedded: Any = Pi0(config, execution).apply(
-        {"params": params}, cache.state, x_t, t, method="embed_suffix"
-    )
-    suffix, condition = embedded
-    head_dim, horizon = config.expert.head_dim, config.action_horizon
-    geometry = gemma.Geometry.create(cache.valid, head_dim, suffix.shape[2], horizon, condition)
-    llm, keep = params["PaliGemma"]["llm"], execution.keep_rows
-    suffix = gemma.suffix_over_cache(llm, suffix, cache.tower, geometry, keep)
-    v = layers.dense(params["action_out_proj"], suffix[:, :, -horizon:])
-    return v.astype(jnp.float32)
 
 
 def embed_images(

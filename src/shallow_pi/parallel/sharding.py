@@ -42,7 +42,7 @@ RULES: dict[str, str] = {
     "action_and_time": FSDP,
 }
 # Parameters with one of these axes are small and replicated.
-WHOLE = ("action_dim", "image_tokens", "colours")
+WHOLE = ("action_dim", "image_tokens", "colours", "scorer_hidden")
 
 
 @dataclasses.dataclass(frozen=True)

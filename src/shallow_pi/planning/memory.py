@@ -211,6 +211,8 @@ def _activations(spec: step.Spec) -> float:
     if "vision" not in spec.freeze:
         kept_image = size * patches * image.width + kept[remat]
         stays += cameras * image.depth * kept_image
+    if model.scored_tokens:  # Floats: the scorer's inputs.
+        stays += 4 * cameras * patches * model.backbone.width
     pictures = 3 * 4 * cameras * 3 * model.image_size**2  # Floats: augmented, and two copies.
     return stays + max(at_once, cameras * working) + pictures
 

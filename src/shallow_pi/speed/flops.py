@@ -54,7 +54,7 @@ def inference_flops(
     length, horizon = config.prefix_tokens, config.action_horizon
     cached = length + (not config.pi05)
     unread = options.unrolled_layers or not config.is_even
-    prefix = _layers(config, "", length, length, unread)
+    prefix = _layers(config, "", length, length, unread) + _scorer(config)
     if not config.pi05 and options.state_once:
         prefix += _layers(config, "_1", 1, cached, unread)
         prefix += 2 * parameters.count(sizes, "state_proj")
@@ -130,6 +130,7 @@ def weight_bytes(
     around = parameters.count(sizes, "PaliGemma/img/") - inside
     unread = options.unrolled_layers or not config.is_even
     prefix = _layers(config, "", 1, 0, unread) // 2
+    scorer = BYTES[config.dtype] * _scorer_matrices(config)
     step = _layers(config, "_1", 1, 0) // 2
 
     def size(part: quantize.Part) -> int:
@@ -137,7 +138,7 @@ def weight_bytes(
         return 1 if rounded else BYTES[config.dtype]
 
     vision = size("vision") * inside + BYTES[config.dtype] * around
-    return Count(vision, size("backbone") * prefix, size("expert") * step, num_steps)
+    return Count(vision, size("backbone") * prefix + scorer, size("expert") * step, num_steps)
 
 
 def _layers(
@@ -164,6 +165,20 @@ def _layers(
         else:
             total += into if last_unread and i == last else whole
     return total
+
+
+def _scorer_matrices(config: pi0.Pi0Config) -> int:
+    return parameters.count(pi0.axis_sizes(config), "image_scorer") if config.scored_tokens else 0
+
+
+def _scorer(config: pi0.Pi0Config) -> int:
+    """Scores of every patch, and the product that takes the kept ones."""
+    if not config.scored_tokens:
+        return 0
+    patches, width = len(config.cameras) * config.patches, config.backbone.width
+    asked = parameters.count(pi0.axis_sizes(config), "image_scorer/prompt")
+    scores = patches * (_scorer_matrices(config) - asked) + asked
+    return 2 * (scores + patches * config.scored_tokens * width)
 
 
 def _time(config: pi0.Pi0Config, options: tuning.InferenceOptions) -> int:

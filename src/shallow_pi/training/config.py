@@ -61,9 +61,11 @@ class StudentConfig:
     # Layers of the image tower, evenly spaced; 0 keeps all. A cut tower has a loss on its tokens
     # (--losses.vision).
     vision_depth: int = 0
-    # Image tokens of a camera that the backbone sees, means of neighbouring ones: of 256 such as
-    # 128 or 64 (2 × 2). 0 keeps all.
+    # Image tokens of a camera that the backbone sees, of 256 such as 128 or 64. 0 keeps all.
     image_tokens: int = 0
+    # Which they are: "pool" takes means of neighbouring ones (64: of 2 × 2), "scored" those that a
+    # scorer expects the teacher's actions to attend to most; openpi cannot run the latter.
+    image_token_choice: Literal["pool", "scored"] = "pool"
     # Strategy that chooses them among the teacher's. Four measure it on the first batch: similarity
     # (cosine of input and output) and cka drop layers that change little, sensitivity (error
     # when skipped) and gate (gradient of a gate on the layer) those that are missed least.
@@ -92,6 +94,11 @@ class StudentConfig:
         _at_least(self, 1, "depth", "num_steps", prefix="student.")
         counts = ("backbone_depth", "expert_depth", "vision_depth", "image_tokens")
         _at_least(self, 0, *counts, prefix="student.")
+        if self.image_token_choice == "scored" and not self.image_tokens:
+            raise ValueError(
+                "--student.image-token-choice scored chooses --student.image-tokens of each "
+                "camera: give that number too"
+            )
         for stream in ("backbone", "expert"):
             named = getattr(self, f"{stream}_layers")
             listed = " ".join(map(str, named))
@@ -132,7 +139,7 @@ class StudentConfig:
 
         Raises:
           ValueError: a depth that the teacher, or the student's layers, do not have; image tokens
-            that do not divide.
+            that do not divide the patches, or are more.
         """
         depth = self.total_depth
         usual = depth if self.layers else self.depth
@@ -157,6 +164,8 @@ class StudentConfig:
         )
         students.vision_layers(teacher, model)  # Checks the depth.
         try:
+            if self.image_token_choice == "scored":
+                return dataclasses.replace(model, scored_tokens=self.image_tokens)
             return dataclasses.replace(model, pooled_tokens=self.image_tokens)
         except ValueError as error:
             raise ValueError(f"--student.image-tokens {self.image_tokens}: {error}") from error
@@ -343,6 +352,17 @@ class DistillConfig:
         if self.resume and self.overwrite:
             raise ValueError("--resume continues a run, --overwrite starts anew: give only one")
         self.fixed_layer_map()
+        if tokens := self.model.scored_tokens:
+            raise ValueError(
+                f"--model.scored-tokens {tokens}: the scorer of a student learns from a teacher "
+                "that sees all image tokens; give --student.image-token-choice scored and "
+                "--student.image-tokens"
+            )
+        if self.student.image_token_choice == "scored" and self.losses.scorer == 0:
+            raise ValueError(
+                "--student.image-token-choice scored: the scorer learns by --losses.scorer alone, "
+                "which is 0; give it a weight or leave it out"
+            )
         if self.teacher is not None:
             self.student.cut(self.model)
         elif self.student.cuts:

@@ -184,6 +184,11 @@ def describe_layers(spec: step.Spec) -> list[str]:
             f"Image tokens: {spec.student.pooled_tokens} of {spec.student.patches} a camera, means "
             "of neighbours"
         )
+    if spec.student.scored_tokens:
+        lines.append(
+            f"Image tokens: {spec.student.scored_tokens} of {spec.student.patches} a camera, "
+            f"chosen by a scorer: --losses.scorer {spec.losses.scorer:g}"
+        )
     return lines
 
 

@@ -60,7 +60,7 @@ def test_dropped_tokens_are_masked_ones_and_positions_stay(setting, sample, weig
 
     @jax.jit
     def velocity(x_t, t):
-        tokens, valid = model.apply({"params": params}, observation, method="embed_prefix")
+        tokens, valid, *_ = model.apply({"params": params}, observation, method="embed_prefix")
         given = (observation.state, x_t[:, None], jnp.full((2, 1), t))
         suffix, _ = model.apply({"params": params}, *given, method="embed_suffix")
         geometry = gemma.Geometry.create(valid, 8, suffix.shape[2], 5)
@@ -135,7 +135,9 @@ def test_tokens_are_chosen_by_relevance_and_then_by_distance_to_the_key():
 def test_relevance_is_the_attention_that_prompt_tokens_give(setting, weights):
     config, params, observation, _ = setting(image_size=SIDE)
     layer = jax.tree.map(lambda leaf: leaf[0], params["PaliGemma"]["llm"]["layers"])
-    tokens, valid = pi0.Pi0(config).apply({"params": params}, observation, method="embed_prefix")
+    tokens, valid, *_ = pi0.Pi0(config).apply(
+        {"params": params}, observation, method="embed_prefix"
+    )
     rope = layers.rope_table(jnp.cumsum(valid, axis=1) - 1, 8)
     normed, _ = gemma.norm(layer["pre_attention_norm"], tokens, None)
     q = jnp.einsum("bsd,ndh->bsnh", normed, layer["attn"]["q_einsum"]["w"])

@@ -52,8 +52,7 @@ def test_closed_gates_are_layers_cut_out(pi05, setting, weights):
 
     @jax.jit
     def found(observation, noise):
-        tokens = forward.embed_prefix(config, held, observation)
-        valid = pi0.prefix_valid(config, observation)
+        tokens, valid, *_ = forward.embed_prefix(config, held, observation)
         opened = jnp.broadcast_to(jnp.array([False, True])[:, None], (2, len(noise)))
         return gated.sample(config, held, tokens, valid, observation.state, noise, opened)
 

@@ -108,8 +108,15 @@ def in_whole_layers(student: Student) -> Student:
     """The student with zeros for the halves of layers that it lacks, as openpi computes them.
 
     Raises:
-      ValueError: it pools its image tokens, which no released class does.
+      ValueError: it pools its image tokens or chooses among them, which no released class does.
     """
+    if tokens := student.model.scored_tokens:
+        raise ValueError(
+            f"this student chooses {tokens} of a camera's {student.model.patches} image tokens by "
+            "a scorer (--student.image-token-choice scored), whose parameters (image_scorer/…) the "
+            "classes of openpi and LeRobot have no place for: serve it from its step folder "
+            "(shallow-pi serve), or give --format onnx or stablehlo"
+        )
     if tokens := student.model.pooled_tokens:
         raise ValueError(
             f"this student pools the {student.model.patches} image tokens of a camera to {tokens} "

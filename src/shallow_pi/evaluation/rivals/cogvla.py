@@ -85,8 +85,8 @@ class CogVLA:
     ) -> Float[Array, "b ah ad"]:
         """Sample over a quarter of the image tokens."""
         prepared = held.prepared
-        tokens = forward.embed_prefix(config, prepared, observation)
-        whole = gates.Prefix(tokens, pi0.prefix_valid(config, observation))
+        found = forward.embed_prefix(config, prepared, observation)
+        whole = gates.Prefix(found.tokens, found.valid)
         prefix = reduce(self.kind, config, held.extra, whole)
         model = rival.with_tokens(config, _images(config) // 4)
         cache, valid = prefill(model, prepared, prefix)

@@ -94,8 +94,8 @@ class EarlyExit:
         backbone, expert = prepared.prefix, prepared.suffix
         assert isinstance(backbone, list), "rivals prepare lists of layers"
         assert isinstance(expert, list), "rivals prepare lists of layers"
-        tokens = forward.embed_prefix(config, prepared, observation)
-        valid = pi0.prefix_valid(config, observation)
+        prefix = forward.embed_prefix(config, prepared, observation)
+        tokens, valid = prefix.tokens, prefix.valid
         every, depth = self.exits(config.depth), config.depth
         first = jax.tree.map(lambda leaf: leaf[:1], prepared.tables)
         start = gated.empty(config, tokens, valid, 0)[1]

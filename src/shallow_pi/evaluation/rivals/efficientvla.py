@@ -136,8 +136,8 @@ def prefill(
 ) -> tuple[attention.Cache, Bool[Array, "b s"]]:
     """`forward.prefill` over the tokens that stay behind the first layer."""
     images, kept = _images(config), config.kept
-    valid = pi0.prefix_valid(config, observation)
-    tokens = forward.embed_prefix(config, prepared, observation)
+    prefix = forward.embed_prefix(config, prepared, observation)
+    tokens, valid = prefix.tokens, prefix.valid
     seen = jnp.sum(valid[:, :images], axis=1)
     # Counted from where the kept tokens end, as the suffix counts on from their number.
     positions = jnp.cumsum(valid, axis=1) - 1 - jnp.maximum(seen - kept, 0)[:, None]

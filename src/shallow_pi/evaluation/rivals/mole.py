@@ -92,8 +92,8 @@ class MoLE:
         noise: Float[Array, "b ah ad"],
     ) -> Float[Array, "b ah ad"]:
         """Route, then run the layers that are on."""
-        tokens = forward.embed_prefix(config, held.prepared, observation)
-        prefix = gates.Prefix(tokens, pi0.prefix_valid(config, observation))
+        found = forward.embed_prefix(config, held.prepared, observation)
+        prefix = gates.Prefix(found.tokens, found.valid)
         images = len(config.cameras) * config.image_tokens
         soft = jax.nn.softmax(logits(held.extra, prefix, images), axis=-1)
         opened = top(soft, self.layers).T > 0

@@ -1,0 +1,217 @@
+"""Distillation of the scorer of image tokens from the teacher's attention."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import jax.test_util
+import numpy as np
+import optax
+import pytest
+
+from shallow_pi.checkpoints import weights
+from shallow_pi.distill import layer_map, losses, step, student
+from shallow_pi.models import layers, pi0
+from shallow_pi.training import config
+
+KEY = jax.random.key(5)
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny_config, tiny_params):
+    made = tiny_config()
+    return made, tiny_params(made)
+
+
+@pytest.fixture(scope="module")
+def spec(teacher):
+    """A student of two layers and two of four patches, padded actions left out; plain SGD."""
+    return step.Spec(
+        student=dataclasses.replace(pi0.at_depth(teacher[0], 2), scored_tokens=2),
+        optimizer=optax.sgd(0.1),
+        schedule=optax.constant_schedule(0.1),
+        losses=losses.Losses(velocity=0.5, attention=2.0, scorer=3.0, mask_padded_actions=True),
+        teacher=teacher[0],
+        layer_map=layer_map.explicit((1, 2), 3),
+        draws=2,
+        execution=layers.Execution(remat="none"),
+    )
+
+
+@pytest.fixture(scope="module")
+def cut(spec, teacher):
+    """With scores that differ from one patch to the next."""
+    made = student.cut(*teacher, spec.layer_map, spec.student)
+    own = made["image_scorer"]
+    kernel = 0.3 * jax.random.normal(jax.random.key(1), own["score"]["kernel"].shape)
+    return {**made, "image_scorer": {**own, "score": {"kernel": kernel}}}
+
+
+@pytest.fixture(scope="module")
+def batch(teacher, tiny_batch):
+    """Of four observations; the last actions of the first are padding."""
+    made = tiny_batch(teacher[0], b=4)
+    made.action_mask[0, 3:] = False
+    return made
+
+
+def _run(spec, teacher, params, batch):
+    run = jax.jit(functools.partial(step.distill_step, spec))
+    return run(teacher[1], step.init_state(spec, params), KEY, batch)
+
+
+@pytest.fixture(scope="module")
+def result(spec, teacher, cut, batch):
+    return _run(spec, teacher, cut, batch)
+
+
+@pytest.fixture(scope="module")
+def outputs(spec, teacher, cut, batch):
+    """The student's and the teacher's, at the inputs of the step."""
+    drawn = step.draw_inputs(spec, jax.random.fold_in(KEY, 0), batch)
+    given = drawn.observation, drawn.x_t, drawn.t
+    run = jax.jit(pi0.outputs, static_argnums=0, static_argnames="attention_layer")
+    own = run(spec.student, cut, *given, attention_layer=0)
+    return drawn, own, run(teacher[0], teacher[1], *given, attention_layer=1)
+
+
+def _expected_mass(drawn, theirs):
+    """By hand: softmax over what exists, mean over heads and the actions that count."""
+    seen = theirs.attention.valid[:, None, None, None]
+    p = np.array(jax.nn.softmax(np.where(seen, theirs.attention.logits, -np.inf), axis=-1))
+    return np.stack(
+        [p[b].mean(axis=1)[drawn.action_mask[b]].mean(axis=0)[:8].reshape(2, 4) for b in range(4)]
+    )
+
+
+def test_scores_that_are_the_teachers_attention_have_no_loss():
+    """Up to a constant a camera; a camera that is absent does not count."""
+    mass = np.random.default_rng(0).uniform(0.01, 1, (3, 2, 5)).astype(np.float32)
+    scores = np.log(mass) + np.array([2.0, -3.0], np.float32)[:, None]
+    valid = np.array([[True, True], [True, False], [False, False]])
+    scores[1, 1] = scores[2] = 9.0
+    found = losses.scorer_loss(*map(jnp.asarray, (scores, mass, valid)))
+    np.testing.assert_allclose(found, 0, atol=1e-6)
+
+
+def test_the_scorer_loss_is_the_divergence_of_each_camera():
+    generator = np.random.default_rng(0)
+    mass, scores = generator.uniform(0, 1, (2, 2, 5)), generator.standard_normal((2, 2, 5))
+    mass[0, 0, 2] = mass[0, 1] = 0
+    valid = jnp.array([[True, True], [True, False]])
+    p = mass / np.maximum(mass.sum(axis=-1, keepdims=True), 1e-30)
+    q = np.exp(scores) / np.exp(scores).sum(axis=-1, keepdims=True)
+    kl = np.where(p > 0, p * np.log(np.where(p > 0, p, 1) / q), 0).sum(axis=-1)
+    given = jnp.asarray(scores, jnp.float32), jnp.asarray(mass, jnp.float32)
+    found = losses.scorer_loss(*given, valid)
+    np.testing.assert_allclose(found, [kl[0].sum() / 2, kl[1, 0]], rtol=1e-5)
+    jax.test_util.check_grads(
+        lambda s: losses.scorer_loss(s, given[1], valid), given[:1], order=1, modes=["rev"]
+    )
+    fixed = jax.grad(lambda m: jnp.sum(losses.scorer_loss(given[0], m, valid)))(given[1])
+    assert not fixed.any()
+    with pytest.raises(ValueError, match="attention"):
+        losses.scorer_loss(given[0], given[1][:, :1], valid)
+
+
+def test_the_step_compares_scores_with_the_attention_of_actions_that_count(
+    spec, cut, result, outputs
+):
+    drawn, own, theirs = outputs
+    mass = jnp.asarray(_expected_mass(drawn, theirs))
+    valid = jnp.stack([drawn.observation.image_masks[name] for name in spec.student.cameras], 1)
+    assert valid.tolist()[0] == [True, False]
+    expected = losses.scorer_loss(own.choice.scores, mass, valid).mean()
+    np.testing.assert_allclose(result[1]["scorer_loss"], expected, rtol=1e-4)
+    assert expected > 0.05
+    kept = own.choice.kept.any(axis=2)
+    share = float(mass[kept].sum() / mass.sum())
+    np.testing.assert_allclose(result[1]["attention_kept"], share, rtol=1e-4)
+    parts = [float(result[1][f"{n}_loss"]) for n in ("task", "velocity", "attention", "scorer")]
+    np.testing.assert_allclose(result[1]["loss"], np.dot([1, 0.5, 2, 3], parts), rtol=1e-5)
+
+
+def test_the_attention_loss_compares_over_the_kept_patches(result, outputs):
+    drawn, own, theirs = outputs
+    kl = []
+    for b in range(4):
+        here = own.attention.valid[b]
+        patches = np.array(own.choice.kept[b]).argmax(axis=-1) + np.array([[0], [4]])
+        chosen = np.concatenate([patches.reshape(-1), np.arange(8, 15)])[here]
+        p = np.array(jax.nn.softmax(theirs.attention.logits[b][..., chosen], axis=-1))
+        log_q = jax.nn.log_softmax(own.attention.logits[b][..., here], axis=-1)
+        kl.append((p * (np.log(p) - log_q)).sum(axis=-1).mean(axis=1)[drawn.action_mask[b]])
+    np.testing.assert_allclose(
+        result[1]["attention_loss"], np.concatenate(kl).mean(), rtol=1e-4, atol=1e-6
+    )
+
+
+def test_the_scorer_moves_by_its_own_loss_alone(spec, teacher, cut, result, batch):
+    """And without it the rest of the student moves as it does with it."""
+    none = dataclasses.replace(spec, losses=dataclasses.replace(spec.losses, scorer=0.0))
+    state, metrics = _run(none, teacher, cut, batch)
+    assert "scorer_loss" not in metrics
+    before, with_it, without = (
+        weights.leaves(tree) for tree in (cut, result[0].params, state.params)
+    )
+    for path, leaf in before.items():
+        if path.startswith("image_scorer/"):
+            np.testing.assert_array_equal(without[path], leaf)
+            assert np.any(with_it[path] != leaf), path
+        else:
+            np.testing.assert_allclose(without[path], with_it[path], atol=1e-6, err_msg=path)
+
+
+@pytest.mark.parametrize("changes", [{"accumulation": 2}, {"freeze": ("vision", "embedder")}])
+def test_microbatches_and_a_frozen_tower_give_the_same_scores(
+    changes, spec, teacher, cut, result, batch
+):
+    _, metrics = _run(dataclasses.replace(spec, **changes), teacher, cut, batch)
+    for name in ("scorer_loss", "attention_loss", "task_loss"):
+        np.testing.assert_allclose(metrics[name], result[1][name], rtol=1e-4, err_msg=name)
+
+
+def test_the_norm_of_every_losss_gradient_is_measured(spec, teacher, cut, batch):
+    two = dataclasses.replace(spec, losses=losses.Losses(velocity=0.0, attention=0.0))
+    run = jax.jit(functools.partial(step.loss_gradient_norms, two))
+    found = run(teacher[1], step.init_state(spec, cut), KEY, batch)
+    assert sorted(found) == ["grad_norm_of/scorer_loss", "grad_norm_of/task_loss"]
+    assert min(map(float, found.values())) > 0
+
+
+def test_training_brings_the_scores_to_the_teachers_attention(spec, teacher, cut, batch):
+    quick = dataclasses.replace(
+        spec,
+        losses=losses.Losses(task=0.0, velocity=0.0, attention=0.0, scorer=1.0),
+        optimizer=optax.adam(3e-3),
+        draws=1,
+    )
+    run, state, found = jax.jit(functools.partial(step.distill_step, quick)), None, []
+    state = step.init_state(quick, cut)
+    for _ in range(60):
+        state, metrics = run(teacher[1], state, KEY, batch)
+        found.append(float(metrics["scorer_loss"]))
+    assert np.mean(found[-5:]) < 0.3 * found[0]
+
+
+def test_losses_and_scorer_come_together(spec, tiny_experiment, tmp_path):
+    scored = config.StudentConfig(depth=2, image_tokens=2, image_token_choice="scored")
+    made = tiny_experiment(tmp_path, student=scored)
+    assert made.student_model.scored_tokens == 2
+    assert dataclasses.replace(spec, losses=losses.Losses()).losses.scorer == 1.0
+    for changes, message in (
+        ({"losses": losses.Losses(scorer=0.0)}, "learns by --losses.scorer alone, which is 0"),
+        ({"teacher": None}, "--student.image-tokens: these cut parts of a teacher"),
+        (
+            {"model": dataclasses.replace(made.model, scored_tokens=2)},
+            "--model.scored-tokens 2: the scorer of a student learns from a teacher that sees all",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            dataclasses.replace(made, **changes)
+    whole = dataclasses.replace(spec.student, scored_tokens=0)
+    with pytest.raises(ValueError, match=r"--losses.scorer 3 trains a scorer .* there is none"):
+        dataclasses.replace(spec, student=whole)
+    with pytest.raises(ValueError, match=r"a teacher has all image tokens .*--model.scored-tokens"):
+        dataclasses.replace(spec, teacher=dataclasses.replace(spec.teacher, scored_tokens=2))
