@@ -34,6 +34,7 @@ from shallow_pi.commands import exits
 from shallow_pi.evidence import (
     cells,
     claims,
+    factorial,
     miniature,
     outcomes,
     page,
@@ -179,6 +180,7 @@ def measure(wanted: Sequence[cells.Cell], given: Arguments) -> None:
     )
     running.run(todo, given.runs, given.results / name, given.workers)
     rival_costs.ensure(given.chosen(), given.runs, given.results)
+    factorial.ensure(given.chosen(), given.runs, given.results)
 
 
 def show(given: Arguments) -> None:

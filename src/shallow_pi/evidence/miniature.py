@@ -14,6 +14,7 @@ from shallow_pi.data.robots import normalize, tokenizer
 from shallow_pi.data.robots import robot as robots
 from shallow_pi.evidence import (
     cells,
+    factorial,
     frames,
     late_claims,
     page,
@@ -62,6 +63,7 @@ def run(chosen: Sequence[Claim], workers: int, folder: pathlib.Path) -> list[pat
     ends = np.array([0, rival_runs.BATCH_SIZE])
     rival_runs.make(rivals, runs, frames.Frames(made_up, ends))
     scoring.ensure([cell.policy for cell in wanted], runs, results)
+    factorial.ensure(chosen, runs, results)
     todo = running.jobs(wanted, cells.read(results), rows.teacher_of, EPISODES)
     todo = [dataclasses.replace(job, max_seconds=SECONDS) for job in todo]
     running.run(todo, runs, results / "cells.jsonl", workers)

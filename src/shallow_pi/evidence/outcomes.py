@@ -6,6 +6,7 @@ one that has a single policy (the teacher) meets every seed of the other.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
@@ -72,6 +73,23 @@ class Table:
         if self._column(a[1]).is_rate:  # Two rates differ by no more than 1.
             found = dataclasses.replace(found, low=max(found.low, -1.0), high=min(found.high, 1.0))
         return found
+
+    def seeds(self, side: Side) -> int:
+        """Training seeds of a row that were measured in a column."""
+        return len(self._measured(side))
+
+    def combination(self, parts: Mapping[Side, float]) -> intervals.Mean | None:
+        """A sum of rows in columns, each times its number, seed by seed and episode by episode.
+
+        As many seeds count as every one of them has; None where one was not measured.
+        """
+        measured = [self._measured(side) for side in parts]
+        shared = min(map(len, measured), default=0)
+        flat = _matrix([outcomes for found in measured for outcomes in found[:shared]])
+        if flat is None:
+            return None
+        stacked = flat.reshape(len(parts), shared, -1)
+        return intervals.over_seeds(np.tensordot(np.array([*parts.values()]), stacked, 1))
 
     def decide(self, statement: Statement) -> tuple[Verdict, intervals.Mean | None]:
         """By the interval alone, and the value that is compared with the bound."""

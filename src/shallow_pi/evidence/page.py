@@ -14,6 +14,7 @@ from shallow_pi.evidence import (
     cells,
     claims,
     drawing,
+    factorial,
     outcomes,
     recipes,
     rival_costs,
@@ -81,6 +82,9 @@ def write(path: pathlib.Path, folder: pathlib.Path, episodes: int) -> list[pathl
             against = drawings / f"{table.claim.name}_costs.png"
             if rival_costs.picture(against, table, folder):
                 pictures.append(("Success against operations", against))
+            pareto = drawings / f"{table.claim.name}_pareto.png"
+            if factorial.picture(pareto, table, folder):
+                pictures.append(("Success against operations", pareto))
         except figures.PlotsMissingError as error:
             progress.warn(str(error))
         written += [file for _, file in pictures]
@@ -89,6 +93,7 @@ def write(path: pathlib.Path, folder: pathlib.Path, episodes: int) -> list[pathl
             lines += ["", f"![{title}]({pathlib.PurePath(target).as_posix()})"]
         lines += _tables(table)
         lines += rival_costs.lines(table.claim, folder)
+        lines += factorial.lines(table, folder)
         lines += ["", f"*Not said:* {table.claim.limits}", *_pending(table), *_origin(table)]
     lines += ["", "## Pending as a whole", ""]
     for table in tables:

@@ -3,7 +3,7 @@
 import itertools
 
 from shallow_pi.evidence import rows, step_claims
-from shallow_pi.evidence.claim import Claim, Column, Factor, Line, Picture, Statement, Variant
+from shallow_pi.evidence.claim import Claim, Column, Factor, Statement, Variant
 
 # Levels of the students' parts, the uncut one first; 0 is the teacher's.
 DEPTHS, TOWERS, TOKENS, STEPS, BITS = (6, 4), (0, 1), (0, 4), (10, 2, 1), (16, 8)
@@ -69,25 +69,8 @@ def shapes() -> Claim:
             costs("one step costs at most 10 points", 0.1, six, columns[1].label),
             costs("all cuts together cost at most 20 points", 0.2, every, columns[1].label),
         ),
-        pictures=(
-            Picture(
-                "shapes",
-                "Students of all shapes in few steps",
-                "",
-                "success, %",
-                tuple(
-                    Line(
-                        column.label,
-                        tuple((row.label, (row.label, column.label)) for row in found[::2]),
-                        colour,
-                        "",
-                    )
-                    for column, colour in zip(
-                        columns.values(), ("teacher", "student", "task_only"), strict=True
-                    )
-                ),
-            ),
-        ),
+        # Success against operations is drawn by `factorial`.
+        pictures=(),
         reference=six,
         limits="A small teacher of one task, whose tower has two layers and whose cameras have 16 "
         "tokens; students of 600 steps with the three losses, reflow for one step and, where the "

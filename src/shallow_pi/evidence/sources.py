@@ -51,13 +51,13 @@ def load(slug: str, runs: pathlib.Path, num_steps: int) -> deployed.Policy:
     if rival_runs.is_rival(slug):
         return rival_runs.load(slug, runs, num_steps)
     assets, params = read(slug, runs)
-    scheme, folder = _scheme(slug), runs / slug.partition("--")[0]
+    rounding, folder = scheme(slug), runs / slug.partition("--")[0]
     bounds = None
-    if scheme is not None and quantize.rounds_activations(scheme):
+    if rounding is not None and quantize.rounds_activations(rounding):
         bounds = calibration.load(folder / run_folder.ASSETS, assets.model)
     # A cell asks for these steps on purpose: no warning that it was trained for others.
     assets = dataclasses.replace(assets, num_steps=num_steps)
-    return deployed.Policy(assets, params, quantize=scheme, calibration=bounds)
+    return deployed.Policy(assets, params, quantize=rounding, calibration=bounds)
 
 
 def digest(slug: str, runs: pathlib.Path) -> str:
@@ -84,7 +84,7 @@ def read(slug: str, runs: pathlib.Path) -> tuple[policy_assets.Assets, PyTree]:
     dtype = np.dtype(jnp.dtype(assets.model.dtype))
     expected = pi0.abstract_params(assets.model)
     params = weights.load_params(folder, expected, dtype=dtype, what="policy")
-    if not way or _scheme(slug) is not None:
+    if not way or scheme(slug) is not None:
         return assets, params
     kept = _kept(slug, assets.model.depth, folder)
     cut = student.cut(assets.model, params, kept)
@@ -93,10 +93,10 @@ def read(slug: str, runs: pathlib.Path) -> tuple[policy_assets.Assets, PyTree]:
     return whole, jax.tree.map(np.asarray, cut)
 
 
-def _scheme(slug: str) -> quantize.Scheme | None:
+def scheme(slug: str) -> quantize.Scheme | None:
     """How a policy's products are rounded, if its slug says so."""
     way = slug.partition("--")[2]
-    return next((scheme for scheme in quantize.SCHEMES if scheme == way), None)
+    return next((one for one in quantize.SCHEMES if one == way), None)
 
 
 def _kept(slug: str, depth: int, folder: pathlib.Path) -> layer_map.LayerMap:
