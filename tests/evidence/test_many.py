@@ -81,6 +81,7 @@ def test_groups_keep_apart_what_programs_depend_on():
         _vary(queries="all"),
         _vary(vision_depth=1),
         _vary(image_tokens=1),
+        _vary(image_tokens=1, token_choice="scored"),
     ]
     assert len(many.group(apart)) == len(apart)
     # Other numbers of demonstrations are other rows, and the rows of a program make a grid.
@@ -102,14 +103,14 @@ def test_a_student_without_training_is_the_cut(model, data, teacher, strategy, l
 
 
 def test_a_student_of_another_shape_is_cut_with_the_vision_loss(model, data, teacher):
-    """Its tower is the teacher's first layer, its tokens are pooled."""
-    recipe = _vary(vision_depth=1, image_tokens=1, steps=0)
+    """Its tower is the teacher's first layer, its tokens are chosen by a scorer."""
+    recipe = _vary(vision_depth=1, image_tokens=1, token_choice="scored", steps=0)
     programs = many.Programs(model, 40, teacher_depth=3)
     found = _trained(programs, many.group([recipe]), data, teacher)[recipe]
     own = many.architecture(recipe, model)
-    assert (own.image.depth, own.image_tokens, own.depth) == (1, 1, 2)
+    assert (own.image.depth, own.scored_tokens, own.depth) == (1, 1, 2)
     assert jax.tree.map(np.shape, found) == jax.tree.map(np.shape, pi0.abstract_params(own))
-    assert recipe.losses.weights["vision"] == 1.0
+    assert (recipe.losses.weights["vision"], recipe.losses.weights["scorer"]) == (1.0, 1.0)
     with pytest.raises(ValueError, match=r"vision-depth must lie in 1..\d+ .*, got 9"):
         many.architecture(_vary(vision_depth=9), model)
 
@@ -143,6 +144,7 @@ def test_slugs_tell_recipes_apart():
             "queries": "all",
             "vision_depth": 1,
             "image_tokens": 4,
+            "token_choice": "scored",
             "num_steps": 1,
             "steps": 0,
             "demonstrations": 50,

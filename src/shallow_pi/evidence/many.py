@@ -103,7 +103,7 @@ def _program(recipe: recipes.Recipe) -> tuple[object, ...]:
     return (
         recipe.role,
         recipe.model,
-        (recipe.depth, recipe.vision_depth, recipe.image_tokens),
+        (recipe.depth, recipe.vision_depth, recipe.image_tokens, recipe.token_choice),
         recipe.teacher,
         recipe.steps,
         recipe.peak_lr,
@@ -152,7 +152,10 @@ def architecture(
         return recipes.teacher_model(recipe, model)
     own = student.model(model, layers_of(recipe, model, scores))
     image = dataclasses.replace(own.image, depth=recipe.vision_depth or own.image.depth)
-    own = dataclasses.replace(own, image=image, pooled_tokens=recipe.image_tokens)
+    pooled, scored = recipe.image_tokens, 0
+    if recipe.token_choice == "scored":
+        pooled, scored = scored, pooled
+    own = dataclasses.replace(own, image=image, pooled_tokens=pooled, scored_tokens=scored)
     student.vision_layers(model, own)  # Checks the depth.
     return own
 

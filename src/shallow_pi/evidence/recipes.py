@@ -48,6 +48,8 @@ class Recipe:
     # vision loss.
     vision_depth: int = 0
     image_tokens: int = 0
+    # Pool the image tokens in cells, or choose them by a scorer, which has the scorer loss.
+    token_choice: Literal["pool", "scored"] = "pool"
     # Integration steps that the student is deployed with; the reflow loss looks at their times.
     num_steps: int = 10
     # Optimizer steps of 64 observations, twice drawn.
@@ -84,7 +86,11 @@ class Recipe:
             if name == "tasks":
                 parts.append("+".join(value))
                 continue
-            word = value if name in ("init", "heads", "model") else f"{name}{_short(value)}"
+            word = (
+                value
+                if name in ("init", "heads", "token_choice", "model")
+                else f"{name}{_short(value)}"
+            )
             word = f"{value}layers" if name == "strategy" else word
             parts.append(str(word).replace("_", ""))
         return "-".join([*parts, f"s{self.seed}"])
@@ -99,6 +105,7 @@ class Recipe:
             attention=self.attention,
             reflow=self.reflow,
             vision=float(self.vision_depth > 0),
+            scorer=float(self.token_choice == "scored"),
             attention_queries=self.queries,
             attention_heads=self.heads,
             attention_layer=layer,
