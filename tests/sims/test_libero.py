@@ -74,14 +74,15 @@ def test_a_rotation_is_its_axis_times_its_angle():
 
 
 @pytest.mark.slow
-def test_episodes_pictures_and_states_are_openpis():
+def test_episodes_pictures_and_states_are_openpis(monkeypatch):
     """Its loop over trials, in our words: seed 7 once, a reset and ten steps for each trial."""
     if error := _gl_works():
         pytest.skip(error)
     from libero.libero.envs import env_wrapper
+    from robosuite.utils import binding_utils
 
-    suite = ours.Suite(suite="libero_spatial", tasks=("3",))
-    number, trials = 3, 3
+    number, trials = 4, 3  # Its drawer is opened by chance, in each reset more often.
+    suite = ours.Suite(suite="libero_spatial", tasks=(str(number),))
     task = ours.tasks("libero_spatial")[number]
     folder = pathlib.Path(libero.libero.get_libero_path("bddl_files")) / task.problem_folder
     env = env_wrapper.OffScreenRenderEnv(
@@ -92,20 +93,23 @@ def test_episodes_pictures_and_states_are_openpis():
     states = sim._states
     assert states.shape[0] == 50
     env.seed(7)
-    for trial in range(trials):
-        env.reset()
-        seen = env.set_init_state(states[trial])
-        for _ in range(10):
-            seen, *_ = env.step([0.0] * 6 + [-1.0])
-    for _ in range(2):
-        action = np.array([0.5, -0.3, 0.2, 0.1, 0.0, -0.1, 1.0])
-        seen, *_ = env.step(action.tolist())
+    with monkeypatch.context() as only_last:  # The pictures before take long, and are not compared.
+        blank = np.zeros((256, 256, 3), np.uint8)
+        only_last.setattr(binding_utils.MjSim, "render", lambda *_, **__: blank)
+        for trial in range(trials):
+            env.reset()
+            env.set_init_state(states[trial])
+            for _ in range(10):
+                env.step([0.0] * 6 + [-1.0])
+    action = np.array([0.5, -0.3, 0.2, 0.1, 0.0, -0.1, 1.0])
+    env.step(action.tolist())
+    seen, *_ = env.step(action.tolist())
 
     sim.reset(trials - 1)
     for _ in range(2):
         sim.step(action)
-    fixed = sim.model.body_pos
-    np.testing.assert_array_equal(fixed, env.sim.model._model.body_pos)
+    np.testing.assert_array_equal(sim.model.body_pos, env.sim.model._model.body_pos)
+    np.testing.assert_array_equal(sim.model.body_quat, env.sim.model._model.body_quat)
     np.testing.assert_array_equal(sim.data.qpos, env.sim.data.qpos)
     found = sim.observe()
     quaternion = seen["robot0_eef_quat"]

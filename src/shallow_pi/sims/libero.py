@@ -177,8 +177,11 @@ class Libero:
                 self._build(number)
             self.env.seed(SEED)
             for i in range(trial + 1):
-                # Only the last reset needs the model compiled anew, as openpi has it.
+                # Only the last reset needs the model compiled anew, as openpi has it. A compilation
+                # adds samplers of drawers and stoves to those before, each of which draws.
                 self.env.env.hard_reset = i == trial
+                compiled = i + 1 if i == trial else i + 2
+                self.env.env.object_property_initializers = self._samplers * compiled
                 self.env.reset()
             self.seen: Mapping[str, Any] = self.env.set_init_state(self._states[trial])
             for _ in range(WAIT_STEPS):
@@ -209,6 +212,7 @@ class Libero:
         with contextlib.redirect_stdout(io.StringIO()):
             suite = benchmark.get_benchmark_dict()[self.config.suite]()
         self._states = suite.get_task_init_states(number)
+        self._samplers = list(self.env.env.object_property_initializers)
         self._number = number
         self._watch()
 
