@@ -7,8 +7,8 @@ seeds LIBERO once for each task and resets it before each episode, which moves c
 little; the same resets are made here, so an episode is openpi's whatever ran before it.
 
 The actions are differences of the gripper's pose and its closing, −1 to 1 each, 20 times a second;
-datasets of this robot are labelled with 10. The experts of `libero_object` and `libero_spatial` see
-the true state; they carry one object to one place.
+datasets of this robot are labelled with 10. `libero_object` and `libero_spatial` have an expert
+(`libero_expert`).
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from libero.libero import benchmark
 
 from shallow_pi.data.robots import robot as robots
 from shallow_pi.data.robots import transforms
-from shallow_pi.sims import pictures, simulator
+from shallow_pi.sims import libero_expert, pictures, simulator
 
 # Longest episode of each suite, control steps, without those of waiting.
 MAX_STEPS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520}
@@ -190,7 +190,7 @@ class Libero:
             np.random.set_state(before)
         self._seed, self._steps, self._succeeded = seed, 0, False
         self._pictures: pictures.Pictures | None = None
-        self.carrier: Carrier | None = None
+        self.carrier: libero_expert.Carrier | None = None
 
     def _build(self, number: int) -> None:
         if self.env is not None:
@@ -331,104 +331,9 @@ def axis_angle(quaternion: Float[np.ndarray, "4"]) -> Float[np.ndarray, "3"]:
     return np.asarray(quaternion[:3]) * 2.0 * math.acos(w) / sine
 
 
-class Carrier:
-    """Carries the first object of interest to the last, from the true state.
-
-    Phases: above, down, close, up, across, lower, release. Wide objects are gripped at the rim on
-    the side of the robot's own y.
-    """
-
-    def __init__(self, sim: Libero):
-        self._sim = sim
-        names = list(sim.env.obj_of_interest)
-        self._object, self._target = (f"{names[i]}_main" for i in (0, -1))
-        self._into = "basket" in names[-1]
-        low, high = self._box(self._object)
-        width, centre = high - low, (low + high) / 2
-        self._grip = np.zeros(3)
-        if width[1] > 0.075:
-            self._grip[1] = (width[1] / 2 - 0.008) * (1 if centre[1] < 0 else -1)
-        self._height = max(low[2] + 0.012, high[2] - 0.030)
-        self._phase, self._since, self._lifted_from = 0, 0, 0.0
-
-    def _box(self, body: str) -> tuple[Float[np.ndarray, "3"], Float[np.ndarray, "3"]]:
-        """Lower and upper corner of a body and all that is fixed to it, in the world."""
-        model, data = self._sim.model, self._sim.data
-        inside = {model.body(body).id}
-        for child in range(min(inside) + 1, model.nbody):
-            if model.body_parentid[child] in inside:
-                inside.add(child)
-        low, high = np.full(3, np.inf), np.full(3, -np.inf)
-        for geom in range(model.ngeom):
-            solid = model.geom_contype[geom] or model.geom_conaffinity[geom]
-            if model.geom_bodyid[geom] in inside and solid:
-                turn = data.geom_xmat[geom].reshape(3, 3)
-                centre = data.geom_xpos[geom] + turn @ model.geom_aabb[geom, :3]
-                half = np.abs(turn) @ model.geom_aabb[geom, 3:]
-                low, high = np.minimum(low, centre - half), np.maximum(high, centre + half)
-        return low, high
-
-    def act(self) -> Float[np.ndarray, "7"]:
-        """The next action."""
-        hand = np.asarray(self._sim.seen["robot0_eef_pos"])
-        low, high = self._box(self._object)
-        centre, (below, above) = (low + high) / 2, self._box(self._target)
-        place = (below + above) / 2
-        goal, closed = self._next(hand, low, high, centre, place, float(above[2]))
-        way = np.clip((goal - hand) / 0.05 * 1.5, -1.0, 1.0)
-        return np.array([*way, 0.0, 0.0, 0.0, 1.0 if closed else -1.0])
-
-    def _next(
-        self,
-        hand: Float[np.ndarray, "3"],
-        low: Float[np.ndarray, "3"],
-        high: Float[np.ndarray, "3"],
-        centre: Float[np.ndarray, "3"],
-        place: Float[np.ndarray, "3"],
-        top: float,
-    ) -> tuple[Float[np.ndarray, "3"], bool]:
-        """Where the hand should go, and whether it grips; moves on to the next phase."""
-        over = centre + self._grip
-        rest = top + 0.03 if self._into else top  # Height at which the object is let go.
-        self._since += 1
-        if self._phase == 0:
-            far = np.hypot(*(hand - over)[:2])
-            if far >= 0.006:
-                return np.array(
-                    [*over[:2], max(high[2] + 0.10, hand[2] if far > 0.05 else 0)]
-                ), False
-            self._enter(1)
-        if self._phase == 1:
-            if abs(hand[2] - self._height) >= 0.008 and self._since < 60:
-                return np.array([*over[:2], self._height]), False
-            self._enter(2)
-        if self._phase == 2:
-            if self._since <= 12:
-                return np.array([*over[:2], self._height]), True
-            self._lifted_from = float(hand[2])
-            self._enter(3)
-        if self._phase == 3:
-            if hand[2] <= self._lifted_from + 0.15 and self._since < 60:
-                return np.array([*hand[:2], self._lifted_from + 0.20]), True
-            self._enter(4)
-        held = hand - centre
-        if self._phase == 4:
-            if np.hypot(*(centre - place)[:2]) >= 0.012 and self._since < 100:
-                return np.array([*(place + held)[:2], max(hand[2], top + 0.16)]), True
-            self._enter(5)
-        if self._phase == 5:
-            if low[2] - rest >= 0.012 and self._since <= 60:
-                return np.array([*(place + held)[:2], hand[2] - (low[2] - rest)]), True
-            self._enter(6)
-        return hand + (np.array([0.0, 0.0, 0.1]) if self._since > 8 else 0.0), False
-
-    def _enter(self, phase: int) -> None:
-        self._phase, self._since = phase, 0
-
-
 def expert(sim: Any) -> Float[np.ndarray, "7"]:
     """The action of the episode's carrier."""
     assert isinstance(sim, Libero), "made by this suite"
     if sim.carrier is None:
-        sim.carrier = Carrier(sim)
+        sim.carrier = libero_expert.Carrier(sim)
     return sim.carrier.act()
