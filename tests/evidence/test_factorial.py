@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from shallow_pi.evidence import cells, factorial, miniature, outcomes
+from shallow_pi.evidence import calibrating, cells, factorial, miniature, outcomes, sources
 from shallow_pi.evidence.claim import Claim, Column, Factor, Variant
 
 COLUMNS = {n: Column(f"{n} steps", cells.Situation(("touch",), num_steps=n)) for n in (2, 1)}
@@ -97,6 +97,8 @@ def test_costs_follow_shape_steps_and_bits(tmp_path):
     two, one = found["6 layers", "2 steps"], found["6 layers", "1 steps"]
     assert one.operations < two.operations < 2 * one.operations
     assert one.bytes == two.bytes
+    calibrating.ensure(["l6-s0--int8"], runs)
+    assert sources.load("l6-s0--int8", runs, 1).quantize == "int8"
     assert one.bytes / 2 < found[eight.label, "2 steps"].bytes < one.bytes
     table = dataclasses.replace(_table(WHOLE), claim=claim)
     text = "\n".join(factorial.lines(table, results))

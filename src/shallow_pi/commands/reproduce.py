@@ -32,6 +32,7 @@ import tyro
 from shallow_pi import flags, progress
 from shallow_pi.commands import exits
 from shallow_pi.evidence import (
+    calibrating,
     cells,
     claims,
     factorial,
@@ -171,6 +172,7 @@ def measure(wanted: Sequence[cells.Cell], given: Arguments) -> None:
     if lost := sorted(slug for slug in teachers if not sources.exists(slug, given.runs)):
         raise FileNotFoundError(f"plans are compared with {lost[0]}'s: not in {given.runs}")
     scoring.ensure([cell.policy for cell in ready], given.runs, given.results)
+    calibrating.ensure([cell.policy for cell in ready], given.runs)
     digests = running.digests([cell.policy for cell in ready], given.runs)
     results = cells.read(given.results, digests)
     todo = running.jobs(ready, results, rows.teacher_of, given.episodes)

@@ -94,7 +94,7 @@ def ensure(chosen: Iterable[Claim], runs: pathlib.Path, results: pathlib.Path) -
             if not sources.exists(base, runs):
                 continue
             model = policy_assets.load(runs / base).model
-            scheme = sources.scheme(row.policies[0]) or "none"
+            scheme = sources.scheme(row.policies[0])
             options = dataclasses.replace(tuning.ALL_OFF, quantize=scheme)
             for column in claim.columns:
                 found[row.label, column.label] = _cost(model, column.situation.num_steps, options)
@@ -160,7 +160,9 @@ def picture(path: pathlib.Path, table: outcomes.Table, results: pathlib.Path) ->
     """Success against operations, the best of each cost named; False, and no file, without any."""
     costs = read(table.claim, results)
     means = {side: table.mean(side) for side in costs}
-    measured = {side: mean for side, mean in means.items() if mean is not None}
+    # Weights alone in 8 bits have the operations of 16.
+    shown = (side for side in means if not side[0].endswith("for weights"))
+    measured = {side: mean for side in shown if (mean := means[side]) is not None}
     if not measured:
         return False
     figure, axes = figures.make(1, 1, (8.4, 4.8))

@@ -13,6 +13,7 @@ from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.data.robots import normalize, tokenizer
 from shallow_pi.data.robots import robot as robots
 from shallow_pi.evidence import (
+    calibrating,
     cells,
     factorial,
     frames,
@@ -63,6 +64,7 @@ def run(chosen: Sequence[Claim], workers: int, folder: pathlib.Path) -> list[pat
     ends = np.array([0, rival_runs.BATCH_SIZE])
     rival_runs.make(rivals, runs, frames.Frames(made_up, ends))
     scoring.ensure([cell.policy for cell in wanted], runs, results)
+    calibrating.ensure([cell.policy for cell in wanted], runs)
     factorial.ensure(chosen, runs, results)
     todo = running.jobs(wanted, cells.read(results), rows.teacher_of, EPISODES)
     todo = [dataclasses.replace(job, max_seconds=SECONDS) for job in todo]

@@ -8,7 +8,7 @@
 | `SLUG--similarity-drop3` | the policy without the 3 layers that `layer_scores` of that name rank |
 |                          | last, without training; also `sensitivity` |
 | `SLUG--w8`               | its products in 8 bits (`inference.quantize`): weights alone, or with |
-|                          | `int8` also activations, once scripts/calibrate.py measured them |
+|                          | `int8` activations too (see `calibrating`) |
 | `SLUG--efficientvla:...` | a rival of that policy (see `rival_runs`) |
 """
 
@@ -53,10 +53,13 @@ def load(slug: str, runs: pathlib.Path, num_steps: int) -> deployed.Policy:
     assets, params = read(slug, runs)
     rounding, folder = scheme(slug), runs / slug.partition("--")[0]
     bounds = None
-    if rounding is not None and quantize.rounds_activations(rounding):
+    if quantize.rounds_activations(rounding):
         bounds = calibration.load(folder / run_folder.ASSETS, assets.model)
-    # A cell asks for these steps on purpose: no warning that it was trained for others.
+    # A cell asks for these steps on purpose: no warning that it was trained, or calibrated, for
+    # others.
     assets = dataclasses.replace(assets, num_steps=num_steps)
+    if bounds is not None:
+        bounds = dataclasses.replace(bounds, num_steps=num_steps)
     return deployed.Policy(assets, params, quantize=rounding, calibration=bounds)
 
 
@@ -84,7 +87,7 @@ def read(slug: str, runs: pathlib.Path) -> tuple[policy_assets.Assets, PyTree]:
     dtype = np.dtype(jnp.dtype(assets.model.dtype))
     expected = pi0.abstract_params(assets.model)
     params = weights.load_params(folder, expected, dtype=dtype, what="policy")
-    if not way or scheme(slug) is not None:
+    if not way or scheme(slug) != "none":
         return assets, params
     kept = _kept(slug, assets.model.depth, folder)
     cut = student.cut(assets.model, params, kept)
@@ -93,10 +96,10 @@ def read(slug: str, runs: pathlib.Path) -> tuple[policy_assets.Assets, PyTree]:
     return whole, jax.tree.map(np.asarray, cut)
 
 
-def scheme(slug: str) -> quantize.Scheme | None:
-    """How a policy's products are rounded, if its slug says so."""
+def scheme(slug: str) -> quantize.Scheme:
+    """How a policy's products are rounded."""
     way = slug.partition("--")[2]
-    return next((one for one in quantize.SCHEMES if one == way), None)
+    return next((one for one in quantize.SCHEMES if one == way), "none")
 
 
 def _kept(slug: str, depth: int, folder: pathlib.Path) -> layer_map.LayerMap:
