@@ -37,13 +37,16 @@ def shapes() -> Claim:
 
     top = Variant("teacher, 18 layers", (teacher,))
     add(top)
+    # The students of the claim `modes`, whose losses are parts of the others'.
+    found.append(rows.students("6 layers, no reflow", **step_claims.OF_AROUND))
+    found.append(
+        rows.students("6 layers, reflow alone", **step_claims.OF_AROUND, **step_claims.REFLOW)
+    )
     for depth, tower, tokens in itertools.product(DEPTHS, TOWERS, TOKENS):
         words = _WORDS["tower"][tower > 0] + _WORDS["tokens"][tokens > 0]
         row = rows.students(
             f"{depth} layers{words}",
-            teacher=teacher,
-            tasks=("around",),
-            steps=600,
+            **step_claims.OF_AROUND,
             depth=depth,
             vision_depth=tower,
             image_tokens=tokens,

@@ -7,6 +7,15 @@ from shallow_pi.evidence.claim import Claim, Column, Line, Picture, Statement, V
 
 # A teacher of the one task with two modes, and its students.
 AROUND = dataclasses.replace(recipes.TEACHER, tasks=("around",), steps=2400, demonstrations=1200)
+OF_AROUND: dict[str, object] = {"teacher": AROUND.slug, "tasks": ("around",), "steps": 600}
+# In place of the other losses.
+REFLOW: dict[str, object] = {
+    "task": 0.0,
+    "velocity": 0.0,
+    "attention": 0.0,
+    "reflow": 1.0,
+    "num_steps": 1,
+}
 
 
 def few_steps() -> Claim:
@@ -83,20 +92,11 @@ def few_steps() -> Claim:
 def modes() -> Claim:
     """On the one task with two modes, with a teacher of its own."""
     numbers = (10, 1, 2, 5)
-    shared: dict[str, object] = {"teacher": AROUND.slug, "tasks": ("around",), "steps": 600}
     rows.RECIPES[AROUND.slug] = AROUND
     top = Variant("teacher, 18 layers", (AROUND.slug,))
-    three = rows.students("three losses", **shared)
-    alone = rows.students("task loss alone", **shared, **rows.ALONE)
-    reflow = rows.students(
-        "reflow alone, for 1 step",
-        **shared,
-        reflow=1.0,
-        num_steps=1,
-        task=0.0,
-        velocity=0.0,
-        attention=0.0,
-    )
+    three = rows.students("three losses", **OF_AROUND)
+    alone = rows.students("task loss alone", **OF_AROUND, **rows.ALONE)
+    reflow = rows.students("reflow alone, for 1 step", **OF_AROUND, **REFLOW)
     found = (top, three, alone, reflow)
     success = {n: Column(f"{n} steps", rows.around(n)) for n in numbers}
     touched = {n: Column(f"touched, {n} steps", rows.around(n), "collided") for n in (10, 1)}
