@@ -212,10 +212,12 @@ def test_an_absent_step_folder_is_one_error(tmp_path):
 
 
 def test_a_model_openpi_cannot_run_is_refused_with_every_reason(make_step):
-    small = _model(image_size=28, cameras=("base_0_rgb", "left_wrist_0_rgb"), vocab_size=400)
+    cameras = ("base_0_rgb", "left_wrist_0_rgb")
+    small = _model(image_size=28, cameras=cameras, vocab_size=400, scored_tokens=2)
     with pytest.raises(ValueError, match="hard-codes") as caught:
         interop.model_config(small)
-    for reason in ("image_size 28 (openpi: 224)", "cameras", "vocab_size 400 (openpi: 512)"):
+    reasons = ("image_size 28 (openpi: 224)", "cameras", "vocab_size 400 (openpi: 512)")
+    for reason in (*reasons, "scored_tokens 2 (openpi: 0)"):
         assert reason in str(caught.value)
 
 
