@@ -3,6 +3,10 @@
 The functions take turns (A B A B ...), so that a busy machine, a hot chip or a changing clock
 affects all of them alike, and every call is waited for with `jax.block_until_ready`, as JAX returns
 before the device is done. The median is reported: a few slow calls would dominate a mean.
+
+On an accelerator the first call of each turn is not timed. A GPU runs a program as a captured
+graph, which has to be updated when its arrays lie elsewhere than at its last call, as they may
+after another function's turn; a robot calls one program again and again.
 """
 
 import concurrent.futures
@@ -74,9 +78,12 @@ def median_latency(
             f"{len(functions)} functions, {repeats=}, {warmup=}."
         )
     seconds: dict[str, list[float]] = {name: [] for name in functions}
+    settle = jax.default_backend() != "cpu"
     with progress.bar(label, total=warmup + repeats) as advance:
         for turn in range(warmup + repeats):
             for name, function in functions.items():
+                if settle:
+                    jax.block_until_ready(function())
                 start = time.perf_counter()
                 jax.block_until_ready(function())
                 if turn >= warmup:
