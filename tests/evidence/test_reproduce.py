@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -93,6 +94,17 @@ def test_the_command_names_pending_cells_and_refreshes_the_page(measured, tmp_pa
     assert re.search(r"^late: l6-s1 moving N10 x10 late8-late \(0 of 500\)$", pending, re.MULTILINE)
     reproduce.main(["late", "--episodes", "0", *at, "--page", str(tmp_path / "page.md")])
     assert "## late" in (tmp_path / "page.md").read_text()
+
+
+def test_cells_of_a_simulator_that_is_not_installed_are_pending(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "metaworld", None)
+    monkeypatch.delitem(sys.modules, "shallow_pi.sims.metaworld", raising=False)
+    folders = ["--runs", str(tmp_path), "--results", str(tmp_path), "--page", ""]
+    reproduce.main(["metaworld", "--only", "^expert", *folders])
+    told = " ".join(capsys.readouterr().err.split())
+    assert "1 cells are pending: simulator 'metaworld_mt10'" in told
+    assert "uv sync --extra metaworld" in told
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

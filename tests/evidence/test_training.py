@@ -4,9 +4,11 @@ import dataclasses
 
 import pytest
 
+from shallow_pi.commands import reproduce
 from shallow_pi.deploy import policy
 from shallow_pi.evidence import claims, miniature, recipes, rows, training
 from shallow_pi.sims import tabletop
+from shallow_pi.training import command_line
 
 
 @pytest.mark.slow
@@ -26,6 +28,23 @@ def test_missing_teachers_and_students_are_trained_once(tmp_path):
     assert (tmp_path / student.slug / training.RECIPE_FILE).stat().st_mtime_ns == before
 
 
-def test_every_trained_policy_of_a_claim_has_its_recipe():
+def test_every_trained_policy_of_a_claim_has_its_recipe_and_a_config_of_its_suite():
+    configs = {}
     for slug in claims.students():
-        assert rows.RECIPES[slug].slug == slug
+        recipe = rows.RECIPES[slug]
+        assert recipe.slug == slug
+        configs[recipes.config(recipe)] = recipe
+    for name, recipe in configs.items():
+        task = command_line.load(command_line.configs(), name).closed_loop
+        assert task.sim == recipe.suite
+        assert task.set_options().get("tasks", ()) == recipe.tasks
+
+
+def test_policies_of_every_suite_that_are_there_are_left_alone(tmp_path):
+    for slug in claims.students():
+        (tmp_path / "runs" / slug).mkdir(parents=True)
+        (tmp_path / "runs" / slug / training.RECIPE_FILE).write_text("{}")
+    before = sorted((tmp_path / "runs").rglob("*"))
+    folders = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+    reproduce.main(["all", "--train", "--episodes", "0", "--page", "", *folders])
+    assert sorted((tmp_path / "runs").rglob("*")) == before

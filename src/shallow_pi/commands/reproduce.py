@@ -151,8 +151,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def train(wanted: Sequence[recipes.Recipe], given: Arguments) -> None:
     """Make the policies that are missing, by the configs with their sizes and simulators."""
-    for name in dict.fromkeys(map(recipes.config, wanted)):
-        own = [recipe for recipe in wanted if recipes.config(recipe) == name]
+    left = training.missing(wanted, given.runs)
+    for name in dict.fromkeys(map(recipes.config, left)):
+        own = [recipe for recipe in left if recipes.config(recipe) == name]
         config = command_line.load(command_line.configs(), name)
         task = config.closed_loop
         assert task is not None, "its simulator"
@@ -161,7 +162,14 @@ def train(wanted: Sequence[recipes.Recipe], given: Arguments) -> None:
 
 
 def measure(wanted: Sequence[cells.Cell], given: Arguments) -> None:
-    """Run what is missing of cells whose policies are there; tell what is not."""
+    """Run what is missing of cells whose simulator and policies are there; tell what is not."""
+    for sim in dict.fromkeys(cell.situation.sim for cell in wanted):
+        own = [cell for cell in wanted if cell.situation.sim == sim]
+        try:
+            simulator.find(sim, {})
+        except ValueError as error:
+            progress.say(f"{len(own)} cells are pending: {error}")
+            wanted = [cell for cell in wanted if cell.situation.sim != sim]
     rival_runs.ensure([cell.policy for cell in wanted], given.runs, given.train_rivals)
     absent = {c.policy for c in wanted if not sources.exists(c.policy, given.runs)}
     if absent:
