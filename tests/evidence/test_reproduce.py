@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from shallow_pi.commands import reproduce
-from shallow_pi.evidence import cells, claims, miniature, rows, running
+from shallow_pi.evidence import cells, claims, miniature, recipes, rows, running, training
+from shallow_pi.training import command_line
 
 METAWORLD = importlib.util.find_spec("metaworld") is not None
 CHOSEN = [claim for claim in claims.CLAIMS.values() if METAWORLD or claim.name != "metaworld"]
@@ -130,3 +131,15 @@ def test_scores_of_layers_have_a_row_for_each_step(measured):
     # The backbone's likeness is the same at all steps, the expert's is not.
     assert np.ptp(found["expert_similarity_by_step"], axis=0).max() > 1e-4
     assert len(found["similarity"]) == len(found["sensitivity"]) == 18
+
+
+def test_packaged_teacher_is_the_one_that_the_claims_name(tmp_path):
+    slug = recipes.TEACHER.slug
+    reproduce.unpack([slug], tmp_path)
+    written = json.loads((tmp_path / slug / training.RECIPE_FILE).read_text())["recipe"]
+    assert recipes.Recipe(**{**written, "tasks": tuple(written["tasks"])}) == recipes.TEACHER
+    # It is complete: a student can be cut from it and compared with it.
+    assets, teacher = training.load_teacher(slug, tmp_path)
+    sizes = command_line.load(command_line.configs(), recipes.config(recipes.TEACHER)).model
+    assert assets.model == teacher.model == sizes
+    assert {len(score) for score in teacher.scores.values()} == {18}

@@ -20,6 +20,7 @@ CPU). Several machines may each do a part: put their results files into one fold
 import dataclasses
 import pathlib
 import re
+import shutil
 import tempfile
 from collections.abc import Sequence
 from typing import Annotated
@@ -136,8 +137,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 miniature.run(chosen, given.workers, pathlib.Path(folder))
             progress.say("Every chosen study ran in miniature")
             return
+        slugs = claims.students([claim.name for claim in chosen])
+        unpack(slugs, given.runs)
         if given.train:
-            train([rows.RECIPES[slug] for slug in claims.students([c.name for c in chosen])], given)
+            train([rows.RECIPES[slug] for slug in slugs], given)
         if given.episodes:
             wanted = [cell for claim in chosen for cell in claim.cells()]
             wanted = [cell for cell in wanted if re.search(given.only, cell.name)]
@@ -147,6 +150,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 pathlib.Path(given.page), given.results, given.episodes or Arguments.episodes
             )
             progress.say(f"Written: {', '.join(map(str, written))}")
+
+
+def unpack(slugs: Sequence[str], runs: pathlib.Path) -> None:
+    """Copy the packaged teacher of the suite among the runs, if it is wanted and not there."""
+    if recipes.TEACHER.slug not in slugs or (runs / recipes.TEACHER.slug).exists():
+        return
+    config = command_line.load(command_line.configs(), f"{recipes.config(recipes.TEACHER)}_l6")
+    progress.say(f"The suite's teacher is the packaged one, {config.teacher.path}")
+    runs.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(config.teacher.path, runs / recipes.TEACHER.slug)
 
 
 def train(wanted: Sequence[recipes.Recipe], given: Arguments) -> None:
