@@ -156,10 +156,12 @@ def unpack(slugs: Sequence[str], runs: pathlib.Path) -> None:
     """Copy the packaged teacher of the suite among the runs, if it is wanted and not there."""
     if recipes.TEACHER.slug not in slugs or (runs / recipes.TEACHER.slug).exists():
         return
-    config = command_line.load(command_line.configs(), f"{recipes.config(recipes.TEACHER)}_l6")
-    progress.say(f"The suite's teacher is the packaged one, {config.teacher.path}")
+    name = f"{recipes.config(recipes.TEACHER)}_l6"
+    packaged = command_line.load(command_line.configs(), name).teacher
+    assert packaged is not None, "a student's"
+    progress.say(f"The suite's teacher is the packaged one, {packaged.path}")
     runs.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(config.teacher.path, runs / recipes.TEACHER.slug)
+    shutil.copytree(packaged.path, runs / recipes.TEACHER.slug)
 
 
 def train(wanted: Sequence[recipes.Recipe], given: Arguments) -> None:
