@@ -35,9 +35,12 @@ def sizes() -> Claim:
     """Teachers of several sizes, and the same student of each."""
     depths = (18, 12, 9, 6)
     teachers = {depth: _teacher(f"teacher, {depth} layers", depth=depth) for depth in depths}
-    students = {depth: _students(f"student of {depth} layers", teachers[depth]) for depth in depths}
+    students = {
+        depth: _students(f"student of the {depth}-layer teacher", teachers[depth])
+        for depth in depths
+    }
     half = _teacher("teacher, 18 layers, half width", model="half_width")
-    of_half = _students("student of 18 layers, half width", half)
+    of_half = _students("student of the half-width teacher", half)
     smaller = (*(students[depth] for depth in depths[1:]), of_half)
     lines = []
     for column, style in ((SUCCESS[10], "-"), (SUCCESS[1], ":")):
@@ -70,7 +73,7 @@ def sizes() -> Claim:
                 for row in smaller
             ),
             Statement(
-                "the student of 18 layers beats 6 layers trained as their teacher was",
+                "the student of the 18-layer teacher beats 6 layers trained as that teacher was",
                 _in_ten(students[18]),
                 _in_ten(teachers[6]),
                 at_least=0,
@@ -87,9 +90,9 @@ def sizes() -> Claim:
         ),
         reference=students[18].label,
         limits="One teacher of each size, 2,400 steps on 1,200 demonstrations; a larger one may "
-        "gain more from more. A student of a teacher of half the width has half the width too. The "
-        "student of 6 layers keeps all of its teacher's: this row is that teacher trained 600 "
-        "steps further on other demonstrations, with its earlier self as the teacher.",
+        "gain more from more. The student of the half-width teacher has half the width too. The "
+        "student of the 6-layer teacher keeps all of its layers: this row is that teacher trained "
+        "600 steps further on other demonstrations, with its earlier self as the teacher.",
     )
 
 
