@@ -67,7 +67,7 @@ class Carrier:
         low, high = self._box(self._object)
         width, centre = high - low, (low + high) / 2
         # Place of the hand from the object's centre, direction in which it closes, its height.
-        best = np.zeros(3), AXES[0], max(low[2] + 0.012, high[2] - DEPTHS[0])
+        best = usual = np.zeros(3), AXES[0], max(low[2] + 0.012, high[2] - DEPTHS[0])
         if width[1] > 0.075:
             near = 1 if centre[1] < 0 else -1
             grips = [
@@ -78,10 +78,10 @@ class Carrier:
                 for side in (near, -near)
             ]
             fitting = (grip for grip in grips if self._fits(centre, *grip, high[2] + 0.09))
-            best = next(fitting, grips[0])
+            usual = grips[0]
+            best = next(fitting, usual)
         self._grip, self._axis, self._height = best
-        # A rim that is held near its edge slips in time, so it is lifted no higher than it must.
-        self._lift = 0.07 if high[2] - self._height < 0.02 else 0.15
+        self._usual = best is usual
         self._phase, self._since, self._lifted_from = 0, 0, 0.0
         self._closed_at = self._held = np.zeros(3)
 
@@ -133,7 +133,7 @@ class Carrier:
             self._begin()  # The object slipped away.
         goal, closed = self._next(hand, low, high, centre, (below + above) / 2, float(above[2]))
         way = np.clip((goal - hand) / 0.05 * 1.5, -1.0, 1.0)
-        turn = np.clip(self._turn() / 0.5 * 1.5, -1.0, 1.0)
+        turn = np.clip(self._turn() / 0.5 * 1.5, -1.0, 1.0) * (not self._usual)
         return np.array([*way, *turn, 1.0 if closed else -1.0])
 
     def _turn(self) -> Float[np.ndarray, "3"]:
@@ -161,7 +161,8 @@ class Carrier:
         if self._phase == 0:
             far = np.hypot(*(hand - over)[:2])
             close = 0.006 if self._since < 30 else 0.015
-            if far >= close or abs(self._turn()[2]) >= 0.05:
+            turned = self._usual or abs(self._turn()[2]) < 0.05
+            if far >= close or not turned:
                 above = max(high[2] + 0.10, hand[2] if far > 0.05 else 0)
                 return np.array([*over[:2], above]), False
             self._enter(1)
@@ -172,11 +173,14 @@ class Carrier:
             self._enter(2)
         if self._phase == 2:
             if self._since <= 12:
-                return np.array([*self._closed_at[:2], self._height]), True
+                beside = over if self._usual else self._closed_at
+                return np.array([*beside[:2], self._height]), True
             self._lifted_from, self._held = float(hand[2]), hand - centre
             self._enter(3)
         if self._phase == 3:
-            if hand[2] <= self._lifted_from + self._lift and self._since < 60:
+            # A rim that is held near its edge slips in time: it is lifted no higher than it must.
+            lift = 0.15 if self._usual else 0.07
+            if hand[2] <= self._lifted_from + lift and self._since < 60:
                 return np.array([*hand[:2], self._lifted_from + 0.20]), True
             self._enter(4)
         held = hand - centre
