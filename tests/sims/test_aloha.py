@@ -1,4 +1,4 @@
-"""Simulated ALOHA moves as gym-aloha does, and the expert hands the cube over."""
+"""Simulated ALOHA moves as gym-aloha does, and the expert solves both tasks."""
 
 import dataclasses
 import pickle
@@ -41,17 +41,32 @@ def test_joints_move_as_in_the_packages_environment():
     np.testing.assert_allclose(sim.data.qpos[[16, 17, 18, 23, 24, 25]], places, atol=1e-4)
 
 
-def test_the_expert_hands_the_cube_over():
-    sim = SMALL.make()
-    for seed in (2, 8, 10):
+@pytest.mark.parametrize("task", ["transfer_cube", "insertion"])
+def test_the_expert_solves_the_task_with_both_arms(task):
+    suite = dataclasses.replace(SMALL, task=task)
+    sim = suite.make()
+    for seed in (2, 8):
         sim.reset(seed)
-        best = []
+        rewards = []
         while not sim.done:
-            sim.step(aloha.expert(sim))
-            best.append(sim.reward())
+            sim.step(suite.expert()(sim))
+            rewards.append(sim.reward())
         assert sim.success
-        assert best.index(1) < best.index(2) < best.index(4)
-        assert sim.time == pytest.approx(len(best) / 50)
+        assert 80 < rewards.index(2) < rewards.index(4), "lifted first"
+        assert sim.time == pytest.approx(len(rewards) / 50)
+
+
+def test_the_expert_stays_on_its_way_when_it_is_pushed():
+    suite = dataclasses.replace(SMALL, height=3, task="insertion")
+    sim = suite.make()
+    sim.reset(0)
+    frames = list(suite.demonstrate(sim, np.random.default_rng(0), 0.5))
+    assert sim.success
+    sim.reset(0)
+    for _ in range(60):
+        sim.step(aloha.expert(sim))
+    apart = np.abs(frames[60][0]["observation.state"] - sim.state())
+    assert 0.001 < apart.max() < 0.1, "radians"
 
 
 def test_time_is_up_after_the_packages_limit():
@@ -93,7 +108,6 @@ def test_a_pickled_simulator_goes_on_where_it_was():
     assert other.steps == 11
 
 
-def test_the_insertion_has_no_expert_and_other_tasks_do_not_exist():
-    assert simulator.find("aloha_insertion", {}).expert() is None
+def test_other_tasks_do_not_exist():
     with pytest.raises(ValueError, match=r"task: expected one of .*, got 'transfer'"):
         simulator.find("aloha_transfer_cube", {"task": "transfer"})

@@ -6,8 +6,7 @@ gripper (0 closed, 1 open), 50 times a second; targets beyond the joints' range 
 stop. Starts, success (the package's reward of 4) and the limit of 300 steps are the package's:
 episode `seed` has the cube where `reset(seed=seed)` puts it there.
 
-The expert of the transfer plans with the scene's other file, in which grippers are welded to moving
-frames: it lets them follow waypoints, and its joint positions are the actions.
+Both tasks have an expert (`aloha_expert`).
 """
 
 import dataclasses
@@ -21,7 +20,7 @@ import numpy as np
 from jaxtyping import Float
 
 from shallow_pi.data.robots import robot as robots
-from shallow_pi.sims import pictures, simulator
+from shallow_pi.sims import aloha_expert, pictures, simulator
 
 PACKAGE = "gym_aloha"
 PROMPTS = {"transfer_cube": "Transfer cube", "insertion": "Insert the peg into the socket"}
@@ -32,12 +31,6 @@ SUBSTEPS = 10
 # Where objects begin: lower and upper corner.
 CUBE = ((0.0, 0.4, 0.05), (0.2, 0.6, 0.05))
 PEG, SOCKET = ((0.1, 0.4, 0.05), (0.2, 0.6, 0.05)), ((-0.2, 0.4, 0.05), (-0.1, 0.6, 0.05))
-
-# The expert's: of the fingers' grip in front of a gripper's frame, and of the meeting point.
-GRIP = 0.140
-RIGHT_BASE = np.array([0.469, 0.5])
-MEETING = np.array([0.0, 0.5, 0.30])
-DIVE = np.deg2rad(60)  # of the right gripper, which comes from above
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,14 +88,14 @@ class Suite:
         """None."""
         return {}
 
-    def expert(self) -> simulator.Expert | None:
-        """Of the transfer alone."""
-        return expert if self.task == "transfer_cube" else None
+    def expert(self) -> simulator.Expert:
+        """Follows waypoints with both arms."""
+        return expert
 
     def demonstrate(
         self, sim: simulator.Simulator, rng: np.random.Generator, noise: float
     ) -> Iterator[tuple[simulator.Observation, simulator.Action]]:
-        """Play the plan, disturbed in the joints; yield what is seen, and the plan's action."""
+        """Play an episode disturbed in the joints; yield what is seen, and the expert's action."""
         wander = np.zeros(14)
         spread = noise * rng.uniform(0, 0.01) * np.array(([1.0] * 6 + [0.0]) * 2)  # radians
         while not sim.done:
@@ -144,7 +137,7 @@ class Aloha:
         self._pictures = pictures.Pictures(self.model, size, config.renderer, 2)
         self._names = [self.model.geom(i).name for i in range(self.model.ngeom)]
         self._seed: int | None = None
-        self.plan: Float[np.ndarray, "n 14"] | None = None
+        self.expert: aloha_expert.Expert | None = None
 
     def reset(self, seed: int) -> None:
         """Lay out the episode that `seed` names, as gym-aloha does."""
@@ -155,7 +148,7 @@ class Aloha:
         upright = (1.0, 0.0, 0.0, 0.0)
         self.data.qpos[16:] = np.concatenate([[*rng.uniform(*c), *upright] for c in corners])
         mujoco.mj_forward(self.model, self.data)
-        self._seed, self.steps, self.plan = seed, 0, None
+        self._seed, self.steps, self.expert = seed, 0, None
         self._reward = self.reward()
 
     def step(self, action: simulator.Action) -> None:
@@ -231,122 +224,24 @@ class Aloha:
             kind = mujoco.mjtState.mjSTATE_INTEGRATION
             physics = np.empty(mujoco.mj_stateSize(self.model, kind))
             mujoco.mj_getState(self.model, self.data, physics, kind)
-            state = physics, self.steps, self._reward, self.plan
+            state = physics, self.steps, self._reward, self.expert
         return {"config": self.config, "seed": self._seed, "state": state}
 
     def __setstate__(self, pickled: dict[str, Any]) -> None:
         self.__init__(pickled["config"])  # type: ignore[misc]  # the scene is compiled anew
         if pickled["seed"] is not None:
             self.reset(pickled["seed"])
-            physics, self.steps, self._reward, self.plan = pickled["state"]
+            physics, self.steps, self._reward, self.expert = pickled["state"]
             kind = mujoco.mjtState.mjSTATE_INTEGRATION
             mujoco.mj_setState(self.model, self.data, physics, kind)
             mujoco.mj_fwdPosition(self.model, self.data)
 
 
 def expert(sim: Any) -> Float[np.ndarray, "14"]:
-    """The next action of the plan, made when the episode's first is asked for."""
+    """The next action of the episode's expert."""
     assert isinstance(sim, Aloha), "made by this suite"
-    if sim.plan is None:
-        sim.plan = plan(sim.data.qpos[16:19])
-    return sim.plan[min(sim.steps, len(sim.plan) - 1)]
-
-
-@dataclasses.dataclass(frozen=True)
-class Waypoint:
-    """Where a gripper's grip is at a step, its orientation (columns x, y, z), and its opening."""
-
-    step: int
-    place: Float[np.ndarray, "3"]
-    frame: Float[np.ndarray, "3 3"]
-    opening: float
-
-
-def waypoints(cube: Float[np.ndarray, "3"]) -> dict[str, list[Waypoint]]:
-    """Of both grippers: the right one lifts the cube to the meeting, the left one takes it."""
-    cube = np.array([cube[0], cube[1], 0.02])
-    # The forearm and the wrist roll weakly, against much friction: so the right gripper dives
-    # straight out from its base, which needs neither. The left one points right and closes along z.
-    dive, meet = _dive(cube), _dive(MEETING)
-    level = np.stack([[1, 0, 0], [0, 0, 1], [0, -1, 0]], 1)
-    above, aside = np.array([0.0, 0.0, 0.10]), np.array([-0.14, 0.0, 0.0])
-    taken = MEETING + np.array([-0.005, 0.0, 0.0])
-    right = [
-        Waypoint(50, cube + above, dive, 1.0),
-        Waypoint(85, cube, dive, 1.0),
-        Waypoint(105, cube, dive, 0.0),
-        Waypoint(170, MEETING, meet, 0.0),
-        Waypoint(300, MEETING, meet, 0.0),
-    ]
-    left = [
-        Waypoint(150, MEETING + aside, level, 1.0),
-        Waypoint(180, MEETING + aside, level, 1.0),
-        Waypoint(220, taken, level, 1.0),
-        Waypoint(240, taken, level, 0.0),
-        Waypoint(300, taken, level, 0.0),
-    ]
-    return {"left": left, "right": right}
-
-
-def _dive(place: Float[np.ndarray, "3"]) -> Float[np.ndarray, "3 3"]:
-    """Frame of the right gripper that points from its base's side down to a place."""
-    out = place[:2] - RIGHT_BASE
-    out = out / np.linalg.norm(out)
-    forward = np.array([*(np.cos(DIVE) * out), -np.sin(DIVE)])
-    across = np.array([-out[1], out[0], 0.0])
-    return np.stack([forward, across, np.cross(forward, across)], 1)
-
-
-def plan(cube: Float[np.ndarray, "3"]) -> Float[np.ndarray, "n 14"]:
-    """Joint targets that hand over a cube lying at this place."""
-    scene = ASSETS / "bimanual_viperx_end_effector_transfer_cube.xml"
-    model = mujoco.MjModel.from_xml_path(str(scene))
-    data = mujoco.MjData(model)
-    model.eq_solimp[:, :2] = 0.9, 0.95  # Stiffer than the scene's.
-    # A gripper's frame is the moving frame's: no offset, no turn.
-    model.eq_data[:] = [0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 1]
-    data.qpos[:16] = START
-    data.qpos[16:] = [*cube, 1, 0, 0, 0]
-    mujoco.mj_forward(model, data)
-    paths = {side: _path(model, data, side, points) for side, points in waypoints(cube).items()}
-    actions = []
-    for step in range(max(points[-1].step for points in waypoints(cube).values())):
-        action: list[float] = []
-        for arm, side in enumerate(("left", "right")):
-            place, quaternion, opening = paths[side](step)
-            mocap = model.body_mocapid[model.body(f"mocap_{side}").id]
-            data.mocap_pos[mocap], data.mocap_quat[mocap] = place, quaternion
-            finger = CLOSED + opening * (OPEN - CLOSED)
-            data.ctrl[2 * arm : 2 * arm + 2] = finger, -finger
-        mujoco.mj_step(model, data, SUBSTEPS)
-        for arm, side in enumerate(("left", "right")):
-            action += [*data.qpos[8 * arm : 8 * arm + 6], paths[side](step)[2]]
-        actions.append(action)
-    return np.array(actions)
-
-
-def _path(model: mujoco.MjModel, data: mujoco.MjData, side: str, points: list[Waypoint]) -> Any:
-    """Step → position and orientation of the gripper's frame, and opening, between waypoints."""
-    body = model.body(f"vx300s_{side}/gripper_link").id
-    start = data.xmat[body].reshape(3, 3)
-    first = Waypoint(0, data.xpos[body] + GRIP * start[:, 0], start, 0.0)
-    points = [first, *points]
-
-    def at(step: int) -> tuple[Float[np.ndarray, "3"], Float[np.ndarray, "4"], float]:
-        after = next(p for p in points if p.step > step)
-        before = points[points.index(after) - 1]
-        share = (step - before.step) / (after.step - before.step)
-        place = before.place + share * (after.place - before.place)
-        quaternions = np.empty((2, 4))
-        for quaternion, point in zip(quaternions, (before, after), strict=True):
-            mujoco.mju_mat2Quat(quaternion, point.frame.ravel())
-        if quaternions[0] @ quaternions[1] < 0:
-            quaternions[1] *= -1
-        quaternion = (1 - share) * quaternions[0] + share * quaternions[1]
-        quaternion /= np.linalg.norm(quaternion)
-        frame = np.empty(9)
-        mujoco.mju_quat2Mat(frame, quaternion)
-        opening = before.opening + share * (after.opening - before.opening)
-        return place - GRIP * frame.reshape(3, 3)[:, 0], quaternion, opening
-
-    return at
+    if sim.expert is None:
+        places = sim.data.qpos[16:].reshape(-1, 7)[:, :3]
+        paths = aloha_expert.transfer if sim.task == "transfer_cube" else aloha_expert.insertion
+        sim.expert = aloha_expert.Expert(sim.data, paths(*places))
+    return sim.expert.act(sim.model, sim.data, sim.steps)
