@@ -195,6 +195,15 @@ def test_training_brings_the_scores_to_the_teachers_attention(spec, teacher, cut
     assert np.mean(found[-5:]) < 0.3 * found[0]
 
 
+def test_products_in_8_bits_leave_the_scorer_as_it_is(spec, cut):
+    found = step.rounded(dataclasses.replace(spec, quantize="int8"), cut)
+    for path, leaf in weights.leaves(cut).items():
+        if path.startswith("image_scorer/"):
+            np.testing.assert_array_equal(weights.leaves(found)[path], leaf)
+    linear = "PaliGemma/llm/layers/mlp/linear"
+    assert np.any(weights.leaves(found)[linear] != weights.leaves(cut)[linear])
+
+
 def test_losses_and_scorer_come_together(spec, tiny_experiment, tmp_path):
     scored = config.StudentConfig(depth=2, image_tokens=2, image_token_choice="scored")
     made = tiny_experiment(tmp_path, student=scored)
