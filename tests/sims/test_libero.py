@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from openpi_client import image_tools
 
+from shallow_pi.data.lerobot import reader
 from shallow_pi.data.robots import robot as robots
-from shallow_pi.sims import simulator
+from shallow_pi.sims import recording, simulator
 
 pytest.importorskip("libero.libero", reason="needs the extra libero")
 
@@ -126,21 +127,28 @@ def test_episodes_pictures_and_states_are_openpis(monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_expert_puts_the_object_into_the_basket():
+def test_the_experts_demonstrations_are_a_dataset_like_openpis(tmp_path):
     os.environ.setdefault("MUJOCO_GL", "egl")
     suite = ours.Suite(suite="libero_object", tasks=("6",), renderer="ray", render_size=32)
-    sim = suite.make()
+    before = np.random.get_state()[1].copy()
     try:
-        sim.reset(1)
+        tasks = recording.write(tmp_path / "demos", suite, 1, seed=0, noise=0.5, workers=1)
     except ValueError as error:
         pytest.skip(str(error))
-    before = np.random.get_state()[1].copy()
-    picture = sim.observe()["image"]
-    assert picture.shape == (224, 224, 3)
-    assert picture.std() > 20
-    while not sim.done:
-        sim.step(ours.expert(sim))
-    assert sim.success
-    assert sim.time < 140 / 20
     np.testing.assert_array_equal(np.random.get_state()[1], before, "the global generator")
-    sim.env.close()
+    assert tasks == {suite.task_names()[0]: 1}
+    dataset = reader.Dataset(tmp_path / "demos")
+    assert 80 < len(dataset) < 160, "success came"
+    assert dataset.info["fps"] == 10
+    first, last = dataset[0], dataset[len(dataset) - 1]
+    assert first["task"] in suite.prompts()
+    assert np.std(first["image"]) > 20
+    shapes = {key: np.shape(first[key]) for key in ("image", "wrist_image", "state", "actions")}
+    assert shapes == {
+        "image": (32, 32, 3),
+        "wrist_image": (32, 32, 3),
+        "state": (8,),
+        "actions": (7,),
+    }
+    assert first["actions"][6] == last["actions"][6] == -1, "open"
+    assert last["state"][2] > 0.1

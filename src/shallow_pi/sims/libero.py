@@ -46,7 +46,7 @@ class Suite:
     suite: Literal["libero_spatial", "libero_object", "libero_goal", "libero_10"] = "libero_spatial"
     # Some of its tasks, by number (0 to 9) or name; empty takes all.
     tasks: tuple[str, ...] = ()
-    # Height and width of the pictures as rendered, and as they are given to policies.
+    # Height and width of the pictures as rendered and recorded, and as they are given to policies.
     render_size: int = 256
     image_size: int = 224
     # Episodes are cut off here, control steps; 0 takes openpi's limit of the suite.
@@ -120,12 +120,13 @@ class Suite:
     def demonstrate(
         self, sim: simulator.Simulator, rng: np.random.Generator, noise: float
     ) -> Iterator[tuple[simulator.Observation, simulator.Action]]:
-        """Play a perturbed episode; yield what is seen, and the expert's own action there."""
+        """Play a perturbed episode; yield what is rendered, and the expert's own action there."""
+        assert isinstance(sim, Libero), "made by this suite"
         spread = noise * rng.uniform(0, 0.2)
         wander = np.zeros(3)
         while not sim.done:
             action = expert(sim)
-            yield sim.observe(), action
+            yield sim.look(self.render_size), action
             wander = 0.8 * wander + 0.6 * rng.normal(scale=spread, size=3)
             sim.step(action + np.array([*wander, 0.0, 0.0, 0.0, 0.0]))
 
@@ -275,7 +276,10 @@ class Libero:
 
     def observe(self) -> simulator.Observation:
         """Both pictures, the state and the prompt, under the robot's keys."""
-        size = self.config.image_size
+        return self.look(self.config.image_size)
+
+    def look(self, size: int) -> simulator.Observation:
+        """An observation with pictures of this size."""
         found: simulator.Observation = {
             key: transforms.resize_with_pad(self.render(camera), size)
             for key, camera in CAMERAS.items()
