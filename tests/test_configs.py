@@ -37,7 +37,7 @@ def test_the_experiments_of_the_first_release_are_there():
 def test_a_name_says_teacher_task_and_depth(experiment):
     if experiment.name == "debug":
         return
-    pattern = r"(pi0|pi05)_([a-z0-9_]+?)(_l(\d+))?"
+    pattern = r"(pi0|pi05)_([a-z0-9_]+?)(_l(\d+)(?:_fast)?)?"
     kind, task, _, depth = re.fullmatch(pattern, experiment.name).groups()
     assert kind == ("pi05" if experiment.model.pi05 else "pi0")
     # π0's LIBERO policies were trained on differences, which is a robot of its own.

@@ -179,3 +179,14 @@ def pi05_libero(depth: int) -> config.DistillConfig:
         num_train_steps=30_000,
         ema_decay=0.999,
     )
+
+
+def fast(whole: config.DistillConfig, num_steps: int) -> config.DistillConfig:
+    """A full-size experiment with the cuts that cost least together (docs/student_shapes.md).
+
+    Fewer integration steps than ten are taught by reflow, beside the other losses.
+    """
+    student = whole.student
+    student = dataclasses.replace(student, vision_depth=14, image_tokens=64, num_steps=num_steps)
+    reflow = dataclasses.replace(whole.losses, reflow=float(num_steps < 10))
+    return dataclasses.replace(whole, student=student, losses=reflow)

@@ -23,6 +23,9 @@ from shallow_pi.speed import flops
 
 # Results of a claim.
 FILE = "{claim}-operations.json"
+_TICKS = (0.5, 1, 2, 5, 10, 20, 30, 50, 70, 100, 150, 200, 500)
+# Of the columns.
+_COLORS = ("teacher", "task_only", "student")
 # A factor's place among the claim's, and one of its levels but the first.
 Cut = tuple[int, str]
 
@@ -146,12 +149,14 @@ def lines(table: outcomes.Table, results: pathlib.Path) -> Iterator[str]:
     if costs := read(claim, results):
         names = [column.label for column in claim.columns]
         yield ""
+        shown: list[list[Cost]] = []
         counted = " | ".join(f"{name}, M operations" for name in names)
         yield f"| one inference, batch 1 | {counted} | weights, kB |"
         yield "|---|" + "---|" * (len(names) + 1)
         for row in claim.variants:
             own = [costs[row.label, name] for name in names if (row.label, name) in costs]
-            if len(own) == len(names):
+            if len(own) == len(names) and own not in shown:
+                shown.append(own)
                 numbers = " | ".join(f"{cost.operations / 1e6:.2f}" for cost in own)
                 yield f"| {row.label} | {numbers} | {own[0].bytes / 1e3:.0f} |"
 
@@ -168,7 +173,7 @@ def picture(path: pathlib.Path, table: outcomes.Table, results: pathlib.Path) ->
     figure, axes = figures.make(1, 1, (8.4, 4.8))
     axis = axes[0][0]
     names = [column.label for column in table.claim.columns]
-    colors = dict(zip(names, plots.COLORS.values(), strict=False))
+    colors = dict(zip(names, map(plots.COLORS.get, _COLORS), strict=False))
     for side, mean in measured.items():
         row, column = side
         x, y = costs[side].operations / 1e6, 100 * mean.mean
@@ -180,14 +185,25 @@ def picture(path: pathlib.Path, table: outcomes.Table, results: pathlib.Path) ->
     best = frontier({side: (costs[side].operations, mean.mean) for side, mean in measured.items()})
     points = [(costs[side].operations / 1e6, 100 * measured[side].mean) for side in best]
     axis.plot(*zip(*points, strict=True), color="#999999", linewidth=1, zorder=0)
-    for (row, column), point in zip(best, points, strict=True):
-        axis.annotate(
-            f"{row}, {column}", point, (-4, 6), textcoords="offset points", fontsize=6.5, ha="right"
-        )
+    for number, point in enumerate(points, 1):
+        axis.annotate(str(number), point, (-8, 7), textcoords="offset points", fontsize=8)
+    listed = [f"{number}  {row}, {column}" for number, (row, column) in enumerate(best, 1)]
+    place = {
+        "ha": "right",
+        "va": "bottom",
+        "ma": "left",
+        "fontsize": 7,
+        "transform": axis.transAxes,
+    }
+    axis.text(0.99, 0.02, "\n".join(listed), **place)
     for name in names:
         axis.plot([], [], "o", color=colors[name], label=name)
     axis.set(xlabel="operations of one inference, M", ylabel="success, %", ylim=(0, 103))
     axis.set_xscale("log")
+    counts = [costs[side].operations / 1e6 for side in measured]
+    ticks = [n for n in _TICKS if min(counts) < n < max(counts)]
+    axis.minorticks_off()
+    axis.set_xticks(ticks, [f"{n:g}" for n in ticks])
     axis.legend(frameon=False, fontsize=8, loc="upper left")
     figures.tidy(axis, "both")
     figure.savefig(path)

@@ -1,0 +1,17 @@
+"""openpi's π0.5 of LIBERO, 18 → 6 layers and cut wherever else it costs little: 4 ms on an H200.
+
+uv run scripts/train_distill.py pi05_libero_l6_fast --exp-name first
+As pi05_libero_l6, with half of the image tower (and a loss on its tokens) and a quarter of the
+image tokens; predicted are 4.2 ms on an H200 and 50 on an Orin AGX, from 6.1 and 86. Integration
+steps stay ten: docs/student_shapes.md has what each cut costs, and other budgets. Not run at full
+size yet."""
+
+import _base
+import pi05_libero_l6
+
+from shallow_pi.training import config
+
+
+def get_config() -> config.DistillConfig:
+    """openpi's values, and the fast student."""
+    return _base.fast(pi05_libero_l6.get_config(), num_steps=10)
