@@ -63,8 +63,11 @@ class Table:
         if not first or not second:
             return None
         count = max(len(first), len(second))
-        if 1 in (len(first), len(second)):
-            first, second = (many * count if len(many) == 1 else many for many in (first, second))
+        # A row that has one policy, not one of which one seed was measured so far.
+        if len(self._row(a[0]).policies) == 1:
+            first = first * count
+        elif len(self._row(b[0]).policies) == 1:
+            second = second * count
         shared = min(len(first), len(second))
         table = _matrix([*first[:shared], *second[:shared]])
         if table is None:
