@@ -181,6 +181,20 @@ def pi05_libero(depth: int) -> config.DistillConfig:
     )
 
 
+def pi0_aloha() -> config.DistillConfig:
+    """openpi's π0 base model on ALOHA with openpi's values, cut to 6 layers; the paper's batch."""
+    return config.DistillConfig(
+        model=pi0.Pi0Config(),
+        data=data_config.DataConfig(
+            robot="aloha", asset_id="trossen", held_out=HELD_OUT, num_threads=8
+        ),
+        teacher=config.TeacherConfig(path=f"{OPENPI}/pi0_base"),
+        student=config.StudentConfig(depth=6),
+        batch_size=64,
+        num_train_steps=30_000,
+    )
+
+
 def fast(whole: config.DistillConfig, num_steps: int) -> config.DistillConfig:
     """A full-size experiment with the cuts that cost least together (docs/student_shapes.md).
 

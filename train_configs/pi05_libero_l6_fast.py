@@ -7,11 +7,10 @@ steps stay ten: docs/student_shapes.md has what each cut costs, and other budget
 size yet."""
 
 import _base
-import pi05_libero_l6
 
 from shallow_pi.training import config
 
 
 def get_config() -> config.DistillConfig:
     """openpi's values, and the fast student."""
-    return _base.fast(pi05_libero_l6.get_config(), num_steps=10)
+    return _base.fast(_base.pi05_libero(depth=6), num_steps=10)

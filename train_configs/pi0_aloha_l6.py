@@ -10,20 +10,9 @@ full size yet; one 80 GB device or more, see --mesh."""
 
 import _base
 
-from shallow_pi.data import data_config
-from shallow_pi.models import pi0
 from shallow_pi.training import config
 
 
 def get_config() -> config.DistillConfig:
     """openpi's sizes and schedule; the paper's batch of 64."""
-    return config.DistillConfig(
-        model=pi0.Pi0Config(),
-        data=data_config.DataConfig(
-            robot="aloha", asset_id="trossen", held_out=_base.HELD_OUT, num_threads=8
-        ),
-        teacher=config.TeacherConfig(path=f"{_base.OPENPI}/pi0_base"),
-        student=config.StudentConfig(depth=6),
-        batch_size=64,
-        num_train_steps=30_000,
-    )
+    return _base.pi0_aloha()

@@ -8,11 +8,10 @@ from 112 and 7.5. Two steps cost most where there are several ways to act; ten a
 costs, and other budgets. Not run at full size yet."""
 
 import _base
-import pi0_aloha_l6
 
 from shallow_pi.training import config
 
 
 def get_config() -> config.DistillConfig:
     """openpi's values, and the fast student."""
-    return _base.fast(pi0_aloha_l6.get_config(), num_steps=2)
+    return _base.fast(_base.pi0_aloha(), num_steps=2)
