@@ -77,7 +77,9 @@ def test_a_step_evaluates_abstractly(experiment):
     if experiment.teacher is not None:
         teacher = pi0.abstract_params(experiment.model)
         layers = experiment.fixed_layer_map()
-        cut = jax.eval_shape(lambda params: student.cut(experiment.model, params, layers), teacher)
+        cut = jax.eval_shape(
+            lambda params: student.cut(experiment.model, params, layers, spec.student), teacher
+        )
         assert jax.tree.map(jnp.shape, cut) == jax.tree.map(jnp.shape, state.params)
     key = jax.eval_shape(lambda: jax.random.key(0))
     batch = batches.spec(experiment.model, experiment.batch_size)

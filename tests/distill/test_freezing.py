@@ -76,7 +76,7 @@ def test_a_tree_is_split_by_path_and_joined_again(setting):
 
 def test_what_is_not_frozen_trains_as_if_everything_did(setting, whole, frozen):
     """Same losses, and on the trained parts the same update (and average) bit for bit or nearly."""
-    for name in ("loss", *(f"{term}_loss" for term in losses.TERMS[:-1])):
+    for name in ("loss", *(f"{term}_loss" for term in losses.TERMS[:4])):
         np.testing.assert_allclose(frozen[1][name], whole[1][name], rtol=1e-5)
     for tree, other in (
         (frozen[0].params, whole[0].params),
