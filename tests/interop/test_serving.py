@@ -200,6 +200,7 @@ def _openpi_serves(step):
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     try:
+        _listening(port, running.done)
         yield f"ws://127.0.0.1:{port}"
     finally:
         loop.call_soon_threadsafe(running.cancel)
@@ -236,13 +237,18 @@ def test_evaluate_runs_a_policy_behind_openpis_server(make_step, tmp_path):
 
 
 def _wait(server, port, log):
-    for _ in range(240):
-        assert server.poll() is None, log.read_text()
+    _listening(port, lambda: server.poll() is not None, log.read_text)
+
+
+def _listening(port, ended, told=str):
+    """Return when something answers at the port; an error if it has ended before."""
+    for _ in range(1200):
+        assert not ended(), told()
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 return
-        time.sleep(0.5)
-    raise AssertionError(f"no server after two minutes: {log.read_text()}")
+        time.sleep(0.1)
+    raise AssertionError(f"no server after two minutes: {told()}")
 
 
 def _refused(*arguments, **variables):
