@@ -138,7 +138,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             progress.say("Every chosen study ran in miniature")
             return
         slugs = claims.students([claim.name for claim in chosen])
-        unpack(slugs, given.runs)
+        if given.train or given.episodes:
+            unpack(slugs, given.runs)
         if given.train:
             train([rows.RECIPES[slug] for slug in slugs], given)
         if given.episodes:
