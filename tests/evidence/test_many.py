@@ -47,7 +47,7 @@ def test_policies_trained_together_are_those_trained_alone(model, data, teacher)
         for seed in (0, 1)
         for fields in ({}, {"velocity": 0.0, "attention": 0.0}, {"init": "random"})
     ]
-    programs = many.Programs(model, 40, teacher_depth=3)
+    programs = many.Programs(model, 40, students=True)
     groups = many.group(wanted)
     assert [len(group.rows) * len(group.variants) for group in groups] == [6]
     together = _trained(programs, groups, data, teacher)
@@ -95,7 +95,7 @@ def test_groups_keep_apart_what_programs_depend_on():
 )
 def test_a_student_without_training_is_the_cut(model, data, teacher, strategy, layers):
     recipe = _vary(strategy=strategy, steps=0)
-    programs = many.Programs(model, 40, teacher_depth=3)
+    programs = many.Programs(model, 40, students=True)
     found = _trained(programs, many.group([recipe]), data, teacher)[recipe]
     own = found["PaliGemma"]["llm"]["layers"]["mlp"]["linear"]
     whole = teacher.params["PaliGemma"]["llm"]["layers"]["mlp"]["linear"]
@@ -105,7 +105,7 @@ def test_a_student_without_training_is_the_cut(model, data, teacher, strategy, l
 def test_a_student_of_another_shape_is_cut_with_the_vision_loss(model, data, teacher):
     """Its tower is the teacher's first layer, its tokens are chosen by a scorer."""
     recipe = _vary(vision_depth=1, image_tokens=1, token_choice="scored", steps=0)
-    programs = many.Programs(model, 40, teacher_depth=3)
+    programs = many.Programs(model, 40, students=True)
     found = _trained(programs, many.group([recipe]), data, teacher)[recipe]
     own = many.architecture(recipe, model)
     assert (own.image.depth, own.scored_tokens, own.depth) == (1, 1, 2)
@@ -116,13 +116,13 @@ def test_a_student_of_another_shape_is_cut_with_the_vision_loss(model, data, tea
 
 
 def test_more_demonstrations_than_there_are_are_refused(model, data, teacher):
-    programs = many.Programs(model, 40, teacher_depth=3)
+    programs = many.Programs(model, 40, students=True)
     with pytest.raises(ValueError, match="4 demonstrations are wanted, 3 were collected"):
         list(programs.train(many.group([_vary(demonstrations=4)]), data, teacher))
 
 
 def test_what_takes_too_long_is_left_out_and_told(model, data, teacher, capsys):
-    programs = many.Programs(model, 40, teacher_depth=3)
+    programs = many.Programs(model, 40, students=True)
     groups = many.group([_vary(steps=0)])
     assert not list(programs.train(groups, data, teacher, deadline=0.0))
     assert "No time left for l2-cut" in capsys.readouterr().err
@@ -190,7 +190,7 @@ def test_teachers_and_students_become_step_folders(own, tiny_dataset, tmp_path, 
     training.teach([wanted], assets, data, tmp_path, many.Programs(model, 10))
     student = _vary(teacher=wanted.slug, steps=1, demonstrations=2)
     teacher = recipes.teacher_model(wanted, model)
-    programs = many.Programs(teacher, 10, teacher_depth=teacher.depth)
+    programs = many.Programs(teacher, 10, students=True)
     training.distil([student], data, tmp_path, programs)
     assert not training.missing([wanted, student], tmp_path)
     found = sources.load(student.slug, tmp_path, num_steps=2)

@@ -193,20 +193,18 @@ class Programs:
 
     Args:
       model: of programs for teachers the sizes of the tasks' config, at any depth; of programs for
-        students their teacher.
+        students their teacher's.
       frames: rows of the samples, padding included (`frames.samples`).
-      teacher_depth: layers of the teacher; 0 for programs that train teachers.
+      students: train students of `model`, not teachers.
       threads: programs compiled side by side.
     """
 
     def __init__(
-        self, model: pi0.Pi0Config, frames: int, teacher_depth: int = 0, threads: int = 4
+        self, model: pi0.Pi0Config, frames: int, students: bool = False, threads: int = 4
     ) -> None:
-        if teacher_depth and teacher_depth != model.depth:
-            model = pi0.at_depth(model, teacher_depth)
         self.model = model
         self._samples = batches.spec(model, frames)
-        self._teacher = model if teacher_depth else None
+        self._teacher = model if students else None
         self._pool = concurrent.futures.ThreadPoolExecutor(threads)
         self._jobs: dict[Group, concurrent.futures.Future[_Program]] = {}
 
@@ -260,7 +258,7 @@ class Programs:
         steps = members.first.steps
         spec = _spec(members, self.model, self._teacher, scores)
         known = None if self._teacher is None else pi0.abstract_params(self._teacher)
-        begin = functools.partial(_start, spec, members, self._teacher or self.model, scores)
+        begin = functools.partial(_start, spec, members, self.model, scores)
         start = jax.jit(begin).lower(known)
         if not steps:
             return _Program(start.compile(), None, False, 0)

@@ -199,5 +199,5 @@ def ensure(
         own = [recipe for recipe in students if recipe.teacher == slug]
         assets, _ = load_teacher(slug, runs)
         data = frames.samples(assets, episodes)
-        rows, depth = len(data.samples.actions), assets.model.depth
-        distil(own, data, runs, many.Programs(assets.model, rows, teacher_depth=depth))
+        programs = many.Programs(assets.model, len(data.samples.actions), students=True)
+        distil(own, data, runs, programs)
