@@ -420,9 +420,12 @@ class Module(nn.Module):
         sizes = {**axis_sizes(self.configs), "layers": self.depth}
         pi05 = geometry.condition is not None
         stack = parameters.Leaves(parameters.LAYERS, sizes, pi05, stacked=True, name="layers")()
-        streams = []
+        streams, kinds = [], self.kinds or ()
+        if self.execution.unroll:
+            attending = asked.layer if asked is not None and asked.prefix_rows else None
+            kinds = layer_table.read(kinds, attending)
         weights = layer_table.unstack(stack, self.depth)
-        for i, (kind, own) in enumerate(zip(self.kinds or (), weights, strict=True)):
+        for i, (kind, own) in enumerate(zip(kinds, weights, strict=True)):
             layer = self.execution.unrolled(functools.partial(joint_layer, kind))
             prefix, suffix, cached, queries = layer(own, keep(prefix), keep(suffix), geometry)
             streams.append((prefix, suffix))

@@ -89,11 +89,18 @@ def last_read(kinds: Sequence[Kind]) -> int:
     return max(i for i, kind in enumerate(kinds) if kind.expert == "whole")
 
 
-def read(kinds: Sequence[Kind]) -> tuple[Kind, ...]:
-    """The same layers without what nothing reads: of the last backbone layer all but its keys."""
+def read(kinds: Sequence[Kind], attending: int | None = None) -> tuple[Kind, ...]:
+    """The same layers without what nothing reads: of the last backbone layer all but its keys.
+
+    Args:
+      kinds: the layers.
+      attending: the layer whose backbone queries are read too, if any.
+    """
     last = last_read(kinds)
-    after = (Kind("absent", "absent"),) * (len(kinds) - last - 1)
-    return (*kinds[:last], Kind("keys_values", "whole"), *after)
+    kept = (*kinds[:last], Kind("keys_values", "whole"))
+    if attending is not None and attending >= last:
+        kept = tuple(kinds[: attending + 1])
+    return kept + (Kind("absent", "absent"),) * (len(kinds) - len(kept))
 
 
 def has(kind: Kind, path: str) -> bool:

@@ -200,9 +200,7 @@ class _PaliGemma(nn.Module):
     def setup(self) -> None:
         c, dtype = self.config, jnp.dtype(self.config.dtype)
         streams = (c.backbone, c.expert)
-        kinds = None if c.is_even else c.layers
-        if self.execution.unroll:
-            kinds = layer_table.read(c.layers)
+        kinds = None if c.is_even and not self.execution.unroll else c.layers
         self.llm = gemma.Module(streams, c.depth, c.vocab_size, dtype, self.execution, kinds)
         self.img = siglip.Module(c.image, c.backbone.width, dtype, self.execution)
 

@@ -66,12 +66,6 @@ def quantize(
     return Quantized(values, scales[..., 0], given)
 
 
-def dequantize(matrix: Quantized) -> Float[Array, "*l i o"]:
-    """The float32 matrix that a quantized one stands for."""
-    wide = matrix.values.astype(jnp.float32) * matrix.scales[..., None]
-    return jnp.swapaxes(wide, -1, -2)
-
-
 def weight_scale(
     matrix: Float[Array, "..."], format: Format, inputs: tuple[int, ...]
 ) -> Float[Array, "..."]:
@@ -100,10 +94,12 @@ def straight_through(
       format: to round to.
       inputs: the axes that a product sums over.
     """
-    wide = jax.lax.stop_gradient(matrix.astype(jnp.float32))
+    held = jax.lax.stop_gradient(matrix)
+    wide = held.astype(jnp.float32)
     scale = weight_scale(wide, format, inputs)
     rounded = round_to(wide / scale, format).astype(jnp.float32) * scale
-    return matrix + (rounded - wide).astype(matrix.dtype)
+    # In this order it is the rounded matrix to the last bit.
+    return rounded.astype(matrix.dtype) + (matrix - held)
 
 
 def format_of(matrix: Quantized) -> Format:
