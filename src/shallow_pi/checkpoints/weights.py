@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jaxtyping import Array, PyTree
 
-from shallow_pi.checkpoints import lora, run_folder, safetensors_file
+from shallow_pi.checkpoints import lora, orbax_noise, run_folder, safetensors_file
 from shallow_pi.models import parameters
 
 # Host memory for reading a checkpoint, in 10⁹ bytes; a larger parameter is read alone.
@@ -109,6 +109,7 @@ def _restore(
 
     args = {"params": jax.tree_util.tree_map_with_path(restore_args, stored)}
     item = jax.tree.map(lambda _: 0, args)
+    orbax_noise.silence()
     try:
         # Without a limit Orbax reads everything before casting: a full copy in host memory.
         largest = max(

@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import errno
 import json
-import logging
 import math
 import os
 import pathlib
@@ -27,7 +26,7 @@ import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
 from shallow_pi import progress
-from shallow_pi.checkpoints import run_folder, weights
+from shallow_pi.checkpoints import orbax_noise, run_folder, weights
 from shallow_pi.distill import step as distillation
 from shallow_pi.parallel import processes
 
@@ -96,7 +95,7 @@ class Checkpoints:
         self._frozen = flax.traverse_util.flatten_dict(frozen or {})
         self._saving: int | None = None
         self._unsettled = False
-        logging.getLogger("absl").addFilter(_is_not_orbaxs_traceback)
+        orbax_noise.silence()
         with _explained(f"{self.folder} cannot hold checkpoints", self._last_complete):
             self.folder.mkdir(parents=True, exist_ok=True)
             _remove_unfinished(self.folder)
@@ -364,8 +363,3 @@ def _explained(problem: str, last_complete: Callable[[], int | None]) -> Iterato
             f"{problem} ({run_folder.reason(error)}); {rescue}. Free space there or make it "
             "writable, then go on with --resume"
         ) from error
-
-
-def _is_not_orbaxs_traceback(record: logging.LogRecord) -> bool:
-    """False for tracebacks that Orbax logs of errors it also raises, which `SaveError` reports."""
-    return not (record.exc_info and "orbax" in record.pathname)

@@ -1,0 +1,36 @@
+"""Silence for the tracebacks that Orbax prints beside the error it raises.
+
+It reads arrays in asyncio tasks and forgets the others once one has failed: asyncio logs their
+errors, the garbage collector reports their coroutines, and TensorStore's threads find the event
+loop closed. When a save fails, it logs the error before it raises it.
+"""
+
+import functools
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any
+
+
+def silence() -> None:
+    """Drop these tracebacks in this process from now on; others stay."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_is_not_orbaxs)
+    hook = sys.unraisablehook
+    if not (isinstance(hook, functools.partial) and hook.func is _report):
+        sys.unraisablehook = functools.partial(_report, hook)
+
+
+def _is_not_orbaxs(record: logging.LogRecord) -> bool:
+    if record.name == "asyncio":
+        return "/orbax/" not in record.getMessage()
+    return not (record.exc_info and "orbax" in record.pathname)
+
+
+def _report(otherwise: Callable[[Any], object], found: "sys.UnraisableHookArgs") -> None:
+    """Pass an error that nobody can catch to the hook before, unless a failed read left it."""
+    code = getattr(found.object, "cr_code", None)
+    forgotten = code is not None and "/orbax/" in code.co_filename
+    too_late = found.object is None and str(found.exc_value) == "Event loop is closed"
+    if not (forgotten or too_late):
+        otherwise(found)
