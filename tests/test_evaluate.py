@@ -2,13 +2,14 @@
 
 import contextlib
 import json
+import re
 import threading
 
 import numpy as np
 import pytest
 import websockets.sync.server
 
-from shallow_pi.checkpoints import weights
+from shallow_pi.checkpoints import run_folder, weights
 from shallow_pi.commands import evaluate
 from shallow_pi.data.robots import robot as robots
 from shallow_pi.deploy import robot_observation
@@ -44,7 +45,8 @@ def server(answer, metadata=None):
             actions = answer(protocol.unpack(message))
             if actions is None:
                 return
-            connection.send(protocol.pack({"actions": actions}))
+            told = actions if isinstance(actions, dict) else {"actions": actions}
+            connection.send(protocol.pack(told))
 
     with websockets.sync.server.serve(talk, "127.0.0.1", 0) as running:
         threading.Thread(target=running.serve_forever, daemon=True).start()
@@ -103,6 +105,55 @@ def test_a_server_that_ends_in_mid_episode_costs_nothing_that_was_finished(tmp_p
     assert len(calls) == 16 + 5 + 16
     assert (out / "episodes" / "still.jsonl").read_text().startswith(kept)
     assert json.loads((out / "report.json").read_text())["policies"]["still"]["episodes"] == 2
+
+
+def test_a_server_that_does_not_answer_is_not_waited_for_forever(failing, tmp_path, monkeypatch):
+    monkeypatch.setattr(served, "PATIENCE", 0.1)
+    waits = threading.Event()
+    out = ("--output", str(tmp_path / "results"))
+    with server(lambda _: waits.wait(20)) as url:
+        said = failing(url, "--sim", "turntable", *SMALL, "--episodes", "1", *out)
+        waits.set()
+    assert f"the server at {url} has not answered for 0.1 s" in said
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (np.zeros((8, 3), np.float32), "plans 8 actions: --execute-steps and --late-ms need 9"),
+        ({"action": 3}, r"expected a map with an array of actions from ws://.*, got \['action'\]"),
+        ({"actions": "hello"}, "it is no server of policies"),
+        (
+            np.full((9, 3), np.nan, np.float32),
+            "Expected finite actions from 's', got nan in plan 0",
+        ),
+    ],
+)
+def test_answers_that_are_no_plans_are_refused(answer, message, failing, tmp_path):
+    late = ("--execute-steps", "5", "--late-ms", "200", "--episodes", "1")
+    with server(lambda _: answer) as url:
+        said = failing(f"s={url}", "--sim", "turntable", *SMALL, *late, "--output", str(tmp_path))
+    assert re.search(message, said)
+
+
+def test_settings_without_results_are_forgotten(tmp_path, failing):
+    out = ("--output", str(tmp_path / "results"), "--episodes", "1")
+    failing("s=ws://127.0.0.1:9", "--sim", "turntable", *SMALL, *out, "--seed", "7")
+    evaluate.main(("s=expert", "--sim", "turntable", *SMALL, *out))
+    report = json.loads((tmp_path / "results" / "report.json").read_text())
+    assert report["seed"] == 1_000_000
+
+
+def test_a_folder_of_something_else_or_in_use_is_left_alone(tmp_path, failing):
+    common = ("expert", "--sim", "turntable", *SMALL, "--episodes", "1", "--output")
+    (tmp_path / "file").write_text("important")
+    assert "holds no evaluation but file" in failing(*common, str(tmp_path))
+    assert "file cannot be written (File exists)" in failing(*common, str(tmp_path / "file"))
+    (tmp_path / "results").mkdir()
+    with run_folder.held(tmp_path / "results"):
+        assert "or give another --output" in failing(*common, str(tmp_path / "results"))
+    (tmp_path / "results" / "settings.json").write_text("[]")
+    assert "not hold the settings of an evaluation" in failing(*common, str(tmp_path / "results"))
 
 
 def test_results_of_other_settings_are_not_mixed(tmp_path, failing):

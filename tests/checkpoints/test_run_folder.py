@@ -71,7 +71,7 @@ def test_a_field_newer_than_the_run_may_have_its_default(tmp_path):
 
 def test_a_run_folder_is_held_by_one_training(tmp_path):
     first, second = (run_folder.held(tmp_path) for _ in range(2))
-    with first, pytest.raises(ValueError, match="another process trains in"), second:
+    with first, pytest.raises(ValueError, match="another process works in"), second:
         pass
     with run_folder.held(tmp_path):
         pass

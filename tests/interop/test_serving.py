@@ -217,7 +217,7 @@ def test_openpis_server_answers_a_benchmark_as_our_policy_does(robot, make_step)
     # What openpi draws for a policy's first request.
     key = jax.random.split(jax.random.key(0))[1]
     noise = np.asarray(jax.random.normal(key, (1, *own.noise_shape)))
-    with _openpi_serves(step) as url, contextlib.closing(served.Served(url, robot)) as client:
+    with _openpi_serves(step) as url, contextlib.closing(served.Served(url, robot, 1)) as client:
         found = client.plan([observation], np.zeros((1, 2), np.int64), [None])
     _close(found[0], own.infer_batch([observation], noise)[0])
 

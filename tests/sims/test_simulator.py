@@ -1,6 +1,8 @@
 """Simulators are found by name with their options; what does not fit is named with what does."""
 
 import dataclasses
+import os
+import subprocess
 import sys
 
 import pytest
@@ -77,3 +79,15 @@ def test_another_robot_is_refused_with_what_differs():
     slow = dataclasses.replace(suite, control_hz=10.0)
     with pytest.raises(ValueError, match=r"control rate 20 \(the simulator's: 10.0\)"):
         simulator.check_robot(slow, robots.TURNTABLE)
+
+
+def test_a_missing_opengl_library_is_told_before_anything_runs():
+    code = "from shallow_pi.sims import simulator; simulator.find('turntable', {})"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"MUJOCO_GL": "eagle", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    assert "ValueError: MuJoCo cannot be imported with MUJOCO_GL=eagle (invalid" in done.stderr
+    assert "egl or osmesa" in done.stderr

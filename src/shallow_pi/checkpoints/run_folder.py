@@ -44,6 +44,8 @@ _REASONS = [
 ]
 
 
+# What a training command does after a file could not be written.
+RESUME = "go on with --resume, or give another --checkpoint-dir"
 _UNREADABLE = re.compile(r"[\[\]*?\\]|^\w+:$")
 
 
@@ -52,8 +54,8 @@ class WriteError(OSError):
 
 
 @contextlib.contextmanager
-def writing(path: pathlib.Path) -> Iterator[None]:
-    """Raise an `OSError` of the block as a `WriteError` that names `path`."""
+def writing(path: pathlib.Path, advice: str = RESUME) -> Iterator[None]:
+    """Raise an `OSError` of the block as a `WriteError` that names `path` and gives advice."""
     try:
         yield
     except WriteError:
@@ -61,7 +63,7 @@ def writing(path: pathlib.Path) -> Iterator[None]:
     except OSError as error:
         raise WriteError(
             f"{path} cannot be written ({reason(error)}): free space there or make it writable, "
-            "then go on with --resume, or give another --checkpoint-dir"
+            f"then {advice}"
         ) from error
 
 
@@ -145,8 +147,12 @@ def prepare(
 
 
 @contextlib.contextmanager
-def held(folder: pathlib.Path) -> Iterator[None]:
-    """Keep other processes from training in a run's folder; the system frees it when this one ends.
+def held(folder: pathlib.Path, flag: str = "--exp-name") -> Iterator[None]:
+    """Keep other processes from working in a folder; the system frees it when this one ends.
+
+    Args:
+      folder: exists.
+      flag: names another folder.
 
     Raises:
       ValueError: another process holds it.
@@ -160,8 +166,7 @@ def held(folder: pathlib.Path) -> Iterator[None]:
             fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ValueError(
-                f"another process trains in {folder}: wait for it or stop it, or use another "
-                "--exp-name"
+                f"another process works in {folder}: wait for it or stop it, or give another {flag}"
             ) from error
         except OSError as error:  # Some network file systems have no locks.
             progress.say(f"{folder} cannot be locked ({reason(error)}): start no second run there")
@@ -170,10 +175,10 @@ def held(folder: pathlib.Path) -> Iterator[None]:
         os.close(opened)
 
 
-def write_text(path: pathlib.Path, text: str) -> None:
-    """Write a file of a run atomically."""
+def write_text(path: pathlib.Path, text: str, advice: str = RESUME) -> None:
+    """Write a file of a run atomically; `advice` is for a file that cannot be written."""
     partial = path.with_name(f"{path.name}.partial")
-    with writing(path):
+    with writing(path, advice):
         partial.write_text(text, encoding="utf-8")
         partial.replace(path)
 

@@ -83,6 +83,8 @@ class Arguments:
                 raise ValueError(f"--{flag} must be at least 1, got {getattr(self, name)}")
         if min(self.processes, self.films, self.seed) < 0:
             raise ValueError("--processes, --films and --seed must not be negative")
+        if not self.policies:
+            raise ValueError("name a policy to evaluate: a checkpoint, ws://HOST:PORT or expert")
         if not self.late_ms or not all(0 <= late < math.inf for late in self.late_ms):
             raise ValueError(f"--late-ms: expected numbers of 0 or more, got {self.late_ms}")
 
@@ -167,7 +169,7 @@ def _entrant(
             {"source": source},
             given.execute_steps,
             delay,
-            lambda: served.Served(source, suite.robot),
+            lambda: served.Served(source, suite.robot, given.execute_steps + steps),
         )
     step = step_folder.find(source, given.policy.step)
     is_ours = (step / "assets" / policy_assets.FILE_NAME).is_file()

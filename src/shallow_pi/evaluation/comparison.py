@@ -21,6 +21,8 @@ from shallow_pi.sims import simulator, workers
 from shallow_pi.speed import latency
 
 SETTINGS, EPISODES, FILMS = "settings.json", "episodes", "films"
+# What to do when a file cannot be written.
+ADVICE = "repeat the command, or give another --output"
 # A film's frames a second at most; GIFs are large.
 FILM_FPS = 12.5
 # Most panels of the picture of success.
@@ -74,18 +76,21 @@ class Course:
 def prepare(
     folder: pathlib.Path, course: Course, entrants: Sequence[Entrant]
 ) -> dict[str, dict[str, Any]]:
-    """Make the folder, or find out that it holds results of these settings.
+    """Write down the settings in a folder, or find out that it holds results of these.
+
+    Settings of which there are no results, such as those of a policy that could not be loaded, are
+    not kept.
 
     Returns:
       The settings of every policy in it, by label.
 
     Raises:
-      ValueError: it holds others.
+      ValueError: it holds results of others, or something else.
     """
     path = folder / SETTINGS
     every: dict[str, dict[str, Any]] = {}
-    if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
+    found = _settings(folder)
+    if found["policies"]:
         differing = [
             f"{name} {found[name]} (asked for: {value})"
             for name, value in course.settings().items()
@@ -106,15 +111,40 @@ def prepare(
             )
         every = found["policies"]
     every |= {entrant.label: _plain(entrant.settings()) for entrant in entrants}
-    folder.mkdir(parents=True, exist_ok=True)
     settings = {**course.settings(), "policies": every}
-    run_folder.write_text(path, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+    _write(path, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
     return every
+
+
+def _settings(folder: pathlib.Path) -> dict[str, Any]:
+    """Settings in a folder, with those policies of which there are results."""
+    path = folder / SETTINGS
+    if not path.exists():
+        if other := sorted(child.name for child in folder.iterdir()):
+            raise ValueError(
+                f"{folder} holds no evaluation but {', '.join(other[:3])}: give another --output"
+            )
+        return {"policies": {}}
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        policies = found["policies"].items()
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} does not hold the settings of an evaluation ({error!r}): give another "
+            "--output, or --overwrite, which renames the old folder"
+        ) from error
+    paths = {label: _path(folder, label) for label, _ in policies}
+    kept = {k: v for k, v in policies if paths[k].exists() and paths[k].stat().st_size}
+    return {**found, "policies": kept}
 
 
 def _plain(values: Mapping[str, object]) -> dict[str, Any]:
     plain: dict[str, Any] = json.loads(json.dumps(values))
     return plain
+
+
+def _write(path: pathlib.Path, text: str) -> None:
+    run_folder.write_text(path, text, ADVICE)
 
 
 def run(folder: pathlib.Path, course: Course, entrants: Sequence[Entrant]) -> None:
@@ -123,12 +153,24 @@ def run(folder: pathlib.Path, course: Course, entrants: Sequence[Entrant]) -> No
     Raises:
       ValueError, OSError: from a policy, a server or the simulator; finished episodes are kept.
     """
+    with run_folder.writing(folder, ADVICE):
+        folder.mkdir(parents=True, exist_ok=True)
+    with run_folder.held(folder, "--output"):
+        _run(folder, course, entrants)
+
+
+def _run(folder: pathlib.Path, course: Course, entrants: Sequence[Entrant]) -> None:
     settings = prepare(folder, course, entrants)
     found: dict[str, rollout.Evaluation] = {}
     for label in settings:
         before = rollout.stored(_path(folder, label), label, course.seed, course.episodes)
         if before is not None:
             found[label] = before
+        elif label not in {entrant.label for entrant in entrants}:
+            progress.say(
+                f"{label} is left out of the report, as it has fewer episodes: evaluate it again "
+                "with these"
+            )
     count = min(course.parallel, course.episodes)
     with workers.Workers(course.suite, count, course.processes) as pool:
         for entrant in entrants:
@@ -178,8 +220,9 @@ def _film(
         batch=batch,
         delay=entrant.delay,
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    plots.animation(path, thinned(recording))
+    with run_folder.writing(path, ADVICE):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        plots.animation(path, thinned(recording))
 
 
 def thinned(recording: rollout.Recording) -> rollout.Recording:
@@ -282,7 +325,7 @@ def write(
 ) -> None:
     """Write report.json, report.md and the picture of success."""
     values = json.dumps(contents(course, settings, found), indent=2, ensure_ascii=False)
-    run_folder.write_text(folder / run_folder.REPORT_FILE, values + "\n")
+    _write(folder / run_folder.REPORT_FILE, values + "\n")
     options = "".join(f", {name} {value}" for name, value in course.options.items())
     lines = [
         f"# {course.sim}: {', '.join(found)}",
@@ -300,14 +343,15 @@ def write(
     for label in found:
         lines += [f"- {label}: " + ", ".join(f"{k} {v}" for k, v in settings[label].items())]
     try:
-        plots.success(folder / "success.png", _panels(found))
+        with run_folder.writing(folder / "success.png", ADVICE):
+            plots.success(folder / "success.png", _panels(found))
         lines += ["", "## Success", "", "![Success](success.png)"]
     except figures.PlotsMissingError as error:
         lines += ["", str(error)]
     for film in sorted((folder / FILMS).glob("*.gif")) if (folder / FILMS).is_dir() else []:
         lines += ["", f"![{film.stem}]({FILMS}/{film.name})"]
     lines += ["", ", ".join(f"{package} {v}" for package, v in latency.versions().items()), ""]
-    run_folder.write_text(folder / run_folder.REPORT_PAGE, "\n".join(lines))
+    _write(folder / run_folder.REPORT_PAGE, "\n".join(lines))
 
 
 def _panels(

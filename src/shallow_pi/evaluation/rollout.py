@@ -23,6 +23,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from shallow_pi import progress
+from shallow_pi.checkpoints import run_folder
 from shallow_pi.evaluation import intervals, policies
 from shallow_pi.sims import simulator
 
@@ -320,8 +321,9 @@ def _episode_log(path: pathlib.Path | None) -> Iterator[Callable[[Episode], None
             file.write("\n")
 
         def log(episode: Episode) -> None:
-            file.write(json.dumps(dataclasses.asdict(episode)) + "\n")
-            file.flush()
+            with run_folder.writing(path, "repeat the command"):
+                file.write(json.dumps(dataclasses.asdict(episode)) + "\n")
+                file.flush()
 
         yield log
 

@@ -21,6 +21,9 @@ from shallow_pi.data.robots import robot as robots
 from shallow_pi.serving import protocol
 from shallow_pi.sims import simulator
 
+# Seconds for an answer: a server may compile first, or plan for many simulators one by one.
+PATIENCE = 900.0
+
 
 def is_url(source: str) -> bool:
     """A policy's name is the address of a server."""
@@ -33,14 +36,15 @@ class Served:
     Args:
       url: the server's address.
       robot: the simulator's, which the actions must fit.
+      needed: fewest actions of a plan.
 
     Raises:
       ConnectionError: there is no server.
       ValueError: its policy is of another robot.
     """
 
-    def __init__(self, url: str, robot: robots.Robot) -> None:
-        self.url, self._robot = url, robot
+    def __init__(self, url: str, robot: robots.Robot, needed: int) -> None:
+        self.url, self._robot, self._needed = url, robot, needed
         self._connections: list[websockets.sync.client.ClientConnection] = []
         self._open = contextlib.ExitStack()
         self._pool = concurrent.futures.ThreadPoolExecutor(64, "server")
@@ -73,7 +77,7 @@ class Served:
                     additional_headers=headers,
                 )
             )
-            metadata = protocol.unpack(_binary(self.url, connection.recv()))
+            metadata = self._unpack(connection.recv(timeout=PATIENCE))
         except (OSError, websockets.exceptions.WebSocketException) as error:
             raise ConnectionError(
                 f"no policy server at {self.url} ({error or type(error).__name__}): start it, or "
@@ -105,7 +109,9 @@ class Served:
         while len(self._connections) < len(sims):
             self._connect()
         asked = [self._message(one) for one in observations[: len(sims)]]
-        return np.stack(list(self._pool.map(self._ask, self._connections, asked)))
+        found = list(self._pool.map(self._ask, self._connections, asked))
+        # All plans of a batch have one length.
+        return np.stack([actions[: min(map(len, found))] for actions in found])
 
     def _message(self, observation: simulator.Observation) -> bytes:
         if not self._is_ours:
@@ -117,34 +123,54 @@ class Served:
     ) -> Float[np.ndarray, "ah rd"]:
         try:
             connection.send(message)
-            answer = connection.recv()
+            answer = connection.recv(timeout=PATIENCE)
+        except TimeoutError as error:
+            raise ConnectionError(
+                f"the server at {self.url} has not answered for {PATIENCE:g} s: see what it does, "
+                "start it again and repeat the command, which goes on with the episodes that are "
+                "not finished"
+            ) from error
         except (OSError, websockets.exceptions.WebSocketException) as error:
             raise ConnectionError(
                 f"the server at {self.url} ended in the middle of an episode ({error}): start it "
                 "again and repeat the command, which goes on with the episodes that are not "
                 "finished"
             ) from error
-        found = protocol.unpack(_binary(self.url, answer))
-        actions = np.asarray(found["actions"] if isinstance(found, Mapping) else None, np.float32)
+        found = self._unpack(answer)
+        try:
+            actions = np.asarray(found["actions"], np.float32)
+        except (KeyError, TypeError, ValueError) as error:
+            got = sorted(found) if isinstance(found, Mapping) else type(found).__name__
+            raise ValueError(
+                f"expected a map with an array of actions from {self.url}, got {got} ({error!r}): "
+                "it is no server of policies"
+            ) from error
         if actions.ndim != 2 or actions.shape[1] != self._robot.action_dim:
             raise ValueError(
                 f"expected actions (horizon, {self._robot.action_dim}) of robot "
                 f"{self._robot.name!r} from {self.url}, got the shape {actions.shape}: its policy "
                 "is of another robot"
             )
+        if len(actions) < self._needed:
+            raise ValueError(
+                f"{self.url} plans {len(actions)} actions: --execute-steps and --late-ms need "
+                f"{self._needed}"
+            )
         return actions
+
+    def _unpack(self, message: str | bytes) -> Any:
+        if isinstance(message, str):
+            raise ValueError(f"the server at {self.url} refused: {message.strip()[-1000:]}")
+        try:
+            return protocol.unpack(message)
+        except ValueError as error:
+            raise ValueError(f"{self.url} is no server of policies: {error}") from error
 
     def close(self) -> None:
         """Close the connections."""
         self._open.close()
         self._connections.clear()
         self._pool.shutdown()
-
-
-def _binary(url: str, message: str | bytes) -> bytes:
-    if isinstance(message, str):
-        raise ValueError(f"the server at {url} refused: {message.strip()[-1000:]}")
-    return message
 
 
 def openpi_form(robot: robots.Robot, observation: simulator.Observation) -> dict[str, Any]:

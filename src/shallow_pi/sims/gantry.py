@@ -242,7 +242,9 @@ class Sim(abc.ABC):
                 scene.close()
         if key not in self._pictures:
             size = (self.config.image_size,) * 2
-            self._pictures[key] = pictures.Pictures(self.model, size, self.config.renderer)
+            self._pictures[key] = pictures.Pictures(
+                self.model, size, self.config.renderer, shadows=False
+            )
         return self._pictures[key].render(self.data, camera, self.light)
 
     @property

@@ -2,9 +2,10 @@
 
 Pictures of 256 × 256 by OpenGL, turned by half a turn and resized to 224; ten steps of waiting, for
 objects to fall; 220 to 520 steps a suite; success when the package says so. Seeds take the tasks
-in turn, and an episode's number in its task (0 to 49) is that of its official initial state. openpi
-seeds LIBERO once for each task and resets it before each episode, which moves cabinets and stoves a
-little; the same resets are made here, so an episode is openpi's whatever ran before it.
+in turn, beginning anew at each million, and an episode's number in its task (0 to 49, then 0 again)
+is that of its official initial state. openpi seeds LIBERO once for each task and resets it before
+each episode, which moves cabinets and stoves a little; the same resets are made here, so an episode
+is openpi's whatever ran before it.
 
 The actions are differences of the gripper's pose and its closing, −1 to 1 each, 20 times a second;
 datasets of this robot are labelled with 10. `libero_object` and `libero_spatial` have an expert
@@ -15,6 +16,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import logging
 import math
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -35,6 +37,7 @@ MAX_STEPS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "l
 WAIT_STEPS, WAIT_ACTION = 10, (0.0,) * 6 + (-1.0,)
 SEED = 7  # openpi's
 STATES = 50  # initial states of a task
+FIRST = 1_000_000  # The seed at which tasks and states begin anew.
 CAMERAS = {"image": "agentview", "wrist_image": "robot0_eye_in_hand"}
 WITH_EXPERT = ("libero_object", "libero_spatial")
 
@@ -143,15 +146,29 @@ def _environment() -> Any:
     Raises:
       ValueError: there is none.
     """
-    from robosuite.controllers import base_controller
+    with _quietly():
+        from robosuite.controllers import base_controller
 
-    update = base_controller.Controller.update
-    from libero.libero.envs import env_wrapper
+        update = base_controller.Controller.update
+        from libero.libero.envs import env_wrapper
 
     # The package replaces it for an order of arguments that MuJoCo has from 4.0 on.
     if "dst" in (mujoco.mj_fullM.__doc__ or ""):
         base_controller.Controller.update = update
     return env_wrapper.ControlEnv
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Import robosuite without its advice, and without its log in /tmp, which others may own."""
+    make, level = logging.FileHandler, logging.root.manager.disable
+    logging.FileHandler = lambda *_: logging.NullHandler()  # type: ignore[assignment,misc]
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.FileHandler = make  # type: ignore[misc]
+        logging.disable(level)
 
 
 class Libero:
@@ -170,8 +187,8 @@ class Libero:
 
     def reset(self, seed: int) -> None:
         """Begin the episode that `seed` names, after the steps of waiting."""
-        number = self._numbers[seed % len(self._numbers)]
-        trial = seed // len(self._numbers) % STATES
+        trial, place = divmod(seed % FIRST, len(self._numbers))
+        number, trial = self._numbers[place], trial % STATES
         before = np.random.get_state()  # LIBERO draws from the global generator.
         try:
             if number != self._number:

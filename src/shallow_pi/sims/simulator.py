@@ -9,6 +9,8 @@ package is imported when the suite is first used.
 
 import dataclasses
 import difflib
+import importlib
+import os
 import pkgutil
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -163,6 +165,7 @@ def find(name: str, given: Mapping[str, object]) -> Suite:
     if ":" not in name and name not in SUITES:
         raise ValueError(f"unknown simulator {name!r}; {_known(name, SUITES)}")
     entry = SUITES.get(name) or Entry(name)
+    _import_mujoco()
     try:
         kind = pkgutil.resolve_name(entry.suite)
     except (ImportError, AttributeError, ValueError) as error:
@@ -181,6 +184,25 @@ def find(name: str, given: Mapping[str, object]) -> Suite:
             )
     values = {**entry.options, **given}
     return kind(**{key: _read(key, value, hints[key]) for key, value in values.items()})
+
+
+def _import_mujoco() -> None:
+    """Import MuJoCo, which imports the OpenGL library that MUJOCO_GL names, if it names one.
+
+    Raises:
+      ValueError: the library is not there, or the name is none of MuJoCo's.
+    """
+    try:
+        importlib.import_module("mujoco")
+    except ModuleNotFoundError:
+        return  # The suite's own import tells it.
+    except (AttributeError, ImportError, OSError, RuntimeError) as error:
+        given = os.environ.get("MUJOCO_GL", "")
+        raise ValueError(
+            f"MuJoCo cannot be imported with MUJOCO_GL={given} ({error}): set MUJOCO_GL to egl or "
+            "osmesa, whichever library is installed (Debian: libegl1 or libosmesa6), or to "
+            "disable, which leaves pictures by ray casting (renderer=ray)"
+        ) from error
 
 
 def options(pairs: Sequence[str], flag: str) -> dict[str, str]:
