@@ -1,6 +1,7 @@
 """PyTorch checkpoints: what is written is read, without torch, and what is wrong is named."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -147,12 +148,12 @@ def test_the_tied_embedding_is_found_under_its_other_name(config, params, tensor
 def test_a_missing_or_unknown_tensor_is_named(config, tensors, tmp_path):
     lost = f"{layout.BACKBONE}layers.1.mlp.up_proj.weight"
     del tensors[lost]
-    tensors["normalize_inputs.mean"] = np.zeros(3, np.float32)
+    tensors["value_head.weight"] = np.zeros(3, np.float32)
     _save(tensors, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"\(2 differ\)") as caught:
         weights.load_params(tmp_path, pi0.abstract_params(config))
     assert f"missing {lost}" in str(caught.value)
-    assert "unknown normalize_inputs.mean" in str(caught.value)
+    assert "unknown value_head.weight" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -188,9 +189,54 @@ def test_a_truncated_file_is_an_error_and_not_zeros(config, saved, tmp_path, sha
         weights.load_params(tmp_path, pi0.abstract_params(config))
 
 
-def test_a_checkpoint_in_several_files_is_refused(tmp_path):
+def test_a_checkpoint_in_several_files_is_read_as_one(config, params, tensors, tmp_path):
+    names = sorted(tensors)
+    parts = {"model-1-of-2.safetensors": names[::2], "model-2-of-2.safetensors": names[1::2]}
+    for file, chosen in parts.items():
+        _save({name: tensors[name] for name in chosen}, tmp_path / file)
+    index = {"weight_map": {name: file for file, chosen in parts.items() for name in chosen}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    _assert_same(weights.load_params(tmp_path, pi0.abstract_params(config)), params)
+    (tmp_path / "model-2-of-2.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"model-2-of-2\.safetensors could not be read"):
+        weights.stored_params(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"in several files.*as one model\.safetensors"):
+    with pytest.raises(ValueError, match="is no index of safetensors files"):
+        weights.stored_params(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        # LeRobot's first π0, with transformers before 4.52.
+        {
+            ".paligemma.model.language_model.": ".paligemma.language_model.model.",
+            ".paligemma.model.": ".paligemma.",
+            ".paligemma.lm_head.": ".paligemma.language_model.lm_head.",
+        },
+        # transformers 5.
+        {".vision_tower.vision_model.": ".vision_tower."},
+    ],
+    ids=["before 4.52", "5"],
+)
+def test_other_versions_spell_tensors_otherwise(config, params, tensors, tmp_path, changes):
+    found = {}
+    for name, tensor in tensors.items():
+        for ours, theirs in changes.items():
+            name = name.replace(ours, theirs)
+        found[f"model.{name}"] = tensor
+    found["model.paligemma_with_expert.paligemma.model.vision_tower.embeddings.position_ids"] = (
+        np.zeros(4, np.int64)
+    )
+    found["normalize_inputs.buffer_observation_state.mean"] = np.zeros(3, np.float32)
+    _save(found, tmp_path / "model.safetensors")
+    _assert_same(weights.load_params(tmp_path, pi0.abstract_params(config)), params)
+
+
+def test_a_quantized_file_is_refused_by_its_type(tensors, tmp_path):
+    tensors["action_in_proj.weight"] = tensors["action_in_proj.weight"].astype(np.int8)
+    _save(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"action_in_proj\.weight in .* is of type I8"):
         weights.stored_params(tmp_path)
 
 

@@ -280,7 +280,7 @@ def test_a_teacher_may_lie_in_a_folder_with_brackets(tmp_path):
     _assert_same(weights.load_params(tmp_path / "run [12]", _abstract(tree)), tree)
 
 
-def test_a_checkpoint_of_lerobots_is_named_by_its_inner_folder(tmp_path):
-    (tmp_path / "pretrained_model").mkdir()
-    with pytest.raises(ValueError, match=r"checkpoint of LeRobot's: name .*/pretrained_model"):
+def test_a_run_of_lerobots_is_told_its_checkpoint(tmp_path):
+    (tmp_path / "checkpoints" / "last").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"run of LeRobot's: name .*/checkpoints/last"):
         weights.stored_params(tmp_path)

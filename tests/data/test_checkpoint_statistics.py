@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from shallow_pi.data.robots import assets, checkpoint_statistics, normalize
+from shallow_pi.data.robots import assets, checkpoint_statistics, lerobot_policy, normalize
 from shallow_pi.data.robots import robot as robots
 
 OPTIONS = "--data.asset-id NAME"
@@ -143,17 +143,17 @@ def test_statistics_of_lerobots_that_cannot_be_used_are_named(tmp_path):
 
 def test_relative_actions_of_lerobots_policy_have_to_be_the_robots(tmp_path):
     gripper = dataclasses.replace(robots.TURNTABLE, delta=(True, True))
-    checkpoint_statistics.check_robot(tmp_path, gripper)
+    lerobot_policy.check_robot(tmp_path, gripper)
     names = {"action_names": ["x.pos", "y.pos", "Gripper.pos"], "exclude_joints": ["gripper"]}
     _lerobots(tmp_path, "MEAN_STD", relative={"enabled": True, **names})
-    checkpoint_statistics.check_robot(tmp_path, gripper)
+    lerobot_policy.check_robot(tmp_path, gripper)
     with pytest.raises(ValueError, match=r"dimensions \[0, 1\] .* turntable in \[0, 1, 2\]: give"):
-        checkpoint_statistics.check_robot(tmp_path, robots.TURNTABLE)
+        lerobot_policy.check_robot(tmp_path, robots.TURNTABLE)
     _lerobots(tmp_path, "MEAN_STD")
     with pytest.raises(
         ValueError, match=r"in the dimensions \[\] .* delta=\(False, False, False\)"
     ):
-        checkpoint_statistics.check_robot(tmp_path, robots.TURNTABLE)
+        lerobot_policy.check_robot(tmp_path, robots.TURNTABLE)
 
 
 def test_a_folder_named_by_hand_may_hold_them_one_level_down(tmp_path):
@@ -181,7 +181,7 @@ def test_a_teacher_of_ours_for_another_robot_or_prompt_is_refused(own, tmp_path)
     ):
         assets.teacher_statistics(tmp_path, "turntable", absolute, own.model)
     said = dataclasses.replace(own.model, pi05=True, discrete_state_input=True)
-    with pytest.raises(ValueError, match=r"discrete_state_input is False, given True"):
+    with pytest.raises(ValueError, match=r"its state apart, .* --model\.no-discrete-state-input"):
         assets.teacher_statistics(tmp_path, "turntable", robots.TURNTABLE, said)
     shutil.rmtree(tmp_path / "assets")
     assert assets.teacher_statistics(tmp_path, "mine", robots.TURNTABLE, own.model) is None
@@ -203,3 +203,70 @@ def test_statistics_given_in_place_of_the_teachers_are_told(tmp_path, capsys):
     _openpis(tmp_path, "trossen", "droid")
     checkpoint_statistics.warn_of_others(step, "mine", "z_score", other, dims)
     assert capsys.readouterr().err == ""
+
+
+def test_statistics_behind_a_symbolic_link_are_found(tmp_path):
+    _openpis(tmp_path / "else", "mine")
+    (tmp_path / "step" / "assets").mkdir(parents=True)
+    (tmp_path / "step" / "assets" / "mine").symlink_to(tmp_path / "else" / "assets" / "mine")
+    assert _find(tmp_path / "step").asset_id == "mine"
+    assert checkpoint_statistics.at(tmp_path / "step" / "assets", "other").stats.keys() == {
+        "state",
+        "actions",
+    }
+
+
+@pytest.mark.parametrize(
+    ("mode", "names"), [("MEAN_STD", ("mean", "std")), ("MIN_MAX", ("min", "max"))]
+)
+def test_policies_from_before_lerobots_processors_hold_their_statistics_as_tensors(
+    tmp_path, mode, names
+):
+    tensors = {
+        f"{buffer}.{name}": VALUES[name].astype(np.float32)
+        for buffer in (
+            "normalize_inputs.buffer_observation_state",
+            "unnormalize_outputs.buffer_action",
+        )
+        for name in names
+    }
+    file = tmp_path / "model.safetensors"
+    safetensors.numpy.save_file(tensors, file)
+    config = {"normalization_mapping": {"STATE": mode, "ACTION": mode}, "chunk_size": 50}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = _find(tmp_path)
+    assert found.path == file
+    values = np.stack([VALUES[name] for name in names])
+    expected = {
+        "MEAN_STD": [np.zeros(3), (values[1] - values[0]) / values[1]],
+        "MIN_MAX": [-np.ones(3), np.ones(3)],
+    }
+    np.testing.assert_allclose(
+        normalize.normalize(values, found.stats["actions"], "z_score"), expected[mode], atol=1e-5
+    )
+    # As LeRobot leaves them before it has seen a dataset.
+    empty = {name: np.full_like(value, np.inf) for name, value in tensors.items()}
+    safetensors.numpy.save_file(empty, file)
+    assert _find(tmp_path) is None
+
+
+def test_the_files_of_a_lerobot_teacher_contradict_a_wrong_config(tmp_path, own, capsys):
+    step = _lerobots(tmp_path, "MEAN_STD")
+    (step / "config.json").write_text(json.dumps({"chunk_size": 10, "num_inference_steps": 5}))
+    assert assets.told(step) == {"action_horizon": 10, "discrete_state_input": False}
+    assert lerobot_policy.num_steps(step) == 5
+    said = dataclasses.replace(own.model, pi05=True, discrete_state_input=True)
+    with pytest.raises(ValueError, match=r"give --model\.no-discrete-state-input"):
+        assets.teacher_statistics(step, "mine", robots.TURNTABLE, said)
+
+
+def test_cameras_in_another_order_than_a_lerobot_policys_are_told(tmp_path, capsys):
+    step = _lerobots(tmp_path, "MEAN_STD")
+    visual = {"type": "VISUAL", "shape": [3, 24, 24]}
+    names = ["observation.images.wrist", "observation.images.base"]
+    for order, told in ((names[::-1], False), (names, True)):
+        features = {"observation.state": {"type": "STATE"}, **dict.fromkeys(order, visual)}
+        (step / "config.json").write_text(json.dumps({"input_features": features}))
+        still = dataclasses.replace(robots.TURNTABLE, delta=())
+        lerobot_policy.check_robot(step, still)
+        assert ("cameras in the order ['wrist', 'base']" in capsys.readouterr().err) == told

@@ -44,6 +44,16 @@ def test_a_run_stands_for_its_last_step_or_the_one_asked_for(run):
     # A step folder is itself, and so is its params folder.
     assert step_folder.find(run / "2") == step_folder.find(run / "2", 2) == run / "2"
     assert step_folder.find(run / "2" / "params") == run / "2"
+    # LeRobot's checkpoints, and their files.
+    (run.parent / "checkpoints" / "000500" / "pretrained_model").mkdir(parents=True)
+    inside = run.parent / "checkpoints" / "000500" / "pretrained_model"
+    for name in (
+        "",
+        "000500",
+        "000500/pretrained_model",
+        "000500/pretrained_model/model.safetensors",
+    ):
+        assert step_folder.find(run.parent / "checkpoints" / name) == inside
 
 
 def test_a_missing_step_lists_the_existing_ones(run):
@@ -160,6 +170,30 @@ def test_a_folder_of_ours_takes_other_statistics_and_another_tokenizer(own, para
         ValueError, match=r"no statistics of 'third'; it has \['other', 'turntable'\]"
     ):
         step_folder.assets(tmp_path, asset_id="third")
+    shutil.move(tmp_path / "assets" / "other", tmp_path / "elsewhere")
+    found = step_folder.assets(tmp_path, norm_stats=tmp_path / "elsewhere")
+    np.testing.assert_array_equal(found.stats["state"].mean, own.stats["state"].mean + 1)
+
+
+def test_a_checkpoint_of_parameters_alone_is_given_its_statistics(own, openpis, tmp_path):
+    shutil.copytree(openpis / "params", tmp_path / "1" / "params")
+    asked = {"robot": robot.TURNTABLE, "tokenizer": own.tokenizer}
+    with pytest.raises(FileNotFoundError, match=r"no statistics in .*--policy\.norm-stats FOLDER"):
+        step_folder.assets(tmp_path / "1", **asked)
+    found = step_folder.assets(tmp_path / "1", **asked, norm_stats=openpis / "assets")
+    np.testing.assert_array_equal(found.stats["actions"].std, own.stats["actions"].std)
+
+
+def test_a_path_that_may_be_an_address_is_told(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for given, meant in (
+        ("lerobot/pi05_base", "hf://lerobot/pi05_base"),
+        ("gs:/bucket/pi0_base/params", "gs://bucket/pi0_base"),
+        ("hf:/lerobot/pi0", "hf://lerobot/pi0"),
+        ("https://huggingface.co/lerobot/pi0/tree/main", "hf://lerobot/pi0@main"),
+    ):
+        with pytest.raises((FileNotFoundError, ValueError), match=meant):
+            step_folder.find(given)
 
 
 def test_a_policy_of_lerobots_says_more_of_itself(own, params, tmp_path, capsys):

@@ -51,10 +51,23 @@ def locate(url: str | os.PathLike[str], *, filesystem: Any = None) -> pathlib.Pa
         return _from_bucket(rest.strip("/"), filesystem)
     if scheme == "hf":
         return _from_hub(text, rest.strip("/"))
+    page = rest.removeprefix("huggingface.co/")
     raise ValueError(
         f"cannot fetch {text!r}: expected a local path, gs://<bucket>/<path> or "
         "hf://<owner>/<repo>[@<revision>][/<path>]"
+        + (f", here hf://{page.replace('/tree/', '@', 1)}" if page != rest else "")
     )
+
+
+def advice(absent: pathlib.Path) -> str:
+    """The address that may be meant by a local path where nothing is; empty for most."""
+    with contextlib.suppress(ValueError):
+        parts = absent.relative_to(pathlib.Path.cwd()).parts
+        if parts and parts[0] in ("gs:", "hf:"):
+            return f"; an address has two slashes: {parts[0]}//{'/'.join(parts[1:])}"
+        if len(parts) == 2:
+            return f"; a repository of the Hugging Face hub is hf://{'/'.join(parts)}"
+    return ""
 
 
 def kept(url: str | os.PathLike[str]) -> pathlib.Path | None:

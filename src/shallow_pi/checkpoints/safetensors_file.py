@@ -6,10 +6,12 @@ read one at a time, so the host never holds a whole model.
 """
 
 import functools
+import json
 import os
 import pathlib
 import re
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +24,8 @@ from shallow_pi.checkpoints import safetensors_layout as layout
 from shallow_pi.models import parameters
 
 NAME = "model.safetensors"
+# Names the file of each tensor, where there are several.
+INDEX = f"{NAME}.index.json"
 # Width of openpi's backbone; a file without head counts in its header is taken to have its heads.
 OPENPI_WIDTH = 2048
 _DTYPES = {"F32": jnp.float32, "BF16": jnp.bfloat16, "F16": jnp.float16, "F64": jnp.float64}
@@ -36,16 +40,11 @@ def find(path: str | os.PathLike[str]) -> pathlib.Path | None:
         return path
     if (path / "params").is_dir():
         return None
-    if (path / f"{NAME}.index.json").is_file():
-        raise ValueError(
-            f"{path} holds a checkpoint in several files ({NAME}.index.json): save it as one "
-            f"{NAME} first (save_pretrained with max_shard_size above its size)"
-        )
-    return path / NAME if (path / NAME).is_file() else None
+    return next((path / name for name in (NAME, INDEX) if (path / name).is_file()), None)
 
 
 class File:
-    """An open safetensors file, read as openpi's JAX tree.
+    """An open safetensors file, or the files of an index, read as openpi's JAX tree.
 
     Raises:
       ValueError: the file is damaged, is no π0 or π0.5, or has tensors the table does not know.
@@ -53,19 +52,18 @@ class File:
 
     def __init__(self, path: pathlib.Path) -> None:
         self.path = path
-        try:
-            self._file = safetensors.safe_open(path, "numpy")
-        except (safetensors.SafetensorError, OSError) as error:
-            raise ValueError(
-                f"{path} could not be read ({type(error).__name__}: {error}). If it was copied or "
-                "downloaded, it is probably truncated: delete it and fetch it again"
-            ) from error
-        stored = list(self._file.keys())
-        prefix = "model." if stored and all(name.startswith("model.") for name in stored) else ""
-        self._stored = {name.removeprefix(prefix): name for name in stored}
+        files = {file: _open(file) for file in _files(path)}
+        # Spelling used here → the tensor's own name and its file.
+        self._stored = {
+            layout.spelled(name): (name, file)
+            for file in files.values()
+            for name in file.keys()  # noqa: SIM118 (it is no mapping)
+            if not (layout.STATISTICS.fullmatch(name) or layout.CONSTANTS.fullmatch(name))
+        }
+        found = (file.metadata() for file in files.values())
+        header: dict[str, str] = next(filter(None, found), {})
         if layout.EMBEDDING not in self._stored and layout.TIED in self._stored:
             self._stored[layout.EMBEDDING] = self._stored[layout.TIED]
-        header = self._file.metadata() or {}
         self._known = {"one": 1, "kv_heads": int(header.get("num_kv_heads", 1))}
         self._known["image_heads"] = int(header.get("num_image_heads", 16))
         first_keys = f"{layout.BACKBONE}layers.0.self_attn.k_proj.weight"
@@ -76,7 +74,7 @@ class File:
             raise ValueError(
                 f"{path} is not a π0 or π0.5 checkpoint of openpi or LeRobot: "
                 f"{fast or 'it lacks the backbone or action_in_proj'}. Its tensors start with "
-                f"{sorted(stored)[:3]}; give a π0 or π0.5 checkpoint"
+                f"{sorted(self._stored)[:3]}; give a π0 or π0.5 checkpoint"
             )
         if "num_kv_heads" not in header and (width := self._shape(first_keys)[-1]) != OPENPI_WIDTH:
             progress.warn(
@@ -95,7 +93,7 @@ class File:
             sizes = rule.sizes(self._shape(name), self._known)
             sizes |= dict.fromkeys(layout.SPLIT, len(rule.names))
             sizes |= dict.fromkeys(parameters.STACKS, self._layers[rule.parameter.path])
-            dtype = _DTYPES[self._file.get_slice(self._stored[name]).get_dtype()]
+            dtype = self._dtype(name)
             shape = rule.parameter.shape(sizes)
             found[rule.parameter.path] = jax.ShapeDtypeStruct(shape, dtype)
         return found
@@ -143,10 +141,22 @@ class File:
         return lambda index: elements(tuple((part.start, part.stop) for part in index or ()))
 
     def _read(self, name: str) -> np.ndarray:
-        return self._file.get_tensor(self._stored[name])
+        own, file = self._stored[name]
+        return file.get_tensor(own)
 
     def _shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._file.get_slice(self._stored[name]).get_shape())
+        own, file = self._stored[name]
+        return tuple(file.get_slice(own).get_shape())
+
+    def _dtype(self, name: str) -> np.dtype:
+        own, file = self._stored[name]
+        found = file.get_slice(own).get_dtype()
+        if found not in _DTYPES:
+            raise ValueError(
+                f"{own} in {self.path} is of type {found}: expected one of {sorted(_DTYPES)}; give "
+                "a checkpoint that is not quantized"
+            )
+        return np.dtype(_DTYPES[found])
 
     def _count(self, rule: layout.Rule) -> int:
         """Number of layers of a leaf in the file, 1 for one without a layer axis, 0 if absent."""
@@ -165,11 +175,41 @@ class File:
         }
         missing = [f"missing {name}" for name in sorted(expected - set(self._stored))]
         unknown = set(self._stored) - expected - set(layout.UNUSED)
-        problems = missing + [f"unknown {self._stored[name]}" for name in sorted(unknown)]
+        problems = missing + [f"unknown {self._stored[name][0]}" for name in sorted(unknown)]
         if problems:
             lines = [f"{self.path} does not have openpi's tensors ({len(problems)} differ):"]
             lines += [f"  {problem}" for problem in problems]
             raise ValueError("\n".join(lines))
+
+
+def statistics(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """The tensors of a file that are statistics of LeRobot's, by name."""
+    file = _open(path)
+    names = [name for name in file.keys() if layout.STATISTICS.fullmatch(name)]  # noqa: SIM118
+    return {name: file.get_tensor(name) for name in names}
+
+
+def _files(path: pathlib.Path) -> list[pathlib.Path]:
+    """The files that hold the tensors: the path itself, or those that an index names."""
+    if path.name != INDEX:
+        return [path]
+    try:
+        named = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        return [path.parent / name for name in sorted(set(named.values()))]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is no index of safetensors files ({error!r}): copy the folder again"
+        ) from error
+
+
+def _open(path: pathlib.Path) -> Any:
+    try:
+        return safetensors.safe_open(path, "numpy")
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path} could not be read ({type(error).__name__}: {error}). If it was copied or "
+            "downloaded, it is probably truncated: delete it and fetch it again"
+        ) from error
 
 
 def write(

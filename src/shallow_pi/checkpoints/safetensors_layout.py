@@ -8,6 +8,7 @@ inputs; a vector has one axis.
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 
 import numpy as np
@@ -24,8 +25,24 @@ EMBEDDING = f"{BACKBONE}embed_tokens.weight"
 TIED = f"{WITH_EXPERT}paligemma.lm_head.weight"
 # Tensors of the PyTorch classes that no policy uses.
 UNUSED = (TIED, f"{WITH_EXPERT}gemma_expert.lm_head.weight")
+# Tensors that are no parameters: constants of transformers, and the statistics that LeRobot's
+# policies held before they had processor files.
+CONSTANTS = re.compile(r".*\.(position_ids|inv_freq)")
+STATISTICS = re.compile(r"(normalize_inputs|normalize_targets|unnormalize_outputs)\.buffer_.*")
 # Axes that the tensors lack: each index is a separate tensor.
 SPLIT = ("keys_values", "gate_up")
+# Other spellings, and the one used here: transformers before 4.52 had the three parts of PaliGemma
+# on one level, and transformers 5 has no level `vision_model`.
+_SPELLINGS = [
+    (re.compile(pattern), spelling)
+    for pattern, spelling in (
+        (r"^model\.(?=paligemma_with_expert\.|action_|state_proj\.|time_mlp_)", ""),
+        (r"\.paligemma\.language_model\.lm_head\.", ".paligemma.lm_head."),
+        (r"\.paligemma\.language_model\.model\.", ".paligemma.model.language_model."),
+        (r"\.paligemma\.(vision_tower|multi_modal_projector)\.", r".paligemma.model.\1."),
+        (r"\.vision_tower\.(?!vision_model\.)", ".vision_tower.vision_model."),
+    )
+]
 
 _ENCODER_NAMES = {
     "LayerNorm_0": "layer_norm1",
@@ -46,6 +63,13 @@ _STREAM_NAMES = {
     "pre_attention_norm{}": ("input_layernorm",),
     "pre_ffw_norm{}": ("post_attention_layernorm",),
 }
+
+
+def spelled(name: str) -> str:
+    """A tensor's name as openpi's class has it, from that of LeRobot's or of another version."""
+    for pattern, spelling in _SPELLINGS:
+        name = pattern.sub(spelling, name)
+    return name
 
 
 def _named() -> dict[str, tuple[str, ...]]:

@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jaxtyping import Array, PyTree
 
-from shallow_pi.checkpoints import lora, orbax_noise, run_folder, safetensors_file
+from shallow_pi.checkpoints import fetch, lora, orbax_noise, run_folder, safetensors_file
 from shallow_pi.models import parameters
 
 # Host memory for reading a checkpoint, in 10⁹ bytes; a larger parameter is read alone.
@@ -210,6 +210,19 @@ def path_name(path: Iterable[object]) -> str:
     return "/".join(names)
 
 
+def step_folder(path: str | os.PathLike[str]) -> pathlib.Path:
+    """The folder of a checkpoint that holds its assets too, from its path or that of its weights.
+
+    LeRobot's checkpoints have it inside, as `pretrained_model`.
+    """
+    folder = pathlib.Path(path)
+    is_params = folder.name == run_folder.PARAMS and not (folder / run_folder.PARAMS).is_dir()
+    if is_params or folder.name in (safetensors_file.NAME, safetensors_file.INDEX):
+        folder = folder.parent
+    inside = folder / "pretrained_model"
+    return inside if inside.is_dir() else folder
+
+
 def params_folder(path: str | os.PathLike[str]) -> pathlib.Path:
     """The `params` folder at or in `path`.
 
@@ -224,7 +237,7 @@ def params_folder(path: str | os.PathLike[str]) -> pathlib.Path:
         found = f"; only {partial[0].name}, a save that never finished" if partial else ""
         raise FileNotFoundError(
             f"there is no checkpoint at {folder}{found}: give a step folder "
-            "(…/<step>) or its params folder, and check the spelling"
+            f"(…/<step>) or its params folder, and check the spelling{fetch.advice(folder)}"
         )
     if not (folder / "_METADATA").exists():
         inside = sorted(child.name for child in folder.iterdir())
@@ -232,8 +245,8 @@ def params_folder(path: str | os.PathLike[str]) -> pathlib.Path:
         if steps:
             last = max(steps, key=int)
             advice = f"it holds the steps {', '.join(steps)}: name one, such as {folder / last}"
-        elif "pretrained_model" in inside:
-            advice = f"it is a checkpoint of LeRobot's: name {folder / 'pretrained_model'}"
+        elif (folder / "checkpoints" / "last").is_dir():
+            advice = f"it is a run of LeRobot's: name {folder / 'checkpoints' / 'last'}"
         else:
             advice = f"it holds {inside or 'nothing'}: it was written, copied or downloaded in part"
             advice += "; delete it and write or download it again"

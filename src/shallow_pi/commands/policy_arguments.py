@@ -29,6 +29,8 @@ class Loading:
     robot: str = ""
     # Name of the statistics under assets/, if there are several.
     asset_id: str = ""
+    # Folder of a norm_stats.json, where the checkpoint has none or others; local, gs:// or hf://.
+    norm_stats: str = ""
     # SentencePiece model; empty takes the folder's, or PaliGemma's.
     tokenizer: str = ""
     # Actions in a chunk, not stored in openpi's folders; 0 takes the folder's, or 50.
@@ -69,6 +71,7 @@ class Loading:
             seed=self.seed,
             robot=self.robot or robot,
             asset_id=self.asset_id or None,
+            norm_stats=self.norm_stats or None,
             tokenizer=self.tokenizer or None,
             prompt=prompt,
             state_warn=self.state_warn,

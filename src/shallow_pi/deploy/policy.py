@@ -116,6 +116,7 @@ class Policy:
         prompt: str | None = None,
         warm_up: bool = True,
         asset_id: str | None = None,
+        norm_stats: str | os.PathLike[str] | None = None,
         tokenizer: str | os.PathLike[str] | None = None,
         state_warn: float = state_check.WARN,
         state_refuse: float = state_check.REFUSE,
@@ -136,6 +137,7 @@ class Policy:
           prompt: the instruction where an observation has none.
           warm_up: compile now what the first observation will need; see `warm_up`.
           asset_id: whose statistics, where there are several.
+          norm_stats: folder of other statistics than the checkpoint's.
           tokenizer: a SentencePiece model, where it is another than the folder's or PaliGemma's.
           state_warn: as of `Policy`.
           state_refuse: as of `Policy`.
@@ -152,7 +154,12 @@ class Policy:
         """
         folder = step_folder.find(path, step)
         assets = step_folder.assets(
-            folder, robot=robot, asset_id=asset_id, tokenizer=tokenizer, **fields
+            folder,
+            robot=robot,
+            asset_id=asset_id,
+            norm_stats=norm_stats,
+            tokenizer=tokenizer,
+            **fields,
         )
         expected = pi0.abstract_params(assets.model)
         dtype = np.dtype(jnp.dtype(assets.model.dtype))

@@ -14,7 +14,7 @@ from typing import Any
 from shallow_pi import progress
 from shallow_pi.checkpoints import fetch, run_folder, safetensors_file, sizes, weights
 from shallow_pi.data.robots import assets as policy_assets
-from shallow_pi.data.robots import checkpoint_statistics, normalize
+from shallow_pi.data.robots import checkpoint_statistics, lerobot_policy, normalize
 from shallow_pi.data.robots import robot as robots
 from shallow_pi.data.robots import tokenizer as prompts
 from shallow_pi.models import pi0
@@ -30,9 +30,7 @@ def find(path: str | os.PathLike[str], step: str | int = "last") -> pathlib.Path
     Raises:
       ValueError, FileNotFoundError: there is no such step; says which there are.
     """
-    folder = fetch.locate(path).expanduser().absolute()
-    if folder.name == "params":  # Its assets lie beside it.
-        folder = folder.parent
+    folder = weights.step_folder(fetch.locate(path).expanduser().absolute())
     wanted = str(step)
     found = {}
     if folder.is_dir() and not (folder / "assets").is_dir():
@@ -42,7 +40,7 @@ def find(path: str | os.PathLike[str], step: str | int = "last") -> pathlib.Path
         if not folder.exists():
             raise FileNotFoundError(
                 f"there is no checkpoint at {folder}: give a step folder or the folder of a run, "
-                "checkpoints/<config>/<exp>, and check the spelling"
+                f"checkpoints/<config>/<exp>, and check the spelling{fetch.advice(folder)}"
             )
         if (folder / run_folder.CONFIG_FILE).is_file() and (
             folder / run_folder.METRICS_FILE
@@ -56,13 +54,13 @@ def find(path: str | os.PathLike[str], step: str | int = "last") -> pathlib.Path
         return folder
     there = f"there are {', '.join(map(str, sorted(found)))} in {folder}"
     if wanted == "last":
-        return found[max(found)]
+        return weights.step_folder(found[max(found)])
     number = _best(folder) if wanted == "best" else wanted
     if not number.isdigit():
         raise ValueError(f"a step is 'last', 'best' or a number, got {wanted!r}; {there}")
     if int(number) not in found:
         raise FileNotFoundError(f"no step {number} (asked for: {wanted}); {there}")
-    return found[int(number)]
+    return weights.step_folder(found[int(number)])
 
 
 def _best(run: pathlib.Path) -> str:
@@ -85,6 +83,7 @@ def assets(
     *,
     robot: str | robots.Robot | None = None,
     asset_id: str | None = None,
+    norm_stats: str | os.PathLike[str] | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
     **fields: Any,
 ) -> policy_assets.Assets:
@@ -95,6 +94,7 @@ def assets(
       robot: which robot it is for, by name or in full. Needed for a folder that is not ours; for
         one of ours it may give keys and cameras other names, never other units.
       asset_id: whose statistics, where there are several.
+      norm_stats: folder of other statistics than those in the step folder.
       tokenizer: a SentencePiece model; None is the one in the folder, or PaliGemma's.
       fields: of the `Pi0Config`, where they are to be others than found or openpi's.
 
@@ -112,8 +112,8 @@ def assets(
         if robot is not None:
             _check_renamed(own, robot)
             own = dataclasses.replace(own, robot=robot)
-        if asset_id is not None and asset_id != own.asset_id:
-            found = _statistics(step, asset_id, own.model, exact=True)
+        if norm_stats is not None or asset_id not in (None, own.asset_id):
+            found = _statistics(step, asset_id or own.asset_id, own.model, norm_stats, exact=True)
             own = dataclasses.replace(own, stats=found.stats, asset_id=found.asset_id)
         if tokenizer is not None:
             own = dataclasses.replace(own, tokenizer=fetch.locate(tokenizer))
@@ -125,10 +125,13 @@ def assets(
             f"name or a file with a ROBOT; there are {sorted(robots.ROBOTS)}"
         )
     model = _model(step, fields)
-    checkpoint_statistics.check_robot(step, robot)
-    found = _statistics(step, asset_id or robot.name, model, exact=asset_id is not None)
+    lerobot_policy.check_robot(step, robot)
+    exact = asset_id is not None
+    found = _statistics(step, asset_id or robot.name, model, norm_stats, exact=exact)
     file = _tokenizer(step, model, tokenizer)
-    return policy_assets.Assets(model, robot, file, found.stats, found.asset_id)
+    assets = policy_assets.Assets(model, robot, file, found.stats, found.asset_id)
+    num_steps = lerobot_policy.num_steps(step)
+    return assets if num_steps is None else dataclasses.replace(assets, num_steps=num_steps)
 
 
 def _model(step: pathlib.Path, fields: dict[str, object]) -> pi0.Pi0Config:
@@ -138,7 +141,7 @@ def _model(step: pathlib.Path, fields: dict[str, object]) -> pi0.Pi0Config:
     guesses = {"action_horizon": 50, "max_token_len": 48}
     if found["pi05"]:
         guesses |= {"max_token_len": 200, "discrete_state_input": True}
-    told = _told(step)
+    told = lerobot_policy.told(step)
     guessed = {key: value for key, value in guesses.items() if key not in {*told, *fields}}
     if guessed:
         flags = " ".join(f"--policy.{key.replace('_', '-')}" for key in guessed)
@@ -150,35 +153,22 @@ def _model(step: pathlib.Path, fields: dict[str, object]) -> pi0.Pi0Config:
     return pi0.Pi0Config(**(found | guesses | told | fields))
 
 
-def _told(step: pathlib.Path) -> dict[str, object]:
-    """Fields of the model that the `config.json` of a PyTorch policy holds."""
-    path = step / run_folder.CONFIG_FILE
-    if not path.is_file():
-        return {}
-    names = {
-        "action_horizon": "action_horizon",  # openpi's own.
-        "chunk_size": "action_horizon",
-        "tokenizer_max_length": "max_token_len",
-    }
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        told: dict[str, object] = {names[k]: int(content[k]) for k in names if content.get(k)}
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not a policy's config ({error!r}): copy it again") from error
-    says_state = checkpoint_statistics.state_in_prompt(step)
-    return told if says_state is None else {**told, "discrete_state_input": says_state}
-
-
 def _statistics(
-    step: pathlib.Path, name: str, model: pi0.Pi0Config, exact: bool
+    step: pathlib.Path,
+    name: str,
+    model: pi0.Pi0Config,
+    given: str | os.PathLike[str] | None,
+    exact: bool,
 ) -> checkpoint_statistics.Found:
+    if given is not None:
+        return checkpoint_statistics.at(fetch.locate(given), name)
     kind, options = normalize.kind_of(model.pi05), "--policy.asset-id NAME"
     found = checkpoint_statistics.find(step, name, kind, options=options, exact=exact)
     if found is None:
         raise FileNotFoundError(
             f"no statistics in {step}: expected assets/<name>/{normalize.FILE_NAME}, as openpi "
-            f"writes it, or LeRobot's {checkpoint_statistics.PREPROCESSOR} with its tensors: put "
-            "those there that it was trained with"
+            f"writes it, or LeRobot's {lerobot_policy.PREPROCESSOR} with its tensors: give "
+            "those that it was trained with (--policy.norm-stats FOLDER)"
         )
     return found
 

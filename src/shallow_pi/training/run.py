@@ -130,11 +130,10 @@ def open_run(experiment: config.DistillConfig, *, prepared: bool = False) -> Run
 
 def _warn_of_lengths(model: pi0.Pi0Config, teacher_step: pathlib.Path) -> None:
     """Warn of a horizon or prompt length that is not the one the teacher was trained with."""
-    own = assets.recorded_model(teacher_step)
-    if own is None:
-        return
+    own = assets.told(teacher_step)
     for field in ("action_horizon", "max_token_len"):
-        expected, given = getattr(own, field), getattr(model, field)
+        given = getattr(model, field)
+        expected = own.get(field, given)
         if given != expected:
             progress.warn(
                 f"the teacher in {teacher_step} was trained with {field} {expected}, this run "

@@ -168,7 +168,7 @@ def teacher_on_disk(experiment: config.DistillConfig) -> pathlib.Path | None:
     """The teacher's step folder if it is on this machine; downloads nothing."""
     path = _teacher_path(experiment)
     folder = fetch.kept(path) if path else None
-    return None if folder is None else _step_folder(folder)
+    return None if folder is None else weights.step_folder(folder)
 
 
 def find_teacher(experiment: config.DistillConfig) -> pathlib.Path | None:
@@ -180,7 +180,7 @@ def find_teacher(experiment: config.DistillConfig) -> pathlib.Path | None:
     path = _teacher_path(experiment)
     if not path:
         return None
-    folder = _step_folder(fetch.locate(path))
+    folder = weights.step_folder(fetch.locate(path))
     check_teacher(experiment, folder)
     return folder
 
@@ -191,7 +191,7 @@ def check_teacher_here(experiment: config.DistillConfig) -> None:
     if "://" not in path:
         find_teacher(experiment)
     elif (folder := fetch.kept(path)) is not None:
-        check_teacher(experiment, _step_folder(folder))
+        check_teacher(experiment, weights.step_folder(folder))
 
 
 def check_teacher(experiment: config.DistillConfig, folder: pathlib.Path) -> None:
@@ -214,11 +214,6 @@ def _teacher_path(experiment: config.DistillConfig) -> str:
     """The teacher's path; empty without a teacher, and for a random one."""
     path = "" if experiment.teacher is None else experiment.teacher.path
     return "" if path == RANDOM else path
-
-
-def _step_folder(path: pathlib.Path) -> pathlib.Path:
-    """The step folder of a path that may end in its `params`."""
-    return path.parent if path.name == "params" else path
 
 
 def resolve(

@@ -17,6 +17,7 @@ from typing import Any
 
 from shallow_pi.data.robots import (
     checkpoint_statistics,
+    lerobot_policy,
     normalize,
     pipelines,
     tokenizer,
@@ -133,13 +134,18 @@ def load(step: str | os.PathLike[str]) -> Assets:
     return Assets(model, robot, folder / TOKENIZER_NAME, stats, asset_id, names, num_steps, scheme)
 
 
-def recorded_model(step: pathlib.Path) -> pi0.Pi0Config | None:
-    """The model that a step folder's `shallow_pi.json` describes; None without that file."""
+def told(step: pathlib.Path) -> dict[str, int | bool]:
+    """Fields of the model that no shape shows, where a step folder tells them."""
     path = step / "assets" / FILE_NAME
     if not path.is_file():
-        return None
+        return lerobot_policy.told(step)
     with _reading(path) as content:
-        return model_from_dict(content["model"])
+        model = model_from_dict(content["model"])
+    return {
+        "action_horizon": model.action_horizon,
+        "max_token_len": model.max_token_len,
+        "discrete_state_input": model.discrete_state_input,
+    }
 
 
 @contextlib.contextmanager
@@ -168,19 +174,21 @@ def teacher_statistics(
     """
     if (step / "assets" / FILE_NAME).is_file():
         own = load(step)
-        different = robots.unit_differences(own.robot, robot)
-        if own.model.discrete_state_input != model.discrete_state_input:
-            different.append(
-                f"model.discrete_state_input is {own.model.discrete_state_input}, given "
-                f"{model.discrete_state_input}"
-            )
-        if different:
+        if different := robots.unit_differences(own.robot, robot):
             raise ValueError(
                 f"the teacher in {step} was trained for robot {own.robot.name}, not for "
                 f"{robot.name}: {'; '.join(different)}. Velocities compare in the same units only: "
                 "give a robot file with the teacher's (--data.robot), or another --teacher.path"
             )
-    checkpoint_statistics.check_robot(step, robot)
+    in_prompt = told(step).get("discrete_state_input", model.discrete_state_input)
+    if in_prompt != model.discrete_state_input:
+        no = "" if in_prompt else "no-"
+        raise ValueError(
+            f"the teacher in {step} reads its state {'in the prompt' if in_prompt else 'apart'}, "
+            f"and this run's model does not: give --model.{no}discrete-state-input, or another "
+            "--teacher.path"
+        )
+    lerobot_policy.check_robot(step, robot)
     return checkpoint_statistics.find(
         step,
         asset_id,

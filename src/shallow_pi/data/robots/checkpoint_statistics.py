@@ -2,30 +2,18 @@
 
 Velocities of two models, and a policy's actions, mean something in one normalization only, so a
 checkpoint's own statistics are found or their absence is told: openpi's in
-`assets/<asset_id>/norm_stats.json`, LeRobot's in the tensors that the normalizer of
-`policy_preprocessor.json` names. LeRobot normalizes by other formulas than openpi; each is an
-affine map, and is written here as the mean and deviation or the percentiles of the same map.
+`assets/<asset_id>/norm_stats.json`, LeRobot's where `lerobot_policy` finds them.
 """
 
 import dataclasses
-import json
+import os
 import pathlib
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
-import safetensors
-import safetensors.numpy
 
 from shallow_pi import progress
-from shallow_pi.data.robots import normalize
-from shallow_pi.data.robots import robot as robots
-
-PREPROCESSOR = "policy_preprocessor.json"
-# LeRobot's names of our keys.
-_FEATURES = {"state": ("observation.state", "STATE"), "actions": ("action", "ACTION")}
-# LeRobot's modes that map two statistics to −1 and 1.
-_ENDS = {"MIN_MAX": ("min", "max"), "QUANTILES": ("q01", "q99"), "QUANTILE10": ("q10", "q90")}
+from shallow_pi.data.robots import lerobot_policy, normalize
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -78,7 +66,8 @@ def find(
     if names:
         folder = there[names[0]]
         return Found(normalize.load(folder), names[0], folder / normalize.FILE_NAME)
-    return _lerobots(step, asset_id, kind)
+    theirs = lerobot_policy.statistics(step, kind)
+    return None if theirs is None else Found(theirs[0], asset_id, theirs[1])
 
 
 def warn_of_others(
@@ -109,10 +98,16 @@ def warn_of_others(
 def _openpis(step: pathlib.Path) -> dict[str, pathlib.Path]:
     """Name of statistics in openpi's layout → their folder."""
     root = step / "assets"
-    return {
-        path.parent.relative_to(root).as_posix(): path.parent
-        for path in sorted(root.rglob(normalize.FILE_NAME))
-    }
+    return {folder.relative_to(root).as_posix(): folder for folder in _below(root)}
+
+
+def _below(root: pathlib.Path) -> list[pathlib.Path]:
+    """The folders with statistics at and below a folder, behind symbolic links too."""
+    return sorted(
+        pathlib.Path(folder)
+        for folder, _, files in os.walk(root, followlinks=True)
+        if normalize.FILE_NAME in files
+    )
 
 
 def _named(there: Mapping[str, pathlib.Path], asset_id: str) -> list[str]:
@@ -131,142 +126,12 @@ def at(folder: pathlib.Path, asset_id: str) -> Found:
     for inside in (folder, folder / asset_id):
         if (inside / normalize.FILE_NAME).is_file():
             return Found(normalize.load(inside), asset_id, inside / normalize.FILE_NAME)
-    found = sorted(folder.rglob(normalize.FILE_NAME)) if folder.is_dir() else []
+    found = _below(folder)
     if len(found) != 1:
-        names = [path.parent.relative_to(folder).as_posix() for path in found]
+        names = [path.relative_to(folder).as_posix() for path in found]
         raise FileNotFoundError(
             f"no {normalize.FILE_NAME} in {folder}"
             + (f"; there are several below it: name one of {names}" if names else "")
             + "; scripts/compute_norm_stats.py makes one from a dataset"
         )
-    return Found(normalize.load(found[0].parent), asset_id, found[0])
-
-
-def check_robot(step: pathlib.Path, robot: robots.Robot) -> None:
-    """Raise where a checkpoint says that its robot has other units than this one.
-
-    A step folder of ours holds its robot, a policy of LeRobot's which actions are relative to the
-    state. One of openpi's says nothing.
-    """
-    pipeline = step / PREPROCESSOR
-    if not pipeline.is_file():
-        return
-    relative = _step(_json(pipeline), "relative_actions_processor")
-    names = [str(name).lower() for name in relative.get("action_names") or ()]
-    absolute = [str(name).lower() for name in relative.get("exclude_joints") or () if name]
-    mask = [bool(relative.get("enabled"))] * robot.action_dim
-    for dim, name in enumerate(names[: robot.action_dim]):
-        mask[dim] = mask[dim] and not any(part in name for part in absolute)
-    delta = [*robot.delta, *[False] * robot.action_dim][: robot.action_dim]
-    if mask != delta:
-        raise ValueError(
-            f"the policy in {step} predicts actions relative to the state in the dimensions "
-            f"{np.flatnonzero(mask).tolist()} ({PREPROCESSOR}), robot {robot.name} in "
-            f"{np.flatnonzero(delta).tolist()}: give a robot file with delta={tuple(mask)}"
-        )
-
-
-def state_in_prompt(step: pathlib.Path) -> bool | None:
-    """True if a policy of LeRobot's reads its state in the prompt; None for any other folder."""
-    pipeline = step / PREPROCESSOR
-    if not pipeline.is_file():
-        return None
-    names = {entry.get("registry_name") for entry in _json(pipeline)["steps"]}
-    return "pi05_prepare_state_tokenizer_processor_step" in names
-
-
-def _lerobots(step: pathlib.Path, asset_id: str, kind: normalize.Kind) -> Found | None:
-    """The statistics of a policy that LeRobot trained; None where it has no pipeline or no file."""
-    pipeline = step / PREPROCESSOR
-    if not pipeline.is_file():
-        return None
-    content = _json(pipeline)
-    settings = _step(content, "normalizer_processor")
-    names = [
-        entry.get("state_file")
-        for entry in content["steps"]
-        if entry.get("registry_name") == "normalizer_processor"
-    ]
-    if not names or not names[0]:
-        return None
-    path = step / str(names[0])
-    try:
-        tensors = safetensors.numpy.load_file(path)
-    except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{pipeline} keeps its statistics in {path}, which cannot be read "
-            f"({type(error).__name__}: {error}): copy the policy's whole folder again"
-        ) from error
-    only = settings.get("normalize_observation_keys")
-    stats = {}
-    for key, (feature, group) in _FEATURES.items():
-        values = {
-            name.rpartition(".")[2]: np.asarray(value, np.float64)
-            for name, value in tensors.items()
-            if name.rpartition(".")[0] == feature
-        }
-        if not values:
-            return None
-        mode = (settings.get("norm_map") or {}).get(group, "IDENTITY")
-        if key == "state" and only is not None and feature not in only:
-            mode = "IDENTITY"
-        stats[key] = _same_map(f"{feature} in {path}", values, mode, settings, kind)
-    return Found(stats, asset_id, path)
-
-
-def _same_map(
-    what: str,
-    values: Mapping[str, np.ndarray],
-    mode: str,
-    settings: Mapping[str, Any],
-    kind: normalize.Kind,
-) -> normalize.NormStats:
-    """Our statistics whose normalization is LeRobot's of these.
-
-    `(x − shift) / scale` is LeRobot's map: of two ends, shift is their middle and scale half their
-    distance.
-    """
-    eps = float(settings.get("eps", 1e-8))  # LeRobot's default.
-    wanted = ("mean", "std") if mode == "MEAN_STD" else _ENDS.get(mode, ())
-    absent = [name for name in wanted if name not in values]
-    if absent or not (wanted or mode == "IDENTITY"):
-        raise ValueError(
-            f"{what} is normalized by {mode}, which is "
-            + (f"impossible without {absent}" if absent else "not known here")
-            + f"; there are {sorted(values)}"
-        )
-    size = np.shape(next(iter(values.values())))
-    shift, scale = np.zeros(size), np.ones(size)
-    if mode == "MEAN_STD":
-        shift, scale = values["mean"], values["std"] + eps
-    elif wanted:
-        low, high = (values[name] for name in wanted)
-        width = np.where(high == low, eps, high - low)
-        shift, scale = low + width / 2, width / 2
-    if mode != {"quantile": "QUANTILES", "z_score": "MEAN_STD"}[kind]:
-        progress.warn(f"{what} is normalized by {mode}: written as statistics of the same map")
-    if kind == "quantile":
-        mean, std = values.get("mean", shift), values.get("std", scale)
-        return normalize.NormStats(mean, std, shift - scale, shift + scale - normalize.EPSILON)
-    ends = (values["q01"], values["q99"]) if {"q01", "q99"} <= values.keys() else (None, None)
-    return normalize.NormStats(shift, scale - normalize.EPSILON, *ends)
-
-
-def _json(path: pathlib.Path) -> Any:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not all(isinstance(step, dict) for step in content["steps"]):
-            raise TypeError("a step is no object")
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path} is not a pipeline of LeRobot's ({error!r}): copy the policy's folder again"
-        ) from error
-    return content
-
-
-def _step(content: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """The settings of a pipeline's step; empty where it has none of that name."""
-    for entry in content["steps"]:
-        if entry.get("registry_name") == name:
-            return entry.get("config") or {}
-    return {}
+    return Found(normalize.load(found[0]), asset_id, found[0] / normalize.FILE_NAME)

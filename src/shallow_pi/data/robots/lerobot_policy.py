@@ -1,0 +1,260 @@
+"""What the folder of a policy tells that LeRobot trained, beside its parameters.
+
+`config.json` holds some of the model's sizes, `policy_preprocessor.json` the units of the actions
+and, in a file it names, the statistics; policies from before LeRobot had processors hold them among
+the tensors of `model.safetensors`. LeRobot normalizes by other formulas than openpi; each is an
+affine map, and is written here as the mean and deviation or the percentiles of the same map.
+"""
+
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from shallow_pi import progress
+from shallow_pi.checkpoints import run_folder, safetensors_file
+from shallow_pi.data.robots import normalize
+from shallow_pi.data.robots import robot as robots
+from shallow_pi.models import pi0
+
+PREPROCESSOR = "policy_preprocessor.json"
+# LeRobot's names of our keys.
+_FEATURES = {"state": ("observation.state", "STATE"), "actions": ("action", "ACTION")}
+# Names of the same statistics among a policy's tensors.
+_BUFFERS = {
+    "state": "normalize_inputs.buffer_observation_state.",
+    "actions": "unnormalize_outputs.buffer_action.",
+}
+# LeRobot's modes that map two statistics to −1 and 1.
+_ENDS = {"MIN_MAX": ("min", "max"), "QUANTILES": ("q01", "q99"), "QUANTILE10": ("q10", "q90")}
+# Fields of `config.json`, openpi's or LeRobot's → fields of a `Pi0Config`.
+_FIELDS = {
+    "action_horizon": "action_horizon",
+    "chunk_size": "action_horizon",
+    "tokenizer_max_length": "max_token_len",
+}
+
+
+def told(step: pathlib.Path) -> dict[str, int | bool]:
+    """Fields of the model that the files of a PyTorch policy hold; empty for other folders."""
+    content = _config(step)
+    found: dict[str, int | bool] = {
+        _FIELDS[k]: _whole(step, content, k) for k in _FIELDS if content.get(k)
+    }
+    pipeline = step / PREPROCESSOR
+    if pipeline.is_file():
+        names = {entry.get("registry_name") for entry in _json(pipeline)["steps"]}
+        found["discrete_state_input"] = "pi05_prepare_state_tokenizer_processor_step" in names
+    return found
+
+
+def num_steps(step: pathlib.Path) -> int | None:
+    """Integration steps that the policy samples with; None where its folder does not say."""
+    content = _config(step)
+    name = "num_inference_steps"
+    return _whole(step, content, name) if content.get(name) else None
+
+
+def check_robot(step: pathlib.Path, robot: robots.Robot) -> None:
+    """Raise where a checkpoint says that its robot has other units than this one.
+
+    A step folder of ours holds its robot, a policy of LeRobot's which actions are relative to the
+    state. One of openpi's says nothing.
+    """
+    pipeline = step / PREPROCESSOR
+    if not pipeline.is_file():
+        return
+    _compare_cameras(step, robot)
+    relative = _step(_json(pipeline), "relative_actions_processor")
+    names = [str(name).lower() for name in relative.get("action_names") or ()]
+    absolute = [str(name).lower() for name in relative.get("exclude_joints") or () if name]
+    mask = [bool(relative.get("enabled"))] * robot.action_dim
+    for dim, name in enumerate(names[: robot.action_dim]):
+        mask[dim] = mask[dim] and not any(part in name for part in absolute)
+    delta = [*robot.delta, *[False] * robot.action_dim][: robot.action_dim]
+    if mask != delta:
+        raise ValueError(
+            f"the policy in {step} predicts actions relative to the state in the dimensions "
+            f"{np.flatnonzero(mask).tolist()} ({PREPROCESSOR}), robot {robot.name} in "
+            f"{np.flatnonzero(delta).tolist()}: give a robot file with delta={tuple(mask)}"
+        )
+
+
+def _compare_cameras(step: pathlib.Path, robot: robots.Robot) -> None:
+    """Warn where the model would see a camera's picture in another place than in training."""
+    features = _config(step).get("input_features") or {}
+    theirs = [
+        name.rpartition(".")[2]
+        for name, feature in features.items()
+        if isinstance(feature, Mapping) and feature.get("type") == "VISUAL"
+    ]
+    ours = [robot.cameras[name].rpartition(".")[2] for name in pi0.CAMERAS if name in robot.cameras]
+    if any(name in theirs and theirs.index(name) != place for place, name in enumerate(ours)):
+        progress.warn(
+            f"the policy in {step} was trained with cameras in the order {theirs}, robot "
+            f"{robot.name} gives them as {ours}: a robot file can give them in that order"
+        )
+
+
+def statistics(
+    step: pathlib.Path, kind: normalize.Kind
+) -> tuple[dict[str, normalize.NormStats], pathlib.Path] | None:
+    """The statistics that the policy was trained with, and their file; None where it has none.
+
+    Args:
+      step: the folder.
+      kind: the normalization they are written for.
+
+    Raises:
+      ValueError: a file that cannot be read, or a normalization that is not known here.
+    """
+    pipeline = step / PREPROCESSOR
+    if not pipeline.is_file():
+        return _from_buffers(step, kind)
+    content = _json(pipeline)
+    settings = _step(content, "normalizer_processor")
+    names = [
+        entry.get("state_file")
+        for entry in content["steps"]
+        if entry.get("registry_name") == "normalizer_processor"
+    ]
+    if not names or not names[0]:
+        return None
+    path = step / str(names[0])
+    try:
+        tensors = safetensors.numpy.load_file(path)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{pipeline} keeps its statistics in {path}, which cannot be read "
+            f"({type(error).__name__}: {error}): copy the policy's whole folder again"
+        ) from error
+    only = settings.get("normalize_observation_keys")
+    stats = {}
+    for key, (feature, group) in _FEATURES.items():
+        values = _values(tensors, f"{feature}.")
+        if not values:
+            if tensors:
+                progress.warn(
+                    f"{path} has no statistics of {feature!r}, only of "
+                    f"{sorted({name.rpartition('.')[0] for name in tensors})}: not used"
+                )
+            return None
+        mode = (settings.get("norm_map") or {}).get(group, "IDENTITY")
+        if key == "state" and only is not None and feature not in only:
+            mode = "IDENTITY"
+        stats[key] = _same_map(f"{feature} in {path}", values, mode, settings, kind)
+    return stats, path
+
+
+def _from_buffers(
+    step: pathlib.Path, kind: normalize.Kind
+) -> tuple[dict[str, normalize.NormStats], pathlib.Path] | None:
+    """The same of a policy that holds them among its tensors."""
+    path = step / safetensors_file.NAME
+    if not path.is_file():
+        return None
+    tensors = safetensors_file.statistics(path)
+    modes = _config(step).get("normalization_mapping") or {}
+    stats = {}
+    for key, start in _BUFFERS.items():
+        values = _values(tensors, start)
+        # LeRobot fills them with infinity until it sees a dataset.
+        if not values or not all(np.isfinite(value).all() for value in values.values()):
+            return None
+        feature, group = _FEATURES[key]
+        mode = modes.get(group) or ("MEAN_STD" if "std" in values else "MIN_MAX")
+        stats[key] = _same_map(f"{feature} in {path}", values, mode, {}, kind)
+    return stats, path
+
+
+def _values(tensors: Mapping[str, np.ndarray], start: str) -> dict[str, np.ndarray]:
+    """The statistics whose names are `start` and one more part."""
+    return {
+        name.removeprefix(start): np.asarray(value, np.float64)
+        for name, value in tensors.items()
+        if name.startswith(start) and "." not in name.removeprefix(start)
+    }
+
+
+def _same_map(
+    what: str,
+    values: Mapping[str, np.ndarray],
+    mode: str,
+    settings: Mapping[str, Any],
+    kind: normalize.Kind,
+) -> normalize.NormStats:
+    """Our statistics whose normalization is LeRobot's of these.
+
+    `(x − shift) / scale` is LeRobot's map: of two ends, shift is their middle and scale half their
+    distance.
+    """
+    eps = float(settings.get("eps", 1e-8))  # LeRobot's default.
+    wanted = ("mean", "std") if mode == "MEAN_STD" else _ENDS.get(mode, ())
+    absent = [name for name in wanted if name not in values]
+    if absent or not (wanted or mode == "IDENTITY"):
+        raise ValueError(
+            f"{what} is normalized by {mode}, which is "
+            + (f"impossible without {absent}" if absent else "not known here")
+            + f"; there are {sorted(values)}"
+        )
+    size = np.shape(next(iter(values.values())))
+    shift, scale = np.zeros(size), np.ones(size)
+    if mode == "MEAN_STD":
+        shift, scale = values["mean"], values["std"] + eps
+    elif wanted:
+        low, high = (values[name] for name in wanted)
+        width = np.where(high == low, eps, high - low)
+        shift, scale = low + width / 2, width / 2
+    if mode != {"quantile": "QUANTILES", "z_score": "MEAN_STD"}[kind]:
+        progress.warn(f"{what} is normalized by {mode}: written as statistics of the same map")
+    if kind == "quantile":
+        mean, std = values.get("mean", shift), values.get("std", scale)
+        return normalize.NormStats(mean, std, shift - scale, shift + scale - normalize.EPSILON)
+    ends = (values["q01"], values["q99"]) if {"q01", "q99"} <= values.keys() else (None, None)
+    return normalize.NormStats(shift, scale - normalize.EPSILON, *ends)
+
+
+def _config(step: pathlib.Path) -> Mapping[str, Any]:
+    """The content of `config.json`; empty where there is none."""
+    path = step / run_folder.CONFIG_FILE
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise TypeError(type(content).__name__)
+        return content
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not a policy's config ({error!r}): copy it again") from error
+
+
+def _whole(step: pathlib.Path, content: Mapping[str, Any], name: str) -> int:
+    try:
+        return int(content[name])
+    except (TypeError, ValueError) as error:
+        path = step / run_folder.CONFIG_FILE
+        raise ValueError(f"{path} is not a policy's config ({error!r}): copy it again") from error
+
+
+def _json(path: pathlib.Path) -> Any:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not all(isinstance(step, dict) for step in content["steps"]):
+            raise TypeError("a step is no object")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is not a pipeline of LeRobot's ({error!r}): copy the policy's folder again"
+        ) from error
+    return content
+
+
+def _step(content: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """The settings of a pipeline's step; empty where it has none of that name."""
+    for entry in content["steps"]:
+        if entry.get("registry_name") == name:
+            return entry.get("config") or {}
+    return {}
