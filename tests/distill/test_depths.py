@@ -227,6 +227,7 @@ def test_flags_make_the_layer_table(fields, backbone, expert):
             "as keys and values; add it there",
         ),
         ({"layers": (0, 7), "backbone_layers": (3,)}, r"3 not among --student.layers 0 7; add it"),
+        ({"layers": (0, 7), "expert_layers": (7, 7)}, "each layer once, in increasing order"),
         ({"expert_layers": (3,)}, r"3 not among --student.layers \(none\)"),
         (
             {"layers": (0, 7), "backbone_layers": (0,), "backbone_depth": 1},

@@ -100,6 +100,11 @@ def test_a_student_of_other_halves_is_refused(teacher):
             )
 
 
+def test_offloading_layers_that_are_not_whole_is_refused(teacher):
+    with pytest.raises(ValueError, match=r"--teacher.offload copies layers that are whole"):
+        dataclasses.replace(_spec(teacher[0], (0, 2, 4), 2, 1), offload_teacher=True)
+
+
 def test_flags_name_the_layers_of_such_a_student(tiny_config):
     made = _reads_last(tiny_config(), 18, 18)
     chosen = config.StudentConfig(

@@ -13,7 +13,7 @@ import pytest
 from shallow_pi.checkpoints import weights
 from shallow_pi.distill import flow, layer_map, losses, step, student
 from shallow_pi.inference import sampler, tuning
-from shallow_pi.models import cached, pi0
+from shallow_pi.models import cached, layer_table, pi0
 from shallow_pi.models.layers import Execution
 
 KEY = jax.random.key(5)
@@ -103,8 +103,12 @@ def test_it_is_in_the_loss_by_its_weight_and_changes_no_other(setting, result):
 
 @pytest.mark.parametrize("pi05", [False, True], ids=["pi0", "pi05"])
 def test_end_points_are_the_samplers(pi05, tiny_config, tiny_params, tiny_observation):
-    """With an absent camera and padded prompts; over the cache as in the joint pass."""
-    config = tiny_config(pi05=pi05)
+    """With an absent camera and padded prompts; over the cache as in the joint pass.
+
+    The π0 has an expert that reads the last state.
+    """
+    backbone, expert = ((), ()) if pi05 else layer_table.reads_last(1, 2)
+    config = tiny_config(pi05=pi05, backbone_layers=backbone, expert_layers=expert)
     params, observation = tiny_params(config), tiny_observation(config)
     noise = jax.random.normal(KEY, (2, 3, config.action_horizon, config.action_dim))
     ends, joint, over_cache = _ends(config, params, observation, noise)

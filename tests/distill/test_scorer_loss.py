@@ -126,8 +126,8 @@ def test_the_step_compares_scores_with_the_attention_of_actions_that_count(
     np.testing.assert_allclose(result[1]["scorer_loss"], expected, rtol=1e-4)
     assert expected > 0.05
     kept = own.choice.kept.any(axis=2)
-    share = float(mass[kept].sum() / mass.sum())
-    np.testing.assert_allclose(result[1]["attention_kept"], share, rtol=1e-4)
+    share = (mass * kept).sum(axis=(1, 2)) / mass.sum(axis=(1, 2))
+    np.testing.assert_allclose(result[1]["attention_kept"], share.mean(), rtol=1e-4)
     parts = [float(result[1][f"{n}_loss"]) for n in ("task", "velocity", "attention", "scorer")]
     np.testing.assert_allclose(result[1]["loss"], np.dot([1, 0.5, 2, 3], parts), rtol=1e-5)
 
@@ -168,7 +168,7 @@ def test_microbatches_and_a_frozen_tower_give_the_same_scores(
     changes, spec, teacher, cut, result, batch
 ):
     _, metrics = _run(dataclasses.replace(spec, **changes), teacher, cut, batch)
-    for name in ("scorer_loss", "attention_loss", "task_loss"):
+    for name in ("scorer_loss", "attention_kept", "attention_loss", "task_loss"):
         np.testing.assert_allclose(metrics[name], result[1][name], rtol=1e-4, err_msg=name)
 
 

@@ -149,10 +149,18 @@ def test_bounds_are_the_largest_and_a_percentile_of_what_the_products_multiply(s
     x = cut @ kernel + weights["embedding"]["bias"] + weights["pos_embedding"]
     norm = weights["Transformer"]["encoderblock"]["LayerNorm_0"]
     normed = np.abs(layers.layer_norm(x, norm["scale"][0], norm["bias"][0]))
+    masks = np.stack([observation.image_masks[name] for name in config.cameras], axis=1)
+    normed = normed[masks.reshape(-1)]
     assert found.largest["vision"]["qkv"][0] == pytest.approx(float(normed.max()), rel=1e-5)
-    half = calibration.calibrate(
-        config, params, [(observation, noise)], num_steps=STEPS, percentile=50.0
-    )
+    # Tokens that do not exist do not count.
+    there = observation.tokenized_prompt_mask
+    other = dataclasses.replace(
+        observation,
+        images={k: jnp.where(masks[:, i, None, None, None], observation.images[k], 9.0)
+                for i, k in enumerate(config.cameras)},
+        tokenized_prompt=jnp.where(there, observation.tokenized_prompt, 3),
+    )  # fmt: skip
+    half = calibration.calibrate(config, params, [(other, noise)], num_steps=STEPS, percentile=50.0)
     assert half.within["vision"]["qkv"][0] == pytest.approx(float(np.median(normed)), rel=0.04)
     assert half.largest == found.largest
 

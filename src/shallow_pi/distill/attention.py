@@ -89,8 +89,10 @@ def of_scorer(
     cameras: Bool[Array, "b c"],
     teacher: captures.PrefixAttention,
     actions: Bool[Array, "b r ah"],
-) -> tuple[Float[Array, " b"], Float[Array, ""]]:
+) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
     """The scorer loss, and the share of the teacher's attention to images that is kept.
+
+    Of an observation without any attention to images the share is 1.
 
     Args:
       choice: the student's.
@@ -101,8 +103,10 @@ def of_scorer(
     assert teacher.logits is not None, "asked for"
     mass = losses.attention_mass(teacher.logits, teacher.valid, actions)
     patches = mass[:, : choice.scores[0].size].reshape(choice.scores.shape)
-    kept = jnp.sum(scorer.take(patches, choice.kept)) / jnp.maximum(jnp.sum(patches), 1e-30)
-    return losses.scorer_loss(choice.scores, patches, cameras), kept
+    kept = jnp.sum(scorer.take(patches, choice.kept), axis=(1, 2))
+    total = jnp.sum(patches, axis=(1, 2))
+    share = jnp.where(total > 0, kept / jnp.where(total > 0, total, 1.0), 1.0)
+    return losses.scorer_loss(choice.scores, patches, cameras), share
 
 
 def _over_cells(config: pi0.Pi0Config, logits: Float[Array, "*b s"]) -> Float[Array, "*b p"]:

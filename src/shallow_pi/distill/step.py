@@ -106,6 +106,12 @@ class Spec:
             )
         if self.teacher is not None:
             students.check_pair(self.teacher, self.student, self.layer_map)
+            if self.offload_teacher and not self.teacher.is_even:
+                raise ValueError(
+                    "--teacher.offload copies layers that are whole in both streams, and the "
+                    "teacher has others (--model.backbone-layers, --model.expert-layers): leave "
+                    "it out."
+                )
         if "vision" in self.freeze and (self.cuts_tower or self.losses.vision):
             raise ValueError(
                 "--student.freeze vision keeps the teacher's image tower, which "
@@ -450,7 +456,7 @@ def _total_loss(
         mask = inputs.action_mask
         errors, kept = attentions.of_scorer(choice, cameras, reference.attention, mask)
         metrics["scorer_loss"] = jnp.mean(errors) / spec.accumulation
-        metrics["attention_kept"] = kept / spec.accumulation
+        metrics["attention_kept"] = jnp.mean(kept) / spec.accumulation
         loss += weights["scorer"] * metrics["scorer_loss"]
     metrics["loss"] = loss
     return loss, metrics

@@ -1,7 +1,8 @@
 """Bounds of a policy's activations, measured on data and kept beside its parameters.
 
 The sampler runs over observations with its own integration steps, and every product of a layer
-counts the magnitudes of what it multiplies in a histogram with logarithmic bins. Of each the
+counts the magnitudes of what it multiplies in a histogram with logarithmic bins. Tokens that do not
+exist (masked cameras, padding of prompts) do not count: nothing reads them. Of each product the
 largest magnitude is kept, and a percentile. int8, whose steps are of one size, can round within the
 percentile and clip what is beyond; float8, whose steps grow with the number, keeps the largest.
 """
@@ -16,12 +17,12 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from shallow_pi import progress
 from shallow_pi.inference import forward, prepare, quantize, sampler, tuning
 from shallow_pi.models import observation as observations
-from shallow_pi.models import pi0
+from shallow_pi.models import pi0, prefixes
 
 FILE_NAME = "calibration.json"
 # A scheme; "tuned" is the fastest that was measured on this device.
@@ -181,8 +182,9 @@ def calibrate(
     def prefix(
         prepared: prepare.Prepared, observation: observations.Observation
     ) -> tuple[tuple[PyTree, Array], _Found]:
+        cameras = prefixes.image_valid(config, observation, config.patches)
         watched = _Watched({}, {})
-        seen = watched.watch(prepared)
+        seen = watched.watch(prepared, cameras, prefixes.valid(config, observation))
         cache, valid = forward.prefill(config, seen, observation)
         if not config.pi05:
             cache, valid = forward.append_state(config, seen, observation.state, cache, valid)
@@ -233,13 +235,25 @@ class _Watched:
     largest: dict[_Name, Array]
     counts: dict[_Name, Array]
 
-    def watch(self, prepared: prepare.Prepared) -> prepare.Prepared:
-        """Prepared weights whose matrices are watched."""
+    def watch(
+        self,
+        prepared: prepare.Prepared,
+        patches: Bool[Array, "b n"] | None = None,
+        prefix: Bool[Array, "b s"] | None = None,
+    ) -> prepare.Prepared:
+        """Prepared weights whose matrices are watched.
+
+        Args:
+          prepared: the weights.
+          patches: the patches that exist, where the image tower runs.
+          prefix: the prefix's tokens that exist, where the backbone runs.
+        """
+        rows = {"vision": patches, "backbone": prefix}
 
         def of(part: quantize.Part) -> quantize.Change:
             def change(index: int | None, name: str, matrix: Array) -> "_Matrix":
                 assert index is not None, "layers are unrolled"
-                return _Matrix(matrix, (part, name, index), self)
+                return _Matrix(matrix, (part, name, index), rows.get(part), self)
 
             return change
 
@@ -250,8 +264,10 @@ class _Watched:
             suffix=quantize.map_matrices(prepared.suffix, of("expert")),
         )
 
-    def add(self, name: _Name, rows: Float[Array, "n i"]) -> None:
+    def add(self, name: _Name, rows: Float[Array, "n i"], there: Bool[Array, "b s"] | None) -> None:
         magnitude = jnp.abs(rows.astype(jnp.float32))
+        if there is not None:
+            magnitude = jnp.where(there.reshape(-1)[:, None], magnitude, 0.0)
         largest, counts = jnp.max(magnitude), _histogram(magnitude)
         if name in self.largest:
             largest = jnp.maximum(largest, self.largest[name])
@@ -265,6 +281,8 @@ class _Matrix:
 
     array: Array
     name: _Name
+    # The rows that exist; None: all.
+    there: Bool[Array, "b s"] | None
     watched: _Watched
 
     @property
@@ -272,7 +290,7 @@ class _Matrix:
         return self.array.shape
 
     def times(self, rows: Float[Array, "n i"]) -> Float[Array, "n o"]:
-        self.watched.add(self.name, rows)
+        self.watched.add(self.name, rows, self.there)
         return rows @ self.array.astype(rows.dtype)
 
 

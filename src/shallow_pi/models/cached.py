@@ -49,6 +49,6 @@ def velocity(
         positions=(None, prefixes.positions_taken(config, cache.valid)),
     )
     llm, keep = params["PaliGemma"]["llm"], execution.keep_rows
-    suffix = gemma.suffix_over_cache(llm, suffix, cache.tower, geometry, keep)
+    suffix = gemma.suffix_over_cache(llm, config.layers, suffix, cache.tower, geometry, keep)
     v = layers.dense(params["action_out_proj"], suffix[:, :, -horizon:])
     return v.astype(jnp.float32)

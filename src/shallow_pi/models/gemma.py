@@ -12,7 +12,7 @@ and G), so that devices can share them; on each device XLA makes T and G the row
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -68,7 +68,7 @@ class Hidden(NamedTuple):
 
 
 class KeysValues(NamedTuple):
-    """A prefix's keys and values of every layer: all that the suffix ever reads of it."""
+    """A prefix's keys and values of every expert layer: all that the suffix ever reads of it."""
 
     keys: Float[Array, "l b s k h"]
     values: Float[Array, "l b s k h"]
@@ -265,6 +265,7 @@ def suffix_weights(llm: Weights) -> Weights:
 
 def suffix_over_cache(
     weights: Weights,
+    kinds: Sequence[layer_table.Kind],
     suffix: Float[Array, "b r t e"],
     cache: KeysValues,
     geometry: Geometry,
@@ -274,17 +275,22 @@ def suffix_over_cache(
 
     Args:
       weights: of `suffix_weights`.
+      kinds: the layers.
       suffix: its tokens.
       cache: of `Module` for the prefix.
       geometry: as there.
       keep: keeps the batch sharded (`layers.Execution.keep_rows`).
     """
+    own = np.array([kind.expert == "whole" for kind in kinds])
+    stack = weights["layers"]
+    if not own.all():
+        stack = jax.tree.map(lambda leaf: leaf[np.flatnonzero(own)], stack)
 
     def step(x: Array, scanned: tuple[Weights, KeysValues]) -> tuple[Array, None]:
         layer_weights, (keys, values) = scanned
         return suffix_layer(layer_weights, keep(x), (keys, values), geometry)[0], None
 
-    suffix, _ = jax.lax.scan(step, suffix.astype(cache.keys.dtype), (weights["layers"], cache))
+    suffix, _ = jax.lax.scan(step, suffix.astype(cache.keys.dtype), (stack, cache))
     return norm(weights["final_norm_1"], suffix, geometry.condition)[0]
 
 
@@ -414,13 +420,13 @@ class Module(nn.Module):
         cache: bool,
     ) -> _Run:
         """All layers one after the other, each computing only the halves it has."""
-        if cache or self.execution.offloaded:
-            raise ValueError("layers that are cut or unrolled have no cache and are not offloaded.")
+        if self.execution.offloaded:
+            raise ValueError("layers that are cut or unrolled are not offloaded.")
         keep, captured = self.execution.keep_rows, None
         sizes = {**axis_sizes(self.configs), "layers": self.depth}
         pi05 = geometry.condition is not None
         stack = parameters.Leaves(parameters.LAYERS, sizes, pi05, stacked=True, name="layers")()
-        streams, kinds = [], self.kinds or ()
+        streams, read, kinds = [], [], self.kinds or ()
         if self.execution.unroll:
             attending = asked.layer if asked is not None and asked.prefix_rows else None
             kinds = layer_table.read(kinds, attending)
@@ -429,12 +435,18 @@ class Module(nn.Module):
             layer = self.execution.unrolled(functools.partial(joint_layer, kind))
             prefix, suffix, cached, queries = layer(own, keep(prefix), keep(suffix), geometry)
             streams.append((prefix, suffix))
+            if kind.expert == "whole":
+                read.append(cached)
             if asked is not None and i == asked.layer:
                 captured = captures.Capture.create(
                     asked, None if cached is None else cached[0], *queries
                 )
-        stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *streams) if hidden else None
-        return keep(suffix), captured, stacked, None
+
+        def together(parts: list[PyTree]) -> PyTree:
+            return jax.tree.map(lambda *xs: jnp.stack(xs), *parts)
+
+        held = together(read) if cache else None
+        return keep(suffix), captured, together(streams) if hidden else None, held
 
     def embed(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
         """Scaled embeddings of prompt tokens in the compute dtype."""

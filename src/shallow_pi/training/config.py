@@ -107,6 +107,10 @@ class StudentConfig:
                     f"--student.{stream}-layers {listed} and --student.{stream}-depth say the same "
                     "thing: give only one"
                 )
+            if list(named) != sorted(set(named)):
+                raise ValueError(
+                    f"--student.{stream}-layers {listed}: give each layer once, in increasing order"
+                )
             if lacking := [str(i) for i in named if i not in self.layers]:
                 need = (
                     ""
