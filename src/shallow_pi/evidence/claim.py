@@ -7,6 +7,7 @@ situation and a measure). Its statements are inequalities between two of these, 
 
 import dataclasses
 import itertools
+from collections.abc import Mapping, Sequence
 
 from shallow_pi.evidence import cells
 
@@ -18,6 +19,10 @@ class Variant:
     label: str
     # Slugs; those of several seeds in the order of the seeds.
     policies: tuple[str, ...]
+
+    def at(self, column: "Column") -> "Side":
+        """This row in a column."""
+        return self.label, column.label
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +84,39 @@ class Picture:
     lines: tuple[Line, ...]
 
 
+def points(
+    name: str, title: str, rows: Mapping[str, Variant], columns: Sequence[Column]
+) -> Picture:
+    """Success by column: a line of points for each row, given by its colour."""
+    lines = (
+        Line(row.label, tuple((c.label, row.at(c)) for c in columns), colour, "")
+        for colour, row in rows.items()
+    )
+    return Picture(name, title, "", "success, %", tuple(lines))
+
+
+def points_by_row(
+    name: str, title: str, rows: Sequence[Variant], columns: Mapping[str, Column]
+) -> Picture:
+    """Success by row: a line of points for each column, given by its colour."""
+    lines = (
+        Line(column.label, tuple((row.label, row.at(column)) for row in rows), colour, "")
+        for colour, column in columns.items()
+    )
+    return Picture(name, title, "", "success, %", tuple(lines))
+
+
+def curves(
+    name: str, title: str, x: str, rows: Mapping[str, Variant], columns: Mapping[int, Column]
+) -> Picture:
+    """Success over a number that tells columns apart: a curve for each row, given by its colour."""
+    lines = (
+        Line(row.label, tuple((float(n), row.at(c)) for n, c in columns.items()), colour)
+        for colour, row in rows.items()
+    )
+    return Picture(name, title, x, "success, %", tuple(lines))
+
+
 @dataclasses.dataclass(frozen=True)
 class Factor:
     """One direction of a factorial study, and its levels, the usual one first."""
@@ -103,8 +141,6 @@ class Claim:
     # Row with which the others are compared, pair by pair.
     reference: str
     limits: str
-    # What belongs to the claim and has no cell yet.
-    pending: tuple[str, ...] = ()
     # Rows and columns that are measured; None is all of them.
     only: frozenset[Side] | None = None
     # Of a factorial study its directions, and the level of each that a row and column has.

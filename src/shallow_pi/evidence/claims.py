@@ -13,14 +13,14 @@ from shallow_pi.evidence import (
     student_claims,
     teacher_claims,
 )
-from shallow_pi.evidence.claim import Claim, Column, Line, Picture, Statement, Variant
+from shallow_pi.evidence.claim import Claim, Column, Line, Picture, Statement, Variant, points
 
 
 def _instrument() -> Claim:
     by_task = [Column(task, rows.SUITE, task=task) for task in rows.TASKS]
     ten, one = Column("around, 10 steps", rows.around(10)), Column("around, 1 step", rows.around(1))
     relation = Column("relation, 500", rows.RELATION)
-    top, two, cut = rows.TEACHER_ROW.label, rows.TWO_ROW.label, rows.UNTRAINED_ROW.label
+    top, two, cut = rows.TEACHER_ROW, rows.TWO_ROW, rows.UNTRAINED_ROW
     return Claim(
         name="instrument",
         question="Do the tasks tell policies apart?",
@@ -28,68 +28,50 @@ def _instrument() -> Claim:
         "a missing training, and its teacher must solve every task.",
         variants=(
             Variant("expert", (sources.EXPERT,)),
-            rows.TEACHER_ROW,
+            top,
             rows.STUDENT_ROW,
-            rows.TWO_ROW,
-            rows.UNTRAINED_ROW,
+            two,
+            cut,
         ),
         columns=(ten, one, *by_task, relation),
         statements=(
             *(
-                Statement(
-                    f"the teacher solves at least 90 % of {c.label}", (top, c.label), at_least=0.9
-                )
+                Statement(f"the teacher solves at least 90 % of {c.label}", top.at(c), at_least=0.9)
                 for c in (*by_task, ten)
             ),
             Statement(
                 "one integration step costs the teacher 20 points past the pillar",
-                (top, ten.label),
-                (top, one.label),
+                top.at(ten),
+                top.at(one),
                 at_least=0.2,
             ),
             Statement(
                 "a 2-layer student loses 20 points on relation",
-                (top, relation.label),
-                (two, relation.label),
+                top.at(relation),
+                two.at(relation),
                 at_least=0.2,
             ),
             *(
-                Statement(
-                    f"cut and not trained, at most 5 % of {c.label}", (cut, c.label), at_most=0.05
-                )
+                Statement(f"cut and not trained, at most 5 % of {c.label}", cut.at(c), at_most=0.05)
                 for c in (ten, relation)
             ),
         ),
         pictures=(
-            Picture(
+            points(
                 "instrument",
                 "Success by task",
-                "",
-                "success, %",
-                tuple(
-                    Line(
-                        row.label,
-                        tuple((c.label, (row.label, c.label)) for c in (*by_task, ten, one)),
-                        colour,
-                        "",
-                    )
-                    for row, colour in (
-                        (rows.TEACHER_ROW, "teacher"),
-                        (rows.STUDENT_ROW, "student"),
-                        (rows.TWO_ROW, "random_init"),
-                        (rows.UNTRAINED_ROW, "cut_only"),
-                    )
-                ),
+                {"teacher": top, "student": rows.STUDENT_ROW, "random_init": two, "cut_only": cut},
+                (*by_task, ten, one),
             ),
         ),
-        reference=top,
+        reference=top.label,
         limits="One teacher: its own training seed is not varied. Tasks share 500 episodes of the "
         "suite, about 83 each.",
     )
 
 
 def _skipping() -> Claim:
-    dropped = (1, 2, 3, 4, 6, 9)
+    top, success, dropped = rows.TEACHER_ROW, rows.IN_TIME, (1, 2, 3, 4, 6, 9)
     orders = ("sensitivity", "similarity")
     found = {
         (order, count): Variant(
@@ -103,25 +85,25 @@ def _skipping() -> Claim:
         question="Can layers simply be left out, without training?",
         says="The paper: in the order of least sensitivity success collapses once more than three "
         "layers are gone; likeness of layers does not tell which may go.",
-        variants=(rows.TEACHER_ROW, *found.values(), rows.STUDENT_ROW),
-        columns=(rows.IN_TIME,),
+        variants=(top, *found.values(), rows.STUDENT_ROW),
+        columns=(success,),
         statements=(
             Statement(
                 "three layers can go at a cost of 20 points or less",
-                (found["sensitivity", 3].label, rows.IN_TIME.label),
-                (rows.TEACHER_ROW.label, rows.IN_TIME.label),
+                found["sensitivity", 3].at(success),
+                top.at(success),
                 at_least=-0.2,
             ),
             Statement(
                 "without six layers at least half of the success is gone",
-                (found["sensitivity", 6].label, rows.IN_TIME.label),
-                (rows.TEACHER_ROW.label, rows.IN_TIME.label),
+                found["sensitivity", 6].at(success),
+                top.at(success),
                 at_most=-0.5,
             ),
             Statement(
                 "sensitivity is the better order at three layers",
-                (found["sensitivity", 3].label, rows.IN_TIME.label),
-                (found["similarity", 3].label, rows.IN_TIME.label),
+                found["sensitivity", 3].at(success),
+                found["similarity", 3].at(success),
                 at_least=0,
             ),
         ),
@@ -136,25 +118,18 @@ def _skipping() -> Claim:
                         Line(
                             f"in the order of {order}",
                             (
-                                (0.0, (rows.TEACHER_ROW.label, rows.IN_TIME.label)),
-                                *(
-                                    (float(n), (found[order, n].label, rows.IN_TIME.label))
-                                    for n in dropped
-                                ),
+                                (0.0, top.at(success)),
+                                *((float(n), found[order, n].at(success)) for n in dropped),
                             ),
                             colour,
                         )
                         for order, colour in zip(orders, ("teacher", "task_only"), strict=True)
                     ),
-                    Line(
-                        "12 left out, three losses",
-                        ((12.0, (rows.STUDENT_ROW.label, rows.IN_TIME.label)),),
-                        "student",
-                    ),
+                    Line("12 left out, three losses", ((12.0, rows.STUDENT_ROW.at(success)),)),
                 ),
             ),
         ),
-        reference=rows.TEACHER_ROW.label,
+        reference=top.label,
         limits="One teacher; the orders are measured on held-out observations of the suite.",
     )
 

@@ -75,10 +75,7 @@ def _claim(
     lines = [
         Line(
             f"{row.label}, {EXECUTORS[executor]}",
-            tuple(
-                (50.0 * n, (row.label, column(n, executor).label))
-                for n in sorted(measured(executor))
-            ),
+            tuple((50.0 * n, row.at(column(n, executor))) for n in sorted(measured(executor))),
             colour,
             style,
         )
@@ -87,8 +84,8 @@ def _claim(
     ]
 
     def faster(executor: rollout.Executor, student_late: int, text: str) -> Statement:
-        a = (student.label, column(student_late, executor).label)
-        b = (teacher.label, column(TEACHER_LATE, executor).label)
+        a = student.at(column(student_late, executor))
+        b = teacher.at(column(TEACHER_LATE, executor))
         return Statement(f"{text}, {EXECUTORS[executor]}", a, b, at_least=0)
 
     return Claim(
@@ -98,19 +95,13 @@ def _claim(
         "the student solves more (peg, foam, apple, beans: 34 of 40 against 23).",
         variants=(teacher, student),
         columns=tuple(dict.fromkeys(columns)),
-        statements=(
-            *(
-                faster(e, STUDENT_LATE, "the student 110 ms late beats the teacher 364 ms late")
-                for e in EXECUTORS
-            ),
-            *(
-                faster(
-                    e,
-                    RATIO_LATE,
-                    "the student 200 ms late beats the teacher 400 ms late (our ratio)",
-                )
-                for e in EXECUTORS
-            ),
+        statements=tuple(
+            faster(executor, steps, text)
+            for steps, text in (
+                (STUDENT_LATE, "the student 110 ms late beats the teacher 364 ms late"),
+                (RATIO_LATE, "the student 200 ms late beats the teacher 400 ms late (our ratio)"),
+            )
+            for executor in EXECUTORS
         ),
         pictures=(
             Picture(

@@ -1,7 +1,7 @@
 """The claim that the method holds on a public benchmark: Meta-World's MT10."""
 
 from shallow_pi.evidence import cells, recipes, rows, sources
-from shallow_pi.evidence.claim import Claim, Column, Line, Picture, Statement, Variant
+from shallow_pi.evidence.claim import Claim, Column, Statement, Variant, points
 
 # As `sims.metaworld.MT10`, whose package is an extra.
 TASKS = (
@@ -37,41 +37,26 @@ def mt10() -> Claim:
         ),
         columns=(whole, *by_task),
         statements=(
-            Statement(
-                "the teacher solves at least 80 %", (teacher.label, whole.label), at_least=0.8
-            ),
+            Statement("the teacher solves at least 80 %", teacher.at(whole), at_least=0.8),
             Statement(
                 "the student is within 3 points of its teacher",
-                (three.label, whole.label),
-                (teacher.label, whole.label),
+                three.at(whole),
+                teacher.at(whole),
                 at_least=-0.03,
             ),
             Statement(
                 "three losses beat the task loss alone",
-                (three.label, whole.label),
-                (alone.label, whole.label),
+                three.at(whole),
+                alone.at(whole),
                 at_least=0,
             ),
         ),
         pictures=(
-            Picture(
+            points(
                 "metaworld",
                 "Meta-World MT10",
-                "",
-                "success, %",
-                tuple(
-                    Line(
-                        row.label,
-                        tuple((c.label, (row.label, c.label)) for c in (whole, *by_task)),
-                        colour,
-                        "",
-                    )
-                    for row, colour in (
-                        (teacher, "teacher"),
-                        (three, "student"),
-                        (alone, "task_only"),
-                    )
-                ),
+                {"teacher": teacher, "student": three, "task_only": alone},
+                (whole, *by_task),
             ),
         ),
         reference=teacher.label,

@@ -216,7 +216,6 @@ def _pending(table: outcomes.Table) -> list[str]:
             if len(names) > LISTED
             else ""
         )
-    lines += [f"*Pending, without a cell yet:* {text}." for text in table.claim.pending]
     return lines
 
 

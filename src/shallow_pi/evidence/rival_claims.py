@@ -1,7 +1,7 @@
 """The claims about published alternatives to a shallow student (`evaluation/rivals`)."""
 
 from shallow_pi.evidence import cells, late_claims, rows
-from shallow_pi.evidence.claim import Claim, Column, Line, Picture, Statement, Variant
+from shallow_pi.evidence.claim import Claim, Column, Statement, Variant, points_by_row
 
 # Layers left out without training: how many, by which order.
 DROPPED = ((3, "oracle"), (3, "similarity"), (6, "oracle"), (9, "oracle"))
@@ -74,11 +74,11 @@ def _claim(
 ) -> Claim:
     base = teacher.policies[0]
     found = {label: Variant(label, (f"{base}--{way}",)) for label, way in rivals.items()}
-    every, success = (teacher, student, *found.values()), columns[0].label
+    every, success = (teacher, student, *found.values()), columns[0]
 
     def student_wins(label: str) -> Statement:
         text = f"the 6-layer student solves at least as much as {label}"
-        return Statement(text, (student.label, success), (label, success), at_least=0)
+        return Statement(text, student.at(success), found[label].at(success), at_least=0)
 
     return Claim(
         name=name,
@@ -89,22 +89,11 @@ def _claim(
         columns=columns,
         statements=tuple(student_wins(label) for label in (SKIPPED, MIXED, *TRAINED)),
         pictures=(
-            Picture(
+            points_by_row(
                 name.replace("-", "_"),
                 "Rivals on the same teacher",
-                "",
-                "success, %",
-                tuple(
-                    Line(
-                        column.label,
-                        tuple((row.label, (row.label, column.label)) for row in every),
-                        colour,
-                        "",
-                    )
-                    for column, colour in zip(
-                        columns, ("student", "teacher", "task_only"), strict=False
-                    )
-                ),
+                every,
+                dict(zip(("student", "teacher", "task_only"), columns, strict=False)),
             ),
         ),
         reference=student.label,

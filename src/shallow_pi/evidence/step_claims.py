@@ -3,7 +3,7 @@
 import dataclasses
 
 from shallow_pi.evidence import recipes, rows
-from shallow_pi.evidence.claim import Claim, Column, Line, Picture, Statement, Variant
+from shallow_pi.evidence.claim import Claim, Column, Statement, Variant, curves
 
 # A teacher of the one task with two modes, and its students.
 AROUND = dataclasses.replace(recipes.TEACHER, tasks=("around",), steps=2400, demonstrations=1200)
@@ -16,75 +16,64 @@ REFLOW: dict[str, object] = {
     "reflow": 1.0,
     "num_steps": 1,
 }
+PAST = "Past the pillar in few integration steps"
+
+
+def _spread(num_steps: int) -> Column:
+    situation = rows.plans(num_steps, ("around",))
+    return Column(f"spread, {num_steps} steps, mm", situation, "spread_mm")
 
 
 def few_steps() -> Claim:
     """On the suite."""
     numbers = (10, 5, 2, 1)
-    columns = [Column(f"around, {n} steps", rows.around(n)) for n in numbers]
-    apart = [
-        Column(f"plans to teacher, {n} steps, mm", rows.plans(n), "to_teacher_mm")
+    success = {n: Column(f"around, {n} steps", rows.around(n)) for n in numbers}
+    apart = {
+        n: Column(f"plans to teacher, {n} steps, mm", rows.plans(n), "to_teacher_mm")
         for n in (10, 2, 1)
-    ]
-    spread = [
-        Column(f"spread, {n} steps, mm", rows.plans(n, ("around",)), "spread_mm")
-        for n in (10, 2, 1)
-    ]
-    found = (
-        rows.TEACHER_ROW,
-        rows.STUDENT_ROW,
-        rows.students("task loss alone", **rows.ALONE),
-        rows.students("reflow for 2 steps", reflow=1.0, num_steps=2),
-        rows.students("reflow for 1 step", reflow=1.0, num_steps=1),
-        rows.students(
+    }
+    spread = {n: _spread(n) for n in (10, 2, 1)}
+    student = rows.STUDENT_ROW
+    reflow = rows.students("reflow for 1 step", reflow=1.0, num_steps=1)
+    found = {
+        "teacher": rows.TEACHER_ROW,
+        "student": student,
+        "task_only": rows.students("task loss alone", **rows.ALONE),
+        "expert": rows.students("reflow for 2 steps", reflow=1.0, num_steps=2),
+        "random_init": reflow,
+        "cut_only": rows.students(
             "reflow in place of task and velocity", task=0.0, velocity=0.0, reflow=1.0, num_steps=1
         ),
-    )
-    colours = ("teacher", "student", "task_only", "expert", "random_init", "cut_only")
+    }
     return Claim(
         name="few-steps",
         question="How many integration steps does a policy with several modes need?",
         says="Ours: where the mean of the modes is fatal, one step of an ordinary policy fails, "
         "and a loss for few steps (reflow) repairs it.",
-        variants=found,
-        columns=(*columns, *apart, *spread),
+        variants=tuple(found.values()),
+        columns=(*success.values(), *apart.values(), *spread.values()),
         statements=(
             Statement(
                 "one step costs the student 20 points",
-                (rows.STUDENT_ROW.label, columns[0].label),
-                (rows.STUDENT_ROW.label, columns[3].label),
+                student.at(success[10]),
+                student.at(success[1]),
                 at_least=0.2,
             ),
             Statement(
                 "reflow raises the success of one step",
-                ("reflow for 1 step", columns[3].label),
-                (rows.STUDENT_ROW.label, columns[3].label),
+                reflow.at(success[1]),
+                student.at(success[1]),
                 at_least=0,
             ),
             Statement(
                 "reflow brings plans in one step nearer to the teacher's in ten",
-                ("reflow for 1 step", apart[2].label),
-                (rows.STUDENT_ROW.label, apart[2].label),
+                reflow.at(apart[1]),
+                student.at(apart[1]),
                 at_most=0,
             ),
         ),
-        pictures=(
-            Picture(
-                "few_steps",
-                "Past the pillar in few integration steps",
-                "integration steps",
-                "success, %",
-                tuple(
-                    Line(
-                        row.label,
-                        tuple((float(n), (row.label, f"around, {n} steps")) for n in numbers),
-                        colour,
-                    )
-                    for row, colour in zip(found, colours, strict=True)
-                ),
-            ),
-        ),
-        reference=rows.STUDENT_ROW.label,
+        pictures=(curves("few_steps", PAST, "integration steps", found, success),),
+        reference=student.label,
         limits="Two modes of equal weight; a task with one mode needs one step.",
     )
 
@@ -97,23 +86,20 @@ def modes() -> Claim:
     three = rows.students("three losses", **OF_AROUND)
     alone = rows.students("task loss alone", **OF_AROUND, **rows.ALONE)
     reflow = rows.students("reflow alone, for 1 step", **OF_AROUND, **REFLOW)
-    found = (top, three, alone, reflow)
+    found = {"teacher": top, "student": three, "task_only": alone, "random_init": reflow}
     success = {n: Column(f"{n} steps", rows.around(n)) for n in numbers}
     touched = {n: Column(f"touched, {n} steps", rows.around(n), "collided") for n in (10, 1)}
     apart = {
         n: Column(f"plans to teacher, {n} steps, mm", rows.plans(n, ("around",)), "to_teacher_mm")
         for n in (10, 1)
     }
-    spread = {
-        n: Column(f"spread, {n} steps, mm", rows.plans(n, ("around",)), "spread_mm")
-        for n in (10, 1)
-    }
+    spread = {n: _spread(n) for n in (10, 1)}
 
     def differ(text: str, a: Variant, b: Variant, column: Column, **bound: float) -> Statement:
-        return Statement(text, (a.label, column.label), (b.label, column.label), **bound)
+        return Statement(text, a.at(column), b.at(column), **bound)
 
     def loses(row: Variant, words: str) -> Statement:
-        ten, one = (row.label, success[10].label), (row.label, success[1].label)
+        ten, one = row.at(success[10]), row.at(success[1])
         return Statement(f"one integration step costs {words} 20 points", ten, one, at_least=0.2)
 
     return Claim(
@@ -122,13 +108,11 @@ def modes() -> Claim:
         "and which students keep both ways?",
         says="Ours: the mean of the two ways touches the pillar, so few steps must fail; students "
         "by the task loss alone lose the ways of their teacher, and reflow keeps them in one step.",
-        variants=found,
+        variants=tuple(found.values()),
         columns=(*success.values(), *touched.values(), *apart.values(), *spread.values()),
         statements=(
             Statement(
-                "the teacher solves at least 90 % in ten steps",
-                (top.label, success[10].label),
-                at_least=0.9,
+                "the teacher solves at least 90 % in ten steps", top.at(success[10]), at_least=0.9
             ),
             loses(top, "the teacher"),
             loses(three, "the student"),
@@ -150,22 +134,7 @@ def modes() -> Claim:
             ),
         ),
         pictures=(
-            Picture(
-                "modes",
-                "Past the pillar in few integration steps",
-                "integration steps",
-                "success, %",
-                tuple(
-                    Line(
-                        row.label,
-                        tuple((float(n), (row.label, success[n].label)) for n in sorted(numbers)),
-                        colour,
-                    )
-                    for row, colour in zip(
-                        found, ("teacher", "student", "task_only", "random_init"), strict=True
-                    )
-                ),
-            ),
+            curves("modes", PAST, "integration steps", found, dict(sorted(success.items()))),
         ),
         reference=three.label,
         limits="A small teacher of this task alone (2,400 steps on two CPU cores), students of 600 "

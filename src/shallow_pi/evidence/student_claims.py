@@ -1,11 +1,11 @@
 """Claims about the student: as good as its teacher, by which losses, with which layers."""
 
 from shallow_pi.evidence import recipes, rows
-from shallow_pi.evidence.claim import Claim, Column, Line, Picture, Statement
+from shallow_pi.evidence.claim import Claim, Column, Line, Picture, Statement, Variant
 
 
 def parity() -> Claim:
-    own = recipes.STUDENT
+    own, success = recipes.STUDENT, rows.IN_TIME
     data = tuple(own.demonstrations // n for n in (8, 4, 2, 1))
     steps = (own.steps // 8, own.steps // 4, own.steps // 2, own.steps, 2 * own.steps)
     few = f"{data[0]} demonstrations"
@@ -26,11 +26,9 @@ def parity() -> Claim:
             for value in values:
                 name = label if value == default else f"{label}, {value} {axis}"
                 found.append(rows.students(name, **{**fields, axis: value}))
-                points.append((float(value), (name, rows.IN_TIME.label)))
+                points.append((float(value), found[-1].at(success)))
             lines.append(Line(label, tuple(points), colour))
-        top = tuple(
-            (float(value), (rows.TEACHER_ROW.label, rows.IN_TIME.label)) for value in values
-        )
+        top = tuple((float(value), rows.TEACHER_ROW.at(success)) for value in values)
         lines.append(Line(rows.TEACHER_ROW.label, top, "teacher", "--"))
         unit = "demonstrations" if axis == "demonstrations" else "distillation steps"
         curves.append(
@@ -40,7 +38,7 @@ def parity() -> Claim:
     taught = rows.students("random init, three losses", init="random")
     found = [*dict.fromkeys([*found, scratch, taught])]
     ten, elsewhere = Column("around", rows.around(10)), Column("elsewhere", rows.ELSEWHERE)
-    columns = (rows.IN_TIME, ten, elsewhere, rows.TO_TEACHER)
+    columns = (success, ten, elsewhere, rows.TO_TEACHER)
     # The other columns for the default amounts alone.
     default_rows = [
         rows.TEACHER_ROW.label,
@@ -48,7 +46,7 @@ def parity() -> Claim:
         taught.label,
         *(label for label, _, _ in ways),
     ]
-    only = {(row.label, c.label) for row in found for c in (rows.IN_TIME, rows.TO_TEACHER)}
+    only = {row.at(column) for row in found for column in (success, rows.TO_TEACHER)}
     only |= {(label, c.label) for label in default_rows for c in columns}
     return Claim(
         name="parity",
@@ -59,32 +57,32 @@ def parity() -> Claim:
         statements=(
             Statement(
                 "the student is at most 1 point below the teacher",
-                (rows.STUDENT_ROW.label, rows.IN_TIME.label),
-                (rows.TEACHER_ROW.label, rows.IN_TIME.label),
+                rows.STUDENT_ROW.at(success),
+                rows.TEACHER_ROW.at(success),
                 at_least=-0.01,
             ),
             Statement(
                 "and at most 1 point below it past the pillar",
-                (rows.STUDENT_ROW.label, ten.label),
-                (rows.TEACHER_ROW.label, ten.label),
+                rows.STUDENT_ROW.at(ten),
+                rows.TEACHER_ROW.at(ten),
                 at_least=-0.01,
             ),
             Statement(
                 "three losses beat the task loss alone",
-                (rows.STUDENT_ROW.label, rows.IN_TIME.label),
-                ("task loss alone", rows.IN_TIME.label),
+                rows.STUDENT_ROW.at(success),
+                ("task loss alone", success.label),
                 at_least=0,
             ),
             Statement(
                 f"three losses beat the task loss alone with {few}",
-                (f"three losses, {few}", rows.IN_TIME.label),
-                (f"task loss alone, {few}", rows.IN_TIME.label),
+                (f"three losses, {few}", success.label),
+                (f"task loss alone, {few}", success.label),
                 at_least=0,
             ),
             Statement(
                 "a cut student beats a small one from scratch at equal compute",
-                (rows.STUDENT_ROW.label, rows.IN_TIME.label),
-                (scratch.label, rows.IN_TIME.label),
+                rows.STUDENT_ROW.at(success),
+                scratch.at(success),
                 at_least=0,
             ),
         ),
@@ -98,13 +96,18 @@ def parity() -> Claim:
 
 def losses() -> Claim:
     ten = Column("around", rows.around(10))
+    success, to_teacher, three = rows.IN_TIME, rows.TO_TEACHER, rows.STUDENT_ROW
+    less = {
+        "attention": rows.students("without attention", **rows.VELOCITY),
+        "velocity": rows.students("without velocity", **{**rows.THREE, "velocity": 0.0}),
+        "task": rows.students("without task", **{**rows.THREE, "task": 0.0}),
+    }
+    alone = rows.students("task loss alone", **rows.ALONE)
     found = (
         rows.TEACHER_ROW,
-        rows.STUDENT_ROW,
-        rows.students("without attention", **rows.VELOCITY),
-        rows.students("without velocity", **{**rows.THREE, "velocity": 0.0}),
-        rows.students("without task", **{**rows.THREE, "task": 0.0}),
-        rows.students("task loss alone", **rows.ALONE),
+        three,
+        *less.values(),
+        alone,
         rows.students("velocity alone", **{**rows.VELOCITY, "task": 0.0}),
         rows.students("attention 0.01", attention=0.01),
         rows.students("attention 1", attention=1.0),
@@ -114,66 +117,30 @@ def losses() -> Claim:
         rows.students("attention over all tokens", queries="all"),
         rows.students("first-layer attention of text to images", queries="text"),
     )
-    names = [row.label for row in found]
+
+    def nearer(text: str, than: Variant, more: str = "") -> Statement:
+        words = f"{text} plans nearer to the teacher's{more}"
+        return Statement(words, three.at(to_teacher), than.at(to_teacher), at_most=0)
+
     return Claim(
         name="losses",
         question="Does each of the three losses earn its place?",
         says="The paper: leaving any one out costs success; attention matched over all tokens "
         "destroys training.",
         variants=found,
-        columns=(rows.TO_TEACHER, rows.SPREAD, rows.IN_TIME, ten, rows.TO_EXPERT),
-        statements=tuple(
-            Statement(text, (a, column), (b, column), at_least=at_least, at_most=at_most)
-            for text, a, b, column, at_least, at_most in (
-                (
-                    "the attention loss raises success",
-                    rows.STUDENT_ROW.label,
-                    names[2],
-                    rows.IN_TIME.label,
-                    0,
-                    None,
-                ),
-                (
-                    "the velocity loss raises success",
-                    rows.STUDENT_ROW.label,
-                    names[3],
-                    rows.IN_TIME.label,
-                    0,
-                    None,
-                ),
-                (
-                    "the task loss raises success",
-                    rows.STUDENT_ROW.label,
-                    names[4],
-                    rows.IN_TIME.label,
-                    0,
-                    None,
-                ),
-                (
-                    "the attention loss brings plans nearer to the teacher's",
-                    rows.STUDENT_ROW.label,
-                    names[2],
-                    rows.TO_TEACHER.label,
-                    None,
-                    0,
-                ),
-                (
-                    "the velocity loss brings plans nearer to the teacher's",
-                    rows.STUDENT_ROW.label,
-                    names[3],
-                    rows.TO_TEACHER.label,
-                    None,
-                    0,
-                ),
-                (
-                    "three losses bring plans nearer to the teacher's than the task loss alone",
-                    rows.STUDENT_ROW.label,
-                    names[5],
-                    rows.TO_TEACHER.label,
-                    None,
-                    0,
-                ),
-            )
+        columns=(to_teacher, rows.SPREAD, success, ten, rows.TO_EXPERT),
+        statements=(
+            *(
+                Statement(
+                    f"the {loss} loss raises success",
+                    three.at(success),
+                    row.at(success),
+                    at_least=0,
+                )
+                for loss, row in less.items()
+            ),
+            *(nearer(f"the {loss} loss brings", less[loss]) for loss in ("attention", "velocity")),
+            nearer("three losses bring", alone, " than the task loss alone"),
         ),
         pictures=(
             Picture(
@@ -184,7 +151,7 @@ def losses() -> Claim:
                 (
                     Line(
                         "6 layers",
-                        tuple((row.label, (row.label, rows.TO_TEACHER.label)) for row in found[1:]),
+                        tuple((row.label, row.at(to_teacher)) for row in found[1:]),
                         "student",
                         "",
                     ),
@@ -197,7 +164,7 @@ def losses() -> Claim:
 
 
 def layers() -> Claim:
-    relation = Column("relation", rows.RELATION)
+    relation, success = Column("relation", rows.RELATION), rows.IN_TIME
     depths = {d: rows.students(f"{d} layers", depth=d) for d in (12, 9, 4, 3, 2)}
     depths[6] = rows.STUDENT_ROW
     chosen = [
@@ -210,32 +177,31 @@ def layers() -> Claim:
         *chosen,
         rows.UNTRAINED_ROW,
     )
-    curve = [(float(d), depths[d].label) for d in (2, 3, 4, 6, 9, 12)]
-    curve.append((18.0, rows.TEACHER_ROW.label))
+    curve = {**dict(sorted(depths.items())), 18: rows.TEACHER_ROW}
     return Claim(
         name="layers",
         question="How many layers does the student need, and does it matter which?",
         says="The paper: six layers, cut uniformly from 18, suffice.",
         variants=found,
-        columns=(rows.IN_TIME, relation, rows.TO_TEACHER),
+        columns=(success, relation, rows.TO_TEACHER),
         statements=(
             Statement(
                 "six layers are at most 1 point below 18",
-                (rows.STUDENT_ROW.label, rows.IN_TIME.label),
-                (rows.TEACHER_ROW.label, rows.IN_TIME.label),
+                rows.STUDENT_ROW.at(success),
+                rows.TEACHER_ROW.at(success),
                 at_least=-0.01,
             ),
             Statement(
                 "a 2-layer student loses 20 points on relation",
-                (rows.TEACHER_ROW.label, relation.label),
-                ("2 layers", relation.label),
+                rows.TEACHER_ROW.at(relation),
+                depths[2].at(relation),
                 at_least=0.2,
             ),
             *(
                 Statement(
                     f"a uniform cut beats the {row.label.removeprefix('layers: ')} one",
-                    (rows.STUDENT_ROW.label, rows.IN_TIME.label),
-                    (row.label, rows.IN_TIME.label),
+                    rows.STUDENT_ROW.at(success),
+                    row.at(success),
                     at_least=0,
                 )
                 for row in chosen
@@ -247,16 +213,14 @@ def layers() -> Claim:
                 "Success against layers",
                 "layers",
                 "success, %",
-                (
+                tuple(
                     Line(
-                        "all tasks in time",
-                        tuple((d, (label, rows.IN_TIME.label)) for d, label in curve),
-                    ),
-                    Line(
-                        "relation",
-                        tuple((d, (label, relation.label)) for d, label in curve),
-                        "task_only",
-                    ),
+                        label, tuple((float(d), row.at(column)) for d, row in curve.items()), colour
+                    )
+                    for label, column, colour in (
+                        ("all tasks in time", success, "student"),
+                        ("relation", relation, "task_only"),
+                    )
                 ),
             ),
             Picture(
@@ -268,7 +232,7 @@ def layers() -> Claim:
                     Line(
                         "6 layers",
                         tuple(
-                            (row.label.removeprefix("layers: "), (row.label, rows.IN_TIME.label))
+                            (row.label.removeprefix("layers: "), row.at(success))
                             for row in (rows.STUDENT_ROW, *chosen)
                         ),
                         "student",

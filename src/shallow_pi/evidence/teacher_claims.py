@@ -6,7 +6,16 @@ All of them are of the one task past the pillar, where a teacher takes minutes t
 import dataclasses
 
 from shallow_pi.evidence import recipes, rows
-from shallow_pi.evidence.claim import Claim, Column, Line, Picture, Side, Statement, Variant
+from shallow_pi.evidence.claim import (
+    Claim,
+    Column,
+    Line,
+    Picture,
+    Side,
+    Statement,
+    Variant,
+    points_by_row,
+)
 from shallow_pi.evidence.step_claims import AROUND
 
 READS_LAST = dataclasses.replace(AROUND, model="reads_last")
@@ -28,7 +37,7 @@ def _students(label: str, teacher: Variant, **fields: object) -> Variant:
 
 
 def _in_ten(row: Variant) -> Side:
-    return row.label, SUCCESS[10].label
+    return row.at(SUCCESS[10])
 
 
 def sizes() -> Claim:
@@ -48,7 +57,7 @@ def sizes() -> Claim:
             ("teacher", teachers, "teacher"),
             ("its 6-layer student", students, "student"),
         ):
-            points = tuple((float(d), (found[d].label, column.label)) for d in sorted(depths))
+            points = tuple((float(d), found[d].at(column)) for d in sorted(depths))
             lines.append(Line(f"{words}, {column.label}", points, colour, style))
     for words, row, colour in (
         ("teacher of half width", half, "expert"),
@@ -135,26 +144,17 @@ def last_layer() -> Claim:
             ),
             Statement(
                 "three losses bring plans nearer to the teacher's than the task loss alone",
-                (three.label, TO_TEACHER.label),
-                (alone.label, TO_TEACHER.label),
+                three.at(TO_TEACHER),
+                alone.at(TO_TEACHER),
                 at_most=0,
             ),
         ),
         pictures=(
-            Picture(
+            points_by_row(
                 "last_layer_expert",
                 "An expert that reads the backbone's last state",
-                "",
-                "success, %",
-                tuple(
-                    Line(
-                        column.label,
-                        tuple((row.label, (row.label, column.label)) for row in found),
-                        colour,
-                        "",
-                    )
-                    for column, colour in ((SUCCESS[10], "student"), (SUCCESS[1], "task_only"))
-                ),
+                found,
+                {"student": SUCCESS[10], "task_only": SUCCESS[1]},
             ),
         ),
         reference=three.label,
