@@ -121,13 +121,6 @@ def test_more_demonstrations_than_there_are_are_refused(model, data, teacher):
         list(programs.train(many.group([_vary(demonstrations=4)]), data, teacher))
 
 
-def test_what_takes_too_long_is_left_out_and_told(model, data, teacher, capsys):
-    programs = many.Programs(model, 40, students=True)
-    groups = many.group([_vary(steps=0)])
-    assert not list(programs.train(groups, data, teacher, deadline=0.0))
-    assert "No time left for l2-cut" in capsys.readouterr().err
-
-
 def test_slugs_tell_recipes_apart():
     varied = [
         _vary(**{name: value})

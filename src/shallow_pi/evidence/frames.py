@@ -69,21 +69,15 @@ def make_assets(
     return policy_assets.Assets(model, robot, tokenizer, stats, robot.name, named)
 
 
-def samples(
-    assets: policy_assets.Assets,
-    episodes: Sequence[demonstrations.Episode],
-    rows: int | None = None,
-) -> Frames:
+def samples(assets: policy_assets.Assets, episodes: Sequence[demonstrations.Episode]) -> Frames:
     """The model's samples of all frames, with the statistics and the tokenizer of `assets`.
 
     Args:
       assets: of the teacher.
       episodes: in the order of `Frames.ends`.
-      rows: of the arrays, where they are to be longer than the frames: the rest is empty.
 
     Raises:
-      ValueError: a model that reads the state as text, whose prompts differ from frame to frame;
-        more frames than `rows`.
+      ValueError: a model that reads the state as text, whose prompts differ from frame to frame.
     """
     model, robot = assets.model, assets.robot
     if model.discrete_state_input:
@@ -97,10 +91,7 @@ def samples(
     )
     reader = prompts.Tokenizer(assets.tokenizer, model.max_token_len)
     tokens = {prompt: reader.tokenize(prompt) for prompt in {e.prompt for e in episodes}}
-    total, horizon = int(ends[-1]), model.action_horizon
-    if rows is not None and rows < total:
-        raise ValueError(f"{total} frames do not fit into {rows} rows")
-    found = batches.zeros(model, total if rows is None else rows)
+    horizon, found = model.action_horizon, batches.zeros(model, int(ends[-1]))
     pictures: Mapping[str, np.ndarray] = found.observation.images
     for start, stop, episode in zip(ends[:-1], ends[1:], episodes, strict=True):
         at, length = slice(start, stop), stop - start

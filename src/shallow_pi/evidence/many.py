@@ -11,8 +11,6 @@ Programs are compiled side by side and run one after the other.
 import concurrent.futures
 import dataclasses
 import functools
-import math
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -28,8 +26,8 @@ from shallow_pi.models import batch as batches
 from shallow_pi.models import layers, pi0
 from shallow_pi.training import optimizer
 
-# Steps of one call of a compiled program.
-CHUNK = 50
+# Steps of one call of a compiled program, and programs compiled side by side.
+CHUNK, THREADS = 50, 4
 _NONE: Mapping[str, np.ndarray] = {}
 
 
@@ -194,18 +192,15 @@ class Programs:
     Args:
       model: of programs for teachers the sizes of the tasks' config, at any depth; of programs for
         students their teacher's.
-      frames: rows of the samples, padding included (`frames.samples`).
+      frames: number of samples (`frames.samples`).
       students: train students of `model`, not teachers.
-      threads: programs compiled side by side.
     """
 
-    def __init__(
-        self, model: pi0.Pi0Config, frames: int, students: bool = False, threads: int = 4
-    ) -> None:
+    def __init__(self, model: pi0.Pi0Config, frames: int, students: bool = False) -> None:
         self.model = model
         self._samples = batches.spec(model, frames)
         self._teacher = model if students else None
-        self._pool = concurrent.futures.ThreadPoolExecutor(threads)
+        self._pool = concurrent.futures.ThreadPoolExecutor(THREADS)
         self._jobs: dict[Group, concurrent.futures.Future[_Program]] = {}
 
     def prepare(self, groups: Sequence[Group], scores: Mapping[str, np.ndarray] = _NONE) -> None:
@@ -219,7 +214,6 @@ class Programs:
         groups: Sequence[Group],
         data: frames.Frames,
         teacher: Teacher | None = None,
-        deadline: float = math.inf,
     ) -> Iterator[tuple[recipes.Recipe, PyTree, Mapping[str, float]]]:
         """Train groups of recipes; yields each policy's parameters, and its last metrics.
 
@@ -227,8 +221,6 @@ class Programs:
           groups: of `group`, the most important first.
           data: demonstrations, of which a recipe takes the first.
           teacher: what students are cut from and compared with; None for teachers.
-          deadline: of `time.monotonic`; a group that would end later, by the pace of those before
-            it, is left out, and told.
 
         Raises:
           ValueError: more demonstrations are asked for than there are.
@@ -241,16 +233,8 @@ class Programs:
         self.prepare(groups, _NONE if teacher is None else teacher.scores)
         samples = jax.device_put(data.samples)
         held = None if teacher is None else jax.device_put(teacher.params)
-        pace = 0.0  # Seconds a step of the slowest group so far.
         for members in groups:
-            steps = members.first.steps
-            if time.monotonic() + pace * steps > deadline:
-                progress.say(f"No time left for {members}")
-                continue
-            program = self._jobs[members].result()
-            began = time.monotonic()
-            params, metrics = _run(program, members, data, samples, held)
-            pace = max(pace, (time.monotonic() - began) / steps if steps else 0.0)
+            params, metrics = _run(self._jobs[members].result(), members, data, samples, held)
             yield from _members(members, jax.device_get(params), jax.device_get(metrics))
 
     def _compile(self, members: Group, scores: Mapping[str, np.ndarray]) -> _Program:

@@ -32,8 +32,8 @@ from shallow_pi.sims import simulator, tabletop
 # Simulators side by side; of Meta-World, whose scenes take 21 MB for each task; episodes a line of
 # results.
 BATCH, MANY_SCENES, BLOCK = 50, 20, 125
-# Held-out observations of a cell of plans, and plans at each.
-OBSERVATIONS, PLANS = 64, 16
+# Held-out observations of a cell of plans, plans at each, and control steps of an expert's plan.
+OBSERVATIONS, PLANS, HORIZON = 64, 16, 20
 # The expert has played at most so many steps when a held-out observation is made.
 PLAYED = 15
 
@@ -236,7 +236,7 @@ def held_out(tasks: tuple[str, ...], seeds: tuple[int, ...]) -> list[HeldOut]:
     return [_state(sim, seed) for seed in seeds]
 
 
-def _state(sim: tabletop.Tabletop, seed: int, horizon: int = 20) -> HeldOut:
+def _state(sim: tabletop.Tabletop, seed: int) -> HeldOut:
     rng = np.random.default_rng([seed, 0])
     side, played = (1 if rng.uniform() < 0.5 else -1), int(rng.integers(PLAYED))
 
@@ -255,7 +255,7 @@ def _state(sim: tabletop.Tabletop, seed: int, horizon: int = 20) -> HeldOut:
     for plan in range(PLANS):
         start(played)
         sim.side = 1 if plan % 2 else -1
-        plans.append(_play(sim, np.random.default_rng([seed, 2, plan]), horizon))
+        plans.append(_play(sim, np.random.default_rng([seed, 2, plan]), HORIZON))
     return HeldOut(seed, sim.task, observation, towards, np.stack(plans))
 
 

@@ -8,7 +8,6 @@ of policies then take little room. A teacher is rounded before anything is learn
 import dataclasses
 import functools
 import json
-import math
 import pathlib
 import shutil
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from shallow_pi import progress
 from shallow_pi.checkpoints import run_folder, weights
 from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.distill import flow, layer_map, layer_scores
@@ -72,7 +70,6 @@ def teach(
     data: frames.Frames,
     runs: pathlib.Path,
     programs: many.Programs,
-    deadline: float = math.inf,
 ) -> None:
     """Train teachers, and measure their layers.
 
@@ -82,10 +79,9 @@ def teach(
       data: the demonstrations.
       runs: where the step folders are written.
       programs: for the model and the data.
-      deadline: see `many.Programs.train`.
     """
     groups = many.group(missing(wanted, runs))
-    for recipe, params, metrics in programs.train(groups, data, deadline=deadline):
+    for recipe, params, metrics in programs.train(groups, data):
         params, model = rounded(params), many.architecture(recipe, programs.model)
         save(runs, recipe, params, dataclasses.replace(assets, model=model), metrics)
         found = measure_layers(model, params, data)
@@ -140,7 +136,6 @@ def distil(
     data: frames.Frames,
     runs: pathlib.Path,
     programs: many.Programs,
-    deadline: float = math.inf,
 ) -> None:
     """Train the students of one teacher, the first ones first.
 
@@ -149,19 +144,15 @@ def distil(
       data: the demonstrations, with the teacher's statistics.
       runs: where the teacher is, and the step folders are written.
       programs: for the teacher's model and the data.
-      deadline: see `many.Programs.train`.
     """
     left = missing(wanted, runs)
     if not left:
         return
     assets, teacher = load_teacher(left[0].teacher, runs)
     groups = many.group(left)
-    for recipe, params, metrics in programs.train(groups, data, teacher, deadline):
+    for recipe, params, metrics in programs.train(groups, data, teacher):
         own = dataclasses.replace(assets, model=teacher.student(recipe))
         save(runs, recipe, rounded(params), own, metrics)
-    absent = missing(left, runs)
-    if absent:
-        progress.say(f"Pending: {', '.join(recipe.slug for recipe in absent)}")
 
 
 def ensure(
