@@ -46,7 +46,7 @@ class Arguments:
     policy: Annotated[str, tyro.conf.Positional]
     # The dataset; robot and statistics are the policy's own.
     data: data_config.DataConfig = dataclasses.field(default_factory=data_config.DataConfig)
-    # Which step of a run: last, best (the one its best.json names) or a number.
+    # Step of a run: last, best (the one its best.json names) or a number.
     step: str = "last"
     # Observations, spread evenly over the dataset.
     samples: int = 64

@@ -43,7 +43,7 @@ class Arguments:
     source: Annotated[str, tyro.conf.Positional]
     # The format: a name above.
     format: str
-    # Which step of a run: last, best (the one its best.json names) or a number.
+    # Step of a run: last, best (the one its best.json names) or a number.
     step: str = "last"
     # The folder to create; empty takes exports/<step>-<format> next to the step.
     output: str = ""

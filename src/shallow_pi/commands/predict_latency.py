@@ -31,7 +31,7 @@ class Arguments:
     run: Annotated[str, tyro.conf.Positional]
     # The device: orin-agx, orin-nx, thor, 4090, h100 or h200.
     device: str
-    # Which step of a run: last, best or a number; only its sizes are read.
+    # Step of a run: last, best or a number; only its sizes are read.
     step: str = "last"
     # Integration steps.
     num_steps: int = 10

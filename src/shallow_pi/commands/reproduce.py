@@ -178,7 +178,7 @@ def train(wanted: Sequence[recipes.Recipe], given: Arguments) -> None:
 
 
 def measure(wanted: Sequence[cells.Cell], given: Arguments) -> None:
-    """Run what is missing of cells whose simulator and policies are there; tell what is not."""
+    """Measure cells whose simulator and policies are there; say which are not."""
     for sim in dict.fromkeys(cell.situation.sim for cell in wanted):
         own = [cell for cell in wanted if cell.situation.sim == sim]
         try:
@@ -210,7 +210,7 @@ def measure(wanted: Sequence[cells.Cell], given: Arguments) -> None:
 
 
 def show(given: Arguments) -> None:
-    """List claims with the share that is measured, none of them where it is pending as a whole."""
+    """List the claims with their cells, and the number of these that are measured."""
     results = cells.read(given.results)
     table = rich.table.Table(box=rich.box.SIMPLE_HEAD)
     for column in ("claim", "question", "cells", "measured"):

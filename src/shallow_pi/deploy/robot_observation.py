@@ -16,7 +16,7 @@ from shallow_pi.data.robots import robot as robots
 from shallow_pi.data.robots import tokenizer
 from shallow_pi.deploy import observation_keys
 
-# What rows of a dataset have beside an observation.
+# Keys that rows of a dataset have beside an observation.
 _BOOKKEEPING = {"timestamp", "frame_index", "episode_index", "index", "task_index"}
 
 

@@ -21,7 +21,7 @@ class Prefix(NamedTuple):
     """The tokens of an observation before the first layer."""
 
     tokens: Float[Array, "b s d"]
-    # Which of them exist.
+    # True for those that exist.
     valid: Bool[Array, "b s"]
 
 

@@ -1,4 +1,4 @@
-"""Which teacher layer each student layer copies, and the strategies that choose.
+"""The teacher layer that each student layer copies, and the strategies that choose.
 
 A layer map is a strictly increasing tuple of teacher indices, one a student layer; backbone and
 action expert use the same one, and a stream that is cut further (`halves`) some of it. `uniform` is

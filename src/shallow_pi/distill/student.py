@@ -23,7 +23,7 @@ from shallow_pi.checkpoints import weights
 from shallow_pi.distill import layer_map as layer_maps
 from shallow_pi.models import layer_table, parameters, pi0
 
-# What can be frozen: the image tower, and the token embedding.
+# Parts that can be frozen: the image tower, and the token embedding.
 Part = Literal["vision", "embedder"]
 # The fields of a model in which a student may differ, besides the depth of its image tower.
 DIFFERING = ("depth", "backbone_layers", "expert_layers", "pooled_tokens", "scored_tokens", "dtype")

@@ -241,13 +241,8 @@ def show(report: Report, console: rich.console.Console | None = None) -> None:
     """Print the tables and the comparisons."""
     console = console or rich.console.Console()
     console.print(report.title, style="bold", highlight=False)
-    for header, rows in tables(report):
-        display = rich.table.Table(box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        for index, column in enumerate(header):
-            display.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
-        for row in rows:
-            display.add_row(*row)
-        console.print(display)
+    for table in tables(report):
+        show_table(console, table)
     for line in sentences(report):
         console.print(line, highlight=False, markup=False)
 

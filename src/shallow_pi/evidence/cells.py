@@ -6,8 +6,8 @@
 A cell knows nothing of the claim that asks for it: two claims with a cell in common share its
 results. A line of a results file holds the cell, a digest of the policy's parameters, and a block
 of episodes by their seeds, so that any number of processes and machines can append lines, an
-interrupted cell loses a block at most, and files can be put behind each other. All policies of a
-situation meet the same seeds.
+interrupted cell loses a block at most, and files can be concatenated. All policies of a situation
+meet the same seeds.
 """
 
 import dataclasses
@@ -62,7 +62,7 @@ class Situation:
 
     @property
     def delay(self) -> rollout.Delay:
-        """As rollouts take it."""
+        """The lateness of plans in a rollout."""
         return rollout.Delay(self.late, self.executor)
 
     @property
@@ -93,7 +93,7 @@ class Cell:
         return words if self.kind == "episodes" else f"{words} {self.kind}"
 
 
-# What is kept of each episode or observation, by the kind of cell.
+# Measurements of each episode or observation, by the kind of cell.
 COLUMNS: dict[str, tuple[str, ...]] = {
     "episodes": ("success", "steps", "collided", "path_mm", "jerk", "disc_speed"),
     "chunks": ("to_teacher_mm", "to_expert_mm", "spread_mm"),
@@ -107,12 +107,12 @@ class Block:
     """Some episodes (or held-out observations) of a cell: a line of a results file."""
 
     cell: Cell
-    # Of the policy's parameters: a cell of a policy trained anew is another one.
+    # Hash of the policy's parameters; results of another training of it are not mixed in.
     digest: str
     seeds: tuple[int, ...]
     tasks: tuple[str, ...]
     columns: Mapping[str, Sequence[float]]
-    # Where and when: commit, device, seconds.
+    # Commit, device and seconds of the measurement.
     origin: Mapping[str, object]
 
     def to_json(self) -> str:
@@ -184,11 +184,11 @@ class Results:
     origins: Mapping[Cell, Mapping[str, object]]
 
     def seeds(self, cell: Cell) -> set[int]:
-        """Those measured."""
+        """The seeds that were measured."""
         return set(self.rows.get(cell, ()))
 
     def column(self, cell: Cell, name: str, seeds: Sequence[int]) -> Float[np.ndarray, " n"]:
-        """A column of a cell at these seeds."""
+        """Values of a column of a cell at these seeds."""
         return np.array([self.rows[cell][seed][name] for seed in seeds], float)
 
 

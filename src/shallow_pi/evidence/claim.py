@@ -129,10 +129,10 @@ class Factor:
 class Claim:
     """One study."""
 
-    # As typed.
+    # As on the command line.
     name: str
     question: str
-    # What the paper, or we, say.
+    # The statement of the paper, or ours.
     says: str
     variants: tuple[Variant, ...]
     columns: tuple[Column, ...]

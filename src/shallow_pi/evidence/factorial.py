@@ -78,7 +78,7 @@ def _effect(table: outcomes.Table, cuts: tuple[Cut, ...]) -> Effect | None:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What one inference at batch 1 takes, counted from the sizes."""
+    """Cost of one inference at batch 1, counted from the sizes."""
 
     # Of one inference.
     operations: int
@@ -211,7 +211,7 @@ def picture(path: pathlib.Path, table: outcomes.Table, results: pathlib.Path) ->
 
 
 def frontier(points: Mapping[Side, tuple[float, float]]) -> Sequence[Side]:
-    """What nothing of at most the same cost exceeds in success, from the cheapest on."""
+    """The sides that nothing of at most their cost exceeds in success, the cheapest first."""
     found: list[Side] = []
     for side, (_, success) in sorted(points.items(), key=lambda item: (item[1][0], -item[1][1])):
         if not found or success > points[found[-1]][1]:

@@ -1,7 +1,7 @@
 """Demonstrations as one batch of all their frames, small enough to stay on the device.
 
-The tabletop's pictures are 48 pixels wide, so that all frames of 6,000 episodes are 2 GB; of
-Meta-World's, 64 wide, those of 1,000 episodes are. No loader, no dataset on disk. `collect` records
+All frames of 6,000 episodes of the tabletop (48 pixels wide) take 2 GB, as do those of 1,000
+episodes of Meta-World (64 wide). There is no loader and no dataset on disk. `collect` records
 the expert, `samples` gives what the model sees, equal to what the robot's transforms make of each
 frame (`assets.Assets.inputs`).
 """

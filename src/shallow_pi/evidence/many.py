@@ -51,7 +51,7 @@ class Group:
 
     # Seed and number of demonstrations of each row.
     rows: tuple[tuple[int, int], ...]
-    # The columns; seed and demonstrations of these are meaningless.
+    # The columns; their own seed and demonstrations are not used.
     variants: tuple[recipes.Recipe, ...]
 
     @property
@@ -64,7 +64,7 @@ class Group:
 
     @property
     def first(self) -> recipes.Recipe:
-        """Any member: what the program depends on is the same in all."""
+        """Any member; the fields that the program depends on are equal in all."""
         return self.grid[0][0]
 
     def __str__(self) -> str:
@@ -89,7 +89,7 @@ def group(wanted: Iterable[recipes.Recipe]) -> list[Group]:
 
 
 def _program(recipe: recipes.Recipe) -> tuple[object, ...]:
-    """What a compiled program depends on; weights, initial parameters and seeds are arrays.
+    """The fields that a program depends on; weights, initial parameters and seeds are arrays.
 
     A variant without some term joins those that have it: its weight is 0. Which of the teacher's
     layers is compared is part of the program, and so is the layer map where attention is.

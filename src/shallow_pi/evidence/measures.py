@@ -41,7 +41,7 @@ def chunk_distance(a: Float[np.ndarray, "n h rd"], b: Float[np.ndarray, "m h rd"
 
 
 def sideways_spread(chunks: Float[np.ndarray, "n h rd"], towards: Float[np.ndarray, "2"]) -> float:
-    """Standard deviation, in mm, of where chunks are halfway, across the way to the target.
+    """Standard deviation, in mm, of the middle positions of chunks, across the way to the target.
 
     A policy that passes a pillar left or right has a large one; one that plans the mean of both
     has none.

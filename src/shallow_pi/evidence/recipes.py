@@ -39,10 +39,10 @@ class Recipe:
     velocity: float = 1.0
     attention: float = 0.1
     reflow: float = 0.0
-    # Which layer's attention is compared, and how.
+    # Layer whose attention is compared, and the form in which it is.
     attention_layer: Literal["first", "middle", "last"] = "middle"
     heads: losses.Attention = "per_head"
-    # Whose attention is compared.
+    # Tokens whose attention is compared.
     queries: captures.Queries = "actions"
     # Layers of the image tower, and image tokens of a camera; 0: the teacher's. A cut tower has the
     # vision loss.

@@ -67,12 +67,12 @@ def make(slugs: Sequence[str], runs: pathlib.Path, data: frames.Frames) -> None:
 
 
 def ensure(slugs: Sequence[str], runs: pathlib.Path, train: bool) -> None:
-    """Make the rivals whose teacher is there, of demonstrations recorded now.
+    """Make the rivals whose teacher is there, from demonstrations recorded for it.
 
     Args:
-      slugs: of policies; what is no rival is left alone.
+      slugs: of policies; others than rivals are ignored.
       runs: folder of step folders.
-      train: make those too that are trained, which takes as long as students of all layers.
+      train: also make those that need training, which takes as long as a student of all layers.
     """
     wanted = [slug for slug in dict.fromkeys(slugs) if is_rival(slug) and not exists(slug, runs)]
     wanted = [slug for slug in wanted if (runs / slug.partition("--")[0] / "params").is_dir()]

@@ -9,8 +9,7 @@ from shallow_pi.sims import tabletop
 SEEDS = (0, 1, 2)
 TASKS = tuple(task for task in tabletop.LAYOUTS if task != "around")
 
-
-# Of every trained policy that a claim names, by slug.
+# Recipes of all trained policies that claims name, by slug.
 RECIPES = {recipes.TEACHER.slug: recipes.TEACHER}
 
 
@@ -54,8 +53,8 @@ def plans(num_steps: int, tasks: tuple[str, ...] = tuple(tabletop.LAYOUTS)) -> c
 THREE: dict[str, object] = {"task": 1.0, "velocity": 1.0, "attention": 0.1}
 ALONE: dict[str, object] = {"task": 1.0, "velocity": 0.0, "attention": 0.0}
 VELOCITY: dict[str, object] = {"task": 1.0, "velocity": 1.0, "attention": 0.0}
-# As many operations without a teacher as half the steps with one: its 18 layers forward cost about
-# what 6 cost forward and backward.
+# Twice the steps without a teacher take as many operations as the steps with one: its 18 layers
+# forward cost about what 6 cost forward and backward.
 SCRATCH: dict[str, object] = {**ALONE, "init": "random", "steps": 2 * recipes.STUDENT.steps}
 
 TEACHER_ROW = Variant("teacher, 18 layers", (TEACHER,))

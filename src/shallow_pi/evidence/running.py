@@ -40,13 +40,13 @@ PLAYED = 15
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What is missing of a cell."""
+    """The missing part of a cell."""
 
     cell: cells.Cell
     seeds: tuple[int, ...]
-    # Whose plans are the reference of a cell of plans.
+    # The policy with whose plans those of a cell of plans are compared.
     teacher: str = ""
-    # Where episodes are cut off; 0 is the simulator's own.
+    # Length of an episode at most, seconds; 0 is the simulator's own limit.
     max_seconds: float = 0.0
 
 
@@ -56,12 +56,12 @@ def jobs(
     teacher_of: Callable[[str], str],
     episodes: int,
 ) -> list[Job]:
-    """What is missing of each cell, in order; nothing of those that are complete.
+    """The missing part of each cell that is not complete, in order.
 
     Args:
       wanted: the cells.
       results: what is there.
-      teacher_of: gives the slug of the policy whose plans one's are compared with.
+      teacher_of: slug of a policy → slug of its teacher, with whose plans its own are compared.
       episodes: of a complete cell.
     """
     found = []
@@ -80,13 +80,13 @@ Found = list[tuple[int, str, dict[str, float]]]
 
 
 class Watched:
-    """A simulator that keeps what each of its episodes came to (see `simulator.Simulator`).
+    """A simulator that records the outcome of each of its episodes (see `simulator.Simulator`).
 
     Args:
       world: the simulator.
       control_hz: its control steps a second.
       max_seconds: episodes end here; 0 is the simulator's own limit.
-      ended: where outcomes are put.
+      ended: list that outcomes are appended to.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Watched:
         return bool(self.world.done or cut_off)
 
     def step(self, action: simulator.Action) -> None:
-        """Apply an action; when the episode is over, note what it came to."""
+        """Apply an action; when the episode is over, record its outcome."""
         world = self.world
         world.step(action)
         self._path.append(world.tip)
@@ -142,7 +142,7 @@ def measure(job: Job, runs: pathlib.Path) -> Iterator[cells.Block]:
 
 @functools.lru_cache(maxsize=2)
 def _worlds(suite: simulator.Suite) -> list[simulator.Followed]:
-    """Simulators that are not in use: what their scenes compile is kept from cell to cell."""
+    """Idle simulators, kept from cell to cell with their compiled scenes."""
     return []
 
 
@@ -359,7 +359,7 @@ Submit = Callable[..., concurrent.futures.Future[str]]
 
 @contextlib.contextmanager
 def _results(workers: int) -> Iterator[Submit]:
-    """Where jobs are done: in processes, or in this one's only other thread."""
+    """Do jobs in processes, or in the only other thread of this one."""
     if workers <= 1:
         with concurrent.futures.ThreadPoolExecutor(1) as alone:
             try:
@@ -401,5 +401,5 @@ def _work(job: Job, runs: pathlib.Path, output: pathlib.Path) -> str:
 
 
 def digests(slugs: Sequence[str], runs: pathlib.Path) -> Mapping[str, str]:
-    """Of the policies that are there."""
+    """Digests of the policies that are there, by slug."""
     return {slug: _digest(slug, runs) for slug in slugs if sources.exists(slug, runs)}

@@ -97,7 +97,7 @@ def read(slug: str, runs: pathlib.Path) -> tuple[policy_assets.Assets, PyTree]:
 
 
 def scheme(slug: str) -> quantize.Scheme:
-    """How a policy's products are rounded."""
+    """The 8-bit scheme that a slug names, or none."""
     way = slug.partition("--")[2]
     return next((one for one in quantize.SCHEMES if one == way), "none")
 

@@ -33,7 +33,7 @@ MEASURED = 256
 
 
 def missing(wanted: Sequence[recipes.Recipe], runs: pathlib.Path) -> list[recipes.Recipe]:
-    """Those that have no complete folder yet."""
+    """The recipes that have no complete folder yet."""
     return [recipe for recipe in wanted if not (runs / recipe.slug / RECIPE_FILE).is_file()]
 
 

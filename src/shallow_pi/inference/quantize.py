@@ -1,4 +1,4 @@
-"""Which of a model's products run in 8 bits, and its prepared matrices rounded for them.
+"""The products of a model that run in 8 bits, and its prepared matrices rounded for them.
 
 Only the large products of the layers are rounded: query, key and value, the way out of the heads,
 and the MLP, in image tower, backbone and action expert, each of which can be left out. Norms,

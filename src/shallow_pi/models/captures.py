@@ -14,7 +14,7 @@ Queries = Literal["actions", "all", "text"]
 
 
 class Asked(NamedTuple):
-    """Which attention is carried out: that of one layer, of the last rows of each stream."""
+    """The attention that is carried out: that of one layer, of the last rows of each stream."""
 
     layer: int
     suffix_rows: int
@@ -65,7 +65,7 @@ class PrefixAttention(NamedTuple):
     logits: Float[Array, "b r n t s"] | None
     # Of the whole prefix, or of the prompt; None of the action tokens.
     prefix_logits: Float[Array, "b n p s"] | None
-    # Which prefix tokens exist (masked cameras and prompt padding do not).
+    # True for prefix tokens that exist (masked cameras and prompt padding do not).
     valid: Bool[Array, "b s"]
 
 

@@ -177,7 +177,7 @@ class PrefixCache(NamedTuple):
     """Everything about an observation that later passes of the suffix read."""
 
     tower: gemma.KeysValues
-    # Which prefix tokens exist.
+    # True for prefix tokens that exist.
     valid: Bool[Array, "b s"]
     state: Float[Array, "b ad"]
 

@@ -85,7 +85,7 @@ def top(scores: Float[Array, "b c n"], count: int) -> Bool[Array, "b c m n"]:
 
 
 def take(x: Float[Array, "b c n *d"], kept: Bool[Array, "b c m n"]) -> Float[Array, "b c m *d"]:
-    """What belongs to the kept patches, exactly."""
+    """Gather what belongs to the kept patches, exactly."""
     rows = x.reshape(*x.shape[:3], -1)
     found = jnp.einsum(
         "bcmn,bcnd->bcmd", kept.astype(x.dtype), rows, precision=jax.lax.Precision.HIGHEST

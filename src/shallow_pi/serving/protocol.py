@@ -15,7 +15,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 import msgpack
 import numpy as np
 
-# What an observation may hold: entries of all its maps and lists together, and levels of them.
+# Limits of an observation: entries of all its maps and lists together, and levels of them.
 # Pictures and states are arrays, which count as one.
 MAX_ITEMS = 65_536
 MAX_DEPTH = 16
@@ -26,7 +26,7 @@ _ARRAY, _SCALAR = b"__ndarray__", b"__npgeneric__"
 # msgpack-numpy's: True in the map of an array, False in that of a scalar.
 _EITHER = b"nd"
 
-# How arrays are packed: by openpi_client.msgpack_numpy, or by the PyPI package msgpack-numpy.
+# The packing of arrays: by openpi_client.msgpack_numpy, or by the PyPI package msgpack-numpy.
 Packing = Literal["openpi", "msgpack-numpy"]
 # An array or scalar as the map that travels.
 Packed = dict[bytes, object]

@@ -26,7 +26,7 @@ _SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 ALARM = 10.0
 
 Kind = Literal["message", "observation", "too_large", "busy", "unauthorized", "internal"]
-# What the page lists: a refusal or failure of one kind, or a warning in an answer.
+# An entry of the page's list: a refusal or failure of one kind, or a warning in an answer.
 Listed = Kind | Literal["warning"]
 Level = Literal["good", "idle", "warn", "bad"]
 

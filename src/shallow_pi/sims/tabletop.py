@@ -202,7 +202,7 @@ class Tabletop(gantry.Sim):
             self.collided |= self.bench.touches(self._pillar)
 
     def happened(self) -> dict[str, float]:
-        """Whether the pillar was touched, too."""
+        """Outcomes of the episode, with a touch of the pillar."""
         return {"collided": float(self.collided), **super().happened()}
 
     def state(self) -> Float[np.ndarray, "4"]:

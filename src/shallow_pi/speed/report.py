@@ -18,12 +18,13 @@ TERA, GIGA = 1e12, 1e9
 FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 # Targets of a distillation step: fine-tuning steps it costs at most, and MFU at least.
 MOST_RATIO, LEAST_UTILIZATION = 1.6, 0.45
+# File name → function that draws to a path.
+Pictures = Mapping[str, Callable[[pathlib.Path], None]]
 
 
 def tuning_table(model: pi0.Pi0Config, found: tuning.Tuned) -> rich.table.Table:
     """Median milliseconds of every way to run a model, the fastest first."""
-    table = _table(f"{model.depth} layers: ways to run them, median ms", "")
-    table.add_column("ms", justify="right")
+    table = empty_table(f"{model.depth} layers: ways to run them, median ms", "", "ms")
     for name, milliseconds in found.median_ms.items():
         table.add_row(name, f"{milliseconds:.2f}")
     return table
@@ -34,14 +35,13 @@ def inference_table(
 ) -> rich.table.Table:
     """Times, work and memory of an inference, a column for each timing."""
     first = timings[0]
-    table = _table(
+    table = empty_table(
         f"{first.device}: {limit.flops_per_second / TERA:.2f} TFLOP/s and "
         f"{limit.bytes_per_second / GIGA:.0f} GB/s measured. Median ms, 95th percentile in "
         "brackets",
         "layers",
+        *(str(timing.depth) for timing in timings),
     )
-    for timing in timings:
-        table.add_column(str(timing.depth), justify="right")
     for field in ("cameras", "prompt_tokens", "horizon", "num_steps"):
         table.add_row(field.replace("_", " "), *(str(getattr(t, field)) for t in timings))
     table.add_section()
@@ -71,7 +71,6 @@ def host_table(
       timings: a column of pixels to actions for each.
       policies: a column of `Policy.infer` for each.
     """
-    table = _table("Median ms by stage, each waited for", "stage")
     columns = [
         (f"{name}: pixels to actions", one.stages_ms, one.median_ms["end to end"], one.device_ms)
         for name, one in timings.items()
@@ -80,8 +79,8 @@ def host_table(
         (f"{name}: Policy.infer", one.stages_ms, one.infer_ms, one.device_ms)
         for name, one in policies.items()
     ]
-    for name, *_ in columns:
-        table.add_column(name, justify="right")
+    names = (name for name, *_ in columns)
+    table = empty_table("Median ms by stage, each waited for", "stage", *names)
     for stage in (*stages.BEFORE, *stages.PROGRAM, *stages.AFTER):
         cells = [found.get(stage) for _, found, *_ in columns]
         table.add_row(stage, *("" if cell is None else f"{cell:.2f}" for cell in cells))
@@ -149,14 +148,13 @@ def step_table(
       limit: measured rates of a device.
       stated: matrix rate its maker states; None if unknown.
     """
-    table = _table(
+    kinds = list(timing.median_ms)
+    table = empty_table(
         f"{name}, batch {timing.batch_size} on {timing.devices} × {timing.device}: "
         f"{limit.flops_per_second / TERA:.3g} TFLOP/s measured",
         "step",
+        *kinds,
     )
-    kinds = list(timing.median_ms)
-    for kind in kinds:
-        table.add_column(kind, justify="right")
     table.add_row(
         "ms, median (95th percentile)",
         *(f"{timing.median_ms[k]:.1f} ({timing.p95_ms[k]:.1f})" for k in kinds),
@@ -202,10 +200,7 @@ def step_contents(timing: step.Timing, limit: inference.Ceiling) -> dict[str, ob
 
 
 def write(
-    folder: pathlib.Path,
-    file: str,
-    content: Mapping[str, object],
-    pictures: Mapping[str, Callable[[pathlib.Path], None]],
+    folder: pathlib.Path, file: str, content: Mapping[str, object], pictures: Pictures
 ) -> list[str]:
     """Write a JSON file, and pictures where matplotlib is installed; returns a line for each.
 
@@ -213,22 +208,30 @@ def write(
       folder: made if absent.
       file: name of the JSON file.
       content: of it.
-      pictures: by file name, functions that draw to a path.
+      pictures: to draw beside it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / file
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    lines = [f"written: {path}"]
-    for name, draw in pictures.items():
+    return [f"written: {path}", *draw(folder, pictures)]
+
+
+def draw(folder: pathlib.Path, pictures: Pictures) -> list[str]:
+    """Draw into a folder where matplotlib is installed; returns a line for each picture."""
+    lines: list[str] = []
+    for name, picture in pictures.items():
         try:
-            draw(folder / name)
+            picture(folder / name)
         except figures.PlotsMissingError as error:
             return [*lines, str(error)]
         lines.append(f"written: {folder / name}")
     return lines
 
 
-def _table(title: str, corner: str) -> rich.table.Table:
-    table = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD, title_justify="left")
-    table.add_column(corner)
-    return table
+def empty_table(title: str, corner: str, *columns: str) -> rich.table.Table:
+    """A table without rows; its columns are right-aligned but for the first, headed `corner`."""
+    made = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD, title_justify="left")
+    made.add_column(corner)
+    for name in columns:
+        made.add_column(name, justify="right")
+    return made

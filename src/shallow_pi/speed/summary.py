@@ -6,10 +6,8 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import rich.box
 import rich.table
 
-from shallow_pi import figures
 from shallow_pi.speed import inference, plots, report, stages
 
 # Contents of the variants' JSON files, by name.
@@ -39,9 +37,8 @@ def _with_parts(found: Found) -> dict[str, inference.Timing]:
 
 
 def _inference(found: Found) -> rich.table.Table:
-    table = _table("Inference at batch 1, median ms", found)
-    for name in ("device", "waited for", "pixels to actions", "against", "kernels", "compiled, s"):
-        table.add_column(name, justify="right")
+    columns = ("device", "waited for", "pixels to actions", "against", "kernels", "compiled, s")
+    table = _table("Inference at batch 1, median ms", found, *columns)
     for name, content in found.items():
         device = _device(content)
         if device is None:
@@ -69,9 +66,8 @@ def _device(content: Mapping[str, Any]) -> float | None:
 
 
 def _batches(found: Found) -> rich.table.Table:
-    table = _table("Batches, median ms", found)
-    for name in ("batch", "device", "infer_batch", "observations/s"):
-        table.add_column(name, justify="right")
+    columns = ("batch", "device", "infer_batch", "observations/s")
+    table = _table("Batches, median ms", found, *columns)
     for variant, content in found.items():
         for size, one in content.get("batches", {}).items():
             rate = f"{1e3 * int(size) / one['infer_batch']:.0f}"
@@ -80,19 +76,8 @@ def _batches(found: Found) -> rich.table.Table:
 
 
 def _steps(found: Found) -> rich.table.Table:
-    table = _table("Training steps", found)
-    for name in (
-        "ms",
-        "fine-tuning",
-        "ratio",
-        "samples/s",
-        "MFU",
-        "peak GB",
-        "remat",
-        "attention",
-        "against",
-    ):
-        table.add_column(name, justify="right")
+    columns = ("ms", "fine-tuning", "ratio", "samples/s", "MFU", "peak GB", "remat", "attention")
+    table = _table("Training steps", found, *columns, "against")
     for variant, content in found.items():
         if "mfu" not in content:
             continue
@@ -113,13 +98,9 @@ def _steps(found: Found) -> rich.table.Table:
     return table
 
 
-def _table(title: str, found: Found) -> rich.table.Table:
+def _table(title: str, found: Found, *columns: str) -> rich.table.Table:
     devices = sorted({content["device"] for content in found.values()})
-    table = rich.table.Table(
-        title=f"{', '.join(devices)}: {title}", box=rich.box.SIMPLE_HEAD, title_justify="left"
-    )
-    table.add_column("variant")
-    return table
+    return report.empty_table(f"{', '.join(devices)}: {title}", "variant", *columns)
 
 
 def _ms(value: float | None) -> str:
@@ -156,14 +137,7 @@ def pictures(folder: pathlib.Path, found: Found) -> list[str]:
         draw["growth.png"] = lambda path: plots.growth(path, depths)
     if whole or paths:
         draw["host_path.png"] = lambda path: plots.host_path(path, whole, paths)
-    lines: list[str] = []
-    for name, function in draw.items():
-        try:
-            function(folder / name)
-        except figures.PlotsMissingError as error:
-            return [*lines, str(error)]
-        lines.append(f"written: {folder / name}")
-    return lines
+    return report.draw(folder, draw)
 
 
 def _plain(found: Found, name: str) -> bool:

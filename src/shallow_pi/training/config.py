@@ -63,7 +63,7 @@ class StudentConfig:
     vision_depth: int = 0
     # Image tokens of a camera that the backbone sees, of 256 such as 128 or 64. 0 keeps all.
     image_tokens: int = 0
-    # Which they are: "pool" takes means of neighbouring ones (64: of 2 × 2), "scored" those that a
+    # Their choice: "pool" takes means of neighbouring ones (64: of 2 × 2), "scored" those that a
     # scorer expects the teacher's actions to attend to most; openpi cannot run the latter.
     image_token_choice: Literal["pool", "scored"] = "pool"
     # Strategy that chooses them among the teacher's. Four measure it on the first batch: similarity

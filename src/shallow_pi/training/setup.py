@@ -24,7 +24,7 @@ from shallow_pi.training import config
 
 # The teacher's "path" that stands for random parameters.
 RANDOM = "random"
-# What the backward pass computes again, by `--remat`.
+# The part that the backward pass recomputes, by `--remat`.
 RECOMPUTED = {
     "layers": "all activations of a layer but its input",
     "dots": "all activations but products with weights",
@@ -86,7 +86,7 @@ def make_spec(
 def _execution(
     experiment: config.DistillConfig, spec: step.Spec, mesh: jax.sharding.Mesh | None
 ) -> layers.Execution:
-    """How a step is run on a mesh; without one, "auto" means XLA's attention and least memory."""
+    """Execution of a step on a mesh; without one, "auto" is XLA's attention and least memory."""
     device = None if mesh is None else mesh.devices.flat[0]
     tower, prefix = _attention(experiment, device)
     rows = None if mesh is None else sharding.batch_sharding(mesh)

@@ -127,7 +127,7 @@ class EfficientVLA:
         return whole.vision + own.prefix + first + steps
 
     def parameters_held(self, config: pi0.Pi0Config) -> int:
-        """Those of the kept layers."""
+        """Parameters of the kept layers."""
         return rival.held(pi0.at_depth(config, self.layers or config.depth))
 
 

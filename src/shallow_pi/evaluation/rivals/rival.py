@@ -34,7 +34,7 @@ OPTIONS = dataclasses.replace(tuning.ALL_ON, unrolled_steps=False, padded_tower=
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Material:
-    """What a rival is made of."""
+    """A teacher and its data, from which a rival is made."""
 
     # The teacher's.
     assets: policy_assets.Assets

@@ -86,7 +86,7 @@ class Skip:
         return rival.count(config, config.depth - self.drop, num_steps).total
 
     def parameters_held(self, config: pi0.Pi0Config) -> int:
-        """Those of the kept layers."""
+        """Parameters of the kept layers."""
         return rival.held(pi0.at_depth(config, config.depth - self.drop))
 
 

@@ -35,7 +35,7 @@ class Trained(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What a loss is computed from."""
+    """The inputs of a loss."""
 
     drawn: rival.Draw
     # Of the frozen tower.
