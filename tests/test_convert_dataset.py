@@ -34,10 +34,9 @@ def convert(tmp_path):
 def _same_numbers(found, source):
     assert found.info["codebase_version"] == "v3.0"
     assert (found.fps, len(found), found.episodes) == (source.fps, len(source), source.episodes)
-    for key, column in source.columns.items():
-        if key != "task_index":
-            np.testing.assert_array_equal(found.columns[key], column)
-            assert found.columns[key].dtype == column.dtype
+    for key in set(source.columns) - {"task_index", "language_events"}:
+        np.testing.assert_array_equal(found.columns[key], source.columns[key])
+        assert found.columns[key].dtype == source.columns[key].dtype
     assert [found.task(i) for i in range(110)] == [source.task(i) for i in range(110)]
 
 
@@ -99,6 +98,11 @@ KINDS = {
     "next.reward": ([0.5, float("nan")], {"dtype": "float32", "shape": [1], "names": None}),
     "is_first": ([True, False], {"dtype": "bool", "shape": [1], "names": None}),
     "language_instruction_2": (["pick", "put ü"], {"dtype": "string", "shape": [1], "names": None}),
+    # As lerobot-annotate writes it.
+    "language_events": (
+        [[], [{"role": "user", "content": "go", "calls": None}]],
+        {"dtype": "language", "shape": [1], "names": None},
+    ),
     "action.chunk": (
         [[[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]] * 2,
         {"dtype": "float64", "shape": [3, 2], "names": ["step", "joint"], "unit": "rad"},
@@ -120,6 +124,9 @@ def rich(tmp_path):
     info |= {"splits": {"train": "0:3", "test": "3:4"}, "licence": "CC-BY-4.0 ©", "total_videos": 0}
     (folder / "meta" / "info.json").write_text(json.dumps(info))
     (folder / "meta" / "modality.json").write_text("{}")
+    (folder / "meta" / "lang").mkdir()
+    (folder / "meta" / "lang" / "plan.json").write_text("[]")
+    (folder / "calibration").mkdir()
     episodes = folder / "meta" / "episodes" / "chunk-000" / "file-000.parquet"
     operators = pl.Series("operator", ["ann", None, "bo", "ann"])
     pl.read_parquet(episodes).with_columns(operators).write_parquet(episodes)
@@ -138,7 +145,8 @@ def test_every_column_feature_and_entry_is_kept(convert, rich, capsys):
     assert found.info["splits"] == {"train": "0:3", "test": "3:4"}
     assert found.info["licence"] == "CC-BY-4.0 ©"
     assert "total_videos" not in found.info
-    for name in ("README.md", "meta/modality.json"):
+    assert "['calibration'] of" in told
+    for name in ("README.md", "meta/modality.json", "meta/lang/plan.json"):
         assert (found.path / name).read_text() == (rich / name).read_text()
     file = pathlib.Path("data", "chunk-000", "file-000.parquet")
     before, after = (pl.read_parquet(folder / file) for folder in (rich, found.path))
@@ -150,7 +158,34 @@ def test_every_column_feature_and_entry_is_kept(convert, rich, capsys):
     assert after[camera].struct["bytes"].equals(before[camera].struct["bytes"])
     stats = json.loads((found.path / "meta" / "stats.json").read_text())
     assert np.shape(stats["action.chunk"]["mean"]) == (3, 2)
-    assert set(KINDS) - set(stats) == {"next.reward", "language_instruction_2"}
+    texts = {"language_instruction_2", "language_events"}
+    assert set(KINDS) - set(stats) == {"next.reward", *texts}
+    described = json.loads(pl.read_parquet_metadata(found.path / file)["huggingface"])
+    event = described["info"]["features"]["language_events"]["feature"]
+    assert event["role"] == {"dtype": "string", "_type": "Value"}
+
+
+def test_entries_of_episodes_of_several_types_are_kept_as_json(convert, tmp_path, capsys):
+    old = shutil.copytree(OLD, tmp_path / "old")
+    entries = [
+        {"success": True, "skills": [], "meta": {}, "speed": 1},
+        {"success": "no", "skills": [{"start": 1}], "meta": {}, "speed": 1.5},
+        {"skills": [{"name": "lift"}], "meta": {}, "speed": None},
+        {},
+    ]
+    file = old / "meta" / "episodes.jsonl"
+    lines = zip(file.read_text().splitlines(), entries, strict=True)
+    file.write_text("\n".join(json.dumps({**json.loads(line), **more}) for line, more in lines))
+    found = convert(old)
+    assert "'success' of the episodes has values of several types" in capsys.readouterr().err
+    table = pl.read_parquet(found.path / "meta" / "episodes" / "chunk-000" / "file-000.parquet")
+    assert table["success"].to_list() == ["true", '"no"', None, None]
+    assert table["speed"].to_list() == [1, 1.5, None, None]
+    assert table["meta"].to_list()[:1] == ["{}"]
+    assert table["skills"].to_list()[1:3] == [
+        [{"start": 1, "name": None}],
+        [{"start": None, "name": "lift"}],
+    ]
 
 
 def test_more_about_tasks_and_unknown_shapes_do_not_stop_a_conversion(convert, tmp_path, capsys):

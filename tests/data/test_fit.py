@@ -137,9 +137,29 @@ def test_a_column_of_text_can_be_the_prompt(copy) -> None:
     fit.check(dataset, robot)
     first = int(np.flatnonzero(dataset.columns["episode_index"] == 2)[0])
     assert (fit.prompt(dataset, robot, 0), fit.prompt(dataset, robot, first)) == ("push", "lift")
-    with pytest.raises(ValueError, match=r"episode 0, frame 0 .* has task 0; there are \[\]"):
+    with pytest.raises(
+        ValueError, match=r"episode 0, frame 0 .* has task_index 0, its meta files have \[\]"
+    ):
         fit.check(dataset, pusht.ROBOT)
     fit.check(dataset, dataclasses.replace(pusht.ROBOT, prompt="push it"))
+
+
+def test_a_column_of_numbers_of_tasks_can_be_the_prompt(copy, capsys) -> None:
+    """GR00T's datasets have several."""
+    key = "annotation.human.action.task_description"
+    pusht.edit_data(copy, (1 - pl.col("task_index")).alias(key))
+    _edit_features(copy, **{key: {"dtype": "int64", "shape": [1]}})
+    dataset = reader.Dataset(copy)
+    robot = dataclasses.replace(pusht.ROBOT, prompt_key=key)
+    assert key in fit.keys(robot, dataset.layout)
+    fit.check(dataset, robot)
+    fit.warn(dataset, robot)
+    assert key not in capsys.readouterr().err
+    tasks = [dataset.columns["task_index"][i] for i in range(len(dataset))]
+    assert sorted(set(tasks)) == [0, 1]
+    assert [fit.prompt(dataset, robot, i) for i in range(len(dataset))] == [
+        dataset.tasks[1 - task] for task in tasks
+    ]
 
 
 def test_a_missing_column_of_prompts_is_reported(copy, capsys) -> None:
@@ -148,8 +168,12 @@ def test_a_missing_column_of_prompts_is_reported(copy, capsys) -> None:
     dataset = reader.Dataset(copy)
     fit.warn(dataset, dataclasses.replace(pusht.ROBOT, prompt_key="instructoin"))
     told = capsys.readouterr().err
-    assert f"{copy} has no column 'instructoin' (prompt_key of robot pusht): its tasks are" in told
+    assert (
+        f"{copy} has no prompts in 'instructoin' (prompt_key of robot pusht): its tasks are" in told
+    )
     assert "['instruction']; did you mean 'instruction'?" in told
+    fit.warn(dataset, dataclasses.replace(pusht.ROBOT, prompt_key="action"))
+    assert "has no prompts in 'action'" in capsys.readouterr().err
     for key in ("task", "prompt", "instruction"):
         fit.warn(dataset, dataclasses.replace(pusht.ROBOT, prompt_key=key))
     assert "prompt_key" not in capsys.readouterr().err

@@ -269,22 +269,79 @@ def test_version_3_tables_may_hold_doubles_other_orders_and_widths(tmp_path, fra
     assert layout.read(root).lengths == {0: 3, 1: 4}
 
 
-def test_an_episode_is_found_in_the_file_after_the_one_named(tmp_path, frames, capsys) -> None:
-    """LeRobot 0.4.0's converter named the file before for each first episode of a file."""
+@pytest.mark.parametrize("named", [(0, 0), (1, 0), (9, 1), (None, 1)])
+def test_an_episode_is_found_in_another_file_than_named(tmp_path, frames, capsys, named) -> None:
+    """LeRobot's converter and its merges place episodes in files before, after and beyond."""
     root = _write(tmp_path / "set", frames, codebase_version="v3.0", data_path=None)
     for number, table in enumerate(frames):
         table.write_parquet(root / "data" / "chunk-000" / f"file-{number:03d}.parquet")
     path = root / "meta" / "episodes" / "chunk-000" / "file-000.parquet"
     path.parent.mkdir(parents=True)
-    row = {"episode_index": [0, 1], "length": LENGTHS, "data/chunk_index": 0, "data/file_index": 0}
-    pl.DataFrame(row).write_parquet(path)
+    row = {"episode_index": [0, 1], "length": LENGTHS, "data/chunk_index": 0}
+    pl.DataFrame({**row, "data/file_index": named}).write_parquet(path)
     dataset = reader.Dataset(root)
     _check(dataset)
     _check(pickle.loads(pickle.dumps(dataset)))
-    assert capsys.readouterr().err.count("names another data file than the one that holds ep") == 1
+    assert capsys.readouterr().err.count("meta/episodes places episode") == 1
     (root / "data" / "chunk-000" / "file-001.parquet").unlink()
-    with pytest.raises(ValueError, match=r"file-000\.parquet has 0 frames of episode 1, .*\[0\]"):
+    if named[1] == 0:
+        with pytest.raises(ValueError, match=r"0\.parquet has 0 frames of episode 1, .*\[0\]"):
+            reader.Dataset(root)
+    else:
+        with pytest.raises(FileNotFoundError, match=r"file-001\.parquet is missing"):
+            reader.Dataset(root)
+
+
+def test_version_3_may_have_a_data_file_for_each_episode(tmp_path, frames) -> None:
+    root = _write(tmp_path / "set", frames, codebase_version="v3.0")
+    path = root / "meta" / "episodes" / "chunk-000" / "file-000.parquet"
+    path.parent.mkdir(parents=True)
+    pl.DataFrame({"episode_index": [0, 1], "length": LENGTHS}).write_parquet(path)
+    _check(reader.Dataset(root))
+
+
+def test_a_version_that_the_files_are_not_of_is_named(tmp_path, frames) -> None:
+    root = _write(tmp_path / "set", frames, codebase_version="v3.0")
+    with pytest.raises(FileNotFoundError, match=r"is codebase_version of info\.json v2\.1\?"):
+        layout.read(root)
+    info = root / "meta" / "info.json"
+    info.write_text(info.read_text().replace("v3.0", "v2.1"))
+    (root / "meta" / "episodes.jsonl").unlink()
+    (root / "meta" / "episodes").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"is codebase_version of info\.json v3\.0\?"):
+        layout.read(root)
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_an_episode_may_start_at_a_later_frame(tmp_path, frames, together) -> None:
+    """As one whose first rows were cut out."""
+    cut = [table.with_columns(pl.col("frame_index") + 5) for table in frames[: 1 + together]]
+    dataset = reader.Dataset(_write(tmp_path / "set", [*cut, *frames[len(cut) :]]))
+    _check(dataset)
+    assert dataset.columns["frame_index"].tolist() == [0, 1, 2, 0, 1, 2, 3]
+
+
+def test_frames_that_lack_some_between_are_named(tmp_path, frames) -> None:
+    frames[1] = frames[1].with_columns(frame_index=pl.Series([0, 1, 5, 6]))
+    root = _write(tmp_path / "set", frames)
+    with pytest.raises(ValueError, match=r"01\.parquet: frame 5 of episode 1 follows frame 1; fra"):
         reader.Dataset(root)
+
+
+def test_a_camera_in_another_form_than_declared_is_named(tmp_path, frames) -> None:
+    key = "observation.images.top"
+    features = {**FEATURES, key: {**FEATURES[key], "dtype": "video"}}
+    root = _write(tmp_path / "set", frames, features=features)
+    with pytest.raises(ValueError, match=r"is declared as video, but its .*: declare it as image"):
+        reader.Dataset(root, cameras=[key])
+    less = _write(tmp_path / "less", [table.drop(key) for table in frames])
+    with pytest.raises(ValueError, match=r"no such column, and there are no videos of it$"):
+        reader.Dataset(less, cameras=[key])
+    video = less / "videos" / "chunk-000" / key / "episode_000000.mp4"
+    video.parent.mkdir(parents=True)
+    video.touch()
+    with pytest.raises(ValueError, match=r"has no such column: declare it as video in meta/info"):
+        reader.Dataset(less, cameras=[key])
 
 
 def test_a_column_of_info_json_alone_is_left_out_of_a_frame(tmp_path, frames) -> None:
@@ -417,7 +474,8 @@ def test_damage_is_reported_by_file_and_place(tmp_path, frames, name, content, m
     (root / name).write_bytes(content)
     with pytest.raises(ValueError, match=message) as error:
         reader.Dataset(root, keys=["observation.state"])
-    assert str(root / name) in str(error.value)
+    assert str(root) in str(error.value)
+    assert name in str(error.value)
 
 
 def test_a_pattern_of_other_fields_is_named(tmp_path, frames) -> None:
@@ -441,7 +499,7 @@ def test_a_folder_in_place_of_a_file_is_named(tmp_path, frames, name) -> None:
     root = _write(tmp_path / "set", frames)
     (root / name).unlink()
     (root / name).mkdir()
-    with pytest.raises(ValueError, match=f"cannot read {root / name}"):
+    with pytest.raises(ValueError, match=f"cannot read ({root}/)?{name}"):
         reader.Dataset(root)
 
 

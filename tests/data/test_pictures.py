@@ -2,6 +2,7 @@
 
 import fractions
 import io
+import json
 import pathlib
 import shutil
 
@@ -90,20 +91,20 @@ def test_picture_is_the_one_of_the_recorded_time(tmp_path, shown, timestamps, ex
         pytest.param(GRID, CLOCK, "frame 19: recorded at 1.9588 s, .*0.0588 s away", id="drift"),
         pytest.param(GRID, GRID + 0.04, r"frame \d+: .*0.0400 s away, at most 0.0250", id="offset"),
         pytest.param(
-            GRID + 0.2, GRID, "frame 0: .* nearest picture at 0.2000 s .* 2 of 20", id="late"
+            GRID + 0.2, GRID, "frame 0: .* nearest picture at 0.2000 s.*2 of 20", id="late"
         ),
-        pytest.param(GRID[:-3], GRID, "frame 19: .* 3 of 20 .* to 1.6000", id="short"),
+        pytest.param(GRID[:-3], GRID, "frame 19: .*3 of 20 .* ends at 1.6000", id="short"),
         pytest.param(GRID, GRID * np.nan, "frame 0: recorded at nan s", id="no times"),
         pytest.param(GRID, GRID * 0, "frame 1: .* 19 timestamps do not rise", id="zeros"),
         pytest.param(GRID, 1.7e9 + GRID, "frame 1: recorded at 1700000000.0000 s", id="date"),
-        pytest.param(GRID, 1000 * GRID, "frame 19: .* 19 of 20 frames", id="milliseconds"),
+        pytest.param(GRID, 1000 * GRID, "frame 19: .*19 of 20 frames", id="milliseconds"),
     ],
 )
 def test_frames_without_a_picture_are_refused_when_opened(
     tmp_path, shown, timestamps, worst
 ) -> None:
     folder = _dataset(tmp_path / "set", _film(tmp_path / "a.mp4", shown), timestamps)
-    expected = rf"{TOP} of episode 0, {worst}.*2 of 2 episodes of dataset .*/set .*skip-bad"
+    expected = rf"{TOP} of episode 0, {worst}.*2 of 2 episodes of dataset .*/set: .*skip-bad"
     with pytest.raises(ValueError, match=expected):
         reader.Dataset(folder)
     assert len(reader.Dataset(folder, cameras=[])) == 2 * COUNT, "videos that are not read"
@@ -120,6 +121,57 @@ def test_an_episode_without_pictures_can_be_left_out(tmp_path) -> None:
     assert len(reader.Dataset(folder)) == 2 * COUNT, "nobody asked for the video"
     with pytest.raises(ValueError, match=r"episode 1, frame 0: video file .*001\.mp4 is missing"):
         reader.Dataset(folder, cameras=[TOP])
+
+
+def _version_2(root, film, lengths, starts=(0, 0)) -> pathlib.Path:
+    """Episodes of a video each; `starts` are the first timestamps."""
+    (root / "meta").mkdir(parents=True)
+    info = {"codebase_version": "v2.1", "fps": FPS, "features": {TOP: {"dtype": "video"}}}
+    (root / "meta" / "info.json").write_text(json.dumps(info))
+    rows = [{"episode_index": n, "length": length} for n, length in enumerate(lengths)]
+    (root / "meta" / "episodes.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for n, (length, start) in enumerate(zip(lengths, starts, strict=True)):
+        data = root / f"data/chunk-000/episode_{n:06d}.parquet"
+        video = root / f"videos/chunk-000/{TOP}/episode_{n:06d}.mp4"
+        for path in (data, video):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(film, video)
+        index = pl.Series("frame_index", np.arange(length))
+        pl.DataFrame([index, (index / FPS + start).alias("timestamp")]).write_parquet(data)
+    return root
+
+
+def test_pictures_after_an_episodes_last_frame_are_told(tmp_path, capsys) -> None:
+    """A start that was cut out of the rows alone shifts every picture, which fits all the same."""
+    film = _film(tmp_path / "a.mp4", GRID)
+    reader.Dataset(_version_2(tmp_path / "set", film, (15, COUNT)))
+    told = capsys.readouterr().err
+    assert "5 pictures of videos/chunk-000/observation.images.top/episode_000000.mp4" in told
+    assert "numbered anew, pictures lag behind" in told
+    for number, (lengths, starts) in enumerate(
+        [((COUNT, COUNT), (0, 0)), ((COUNT - 1, COUNT - 1), (0, 0)), ((10, 10), (0.5, 0.5))]
+    ):
+        reader.Dataset(_version_2(tmp_path / str(number), film, lengths, starts))
+    assert not capsys.readouterr().err, "as recorded, a picture more, times as recorded"
+
+
+def test_episodes_with_the_same_stretch_of_video_are_told(tmp_path, capsys) -> None:
+    """As LeRobot's merges of several files left them."""
+    half = COUNT // 2
+    folder = _dataset(tmp_path / "set", _film(tmp_path / "a.mp4", GRID), GRID[:half])
+    meta = folder / "meta" / "episodes" / "chunk-000" / "file-000.parquet"
+    table = pl.read_parquet(meta).with_columns(pl.lit(0).alias(f"videos/{TOP}/file_index"))
+    for start, shared in ((1.0, ""), (0.5, "episodes 0 and 1 share 0.5 s of videos/")):
+        starts = pl.Series(f"videos/{TOP}/from_timestamp", [0.0, start])
+        table.with_columns(starts).write_parquet(meta)
+        assert len(reader.Dataset(folder)) == COUNT
+        told = capsys.readouterr().err
+        assert (shared in told) if shared else ("share" not in told), told
+    starts = pl.Series(f"videos/{TOP}/from_timestamp", [0, None], pl.Float64)
+    table.with_columns(starts).write_parquet(meta)
+    with pytest.raises(ValueError, match=r"meta/episodes has no '.*from_timestamp' of episode 1; "):
+        reader.Dataset(folder)
+    assert reader.Dataset(folder, skip_bad_episodes=True).episodes == [0]
 
 
 def test_only_a_share_of_very_many_regular_videos_is_checked(tmp_path, monkeypatch) -> None:
@@ -299,7 +351,9 @@ def test_pictures_are_found_however_they_are_stored(tmp_path) -> None:
         np.testing.assert_array_equal(dataset.picture(0, TOP), COLOUR, f"column {number}")
     (beside / "frame_0.png").unlink()
     dataset = reader.Dataset(folder)
-    with pytest.raises(ValueError, match=r"episode 0, frame 0: .*frame_0\.png' is none of"):
+    with pytest.raises(
+        ValueError, match=r"episode 0, frame 0: .*frame_0\.png' is missing, in .*episode_000000 too"
+    ):
         dataset.picture(0, TOP)
 
 

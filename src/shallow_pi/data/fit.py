@@ -23,10 +23,17 @@ def keys(robot: robots.Robot, found: layout.Layout) -> list[str]:
 
 
 def prompt_key(robot: robots.Robot, found: layout.Layout) -> str:
-    """The column of the prompts: the robot's own if it is text there, else the task's number."""
+    """The column of the prompts: the robot's own if there, as text or numbers of tasks.
+
+    Otherwise it is LeRobot's, the task's number.
+    """
     feature = found.info["features"].get(robot.prompt_key)
-    is_text = feature is not None and columns.is_text(feature)
-    return robot.prompt_key if is_text else "task_index"
+    if feature is not None and columns.is_text(feature):
+        return robot.prompt_key
+    # GR00T's datasets have several such columns.
+    is_number = feature is not None and feature["dtype"].startswith(("int", "uint"))
+    is_chosen = robot.prompt_key not in _USUAL_PROMPTS
+    return robot.prompt_key if is_number and is_chosen else "task_index"
 
 
 def prompt(dataset: reader.Dataset, robot: robots.Robot, i: int) -> str:
@@ -34,7 +41,8 @@ def prompt(dataset: reader.Dataset, robot: robots.Robot, i: int) -> str:
     if robot.prompt:
         return robot.prompt
     key = prompt_key(robot, dataset.layout)
-    text = dataset.task(i) if key == "task_index" else str(dataset.columns[key][i])
+    value = dataset.columns[key][i]
+    text = value if isinstance(value, str) else dataset.task(i, key)
     return "" if tokenizer.is_absent(text) else text
 
 
@@ -86,10 +94,11 @@ def warn(dataset: reader.Dataset, robot: robots.Robot) -> None:
         progress.warn(
             f"robot {robot.name} does not use these of dataset {dataset.path}: {', '.join(unused)}"
         )
-    texts = sorted(key for key, feature in dataset.features.items() if columns.is_text(feature))
-    if texts and robot.prompt_key not in (*_USUAL_PROMPTS, *texts) and not robot.prompt:
+    key = prompt_key(robot, dataset.layout)
+    if robot.prompt_key not in (key, *_USUAL_PROMPTS) and not robot.prompt:
+        texts = sorted(key for key, found in dataset.features.items() if columns.is_text(found))
         progress.warn(
-            f"dataset {dataset.path} has no column {robot.prompt_key!r} (prompt_key of robot "
+            f"dataset {dataset.path} has no prompts in {robot.prompt_key!r} (prompt_key of robot "
             f"{robot.name}): its tasks are the prompts; it has the columns of text "
             f"{texts}{columns.closest(robot.prompt_key, texts)}"
         )
@@ -117,12 +126,16 @@ _USUAL_PROMPTS = ("task", "prompt")
 
 def _first_of_each_task(dataset: reader.Dataset, robot: robots.Robot) -> list[int]:
     """A frame of every different prompt."""
-    column = dataset.columns[prompt_key(robot, dataset.layout)]
-    return np.unique(column, return_index=True)[1].tolist()
+    return np.unique(_prompts(dataset, robot), return_index=True)[1].tolist()
+
+
+def _prompts(dataset: reader.Dataset, robot: robots.Robot) -> np.ndarray:
+    """The prompt of every frame, or its number."""
+    return dataset.columns[prompt_key(robot, dataset.layout)].reshape(len(dataset))
 
 
 def _without_prompt(dataset: reader.Dataset, robot: robots.Robot) -> Sequence[int]:
-    column = dataset.columns[prompt_key(robot, dataset.layout)]
+    column = _prompts(dataset, robot)
     firsts = _first_of_each_task(dataset, robot)
     empty = [column[i] for i in firsts if not prompt(dataset, robot, i).strip()]
     chosen = np.isin(column, np.array(empty, column.dtype))

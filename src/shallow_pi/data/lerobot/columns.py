@@ -15,7 +15,9 @@ import polars as pl
 
 # LeRobot's bookkeeping columns, plain numbers that no robot uses as state or action.
 BOOKKEEPING = ("timestamp", "frame_index", "episode_index", "index", "task_index")
-_TEXTS = ("string", "large_string", "str", "language")
+_PLAIN_TEXTS = ("string", "large_string")
+# LeRobot's "language" is text, or a list of annotations that no robot uses.
+_TEXTS = (*_PLAIN_TEXTS, "str", "language")
 PICTURES = ("image", "video")
 # An entry of `features` of info.json: dtype, shape, names, and for videos their codec.
 Feature = Mapping[str, Any]
@@ -64,6 +66,15 @@ class Columns(Mapping[str, np.ndarray]):
 
     def __len__(self) -> int:
         return len(self._keys)
+
+
+def is_known(feature: Feature) -> bool:
+    """True for numbers and text; other types are kept as they are stored."""
+    try:
+        _dtype("", feature)
+    except ValueError:
+        return feature["dtype"] in _PLAIN_TEXTS
+    return True
 
 
 def is_text(feature: Feature) -> bool:

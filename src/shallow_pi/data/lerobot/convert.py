@@ -81,6 +81,7 @@ def convert(
                 extra=extras.get(episode),
             )
             advance(1)
+        _tell_left_out(source)
         for file in _others(source.path):
             writer.attach(file, file.relative_to(source.path))
     return writer.folder
@@ -180,7 +181,15 @@ def _decoded(source: reader.Dataset, rows: np.ndarray, camera: str) -> Iterator[
 
 def _others(root: pathlib.Path) -> list[pathlib.Path]:
     """Files unknown to LeRobot, such as a dataset card or another tool's meta files."""
-    meta = [path for path in sorted((root / "meta").iterdir()) if path.is_file()]
-    others = [path for path in meta if not _META.fullmatch(path.name)]
+    own = [path for path in (root / "meta").glob("[!.]*") if not _META.fullmatch(path.name)]
+    found = [file for path in own for file in (path.rglob("*") if path.is_dir() else [path])]
     card = root / "README.md"
-    return others + [card] * card.is_file()
+    return sorted(file for file in [*found, card] if file.is_file())
+
+
+def _tell_left_out(source: reader.Dataset) -> None:
+    """Warn of what lies beside the dataset, hidden files excepted."""
+    known = {"data", "meta", "videos", "images", "README.md"}
+    others = {path.name for path in source.path.iterdir() if not path.name.startswith(".")} - known
+    if others:
+        progress.warn(f"{sorted(others)} of {source.path} are left out: they are no part of v3.0")

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -40,7 +40,7 @@ class Episode:
 
 
 class AbsentError(ValueError):
-    """A data file that contains only other episodes."""
+    """The meta files place an episode in no data file, or in one that has none of its frames."""
 
 
 Found = Episode | ValueError | FileNotFoundError
@@ -57,10 +57,9 @@ def read(
       keys: of the columns, in addition to the indices of episode and frame.
       bar: whether many files get a progress bar.
     """
-    by_file = _by_file(layout, episodes)
+    by_file, found = _by_file(layout, episodes)
     batches = [dict(batch) for batch in _batched(by_file.items(), _BATCH)]
     shown = progress.bar("Read episodes", len(by_file)) if bar and len(by_file) > _MANY else None
-    found: dict[int, Found] = {}
     with shown or contextlib.nullcontext() as advance:
         for batch, part in zip(
             batches,
@@ -86,7 +85,7 @@ def column(layout: layouts.Layout, key: str, rows: Mapping[int, np.ndarray]) -> 
             found |= {n: _values(layout, series, rows[n], file, n) for n in wanted}
         return found
 
-    batches = map(dict, _batched(_by_file(layout, rows).items(), _BATCH))
+    batches = map(dict, _batched(_by_file(layout, rows)[0].items(), _BATCH))
     whole: dict[int, np.ndarray] = {}
     for part in _in_threads(read_batch, batches):
         whole |= part
@@ -104,11 +103,40 @@ def join(layout: layouts.Layout, key: str, parts: Sequence[np.ndarray]) -> np.nd
     return np.concatenate(parts)
 
 
-def _by_file(layout: layouts.Layout, episodes: Iterable[int]) -> dict[str, list[int]]:
-    found: dict[str, list[int]] = {}
-    for episode in episodes:
-        found.setdefault(layout.data_file(episode), []).append(episode)
+def find(layout: layouts.Layout, episodes: Collection[int]) -> dict[int, str]:
+    """The data files that hold these episodes whole, wherever the meta files place them."""
+    found: dict[int, str] = {}
+
+    def counts(file: str) -> dict[int, int]:
+        try:
+            column = files.read_table(layout.root / file, ["episode_index"])["episode_index"]
+            own = columns.to_numpy(column, _INDEX_FEATURE)
+        except (ValueError, FileNotFoundError):
+            return {}  # Reading an episode of it reports the error.
+        return dict(
+            zip(*(part.tolist() for part in np.unique(own, return_counts=True)), strict=True)
+        )
+
+    names = layout.data_files()
+    for file, held in zip(names, _in_threads(counts, names), strict=True):
+        for episode in episodes:
+            if held.get(episode) == layout.lengths[episode]:
+                found.setdefault(episode, file)
     return found
+
+
+def _by_file(
+    layout: layouts.Layout, episodes: Iterable[int]
+) -> tuple[dict[str, list[int]], dict[int, Found]]:
+    """Episodes by their data file; and the errors of those that the meta files give none."""
+    found: dict[str, list[int]] = {}
+    wrong: dict[int, Found] = {}
+    for episode in episodes:
+        try:
+            found.setdefault(layout.data_file(episode), []).append(episode)
+        except ValueError as error:
+            wrong[episode] = AbsentError(str(error))
+    return found, wrong
 
 
 def _in_threads(call: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
@@ -155,9 +183,10 @@ def _read_together(
     except ValueError:
         return None
     rows = [np.arange(length) for length in lengths]
-    if (own != np.repeat(episodes, lengths)).any() or (frames != np.concatenate(rows)).any():
-        return None
     ends = np.cumsum(lengths)
+    counted = frames - np.repeat(frames[ends - lengths], lengths)
+    if (own != np.repeat(episodes, lengths)).any() or (counted != np.concatenate(rows)).any():
+        return None
     return {
         episode: Episode(own, {key: value[end - len(own) : end] for key, value in values.items()})
         for episode, own, end in zip(episodes, rows, ends, strict=True)
@@ -216,7 +245,7 @@ def _rows(table: pl.DataFrame, wanted: Sequence[int]) -> dict[int, np.ndarray]:
 def _check_frames(
     layout: layouts.Layout, table: pl.DataFrame, rows: np.ndarray, file: str, episode: int
 ) -> None:
-    """Raise unless the episode's frames are all there, in order."""
+    """Raise unless the episode's frames are all there, in order; a cut start is no gap."""
     path, expected = layout.root / file, layout.lengths[episode]
     if len(rows) != expected:
         counted = (
@@ -229,11 +258,12 @@ def _check_frames(
     if "frame_index" not in table.columns:
         return
     index = columns.to_numpy(table["frame_index"][rows], _INDEX_FEATURE)
-    wrong = np.flatnonzero(index != np.arange(expected))
+    wrong = np.flatnonzero(np.diff(index) != 1)
     if len(wrong):
+        before, after = index[wrong[0]], index[wrong[0] + 1]
         raise ValueError(
-            f"{path}: row {wrong[0]} of episode {episode} is frame {index[wrong[0]]}; frames must "
-            "be in order and complete"
+            f"{path}: frame {after} of episode {episode} follows frame {before}; frames must be in "
+            "order and complete"
         )
 
 

@@ -124,8 +124,20 @@ _ERRORS = (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError, Val
 
 def _unreadable(path: pathlib.Path, what: str, error: BaseException) -> ValueError:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    hint = _hint(path) or "; it is damaged or was cut off: fetch it again, or leave the episode out"
-    return ValueError(f"cannot read {what} from {path}: {reason:.200}{hint}")
+    others = "mend it" if "meta" in path.parts[-4:-1] else "leave its episodes out"
+    hint = _hint(path) or f"; fetch it again, or {others}"
+    return ValueError(f"cannot read {what} from {path}: {_cut(path) or reason:.100}{hint}")
+
+
+def _cut(path: pathlib.Path) -> str:
+    """A parquet file's lack of its beginning or end, if that is the reason it is unreadable."""
+    with path.open("rb") as file:
+        begin = file.read(4)
+        file.seek(max(-4, -file.seek(0, 2)), 2)
+        end = file.read(4)
+    if begin != b"PAR1":
+        return "it is no parquet file"
+    return "" if end == b"PAR1" else "its end is missing (was recording or copying it cut off?)"
 
 
 def _text(path: pathlib.Path) -> str:

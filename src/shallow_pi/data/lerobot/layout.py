@@ -4,7 +4,9 @@ Version 2 has a parquet file and a video for each episode, listed in JSON lines;
 many episodes into a file and lists in parquet where each one starts.
 """
 
+import contextlib
 import dataclasses
+import glob
 import json
 import math
 import os
@@ -51,6 +53,8 @@ class Layout:
     rows: Mapping[int, EpisodeRow]
     # Further columns of the file of tasks, beside index and text.
     task_extras: Sequence[str] = ()
+    # Data files of episodes that the meta files place in others.
+    moved: Mapping[int, str] = dataclasses.field(default_factory=dict)
 
     @property
     def version(self) -> str:
@@ -59,7 +63,7 @@ class Layout:
 
     def data_file(self, episode: int) -> str:
         """The parquet file of an episode, relative to the dataset."""
-        return self._path("data_path", episode, "data")
+        return self.moved.get(episode) or self._path("data_path", episode, "data")
 
     def video(self, episode: int, camera: str) -> tuple[str, float]:
         """An episode's video file, relative to the dataset, and its start in the file (seconds)."""
@@ -68,16 +72,14 @@ class Layout:
             start = self._value(episode, f"videos/{camera}/from_timestamp")
         return self._path("video_path", episode, f"videos/{camera}", video_key=camera), start
 
-    def with_data_after(self, episodes: Collection[int]) -> "Layout":
-        """This layout, with these episodes in the data file after the one listed for them."""
-        keys = ("data/chunk_index", "data/file_index")
-        places = sorted({tuple(self._value(n, key) for key in keys) for n in self.rows})
-        rows = dict(self.rows)
-        for episode in episodes:
-            chunk, file = (self._value(episode, key) for key in keys)
-            later = [place for place in places if place > (chunk, file)] or [(chunk, file + 1)]
-            rows[episode] = {**rows[episode], **dict(zip(keys, later[0], strict=True))}
-        return dataclasses.replace(self, rows=rows)
+    def data_files(self) -> list[str]:
+        """The data files that are there, relative to the dataset."""
+        found = self.root.glob(self._pattern("data_path"))
+        return sorted(path.relative_to(self.root).as_posix() for path in found)
+
+    def has_videos(self, camera: str) -> bool:
+        """True if there is a video file of this camera."""
+        return any(self.root.glob(self._pattern("video_path", video_key=glob.escape(camera))))
 
     def files(self, episodes: Collection[int], cameras: Sequence[str]) -> list[str]:
         """The files these episodes and cameras need, meta files excepted, relative and sorted.
@@ -95,8 +97,11 @@ class Layout:
 
     def names(self, episodes: Collection[int], videos: Collection[str]) -> list[str]:
         """The data files of these episodes, and their videos of these cameras, sorted."""
-        found = {self.data_file(episode) for episode in episodes}
-        found |= {self.video(episode, key)[0] for key in videos for episode in episodes}
+        found = set()
+        for episode in episodes:
+            for key in (None, *videos):
+                with contextlib.suppress(ValueError):  # Opening the dataset reports the error.
+                    found.add(self.video(episode, key)[0] if key else self.data_file(episode))
         return sorted(found)
 
     def _pattern(self, what: str, **known: str) -> str:
@@ -109,27 +114,24 @@ class Layout:
         return (self.info.get(what) or _PATHS[self.version[:2]][what]).replace("\\", "/")
 
     def _path(self, what: str, episode: int, prefix: str, **known: str) -> str:
-        if self.rows:
+        size = self.info.get("chunks_size") or CHUNK_SIZE
+        place = {"episode_chunk": episode // size, "episode_index": episode}
+        template = self._template(what)
+        if self.rows and "{episode_index" not in template:
             indices = ("chunk_index", "file_index")
             place = {key: self._value(episode, f"{prefix}/{key}") for key in indices}
-        else:
-            size = self.info.get("chunks_size") or CHUNK_SIZE
-            place = {"episode_chunk": episode // size, "episode_index": episode}
         try:
-            return self._template(what).format(**place, **known)
+            return template.format(**place, **known)
         except (KeyError, IndexError, ValueError) as error:
             raise ValueError(
-                f"{self.root / 'meta' / 'info.json'}: {what} is {self._template(what)!r}, expected "
-                f"a pattern of {sorted({**place, **known})}"
+                f"{self.root / 'meta' / 'info.json'}: {what} is {template!r}, expected a pattern "
+                f"of {sorted({**place, **known})}"
             ) from error
 
     def _value(self, episode: int, key: str) -> Any:
         value = self.rows[episode].get(key)
         if value is None:
-            raise ValueError(
-                f"dataset {self.root}: meta/episodes has no {key!r} of episode {episode}; the "
-                "download is not complete, or the dataset was not converted to the end"
-            )
+            raise ValueError(f"{self.root}/meta/episodes has no {key!r} of episode {episode}")
         return value
 
 
@@ -212,6 +214,10 @@ def _shape(feature: Mapping[str, object], key: str, file: pathlib.Path) -> dict[
 
 def _read_lengths(path: pathlib.Path) -> dict[int, int]:
     """Frames of every episode of version 2."""
+    if not path.exists() and (path.parent / "episodes").is_dir():
+        raise FileNotFoundError(
+            f"{path} is missing; meta/episodes/ is there: is codebase_version of info.json v3.0?"
+        )
     lengths: dict[int, int] = {}
     for row in files.json_rows(path, ("episode_index", "length")):
         episode = files.whole(row["episode_index"], f"episode_index of {path}")
@@ -228,9 +234,10 @@ def episode_files(root: pathlib.Path) -> list[pathlib.Path]:
     """Version 3's episode tables, without the `._` files that macOS adds."""
     paths = sorted((root / "meta" / "episodes").glob("*/[!.]*.parquet"))
     if not paths:
-        raise FileNotFoundError(
-            f"dataset {root} has no meta/episodes/*/*.parquet; is the download complete?"
-        )
+        hint = "is the download complete?"
+        if (root / "meta" / "episodes.jsonl").exists():
+            hint = "meta/episodes.jsonl is there: is codebase_version of info.json v2.1?"
+        raise FileNotFoundError(f"dataset {root} has no meta/episodes/*/*.parquet; {hint}")
     return paths
 
 

@@ -9,9 +9,10 @@ import collections
 import concurrent.futures
 import dataclasses
 import io
+import itertools
 import pathlib
 import threading
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,18 @@ MAX_CHECKED = 20_000
 _THREADS = 8
 # Pillow's modes of one channel above 8 bits.
 _DEEP = ("I", "F")
+# Names of encodings by their first bytes.
+_SUFFIXES = {
+    b"\x89PNG": "png",
+    b"\xff\xd8": "jpg",
+    b"RIFF": "webp",
+    b"II*\0": "tiff",
+    b"MM\0*": "tiff",
+    b"GIF8": "gif",
+    b"BM": "bmp",
+}
+# Pictures after an episode's last frame are told from this many on.
+_UNUSED = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +58,16 @@ class Unmatched:
     away: float
     # Names that frame, with the numbers.
     problem: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Doubt:
+    """A sign that frames have pictures of other moments."""
+
+    # Length of the stretch of video.
+    seconds: float
+    problem: str
+    advice: str
 
 
 def times(
@@ -98,8 +121,9 @@ class Pictures:
             self._compare_size(camera, picture)
             return picture
         file = self._layout.data_file(episode)
+        encoded = self._encoded(file, camera, episode, row)
         try:
-            picture = self._decode(self._encoded(file, camera, episode, row), camera)
+            picture = self._decode(encoded, camera)
         # Damaged files cause errors of any type in Pillow.
         except Exception as error:
             raise ValueError(
@@ -115,8 +139,8 @@ class Pictures:
         if not isinstance(encoded, bytes):
             picture = self._decode(encoded, camera)
             return tables.png(picture), f"frame-{row:06d}.png"
-        kind = "jpg" if encoded.startswith(b"\xff\xd8") else "png"
-        return encoded, f"frame-{row:06d}.{kind}"
+        kinds = (kind for magic, kind in _SUFFIXES.items() if encoded.startswith(magic))
+        return encoded, f"frame-{row:06d}.{next(kinds, 'png')}"
 
     def is_beside(self, camera: str, episode: int) -> bool:
         """True if the data file refers to picture files instead of containing the pictures."""
@@ -173,10 +197,15 @@ class Pictures:
           missing_ok: skip missing video files.
         """
         files: dict[tuple[str, str], list[tuple[int, float]]] = {}
+        found: dict[int, Unmatched] = {}
         for camera in cameras:
             if self.is_video(camera):
                 for episode in spans:
-                    file, start = self._layout.video(episode, camera)
+                    try:
+                        file, start = self._layout.video(episode, camera)
+                    except ValueError as error:
+                        found[episode] = Unmatched(np.inf, f"{camera}: {error}")
+                        continue
                     files.setdefault((camera, file), []).append((episode, start))
         chosen = list(files)
         if len(files) > MAX_CHECKED:
@@ -188,14 +217,23 @@ class Pictures:
                 if number in sample or odd.intersection(e for e, _ in files[key])
             ]
 
-        def check(key: tuple[str, str]) -> dict[int, Unmatched]:
-            return self._check_file(*key, files[key], spans, seconds, missing_ok)
+        doubts: dict[tuple[str, str], list[Doubt]] = {}
 
-        found: dict[int, Unmatched] = {}
+        def check(key: tuple[str, str]) -> dict[int, Unmatched]:
+            problems, doubtful = self._check_file(*key, files[key], spans, seconds, missing_ok)
+            for doubt in doubtful:
+                doubts.setdefault((key[0], doubt.advice), []).append(doubt)
+            return problems
+
         with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
             for problems in pool.map(check, chosen):
                 for episode, problem in problems.items():
                     found.setdefault(episode, problem)
+        for (camera, advice), some in doubts.items():
+            worst = max(some, key=lambda doubt: doubt.seconds)
+            more = f", and {len(some) - 1} more" if len(some) > 1 else ""
+            root = self._layout.root
+            progress.warn(f"dataset {root}: {worst.problem}{more} of {camera}; {advice}")
         return found
 
     def _is_regular(self, seconds: Float[np.ndarray, " n"]) -> bool:
@@ -209,15 +247,17 @@ class Pictures:
         spans: Mapping[int, tuple[int, int]],
         seconds: Float[np.ndarray, " n"],
         missing_ok: bool,
-    ) -> dict[int, Unmatched]:
+    ) -> tuple[dict[int, Unmatched], list["Doubt"]]:
         path = self._layout.root / file
         if missing_ok and not path.is_file():
-            return {}
+            return {}, []
         try:
             shown = video_times.of(str(path))
         except (ValueError, FileNotFoundError) as error:
-            where = f"{camera} of episode {{}}, frame 0: {error}"
-            return {e: Unmatched(np.inf, where.format(e)) for e, _ in episodes}
+            return {
+                e: Unmatched(np.inf, f"{camera} of episode {e}, frame 0: {error}")
+                for e, _ in episodes
+            }, []
         problems = {}
         for episode, start in episodes:
             first, last = spans[episode]
@@ -240,20 +280,60 @@ class Pictures:
                 problems[episode] = Unmatched(
                     float(away[worst]),
                     f"{camera} of episode {episode}, frame {worst}: recorded at "
-                    f"{wanted[worst]:.4f} s, nearest picture at {there[worst]:.4f} s "
-                    f"({away[worst]:.4f} s away, at most {TOLERANCE / self._fps:.4f} s allowed); "
-                    f"{bad.sum()} of {last - first} frames have none; {file} shows {len(shown)}, "
-                    f"from {shown[0]:.4f} to {shown[-1]:.4f} s",
+                    f"{wanted[worst]:.4f} s, nearest picture at {there[worst]:.4f} s, "
+                    f"{away[worst]:.4f} s away, at most {TOLERANCE / self._fps:.4f} allowed "
+                    f"({bad.sum()} of {last - first} frames; {file} ends at {shown[-1]:.4f} s)",
                 )
-        return problems
+        sound = [(start, episode) for episode, start in episodes if episode not in problems]
+        return problems, list(self._doubts(file, sorted(sound), spans, seconds, shown))
+
+    def _doubts(
+        self,
+        file: str,
+        episodes: Sequence[tuple[float, int]],
+        spans: Mapping[int, tuple[int, int]],
+        seconds: Float[np.ndarray, " n"],
+        shown: Float[np.ndarray, " n"],
+    ) -> Iterator["Doubt"]:
+        """Pictures of a file that belong to two episodes, or to none.
+
+        The frames have pictures, but perhaps those of other moments.
+        """
+        frame, is_whole = 1 / self._fps, not self._layout.rows
+        is_whole |= len(spans) == sum(map(bool, self._layout.lengths.values()))
+        for (start, episode), following in itertools.zip_longest(episodes, episodes[1:]):
+            first, last = spans[episode]
+            end = start + float(seconds[last - 1]) + frame
+            if following:
+                until, other = following
+            else:
+                until, other = (float(shown[-1]) + frame if is_whole else end), episode + 1
+            if (shared := end - until) > frame / 2:
+                yield Doubt(
+                    shared,
+                    f"episodes {episode} and {other} share {shared:.1f} s of {file}",
+                    "did a tool misplace them when it merged datasets or numbered times anew?",
+                )
+            # Only the next episode by number tells that nothing else lies between.
+            unused = round((until - end) / frame) if other == episode + 1 else 0
+            if unused >= _UNUSED and abs(seconds[first]) < frame / 2:
+                yield Doubt(
+                    unused * frame,
+                    f"{unused} pictures of {file} follow the last frame of episode {episode}",
+                    "if frames were cut at the start and numbered anew, pictures lag behind",
+                )
 
     def _encoded(self, file: str, camera: str, episode: int, row: int) -> Any:
         """A picture as stored in the parquet file: bytes, or numbers."""
         value, name = self._stored(file, camera, row)
         if value is None and name:
-            value = self._beside(file, camera, episode, name).read_bytes()
+            path = self._beside(file, camera, episode, name)
+            try:
+                value = path.read_bytes()
+            except OSError as error:
+                raise ValueError(f"cannot read {path}: {error.strerror}") from error
         if value is None:
-            raise ValueError("the parquet file holds neither bytes nor the path of a file")
+            raise ValueError(f"{self._layout.root / file} has neither its bytes nor a path")
         return value
 
     def _stored(self, file: str, camera: str, row: int) -> tuple[Any, str | None]:
@@ -272,7 +352,7 @@ class Pictures:
         for place in places:
             if place.is_file():
                 return place
-        raise ValueError(f"its file {name!r} is none of {', '.join(map(str, places))}")
+        raise ValueError(f"its file {name!r} is missing, in {own} too; leave its episode out")
 
     def _mode(self, file: str, camera: str, episode: int) -> str:
         """Pillow's mode of a file's first picture; empty if unknown."""
@@ -352,7 +432,7 @@ def _from_numbers(picture: np.ndarray) -> np.ndarray:
     if picture.ndim == 3 and picture.shape[0] in (1, 3) and picture.shape[-1] not in (1, 3):
         picture = picture.transpose(1, 2, 0)
     if picture.ndim != 3 or picture.shape[-1] not in (1, 3) or picture.dtype.kind not in "iu":
-        raise ValueError(f"expected numbers (h, w, 3), got {picture.dtype} {picture.shape}")
+        raise ValueError(f"expected whole numbers (h, w, 3), got {picture.dtype} {picture.shape}")
     if picture.min() < 0 or picture.max() > 255:
         raise ValueError(f"expected colours of 0 to 255, got {picture.min()} to {picture.max()}")
     return np.repeat(picture, 3 // picture.shape[-1], axis=-1).astype(np.uint8)

@@ -5,6 +5,7 @@ bytes in the parquet files or from video. All methods are thread-safe, and a dat
 to another process. Frame `i` counts the frames of the chosen episodes, in order.
 """
 
+import dataclasses
 import itertools
 import math
 import os
@@ -127,14 +128,13 @@ class Dataset:
         frame |= {key: self.picture(i, key) for key in cameras}
         return frame | {"task": self.task(i)} if keys is None else frame
 
-    def task(self, i: int) -> str:
-        """The instruction of frame `i`; "" if the recording has none."""
-        task = int(self.columns["task_index"][i])
+    def task(self, i: int, key: str = "task_index") -> str:
+        """The instruction that a column numbers for frame `i`; "" if the recording has none."""
+        task = int(self.columns[key][i].item())
         if task not in self.tasks:
             raise ValueError(
-                f"{self.where(i)} of dataset {self.path} has task {task}; there are "
-                f"{sorted(self.tasks)} in its meta files (tasks.jsonl or tasks.parquet): add its "
-                "text there, or give the robot a prompt"
+                f"{self.where(i)} of dataset {self.path} has {key} {task}, its meta files have "
+                f"{sorted(self.tasks)}: add the text to meta/tasks, or give the robot a prompt"
             )
         return self.tasks[task]
 
@@ -249,7 +249,7 @@ class Dataset:
         """Read the needed columns of the chosen episodes."""
         keys = [key for key in self._wanted(skip) if key not in data_files.INDEX]
         found = data_files.read(self.layout, chosen, keys, bar=tell)
-        found |= self._read_after(found, keys, tell)
+        found |= self._read_elsewhere(found, keys, tell)
         parts = {n: part for n, part in found.items() if isinstance(part, data_files.Episode)}
         wrong = {n: error for n, error in found.items() if isinstance(error, Exception)}
         if skip:
@@ -258,31 +258,57 @@ class Dataset:
             error = next(iter(wrong.values()))
             same = [n for n, other in wrong.items() if other is error]
             advice = f"; {self._skip_flag} leaves such episodes out" if parts else ""
-            raise type(error)(f"{_name(same)} of dataset {self.path}: {error}{advice}") from error
+            said = f"{_name(same)} of dataset {self.path}: {self._short(error)}{advice}"
+            raise type(error)(said) from error
         self._join(parts)
+        self._check_forms()
         self._check_videos(parts, skip)
         if skip:
             self._skip_unreadable(parts)
 
-    def _read_after(
+    def _short(self, error: object) -> str:
+        """An error without the dataset's folder, for messages that name it themselves."""
+        return str(error).replace(f"{self.path}{os.sep}", "")
+
+    def _read_elsewhere(
         self, found: Mapping[int, data_files.Found], keys: Sequence[str], tell: bool
     ) -> dict[int, data_files.Found]:
-        """Look in the next file for episodes that LeRobot 0.4.0's converter misplaced."""
-        absent = [n for n, part in found.items() if isinstance(part, data_files.AbsentError)]
+        """Look in all data files for episodes that converters and merges of LeRobot misplaced."""
+        kinds = (data_files.AbsentError, FileNotFoundError)
+        absent = [n for n, part in found.items() if isinstance(part, kinds)]
         if not absent or not self.layout.rows:
             return {}
-        layout = self.layout.with_data_after(absent)
-        again = data_files.read(layout, absent, keys)
-        moved = {n: part for n, part in again.items() if isinstance(part, data_files.Episode)}
-        if moved:
-            self.layout = self.layout.with_data_after(moved)
-            self._pictures = pictures.Pictures(self.layout)
-            if tell:
-                progress.warn(
-                    f"dataset {self.path}: meta/episodes names another data file than the one that "
-                    f"holds {_name(list(moved))}; they are read where they are"
-                )
-        return dict(moved)
+        moved = data_files.find(self.layout, absent)
+        if not moved:
+            return {}
+        self.layout = dataclasses.replace(self.layout, moved={**self.layout.moved, **moved})
+        self._pictures = pictures.Pictures(self.layout)
+        if tell:
+            progress.warn(
+                f"dataset {self.path}: meta/episodes places {_name(sorted(moved))} in data files "
+                "that do not hold them; they are read where they are"
+            )
+        return data_files.read(self.layout, sorted(moved), keys)
+
+    def _check_forms(self) -> None:
+        """Raise if a requested camera is stored in another form than info.json declares."""
+        file = self.layout.data_file(self.episodes[0])
+        for camera in self._asked or ():
+            if self._pictures.is_video(camera):
+                if camera not in self._stored or self.layout.has_videos(camera):
+                    continue
+                there, form = f"its pictures are in {file}", "image"
+            else:
+                if camera in self._stored:
+                    continue
+                there, form = f"{file} has no such column", "video"
+                if not self.layout.has_videos(camera):
+                    there, form = f"{there}, and there are no videos of it", ""
+            advice = f": declare it as {form} in meta/info.json" if form else ""
+            raise ValueError(
+                f"camera {camera!r} of dataset {self.path} is declared as "
+                f"{self.features[camera]['dtype']}, but {there}{advice}"
+            )
 
     def _check_videos(self, parts: Mapping[int, data_files.Episode], skip: bool) -> None:
         """Raise for, or leave out, episodes with frames that have no picture at their time."""
@@ -297,10 +323,10 @@ class Dataset:
         if not problems:
             return
         if not skip:
+            worst = max(problems.values(), key=lambda found: found.away).problem
             raise ValueError(
-                f"{max(problems.values(), key=lambda found: found.away).problem}. {len(problems)} "
-                f"of {len(spans)} episodes of dataset {self.path} have such frames: record them "
-                f"again, or leave them out ({self._skip_flag})"
+                f"{self._short(worst)}; {len(problems)} of {len(spans)} episodes of dataset "
+                f"{self.path}: leave them out ({self._skip_flag})"
             )
         self.skipped |= {episode: found.problem for episode, found in problems.items()}
         self._join({e: part for e, part in parts.items() if e not in problems})
@@ -331,7 +357,7 @@ class Dataset:
         }
         for key in chosen[0].values:
             loaded[key] = data_files.join(self.layout, key, [part.values[key] for part in chosen])
-        held = files.schema(self.path / self.layout.data_file(order[0]))
+        held = self._stored = set(files.schema(self.path / self.layout.data_file(order[0])))
         # A column of info.json that the data files lack is an error only if it is requested.
         self._held = [k for k in self.features if k in held and k not in self.cameras]
         self._keep(order, np.concatenate([part.rows for part in chosen]), loaded)

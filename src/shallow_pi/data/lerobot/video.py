@@ -117,7 +117,7 @@ class Reader:
         except (av.FFmpegError, ValueError, IndexError, NotImplementedError) as error:
             self._close(path)
             raise ValueError(
-                f"cannot decode {path} at {nearest:.4f} s: {error}{video_times.hint(path)}"
+                f"cannot decode {path} at {nearest:.4f} s: {_reason(error)}{video_times.hint(path)}"
             ) from error
         self._close(path)
         raise ValueError(
@@ -146,7 +146,7 @@ class Reader:
                 video = container.streams.video[0]
             except (av.FFmpegError, IndexError) as error:
                 hint = video_times.hint(path)
-                raise ValueError(f"cannot read {path}: {error}{hint}") from error
+                raise ValueError(f"cannot read {path}: {_reason(error)}{hint}") from error
             video.thread_type = "NONE"
             # dav1d starts threads regardless of the thread type.
             video.codec_context.thread_count = 1
@@ -179,7 +179,13 @@ def pixel_format(path: str | os.PathLike[str]) -> str:
         with av.open(path) as container:
             return container.streams.video[0].codec_context.pix_fmt or "unknown"
     except (av.FFmpegError, IndexError) as error:
-        raise ValueError(f"cannot read {path}: {error}{video_times.hint(path)}") from error
+        reason = f"{_reason(error)}{video_times.hint(path)}"
+        raise ValueError(f"cannot read {path}: {reason}") from error
+
+
+def _reason(error: Exception) -> str:
+    """An error's reason; FFmpeg's without its number and the path."""
+    return str(getattr(error, "strerror", None) or error)
 
 
 def is_deep_grey(pixels: str) -> bool:

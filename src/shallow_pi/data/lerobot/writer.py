@@ -100,6 +100,8 @@ class Writer:
         self._features: dict[str, dict[str, Any]] = {}
         self._tasks = {task: number for number, task in enumerate(dict.fromkeys(tasks))}
         self._episodes: list[dict[str, Any]] = []
+        # Further entries of each episode.
+        self._extras: list[dict[str, Any]] = []
         self._numbers: dict[str, list[np.ndarray]] = {}
         self._histograms: dict[str, lerobot_stats.Histogram] = {}
         self._frames = 0
@@ -212,9 +214,9 @@ class Writer:
                 **{f"stats/{k}/{n}": v.tolist() for k in stats for n, v in stats[k].items()},
                 "meta/episodes/chunk_index": 0,
                 "meta/episodes/file_index": 0,
-                **(extra or {}),
             }
         )
+        self._extras.append(dict(extra or {}))
         self._frames += length
         if self._buffer_bytes >= DATA_FILE_MB * 2**20:
             self._flush()
@@ -340,6 +342,11 @@ class Writer:
         episodes = self._partial / _EPISODES_PATH
         episodes.parent.mkdir(parents=True, exist_ok=True)
         table = pl.DataFrame(self._episodes, infer_schema_length=None, strict=False)
+        for key in dict.fromkeys(key for extra in self._extras for key in extra):
+            own, is_text = tables.entries(key, [extra.get(key) for extra in self._extras])
+            table = table.with_columns(own)
+            if is_text:
+                progress.warn(f"{key!r} of the episodes has values of several types: kept as JSON")
         table.write_parquet(episodes)
         tables.write_tasks(meta / "tasks.parquet", self._tasks)
         content = {key: {n: v.tolist() for n, v in value.items()} for key, value in stats.items()}
@@ -442,9 +449,9 @@ class Writer:
         chunk, file = divmod(self._file, CHUNK_FILES)
         path = self._partial / _DATA_PATH.format(chunk_index=chunk, file_index=file)
         path.parent.mkdir(parents=True, exist_ok=True)
-        table = pl.concat(self._buffer, how="vertical_relaxed")
+        table = tables.joined(self._buffer)
         stored = {k: v for k, v in self._features.items() if v["dtype"] != "video"}
-        features = {key: tables.hf_type(feature) for key, feature in stored.items()}
+        features = {key: tables.hf_type(f, table.schema[key]) for key, f in stored.items()}
         metadata = {"huggingface": json.dumps({"info": {"features": features}})}
         table.select(list(stored)).write_parquet(path, metadata=metadata)
         self._file += 1
