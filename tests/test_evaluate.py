@@ -11,6 +11,7 @@ import websockets.sync.server
 
 from shallow_pi.checkpoints import run_folder, weights
 from shallow_pi.commands import evaluate
+from shallow_pi.data.robots import normalize
 from shallow_pi.data.robots import robot as robots
 from shallow_pi.deploy import robot_observation
 from shallow_pi.evaluation import served
@@ -182,6 +183,17 @@ def test_a_checkpoint_of_another_robot_is_refused_before_it_is_loaded(
     assert report["policies"]["tiny"]["settings"]["late_steps"] == 1, "45 ms are one step at 20 Hz"
     said = failing(f"tiny={step}", "--sim", "turntable", *SMALL, *out, "--execute-steps", "6")
     assert "plans 5 actions: --execute-steps 6" in said
+
+
+def test_openpis_checkpoint_of_another_robot_is_refused(own, params, tmp_path, failing):
+    step, four = tmp_path / "theirs", normalize.compute(np.random.default_rng(0).random((9, 4)))
+    weights.save_params(step / "params", params)
+    normalize.save(step / "assets" / "org", {"state": four, "actions": four})
+    flags = ("--policy.tokenizer", str(own.tokenizer), "--policy.action-horizon", "5")
+    out = ("--output", str(tmp_path / "results"))
+    said = failing(str(step), "--sim", "turntable", *SMALL, *flags, *out)
+    assert "is a policy of another robot than the simulator's, 'turntable'" in said
+    assert "4 state dimensions (3) and 4 action dimensions (3)" in said
 
 
 def test_a_server_of_another_robot_is_refused(failing, tmp_path):

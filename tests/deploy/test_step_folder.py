@@ -111,6 +111,17 @@ def test_facts_that_no_shape_shows_default_to_openpis_and_are_named(
     assert capsys.readouterr().err == ""
 
 
+def test_a_policy_that_openpi_publishes_is_known_by_its_place(
+    own, openpis, tiny_config, tiny_params, tmp_path, capsys
+):
+    folder = tmp_path / "openpi-assets" / "checkpoints" / "pi05_libero"
+    weights.save_params(folder / "params", tiny_params(tiny_config(pi05=True, vocab_size=320)))
+    shutil.copytree(openpis / "assets", folder / "assets")
+    model = step_folder.assets(folder, robot=robot.TURNTABLE, tokenizer=own.tokenizer).model
+    assert (model.action_horizon, model.discrete_state_input) == (10, False)
+    assert "assuming" not in capsys.readouterr().err
+
+
 def test_openpis_folder_without_a_robot_or_tokenizer_or_statistics_is_an_error(own, openpis):
     with pytest.raises(
         ValueError, match=r"no assets/shallow_pi\.json.*--policy\.robot .*'turntable'"

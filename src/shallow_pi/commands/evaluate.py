@@ -7,7 +7,7 @@ hf://), a policy server (ws://HOST:PORT, ours or openpi's), or `expert`, the sim
 NAME=POLICY gives it a name.
 
     student=checkpoints/pi05_libero_l6/first teacher=gs://openpi-assets/checkpoints/pi05_libero
-        --sim libero_spatial --policy.action-horizon 10 --policy.discrete-state-input False
+        --sim libero_spatial --execute-steps 5
     checkpoints/pi0_metaworld_mt10_l6/first --sim metaworld_mt10 --late-ms 110
     ws://127.0.0.1:8000 expert --sim turntable --option disc_speed_deg=15
 
@@ -25,7 +25,7 @@ import dataclasses
 import math
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated
 
 import tyro
@@ -34,6 +34,7 @@ from shallow_pi import flags, progress
 from shallow_pi.checkpoints import run_folder
 from shallow_pi.commands import exits, policy_arguments
 from shallow_pi.data.robots import assets as policy_assets
+from shallow_pi.data.robots import normalize
 from shallow_pi.deploy import step_folder
 from shallow_pi.evaluation import comparison, policies, rollout, served
 from shallow_pi.parallel import processes
@@ -190,11 +191,27 @@ def _entrant(
 
     def load() -> policies.Policy:
         loaded = given.policy.load(str(step), robot=None if is_ours else suite.robot)
+        if not is_ours:
+            _check_dimensions(step, loaded.assets.stats, suite)
         check(loaded.noise_shape[0])
         progress.say(f"{label or default}: {loaded.description}")
         return policies.Trained(loaded)
 
     return comparison.Entrant(label or default, origin, given.execute_steps, delay, load)
+
+
+def _check_dimensions(
+    step: pathlib.Path, stats: Mapping[str, normalize.NormStats], suite: simulator.Suite
+) -> None:
+    """Raise if a folder that does not name its robot has statistics of a larger one."""
+    dims = {"state": suite.robot.state_dim, "actions": suite.robot.action_dim}
+    found = {key: normalize.moving_dims(stats[key]) for key in dims}
+    if any(found[key] > dims[key] for key in dims):
+        raise ValueError(
+            f"{step} is a policy of another robot than the simulator's, {suite.robot.name!r}: it "
+            f"has {found['state']} state dimensions ({dims['state']}) and {found['actions']} "
+            f"action dimensions ({dims['actions']})"
+        )
 
 
 def _set_options(loading: policy_arguments.Loading) -> dict[str, object]:

@@ -19,6 +19,14 @@ from shallow_pi.data.robots import robot as robots
 from shallow_pi.data.robots import tokenizer as prompts
 from shallow_pi.models import pi0
 
+# Fields of openpi's configs whose policies openpi publishes; its defaults are named too.
+_PUBLISHED: dict[str, dict[str, object]] = {
+    "pi05_droid": {"action_horizon": 15, "max_token_len": 200, "discrete_state_input": True},
+    "pi05_libero": {"action_horizon": 10, "max_token_len": 200, "discrete_state_input": False},
+    "pi0_aloha_sim": {"action_horizon": 50, "max_token_len": 48},
+    "pi0_droid": {"action_horizon": 10, "max_token_len": 48},
+}
+
 
 def find(path: str | os.PathLike[str], step: str | int = "last") -> pathlib.Path:
     """The step folder at `path`, or one of the run whose folder it is.
@@ -141,7 +149,7 @@ def _model(step: pathlib.Path, fields: dict[str, object]) -> pi0.Pi0Config:
     guesses = {"action_horizon": 50, "max_token_len": 48}
     if found["pi05"]:
         guesses |= {"max_token_len": 200, "discrete_state_input": True}
-    told = lerobot_policy.told(step)
+    told = {**_published(step), **lerobot_policy.told(step)}
     guessed = {key: value for key, value in guesses.items() if key not in {*told, *fields}}
     if guessed:
         flags = " ".join(f"--policy.{key.replace('_', '-')}" for key in guessed)
@@ -151,6 +159,16 @@ def _model(step: pathlib.Path, fields: dict[str, object]) -> pi0.Pi0Config:
             f"{flags}; in Python, arguments of these names)"
         )
     return pi0.Pi0Config(**(found | guesses | told | fields))
+
+
+def _published(step: pathlib.Path) -> dict[str, object]:
+    """Fields of a policy that openpi publishes, as its config of that name has them.
+
+    Known by its place in the cache, which is that in openpi's bucket.
+    """
+    if step.parent.parts[-2:] != ("openpi-assets", "checkpoints"):
+        return {}
+    return _PUBLISHED.get(step.name, {})
 
 
 def _statistics(

@@ -67,6 +67,12 @@ class Trained:
     ) -> Float[np.ndarray, "b ah rd"]:
         """One chunk for each observation, by one batched inference."""
         drawn = noise(keys, *self.policy.noise_shape)
+        robot = self.policy.assets.robot
+        if robot.prompt:  # Its own instruction counts.
+            observations = [
+                {key: value for key, value in observation.items() if key != robot.prompt_key}
+                for observation in observations
+            ]
         return self.policy.infer_batch(observations, drawn, previous=previous, delay=delay)
 
 

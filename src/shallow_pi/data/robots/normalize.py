@@ -115,13 +115,18 @@ def check(stats: Mapping[str, NormStats], dims: Mapping[str, int], kind: Kind) -
                 f"the statistics of {key!r} have {len(found.mean)} dimensions, the robot has {dim}"
                 f": they are another robot's; {_COMPUTE}"
             )
-        mean, std = found.mean[dim:], found.std[dim:]
-        # Padding is written as zeros, or as what leaves zeros alone.
-        if ((std != 0) & ~((mean == 0) & (std == 1))).any():
+        if (moving := moving_dims(found)) > dim:
             progress.warn(
-                f"the statistics of {key!r} have {len(found.mean)} dimensions that move, the robot "
-                f"has {dim}: are they another robot's?"
+                f"the statistics of {key!r} have {moving} dimensions that move, the robot has "
+                f"{dim}: are they another robot's?"
             )
+
+
+def moving_dims(stats: NormStats) -> int:
+    """Number of dimensions up to the last that is no padding."""
+    # Padding is written as zeros, or as what leaves zeros alone.
+    moves = (stats.std != 0) & ~((stats.mean == 0) & (stats.std == 1))
+    return int(np.flatnonzero(moves)[-1]) + 1 if moves.any() else 0
 
 
 def normalize(
