@@ -10,7 +10,7 @@ import pytest
 import serving
 import websockets.exceptions
 
-from shallow_pi.serving import page, protocol, sessions
+from shallow_pi.serving import page, protocol, server, sessions
 
 pytestmark = pytest.mark.filterwarnings(serving.OPENPI_WARNS)
 
@@ -79,6 +79,18 @@ def test_clients_that_vanish_after_an_answer_make_room_too():
     ):
         running.wait_for("shallow_pi_requests_total", 1)
         assert drives(running) < 2
+
+
+def test_a_client_too_busy_to_answer_pings_is_answered_when_it_asks(monkeypatch):
+    monkeypatch.setattr(server, "PING", 0.05)
+    with (
+        serving.running(serving.Echo()) as running,
+        strangers(running, 1, UPGRADE, frame(serving.STATE)) as (one,),
+    ):
+        running.wait_for("shallow_pi_requests_total", 1)
+        time.sleep(0.3)
+        one.sendall(frame(serving.STATE))
+        running.wait_for("shallow_pi_requests_total", 2)
 
 
 def test_a_client_that_does_not_read_is_dropped(monkeypatch):

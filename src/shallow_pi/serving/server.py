@@ -23,6 +23,11 @@ import websockets.http11
 
 from shallow_pi.serving import page, recorder, server_config, sessions, turns
 
+# Seconds between pings. One that stays unanswered closes nothing: a client may be busy for minutes,
+# as when its operator sets the scene, and the place of an absent one is taken when it is wanted
+# (`sessions.Sessions.make_room`).
+PING = 20.0
+
 _log = logging.getLogger(__name__)
 # The library's own lines: every port scan would be a traceback.
 _quiet = logging.getLogger(f"{__name__}.connections")
@@ -97,6 +102,8 @@ async def serve(
                 close_timeout=config.handshake_seconds,
                 ssl=tls,
                 compression=None,
+                ping_interval=PING,
+                ping_timeout=None,
                 max_size=config.max_request_mb * 2**20,
                 # A client that sends ahead waits in its own socket.
                 max_queue=1,
