@@ -8,6 +8,7 @@ checkpoint is compared with the expected tree before any data are read, and the 
 path; each shard goes straight to its device.
 """
 
+import glob
 import math
 import os
 import pathlib
@@ -233,7 +234,8 @@ def params_folder(path: str | os.PathLike[str]) -> pathlib.Path:
     if (folder / "params").is_dir():
         folder = folder / "params"
     if not folder.is_dir():
-        partial = sorted(folder.parent.glob(f"{folder.name}.orbax-checkpoint-tmp*"))
+        begun = f"{glob.escape(folder.name)}.orbax-checkpoint-tmp*"
+        partial = sorted(folder.parent.glob(begun))
         found = f"; only {partial[0].name}, a save that never finished" if partial else ""
         raise FileNotFoundError(
             f"there is no checkpoint at {folder}{found}: give a step folder "
@@ -247,10 +249,18 @@ def params_folder(path: str | os.PathLike[str]) -> pathlib.Path:
             advice = f"it holds the steps {', '.join(steps)}: name one, such as {folder / last}"
         elif (folder / "checkpoints" / "last").is_dir():
             advice = f"it is a run of LeRobot's: name {folder / 'checkpoints' / 'last'}"
+        elif "adapter_model.safetensors" in inside:
+            advice = (
+                "it holds an adapter of PEFT's without the model: merge it with the code that "
+                "trained it (merge_and_unload), and save the sum"
+            )
         else:
-            advice = f"it holds {inside or 'nothing'}: it was written, copied or downloaded in part"
-            advice += "; delete it and write or download it again"
-        raise ValueError(f"{folder} is not a params folder (no _METADATA in it); {advice}")
+            some = ", ".join(inside[:8]) + (" ..." if len(inside) > 8 else "")
+            advice = (
+                f"it holds {some or 'nothing'}. A checkpoint without its parameters was written, "
+                "copied or downloaded in part: write or download it again"
+            )
+        raise ValueError(f"{folder} holds no parameters (no _METADATA in it); {advice}")
     return folder
 
 

@@ -114,8 +114,7 @@ def assets(
     if not set(fields) <= known:
         raise ValueError(f"a model has no {sorted(set(fields) - known)}; it has {sorted(known)}")
     robot = robots.find(robot) if isinstance(robot, str) else robot
-    has_params = (step / "params").is_dir() or safetensors_file.find(step) is not None
-    if (step / "assets" / policy_assets.FILE_NAME).is_file() or not has_params:
+    if (step / "assets" / policy_assets.FILE_NAME).is_file():
         own = policy_assets.load(step)
         if robot is not None:
             _check_renamed(own, robot)
@@ -126,6 +125,8 @@ def assets(
         if tokenizer is not None:
             own = dataclasses.replace(own, tokenizer=fetch.locate(tokenizer))
         return dataclasses.replace(own, model=dataclasses.replace(own.model, **fields))
+    if safetensors_file.find(step) is None:
+        weights.params_folder(step)  # Raises if there is none: no robot would help.
     if robot is None:
         raise ValueError(
             f"{step} has no assets/{policy_assets.FILE_NAME}: it is not one of ours, and others do "
@@ -180,7 +181,7 @@ def _statistics(
 ) -> checkpoint_statistics.Found:
     if given is not None:
         return checkpoint_statistics.at(fetch.locate(given), name)
-    kind, options = normalize.kind_of(model.pi05), "--policy.asset-id NAME"
+    kind, options = normalize.kind_of(model.pi05), "--policy.asset-id, --policy.norm-stats"
     found = checkpoint_statistics.find(step, name, kind, options=options, exact=exact)
     if found is None:
         raise FileNotFoundError(
