@@ -27,6 +27,7 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from shallow_pi import progress
@@ -41,6 +42,9 @@ TRAIN_CONFIGS = pathlib.Path(__file__).parents[1] / "train_configs"
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
+# A save would cut replicated arrays into a part for each device, which is a program to compile for
+# each part. Processes that tests start do so.
+ocp.type_handlers.get_type_handler(jax.Array)._use_replica_parallel = False
 processes.use_shardy()
 
 
@@ -112,10 +116,13 @@ def tiny_config():
 def tiny_params():
     """Makes parameters no leaf of which is zero, unlike a fresh model's norms and biases."""
 
-    def make(config, seed=0):
+    def make(config, seed=0, dtype=None):
         generator = np.random.default_rng(seed)
         return jax.tree.map(
-            lambda leaf: jax.numpy.asarray(0.2 * generator.standard_normal(leaf.shape), leaf.dtype),
+            # Made by NumPy: JAX would compile a conversion for every shape.
+            lambda leaf: jax.device_put(
+                (0.2 * generator.standard_normal(leaf.shape)).astype(dtype or leaf.dtype)
+            ),
             pi0.abstract_params(config),
         )
 

@@ -1,20 +1,18 @@
 """Whose attention the loss compares: actions, all tokens, or the prompt over the image tokens."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
-from shallow_pi.distill import attention, layer_map, losses, step, student
+from shallow_pi.distill import attention, layer_map, losses, step
 from shallow_pi.models import captures, layer_table, pi0
-from shallow_pi.models.layers import Execution
 
 B, R, N, T, AH, P = 2, 2, 3, 4, 3, 5
 KEY = jax.random.key(5)
+_step = jax.jit(step.distill_step, static_argnums=0)
 
 
 def _logits(seed, images):
@@ -82,27 +80,11 @@ def test_an_observation_without_a_prompt_gives_nothing(tiny_config):
 
 
 @pytest.fixture(scope="module")
-def setting(tiny_config, tiny_params, tiny_batch):
-    """Two of three layers and plain SGD with updates of −0.1 times the gradient."""
-    config = tiny_config(cameras=("base_0_rgb",))
-    teacher, layers = tiny_params(config), layer_map.explicit((0, 2), 3)
-    spec = step.Spec(
-        student=pi0.at_depth(config, 2),
-        optimizer=optax.sgd(0.1),
-        schedule=optax.constant_schedule(0.1),
-        losses=losses.Losses(task=0.0, velocity=0.0, attention=1.0),
-        teacher=config,
-        layer_map=layers,
-        execution=Execution(remat="none"),
-    )
-    cut = student.cut(config, teacher, layers)
-    moved = jax.tree.map(lambda x, y: x + 0.1 * y, cut, tiny_params(spec.student, seed=3))
-    return spec, teacher, step.init_state(spec, moved), tiny_batch(config, b=8)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _step(spec, teacher_params, state, batch):
-    return step.distill_step(spec, teacher_params, state, KEY, batch)
+def attending(setting):
+    """The attention loss alone."""
+    spec, *others = setting
+    alone = losses.Losses(task=0.0, velocity=0.0, attention=1.0)
+    return dataclasses.replace(spec, losses=alone), *others
 
 
 def _with(spec, **switches):
@@ -110,11 +92,11 @@ def _with(spec, **switches):
 
 
 @pytest.mark.parametrize(("queries", "layer", "pair"), [("all", 1, (1, 2)), ("text", -1, (0, 0))])
-def test_a_step_moves_the_queries_that_are_compared(setting, queries, layer, pair):
-    spec, teacher, state, batch = setting
+def test_a_step_moves_the_queries_that_are_compared(attending, queries, layer, pair):
+    spec, teacher, state, batch = attending
     spec = _with(spec, attention_queries=queries, attention_layer=layer)
     assert spec.attention_layers == pair
-    new, metrics = _step(spec, teacher, state, batch)
+    new, metrics = _step(spec, teacher, state, KEY, batch)
 
     @jax.jit
     def by_hand(batch):
@@ -142,26 +124,26 @@ def test_a_step_moves_the_queries_that_are_compared(setting, queries, layer, pai
         # Unrolled layers leave out what nothing reads: here the last one's queries are read.
         unrolled = dataclasses.replace(spec.execution, unroll=True)
         again = dataclasses.replace(spec, accumulation=2, execution=unrolled)
-        parts = _step(again, teacher, state, batch)[1]
+        parts = _step(again, teacher, state, KEY, batch)[1]
         np.testing.assert_allclose(parts["attention_loss"], expected, rtol=1e-5)
         assert attn["q_einsum_1"]["w"][pair[0]].max() > 1e-6
     else:
         assert attn["q_einsum_1"]["w"].max() == 0
 
 
-def test_pooled_tokens_have_a_loss_of_the_prompt_and_none_of_all_tokens(setting, tiny_params):
-    spec, teacher, _, batch = setting
+def test_pooled_tokens_have_a_loss_of_the_prompt_and_none_of_all_tokens(attending, tiny_params):
+    spec, teacher, _, batch = attending
     pooled = dataclasses.replace(spec.student, pooled_tokens=1)
     text = dataclasses.replace(_with(spec, attention_queries="text"), student=pooled)
-    metrics = _step(text, teacher, step.init_state(text, tiny_params(pooled)), batch)[1]
+    metrics = _step(text, teacher, step.init_state(text, tiny_params(pooled)), KEY, batch)[1]
     # One token a camera and no other key: whoever attends to images attends to it.
     np.testing.assert_allclose(metrics["attention_loss"], 0.0, atol=1e-6)
     with pytest.raises(ValueError, match=r"queries all compares token by token.*image-tokens 1"):
         dataclasses.replace(_with(spec, attention_queries="all"), student=pooled)
 
 
-def test_layers_without_the_queries_are_refused(setting, tiny_config):
-    spec = setting[0]
+def test_layers_without_the_queries_are_refused(attending, tiny_config):
+    spec = attending[0]
     halves = layer_table.reads_last(1, 1)
     parted = dataclasses.replace(spec.student, backbone_layers=halves[0], expert_layers=halves[1])
     apart = dataclasses.replace(spec, student=parted, teacher=None, layer_map=None,

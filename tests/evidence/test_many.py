@@ -155,8 +155,8 @@ def test_slugs_tell_recipes_apart():
     assert recipes.METAWORLD_STUDENT.teacher == recipes.METAWORLD_TEACHER.slug
 
 
-@pytest.mark.parametrize("kind", ["half_width", "reads_last"])
-def test_teachers_and_students_become_step_folders(own, tiny_dataset, tmp_path, kind):
+@pytest.mark.parametrize(("kind", "steps"), [("half_width", 0), ("reads_last", 1)])
+def test_teachers_and_students_become_step_folders(own, tmp_path, kind, steps):
     model = dataclasses.replace(own.model, depth=3, max_token_len=12)
     assets = dataclasses.replace(own, model=model)
     robot = assets.robot
@@ -179,9 +179,11 @@ def test_teachers_and_students_become_step_folders(own, tiny_dataset, tmp_path, 
         for n in (4, 6)
     ]
     data = frames.samples(assets, episodes)
-    wanted = dataclasses.replace(recipes.TEACHER, depth=3, steps=1, demonstrations=2, model=kind)
+    wanted = dataclasses.replace(
+        recipes.TEACHER, depth=3, steps=steps, demonstrations=2, model=kind
+    )
     training.teach([wanted], assets, data, tmp_path, many.Programs(model, 10))
-    student = _vary(teacher=wanted.slug, steps=1, demonstrations=2)
+    student = _vary(teacher=wanted.slug, steps=steps, demonstrations=2)
     teacher = recipes.teacher_model(wanted, model)
     programs = many.Programs(teacher, 10, students=True)
     training.distil([student], data, tmp_path, programs)

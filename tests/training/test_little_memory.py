@@ -22,8 +22,7 @@ def teacher(tmp_path_factory, tiny_experiment, tiny_params):
     """A teacher's step folder, bfloat16."""
     step = tmp_path_factory.mktemp("teacher") / "100"
     model = tiny_experiment("anywhere").model
-    params = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), tiny_params(model))
-    weights.save_params(step / "params", params)
+    weights.save_params(step / "params", tiny_params(model, dtype="bfloat16"))
     return step
 
 

@@ -154,6 +154,7 @@ def _errors(folder):
     return {n: row[validation.TO_DATA] for n, row in rows.items() if validation.TO_DATA in row}
 
 
+@pytest.mark.slow
 def test_validation_is_logged_at_its_interval_and_the_best_step_is_kept(validated):
     found = _errors(validated.folder)
     assert list(found) == [0, 2, 4], "before the first step too"
@@ -164,6 +165,7 @@ def test_validation_is_logged_at_its_interval_and_the_best_step_is_kept(validate
     assert {4, best} == {int(c.name) for c in validated.folder.iterdir() if c.name.isdigit()}
 
 
+@pytest.mark.slow
 def test_the_policy_of_a_step_makes_the_error_that_was_logged(validated):
     """From raw observations, with the sampler of deployment, in the robot's units."""
     data = opening.open_data(validated.data, validated.student_model, None)
@@ -182,6 +184,7 @@ def test_the_policy_of_a_step_makes_the_error_that_was_logged(validated):
     np.testing.assert_allclose(np.concatenate(difference).mean(), logged, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_validation_of_a_resumed_run_gives_the_same_numbers(validated):
     halves = dataclasses.replace(validated, exp_name="validated-halves")
     _train(halves, num_train_steps=3)
@@ -385,8 +388,7 @@ def test_a_step_folder_alone_is_the_policy_that_was_trained(whole_recorded):
 def teacher(tmp_path_factory, synthetic, tiny_params):
     """A teacher's step folder in openpi's layout, bfloat16."""
     step = tmp_path_factory.mktemp("teacher") / "100"
-    params = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), tiny_params(synthetic.model))
-    weights.save_params(step / "params", params)
+    weights.save_params(step / "params", tiny_params(synthetic.model, dtype="bfloat16"))
     return step
 
 

@@ -136,11 +136,11 @@ def test_a_process_killed_while_saving_leaves_the_last_checkpoint_and_the_same_c
     np.testing.assert_allclose(_rows(alone.folder, 9), _rows(whole.folder, 9), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
-def test_a_signal_to_one_process_saves_and_stops_both_at_the_same_step(tmp_path, number):
+def test_a_signal_to_one_process_saves_and_stops_both_at_the_same_step(tmp_path):
+    """Ctrl-C, which becomes the SIGTERM of schedulers."""
     job = Job(tmp_path / "runs", "--num-train-steps=100000", "--save-interval=100000")
     job.when(lambda: (job.folder / "metrics.jsonl").exists() and metrics.read(job.folder))
-    job.processes[1].send_signal(number)
+    job.processes[1].send_signal(signal.SIGINT)
     assert job.wait(120) == [1, 1], job.said()
     (step,) = _steps(job.folder)
     for index, said in enumerate(job.said()):
@@ -191,17 +191,10 @@ def test_a_process_whose_partner_never_comes_ends_with_one_error(tmp_path, monke
         assert not job.folder.exists()
 
 
-@pytest.mark.parametrize(
-    ("argument", "message"),
-    [
-        ("--mesh.tensor=4", "mesh.tensor 4 spans processes, each of which reads its own rows"),
-        ("--batch-size=6", "batch size 6 is not divisible by the 4 devices of data × fsdp"),
-    ],
-)
-def test_a_mesh_or_batch_that_does_not_fit_the_processes_is_refused(tmp_path, argument, message):
-    job = Job(tmp_path / "runs", argument)
+def test_a_mesh_that_does_not_fit_the_processes_is_refused(tmp_path):
+    job = Job(tmp_path / "runs", "--mesh.tensor=4")
     assert job.wait(120) == [1, 1]
     for said in job.said():
-        assert message in said
+        assert "mesh.tensor 4 spans processes, each of which reads its own rows" in said
         assert "Traceback" not in said
     assert not (job.folder / "config.json").exists()

@@ -170,14 +170,19 @@ def _validation(run: runs.Run, teacher: PyTree) -> validation.Validation | None:
 def _compile(
     run: runs.Run, state: step.DistillState
 ) -> tuple[Callable[..., tuple[step.DistillState, step.Metrics]], Callable[..., step.Metrics]]:
-    """The compiled step, which donates its state, and the gradient norm of each loss."""
+    """The compiled step, which donates its state, and the gradient norm of each loss.
+
+    The spec is a static argument, so that runs of one process with equal specs are traced once.
+    """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     advance = jax.jit(
-        functools.partial(step.distill_step, run.spec),
+        step.distill_step,
+        static_argnums=0,
         out_shardings=(shardings, sharding.replicated(run.mesh)),
-        donate_argnums=1,
+        donate_argnums=2,
     )
-    return advance, jax.jit(functools.partial(step.loss_gradient_norms, run.spec))
+    gradient_norms = jax.jit(step.loss_gradient_norms, static_argnums=0)
+    return functools.partial(advance, run.spec), functools.partial(gradient_norms, run.spec)
 
 
 def _open_log(run: runs.Run, first: int, stack: contextlib.ExitStack) -> Log:

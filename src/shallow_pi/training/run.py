@@ -6,7 +6,6 @@ run's folder. A `Run` needs no further checks.
 """
 
 import dataclasses
-import functools
 import pathlib
 from collections.abc import Collection
 from typing import Any
@@ -241,11 +240,13 @@ def measure_layers(run: Run) -> layer_map.LayerMap:
     feed = run.feed()
     try:
         spec = dataclasses.replace(run.spec, draws=1)
-        inputs = step.draw_inputs(spec, jax.random.key(experiment.seed), next(feed))
+        draw = jax.jit(step.draw_inputs, static_argnums=0)
+        inputs = draw(spec, jax.random.key(experiment.seed), next(feed))
     finally:
         feed.close()
     progress.say(f"Measuring the {strategy} of {experiment.model.depth} layers")
-    measure = functools.partial(layer_scores.measure, strategy, experiment.model)
+    measure = jax.jit(layer_scores.measure, static_argnums=(0, 1))
     single = (x[:, 0] for x in (inputs.x_t, inputs.t, inputs.u))
-    scores = jax.jit(measure)(shapes.on_device(run.teacher), inputs.observation, *single)
+    teacher = shapes.on_device(run.teacher)
+    scores = measure(strategy, experiment.model, teacher, inputs.observation, *single)
     return layer_map.measured(strategy, experiment.student.total_depth, np.asarray(scores))

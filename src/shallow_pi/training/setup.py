@@ -5,12 +5,14 @@ directly into its shardings, and the student is cut out of it on its devices.
 """
 
 import dataclasses
+import functools
 import itertools
 import pathlib
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, PyTree
 
 from shallow_pi import progress
@@ -21,6 +23,7 @@ from shallow_pi.models import layers, pi0
 from shallow_pi.parallel import processes, shapes, sharding
 from shallow_pi.planning import accelerators, memory
 from shallow_pi.training import config
+from shallow_pi.training import optimizer as optimizers
 
 # The teacher's "path" that stands for random parameters.
 RANDOM = "random"
@@ -63,10 +66,10 @@ def make_spec(
       measured: the layers, where the strategy measures them on the teacher. Without them the spec
         has no layer map yet: enough for shapes and memory.
     """
-    schedule = experiment.schedule.create()
+    schedule, optimizer = _optimizer(experiment.schedule, experiment.optimizer)
     spec = step.Spec(
         student=experiment.student_model,
-        optimizer=experiment.optimizer.create(schedule),
+        optimizer=optimizer,
         schedule=schedule,
         losses=experiment.losses,
         teacher=None if experiment.teacher is None else experiment.model,
@@ -81,6 +84,15 @@ def make_spec(
         offload_teacher=experiment.teacher is not None and experiment.teacher.offload,
     )
     return dataclasses.replace(spec, execution=_execution(experiment, spec, mesh))
+
+
+@functools.cache
+def _optimizer(
+    schedule: optimizers.CosineSchedule, optimizer: optimizers.AdamW
+) -> tuple[optax.Schedule, optax.GradientTransformation]:
+    """The same functions for equal configs, so that their specs are equal."""
+    rate = schedule.create()
+    return rate, optimizer.create(rate)
 
 
 def _execution(

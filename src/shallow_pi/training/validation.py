@@ -156,6 +156,17 @@ def sample(
     )
 
 
+def sample_deployed(
+    spec: step.Spec,
+    num_steps: int,
+    params: PyTree,
+    batch: batches.Batch,
+    noise: Float[Array, "b ah ad"],
+) -> Float[Array, "b ah ad"]:
+    """`sample` of the student, its weights rounded as in deployment."""
+    return sample(spec.student, num_steps, step.rounded(spec, params), batch, noise)
+
+
 def losses(
     spec: step.Spec,
     teacher_params: PyTree,
@@ -188,7 +199,7 @@ class Validation:
     assets: policy_assets.Assets | None
     # Sampled once, from the same noise; None without a teacher.
     teacher_actions: Float[np.ndarray, "n ah ad"] | None
-    # Compiled `sample` of the student, and `losses`.
+    # Compiled `sample_deployed`, and `losses`.
     sample_student: Callable[..., Array]
     losses: Callable[..., step.Metrics]
     key: Array
@@ -251,17 +262,11 @@ def create(
     held_out = read(source, config.samples, batch_size, mesh, seed)
     whole = sharding.replicated(mesh)
 
-    def sampling(
-        model: pi0.Pi0Config, own_steps: int, deployed: Callable[[PyTree], PyTree] = lambda p: p
-    ) -> Callable[..., Array]:
-        def run(params: PyTree, batch: batches.Batch, noise: Array) -> Array:
-            return sample(model, config.num_steps or own_steps, deployed(params), batch, noise)
-
-        return jax.jit(run, out_shardings=whole)
-
     teacher_actions = None
     if spec.teacher is not None:
-        sample_teacher, parts = sampling(spec.teacher, step.TEACHER_STEPS), []
+        num_steps, parts = config.num_steps or step.TEACHER_STEPS, []
+        run = jax.jit(sample, static_argnums=(0, 1), out_shardings=whole)
+        sample_teacher = functools.partial(run, spec.teacher, num_steps)
         with processes.bar("Held-out teacher", len(held_out.state)) as advance:
             for batch, noise in held_out.batches:
                 parts.append(jax.device_get(sample_teacher(teacher_params, batch, noise)))
@@ -276,10 +281,11 @@ def create(
         held_out=held_out,
         assets=assets,
         teacher_actions=teacher_actions,
-        sample_student=sampling(
-            spec.student, spec.num_steps, functools.partial(step.rounded, spec)
+        sample_student=functools.partial(
+            jax.jit(sample_deployed, static_argnums=(0, 1), out_shardings=whole),
+            *(spec, config.num_steps or spec.num_steps),
         ),
-        losses=jax.jit(functools.partial(losses, plain), out_shardings=whole),
+        losses=functools.partial(jax.jit(losses, static_argnums=0, out_shardings=whole), plain),
         key=jax.random.key(seed),
         freeze=spec.freeze,
     )
