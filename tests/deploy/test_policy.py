@@ -304,7 +304,8 @@ def test_a_warm_policy_traces_nothing_more(step, scene, monkeypatch):
         return original(*arguments, **options)
 
     monkeypatch.setattr(sampler, "sample_prepared", counted)
-    warm = policy.Policy.from_checkpoint(step, num_steps=1, prompt=PROMPTS[0])
+    # A number of steps that no other test takes, whose program would be here already.
+    warm = policy.Policy.from_checkpoint(step, num_steps=7, prompt=PROMPTS[0])
     assert len(traced) == 1
     warm.warm_up(guided=True)
     assert len(traced) == 2

@@ -39,9 +39,9 @@ def setting(request, tiny_config, tiny_params, tiny_observation):
 def _euler(config, params, observation, noise):
     velocity = jax.jit(functools.partial(pi0.velocity, config))
     x_t = noise
-    for t in (1.0, 0.75, 0.5, 0.25):
+    for t in (1.0, 0.5):
         v, _ = velocity(params, observation, x_t, jnp.full(2, t))
-        x_t = x_t - 0.25 * v
+        x_t = x_t - 0.5 * v
     return x_t
 
 
@@ -56,7 +56,7 @@ def _assert_same(actions, setting):
 @pytest.mark.parametrize("name", CHOICES)
 def test_sampling_equals_euler_on_the_velocity_for_all_options(setting, name):
     config, params, observation, noise, _ = setting
-    actions = _sample(config, params, observation, noise, num_steps=4, options=CHOICES[name])
+    actions = _sample(config, params, observation, noise, num_steps=2, options=CHOICES[name])
     _assert_same(actions, setting)
 
 
@@ -70,10 +70,10 @@ def test_halves_of_layers_that_are_cut_change_nothing_but_the_work(setting, name
         expert_layers=("whole", "absent", "whole"),
     )
     given, options = (observation, noise), CHOICES[name]
-    actions = _sample(cut, params, *given, num_steps=4, options=options)
+    actions = _sample(cut, params, *given, num_steps=2, options=options)
     padded = layer_table.zero_cut(cut.layers, params)
     _assert_same(actions, (*setting[:4], _euler(cut, params, observation, noise)))
-    whole = _sample(config, padded, *given, num_steps=4, options=options)
+    whole = _sample(config, padded, *given, num_steps=2, options=options)
     np.testing.assert_allclose(actions, whole, atol=1e-4)
 
 
@@ -82,11 +82,11 @@ def test_fewer_image_tokens_are_those_of_training(setting, field, tiny_params):
     config, params, observation, noise, _ = setting
     pooled = dataclasses.replace(config, **{field: 2})
     params = tiny_params(pooled)
-    actions = _sample(pooled, params, observation, noise, num_steps=4)
+    actions = _sample(pooled, params, observation, noise, num_steps=2)
     expected = _euler(pooled, params, observation, noise)
     _assert_same(actions, (*setting[:4], expected))
     small, trimmed = prepare.trim(pooled, observation)
-    _assert_same(_sample(small, params, trimmed, noise, num_steps=4), (*setting[:4], expected))
+    _assert_same(_sample(small, params, trimmed, noise, num_steps=2), (*setting[:4], expected))
 
 
 def test_what_nobody_attends_to_can_be_dropped(setting):
@@ -95,7 +95,7 @@ def test_what_nobody_attends_to_can_be_dropped(setting):
     assert small.cameras == config.cameras[:1]
     assert small.max_token_len == 32  # 19 words in buckets of 16.
     assert trimmed.tokenized_prompt.shape == (2, 32)
-    _assert_same(_sample(small, params, trimmed, noise, num_steps=4), setting)
+    _assert_same(_sample(small, params, trimmed, noise, num_steps=2), setting)
 
 
 def test_trimming_never_leaves_nothing_nor_more_than_there_was(setting):
@@ -111,17 +111,17 @@ def test_trimming_never_leaves_nothing_nor_more_than_there_was(setting):
 
 def test_weights_prepared_once_serve_every_observation(setting):
     config, params, observation, noise, _ = setting
-    times = sampler.integration_times(4)
+    times = sampler.integration_times(2)
     prepared = jax.jit(lambda p: prepare.prepare(config, p, times, EVERYTHING))(params)
     sample = jax.jit(sampler.sample_prepared, static_argnames=("config", "num_steps", "options"))
-    actions = sample(config, prepared, observation, noise, num_steps=4, options=EVERYTHING)
+    actions = sample(config, prepared, observation, noise, num_steps=2, options=EVERYTHING)
     _assert_same(actions, setting)
 
 
 def test_what_the_last_layer_makes_of_the_prefix_is_never_computed(setting):
     """Its MLP may be as wide as it likes."""
     config, params, observation, *_ = setting
-    prepared = prepare.prepare(config, params, sampler.integration_times(4), EVERYTHING)
+    prepared = prepare.prepare(config, params, sampler.integration_times(2), EVERYTHING)
 
     def flops(widened):
         wide = list(prepared.prefix)

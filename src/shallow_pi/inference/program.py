@@ -231,15 +231,8 @@ class Program:
         bounds: quantize.Bounds | None = None,
     ) -> "Program":
         """Prepare a model's parameters; `bounds` are those of `prepare.prepare`."""
-        prepared = functools.partial(
-            prepare.prepare,
-            config,
-            times=sampler.integration_times(num_steps),
-            options=options,
-            bounds=bounds,
-        )
-        arrays = jax.jit(lambda given: pack_weights(prepared(given)))(params)
-        return cls(arrays, jax.eval_shape(prepared, params), num_steps, options)
+        given = (config, num_steps, options, params, bounds)
+        return cls(_packed(*given), _prepared.eval_shape(*given), num_steps, options)
 
     @property
     def weights(self) -> prepare.Prepared:
@@ -249,12 +242,8 @@ class Program:
     @functools.cached_property
     def run(self) -> jax.stages.Wrapped:
         """The jitted function of (layout, arrays, buffer); the layout is static."""
-        return jax.jit(
-            functools.partial(
-                _run, shapes=self.shapes, num_steps=self.num_steps, options=self.options
-            ),
-            static_argnums=0,
-        )
+        leaves, tree = jax.tree.flatten(self.shapes)
+        return _jitted(tuple(leaves), tree, self.num_steps, self.options)
 
     def __call__(
         self, layout: Layout, packed: UInt8[np.ndarray | Array, "b n"]
@@ -265,6 +254,43 @@ class Program:
             layout = dataclasses.replace(layout, sizes=())
         actions: Array = self.run(layout, self.arrays, packed)
         return actions
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _prepared(
+    config: pi0.Pi0Config,
+    num_steps: int,
+    options: tuning.InferenceOptions,
+    params: PyTree,
+    bounds: quantize.Bounds | None,
+) -> prepare.Prepared:
+    return prepare.prepare(config, params, sampler.integration_times(num_steps), options, bounds)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _packed(
+    config: pi0.Pi0Config,
+    num_steps: int,
+    options: tuning.InferenceOptions,
+    params: PyTree,
+    bounds: quantize.Bounds | None,
+) -> Arrays:
+    return pack_weights(_prepared(config, num_steps, options, params, bounds))
+
+
+@functools.lru_cache(maxsize=16)
+def _jitted(
+    leaves: tuple[jax.ShapeDtypeStruct, ...],
+    tree: jax.tree_util.PyTreeDef,
+    num_steps: int,
+    options: tuning.InferenceOptions,
+) -> jax.stages.Wrapped:
+    """One function for all programs of a kind, so that it is traced and compiled once."""
+    shapes = jax.tree.unflatten(tree, leaves)
+    return jax.jit(
+        functools.partial(_run, shapes=shapes, num_steps=num_steps, options=options),
+        static_argnums=0,
+    )
 
 
 def _run(
