@@ -47,13 +47,18 @@ def spec(teacher):
 
 @pytest.fixture(scope="module")
 def cut(spec, teacher):
-    return student.cut(*teacher, spec.layer_map, spec.student)
+    made = functools.partial(student.cut, layer_map=spec.layer_map, student_config=spec.student)
+    return jax.jit(made, static_argnums=0)(*teacher)
+
+
+_step = jax.jit(step.distill_step, static_argnums=0)
+_init = jax.jit(step.init_state, static_argnums=0)
+_draw = jax.jit(step.draw_inputs, static_argnums=0)
 
 
 @pytest.fixture(scope="module")
 def result(spec, teacher, cut, tiny_batch):
-    run = jax.jit(functools.partial(step.distill_step, spec))
-    return run(teacher[1], step.init_state(spec, cut), KEY, tiny_batch(teacher[0]))
+    return _step(spec, teacher[1], _init(spec, cut), KEY, tiny_batch(teacher[0]))
 
 
 def _lacks(config, path, layer):
@@ -128,9 +133,10 @@ def test_a_step_leaves_cut_halves_zero_and_moves_everything_else(spec, cut, resu
 def test_the_vision_loss_compares_the_tokens_of_both_towers(spec, teacher, cut, result, tiny_batch):
     assert spec.losses.vision == 1.0
     batch = tiny_batch(teacher[0])
-    inputs = step.draw_inputs(spec, jax.random.fold_in(KEY, 0), batch)
+    inputs = _draw(spec, jax.random.fold_in(KEY, 0), batch)
+    embed = jax.jit(pi0.embed_images, static_argnums=0)
     tokens = [
-        pi0.embed_images(c, params, inputs.observation)
+        embed(c, params, inputs.observation)
         for c, params in ((spec.student, cut), (spec.teacher, teacher[1]))
     ]
     squares = np.mean(np.square(tokens[0] - tokens[1]), axis=-1)
@@ -145,10 +151,11 @@ def test_the_vision_loss_compares_the_tokens_of_both_towers(spec, teacher, cut, 
 def test_the_attention_loss_compares_with_the_teacher_s_over_the_pooled_tokens(
     spec, teacher, cut, result, tiny_batch
 ):
-    inputs = step.draw_inputs(spec, jax.random.fold_in(KEY, 0), tiny_batch(teacher[0]))
+    inputs = _draw(spec, jax.random.fold_in(KEY, 0), tiny_batch(teacher[0]))
     given = inputs.observation, inputs.x_t, inputs.t
+    velocity = jax.jit(pi0.velocity, static_argnums=0, static_argnames="attention_layer")
     own, theirs = (
-        pi0.velocity(c, params, *given, attention_layer=0)[1]
+        velocity(c, params, *given, attention_layer=0)[1]
         for c, params in ((spec.student, cut), (spec.teacher, teacher[1]))
     )
     masked = np.where(theirs.valid[:, None, None, None], theirs.logits, -np.inf)
@@ -165,8 +172,8 @@ def test_the_attention_loss_compares_with_the_teacher_s_over_the_pooled_tokens(
 def test_microbatches_give_the_same_vision_loss(spec, teacher, cut, result, tiny_batch):
     alone = losses.Losses(task=1.0, velocity=0.0, attention=0.0)
     halved = dataclasses.replace(spec, losses=alone, accumulation=2)
-    run = jax.jit(functools.partial(step.distill_step, halved))
-    _, metrics = run(teacher[1], step.init_state(spec, cut), KEY, tiny_batch(teacher[0]))
+    state = _init(spec, cut)
+    _, metrics = _step(halved, teacher[1], state, KEY, tiny_batch(teacher[0]))
     np.testing.assert_allclose(metrics["vision_loss"], result[1]["vision_loss"], rtol=1e-5)
 
 

@@ -34,15 +34,21 @@ def setting(tiny_config, tiny_params, tiny_batch):
         ema_decay=0.5,
         execution=layers.Execution(remat="none"),
     )
-    cut = student.cut(config, teacher, chosen)
-    trained, _ = student.split(cut, FREEZE)
-    moved = jax.tree.map(lambda leaf: 1.1 * leaf, trained)
-    return spec, teacher, student.join(moved, teacher, FREEZE), tiny_batch(config)
+
+    @jax.jit
+    def start(teacher):
+        trained, _ = student.split(student.cut(config, teacher, chosen), FREEZE)
+        return student.join(jax.tree.map(lambda leaf: 1.1 * leaf, trained), teacher, FREEZE)
+
+    return spec, teacher, start(teacher), tiny_batch(config)
+
+
+_step = jax.jit(step.distill_step, static_argnums=0)
+_init = jax.jit(step.init_state, static_argnums=0)
 
 
 def _advance(spec, teacher, params, batch):
-    run = jax.jit(functools.partial(step.distill_step, spec))
-    return run(teacher, step.init_state(spec, params), KEY, batch)
+    return _step(spec, teacher, _init(spec, params), KEY, batch)
 
 
 @pytest.fixture(scope="module")
@@ -133,8 +139,7 @@ def test_an_offloaded_teacher_makes_the_same_step(setting, frozen, offloads):
     for path, leaf in weights.leaves(held).items():
         assert (leaf.sharding.memory_kind == "pinned_host") == ("llm/layers" in path), path
     place = functools.partial(jax.device_put, device=sharding.replicated(mesh))
-    run = jax.jit(functools.partial(step.distill_step, spec))
-    state, metrics = run(held, place(step.init_state(spec, params)), place(KEY), place(batch))
+    state, metrics = _step(spec, held, place(_init(spec, params)), place(KEY), place(batch))
     np.testing.assert_allclose(metrics["loss"], frozen[1]["loss"], rtol=1e-5)
     expected = weights.leaves(frozen[0].params)
     for path, leaf in weights.leaves(state.params).items():

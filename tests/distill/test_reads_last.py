@@ -1,7 +1,6 @@
 """An expert that reads the backbone's last state alone: its velocity, its cut and three losses."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -64,10 +63,11 @@ def test_its_student_is_trained_by_three_losses(teacher, tiny_batch):
     made, params = teacher
     spec = _spec(made, (0, 2, 4), 2, 1)
     assert spec.attention_layers == (2, 4)  # The only pair with an expert.
-    cut = student.cut(made, params, spec.layer_map, spec.student)
-    run = jax.jit(functools.partial(step.distill_step, spec))
+    cut = jax.jit(lambda p: student.cut(made, p, spec.layer_map, spec.student))(params)
+    run = jax.jit(step.distill_step, static_argnums=0)
+    init = jax.jit(step.init_state, static_argnums=0)
     given = (jax.random.key(0), tiny_batch(made))
-    state, metrics = run(params, step.init_state(spec, cut), *given)
+    state, metrics = run(spec, params, init(spec, cut), *given)
     for name in ("task_loss", "velocity_loss", "attention_loss"):
         assert float(metrics[name]) > 1e-4, name
     # Halves that the student lacks stay zero.
@@ -77,8 +77,8 @@ def test_its_student_is_trained_by_three_losses(teacher, tiny_batch):
     assert float(jnp.abs(moved["kv_einsum"]["w"][2]).max()) > 0.0
 
     whole = _spec(made, range(5), 3, 2)
-    run = jax.jit(functools.partial(step.distill_step, whole))
-    _, metrics = run(params, step.init_state(whole, params), *given)
+    losses_of = jax.jit(lambda *given: step.distill_step(whole, *given)[1])
+    metrics = losses_of(params, init(whole, params), *given)
     for name in ("velocity_loss", "attention_loss"):
         np.testing.assert_allclose(metrics[name], 0.0, atol=1e-6)
 

@@ -42,7 +42,7 @@ def spec(teacher):
 @pytest.fixture(scope="module")
 def cut(spec, teacher):
     """With scores that differ from one patch to the next."""
-    made = student.cut(*teacher, spec.layer_map, spec.student)
+    made = jax.jit(lambda p: student.cut(teacher[0], p, spec.layer_map, spec.student))(teacher[1])
     own = made["image_scorer"]
     kernel = 0.3 * jax.random.normal(jax.random.key(1), own["score"]["kernel"].shape)
     return {**made, "image_scorer": {**own, "score": {"kernel": kernel}}}
@@ -56,9 +56,12 @@ def batch(teacher, tiny_batch):
     return made
 
 
+_step = jax.jit(step.distill_step, static_argnums=0)
+_init = jax.jit(step.init_state, static_argnums=0)
+
+
 def _run(spec, teacher, params, batch):
-    run = jax.jit(functools.partial(step.distill_step, spec))
-    return run(teacher[1], step.init_state(spec, params), KEY, batch)
+    return _step(spec, teacher[1], _init(spec, params), KEY, batch)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +72,7 @@ def result(spec, teacher, cut, batch):
 @pytest.fixture(scope="module")
 def outputs(spec, teacher, cut, batch):
     """The student's and the teacher's, at the inputs of the step."""
-    drawn = step.draw_inputs(spec, jax.random.fold_in(KEY, 0), batch)
+    drawn = jax.jit(step.draw_inputs, static_argnums=0)(spec, jax.random.fold_in(KEY, 0), batch)
     given = drawn.observation, drawn.x_t, drawn.t
     run = jax.jit(pi0.outputs, static_argnums=0, static_argnames="attention_layer")
     own = run(spec.student, cut, *given, attention_layer=0)
@@ -175,7 +178,7 @@ def test_microbatches_and_a_frozen_tower_give_the_same_scores(
 def test_the_norm_of_every_losss_gradient_is_measured(spec, teacher, cut, batch):
     two = dataclasses.replace(spec, losses=losses.Losses(velocity=0.0, attention=0.0))
     run = jax.jit(functools.partial(step.loss_gradient_norms, two))
-    found = run(teacher[1], step.init_state(spec, cut), KEY, batch)
+    found = run(teacher[1], _init(spec, cut), KEY, batch)
     assert sorted(found) == ["grad_norm_of/scorer_loss", "grad_norm_of/task_loss"]
     assert min(map(float, found.values())) > 0
 
@@ -187,10 +190,9 @@ def test_training_brings_the_scores_to_the_teachers_attention(spec, teacher, cut
         optimizer=optax.adam(3e-3),
         draws=1,
     )
-    run, state, found = jax.jit(functools.partial(step.distill_step, quick)), None, []
-    state = step.init_state(quick, cut)
+    state, found = _init(quick, cut), []
     for _ in range(60):
-        state, metrics = run(teacher[1], state, KEY, batch)
+        state, metrics = _step(quick, teacher[1], state, KEY, batch)
         found.append(float(metrics["scorer_loss"]))
     assert np.mean(found[-5:]) < 0.3 * found[0]
 

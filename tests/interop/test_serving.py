@@ -25,7 +25,7 @@ from openpi.training import config as openpi_config
 from openpi_client import websocket_client_policy
 
 from shallow_pi.checkpoints import sizes, weights
-from shallow_pi.commands import evaluate
+from shallow_pi.commands import evaluate, serve_openpi
 from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.data.robots import normalize
 from shallow_pi.data.robots import robot as robots
@@ -251,27 +251,32 @@ def _listening(port, ended, told=str):
     raise AssertionError(f"no server after two minutes: {told()}")
 
 
-def _refused(*arguments, **variables):
-    found = subprocess.run(
-        [sys.executable, HERE / "stand_ins.py", SCRIPT, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **variables},
-    )
-    assert "Traceback" not in found.stderr
-    return found.returncode, found.stderr
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    """Calls the script's command in this process: (exit status, what it wrote to stderr)."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["serve_openpi", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            serve_openpi.main()
+        return exit_.value.code, capsys.readouterr().err
+
+    return call
 
 
-def test_where_the_script_is_missing_the_error_says_where_it_can_be_had(tmp_path):
-    status, said = _refused("policy:checkpoint", OPENPI_DIR=str(tmp_path))
+def test_where_the_script_is_missing_the_error_says_where_it_can_be_had(
+    refused, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("OPENPI_DIR", str(tmp_path))
+    status, said = refused("policy:checkpoint")
     assert status == 1
     assert f"error: no scripts/serve_policy.py in {tmp_path}" in said
     assert "--openpi-dir or OPENPI_DIR" in said
 
 
-def test_an_absent_step_folder_is_one_error(tmp_path):
+def test_an_absent_step_folder_is_one_error(refused, tmp_path):
     arguments = ["policy:checkpoint", "--policy.config=mine_l6", f"--policy.dir={tmp_path}"]
-    status, said = _refused(f"--openpi-dir={HERE / 'checkout'}", *arguments)
+    status, said = refused(f"--openpi-dir={HERE / 'checkout'}", *arguments)
     assert status == 1
     assert "error: no shallow_pi.json in" in said
 

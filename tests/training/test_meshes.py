@@ -102,8 +102,10 @@ def _warnings_of_xla(found):
 def given(tiny_params, tiny_batch):
     """Teacher, the student's first parameters, batch: on the host."""
     teacher = tiny_params(_config(TEACHER))
-    cut = student.cut(_config(TEACHER), teacher, layer_map.explicit((0, 2), TEACHER))
-    moved = jax.tree.map(lambda x, y: x + 0.1 * y, cut, tiny_params(_config(STUDENT), seed=3))
+    chosen = layer_map.explicit((0, 2), TEACHER)
+    cut = jax.jit(student.cut, static_argnums=(0, 2))(_config(TEACHER), teacher, chosen)
+    cut, others = jax.device_get((cut, tiny_params(_config(STUDENT), seed=3)))
+    moved = jax.tree.map(lambda x, y: x + np.float32(0.1) * y, cut, others)
     return jax.device_get((teacher, moved, tiny_batch(_config(TEACHER), b=BATCH)))
 
 

@@ -141,7 +141,8 @@ def pair(tiny_config, tiny_params):
     teacher = tiny_config()
     spec = _spec(pi0.at_depth(teacher, 2), teacher)
     params = tiny_params(teacher)
-    state = step.init_state(spec, student.cut(teacher, params, spec.layer_map))
+    cut = jax.jit(student.cut, static_argnums=(0, 2))(teacher, params, spec.layer_map)
+    state = jax.jit(step.init_state, static_argnums=0)(spec, cut)
     found = _created(spec, params, _mesh(ONE, 1)).measure(params, state)
     return spec, params, state, found
 

@@ -10,6 +10,7 @@ from shallow_pi.evaluation.rivals import early_exit, rival, training
 from shallow_pi.inference import sampler
 from shallow_pi.models import pi0
 
+_sample = jax.jit(sampler.sample_actions, static_argnames=("config", "num_steps", "options"))
 EXITS = early_exit.EarlyExit(every=1)
 
 
@@ -21,7 +22,7 @@ def test_a_threshold_decides_the_depth(pi05, at_second, depth, setting, weights)
     own["thresholds"] = jnp.array([-1.0, at_second, 1e30])
     cut = student.cut(config, params, layer_map.first(depth, 3))
     short = pi0.at_depth(config, depth)
-    expected = sampler.sample_actions(short, cut, observation, noise, num_steps=4)
+    expected = _sample(short, cut, observation, noise, num_steps=4)
     run, held = jax.jit(EXITS.sample, static_argnums=0), weights(config, params, own)
     np.testing.assert_allclose(run(config, held, observation, noise), expected, atol=1e-4)
     alone = jax.tree.map(lambda leaf: leaf[:1], observation)

@@ -12,6 +12,7 @@ from shallow_pi.evaluation.rivals import efficientvla, rival, skipping, table
 from shallow_pi.inference import sampler
 from shallow_pi.models import gemma, layers, pi0
 
+_sample = jax.jit(sampler.sample_actions, static_argnames=("config", "num_steps", "options"))
 STEPS = 4
 # 16 image tokens a camera, so that some can go.
 SIDE = 48
@@ -29,7 +30,7 @@ def sample(weights):
 @pytest.mark.parametrize("pi05", [False, True], ids=["pi0", "pi05"])
 def test_keeping_everything_is_the_teacher(pi05, setting, sample):
     config, params, observation, noise = setting(pi05, image_size=SIDE)
-    expected = sampler.sample_actions(config, params, observation, noise, num_steps=STEPS)
+    expected = _sample(config, params, observation, noise, num_steps=STEPS)
     for tokens in (0, 99):
         found = sample(efficientvla.EfficientVLA(tokens=tokens), config, params, observation, noise)
         np.testing.assert_allclose(found, expected, atol=1e-4)
@@ -40,7 +41,7 @@ def test_absent_tokens_go_first_and_cost_nothing(setting, sample):
     config, params, observation, noise = setting(image_size=SIDE)
     masks = {name: jnp.array([mask[0], mask[0]]) for name, mask in observation.image_masks.items()}
     observation = observation.replace(image_masks=masks)
-    expected = sampler.sample_actions(config, params, observation, noise, num_steps=STEPS)
+    expected = _sample(config, params, observation, noise, num_steps=STEPS)
     for tokens in (20,):
         found = sample(efficientvla.EfficientVLA(tokens=tokens), config, params, observation, noise)
         np.testing.assert_allclose(found, expected, atol=1e-4)

@@ -10,6 +10,8 @@ from shallow_pi.evaluation.rivals import gated, mole, rival, training
 from shallow_pi.inference import forward, sampler
 from shallow_pi.models import pi0
 
+_sample = jax.jit(sampler.sample_actions, static_argnames=("config", "num_steps", "options"))
+
 
 @pytest.fixture(scope="module")
 def router(tiny_config):
@@ -21,7 +23,7 @@ def router(tiny_config):
 @pytest.mark.parametrize("pi05", [False, True], ids=["pi0", "pi05"])
 def test_a_router_with_all_layers_on_is_the_teacher(pi05, setting, weights, router):
     config, params, observation, noise = setting(pi05)
-    expected = sampler.sample_actions(config, params, observation, noise, num_steps=4)
+    expected = _sample(config, params, observation, noise, num_steps=4)
     run = jax.jit(mole.MoLE(layers=3).sample, static_argnums=0)
     found = run(config, weights(config, params, router), observation, noise)
     np.testing.assert_allclose(found, expected, atol=1e-4)
@@ -47,7 +49,7 @@ def test_closed_gates_are_layers_cut_out(pi05, setting, weights):
     config, params, observation, noise = setting(pi05, depth=2)
     cut = student.cut(config, params, layer_map.explicit([1], 2))
     short = pi0.at_depth(config, 1)
-    expected = sampler.sample_actions(short, cut, observation, noise, num_steps=4)
+    expected = _sample(short, cut, observation, noise, num_steps=4)
     held = weights(config, params).prepared
 
     @jax.jit
@@ -83,8 +85,9 @@ def test_the_loss_trains_router_and_layers(setting, tiny_batch):
     config, params, _, _ = setting(depth=2)
     router = mole.init(config, jax.random.key(1))
     drawn = rival.draw(jax.random.key(0), tiny_batch(config, 4))
-    tokens = pi0.embed_images(config, params, drawn.observation)
-    v, _ = pi0.velocity(config, params, *drawn[:3], image_tokens=tokens)
+    tokens = jax.jit(pi0.embed_images, static_argnums=0)(config, params, drawn.observation)
+    velocity = jax.jit(pi0.velocity, static_argnums=0)
+    v, _ = velocity(config, params, *drawn[:3], image_tokens=tokens)
     seen = training.Seen(drawn, tokens, v)
     rivals = mole.MoLE(layers=1)
 

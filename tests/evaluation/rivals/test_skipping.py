@@ -12,6 +12,8 @@ from shallow_pi.evaluation.rivals import rival, skipping, table
 from shallow_pi.inference import sampler
 from shallow_pi.models import pi0
 
+_sample = jax.jit(sampler.sample_actions, static_argnames=("config", "num_steps", "options"))
+
 
 @pytest.fixture(scope="module")
 def material(own, tiny_params, tiny_batch):
@@ -52,7 +54,7 @@ def test_a_policy_without_layers_is_the_cut_and_without_any_gone_the_teacher(mat
         made = table.find(name).make(material, tmp_path)
         drop = 2 if name.endswith("2") else 0
         kept = skipping.without(3, skipping.order(material, "oracle")[:drop])
-        expected = sampler.sample_actions(
+        expected = _sample(
             pi0.at_depth(model, kept.depth),
             student.cut(model, material.params, kept),
             observation,
