@@ -6,7 +6,7 @@ from shallow_pi.evidence.claim import Claim, Column, Line, Picture, Statement, V
 
 def parity() -> Claim:
     own, success = recipes.STUDENT, rows.IN_TIME
-    data = tuple(own.demonstrations // n for n in (8, 4, 2, 1))
+    data = tuple(own.demonstrations * n // 8 for n in (1, 2, 4, 8, 32))
     steps = (own.steps // 8, own.steps // 4, own.steps // 2, own.steps, 2 * own.steps)
     few = f"{data[0]} demonstrations"
     ways: tuple[tuple[str, str, dict[str, object]], ...] = (
@@ -24,7 +24,7 @@ def parity() -> Claim:
         for label, colour, fields in ways:
             points = []
             for value in values:
-                name = label if value == default else f"{label}, {value} {axis}"
+                name = label if value == default else f"{label}, {value:,} {axis}"
                 found.append(rows.students(name, **{**fields, axis: value}))
                 points.append((float(value), found[-1].at(success)))
             lines.append(Line(label, tuple(points), colour))
@@ -36,7 +36,13 @@ def parity() -> Claim:
         )
     scratch = rows.students("from scratch, equal compute", **rows.SCRATCH)
     taught = rows.students("random init, three losses", init="random")
-    found = [*dict.fromkeys([*found, scratch, taught])]
+    many = f"{data[-1]:,} demonstrations"
+    best = rows.students(
+        f"three losses, layers by sensitivity, {many}",
+        strategy="sensitivity",
+        demonstrations=data[-1],
+    )
+    found = [*dict.fromkeys([*found, scratch, taught, best])]
     ten, elsewhere = Column("around", rows.around(10)), Column("elsewhere", rows.ELSEWHERE)
     columns = (success, ten, elsewhere, rows.TO_TEACHER)
     # The other columns for the default amounts alone.
@@ -44,7 +50,9 @@ def parity() -> Claim:
         rows.TEACHER_ROW.label,
         scratch.label,
         taught.label,
+        best.label,
         *(label for label, _, _ in ways),
+        *(f"{label}, {many}" for label, _, _ in ways),
     ]
     only = {row.at(column) for row in found for column in (success, rows.TO_TEACHER)}
     only |= {(label, c.label) for label in default_rows for c in columns}
