@@ -200,7 +200,7 @@ def _cell(table: outcomes.Table, side: Side, column: Column) -> str:
         other = table.difference(side, reference)
         if other is not None:
             text += f"<br>{_difference(other, column)}"
-    return text.replace("(-", "(−").replace("–-", "–−")
+    return text.replace("-", "−")
 
 
 def _pending(table: outcomes.Table) -> list[str]:
