@@ -2,6 +2,7 @@
 
 import pathlib
 
+import exact_stats
 import numpy as np
 import pytest
 from PIL import Image
@@ -104,7 +105,7 @@ def test_statistics_and_sizes_are_the_teachers_where_it_is_here(
 ):
     teacher = tmp_path / "teacher"
     one, asset_id = (
-        normalize.compute(np.random.default_rng(0).uniform(-0.01, 0.01, (99, 8))),
+        exact_stats.of(np.random.default_rng(0).uniform(-0.01, 0.01, (99, 8))),
         "physical-intelligence/libero",
     )
     normalize.save(teacher / "assets" / asset_id, {"state": one, "actions": one})

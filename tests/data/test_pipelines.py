@@ -3,6 +3,7 @@
 import dataclasses
 import re
 
+import exact_stats
 import numpy as np
 import pytest
 
@@ -22,7 +23,7 @@ def tokens(tmp_path_factory) -> tokenizer.Tokenizer:
 @pytest.fixture(scope="module")
 def stats() -> dict[str, normalize.NormStats]:
     values = np.random.default_rng(0).normal(size=(100, 3)) * 0.1 + 0.3
-    return {"state": normalize.compute(values), "actions": normalize.compute(values * 2)}
+    return {"state": exact_stats.of(values), "actions": exact_stats.of(values * 2)}
 
 
 def _observation(**extra) -> dict:
@@ -111,8 +112,8 @@ def test_outputs_invert_inputs_for_every_robot(tokens, name, kind: normalize.Kin
     robot = robots.find(name)
     rng = np.random.default_rng(1)
     stats = {
-        "state": normalize.compute(rng.normal(size=(50, robot.state_dim))),
-        "actions": normalize.compute(rng.normal(size=(50, robot.action_dim))),
+        "state": exact_stats.of(rng.normal(size=(50, robot.state_dim))),
+        "actions": exact_stats.of(rng.normal(size=(50, robot.action_dim))),
     }
     recording = _recording(robot)
     arguments = {"cameras": CAMERAS, "image_size": 8, "action_dim": 32, "tokenizer": tokens}
@@ -153,7 +154,7 @@ def test_a_state_in_parts_is_joined_and_its_size_checked(tokens) -> None:
     assert joined.shape == (8,)
     recording["gripper_position"] = recording["gripper_position"][0]  # a plain number
     np.testing.assert_array_equal(robots.DROID.state(recording), joined)
-    stats = {key: normalize.compute(np.eye(8)) for key in ("state", "actions")}
+    stats = {key: exact_stats.of(np.eye(8)) for key in ("state", "actions")}
     arguments = {"cameras": CAMERAS, "image_size": 8, "action_dim": 32, "tokenizer": tokens}
     inputs = pipelines.inputs(robots.DROID, **arguments, stats=stats, kind="quantile")
     wrong = recording | {"joint_position": np.zeros(6, np.float32)}
@@ -169,7 +170,7 @@ def test_actions_in_parts_are_joined_and_a_whole_chunk_passes(tokens) -> None:
     robot = dataclasses.replace(robots.UR5, action_key="velocity", action_more=("close",))
     recording = _recording(robot)
     whole = recording["velocity"]
-    stats = {key: normalize.compute(np.eye(7)) for key in ("state", "actions")}
+    stats = {key: exact_stats.of(np.eye(7)) for key in ("state", "actions")}
     arguments = {"cameras": CAMERAS, "image_size": 8, "action_dim": 8, "tokenizer": tokens}
     inputs = pipelines.inputs(robot, **arguments, stats=stats, kind="z_score")
     expected = inputs(dict(recording))["actions"]

@@ -4,10 +4,11 @@ import dataclasses
 import re
 import threading
 
+import exact_stats
 import numpy as np
 import pytest
 
-from shallow_pi.data.robots import normalize, pipelines, statistics
+from shallow_pi.data.robots import pipelines, statistics
 from shallow_pi.data.robots import robot as robots
 
 ROBOT = robots.Robot(
@@ -38,7 +39,7 @@ def test_statistics_are_numpys_over_what_the_model_sees(horizon, block, monkeypa
     monkeypatch.setattr(statistics, "_BLOCK", block)
     found = statistics.compute(*_dataset(), ROBOT, horizon)
     for key, values in _seen(*_dataset(), ROBOT, horizon).items():
-        expected = normalize.compute(values)
+        expected = exact_stats.of(values)
         np.testing.assert_array_equal(found[key].q01, expected.q01)
         np.testing.assert_array_equal(found[key].q99, expected.q99)
         np.testing.assert_allclose(found[key].mean, expected.mean, rtol=1e-6, atol=1e-9)
@@ -50,7 +51,7 @@ def test_statistics_of_aloha_are_of_its_converted_deltas():
     ends = _dataset()[2]
     found = statistics.compute(state, actions, ends, robots.ALOHA, 6)
     for key, values in _seen(state, actions, ends, robots.ALOHA, 6).items():
-        expected = normalize.compute(values)
+        expected = exact_stats.of(values)
         np.testing.assert_allclose(found[key].q99, expected.q99, rtol=1e-6)
         np.testing.assert_allclose(found[key].mean, expected.mean, rtol=1e-5, atol=1e-7)
 
@@ -94,7 +95,7 @@ def test_what_cannot_be_computed_is_named():
 
 
 def _stats(values):
-    return {"state": normalize.compute(np.asarray(values, float))}
+    return {"state": exact_stats.of(np.asarray(values, float))}
 
 
 def test_constant_and_hardly_moving_dimensions_are_told():

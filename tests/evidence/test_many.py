@@ -174,7 +174,6 @@ def test_teachers_and_students_become_step_folders(own, tmp_path, kind, steps):
             prompt="touch the red block",
             task="touch",
             seed=0,
-            discarded=0,
         )
         for n in (4, 6)
     ]

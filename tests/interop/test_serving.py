@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 
+import exact_stats
 import jax
 import numpy as np
 import parity
@@ -27,7 +28,6 @@ from openpi_client import websocket_client_policy
 from shallow_pi.checkpoints import sizes, weights
 from shallow_pi.commands import evaluate, serve_openpi
 from shallow_pi.data.robots import assets as policy_assets
-from shallow_pi.data.robots import normalize
 from shallow_pi.data.robots import robot as robots
 from shallow_pi.deploy import policy
 from shallow_pi.deploy.export import export
@@ -46,7 +46,7 @@ def make_step(tmp_path, data_home):
     def make(robot, model, seed=0):
         generator = np.random.default_rng(seed)
         stats = {
-            key: normalize.compute(generator.standard_normal((50, dim)))
+            key: exact_stats.of(generator.standard_normal((50, dim)))
             for key, dim in (("state", robot.state_dim), ("actions", robot.action_dim))
         }
         tokens = data_home / "big_vision" / "paligemma_tokenizer.model"

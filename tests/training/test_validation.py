@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 
+import exact_stats
 import jax
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ def _assets(model, robot, kind_is_quantile=False):
     generator = np.random.default_rng(3)
 
     def stats(dim):
-        return normalize.compute(generator.normal(0.3, 0.5, (200, dim)))
+        return exact_stats.of(generator.normal(0.3, 0.5, (200, dim)))
 
     return policy_assets.Assets(
         model=dataclasses.replace(model, pi05=kind_is_quantile),

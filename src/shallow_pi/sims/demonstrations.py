@@ -33,8 +33,6 @@ class Episode:
     task: str
     # Of the simulator.
     seed: int
-    # Attempts without success before this one.
-    discarded: int
 
 
 def collect(
@@ -73,7 +71,7 @@ def _demonstrate(suite: simulator.Suite, seed: int, noise: float, index: int) ->
         rng = np.random.default_rng([seed, index, attempt])
         episode = _attempt(suite, sim, int(rng.integers(2**63)), rng, noise)
         if episode is not None:
-            return dataclasses.replace(episode, discarded=attempt)
+            return episode
         if attempt >= ATTEMPTS:
             raise ValueError(
                 f"no success in {attempt} attempts at demonstration {index} of {suite} with noise "
@@ -105,7 +103,6 @@ def _attempt(
         prompt=sim.prompt,
         task=sim.task,
         seed=sim_seed,
-        discarded=0,
     )
 
 

@@ -73,21 +73,6 @@ def kind_of(pi05: bool) -> Kind:
     return "quantile" if pi05 else "z_score"
 
 
-def compute(values: Float[np.ndarray, "*n d"]) -> NormStats:
-    """Exact statistics over every axis but the last."""
-    rows = np.asarray(values, np.float64).reshape(-1, np.shape(values)[-1])
-    if not len(rows):
-        raise ValueError("normalization statistics need at least one row of values, got none")
-    if not np.isfinite(rows).all():
-        row, dim = np.argwhere(~np.isfinite(rows))[0]
-        raise ValueError(
-            f"cannot compute statistics: row {row}, dimension {dim} is {rows[row, dim]}; "
-            "remove or repair that frame"
-        )
-    q01, q99 = np.quantile(rows, [0.01, 0.99], axis=0)
-    return NormStats(rows.mean(0), rows.std(0), q01, q99)
-
-
 def check(stats: Mapping[str, NormStats], dims: Mapping[str, int], kind: Kind) -> None:
     """Raise unless statistics can normalize vectors of these dimensions.
 
