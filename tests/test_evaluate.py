@@ -16,6 +16,7 @@ from shallow_pi.data.robots import robot as robots
 from shallow_pi.deploy import robot_observation
 from shallow_pi.evaluation import served
 from shallow_pi.serving import protocol
+from shallow_pi.sims import simulator
 
 SMALL = ("--option", "image_size=16", "--parallel", "2", "--processes", "1", "--films", "0")
 
@@ -155,6 +156,26 @@ def test_a_folder_of_something_else_or_in_use_is_left_alone(tmp_path, failing):
         assert "or give another --output" in failing(*common, str(tmp_path / "results"))
     (tmp_path / "results" / "settings.json").write_text("[]")
     assert "not hold the settings of an evaluation" in failing(*common, str(tmp_path / "results"))
+
+
+def test_a_group_of_simulators_gives_one_table(tmp_path, failing, monkeypatch):
+    monkeypatch.setitem(simulator.GROUPS, "both", ("turntable", "tabletop"))
+    out = ("--output", str(tmp_path / "results"))
+    policies = ("expert", "other=expert", "--sim", "both", "--episodes", "1", *SMALL)
+    evaluate.main((*policies, *out))
+    report = json.loads((tmp_path / "results" / "report.json").read_text())
+    rates = report["policies"]["other"]
+    assert (rates["turntable"]["episodes"], rates["tabletop"]["episodes"]) == (2, 7)
+    assert rates["average"] == (rates["turntable"]["rate"] + rates["tabletop"]["rate"]) / 2
+    difference = report["differences"]["other - expert"]
+    assert (difference["difference"], difference["only_a"]) == (0, 0)
+    assert difference["both"] + difference["neither"] == 9
+    assert (tmp_path / "results" / "tabletop" / "report.md").exists()
+    assert "| expert | 100.0 % |" in (tmp_path / "results" / "report.md").read_text()
+    (tmp_path / "results" / "mine").touch()
+    assert "holds other things than results of turntable, tabletop: mine" in failing(
+        *policies, *out
+    )
 
 
 def test_results_of_other_settings_are_not_mixed(tmp_path, failing):

@@ -97,6 +97,23 @@ def run(policy, *, batch=4, episodes=30, seed=100, execute_steps=3, **kwargs):
     )
 
 
+def test_simulators_go_on_with_episodes_of_their_scene():
+    asked = {}
+
+    class Kept(Line):
+        def reset(self, seed):
+            super().reset(seed)
+            asked.setdefault(id(self), []).append(seed % 3)
+
+    sims = [Kept(), Kept()]
+    asked.clear()
+    common = {"episodes": 30, "seed": 99, "execute_steps": 3, "label": "student", "batch": 2}
+    found = rollout.evaluate(iter(sims).__next__, Expert(), **common, scene=lambda seed: seed % 3)
+    changes = sum(np.count_nonzero(np.diff(scenes)) for scenes in asked.values())
+    assert changes <= 2, "to the third scene"
+    assert found == rollout.evaluate(Line, Expert(), **common)
+
+
 def test_expert_reaches_every_goal_in_the_least_number_of_steps():
     found = run(Expert())
     assert found.rate == 1

@@ -7,13 +7,13 @@ hf://), a policy server (ws://HOST:PORT, ours or openpi's), or `expert`, the sim
 NAME=POLICY gives it a name.
 
     student=checkpoints/pi05_libero_l6/first teacher=gs://openpi-assets/checkpoints/pi05_libero
-        --sim libero_spatial --execute-steps 5
+        --sim libero --execute-steps 5
     checkpoints/pi0_metaworld_mt10_l6/first --sim metaworld_mt10 --late-ms 110
     ws://127.0.0.1:8000 expert --sim turntable --option disc_speed_deg=15
 
 Simulators: turntable, tabletop; metaworld_mt10, metaworld_mt50 (--extra metaworld);
 aloha_transfer_cube, aloha_insertion (--extra aloha-sim); libero_spatial, libero_object,
-libero_goal, libero_10 (--extra libero).
+libero_goal, libero_10 (--extra libero); libero is these four, with their average.
 docs/benchmarks.md says what each needs, and its protocol.
 
 All policies meet the same initial states. The result (report.md, report.json, a film of each
@@ -36,7 +36,7 @@ from shallow_pi.commands import exits, policy_arguments
 from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.data.robots import normalize
 from shallow_pi.deploy import step_folder
-from shallow_pi.evaluation import comparison, policies, rollout, served
+from shallow_pi.evaluation import comparison, policies, rollout, served, together
 from shallow_pi.parallel import processes
 from shallow_pi.sims import demonstrations, simulator, workers
 
@@ -100,9 +100,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def evaluate(given: Arguments) -> pathlib.Path:
     """Evaluate the policies; returns the folder of the results."""
+    sims = simulator.GROUPS.get(given.sim, (given.sim,))
+    jobs = []
+    for sim in sims:
+        own = dataclasses.replace(given, sim=sim)
+        course = _course(own)
+        jobs.append((course, _entrants(own, course.suite)))
+    folder = pathlib.Path(given.output or f"evaluations/{given.sim.replace(':', '.')}").expanduser()
+    if given.overwrite:
+        run_folder.prepare(folder, resume=False, overwrite=True, meet=processes.sync)
+    processes.cache_compilations()
+    if len(sims) == 1:
+        comparison.run(folder, *jobs[0])
+        return folder
+    with together.folder(folder, sims):
+        found = {course.sim: comparison.run(folder / course.sim, course, e) for course, e in jobs}
+        together.write(folder, given.sim, found)
+    return folder
+
+
+def _course(given: Arguments) -> comparison.Course:
     options = simulator.options(given.option, "--option")
     suite = simulator.find(given.sim, options)
-    course = comparison.Course(
+    return comparison.Course(
         sim=given.sim,
         options=options,
         suite=suite,
@@ -112,13 +132,6 @@ def evaluate(given: Arguments) -> pathlib.Path:
         processes=given.processes or demonstrations.cpus(),
         films=given.films,
     )
-    entrants = _entrants(given, suite)
-    folder = pathlib.Path(given.output or f"evaluations/{given.sim.replace(':', '.')}").expanduser()
-    if given.overwrite:
-        run_folder.prepare(folder, resume=False, overwrite=True, meet=processes.sync)
-    processes.cache_compilations()
-    comparison.run(folder, course, entrants)
-    return folder
 
 
 def _entrants(given: Arguments, suite: simulator.Suite) -> list[comparison.Entrant]:

@@ -147,8 +147,13 @@ def _write(path: pathlib.Path, text: str) -> None:
     run_folder.write_text(path, text, ADVICE)
 
 
-def run(folder: pathlib.Path, course: Course, entrants: Sequence[Entrant]) -> None:
+def run(
+    folder: pathlib.Path, course: Course, entrants: Sequence[Entrant]
+) -> dict[str, rollout.Evaluation]:
     """Evaluate every policy, and write the report after each.
+
+    Returns:
+      All that the report tells of, by label.
 
     Raises:
       ValueError, OSError: from a policy, a server or the simulator; finished episodes are kept.
@@ -156,10 +161,12 @@ def run(folder: pathlib.Path, course: Course, entrants: Sequence[Entrant]) -> No
     with run_folder.writing(folder, ADVICE):
         folder.mkdir(parents=True, exist_ok=True)
     with run_folder.held(folder, "--output"):
-        _run(folder, course, entrants)
+        return _run(folder, course, entrants)
 
 
-def _run(folder: pathlib.Path, course: Course, entrants: Sequence[Entrant]) -> None:
+def _run(
+    folder: pathlib.Path, course: Course, entrants: Sequence[Entrant]
+) -> dict[str, rollout.Evaluation]:
     settings = prepare(folder, course, entrants)
     found: dict[str, rollout.Evaluation] = {}
     for label in settings:
@@ -186,13 +193,16 @@ def _run(folder: pathlib.Path, course: Course, entrants: Sequence[Entrant]) -> N
                 path=_path(folder, entrant.label),
                 delay=entrant.delay,
                 threads=count,
+                scene=simulator.scene(course.suite),
             )
             for seed in range(course.seed, course.seed + min(course.films, course.episodes)):
                 _film(folder, entrant, policy, pool.simulators[0], seed, count)
             if isinstance(policy, served.Served):
                 policy.close()
+            del policy  # Two large ones may not fit on the device.
             write(folder, course, settings, found)
     show(course, found)
+    return found
 
 
 def _path(folder: pathlib.Path, label: str) -> pathlib.Path:

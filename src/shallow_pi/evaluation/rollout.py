@@ -179,6 +179,7 @@ def evaluate(
     path: pathlib.Path | None = None,
     delay: Delay = AT_ONCE,
     threads: int = 1,
+    scene: Callable[[int], int] = lambda seed: 0,
 ) -> Evaluation:
     """Run the episodes with seeds `seed`, `seed + 1`, ... and count successes.
 
@@ -196,6 +197,8 @@ def evaluate(
       delay: how late plans arrive.
       threads: how many simulators render and move at once; more than one for simulators that are
         in other processes (`sims.workers`).
+      scene: by an episode's seed; a simulator goes on with episodes of its scene while there are
+        any (see `simulator.scene`).
     """
     if min(episodes, execute_steps, batch) < 1:
         raise ValueError(
@@ -208,13 +211,22 @@ def evaluate(
     batch = min(batch, episodes)
     idle = [make_sim() for _ in range(min(batch, len(queue)))]
     slots: list[_Slot] = []
+    scenes: dict[int, int] = {}
+
+    def begin() -> _Slot:
+        sim = idle.pop()
+        seed = next((s for s in queue if scenes.get(id(sim)) == scene(s)), queue[0])
+        queue.remove(seed)
+        scenes[id(sim)] = scene(seed)
+        return _Slot(sim, seed)
+
     with (
         _episode_log(path) as log,
         concurrent.futures.ThreadPoolExecutor(threads) as pool,
         progress.bar(f"Evaluate {label}", total=episodes, done=len(finished)) as advance,
     ):
         while queue or slots:
-            begun = [_Slot(idle.pop(), queue.pop(0)) for _ in range(min(len(queue), len(idle)))]
+            begun = [begin() for _ in range(min(len(queue), len(idle)))]
             _each(pool, lambda slot: slot.sim.reset(slot.seed), begun)
             slots += begun
             chunks = _plan(policy, slots, batch, execute_steps, label, delay, pool)

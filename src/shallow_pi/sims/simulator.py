@@ -149,6 +149,8 @@ SUITES: dict[str, Entry] = {
     "tabletop": Entry("shallow_pi.sims.tabletop:Suite"),
     "turntable": Entry("shallow_pi.sims.turntable:Suite"),
 }
+# Names of several simulators that are evaluated in turn.
+GROUPS = {"libero": ("libero_spatial", "libero_object", "libero_goal", "libero_10")}
 
 
 def find(name: str, given: Mapping[str, object]) -> Suite:
@@ -252,6 +254,15 @@ def harder(suite: Suite, names: Sequence[str] | None) -> dict[str, Suite]:
         if name not in found:
             raise ValueError(f"no harder variant {name!r}; {_known(name, found)}")
     return {name: found[name] for name in (found if names is None else names)}
+
+
+def scene(suite: Suite) -> Callable[[int], int]:
+    """The scene of an episode by its seed, for suites whose simulators build one at a time.
+
+    Such a suite gives it by a method `scene`, which others need not have.
+    """
+    found: Callable[[int], int] = getattr(suite, "scene", lambda seed: 0)
+    return found
 
 
 def moving(suite: Suite) -> Suite | None:

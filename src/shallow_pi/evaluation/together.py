@@ -1,0 +1,88 @@
+"""One table of several simulators' results, such as LIBERO's four suites and their average."""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+
+from shallow_pi import progress
+from shallow_pi.checkpoints import run_folder
+from shallow_pi.evaluation import comparison, report, rollout, validation_tables
+
+# By simulator, then by policy.
+Found = Mapping[str, Mapping[str, rollout.Evaluation]]
+
+
+@contextlib.contextmanager
+def folder(path: pathlib.Path, sims: Sequence[str]) -> Iterator[None]:
+    """Make the folder of a table and its simulators' folders; nobody else writes there meanwhile.
+
+    Raises:
+      ValueError: it holds something else, or another process works there.
+    """
+    with run_folder.writing(path, comparison.ADVICE):
+        path.mkdir(parents=True, exist_ok=True)
+    own = {*sims, run_folder.REPORT_FILE, run_folder.REPORT_PAGE}
+    if other := sorted(child.name for child in path.iterdir() if child.name not in own):
+        raise ValueError(
+            f"{path} holds other things than results of {', '.join(sims)}: "
+            f"{', '.join(other[:3])}; give another --output"
+        )
+    with run_folder.held(path, "--output"):
+        yield
+
+
+def pooled(found: Found) -> dict[str, rollout.Evaluation]:
+    """All episodes of each policy that every simulator has, in the simulators' order."""
+    first = next(iter(found.values()))
+    labels = [label for label in first if all(label in policies for policies in found.values())]
+    return {
+        label: dataclasses.replace(
+            first[label], episodes=tuple(e for each in found.values() for e in each[label].episodes)
+        )
+        for label in labels
+    }
+
+
+def table(found: Found) -> validation_tables.Table:
+    """Success of each policy on each simulator, and the mean of these."""
+    rows = []
+    for label in pooled(found):
+        rates = [100 * policies[label].rate for policies in found.values()]
+        mean = sum(rates) / len(rates)
+        rows.append([label, *(f"{rate:.1f} %" for rate in rates), f"{mean:.1f} %"])
+    return ["policy", *found, "average"], rows
+
+
+def write(path: pathlib.Path, name: str, found: Found) -> None:
+    """Write report.json and report.md, and print the table."""
+    everything, (header, rows) = pooled(found), table(found)
+    said = [
+        report.sentence(b, a, "all episodes", everything[b].minus(everything[a]))
+        for a, b in comparison.pairs(everything)
+    ]
+    values = {
+        "policies": {
+            label: {
+                **{sim: report.success(policies[label]) for sim, policies in found.items()},
+                "average": sum(each[label].rate for each in found.values()) / len(found),
+            }
+            for label in everything
+        },
+        "differences": {
+            f"{b} - {a}": dataclasses.asdict(everything[b].minus(everything[a]))
+            for a, b in comparison.pairs(everything)
+        },
+    }
+    text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+    run_folder.write_text(path / run_folder.REPORT_FILE, text, comparison.ADVICE)
+    lines = [f"# {name}: {', '.join(everything)}", "", "Success; the parts have the rest:"]
+    lines += ["", *(f"- [{sim}]({sim}/{run_folder.REPORT_PAGE})" for sim in found), ""]
+    lines += [report.row(header), report.row(["---", *["---:"] * (len(header) - 1)])]
+    lines += [*map(report.row, rows), "", *(f"- {line}" for line in said), ""]
+    page = "\n".join(lines)
+    run_folder.write_text(path / run_folder.REPORT_PAGE, page, comparison.ADVICE)
+    report.show_table(progress.console, (header, rows))
+    for line in said:
+        progress.say(line)
