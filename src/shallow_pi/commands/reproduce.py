@@ -77,12 +77,12 @@ class Arguments:
     episodes: int = 500
     # Cells whose names match this regular expression; empty is all.
     only: str = ""
-    # Of the cells every n-th, from the i-th: i/n.
+    # Measure every n-th cell, from the i-th: i/n.
     part: str = "1/1"
-    # Processes.
+    # Number of processes, each on a core of its own.
     workers: int = 1
-    # Train the rivals that are trained, where they are missing (each takes as long as a student of
-    # all layers); those that are not are made anyway.
+    # Train missing rivals that need training (each takes as long as a student of all layers); the
+    # others are made anyway.
     train_rivals: bool = False
     # First train the policies that are not among the runs.
     train: bool = False

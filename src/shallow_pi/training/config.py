@@ -50,23 +50,23 @@ class TeacherConfig:
 class StudentConfig:
     """The layers of the shallow policy, and its initial parameters."""
 
-    # Number of layers.
+    # Layers of backbone and action expert.
     depth: int = 6
     # Layers of the backbone that stay whole, if other than --student.depth. Of the others the
-    # expert keeps the keys and values. The shallower of the two streams has evenly spaced ones of
-    # the deeper one's layers.
+    # expert keeps the keys and values. The shallower stream has evenly spaced layers of the deeper.
     backbone_depth: int = 0
     # Layers of the action expert, if other than --student.depth.
     expert_depth: int = 0
     # Layers of the image tower, evenly spaced; 0 keeps all. A cut tower has a loss on its tokens
     # (--losses.vision).
     vision_depth: int = 0
-    # Image tokens of a camera that the backbone sees, of 256 such as 128 or 64. 0 keeps all.
+    # Image tokens of a camera that the backbone sees, such as 128 or 64 of 256; 0 keeps all.
     image_tokens: int = 0
-    # Their choice: "pool" takes means of neighbouring ones (64: of 2 × 2), "scored" those that a
-    # scorer expects the teacher's actions to attend to most; openpi cannot run the latter.
+    # Choice of --student.image-tokens: "pool" takes means of neighbouring ones (64: of 2 × 2),
+    # "scored" those that a scorer expects the teacher's actions to attend to most; openpi cannot run
+    # the latter.
     image_token_choice: Literal["pool", "scored"] = "pool"
-    # Strategy that chooses them among the teacher's. Four measure it on the first batch: similarity
+    # Strategy that chooses layers of the teacher. Four measure them on the first batch: similarity
     # (cosine of input and output) and cka drop layers that change little, sensitivity (error
     # when skipped) and gate (gradient of a gate on the layer) those that are missed least.
     strategy: layer_map.Strategy = "uniform"
@@ -260,7 +260,7 @@ class ClosedLoopConfig:
 class DistillConfig:
     """A complete experiment; it is resolved and saved beside its checkpoints."""
 
-    # Architecture of the teacher; the student's differs in depth alone.
+    # Architecture of the teacher; the student's is cut from it (--student).
     model: pi0.Pi0Config
     # Training data.
     data: data_config.DataConfig
