@@ -63,8 +63,8 @@ class StudentConfig:
     # Image tokens of a camera that the backbone sees, such as 128 or 64 of 256; 0 keeps all.
     image_tokens: int = 0
     # Choice of --student.image-tokens: "pool" takes means of neighbouring ones (64: of 2 × 2),
-    # "scored" those that a scorer expects the teacher's actions to attend to most; openpi cannot run
-    # the latter.
+    # "scored" those that a scorer expects the teacher's actions to attend to most, which openpi
+    # cannot run.
     image_token_choice: Literal["pool", "scored"] = "pool"
     # Strategy that chooses layers of the teacher. Four measure them on the first batch: similarity
     # (cosine of input and output) and cka drop layers that change little, sensitivity (error
