@@ -1,6 +1,7 @@
 """Holds the source to CONTRIBUTING's table of folders: imports point down, without circles."""
 
 import ast
+import collections
 import pathlib
 import re
 import sys
@@ -206,3 +207,10 @@ def test_files_are_short_and_say_what_they_are_for(path):
     assert len(text.splitlines()) <= 500, f"{path} is asking to be two files"
     assert ast.get_docstring(ast.parse(text)), f"{path} opens without a docstring"
     assert path.stem not in {"utils", "common", "helpers", "misc"}
+
+
+def test_test_files_have_names_of_their_own():
+    """pytest imports them by name alone and collects neither of two."""
+    folders = (path for path in (ROOT / "tests").rglob("test_*.py") if ".venv" not in path.parts)
+    counts = collections.Counter(path.name for path in folders)
+    assert not [name for name, count in counts.items() if count > 1]

@@ -25,7 +25,8 @@ LAYERS, TEACHER_DEPTH = [1, 3], 5
 def run(own, params, tmp_path_factory):
     """A run's folder with two steps; tests must not change it."""
     folder = tmp_path_factory.mktemp("runs") / "first"
-    for step, of_step in (("2", params), ("10", jax.tree.map(lambda x: -x, params))):
+    negative = jax.tree.map(lambda x: -np.asarray(x), params)
+    for step, of_step in (("2", params), ("10", negative)):
         weights.save_params(folder / step / "params", of_step)
         own.save(folder / step / "assets")
         (folder / step / "data").mkdir()

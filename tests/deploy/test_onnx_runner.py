@@ -44,7 +44,7 @@ def folders(own, tiny_params, tmp_path_factory):
     found = {}
     for name, one in (("turntable", own), ("aloha", aloha)):
         found[name] = tmp_path_factory.mktemp(name) / "2"
-        params = jax.tree.map(lambda leaf: 0.4 * leaf, tiny_params(one.model))
+        params = jax.tree.map(lambda leaf: 0.4 * np.asarray(leaf), tiny_params(one.model))
         weights.save_params(found[name] / "params", params)
         one.save(found[name] / "assets")
     return found

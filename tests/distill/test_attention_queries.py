@@ -117,7 +117,8 @@ def test_a_step_moves_the_queries_that_are_compared(attending, queries, layer, p
     assert expected > 1e-4
     np.testing.assert_allclose(metrics["attention_loss"], expected, rtol=1e-5)
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
-    moved = jax.tree.map(lambda a, b: np.abs(a - b), new.params, state.params)
+    new, old = jax.device_get((new.params, state.params))
+    moved = jax.tree.map(lambda a, b: np.abs(a - b), new, old)
     attn = moved["PaliGemma"]["llm"]["layers"]["attn"]
     assert attn["q_einsum"]["w"][pair[0]].max() > 1e-6
     if queries == "all":

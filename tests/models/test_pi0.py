@@ -428,7 +428,7 @@ def test_bfloat16_is_close_to_float32(pi05, model, tiny_config):
     x_t = _x_t(config, 2)
     full, _ = _velocity(config, params, observation, x_t, T)
     low_config = tiny_config(pi05=pi05, dtype="bfloat16")
-    served = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    served = jax.tree.map(lambda leaf: np.asarray(leaf).astype(jnp.bfloat16), params)
     for low in (params, served):
         v, _ = _velocity(low_config, low, observation, x_t, T)
         assert v.dtype == jnp.float32

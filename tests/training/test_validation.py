@@ -199,7 +199,7 @@ def test_the_average_is_measured_where_it_is_what_is_saved(pair):
     """Whatever step the state is at."""
     spec, params, state, expected = pair
     averaging = dataclasses.replace(spec, ema_decay=0.9, augmentation=observation.Augmentation())
-    other = jax.tree.map(lambda leaf: leaf + 1, state.params)
+    other = jax.tree.map(lambda leaf: leaf + 1, jax.device_get(state.params))
     later = dataclasses.replace(state, step=state.step + 7, params=other, ema_params=state.params)
     found = _created(averaging, params, _mesh(ONE, 1)).measure(params, later)
     assert found == pytest.approx(expected, rel=1e-5)
