@@ -182,7 +182,7 @@ def test_help_of_a_config_lists_its_fields_with_their_comments(capsys):
         _cli("debug", "--help")
     assert error.value.code == 0
     out = capsys.readouterr().out
-    for words in ("Synthetic batches", "--student.strategy", "Number of layers.", "(default: 16)"):
+    for words in ("Synthetic batches", "--student.strategy", "Layers of backbone", "(default: 16)"):
         assert words in out
     assert "--name" not in out
 
