@@ -247,14 +247,20 @@ def test_without_a_teacher_the_step_is_the_task_loss_alone(setting, without_atte
     assert not {"velocity_loss", "attention_loss", "teacher_task_loss"} & metrics.keys()
 
 
-def test_the_average_follows_and_donation_takes_the_state_alone(setting, without_attention):
-    """Neither the teacher's bytes nor the parameters a state was made of change."""
+def test_the_average_follows_and_donation_leaves_the_teacher_alone(setting, without_attention):
     _, teacher, state, _ = setting
     new_state, (kept, teacher_before) = without_attention
     expected = jax.tree.map(lambda e, p: 0.75 * e + 0.25 * np.asarray(p), kept, new_state.params)
     _assert_close(new_state.ema_params, expected, atol=1e-6)
     jax.tree.map(np.testing.assert_array_equal, (state.params, teacher), (kept, teacher_before))
     assert state.ema_params is None
+
+
+def test_a_state_shares_no_array_with_what_it_was_made_of(setting):
+    given = {"bias": jnp.ones(3)}
+    state = step.init_state(dataclasses.replace(setting[0], ema_decay=0.75), given)
+    trees = (given, state.params, state.ema_params)
+    assert len({tree["bias"].unsafe_buffer_pointer() for tree in trees}) == 3
 
 
 def test_a_state_is_float32_whatever_it_was_cut_from(setting):

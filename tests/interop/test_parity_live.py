@@ -51,11 +51,11 @@ def test_the_parameter_trees_are_the_same_at_any_depth(pi05):
 
 
 @pytest.mark.parametrize("pi05", [False, True], ids=["pi0", "pi05"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_student_padded_with_zero_layers_is_the_student(pi05, dtype):
+def test_a_student_padded_with_zero_layers_is_the_student(pi05):
+    """Bit for bit where rounding is coarse; `test_checkpoints` compares in float32 with ours."""
     layers = layer_map.uniform(6, 18).layers
-    config = parity.model(pi05, 6, dtype)
-    params = theirs.in_dtype(parity.own_params(config), dtype)
+    config = parity.model(pi05, 6, "bfloat16")
+    params = theirs.in_dtype(parity.own_params(config), "bfloat16")
     deep = theirs.model(pi0.at_depth(config, 18), theirs.padded(params, layers))
     samples = parity.batch(config)
     shallow = theirs.sample(theirs.model(config, params), samples)
