@@ -45,10 +45,17 @@ def test_a_dataset_is_read_and_ways_that_are_too_slow_are_marked(capsys):
     assert capsys.readouterr().out.count("too slow") == 5
 
 
+def test_pictures_that_are_no_video_are_read_without_a_comparison(capsys):
+    path = ["--path", str(FIXTURES / "pusht_v30_image")]
+    benchmark_loader.main([*SMALL, "--repeats", "1", *path])
+    told = capsys.readouterr().out
+    assert "loader, 2 threads" in told
+    assert "PyAV, as it comes" not in told
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--path", str(FIXTURES / "pusht_v30_image")], "only video can be compared with PyAV"),
         (["--path", "absent"], "absent/meta/info.json is missing"),
         (["--batches", "0"], "--batches must be at least 1, got 0"),
     ],

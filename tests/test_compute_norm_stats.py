@@ -37,7 +37,7 @@ def run(tmp_path, monkeypatch, capsys):
     pathlib.Path("pusht.py").write_text(ROBOT)
 
     def call(*arguments):
-        given = ["--data.robot", "pusht.py", "--data.asset-id", "pusht", *arguments]
+        given = ["--data.robot", "pusht.py", *arguments]
         compute_norm_stats.main(
             given if "--data.path" in given else ["--data.path", str(FIXTURE), *given]
         )

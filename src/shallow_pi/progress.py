@@ -98,7 +98,7 @@ def _log_bar(label: str, total: int, done: int, every_seconds: float = 10.0) -> 
         if amount and count == done:
             paced_from, paced = now, count + amount
         count += amount
-        if now - last >= every_seconds:
+        if now - last >= every_seconds and count < total:
             last = now
             eta = ""
             if count > paced:

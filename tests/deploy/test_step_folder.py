@@ -195,6 +195,18 @@ def test_a_checkpoint_of_parameters_alone_is_given_its_statistics(own, openpis, 
     np.testing.assert_array_equal(found.stats["actions"].std, own.stats["actions"].std)
 
 
+def test_a_folder_without_parameters_is_told_before_its_robot_is_asked_for(openpis, tmp_path):
+    shutil.copytree(openpis / "assets", tmp_path / "1" / "assets")
+    (tmp_path / "1" / "train_state").mkdir()
+    with pytest.raises(
+        ValueError, match=r"holds no parameters .* it holds assets, train_state\. A"
+    ):
+        step_folder.assets(tmp_path / "1")
+    (tmp_path / "1" / "adapter_model.safetensors").touch()
+    with pytest.raises(ValueError, match=r"an adapter of PEFT's without the model: merge it"):
+        step_folder.assets(tmp_path / "1")
+
+
 def test_a_path_that_may_be_an_address_is_told(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for given, meant in (

@@ -60,6 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if given.horizon < 1:
             raise ValueError(f"--horizon must be at least 1, got {given.horizon}")
         robot = robots.find(given.data.robot)
+        if not name and not any(word.startswith("--data.asset-id") for word in words):
+            data = dataclasses.replace(given.data, asset_id=robot.name)
+            given = dataclasses.replace(given, data=data)
         # No pictures are read, so no video is fetched from the hub.
         looks = given.data.skip_bad_episodes
         datasets, _ = opening.open_datasets(given.data, robot, pictures=looks)

@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             Arguments,
             words[1:],
             __doc__ or "",
-            prog=words[0],
+            prog=f"{pathlib.Path(sys.argv[0]).name} {words[0]}",
             default=Arguments(command_line.load(command_line.configs(), words[0])),
         )
         experiment = given.experiment

@@ -116,8 +116,9 @@ def cli(
         if default is None:
             name, arguments = arguments[0], arguments[1:]
             default, description = load(folder, name), _docstring(find(folder, name))
+        command = pathlib.Path(sys.argv[0]).name
         experiment = flags.parse(
-            DistillConfig, arguments, description, prog=default.name, default=default
+            DistillConfig, arguments, description, prog=f"{command} {default.name}", default=default
         )
         return _fit_schedule(experiment, default, arguments)
     except (ValueError, FileNotFoundError) as error:
