@@ -13,19 +13,20 @@ from shallow_pi.evidence.claim import Picture
 
 
 def picture(path: pathlib.Path, table: outcomes.Table, drawn: Picture) -> bool:
-    """A claim's figure with 95 % intervals; False, and no file, where nothing was measured."""
-    names = [x for line in drawn.lines for x, _ in line.points if isinstance(x, str)]
+    """What is measured of a claim's figure, with 95 % intervals; False, and no file, if nothing."""
+    means = [[(x, table.mean(side)) for x, side in line.points] for line in drawn.lines]
+    lines = [[(x, mean) for x, mean in found if mean is not None] for found in means]
+    names = [x for measured in lines for x, _ in measured if isinstance(x, str)]
+    if not any(lines):
+        return False
     places = {name: float(i) for i, name in enumerate(dict.fromkeys(names))}
     wide = max(5.2, 0.5 * len(places) + 2)
     figure, axes = figures.make(1, 1, (wide, 3.9 if not places else 4.4))
-    axis, something = axes[0][0], False
+    axis = axes[0][0]
     percent = drawn.y.endswith("%")
-    for index, line in enumerate(drawn.lines):
-        found = [(x, table.mean(side)) for x, side in line.points]
-        measured = [(x, mean) for x, mean in found if mean is not None]
+    for index, (line, measured) in enumerate(zip(drawn.lines, lines, strict=True)):
         if not measured:
             continue
-        something = True
         scale = 100 if percent else 1
         offset = 0.12 * (index - (len(drawn.lines) - 1) / 2) if places else 0.0
         x = np.array([places[x] + offset if isinstance(x, str) else x for x, _ in measured])
@@ -42,8 +43,6 @@ def picture(path: pathlib.Path, table: outcomes.Table, drawn: Picture) -> bool:
             x, y, yerr=errors, label=line.label, color=color, linestyle=line.style,
             marker="o", markersize=4.5, linewidth=1.6, elinewidth=1.0, capsize=2.0,
         )  # fmt: skip
-    if not something:
-        return False
     if places:
         axis.set_xticks(list(places.values()), list(places), rotation=35, ha="right", fontsize=8)
     elif all(x > 0 for line in drawn.lines for x, _ in line.points if isinstance(x, float)):

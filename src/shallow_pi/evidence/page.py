@@ -60,13 +60,7 @@ def write(path: pathlib.Path, folder: pathlib.Path, episodes: int) -> list[pathl
     tables = [outcomes.Table(claim, results, episodes) for claim in claims.CLAIMS.values()]
     measured = [table for table in tables if set(table.claim.cells()) & set(results.rows)]
     lines = _head(folder, episodes, results)
-    if measured:
-        lines += ["", "| claim | statement | verdict |", "|---|---|---|"]
-    for table in measured:
-        name = table.claim.name
-        for statement in table.claim.statements:
-            text, _, verdict = _decision(table, statement)
-            lines.append(f"| [{name}](#{name}) | {text} | {verdict} |")
+    lines += _verdicts(measured)
     for table in measured:
         lines += _section(table)
         pictures: list[tuple[str, pathlib.Path]] = []
@@ -122,20 +116,44 @@ def _head(folder: pathlib.Path, episodes: int, results: cells.Results) -> list[s
     ).splitlines()
 
 
+def _verdicts(tables: Sequence[outcomes.Table]) -> Iterator[str]:
+    """Every measured statement with its verdict, then how many of which claim are not measured."""
+    if not tables:
+        return
+    yield from ("", "| claim | statement | verdict | measured |", "|---|---|---|---|")
+    left = []
+    for table in tables:
+        name, count = table.claim.name, 0
+        for statement in table.claim.statements:
+            text, value, verdict = _decision(table, statement)
+            count += not value
+            if value:
+                yield f"| [{name}](#{name}) | {text} | {verdict} | {value} |"
+        if count:
+            left.append(f"[{name}](#{name}) {count}")
+    if left:
+        yield from ("", f"Statements that are not measured yet: {', '.join(left)}.")
+
+
 def _section(table: outcomes.Table) -> list[str]:
-    claim = table.claim
+    claim, left = table.claim, []
     lines = ["", f"## {claim.name}", "", f"**{claim.question}** {claim.says}", ""]
     for statement in claim.statements:
         text, value, verdict = _decision(table, statement)
-        lines.append(f"- {text}: {verdict}" + (f": {value}" if value else ""))
+        if value:
+            lines.append(f"- {text}: {verdict}: {value}")
+        else:
+            left.append(text)
+    if left:
+        lines.append(f"- not measured: {'; '.join(left)}")
     return lines
 
 
 def _decision(table: outcomes.Table, statement: Statement) -> tuple[str, str, str]:
-    """Text, value and verdict of a statement."""
+    """Text, value (empty where nothing is measured) and verdict of a statement."""
     verdict, found = table.decide(statement)
     if found is None:
-        return statement.text, "", "not measured"
+        return statement.text, "", ""
     column = next(c for c in table.claim.columns if c.label == statement.a[1])
     value = _difference(found, column) if statement.b else _mean(found, column)
     bold = f"**{verdict}**" if verdict != "open" else verdict
