@@ -194,6 +194,7 @@ def test_more_about_tasks_and_unknown_shapes_do_not_stop_a_conversion(convert, t
     file.write_text(file.read_text().replace("}", ', "category": "push"}', 1))
     info = json.loads((old / "meta" / "info.json").read_text())
     info["features"]["action"]["shape"] = None
+    del info["features"]["task_index"]["shape"]
     (old / "meta" / "info.json").write_text(json.dumps(info))
     found = convert(old)
     assert f"['category'] of the tasks of {old} are left out" in capsys.readouterr().err
@@ -218,6 +219,15 @@ def test_tasks_keep_their_numbers_and_episodes_left_out_are_told(convert, tmp_pa
     told = capsys.readouterr().err
     assert "3 of 4 episodes of" in told
     assert "numbered anew from 0" in told
+
+
+def test_tasks_whose_number_changes_are_told(convert, tmp_path, capsys):
+    """LeRobot takes a number for a row of the table, so that numbers with a gap cannot stay."""
+    old = shutil.copytree(OLD, tmp_path / "old")
+    tasks = (old / "meta" / "tasks.jsonl").read_text()
+    (old / "meta" / "tasks.jsonl").write_text(tasks + '{"task_index": 7, "task": "unused"}\n')
+    assert convert(old).tasks == {**reader.Dataset(OLD).tasks, 2: "unused"}
+    assert "are numbered anew (7: 2): other columns that number" in capsys.readouterr().err
 
 
 def test_a_dataset_of_version_3_is_copied_film_by_film(convert):

@@ -292,6 +292,16 @@ def test_an_episode_is_found_in_another_file_than_named(tmp_path, frames, capsys
             reader.Dataset(root)
 
 
+def test_a_start_in_the_video_that_is_no_number_is_named(tmp_path, frames) -> None:
+    root = _write(tmp_path / "set", frames, codebase_version="v3.0")
+    path = root / "meta" / "episodes" / "chunk-000" / "file-000.parquet"
+    path.parent.mkdir(parents=True)
+    row = {"episode_index": [0], "length": 3, "videos/top/from_timestamp": "0:00"}
+    pl.DataFrame(row).write_parquet(path)
+    with pytest.raises(ValueError, match=r"timestamp of episode 0 of .* is '0:00', expected seco"):
+        layout.read(root)
+
+
 def test_version_3_may_have_a_data_file_for_each_episode(tmp_path, frames) -> None:
     root = _write(tmp_path / "set", frames, codebase_version="v3.0")
     path = root / "meta" / "episodes" / "chunk-000" / "file-000.parquet"
@@ -359,7 +369,8 @@ def test_the_folder_that_was_meant_is_guessed(tmp_path, frames) -> None:
         (root.parent, f"did you mean {root}?"),
         (root / "meta", f"did you mean {root}?"),
         (tmp_path / "one.zip", "it is a file: unpack it"),
-        (tmp_path, "was writing it interrupted"),
+        (tmp_path, f"did you mean {root}?"),
+        (root / "data", "was writing it interrupted"),
     ):
         with pytest.raises(FileNotFoundError, match=re.escape(hint)):
             layout.read(path)
@@ -443,6 +454,7 @@ DAMAGE = {
         (b'{"codebase_version": "v2.1", "fps": 0, "features": {}}', "fps is 0, expected a posi"),
         (b'{"codebase_version": "v2.1", "fps": "x", "features": {}}', "fps is 'x', expected a p"),
         (b'{"codebase_version": "v2.1", "fps": 9, "features": {"a": 1}}', "needs a 'dtype'"),
+        (b'{"codebase_version":"v2.1","fps":9,"features":{},"data_path":{}}', "data_path is {}, e"),
         (
             b'{"codebase_version":"v2.1","fps":9,"features":{"a":{"dtype":"int8","shape":"x"}}}',
             "shape of 'a' in .* is 'x', expected a whole number",

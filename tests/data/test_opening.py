@@ -64,6 +64,7 @@ def test_all_episodes_are_trained_on_unless_some_are_held_out(data, model):
         (["state"], None),
         (["0", "1", "2"], None),
         (None, None),
+        (3, None),
     ],
     ids=str,
 )

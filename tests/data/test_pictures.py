@@ -12,7 +12,7 @@ import polars as pl
 import pytest
 from PIL import Image
 
-from shallow_pi.data import fit
+from shallow_pi.data import fit, frame_cache
 from shallow_pi.data.lerobot import pictures, reader
 from shallow_pi.data.lerobot import writer as lerobot_writer
 from shallow_pi.data.robots import robot as robots
@@ -171,7 +171,9 @@ def test_episodes_with_the_same_stretch_of_video_are_told(tmp_path, capsys) -> N
     table.with_columns(starts).write_parquet(meta)
     with pytest.raises(ValueError, match=r"meta/episodes has no '.*from_timestamp' of episode 1; "):
         reader.Dataset(folder)
-    assert reader.Dataset(folder, skip_bad_episodes=True).episodes == [0]
+    dataset = reader.Dataset(folder, skip_bad_episodes=True)
+    assert dataset.episodes == [0]
+    assert frame_cache.key(dataset, TOP, 32)
 
 
 def test_only_a_share_of_very_many_regular_videos_is_checked(tmp_path, monkeypatch) -> None:
@@ -354,6 +356,9 @@ def test_pictures_are_found_however_they_are_stored(tmp_path) -> None:
     with pytest.raises(
         ValueError, match=r"episode 0, frame 0: .*frame_0\.png' is missing, in .*episode_000000 too"
     ):
+        dataset.picture(0, TOP)
+    dataset = _with_pictures(tmp_path / "base64", ["iVBORw0KGgo" * 400])
+    with pytest.raises(ValueError, match=r"its file 'iVBORw0KGgo\w{,100} is missing, in "):
         dataset.picture(0, TOP)
 
 

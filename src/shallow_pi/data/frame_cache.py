@@ -7,6 +7,7 @@ first; records are written whole on demand and are valid only if their checksum 
 or two processes that write the same record, do no harm. Delete the folder to free the space.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import itertools
@@ -152,13 +153,16 @@ class FrameCache:
 def key(dataset: reader.Dataset, camera: str, size: int) -> str:
     """The file name of a camera's pictures, a hash of everything that determines their bytes."""
     layout = dataset.layout
-    if layout.info["features"][camera]["dtype"] == "video":
-        places = {episode: layout.video(episode, camera) for episode in sorted(layout.lengths)}
-    else:
-        places = {episode: (layout.data_file(episode), 0.0) for episode in sorted(layout.lengths)}
+    is_video = layout.info["features"][camera]["dtype"] == "video"
+    places: dict[int, tuple[str, float]] = {}
+    numbers = set()
+    for episode in sorted(layout.lengths):
+        with contextlib.suppress(ValueError):  # An episode without a place, which is left out.
+            # Data files too: their timestamps say which picture of a video belongs to a frame.
+            numbers.add(layout.data_file(episode))
+            own = layout.video(episode, camera) if is_video else (layout.data_file(episode), 0.0)
+            places[episode] = own
     files = {}
-    # Data files too: their timestamps say which picture of a video belongs to a frame.
-    numbers = {layout.data_file(episode) for episode in layout.lengths}
     for file in sorted(numbers.union(file for file, _ in places.values())):
         found = (dataset.path / file).stat() if (dataset.path / file).exists() else None
         files[file] = found and (found.st_size, found.st_mtime_ns)

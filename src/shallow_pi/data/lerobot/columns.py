@@ -6,6 +6,7 @@ are cast to the declared type and shape; a value that does not fit is an error t
 """
 
 import difflib
+import math
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -170,7 +171,7 @@ def _shape(key: str, feature: Feature, sizes: list[int]) -> tuple[int, ...]:
     if declared is None or declared == []:
         return stored
     shape = tuple(declared)
-    if np.prod(shape, dtype=int) != np.prod(stored, dtype=int):
+    if math.prod(shape) != math.prod(stored):
         raise ValueError(
             f"{key!r} has shape {shape} in info.json, the file holds {stored}: one of them is of "
             "another version of the dataset"

@@ -48,6 +48,7 @@ def convert(
     keys, stored = _columns(source)
     extras = _extras(source)
     tasks = [source.tasks[number] for number in sorted(source.tasks)]
+    _tell_numbers(source, tasks)
     copied = {camera for camera in source.cameras if pictures == "copy" or _depth(source, camera)}
     encoding = None if isinstance(pictures, str) else pictures
     _tell_losses(source, [camera for camera in source.cameras if camera not in copied], encoding)
@@ -117,6 +118,17 @@ def _columns(source: reader.Dataset) -> tuple[list[str], list[str]]:
             progress.warn(f"{key} is copied as it is stored, without statistics: {error}")
         stored.append(key)
     return numbers, stored
+
+
+def _tell_numbers(source: reader.Dataset, tasks: list[str]) -> None:
+    """Warn of tasks whose number changes: other columns may refer to it."""
+    new = {text: number for number, text in enumerate(dict.fromkeys(tasks))}
+    changed = {old: new[text] for old, text in source.tasks.items() if new[text] != old}
+    if changed:
+        progress.warn(
+            f"tasks of {source.path} are numbered anew ({str(changed)[1:-1]:.60}): other columns "
+            "that number tasks, such as GR00T's annotations, keep the old numbers"
+        )
 
 
 def _extras(source: reader.Dataset) -> dict[int, dict[str, object]]:

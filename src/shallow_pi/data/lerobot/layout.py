@@ -183,6 +183,9 @@ def _read_info(root: pathlib.Path) -> dict[str, Any]:
         fps = math.nan
     if not 0 < fps < math.inf:
         raise ValueError(f"{file}: fps is {info['fps']!r}, expected a positive number")
+    for key in ("data_path", "video_path"):
+        if not isinstance(info.get(key, ""), str | None):
+            raise ValueError(f"{file}: {key} is {info[key]!r:.100}, expected a pattern")
     known = {"codebase_version": version, "fps": fps}
     if size := info.get("chunks_size"):
         known["chunks_size"] = files.whole(size, f"chunks_size of {file}")
@@ -196,7 +199,9 @@ def _hint(root: pathlib.Path) -> str:
         return "; it is a file: unpack it, and name the folder that holds meta/"
     if (root / "info.json").exists():
         return f"; did you mean {root.parent}?"
-    below = sorted(path.parent.parent for path in root.glob("*/meta/info.json"))
+    # A folder of datasets, or one of the caches of huggingface_hub and LeRobot.
+    levels = ([*root.glob(f"{above}/meta/info.json")] for above in ("*", "*/*"))
+    below = sorted(path.parent.parent for path in next(filter(None, levels), []))
     if below:
         more = f", or another of the {len(below)} datasets in it" if len(below) > 1 else ""
         return f"; did you mean {below[0]}{more}?"
@@ -254,8 +259,12 @@ def _read_episodes(root: pathlib.Path) -> dict[int, EpisodeRow]:
             if episode in found:
                 raise ValueError(f"{path} has episode {episode} a second time; remove one of them")
             for key, value in row.items():
-                if value is not None and not key.endswith("timestamp"):
+                if value is None:
+                    continue
+                if not key.endswith("timestamp"):
                     row[key] = files.whole(value, f"{key} {what}")
+                elif not isinstance(value, int | float):
+                    raise ValueError(f"{key} {what} is {value!r:.100}, expected seconds")
             if row.get("length") is None:
                 first, end = (row.get(f"dataset_{end}_index") for end in ("from", "to"))
                 if first is None or end is None:

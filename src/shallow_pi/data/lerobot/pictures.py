@@ -7,6 +7,7 @@ returned as uint8 RGB, depth as the stored numbers.
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import io
 import itertools
@@ -350,9 +351,10 @@ class Pictures:
         # A path of the recording computer ends like the path here.
         places = (root / relative, (root / file).parent / relative, own / relative.name)
         for place in places:
-            if place.is_file():
-                return place
-        raise ValueError(f"its file {name!r} is missing, in {own} too; leave its episode out")
+            with contextlib.suppress(OSError):  # Of text that is too long for a path.
+                if place.is_file():
+                    return place
+        raise ValueError(f"its file {name!r:.100} is missing, in {own} too; leave its episode out")
 
     def _mode(self, file: str, camera: str, episode: int) -> str:
         """Pillow's mode of a file's first picture; empty if unknown."""
@@ -410,9 +412,9 @@ class Pictures:
 
 def is_marked_depth(feature: columns.Feature) -> bool:
     """True if `info.json` marks a camera as depth, in any of LeRobot's spellings."""
-    places = (feature, feature.get("info") or {}, feature.get("video_info") or {})
+    places = (feature, feature.get("info"), feature.get("video_info"))
     names = ("is_depth_map", "video.is_depth_map")
-    return any(bool(place.get(name)) for place in places for name in names)
+    return any(place.get(name) for place in places if isinstance(place, dict) for name in names)
 
 
 def declared_size(feature: columns.Feature) -> tuple[int, int] | None:

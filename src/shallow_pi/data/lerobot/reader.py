@@ -187,7 +187,7 @@ class Dataset:
         if isinstance(found, list) and len(found) == 1 and isinstance(found[0], list):
             found = found[0]
         size = math.prod(feature.get("shape") or ())
-        names = tuple(map(str, found or ()))
+        names = tuple(map(str, found if isinstance(found, list) else ()))
         numbered = names == tuple(map(str, range(size)))
         return () if numbered or len(names) != size else names
 

@@ -93,7 +93,7 @@ def hf_type(feature: Feature, stored: pl.DataType) -> dict[str, object]:
     if not columns.is_known(feature):
         return _stored_type(stored)
     value = {"dtype": feature["dtype"], "_type": "Value"}
-    shape = feature["shape"]
+    shape = feature.get("shape") or []
     if len(shape) > 1:
         return {"shape": shape, "dtype": feature["dtype"], "_type": f"Array{len(shape)}D"}
     size = shape[0] if shape else 1
