@@ -84,12 +84,12 @@ class ActionChunkBroker:
 
 
 class SkipLateActions:
-    """Asks in the background while the last chunk is executed, and skips what comes too late.
+    """Asks in the background while the last chunk is executed; skips actions that come too late.
 
     A chunk is asked for as soon as `execute_steps` actions of the last one were given and none is
     under way. If d actions were given between its observation and its arrival, its action d comes
     next. The robot waits for the first chunk, and wherever a chunk is used up before the next is
-    there. What goes wrong in the background is raised by the next call.
+    there. An error in the background is raised by the next call.
 
     Args:
       policy: predicts the chunks; called from one other thread, one chunk at a time.
@@ -215,10 +215,10 @@ class RealTimeChunking(SkipLateActions):
 
     Args:
       policy: predicts the chunks.
-      execute_steps: as there.
+      execute_steps: actions given of a chunk before the next one is asked for.
       delay: control steps the first chunks are expected to be late.
       remember: number of the last delays of which the largest is expected.
-      options: `control_hz`, `worker` and `clock`, as there.
+      options: `control_hz`, `worker` and `clock` of `SkipLateActions`.
     """
 
     def __init__(

@@ -333,9 +333,8 @@ class Policy:
     ) -> Float[np.ndarray, "b ah rd"]:
         """Action chunks of several observations in the robot's units; arguments as of `infer`.
 
-        An absurd state is refused as there; nothing is warned of.
-        Some may have no previous chunk (n = 0), or one shorter than the delay, which then ends with
-        it.
+        An absurd state is refused as in `infer`, but no state causes a warning. Some observations
+        may have no previous chunk (n = 0), or one shorter than the delay, which then ends with it.
         """
         if np.shape(noise) != (len(observations), *self.noise_shape):
             raise ValueError(

@@ -36,7 +36,7 @@ def velocity(
       cache: of `pi0.outputs`.
       x_t: noisy actions.
       t: their times.
-      execution: as there.
+      execution: as of `pi0.velocity`.
     """
     embedded: Any = pi0.Pi0(config, execution).apply(
         {"params": params}, cache.state, x_t, t, method="embed_suffix"

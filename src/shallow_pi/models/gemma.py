@@ -278,7 +278,7 @@ def suffix_over_cache(
       kinds: the layers.
       suffix: its tokens.
       cache: of `Module` for the prefix.
-      geometry: as there.
+      geometry: as of `Module`.
       keep: keeps the batch sharded (`layers.Execution.keep_rows`).
     """
     own = np.array([kind.expert == "whole" for kind in kinds])

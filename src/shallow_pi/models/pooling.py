@@ -1,7 +1,7 @@
 """Fewer image tokens: the mean of each cell of neighbouring patches, between tower and backbone.
 
-The cells are equal rectangles of a camera's grid of patches, as near to squares as there are. What
-attends to a cell stands for all that attended to its patches, so a teacher's attention over patches
+The cells are equal rectangles of a camera's grid of patches, as near to squares as possible.
+Attention to a cell stands for that to all of its patches, so a teacher's attention over patches
 becomes one over cells by adding probabilities (`pool_logits`).
 """
 

@@ -47,7 +47,7 @@ _SUFFIXES = {
     b"GIF8": "gif",
     b"BM": "bmp",
 }
-# Pictures after an episode's last frame are told from this many on.
+# Report pictures after an episode's last frame from this many on.
 _UNUSED = 2
 
 

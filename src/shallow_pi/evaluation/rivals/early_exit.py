@@ -6,7 +6,7 @@ demonstrations, shares of leaving ∝ ratio^i. [our choice]: exits are joint, of
 with a scale behind the shared final norm and a projection to actions of its own; an exit's action
 is the first integration step's velocity, and the depth found is kept for all steps; the loss is
 task + velocity; the code's extra exit over randomly drawn layers is left out. All layers stay in
-memory. The first exit has nothing to be compared with, so nobody leaves there.
+memory. No input leaves at the first exit, which has none before it to compare with.
 """
 
 import dataclasses
