@@ -264,10 +264,8 @@ def test_bad_depths_raise(fields, message):
 
 
 def test_depths_without_a_teacher_raise(tiny_experiment, tmp_path):
-    given = config.StudentConfig(backbone_depth=1, vision_depth=1)
-    with pytest.raises(
-        ValueError, match=r"--student.backbone-depth, --student.vision-depth: these cut parts of a"
-    ):
+    given = config.StudentConfig(depth=2, vision_depth=1, strategy="gate")
+    with pytest.raises(ValueError, match=r"depth, --student.strategy, --student.vision-depth: the"):
         tiny_experiment(tmp_path, teacher=None, student=given)
 
 

@@ -213,7 +213,7 @@ def test_losses_and_scorer_come_together(spec, tiny_experiment, tmp_path):
     assert dataclasses.replace(spec, losses=losses.Losses()).losses.scorer == 1.0
     for changes, message in (
         ({"losses": losses.Losses(scorer=0.0)}, "learns by --losses.scorer alone, which is 0"),
-        ({"teacher": None}, "--student.image-tokens: these cut parts of a teacher"),
+        ({"teacher": None}, "--student.image-tokens: these cut a student out of a teacher"),
         (
             {"model": dataclasses.replace(made.model, scored_tokens=2)},
             "--model.scored-tokens 2: the scorer of a student learns from a teacher that sees all",

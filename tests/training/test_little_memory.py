@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from shallow_pi.checkpoints import weights
-from shallow_pi.distill import student
+from shallow_pi.distill import losses, student
 from shallow_pi.models import pi0
 from shallow_pi.parallel import shapes
 from shallow_pi.training import checkpoint, config, loop, metrics, setup
@@ -91,11 +91,11 @@ def _bfloat16(tree):
 
 
 def test_freezing_without_a_teacher_is_refused(tiny_experiment, tmp_path):
-    experiment = tiny_experiment(tmp_path, teacher=None)
-    experiment = dataclasses.replace(
-        experiment,
-        student=dataclasses.replace(experiment.student, freeze=("vision",)),
-        losses=dataclasses.replace(experiment.losses, velocity=0.0, attention=0.0),
+    experiment = tiny_experiment(
+        tmp_path,
+        teacher=None,
+        student=config.StudentConfig(freeze=("vision",)),
+        losses=losses.Losses(velocity=0.0, attention=0.0),
     )
     with pytest.raises(ValueError, match="freeze vision keeps parts of a teacher"):
         runs.open_run(experiment)

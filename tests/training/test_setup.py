@@ -82,4 +82,5 @@ def test_a_teacher_is_looked_for_on_this_machine_alone(experiment, teacher, tmp_
         setup.RANDOM: None,
     }.items():
         assert setup.teacher_on_disk(experiment(path)) == found, path
-    assert setup.teacher_on_disk(dataclasses.replace(experiment(), teacher=None)) is None
+    alone = dataclasses.replace(experiment(), teacher=None, student=config.StudentConfig())
+    assert setup.teacher_on_disk(alone) is None

@@ -125,10 +125,10 @@ class StudentConfig:
 
     @property
     def cuts(self) -> list[str]:
-        """The flags given that cut one part of the model further than --student.depth."""
-        names = ("backbone_depth", "expert_depth", "vision_depth", "image_tokens")
-        streams = ("backbone_layers", "expert_layers")
-        given = [name for name in (*names, *streams) if getattr(self, name)]
+        """The flags given that say how a student is cut out of a teacher."""
+        names = ("depth", "layers", "strategy", "backbone_depth", "expert_depth", "vision_depth")
+        names += ("backbone_layers", "expert_layers", "image_tokens")
+        given = [name for name in names if getattr(self, name) != getattr(type(self), name)]
         return [f"--student.{name}".replace("_", "-") for name in given]
 
     @property
@@ -371,8 +371,8 @@ class DistillConfig:
             self.student.cut(self.model)
         elif self.student.cuts:
             raise ValueError(
-                f"{', '.join(self.student.cuts)}: these cut parts of a teacher, and there is "
-                "none; leave them out"
+                f"{', '.join(self.student.cuts)}: these cut a student out of a teacher, and there "
+                "is none: leave them out (--model.depth is the depth of what is trained)"
             )
         if self.teacher is None and self.validation.against == "teacher":
             raise ValueError("--validation.against teacher needs a teacher; set it to data")
