@@ -118,6 +118,7 @@ def test_bfloat16_is_compared_in_float32_arithmetic_with_a_warning(steps, tmp_pa
         ("onnx", {"dtype": "int8"}, "has --dtype float16, float32, bfloat16, not 'int8'"),
         ("stablehlo", {"dtype": "float16"}, "has --dtype bfloat16, float32, not 'float16'"),
         ("openpi", {"dtype": "float32"}, "--dtype is for graphs"),
+        ("openpi", {"opset": 19}, "--opset 19 is for --format onnx, not openpi"),
     ],
 )
 def test_a_graph_that_cannot_be_is_refused_and_nothing_is_left(

@@ -1,5 +1,6 @@
 """Exports in 8 bits: the sampler's integers in an ONNX graph, and refusals by name."""
 
+import dataclasses
 import json
 import re
 
@@ -110,6 +111,18 @@ def test_a_student_that_was_not_calibrated_is_refused(step, own, params, tmp_pat
     own.save(tmp_path / "2" / "assets")
     with pytest.raises(ValueError, match=r"no assets/calibration.json.*scripts/calibrate\.py"):
         _export(tmp_path / "2", tmp_path / "x", "stablehlo", quantize="int8")
+
+
+def test_steps_and_float_weights_that_it_was_not_trained_for_are_warned_of(
+    own, params, tmp_path, capsys
+):
+    weights.save_params(tmp_path / "2" / "params", params)
+    dataclasses.replace(own, quantize="int8").save(tmp_path / "2" / "assets")
+    with pytest.raises(ValueError, match="give them, such as --layers"):
+        export.export(tmp_path / "2", "openpi-padded", num_steps=5, any_size=True)
+    told = " ".join(capsys.readouterr().err.split())
+    assert "samples in 5 integration steps and was trained for 10" in told
+    assert "8 bits (int8), and --format openpi-padded holds its unrounded weights" in told
 
 
 @pytest.mark.parametrize("scheme", ["int8", "w8"])

@@ -66,9 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = flags.parse(Arguments, arguments, __doc__ or "")
     processes.cache_compilations()
     with exits.exit_on():
-        for name in ("samples", "batch_size"):
-            if getattr(given, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+        for name, least in (("samples", 1), ("batch_size", 1), ("num_steps", 0)):
+            if getattr(given, name) < least:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least {least}")
         folder = step_folder.find(given.policy, given.step)
         assets = policy_assets.load(folder)
         data = _data(given, folder)

@@ -67,13 +67,8 @@ class Policy:
         quantized: tuple[quantization.Part, ...] = quantization.PARTS,
         calibration: calibrations.Calibration | None = None,
     ) -> None:
-        num_steps = assets.num_steps if num_steps is None else num_steps
+        num_steps = assets.steps(num_steps)
         self.assets, self.num_steps, self.prompt = assets, num_steps, prompt
-        if num_steps != assets.num_steps:
-            progress.warn(
-                f"the policy samples in {num_steps} integration steps and was trained for "
-                f"{assets.num_steps}: its actions may be worse"
-            )
         if prompt and assets.robot.prompt:
             progress.warn(
                 f"robot {assets.robot.name} always has the prompt {assets.robot.prompt!r}: the "

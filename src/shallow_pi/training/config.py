@@ -126,8 +126,10 @@ class StudentConfig:
     @property
     def cuts(self) -> list[str]:
         """The flags given that say how a student is cut out of a teacher."""
-        names = ("depth", "layers", "strategy", "backbone_depth", "expert_depth", "vision_depth")
-        names += ("backbone_layers", "expert_layers", "image_tokens")
+        names = (
+            *("depth", "layers", "strategy", "backbone_depth", "expert_depth", "vision_depth"),
+            *("backbone_layers", "expert_layers", "image_tokens"),
+        )
         given = [name for name in names if getattr(self, name) != getattr(type(self), name)]
         return [f"--student.{name}".replace("_", "-") for name in given]
 

@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from shallow_pi import progress
 from shallow_pi.data.robots import (
     checkpoint_statistics,
     lerobot_policy,
@@ -85,6 +86,15 @@ class Assets:
     def outputs(self) -> transforms.Transform:
         """Normalized model actions, with the robot's state beside them → robot actions."""
         return pipelines.outputs(self.robot, stats=self.stats, kind=self.kind)
+
+    def steps(self, given: int | None) -> int:
+        """The integration steps given, or those it was trained for; warns where they differ."""
+        if given is not None and given != self.num_steps:
+            progress.warn(
+                f"the policy samples in {given} integration steps and was trained for "
+                f"{self.num_steps}: its actions may be worse"
+            )
+        return self.num_steps if given is None else given
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the files of an `assets` folder."""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 
+from shallow_pi import progress
 from shallow_pi.checkpoints import weights
 from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.deploy import step_folder
@@ -72,6 +73,8 @@ def export(
             "another --output"
         )
     assets = policy_assets.load(folder)
+    if opset != 17 and format != "onnx":
+        raise ValueError(f"--opset {opset} is for --format onnx, not {format}: leave it out")
     if chosen.DTYPES:
         dtype = _dtype(format, dtype or chosen.DTYPES[0], chosen.DTYPES)
         assets = dataclasses.replace(assets, model=dataclasses.replace(assets.model, dtype=dtype))
@@ -91,7 +94,8 @@ def export(
         dtype=jnp.dtype(dtype) if dtype else None,
         what="student",
     )
-    steps = assets.num_steps if num_steps is None else num_steps
+    steps = assets.steps(num_steps)
+    _warn_of_float(assets.quantize, format, quantize)
     scheme, bounds = calibration.choose(
         assets.model, quantize, "none", calibration.load(folder / "assets", assets.model), steps
     )
@@ -148,6 +152,18 @@ def _runs(process: int) -> bool:
     except OSError:  # Another user's.
         return True
     return True
+
+
+def _warn_of_float(trained: quantization.Scheme, format: str, asked: quantization.Scheme) -> None:
+    """Warn if a student that was trained for 8 bits is exported in float."""
+    if trained == "none" or asked != "none":
+        return
+    holds = trained in formats.SCHEMES.get(format, ())
+    remedy = f"give --quantize {trained}" if holds else "shallow-pi serve rounds it"
+    progress.warn(
+        f"the student was trained for products in 8 bits ({trained}), and --format {format} holds "
+        f"its unrounded weights: its actions may be worse ({remedy})"
+    )
 
 
 def _dtype(format: str, dtype: str, known: Sequence[str]) -> str:
