@@ -6,7 +6,7 @@ from shallow_pi.evidence.claim import Claim, Column, Line, Picture, Statement, V
 
 def parity() -> Claim:
     own, success = recipes.STUDENT, rows.IN_TIME
-    data = tuple(own.demonstrations * n // 8 for n in (1, 2, 4, 8, 32))
+    data = (*(own.demonstrations // n for n in (8, 4, 2, 1)), rows.MORE)
     steps = (own.steps // 8, own.steps // 4, own.steps // 2, own.steps, 2 * own.steps)
     few = f"{data[0]} demonstrations"
     ways: tuple[tuple[str, str, dict[str, object]], ...] = (
@@ -36,12 +36,7 @@ def parity() -> Claim:
         )
     scratch = rows.students("from scratch, equal compute", **rows.SCRATCH)
     taught = rows.students("random init, three losses", init="random")
-    many = f"{data[-1]:,} demonstrations"
-    best = rows.students(
-        f"three losses, layers by sensitivity, {many}",
-        strategy="sensitivity",
-        demonstrations=data[-1],
-    )
+    many, best = f"{rows.MORE:,} demonstrations", rows.BEST_ROW
     found = [*dict.fromkeys([*found, scratch, taught, best])]
     ten, elsewhere = Column("around", rows.around(10)), Column("elsewhere", rows.ELSEWHERE)
     columns = (success, ten, elsewhere, rows.TO_TEACHER)
@@ -192,10 +187,12 @@ def layers() -> Claim:
         rows.students(f"layers: {name}", strategy=name)
         for name in ("first", "last", "random", "similarity", "sensitivity")
     ]
+    sensitive = chosen[-1]
     found = (
         rows.TEACHER_ROW,
         *(depths[d] for d in (12, 9, 6, 4, 3, 2)),
         *chosen,
+        rows.BEST_ROW,
         rows.UNTRAINED_ROW,
     )
     curve = {**dict(sorted(depths.items())), 18: rows.TEACHER_ROW}
@@ -234,14 +231,25 @@ def layers() -> Claim:
                 "Success against layers",
                 "layers",
                 "success, %",
-                tuple(
-                    Line(
-                        label, tuple((float(d), row.at(column)) for d, row in curve.items()), colour
-                    )
-                    for label, column, colour in (
-                        ("all tasks in time", success, "student"),
-                        ("relation", relation, "task_only"),
-                    )
+                (
+                    *(
+                        Line(
+                            label,
+                            tuple((float(d), row.at(column)) for d, row in curve.items()),
+                            colour,
+                        )
+                        for label, column, colour in (
+                            ("all tasks in time", success, "student"),
+                            ("relation", relation, "task_only"),
+                        )
+                    ),
+                    *(
+                        Line(label, ((6.0, row.at(success)),), colour, "")
+                        for label, row, colour in (
+                            ("six chosen by sensitivity", sensitive, "random_init"),
+                            (f"and {rows.MORE:,} demonstrations", rows.BEST_ROW, "teacher"),
+                        )
+                    ),
                 ),
             ),
             Picture(
