@@ -1,8 +1,10 @@
 """Pictures by OpenGL are those that published policies were trained on."""
 
+import sys
+
+import mujoco
 import numpy as np
 import pytest
-from mujoco.rendering.classic import renderer as renderers
 
 from shallow_pi.sims import pictures, simulator
 
@@ -15,7 +17,8 @@ def egl(monkeypatch):
     except (AttributeError, ImportError) as error:
         pytest.skip(f"no EGL: {error}")
     monkeypatch.setenv("MUJOCO_GL", "egl")
-    monkeypatch.setattr(renderers.gl_context, "GLContext", GLContext, raising=False)
+    module = sys.modules[mujoco.Renderer.__module__]
+    monkeypatch.setattr(module.gl_context, "GLContext", GLContext, raising=False)
 
 
 def test_alohas_have_shadows_and_smooth_edges(egl):
@@ -24,7 +27,7 @@ def test_alohas_have_shadows_and_smooth_edges(egl):
     sim.reset(0)
     found = sim.observe()["observation.images.top"]
     sim._pictures.close()
-    with renderers.Renderer(sim.model, 48, 64) as own:
+    with mujoco.Renderer(sim.model, 48, 64) as own:
         own.update_scene(sim.data, "top")
         np.testing.assert_array_equal(found, own.render())
     plain = pictures.Pictures(sim.model, (48, 64), "gl", shadows=False)
@@ -41,7 +44,7 @@ def test_metaworlds_are_lerobots(egl):
     sim._pictures.close()
     model = sim._env.model
     model.camera("corner2").pos = (0.75, 0.075, 0.7)  # LeRobot's.
-    with renderers.Renderer(model, 48, 48) as own:
+    with mujoco.Renderer(model, 48, 48) as own:
         own.update_scene(sim._env.data, "corner2")
         np.testing.assert_array_equal(found, own.render()[::-1, ::-1])
 
