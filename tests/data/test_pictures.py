@@ -167,6 +167,14 @@ def test_episodes_with_the_same_stretch_of_video_are_told(tmp_path, capsys) -> N
         assert len(reader.Dataset(folder)) == COUNT
         told = capsys.readouterr().err
         assert (shared in told) if shared else ("share" not in told), told
+    # Times that run on through the file, as in no version of the format.
+    data = folder / "data" / "chunk-000" / "file-000.parquet"
+    ends = pl.Series(f"videos/{TOP}/from_timestamp", [0.5, 1.5])
+    table.with_columns(ends).write_parquet(meta)
+    late = (pl.col("timestamp") + 0.4).cast(pl.Float32)
+    pl.read_parquet(data).with_columns(late).write_parquet(data)
+    assert reader.Dataset(folder, skip_bad_episodes=True).episodes == [0]
+    assert "episodes 0 and 1 share 0.4 s of videos/" in capsys.readouterr().err
     starts = pl.Series(f"videos/{TOP}/from_timestamp", [0, None], pl.Float64)
     table.with_columns(starts).write_parquet(meta)
     with pytest.raises(ValueError, match=r"meta/episodes has no '.*from_timestamp' of episode 1; "):

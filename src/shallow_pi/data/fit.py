@@ -3,6 +3,7 @@
 Only what the robot uses is looked at: other columns and cameras may be of any kind, or damaged.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -65,9 +66,12 @@ def check(dataset: reader.Dataset, robot: robots.Robot, *, pictures: bool = True
     ):
         key = " + ".join(map(repr, names))
         if column.shape[1:] != (dim,):
+            fits = len(names) == 1 and math.prod(column.shape[1:]) == dim
             raise ValueError(
                 f"{key} of dataset {dataset.path} has shape {column.shape[1:]}, robot "
                 f"{robot.name} expects ({dim},)"
+                + f"; shape [{dim}] in meta/info.json reads it so"
+                * fits
             )
         bad = np.flatnonzero(~np.isfinite(column).all(axis=1))
         if len(bad):

@@ -285,13 +285,14 @@ class Pictures:
                     f"{away[worst]:.4f} s away, at most {TOLERANCE / self._fps:.4f} allowed "
                     f"({bad.sum()} of {last - first} frames; {file} ends at {shown[-1]:.4f} s)",
                 )
-        sound = [(start, episode) for episode, start in episodes if episode not in problems]
-        return problems, list(self._doubts(file, sorted(sound), spans, seconds, shown))
+        order = sorted((start, episode) for episode, start in episodes)
+        return problems, list(self._doubts(file, order, problems, spans, seconds, shown))
 
     def _doubts(
         self,
         file: str,
         episodes: Sequence[tuple[float, int]],
+        problems: Collection[int],
         spans: Mapping[int, tuple[int, int]],
         seconds: Float[np.ndarray, " n"],
         shown: Float[np.ndarray, " n"],
@@ -303,6 +304,8 @@ class Pictures:
         frame, is_whole = 1 / self._fps, not self._layout.rows
         is_whole |= len(spans) == sum(map(bool, self._layout.lengths.values()))
         for (start, episode), following in itertools.zip_longest(episodes, episodes[1:]):
+            if episode in problems:
+                continue
             first, last = spans[episode]
             end = start + float(seconds[last - 1]) + frame
             if following:
