@@ -20,6 +20,7 @@ import safetensors
 import safetensors.numpy
 
 from shallow_pi import progress
+from shallow_pi.checkpoints import run_folder
 from shallow_pi.checkpoints import safetensors_layout as layout
 from shallow_pi.models import parameters
 
@@ -38,7 +39,7 @@ def find(path: str | os.PathLike[str]) -> pathlib.Path | None:
         if not path.is_file():
             raise FileNotFoundError(f"there is no checkpoint at {path}: check the spelling")
         return path
-    if (path / "params").is_dir():
+    if (path / run_folder.PARAMS).is_dir():
         return None
     return next((path / name for name in (NAME, INDEX) if (path / name).is_file()), None)
 

@@ -231,8 +231,8 @@ def params_folder(path: str | os.PathLike[str]) -> pathlib.Path:
       FileNotFoundError, ValueError: there is none; says what is there instead.
     """
     folder = _absolute(path)
-    if (folder / "params").is_dir():
-        folder = folder / "params"
+    if (folder / run_folder.PARAMS).is_dir():
+        folder = folder / run_folder.PARAMS
     if not folder.is_dir():
         begun = f"{glob.escape(folder.name)}.orbax-checkpoint-tmp*"
         partial = sorted(folder.parent.glob(begun))

@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 percentile=given.percentile,
                 advance=advance,
             )
-        print(calibration.save(folder / "assets", found))
+        print(calibration.save(folder / run_folder.ASSETS, found))
 
 
 def _data(given: Arguments, folder: pathlib.Path) -> data_config.DataConfig:

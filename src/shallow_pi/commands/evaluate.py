@@ -186,7 +186,7 @@ def _entrant(
             lambda: served.Served(source, suite.robot, given.execute_steps + steps),
         )
     step = step_folder.find(source, given.policy.step)
-    is_ours = (step / "assets" / policy_assets.FILE_NAME).is_file()
+    is_ours = (step / run_folder.ASSETS / policy_assets.FILE_NAME).is_file()
     needed, default = given.execute_steps + delay.steps, _label(step)
 
     def check(horizon: int) -> None:

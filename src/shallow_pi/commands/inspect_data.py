@@ -29,7 +29,7 @@ import tyro
 from PIL import Image
 
 from shallow_pi import figures, flags, progress
-from shallow_pi.checkpoints import safetensors_file
+from shallow_pi.checkpoints import run_folder, safetensors_file
 from shallow_pi.commands import exits
 from shallow_pi.data import inspection, opening, sheet
 from shallow_pi.training import command_line, config, setup
@@ -113,4 +113,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _has_params(step: pathlib.Path) -> bool:
-    return (step / "params").is_dir() or safetensors_file.find(step) is not None
+    return (step / run_folder.PARAMS).is_dir() or safetensors_file.find(step) is not None

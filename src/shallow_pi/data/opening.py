@@ -13,7 +13,7 @@ import pkgutil
 from collections.abc import Sequence
 
 from shallow_pi import progress
-from shallow_pi.checkpoints import fetch
+from shallow_pi.checkpoints import fetch, run_folder
 from shallow_pi.data import data_config, fit, frame_cache, sources
 from shallow_pi.data.lerobot import hub, layout, reader
 from shallow_pi.data.robots import assets as policy_assets
@@ -262,7 +262,7 @@ def tokenizer_file(
     if data.tokenizer:
         return fetch.locate(data.tokenizer)
     if teacher_step is not None:
-        own = teacher_step / "assets" / policy_assets.TOKENIZER_NAME
+        own = teacher_step / run_folder.ASSETS / policy_assets.TOKENIZER_NAME
         if own.is_file():
             return own
     if model.vocab_size == pi0.PALIGEMMA_VOCAB_SIZE:

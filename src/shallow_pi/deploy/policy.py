@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Float, PyTree, UInt8
 
 from shallow_pi import progress
-from shallow_pi.checkpoints import weights
+from shallow_pi.checkpoints import run_folder, weights
 from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.data.robots import pipelines, transforms
 from shallow_pi.data.robots import robot as robots
@@ -170,7 +170,7 @@ class Policy:
             resize_on_device=resize_on_device,
             quantize=quantize,
             quantized=quantized,
-            calibration=calibrations.load(folder / "assets", assets.model),
+            calibration=calibrations.load(folder / run_folder.ASSETS, assets.model),
         )
         if warm_up:
             policy.warm_up()

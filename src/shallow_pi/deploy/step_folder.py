@@ -41,7 +41,7 @@ def find(path: str | os.PathLike[str], step: str | int = "last") -> pathlib.Path
     folder = weights.step_folder(fetch.locate(path).expanduser().absolute())
     wanted = str(step)
     found = {}
-    if folder.is_dir() and not (folder / "assets").is_dir():
+    if folder.is_dir() and not (folder / run_folder.ASSETS).is_dir():
         steps = [child for child in folder.iterdir() if child.name.isdigit() and child.is_dir()]
         found = {int(child.name): child for child in steps}
     if not found:
@@ -114,7 +114,7 @@ def assets(
     if not set(fields) <= known:
         raise ValueError(f"a model has no {sorted(set(fields) - known)}; it has {sorted(known)}")
     robot = robots.find(robot) if isinstance(robot, str) else robot
-    if (step / "assets" / policy_assets.FILE_NAME).is_file():
+    if (step / run_folder.ASSETS / policy_assets.FILE_NAME).is_file():
         own = policy_assets.load(step)
         if robot is not None:
             _check_renamed(own, robot)
@@ -195,7 +195,7 @@ def _statistics(
 def _tokenizer(
     step: pathlib.Path, model: pi0.Pi0Config, given: str | os.PathLike[str] | None
 ) -> pathlib.Path:
-    own = step / "assets" / policy_assets.TOKENIZER_NAME
+    own = step / run_folder.ASSETS / policy_assets.TOKENIZER_NAME
     if given is None and own.is_file():
         return own
     if given is None and model.vocab_size != pi0.PALIGEMMA_VOCAB_SIZE:

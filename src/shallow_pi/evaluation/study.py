@@ -134,10 +134,10 @@ def package(experiment: config.DistillConfig, step: pathlib.Path, target: pathli
     params = weights.load_params(step, expected, dtype=jnp.dtype("bfloat16"), what="policy")
     partial = target.with_name(f"{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    weights.save_params(partial / "params", params)
+    weights.save_params(partial / run_folder.PARAMS, params)
     # Orbax's note that the copy is complete names the folder it was made in.
-    (partial / "params" / "commit_success.txt").unlink(missing_ok=True)
-    assets.save(partial / "assets")
+    (partial / run_folder.PARAMS / "commit_success.txt").unlink(missing_ok=True)
+    assets.save(partial / run_folder.ASSETS)
     recipe = {
         "command": f"uv run scripts/train_teacher.py {experiment.name}",
         "success": made["success"],

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from shallow_pi.checkpoints import weights
+from shallow_pi.checkpoints import run_folder, weights
 from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.data.robots import normalize, tokenizer
 from shallow_pi.data.robots import robot as robots
@@ -107,8 +107,10 @@ def make_policies(slugs: Sequence[str], runs: pathlib.Path) -> None:
             )
             for name, size in (("state", robot.state_dim), ("actions", robot.action_dim))
         }
-        weights.save_params(runs / base / "params", _random(model))
-        policy_assets.Assets(model, robot, tokens, spread, robot.name).save(runs / base / "assets")
+        weights.save_params(runs / base / run_folder.PARAMS, _random(model))
+        policy_assets.Assets(model, robot, tokens, spread, robot.name).save(
+            runs / base / run_folder.ASSETS
+        )
 
 
 def _small(slug: str) -> pi0.Pi0Config:

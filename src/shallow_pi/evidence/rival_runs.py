@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from shallow_pi import progress
-from shallow_pi.checkpoints import weights
+from shallow_pi.checkpoints import run_folder, weights
 from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.deploy import policy as deployed
 from shallow_pi.evaluation.rivals import rival, table
@@ -75,7 +75,9 @@ def ensure(slugs: Sequence[str], runs: pathlib.Path, train: bool) -> None:
       train: also make those that need training, which takes as long as a student of all layers.
     """
     wanted = [slug for slug in dict.fromkeys(slugs) if is_rival(slug) and not exists(slug, runs)]
-    wanted = [slug for slug in wanted if (runs / slug.partition("--")[0] / "params").is_dir()]
+    wanted = [
+        slug for slug in wanted if (runs / slug.partition("--")[0] / run_folder.PARAMS).is_dir()
+    ]
     if not train:
         wanted = [slug for slug in wanted if not hasattr(_options(slug), "steps")]
     for base in dict.fromkeys(slug.partition("--")[0] for slug in wanted):
@@ -105,7 +107,7 @@ def digest(slug: str, runs: pathlib.Path) -> str:
     found, folder = hashlib.sha256(slug.encode()), _folder(slug, runs)
     for path in sorted(folder.glob("*.json")):
         found.update(path.read_bytes())
-    if (folder / "params").is_dir():
+    if (folder / run_folder.PARAMS).is_dir():
         stored = weights.load_params(folder, weights.stored_params(folder), what="rival")
         for leaf in jax.tree.leaves(stored):
             found.update(np.ascontiguousarray(leaf).tobytes())

@@ -39,7 +39,7 @@ def exists(slug: str, runs: pathlib.Path) -> bool:
     """The policy can be loaded."""
     if rival_runs.is_rival(slug) and not rival_runs.exists(slug, runs):
         return False
-    return slug == EXPERT or (runs / slug.partition("--")[0] / "params").is_dir()
+    return slug == EXPERT or (runs / slug.partition("--")[0] / run_folder.PARAMS).is_dir()
 
 
 def load(slug: str, runs: pathlib.Path, num_steps: int) -> deployed.Policy:
@@ -81,7 +81,7 @@ def read(slug: str, runs: pathlib.Path) -> tuple[policy_assets.Assets, PyTree]:
     """A policy's assets and parameters."""
     base, _, way = slug.partition("--")
     folder = runs / base
-    if not (folder / "params").is_dir():
+    if not (folder / run_folder.PARAMS).is_dir():
         raise FileNotFoundError(f"no policy {base} in {runs}: train it, or give --runs")
     assets = policy_assets.load(folder)
     dtype = np.dtype(jnp.dtype(assets.model.dtype))

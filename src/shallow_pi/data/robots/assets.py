@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from shallow_pi import progress
+from shallow_pi.checkpoints import run_folder
 from shallow_pi.data.robots import (
     checkpoint_statistics,
     lerobot_policy,
@@ -121,7 +122,7 @@ def load(step: str | os.PathLike[str]) -> Assets:
       FileNotFoundError: a file is missing; says which.
       ValueError: `shallow_pi.json` is not what `save` writes.
     """
-    folder = pathlib.Path(step) / "assets"
+    folder = pathlib.Path(step) / run_folder.ASSETS
     path = folder / FILE_NAME
     if not path.is_file():
         raise FileNotFoundError(
@@ -146,7 +147,7 @@ def load(step: str | os.PathLike[str]) -> Assets:
 
 def told(step: pathlib.Path) -> dict[str, int | bool]:
     """Fields of the model that no shape shows, where a step folder tells them."""
-    path = step / "assets" / FILE_NAME
+    path = step / run_folder.ASSETS / FILE_NAME
     if not path.is_file():
         return lerobot_policy.told(step)
     with _reading(path) as content:
@@ -182,7 +183,7 @@ def teacher_statistics(
       ValueError: the folder says that the teacher is for a robot of other units or reads other
         prompts, or none of its several statistics has that name.
     """
-    if (step / "assets" / FILE_NAME).is_file():
+    if (step / run_folder.ASSETS / FILE_NAME).is_file():
         own = load(step)
         if different := robots.unit_differences(own.robot, robot):
             raise ValueError(

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from shallow_pi import progress
+from shallow_pi.checkpoints import run_folder
 from shallow_pi.data.robots import lerobot_policy, normalize
 
 
@@ -97,7 +98,7 @@ def warn_of_others(
 
 def _openpis(step: pathlib.Path) -> dict[str, pathlib.Path]:
     """Name of statistics in openpi's layout → their folder."""
-    root = step / "assets"
+    root = step / run_folder.ASSETS
     return {folder.relative_to(root).as_posix(): folder for folder in _below(root)}
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import jax.numpy as jnp
 
 from shallow_pi import progress
-from shallow_pi.checkpoints import weights
+from shallow_pi.checkpoints import run_folder, weights
 from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.deploy import step_folder
 from shallow_pi.deploy.export import card, formats
@@ -97,7 +97,11 @@ def export(
     steps = assets.steps(num_steps)
     _warn_of_float(assets.quantize, format, quantize)
     scheme, bounds = calibration.choose(
-        assets.model, quantize, "none", calibration.load(folder / "assets", assets.model), steps
+        assets.model,
+        quantize,
+        "none",
+        calibration.load(folder / run_folder.ASSETS, assets.model),
+        steps,
     )
     student = students.Student(assets, params, steps, opset, scheme, bounds)
     exported = chosen.prepare(student, origin)
@@ -113,7 +117,7 @@ def export(
                 "below a folder you can write to"
             ) from error
         report(f"Writing {format}")
-        exported.assets.save(partial / "assets")
+        exported.assets.save(partial / run_folder.ASSETS)
         chosen.write(partial, exported)
         report("Reading it back and comparing its actions with the student's")
         checked = chosen.verify(partial, exported, student)

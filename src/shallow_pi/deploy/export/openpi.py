@@ -6,7 +6,7 @@ openpi's configs have the teacher's depth, so one with the student's depth is re
 
 import pathlib
 
-from shallow_pi.checkpoints import weights
+from shallow_pi.checkpoints import run_folder, weights
 from shallow_pi.deploy.export import read_back
 from shallow_pi.deploy.export import student as students
 
@@ -30,7 +30,7 @@ def prepare(student: students.Student, origin: students.Origin) -> students.Stud
 
 def write(folder: pathlib.Path, student: students.Student) -> None:
     """Write the parameters in openpi's tree."""
-    weights.save_params(folder / "params", student.params)
+    weights.save_params(folder / run_folder.PARAMS, student.params)
 
 
 def usage(folder: str, student: students.Student, origin: students.Origin) -> str:

@@ -15,7 +15,7 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from shallow_pi import progress
-from shallow_pi.checkpoints import weights
+from shallow_pi.checkpoints import run_folder, weights
 from shallow_pi.distill import losses, student
 from shallow_pi.evaluation.rivals import rival
 from shallow_pi.models import batch as batches
@@ -71,7 +71,7 @@ def fit(
     """
     # Copies: they are donated, and the teacher stays.
     whole = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), start)
-    if (folder / "params").is_dir():
+    if (folder / run_folder.PARAMS).is_dir():
         shapes = jax.eval_shape(lambda: whole._asdict())
         return Trained(**weights.load_params(folder, shapes, what=label))
     trained, frozen = student.split(whole.model, ("vision",))
@@ -93,7 +93,7 @@ def fit(
     if not jnp.isfinite(value):
         raise ValueError(f"{label}: the loss became {float(value)} in {steps} steps")
     whole = Trained(student.join(held.model, whole.model, ("vision",)), held.own)
-    weights.save_params(folder / "params", whole._asdict())
+    weights.save_params(folder / run_folder.PARAMS, whole._asdict())
     return whole
 
 
