@@ -270,3 +270,11 @@ def test_cameras_in_another_order_than_a_lerobot_policys_are_told(tmp_path, caps
         still = dataclasses.replace(robots.TURNTABLE, delta=())
         lerobot_policy.check_robot(step, still)
         assert ("cameras in the order ['wrist', 'base']" in capsys.readouterr().err) == told
+
+
+def test_another_tokenizer_than_paligemmas_is_told(tmp_path, capsys):
+    for name, told in (("google/paligemma-3b-pt-224", False), ("org/other", True)):
+        step = {"registry_name": "tokenizer_processor", "config": {"tokenizer_name": name}}
+        (tmp_path / "policy_preprocessor.json").write_text(json.dumps({"steps": [step]}))
+        lerobot_policy.warn_of_tokenizer(tmp_path)
+        assert ("with the tokenizer org/other: taking Pali" in capsys.readouterr().err) == told

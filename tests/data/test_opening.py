@@ -47,8 +47,14 @@ def _states(source: sources.Source) -> np.ndarray:
     return np.stack([source[i].observation.state for i in range(len(source))])
 
 
-def test_all_episodes_are_trained_on_unless_some_are_held_out(data, model):
+def test_all_episodes_are_trained_on_unless_some_are_held_out(data, model, capsys):
     found = opening.open_data(data, model, None)
+    base, wrist = "observation.images.base", "observation.images.wrist"
+    told = f"Cameras: base_0_rgb ← {base}, left_wrist_0_rgb ← {wrist}"
+    assert told in capsys.readouterr().err
+    third = dataclasses.replace(model, cameras=(*model.cameras, "right_wrist_0_rgb"))
+    opening.open_data(data, third, None)
+    assert f"{told}, right_wrist_0_rgb ← black" in capsys.readouterr().err
     assert len(found.train) == 9 + 7 + 8
     assert found.held_out is None
     assert found.assets is not None

@@ -37,12 +37,13 @@ def test_a_run_says_what_it_trains_on(experiment, capsys):
         r"Dataset: .*/dataset, 2 episodes \(1[567] frames\) to train on, 1 held out", said[0]
     )
     assert said[1] == "Statistics: computed from the dataset"
-    assert said[2] == "Teacher: random"
-    assert said[3].startswith("Mesh: data 8 × fsdp 1 × tensor 1 (8 cpu")
-    assert said[4].startswith("Memory of a device: about ")
-    assert said[5].startswith("Recomputed: nothing (--remat none); attention: xla")
-    assert said[6] == "Layers: 2 of the teacher's 3: 0 2"
-    assert len(said) == 7
+    assert said[2].startswith("Cameras: base_0_rgb ← observation.images.base, left_")
+    assert said[3] == "Teacher: random"
+    assert said[4].startswith("Mesh: data 8 × fsdp 1 × tensor 1 (8 cpu")
+    assert said[5].startswith("Memory of a device: about ")
+    assert said[6].startswith("Recomputed: nothing (--remat none); attention: xla")
+    assert said[7] == "Layers: 2 of the teacher's 3: 0 2"
+    assert len(said) == 8
     assert json.loads((run.folder / "config.json").read_text())["layer_map"] == [0, 2]
 
 

@@ -168,12 +168,19 @@ async def measure(given: Arguments, clients: int) -> dict[str, object]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, measure, print."""
-    with exits.exit_on(websockets.exceptions.WebSocketException):
+    with exits.exit_on():
         given = flags.parse(Arguments, arguments, __doc__ or "")
         for clients in given.clients:
             try:
                 result = asyncio.run(measure(given, clients))
             except ExceptionGroup as group:
                 # All clients usually fail for the same reason.
-                raise group.exceptions[0] from None
+                first = group.exceptions[0]
+                if not isinstance(first, OSError | websockets.exceptions.WebSocketException):
+                    raise first from None
+                raise ValueError(
+                    f"no answer from a server at {given.url} ({type(first).__name__}: {first}): "
+                    "start it with scripts/serve_policy.py; check --url, and the API key in "
+                    "SHALLOW_PI_API_KEY"
+                ) from first
             print(json.dumps(result), flush=True)

@@ -114,12 +114,19 @@ def open_data(
         asset_id=data.asset_id,
         names=_names(train[0], robot),
     )
+    progress.say(_cameras(robot, model))
     share = _cached_share(data, train, assets)
     return Data(
         _samples(data, train, assets, share),
         _samples(data, recordings.held_out, assets, share) if recordings.held_out else None,
         assets,
     )
+
+
+def _cameras(robot: robots.Robot, model: pi0.Pi0Config) -> str:
+    """One line: the picture that each camera of the model sees."""
+    seen = (f"{name} ← {robot.cameras.get(name, 'black')}" for name in model.cameras)
+    return f"Cameras: {', '.join(seen)}"
 
 
 def _names(dataset: reader.Dataset, robot: robots.Robot) -> dict[str, tuple[str, ...]]:

@@ -214,12 +214,14 @@ class Policy:
         state = ", state in the prompt" if model.discrete_state_input else ""
         how = "pooled" if model.pooled_tokens else "chosen" if model.scored_tokens else ""
         fewer = f", {model.image_tokens} {how} image tokens a camera" if how else ""
+        black = [name for name in model.cameras if name not in robot.cameras]
+        eyes = f", {' and '.join(black)} black" if black else ""
         bits = "" if self.quantize == "none" else f", products in 8 bits ({self.quantize})"
         return (
             f"{model.kind}, {model.depths}, for {robot.name}: {model.action_horizon} actions "
             f"of {robot.action_dim} (model: {model.action_dim}) dimensions, {model.max_token_len} "
-            f"prompt tokens{fewer}{state}{bits}, statistics {self.assets.asset_id!r}, tokenizer "
-            f"{self.assets.tokenizer}"
+            f"prompt tokens{eyes}{fewer}{state}{bits}, statistics {self.assets.asset_id!r}, "
+            f"tokenizer {self.assets.tokenizer}"
         )
 
     def reset(self) -> None:

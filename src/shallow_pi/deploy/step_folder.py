@@ -203,6 +203,8 @@ def _tokenizer(
             f"no {policy_assets.TOKENIZER_NAME} in {own.parent}, and a vocabulary of "
             f"{model.vocab_size} is not PaliGemma's: give --policy.tokenizer (tokenizer= in Python)"
         )
+    if given is None:
+        lerobot_policy.warn_of_tokenizer(step)
     return fetch.locate(given or prompts.PALIGEMMA)
 
 

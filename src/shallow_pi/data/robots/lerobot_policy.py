@@ -52,6 +52,18 @@ def told(step: pathlib.Path) -> dict[str, int | bool]:
     return found
 
 
+def warn_of_tokenizer(step: pathlib.Path) -> None:
+    """Warn of a policy whose prompts were tokenized otherwise than by PaliGemma's tokenizer."""
+    if not (step / PREPROCESSOR).is_file():
+        return
+    name = _step(_json(step / PREPROCESSOR), "tokenizer_processor").get("tokenizer_name")
+    if name and "paligemma" not in str(name).lower():
+        progress.warn(
+            f"the policy in {step} was trained with the tokenizer {name}: taking PaliGemma's "
+            "(--policy.tokenizer FILE gives another SentencePiece model)"
+        )
+
+
 def num_steps(step: pathlib.Path) -> int | None:
     """Integration steps that the policy samples with; None where its folder does not say."""
     content = _config(step)
