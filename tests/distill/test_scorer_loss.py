@@ -104,7 +104,8 @@ def test_a_step_is_that_of_float64(spec, teacher, cut, result, batch):
     """Over the kept patches, and the attention of the actions that count."""
     draw = jax.jit(step.draw_inputs, static_argnums=0)
     inputs = draw(spec, jax.random.fold_in(KEY, 0), batch)
-    gradient = jax.tree.map(lambda a, b: 10 * (a - b), cut, result[0].params)
+    before, after = jax.device_get((cut, result[0].params))
+    gradient = jax.tree.map(lambda a, b: 10 * (a - b), before, after)
     float64.check(spec, teacher[1], cut, inputs, result[1], gradient)
     assert min(result[1]["scorer_loss"], result[1]["attention_kept"]) > 0.05
 
@@ -129,17 +130,28 @@ def test_the_scorer_moves_by_its_own_loss_alone(spec, teacher, cut, result, batc
 def test_microbatches_and_a_frozen_tower_give_the_same_scores(
     changes, spec, teacher, cut, result, batch
 ):
-    _, metrics = _run(dataclasses.replace(spec, **changes), teacher, cut, batch)
-    for name in ("scorer_loss", "attention_kept", "attention_loss", "task_loss"):
+    spec = dataclasses.replace(spec, **changes)
+    names = ("scorer_loss", "attention_kept", "attention_loss", "task_loss")
+
+    @jax.jit
+    def losses_of(*given):
+        """Without the backward pass."""
+        metrics = step.distill_step(spec, *given)[1]
+        return {name: metrics[name] for name in names}
+
+    metrics = losses_of(teacher[1], _init(spec, cut), KEY, batch)
+    for name in names:
         np.testing.assert_allclose(metrics[name], result[1][name], rtol=1e-4, err_msg=name)
 
 
-def test_the_norm_of_every_losss_gradient_is_measured(spec, teacher, cut, batch):
-    two = dataclasses.replace(spec, losses=losses.Losses(velocity=0.0, attention=0.0))
-    run = jax.jit(functools.partial(step.loss_gradient_norms, two))
+def test_the_norm_of_its_gradient_is_measured(spec, teacher, cut, batch):
+    alone = losses.Losses(task=0.0, velocity=0.0, attention=0.0, scorer=1.0)
+    run = jax.jit(
+        functools.partial(step.loss_gradient_norms, dataclasses.replace(spec, losses=alone))
+    )
     found = run(teacher[1], _init(spec, cut), KEY, batch)
-    assert sorted(found) == ["grad_norm_of/scorer_loss", "grad_norm_of/task_loss"]
-    assert min(map(float, found.values())) > 0
+    assert list(found) == ["grad_norm_of/scorer_loss"]
+    assert found["grad_norm_of/scorer_loss"] > 0
 
 
 def test_training_brings_the_scores_to_the_teachers_attention(spec, teacher, cut, batch):
@@ -157,7 +169,8 @@ def test_training_brings_the_scores_to_the_teachers_attention(spec, teacher, cut
 
 
 def test_products_in_8_bits_leave_the_scorer_as_it_is(spec, cut):
-    found = step.rounded(dataclasses.replace(spec, quantize="int8"), cut)
+    rounded = jax.jit(step.rounded, static_argnums=0)
+    found = rounded(dataclasses.replace(spec, quantize="int8"), cut)
     for path, leaf in weights.leaves(cut).items():
         if path.startswith("image_scorer/"):
             np.testing.assert_array_equal(weights.leaves(found)[path], leaf)

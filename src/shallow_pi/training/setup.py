@@ -258,35 +258,38 @@ def load_teacher(
     expected = pi0.abstract_params(model)
     shardings = sharding.param_sharding(mesh, expected)
     if teacher_step is None:
-
-        def random(key: Array) -> PyTree:
-            return jax.tree.map(lambda leaf: leaf.astype(dtype), pi0.init(model, key))
-
-        return jax.jit(random, out_shardings=shardings)(jax.random.key(experiment.seed))
+        made = jax.jit(_random, static_argnums=(0, 1), out_shardings=shardings)
+        return made(model, dtype, jax.random.key(experiment.seed))
     return weights.load_params(teacher_step, expected, dtype=dtype, sharding=shardings)
+
+
+def _random(model: pi0.Pi0Config, dtype: jnp.dtype, key: Array) -> PyTree:
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), pi0.init(model, key))
 
 
 def cut_state(
     spec: step.Spec, mesh: jax.sharding.Mesh, teacher_params: PyTree
 ) -> step.DistillState:
     """A fresh state around the student that is cut out of the teacher."""
+    cut = jax.jit(_cut, static_argnums=0, out_shardings=_shardings(spec, mesh))
+    return cut(spec, teacher_params)
+
+
+def _cut(spec: step.Spec, teacher_params: PyTree) -> step.DistillState:
     assert spec.teacher is not None, "a student is cut out of a teacher"
     assert spec.layer_map is not None, "layers are chosen before a student is cut"
-    teacher, chosen = spec.teacher, spec.layer_map
-
-    def cut(params: PyTree) -> step.DistillState:
-        return step.init_state(spec, student.cut(teacher, params, chosen, spec.student))
-
-    return jax.jit(cut, out_shardings=_shardings(spec, mesh))(teacher_params)
+    params = student.cut(spec.teacher, teacher_params, spec.layer_map, spec.student)
+    return step.init_state(spec, params)
 
 
 def random_state(spec: step.Spec, mesh: jax.sharding.Mesh, seed: int) -> step.DistillState:
     """A fresh state around random parameters."""
+    made = jax.jit(_around_random, static_argnums=0, out_shardings=_shardings(spec, mesh))
+    return made(spec, jax.random.key(seed))
 
-    def random(key: Array) -> step.DistillState:
-        return step.init_state(spec, pi0.init(spec.student, key))
 
-    return jax.jit(random, out_shardings=_shardings(spec, mesh))(jax.random.key(seed))
+def _around_random(spec: step.Spec, key: Array) -> step.DistillState:
+    return step.init_state(spec, pi0.init(spec.student, key))
 
 
 def _shardings(spec: step.Spec, mesh: jax.sharding.Mesh) -> PyTree:

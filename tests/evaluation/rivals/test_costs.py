@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from shallow_pi.evaluation.rivals import costs, table
 
 NAMES = (
@@ -14,6 +16,7 @@ NAMES = (
 )
 
 
+@pytest.mark.slow
 def test_every_rival_has_costs_before_it_is_trained(setting):
     config, params, *_ = setting(image_size=48)
     found = {c.name: c for c in costs.measure(config, params, NAMES, num_steps=2, repeats=1)}
