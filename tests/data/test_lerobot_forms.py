@@ -453,7 +453,8 @@ DAMAGE = {
         (b"\xff\xfa{}", "is not UTF-8 text: byte 0 is 0xff"),
         (b'{"codebase_version": "v2.1", "fps": 0, "features": {}}', "fps is 0, expected a posi"),
         (b'{"codebase_version": "v2.1", "fps": "x", "features": {}}', "fps is 'x', expected a p"),
-        (b'{"codebase_version": "v2.1", "fps": 9, "features": {"a": 1}}', "needs a 'dtype'"),
+        (b'{"codebase_version": "v2.1", "fps": 9, "features": [1]}', r"features is \[1\], expec"),
+        (b'{"codebase_version": "v2.1", "fps": 9, "features": {"a": 1}}', "'a' needs a 'dtype', g"),
         (b'{"codebase_version":"v2.1","fps":9,"features":{},"data_path":{}}', "data_path is {}, e"),
         (
             b'{"codebase_version":"v2.1","fps":9,"features":{"a":{"dtype":"int8","shape":"x"}}}',

@@ -173,8 +173,7 @@ def _shape(key: str, feature: Feature, sizes: list[int]) -> tuple[int, ...]:
     shape = tuple(declared)
     if math.prod(shape) != math.prod(stored):
         raise ValueError(
-            f"{key!r} has shape {shape} in info.json, the file holds {stored}: one of them is of "
-            "another version of the dataset"
+            f"{key!r} has shape {shape} in info.json, the file holds {stored}: declare it as stored"
         )
     return shape
 

@@ -172,11 +172,11 @@ def _read_info(root: pathlib.Path) -> dict[str, Any]:
     if missing:
         raise ValueError(f"{file} has no {', '.join(map(repr, missing))}")
     features = info["features"]
-    if not isinstance(features, dict) or not all(
-        isinstance(feature, dict) and isinstance(feature.get("dtype"), str)
-        for feature in features.values()
-    ):
-        raise ValueError(f"{file}: every one of 'features' needs a 'dtype', got {features!r:.200}")
+    if not isinstance(features, dict):
+        raise ValueError(f"{file}: features is {features!r:.100}, expected an object")
+    for key, feature in features.items():
+        if not isinstance(feature, dict) or not isinstance(feature.get("dtype"), str):
+            raise ValueError(f"{file}: feature {key!r} needs a 'dtype', got {feature!r:.100}")
     try:
         fps = float(info["fps"])
     except (TypeError, ValueError):
