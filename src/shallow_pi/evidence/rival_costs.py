@@ -4,9 +4,11 @@
 and a picture of success against operations from it.
 """
 
+import collections
+import itertools
 import json
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from shallow_pi import figures
 from shallow_pi.evaluation import plots
@@ -16,13 +18,14 @@ from shallow_pi.evidence.claim import Claim
 
 # Results of a claim.
 FILE = "{claim}-costs.json"
-# The rival that costs as much as the row that is compared with: a student of 6 layers.
+# The rival that costs as much as the rows that are compared with: students of 6 layers.
 STUDENT = "skip:drop=12"
 # By the first word of a row.
 COLORS = {
     "teacher": plots.COLORS["teacher"],
     "three": plots.COLORS["student"],
     "student": plots.COLORS["student"],
+    "layers": plots.COLORS["student"],
     "EfficientVLA": plots.COLORS["task_only"],
     "CogVLA": plots.COLORS["random_init"],
     "MoLE": "#e69f00",
@@ -41,7 +44,10 @@ def ensure(chosen: Sequence[Claim], runs: pathlib.Path, results: pathlib.Path) -
         if not names or path.exists() or not sources.exists(claim.variants[0].policies[0], runs):
             continue
         assets, params = sources.read(claim.variants[0].policies[0], runs)
-        found = [cost.to_json() for cost in costs.measure(assets.model, params, [*names.values()])]
+        found = [
+            cost.to_json()
+            for cost in costs.measure(assets.model, params, list(dict.fromkeys(names.values())))
+        ]
         results.mkdir(parents=True, exist_ok=True)
         path.write_text("[\n" + ",\n".join(found) + "\n]\n", encoding="utf-8")
 
@@ -57,14 +63,15 @@ def read(claim: Claim, results: pathlib.Path) -> dict[str, costs.Cost]:
 
 
 def _names(claim: Claim) -> dict[str, str]:
-    """Row → rival of a claim about rivals: teacher, student, rivals; empty for other claims."""
+    """Row → rival of a claim about rivals: teacher, students, rivals; empty for other claims."""
     slugs = {row.label: row.policies[0] for row in claim.variants}
-    rivals = {
-        label: slug.partition("--")[2] for label, slug in slugs.items() if rival_runs.is_rival(slug)
-    }
-    if not rivals:
+    if not any(map(rival_runs.is_rival, slugs.values())):
         return {}
-    return {claim.variants[0].label: "teacher", claim.variants[1].label: STUDENT, **rivals}
+    found = {
+        label: slug.partition("--")[2] if rival_runs.is_rival(slug) else STUDENT
+        for label, slug in slugs.items()
+    }
+    return found | {claim.variants[0].label: "teacher"}
 
 
 def lines(claim: Claim, results: pathlib.Path) -> Iterator[str]:
@@ -82,22 +89,26 @@ def lines(claim: Claim, results: pathlib.Path) -> Iterator[str]:
 
 
 def picture(path: pathlib.Path, table: outcomes.Table, results: pathlib.Path) -> bool:
-    """Success against operations, a point for each rival; False, and no file, without any."""
+    """Success against operations, a mark for each row; False, and no file, without any."""
     column, found = table.claim.columns[0].label, read(table.claim, results)
     points = {label: table.mean((label, column)) for label in found}
     measured = {label: mean for label, mean in points.items() if mean is not None}
     if not measured:
         return False
-    figure, axes = figures.make(1, 1, (7.2, 4.6))
+    figure, axes = figures.make(1, 1, (9.6, 4.6))
     axis = axes[0][0]
+    shapes: Mapping[str, Iterator[str]] = collections.defaultdict(
+        lambda: itertools.cycle("osD^vPX*")
+    )
     for label, mean in measured.items():
         family = label.split()[0].rstrip(",")
         color = COLORS.get(family, plots.OTHER_COLOR)
         x, y = found[label].operations / 1e6, 100 * mean.mean
         axis.plot([x, x], [100 * mean.low, 100 * mean.high], color=color, linewidth=1)
-        axis.plot(x, y, "o", color=color, markersize=6)
-        axis.annotate(label, (x, y), (5, 4), textcoords="offset points", fontsize=7)
+        shape = next(shapes[color])
+        axis.plot(x, y, shape, color=color, markersize=6, linestyle="", label=label)
     axis.set(xlabel="operations of one inference, M", ylabel="success, %", ylim=(0, 103))
+    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figures.tidy(axis, "both")
     figure.savefig(path)
     return True
