@@ -54,6 +54,7 @@ def test_help_teaches(command):
     [
         (("nowhere", "--format", "openpi"), "there is no checkpoint at"),
         ((TEACHER, "--format", "openpi"), "--any-size"),
+        ((TEACHER, "--format", "onnx", "--layers", 0, 5), "--layers and --teacher-depth are for"),
         (("s3://bucket/7", "--format", "openpi"), "expected a local path"),
     ],
 )

@@ -156,12 +156,17 @@ def test_relative_actions_of_lerobots_policy_have_to_be_the_robots(tmp_path):
         lerobot_policy.check_robot(tmp_path, robots.TURNTABLE)
 
 
-def test_a_folder_named_by_hand_may_hold_them_one_level_down(tmp_path):
+def test_a_folder_named_by_hand_may_hold_them_one_level_down(tmp_path, capsys):
     _openpis(tmp_path, "mine")
     file = tmp_path / "assets" / "mine" / "norm_stats.json"
     for folder in (file, file.parent, tmp_path / "assets", tmp_path):
         found = checkpoint_statistics.at(folder, "mine")
         assert found.path == file
+    assert capsys.readouterr().err == ""
+    assert checkpoint_statistics.at(tmp_path, "third").path == file
+    assert (
+        "no statistics of 'third': taking its only ones, 'assets/mine'" in capsys.readouterr().err
+    )
     _openpis(tmp_path, "mine", "other")
     with pytest.raises(
         FileNotFoundError, match=r"several below it: name one of \['mine', 'other'\]"
@@ -278,3 +283,16 @@ def test_another_tokenizer_than_paligemmas_is_told(tmp_path, capsys):
         (tmp_path / "policy_preprocessor.json").write_text(json.dumps({"steps": [step]}))
         lerobot_policy.warn_of_tokenizer(tmp_path)
         assert ("with the tokenizer org/other: taking Pali" in capsys.readouterr().err) == told
+
+
+def test_pictures_that_lerobots_first_pi0_pads_at_one_side_are_told(tmp_path, capsys):
+    wide, square = ({"cam": {"type": "VISUAL", "shape": [3, 24, w]}} for w in (32, 24))
+    first = {"resize_imgs_with_padding": [224, 224]}
+    for config, told in (
+        ({"input_features": wide, "image_resolution": [224, 224]}, False),
+        ({"input_features": square, **first}, False),
+        ({"input_features": wide, **first}, True),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        lerobot_policy.warn_of_padding(tmp_path)
+        assert ("is of LeRobot's first π0" in capsys.readouterr().err) == told

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import textwrap
 
+import numpy as np
 import pytest
 
 from shallow_pi.data.robots import conversions
@@ -141,6 +142,23 @@ def test_keys_that_repeat_or_are_empty_are_refused() -> None:
         dataclasses.replace(robots.UR5, state_more=("joints",))
     with pytest.raises(ValueError, match=r"names that differ, got \['actions', ''\]"):
         dataclasses.replace(robots.UR5, action_more=("",))
+
+
+def test_parts_that_only_add_up_are_refused() -> None:
+    joints, gripper = np.zeros(6), np.zeros(1)
+    assert robots.UR5.state({"joints": joints, "gripper": gripper}).shape == (7,)
+    assert robots.UR5.state({"joints": joints, "gripper": 0.5}).shape == (7,)
+    with pytest.raises(ValueError, match=r"'joints' \(5\) \+ 'gripper' \(2\), robot ur5 exp"):
+        robots.UR5.state({"joints": np.zeros(5), "gripper": np.zeros(2)})
+    for sizes in ((7,), (7, 0), (7, 1)):
+        with pytest.raises(ValueError, match=r"state_sizes are \[7.*'gripper'.* state_dim, 7"):
+            dataclasses.replace(robots.UR5, state_sizes=sizes)
+    # Actions in parts: by their groups, or by sizes of their own.
+    parted = dataclasses.replace(robots.UR5, action_more=("grip",))
+    for robot in (parted, dataclasses.replace(parted, groups=(), action_sizes=(6, 1))):
+        assert robot.actions({"actions": joints, "grip": gripper}).shape == (7,)
+        with pytest.raises(ValueError, match=r"'actions' \(5\) \+ 'grip' \(2\), robot ur5 expects"):
+            robot.actions({"actions": np.zeros((9, 5)), "grip": np.zeros((9, 2))})
 
 
 def test_unknown_robots_are_named() -> None:

@@ -112,10 +112,11 @@ def test_pooled_image_tokens_are_refused_where_nothing_can_pool(name, own, param
     model = dataclasses.replace(own.model, pooled_tokens=1)
     weights.save_params(tmp_path / "2" / "params", params)
     dataclasses.replace(own, model=model).save(tmp_path / "2" / "assets")
+    layers = (1, 3) if name == "openpi-padded" else ()
     with pytest.raises(
         ValueError, match=r"pools the 4 image tokens of a camera to 1 .*--format on"
     ):
-        export.export(tmp_path / "2", name, any_size=True, layers=(1, 3))
+        export.export(tmp_path / "2", name, any_size=True, layers=layers)
     assert policy.Policy.from_checkpoint(tmp_path / "2", warm_up=False).assets.model == model
 
 
@@ -124,10 +125,11 @@ def test_a_scorer_is_refused_where_there_is_no_place_for_it(name, own, tiny_para
     model = dataclasses.replace(own.model, scored_tokens=1)
     weights.save_params(tmp_path / "2" / "params", tiny_params(model))
     dataclasses.replace(own, model=model).save(tmp_path / "2" / "assets")
+    layers = (1, 3) if name == "openpi-padded" else ()
     with pytest.raises(
         ValueError, match=r"chooses 1 of a camera's 4 image tokens by a scorer .*\(image_scorer/…\)"
     ):
-        export.export(tmp_path / "2", name, any_size=True, layers=(1, 3))
+        export.export(tmp_path / "2", name, any_size=True, layers=layers)
     loaded = policy.Policy.from_checkpoint(tmp_path / "2", warm_up=False)
     assert loaded.assets.model == model
     assert ", 1 chosen image tokens a camera, " in loaded.description

@@ -203,6 +203,10 @@ def test_flags_make_the_layer_table(fields, backbone, expert):
             r"3 not among --student.layers 0 7: an expert layer needs its backbone layer, at least "
             "as keys and values; add it there",
         ),
+        (
+            {"layers": (0, 7), "strategy": "last"},
+            "--student.layers 0 7 and --student.strategy last both choose the layers: give only",
+        ),
         ({"layers": (0, 7), "backbone_layers": (3,)}, r"3 not among --student.layers 0 7; add it"),
         ({"layers": (0, 7), "expert_layers": (7, 7)}, "each layer once, in increasing order"),
         ({"expert_layers": (3,)}, r"3 not among --student.layers \(none\)"),

@@ -104,6 +104,7 @@ def test_the_dataset_is_opened_once(experiment, monkeypatch):
         ({"mesh": {"tensor": 3}}, "tensor"),
         ({"data": {"path": "nowhere"}}, "no LeRobot dataset at"),
         ({"data": {"robot": "aloha"}}, "lacks camera"),
+        ({"attention": "cudnn"}, "--attention cudnn: .* needs an NVIDIA GPU"),
         ({"losses": {"scorer": 1.0}}, "trains a scorer of image tokens, and there is none"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

@@ -60,9 +60,13 @@ def check(dataset: reader.Dataset, robot: robots.Robot, *, pictures: bool = True
                 f"({reason}); a policy sees 8-bit colour: name a colour camera in the robot's "
                 "cameras"
             )
+    try:
+        state, actions = robot.state(dataset.columns), robot.actions(dataset.columns)
+    except ValueError as error:
+        raise ValueError(f"dataset {dataset.path}: {error}") from error
     for names, column, dim in (
-        (robot.state_keys, robot.state(dataset.columns), robot.state_dim),
-        (robot.action_keys, robot.actions(dataset.columns), robot.action_dim),
+        (robot.state_keys, state, robot.state_dim),
+        (robot.action_keys, actions, robot.action_dim),
     ):
         key = " + ".join(map(repr, names))
         if column.shape[1:] != (dim,):

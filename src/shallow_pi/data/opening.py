@@ -17,7 +17,7 @@ from shallow_pi.checkpoints import fetch, run_folder
 from shallow_pi.data import data_config, fit, frame_cache, sources
 from shallow_pi.data.lerobot import hub, layout, reader
 from shallow_pi.data.robots import assets as policy_assets
-from shallow_pi.data.robots import checkpoint_statistics, normalize, statistics
+from shallow_pi.data.robots import checkpoint_statistics, lerobot_policy, normalize, statistics
 from shallow_pi.data.robots import robot as robots
 from shallow_pi.data.robots import tokenizer as prompts
 from shallow_pi.models import pi0
@@ -106,6 +106,8 @@ def open_data(
         made_up = [sources.SyntheticSource(model, seed=seed) for seed in (0, 1)]
         return Data(made_up[0], made_up[1] if data.held_out else None, None)
     train, robot = recordings.train, recordings.robot
+    if teacher_step is not None:
+        lerobot_policy.warn_of_padding(teacher_step)
     assets = policy_assets.Assets(
         model=model,
         robot=robot,

@@ -135,6 +135,7 @@ def assets(
         )
     model = _model(step, fields)
     lerobot_policy.check_robot(step, robot)
+    lerobot_policy.warn_of_padding(step)
     exact = asset_id is not None
     found = _statistics(step, asset_id or robot.name, model, norm_stats, exact=exact)
     file = _tokenizer(step, model, tokenizer)

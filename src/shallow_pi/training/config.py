@@ -99,6 +99,11 @@ class StudentConfig:
                 "--student.image-token-choice scored chooses --student.image-tokens of each "
                 "camera: give that number too"
             )
+        if self.layers and self.strategy != type(self).strategy:
+            raise ValueError(
+                f"--student.layers {' '.join(map(str, self.layers))} and --student.strategy "
+                f"{self.strategy} both choose the layers: give only one"
+            )
         for stream in ("backbone", "expert"):
             named = getattr(self, f"{stream}_layers")
             listed = " ".join(map(str, named))

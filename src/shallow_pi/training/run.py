@@ -67,10 +67,11 @@ def check(experiment: config.DistillConfig) -> None:
     """Check a config without opening a dataset and without downloading anything.
 
     Raises:
-      ValueError, FileNotFoundError: mesh, batch size, losses, paths, or a local teacher that does
-        not fit.
+      ValueError, FileNotFoundError: mesh, attention, batch size, losses, paths, or a local teacher
+        that does not fit.
     """
     mesh = setup.make_mesh(experiment, jax.devices())
+    setup.kernels(experiment, mesh.devices.flat[0])
     sharding.check_batch_size(mesh, experiment.batch_size // experiment.accumulation)
     setup.check_teacher_here(experiment)
     steps = experiment.student.num_steps

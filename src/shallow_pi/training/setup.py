@@ -100,7 +100,7 @@ def _execution(
 ) -> layers.Execution:
     """Execution of a step on a mesh; without one, "auto" is XLA's attention and least memory."""
     device = None if mesh is None else mesh.devices.flat[0]
-    tower, prefix = _attention(experiment, device)
+    tower, prefix = kernels(experiment, device)
     rows = None if mesh is None else sharding.batch_sharding(mesh)
     found = layers.Execution(
         "layers" if experiment.remat == "auto" else experiment.remat,
@@ -119,7 +119,7 @@ def _execution(
     return dots if all(processes.gather(needed <= memory.USABLE * room)) else found
 
 
-def _attention(
+def kernels(
     experiment: config.DistillConfig, device: jax.Device | None
 ) -> tuple[layers.Kernel, layers.Kernel]:
     """The kernels of image tower and prefix, as the config says.

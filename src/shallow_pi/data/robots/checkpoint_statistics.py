@@ -8,7 +8,7 @@ checkpoint's own statistics are found or their absence is told: openpi's in
 import dataclasses
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
@@ -111,7 +111,7 @@ def _below(root: pathlib.Path) -> list[pathlib.Path]:
     )
 
 
-def _named(there: Mapping[str, pathlib.Path], asset_id: str) -> list[str]:
+def _named(there: Iterable[str], asset_id: str) -> list[str]:
     exact = [name for name in there if name == asset_id]
     return exact or [name for name in there if name.rpartition("/")[2] == asset_id]
 
@@ -134,5 +134,11 @@ def at(folder: pathlib.Path, asset_id: str) -> Found:
             f"no {normalize.FILE_NAME} in {folder}"
             + (f"; there are several below it: name one of {names}" if names else "")
             + "; scripts/compute_norm_stats.py makes one from a dataset"
+        )
+    name = found[0].relative_to(folder).as_posix()
+    if not _named([name], asset_id):
+        progress.warn(
+            f"{folder} has no statistics of {asset_id!r}: taking its only ones, {name!r} (name "
+            "their folder if they are this robot's)"
         )
     return Found(normalize.load(found[0]), asset_id, found[0] / normalize.FILE_NAME)

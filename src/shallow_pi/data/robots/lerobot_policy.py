@@ -31,6 +31,8 @@ _BUFFERS = {
 }
 # LeRobot's modes that map two statistics to −1 and 1.
 _ENDS = {"MIN_MAX": ("min", "max"), "QUANTILES": ("q01", "q99"), "QUANTILE10": ("q10", "q90")}
+# A field of `config.json` that LeRobot's later π0 and π0.5 lack.
+_FIRST_PI0 = "resize_imgs_with_padding"
 # Fields of `config.json`, openpi's or LeRobot's → fields of a `Pi0Config`.
 _FIELDS = {
     "action_horizon": "action_horizon",
@@ -64,10 +66,29 @@ def warn_of_tokenizer(step: pathlib.Path) -> None:
         )
 
 
+def warn_of_padding(step: pathlib.Path) -> None:
+    """Warn of a policy whose pictures were padded at the left and top, not on both sides alike.
+
+    LeRobot's first π0 did so, until it became openpi's; that one's config has other fields.
+    """
+    content = _config(step)
+    if not content.get(_FIRST_PI0):
+        return
+    shapes = [tuple(feature.get("shape") or ()) for feature in _cameras(content).values()]
+    if shapes and all(len(shape) == 3 and shape[1] == shape[2] for shape in shapes):
+        return
+    progress.warn(
+        f"the policy in {step} is of LeRobot's first π0 ({_FIRST_PI0} in "
+        f"{run_folder.CONFIG_FILE}), which pads pictures that are not square at the left and top; "
+        "here they are padded on both sides, so it sees them shifted: record square pictures, or "
+        "fine-tune it in a later LeRobot or openpi first"
+    )
+
+
 def num_steps(step: pathlib.Path) -> int | None:
     """Integration steps that the policy samples with; None where its folder does not say."""
     content = _config(step)
-    name = "num_inference_steps"
+    name = "num_steps" if _FIRST_PI0 in content else "num_inference_steps"
     return _whole(step, content, name) if content.get(name) else None
 
 
@@ -98,12 +119,7 @@ def check_robot(step: pathlib.Path, robot: robots.Robot) -> None:
 
 def _compare_cameras(step: pathlib.Path, robot: robots.Robot) -> None:
     """Warn where the model would see a camera's picture in another place than in training."""
-    features = _config(step).get("input_features") or {}
-    theirs = [
-        name.rpartition(".")[2]
-        for name, feature in features.items()
-        if isinstance(feature, Mapping) and feature.get("type") == "VISUAL"
-    ]
+    theirs = [name.rpartition(".")[2] for name in _cameras(_config(step))]
     ours = [robot.cameras[name].rpartition(".")[2] for name in pi0.CAMERAS if name in robot.cameras]
     if any(name in theirs and theirs.index(name) != place for place, name in enumerate(ours)):
         progress.warn(
@@ -242,6 +258,15 @@ def _config(step: pathlib.Path) -> Mapping[str, Any]:
         return content
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a policy's config ({error!r}): copy it again") from error
+
+
+def _cameras(content: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The pictures among the features of a `config.json`, in their order."""
+    return {
+        name: feature
+        for name, feature in (content.get("input_features") or {}).items()
+        if isinstance(feature, Mapping) and feature.get("type") == "VISUAL"
+    }
 
 
 def _whole(step: pathlib.Path, content: Mapping[str, Any], name: str) -> int:

@@ -88,6 +88,10 @@ class Robot:
     state_more: tuple[str, ...] = ()
     # Keys appended to the actions likewise. A policy answers with one vector of all parts.
     action_more: tuple[str, ...] = ()
+    # Number of dimensions of each part, so that parts which only add up are refused; empty checks
+    # the sum alone, and actions with as many groups as parts have the groups' sizes.
+    state_sizes: tuple[int, ...] = ()
+    action_sizes: tuple[int, ...] = ()
     # Always this prompt, whatever recordings and observations say; empty takes theirs.
     prompt: str = ""
     # The openpi config that has its transforms, if they are code and not these fields; openpi
@@ -135,6 +139,15 @@ class Robot:
                 raise ValueError(
                     f"robot {self.name}: keys must be names that differ, got {list(keys)}"
                 )
+        for what, sizes, keys, dim in (
+            ("state", self.state_sizes, self.state_keys, self.state_dim),
+            ("action", self.action_sizes, self.action_keys, self.action_dim),
+        ):
+            if sizes and (len(sizes) != len(keys) or min(sizes) < 1 or sum(sizes) != dim):
+                raise ValueError(
+                    f"robot {self.name}: {what}_sizes are {list(sizes)}, expected one for each of "
+                    f"{list(keys)}, with the sum {what}_dim, {dim}"
+                )
         self._check_groups()
 
     def _check_groups(self) -> None:
@@ -161,7 +174,7 @@ class Robot:
 
     def state(self, observation: Mapping[str, object]) -> Float[np.ndarray, "*n sd"]:
         """The state vector out of an observation or a dataset's columns, not converted yet."""
-        return _joined(observation, self.state_keys)
+        return self._joined(observation, self.state_keys, self.state_sizes)
 
     @property
     def action_keys(self) -> tuple[str, ...]:
@@ -170,15 +183,26 @@ class Robot:
 
     def actions(self, columns: Mapping[str, object]) -> Float[np.ndarray, "*n rd"]:
         """The action vectors out of a dataset's columns, not converted yet."""
-        return _joined(columns, self.action_keys)
+        sizes = self.action_sizes
+        if not sizes and len(self.groups) == len(self.action_keys):
+            sizes = tuple(group.size for group in self.groups)
+        return self._joined(columns, self.action_keys, sizes)
 
-
-def _joined(values: Mapping[str, object], keys: tuple[str, ...]) -> Float[np.ndarray, "*n d"]:
-    parts = [np.asarray(values[key], np.float32) for key in keys]
-    if len(parts) == 1:
-        return parts[0]
-    # A gripper's position may come as a plain number.
-    return np.concatenate([part[None] if part.ndim == 0 else part for part in parts], axis=-1)
+    def _joined(
+        self, values: Mapping[str, object], keys: tuple[str, ...], sizes: tuple[int, ...]
+    ) -> Float[np.ndarray, "*n d"]:
+        parts = [np.asarray(values[key], np.float32) for key in keys]
+        if len(parts) == 1:
+            return parts[0]
+        # A gripper's position may come as a plain number.
+        parts = [part[None] if part.ndim == 0 else part for part in parts]
+        if sizes and (found := tuple(part.shape[-1] for part in parts)) != sizes:
+            given, wanted = (
+                " + ".join(f"{key!r} ({size})" for key, size in zip(keys, of, strict=True))
+                for of in (found, sizes)
+            )
+            raise ValueError(f"got {given}, robot {self.name} expects {wanted}")
+        return np.concatenate(parts, axis=-1)
 
 
 def mask(*groups: int) -> tuple[bool, ...]:
@@ -289,6 +313,7 @@ DROID = Robot(
     fps=15,
     state_key="joint_position",
     state_more=("gripper_position",),
+    state_sizes=(7, 1),
     action_key="actions",
     groups=(Group("joint_velocity", 7), Group("gripper", 1)),
     state_limits=(*(_JOINT,) * 7, _GRIPPER),
@@ -312,6 +337,7 @@ UR5 = Robot(
     fps=20,
     state_key="joints",
     state_more=("gripper",),
+    state_sizes=(6, 1),
     action_key="actions",
     delta=mask(6, -1),
     groups=(Group("joints", 6, "rad"), Group("gripper", 1)),

@@ -64,6 +64,11 @@ def export(
     """
     chosen = formats.find(format)
     formats.check_scheme(format, quantize)
+    if format != "openpi-padded" and (layers or teacher_depth != 18):
+        raise ValueError(
+            f"--layers and --teacher-depth are for --format openpi-padded, not {format}: leave "
+            "them out"
+        )
     folder = step_folder.find(source, step)
     target = pathlib.Path(output or folder.parent / "exports" / f"{folder.name}-{format}")
     target = target.expanduser().absolute()
