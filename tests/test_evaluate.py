@@ -5,6 +5,7 @@ import json
 import re
 import threading
 
+import exact_stats
 import numpy as np
 import pytest
 import websockets.sync.server
@@ -207,7 +208,7 @@ def test_a_checkpoint_of_another_robot_is_refused_before_it_is_loaded(
 
 
 def test_openpis_checkpoint_of_another_robot_is_refused(own, params, tmp_path, failing):
-    step, four = tmp_path / "theirs", normalize.compute(np.random.default_rng(0).random((9, 4)))
+    step, four = tmp_path / "theirs", exact_stats.of(np.random.default_rng(0).random((9, 4)))
     weights.save_params(step / "params", params)
     normalize.save(step / "assets" / "org", {"state": four, "actions": four})
     flags = ("--policy.tokenizer", str(own.tokenizer), "--policy.action-horizon", "5")
