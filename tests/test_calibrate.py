@@ -10,6 +10,7 @@ import pytest
 
 from shallow_pi.checkpoints import weights
 from shallow_pi.commands import calibrate
+from shallow_pi.data.lerobot import reader
 from shallow_pi.deploy import policy
 from shallow_pi.inference import calibration, tuning
 from shallow_pi.models import quantized
@@ -130,10 +131,17 @@ def test_bad_arguments_end_in_one_line(step, tiny_dataset, capsys, arguments, me
     assert not (step / "assets" / "calibration.json").exists()
 
 
-def test_the_dataset_of_the_run_is_taken(step, tiny_dataset, tmp_path, capsys):
+def test_the_datasets_and_episodes_of_the_run_are_taken(step, tiny_dataset, tmp_path, capsys):
     shutil.copytree(step, tmp_path / "2")
-    (tmp_path / "config.json").write_text(json.dumps({"data": {"path": str(tiny_dataset[0])}}))
-    calibrate.main([str(tmp_path / "2"), "--samples", "1", "--num-steps", "1"])
+    path = str(tiny_dataset[0])
+    data = {"path": path, "more": [path], "episodes": ["0/0", "1/1"]}
+    (tmp_path / "config.json").write_text(json.dumps({"data": data}))
+    # More samples than there are frames: all of them are taken.
+    given = ["--samples", "999", "--batch-size", "1", "--num-steps", "1"]
+    calibrate.main([str(tmp_path / "2"), *given])
     said = capsys.readouterr()
-    assert f"Dataset of the policy's run: {tiny_dataset[0]}" in said.err
+    assert f"Dataset of the policy's run: {path}, {path}; episodes 0/0 1/1" in said.err
+    frames = sum(len(reader.Dataset(path, episodes=[episode])) for episode in (0, 1))
+    found = json.loads((tmp_path / "2" / "assets" / "calibration.json").read_text())
+    assert found["observations"] == frames
     assert said.out.strip() == str(tmp_path / "2" / "assets" / "calibration.json")

@@ -3,7 +3,7 @@
 uv run scripts/calibrate.py POLICY --data.path DATASET [--samples 64] [--step last|best|N]
 
 POLICY is a run's folder or a step folder, DATASET a LeRobot dataset of its robot; without
---data.path the dataset of the policy's run is taken. Actions are sampled for frames spread over all
+--data.path the datasets and episodes of the policy's run are taken. Actions are sampled for frames spread over all
 episodes, and the bounds of the activations of every large product are written to
 assets/calibration.json beside the parameters. int8 and fp8 then round activations within them:
 
@@ -101,21 +101,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _data(given: Arguments, folder: pathlib.Path) -> data_config.DataConfig:
-    """The data config with a path: the one given, else that of the policy's run."""
+    """The data config with a path: the one given, else datasets and episodes of the policy's run."""
     if given.data.path:
         return given.data
-    recorded = folder.parent / run_folder.CONFIG_FILE
-    path = ""
+    recorded, data = folder.parent / run_folder.CONFIG_FILE, {}
     if recorded.is_file():
-        path = (json.loads(recorded.read_text(encoding="utf-8")).get("data") or {}).get("path", "")
-    if not path:
+        data = json.loads(recorded.read_text(encoding="utf-8")).get("data") or {}
+    if not data.get("path"):
         raise ValueError(
             f"no dataset to calibrate on: {folder} is not in a run that names one; give "
             "--data.path, a LeRobot dataset of the policy's robot (or run with weights alone in 8 "
             "bits, w8 or wf8, which need none)"
         )
-    progress.say(f"Dataset of the policy's run: {path}")
-    return dataclasses.replace(given.data, path=path)
+    taken = {
+        name: tuple(data.get(name) or ())
+        for name in ("more", "episodes", "exclude_episodes")
+        if not getattr(given.data, name)
+    }
+    found = dataclasses.replace(given.data, path=data["path"], **taken)
+    parts = [", ".join((found.path, *found.more))]
+    for what, words in (("episodes", found.episodes), ("without", found.exclude_episodes)):
+        parts += [f"{what} {' '.join(words)}"] * bool(words)
+    progress.say(f"Dataset of the policy's run: {'; '.join(parts)}")
+    return found
 
 
 def _batches(
