@@ -239,6 +239,35 @@ def _with_pictures(folder, column) -> reader.Dataset:
     return reader.Dataset(folder)
 
 
+def test_picture_files_that_are_missing_are_counted_when_a_dataset_is_opened(tmp_path, capsys):
+    folder = tmp_path / "set"
+    with lerobot_writer.Writer(folder, FPS) as writer:
+        for _ in range(3):
+            images = {TOP: np.zeros((4, 6, 8, 3), np.uint8)}
+            writer.add_episode(images, np.zeros((4, 1)), np.zeros((4, 1)), "go")
+    data = folder / "data" / "chunk-000" / "file-000.parquet"
+    table = pl.read_parquet(data)
+    places = [f"images/{TOP}/episode_{n:06d}/frame_{i}.png" for n in range(3) for i in range(4)]
+    named = [{"bytes": None, "path": place} for place in places]
+    table.with_columns(pl.Series(TOP, named)).write_parquet(data)
+    for place, encoded in zip(places, table[TOP], strict=True):
+        (folder / place).parent.mkdir(parents=True, exist_ok=True)
+        (folder / place).write_bytes(encoded["bytes"])
+    assert len(reader.Dataset(folder, cameras=[TOP])) == 12
+    for place in (places[5], places[6], places[9]):
+        (folder / place).unlink()
+    with pytest.raises(
+        ValueError,
+        match=r"episode 1, frame 1: its file 'images.*frame_1.png' is missing, .*; 3 of 12 such "
+        r"files are missing, in 2 of 3 episodes .*--data.skip-bad-episodes",
+    ):
+        reader.Dataset(folder, cameras=[TOP])
+    assert len(reader.Dataset(folder, cameras=[TOP], episodes=[0])) == 4
+    found = reader.Dataset(folder, cameras=[TOP], skip_bad_episodes=True)
+    assert (found.episodes, list(found.skipped)) == ([0], [1, 2])
+    assert "episode 2 of dataset" in capsys.readouterr().err
+
+
 def _structs(*pictures) -> list[dict]:
     return [{"bytes": data, "path": None} for data in pictures]
 

@@ -3,8 +3,8 @@
 uv run scripts/calibrate.py POLICY --data.path DATASET [--samples 64] [--step last|best|N]
 
 POLICY is a run's folder or a step folder, DATASET a LeRobot dataset of its robot; without
---data.path the datasets and episodes of the policy's run are taken. Actions are sampled for frames spread over all
-episodes, and the bounds of the activations of every large product are written to
+--data.path the datasets and episodes of the policy's run are taken. Actions are sampled for frames
+spread over all episodes, and the bounds of the activations of every large product are written to
 assets/calibration.json beside the parameters. int8 and fp8 then round activations within them:
 
     uv run scripts/serve_policy.py --policy.dir POLICY --policy.quantize int8
@@ -18,7 +18,7 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Iterator, Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -101,10 +101,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _data(given: Arguments, folder: pathlib.Path) -> data_config.DataConfig:
-    """The data config with a path: the one given, else datasets and episodes of the policy's run."""
+    """The data config with a path: the one given, else with datasets and episodes of the run."""
     if given.data.path:
         return given.data
-    recorded, data = folder.parent / run_folder.CONFIG_FILE, {}
+    recorded = folder.parent / run_folder.CONFIG_FILE
+    data: dict[str, Any] = {}
     if recorded.is_file():
         data = json.loads(recorded.read_text(encoding="utf-8")).get("data") or {}
     if not data.get("path"):
@@ -113,12 +114,13 @@ def _data(given: Arguments, folder: pathlib.Path) -> data_config.DataConfig:
             "--data.path, a LeRobot dataset of the policy's robot (or run with weights alone in 8 "
             "bits, w8 or wf8, which need none)"
         )
-    taken = {
-        name: tuple(data.get(name) or ())
-        for name in ("more", "episodes", "exclude_episodes")
-        if not getattr(given.data, name)
-    }
-    found = dataclasses.replace(given.data, path=data["path"], **taken)
+    found = dataclasses.replace(
+        given.data,
+        path=data["path"],
+        more=given.data.more or tuple(data.get("more", ())),
+        episodes=given.data.episodes or tuple(data.get("episodes", ())),
+        exclude_episodes=given.data.exclude_episodes or tuple(data.get("exclude_episodes", ())),
+    )
     parts = [", ".join((found.path, *found.more))]
     for what, words in (("episodes", found.episodes), ("without", found.exclude_episodes)):
         parts += [f"{what} {' '.join(words)}"] * bool(words)

@@ -7,11 +7,9 @@ returned as uint8 RGB, depth as the stored numbers.
 
 import collections
 import concurrent.futures
-import contextlib
 import dataclasses
 import io
 import itertools
-import pathlib
 import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -22,7 +20,7 @@ from jaxtyping import Float
 from PIL import Image, ImageOps
 
 from shallow_pi import progress
-from shallow_pi.data.lerobot import columns, files, tables, video, video_times
+from shallow_pi.data.lerobot import columns, files, picture_files, tables, video, video_times
 from shallow_pi.data.lerobot import layout as lerobot_layout
 
 # Encoded pictures of parquet files kept in memory, per dataset.
@@ -331,7 +329,7 @@ class Pictures:
         """A picture as stored in the parquet file: bytes, or numbers."""
         value, name = self._stored(file, camera, row)
         if value is None and name:
-            path = self._beside(file, camera, episode, name)
+            path = picture_files.find(self._layout, camera, episode, file, name)
             try:
                 value = path.read_bytes()
             except OSError as error:
@@ -346,18 +344,6 @@ class Pictures:
         if isinstance(value, dict):
             return value.get("bytes"), value.get("path")
         return (None, value) if isinstance(value, str) else (value, None)
-
-    def _beside(self, file: str, camera: str, episode: int, name: str) -> pathlib.Path:
-        """The file that a path in a parquet file names."""
-        root, relative = self._layout.root, pathlib.Path(name.replace("\\", "/"))
-        own = root / f"images/{camera}/episode_{episode:06d}"
-        # A path of the recording computer ends like the path here.
-        places = (root / relative, (root / file).parent / relative, own / relative.name)
-        for place in places:
-            with contextlib.suppress(OSError):  # Of text that is too long for a path.
-                if place.is_file():
-                    return place
-        raise ValueError(f"its file {name!r:.100} is missing, in {own} too; leave its episode out")
 
     def _mode(self, file: str, camera: str, episode: int) -> str:
         """Pillow's mode of a file's first picture; empty if unknown."""

@@ -16,7 +16,7 @@ import polars as pl
 from jaxtyping import Bool, Float
 
 from shallow_pi import progress
-from shallow_pi.data.lerobot import columns, data_files, files, layout, pictures
+from shallow_pi.data.lerobot import columns, data_files, files, layout, picture_files, pictures
 
 # Written by lerobot_writer.
 VERSION = layout.VERSIONS[-1]
@@ -263,6 +263,7 @@ class Dataset:
         self._join(parts)
         self._check_forms()
         self._check_videos(parts, skip)
+        self._check_files(parts, skip)
         if skip:
             self._skip_unreadable(parts)
 
@@ -330,6 +331,28 @@ class Dataset:
             )
         self.skipped |= {episode: found.problem for episode, found in problems.items()}
         self._join({e: part for e, part in parts.items() if e not in problems})
+
+    def _check_files(self, parts: Mapping[int, data_files.Episode], skip: bool) -> None:
+        """Raise for, or leave out, episodes with a picture file that is not there."""
+        rows = {episode: parts[episode].rows for episode in self.episodes}
+        for camera in self._asked or ():
+            if self._pictures.is_video(camera) or not self._pictures.is_beside(
+                camera, self.episodes[0]
+            ):
+                continue
+            lacking = picture_files.absent(self.layout, camera, rows)
+            if lacking and not skip:
+                episode, first = min(lacking.items())
+                count = sum(found.count for found in lacking.values())
+                raise ValueError(
+                    f"{camera} of episode {episode}, frame {first.frame}: "
+                    f"{self._short(first.problem)}; {count} of {len(self)} such files are missing, "
+                    f"in {len(lacking)} of {len(rows)} episodes of dataset {self.path}: leave them "
+                    f"out ({self._skip_flag})"
+                )
+            self.skipped |= {n: f"{camera}: {found.problem}" for n, found in lacking.items()}
+        if self.skipped.keys() & rows.keys():
+            self._join({n: parts[n] for n in rows if n not in self.skipped})
 
     def _wanted(self, skip: bool) -> tuple[str, ...]:
         """Columns to read immediately: all of them if bad episodes are to be skipped."""
