@@ -69,6 +69,18 @@ def test_a_misfit_is_named_with_the_closest_name(changes, message) -> None:
         fit.check(reader.Dataset(pusht.IMAGE), dataclasses.replace(pusht.ROBOT, **changes))
 
 
+def test_parts_have_the_sizes_given_or_those_of_the_first_dataset() -> None:
+    dataset = reader.Dataset(pusht.IMAGE)
+    parts = dataclasses.replace(pusht.ROBOT, state_more=("action",), state_dim=4)
+    fit.check(dataset, parts)
+    assert fit.with_sizes(parts, dataset).state_sizes == (2, 2)
+    assert fit.with_sizes(pusht.ROBOT, dataset) == pusht.ROBOT
+    wrong = dataclasses.replace(parts, state_sizes=(3, 1))
+    assert fit.with_sizes(wrong, dataset) == wrong
+    with pytest.raises(ValueError, match=r"dataset .*: got 'observation.state' \(2\) \+ 'action'"):
+        fit.check(dataset, wrong)
+
+
 def test_nan_names_episode_and_frame(copy) -> None:
     bad = pl.when(pl.col("index") == 27).then(float("nan")).otherwise(1.0).cast(pl.Float32)
     pusht.edit_data(copy, pl.concat_arr(bad, bad).alias("observation.state"))

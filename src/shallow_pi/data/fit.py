@@ -3,6 +3,7 @@
 Only what the robot uses is looked at: other columns and cameras may be of any kind, or damaged.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -92,6 +93,21 @@ def check(dataset: reader.Dataset, robot: robots.Robot, *, pictures: bool = True
     if not robot.prompt:
         for i in _first_of_each_task(dataset, robot):
             prompt(dataset, robot, i)  # Raises if there is no such task.
+
+
+def with_sizes(robot: robots.Robot, dataset: reader.Dataset) -> robots.Robot:
+    """The robot with the sizes of its parts as this dataset has them, where it gives none."""
+
+    def sizes(keys: Sequence[str], given: tuple[int, ...]) -> tuple[int, ...]:
+        if given or len(keys) == 1:
+            return given
+        return tuple(math.prod(dataset.columns[key].shape[1:]) for key in keys)
+
+    return dataclasses.replace(
+        robot,
+        state_sizes=sizes(robot.state_keys, robot.state_sizes),
+        action_sizes=sizes(robot.action_keys, robot.action_sizes),
+    )
 
 
 def warn(dataset: reader.Dataset, robot: robots.Robot) -> None:

@@ -70,7 +70,7 @@ def open_recordings(data: data_config.DataConfig) -> Recordings | None:
             f"Dataset: {dataset.path}, {len(dataset.episodes)} episodes ({len(dataset)} frames) to "
             f"train on, {len(kept)} held out"
         )
-    return Recordings(robot, train, held_out)
+    return Recordings(fit.with_sizes(robot, train[0]), train, held_out)
 
 
 def open_data(
@@ -195,6 +195,7 @@ def open_datasets(
         if found:
             _compare_names(found[0], dataset, robot)
             _warn_of_repeats(found, dataset)
+        robot = fit.with_sizes(robot, dataset)  # Further datasets have the same.
         found.append(dataset)
     if not data.held_out:
         return found, []

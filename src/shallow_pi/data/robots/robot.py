@@ -88,8 +88,8 @@ class Robot:
     state_more: tuple[str, ...] = ()
     # Keys appended to the actions likewise. A policy answers with one vector of all parts.
     action_more: tuple[str, ...] = ()
-    # Number of dimensions of each part, so that parts which only add up are refused; empty checks
-    # the sum alone, and actions with as many groups as parts have the groups' sizes.
+    # Number of dimensions of each part, so that parts which only add up are refused; empty takes
+    # those of the first dataset, and of actions with as many groups as parts the groups'.
     state_sizes: tuple[int, ...] = ()
     action_sizes: tuple[int, ...] = ()
     # Always this prompt, whatever recordings and observations say; empty takes theirs.
