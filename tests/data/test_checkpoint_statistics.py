@@ -275,6 +275,12 @@ def test_cameras_in_another_order_than_a_lerobot_policys_are_told(tmp_path, caps
         still = dataclasses.replace(robots.TURNTABLE, delta=())
         lerobot_policy.check_robot(step, still)
         assert ("cameras in the order ['wrist', 'base']" in capsys.readouterr().err) == told
+    # A policy from before LeRobot's processors has only its config.
+    older = tmp_path / "older"
+    older.mkdir()
+    shutil.copy(step / "config.json", older)
+    lerobot_policy.check_robot(older, robots.TURNTABLE)
+    assert "cameras in the order ['wrist', 'base']" in capsys.readouterr().err
 
 
 def test_another_tokenizer_than_paligemmas_is_told(tmp_path, capsys):

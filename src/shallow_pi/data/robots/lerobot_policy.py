@@ -98,10 +98,10 @@ def check_robot(step: pathlib.Path, robot: robots.Robot) -> None:
     A step folder of ours holds its robot, a policy of LeRobot's which actions are relative to the
     state. One of openpi's says nothing.
     """
+    _compare_cameras(step, robot)
     pipeline = step / PREPROCESSOR
     if not pipeline.is_file():
         return
-    _compare_cameras(step, robot)
     relative = _step(_json(pipeline), "relative_actions_processor")
     names = [str(name).lower() for name in relative.get("action_names") or ()]
     absolute = [str(name).lower() for name in relative.get("exclude_joints") or () if name]
