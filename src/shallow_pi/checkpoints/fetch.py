@@ -120,13 +120,13 @@ def _from_bucket(source: str, filesystem: Any) -> pathlib.Path:
                 partial.rename(target)
             _marker(target).unlink(missing_ok=True)
     except Exception as error:  # No gcsfs, no network, no rights, no space: all end alike.
-        kept = f" The partial download in {partial} is kept, and the next try resumes it."
+        kept = f"\nthe partial download in {partial} is kept, and the next try resumes it"
         raise FileNotFoundError(
             f"gs://{source} is not at {target} and could not be downloaded "
-            f"({type(error).__name__}: {error}).{kept if partial.exists() else ''} Downloading "
-            "needs a network and gcsfs (uv sync --extra gcs). Or fetch it on another machine with "
-            f"`gsutil cp -r gs://{source} .` and put it at {target}; "
-            "OPENPI_DATA_HOME moves the folder"
+            f"({type(error).__name__}: {error}){kept if partial.exists() else ''}\n"
+            "give this machine a network and gcsfs (uv sync --extra gcs); OPENPI_DATA_HOME moves "
+            "the cache\n"
+            f"or run `gsutil cp -r gs://{source} .` on another machine and put it at {target}"
         ) from error
     finally:
         lock.release()
@@ -290,8 +290,9 @@ def _named(repo: str, revision: str | None, kind: str, part: str) -> Iterator[No
         include = f" --include '{part}' '{part}/*'" if part else ""
         raise FileNotFoundError(
             f"the {kind or 'model'} {repo} could not be downloaded from the Hugging Face hub, and "
-            f"there is no such folder here ({type(error).__name__}: {error}). huggingface_hub (uv "
-            "sync --extra hf) looked in its cache (HF_HOME) and on the network. "
-            f"Or download it on another machine with `hf download {repo}{what}{version}{include} "
-            f"--local-dir DIR`, copy DIR here, and give DIR{'/' + part if part else ''} as the path"
+            f"is no folder here ({type(error).__name__}: {error})\n"
+            "huggingface_hub (uv sync --extra hf) looked in its cache (HF_HOME) and on the "
+            "network\n"
+            f"or run `hf download {repo}{what}{version}{include} --local-dir DIR` on another "
+            f"machine, copy DIR here, and give DIR{'/' + part if part else ''} as the path"
         ) from error

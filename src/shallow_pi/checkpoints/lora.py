@@ -50,18 +50,16 @@ def adapters(
         absent += [f"factor {name} of {base}" for name in "ab" if name not in factors]
         if absent:
             raise ValueError(
-                f"this LoRA checkpoint lacks {absent}: expected a matrix and its two factors, as "
-                "openpi writes them; fetch it again, or merge it with the code that trained it"
+                f"this LoRA checkpoint lacks {absent}: expected openpi's, a matrix and its two "
+                "factors; fetch it again, or merge it with the code that trained it"
             )
         stream = _STREAM.search(f"{base}/")
         expected = RANKS[(stream["stream"] or "") if stream else ""]
         rank = leaves[factors["a"]].shape[-1]
         if rank != expected:
             raise ValueError(
-                f"{factors['a']} is a LoRA adapter of rank {rank}, openpi's variants have rank "
-                f"{expected} there with alpha = rank. The scale of another (alpha) is in its "
-                "training config, not in its checkpoint, so it cannot be merged here: merge it "
-                "with the code that trained it, and save the sum"
+                f"{factors['a']} is a LoRA adapter of rank {rank}, not openpi's {expected}: its "
+                "alpha is not in the checkpoint, merge it with the code that trained it"
             )
     return {base: (factors["a"], factors["b"]) for base, factors in found.items()}
 

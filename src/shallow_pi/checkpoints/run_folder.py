@@ -87,9 +87,8 @@ def check_name(path: str | os.PathLike[str]) -> None:
     for part in folder.parts:
         if _UNREADABLE.search(part):
             raise ValueError(
-                f"checkpoints in {folder} could not be read again, because of {part!r}: Orbax "
-                "gives [ ] * ? \\ and a colon at the end a special meaning; choose another name "
-                "or folder, or give a symbolic link to it"
+                f"Orbax cannot read checkpoints in {folder}: {part!r} has one of [ ] * ? \\ or a "
+                "final colon; choose another name or folder, or a symbolic link to it"
             )
 
 

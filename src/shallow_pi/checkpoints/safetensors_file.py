@@ -79,8 +79,8 @@ class File:
             )
         if "num_kv_heads" not in header and (width := self._shape(first_keys)[-1]) != OPENPI_WIDTH:
             progress.warn(
-                f"{path} does not say how many heads its matrices have, and its width {width} is "
-                f"not openpi's {OPENPI_WIDTH}: assuming openpi's 1 key head and 16 image heads"
+                f"{path} does not say how many heads it has, and width {width} is not openpi's "
+                f"{OPENPI_WIDTH}: assuming openpi's 1 key head and 16 image heads"
             )
         self._known["head_dim"] = self._shape(first_keys)[0] // self._known["kv_heads"]
         self._layers = {rule.parameter.path: self._count(rule) for rule in layout.RULES}

@@ -284,9 +284,8 @@ def _merged(plain: PyTree, folder: pathlib.Path) -> dict[str, Any]:
     backbone = f"{parameters.LAYERS}/attn/q_einsum/w"
     if backbone in flat and not any(path.startswith("action_in_proj/") for path in flat):
         raise ValueError(
-            f"{folder} is a π0-FAST checkpoint: it has a backbone ({backbone}) and no action "
-            "expert, and predicts action tokens instead of a velocity. Expected π0 or π0.5; give "
-            "one of their checkpoints, such as gs://openpi-assets/checkpoints/pi0_base"
+            f"{folder} is a π0-FAST checkpoint: it has no action expert; give one of π0 or π0.5, "
+            "such as gs://openpi-assets/checkpoints/pi0_base"
         )
     try:
         lora.adapters(flat)

@@ -110,9 +110,8 @@ def _data(given: Arguments, folder: pathlib.Path) -> data_config.DataConfig:
         data = json.loads(recorded.read_text(encoding="utf-8")).get("data") or {}
     if not data.get("path"):
         raise ValueError(
-            f"no dataset to calibrate on: {folder} is not in a run that names one; give "
-            "--data.path, a LeRobot dataset of the policy's robot (or run with weights alone in 8 "
-            "bits, w8 or wf8, which need none)"
+            f"no dataset to calibrate on: {folder} is in no run that names one; give --data.path "
+            "DATASET, or round weights alone (w8, wf8), which needs none"
         )
     found = dataclasses.replace(
         given.data,

@@ -164,8 +164,7 @@ def _entrant(
     if steps > given.execute_steps:
         raise ValueError(
             f"plans {late_ms:g} ms late arrive after {steps} control steps at {suite.control_hz:g} "
-            f"Hz, when the next was asked for long ago: give --execute-steps {steps} or more, got "
-            f"{given.execute_steps}"
+            f"Hz: give --execute-steps {steps} or more, got {given.execute_steps}"
         )
     delay = rollout.Delay(steps, given.executor)
     if source == EXPERT:
@@ -221,9 +220,9 @@ def _check_dimensions(
     found = {key: normalize.moving_dims(stats[key]) for key in dims}
     if any(found[key] > dims[key] for key in dims):
         raise ValueError(
-            f"{step} is a policy of another robot than the simulator's, {suite.robot.name!r}: it "
-            f"has {found['state']} state dimensions ({dims['state']}) and {found['actions']} "
-            f"action dimensions ({dims['actions']})"
+            f"{step} is a policy of another robot than {suite.robot.name!r}: state of "
+            f"{found['state']} dimensions, not {dims['state']}; actions of {found['actions']}, not "
+            f"{dims['actions']}"
         )
 
 

@@ -58,8 +58,7 @@ def check(dataset: reader.Dataset, robot: robots.Robot, *, pictures: bool = True
         if reason := dataset.depth(key):
             raise ValueError(
                 f"camera {key!r} (for {camera}) of dataset {dataset.path} records depth "
-                f"({reason}); a policy sees 8-bit colour: name a colour camera in the robot's "
-                "cameras"
+                f"({reason}): name a camera of 8-bit colour in the robot's cameras"
             )
     try:
         state, actions = robot.state(dataset.columns), robot.actions(dataset.columns)
@@ -73,17 +72,15 @@ def check(dataset: reader.Dataset, robot: robots.Robot, *, pictures: bool = True
         if column.shape[1:] != (dim,):
             fits = len(names) == 1 and math.prod(column.shape[1:]) == dim
             raise ValueError(
-                f"{key} of dataset {dataset.path} has shape {column.shape[1:]}, robot "
-                f"{robot.name} expects ({dim},)"
-                + f"; shape [{dim}] in meta/info.json reads it so"
-                * fits
+                f"{key} of {dataset.path} has shape {column.shape[1:]}, robot {robot.name} expects "
+                f"({dim},)" + f"; shape [{dim}] in meta/info.json reads it so" * fits
             )
         bad = np.flatnonzero(~np.isfinite(column).all(axis=1))
         if len(bad):
             raise ValueError(
-                f"{key} of dataset {dataset.path} is not finite in {dataset.where(int(bad[0]))}: "
-                f"{column[bad[0]].tolist()} ({len(bad)} such frames); repair it, or leave the "
-                "episode out (--data.exclude-episodes)"
+                f"{key} of {dataset.path} is not finite in {dataset.where(int(bad[0]))}: "
+                f"{column[bad[0]].tolist()} ({len(bad)} such frames); repair it, or give "
+                "--data.exclude-episodes"
             )
     if dataset.fps != robot.fps:
         raise ValueError(
@@ -122,8 +119,8 @@ def warn(dataset: reader.Dataset, robot: robots.Robot) -> None:
     if robot.prompt_key not in (key, *_USUAL_PROMPTS) and not robot.prompt:
         texts = sorted(key for key, found in dataset.features.items() if columns.is_text(found))
         progress.warn(
-            f"dataset {dataset.path} has no prompts in {robot.prompt_key!r} (prompt_key of robot "
-            f"{robot.name}): its tasks are the prompts; it has the columns of text "
+            f"dataset {dataset.path} has no {robot.prompt_key!r} (prompt_key of robot "
+            f"{robot.name}): its tasks are the prompts; its text columns are "
             f"{texts}{columns.closest(robot.prompt_key, texts)}"
         )
     splits = dataset.info.get("splits")
@@ -136,9 +133,8 @@ def warn(dataset: reader.Dataset, robot: robots.Robot) -> None:
     if empty:
         shown = " ".join(map(str, empty[:_NAMED])) + (" ..." if len(empty) > _NAMED else "")
         progress.warn(
-            f"{len(empty)} of {dataset.num_episodes} episodes of dataset {dataset.path} have "
-            f"frames without an instruction, whose prompt is empty ({shown}): leave them out with "
-            "--data.exclude-episodes, or give the robot a prompt"
+            f"{len(empty)} of {dataset.num_episodes} episodes of {dataset.path} have frames with "
+            f"an empty prompt ({shown}): give --data.exclude-episodes, or the robot a prompt"
         )
 
 

@@ -98,7 +98,7 @@ def open_data(
         except (ImportError, AttributeError, ValueError) as error:
             raise ValueError(
                 f"--data.source {data.source!r} names no function that can be imported ({error}): "
-                "expected MODULE:FUNCTION, a function such as shallow_pi.data.opening:open_data"
+                "expected MODULE:FUNCTION, such as shallow_pi.data.opening:open_data"
             ) from error
         return opens(data, model, teacher_step)
     recordings = recordings or open_recordings(data)

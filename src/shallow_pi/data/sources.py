@@ -151,9 +151,8 @@ class Cached:
         self.nbytes = sample_bytes * len(source)
         if self.nbytes > max_bytes:
             raise ValueError(
-                f"caching {len(source)} samples needs {self.nbytes / 2**20:.0f} MiB, more than the "
-                f"{max_bytes / 2**20:.0f} MiB allowed; raise the limit (--data.cache-gib), or keep "
-                "the pictures on disk (--data.cache disk)"
+                f"caching {len(source)} samples needs {self.nbytes / 2**20:.0f} MiB, more than "
+                f"{max_bytes / 2**20:.0f} MiB: raise --data.cache-gib, or give --data.cache disk"
             )
         self.source = source
         self.shares = shares(source)

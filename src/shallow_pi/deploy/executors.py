@@ -233,9 +233,8 @@ class RealTimeChunking(SkipLateActions):
         taken = inspect.signature(policy.infer).parameters
         if not {"previous", "delay"} <= set(taken):
             raise ValueError(
-                f"{type(policy).__name__}.infer takes {list(taken)}: real-time chunking needs a "
-                "policy that takes previous= and delay= (deploy.policy.Policy); others can be "
-                "executed by SkipLateActions"
+                f"{type(policy).__name__}.infer takes {list(taken)}: real-time chunking needs "
+                "previous= and delay= (deploy.policy.Policy); others can use SkipLateActions"
             )
         if delay < 0 or remember < 1:
             raise ValueError(f"expected delay >= 0 and remember >= 1, got {delay} and {remember}")

@@ -92,10 +92,9 @@ class StateCheck:
         outside = np.maximum(self.low - values, values - self.high) / self.spread
         if self.refuse and outside.max() > self.refuse:
             raise ValueError(
-                f"{self._describe(values, outside, self.refuse)}; the policy was not asked, "
-                "because its actions would mean nothing: compare the robot's units and the order "
-                "of its joints with the training data (a larger --policy.state-refuse, or 0, lets "
-                "it through)"
+                f"{self._describe(values, outside, self.refuse)}\n"
+                "the policy was not asked: compare the robot's units and order of joints with the "
+                "training data (a larger --policy.state-refuse, or 0, lets it through)"
             )
         if self.warn and outside.max() > self.warn:
             return self._describe(values, outside, self.warn)

@@ -129,9 +129,9 @@ def assets(
         weights.params_folder(step)  # Raises if there is none: no robot would help.
     if robot is None:
         raise ValueError(
-            f"{step} has no assets/{policy_assets.FILE_NAME}: it is not one of ours, and others do "
-            "not say which robot they are for. Give one with --policy.robot (robot= in Python), a "
-            f"name or a file with a ROBOT; there are {sorted(robots.ROBOTS)}"
+            f"{step} has no assets/{policy_assets.FILE_NAME}, so its robot is unknown: give "
+            "--policy.robot (robot= in Python), a name or a file with a ROBOT\n"
+            f"names: {', '.join(sorted(robots.ROBOTS))}"
         )
     model = _model(step, fields)
     lerobot_policy.check_robot(step, robot)
@@ -186,9 +186,8 @@ def _statistics(
     found = checkpoint_statistics.find(step, name, kind, options=options, exact=exact)
     if found is None:
         raise FileNotFoundError(
-            f"no statistics in {step}: expected assets/<name>/{normalize.FILE_NAME}, as openpi "
-            f"writes it, or LeRobot's {lerobot_policy.PREPROCESSOR} with its tensors: give "
-            "those that it was trained with (--policy.norm-stats FOLDER)"
+            f"no statistics in {step}: expected openpi's assets/<name>/{normalize.FILE_NAME} or "
+            f"LeRobot's {lerobot_policy.PREPROCESSOR} and tensors; give --policy.norm-stats FOLDER"
         )
     return found
 
@@ -216,8 +215,9 @@ def _check_renamed(own: policy_assets.Assets, given: robots.Robot) -> None:
     if different:
         raise ValueError(
             f"the policy was trained for robot {trained.name}, and {given.name} has other units: "
-            f"{'; '.join(different)}. Keys and cameras may have other names; "
-            "dataclasses.replace(policy.assets.robot, ...) changes them alone"
+            f"{'; '.join(different)}\n"
+            "keys and cameras may have other names: dataclasses.replace(policy.assets.robot, ...) "
+            "changes them alone"
         )
     seen = set(own.model.cameras)
     if lacking := sorted(seen & (set(trained.cameras) - set(given.cameras))):

@@ -89,9 +89,8 @@ class Spec:
             object.__setattr__(self, "losses", resolved)
         if self.losses.scorer and not scored:
             raise ValueError(
-                f"--losses.scorer {self.losses.scorer:g} trains a scorer of image tokens, and "
-                "there is none: give --student.image-token-choice scored with "
-                "--student.image-tokens, or leave it out."
+                f"--losses.scorer {self.losses.scorer:g} trains a scorer that is not there: give "
+                "--student.image-token-choice scored and --student.image-tokens, or leave it out."
             )
         if self.losses.needs_teacher and self.teacher is None:
             given = {name: getattr(self.losses, name) for name in losses.TERMS[1:]}
@@ -135,9 +134,8 @@ class Spec:
             )
         if queries != "actions" and self.student.scored_tokens:
             raise ValueError(
-                f"--losses.attention-queries {queries}: a scorer of image tokens "
-                "(--student.image-token-choice scored) learns from the attention of the actions, "
-                "so compare theirs."
+                f"--losses.attention-queries {queries}: a scorer (--student.image-token-choice "
+                "scored) learns from the attention of the actions; give actions."
             )
         if queries == "actions" or not self.losses.attention:
             return
@@ -148,9 +146,9 @@ class Spec:
             )
         if queries == "all" and self.student.pooled_tokens:
             raise ValueError(
-                "--losses.attention-queries all compares token by token, and "
-                f"--student.image-tokens {self.student.pooled_tokens} leaves the student fewer "
-                "than its teacher: compare actions or text, or keep all image tokens."
+                "--losses.attention-queries all needs all tokens, and --student.image-tokens "
+                f"{self.student.pooled_tokens} keeps fewer: give actions or text, or keep all "
+                "image tokens."
             )
 
     @property

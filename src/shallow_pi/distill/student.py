@@ -151,9 +151,9 @@ def check_pair(
         if kept != list(student.layers):
             raise ValueError(
                 "the teacher's layers are not whole in both streams (--model.backbone-layers, "
-                "--model.expert-layers), so its student must have the same halves of the layers it "
-                "keeps: name them with --student.layers, --student.backbone-layers and "
-                "--student.expert-layers, or distil from the teacher that this one was cut from."
+                "--model.expert-layers), so its student must keep the same halves\n"
+                "give --student.layers, --student.backbone-layers and --student.expert-layers, or "
+                "distil from the teacher that this one was cut from."
             )
     same = dataclasses.replace(
         teacher,

@@ -135,9 +135,8 @@ class Evaluation:
         mine, theirs = ([e.seed for e in x.episodes] for x in (self, other))
         if mine != theirs:
             raise ValueError(
-                f"Expected the same episode seeds for {self.label!r} and {other.label!r}, got "
-                f"{len(mine)} from {mine[:1]} and {len(theirs)} from {theirs[:1]}; evaluate both "
-                "with the same seed and number of episodes."
+                f"Expected the same seeds for {self.label!r} and {other.label!r}, got {len(mine)} "
+                f"from {mine[:1]} and {len(theirs)} from {theirs[:1]}; evaluate both on the same."
             )
         return intervals.paired_difference(
             [e.success for e in self.episodes], [e.success for e in other.episodes]
@@ -291,8 +290,8 @@ def _plan(
         if not np.isfinite(chunk).all():
             raise ValueError(
                 f"Expected finite actions from {label!r}, got {chunk[~np.isfinite(chunk)][0]} in "
-                f"plan {slot.plans} of the episode with seed {slot.seed}; check the policy's "
-                "parameters and normalization statistics."
+                f"plan {slot.plans} of seed {slot.seed}; check its parameters and normalization "
+                "statistics."
             )
         slot.plans += 1
         actions, slot.left = delay.due(slot.left, slot.last, chunk, execute_steps)

@@ -126,15 +126,13 @@ class Served:
             answer = connection.recv(timeout=PATIENCE)
         except TimeoutError as error:
             raise ConnectionError(
-                f"the server at {self.url} has not answered for {PATIENCE:g} s: see what it does, "
-                "start it again and repeat the command, which goes on with the episodes that are "
-                "not finished"
+                f"the server at {self.url} has not answered for {PATIENCE:g} s: restart it and "
+                "repeat the command, which goes on with the unfinished episodes"
             ) from error
         except (OSError, websockets.exceptions.WebSocketException) as error:
             raise ConnectionError(
-                f"the server at {self.url} ended in the middle of an episode ({error}): start it "
-                "again and repeat the command, which goes on with the episodes that are not "
-                "finished"
+                f"the server at {self.url} ended in the middle of an episode ({error}): restart it "
+                "and repeat the command, which goes on with the unfinished episodes"
             ) from error
         found = self._unpack(answer)
         try:

@@ -123,8 +123,8 @@ def choose(
         fastest = tuning.fastest_scheme(config)
         if fastest is None:
             raise ValueError(
-                "quantize 'tuned' takes the scheme measured as fastest, and none was measured for "
-                "this model on this device: run scripts/benchmark.py --tune --quantize int8 fp8 w8"
+                "quantize 'tuned' needs a measurement of this model on this device, and there is "
+                "none: run scripts/benchmark.py --tune --quantize int8 fp8 w8"
             )
         scheme = fastest
     elif asked is not None:
@@ -134,9 +134,8 @@ def choose(
         return scheme, None
     if calibration is None:
         raise ValueError(
-            f"quantize {scheme!r} rounds activations, and this policy has no assets/{FILE_NAME} "
-            "with their bounds: write it with scripts/calibrate.py POLICY --data.path DATASET, or "
-            f"round weights alone with --policy.quantize {quantize.weights_alone(scheme)}"
+            f"quantize {scheme!r} needs bounds in assets/{FILE_NAME}: run scripts/calibrate.py "
+            f"POLICY --data.path DATASET, or --policy.quantize {quantize.weights_alone(scheme)}"
         )
     if calibration.num_steps != num_steps:
         progress.warn(

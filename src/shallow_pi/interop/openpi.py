@@ -304,8 +304,8 @@ def serve_script(checkout: str | os.PathLike[str] | None = None) -> pathlib.Path
     script = folder / "scripts" / "serve_policy.py"
     if not script.is_file():
         raise FileNotFoundError(
-            f"no scripts/serve_policy.py in {folder}: openpi's packages come without its scripts. "
-            "Clone openpi's repository and name its folder with --openpi-dir or OPENPI_DIR"
+            f"no scripts/serve_policy.py in {folder}, which openpi's packages lack: clone openpi's "
+            "repository and name its folder with --openpi-dir or OPENPI_DIR"
         )
     return script
 
@@ -316,7 +316,8 @@ def require() -> str:
     if found is None or found.origin is None:
         raise ModuleNotFoundError(
             "openpi is not installed here; it needs JAX 0.5.3 and NumPy below 2, so it has an "
-            "environment of its own. In a clone of openpi: `uv sync`, then `uv pip install "
-            "--editable <folder of shallow_pi>`, and run this with its .venv/bin/python"
+            "environment of its own\n"
+            "in a clone of openpi: `uv sync`, then `uv pip install --editable <folder of "
+            "shallow_pi>`, and run this with its .venv/bin/python"
         )
     return found.origin

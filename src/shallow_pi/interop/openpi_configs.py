@@ -122,9 +122,10 @@ def _robot(name: str, source: openpi.OpenpiObject, model: openpi.OpenpiObject) -
         if (list(group.inputs), list(group.outputs)) == droid:
             return robots.DROID
     raise ValueError(
-        f"{name} cannot be taken over: its data come from {type(source).__name__}, whose "
-        "transforms are not those of a robot of ours. Describe the robot in a file "
-        "(--data.robot, see docs/robots.md) and write a config in train_configs/"
+        f"{name} cannot be taken over: no robot of ours has the transforms of "
+        f"{type(source).__name__}\n"
+        "describe the robot in a file (--data.robot, see docs/robots.md) and write a config in "
+        "train_configs/"
     )
 
 
@@ -149,6 +150,7 @@ def _aloha(name: str, source: openpi.OpenpiObject) -> robots.Robot:
         if dataclasses.replace(robot, name=wanted.name) == wanted:
             return robot
     raise ValueError(
-        f"{name} cannot be taken over by name: no ALOHA of ours has its prompt, cameras "
-        f"and deltas. Give a file with this ROBOT (--data.robot, see docs/robots.md): {wanted}"
+        f"{name} cannot be taken over by name: no ALOHA of ours has its prompt, cameras and "
+        "deltas; give a file with this ROBOT (--data.robot, docs/robots.md):\n"
+        f"{wanted}"
     )

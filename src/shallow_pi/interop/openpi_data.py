@@ -106,7 +106,7 @@ def open_data(
     if data.episodes or data.exclude_episodes:
         raise ValueError(
             f"openpi's loader reads every episode of {name}: to choose some (--data.episodes, "
-            "--data.exclude-episodes) read the recordings, --data.source lerobot --data.path FOLDER"
+            "--data.exclude-episodes) give --data.source lerobot --data.path FOLDER"
         )
     try:
         source = configs.get_config(name)
@@ -117,8 +117,8 @@ def open_data(
         ) from error
     if not available(source):
         raise ValueError(
-            f"openpi's loader cannot read the data of {name} here (it takes LeRobot's package and "
-            "a LeRobot dataset): give recordings, --data.source lerobot --data.path FOLDER"
+            f"openpi's loader cannot read {name} here (it takes LeRobot's package and a LeRobot "
+            "dataset): give --data.source lerobot --data.path FOLDER"
         )
     # Statistics at another address are in data.norm_stats already.
     local = dataclasses.replace(source.data.assets, assets_dir=None)
@@ -188,9 +188,8 @@ def _stats(
         return found.stats
     if source.norm_stats is None:
         raise FileNotFoundError(
-            f"no statistics for {data.path}: neither the teacher's checkpoint nor the folder where "
-            "openpi keeps its own has any: run openpi's scripts/compute_norm_stats.py, or name a "
-            "folder with --data.norm-stats"
+            f"no statistics for {data.path} in the teacher's checkpoint or openpi's folder: run "
+            "openpi's scripts/compute_norm_stats.py, or give --data.norm-stats FOLDER"
         )
     if teacher_step is not None:
         progress.warn(

@@ -55,8 +55,8 @@ def table(depth: int, backbone: Sequence[Half], expert: Sequence[Half]) -> tuple
         match kind:
             case ("absent", "whole"):
                 raise ValueError(
-                    f"layer {i} of the expert has no backbone layer: its attention reads the keys "
-                    f"and values of backbone layer {i}, which must be 'whole' or 'keys_values'."
+                    f"layer {i} of the expert reads the keys and values of backbone layer {i}, "
+                    "which is 'absent' and must be 'whole' or 'keys_values'."
                 )
             case (_, "keys_values"):
                 raise ValueError(

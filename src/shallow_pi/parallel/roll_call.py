@@ -134,8 +134,9 @@ def _report(address: str, processes: int, index: int, timeout: float) -> None:
         time.sleep(_PAUSE)
     raise TimeoutError(
         f"process {index} of {processes} found no coordinator at {address} in {timeout:.0f} s: "
-        f"{reason}. Check that process 0 runs on that host and has not failed, that the name and "
-        "port are reachable from here, and that all processes are given the same number of them"
+        f"{reason}\n"
+        "check that process 0 runs there and has not failed, that name and port are reachable "
+        "from here, and that all processes are given the same number of them"
     )
 
 

@@ -89,8 +89,7 @@ class MeshConfig:
         if data * given != len(devices) or data < 1:
             raise ValueError(
                 f"a mesh of data={self.data}, fsdp={self.fsdp}, tensor={self.tensor} does not fit "
-                f"{len(devices)} devices: their product must be {len(devices)} "
-                "(data=-1 takes what fsdp and tensor leave)"
+                f"{len(devices)} devices: their product must be that (data=-1 takes the rest)"
             )
         shape = (data, fsdp, self.tensor)
         grid = np.array(devices).reshape(shape)

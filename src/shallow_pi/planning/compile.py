@@ -114,9 +114,9 @@ def topology(name: str) -> Sequence[jax.Device]:
             return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
     except (RuntimeError, ValueError, NotImplementedError) as error:
         raise ValueError(
-            f"cannot compile for the topology {name!r}: {str(error).splitlines()[0]}. Names are "
-            "like v5e:4x4, v5p:2x2x1 or v6e:4x4, for which libtpu has to be installed (uv sync "
-            "--extra tpu), and h100:8 (uv sync --extra cuda)"
+            f"cannot compile for the topology {name!r}: {str(error).splitlines()[0]}\n"
+            "names are like v5e:4x4, v5p:2x2x1 or v6e:4x4, which need libtpu (uv sync --extra "
+            "tpu), and h100:8 (uv sync --extra cuda)"
         ) from error
 
 

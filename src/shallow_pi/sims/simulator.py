@@ -201,9 +201,9 @@ def _import_mujoco() -> None:
     except (AttributeError, ImportError, OSError, RuntimeError) as error:
         given = os.environ.get("MUJOCO_GL", "")
         raise ValueError(
-            f"MuJoCo cannot be imported with MUJOCO_GL={given} ({error}): set MUJOCO_GL to egl or "
-            "osmesa, whichever library is installed (Debian: libegl1 or libosmesa6), or to "
-            "disable, which leaves pictures by ray casting (renderer=ray)"
+            f"MuJoCo cannot be imported with MUJOCO_GL={given} ({error})\n"
+            "set MUJOCO_GL to egl or osmesa, as installed (Debian: libegl1 or libosmesa6), or to "
+            "disable, for pictures by ray casting (renderer=ray)"
         ) from error
 
 

@@ -205,15 +205,16 @@ def explained(
         limit = (device.memory_stats() or {}).get("bytes_limit")
         room = f" ({limit / GIGA:.1f} GB)" if limit else ""
         needs = "".join(
-            f"; the {name} step is planned to need {parts['in all'] / GIGA:.3g} GB a device ("
+            f"\nthe {name} step is planned to need {parts['in all'] / GIGA:.3g} GB a device ("
             + ", ".join(f"{p} {n / GIGA:.3g}" for p, n in parts.items() if p != "in all")
             + ")"
             for name, parts in (plan or {}).items()
         )
         raise DoesNotFitError(
-            f"a batch of {batch_size} does not fit into the memory of {device.device_kind}{room}"
-            f"{needs}. Try --batch-size {max(1, batch_size // 2)}, --accumulation 2 (the same "
-            "batch in halves), --student.freeze vision embedder, --optimizer.moments bfloat16, "
+            f"a batch of {batch_size} does not fit into the memory of "
+            f"{device.device_kind}{room}{needs}\n"
+            f"try --batch-size {max(1, batch_size // 2)}, --accumulation 2 (the same batch in "
+            "halves), --student.freeze vision embedder, --optimizer.moments bfloat16,\n"
             "--teacher.offload, or --mesh.fsdp N on several devices"
         ) from error
 

@@ -365,9 +365,8 @@ class DistillConfig:
         self.fixed_layer_map()
         if tokens := self.model.scored_tokens:
             raise ValueError(
-                f"--model.scored-tokens {tokens}: the scorer of a student learns from a teacher "
-                "that sees all image tokens; give --student.image-token-choice scored and "
-                "--student.image-tokens"
+                f"--model.scored-tokens {tokens}: the teacher must see all image tokens; give "
+                "--student.image-token-choice scored and --student.image-tokens"
             )
         if self.student.image_token_choice == "scored" and self.losses.scorer == 0:
             raise ValueError(

@@ -377,7 +377,7 @@ class Pictures:
         expected = self._sizes.setdefault(camera, declared_size(self._features[camera]) or size)
         if size != expected:
             progress.warn(
-                f"pictures of {camera} in dataset {self._layout.root} differ in size: expected "
+                f"pictures of {camera} in {self._layout.root} differ in size: expected "
                 f"{expected[0]} by {expected[1]}, got {size[0]} by {size[1]}; each is resized by "
                 "itself"
             )

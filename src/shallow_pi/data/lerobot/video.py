@@ -97,9 +97,9 @@ class Reader:
         nearest = stream.shown[video_times.nearest(stream.shown, np.asarray(seconds))]
         if abs(nearest - seconds) > tolerance:
             raise ValueError(
-                f"{path} has no frame within {tolerance:.4f} s of {seconds:.4f} s: the nearest is "
-                f"shown at {nearest:.4f} s, the last at {stream.shown[-1]:.4f} s; was the video "
-                "cut off, or recorded by another clock?"
+                f"{path} has no frame within {tolerance:.4f} s of {seconds:.4f} s (nearest "
+                f"{nearest:.4f} s, last {stream.shown[-1]:.4f} s); is it cut off, or of another "
+                "clock?"
             )
         try:
             for start in self._starts(stream, nearest):

@@ -260,9 +260,8 @@ class Writer:
             shape = histogram.shape or picture.shape
             if picture.shape != shape:
                 raise ValueError(
-                    f"{where}, frame {i} is {picture.shape[0]} by {picture.shape[1]}, the frames "
-                    f"before are {shape[0]} by {shape[1]}: encoding needs one size, "
-                    "--pictures copy takes any"
+                    f"{where}, frame {i} is {picture.shape[0]} by {picture.shape[1]}, before "
+                    f"{shape[0]} by {shape[1]}: encoding needs one size, --pictures copy takes any"
                 )
             histogram.add(picture)
             yield picture

@@ -188,16 +188,16 @@ def teacher_statistics(
         if different := robots.unit_differences(own.robot, robot):
             raise ValueError(
                 f"the teacher in {step} was trained for robot {own.robot.name}, not for "
-                f"{robot.name}: {'; '.join(different)}. Velocities compare in the same units only: "
-                "give a robot file with the teacher's (--data.robot), or another --teacher.path"
+                f"{robot.name}: {'; '.join(different)}\n"
+                "velocities compare in the same units only: give a robot file with the teacher's "
+                "(--data.robot), or another --teacher.path"
             )
     in_prompt = told(step).get("discrete_state_input", model.discrete_state_input)
     if in_prompt != model.discrete_state_input:
         no = "" if in_prompt else "no-"
         raise ValueError(
             f"the teacher in {step} reads its state {'in the prompt' if in_prompt else 'apart'}, "
-            f"and this run's model does not: give --model.{no}discrete-state-input, or another "
-            "--teacher.path"
+            f"this model does not: give --model.{no}discrete-state-input, or another --teacher.path"
         )
     lerobot_policy.check_robot(step, robot)
     return checkpoint_statistics.find(

@@ -111,9 +111,9 @@ def check_robot(step: pathlib.Path, robot: robots.Robot) -> None:
     delta = [*robot.delta, *[False] * robot.action_dim][: robot.action_dim]
     if mask != delta:
         raise ValueError(
-            f"the policy in {step} predicts actions relative to the state in the dimensions "
-            f"{np.flatnonzero(mask).tolist()} ({PREPROCESSOR}), robot {robot.name} in "
-            f"{np.flatnonzero(delta).tolist()}: give a robot file with delta={tuple(mask)}"
+            f"the policy in {step} predicts dimensions {np.flatnonzero(mask).tolist()} relative to "
+            f"the state ({PREPROCESSOR}), robot {robot.name} {np.flatnonzero(delta).tolist()}\n"
+            f"give a robot file with delta={tuple(mask)}"
         )
 
 
@@ -124,7 +124,7 @@ def _compare_cameras(step: pathlib.Path, robot: robots.Robot) -> None:
     if any(name in theirs and theirs.index(name) != place for place, name in enumerate(ours)):
         progress.warn(
             f"the policy in {step} was trained with cameras in the order {theirs}, robot "
-            f"{robot.name} gives them as {ours}: a robot file can give them in that order"
+            f"{robot.name} gives {ours}: a robot file can reorder them"
         )
 
 

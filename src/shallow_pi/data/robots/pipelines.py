@@ -151,9 +151,8 @@ def outputs(
 def _check_here(robot: robots.Robot) -> None:
     if robot.elsewhere:
         raise ValueError(
-            f"the transforms of robot {robot.name} are those of openpi's config {robot.elsewhere}: "
-            "serve its policy with openpi (scripts/serve_openpi.py), or describe the robot in a "
-            "file (docs/robots.md)"
+            f"robot {robot.name} has the transforms of openpi's config {robot.elsewhere}: use "
+            "scripts/serve_openpi.py, or describe the robot in a file (docs/robots.md)"
         )
 
 

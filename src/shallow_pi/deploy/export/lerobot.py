@@ -56,8 +56,8 @@ def write(folder: pathlib.Path, student: students.Student) -> None:
     model = student.model
     if model.vocab_size != pi0.PALIGEMMA_VOCAB_SIZE:
         progress.warn(
-            f"LeRobot tokenizes prompts with {TOKENIZER}, and this student has a vocabulary of its "
-            f"own ({model.vocab_size} pieces): change tokenizer_name in policy_preprocessor.json"
+            f"LeRobot tokenizes with {TOKENIZER}, this student has its own vocabulary "
+            f"({model.vocab_size} pieces): change tokenizer_name in policy_preprocessor.json"
         )
     safetensors_file.write(
         folder / safetensors_file.NAME,

@@ -160,18 +160,17 @@ def verify(folder: pathlib.Path, exported: students.Student, student: students.S
             f"the actions of {folder} differ from the sampler's by {worst:.3g}, more than "
             f"{limit:.3g}: "
             + (
-                "give --dtype float32, whose range these weights need; nothing was kept"
+                "give --dtype float32, for its range; nothing was kept"
                 if model.dtype != "float32"
-                else "this is a defect of the export, please report it; nothing was kept"
+                else "a defect of the export, please report it; nothing was kept"
             )
         )
     arithmetic = ""
     if model.dtype == "bfloat16":
         arithmetic = " with the graphs' arithmetic widened to float32"
         progress.warn(
-            "ONNX Runtime cannot compute in bfloat16 on a CPU: the graphs were compared with the "
-            "same weights in float32 arithmetic, and their rounding is unchecked; compare actions "
-            "on the target computer"
+            "ONNX Runtime has no bfloat16 on a CPU: the graphs were compared in float32, so their "
+            "rounding is unchecked; compare actions on the target computer"
         )
     return (
         "Checked by `onnx.checker`; every operator is one that TensorRT reads. On the same "

@@ -31,16 +31,15 @@ def prepare(student: students.Student, origin: students.Origin) -> students.Stud
     depth, layers, teacher_depth = student.model.depth, origin.layer_map, origin.teacher_depth
     if not layers:
         raise ValueError(
-            f"openpi-padded puts the student's {depth} layers back at their teacher indices, and "
-            "no run's config.json lies beside this step folder to tell them: give them, such as "
-            "--layers 0 3 7 10 14 17 (and --teacher-depth, if it is not 18)"
+            f"openpi-padded needs the teacher's indices of the student's {depth} layers, and no "
+            "run's config.json beside this step folder tells them\n"
+            "give them, such as --layers 0 3 7 10 14 17 (and --teacher-depth, if it is not 18)"
         )
     increasing = list(layers) == sorted(set(layers))
     if len(layers) != depth or not increasing or not 0 <= layers[0] <= layers[-1] < teacher_depth:
         raise ValueError(
-            f"--layers {' '.join(map(str, layers))} does not place a student of {depth} layers in "
-            f"a teacher of {teacher_depth}: expected {depth} different indices in increasing "
-            f"order, from 0 to {teacher_depth - 1}"
+            f"--layers {' '.join(map(str, layers))} does not place {depth} layers in a teacher of "
+            f"{teacher_depth}: expected {depth} increasing indices from 0 to {teacher_depth - 1}"
         )
     whole = students.with_whole_tower(students.in_whole_layers(student), origin)
     model = pi0.at_depth(whole.model, teacher_depth)

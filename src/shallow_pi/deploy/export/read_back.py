@@ -50,8 +50,8 @@ def verify(folder: pathlib.Path, exported: students.Student, student: students.S
     if not difference <= TOLERANCE[model.dtype]:
         raise ValueError(
             f"the actions of {folder} differ from the student's by {difference:.3g}, more than "
-            f"{TOLERANCE[model.dtype]:g}: this is a defect of the export, please report it; "
-            "nothing was kept"
+            f"{TOLERANCE[model.dtype]:g}: a defect of the export, please report it; nothing was "
+            "kept"
         )
     return (
         "Read back after writing: every parameter equal, bit for bit; on the same observation and "

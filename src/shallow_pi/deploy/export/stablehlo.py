@@ -95,7 +95,7 @@ def verify(folder: pathlib.Path, exported: students.Student, student: students.S
     if not difference <= TOLERANCE:
         raise ValueError(
             f"the actions of {folder} differ from the sampler's by {difference:.3g}, more than "
-            f"{TOLERANCE:g}: this is a defect of the export, please report it; nothing was kept"
+            f"{TOLERANCE:g}: a defect of the export, please report it; nothing was kept"
         )
     return (
         "Read back after writing: every weight equal, bit for bit; on the same observation and "

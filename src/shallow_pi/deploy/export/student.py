@@ -113,15 +113,14 @@ def in_whole_layers(student: Student) -> Student:
     if tokens := student.model.scored_tokens:
         raise ValueError(
             f"this student chooses {tokens} of a camera's {student.model.patches} image tokens by "
-            "a scorer (--student.image-token-choice scored), whose parameters (image_scorer/…) the "
-            "classes of openpi and LeRobot have no place for: serve it from its step folder "
-            "(shallow-pi serve), or give --format onnx or stablehlo"
+            "a scorer (image_scorer/…), which the classes of openpi and LeRobot lack\n"
+            "serve it from its step folder (shallow-pi serve), or give --format onnx or stablehlo"
         )
     if tokens := student.model.pooled_tokens:
         raise ValueError(
-            f"this student pools the {student.model.patches} image tokens of a camera to {tokens} "
-            "(--student.image-tokens), which the classes of openpi and LeRobot cannot: serve it "
-            "from its step folder (shallow-pi serve), or give --format onnx or stablehlo"
+            f"this student pools a camera's {student.model.patches} image tokens to {tokens} "
+            "(--student.image-tokens), which the classes of openpi and LeRobot cannot\n"
+            "serve it from its step folder (shallow-pi serve), or give --format onnx or stablehlo"
         )
     return dataclasses.replace(
         student, params=layer_table.zero_cut(student.model.layers, student.params)

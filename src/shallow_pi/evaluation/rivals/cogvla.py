@@ -146,9 +146,8 @@ def windows(config: pi0.Pi0Config) -> Bool[np.ndarray, "m n"]:
     side = config.image_size // config.image.patch_size
     if side % 2:
         raise ValueError(
-            f"cogvla: a camera's {side} × {side} tokens have no windows of 2 × 2; its image size "
-            f"over its patch size must be even, got {config.image_size} and "
-            f"{config.image.patch_size}"
+            f"cogvla: a camera's {side} × {side} tokens have no windows of 2 × 2; image size over "
+            f"patch size must be even, got {config.image_size} and {config.image.patch_size}"
         )
     row, column = np.divmod(np.arange(side**2), side)
     window = row // 2 * (side // 2) + column // 2
