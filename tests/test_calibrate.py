@@ -107,7 +107,7 @@ def test_a_policy_runs_in_the_bits_it_was_trained_for(step, calibrated, own, tmp
 
 def test_tuned_takes_the_fastest_scheme_measured_here(calibrated, own, monkeypatch, tmp_path):
     monkeypatch.setenv("SHALLOW_PI_CACHE", str(tmp_path))
-    with pytest.raises(ValueError, match=r"none was measured .*--tune --quantize"):
+    with pytest.raises(ValueError, match=r"needs a measurement .*--tune --quantize"):
         _policy(calibrated, quantize="tuned")
     tuning.store(own.model, tuning.SCANNED, {}, "fp8")
     assert _policy(calibrated, quantize="tuned").quantize == "fp8"

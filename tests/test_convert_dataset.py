@@ -305,7 +305,7 @@ def test_pictures_of_several_sizes_are_copied_but_not_encoded(convert, tmp_path,
     table.with_columns(pl.Series(TOP, column, table[TOP].dtype)).write_parquet(file)
     with pytest.raises(SystemExit, match="1"):
         convert(folder, "--pictures", "png")
-    assert f"{TOP} of episode 0, frame 2 is 32 by 64, the frames" in capsys.readouterr().err
+    assert f"{TOP} of episode 0, frame 2 is 32 by 64, before" in capsys.readouterr().err
     found = convert(folder)
     assert found.picture(2, TOP).shape == (32, 64, 3)
     stored = pl.read_parquet(found.path / "data" / "chunk-000" / "file-000.parquet")[TOP]

@@ -89,7 +89,7 @@ def test_a_folder_or_a_file_is_downloaded_once(home):
 
 def test_an_interrupted_download_looks_absent_and_resumes(home):
     bucket = Bucket(break_after=3)  # assets/b, then two of the four blocks of params/a
-    with pytest.raises(FileNotFoundError, match=r"connection reset.*model\.unfinished is kept"):
+    with pytest.raises(FileNotFoundError, match=r"(?s)connection reset.*model\.unfinished is kept"):
         fetch.locate("gs://bucket/model", filesystem=bucket)
     assert not (home / "bucket" / "model").exists()
     bucket.break_after = None
@@ -159,7 +159,9 @@ def test_without_gcsfs_or_network_it_says_what_to_do_by_hand(home, monkeypatch):
         raise ImportError("Please install gcsfs to access Google Storage")
 
     monkeypatch.setattr(fsspec, "filesystem", no_gcsfs)
-    by_hand = r"install gcsfs.*uv sync --extra gcs.*gsutil cp -r gs://b/pi0_base .*put it at .*b/pi"
+    by_hand = (
+        r"(?s)install gcsfs.*uv sync --extra gcs.*gsutil cp -r gs://b/pi0_base .*put it at .*b/pi"
+    )
     with pytest.raises(FileNotFoundError, match=by_hand):
         fetch.locate("gs://b/pi0_base")
 
@@ -197,7 +199,7 @@ def test_an_address_on_the_hub_is_a_snapshots_folder(hub, tmp_path):
 
 def test_a_hub_that_cannot_be_reached_says_what_to_do_by_hand(hub):
     by_hand = (
-        r"no route to host.*HF_HOME.*hf download owner/absent --include 'a' 'a/\*'.*give DIR/a"
+        r"(?s)no route to host.*HF_HOME.*hf download owner/absent --include 'a' 'a/\*'.*give DIR/a"
     )
     with pytest.raises(FileNotFoundError, match=by_hand):
         fetch.locate("hf://owner/absent/a")

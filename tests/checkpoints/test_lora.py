@@ -69,7 +69,9 @@ def test_only_factors_are_adapters():
 
 @pytest.mark.parametrize(("suffix", "rank"), [("", 32), ("_1", 16), ("", 8)])
 def test_a_rank_of_no_variant_is_refused_because_its_scale_is_unknown(suffix, rank):
-    with pytest.raises(ValueError, match=rf"rank {rank}, openpi's variants.*not in its checkpoint"):
+    with pytest.raises(
+        ValueError, match=rf"rank {rank}, not openpi's .*alpha is not in the checkpoint"
+    ):
         lora.adapters(_leaves(rank, suffix))
 
 

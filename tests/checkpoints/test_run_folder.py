@@ -117,6 +117,6 @@ def test_a_damaged_config_is_named(tmp_path):
 
 def test_a_run_that_would_be_saved_unreadable_is_refused(tmp_path):
     folder = tmp_path / "sweep [lr=1e-4]" / "first"
-    with pytest.raises(ValueError, match=r"because of 'sweep \[lr=1e-4\]': Orbax gives"):
+    with pytest.raises(ValueError, match=r"Orbax cannot read .*: 'sweep \[lr=1e-4\]' has"):
         run_folder.prepare(folder, resume=False, overwrite=False)
     assert not folder.parent.exists()

@@ -184,7 +184,7 @@ def test_a_fast_checkpoint_is_refused_by_name(tmp_path):
     weights.save_params(tmp_path / "params", {"PaliGemma": tree["PaliGemma"]})
     with pytest.raises(ValueError, match=r"params is a π0-FAST checkpoint.*no action expert"):
         weights.stored_params(tmp_path)
-    with pytest.raises(ValueError, match=r"Expected π0 or π0\.5; give one of their"):
+    with pytest.raises(ValueError, match=r"give one of π0 or π0\.5"):
         weights.load_params(tmp_path, _abstract(tree))
 
 
@@ -267,7 +267,7 @@ def test_a_folder_may_have_almost_any_name(tmp_path, name):
 @pytest.mark.parametrize("name", ["run [12]", "st*r", "what?", "back\\slash", "gs:"])
 def test_a_name_under_which_nothing_could_be_read_again_is_refused(tmp_path, name):
     """Orbax saves into such a folder without a word, and then does not find the arrays."""
-    with pytest.raises(ValueError, match=r"could not be read again, because of .*symbolic link"):
+    with pytest.raises(ValueError, match=r"Orbax cannot read checkpoints .*symbolic link"):
         weights.save_params(tmp_path / name / "params", _tree())
     assert not (tmp_path / name).exists()
 

@@ -125,8 +125,8 @@ def test_an_absent_instruction_is_an_empty_prompt_and_told(copy, capsys, text) -
     dataset = reader.Dataset(copy)
     assert [fit.prompt(dataset, pusht.ROBOT, i).strip() for i in (0, 20)] == ["push it", ""]
     fit.warn(dataset, pusht.ROBOT)
-    assert "2 of 4 episodes of dataset" in (err := capsys.readouterr().err)
-    assert "have frames without an instruction, whose prompt is empty (1 3): leave" in err
+    assert "2 of 4 episodes of " in (err := capsys.readouterr().err)
+    assert "have frames with an empty prompt (1 3): give" in err
     fit.warn(dataset, dataclasses.replace(pusht.ROBOT, prompt="push it"))
     assert capsys.readouterr().err == ""
 
@@ -180,12 +180,10 @@ def test_a_missing_column_of_prompts_is_reported(copy, capsys) -> None:
     dataset = reader.Dataset(copy)
     fit.warn(dataset, dataclasses.replace(pusht.ROBOT, prompt_key="instructoin"))
     told = capsys.readouterr().err
-    assert (
-        f"{copy} has no prompts in 'instructoin' (prompt_key of robot pusht): its tasks are" in told
-    )
+    assert f"{copy} has no 'instructoin' (prompt_key of robot pusht): its tasks are" in told
     assert "['instruction']; did you mean 'instruction'?" in told
     fit.warn(dataset, dataclasses.replace(pusht.ROBOT, prompt_key="action"))
-    assert "has no prompts in 'action'" in capsys.readouterr().err
+    assert "has no 'action'" in capsys.readouterr().err
     for key in ("task", "prompt", "instruction"):
         fit.warn(dataset, dataclasses.replace(pusht.ROBOT, prompt_key=key))
     assert "prompt_key" not in capsys.readouterr().err

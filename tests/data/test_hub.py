@@ -110,9 +110,7 @@ def test_a_folder_is_a_folder_even_if_it_looks_like_an_address(calls, tmp_path):
 def test_an_error_lists_the_attempts(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    message = (
-        r"dataset a/b could not be downloaded .*--extra hf.*hf download a/b --repo-type dataset "
-    )
-    message += "--revision v3 "
+    message = r"(?s)dataset a/b could not be downloaded .*--extra hf.*hf download a/b "
+    message += "--repo-type dataset --revision v3 "
     with pytest.raises(FileNotFoundError, match=message):
         hub.locate("a/b@v3")

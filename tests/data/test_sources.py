@@ -51,7 +51,7 @@ def test_cache_reads_each_sample_once_and_changes_nothing() -> None:
 
 def test_cache_refuses_more_than_its_bound() -> None:
     assert sources.Cached(Numbers(20)).nbytes == 20 * 16
-    with pytest.raises(ValueError, match="caching 20 samples needs 0 MiB, more than the 0 MiB"):
+    with pytest.raises(ValueError, match="caching 20 samples needs 0 MiB, more than 0 MiB: raise"):
         sources.Cached(Numbers(20), max_bytes=319)
 
 
@@ -140,7 +140,7 @@ def test_recordings_of_other_robots_become_batches(tmp_path, name) -> None:
         np.testing.assert_allclose(values.mean(0), 0, atol=1e-4)
         np.testing.assert_allclose(values.std(0), 1, atol=1e-3)
     dataset.columns.loaded[robot.state_key] = np.zeros((10, 2), np.float32)
-    with pytest.raises(ValueError, match=rf"robot {robot.name} expects \({robot.state_dim},\)"):
+    with pytest.raises(ValueError, match=f"robot {robot.name} expects "):
         fit.check(dataset, robot)
 
 

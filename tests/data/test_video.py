@@ -96,7 +96,7 @@ def test_a_time_without_a_frame_is_an_error(film):
     path, frames = film
     reader = video.Reader()
     for seconds in (COUNT / FPS, 100.0, 0.5 / FPS):
-        with pytest.raises(ValueError, match=r"has no frame within 0\.02.* was the video cut off"):
+        with pytest.raises(ValueError, match=r"has no frame within 0\.02.* is it cut off"):
             reader.frame(path, seconds, 0.4 / FPS)
     np.testing.assert_array_equal(reader.frame(path, 0.0, 0.4 / FPS), frames[0])
 

@@ -109,7 +109,9 @@ def test_float16_activations_need_a_newer_opset(step, tmp_path):
 def test_a_student_that_was_not_calibrated_is_refused(step, own, params, tmp_path):
     weights.save_params(tmp_path / "2" / "params", params)
     own.save(tmp_path / "2" / "assets")
-    with pytest.raises(ValueError, match=r"no assets/calibration.json.*scripts/calibrate\.py"):
+    with pytest.raises(
+        ValueError, match=r"needs bounds in assets/calibration.json.*scripts/calibrate\.py"
+    ):
         _export(tmp_path / "2", tmp_path / "x", "stablehlo", quantize="int8")
 
 

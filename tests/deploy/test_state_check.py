@@ -48,7 +48,7 @@ def test_a_state_far_outside_is_warned_of(state, said):
 def test_an_absurd_state_is_refused(dimension, value):
     state = [0.0, 5, 3]
     state[dimension] = value
-    with pytest.raises(ValueError, match=rf"dimension {dimension} is .*--policy.state-refuse"):
+    with pytest.raises(ValueError, match=rf"(?s)dimension {dimension} is .*--policy.state-refuse"):
         check(state)
     assert check(state, refuse=0) is not None
 

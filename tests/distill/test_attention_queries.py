@@ -139,7 +139,7 @@ def test_pooled_tokens_have_a_loss_of_the_prompt_and_none_of_all_tokens(attendin
     metrics = _step(text, teacher, step.init_state(text, tiny_params(pooled)), KEY, batch)[1]
     # One token a camera and no other key: whoever attends to images attends to it.
     np.testing.assert_allclose(metrics["attention_loss"], 0.0, atol=1e-6)
-    with pytest.raises(ValueError, match=r"queries all compares token by token.*image-tokens 1"):
+    with pytest.raises(ValueError, match=r"queries all needs all tokens.*image-tokens 1"):
         dataclasses.replace(_with(spec, attention_queries="all"), student=pooled)
 
 

@@ -246,7 +246,10 @@ def test_depths_without_a_teacher_raise(tiny_experiment, tmp_path):
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        (((WHOLE, ABSENT), ()), "layer 1 of the expert has no backbone layer: its attention reads"),
+        (
+            ((WHOLE, ABSENT), ()),
+            "layer 1 of the expert reads the keys and values of backbone layer 1",
+        ),
         (((WHOLE, KV), (WHOLE, ABSENT)), "layer 1 has keys and values alone and no expert layer"),
         (((), (WHOLE, KV)), "layer 1 of the expert must be 'whole' or 'absent'"),
         (((WHOLE,), ()), "one entry for each of the 2 layers, got 1: whole"),

@@ -188,13 +188,13 @@ def test_losses_and_scorer_come_together(spec, tiny_experiment, tmp_path):
         ({"teacher": None}, "--student.image-tokens: these cut a student out of a teacher"),
         (
             {"model": dataclasses.replace(made.model, scored_tokens=2)},
-            "--model.scored-tokens 2: the scorer of a student learns from a teacher that sees all",
+            "--model.scored-tokens 2: the teacher must see all image tokens",
         ),
     ):
         with pytest.raises(ValueError, match=message):
             dataclasses.replace(made, **changes)
     whole = dataclasses.replace(spec.student, scored_tokens=0)
-    with pytest.raises(ValueError, match=r"--losses.scorer 3 trains a scorer .* there is none"):
+    with pytest.raises(ValueError, match=r"--losses.scorer 3 trains a scorer that is not there"):
         dataclasses.replace(spec, student=whole)
     with pytest.raises(ValueError, match=r"a teacher has all image tokens .*--model.scored-tokens"):
         dataclasses.replace(spec, teacher=dataclasses.replace(spec.teacher, scored_tokens=2))

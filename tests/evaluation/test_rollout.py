@@ -207,7 +207,7 @@ def test_difference_is_taken_episode_by_episode():
     found = expert.minus(wanderer)
     assert found.only_a == 30 - wanderer.successes
     assert found.only_b == 0
-    with pytest.raises(ValueError, match="same episode seeds for 'student'"):
+    with pytest.raises(ValueError, match="same seeds for 'student'"):
         expert.minus(run(Wanderer(), seed=101))
 
 
@@ -223,7 +223,7 @@ def test_non_finite_actions_name_the_episode():
             chunks[(keys == [102, 1]).all(1)[: len(sims)], 1] = np.nan
             return chunks
 
-    with pytest.raises(ValueError, match="got nan in plan 1 of the episode with seed 102"):
+    with pytest.raises(ValueError, match="got nan in plan 1 of seed 102"):
         run(Broken())
 
 

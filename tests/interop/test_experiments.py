@@ -93,7 +93,7 @@ def test_other_transforms_than_a_known_robots_are_refused(monkeypatch):
     changed = dataclasses.replace(source, data=data)
     monkeypatch.setitem(openpi_config._CONFIGS_DICT, "mine", changed)
     monkeypatch.setattr(openpi_data, "available", lambda _: False)
-    with pytest.raises(ValueError, match=r"mine cannot be taken over: .* SimpleDataConfig"):
+    with pytest.raises(ValueError, match=r"mine cannot be taken over: .* of SimpleDataConfig"):
         openpi_configs.experiment("mine")
 
 

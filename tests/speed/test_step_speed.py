@@ -106,7 +106,7 @@ def test_a_batch_that_does_not_fit_says_what_to_change(parts, monkeypatch):
     for words in (
         "a batch of 8 does not fit into the memory of cpu",
         "the distillation step is planned to need 0.",
-        "Try --batch-size 4, --accumulation 2",
+        "try --batch-size 4, --accumulation 2",
         "--student.freeze vision",
     ):
         assert words in str(caught.value)

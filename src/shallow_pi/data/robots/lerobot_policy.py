@@ -79,9 +79,9 @@ def warn_of_padding(step: pathlib.Path) -> None:
         return
     progress.warn(
         f"the policy in {step} is of LeRobot's first π0 ({_FIRST_PI0} in "
-        f"{run_folder.CONFIG_FILE}), which pads pictures that are not square at the left and top; "
-        "here they are padded on both sides, so it sees them shifted: record square pictures, or "
-        "fine-tune it in a later LeRobot or openpi first"
+        f"{run_folder.CONFIG_FILE}), which padded pictures at the left and top, not on both sides\n"
+        "it sees pictures that are not square shifted: record square ones, or fine-tune it in a "
+        "later LeRobot or openpi first"
     )
 
 
