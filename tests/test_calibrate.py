@@ -83,7 +83,7 @@ def test_a_guided_chunk_in_8_bits_continues_the_previous_one(calibrated, scene):
 
 
 def test_rounded_activations_need_a_calibration_of_the_same_steps(step, calibrated, capsys):
-    with pytest.raises(ValueError, match=r"has no assets/calibration\.json .*quantize w8"):
+    with pytest.raises(ValueError, match=r"bounds in assets/calibration\.json.*quantize w8"):
         _policy(step, quantize="int8")
     assert _policy(step, quantize="w8").quantize == "w8"
     _policy(calibrated, quantize="fp8", num_steps=1)

@@ -124,7 +124,7 @@ def test_a_policy_that_openpi_publishes_is_known_by_its_place(
 
 def test_openpis_folder_without_a_robot_or_tokenizer_or_statistics_is_an_error(own, openpis):
     with pytest.raises(
-        ValueError, match=r"no assets/shallow_pi\.json.*--policy\.robot .*'turntable'"
+        ValueError, match=r"(?s)no assets/shallow_pi\.json.*--policy\.robot .*turntable"
     ):
         policy.Policy.from_checkpoint(openpis)
     with pytest.raises(FileNotFoundError, match=r"of 320 is not PaliGemma's: give --policy\.tok"):
