@@ -146,7 +146,7 @@ def _spoil(table):
         (lambda d: _edit(d, lambda t: t.drop("action")), "lacks 'action'"),
         (lambda d: _edit(d, fps=30), "30 fps, robot turntable runs at 20"),
         (lambda d: _edit(d, lambda t: t[:0], total_frames=0), "has 0 frames of episode 0"),
-        (lambda d: _edit(d, _spoil), "'observation.state' of dataset"),
+        (lambda d: _edit(d, _spoil), "is not finite in episode 1, frame 2"),
         (lambda d: (d / "meta" / "info.json").unlink(), "no LeRobot dataset at"),
     ],
     ids=["camera", "state", "action", "fps", "empty", "nan", "absent"],
@@ -166,8 +166,6 @@ def test_a_dataset_that_cannot_be_used_is_refused(refused, tmp_path, tiny_datase
         *("--data.tokenizer", tiny_dataset[1], "--model.vocab-size", 320),
     )
     assert message in said
-    if "not finite" in said:
-        assert "episode 1, frame 2" in said
 
 
 def test_data_without_a_path_or_a_tokenizer_are_refused(refused, tiny_dataset):
