@@ -258,7 +258,7 @@ def test_picture_files_that_are_missing_are_counted_when_a_dataset_is_opened(tmp
         (folder / place).unlink()
     with pytest.raises(
         ValueError,
-        match=r"episode 1, frame 1: its file 'images.*frame_1.png' is missing, .*; 3 of 12 such "
+        match=r"episode 1, frame 1: its file 'images.*frame_1.png' is missing, .*\n3 of 12 such "
         r"files are missing, in 2 of 3 episodes .*--data.skip-bad-episodes",
     ):
         reader.Dataset(folder, cameras=[TOP])

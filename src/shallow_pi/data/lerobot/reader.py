@@ -346,9 +346,10 @@ class Dataset:
                 count = sum(found.count for found in lacking.values())
                 raise ValueError(
                     f"{camera} of episode {episode}, frame {first.frame}: "
-                    f"{self._short(first.problem)}; {count} of {len(self)} such files are missing, "
-                    f"in {len(lacking)} of {len(rows)} episodes of dataset {self.path}: leave them "
-                    f"out ({self._skip_flag})"
+                    f"{self._short(first.problem)}\n"
+                    f"{count} of {len(self)} such files are missing, in {len(lacking)} of "
+                    f"{len(rows)} episodes of dataset {self.path}: leave them out "
+                    f"({self._skip_flag})"
                 )
             self.skipped |= {n: f"{camera}: {found.problem}" for n, found in lacking.items()}
         if self.skipped.keys() & rows.keys():
