@@ -75,7 +75,7 @@ def test_the_teacher_is_what_openpi_publishes_or_ones_own_run():
     ("name", "reason"),
     [
         ("pi0_fast_libero", "is a pi0_fast model"),
-        ("pi0_aloha_pen_uncap", r"a file with this ROBOT .*prompt='uncap the pen'"),
+        ("pi0_aloha_pen_uncap", r"(?s)a file with this ROBOT .*prompt='uncap the pen'"),
         ("pi05_libro", "not found. Did you mean"),
     ],
 )

@@ -126,14 +126,13 @@ def test_an_exported_student_acts_in_openpi_as_here(layout, make_step, tmp_path)
     """From the exported folder alone; padded, at the depth openpi's own config would have."""
     robot = robots.ALOHA
     step, observation = make_step(robot, _model()), _observation(robot)
-    layers = (0, 1, 3, 4, 6, 7) if layout == "openpi-padded" else ()
-    folder = export.export(
-        step, layout, tmp_path / "given", layers=layers, teacher_depth=8, any_size=True
-    )
+    padded = {"layers": (0, 1, 3, 4, 6, 7), "teacher_depth": 8}
+    more = padded if layout == "openpi-padded" else {}
+    folder = export.export(step, layout, tmp_path / "given", any_size=True, **more)
     interop.register_checkpoint("student_l6", folder)
     served = policy_config.create_trained_policy(openpi_config.get_config("student_l6"), folder)
     kept = sizes.of(weights.stored_params(folder))["depth"]
-    assert kept == (8 if layers else 6)
+    assert kept == (8 if more else 6)
     own = policy.Policy.from_checkpoint(step, warm_up=False)
     noise = np.random.default_rng(5).standard_normal(own.noise_shape).astype(np.float32)
     found = served.infer(_sent(robot, observation), noise=noise)["actions"]
