@@ -62,6 +62,12 @@ def test_statistics_are_written_in_openpis_format(run):
     assert normalize.load("elsewhere")["state"].mean.shape == (2,)
 
 
+@pytest.mark.parametrize("flag", ["--data.asset-id", "--data.asset_id"])
+def test_a_given_name_of_the_statistics_counts(run, flag):
+    out, _ = run("--horizon", "4", flag, "mine")
+    assert "norm_stats/pusht_v21_video/mine/norm_stats.json" in out
+
+
 def test_a_config_brings_robot_horizon_and_kind(capsys):
     with pytest.raises(SystemExit, match="1"):
         compute_norm_stats.main(["pi0_aloha_l6", "--data.path", str(FIXTURE)])

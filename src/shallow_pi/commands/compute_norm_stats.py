@@ -60,7 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if given.horizon < 1:
             raise ValueError(f"--horizon must be at least 1, got {given.horizon}")
         robot = robots.find(given.data.robot)
-        if not name and not any(word.startswith("--data.asset-id") for word in words):
+        spelled = (word.replace("_", "-") for word in words)  # Either is taken.
+        if not name and not any(word.startswith("--data.asset-id") for word in spelled):
             data = dataclasses.replace(given.data, asset_id=robot.name)
             given = dataclasses.replace(given, data=data)
         # No pictures are read, so no video is fetched from the hub.
