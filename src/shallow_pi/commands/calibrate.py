@@ -15,10 +15,9 @@ calibration. docs/quantization.md compares the schemes.
 """
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -104,10 +103,7 @@ def _data(given: Arguments, folder: pathlib.Path) -> data_config.DataConfig:
     """The data config with a path: the one given, else with datasets and episodes of the run."""
     if given.data.path:
         return given.data
-    recorded = folder.parent / run_folder.CONFIG_FILE
-    data: dict[str, Any] = {}
-    if recorded.is_file():
-        data = json.loads(recorded.read_text(encoding="utf-8")).get("data") or {}
+    data = (run_folder.read_config(folder.parent) or {}).get("data") or {}
     if not data.get("path"):
         raise ValueError(
             f"no dataset to calibrate on: {folder} is in no run that names one; give --data.path "

@@ -50,7 +50,7 @@ class Arguments:
     # openpi-padded, for a step folder without its run: teacher layer of each student layer.
     layers: tuple[int, ...] = ()
     # openpi-padded, for a step folder without its run: number of teacher layers.
-    teacher_depth: int = 18
+    teacher_depth: int = export.TEACHER_DEPTH
     # Allow sizes other than openpi's; no released class of openpi or LeRobot loads them.
     any_size: bool = False
     # Integration steps of the comparison and of graphs, where they are unrolled; 0 takes the number
@@ -59,7 +59,7 @@ class Arguments:
     # onnx: float16, float32, bfloat16; stablehlo: bfloat16, float32; empty takes the first.
     dtype: str = ""
     # onnx: operator set version, 17 to 20; TensorRT 10 reads up to 20.
-    opset: int = 17
+    opset: int = export.OPSET
     # Products in 8 bits; onnx: int8; stablehlo: int8, w8 (weights alone). For int8, calibrate the
     # student first, by the command of that name.
     quantize: quantization.Scheme = "none"

@@ -45,35 +45,36 @@ def pooled(found: Found) -> dict[str, rollout.Evaluation]:
     }
 
 
+def _mean_rate(found: Found, label: str) -> float:
+    """A policy's mean success over the simulators."""
+    return sum(policies[label].rate for policies in found.values()) / len(found)
+
+
 def table(found: Found) -> validation_tables.Table:
     """Success of each policy on each simulator, and the mean of these."""
     rows = []
     for label in pooled(found):
-        rates = [100 * policies[label].rate for policies in found.values()]
-        mean = sum(rates) / len(rates)
-        rows.append([label, *(f"{rate:.1f} %" for rate in rates), f"{mean:.1f} %"])
+        rates = [*(policies[label].rate for policies in found.values()), _mean_rate(found, label)]
+        rows.append([label, *(f"{100 * rate:.1f} %" for rate in rates)])
     return ["policy", *found, "average"], rows
 
 
 def write(path: pathlib.Path, name: str, found: Found) -> None:
     """Write report.json and report.md, and print the table."""
     everything, (header, rows) = pooled(found), table(found)
-    said = [
-        report.sentence(b, a, "all episodes", everything[b].minus(everything[a]))
-        for a, b in comparison.pairs(everything)
-    ]
+    differences = {
+        (a, b): everything[b].minus(everything[a]) for a, b in comparison.pairs(everything)
+    }
+    said = [report.sentence(b, a, "all episodes", d) for (a, b), d in differences.items()]
     values = {
         "policies": {
             label: {
                 **{sim: report.success(policies[label]) for sim, policies in found.items()},
-                "average": sum(each[label].rate for each in found.values()) / len(found),
+                "average": _mean_rate(found, label),
             }
             for label in everything
         },
-        "differences": {
-            f"{b} - {a}": dataclasses.asdict(everything[b].minus(everything[a]))
-            for a, b in comparison.pairs(everything)
-        },
+        "differences": {f"{b} - {a}": dataclasses.asdict(d) for (a, b), d in differences.items()},
     }
     text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
     run_folder.write_text(path / run_folder.REPORT_FILE, text, comparison.ADVICE)

@@ -123,42 +123,40 @@ def _verdicts(tables: Sequence[outcomes.Table]) -> Iterator[str]:
     yield from ("", "| claim | statement | verdict | measured |", "|---|---|---|---|")
     left = []
     for table in tables:
-        name, count = table.claim.name, 0
-        for statement in table.claim.statements:
-            text, value, verdict = _decision(table, statement)
-            count += not value
-            if value:
-                yield f"| [{name}](#{name}) | {text} | {verdict} | {value} |"
-        if count:
-            left.append(f"[{name}](#{name}) {count}")
+        name = table.claim.name
+        measured, others = _decisions(table)
+        for text, verdict, value in measured:
+            yield f"| [{name}](#{name}) | {text} | {verdict} | {value} |"
+        if others:
+            left.append(f"[{name}](#{name}) {len(others)}")
     if left:
         yield from ("", f"Statements that are not measured yet: {', '.join(left)}.")
 
 
 def _section(table: outcomes.Table) -> list[str]:
-    claim, left = table.claim, []
+    claim = table.claim
+    measured, others = _decisions(table)
     lines = ["", f"## {claim.name}", "", f"**{claim.question}** {claim.says}", ""]
-    for statement in claim.statements:
-        text, value, verdict = _decision(table, statement)
-        if value:
-            lines.append(f"- {text}: {verdict}: {value}")
-        else:
-            left.append(text)
-    if left:
-        lines.append(f"- not measured: {'; '.join(left)}")
+    lines += [f"- {text}: {verdict}: {value}" for text, verdict, value in measured]
+    if others:
+        lines.append(f"- not measured: {'; '.join(others)}")
     return lines
 
 
-def _decision(table: outcomes.Table, statement: Statement) -> tuple[str, str, str]:
-    """Text, value (empty where nothing is measured) and verdict of a statement."""
-    verdict, found = table.decide(statement)
-    if found is None:
-        return statement.text, "", ""
-    column = next(c for c in table.claim.columns if c.label == statement.a[1])
-    value = _difference(found, column) if statement.b else _mean(found, column)
-    bold = f"**{verdict}**" if verdict != "open" else verdict
-    few = ", of one training seed" if found.seeds == 1 and _trained(statement) else ""
-    return statement.text, value, bold + few
+def _decisions(table: outcomes.Table) -> tuple[list[tuple[str, str, str]], list[str]]:
+    """Text, verdict and value of the measured statements; the texts of the others."""
+    measured, others = [], []
+    for statement in table.claim.statements:
+        verdict, found = table.decide(statement)
+        if found is None:
+            others.append(statement.text)
+            continue
+        column = next(c for c in table.claim.columns if c.label == statement.a[1])
+        value = _difference(found, column) if statement.b else _mean(found, column)
+        bold = f"**{verdict}**" if verdict != "open" else verdict
+        few = ", of one training seed" if found.seeds == 1 and _trained(statement) else ""
+        measured.append((statement.text, bold + few, value))
+    return measured, others
 
 
 def _trained(statement: Statement) -> bool:

@@ -246,7 +246,7 @@ class Pictures:
         spans: Mapping[int, tuple[int, int]],
         seconds: Float[np.ndarray, " n"],
         missing_ok: bool,
-    ) -> tuple[dict[int, Unmatched], list["Doubt"]]:
+    ) -> tuple[dict[int, Unmatched], list[Doubt]]:
         path = self._layout.root / file
         if missing_ok and not path.is_file():
             return {}, []
@@ -294,7 +294,7 @@ class Pictures:
         spans: Mapping[int, tuple[int, int]],
         seconds: Float[np.ndarray, " n"],
         shown: Float[np.ndarray, " n"],
-    ) -> Iterator["Doubt"]:
+    ) -> Iterator[Doubt]:
         """Pictures of a file that belong to two episodes, or to none.
 
         The frames have pictures, but perhaps those of other moments.

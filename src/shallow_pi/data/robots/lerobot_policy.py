@@ -8,7 +8,7 @@ affine map, and is written here as the mean and deviation or the percentiles of 
 
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -47,18 +47,16 @@ def told(step: pathlib.Path) -> dict[str, int | bool]:
     found: dict[str, int | bool] = {
         _FIELDS[k]: _whole(step, content, k) for k in _FIELDS if content.get(k)
     }
-    pipeline = step / PREPROCESSOR
-    if pipeline.is_file():
-        names = {entry.get("registry_name") for entry in _json(pipeline)["steps"]}
+    steps = _pipeline(step)
+    if steps is not None:
+        names = {entry.get("registry_name") for entry in steps}
         found["discrete_state_input"] = "pi05_prepare_state_tokenizer_processor_step" in names
     return found
 
 
 def warn_of_tokenizer(step: pathlib.Path) -> None:
     """Warn of a policy whose prompts were tokenized otherwise than by PaliGemma's tokenizer."""
-    if not (step / PREPROCESSOR).is_file():
-        return
-    name = _step(_json(step / PREPROCESSOR), "tokenizer_processor").get("tokenizer_name")
+    name = _settings(_entry(_pipeline(step) or [], "tokenizer_processor")).get("tokenizer_name")
     if name and "paligemma" not in str(name).lower():
         progress.warn(
             f"the policy in {step} was trained with the tokenizer {name}: taking PaliGemma's "
@@ -99,10 +97,10 @@ def check_robot(step: pathlib.Path, robot: robots.Robot) -> None:
     state. One of openpi's says nothing.
     """
     _compare_cameras(step, robot)
-    pipeline = step / PREPROCESSOR
-    if not pipeline.is_file():
+    steps = _pipeline(step)
+    if steps is None:
         return
-    relative = _step(_json(pipeline), "relative_actions_processor")
+    relative = _settings(_entry(steps, "relative_actions_processor"))
     names = [str(name).lower() for name in relative.get("action_names") or ()]
     absolute = [str(name).lower() for name in relative.get("exclude_joints") or () if name]
     mask = [bool(relative.get("enabled"))] * robot.action_dim
@@ -140,24 +138,19 @@ def statistics(
     Raises:
       ValueError: a file that cannot be read, or a normalization that is not known here.
     """
-    pipeline = step / PREPROCESSOR
-    if not pipeline.is_file():
+    steps = _pipeline(step)
+    if steps is None:
         return _from_buffers(step, kind)
-    content = _json(pipeline)
-    settings = _step(content, "normalizer_processor")
-    names = [
-        entry.get("state_file")
-        for entry in content["steps"]
-        if entry.get("registry_name") == "normalizer_processor"
-    ]
-    if not names or not names[0]:
+    entry = _entry(steps, "normalizer_processor")
+    settings = _settings(entry)
+    if not entry.get("state_file"):
         return None
-    path = step / str(names[0])
+    path = step / str(entry["state_file"])
     try:
         tensors = safetensors.numpy.load_file(path)
     except (safetensors.SafetensorError, OSError) as error:
         raise ValueError(
-            f"{pipeline} keeps its statistics in {path}, which cannot be read "
+            f"{step / PREPROCESSOR} keeps its statistics in {path}, which cannot be read "
             f"({type(error).__name__}: {error}): copy the policy's whole folder again"
         ) from error
     only = settings.get("normalize_observation_keys")
@@ -277,21 +270,26 @@ def _whole(step: pathlib.Path, content: Mapping[str, Any], name: str) -> int:
         raise ValueError(f"{path} is not a policy's config ({error!r}): copy it again") from error
 
 
-def _json(path: pathlib.Path) -> Any:
+def _pipeline(step: pathlib.Path) -> list[Mapping[str, Any]] | None:
+    """The steps of the policy's preprocessor; None where it has none."""
+    path = step / PREPROCESSOR
+    if not path.is_file():
+        return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not all(isinstance(step, dict) for step in content["steps"]):
+        steps: list[Mapping[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["steps"]
+        if not all(isinstance(entry, dict) for entry in steps):
             raise TypeError("a step is no object")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} is not a pipeline of LeRobot's ({error!r}): copy the policy's folder again"
         ) from error
-    return content
+    return steps
 
 
-def _step(content: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """The settings of a pipeline's step; empty where it has none of that name."""
-    for entry in content["steps"]:
-        if entry.get("registry_name") == name:
-            return entry.get("config") or {}
-    return {}
+def _entry(steps: Sequence[Mapping[str, Any]], name: str) -> Mapping[str, Any]:
+    """The first step of that name; empty where there is none."""
+    return next((entry for entry in steps if entry.get("registry_name") == name), {})
+
+
+def _settings(entry: Mapping[str, Any]) -> Mapping[str, Any]:
+    return entry.get("config") or {}

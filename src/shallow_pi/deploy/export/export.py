@@ -22,6 +22,9 @@ from shallow_pi.inference import calibration
 from shallow_pi.inference import quantize as quantization
 from shallow_pi.models import pi0
 
+# openpi's number of layers, and the oldest operators of ONNX that graphs are written for.
+TEACHER_DEPTH, OPSET = 18, 17
+
 
 def export(
     source: str | os.PathLike[str],
@@ -30,11 +33,11 @@ def export(
     *,
     step: str | int = "last",
     layers: Sequence[int] = (),
-    teacher_depth: int = 18,
+    teacher_depth: int = TEACHER_DEPTH,
     any_size: bool = False,
     num_steps: int | None = None,
     dtype: str = "",
-    opset: int = 17,
+    opset: int = OPSET,
     quantize: quantization.Scheme = "none",
     report: Callable[[str], None] = lambda _: None,
 ) -> pathlib.Path:
@@ -64,11 +67,13 @@ def export(
     """
     chosen = formats.find(format)
     formats.check_scheme(format, quantize)
-    if format != "openpi-padded" and (layers or teacher_depth != 18):
+    if format != "openpi-padded" and (layers or teacher_depth != TEACHER_DEPTH):
         raise ValueError(
             f"--layers and --teacher-depth are for --format openpi-padded, not {format}: leave "
             "them out"
         )
+    if opset != OPSET and format != "onnx":
+        raise ValueError(f"--opset {opset} is for --format onnx, not {format}: leave it out")
     folder = step_folder.find(source, step)
     target = pathlib.Path(output or folder.parent / "exports" / f"{folder.name}-{format}")
     target = target.expanduser().absolute()
@@ -78,8 +83,6 @@ def export(
             "another --output"
         )
     assets = policy_assets.load(folder)
-    if opset != 17 and format != "onnx":
-        raise ValueError(f"--opset {opset} is for --format onnx, not {format}: leave it out")
     if chosen.DTYPES:
         dtype = _dtype(format, dtype or chosen.DTYPES[0], chosen.DTYPES)
         assets = dataclasses.replace(assets, model=dataclasses.replace(assets.model, dtype=dtype))
