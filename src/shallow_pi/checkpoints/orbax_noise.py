@@ -23,7 +23,8 @@ def silence() -> None:
 
 def _is_not_orbaxs(record: logging.LogRecord) -> bool:
     if record.name == "asyncio":
-        return "/orbax/" not in record.getMessage()
+        message = record.getMessage()  # Tasks of asyncio itself wait for TensorStore's futures.
+        return "/orbax/" not in message and "tensorstore" not in message
     return not (record.exc_info and "orbax" in record.pathname)
 
 

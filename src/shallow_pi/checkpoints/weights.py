@@ -43,6 +43,7 @@ def save_params(path: str | os.PathLike[str], params: PyTree) -> None:
             f"{folder} already exists and a checkpoint is never overwritten: "
             "move it away or write to another folder"
         )
+    orbax_noise.silence()
     with ocp.PyTreeCheckpointer() as checkpointer:
         checkpointer.save(folder, {"params": params})
 
@@ -110,7 +111,6 @@ def _restore(
 
     args = {"params": jax.tree_util.tree_map_with_path(restore_args, stored)}
     item = jax.tree.map(lambda _: 0, args)
-    orbax_noise.silence()
     try:
         # Without a limit Orbax reads everything before casting: a full copy in host memory.
         largest = max(
@@ -158,6 +158,7 @@ def _replicated(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
 def stored_shapes(folder: str | os.PathLike[str]) -> PyTree:
     """Shapes and dtypes of an Orbax PyTree checkpoint, read from its metadata."""
     folder = _absolute(folder)
+    orbax_noise.silence()
     try:
         # The handler's answer, unlike a Checkpointer's, has one form in every Orbax we support.
         tree = ocp.PyTreeCheckpointHandler().metadata(epath.Path(folder)).tree
