@@ -61,7 +61,7 @@ def test_a_closed_event_loop_and_orbaxs_tasks_are_not(reported, caplog):
     )
     for left in (
         "<Task coro=<_load() defined at /lib/orbax/checkpoint/x.py:3>>",
-        "<Task coro=<_wrap_awaitable()> exception=ValueError('OUT_OF_RANGE [tensorstore_spec={}]')>",
+        "<Task coro=<_wrap_awaitable()> exception=ValueError('OUT_OF_RANGE [tensorstore={}]')>",
         "<Future finished exception=ValueError('NOT_FOUND [tensorstore_spec={}]')>",
     ):
         logging.getLogger("asyncio").error("Task exception was never retrieved\nfuture: %s", left)
