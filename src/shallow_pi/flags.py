@@ -1,8 +1,10 @@
 """Command-line arguments as the fields of a dataclass."""
 
+import operator
+import re
 import sys
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import tyro
 
@@ -16,6 +18,7 @@ def parse(
     *,
     prog: str | None = None,
     default: T | None = None,
+    idle: Callable[[T], Mapping[str, str]] | None = None,
 ) -> T:
     """Read the fields of a dataclass from a command line; `--help` keeps the description's lines.
 
@@ -25,11 +28,30 @@ def parse(
       description: shown above the options.
       prog: name in the usage line; None takes the script's.
       default: values of the fields; None takes the dataclass's defaults.
+      idle: gives the fields ("student.depth") that the others leave without effect, each with the
+        reason; a command line that sets one of them is refused.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if {"-h", "--help"} & set(arguments):  # tyro would join the lines into paragraphs.
         print(description.strip(), end="\n\n")
     config = (tyro.conf.AvoidSubcommands,)
-    if default is None:
-        return tyro.cli(kind, args=arguments, prog=prog, description="", config=config)
-    return tyro.cli(kind, args=arguments, prog=prog, description="", config=config, default=default)
+    given: dict[str, Any] = {} if default is None else {"default": default}
+    found: T = tyro.cli(kind, args=arguments, prog=prog, description="", config=config, **given)
+    for field, reason in (idle(found) if idle else {}).items():
+        if (flag := as_flag(field)) in named(arguments):
+            value = operator.attrgetter(field)(found)
+            words = value if isinstance(value, tuple) else (value,)
+            print(f"error: {flag} {' '.join(map(str, words))}: {reason}", file=sys.stderr)
+            raise SystemExit(2)
+    return found
+
+
+def named(arguments: Sequence[str]) -> set[str]:
+    """The flags of a command line, as documented: --a.b-c also for --a.b_c=1 and --a.no-b-c."""
+    words = (word.partition("=")[0].replace("_", "-") for word in arguments)
+    return {re.sub(r"^--no-|\.no-", lambda m: m[0][:-3], w) for w in words if w.startswith("--")}
+
+
+def as_flag(field: str) -> str:
+    """The flag that sets a field, such as `student.depth`."""
+    return f"--{field}".replace("_", "-")

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from shallow_pi.checkpoints import run_folder
-from shallow_pi.training import command_line, config
+from shallow_pi.training import command_line, config, idle
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "train_configs"
 
@@ -84,7 +84,7 @@ def test_every_field_can_be_set():
     experiment = _cli(
         *("debug", "--batch-size", "64", "--losses.attention", "0.1", "--student.depth", "3"),
         *("--teacher.path", "somewhere", "--model.expert.width", "24", "--no-tensorboard"),
-        *("--mesh.fsdp", "2", "--data.cache", "memory", "--exp-name", "second"),
+        *("--mesh.fsdp", "2", "--data.num-threads", "3", "--exp-name", "second"),
     )
     assert experiment.batch_size == 64
     assert experiment.losses.attention == 0.1
@@ -93,7 +93,7 @@ def test_every_field_can_be_set():
     assert experiment.model.expert.width == 24
     assert not experiment.tensorboard
     assert experiment.mesh.fsdp == 2
-    assert experiment.data.cache == "memory"
+    assert experiment.data.num_threads == 3
     assert experiment.folder == pathlib.Path("checkpoints/debug/second")
     home = dataclasses.replace(experiment, checkpoint_dir="~/runs").folder
     assert home == pathlib.Path.home() / "runs/debug/second", "as a shell leaves --flag=~/runs"
@@ -119,8 +119,73 @@ def test_an_absent_teacher_cannot_decide_the_best_step(capsys):
     assert "--validation.against teacher needs a teacher; set it to data" in said
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["pi0_turntable_l6", "--student.depth", "6", "--student.layers", "0", "3", "5"],
+            "--student.depth 6: --student.layers 0 3 5 keeps 3; give one of both",
+        ),
+        (
+            ["pi0_tabletop_last_l6", "--student.depth=4"],
+            "--student.depth 4: --student.layers 0 3 7 10 14 17 18 21 25 28 32 35 keeps 12; give",
+        ),
+        (
+            [
+                *("pi0_turntable_l6", "--student.depth", "6", "--student.backbone-depth", "2"),
+                *("--student.expert-depth", "4"),
+            ],
+            "6: --student.backbone-depth 2 and --student.expert-depth 4 set the layers of both",
+        ),
+        (
+            ["pi0_turntable", "--closed-loop.no-baselines"],
+            "--closed-loop.baselines False: there is no teacher, and",
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_flag_that_others_leave_without_effect_is_refused(capsys, arguments, message):
+    assert message in _refused(capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "fields"),
+    [
+        ("student", {"depth": 2, "layers": (0, 3, 5)}, "student.depth"),
+        ("student", {"depth": 3, "layers": (0, 3, 5)}, ""),
+        ("student", {"depth": 4, "backbone_depth": 2, "expert_depth": 4}, ""),
+        ("student", {"strategy": "random", "image_tokens": 4}, "-student.layer_seed"),
+        ("student", {"image_tokens": 4}, "-student.image_token_choice"),
+        ("teacher", {"train": True}, "teacher.path -teacher.config"),
+        ("losses", {"reflow": 1.0}, "-losses.reflow_deployed"),
+        ("losses", {"attention": 0.0, "scorer": 1.0}, "losses.attention_heads"),
+        (
+            "losses",
+            {"attention": 0.0},
+            "losses.attention_heads losses.attention_queries losses.attention_layer",
+        ),
+        ("data", {"num_workers": 2, "cache": "disk"}, "data.num_threads -data.cache_dir"),
+        ("data", {"cache": "none"}, "data.cache_gib"),
+        ("data", {"held_out": 0.5}, "-validation.interval -validation.against"),
+        ("data", {"source": "some.module:function"}, "-validation.interval -validation.against"),
+        ("data", {"source": "synthetic"}, "data.path data.robot data.cache data.norm_stats"),
+        ("data", {"path": "somewhere"}, "closed_loop.demonstrations closed_loop.noise"),
+    ],
+)
+def test_a_field_without_effect_depends_on_others(part, changes, fields):
+    plain = command_line.load(CONFIGS, "pi0_turntable_l6")
+    changed = dataclasses.replace(
+        plain, **{part: dataclasses.replace(getattr(plain, part), **changes)}
+    )
+    before, after = (set(idle.fields(experiment)) for experiment in (plain, changed))
+    expected = set(fields.split())
+    assert {name for name in expected if name[0] != "-"} <= after - before
+    assert {name[1:] for name in expected if name[0] == "-"} <= before - after
+    assert expected or before == after
+
+
 def test_listed_layers_set_the_depth_too():
-    experiment = _cli("pi0_turntable_l6", "--student.layers", "0", "3", "5")
+    experiment = _cli("pi0_turntable_l6", "--student.layers", "0", "3", "5", "--student.depth", "3")
     assert experiment.fixed_layer_map().layers == (0, 3, 5)
     assert experiment.student_model == dataclasses.replace(experiment.model, depth=3)
 

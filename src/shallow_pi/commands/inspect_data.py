@@ -32,7 +32,7 @@ from shallow_pi import figures, flags, progress
 from shallow_pi.checkpoints import run_folder, safetensors_file
 from shallow_pi.commands import exits
 from shallow_pi.data import inspection, opening, sheet
-from shallow_pi.training import command_line, config, setup
+from shallow_pi.training import command_line, config, idle, setup
 
 # Number of prompts printed.
 PROMPTS = 10
@@ -64,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             __doc__ or "",
             prog=f"{pathlib.Path(sys.argv[0]).name} {words[0]}",
             default=Arguments(command_line.load(command_line.configs(), words[0])),
+            idle=lambda given: idle.fields(given.experiment),
         )
         experiment = given.experiment
         if experiment.data.strict:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 from shallow_pi import flags, progress
 from shallow_pi.checkpoints import run_folder
+from shallow_pi.training import idle
 from shallow_pi.training.config import DistillConfig
 
 
@@ -118,7 +119,12 @@ def cli(
             default, description = load(folder, name), _docstring(find(folder, name))
         command = pathlib.Path(sys.argv[0]).name
         experiment = flags.parse(
-            DistillConfig, arguments, description, prog=f"{command} {default.name}", default=default
+            DistillConfig,
+            arguments,
+            description,
+            prog=f"{command} {default.name}",
+            default=default,
+            idle=idle.fields,
         )
         return _fit_schedule(experiment, default, arguments)
     except (ValueError, FileNotFoundError) as error:
@@ -130,8 +136,7 @@ def _fit_schedule(
     experiment: DistillConfig, default: DistillConfig, arguments: Sequence[str]
 ) -> DistillConfig:
     """Scale the schedule with --num-train-steps unless it is given; a resumed run keeps it."""
-    given = {word.partition("=")[0].replace("_", "-") for word in arguments}
-    if given & {"--schedule.warmup-steps", "--schedule.decay-steps"}:
+    if flags.named(arguments) & {"--schedule.warmup-steps", "--schedule.decay-steps"}:
         return experiment
     schedule, steps = experiment.schedule, experiment.num_train_steps
     saved = run_folder.read_config(experiment.folder) if experiment.resume else None

@@ -11,6 +11,7 @@ from typing import Literal
 
 import tyro
 
+from shallow_pi import flags
 from shallow_pi.data import data_config
 from shallow_pi.distill import layer_map
 from shallow_pi.distill import losses as loss_terms
@@ -24,8 +25,9 @@ from shallow_pi.training import profiling
 def _at_least(config: object, bound: int, *names: str, prefix: str = "") -> None:
     for name in names:
         if (value := getattr(config, name)) < bound:
-            flag = f"--{prefix}{name}".replace("_", "-")
-            raise ValueError(f"{flag} must be at least {bound}, got {value}")
+            raise ValueError(
+                f"{flags.as_flag(prefix + name)} must be at least {bound}, got {value}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +138,7 @@ class StudentConfig:
             *("backbone_layers", "expert_layers", "image_tokens"),
         )
         given = [name for name in names if getattr(self, name) != getattr(type(self), name)]
-        return [f"--student.{name}".replace("_", "-") for name in given]
+        return [flags.as_flag(f"student.{name}") for name in given]
 
     @property
     def total_depth(self) -> int:

@@ -1,0 +1,111 @@
+"""The fields of a config that its other fields leave without effect.
+
+A command line that sets one of them is refused, because it would change nothing. The file of a
+config may set them: another field may give them effect again.
+"""
+
+from shallow_pi.training import config
+
+
+def fields(experiment: config.DistillConfig) -> dict[str, str]:
+    """Each of these fields (`student.depth`), with the reason and what to do."""
+    student, losses, data = experiment.student, experiment.losses, experiment.data
+    teacher, task = experiment.teacher, experiment.closed_loop
+    layers, depths = student.layers, (student.backbone_depth, student.expert_depth)
+    compares = losses.attention or losses.scorer or student.image_token_choice == "scored"
+    table: list[tuple[object, str, str]] = [
+        (
+            layers and student.depth != len(layers),
+            "student.depth",
+            f"--student.layers {' '.join(map(str, layers))} keeps {len(layers)}; give one of both",
+        ),
+        (
+            not layers and all(depths) and student.depth not in depths,
+            "student.depth",
+            f"--student.backbone-depth {depths[0]} and --student.expert-depth {depths[1]} set the "
+            "layers of both streams; leave it out, or one of them",
+        ),
+        (
+            layers or student.strategy != "random",
+            "student.layer_seed",
+            "only --student.strategy random without --student.layers draws layers",
+        ),
+        (
+            not student.image_tokens,
+            "student.image_token_choice",
+            "all image tokens are kept; give --student.image-tokens",
+        ),
+        (
+            teacher is None,
+            "student.init student.layer_seed",
+            "there is no teacher to cut the student out of; leave it out",
+        ),
+        (
+            teacher is not None and teacher.train,
+            "teacher.path",
+            "--teacher.train trains the teacher instead of reading it; give one of both",
+        ),
+        (
+            teacher is not None and not teacher.train,
+            "teacher.config",
+            "the teacher is read from --teacher.path; give --teacher.train to train it",
+        ),
+        (
+            not losses.reflow,
+            "losses.reflow_deployed",
+            "the reflow loss is off; give --losses.reflow",
+        ),
+        (
+            not losses.attention,
+            "losses.attention_heads",
+            "the attention loss is off; give --losses.attention",
+        ),
+        (
+            not compares,
+            "losses.attention_queries losses.attention_layer",
+            "no attention is compared; give --losses.attention",
+        ),
+        (
+            data.source == "synthetic",
+            "data.path data.more data.weights data.episodes data.exclude_episodes data.robot "
+            "data.skip_bad_episodes data.tokenizer data.norm_stats data.asset_id data.cache "
+            "data.cache_dir data.cache_gib",
+            "--data.source synthetic reads no dataset; give --data.source lerobot",
+        ),
+        (
+            data.cache == "none",
+            "data.cache_gib",
+            "nothing is cached; give --data.cache memory or disk",
+        ),
+        (
+            data.cache != "disk",
+            "data.cache_dir",
+            f"--data.cache {data.cache} has no folder; give --data.cache disk",
+        ),
+        (
+            data.num_workers,
+            "data.num_threads",
+            f"--data.num-workers {data.num_workers} processes read instead; give one of both",
+        ),
+        (
+            not experiment.validation.interval,
+            "validation.samples validation.num_steps validation.against",
+            "validation is off; give --validation.interval",
+        ),
+        (
+            not data.held_out and ":" not in data.source,
+            "validation.interval validation.samples validation.num_steps validation.against",
+            "there is nothing to validate on; give --data.held-out",
+        ),
+        (
+            data.path,
+            "closed_loop.demonstrations closed_loop.noise closed_loop.seed",
+            f"the data are those of --data.path {data.path}; leave out one of both",
+        ),
+        (
+            teacher is None and task is not None,
+            "closed_loop.baselines",
+            "there is no teacher, and a student's baselines alone are trained; leave it out",
+        ),
+    ]
+    return {field: reason for idle, names, reason in table if idle for field in names.split()}
