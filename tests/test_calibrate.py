@@ -12,7 +12,8 @@ from shallow_pi.checkpoints import weights
 from shallow_pi.commands import calibrate
 from shallow_pi.data.lerobot import reader
 from shallow_pi.deploy import policy
-from shallow_pi.inference import calibration, tuning
+from shallow_pi.inference import calibration, rounding_error, tuning
+from shallow_pi.models import batch as batches
 from shallow_pi.models import quantized
 
 
@@ -30,6 +31,7 @@ def calibrated(step, tiny_dataset, tmp_path_factory):
     folder = tmp_path_factory.mktemp("calibrated") / "2"
     shutil.copytree(step, folder)
     given = ["--data.path", str(tiny_dataset[0]), "--samples", "7", "--batch-size", "4"]
+    given.append("--no-compare")
     calibrate.main([str(folder), *given])
     return folder
 
@@ -80,6 +82,24 @@ def test_a_guided_chunk_in_8_bits_continues_the_previous_one(calibrated, scene):
     reference = exact.infer(observation, noise, previous=left, delay=2)["actions"]
     assert np.abs(guided - left)[:2].mean() < 0.5 * apart
     assert np.abs(guided - reference).mean() < 0.2 * np.abs(reference - left).max() + 0.1 * apart
+
+
+def test_the_error_of_rounding_is_that_of_the_robots_actions(calibrated, own, params):
+    found = calibration.load(calibrated / "assets", own.model)
+    given = batches.noise(own.model, 3).observation
+    noise = np.random.default_rng(0).standard_normal((3, *_policy(calibrated).noise_shape))
+    noise = noise.astype(np.float32)
+    errors = rounding_error.measure(
+        own.model, params, [(given, noise)], found, action_dim=2, schemes=("w8",)
+    )
+    exact, rounded = (
+        np.asarray(_policy(calibrated, quantize=scheme).sample(given, noise))[..., :2]
+        for scheme in ("none", "w8")
+    )
+    each = [np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(rounded, exact, strict=True)]
+    together = np.linalg.norm(rounded - exact) / np.linalg.norm(exact)
+    expected = together, np.median(each), np.quantile(each, 0.95)
+    np.testing.assert_allclose(errors["w8"], expected, rtol=1e-3)
 
 
 def test_rounded_activations_need_a_calibration_of_the_same_steps(step, calibrated, capsys):
@@ -145,3 +165,17 @@ def test_the_datasets_and_episodes_of_the_run_are_taken(step, tiny_dataset, tmp_
     found = json.loads((tmp_path / "2" / "assets" / "calibration.json").read_text())
     assert found["observations"] == frames
     assert said.out.strip() == str(tmp_path / "2" / "assets" / "calibration.json")
+    assert "Too few frames to compare" in said.err
+
+
+@pytest.mark.slow
+def test_schemes_are_compared_on_frames_between(step, tiny_dataset, tmp_path, capsys):
+    shutil.copytree(step, tmp_path / "2")
+    given = ["--data.path", str(tiny_dataset[0]), "--samples", "2", "--num-steps", "1"]
+    calibrate.main([str(tmp_path / "2"), *given])
+    out = capsys.readouterr().out
+    assert "actions of 2 other frames" in out
+    found = re.findall(r"^ +(w8|int8|wf8|fp8) +([\d.]+) ", out, re.MULTILINE)
+    assert {name for name, _ in found} == {"w8", "int8", "wf8", "fp8"}
+    errors = [float(value) for _, value in found]
+    assert 0 < errors[0] <= errors[1] <= errors[2] <= errors[3] < 20

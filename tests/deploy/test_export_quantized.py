@@ -41,6 +41,7 @@ def _difference(folder):
     return float(found[1]), float(found[2])
 
 
+@pytest.mark.slow
 def test_onnx_in_int8_is_the_sampler_in_int8(step, tmp_path):
     onnx = pytest.importorskip("onnx", reason="onnx is an extra, absent beside openpi's pins")
     pytest.importorskip("onnxruntime", reason="onnxruntime is an extra")

@@ -41,6 +41,7 @@ def _trained(programs, groups, data, teacher):
     return {recipe: params for recipe, params, _ in programs.train(groups, data, teacher)}
 
 
+@pytest.mark.slow
 def test_policies_trained_together_are_those_trained_alone(model, data, teacher):
     wanted = [
         _vary(seed=seed, **fields)
@@ -155,7 +156,9 @@ def test_slugs_tell_recipes_apart():
     assert recipes.METAWORLD_STUDENT.teacher == recipes.METAWORLD_TEACHER.slug
 
 
-@pytest.mark.parametrize(("kind", "steps"), [("half_width", 0), ("reads_last", 1)])
+@pytest.mark.parametrize(
+    ("kind", "steps"), [("half_width", 0), pytest.param("reads_last", 1, marks=pytest.mark.slow)]
+)
 def test_teachers_and_students_become_step_folders(own, tmp_path, kind, steps):
     model = dataclasses.replace(own.model, depth=3, max_token_len=12)
     assets = dataclasses.replace(own, model=model)

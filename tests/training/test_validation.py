@@ -148,6 +148,7 @@ def pair(tiny_config, tiny_params):
     return spec, params, state, found
 
 
+@pytest.mark.slow
 def test_a_student_for_8_bits_is_measured_with_rounded_weights(pair):
     spec, params, state, found = pair
     chosen = dataclasses.replace(spec, quantize="fp8")

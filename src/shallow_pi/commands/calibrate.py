@@ -5,7 +5,8 @@ uv run scripts/calibrate.py POLICY --data.path DATASET [--samples 64] [--step la
 POLICY is a run's folder or a step folder, DATASET a LeRobot dataset of its robot; without
 --data.path the datasets and episodes of the policy's run are taken. Actions are sampled for frames
 spread over all episodes, and the bounds of the activations of every large product are written to
-assets/calibration.json beside the parameters. int8 and fp8 then round activations within them:
+assets/calibration.json beside the parameters. A table then tells by how much each scheme changes
+the actions of as many other frames. int8 and fp8 round activations within the bounds:
 
     uv run scripts/serve_policy.py --policy.dir POLICY --policy.quantize int8
     uv run scripts/export_student.py POLICY --format onnx --opset 19 --quantize int8
@@ -16,12 +17,15 @@ calibration. docs/quantization.md compares the schemes.
 
 import dataclasses
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import rich
+import rich.box
+import rich.table
 import tyro
 
 from shallow_pi import flags, progress
@@ -30,7 +34,7 @@ from shallow_pi.commands import exits
 from shallow_pi.data import data_config, opening, sources
 from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.deploy import step_folder
-from shallow_pi.inference import calibration
+from shallow_pi.inference import calibration, quantize, rounding_error
 from shallow_pi.models import batch as batches
 from shallow_pi.models import observation as observations
 from shallow_pi.models import pi0
@@ -58,6 +62,10 @@ class Arguments:
     num_steps: int = 0
     # Seed of the noise.
     seed: int = 0
+    # Tell by how much each scheme changes the actions; compiles and runs five programs.
+    compare: bool = True
+    # Parts of the model in 8 bits there; the bounds of all parts are measured.
+    quantized: tuple[quantize.Part, ...] = quantize.PARTS
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -86,17 +94,46 @@ def main(arguments: Sequence[str] | None = None) -> None:
             dtype=np.dtype(jnp.dtype(assets.model.dtype)),
             what="policy",
         )
-        count = min(given.samples, len(source))
+        params, count = jax.tree.map(jnp.asarray, params), min(given.samples, len(source))
+        chosen, between = _frames(len(source), count)
         with progress.bar("Calibrate", total=count) as advance:
             found = calibration.calibrate(
                 model,
-                jax.tree.map(jnp.asarray, params),
-                _batches(source, model, count, given),
+                params,
+                ((o.as_float(), noise) for o, noise in _batches(source, model, chosen, given)),
                 num_steps=given.num_steps or assets.num_steps,
                 percentile=given.percentile,
                 advance=advance,
             )
         print(calibration.save(folder / run_folder.ASSETS, found))
+        if given.compare and not between:
+            progress.say("Too few frames to compare schemes on others than were calibrated on")
+        elif given.compare:
+            with progress.bar("Compare", total=len(between)) as advance:
+                errors = rounding_error.measure(
+                    model,
+                    params,
+                    _batches(source, model, between, given),
+                    found,
+                    action_dim=assets.robot.action_dim,
+                    parts=given.quantized,
+                    advance=advance,
+                )
+            _show(errors, len(between))
+
+
+def _show(errors: Mapping[quantize.Scheme, rounding_error.Error], count: int) -> None:
+    """Print the schemes, the nearest to the unrounded policy first."""
+    table = rich.table.Table(
+        box=rich.box.SIMPLE_HEAD,
+        title=f"Change of the actions of {count} other frames, % of their size",
+    )
+    table.add_column("scheme")
+    for name in ("all frames, rms", "median frame", "95th percentile"):
+        table.add_column(name, justify="right")
+    for scheme, error in sorted(errors.items(), key=lambda item: item[1].rms):
+        table.add_row(scheme, *(f"{100 * value:.2f}" for value in error))
+    rich.print(table)
 
 
 def _data(given: Arguments, folder: pathlib.Path) -> data_config.DataConfig:
@@ -123,17 +160,24 @@ def _data(given: Arguments, folder: pathlib.Path) -> data_config.DataConfig:
     return found
 
 
+def _frames(total: int, count: int) -> tuple[list[int], list[int]]:
+    """Frames spread evenly over all, and as many halfway between, as far as there are others."""
+    places = np.linspace(0, total - 1, 2 * count).round().astype(int).tolist()
+    chosen, between = places[::2], places[1::2]
+    return chosen, [place for place in between if place not in chosen]
+
+
 def _batches(
-    source: sources.Source, model: pi0.Pi0Config, count: int, given: Arguments
+    source: sources.Source, model: pi0.Pi0Config, chosen: Sequence[int], given: Arguments
 ) -> Iterator[tuple[observations.Observation, np.ndarray]]:
     """Observations of one size each, and their noise; the last batch goes back to fill up."""
+    count = len(chosen)
     size = min(given.batch_size, count)
-    chosen = np.linspace(0, len(source) - 1, count).round().astype(int).tolist()
     noise = np.random.default_rng(given.seed)
     shape = size, model.action_horizon, model.action_dim
     for start in range(0, count, size):
         taken = chosen[min(start, count - size) :][:size]
-        found = batches.stack([source[i] for i in taken]).observation.as_float()
+        found = batches.stack([source[i] for i in taken]).observation
         # Cameras that the robot lacks are not computed.
         images = {name: found.images[name] for name in model.cameras}
         masks = {name: found.image_masks[name] for name in model.cameras}

@@ -7,22 +7,26 @@ seed and episode, so that their intervals count seeds and episodes as those of m
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-from shallow_pi import figures
-from shallow_pi.data.robots import assets as policy_assets
+import jax
+import numpy as np
+
+from shallow_pi import figures, progress
+from shallow_pi.deploy import policy as deployed
 from shallow_pi.evaluation import intervals, plots
-from shallow_pi.evidence import outcomes, sources
+from shallow_pi.evidence import calibrating, outcomes, sources
 from shallow_pi.evidence.claim import Claim, Side
 from shallow_pi.inference import tuning
-from shallow_pi.models import pi0
-from shallow_pi.speed import flops
+from shallow_pi.models import batch as batches
+from shallow_pi.speed import flops, latency
 
 # Results of a claim.
-FILE = "{claim}-operations.json"
+FILE = "{claim}-costs.json"
 _TICKS = (0.5, 1, 2, 5, 10, 20, 30, 50, 70, 100, 150, 200, 500)
 # Of the columns.
 _COLORS = ("teacher", "task_only", "student")
@@ -78,41 +82,72 @@ def _effect(table: outcomes.Table, cuts: tuple[Cut, ...]) -> Effect | None:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Cost of one inference at batch 1, counted from the sizes."""
+    """Cost of one inference at batch 1."""
 
-    # Of one inference.
+    # Of one inference, counted from the sizes.
     operations: int
     # Of the weights held, in the 16 bits of a deployed policy or in 8.
     bytes: int
+    # Of the policy as the suite runs it, all timed in turns.
+    median_ms: float
+    device: str
 
 
 def ensure(chosen: Iterable[Claim], runs: pathlib.Path, results: pathlib.Path) -> None:
-    """Count the costs of factorial claims, where their policies are."""
+    """Measure the costs of factorial claims' policies that are there, unless that was done.
+
+    A policy more, and all are measured again: times compare in one run only.
+    """
     for claim in chosen:
-        if not claim.factors:
+        there = {
+            (row.label, column.label): (row.policies[0], column.situation.num_steps)
+            for row in claim.variants
+            for column in claim.columns
+            if claim.factors and sources.exists(row.policies[0], runs)
+        }
+        before = read(claim, results).keys()
+        if not there.keys() - before:
             continue
-        found = read(claim, results)
-        for row in claim.variants:
-            base = row.policies[0].partition("--")[0]
-            if not sources.exists(base, runs):
-                continue
-            model = policy_assets.load(runs / base).model
-            scheme = sources.scheme(row.policies[0])
-            options = dataclasses.replace(tuning.ALL_OFF, quantize=scheme)
-            for column in claim.columns:
-                found[row.label, column.label] = _cost(model, column.situation.num_steps, options)
-        if found:
-            lines = [json.dumps([*side, *dataclasses.astuple(c)]) for side, c in found.items()]
-            results.mkdir(parents=True, exist_ok=True)
-            path = results / FILE.format(claim=claim.name)
-            path.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
+        if lost := before - there.keys():
+            progress.say(
+                f"{claim.name}: no costs of {len(there.keys() - before)} cells; times compare in "
+                f"one run only, and {len(lost)} measured before are not in {runs}"
+            )
+            continue
+        calibrating.ensure([slug for slug, _ in there.values()], runs)
+        loaded = {
+            side: sources.load(slug, runs, num_steps) for side, (slug, num_steps) in there.items()
+        }
+        times = latency.median_latency(
+            {" ".join(side): _call(policy) for side, policy in loaded.items()}, label="Costs"
+        )
+        lines = []
+        for side, policy in loaded.items():
+            median = round(times.median_ms[" ".join(side)], 3)
+            cost = Cost(*_counted(policy), median, times.device)
+            lines.append(json.dumps([*side, *dataclasses.astuple(cost)]))
+        results.mkdir(parents=True, exist_ok=True)
+        path = results / FILE.format(claim=claim.name)
+        path.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
 
 
-def _cost(model: pi0.Pi0Config, num_steps: int, options: tuning.InferenceOptions) -> Cost:
+def _call(policy: deployed.Policy) -> Callable[[], jax.Array]:
+    """Its program, on noise for every camera and a full prompt that are on the device already."""
+    batch = batches.noise(policy.assets.model, 1).observation
+    noise = np.zeros((1, *policy.noise_shape), np.float32)
+    layout, packed = policy.pack(batch, noise)
+    return functools.partial(policy.program, layout, jax.device_put(packed))
+
+
+def _counted(policy: deployed.Policy) -> tuple[int, int]:
+    """Operations and bytes."""
+    program = policy.program
+    options = dataclasses.replace(tuning.ALL_OFF, quantize=program.options.quantize)
+    model = policy.assets.model
     half = dataclasses.replace(model, dtype="bfloat16")
     held = flops.weight_bytes(half, num_steps=1, options=options)
-    operations = flops.inference_flops(model, num_steps=num_steps, options=options)
-    return Cost(operations.total, held.total)
+    operations = flops.inference_flops(model, num_steps=program.num_steps, options=options)
+    return operations.total, held.total
 
 
 def read(claim: Claim, results: pathlib.Path) -> dict[Side, Cost]:
@@ -148,17 +183,18 @@ def lines(table: outcomes.Table, results: pathlib.Path) -> Iterator[str]:
         )
     if costs := read(claim, results):
         names = [column.label for column in claim.columns]
+        device = next(iter(costs.values())).device
         yield ""
-        shown: list[list[Cost]] = []
-        counted = " | ".join(f"{name}, M operations" for name in names)
-        yield f"| one inference, batch 1 | {counted} | weights, kB |"
-        yield "|---|" + "---|" * (len(names) + 1)
+        yield f"| one inference, batch 1 | M operations | ms on {device} | weights, kB |"
+        yield "|---|---|---|---|"
         for row in claim.variants:
             own = [costs[row.label, name] for name in names if (row.label, name) in costs]
-            if len(own) == len(names) and own not in shown:
-                shown.append(own)
-                numbers = " | ".join(f"{cost.operations / 1e6:.2f}" for cost in own)
-                yield f"| {row.label} | {numbers} | {own[0].bytes / 1e3:.0f} |"
+            if own:
+                counts = " / ".join(f"{cost.operations / 1e6:.1f}" for cost in own)
+                times = " / ".join(f"{cost.median_ms:.2f}" for cost in own)
+                yield f"| {row.label} | {counts} | {times} | {own[0].bytes / 1e3:.0f} |"
+        yield ""
+        yield f"Operations and times with {', '.join(names)}."
 
 
 def picture(path: pathlib.Path, table: outcomes.Table, results: pathlib.Path) -> bool:

@@ -36,8 +36,8 @@ def parity() -> Claim:
         )
     scratch = rows.students("from scratch, equal compute", **rows.SCRATCH)
     taught = rows.students("random init, three losses", init="random")
-    many, best = f"{rows.MORE:,} demonstrations", rows.BEST_ROW
-    found = [*dict.fromkeys([*found, scratch, taught, best])]
+    many, best, longest = f"{rows.MORE:,} demonstrations", rows.BEST_ROW, rows.LONG_ROW
+    found = [*dict.fromkeys([*found, scratch, taught, best, longest])]
     ten, elsewhere = Column("around", rows.around(10)), Column("elsewhere", rows.ELSEWHERE)
     columns = (success, ten, elsewhere, rows.TO_TEACHER)
     # The other columns for the default amounts alone.
@@ -46,6 +46,7 @@ def parity() -> Claim:
         scratch.label,
         taught.label,
         best.label,
+        longest.label,
         *(label for label, _, _ in ways),
         *(f"{label}, {many}" for label, _, _ in ways),
     ]
@@ -75,6 +76,12 @@ def parity() -> Claim:
                 best.at(success),
                 rows.TEACHER_ROW.at(success),
                 at_least=-0.05,
+            ),
+            Statement(
+                f"and after {rows.LONGER:,} steps at most 1 point below it",
+                longest.at(success),
+                rows.TEACHER_ROW.at(success),
+                at_least=-0.01,
             ),
             Statement(
                 "four times the demonstrations raise success",
