@@ -11,16 +11,17 @@ ROOT = pathlib.Path(__file__).parents[1]
 FIXTURES = ROOT / "tests" / "fixtures" / "lerobot"
 
 
+MADE_UP = ("--height", "48", "--width", "64", "--frames", "24", "--group", "2")
 SMALL = [
-    *("--height", "48", "--width", "64", "--frames", "24", "--image-size", "32", "--group", "2"),
-    *("--batch-size", "4", "--batches", "2", "--threads", "2", "--workers", "0", "--repeats", "2"),
+    *("--image-size", "32", "--batch-size", "4", "--batches", "2"),
+    *("--threads", "2", "--workers", "0", "--repeats", "2"),
 ]
 
 
 def test_every_method_is_measured_on_synthetic_video(tmp_path, capsys):
     output = tmp_path / "new" / "numbers.json"
     benchmark_loader.main(
-        [*SMALL, "--codec", "h264", "--step-ms", "100000", "--output", str(output)]
+        [*SMALL, *MADE_UP, "--codec", "h264", "--step-ms", "100000", "--output", str(output)]
     )
     shown = capsys.readouterr().out
     assert "h264, group 2, pictures of 48 by 64" in shown
@@ -57,6 +58,7 @@ def test_pictures_that_are_no_video_are_read_without_a_comparison(capsys):
     ("arguments", "message"),
     [
         (["--path", "absent"], "absent/meta/info.json is missing"),
+        (["--path", "x", "--height", "9"], "--height 9: the pictures are those of --path x; give"),
         (["--batches", "0"], "--batches must be at least 1, got 0"),
     ],
 )

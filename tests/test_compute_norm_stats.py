@@ -131,3 +131,20 @@ def test_bad_input_is_reported_in_one_line(run, capsys, arguments, message):
     with pytest.raises(SystemExit, match="1"):
         run(*arguments)
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (("--data.weights", "1"), "--data.weights 1.0: the statistics do not depend on it"),
+        (
+            ("--data.norm-stats", "own", "--output", "x"),
+            "--output x: --data.norm-stats own is comp",
+        ),
+        (("--kind", "quantile"), "--kind quantile: only a comparison depends on it"),
+    ],
+)
+def test_a_flag_without_effect_is_refused(run, capsys, arguments, why):
+    with pytest.raises(SystemExit):
+        run(*arguments)
+    assert why in capsys.readouterr().err

@@ -254,7 +254,7 @@ def test_recorded_times_are_kept(convert, tmp_path, pictures):
     (old / "meta" / "episodes.jsonl").write_text(lines)
     info = json.loads((old / "meta" / "info.json").read_text()) | {"total_frames": 105}
     (old / "meta" / "info.json").write_text(json.dumps(info))
-    source, found = reader.Dataset(old), convert(old, "--pictures", pictures, "--crf", "12")
+    source, found = reader.Dataset(old), convert(old, "--pictures", pictures)
     np.testing.assert_array_equal(found.columns["timestamp"], source.columns["timestamp"])
     episodes = found.path / "meta" / "episodes" / "chunk-000" / "file-000.parquet"
     assert pl.read_parquet(episodes)["success"].to_list() == [None, True, None, None]
@@ -310,3 +310,10 @@ def test_pictures_of_several_sizes_are_copied_but_not_encoded(convert, tmp_path,
     assert found.picture(2, TOP).shape == (32, 64, 3)
     stored = pl.read_parquet(found.path / "data" / "chunk-000" / "file-000.parquet")[TOP]
     assert stored[2] == {"bytes": data.getvalue(), "path": "frame-000002.jpg"}
+
+
+def test_settings_of_video_are_refused_where_none_is_encoded(convert, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        convert(OLD, "--pictures", "png", "--group", "4")
+    assert "--group 4: --pictures png encodes no video; give --pictures" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

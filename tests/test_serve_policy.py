@@ -113,6 +113,22 @@ def test_what_is_missing_is_named(failing, tmp_path):
         assert re.search(why, said), said
 
 
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["--batch-wait-ms", "1"], "--batch-wait-ms 1.0: --batch 1 answers one observation after"),
+        (["--record-limit-gb", "1"], "--record-limit-gb 1.0: nothing is recorded; give --record"),
+        (
+            ["--policy.quantize", "none", "--policy.quantized", "vision", "expert"],
+            "--policy.quantized vision expert: --policy.quantize none rounds nothing; give one",
+        ),
+    ],
+)
+def test_a_flag_without_effect_is_refused(failing, arguments, why):
+    status, _, said = failing(serve_policy, "--policy.dir", "nowhere", *arguments)
+    assert (status, said) == (2, f"error: {why}{said.partition(why)[2]}")
+
+
 def test_the_key_comes_from_its_file_before_the_variable(monkeypatch, tmp_path):
     monkeypatch.setenv("SHALLOW_PI_API_KEY", "of the variable".replace(" ", "-"))
     (tmp_path / "key").write_text("of-the-file\n")

@@ -3,12 +3,15 @@
 import operator
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import tyro
 
 T = TypeVar("T")
+# Fields ("student.depth", several apart by spaces) that have no effect if the first is true, and
+# the reason with the remedy.
+Idle = Iterable[tuple[object, str, str]]
 
 
 def parse(
@@ -18,7 +21,7 @@ def parse(
     *,
     prog: str | None = None,
     default: T | None = None,
-    idle: Callable[[T], Mapping[str, str]] | None = None,
+    idle: Callable[[T], Idle] = lambda _: (),
 ) -> T:
     """Read the fields of a dataclass from a command line; `--help` keeps the description's lines.
 
@@ -28,8 +31,7 @@ def parse(
       description: shown above the options.
       prog: name in the usage line; None takes the script's.
       default: values of the fields; None takes the dataclass's defaults.
-      idle: gives the fields ("student.depth") that the others leave without effect, each with the
-        reason; a command line that sets one of them is refused.
+      idle: the fields that others leave without effect; a command line that sets one is refused.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if {"-h", "--help"} & set(arguments):  # tyro would join the lines into paragraphs.
@@ -37,12 +39,13 @@ def parse(
     config = (tyro.conf.AvoidSubcommands,)
     given: dict[str, Any] = {} if default is None else {"default": default}
     found: T = tyro.cli(kind, args=arguments, prog=prog, description="", config=config, **given)
-    for field, reason in (idle(found) if idle else {}).items():
-        if (flag := as_flag(field)) in named(arguments):
-            value = operator.attrgetter(field)(found)
-            words = value if isinstance(value, tuple) else (value,)
-            print(f"error: {flag} {' '.join(map(str, words))}: {reason}", file=sys.stderr)
-            raise SystemExit(2)
+    for is_idle, fields, reason in idle(found):
+        for field in fields.split() if is_idle else ():
+            if (flag := as_flag(field)) in named(arguments):
+                value = operator.attrgetter(field)(found)
+                words = value if isinstance(value, tuple) else (value,)
+                print(f"error: {flag} {' '.join(map(str, words))}: {reason}", file=sys.stderr)
+                raise SystemExit(2)
     return found
 
 

@@ -291,8 +291,18 @@ def test_a_step_folder_alone_is_padded_by_the_layers_given(run, tmp_path):
 
 @pytest.mark.parametrize("layers", [(1,), (3, 1), (1, 1), (1, 5), (-1, 2)])
 def test_layers_that_do_not_fit_are_an_error(run, tmp_path, layers):
+    (tmp_path / "2").symlink_to(run / "2")
+    given = {"any_size": True, "layers": layers, "teacher_depth": 5}
     with pytest.raises(ValueError, match=r"does not place 2 layers in a teacher of 5"):
-        export.export(run / "2", "openpi-padded", tmp_path / "x", any_size=True, layers=layers)
+        export.export(tmp_path / "2", "openpi-padded", tmp_path / "x", **given)
+
+
+@pytest.mark.parametrize("given", [{"layers": (0, 2)}, {"teacher_depth": 6}])
+def test_other_layers_than_the_runs_are_an_error(run, tmp_path, given):
+    with pytest.raises(
+        ValueError, match=r"--teacher-depth .*: the run kept \d \d of 5 .*leave them"
+    ):
+        export.export(run / "2", "openpi-padded", tmp_path / "x", any_size=True, **given)
 
 
 def test_missing_statistics_or_a_half_copied_step_are_named(run, tmp_path):

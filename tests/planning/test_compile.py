@@ -137,6 +137,8 @@ def test_an_unknown_topology_names_the_known_ones(name):
         compile.topology(name)
 
 
-def test_no_devices_are_too_few():
+def test_no_devices_or_two_kinds_are_an_error():
     with pytest.raises(ValueError, match="--devices must be 1 or more, got 0"):
         compile.devices(0)
+    with pytest.raises(ValueError, match="--devices 4 and --topology v5e:4x4 both say the devices"):
+        compile.devices(4, "v5e:4x4")

@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, measure, print, write."""
     with exits.exit_on():
         words = sys.argv[1:] if arguments is None else arguments
-        given = flags.parse(Arguments, words, __doc__ or "")
+        given = flags.parse(Arguments, words, __doc__ or "", idle=_idle)
         with tempfile.TemporaryDirectory() as scratch:
             result = loader.measure(given, pathlib.Path(scratch))
         print(loader.table(result))
@@ -46,3 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             output = pathlib.Path(given.output).expanduser()
             output.parent.mkdir(parents=True, exist_ok=True)
             output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def _idle(given: Arguments) -> flags.Idle:
+    reason = f"the pictures are those of --path {given.path}; give one of both"
+    yield given.path, "height width codec group frames", reason

@@ -70,7 +70,7 @@ class Arguments:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, sample, write, print the file."""
-    given = flags.parse(Arguments, arguments, __doc__ or "")
+    given = flags.parse(Arguments, arguments, __doc__ or "", idle=_idle)
     processes.cache_compilations()
     with exits.exit_on():
         for name, least in (("samples", 1), ("batch_size", 1), ("num_steps", 0)):
@@ -134,6 +134,13 @@ def _show(errors: Mapping[quantize.Scheme, rounding_error.Error], count: int) ->
     for scheme, error in sorted(errors.items(), key=lambda item: item[1].rms):
         table.add_row(scheme, *(f"{100 * value:.2f}" for value in error))
     rich.print(table)
+
+
+def _idle(given: Arguments) -> flags.Idle:
+    yield True, "data.robot data.tokenizer data.norm_stats data.asset_id", "it is the policy's own"
+    unread = "source weights held_out num_threads num_workers cache cache_dir cache_gib"
+    fields = " ".join(f"data.{name}" for name in unread.split())
+    yield True, fields, "frames of all episodes are read once, evenly; leave it out"
 
 
 def _data(given: Arguments, folder: pathlib.Path) -> data_config.DataConfig:

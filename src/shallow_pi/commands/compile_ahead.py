@@ -28,7 +28,7 @@ def main() -> None:
     if {"-h", "--help"} & set(sys.argv[2:]):
         print((__doc__ or "").strip(), end="\n\n")
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--devices", type=int, default=1)
+    parser.add_argument("--devices", type=int)
     parser.add_argument("--topology", default="")
     parser.add_argument("--output", default="")
     own, arguments = parser.parse_known_args()
@@ -38,7 +38,7 @@ def main() -> None:
         experiment = setup.resolve_from_disk(experiment)
         mesh = setup.make_mesh(experiment, devices)
         spec, dtype = setup.make_spec(experiment, mesh), setup.teacher_dtype(experiment)
-        name = own.topology or f"cpu:{own.devices}"
+        name = own.topology or f"cpu:{len(devices)}"
         progress.console.print(f"Compiling {experiment.name} for {name}: minutes at full size")
         began = time.perf_counter()
         program = compile.compile_step(spec, mesh, experiment.batch_size, dtype)

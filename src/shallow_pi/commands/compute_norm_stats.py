@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             own = command_line.load(command_line.configs(), name)
             kind = normalize.kind_of(own.model.pi05)
             default = Arguments(own.data, own.model.action_horizon, kind)
-        given = flags.parse(Arguments, words, __doc__ or "", default=default)
+        given = flags.parse(Arguments, words, __doc__ or "", default=default, idle=_idle)
         if not given.data.path:
             raise ValueError("name a dataset with --data.path: a folder, or owner/name on the hub")
         if given.horizon < 1:
@@ -70,6 +70,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with progress.bar("Statistics", robot.state_dim + robot.action_dim) as advance:
             found = sources.norm_stats(datasets, robot, given.horizon, advance)
         _tell(datasets, found, given, name or datasets[0].path.name)
+
+
+def _idle(given: Arguments) -> flags.Idle:
+    unread = "source weights tokenizer num_threads num_workers cache cache_dir cache_gib"
+    fields = " ".join(f"data.{name}" for name in unread.split())
+    yield True, fields, "the statistics do not depend on it; leave it out"
+    compared = given.data.norm_stats
+    yield compared, "output", f"--data.norm-stats {compared} is compared, and nothing is written"
+    yield not compared, "kind", "only a comparison depends on it; give --data.norm-stats"
 
 
 def _tell(

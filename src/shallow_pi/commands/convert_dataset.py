@@ -44,7 +44,7 @@ class Arguments:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, convert, print the folder."""
-    given = flags.parse(Arguments, arguments, __doc__ or "")
+    given = flags.parse(Arguments, arguments, __doc__ or "", idle=_idle)
     with exits.exit_on():
         source = reader.Dataset(
             hub.locate(given.source),
@@ -58,3 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else:
             pictures = video_writer.Encoding(given.pictures, given.group, given.crf)
         print(convert.convert(source, given.target, pictures))
+
+
+def _idle(given: Arguments) -> flags.Idle:
+    reason = f"--pictures {given.pictures} encodes no video; give --pictures av1 or h264"
+    yield given.pictures in ("copy", "png"), "group crf", reason

@@ -24,7 +24,7 @@ def main() -> None:
     if {"-h", "--help"} & set(sys.argv[2:]):
         print((__doc__ or "").strip(), end="\n\n")
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--devices", type=int, default=1)
+    parser.add_argument("--devices", type=int)
     parser.add_argument("--topology", default="")
     parser.add_argument("--card", default="", choices=["", *accelerators.TABLE])
     own, arguments = parser.parse_known_args()
@@ -32,7 +32,12 @@ def main() -> None:
         experiment = command_line.cli(command_line.configs(), __doc__ or "", arguments)
         devices = compile.devices(own.devices, own.topology)
         experiment = setup.resolve_from_disk(experiment)
-        kind = own.card or own.topology.partition(":")[0]
+        kind = own.topology.partition(":")[0]
+        if kind and own.card not in ("", kind):
+            raise ValueError(
+                f"--card {own.card} and --topology {own.topology} name other devices: give only one"
+            )
+        kind = kind or own.card
         only = kind if kind in accelerators.TABLE else ""
         room = accelerators.TABLE[only].memory if only else None
         mesh = setup.make_mesh(experiment, devices, room)

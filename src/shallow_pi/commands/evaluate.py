@@ -92,10 +92,18 @@ class Arguments:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, evaluate, print the folder."""
-    given = flags.parse(Arguments, arguments, __doc__ or "")
+    given = flags.parse(Arguments, arguments, __doc__ or "", idle=_idle)
     with exits.exit_on():
         folder = evaluate(given)
     print(folder)
+
+
+def _idle(given: Arguments) -> flags.Idle:
+    yield not any(given.late_ms), "executor", "no plan is late; give --late-ms"
+    loaded = [s for _, s in map(_named, given.policies) if s != EXPERT and not served.is_url(s)]
+    fields = " ".join(f"policy.{field.name}" for field in dataclasses.fields(given.policy))
+    yield not loaded, fields, "none of the policies is a checkpoint; leave it out"
+    yield from policy_arguments.idle(given.policy)
 
 
 def evaluate(given: Arguments) -> pathlib.Path:
@@ -157,9 +165,7 @@ def _entrants(given: Arguments, suite: simulator.Suite) -> list[comparison.Entra
 def _entrant(
     given: Arguments, suite: simulator.Suite, named: str, late_ms: float
 ) -> comparison.Entrant:
-    match = re.fullmatch(r"(?:([\w.+-]+)=)?(.+)", named)
-    assert match is not None, "any text but none at all matches"
-    label, source = match.groups()
+    label, source = _named(named)
     steps = math.ceil(late_ms / 1000 * suite.control_hz - 1e-9)
     if steps > given.execute_steps:
         raise ValueError(
@@ -210,6 +216,13 @@ def _entrant(
         return policies.Trained(loaded)
 
     return comparison.Entrant(label or default, origin, given.execute_steps, delay, load)
+
+
+def _named(policy: str) -> tuple[str, str]:
+    """The name given to a policy, and its source."""
+    match = re.fullmatch(r"(?:([\w.+-]+)=)?(.*)", policy)
+    assert match is not None, "any text matches"
+    return match[1] or "", match[2]
 
 
 def _check_dimensions(

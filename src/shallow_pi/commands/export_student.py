@@ -30,7 +30,7 @@ import tyro
 
 from shallow_pi import flags, progress
 from shallow_pi.commands import exits
-from shallow_pi.deploy.export import export
+from shallow_pi.deploy.export import export, formats
 from shallow_pi.inference import quantize as quantization
 from shallow_pi.parallel import processes
 
@@ -69,7 +69,7 @@ class Arguments:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, export, print the folder."""
-    given = flags.parse(Arguments, arguments, __doc__ or "")
+    given = flags.parse(Arguments, arguments, __doc__ or "", idle=_idle)
     progress.be_strict(given.strict)
     processes.cache_compilations()
     with exits.exit_on():
@@ -88,3 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             report=progress.say,
         )
     print(folder)
+
+
+def _idle(given: Arguments) -> flags.Idle:
+    is_graph = bool(given.format in formats.FORMATS and formats.FORMATS[given.format].DTYPES)
+    yield is_graph, "any_size", f"--format {given.format} has any size; leave it out"

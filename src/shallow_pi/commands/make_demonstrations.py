@@ -55,7 +55,7 @@ class Arguments:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, record, print the folder."""
-    given = flags.parse(Arguments, arguments, __doc__ or "")
+    given = flags.parse(Arguments, arguments, __doc__ or "", idle=_idle)
     with exits.exit_on():
         suite = simulator.find(given.sim, simulator.options(given.option, "--option"))
         if suite.expert() is None:
@@ -69,3 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         progress.say(", ".join(f"{task} {count}" for task, count in sorted(tasks.items())))
     print(folder)
+
+
+def _idle(given: Arguments) -> flags.Idle:
+    reason = "--pictures png writes no video; give --pictures h264 or av1"
+    yield given.pictures == "png", "crf", reason

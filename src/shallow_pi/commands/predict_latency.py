@@ -1,6 +1,6 @@
 """Predict the time of one inference on another device, and show the arithmetic.
 
-uv run scripts/predict_latency.py RUN --device DEVICE [--step last|best|N] [--num-steps 10]
+uv run scripts/predict_latency.py RUN --device DEVICE [--step last|best|N] [--num-steps N]
 
 RUN is a run's folder or a step folder; DEVICE is one of orin-agx, orin-nx, thor, 4090, h100, h200.
 Operations and weights are counted from the model's sizes; the assumed utilization of each device is
@@ -33,8 +33,8 @@ class Arguments:
     device: str
     # Step of a run: last, best or a number; only its sizes are read.
     step: str = "last"
-    # Integration steps.
-    num_steps: int = 10
+    # Integration steps; 0 takes the number that the policy was trained for.
+    num_steps: int = 0
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -44,4 +44,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
         assets = policy_assets.load(step_folder.find(given.run, given.step))
         there = tuple(c for c in assets.model.cameras if c in assets.robot.cameras)
         model = dataclasses.replace(assets.model, cameras=there)
-        print("\n".join(predict.table(model, given.device, given.num_steps)))
+        print("\n".join(predict.table(model, given.device, given.num_steps or assets.num_steps)))

@@ -117,7 +117,7 @@ class Arguments:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, measure what is missing, write the page."""
-    given = flags.parse(Arguments, arguments, __doc__ or "")
+    given = flags.parse(Arguments, arguments, __doc__ or "", idle=_idle)
     processes.cache_compilations()
     with exits.exit_on():
         if given.list:
@@ -151,6 +151,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 pathlib.Path(given.page), given.results, given.episodes or Arguments.episodes
             )
             progress.say(f"Written: {', '.join(map(str, written))}")
+
+
+def _idle(given: Arguments) -> flags.Idle:
+    measuring = "only part train_rivals"
+    lists = f"--{'list' if given.list else 'pending'} prints a list, and stops; leave it out"
+    more = f"{measuring} runs page workers train miniature"
+    yield given.list or given.pending, more, lists
+    tiny = "--miniature tries everything, somewhere temporary; leave it out"
+    yield given.miniature, f"{measuring} runs results page episodes train", tiny
+    yield not given.episodes, measuring, "--episodes 0 measures nothing; leave it out"
 
 
 def unpack(slugs: Sequence[str], runs: pathlib.Path) -> None:

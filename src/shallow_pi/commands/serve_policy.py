@@ -112,7 +112,7 @@ def _api_key(path: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Load, warm up, serve until stopped."""
-    given = flags.parse(Arguments, arguments, __doc__ or "")
+    given = flags.parse(Arguments, arguments, __doc__ or "", idle=_idle)
     # Imported libraries have configured logging already.
     line = "%(asctime)s %(levelname)s %(message)s"
     logging.basicConfig(format=line, level=logging.WARNING, force=True)
@@ -130,6 +130,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             record = recorder.Recorder(given.record, chosen.metadata, limit_bytes=limit)
             stack.callback(record.close)
         server.run(chosen, serving, ready=lambda url: _ready(url, serving, chosen), record=record)
+
+
+def _idle(given: Arguments) -> flags.Idle:
+    yield not given.record, "record_limit_gb", "nothing is recorded; give --record"
+    alone = f"--batch {given.batch} answers one observation after another; give --batch"
+    yield given.batch == 1, "batch_wait_ms", alone
+    yield from policy_arguments.idle(given.policy)
 
 
 def _ready(url: str, serving: server_config.ServerConfig, chosen: policy.Policy) -> None:

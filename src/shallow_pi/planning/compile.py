@@ -81,12 +81,17 @@ class Program:
     collectives: list[hlo.Collective] | None
 
 
-def devices(count: int, topology_name: str = "") -> Sequence[jax.Device]:
+def devices(count: int | None, topology_name: str = "") -> Sequence[jax.Device]:
     """`count` virtual CPU devices, or those of a topology; call it before JAX initializes devices.
 
     Raises:
-      ValueError: a count below 1, or see `topology`.
+      ValueError: a count below 1 or beside a topology, or see `topology`.
     """
+    if topology_name and count is not None:
+        raise ValueError(
+            f"--devices {count} and --topology {topology_name} both say the devices: give only one"
+        )
+    count = 1 if count is None else count
     if count < 1:
         raise ValueError(f"--devices must be 1 or more, got {count}")
     processes.use_shardy()

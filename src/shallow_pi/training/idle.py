@@ -4,16 +4,17 @@ A command line that sets one of them is refused, because it would change nothing
 config may set them: another field may give them effect again.
 """
 
+from shallow_pi import flags
 from shallow_pi.training import config
 
 
-def fields(experiment: config.DistillConfig) -> dict[str, str]:
-    """Each of these fields (`student.depth`), with the reason and what to do."""
+def fields(experiment: config.DistillConfig) -> flags.Idle:
+    """These fields, with the reason and what to do."""
     student, losses, data = experiment.student, experiment.losses, experiment.data
     teacher, task = experiment.teacher, experiment.closed_loop
     layers, depths = student.layers, (student.backbone_depth, student.expert_depth)
     compares = losses.attention or losses.scorer or student.image_token_choice == "scored"
-    table: list[tuple[object, str, str]] = [
+    return [
         (
             layers and student.depth != len(layers),
             "student.depth",
@@ -108,4 +109,3 @@ def fields(experiment: config.DistillConfig) -> dict[str, str]:
             "there is no teacher, and a student's baselines alone are trained; leave it out",
         ),
     ]
-    return {field: reason for idle, names, reason in table if idle for field in names.split()}

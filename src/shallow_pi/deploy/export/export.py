@@ -90,10 +90,7 @@ def export(
         raise ValueError(f"--dtype is for graphs, --format {format} keeps the parameters' own")
     elif not any_size:
         _check_sizes(assets.model)
-    origin = students.origin(folder)
-    if layers:
-        depth = origin.teacher_depth or teacher_depth
-        origin = dataclasses.replace(origin, layer_map=tuple(layers), teacher_depth=depth)
+    origin = _placed(students.origin(folder), tuple(layers), teacher_depth)
 
     report(f"Reading {folder}: {assets.model.kind}, {assets.model.depths}")
     params = weights.load_params(
@@ -139,6 +136,24 @@ def export(
         shutil.rmtree(partial, ignore_errors=True)
     report(f"{target}: {checked}")
     return target
+
+
+def _placed(
+    origin: students.Origin, layers: tuple[int, ...], teacher_depth: int
+) -> students.Origin:
+    """The origin with the layers given, where no run tells them."""
+    if not origin.layer_map:
+        if not layers:
+            return origin
+        return dataclasses.replace(origin, layer_map=layers, teacher_depth=teacher_depth)
+    depths = TEACHER_DEPTH, origin.teacher_depth
+    if layers not in ((), origin.layer_map) or teacher_depth not in depths:
+        kept, given = (" ".join(map(str, found)) for found in (origin.layer_map, layers))
+        raise ValueError(
+            f"--layers {given or kept} and --teacher-depth {teacher_depth}: the run kept {kept} of "
+            f"{origin.teacher_depth} ({run_folder.CONFIG_FILE}); leave them out"
+        )
+    return origin
 
 
 def _partial(target: pathlib.Path, process: int | str) -> pathlib.Path:
