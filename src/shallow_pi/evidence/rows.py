@@ -62,7 +62,7 @@ STUDENT_ROW = students("three losses")
 UNTRAINED_ROW = Variant("cut, not trained", (f"{TEACHER}--keep-0.3.7.10.14.17",))
 TWO_ROW = students("2 layers", depth=2)
 # Each raises success.
-MORE, LONGER = 4 * recipes.STUDENT.demonstrations, 4 * recipes.STUDENT.steps
+MORE, LONGER = 4 * recipes.STUDENT.demonstrations, 2 * recipes.STUDENT.steps
 _BEST: dict[str, object] = {"strategy": "sensitivity", "demonstrations": MORE}
 BEST_ROW = students(f"layers by sensitivity, {MORE:,} demonstrations", **_BEST)
 LONG_ROW = students(f"{BEST_ROW.label}, {LONGER:,} steps", **_BEST, steps=LONGER)
