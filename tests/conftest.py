@@ -27,7 +27,6 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
 from shallow_pi import progress
@@ -42,9 +41,6 @@ TRAIN_CONFIGS = pathlib.Path(__file__).parents[1] / "train_configs"
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
-# A save would cut replicated arrays into a part for each device, which is a program to compile for
-# each part. Processes that tests start do so.
-ocp.type_handlers.get_type_handler(jax.Array)._use_replica_parallel = False
 processes.use_shardy()
 
 

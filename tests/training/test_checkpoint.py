@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
 from shallow_pi.checkpoints import weights
@@ -125,6 +126,20 @@ def test_a_state_is_restored_to_another_mesh(tmp_path):
     linear = _mlp(restored.opt_state[1][0].mu)["linear"]
     assert linear.sharding.is_equivalent_to(_mlp(_shardings(OTHER_MESH).params)["linear"], 3)
     assert linear.addressable_shards[0].data.shape == (2, 16, 1)
+
+
+def test_a_save_compiles_nothing_and_reads_what_every_device_wrote(tmp_path, caplog):
+    state = _sharded_init(MESH)  # Its arrays are replicated over two devices or all eight.
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        with jax.log_compiles():
+            checkpoints.save(1, state, None, _nothing)
+            checkpoints.wait()
+        assert "XLA compilation" not in caplog.text
+        shutil.rmtree(tmp_path / "1" / "train_state")
+        _, rest = checkpoints._split(state)
+        with ocp.PyTreeCheckpointer() as checkpointer:  # As several processes write it.
+            checkpointer.save(tmp_path / "1" / "train_state", rest)
+        _assert_same(checkpoints.restore(_abstract(MESH))[0], state)
 
 
 @pytest.mark.parametrize("ema", [True, False])

@@ -102,8 +102,8 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(
                 self.folder,
                 item_handlers={
-                    run_folder.PARAMS: ocp.PyTreeCheckpointHandler(),
-                    run_folder.TRAIN_STATE: ocp.PyTreeCheckpointHandler(),
+                    run_folder.PARAMS: _array_handler(),
+                    run_folder.TRAIN_STATE: _array_handler(),
                     run_folder.ASSETS: _AssetsHandler(),
                     run_folder.DATA: ocp.JsonCheckpointHandler(run_folder.DATA_FILE),
                 },
@@ -297,6 +297,21 @@ class Checkpoints:
             f"checkpoint {self.folder / str(self._saving)} could not be written",
             self._last_complete,
         )
+
+
+def _array_handler() -> ocp.PyTreeCheckpointHandler:
+    """An Orbax handler that lets one process write a replicated array from one device.
+
+    By default every device writes a part, which spreads the bytes over hosts, but compiles a
+    program for each part of each shape at the first save: 192 of 24 shapes on 8 devices, in 10 s.
+    """
+    if jax.process_count() > 1:
+        return ocp.PyTreeCheckpointHandler()
+    kinds = ocp.type_handlers
+    whole = kinds.ArrayHandler(use_replica_parallel=False)
+    return ocp.PyTreeCheckpointHandler(
+        type_handler_registry=kinds.create_type_handler_registry((jax.Array, whole))
+    )
 
 
 def _merge(
