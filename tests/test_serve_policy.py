@@ -1,5 +1,6 @@
 """The command that serves a policy, the one that loads it, and what they say."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -132,11 +133,9 @@ def test_a_flag_without_effect_is_refused(failing, arguments, why):
 def test_the_key_comes_from_its_file_before_the_variable(monkeypatch, tmp_path):
     monkeypatch.setenv("SHALLOW_PI_API_KEY", "of the variable".replace(" ", "-"))
     (tmp_path / "key").write_text("of-the-file\n")
-    given = serve_policy.Arguments(serve_policy.PolicyArguments(dir="nowhere"))
+    given = serve_policy.Arguments(policy=serve_policy.PolicyArguments(dir="nowhere"))
     assert given.create().api_key == "of-the-variable"
-    given = serve_policy.Arguments(
-        serve_policy.PolicyArguments(dir="nowhere"), api_key_file=str(tmp_path / "key")
-    )
+    given = dataclasses.replace(given, api_key_file=str(tmp_path / "key"))
     assert given.create().api_key == "of-the-file"
 
 

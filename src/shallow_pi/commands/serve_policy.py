@@ -49,15 +49,11 @@ class PolicyArguments(policy_arguments.Loading):
     dir: str
 
 
-@dataclasses.dataclass(frozen=True)
-class Arguments:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments(server_config.Settings):
     """The policy, the address, and the limits of clients."""
 
     policy: PolicyArguments
-    # Address to listen on; 0.0.0.0 opens the server to the network.
-    host: str = "127.0.0.1"
-    # Port; 0 takes a free one.
-    port: int = 8000
     # Instruction for observations without one.
     prompt: str = ""
     # Treat warnings as errors: about values missing from the policy's folder and assumed, and about
@@ -66,36 +62,15 @@ class Arguments:
     # File with the API key that clients must send; without it the variable SHALLOW_PI_API_KEY;
     # without both, no key is required.
     api_key_file: str = ""
-    # Certificate chain for wss://, a PEM file.
-    tls_cert: str = ""
-    # Private key of the certificate, a PEM file.
-    tls_key: str = ""
     # Folder to record observations and actions in.
     record: str = ""
     # Recording stops after this many gigabytes.
     record_limit_gb: float = 20.0
-    # Largest observation, MiB.
-    max_request_mb: int = 64
-    # Maximum number of clients; further ones get status 503.
-    max_clients: int = 32
-    # Maximum number of waiting observations; further ones are refused.
-    max_waiting: int = 16
-    # Answer up to this many waiting observations at once, for a fleet behind one server; programs
-    # for 1, 2, 4, 8 ... are compiled and timed at the start, and the fastest for those that wait is
-    # used. 1 answers one after another.
-    batch: int = 1
-    # With --batch: longest time an observation waits for those of other active clients,
-    # milliseconds. A lone client never waits.
-    batch_wait_ms: float = 2.0
-    # Time limit of a connection's TLS handshake, and of its HTTP request, seconds.
-    handshake_seconds: float = 5.0
-    # Maximum number of handshakes, not counting clients; a further one replaces the oldest.
-    max_handshakes: int = 128
 
     def create(self) -> server_config.ServerConfig:
         """The server's config, with the key that was given."""
-        shared = {field.name for field in dataclasses.fields(server_config.ServerConfig)}
-        given = {name: getattr(self, name) for name in shared - {"api_key"}}
+        names = [field.name for field in dataclasses.fields(server_config.Settings)]
+        given = {name: getattr(self, name) for name in names}
         return server_config.ServerConfig(**given, api_key=_api_key(self.api_key_file))
 
 

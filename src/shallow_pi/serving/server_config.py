@@ -17,33 +17,42 @@ import ssl
 
 
 @dataclasses.dataclass(frozen=True)
-class ServerConfig:
-    """One server."""
+class Settings:
+    """Address, certificate and limits of a server; a command line has them as flags."""
 
     # Address to listen on; 0.0.0.0 opens the server to the network.
     host: str = "127.0.0.1"
     # Port; 0 takes a free one.
     port: int = 8000
-    # Key that clients must send as `Authorization: Api-Key ...`; empty asks for none.
-    api_key: str = dataclasses.field(default="", repr=False)
-    # Certificate chain (PEM file); with it and its key the address is wss://.
+    # Certificate chain for wss://, a PEM file.
     tls_cert: str = ""
-    # Private key of the certificate (PEM file).
+    # Private key of the certificate, a PEM file.
     tls_key: str = ""
     # Largest observation, MiB; a larger one is closed with 1009.
     max_request_mb: int = 64
-    # Clients at once; one more is answered 503.
+    # Maximum number of clients; further ones get status 503.
     max_clients: int = 32
-    # Observations that may wait for their turn; one more is refused and closed with 1013.
+    # Maximum number of waiting observations; further ones are refused and closed with 1013.
     max_waiting: int = 16
-    # Most observations that are answered at once.
+    # Answer up to this many waiting observations at once, for a fleet behind one server; programs
+    # for 1, 2, 4, 8 ... are compiled and timed at the start, and the fastest for those that wait is
+    # used. 1 answers one after another.
     batch: int = 1
-    # Longest time a turn waits for more observations after the arrival of its first, milliseconds.
+    # With --batch: longest time an observation waits for those of other active clients,
+    # milliseconds. A lone client never waits.
     batch_wait_ms: float = 2.0
-    # Seconds a connection has for its TLS handshake, and for its HTTP request.
+    # Time limit of a connection's TLS handshake, and of its HTTP request, seconds.
     handshake_seconds: float = 5.0
-    # Handshakes at once; for one more, the oldest is dropped.
+    # Maximum number of handshakes, not counting clients; a further one replaces the oldest.
     max_handshakes: int = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class ServerConfig(Settings):
+    """One server: its settings, checked, and its key."""
+
+    # Key that clients must send as `Authorization: Api-Key ...`; empty asks for none.
+    api_key: str = dataclasses.field(default="", repr=False)
 
     def __post_init__(self) -> None:
         for name in ("max_request_mb", "max_clients", "max_waiting", "batch", "max_handshakes"):
