@@ -58,7 +58,10 @@ def test_pictures_that_are_no_video_are_read_without_a_comparison(capsys):
     ("arguments", "message"),
     [
         (["--path", "absent"], "absent/meta/info.json is missing"),
-        (["--path", "x", "--height", "9"], "--height 9: the pictures are those of --path x; give"),
+        (
+            ["--path", "x", "--height", "9"],
+            "--height 9 has no effect: the pictures are those of --path x; give",
+        ),
         (["--batches", "0"], "--batches must be at least 1, got 0"),
     ],
 )

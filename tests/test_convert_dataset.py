@@ -312,8 +312,8 @@ def test_pictures_of_several_sizes_are_copied_but_not_encoded(convert, tmp_path,
     assert stored[2] == {"bytes": data.getvalue(), "path": "frame-000002.jpg"}
 
 
-def test_settings_of_video_are_refused_where_none_is_encoded(convert, tmp_path, capsys):
+def test_settings_of_video_are_told_to_be_idle_where_none_is_encoded(convert, tmp_path, capsys):
     with pytest.raises(SystemExit):
-        convert(OLD, "--pictures", "png", "--group", "4")
-    assert "--group 4: --pictures png encodes no video; give --pictures" in capsys.readouterr().err
+        convert("absent", "--pictures", "png", "--group", "4")
+    assert "--group 4 has no effect: --pictures png encodes no video" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

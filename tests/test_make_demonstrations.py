@@ -29,8 +29,8 @@ def test_the_dataset_reads_back_with_its_robot_and_tasks(tmp_path, capsys):
     ("arguments", "message"),
     [
         (
-            ["--sim", "turntable", "--crf", "9"],
-            "--crf 9: --pictures png writes no video; give --pi",
+            ["--sim", "turntabel", "--crf", "9"],
+            "--crf 9 has no effect: --pictures png writes no video; give --pi",
         ),
         (["--sim", "turntabel"], "unknown simulator 'turntabel'"),
         (["--sim", "turntable", "--option", "tasks"], "--option: expected NAME=VALUE, got 'tasks'"),

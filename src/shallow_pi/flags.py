@@ -3,10 +3,12 @@
 import operator
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import tyro
+
+from shallow_pi import progress
 
 T = TypeVar("T")
 # Fields ("student.depth", several apart by spaces) that have no effect if the first is true, and
@@ -22,6 +24,7 @@ def parse(
     prog: str | None = None,
     default: T | None = None,
     idle: Callable[[T], Idle] = lambda _: (),
+    conflicts: Callable[[T], Idle] = lambda _: (),
 ) -> T:
     """Read the fields of a dataclass from a command line; `--help` keeps the description's lines.
 
@@ -31,7 +34,9 @@ def parse(
       description: shown above the options.
       prog: name in the usage line; None takes the script's.
       default: values of the fields; None takes the dataclass's defaults.
-      idle: the fields that others leave without effect; a command line that sets one is refused.
+      idle: the fields that others leave without effect; a command line that sets one is warned of,
+        and refused with --strict.
+      conflicts: the fields that others contradict; a command line that sets one is refused.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if {"-h", "--help"} & set(arguments):  # tyro would join the lines into paragraphs.
@@ -39,14 +44,26 @@ def parse(
     config = (tyro.conf.AvoidSubcommands,)
     given: dict[str, Any] = {} if default is None else {"default": default}
     found: T = tyro.cli(kind, args=arguments, prog=prog, description="", config=config, **given)
-    for is_idle, fields, reason in idle(found):
+    refused, told = list(conflicts(found)), list(idle(found))
+    if "--strict" in named(arguments):
+        refused, told = refused + told, []
+    for flag, reason in _named_idle(arguments, found, refused):
+        print(f"error: {flag}: {reason}", file=sys.stderr)
+        raise SystemExit(2)
+    for flag, reason in _named_idle(arguments, found, told):
+        progress.warn(f"{flag} has no effect: {reason}")
+    return found
+
+
+def _named_idle(arguments: Sequence[str], found: object, idle: Idle) -> Iterator[tuple[str, str]]:
+    """Those that a command line sets, with their values, and the reasons."""
+    given = named(arguments)
+    for is_idle, fields, reason in idle:
         for field in fields.split() if is_idle else ():
-            if (flag := as_flag(field)) in named(arguments):
+            if (flag := as_flag(field)) in given:
                 value = operator.attrgetter(field)(found)
                 words = value if isinstance(value, tuple) else (value,)
-                print(f"error: {flag} {' '.join(map(str, words))}: {reason}", file=sys.stderr)
-                raise SystemExit(2)
-    return found
+                yield " ".join((flag, *map(str, words))), reason
 
 
 def named(arguments: Sequence[str]) -> set[str]:

@@ -113,7 +113,6 @@ def test_cells_of_a_simulator_that_is_not_installed_are_pending(tmp_path, monkey
     [
         (["nonsense"], "expected claims of instrument, .*got 'nonsense'"),
         (["late", "--part", "3/2"], "--part: expected i/n with i of 1 to n, got '3/2'"),
-        (["late", "--pending", "--only", "x"], "--only x: --pending prints a list, and stops"),
         (["late", "--workers", "0"], "expected --episodes of at least 0 and --workers"),
     ],
 )

@@ -138,14 +138,22 @@ def test_an_absent_teacher_cannot_decide_the_best_step(capsys):
             "6: --student.backbone-depth 2 and --student.expert-depth 4 set the layers of both",
         ),
         (
-            ["pi0_turntable", "--closed-loop.no-baselines"],
+            ["pi0_turntable", "--closed-loop.no-baselines", "--strict"],
             "--closed-loop.baselines False: there is no teacher, and",
         ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_flag_that_others_leave_without_effect_is_refused(capsys, arguments, message):
+def test_a_flag_that_others_contradict_is_refused_and_with_strict_one_without_effect(
+    capsys, arguments, message
+):
     assert message in _refused(capsys, *arguments)
+
+
+def test_a_flag_without_effect_is_told(capsys):
+    assert not _cli("debug", "--validation.samples", "7").data.strict
+    said = capsys.readouterr().err
+    assert "warning: --validation.samples 7 has no effect: there is nothing to validate" in said
 
 
 @pytest.mark.parametrize(
@@ -178,7 +186,12 @@ def test_a_field_without_effect_depends_on_others(part, changes, fields):
         plain, **{part: dataclasses.replace(getattr(plain, part), **changes)}
     )
     before, after = (
-        {name for is_idle, names, _ in idle.fields(one) if is_idle for name in names.split()}
+        {
+            name
+            for is_idle, names, _ in [*idle.fields(one), *idle.conflicts(one)]
+            if is_idle
+            for name in names.split()
+        }
         for one in (plain, changed)
     )
     expected = set(fields.split())

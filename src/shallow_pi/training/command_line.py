@@ -125,6 +125,7 @@ def cli(
             prog=f"{command} {default.name}",
             default=default,
             idle=idle.fields,
+            conflicts=idle.conflicts,
         )
         return _fit_schedule(experiment, default, arguments)
     except (ValueError, FileNotFoundError) as error:

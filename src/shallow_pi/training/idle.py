@@ -1,19 +1,17 @@
 """The fields of a config that its other fields leave without effect.
 
-A command line that sets one of them is refused, because it would change nothing. The file of a
-config may set them: another field may give them effect again.
+A command line that sets one of them is warned of, or refused where two fields say different
+things. The file of a config may set them: another field may give them effect again.
 """
 
 from shallow_pi import flags
 from shallow_pi.training import config
 
 
-def fields(experiment: config.DistillConfig) -> flags.Idle:
-    """These fields, with the reason and what to do."""
-    student, losses, data = experiment.student, experiment.losses, experiment.data
-    teacher, task = experiment.teacher, experiment.closed_loop
+def conflicts(experiment: config.DistillConfig) -> flags.Idle:
+    """Fields that contradict others, with what to do."""
+    student, teacher = experiment.student, experiment.teacher
     layers, depths = student.layers, (student.backbone_depth, student.expert_depth)
-    compares = losses.attention or losses.scorer or student.image_token_choice == "scored"
     return [
         (
             layers and student.depth != len(layers),
@@ -26,6 +24,21 @@ def fields(experiment: config.DistillConfig) -> flags.Idle:
             f"--student.backbone-depth {depths[0]} and --student.expert-depth {depths[1]} set the "
             "layers of both streams; leave it out, or one of them",
         ),
+        (
+            teacher is not None and teacher.train,
+            "teacher.path",
+            "--teacher.train trains the teacher instead of reading it; give one of both",
+        ),
+    ]
+
+
+def fields(experiment: config.DistillConfig) -> flags.Idle:
+    """Fields without effect, with the reason and what to do."""
+    student, losses, data = experiment.student, experiment.losses, experiment.data
+    teacher, task = experiment.teacher, experiment.closed_loop
+    layers = student.layers
+    compares = losses.attention or losses.scorer or student.image_token_choice == "scored"
+    return [
         (
             layers or student.strategy != "random",
             "student.layer_seed",
@@ -40,11 +53,6 @@ def fields(experiment: config.DistillConfig) -> flags.Idle:
             teacher is None,
             "student.init student.layer_seed",
             "there is no teacher to cut the student out of; leave it out",
-        ),
-        (
-            teacher is not None and teacher.train,
-            "teacher.path",
-            "--teacher.train trains the teacher instead of reading it; give one of both",
         ),
         (
             teacher is not None and not teacher.train,
