@@ -75,3 +75,20 @@ def named(arguments: Sequence[str]) -> set[str]:
 def as_flag(field: str) -> str:
     """The flag that sets a field, such as `student.depth`."""
     return f"--{field}".replace("_", "-")
+
+
+def pairs(words: Sequence[str], flag: str) -> dict[str, str]:
+    """Options given as NAME=VALUE after `flag`.
+
+    Raises:
+      ValueError: a pair has no name or no value, or a name is given twice.
+    """
+    found: dict[str, str] = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        if not (name and value):
+            raise ValueError(f"{flag}: expected NAME=VALUE, got {word!r}")
+        if name in found:
+            raise ValueError(f"{flag}: {name}={found[name]} and {word} differ: give only one")
+        found[name] = value
+    return found

@@ -56,8 +56,16 @@ def test_the_config_sets_what_differs_from_the_simulators_defaults():
         assert getattr(config.ClosedLoopConfig(), name) == own[name], name
     given = config.ClosedLoopConfig(num_cups=3, options=("renderer=gl", "image_size=96"))
     assert given.set_options() == {"num_cups": 3, "renderer": "gl", "image_size": "96"}
-    with pytest.raises(ValueError, match="expected NAME=VALUE, got 'image_size'"):
-        config.ClosedLoopConfig(options=("image_size",))
+    for options, message in (
+        (("image_size",), "expected NAME=VALUE, got 'image_size'"),
+        (("image_size=9", "image_size=8"), "image_size=9 and image_size=8 differ: give only one"),
+        (
+            ("num_cups=1",),
+            "--closed-loop.num-cups and --closed-loop.options num_cups= set the same",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            config.ClosedLoopConfig(num_cups=3, options=options)
 
 
 def test_harder_variants_are_all_or_those_named():

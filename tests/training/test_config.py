@@ -177,6 +177,7 @@ def test_a_flag_without_effect_is_told(capsys):
         ("data", {"held_out": 0.5}, "-validation.interval -validation.against"),
         ("data", {"source": "some.module:function"}, "-validation.interval -validation.against"),
         ("data", {"source": "synthetic"}, "data.path data.robot data.cache data.norm_stats"),
+        ("closed_loop", {"sim": "tabletop"}, "closed_loop.tasks closed_loop.harder"),
         ("data", {"path": "somewhere"}, "closed_loop.demonstrations closed_loop.noise"),
     ],
 )
@@ -300,12 +301,13 @@ def test_a_config_may_be_a_file_anywhere(tmp_path):
         command_line.load(CONFIGS, str(tmp_path / "absent.py"))
 
 
-def test_a_teacher_is_trained_by_its_own_config_and_as_the_student_wants_it():
+def test_a_teacher_is_trained_by_its_own_config_and_as_the_student_wants_it(capsys):
     experiment = _cli(
         *("pi0_turntable_l6", "--exp-name", "x", "--checkpoint-dir", "c", "--resume"),
         *("--model.depth", "7"),
     )
     own = command_line.teacher_experiment(CONFIGS, experiment)
+    assert "The teacher is trained as pi0_turntable says" in capsys.readouterr().err
     assert own.name == "pi0_turntable"
     assert own.teacher is None
     assert own.model == experiment.model

@@ -80,8 +80,12 @@ def test_the_students_steps_and_bits_are_saved_and_fewer_steps_want_reflow(
     run.save_assets(tmp_path / "1" / "assets")
     saved = assets.load(tmp_path / "1")
     assert (saved.num_steps, saved.quantize) == (2, "fp8")
-    runs.check(dataclasses.replace(few, losses=experiment.losses))
+    without = dataclasses.replace(few, losses=experiment.losses)
+    runs.check(without)
     assert "--student.num-steps 2 without --losses.reflow" in capsys.readouterr().err
+    strict = dataclasses.replace(without.data, strict=True)
+    with pytest.raises(ValueError, match="--strict makes this warning an error"):
+        runs.check(dataclasses.replace(without, data=strict))
 
 
 def test_the_dataset_is_opened_once(experiment, monkeypatch):

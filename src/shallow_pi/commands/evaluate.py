@@ -128,7 +128,7 @@ def evaluate(given: Arguments) -> pathlib.Path:
 
 
 def _course(given: Arguments) -> comparison.Course:
-    options = simulator.options(given.option, "--option")
+    options = flags.pairs(given.option, "--option")
     suite = simulator.find(given.sim, options)
     return comparison.Course(
         sim=given.sim,

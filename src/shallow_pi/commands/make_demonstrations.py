@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, record, print the folder."""
     given = flags.parse(Arguments, arguments, __doc__ or "", idle=_idle)
     with exits.exit_on():
-        suite = simulator.find(given.sim, simulator.options(given.option, "--option"))
+        suite = simulator.find(given.sim, flags.pairs(given.option, "--option"))
         if suite.expert() is None:
             raise ValueError(f"simulator {given.sim!r} has no expert that demonstrates its tasks")
         encoding = None

@@ -207,18 +207,6 @@ def _import_mujoco() -> None:
         ) from error
 
 
-def options(pairs: Sequence[str], flag: str) -> dict[str, str]:
-    """Options of a suite given as NAME=VALUE.
-
-    Raises:
-      ValueError: a pair has no name or no value; `flag` is named.
-    """
-    for pair in pairs:
-        if not all(pair.partition("=")[::2]):
-            raise ValueError(f"{flag}: expected NAME=VALUE, got {pair!r}")
-    return dict(pair.split("=", 1) for pair in pairs)
-
-
 def _read(option: str, value: object, hint: type) -> object:
     """A text value converted to the option's type; other values unchanged."""
     if not isinstance(value, str) or hint is str:

@@ -165,6 +165,10 @@ def teacher_experiment(folder: pathlib.Path, experiment: DistillConfig) -> Disti
             f"{experiment.name} names no config that trains its teacher (--teacher.config): leave "
             "out --teacher.train and give --teacher.path"
         )
+    progress.say(
+        f"The teacher is trained as {experiment.teacher.config} says, with this model, --exp-name, "
+        "--checkpoint-dir, --resume and --overwrite; other flags are the student's"
+    )
     return dataclasses.replace(
         load(folder, experiment.teacher.config),
         model=experiment.model,

@@ -246,9 +246,7 @@ class ClosedLoopConfig:
         counts = ("demonstrations", "episodes", "execute_steps")
         _at_least(self, 1, *counts, prefix="closed_loop.")
         _at_least(self, 0, "num_steps", prefix="closed_loop.")
-        for pair in self.options:
-            if not all(pair.partition("=")[::2]):
-                raise ValueError(f"--closed-loop.options: expected NAME=VALUE, got {pair!r}")
+        self.set_options()
 
     def set_options(self) -> dict[str, object]:
         """The simulator's options: fields that differ from their defaults, and `options`.
@@ -258,7 +256,13 @@ class ClosedLoopConfig:
         own = ("tasks", "num_blocks", "num_cups", "clearance_mm", "disc_speed_deg")
         found = {name: getattr(self, name) for name in own}
         found = {name: value for name, value in found.items() if value != getattr(type(self), name)}
-        return found | dict(pair.split("=", 1) for pair in self.options)
+        given = flags.pairs(self.options, "--closed-loop.options")
+        if twice := sorted(found.keys() & given.keys()):
+            raise ValueError(
+                f"{flags.as_flag(f'closed_loop.{twice[0]}')} and --closed-loop.options {twice[0]}= "
+                "set the same option: give only one"
+            )
+        return found | given
 
     def set_harder(self) -> tuple[str, ...] | None:
         """Harder variants for evaluation; None, the default, is all of the simulator's."""

@@ -10,7 +10,9 @@ from shallow_pi.training import config
 
 def conflicts(experiment: config.DistillConfig) -> flags.Idle:
     """Fields that contradict others, with what to do."""
-    student, teacher = experiment.student, experiment.teacher
+    student, teacher, task = experiment.student, experiment.teacher, experiment.closed_loop
+    own = ("tasks", "num_blocks", "num_cups", "clearance_mm", "disc_speed_deg", "harder")
+    usual = [name for name in own if task and getattr(task, name) == getattr(type(task), name)]
     layers, depths = student.layers, (student.backbone_depth, student.expert_depth)
     return [
         (
@@ -28,6 +30,12 @@ def conflicts(experiment: config.DistillConfig) -> flags.Idle:
             teacher is not None and teacher.train,
             "teacher.path",
             "--teacher.train trains the teacher instead of reading it; give one of both",
+        ),
+        (
+            task is not None and task.sim != "turntable",
+            " ".join(f"closed_loop.{name}" for name in usual),
+            "the turntable's default, which stands for the simulator's own; give --closed-loop."
+            "options NAME=VALUE",
         ),
     ]
 
