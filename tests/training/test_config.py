@@ -287,6 +287,15 @@ def test_a_config_may_be_a_file_anywhere(tmp_path):
     path.write_text('"""Mine."""\nimport debug\nget_config = debug.get_config\n')
     loaded = command_line.load(CONFIGS, str(path))
     assert loaded == dataclasses.replace(command_line.load(CONFIGS, "debug"), name="my_arm_l2")
+    path.write_text(
+        "import dataclasses, debug\nfrom shallow_pi.training import config\n"
+        "student = config.StudentConfig(depth=2, layers=(0, 1, 3))\n"
+        "def get_config(): return dataclasses.replace(debug.get_config(), student=student)\n"
+    )
+    with pytest.raises(
+        ValueError, match=r"my_arm_l2\.py: the student's depth 2 and its layers 0 1"
+    ):
+        command_line.load(CONFIGS, str(path))
     (tmp_path / "_base.py").write_text("import debug\nget_config = debug.get_config\n")
     path.write_text("import _base\nget_config = _base.get_config\n")
     with pytest.raises(ValueError, match=r"AttributeError: .*_base.* has no attribute 'DEBUG_PI0'"):

@@ -89,10 +89,13 @@ def whole_recorded(recorded):
     return recorded
 
 
-def test_two_steps_and_two_resumed_steps_equal_four(whole):
-    halves = dataclasses.replace(whole, exp_name="halves")
+def test_two_steps_and_two_resumed_steps_equal_four(whole, capsys):
+    halves = dataclasses.replace(whole, exp_name="halves", resume=True)
     assert _train(halves, num_train_steps=2) == halves.folder / "2"
-    assert _train(halves, resume=True) == halves.folder / "4"
+    told = capsys.readouterr().err
+    assert f"Start: cut out of the teacher (--resume finds no step in {halves.folder})\n" in told
+    assert _train(halves) == halves.folder / "4"
+    assert f"Start: step 2 in {halves.folder}\n" in capsys.readouterr().err
     _assert_same_run(halves, whole)
     assert [row["step"] for row in _rows(whole.folder)] == [1, 2, 3, 4]
 

@@ -75,6 +75,12 @@ def load(folder: pathlib.Path, name: str) -> DistillConfig:
         raise ValueError(
             f"get_config() of {path} must return a DistillConfig, got {type(experiment).__name__}"
         )
+    student = experiment.student
+    if student.layers and student.depth not in (type(student).depth, len(student.layers)):
+        raise ValueError(
+            f"config {path}: the student's depth {student.depth} and its layers "
+            f"{' '.join(map(str, student.layers))} differ: give only one"
+        )
     return dataclasses.replace(experiment, name=path.stem)
 
 

@@ -134,14 +134,18 @@ def start(
 ) -> step.DistillState:
     """The state a run starts or resumes from; the feed is set to the next batch."""
     # (1) This run's last step.
-    if checkpoints.latest_step() is not None:
+    if (last := checkpoints.latest_step()) is not None:
+        progress.say(f"Start: step {last} in {run.folder}")
         state, position = checkpoints.restore(shapes.abstract_state(run.spec, run.mesh))
         feed.restore(position)
         return state
+    new = f" (--resume finds no step in {run.folder})" if run.experiment.resume else ""
     # (2) Else the teacher, cut to the student's layers.
     if teacher is not None and run.experiment.student.init == "cut":
+        progress.say(f"Start: cut out of the teacher{new}")
         return setup.cut_state(run.spec, run.mesh, teacher)
     # (3) Else random parameters.
+    progress.say(f"Start: random parameters{new}")
     return setup.random_state(run.spec, run.mesh, run.experiment.seed)
 
 
