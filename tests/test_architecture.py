@@ -34,6 +34,7 @@ FOLDERS = [
     "speed",
     "evaluation/rivals",
     "evaluation",
+    "evidence/claims",
     "evidence",
     "interop",
     "commands",

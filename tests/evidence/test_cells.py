@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from shallow_pi.evidence import cells
+from shallow_pi.evidence.claims import cells
 
 SITUATION = cells.Situation(("touch", "moving"), late=3, executor="late")
 CELL = cells.Cell("l6-s0", SITUATION)

@@ -2,10 +2,10 @@
 
 import pytest
 
-from shallow_pi.evidence import claims, recipes, sources
+from shallow_pi.evidence.claims import catalogue, recipes
 from shallow_pi.sims import simulator
 
-EVERY = list(claims.CLAIMS.values())
+EVERY = list(catalogue.CLAIMS.values())
 
 
 @pytest.mark.parametrize("claim", EVERY, ids=lambda claim: claim.name)
@@ -26,21 +26,21 @@ def test_what_statements_and_pictures_name_is_measured(claim):
 
 
 def test_every_policy_is_the_expert_a_cut_or_a_recipe_of_its_own():
-    slugs = claims.students()
+    slugs = catalogue.students()
     assert slugs[0] == recipes.TEACHER.slug
-    assert sources.EXPERT not in slugs
+    assert recipes.EXPERT not in slugs
     assert not [slug for slug in slugs if "--" in slug]
     assert len(set(slugs)) == len(slugs)
 
 
 def test_cells_come_seed_by_seed():
-    cells = claims.CLAIMS["late"].cells()
+    cells = catalogue.CLAIMS["late"].cells()
     seeds = [cell.policy[-1] for cell in cells if cell.policy.startswith("l6")]
     assert seeds == sorted(seeds)
-    assert len(seeds) == 3 * len(claims.CLAIMS["late"].columns)
+    assert len(seeds) == 3 * len(catalogue.CLAIMS["late"].columns)
 
 
 def test_the_tasks_of_mt10_are_the_simulators():
     pytest.importorskip("metaworld", reason="needs the extra metaworld")
-    (situation,) = {column.situation for column in claims.CLAIMS["metaworld"].columns}
+    (situation,) = {column.situation for column in catalogue.CLAIMS["metaworld"].columns}
     assert situation.suite.task_names() == simulator.find("metaworld_mt10", {}).task_names()

@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 
-from shallow_pi.evidence import calibrating, cells, factorial, miniature, outcomes, sources
-from shallow_pi.evidence.claim import Claim, Column, Factor, Variant
+from shallow_pi.evidence import calibrating, factorial, miniature, outcomes, sources
+from shallow_pi.evidence.claims import cells
+from shallow_pi.evidence.claims.claim import Claim, Column, Factor, Variant
 
 COLUMNS = {n: Column(f"{n} steps", cells.Situation(("touch",), num_steps=n)) for n in (2, 1)}
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from shallow_pi.data.robots import assets as policy_assets
-from shallow_pi.evidence import frames, many, recipes, sources, training
+from shallow_pi.evidence import frames, many, sources, training
+from shallow_pi.evidence.claims import recipes
 from shallow_pi.models import batch as batches
 from shallow_pi.models import pi0
 from shallow_pi.sims import demonstrations

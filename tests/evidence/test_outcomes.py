@@ -3,8 +3,9 @@
 import pytest
 
 from shallow_pi.evaluation import intervals
-from shallow_pi.evidence import cells, outcomes
-from shallow_pi.evidence.claim import Claim, Column, Statement, Variant
+from shallow_pi.evidence import outcomes
+from shallow_pi.evidence.claims import cells
+from shallow_pi.evidence.claims.claim import Claim, Column, Statement, Variant
 
 SITUATION = cells.Situation(("touch", "insert"))
 ALL, TOUCH = Column("all", SITUATION), Column("touch", SITUATION, task="touch")

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from shallow_pi.commands import reproduce
-from shallow_pi.evidence import cells, claims, miniature, recipes, rows, running, training
+from shallow_pi.evidence import miniature, running, training
+from shallow_pi.evidence.claims import catalogue, cells, recipes, rows
 from shallow_pi.training import command_line
 
 METAWORLD = importlib.util.find_spec("metaworld") is not None
-CHOSEN = [claim for claim in claims.CLAIMS.values() if METAWORLD or claim.name != "metaworld"]
+CHOSEN = [claim for claim in catalogue.CLAIMS.values() if METAWORLD or claim.name != "metaworld"]
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def test_every_study_runs_in_miniature(measured):
         for statement in claim.statements:
             assert statement.text in text
     # Every claim has rows, a picture and pending cells; none is pending as a whole.
-    assert text.count(" cells): ") == len(claims.CLAIMS) - len(CHOSEN)
+    assert text.count(" cells): ") == len(catalogue.CLAIMS) - len(CHOSEN)
     assert text.count("*Pending:*") == len(CHOSEN)
     assert {path.stem for path in written} >= {"evidence", "late", "layers", "layer_scores"}
     found = cells.read(folder / "results")

@@ -2,9 +2,10 @@
 
 import json
 
-from shallow_pi.evidence import cells, claims, outcomes, rival_costs, rows
+from shallow_pi.evidence import outcomes, rival_costs
+from shallow_pi.evidence.claims import catalogue, cells, rows
 
-CLAIM = claims.CLAIMS["rivals"]
+CLAIM = catalogue.CLAIMS["rivals"]
 
 
 def _write(folder):
@@ -24,7 +25,7 @@ def test_costs_stand_by_the_rows_that_have_them(tmp_path):
     assert list(found) == labels
     assert set(found) <= {row.label for row in CLAIM.variants}
     assert list(rival_costs.lines(CLAIM, tmp_path))[-1] == f"| {labels[-1]} | 4 | 1.50 | 2.50 |"
-    assert rival_costs.read(claims.CLAIMS["late"], tmp_path) == {}
+    assert rival_costs.read(catalogue.CLAIMS["late"], tmp_path) == {}
     rival_costs.ensure([CLAIM], tmp_path / "none", tmp_path)  # Nothing is measured again.
 
 

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from shallow_pi.evidence import frames, miniature, rival_runs, rows, sources
+from shallow_pi.evidence import frames, miniature, rival_runs, sources
+from shallow_pi.evidence.claims import rows
 from shallow_pi.models import batch as batches
 
 SLUG = f"{rows.TEACHER}--skip:drop=16,order=similarity"

@@ -2,7 +2,8 @@
 
 import pytest
 
-from shallow_pi.evidence import cells, claims, running
+from shallow_pi.evidence import running
+from shallow_pi.evidence.claims import catalogue, cells
 
 
 def _expert(situation, tmp_path, **fields):
@@ -26,7 +27,7 @@ def test_an_episode_can_be_cut_off(tmp_path):
 
 def test_meta_world_tells_neither_of_collisions_nor_of_a_disc(tmp_path):
     pytest.importorskip("metaworld", reason="needs the extra metaworld")
-    (situation,) = {column.situation for column in claims.CLAIMS["metaworld"].columns}
+    (situation,) = {column.situation for column in catalogue.CLAIMS["metaworld"].columns}
     block = _expert(situation, tmp_path)
     assert list(block.columns) == ["success", "steps", "path_mm", "jerk"]
     assert block.tasks == ("reach",)

@@ -6,7 +6,8 @@ import pytest
 
 from shallow_pi.commands import reproduce
 from shallow_pi.deploy import policy
-from shallow_pi.evidence import claims, miniature, recipes, rows, training
+from shallow_pi.evidence import miniature, training
+from shallow_pi.evidence.claims import catalogue, recipes, rows
 from shallow_pi.sims import tabletop
 from shallow_pi.training import command_line
 
@@ -30,7 +31,7 @@ def test_missing_teachers_and_students_are_trained_once(tmp_path):
 
 def test_every_trained_policy_of_a_claim_has_its_recipe_and_a_config_of_its_suite():
     configs = {}
-    for slug in claims.students():
+    for slug in catalogue.students():
         recipe = rows.RECIPES[slug]
         assert recipe.slug == slug
         configs[recipes.config(recipe)] = recipe
@@ -41,7 +42,7 @@ def test_every_trained_policy_of_a_claim_has_its_recipe_and_a_config_of_its_suit
 
 
 def test_policies_of_every_suite_that_are_there_are_left_alone(tmp_path):
-    for slug in claims.students():
+    for slug in catalogue.students():
         (tmp_path / "runs" / slug).mkdir(parents=True)
         (tmp_path / "runs" / slug / training.RECIPE_FILE).write_text("{}")
     before = sorted((tmp_path / "runs").rglob("*"))

@@ -34,22 +34,19 @@ from shallow_pi import flags, progress
 from shallow_pi.commands import exits
 from shallow_pi.evidence import (
     calibrating,
-    cells,
-    claims,
     factorial,
     miniature,
     outcomes,
     page,
-    recipes,
     rival_costs,
     rival_runs,
-    rows,
     running,
     scoring,
     sources,
     training,
 )
-from shallow_pi.evidence.claim import Claim
+from shallow_pi.evidence.claims import catalogue, cells, recipes, rows
+from shallow_pi.evidence.claims.claim import Claim
 from shallow_pi.parallel import processes
 from shallow_pi.sims import simulator
 from shallow_pi.training import command_line
@@ -95,13 +92,13 @@ class Arguments:
         Raises:
           ValueError: one that does not exist, or none.
         """
-        wanted = tuple(claims.CLAIMS) if ALL in self.claims else self.claims
-        unknown = [name for name in wanted if name not in claims.CLAIMS]
+        wanted = tuple(catalogue.CLAIMS) if ALL in self.claims else self.claims
+        unknown = [name for name in wanted if name not in catalogue.CLAIMS]
         if unknown or not wanted:
-            known = ", ".join([*claims.CLAIMS, ALL])
+            known = ", ".join([*catalogue.CLAIMS, ALL])
             got = f", got {unknown[0]!r}" if unknown else ""
             raise ValueError(f"expected claims of {known}{got}")
-        return [claims.CLAIMS[name] for name in wanted]
+        return [catalogue.CLAIMS[name] for name in wanted]
 
     def share(self) -> tuple[int, int]:
         """The part as (index from 0, number of parts).
@@ -137,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 miniature.run(chosen, given.workers, pathlib.Path(folder))
             progress.say("Every chosen study ran in miniature")
             return
-        slugs = claims.students([claim.name for claim in chosen])
+        slugs = catalogue.students([claim.name for claim in chosen])
         if given.train or given.episodes:
             unpack(slugs, given.runs)
         if given.train:
@@ -225,7 +222,7 @@ def show(given: Arguments) -> None:
     table = rich.table.Table(box=rich.box.SIMPLE_HEAD)
     for column in ("claim", "question", "cells", "measured"):
         table.add_column(column, no_wrap=column == "claim")
-    for claim in claims.CLAIMS.values():
+    for claim in catalogue.CLAIMS.values():
         total = len(claim.cells())
         left = outcomes.missing(claim, results, given.episodes, running.OBSERVATIONS)
         table.add_row(claim.name, claim.question, str(total), str(total - len(left)))

@@ -1,1 +1,1 @@
-"""Claims about the method, each a study of many small policies on the tabletop suite."""
+"""Studies of claims: training of many small policies, measuring, and the page of results."""

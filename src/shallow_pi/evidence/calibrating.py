@@ -10,7 +10,8 @@ import numpy as np
 
 from shallow_pi import progress
 from shallow_pi.checkpoints import run_folder
-from shallow_pi.evidence import cells, frames, sources, training
+from shallow_pi.evidence import frames, sources, training
+from shallow_pi.evidence.claims import cells
 from shallow_pi.inference import calibration, quantize
 from shallow_pi.models import observation as observations
 from shallow_pi.sims import tabletop

@@ -9,7 +9,7 @@ import numpy as np
 from shallow_pi import figures
 from shallow_pi.evaluation import plots
 from shallow_pi.evidence import outcomes
-from shallow_pi.evidence.claim import Picture
+from shallow_pi.evidence.claims.claim import Picture
 
 
 def picture(path: pathlib.Path, table: outcomes.Table, drawn: Picture) -> bool:

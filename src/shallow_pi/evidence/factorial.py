@@ -20,7 +20,7 @@ from shallow_pi import figures, progress
 from shallow_pi.deploy import policy as deployed
 from shallow_pi.evaluation import intervals, plots
 from shallow_pi.evidence import calibrating, outcomes, sources
-from shallow_pi.evidence.claim import Claim, Side
+from shallow_pi.evidence.claims.claim import Claim, Side
 from shallow_pi.inference import tuning
 from shallow_pi.models import batch as batches
 from shallow_pi.speed import flops, latency

@@ -21,7 +21,8 @@ from jaxtyping import Array, Int, PyTree
 
 from shallow_pi import progress
 from shallow_pi.distill import layer_map, losses, step, student
-from shallow_pi.evidence import frames, recipes
+from shallow_pi.evidence import frames
+from shallow_pi.evidence.claims import recipes
 from shallow_pi.models import batch as batches
 from shallow_pi.models import layers, pi0
 from shallow_pi.training import optimizer

@@ -12,21 +12,9 @@ from shallow_pi.checkpoints import run_folder, weights
 from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.data.robots import normalize, tokenizer
 from shallow_pi.data.robots import robot as robots
-from shallow_pi.evidence import (
-    calibrating,
-    cells,
-    factorial,
-    frames,
-    late_claims,
-    page,
-    recipes,
-    rival_runs,
-    rows,
-    running,
-    scoring,
-    sources,
-)
-from shallow_pi.evidence.claim import Claim
+from shallow_pi.evidence import calibrating, factorial, frames, page, rival_runs, running, scoring
+from shallow_pi.evidence.claims import cells, late_claims, recipes, rows
+from shallow_pi.evidence.claims.claim import Claim
 from shallow_pi.models import batch as batches
 from shallow_pi.models import gemma, pi0, siglip
 from shallow_pi.sims import tabletop, turntable
@@ -94,7 +82,7 @@ def make_policies(slugs: Sequence[str], runs: pathlib.Path) -> None:
     tokenizer.train(suite.prompts(), tokens, vocab_size=MODEL.vocab_size)
     bases = [slug.partition("--")[0] for slug in slugs]
     for base in dict.fromkeys([rows.TEACHER, *map(rows.teacher_of, bases), *bases]):
-        if base == sources.EXPERT:
+        if base == recipes.EXPERT:
             continue
         whole = base in (rows.TEACHER, recipes.METAWORLD_TEACHER.slug)
         model = MODEL if whole else _small(base)

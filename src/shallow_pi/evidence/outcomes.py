@@ -13,8 +13,8 @@ import numpy as np
 from jaxtyping import Float
 
 from shallow_pi.evaluation import intervals
-from shallow_pi.evidence import cells
-from shallow_pi.evidence.claim import Claim, Column, Side, Statement, Variant
+from shallow_pi.evidence.claims import cells
+from shallow_pi.evidence.claims.claim import Claim, Column, Side, Statement, Variant
 
 Verdict = Literal["shown", "refuted", "open", "not measured"]
 

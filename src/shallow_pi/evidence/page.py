@@ -10,18 +10,9 @@ from collections.abc import Iterator, Sequence
 
 from shallow_pi import figures, progress
 from shallow_pi.evaluation import intervals
-from shallow_pi.evidence import (
-    cells,
-    claims,
-    drawing,
-    factorial,
-    outcomes,
-    recipes,
-    rival_costs,
-    rows,
-    running,
-)
-from shallow_pi.evidence.claim import Claim, Column, Side, Statement
+from shallow_pi.evidence import drawing, factorial, outcomes, rival_costs, running
+from shallow_pi.evidence.claims import catalogue, cells, recipes, rows
+from shallow_pi.evidence.claims.claim import Claim, Column, Side, Statement
 
 # Names of pending cells that are listed one by one.
 LISTED = 12
@@ -57,7 +48,7 @@ def write(path: pathlib.Path, folder: pathlib.Path, episodes: int) -> list[pathl
     """
     results, drawings = cells.read(folder), folder / "pictures"
     written = [path]
-    tables = [outcomes.Table(claim, results, episodes) for claim in claims.CLAIMS.values()]
+    tables = [outcomes.Table(claim, results, episodes) for claim in catalogue.CLAIMS.values()]
     measured = [table for table in tables if set(table.claim.cells()) & set(results.rows)]
     lines = _head(folder, episodes, results)
     lines += _verdicts(measured)

@@ -14,7 +14,7 @@ from shallow_pi import figures
 from shallow_pi.evaluation import plots
 from shallow_pi.evaluation.rivals import costs
 from shallow_pi.evidence import outcomes, rival_runs, sources
-from shallow_pi.evidence.claim import Claim
+from shallow_pi.evidence.claims.claim import Claim
 
 # Results of a claim.
 FILE = "{claim}-costs.json"

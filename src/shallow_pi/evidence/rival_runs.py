@@ -19,7 +19,8 @@ from shallow_pi.checkpoints import run_folder, weights
 from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.deploy import policy as deployed
 from shallow_pi.evaluation.rivals import rival, table
-from shallow_pi.evidence import frames, recipes, training
+from shallow_pi.evidence import frames, training
+from shallow_pi.evidence.claims import recipes
 from shallow_pi.models import batch as batches
 from shallow_pi.models import pi0
 from shallow_pi.sims import simulator

@@ -25,7 +25,8 @@ from jaxtyping import Float
 from shallow_pi import progress
 from shallow_pi.deploy import policy as deployed
 from shallow_pi.evaluation import policies, rollout
-from shallow_pi.evidence import cells, measures, sources
+from shallow_pi.evidence import measures, sources
+from shallow_pi.evidence.claims import cells, recipes
 from shallow_pi.parallel import processes
 from shallow_pi.sims import simulator, tabletop
 
@@ -151,7 +152,7 @@ def _episodes(job: Job, runs: pathlib.Path) -> Iterator[Found]:
     suite = situation.suite
     acting: policies.Policy
     execute_steps = situation.execute_steps
-    if job.cell.policy == sources.EXPERT:
+    if job.cell.policy == recipes.EXPERT:
         play = suite.expert()
         assert play is not None, "every suite of the studies has one"
         acting, execute_steps = policies.Scripted(lambda watched: play(watched.world)), 1

@@ -18,7 +18,8 @@ from jaxtyping import Array
 from shallow_pi import progress
 from shallow_pi.distill import layer_scores
 from shallow_pi.evaluation import policies
-from shallow_pi.evidence import cells, recipes, running, sources
+from shallow_pi.evidence import running, sources
+from shallow_pi.evidence.claims import cells, recipes
 from shallow_pi.models import pi0
 from shallow_pi.sims import tabletop
 

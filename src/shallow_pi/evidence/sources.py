@@ -27,11 +27,11 @@ from shallow_pi.checkpoints import run_folder, weights
 from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.deploy import policy as deployed
 from shallow_pi.distill import layer_map, student
-from shallow_pi.evidence import recipes, rival_runs
+from shallow_pi.evidence import rival_runs
+from shallow_pi.evidence.claims import recipes
 from shallow_pi.inference import calibration, quantize
 from shallow_pi.models import pi0
 
-EXPERT = "expert"
 CUT = re.compile(r"(keep)-([0-9.]+)|(similarity|sensitivity)-drop([0-9]+)")
 
 
@@ -39,7 +39,7 @@ def exists(slug: str, runs: pathlib.Path) -> bool:
     """The policy can be loaded."""
     if rival_runs.is_rival(slug) and not rival_runs.exists(slug, runs):
         return False
-    return slug == EXPERT or (runs / slug.partition("--")[0] / run_folder.PARAMS).is_dir()
+    return slug == recipes.EXPERT or (runs / slug.partition("--")[0] / run_folder.PARAMS).is_dir()
 
 
 def load(slug: str, runs: pathlib.Path, num_steps: int) -> deployed.Policy:
@@ -65,7 +65,7 @@ def load(slug: str, runs: pathlib.Path, num_steps: int) -> deployed.Policy:
 
 def digest(slug: str, runs: pathlib.Path) -> str:
     """A short hash of the policy's parameters; "" for the expert."""
-    if slug == EXPERT:
+    if slug == recipes.EXPERT:
         return ""
     found = hashlib.sha256(slug.partition("--")[2].encode())
     if rival_runs.is_rival(slug):

@@ -20,7 +20,8 @@ from jaxtyping import PyTree
 from shallow_pi.checkpoints import run_folder, weights
 from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.distill import flow, layer_map, layer_scores
-from shallow_pi.evidence import frames, many, recipes
+from shallow_pi.evidence import frames, many
+from shallow_pi.evidence.claims import recipes
 from shallow_pi.models import batch as batches
 from shallow_pi.models import pi0
 from shallow_pi.sims import demonstrations, simulator

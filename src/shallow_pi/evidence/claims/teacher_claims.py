@@ -5,8 +5,8 @@ All of them are of the one task past the pillar, where a teacher takes minutes t
 
 import dataclasses
 
-from shallow_pi.evidence import recipes, rows
-from shallow_pi.evidence.claim import (
+from shallow_pi.evidence.claims import recipes, rows
+from shallow_pi.evidence.claims.claim import (
     Claim,
     Column,
     Line,
@@ -16,7 +16,7 @@ from shallow_pi.evidence.claim import (
     Variant,
     points_by_row,
 )
-from shallow_pi.evidence.step_claims import AROUND
+from shallow_pi.evidence.claims.step_claims import AROUND
 
 READS_LAST = dataclasses.replace(AROUND, model="reads_last")
 SUCCESS = {n: Column(f"{n} step{'s' * (n > 1)}", rows.around(n)) for n in (10, 1)}

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 
 from shallow_pi.evaluation import rollout
-from shallow_pi.evidence import cells, rows
-from shallow_pi.evidence.claim import Claim, Column, Line, Picture, Statement, Variant
+from shallow_pi.evidence.claims import cells, rows
+from shallow_pi.evidence.claims.claim import Claim, Column, Line, Picture, Statement, Variant
 
 # Control steps at 20 Hz until an action after 364 and 110 ms (the paper's teacher and student), and
 # the student's at the ratio of the latencies measured here (2.2).

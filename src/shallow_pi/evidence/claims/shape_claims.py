@@ -2,8 +2,8 @@
 
 import itertools
 
-from shallow_pi.evidence import rows, step_claims
-from shallow_pi.evidence.claim import Claim, Column, Factor, Statement, Variant
+from shallow_pi.evidence.claims import rows, step_claims
+from shallow_pi.evidence.claims.claim import Claim, Column, Factor, Statement, Variant
 
 # Levels of the students' parts, the uncut one first; 0 is the teacher's.
 DEPTHS, TOWERS, TOKENS, STEPS = (6, 4), (0, 1), (0, 4), (10, 2, 1)

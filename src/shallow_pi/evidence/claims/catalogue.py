@@ -2,19 +2,26 @@
 
 from collections.abc import Sequence
 
-from shallow_pi.evidence import (
+from shallow_pi.evidence.claims import (
     cells,
     late_claims,
     recipes,
     rival_claims,
     rows,
     shape_claims,
-    sources,
     step_claims,
     student_claims,
     teacher_claims,
 )
-from shallow_pi.evidence.claim import Claim, Column, Line, Picture, Statement, Variant, points
+from shallow_pi.evidence.claims.claim import (
+    Claim,
+    Column,
+    Line,
+    Picture,
+    Statement,
+    Variant,
+    points,
+)
 
 # As `sims.metaworld.MT10`, whose package is an extra.
 MT10 = (
@@ -33,7 +40,7 @@ def _instrument() -> Claim:
     }
     relation = alone["relation"]
     top, two, cut = rows.TEACHER_ROW, rows.TWO_ROW, rows.UNTRAINED_ROW
-    variants = (Variant("expert", (sources.EXPERT,)), top, rows.STUDENT_ROW, two, cut)
+    variants = (Variant("expert", (recipes.EXPERT,)), top, rows.STUDENT_ROW, two, cut)
     columns = (ten, one, *by_task, *alone.values())
     return Claim(
         name="instrument",
@@ -166,7 +173,7 @@ def _metaworld() -> Claim:
         f"({top.steps:,} steps of {recipes.BATCH_SIZE}), students of 6 layers on "
         f"{own.demonstrations} others ({own.steps:,} steps).",
         variants=(
-            Variant("expert", (sources.EXPERT,)),
+            Variant("expert", (recipes.EXPERT,)),
             teacher,
             three,
             alone,

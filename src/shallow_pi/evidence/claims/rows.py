@@ -2,8 +2,8 @@
 
 import dataclasses
 
-from shallow_pi.evidence import cells, recipes
-from shallow_pi.evidence.claim import Column, Variant
+from shallow_pi.evidence.claims import cells, recipes
+from shallow_pi.evidence.claims.claim import Column, Variant
 from shallow_pi.sims import tabletop
 
 SEEDS = (0, 1, 2)

@@ -1,7 +1,7 @@
 """The claims about published alternatives to a shallow student (`evaluation/rivals`)."""
 
-from shallow_pi.evidence import cells, late_claims, rows
-from shallow_pi.evidence.claim import Claim, Column, Statement, Variant, points_by_row
+from shallow_pi.evidence.claims import cells, late_claims, rows
+from shallow_pi.evidence.claims.claim import Claim, Column, Statement, Variant, points_by_row
 
 # Layers left out without training: how many, by which order.
 DROPPED = ((3, "oracle"), (3, "similarity"), (6, "oracle"), (9, "oracle"))

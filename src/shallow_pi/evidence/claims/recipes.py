@@ -17,6 +17,8 @@ from shallow_pi.models import captures, gemma, layer_table, pi0
 BATCH_SIZE, DRAWS = 64, 2
 # Scores of a teacher's layers, beside its parameters.
 SCORES_FILE = "layer_scores.json"
+# The policy that is the simulator's own script.
+EXPERT = "expert"
 
 
 @dataclasses.dataclass(frozen=True, order=True)

@@ -1,7 +1,7 @@
 """Claims about the student: as good as its teacher, by which losses, with which layers."""
 
-from shallow_pi.evidence import recipes, rows
-from shallow_pi.evidence.claim import Claim, Column, Line, Picture, Statement, Variant
+from shallow_pi.evidence.claims import recipes, rows
+from shallow_pi.evidence.claims.claim import Claim, Column, Line, Picture, Statement, Variant
 
 
 def parity() -> Claim:

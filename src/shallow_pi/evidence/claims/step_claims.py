@@ -2,8 +2,8 @@
 
 import dataclasses
 
-from shallow_pi.evidence import recipes, rows
-from shallow_pi.evidence.claim import Claim, Column, Statement, Variant, curves
+from shallow_pi.evidence.claims import recipes, rows
+from shallow_pi.evidence.claims.claim import Claim, Column, Statement, Variant, curves
 
 # A teacher of the one task with two modes, and its students.
 AROUND = dataclasses.replace(recipes.TEACHER, tasks=("around",), steps=2400, demonstrations=1200)

@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 
-from shallow_pi.evidence import cells
+from shallow_pi.evidence.claims import cells
 
 
 @dataclasses.dataclass(frozen=True)
