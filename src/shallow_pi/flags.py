@@ -23,8 +23,9 @@ def parse(
     *,
     prog: str | None = None,
     default: T | None = None,
-    idle: Callable[[T], Idle] = lambda _: (),
-    conflicts: Callable[[T], Idle] = lambda _: (),
+    idle: Callable[[Any], Idle] = lambda _: (),
+    conflicts: Callable[[Any], Idle] = lambda _: (),
+    part: str = "",
 ) -> T:
     """Read the fields of a dataclass from a command line; `--help` keeps the description's lines.
 
@@ -37,6 +38,8 @@ def parse(
       idle: the fields that others leave without effect; a command line that sets one is warned of,
         and refused with --strict.
       conflicts: the fields that others contradict; a command line that sets one is refused.
+      part: the dataclass's field whose fields `idle` and `conflicts` are about, itself no part of
+        their flags; "" is the dataclass.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if {"-h", "--help"} & set(arguments):  # tyro would join the lines into paragraphs.
@@ -44,13 +47,14 @@ def parse(
     config = (tyro.conf.AvoidSubcommands,)
     given: dict[str, Any] = {} if default is None else {"default": default}
     found: T = tyro.cli(kind, args=arguments, prog=prog, description="", config=config, **given)
-    refused, told = list(conflicts(found)), list(idle(found))
+    own = getattr(found, part) if part else found
+    refused, told = list(conflicts(own)), list(idle(own))
     if "--strict" in named(arguments):
         refused, told = refused + told, []
-    for flag, reason in _named_idle(arguments, found, refused):
+    for flag, reason in _named_idle(arguments, own, refused):
         print(f"error: {flag}: {reason}", file=sys.stderr)
         raise SystemExit(2)
-    for flag, reason in _named_idle(arguments, found, told):
+    for flag, reason in _named_idle(arguments, own, told):
         progress.warn(f"{flag} has no effect: {reason}")
     return found
 

@@ -64,8 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             __doc__ or "",
             prog=f"{pathlib.Path(sys.argv[0]).name} {words[0]}",
             default=Arguments(command_line.load(command_line.configs(), words[0])),
-            idle=lambda given: idle.fields(given.experiment),
-            conflicts=lambda given: idle.conflicts(given.experiment),
+            idle=idle.fields,
+            conflicts=idle.conflicts,
+            part="experiment",
         )
         experiment = given.experiment
         if experiment.data.strict:

@@ -54,12 +54,12 @@ def ensure(chosen: Sequence[Claim], runs: pathlib.Path, results: pathlib.Path) -
 
 def read(claim: Claim, results: pathlib.Path) -> dict[str, costs.Cost]:
     """By the row's label; empty where nothing was measured."""
-    path = results / FILE.format(claim=claim.name)
-    if not path.exists():
+    path, names = results / FILE.format(claim=claim.name), _names(claim)
+    if not names or not path.exists():
         return {}
     kept = json.loads(path.read_text(encoding="utf-8"))
     by_name = {one["name"]: costs.Cost(**one) for one in kept}
-    return {label: by_name[name] for label, name in _names(claim).items() if name in by_name}
+    return {label: by_name[name] for label, name in names.items() if name in by_name}
 
 
 def _names(claim: Claim) -> dict[str, str]:
