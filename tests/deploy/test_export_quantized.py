@@ -74,6 +74,7 @@ def test_onnx_in_int8_is_the_sampler_in_int8(step, tmp_path):
         assert not zeros.any()
 
 
+@pytest.mark.slow
 def test_opset_19_takes_activations_in_float16(step, tmp_path):
     onnx = pytest.importorskip("onnx", reason="onnx is an extra, absent beside openpi's pins")
     pytest.importorskip("onnxruntime", reason="onnxruntime is an extra")

@@ -206,7 +206,7 @@ def picture(path: pathlib.Path, table: outcomes.Table, results: pathlib.Path) ->
     measured = {side: mean for side in shown if (mean := means[side]) is not None}
     if not measured:
         return False
-    figure, axes = figures.make(1, 1, (8.4, 4.8))
+    figure, axes = figures.make(1, 1, (11.6, 4.8))
     axis = axes[0][0]
     names = [column.label for column in table.claim.columns]
     colors = dict(zip(names, map(plots.COLORS.get, _COLORS), strict=False))
@@ -225,13 +225,12 @@ def picture(path: pathlib.Path, table: outcomes.Table, results: pathlib.Path) ->
         axis.annotate(str(number), point, (-8, 7), textcoords="offset points", fontsize=8)
     listed = [f"{number}  {row}, {column}" for number, (row, column) in enumerate(best, 1)]
     place = {
-        "ha": "right",
-        "va": "bottom",
-        "ma": "left",
+        "ha": "left",
+        "va": "center",
         "fontsize": 7,
         "transform": axis.transAxes,
     }
-    axis.text(0.99, 0.02, "\n".join(listed), **place)
+    axis.text(1.02, 0.5, "\n".join(listed), **place)
     for name in names:
         axis.plot([], [], "o", color=colors[name], label=name)
     axis.set(xlabel="operations of one inference, M", ylabel="success, %", ylim=(0, 103))

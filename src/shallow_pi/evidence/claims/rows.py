@@ -34,6 +34,11 @@ def teacher_of(slug: str) -> str:
     return recipe.teacher if recipe is not None and recipe.teacher else slug.partition("--")[0]
 
 
+def in_words(num_steps: int) -> str:
+    """Integration steps in a label."""
+    return f"{num_steps} step{'s' if num_steps > 1 else ''}"
+
+
 SUITE = cells.Situation(TASKS)
 ELSEWHERE = cells.Situation(TASKS, start="elsewhere")
 RELATION = cells.Situation(("relation",))

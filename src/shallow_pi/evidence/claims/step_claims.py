@@ -21,15 +21,15 @@ PAST = "Past the pillar in few integration steps"
 
 def _spread(num_steps: int) -> Column:
     situation = rows.plans(num_steps, ("around",))
-    return Column(f"spread, {num_steps} steps, mm", situation, "spread_mm")
+    return Column(f"spread, {rows.in_words(num_steps)}, mm", situation, "spread_mm")
 
 
 def few_steps() -> Claim:
     """On the suite."""
     numbers = (10, 5, 2, 1)
-    success = {n: Column(f"around, {n} steps", rows.around(n)) for n in numbers}
+    success = {n: Column(f"around, {rows.in_words(n)}", rows.around(n)) for n in numbers}
     apart = {
-        n: Column(f"plans to teacher, {n} steps, mm", rows.plans(n), "to_teacher_mm")
+        n: Column(f"plans to teacher, {rows.in_words(n)}, mm", rows.plans(n), "to_teacher_mm")
         for n in (10, 2, 1)
     }
     spread = {n: _spread(n) for n in (10, 2, 1)}
@@ -87,10 +87,14 @@ def modes() -> Claim:
     alone = rows.students("task loss alone", **OF_AROUND, **rows.ALONE)
     reflow = rows.students("reflow alone, for 1 step", **OF_AROUND, **REFLOW)
     found = {"teacher": top, "student": three, "task_only": alone, "random_init": reflow}
-    success = {n: Column(f"{n} steps", rows.around(n)) for n in numbers}
-    touched = {n: Column(f"touched, {n} steps", rows.around(n), "collided") for n in (10, 1)}
+    success = {n: Column(f"{rows.in_words(n)}", rows.around(n)) for n in numbers}
+    touched = {
+        n: Column(f"touched, {rows.in_words(n)}", rows.around(n), "collided") for n in (10, 1)
+    }
     apart = {
-        n: Column(f"plans to teacher, {n} steps, mm", rows.plans(n, ("around",)), "to_teacher_mm")
+        n: Column(
+            f"plans to teacher, {rows.in_words(n)}, mm", rows.plans(n, ("around",)), "to_teacher_mm"
+        )
         for n in (10, 1)
     }
     spread = {n: _spread(n) for n in (10, 1)}
