@@ -95,7 +95,7 @@ def test_costs_follow_shape_steps_and_bits(tmp_path):
     miniature.make_policies(["l6-s0"], runs)
     factorial.ensure([claim], runs, results)
     found = factorial.read(claim, results)
-    two, one = found["6 layers", "2 steps"], found["6 layers", "1 step"]
+    two, one = found["6 layers", "2 steps"], found["6 layers", "1 steps"]
     assert one.operations < two.operations < 2 * one.operations
     assert one.bytes == two.bytes
     calibrating.ensure(["l6-s0--int8"], runs)
