@@ -85,6 +85,7 @@ def test_the_frontier_is_what_nothing_cheaper_exceeds():
     assert factorial.frontier(points) == [("b", ""), ("d", "")]
 
 
+@pytest.mark.slow
 def test_costs_follow_shape_steps_and_bits(tmp_path):
     claim = _claim()
     eight = Variant("6 layers, 8 bits", ("l6-s0--w8",))
