@@ -8,6 +8,9 @@ import pytest
 from shallow_pi.distill import gates
 from shallow_pi.evaluation.rivals import cogvla, rival
 
+# Compiled for each rival, and of use to who works on rivals alone.
+pytestmark = pytest.mark.slow
+
 
 def _own(config, film=True):
     own = cogvla.init(config, jax.random.key(0))

@@ -10,6 +10,9 @@ from shallow_pi.evaluation.rivals import early_exit, rival, training
 from shallow_pi.inference import sampler
 from shallow_pi.models import pi0
 
+# Compiled for each rival, and of use to who works on rivals alone.
+pytestmark = pytest.mark.slow
+
 _sample = jax.jit(sampler.sample_actions, static_argnames=("config", "num_steps", "options"))
 EXITS = early_exit.EarlyExit(every=1)
 

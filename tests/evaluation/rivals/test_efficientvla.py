@@ -12,6 +12,9 @@ from shallow_pi.evaluation.rivals import efficientvla, rival, skipping, table
 from shallow_pi.inference import sampler
 from shallow_pi.models import gemma, layers, pi0
 
+# Compiled for each rival, and of use to who works on rivals alone.
+pytestmark = pytest.mark.slow
+
 _sample = jax.jit(sampler.sample_actions, static_argnames=("config", "num_steps", "options"))
 STEPS = 4
 # 16 image tokens a camera, so that some can go.
