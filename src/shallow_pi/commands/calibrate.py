@@ -171,7 +171,7 @@ def _frames(total: int, count: int) -> tuple[list[int], list[int]]:
     """Frames spread evenly over all, and as many halfway between, as far as there are others."""
     places = np.linspace(0, total - 1, 2 * count).round().astype(int).tolist()
     chosen, between = places[::2], places[1::2]
-    return chosen, [place for place in between if place not in chosen]
+    return chosen, sorted(set(between) - set(chosen))
 
 
 def _batches(

@@ -35,10 +35,9 @@ def _instrument() -> Claim:
     ten, one = Column("around, 10 steps", rows.around(10)), Column("around, 1 step", rows.around(1))
     # Tasks of which 83 episodes do not tell enough: touch and clutter for the teacher alone.
     alone = {
-        name: Column(f"{name}, 500", cells.Situation((name,)))
-        for name in ("touch", "clutter", "relation")
+        name: Column(f"{name}, 500", cells.Situation((name,))) for name in ("touch", "clutter")
     }
-    relation = alone["relation"]
+    relation = alone["relation"] = Column("relation, 500", rows.RELATION)
     top, two, cut = rows.TEACHER_ROW, rows.TWO_ROW, rows.UNTRAINED_ROW
     variants = (Variant("expert", (recipes.EXPERT,)), top, rows.STUDENT_ROW, two, cut)
     columns = (ten, one, *by_task, *alone.values())
