@@ -72,7 +72,7 @@ METAWORLD_PI0 = pi0.Pi0Config(
     depth=18,
     backbone=gemma.GemmaConfig(width=128, mlp_dim=320, num_heads=4, num_kv_heads=1, head_dim=32),
     expert=gemma.GemmaConfig(width=64, mlp_dim=128, num_heads=4, num_kv_heads=1, head_dim=32),
-    image=siglip.SiglipConfig(width=128, depth=4, mlp_dim=256, num_heads=4, patch_size=8),
+    image=siglip.SiglipConfig(width=128, depth=4, mlp_dim=256, num_heads=4, patch_size=16),
     image_size=64,
     vocab_size=448,
     cameras=("base_0_rgb", "left_wrist_0_rgb"),

@@ -11,6 +11,7 @@ Programs are compiled side by side and run one after the other.
 import concurrent.futures
 import dataclasses
 import functools
+import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ from jaxtyping import Array, Int, PyTree
 
 from shallow_pi import progress
 from shallow_pi.distill import layer_map, losses, step, student
-from shallow_pi.evidence import frames
+from shallow_pi.evidence import frames, unfinished
 from shallow_pi.evidence.claims import recipes
 from shallow_pi.models import batch as batches
 from shallow_pi.models import layers, pi0
@@ -105,6 +106,7 @@ def _program(recipe: recipes.Recipe) -> tuple[object, ...]:
         (recipe.depth, recipe.vision_depth, recipe.image_tokens, recipe.token_choice),
         recipe.teacher,
         recipe.steps,
+        recipe.batch_size,
         recipe.peak_lr,
         recipe.reflow > 0,
         recipe.num_steps,
@@ -215,6 +217,7 @@ class Programs:
         groups: Sequence[Group],
         data: frames.Frames,
         teacher: Teacher | None = None,
+        folder: pathlib.Path | None = None,
     ) -> Iterator[tuple[recipes.Recipe, PyTree, Mapping[str, float]]]:
         """Train groups of recipes; yields each policy's parameters, and its last metrics.
 
@@ -222,6 +225,8 @@ class Programs:
           groups: of `group`, the most important first.
           data: demonstrations, of which a recipe takes the first.
           teacher: what students are cut from and compared with; None for teachers.
+          folder: where the states of long trainings are kept until the caller has taken all
+            policies of a group; None keeps none.
 
         Raises:
           ValueError: more demonstrations are asked for than there are.
@@ -234,9 +239,17 @@ class Programs:
         self.prepare(groups, _NONE if teacher is None else teacher.scores)
         samples = jax.device_put(data.samples)
         held = None if teacher is None else jax.device_put(teacher.params)
+        known = [] if teacher is None else jax.tree.leaves(teacher.params)
         for members in groups:
-            params, metrics = _run(self._jobs[members].result(), members, data, samples, held)
+            kept = None
+            if folder is not None:
+                identity = members, self.model, data.ends, data.samples.actions, *known
+                kept = unfinished.Unfinished(folder, str(members), identity)
+            program = self._jobs[members].result()
+            params, metrics = _run(program, members, data, samples, held, kept)
             yield from _members(members, jax.device_get(params), jax.device_get(metrics))
+            if kept is not None:
+                kept.discard()
 
     def _compile(self, members: Group, scores: Mapping[str, np.ndarray]) -> _Program:
         """For `CHUNK` steps or a divisor."""
@@ -248,7 +261,9 @@ class Programs:
         if not steps:
             return _Program(start.compile(), None, False, 0)
         length = next(n for n in range(min(CHUNK, steps), 0, -1) if steps % n == 0)
-        run = jax.jit(functools.partial(_chunk, spec, length), donate_argnums=0)
+        run = jax.jit(
+            functools.partial(_chunk, spec, length, members.first.batch_size), donate_argnums=0
+        )
         held = None if spec.teacher is None else known
         arrays = _arrays(members, np.zeros(1 + max(count for _, count in members.rows), int))
         lowered = run.lower(jax.eval_shape(begin, known), held, self._samples, *arrays)
@@ -344,23 +359,31 @@ def _run(
     data: frames.Frames,
     samples: batches.Batch,
     held: PyTree,
+    kept: unfinished.Unfinished | None,
 ) -> tuple[PyTree, Mapping[str, Array]]:
     steps, state = members.first.steps, program.start(held)
     metrics: Mapping[str, Array] = {}
     if program.run is None:
         return state.params, metrics
     arrays, known = _arrays(members, data.ends), held if program.needs_teacher else None
+    state = state if kept is None else kept.restore(state)
+    done = int(np.ravel(state.step)[0])
     with progress.bar(str(members), total=steps) as advance:
-        for _ in range(steps // program.length):
+        advance(done)
+        while done < steps:
             state, metrics = program.run(state, known, samples, *arrays)
             jax.block_until_ready(state.step)
+            done += program.length
             advance(program.length)
+            if kept is not None and done < steps:
+                kept.keep(state)
     return state.params, metrics
 
 
 def _chunk(
     spec: step.Spec,
     length: int,
+    batch_size: int,
     state: step.DistillState,
     teacher: PyTree,
     samples: batches.Batch,
@@ -375,7 +398,7 @@ def _chunk(
     ) -> tuple[step.DistillState, Mapping[str, Array]]:
         key = jax.random.key(seed)
         drawn = jax.random.fold_in(jax.random.fold_in(key, 2**30), states.step[0])
-        rows = jax.random.randint(drawn, (recipes.BATCH_SIZE,), 0, frames)
+        rows = jax.random.randint(drawn, (batch_size,), 0, frames)
         batch = jax.tree.map(lambda leaf: leaf[rows], samples)
 
         def one(

@@ -27,6 +27,8 @@ from shallow_pi.models import pi0
 from shallow_pi.sims import demonstrations, simulator
 
 RECIPE_FILE = "recipe.json"
+# Among the step folders: the states of trainings that are not done.
+UNFINISHED = "unfinished"
 # Seeds of the expert's episodes: a student sees other scenes than its teacher did.
 SEEDS = {"teacher": 0, "student": 1}
 # Observations that the layers of a teacher are measured on.
@@ -82,7 +84,7 @@ def teach(
       programs: for the model and the data.
     """
     groups = many.group(missing(wanted, runs))
-    for recipe, params, metrics in programs.train(groups, data):
+    for recipe, params, metrics in programs.train(groups, data, folder=runs / UNFINISHED):
         params, model = rounded(params), many.architecture(recipe, programs.model)
         save(runs, recipe, params, dataclasses.replace(assets, model=model), metrics)
         found = measure_layers(model, params, data)
@@ -151,7 +153,7 @@ def distil(
         return
     assets, teacher = load_teacher(left[0].teacher, runs)
     groups = many.group(left)
-    for recipe, params, metrics in programs.train(groups, data, teacher):
+    for recipe, params, metrics in programs.train(groups, data, teacher, runs / UNFINISHED):
         own = dataclasses.replace(assets, model=teacher.student(recipe))
         save(runs, recipe, rounded(params), own, metrics)
 

@@ -169,8 +169,8 @@ def _metaworld() -> Claim:
         question="Does it hold on a public benchmark?",
         says=f"Ours, on Meta-World's MT10 (docs/benchmarks.md), from nothing: a teacher of 18 "
         f"layers on {top.demonstrations:,} demonstrations of the package's experts "
-        f"({top.steps:,} steps of {recipes.BATCH_SIZE}), students of 6 layers on "
-        f"{own.demonstrations} others ({own.steps:,} steps).",
+        f"({top.steps:,} steps of {top.batch_size}), students of 6 layers on "
+        f"{own.demonstrations} others ({own.steps:,} steps of {own.batch_size}).",
         variants=(
             Variant("expert", (recipes.EXPERT,)),
             teacher,

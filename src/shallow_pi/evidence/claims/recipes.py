@@ -13,8 +13,8 @@ from typing import Literal
 from shallow_pi.distill import layer_map, losses
 from shallow_pi.models import captures, gemma, layer_table, pi0
 
-# Fixed by the suite's pictures and horizon; the paper's students see larger ones.
-BATCH_SIZE, DRAWS = 64, 2
+# Draws of noise and time for each observation.
+DRAWS = 2
 # Scores of a teacher's layers, beside its parameters.
 SCORES_FILE = "layer_scores.json"
 # The policy that is the simulator's own script.
@@ -54,8 +54,9 @@ class Recipe:
     token_choice: Literal["pool", "scored"] = "pool"
     # Integration steps that the student is deployed with; the reflow loss looks at their times.
     num_steps: int = 10
-    # Optimizer steps of 64 observations, twice drawn.
+    # Optimizer steps, and observations in each.
     steps: int = 1200
+    batch_size: int = 64
     # Episodes of the expert that the policy is trained on.
     demonstrations: int = 400
     # Tasks of the suite that its demonstrations show; empty for all.
@@ -166,10 +167,20 @@ TEACHER = Recipe(
     demonstrations=8_000,
 )
 METAWORLD_STUDENT = Recipe(
-    teacher="teacher-l18-metaworldmt10-s0", suite="metaworld_mt10", peak_lr=1e-3
+    teacher="teacher-l18-metaworldmt10-s0",
+    suite="metaworld_mt10",
+    peak_lr=1e-3,
+    steps=2000,
+    batch_size=32,
+    demonstrations=300,
 )
 METAWORLD_TEACHER = dataclasses.replace(
-    TEACHER, suite="metaworld_mt10", peak_lr=1e-3, steps=6000, demonstrations=1000
+    TEACHER,
+    suite="metaworld_mt10",
+    peak_lr=1e-3,
+    steps=10_000,
+    batch_size=32,
+    demonstrations=600,
 )
 # By suite and role: slugs tell what differs from these.
 DEFAULTS = {
