@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from shallow_pi.data.robots import assets as policy_assets
-from shallow_pi.evidence import frames, many, sources, training
+from shallow_pi.evidence import frames, many, sources, training, unfinished
 from shallow_pi.evidence.claims import recipes
 from shallow_pi.models import batch as batches
 from shallow_pi.models import pi0
@@ -123,6 +123,41 @@ def test_more_demonstrations_than_there_are_are_refused(model, data, teacher):
         list(programs.train(many.group([_vary(demonstrations=4)]), data, teacher))
 
 
+@pytest.mark.slow
+def test_an_interrupted_training_goes_on_where_it_was_kept(
+    model, data, teacher, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(many, "CHUNK", 1)
+    monkeypatch.setattr(unfinished, "EVERY", 0.0)
+    (group,) = many.group([_vary(depth=1, steps=3, velocity=0.0, attention=0.0)])
+    programs = many.Programs(model, 40, students=True)
+    ((_, expected, _),) = programs.train([group], data, teacher)
+    with monkeypatch.context() as patch:
+        patch.setattr(unfinished.Unfinished, "keep", _keep_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            list(programs.train([group], data, teacher, tmp_path))
+    (kept,) = tmp_path.iterdir()
+    with np.load(kept) as state:
+        assert [2] in [leaf.ravel().tolist() for leaf in state.values()]
+    ((_, found, _),) = programs.train([group], data, teacher, tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert f"goes on from {kept}" in capsys.readouterr().err.replace("\n", "")
+    assert not list(tmp_path.iterdir())
+    kept.write_bytes(b"PK cut short")
+    with pytest.raises(ValueError, match=rf"{kept.name} is damaged .*delete it to start"):
+        list(programs.train([group], data, teacher, tmp_path))
+    # Other data are another training.
+    more = dataclasses.replace(data, ends=np.array([0, 9, 20, 32]))
+    list(programs.train([group], more, teacher, tmp_path))
+    assert list(tmp_path.iterdir()) == [kept]
+
+
+def _keep_and_stop(kept, state, keep=unfinished.Unfinished.keep):
+    keep(kept, state)
+    if kept.path.exists() and int(np.ravel(state.step)[0]) == 2:
+        raise KeyboardInterrupt
+
+
 def test_slugs_tell_recipes_apart():
     varied = [
         _vary(**{name: value})
@@ -143,6 +178,7 @@ def test_slugs_tell_recipes_apart():
             "num_steps": 1,
             "steps": 0,
             "demonstrations": 50,
+            "batch_size": 32,
             "seed": 7,
             "teacher": "teacher-l9-s0",
         }.items()
