@@ -193,9 +193,8 @@ def test_slugs_tell_recipes_apart():
     assert recipes.METAWORLD_STUDENT.teacher == recipes.METAWORLD_TEACHER.slug
 
 
-@pytest.mark.parametrize(
-    ("kind", "steps"), [("half_width", 0), pytest.param("reads_last", 1, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "steps"), [("half_width", 0), ("reads_last", 1)])
 def test_teachers_and_students_become_step_folders(own, tmp_path, kind, steps):
     model = dataclasses.replace(own.model, depth=3, max_token_len=12)
     assets = dataclasses.replace(own, model=model)
