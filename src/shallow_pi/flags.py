@@ -29,6 +29,9 @@ def parse(
 ) -> T:
     """Read the fields of a dataclass from a command line; `--help` keeps the description's lines.
 
+    Every command's warnings are errors from here on, or not, as `strict` says: a field of the
+    dataclass or of its `data`.
+
     Args:
       kind: the dataclass.
       arguments: the command line; None reads this process's.
@@ -36,10 +39,10 @@ def parse(
       prog: name in the usage line; None takes the script's.
       default: values of the fields; None takes the dataclass's defaults.
       idle: the fields that others leave without effect; a command line that sets one is warned of,
-        and refused with --strict.
+        and refused if strict.
       conflicts: the fields that others contradict; a command line that sets one is refused.
-      part: the dataclass's field whose fields `idle` and `conflicts` are about, itself no part of
-        their flags; "" is the dataclass.
+      part: the dataclass's field that holds the others, itself no part of their flags; "" is the
+        dataclass.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if {"-h", "--help"} & set(arguments):  # tyro would join the lines into paragraphs.
@@ -49,7 +52,9 @@ def parse(
     found: T = tyro.cli(kind, args=arguments, prog=prog, description="", config=config, **given)
     own = getattr(found, part) if part else found
     refused, told = list(conflicts(own)), list(idle(own))
-    if "--strict" in named(arguments):
+    strict = any(getattr(x, "strict", False) for x in (own, getattr(own, "data", None)))
+    progress.be_strict(strict)
+    if strict:
         refused, told = refused + told, []
     for flag, reason in _named_idle(arguments, own, refused):
         print(f"error: {flag}: {reason}", file=sys.stderr)

@@ -6,7 +6,9 @@ import re
 
 import pytest
 
+from shallow_pi import flags, progress
 from shallow_pi.checkpoints import run_folder
+from shallow_pi.commands import export_student
 from shallow_pi.training import command_line, config, idle
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "train_configs"
@@ -154,6 +156,23 @@ def test_a_flag_without_effect_is_told(capsys):
     assert not _cli("debug", "--validation.samples", "7").data.strict
     said = capsys.readouterr().err
     assert "warning: --validation.samples 7 has no effect: there is nothing to validate" in said
+
+
+def test_the_command_line_decides_if_warnings_are_errors(capsys):
+    default = _cli("debug")
+    strict = dataclasses.replace(default, data=dataclasses.replace(default.data, strict=True))
+    without_effect = ["--validation.samples", "7"]
+    with pytest.raises(SystemExit):
+        command_line.cli(CONFIGS, "", without_effect, strict)
+    assert "error: --validation.samples 7: there is nothing" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="--strict makes this warning an error"):
+        progress.warn("told")
+    command_line.cli(CONFIGS, "", ["--no-strict", *without_effect], strict)
+    progress.warn("told")
+    exported = ["checkpoints/run", "--format", "openpi", "--strict"]
+    flags.parse(export_student.Arguments, exported, "")
+    with pytest.raises(ValueError, match="--strict makes this warning an error"):
+        progress.warn("told")
 
 
 @pytest.mark.parametrize(

@@ -83,9 +83,6 @@ def test_the_students_steps_and_bits_are_saved_and_fewer_steps_want_reflow(
     without = dataclasses.replace(few, losses=experiment.losses)
     runs.check(without)
     assert "--student.num-steps 2 without --losses.reflow" in capsys.readouterr().err
-    strict = dataclasses.replace(without.data, strict=True)
-    with pytest.raises(ValueError, match="--strict makes this warning an error"):
-        runs.check(dataclasses.replace(without, data=strict))
 
 
 def test_the_dataset_is_opened_once(experiment, monkeypatch):

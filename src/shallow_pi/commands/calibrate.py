@@ -138,8 +138,7 @@ def _show(errors: Mapping[quantize.Scheme, rounding_error.Error], count: int) ->
 
 def _idle(given: Arguments) -> flags.Idle:
     yield True, "data.robot data.tokenizer data.norm_stats data.asset_id", "it is the policy's own"
-    unread = "source weights held_out num_threads num_workers cache cache_dir cache_gib"
-    fields = " ".join(f"data.{name}" for name in unread.split())
+    fields = f"{opening.UNREAD} data.held_out"
     yield True, fields, "frames of all episodes are read once, evenly; leave it out"
 
 

@@ -73,8 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _idle(given: Arguments) -> flags.Idle:
-    unread = "source weights tokenizer num_threads num_workers cache cache_dir cache_gib"
-    fields = " ".join(f"data.{name}" for name in unread.split())
+    fields = f"{opening.UNREAD} data.tokenizer"
     yield True, fields, "the statistics do not depend on it; leave it out"
     compared = given.data.norm_stats
     yield compared, "output", f"--data.norm-stats {compared} is compared, and nothing is written"

@@ -70,7 +70,6 @@ class Arguments:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, export, print the folder."""
     given = flags.parse(Arguments, arguments, __doc__ or "", idle=_idle)
-    progress.be_strict(given.strict)
     processes.cache_compilations()
     with exits.exit_on():
         folder = export.export(

@@ -69,8 +69,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             part="experiment",
         )
         experiment = given.experiment
-        if experiment.data.strict:
-            progress.be_strict()
         teacher_step = setup.teacher_on_disk(experiment)
         if teacher_step is not None and _has_params(teacher_step):  # Its assets alone are enough.
             experiment = setup.resolve(experiment, teacher_step)

@@ -32,7 +32,7 @@ import os
 import pathlib
 from collections.abc import Sequence
 
-from shallow_pi import flags, progress
+from shallow_pi import flags
 from shallow_pi.commands import exits, policy_arguments
 from shallow_pi.deploy import policy
 from shallow_pi.parallel import processes
@@ -92,7 +92,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     line = "%(asctime)s %(levelname)s %(message)s"
     logging.basicConfig(format=line, level=logging.WARNING, force=True)
     logging.getLogger("shallow_pi").setLevel(logging.INFO)
-    progress.be_strict(given.strict)
     with exits.exit_on(), contextlib.ExitStack() as stack:
         serving = given.create()
         serving.check()

@@ -1,6 +1,7 @@
 """`DataConfig`: the part of an experiment that describes its data; `opening` reads them.
 
-Imports neither readers nor decoders, so that a config loads without them.
+Imports neither readers nor decoders, so that a config loads without them. A command puts `strict`
+into effect (`flags.parse`); a program calls `progress.be_strict`.
 """
 
 import dataclasses

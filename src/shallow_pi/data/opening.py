@@ -24,6 +24,11 @@ from shallow_pi.models import pi0
 
 # Default limit of `--data.cache memory`, GiB.
 MEMORY_GIB = 2.0
+# Fields that `open_datasets` does not read.
+UNREAD = (
+    "data.source data.weights data.num_threads data.num_workers data.cache data.cache_dir "
+    "data.cache_gib"
+)
 # Value of `--data.norm-stats` for statistics of the dataset.
 OF_DATASET = "dataset"
 # Dimensions that do not fit given statistics, named one by one.
@@ -170,8 +175,6 @@ def open_datasets(
     Raises:
       FileNotFoundError, ValueError: a dataset that is missing, cannot be read, or does not fit.
     """
-    if data.strict:
-        progress.be_strict()
     if not data.path:
         raise ValueError("no dataset: name the folder of a LeRobot dataset (--data.path)")
     cameras = tuple(robot.cameras.values()) if pictures else ()

@@ -70,8 +70,6 @@ def check(experiment: config.DistillConfig) -> None:
       ValueError, FileNotFoundError: mesh, attention, batch size, losses, paths, or a local teacher
         that does not fit.
     """
-    if experiment.data.strict:
-        progress.be_strict()
     mesh = setup.make_mesh(experiment, jax.devices())
     setup.kernels(experiment, mesh.devices.flat[0])
     sharding.check_batch_size(mesh, experiment.batch_size // experiment.accumulation)
