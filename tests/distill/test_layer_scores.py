@@ -89,9 +89,12 @@ def test_a_layer_that_does_nothing_has_cka_one_and_no_gradient_by_its_gate(pi05,
         assert layer_map.measured(strategy, 2, np.asarray(scores)).layers == (0, 2)
 
 
-def test_cka_is_that_of_the_valid_rows(teacher):
-    arguments = teacher()
-    config, _, observation, _, _ = arguments
+@pytest.mark.parametrize("scale", [1.0, 1e5])
+def test_cka_is_that_of_the_valid_rows(teacher, scale):
+    """Also where its sums of squares come near the largest number of float32."""
+    config, params, observation, x_t, t = teacher()
+    wide = jax.tree.map(lambda leaf: scale * leaf, params["action_in_proj"])
+    arguments = config, params | {"action_in_proj": wide}, observation, x_t, t
     hidden = jax.jit(pi0.hidden_states, static_argnums=0)(*arguments)
     valid = np.asarray(prefixes.valid(config, observation))
 

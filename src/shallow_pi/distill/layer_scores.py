@@ -186,8 +186,8 @@ def _cka(stream: Float[Array, "l+1 n d"], valid: Bool[Array, " n"]) -> Float[Arr
     def cross(a: Float[Array, "n d"], b: Float[Array, "n d"]) -> Float[Array, ""]:
         return jnp.sum(jnp.square(a.T @ b))
 
-    own = jax.lax.map(lambda a: cross(a, a), x)
-    product = jnp.sqrt(own[:-1] * own[1:])
+    own = jnp.sqrt(jax.lax.map(lambda a: cross(a, a), x))  # Their squares may overflow float32.
+    product = own[:-1] * own[1:]
     mixed = jax.lax.map(lambda pair: cross(*pair), (x[:-1], x[1:]))
     return mixed / jnp.where(product > 0, product, 1.0)
 
