@@ -105,6 +105,24 @@ def test_parameters_are_sharded_over_the_fewest_devices_that_fit(
         )
 
 
+def test_processes_that_know_other_memories_choose_alike(full_size, monkeypatch):
+    """A device reports its memory to its own process alone; the others know its kind, or nothing.
+
+    The other processes' answers are given.
+    """
+    spec, others = setup.make_spec(_with(full_size, remat="layers")), [96 * GIGA, 24 * GIGA]
+    monkeypatch.setattr(memory.processes, "gather", lambda value: [value, *others])
+    for own in (None, 80 * GIGA):
+        devices = _devices(8, own, monkeypatch)
+        found = memory.choose(sharding.MeshConfig(), devices, spec, 64, "bfloat16")
+        assert found == sharding.MeshConfig(fsdp=2)
+    auto = dataclasses.replace(full_size, batch_size=32, remat="auto")
+    others[:] = [None, 96 * GIGA]
+    for own in (None, 96 * GIGA):
+        mesh = sharding.MeshConfig().create(_devices(1, own, monkeypatch))
+        assert setup.make_spec(auto, mesh).execution.remat == "dots"
+
+
 def test_a_mesh_given_in_the_config_is_kept(full_size, monkeypatch):
     spec, devices = setup.make_spec(full_size), _devices(8, GIGA, monkeypatch)
     for mesh in (sharding.MeshConfig(fsdp=1), sharding.MeshConfig(data=4)):

@@ -140,6 +140,16 @@ def largest_batch(spec: step.Spec, mesh: Mesh, room: int, teacher_dtype: str) ->
     return fitting * multiple
 
 
+def agreed_room(device: jax.Device) -> int | None:
+    """Bytes of a device: the least that any process of the job knows; None if none knows it.
+
+    A device reports its memory to its own process alone, and all must decide alike. Every process
+    must call this.
+    """
+    known = processes.gather(accelerators.memory_of(device))
+    return min((room for room in known if room is not None), default=None)
+
+
 def choose(
     wanted: sharding.MeshConfig,
     devices: Sequence[jax.Device],
@@ -161,7 +171,7 @@ def choose(
       teacher_dtype: of the teacher's parameters.
       room: bytes of a device; None asks the device.
     """
-    room = room or accelerators.memory_of(devices[0])
+    room = room or agreed_room(devices[0])  # Of all processes, whose configs may differ yet.
     if wanted.fsdp != -1 or wanted.data != -1 or room is None or len(devices) % wanted.tensor:
         return wanted
     ways = len(devices) // wanted.tensor
@@ -171,8 +181,7 @@ def choose(
         needed = estimate(spec, found.create(devices), batch_size, teacher_dtype)
         if needed.total <= USABLE * room:
             break
-    # Processes with different devices must still agree on one mesh.
-    return dataclasses.replace(found, fsdp=max(processes.gather(found.fsdp)))
+    return found
 
 
 def _activations(spec: step.Spec) -> float:

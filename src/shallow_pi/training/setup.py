@@ -20,7 +20,7 @@ from shallow_pi.checkpoints import fetch, sizes, weights
 from shallow_pi.distill import layer_map, step, student
 from shallow_pi.inference import attention
 from shallow_pi.models import layers, pi0
-from shallow_pi.parallel import processes, shapes, sharding
+from shallow_pi.parallel import shapes, sharding
 from shallow_pi.planning import accelerators, memory
 from shallow_pi.training import config
 from shallow_pi.training import optimizer as optimizers
@@ -109,14 +109,15 @@ def _execution(
         tower_attention=tower,
         prefix_attention=prefix,
     )
-    room = None if device is None else accelerators.memory_of(device)
-    if experiment.remat != "auto" or mesh is None or room is None:
+    if experiment.remat != "auto" or mesh is None:
+        return found
+    room = memory.agreed_room(mesh.devices.flat[0])
+    if room is None:
         return found
     dots = dataclasses.replace(found, remat="dots")
     more = dataclasses.replace(spec, execution=dots)
     needed = memory.estimate(more, mesh, experiment.batch_size, teacher_dtype(experiment)).total
-    # Processes with different devices must still agree.
-    return dots if all(processes.gather(needed <= memory.USABLE * room)) else found
+    return dots if needed <= memory.USABLE * room else found
 
 
 def kernels(
