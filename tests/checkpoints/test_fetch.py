@@ -223,6 +223,7 @@ def test_a_part_is_not_taken_for_the_whole(home):
     assert _read(part) == {"b": b"two"}
     assert fetch.kept("gs://bucket/model/assets") == part
     assert fetch.kept("gs://bucket/model") is None
+    (home / "bucket" / "model.part" / "left").mkdir(parents=True)  # By a process that was killed.
     bucket = Bucket()
     whole = fetch.locate("gs://bucket/model", filesystem=bucket)
     assert _read(whole) == FILES

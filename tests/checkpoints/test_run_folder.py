@@ -1,6 +1,7 @@
 """A run that exists is never overwritten, and resumed only with the config it was started with."""
 
 import pathlib
+import tempfile
 
 import pytest
 
@@ -29,6 +30,20 @@ def test_overwrite_puts_the_old_run_aside(tmp_path):
         assert list(run.iterdir()) == []
     assert (tmp_path / "run.old-1" / "1").is_dir()
     assert (tmp_path / "run.old-2" / "2").is_dir()
+
+
+def test_a_run_that_is_being_trained_is_not_put_aside(tmp_path):
+    (tmp_path / "run" / "1").mkdir(parents=True)
+    busy = pytest.raises(ValueError, match="another process works in")
+    with run_folder.held(tmp_path / "run"), busy:
+        run_folder.prepare(tmp_path / "run", resume=False, overwrite=True)
+    assert [child.name for child in tmp_path.iterdir()] == ["run"]
+    assert not run_folder.prepare(tmp_path / "run", resume=False, overwrite=True)
+
+
+def test_another_process_that_tries_to_write_makes_no_run(tmp_path):
+    with tempfile.TemporaryDirectory(prefix=".writable-", dir=tmp_path):
+        assert not run_folder.check(tmp_path, resume=False, overwrite=False)
 
 
 def test_a_run_folder_that_is_a_file_is_an_error(tmp_path):

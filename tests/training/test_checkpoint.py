@@ -275,6 +275,8 @@ def test_a_resumed_run_knows_the_best_step_from_the_steps_themselves(tmp_path):
     (tmp_path / "best").unlink()
     with checkpoint.Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.best == (2, 0.1)
+        assert (tmp_path / "best").resolve() == tmp_path / "2", "also if nothing more is saved"
+        assert json.loads((tmp_path / "best.json").read_text())["step"] == 2
         assert not checkpoints.is_best(0.4)
         checkpoints.save(3, state, None, _nothing, error=0.4)
         checkpoints.save(4, state, None, _nothing, error=0.05)

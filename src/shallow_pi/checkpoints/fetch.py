@@ -113,7 +113,9 @@ def _from_bucket(source: str, filesystem: Any) -> pathlib.Path:
                 shutil.copytree(target, partial, dirs_exist_ok=True)
             _download(source, partial, filesystem)
             if target.is_dir():
-                part = target.rename(target.with_name(f"{target.name}.part"))
+                part = target.with_name(f"{target.name}.part")
+                shutil.rmtree(part, ignore_errors=True)  # Of a process killed while removing it.
+                target.rename(part)
                 partial.rename(target)
                 shutil.rmtree(part)
             else:

@@ -44,6 +44,9 @@ _REASONS = [
 ]
 
 
+# Begins the name of a folder that is made and removed to see whether it can be.
+_TRIAL = ".writable-"
+
 # What a training command does after a file could not be written.
 RESUME = "go on with --resume, or give another --checkpoint-dir"
 _UNREADABLE = re.compile(r"[\[\]*?\\]|^\w+:$")
@@ -107,7 +110,10 @@ def check(path: str | os.PathLike[str], resume: bool, overwrite: bool) -> bool:
         raise ValueError("--resume continues a run and --overwrite starts it anew: give only one")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file, expected a folder: choose another --exp-name")
-    occupied = folder.is_dir() and any(folder.iterdir())
+    # Another process of this job may be trying to write.
+    occupied = folder.is_dir() and any(
+        not child.name.startswith(_TRIAL) for child in folder.iterdir()
+    )
     if occupied and not (resume or overwrite):
         raise ValueError(
             f"{folder} already holds a run: --resume continues it, --overwrite renames it and "
@@ -116,7 +122,7 @@ def check(path: str | os.PathLike[str], resume: bool, overwrite: bool) -> bool:
     if jax.process_index() == 0:
         # As root every folder says that it is writable, on a read-only disk too.
         there = next(one for one in (folder, *folder.parents) if one.exists())
-        with writing(folder), tempfile.TemporaryDirectory(prefix=".writable-", dir=there):
+        with writing(folder), tempfile.TemporaryDirectory(prefix=_TRIAL, dir=there):
             pass
     return occupied
 
@@ -129,8 +135,8 @@ def prepare(
 ) -> bool:
     """Make a run's folder, or resume or rename the existing one; True if there is a run to resume.
 
-    Call it when everything else is checked. `overwrite` renames the old folder; the user deletes
-    it. `meet` is a barrier of the processes of a job.
+    Call it when everything else is checked. `overwrite` renames the old folder, unless a process
+    works in it; the user deletes it. `meet` is a barrier of the processes of a job.
     """
     folder = pathlib.Path(path).expanduser().absolute()
     occupied = check(folder, resume, overwrite)
@@ -139,7 +145,8 @@ def prepare(
         with writing(folder):
             if occupied and overwrite:
                 names = (folder.with_name(f"{folder.name}.old-{n}") for n in itertools.count(1))
-                folder.rename(next(name for name in names if not name.exists()))
+                with held(folder):  # A training in it would go on under the old name.
+                    folder.rename(next(name for name in names if not name.exists()))
             folder.mkdir(parents=True, exist_ok=True)
     meet("prepared the run folder")
     return occupied and resume

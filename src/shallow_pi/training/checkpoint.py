@@ -110,6 +110,7 @@ class Checkpoints:
                 options=ocp.CheckpointManagerOptions(),
             )
         self._best = self._find_best()
+        self._link_best()  # The run may have been killed before it did.
 
     @property
     def best(self) -> tuple[int, float] | None:
@@ -260,13 +261,16 @@ class Checkpoints:
                 found.append((error, step))
         return (min(found)[1], min(found)[0]) if found else None
 
+    def _link_best(self) -> None:
+        if self._best is not None and processes.is_main():
+            _point_to(self.folder, *self._best)
+
     def _settle(self) -> None:
         """Link the best step, and delete superseded ones."""
         with _explained(f"{self.folder} cannot be tidied", self._last_complete):
             if not processes.is_main():
                 return
-            if self._best is not None:
-                _point_to(self.folder, *self._best)
+            self._link_best()
             steps = run_folder.steps(self.folder)
             stay = set(steps if self._keep is None else steps[-self._keep :])
             stay |= {step for step in steps if step % (self._keep_period or math.inf) == 0}

@@ -451,7 +451,7 @@ SAFE_TO_CHANGE = frozenset(
         *("validation.num_steps", "closed_loop.num_steps"),
         *("tensorboard", "wandb", "trackio", "profile", "data.num_threads", "data.num_workers"),
         *("remat", "unroll", "attention", "teacher.offload"),
-        *("data.cache", "data.cache_dir", "data.cache_gib"),
+        *("data.cache", "data.cache_dir", "data.cache_gib", "data.strict"),
         *("closed_loop.baselines", "closed_loop.episodes", "closed_loop.harder"),
         *("teacher.train", "teacher.config"),
     )
