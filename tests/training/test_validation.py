@@ -5,6 +5,7 @@ import pathlib
 
 import exact_stats
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -206,6 +207,30 @@ def test_the_average_is_measured_where_it_is_what_is_saved(pair):
     assert found == pytest.approx(expected, rel=1e-5)
 
 
+def test_every_batch_has_noise_and_times_of_its_own(pair):
+    spec, params, state, expected = pair
+    created = _created(spec, params, _mesh(ONE, 1))
+    (batch, _), *_ = created.held_out.batches
+    first, second = (
+        float(created.losses(params, state, created.key, batch, jnp.int32(n))["task_loss"])
+        for n in range(2)
+    )
+    assert first == pytest.approx(expected["validation/task_loss"])
+    assert second != pytest.approx(first, rel=1e-3)
+    held = created.held_out
+    doubled = {
+        name: np.concatenate([getattr(held, name)] * 2)
+        for name in ("actions", "action_mask", "state")
+    }
+    twice = dataclasses.replace(
+        created,
+        held_out=validation.HeldOut(batches=held.batches * 2, **doubled),
+        teacher_actions=np.concatenate([created.teacher_actions] * 2),
+    )
+    found = twice.measure(params, state)
+    assert found["validation/task_loss"] == pytest.approx((first + second) / 2)
+
+
 @pytest.mark.slow
 def test_held_out_losses_cost_no_update(pair):
     """The backward pass is twice the forward pass; nobody reads it, so nobody computes it."""
@@ -213,12 +238,13 @@ def test_held_out_losses_cost_no_update(pair):
     (batch, _), *_ = _created(spec, params, _mesh(ONE, 1)).held_out.batches
     arguments = (params, state, jax.random.key(0), batch)
 
-    def operations(function):
+    def operations(function, *arguments):
         compiled = jax.jit(function, static_argnums=0).lower(spec, *arguments).compile()
         cost = compiled.cost_analysis()
         return (cost[0] if isinstance(cost, list) else cost)["flops"]
 
-    assert operations(validation.losses) < 0.6 * operations(step.distill_step)
+    measured = operations(validation.losses, *arguments, jnp.int32(0))
+    assert measured < 0.6 * operations(step.distill_step, *arguments)
 
 
 def test_without_held_out_data_or_interval_nothing_is_measured(tiny_config):

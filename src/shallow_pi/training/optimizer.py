@@ -89,22 +89,14 @@ class AdamW:
         if not self.weight_decay >= 0:
             raise ValueError(f"--optimizer.weight-decay must be 0 or more, got {self.weight_decay}")
 
-    def create(
-        self, schedule: optax.ScalarOrSchedule, weight_decay_mask: PyTree = None
-    ) -> optax.GradientTransformation:
-        """The clip followed by AdamW.
-
-        Args:
-          schedule: the learning rate.
-          weight_decay_mask: pytree of bools, or a function from parameters to one; None decays all.
-        """
+    def create(self, schedule: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+        """The clip followed by AdamW at a learning rate."""
         adamw = optax.adamw(
             schedule,
             b1=self.b1,
             b2=self.b2,
             eps=self.eps,
             weight_decay=self.weight_decay,
-            mask=weight_decay_mask,
         )
         if self.moments != "float32":
             adamw = _kept_in(adamw, jnp.dtype(self.moments))

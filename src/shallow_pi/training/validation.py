@@ -14,7 +14,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from shallow_pi.data import sources
 from shallow_pi.data.robots import assets as policy_assets
@@ -173,12 +173,13 @@ def losses(
     state: step.DistillState,
     key: Array,
     batch: batches.Batch,
+    number: Int[Array, ""],
 ) -> step.Metrics:
     """The losses of a batch; the compiler drops the update of the step, which nobody reads.
 
-    `key` stands for the noise and the times, whatever step the state is at.
+    `key` and the batch's `number` stand for its noise and times, whatever step the state is at.
     """
-    state = dataclasses.replace(state, step=jnp.zeros_like(state.step), params=saved_params(state))
+    state = dataclasses.replace(state, step=number, params=saved_params(state))
     _, metrics = step.distill_step(spec, teacher_params, state, key, batch)
     return {name: metrics[name] for name in LOSSES if name in metrics}
 
@@ -220,7 +221,10 @@ class Validation:
         params = student.join(saved_params(state), teacher_params, self.freeze)
         held = self.held_out.batches
         sampled = [self.sample_student(params, batch, noise) for batch, noise in held]
-        terms = [self.losses(teacher_params, state, self.key, batch) for batch, _ in held]
+        terms = [
+            self.losses(teacher_params, state, self.key, batch, jnp.int32(number))
+            for number, (batch, _) in enumerate(held)
+        ]
         sampled, terms = jax.device_get((sampled, terms))
         actions = np.concatenate(sampled)
         compare = functools.partial(errors, held_out=self.held_out, assets=self.assets)
