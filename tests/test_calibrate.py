@@ -105,7 +105,10 @@ def test_the_error_of_rounding_is_that_of_the_robots_actions(calibrated, own, pa
 def test_rounded_activations_need_a_calibration_of_the_same_steps(step, calibrated, capsys):
     with pytest.raises(ValueError, match=r"bounds in assets/calibration\.json.*quantize w8"):
         _policy(step, quantize="int8")
-    assert _policy(step, quantize="w8").quantize == "w8"
+    assert _policy(step, quantize="w8", quantized=("expert",)).quantize == "w8"
+    assert "has no effect" not in capsys.readouterr().err
+    _policy(step, quantized=("expert",))
+    assert "--policy.quantized expert has no effect: the policy rounds" in capsys.readouterr().err
     _policy(calibrated, quantize="fp8", num_steps=1)
     assert "calibrated at 2 integration steps and it samples in 1" in capsys.readouterr().err
 
@@ -127,7 +130,7 @@ def test_a_policy_runs_in_the_bits_it_was_trained_for(step, calibrated, own, tmp
 
 def test_tuned_takes_the_fastest_scheme_measured_here(calibrated, own, monkeypatch, tmp_path):
     monkeypatch.setenv("SHALLOW_PI_CACHE", str(tmp_path))
-    with pytest.raises(ValueError, match=r"needs a measurement .*--tune --quantize"):
+    with pytest.raises(ValueError, match=r"its --model, --depths 2 --horizons 5 --tune --quantize"):
         _policy(calibrated, quantize="tuned")
     tuning.store(own.model, tuning.SCANNED, {}, "fp8")
     assert _policy(calibrated, quantize="tuned").quantize == "fp8"

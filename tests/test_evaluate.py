@@ -248,6 +248,10 @@ def test_a_server_of_another_robot_is_refused(failing, tmp_path):
             "--policy.seed 1 has no effect: none of the policies is a checkpoint",
         ),
         (
+            ("nowhere", "--sim", "turntabel", "--policy.seed", "1", "--policy.state-warn", "2"),
+            "--policy.seed 1 has no effect: the noise depends on episode and plan alone; give --se",
+        ),
+        (
             ("expert", "--sim", "turntable", "--late-ms", "1", "2", "3"),
             "one for each of 1 policies, got 3",
         ),

@@ -125,10 +125,6 @@ def test_what_is_missing_is_named(failing, tmp_path):
             ["--record-limit-gb", "1"],
             "--record-limit-gb 1.0 has no effect: nothing is recorded; give --record",
         ),
-        (
-            ["--policy.quantize", "none", "--policy.quantized", "vision", "expert"],
-            "--policy.quantized vision expert has no effect: --policy.quantize none rounds",
-        ),
     ],
 )
 def test_a_flag_without_effect_is_told(failing, arguments, why):
@@ -143,6 +139,19 @@ def test_the_key_comes_from_its_file_before_the_variable(monkeypatch, tmp_path):
     assert given.create().api_key == "of-the-variable"
     given = dataclasses.replace(given, api_key_file=str(tmp_path / "key"))
     assert given.create().api_key == "of-the-file"
+
+
+def test_a_load_test_sends_a_state_in_the_parts_that_the_policy_reads():
+    low, high = np.arange(5.0), np.arange(5.0) + 0.5
+    metadata = {"cameras": {}, "prompt_key": "task", "state_keys": ["arm", "hand"]}
+    metadata |= {"state_low": low.tolist(), "state_high": high.tolist()}
+    for sizes, expected in (([2, 3], 2), ([], 4)):
+        given = metadata | {"state_sizes": sizes}
+        found = load_test.observation(given, load_test.Arguments(), np.random.default_rng(0))
+        arm, hand = found["arm"], found["hand"]
+        assert (len(arm), len(hand)) == (expected, 5 - expected)
+        state = np.concatenate([arm, hand])
+        assert ((low <= state) & (state <= high)).all()
 
 
 def test_a_load_test_of_nothing_says_so(failing):

@@ -25,6 +25,8 @@ def test_what_is_stored_is_the_best(tiny_config, folder):
     assert tuning.best(config) == CHOICE
     assert list(folder.iterdir()) == [file]
     assert json.loads(file.read_text())["milliseconds"] == {"loops": 2.0, "written out": 1.0}
+    assert tuning.fastest_scheme(config) is None
+    tuning.store(config, CHOICE, {}, "none")
     assert tuning.fastest_scheme(config) == "none"
 
 
@@ -35,6 +37,12 @@ def test_it_holds_for_the_sizes_whatever_is_seen(tiny_config):
     assert tuning.load(seen) == CHOICE
     for change in ({"depth": 2}, {"pi05": True}, {"dtype": "bfloat16"}, {"action_horizon": 4}):
         assert tuning.load(dataclasses.replace(config, **change)) is None
+
+
+def test_it_holds_for_a_pi05_with_and_without_its_state_in_the_prompt(tiny_config):
+    config = tiny_config(pi05=True)
+    tuning.store(config, CHOICE, {})
+    assert tuning.load(dataclasses.replace(config, discrete_state_input=True)) == CHOICE
 
 
 def test_it_holds_for_one_version_of_jax(tiny_config, monkeypatch):

@@ -43,6 +43,8 @@ def test_the_fastest_that_runs_is_taken(tiny_config, monkeypatch):
     assert list(found.median_ms.items()) == [("rounded", 1.0), ("fast", 2.0), ("slow", 3.0)]
     assert set(found.failed) == {"lacking"}
     assert "needs an NVIDIA GPU" in found.failed["lacking"]
+    alone = tuning.tune(tiny_config(), num_steps=2, tried={"slow": options.SCANNED})
+    assert alone.quantize is None
 
 
 def test_nothing_that_runs_raises(tiny_config):

@@ -41,6 +41,11 @@ from shallow_pi.parallel import processes
 from shallow_pi.sims import demonstrations, simulator, workers
 
 EXPERT = "expert"
+# Options of loading that change no result, and why.
+_IDLE = {
+    "seed": "the noise depends on episode and plan alone; give --seed",
+    "state_warn": "an evaluation warns of no state; give --policy.state-refuse",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +108,8 @@ def _idle(given: Arguments) -> flags.Idle:
     loaded = [s for _, s in map(_named, given.policies) if s != EXPERT and not served.is_url(s)]
     fields = " ".join(f"policy.{field.name}" for field in dataclasses.fields(given.policy))
     yield not loaded, fields, "none of the policies is a checkpoint; leave it out"
-    yield from policy_arguments.idle(given.policy)
+    for name, reason in _IDLE.items():
+        yield loaded, f"policy.{name}", reason
 
 
 def evaluate(given: Arguments) -> pathlib.Path:
@@ -240,11 +246,12 @@ def _check_dimensions(
 
 
 def _set_options(loading: policy_arguments.Loading) -> dict[str, object]:
-    """Options of loading that differ from their defaults; the step is in the path."""
+    """Options of loading that change the results; the step is in the path."""
+    idle = ("step", *_IDLE)
     return {
         field.name: value
         for field in dataclasses.fields(loading)
-        if field.name != "step" and (value := getattr(loading, field.name)) != field.default
+        if field.name not in idle and (value := getattr(loading, field.name)) != field.default
     }
 
 

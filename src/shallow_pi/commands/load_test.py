@@ -74,11 +74,10 @@ def observation(
     }
     # Within the training data: the policy refuses a state that is far from it.
     state = generator.uniform(metadata["state_low"], metadata["state_high"]).astype(np.float32)
-    # The keys after the first are grippers, in one dimension each.
     keys = metadata["state_keys"]
-    first = len(state) - len(keys) + 1
-    cuts = [first + i for i in range(len(keys) - 1)]
-    found |= dict(zip(keys, np.split(state, cuts), strict=True))
+    # Where any sizes are taken, the keys after the first have one dimension each.
+    sizes = metadata.get("state_sizes") or [len(state) - len(keys) + 1] + [1] * (len(keys) - 1)
+    found |= dict(zip(keys, np.split(state, np.cumsum(sizes)[:-1]), strict=True))
     return {**found, metadata["prompt_key"]: given.prompt}
 
 

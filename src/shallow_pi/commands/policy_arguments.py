@@ -3,7 +3,6 @@
 import dataclasses
 from typing import Any, Literal
 
-from shallow_pi import flags
 from shallow_pi.data.robots import robot as robots
 from shallow_pi.deploy import policy, state_check
 from shallow_pi.inference import quantize as quantization
@@ -80,9 +79,3 @@ class Loading:
             warm_up=False,
             **{name: value for name, value in fields.items() if value is not None},
         )
-
-
-def idle(loading: Loading) -> flags.Idle:
-    """Fields of `policy` that have no effect."""
-    nothing = "--policy.quantize none rounds nothing; give one of both"
-    yield loading.quantize == "none", "policy.quantized", nothing

@@ -110,7 +110,6 @@ def _idle(given: Arguments) -> flags.Idle:
     yield not given.record, "record_limit_gb", "nothing is recorded; give --record"
     alone = f"--batch {given.batch} answers one observation after another; give --batch"
     yield given.batch == 1, "batch_wait_ms", alone
-    yield from policy_arguments.idle(given.policy)
 
 
 def _ready(url: str, serving: server_config.ServerConfig, chosen: policy.Policy) -> None:

@@ -89,6 +89,11 @@ class Policy:
         self.quantize, bounds = calibrations.choose(
             assets.model, quantize, assets.quantize, calibration, num_steps
         )
+        if self.quantize == "none" and set(quantized) != set(quantization.PARTS):
+            progress.warn(
+                f"--policy.quantized {' '.join(quantized)} has no effect: the policy rounds "
+                "nothing; give --policy.quantize"
+            )
         options = dataclasses.replace(
             tuning.best(assets.model), quantize=self.quantize, quantized=quantized
         )
@@ -195,6 +200,8 @@ class Policy:
             "state_dim": robot.state_dim,
             "cameras": {c: robot.cameras[c] for c in model.cameras if c in robot.cameras},
             "state_keys": list(robot.state_keys),
+            # Empty where any sizes are taken that add up.
+            "state_sizes": list(robot.state_sizes),
             "action_key": robot.action_key,
             "action_keys": list(robot.action_keys),
             "prompt_key": robot.prompt_key,

@@ -124,7 +124,8 @@ def choose(
         if fastest is None:
             raise ValueError(
                 "quantize 'tuned' needs a measurement of this model on this device, and there is "
-                "none: run scripts/benchmark.py --tune --quantize int8 fp8 w8"
+                f"none: run scripts/benchmark.py with its --model, --depths {config.depth} "
+                f"--horizons {config.action_horizon} --tune --quantize int8 fp8 w8"
             )
         scheme = fastest
     elif asked is not None:

@@ -87,9 +87,12 @@ def best(config: pi0.Pi0Config) -> InferenceOptions:
 
 
 def key(config: pi0.Pi0Config) -> dict[str, Any]:
-    """Device, JAX and sizes of a measurement; cameras and prompt vary with observations."""
+    """Device, JAX and sizes of a measurement; cameras and prompt vary with observations.
+
+    A state in the prompt is words like any others, and no part of the program.
+    """
     sizes = dataclasses.asdict(config)
-    for name in ("cameras", "max_token_len"):
+    for name in ("cameras", "max_token_len", "discrete_state_input"):
         del sizes[name]
     kind = jax.devices()[0].device_kind
     # Through JSON, as a file gives it back.
@@ -110,7 +113,7 @@ def store(
     config: pi0.Pi0Config,
     options: InferenceOptions,
     milliseconds: Mapping[str, float],
-    scheme: quantization.Scheme = "none",
+    scheme: quantization.Scheme | None = None,
 ) -> pathlib.Path:
     """Keep the fastest options and all measurements; returns the file.
 
@@ -118,7 +121,8 @@ def store(
       config: the model.
       options: the fastest ones that change no result.
       milliseconds: of each candidate, by name.
-      scheme: the fastest of products in 8 bits, which `fastest_scheme` gives whoever asks for it.
+      scheme: the fastest with products in 8 bits among them, which `fastest_scheme` gives whoever
+        asks for it; None: not measured.
     """
     file = path(config)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -147,12 +151,15 @@ def fastest_scheme(config: pi0.Pi0Config) -> quantization.Scheme | None:
     return None if found is None else found[1]
 
 
-def _load(config: pi0.Pi0Config) -> tuple[InferenceOptions, quantization.Scheme] | None:
+def _load(
+    config: pi0.Pi0Config,
+) -> tuple[InferenceOptions, quantization.Scheme | None] | None:
     file = path(config)
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        options, scheme = _options(config, content), content.get("quantize", "none")
-        quantization.check(scheme)
+        options, scheme = _options(config, content), content.get("quantize")
+        if scheme is not None:
+            quantization.check(scheme)
         return options, scheme
     except FileNotFoundError:
         return None

@@ -28,8 +28,8 @@ class Tuned:
 
     # The fastest that change no result.
     options: tuning.InferenceOptions
-    # The fastest scheme of products in 8 bits; "none" where it is not faster, or none was tried.
-    quantize: quantize.Scheme
+    # The fastest scheme of products in 8 bits, "none" if none is faster; None: none was tried.
+    quantize: quantize.Scheme | None
     # Milliseconds of each candidate that ran, by name, the fastest first.
     median_ms: dict[str, float]
     # Reasons of those that did not run, by name.
@@ -114,4 +114,5 @@ def tune(
     found = latency.median_latency(calls, repeats=repeats, label="Tune").median_ms
     order = sorted(found, key=lambda name: found[name])
     same = next((tried[name] for name in order if tried[name].quantize == "none"), tuning.default())
-    return Tuned(same, tried[order[0]].quantize, {name: found[name] for name in order}, failed)
+    scheme = tried[order[0]].quantize if any(o.quantize != "none" for o in tried.values()) else None
+    return Tuned(same, scheme, {name: found[name] for name in order}, failed)
