@@ -1,10 +1,12 @@
 """Who may come in, and where a server listens."""
 
+import socket
 import ssl
 
 import pytest
 import serving
 import websockets.exceptions
+import websockets.sync.client
 
 from shallow_pi.serving import protocol, server_config
 
@@ -54,6 +56,26 @@ def test_a_web_site_cannot_drive_the_robot(echo):
     with echo.connect("/live", origin=echo.http) as page:
         page.send("{}")
         assert page.recv(timeout=10).startswith("{")
+
+
+def test_a_web_site_whose_name_points_here_cannot_drive_the_robot_either(echo):
+    def connect(running, host):
+        port = running.url.rpartition(":")[2]
+        with (
+            socket.create_connection(("127.0.0.1", int(port))) as own,
+            websockets.sync.client.connect(
+                f"ws://{host}:{port}/live", sock=own, origin=f"http://{host}:{port}"
+            ) as page,
+        ):
+            page.send('{"key": "secret"}')
+            assert page.recv(timeout=10).startswith("{")
+
+    with pytest.raises(websockets.exceptions.InvalidStatus, match="403"):
+        connect(echo, "rebound.example.com")
+    connect(echo, "localhost")
+    # Behind a proxy with a name of its own.
+    with serving.running(serving.Echo(), api_key="secret") as running:
+        connect(running, "robot.example.com")
 
 
 def test_a_page_needs_the_key_too():

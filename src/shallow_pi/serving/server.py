@@ -140,7 +140,7 @@ async def _answer(
         secure = {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff"}
         secure |= {"Referrer-Policy": "no-referrer", "Cache-Control": "no-store"}
         return _respond(http.HTTPStatus.OK, html, "text/html; charset=utf-8", secure)
-    if upgrade and not _same_origin(headers):
+    if upgrade and not _same_origin(config, headers):
         return _respond(http.HTTPStatus.FORBIDDEN, b"Pages of other origins are refused.\n")
     if where == page.LIVE and upgrade:
         # A browser cannot send the key as a header: the page sends it as its first message.
@@ -176,10 +176,22 @@ def _authorized(
     return scheme.lower() == "api-key" and config.is_key(key.strip())
 
 
-def _same_origin(headers: websockets.datastructures.Headers) -> bool:
-    """Browsers always name the page that connects; openpi's clients name none."""
-    origins = headers.get_all("Origin")
-    return all(urllib.parse.urlsplit(o).netloc in headers.get_all("Host") for o in origins)
+def _same_origin(
+    config: server_config.ServerConfig, headers: websockets.datastructures.Headers
+) -> bool:
+    """Browsers always name the page that connects; openpi's clients name none.
+
+    A web site may let its own name point to this machine, so that its pages are of this origin (DNS
+    rebinding). A server that is for this machine alone goes by this machine's names, unless a key
+    protects it.
+    """
+    origins = [urllib.parse.urlsplit(o) for o in headers.get_all("Origin")]
+    named = config.is_open or config.api_key
+    return all(
+        o.netloc in headers.get_all("Host")
+        and (named or server_config.is_loopback(o.hostname or ""))
+        for o in origins
+    )
 
 
 def _respond(

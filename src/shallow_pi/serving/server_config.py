@@ -77,10 +77,7 @@ class ServerConfig(Settings):
     @property
     def is_open(self) -> bool:
         """Reachable from other machines."""
-        try:
-            return not ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return self.host != "localhost"
+        return not is_loopback(self.host)
 
     def is_key(self, given: str) -> bool:
         """Compare with the API key, in the same time for any wrong one."""
@@ -174,6 +171,14 @@ class Listener(socket.socket):
     def finished(self, address: object) -> None:
         """The connection from this address has finished its handshake."""
         self._unfinished.pop(address, None)
+
+
+def is_loopback(host: str) -> bool:
+    """True for an address or name that always means this machine."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _flag(field: str) -> str:
