@@ -141,6 +141,19 @@ def test_statistics_of_lerobots_that_cannot_be_used_are_named(tmp_path):
     assert _find(tmp_path) is None
 
 
+def test_a_robot_that_converts_does_not_fit_lerobots_policy(tmp_path):
+    file = _lerobots(tmp_path, "MEAN_STD") / "policy_preprocessor.json"
+    with pytest.raises(ValueError, match=r"robot aloha_sim converts .*\n.*state_conversion=None"):
+        lerobot_policy.check_robot(tmp_path, robots.ALOHA_SIM)
+    raw = dataclasses.replace(robots.ALOHA_SIM, state_conversion=None, action_conversion=None)
+    lerobot_policy.check_robot(tmp_path, raw)
+    # An export of ours converts as well, and a base policy has no statistics in any unit.
+    content = json.loads(file.read_text())
+    for changed in ([{"registry_name": "shallow_pi_to_model"}, *content["steps"]], []):
+        file.write_text(json.dumps({"steps": changed}))
+        lerobot_policy.check_robot(tmp_path, robots.ALOHA_SIM)
+
+
 def test_relative_actions_of_lerobots_policy_have_to_be_the_robots(tmp_path):
     gripper = dataclasses.replace(robots.TURNTABLE, delta=(True, True))
     lerobot_policy.check_robot(tmp_path, gripper)

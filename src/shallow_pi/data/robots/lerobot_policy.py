@@ -22,6 +22,8 @@ from shallow_pi.data.robots import robot as robots
 from shallow_pi.models import pi0
 
 PREPROCESSOR = "policy_preprocessor.json"
+# The step of our exports that converts units; LeRobot has none.
+UNITS_STEP = "shallow_pi_to_model"
 # LeRobot's names of our keys.
 _FEATURES = {"state": ("observation.state", "STATE"), "actions": ("action", "ACTION")}
 # Names of the same statistics among a policy's tensors.
@@ -94,12 +96,20 @@ def check_robot(step: pathlib.Path, robot: robots.Robot) -> None:
     """Raise where a checkpoint says that its robot has other units than this one.
 
     A step folder of ours holds its robot, a policy of LeRobot's which actions are relative to the
-    state. One of openpi's says nothing.
+    state, and statistics in the units of its recordings. One of openpi's says nothing.
     """
     _compare_cameras(step, robot)
     steps = _pipeline(step)
     if steps is None:
         return
+    converts = robot.state_conversion is not None or robot.action_conversion is not None
+    is_raw = bool(_entry(steps, "normalizer_processor").get("state_file"))
+    if converts and is_raw and not _entry(steps, UNITS_STEP):
+        raise ValueError(
+            f"the policy in {step} was trained in the units of its recordings ({PREPROCESSOR}), "
+            f"robot {robot.name} converts them to openpi's\n"
+            "give a robot file with state_conversion=None and action_conversion=None"
+        )
     relative = _settings(_entry(steps, "relative_actions_processor"))
     names = [str(name).lower() for name in relative.get("action_names") or ()]
     absolute = [str(name).lower() for name in relative.get("exclude_joints") or () if name]

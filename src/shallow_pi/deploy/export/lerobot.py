@@ -18,7 +18,7 @@ import numpy as np
 from shallow_pi import progress
 from shallow_pi.checkpoints import run_folder, safetensors_file, weights
 from shallow_pi.data.robots import assets as policy_assets
-from shallow_pi.data.robots import conversions, normalize
+from shallow_pi.data.robots import conversions, lerobot_policy, normalize
 from shallow_pi.deploy.export import openpi
 from shallow_pi.deploy.export import student as students
 from shallow_pi.models import pi0
@@ -190,7 +190,7 @@ def _to_model(assets: policy_assets.Assets) -> list[dict[str, object]]:
         "action": _units(robot.action_conversion),
         "prompt": robot.prompt,
     }
-    return [_step("shallow_pi_to_model", units)] if any(units.values()) else []
+    return [_step(lerobot_policy.UNITS_STEP, units)] if any(units.values()) else []
 
 
 def _to_robot(assets: policy_assets.Assets) -> list[dict[str, object]]:
