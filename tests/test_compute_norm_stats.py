@@ -74,6 +74,18 @@ def test_a_config_brings_robot_horizon_and_kind(capsys):
     assert "lacks camera 'observation.images.cam_high'" in capsys.readouterr().err
 
 
+def test_statistics_of_a_config_of_ones_own_are_named_as_its_runs_are(
+    tmp_path, monkeypatch, capsys
+):
+    shutil.copy(ROOT / "train_configs" / "debug.py", tmp_path / "mine.py")
+    (tmp_path / "pusht.py").write_text(ROBOT)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    own = ["--data.path", str(FIXTURE), "--data.robot", "../pusht.py", "--horizon", "4"]
+    compute_norm_stats.main(["../mine.py", *own])
+    assert "\nnorm_stats/mine/turntable/norm_stats.json\n" in capsys.readouterr().out
+
+
 def test_given_statistics_are_compared_and_nothing_is_written(run):
     run("--output", "own")
     out, err = run("--data.norm-stats", "own")

@@ -111,14 +111,17 @@ def test_facts_that_no_shape_shows_default_to_openpis_and_are_named(
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize(
+    ("name", "pi05", "horizon"), [("pi05_libero", True, 10), ("pi0_aloha_towel", False, 50)]
+)
 def test_a_policy_that_openpi_publishes_is_known_by_its_place(
-    own, openpis, tiny_config, tiny_params, tmp_path, capsys
+    own, openpis, tiny_config, tiny_params, tmp_path, capsys, name, pi05, horizon
 ):
-    folder = tmp_path / "openpi-assets" / "checkpoints" / "pi05_libero"
-    weights.save_params(folder / "params", tiny_params(tiny_config(pi05=True, vocab_size=320)))
+    folder = tmp_path / "openpi-assets" / "checkpoints" / name
+    weights.save_params(folder / "params", tiny_params(tiny_config(pi05=pi05, vocab_size=320)))
     shutil.copytree(openpis / "assets", folder / "assets")
     model = step_folder.assets(folder, robot=robot.TURNTABLE, tokenizer=own.tokenizer).model
-    assert (model.action_horizon, model.discrete_state_input) == (10, False)
+    assert (model.action_horizon, model.discrete_state_input) == (horizon, False)
     assert "assuming" not in capsys.readouterr().err
 
 

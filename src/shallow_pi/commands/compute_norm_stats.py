@@ -52,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         default = Arguments(data=data_config.DataConfig())
         if name:
             own = command_line.load(command_line.configs(), name)
+            name = own.name  # Of a file of one's own, without its folder.
             kind = normalize.kind_of(own.model.pi05)
             default = Arguments(own.data, own.model.action_horizon, kind)
         given = flags.parse(Arguments, words, __doc__ or "", default=default, idle=_idle)

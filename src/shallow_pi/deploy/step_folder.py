@@ -23,7 +23,10 @@ from shallow_pi.models import pi0
 _PUBLISHED: dict[str, dict[str, object]] = {
     "pi05_droid": {"action_horizon": 15, "max_token_len": 200, "discrete_state_input": True},
     "pi05_libero": {"action_horizon": 10, "max_token_len": 200, "discrete_state_input": False},
+    "pi0_aloha_pen_uncap": {"action_horizon": 50, "max_token_len": 48},
     "pi0_aloha_sim": {"action_horizon": 50, "max_token_len": 48},
+    "pi0_aloha_towel": {"action_horizon": 50, "max_token_len": 48},
+    "pi0_aloha_tupperware": {"action_horizon": 50, "max_token_len": 48},
     "pi0_droid": {"action_horizon": 10, "max_token_len": 48},
 }
 
