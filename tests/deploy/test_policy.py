@@ -255,6 +255,7 @@ def test_metadata_is_plain_and_says_what_a_client_sends(deployed):
             "left_wrist_0_rgb": "observation.images.wrist",
         },
         "state_keys": ["observation.state"],
+        "state_sizes": [],
         "action_key": "action",
         "action_keys": ["action"],
         "prompt_key": "task",
