@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from shallow_pi.checkpoints import weights
-from shallow_pi.commands import calibrate
+from shallow_pi.commands import calibrate, policy_arguments
 from shallow_pi.data.lerobot import reader
 from shallow_pi.deploy import policy
 from shallow_pi.inference import calibration, rounding_error, tuning
@@ -105,9 +105,10 @@ def test_the_error_of_rounding_is_that_of_the_robots_actions(calibrated, own, pa
 def test_rounded_activations_need_a_calibration_of_the_same_steps(step, calibrated, capsys):
     with pytest.raises(ValueError, match=r"bounds in assets/calibration\.json.*quantize w8"):
         _policy(step, quantize="int8")
-    assert _policy(step, quantize="w8", quantized=("expert",)).quantize == "w8"
+    asked = policy_arguments.Loading(quantize="w8", quantized=("expert",))
+    assert asked.load(str(step)).quantize == "w8"
     assert "has no effect" not in capsys.readouterr().err
-    _policy(step, quantized=("expert",))
+    dataclasses.replace(asked, quantize="").load(str(step))
     assert "--policy.quantized expert has no effect: the policy rounds" in capsys.readouterr().err
     _policy(calibrated, quantize="fp8", num_steps=1)
     assert "calibrated at 2 integration steps and it samples in 1" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any, Literal
 
+from shallow_pi import progress
 from shallow_pi.data.robots import robot as robots
 from shallow_pi.deploy import policy, state_check
 from shallow_pi.inference import quantize as quantization
@@ -62,7 +63,7 @@ class Loading:
             "max_token_len": self.max_token_len or None,
             "discrete_state_input": self.discrete_state_input,
         }
-        return policy.Policy.from_checkpoint(
+        loaded = policy.Policy.from_checkpoint(
             path,
             step=self.step,
             num_steps=self.num_steps or None,
@@ -79,3 +80,9 @@ class Loading:
             warm_up=False,
             **{name: value for name, value in fields.items() if value is not None},
         )
+        if loaded.quantize == "none" and set(self.quantized) != set(quantization.PARTS):
+            progress.warn(
+                f"--policy.quantized {' '.join(self.quantized)} has no effect: the policy rounds "
+                "nothing; give --policy.quantize"
+            )
+        return loaded

@@ -89,11 +89,6 @@ class Policy:
         self.quantize, bounds = calibrations.choose(
             assets.model, quantize, assets.quantize, calibration, num_steps
         )
-        if self.quantize == "none" and set(quantized) != set(quantization.PARTS):
-            progress.warn(
-                f"--policy.quantized {' '.join(quantized)} has no effect: the policy rounds "
-                "nothing; give --policy.quantize"
-            )
         options = dataclasses.replace(
             tuning.best(assets.model), quantize=self.quantize, quantized=quantized
         )
