@@ -84,7 +84,7 @@ METAWORLD_PI0 = pi0.Pi0Config(
 METAWORLD_DATA = data_config.DataConfig(robot="metaworld", asset_id="metaworld", cache="memory")
 METAWORLD_TASK = config.ClosedLoopConfig(
     sim="metaworld_mt10",
-    demonstrations=1000,
+    demonstrations=600,
     noise=0.5,
     episodes=100,
     execute_steps=8,

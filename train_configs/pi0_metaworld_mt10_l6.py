@@ -14,7 +14,7 @@ from shallow_pi.training import config
 
 def get_config() -> config.DistillConfig:
     """Three losses, other demonstrations than the teacher's."""
-    steps = 6000
+    steps = 2000
     return config.DistillConfig(
         model=_base.METAWORLD_PI0,
         data=_base.METAWORLD_DATA,
@@ -25,9 +25,10 @@ def get_config() -> config.DistillConfig:
         losses=losses.Losses(),
         augmentation=observation.NO_AUGMENTATION,
         schedule=_base.short_schedule(steps, peak=1e-3),
-        closed_loop=dataclasses.replace(_base.METAWORLD_TASK, seed=1),
-        batch_size=128,
+        closed_loop=dataclasses.replace(_base.METAWORLD_TASK, demonstrations=300, seed=1),
+        batch_size=32,
+        draws=2,
         num_train_steps=steps,
-        save_interval=1000,
+        save_interval=500,
         keep_period=0,
     )
