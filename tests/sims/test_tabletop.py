@@ -86,6 +86,33 @@ def test_both_ways_around_the_pillar_are_taken_and_their_mean_is_fatal(sims):
     assert np.mean(collisions) == 1
 
 
+def test_the_pillar_may_be_brushed_but_its_core_not(sims):
+    """Straight on at some distance from the centre; the peg has a radius too."""
+    sim = sims["around"]
+    inside = turntable_scene.PEG_RADIUS + tabletop.CORE_RADIUS
+    assert inside + 0.002 < turntable_scene.PEG_RADIUS + tabletop.PILLAR_RADIUS
+    for distance, touched in ((inside - 0.002, True), (inside + 0.002, False)):
+        sim.reset(3)
+        goal = sim.positions[sim.target, :2]
+        line = (goal - sim.pillar) / np.linalg.norm(goal - sim.pillar)
+        beside = sim.pillar + distance * np.array([-line[1], line[0]])
+        along = (sim.tip[:2] - sim.pillar) @ line
+        while along < 0.04 and not sim.done:
+            sim.step(np.array([*(beside + along * line), sim.tip[2]]))
+            along += 0.004
+        assert sim.collided == touched == sim.failure
+
+
+def test_one_object_in_the_clutter_has_the_named_colour(sims):
+    sim = sims["clutter"]
+    for seed in range(40):
+        sim.reset(seed)
+        shade = sim.model.geom_rgba[sim.bench.geoms, :3]
+        shade = shade / shade.max(axis=1, keepdims=True)
+        alike = np.abs(shade - shade[sim.target]).max(axis=1) < 0.1
+        assert alike.sum() == 1
+
+
 def test_the_side_is_in_no_observation(sims):
     sim = sims["around"]
     sim.reset(0)

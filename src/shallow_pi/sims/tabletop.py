@@ -5,13 +5,14 @@
 | `touch`, `insert` | words matched to colours: the named object among four |
 | `precise` | the same insertion with 1 mm of play |
 | `relation` | words matched to pixels twice: left or right of, or nearest to, what is named |
-| `around` | two modes: past a pillar by a coin that no observation shows; touching it fails |
-| `clutter` | eight objects under changing light, on a table and a disc of changing colours |
+| `around` | two modes: past a pillar by a coin that no observation shows; its core is fatal |
+| `clutter` | eight objects, of which one has the named colour, under changing light and colours |
 | `moving` | a disc that turns at 15 or 30 degrees a second, either way round |
 
 The state is the tip's position and the disc's speed in radians a second. `around` is the task that
 tells few integration steps from many: the mean of the two ways leads into the pillar, so a plan of
-`EXECUTE_STEPS` actions is executed whole there.
+`EXECUTE_STEPS` actions is executed whole there. The pillar is soft foam, which may be brushed,
+around a hard core: touching that fails.
 """
 
 import dataclasses
@@ -26,7 +27,7 @@ from shallow_pi.data.robots import robot as robots
 from shallow_pi.sims import gantry, raycast, simulator, turntable, turntable_scene
 
 EXECUTE_STEPS = 20  # one second
-PILLAR_RADIUS, PILLAR_HEIGHT = 0.012, 0.11
+PILLAR_RADIUS, CORE_RADIUS, PILLAR_HEIGHT = 0.012, 0.003, 0.11
 DETOUR = 0.045  # of the way past the pillar, from its centre, metres
 NEIGHBOUR = (0.046, 0.058)  # of a block and the one it is told by, metres
 APART = 0.085  # of a pair and everything else, metres
@@ -140,15 +141,17 @@ class Tabletop(gantry.Sim):
         if task == "around":
             half = PILLAR_HEIGHT / 2
             fixtures = (
-                f'<body name="pillar" pos="0 0 {half}"><geom name="pillar" class="target" '
-                f'type="cylinder" size="{PILLAR_RADIUS} {half}" rgba=".97 .97 .97 1"/></body>'
+                f'<body name="pillar" pos="0 0 {half}">'
+                f'<geom class="seen" type="cylinder" size="{PILLAR_RADIUS} {half}" '
+                f'rgba=".97 .97 .97 1"/><geom name="core" class="target" group="3" '
+                f'type="cylinder" size="{CORE_RADIUS} {half}"/></body>'
             )
         key = (*layout, bool(fixtures))
         if key not in self._benches:
             bench = gantry.Bench(*layout, self.config.control_hz, fixtures)
             self._benches[key] = bench
         self.task, self.bench = task, self._benches[key]
-        self._pillar = self.model.geom("pillar").id if fixtures else None
+        self._core = self.model.geom("core").id if fixtures else None
 
     def _lay_out(self, rng: np.random.Generator) -> None:
         self._enter(str(self.config.tasks[rng.integers(len(self.config.tasks))]))
@@ -165,7 +168,7 @@ class Tabletop(gantry.Sim):
         self.light = raycast.LIGHT
         if self.task == "around":
             start, places, pillar = _opposite(rng)
-            self.model.body_pos[self.model.geom_bodyid[self._pillar], :2] = pillar
+            self.model.body_pos[self.model.geom_bodyid[self._core], :2] = pillar
             self.side = 1 if rng.uniform() < 0.5 else -1  # The coin; only the expert knows it.
             kind, named, self.target = "around", 0, 0
         elif self.task == "relation":
@@ -176,6 +179,8 @@ class Tabletop(gantry.Sim):
             kind = kind or str(rng.choice(["touch", "insert"]))
             named = int(rng.choice(np.flatnonzero(self.bench.is_cup == (kind == "insert"))))
             self.target = named
+        if self.task == "clutter":
+            _name_by_colour(colours, named, num_blocks)
         if self.task == "moving":
             self.speed = float(np.deg2rad(rng.choice([-30.0, -15.0, 15.0, 30.0])))
         self.prompt = str(rng.choice(PROMPTS[kind])).format(colour=colours[named])
@@ -194,15 +199,15 @@ class Tabletop(gantry.Sim):
         self.light = raycast.Light(towards, ambient=float(rng.uniform(0.35, 0.6)))
 
     def _advance(self) -> None:
-        if self._pillar is None:
+        if self._core is None:
             super()._advance()
             return
         for _ in range(self.bench.substeps):
             mujoco.mj_step(self.model, self.data)
-            self.collided |= self.bench.touches(self._pillar)
+            self.collided |= self.bench.touches(self._core)
 
     def happened(self) -> dict[str, float]:
-        """Outcomes of the episode, with a touch of the pillar."""
+        """Outcomes of the episode, with a touch of the pillar's core."""
         return {"collided": float(self.collided), **super().happened()}
 
     def state(self) -> Float[np.ndarray, "4"]:
@@ -212,16 +217,16 @@ class Tabletop(gantry.Sim):
     @property
     def pillar(self) -> Float[np.ndarray, "2"] | None:
         """The pillar's centre in the world, where there is one."""
-        return None if self._pillar is None else self.data.geom_xpos[self._pillar, :2].copy()
+        return None if self._core is None else self.data.geom_xpos[self._core, :2].copy()
 
     @property
     def success(self) -> bool:
-        """The target was held long enough, and the pillar never touched."""
+        """The target was held long enough, and the pillar's core never touched."""
         return super().success and not self.collided
 
     @property
     def failure(self) -> bool:
-        """Something else was held as long, or the pillar was touched."""
+        """Something else was held as long, or the pillar's core was touched."""
         return self.collided or super().failure
 
 
@@ -241,6 +246,17 @@ def expert(sim: Tabletop) -> Float[np.ndarray, "3"]:
     share = gantry.ramp(before, -0.004, 0.012)
     share *= 1 - near * gantry.ramp(beside, DETOUR - 0.012, DETOUR + 0.02)
     return gantry.reach(sim, share * (waypoint - tip) * 2 + (1 - share) * (goal - tip))
+
+
+def _name_by_colour(colours: list[str], named: int, num_blocks: int) -> None:
+    """Repaint the object of the other kind that has the colour of the one named, if there is one.
+
+    `relation` tells whether kinds and colours are read together.
+    """
+    blocks, cups = slice(None, num_blocks), slice(num_blocks, None)
+    others = cups if named < num_blocks else blocks
+    free = [name for name in turntable_scene.COLOURS if name not in colours[others]]
+    colours[others] = [free[0] if name == colours[named] else name for name in colours[others]]
 
 
 def _related(
