@@ -110,7 +110,7 @@ def modes() -> Claim:
         name="modes",
         question="Where an expert passes a pillar left or right by a coin, do one-step plans fail, "
         "and which students keep both ways?",
-        says="Ours: the mean of the two ways touches the pillar, so few steps must fail; students "
+        says="Ours: the mean of the two ways hits the core, so few steps must fail; students "
         "by the task loss alone lose the ways of their teacher, and reflow keeps them in one step.",
         variants=tuple(found.values()),
         columns=(*success.values(), *touched.values(), *apart.values(), *spread.values()),
