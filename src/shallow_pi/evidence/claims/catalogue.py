@@ -31,6 +31,7 @@ MT10 = (
 
 
 def _instrument() -> Claim:
+    whole = Column("six tasks", rows.SUITE)
     by_task = [Column(task, rows.SUITE, task=task) for task in rows.TASKS]
     ten, one = Column("around, 10 steps", rows.around(10)), Column("around, 1 step", rows.around(1))
     # Tasks of which 83 episodes do not tell enough: touch and clutter for the teacher alone.
@@ -40,7 +41,7 @@ def _instrument() -> Claim:
     relation = alone["relation"] = Column("relation, 500", rows.RELATION)
     top, two, cut = rows.TEACHER_ROW, rows.TWO_ROW, rows.UNTRAINED_ROW
     variants = (Variant("expert", (recipes.EXPERT,)), top, rows.STUDENT_ROW, two, cut)
-    columns = (ten, one, *by_task, *alone.values())
+    columns = (ten, one, whole, *by_task, *alone.values())
     return Claim(
         name="instrument",
         question="Do the tasks tell policies apart?",
@@ -67,7 +68,7 @@ def _instrument() -> Claim:
             ),
             *(
                 Statement(f"cut and not trained, at most 5 % of {c.label}", cut.at(c), at_most=0.05)
-                for c in (ten, relation)
+                for c in (ten, whole, relation)
             ),
         ),
         pictures=(
