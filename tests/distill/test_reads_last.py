@@ -37,6 +37,7 @@ def _spec(teacher, kept, backbone, expert):
     )
 
 
+@pytest.mark.slow
 def test_every_expert_layer_reads_the_state_behind_all_backbone_layers(teacher, tiny_observation):
     made, params = teacher
     observation = tiny_observation(made)
@@ -59,6 +60,7 @@ def test_every_expert_layer_reads_the_state_behind_all_backbone_layers(teacher, 
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_its_student_is_trained_by_three_losses(teacher, tiny_batch):
     made, params = teacher
     spec = _spec(made, (0, 2, 4), 2, 1)
