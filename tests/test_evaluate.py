@@ -202,7 +202,9 @@ def test_a_checkpoint_of_another_robot_is_refused_before_it_is_loaded(
     late = ("--late-ms", "45", "--execute-steps", "4")
     evaluate.main((f"tiny={step}", "--sim", "turntable", *SMALL, *out, *late))
     report = json.loads((tmp_path / "results" / "report.json").read_text())
-    assert report["policies"]["tiny"]["settings"]["late_steps"] == 1, "45 ms are one step at 20 Hz"
+    settings = report["policies"]["tiny"]["settings"]
+    assert settings["late_steps"] == 1, "45 ms are one step at 20 Hz"
+    assert settings["parameters"] == weights.digest(step)
     said = failing(f"tiny={step}", "--sim", "turntable", *SMALL, *out, "--execute-steps", "6")
     assert "plans 5 actions: --execute-steps 6" in said
 

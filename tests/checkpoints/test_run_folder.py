@@ -135,3 +135,10 @@ def test_a_run_that_would_be_saved_unreadable_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"Orbax cannot read .*: 'sweep \[lr=1e-4\]' has"):
         run_folder.prepare(folder, resume=False, overwrite=False)
     assert not folder.parent.exists()
+
+
+def test_a_text_that_cannot_be_written_leaves_nothing_behind(tmp_path):
+    (tmp_path / "settings.json").mkdir()
+    with pytest.raises(run_folder.WriteError, match="cannot be written"):
+        run_folder.write_text(tmp_path / "settings.json", "{}")
+    assert [path.name for path in tmp_path.iterdir()] == ["settings.json"]

@@ -284,3 +284,20 @@ def test_a_run_of_lerobots_is_told_its_checkpoint(tmp_path):
     (tmp_path / "checkpoints" / "last").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"run of LeRobot's: name .*/checkpoints/last"):
         weights.stored_params(tmp_path)
+
+
+def test_parameters_written_anew_have_another_digest(saved, tmp_path):
+    tree = _tree()
+    tree["action_in_proj"]["bias"] = tree["action_in_proj"]["bias"] + 1
+    weights.save_params(tmp_path / "100" / "params", tree)
+    assert weights.digest(saved) == weights.digest(saved / "params")
+    assert weights.digest(tmp_path / "100") != weights.digest(saved)
+
+
+def test_the_digest_of_a_large_file_is_of_pieces_of_it(tmp_path):
+    content, found = bytearray(weights.SAMPLES * weights.SAMPLE * 4), []
+    for place in (0, 1, len(content) // 2, len(content) - 1):
+        content[place] = 1
+        (tmp_path / "model.safetensors").write_bytes(content)
+        found.append(weights.digest(tmp_path))
+    assert len(set(found)) == 3, "the last byte is in no piece"

@@ -82,6 +82,17 @@ def test_baselines_differ_from_the_student_in_loss_and_start_alone(tmp_path):
                 assert getattr(baseline, field.name) == getattr(experiment, field.name), field.name
 
 
+def test_episodes_of_what_a_resumed_run_may_change_are_told_apart(tmp_path):
+    experiment = _small("pi0_turntable", tmp_path)
+    safe = {name for name in config.SAFE_TO_CHANGE if name.startswith("closed_loop.")}
+    # The others add episodes or policies, and change none.
+    assert safe - {f"closed_loop.{name}" for name in ("baselines", "episodes", "harder")} == {
+        "closed_loop.num_steps"
+    }
+    tasks = [dataclasses.replace(experiment.closed_loop, num_steps=n) for n in (0, 1, 2)]
+    assert len({study.episodes_name(experiment, task) for task in tasks}) == 3
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -185,8 +185,12 @@ def write_text(path: pathlib.Path, text: str, advice: str = RESUME) -> None:
     """Write a file of a run atomically; `advice` is for a file that cannot be written."""
     partial = path.with_name(f"{path.name}.partial")
     with writing(path, advice):
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        try:
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(path)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
 
 
 def save_config(folder: str | os.PathLike[str], config: Mapping[str, object]) -> None:

@@ -9,6 +9,7 @@ path; each shard goes straight to its device.
 """
 
 import glob
+import hashlib
 import math
 import os
 import pathlib
@@ -28,6 +29,8 @@ from shallow_pi.models import parameters
 
 # Host memory for reading a checkpoint, in 10⁹ bytes; a larger parameter is read alone.
 HOST_GB = 2
+# Pieces of a large file that `digest` reads, and bytes of each.
+SAMPLES, SAMPLE = 16, 65_536
 # Where TensorStore says which array it could not read.
 _UNREAD = re.compile(r'"([^"]+)/[^"/]*" in OCDBT database')
 # A parameter, or its shape.
@@ -263,6 +266,25 @@ def params_folder(path: str | os.PathLike[str]) -> pathlib.Path:
             )
         raise ValueError(f"{folder} holds no parameters (no _METADATA in it); {advice}")
     return folder
+
+
+def digest(path: str | os.PathLike[str]) -> str:
+    """A short hash that tells the parameters in a folder from others that were there before.
+
+    It reads whole files up to 1 MiB, and pieces of larger ones.
+    """
+    single = safetensors_file.find(path)
+    folder = params_folder(path) if single is None else single.parent
+    inside = folder.rglob("*") if single is None else folder.glob("*.safetensors")
+    found = hashlib.sha256()
+    for file in sorted(one for one in inside if one.is_file()):
+        size = file.stat().st_size
+        found.update(f"{file.relative_to(folder)} {size} ".encode())
+        with file.open("rb") as opened:
+            for start in range(0, size, max(SAMPLE, size // SAMPLES)):
+                opened.seek(start)
+                found.update(opened.read(SAMPLE))
+    return found.hexdigest()[:10]
 
 
 def _stored(folder: pathlib.Path) -> PyTree:

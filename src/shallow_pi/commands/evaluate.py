@@ -31,7 +31,7 @@ from typing import Annotated
 import tyro
 
 from shallow_pi import flags, progress
-from shallow_pi.checkpoints import run_folder
+from shallow_pi.checkpoints import run_folder, weights
 from shallow_pi.commands import exits, policy_arguments
 from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.data.robots import normalize
@@ -211,7 +211,11 @@ def _entrant(
         assets = policy_assets.load(step)
         simulator.check_robot(suite, assets.robot, f"evaluate it on another --sim than {given.sim}")
         check(given.policy.action_horizon or assets.model.action_horizon)
-    origin = {"source": str(step), **_set_options(given.policy)}
+    origin = {
+        "source": str(step),
+        comparison.PARAMETERS: weights.digest(step),
+        **_set_options(given.policy),
+    }
 
     def load() -> policies.Policy:
         loaded = given.policy.load(str(step), robot=None if is_ours else suite.robot)

@@ -21,6 +21,8 @@ from shallow_pi.sims import simulator, workers
 from shallow_pi.speed import latency
 
 SETTINGS, EPISODES, FILMS = "settings.json", "episodes", "films"
+# A policy's setting that tells trainings in one folder apart (`weights.digest`).
+PARAMETERS = "parameters"
 # What to do when a file cannot be written.
 ADVICE = "repeat the command, or give another --output"
 # A film's frames a second at most; GIFs are large.
@@ -92,14 +94,20 @@ def prepare(
     found = _settings(folder)
     if found["policies"]:
         differing = [
-            f"{name} {found[name]} (asked for: {value})"
+            f"{name} {found.get(name)} (asked for: {value})"
             for name, value in course.settings().items()
-            if found[name] != value
+            if found.get(name) != value
         ]
         for entrant in entrants:
             before, now = found["policies"].get(entrant.label), _plain(entrant.settings())
             if before not in (None, now):
                 changed = {k for k in before.keys() | now.keys() if before.get(k) != now.get(k)}
+                if PARAMETERS in changed and PARAMETERS not in before:
+                    changed.remove(PARAMETERS)
+                    progress.say(
+                        f"{folder} does not say which parameters {entrant.label} had: its results "
+                        "are taken for those of the present ones; --overwrite starts anew"
+                    )
                 differing += [
                     f"{entrant.label}'s {key} {before.get(key)} (asked for: {now.get(key)})"
                     for key in sorted(changed)
@@ -200,9 +208,17 @@ def _run(
             if isinstance(policy, served.Served):
                 policy.close()
             del policy  # Two large ones may not fit on the device.
+            found = in_order(found, settings)
             write(folder, course, settings, found)
     show(course, found)
     return found
+
+
+def in_order(
+    found: Mapping[str, rollout.Evaluation], settings: Mapping[str, object]
+) -> dict[str, rollout.Evaluation]:
+    """The evaluations in the order in which their policies joined, whichever ended last."""
+    return {label: found[label] for label in settings if label in found}
 
 
 def _path(folder: pathlib.Path, label: str) -> pathlib.Path:

@@ -73,14 +73,14 @@ def evaluate(
       execute_steps: actions executed of a chunk before the next is asked for.
       seed: of the first episode.
       folder: keeps the episodes of each evaluation.
-      name: a part of the files' names that changes with the policies.
+      name: a part of the files' names that changes with the policies and their integration steps.
       episodes: for each policy and column.
     """
     found = []
     for column in columns(measured.median_ms):
         evaluations = {}
         for policy in PAPER_MS:
-            steps = column.steps(policy, suite.robot.fps)
+            steps = column.steps(policy, suite.control_hz)
             label = f"{policy} {steps} steps late {column.executor}"
             evaluations[policy] = rollout.evaluate(
                 suite.make,

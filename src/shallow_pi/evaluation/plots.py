@@ -102,8 +102,10 @@ def _plain_ticks(axis: figures.Axes) -> None:
 
 
 def _series(rows: Rows, key: str) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
+    """Steps and values that are finite."""
     points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
     table = np.asarray(points, float).reshape(-1, 2)
+    table = table[np.isfinite(table[:, 1])]
     return table[:, 0], table[:, 1]
 
 
@@ -208,7 +210,10 @@ def _caption(recording: rollout.Recording) -> str:
 
 
 def animation(path: pathlib.Path, recording: rollout.Recording, side: int = 240) -> None:
-    """The episode in real time as a GIF, cameras side by side over the prompt and the clock."""
+    """The episode in real time as a GIF, cameras side by side over the prompt and the clock.
+
+    The file is there once it is whole.
+    """
     font = ImageFont.load_default(size=13)
     pictures = []
     for index, time in enumerate(recording.times):
@@ -231,9 +236,17 @@ def animation(path: pathlib.Path, recording: rollout.Recording, side: int = 240)
     gaps = np.diff(recording.times) if len(pictures) > 1 else np.zeros(0)
     durations = [max(10 * math.floor(100 * gap + 0.5), 20) for gap in gaps]
     durations.append(1500)
+    partial = path.with_name(f"{path.name}.partial")
     pictures[0].save(
-        path, save_all=True, append_images=pictures[1:], duration=durations, loop=0, optimize=True
+        partial,
+        "GIF",
+        save_all=True,
+        append_images=pictures[1:],
+        duration=durations,
+        loop=0,
+        optimize=True,
     )
+    partial.replace(path)
 
 
 def _enlarge(frame: UInt8[np.ndarray, "h w 3"], side: int) -> Image.Image:

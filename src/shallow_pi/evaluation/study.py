@@ -220,6 +220,15 @@ def _with_data(
     return dataclasses.replace(experiment, data=data)
 
 
+def episodes_name(experiment: config.DistillConfig, task: config.ClosedLoopConfig) -> str:
+    """The end of the names of files of episodes.
+
+    It tells apart the episodes of what a resumed run may change (`config.SAFE_TO_CHANGE`).
+    """
+    steps = f"-in-{task.num_steps}" if task.num_steps else ""
+    return f"{experiment.num_train_steps}{steps}"
+
+
 def _measure(
     opened: runs.Run,
     task: config.ClosedLoopConfig,
@@ -234,20 +243,21 @@ def _measure(
         acting["expert"] = policies.Scripted(expert)
     acting |= {name: policies.Trained(policy) for name, policy in tested.items()}
 
+    name = episodes_name(experiment, task)
     scenes = {"": suite} | simulator.harder(suite, task.set_harder())
     found: dict[str, dict[str, rollout.Evaluation]] = {}
     with stages.timed("evaluation"):
         for scene, variant in scenes.items():
             found[scene] = {}
-            for name, policy in acting.items():
-                label = f"{name} {scene}".strip()
-                file = f"{label.replace(' ', '-')}-{experiment.num_train_steps}.jsonl"
-                found[scene][name] = rollout.evaluate(
+            for role, policy in acting.items():
+                label = f"{role} {scene}".strip()
+                file = f"{label.replace(' ', '-')}-{name}.jsonl"
+                found[scene][role] = rollout.evaluate(
                     variant.make,
                     policy,
                     episodes=task.episodes,
                     seed=task.eval_seed,
-                    execute_steps=1 if name == "expert" else task.execute_steps,
+                    execute_steps=1 if role == "expert" else task.execute_steps,
                     label=label,
                     path=folder / run_folder.EVALUATIONS / file,
                 )
@@ -262,18 +272,18 @@ def _measure(
     measured, late = None, []
     if "student" in tested:
         with stages.timed("latency"):
-            pair = {name: tested[name] for name in ("teacher", "student")}
+            pair = {role: tested[role] for role in ("teacher", "student")}
             measured = policies.measure_latency(pair, suite.make())
         if (world := simulator.moving(suite)) is not None:
             with stages.timed("late plans"):
                 late = late_plans.evaluate(
                     world,
-                    {name: acting[name] for name in pair},
+                    {role: acting[role] for role in pair},
                     measured,
                     execute_steps=task.execute_steps,
                     seed=task.eval_seed,
                     folder=folder / run_folder.EVALUATIONS,
-                    name=str(experiment.num_train_steps),
+                    name=name,
                     episodes=min(task.episodes, late_plans.EPISODES),
                 )
     outcome = dataclasses.replace(

@@ -1,0 +1,36 @@
+"""A folder of results belongs to its settings, and holds policies in the order they joined."""
+
+import pytest
+
+from shallow_pi.evaluation import comparison, rollout
+from shallow_pi.sims import turntable
+
+
+def _prepare(folder, **origin):
+    """Settings of one policy of which there are results."""
+    course = comparison.Course("turntable", {}, turntable.Suite(), 2, 0, 1, 1)
+    entrant = comparison.Entrant("one", origin, 5, rollout.AT_ONCE, lambda: None)
+    found = comparison.prepare(folder, course, [entrant])
+    (folder / comparison.EPISODES).mkdir(exist_ok=True)
+    (folder / comparison.EPISODES / "one.jsonl").write_text("{}\n")
+    return found["one"]
+
+
+def test_results_of_another_training_in_the_same_folder_are_not_mixed(tmp_path):
+    _prepare(tmp_path, source="run/3", parameters="a")
+    with pytest.raises(ValueError, match=r"other settings: one's parameters a \(asked for: b\)"):
+        _prepare(tmp_path, source="run/3", parameters="b")
+
+
+def test_results_from_before_parameters_were_told_apart_are_gone_on_with(tmp_path):
+    _prepare(tmp_path, source="run/3")
+    assert _prepare(tmp_path, source="run/3", parameters="b")["parameters"] == "b"
+    with pytest.raises(ValueError, match="one's source run/3"):
+        _prepare(tmp_path, source="run/4", parameters="b")
+
+
+def test_policies_stand_in_the_order_in_which_they_joined():
+    found = comparison.in_order(
+        {"second": 2, "first": 1}, {"first": {}, "absent": {}, "second": {}}
+    )
+    assert list(found) == ["first", "second"]
