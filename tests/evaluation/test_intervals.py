@@ -131,9 +131,10 @@ def test_one_seed_gives_the_t_interval_of_its_episodes():
     assert (found.mean, found.low, found.high) == pytest.approx((3.0, 3 - half, 3 + half), abs=1e-4)
 
 
-def test_seeds_that_differ_alike_in_every_episode_give_the_t_interval_of_the_seeds():
+@pytest.mark.parametrize("episodes", [50, 3])
+def test_seeds_that_differ_alike_in_every_episode_give_the_t_interval_of_the_seeds(episodes):
     # outcome = seed's effect alone: n episodes add nothing, three numbers remain.
-    values = np.repeat([[0.2], [0.5], [0.8]], 50, axis=1)
+    values = np.repeat([[0.2], [0.5], [0.8]], episodes, axis=1)
     found = intervals.over_seeds(values)
     half = 4.30265 * 0.3 / math.sqrt(3)
     assert (found.low, found.high) == pytest.approx((0.5 - half, 0.5 + half), abs=1e-4)

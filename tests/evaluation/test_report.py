@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import math
 import sys
 
 import numpy as np
@@ -220,6 +221,17 @@ def test_animation_keeps_the_pixels_and_the_time_of_the_episode(full, tmp_path):
     assert durations == [50] * 10 + [1500]
 
 
+def test_an_interrupted_animation_leaves_no_half_film(full, tmp_path, monkeypatch):
+    def interrupted(self, path, *_, **__):
+        path.write_bytes(b"GIF89a")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Image.Image, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        plots.animation(tmp_path / "episode.gif", full.recording)
+    assert not (tmp_path / "episode.gif").exists()
+
+
 def test_curves_without_a_known_loss_are_left_out(tmp_path):
     rows = [{"step": 0, "speed": 1.0, "task_loss": None}]
     bare = report.Report("x", {}, curves={"student": rows})
@@ -355,6 +367,16 @@ def test_the_bare_cut_is_compared_but_never_the_best(trained):
     assert found["best"]["step"] == 20
     only = dataclasses.replace(trained, curves={"student": rows[:1]})
     assert report.contents(only)["validation"] == {}
+
+
+def test_a_held_out_error_that_is_not_finite_is_reported_and_never_the_best(trained, tmp_path):
+    rows = [_row(5, math.nan, math.nan), *trained.curves["student"][1:], _row(40, math.nan, 0.2)]
+    written = report.write(tmp_path, dataclasses.replace(trained, curves={"student": rows}))
+    assert "validation.png" in {path.name for path in written}
+    found = json.loads((tmp_path / "report.json").read_text())["validation"]["student"]
+    assert found["best"]["step"] == 20
+    assert (found["last"]["step"], found["last"]["error_to_data"]) == (40, None)
+    assert "| student, last step | 40 | nan | 0.2 |" in (tmp_path / "report.md").read_text()
 
 
 def test_a_run_without_held_out_data_reports_its_losses(tmp_path):

@@ -80,6 +80,13 @@ def test_the_cells_with_most_seeds_count():
     assert factorial.effects(_table({(6, 0, 2): [1, 1, 1, 1]})) == []
 
 
+def test_cells_of_other_training_seeds_are_no_pair():
+    apart = {key: WHOLE[key] for key in ((6, 0, 2), (4, 1, 2), (6, 1, 1), (4, 1, 1))}
+    found = {effect.cuts: effect for effect in factorial.effects(_table(apart))}
+    assert found[(0, "4"),].count == 1, "in one step, and not the first seed with the second"
+    assert found[(0, "4"),].found.mean == pytest.approx((1 - 3) / 4)
+
+
 def test_the_frontier_is_what_nothing_cheaper_exceeds():
     points = {("a", ""): (3, 0.5), ("b", ""): (1, 0.2), ("c", ""): (2, 0.1), ("d", ""): (3, 0.9)}
     assert factorial.frontier(points) == [("b", ""), ("d", "")]

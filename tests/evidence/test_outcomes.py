@@ -21,7 +21,11 @@ def _table(outcomes_by_policy, statements=()):
         name="made up",
         question="",
         says="",
-        variants=(Variant("one", ("one",)), Variant("three", ("a", "b", "c"))),
+        variants=(
+            Variant("one", ("one",)),
+            Variant("three", ("a", "b", "c")),
+            Variant("others", ("x", "y", "z")),
+        ),
         columns=(ALL, TOUCH),
         statements=statements,
         pictures=(),
@@ -47,6 +51,18 @@ def test_seeds_are_compared_in_the_episodes_that_all_met():
     # Episodes 0 to 2: a 2 of 3, b 1 of 3, one 0; c is not there.
     assert (found.mean, found.seeds, found.episodes) == (pytest.approx(0.5), 2, 3)
     assert table.difference(("one", "all"), ("three", "all")).mean == pytest.approx(-0.5)
+
+
+def test_policies_of_one_training_seed_are_compared_with_each_other():
+    # The second seed of one row and the third of the other are not measured.
+    table = _table({"a": [1, 1], "c": [0, 0], "x": [1, 0], "y": [1, 1]})
+    sides = ("three", "all"), ("others", "all")
+    found = table.difference(*sides)
+    assert (found.mean, found.seeds) == (0.5, 1), "a with x, and not c with y"
+    both = table.combination(dict(zip(sides, (1.0, -1.0), strict=True)))
+    assert (both.mean, both.seeds) == (0.5, 1)
+    apart = _table({"a": [1, 1], "y": [1, 0]})
+    assert apart.difference(*sides) is None
 
 
 @pytest.mark.parametrize(

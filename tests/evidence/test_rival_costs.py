@@ -2,7 +2,8 @@
 
 import json
 
-from shallow_pi.evidence import outcomes, rival_costs
+from shallow_pi.evaluation.rivals import costs
+from shallow_pi.evidence import miniature, outcomes, rival_costs
 from shallow_pi.evidence.claims import catalogue, cells, rows
 
 CLAIM = catalogue.CLAIMS["rivals"]
@@ -27,6 +28,22 @@ def test_costs_stand_by_the_rows_that_have_them(tmp_path):
     assert list(rival_costs.lines(CLAIM, tmp_path))[-1] == f"| {labels[-1]} | 4 | 1.50 | 2.50 |"
     assert rival_costs.read(catalogue.CLAIMS["late"], tmp_path) == {}
     rival_costs.ensure([CLAIM], tmp_path / "none", tmp_path)  # Nothing is measured again.
+
+
+def test_a_row_more_has_all_costs_measured_again(tmp_path, monkeypatch):
+    asked = []
+
+    def measured(model, params, names):
+        asked.append(names)
+        return [costs.Cost(name, 1, 1, 1.0, 1.0, "cpu") for name in names]
+
+    monkeypatch.setattr(costs, "measure", measured)  # It compiles all rivals, for minutes.
+    miniature.make_policies([rows.TEACHER], tmp_path / "runs")
+    _write(tmp_path)
+    for _ in range(2):
+        rival_costs.ensure([CLAIM], tmp_path / "runs", tmp_path)
+    assert len(asked) == 1
+    assert list(rival_costs.read(CLAIM, tmp_path)) == [row.label for row in CLAIM.variants]
 
 
 def test_success_is_drawn_against_operations_where_both_are_known(tmp_path):

@@ -1,6 +1,7 @@
 """Policies that are missing are trained, teachers first, and come out as step folders."""
 
 import dataclasses
+import types
 
 import pytest
 
@@ -27,6 +28,20 @@ def test_missing_teachers_and_students_are_trained_once(tmp_path):
     before = (tmp_path / student.slug / training.RECIPE_FILE).stat().st_mtime_ns
     training.ensure([student, teacher], model, suite, tmp_path, 1)
     assert (tmp_path / student.slug / training.RECIPE_FILE).stat().st_mtime_ns == before
+
+
+def test_a_teacher_is_there_once_its_layers_are_measured(own, tiny_params, tmp_path, monkeypatch):
+    recipe = dataclasses.replace(recipes.TEACHER, depth=own.model.depth)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "measure_layers", interrupted)
+    trained = [(recipe, tiny_params(own.model), {})]
+    programs = types.SimpleNamespace(model=own.model, train=lambda *_, **__: iter(trained))
+    with pytest.raises(KeyboardInterrupt):
+        training.teach([recipe], own, None, tmp_path, programs)
+    assert training.missing([recipe], tmp_path) == [recipe]
 
 
 def test_every_trained_policy_of_a_claim_has_its_recipe_and_a_config_of_its_suite():

@@ -100,6 +100,20 @@ class Arguments:
             raise ValueError(f"expected claims of {known}{got}")
         return [catalogue.CLAIMS[name] for name in wanted]
 
+    def names(self) -> re.Pattern[str]:
+        """The pattern of names.
+
+        Raises:
+          ValueError: no regular expression.
+        """
+        try:
+            return re.compile(self.only)
+        except re.error as error:
+            raise ValueError(
+                f"--only: expected a regular expression, got {self.only!r} ({error}); write \\ "
+                "before a character that stands for itself"
+            ) from error
+
     def share(self) -> tuple[int, int]:
         """The part as (index from 0, number of parts).
 
@@ -120,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if given.list:
             show(given)
             return
-        chosen, (index, parts) = given.chosen(), given.share()
+        chosen, (index, parts), names = given.chosen(), given.share(), given.names()
         if given.episodes < 0 or given.workers < 1:
             raise ValueError(
                 f"expected --episodes of at least 0 and --workers of at least 1, got "
@@ -141,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             train([rows.RECIPES[slug] for slug in slugs], given)
         if given.episodes:
             wanted = [cell for claim in chosen for cell in claim.cells()]
-            wanted = [cell for cell in wanted if re.search(given.only, cell.name)]
+            wanted = [cell for cell in wanted if names.search(cell.name)]
             measure(list(dict.fromkeys(wanted))[index::parts], given)
         if given.page:
             written = page.write(

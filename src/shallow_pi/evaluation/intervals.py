@@ -142,11 +142,11 @@ def over_seeds(values: Float[np.ndarray, "seeds episodes"]) -> Mean:
     seed = n * float(np.sum((by_seed - mean) ** 2)) / (k - 1)
     rest = float(np.sum((values - by_seed[:, None] - by_episode + mean) ** 2)) / (k - 1) / (n - 1)
     # An effect's own variance is never negative, whatever the estimate.
-    parts = {k - 1: max(seed - rest, 0.0), n - 1: max(episode - rest, 0.0)}
-    variance = (sum(parts.values()) + rest) / (k * n)
+    parts = ((k - 1, max(seed - rest, 0.0)), (n - 1, max(episode - rest, 0.0)))
+    variance = (sum(part for _, part in parts) + rest) / (k * n)
     if variance == 0:
         return Mean(mean, mean, mean, k, n)
-    squares = sum((part + rest * (part > 0)) ** 2 / degrees for degrees, part in parts.items()) + (
+    squares = sum((part + rest * (part > 0)) ** 2 / degrees for degrees, part in parts) + (
         rest**2 / ((k - 1) * (n - 1))
     )
     degrees = max((variance * k * n) ** 2 / squares, 1.0)

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import os
 import pathlib
 import platform
@@ -314,7 +315,8 @@ def write(folder: pathlib.Path, report: Report) -> list[pathlib.Path]:
     if report.evaluations:
         drawings["Success"] = ("success.png", lambda path: plots.success(path, scopes(report)))
     rows = [row for curve in curves.values() for row in curve]
-    keys = {key for row in rows for key, value in row.items() if value is not None}
+    # Everything in a row is a number.
+    keys = {key for row in rows for key, v in row.items() if v is not None and math.isfinite(v)}
     for caption, name, every, references in (
         ("Losses", "losses.png", PANELS, REFERENCES),
         ("Held-out errors", "validation.png", ERROR_PANELS, ERROR_REFERENCES),

@@ -5,6 +5,7 @@ policy the step with the lowest error and the last one, the errors by group of j
 in the robot's units, and the losses.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,9 +39,14 @@ def measured(rows: plots.Rows) -> plots.Rows:
 def best(rows: plots.Rows, criterion: str) -> plots.Row | None:
     """The row of the step with the lowest error `criterion`, which is the one that is kept.
 
-    Not step 0, which is measured for comparison and has no checkpoint.
+    Not step 0, which is measured for comparison and has no checkpoint, nor one whose error is not
+    finite.
     """
-    found = [row for row in measured(rows) if row["step"] and row.get(criterion) is not None]
+    found = [
+        row
+        for row in measured(rows)
+        if row["step"] and row.get(criterion) is not None and math.isfinite(row[criterion])
+    ]
     return min(found, key=lambda row: row[criterion], default=None)
 
 
@@ -123,11 +129,15 @@ def loss_table(curves: Mapping[str, plots.Rows]) -> list[Table]:
 
 
 def contents(curves: Mapping[str, plots.Rows], criterion: str) -> dict[str, Any]:
-    """Policy → everything measured before training, at its best and at its last measured step."""
+    """Policy → everything measured before training, at its best and at its last measured step.
 
-    def values(row: Mapping[str, object]) -> dict[str, object]:
+    None stands for a value that is not finite, as in metrics.jsonl.
+    """
+
+    def values(row: plots.Row) -> dict[str, object]:
         kept = {k.removeprefix(validation.PREFIX): v for k, v in row.items() if _is_ours(k)}
-        return {"step": row["step"], **kept}
+        finite = {k: v if v is None or math.isfinite(v) else None for k, v in kept.items()}
+        return {"step": row["step"], **finite}
 
     found = {}
     for policy, rows in curves.items():

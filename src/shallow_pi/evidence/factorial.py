@@ -17,9 +17,10 @@ import jax
 import numpy as np
 
 from shallow_pi import figures, progress
+from shallow_pi.checkpoints import run_folder
 from shallow_pi.deploy import policy as deployed
 from shallow_pi.evaluation import intervals, plots
-from shallow_pi.evidence import calibrating, outcomes, sources
+from shallow_pi.evidence import calibrating, outcomes, sources, training
 from shallow_pi.evidence.claims.claim import Claim, Side
 from shallow_pi.inference import tuning
 from shallow_pi.models import batch as batches
@@ -68,11 +69,11 @@ def _effect(table: outcomes.Table, cuts: tuple[Cut, ...]) -> Effect | None:
                 changed[i] = level if cut else changed[i]
             group[design[tuple(changed)]] = (-1.0) ** (len(cuts) - sum(made))
         groups.append(group)
-    seeds = [min(table.seeds(side) for side in group) for group in groups]
-    most = max(seeds)
+    seeds = [frozenset.intersection(*map(table.seeds, group)) for group in groups]
+    most = max(seeds, key=len)
     if not most:
         return None
-    chosen = [group for group, count in zip(groups, seeds, strict=True) if count == most]
+    chosen = [group for group, there in zip(groups, seeds, strict=True) if there == most]
     total: dict[Side, float] = {}
     for side, sign in itertools.chain.from_iterable(group.items() for group in chosen):
         total[side] = total.get(side, 0.0) + sign / len(chosen)
@@ -128,7 +129,7 @@ def ensure(chosen: Iterable[Claim], runs: pathlib.Path, results: pathlib.Path) -
             lines.append(json.dumps([*side, *dataclasses.astuple(cost)]))
         results.mkdir(parents=True, exist_ok=True)
         path = results / FILE.format(claim=claim.name)
-        path.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
+        run_folder.write_text(path, "[\n" + ",\n".join(lines) + "\n]\n", training.AGAIN)
 
 
 def _call(policy: deployed.Policy) -> Callable[[], jax.Array]:

@@ -1,12 +1,13 @@
 """From lines of results to numbers: means, paired differences and decisions, with their intervals.
 
 A row's outcomes are a table of training seeds × episodes; its interval counts both as drawn at
-random (`intervals.over_seeds`). Two rows are compared in the episodes that both met, seed by seed;
-one that has a single policy (the teacher) meets every seed of the other.
+random (`intervals.over_seeds`). Two rows are compared in the episodes that both met, seed by seed,
+by the training seeds that both have; one of a single policy (the teacher) meets every seed of the
+other.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -34,10 +35,10 @@ class Table:
     def _column(self, label: str) -> Column:
         return next(column for column in self.claim.columns if column.label == label)
 
-    def _measured(self, side: Side) -> list[dict[int, float]]:
-        """Of each policy of the row that was measured at all: outcome by episode."""
-        column, found = self._column(side[1]), []
-        for policy in self._row(side[0]).policies:
+    def _measured(self, side: Side) -> dict[int, dict[int, float]]:
+        """Outcome by episode of each policy that was measured at all, by its place in the row."""
+        column, found = self._column(side[1]), {}
+        for place, policy in enumerate(self._row(side[0]).policies):
             cell = cells.Cell(policy, column.situation, column.kind)
             rows, tasks = self.results.rows.get(cell, {}), self.results.tasks.get(cell, {})
             outcomes = {
@@ -46,12 +47,12 @@ class Table:
                 if column.task in ("", tasks[seed])
             }
             if outcomes:
-                found.append(outcomes)
+                found[place] = outcomes
         return found
 
     def mean(self, side: Side) -> intervals.Mean | None:
         """Of a row in a column; None where nothing was measured."""
-        values = _matrix(self._measured(side))
+        values = _matrix([*self._measured(side).values()])
         if values is None:
             return None
         rate = self._column(side[1]).is_rate
@@ -60,38 +61,31 @@ class Table:
     def difference(self, a: Side, b: Side) -> intervals.Mean | None:
         """`a` − `b`, paired; None where one of them was not measured."""
         first, second = self._measured(a), self._measured(b)
-        if not first or not second:
-            return None
-        count = max(len(first), len(second))
         # A row that has one policy, not one of which one seed was measured so far.
-        if len(self._row(a[0]).policies) == 1:
-            first = first * count
-        elif len(self._row(b[0]).policies) == 1:
-            second = second * count
-        shared = min(len(first), len(second))
-        table = _matrix([*first[:shared], *second[:shared]])
-        if table is None:
+        if first and len(self._row(a[0]).policies) == 1:
+            first = dict.fromkeys(second, first[0])
+        elif second and len(self._row(b[0]).policies) == 1:
+            second = dict.fromkeys(first, second[0])
+        tables = _paired([first, second])
+        if tables is None:
             return None
-        found = intervals.over_seeds(table[:shared] - table[shared:])
+        found = intervals.over_seeds(tables[0] - tables[1])
         if self._column(a[1]).is_rate:  # Two rates differ by no more than 1.
             found = dataclasses.replace(found, low=max(found.low, -1.0), high=min(found.high, 1.0))
         return found
 
-    def seeds(self, side: Side) -> int:
-        """Training seeds of a row that were measured in a column."""
-        return len(self._measured(side))
+    def seeds(self, side: Side) -> frozenset[int]:
+        """Training seeds of a row, by their places, that were measured in a column."""
+        return frozenset(self._measured(side))
 
     def combination(self, parts: Mapping[Side, float]) -> intervals.Mean | None:
         """A sum of rows in columns, each times its number, seed by seed and episode by episode.
 
-        As many seeds count as every one of them has; None where one was not measured.
+        Those seeds count that every one of them has; None if there is none.
         """
-        measured = [self._measured(side) for side in parts]
-        shared = min(map(len, measured), default=0)
-        flat = _matrix([outcomes for found in measured for outcomes in found[:shared]])
-        if flat is None:
+        stacked = _paired([self._measured(side) for side in parts])
+        if stacked is None:
             return None
-        stacked = flat.reshape(len(parts), shared, -1)
         return intervals.over_seeds(np.tensordot(np.array([*parts.values()]), stacked, 1))
 
     def decide(self, statement: Statement) -> tuple[Verdict, intervals.Mean | None]:
@@ -108,6 +102,15 @@ class Table:
             assert statement.at_most is not None, "one of the bounds is given"
             holds, fails = found.high <= statement.at_most, found.low > statement.at_most
         return ("shown" if holds else "refuted" if fails else "open"), found
+
+
+def _paired(
+    rows: Sequence[Mapping[int, dict[int, float]]],
+) -> Float[np.ndarray, "rows seeds episodes"] | None:
+    """Outcomes of several rows by the training seeds and in the episodes that all of them have."""
+    seeds = sorted(set.intersection(*map(set, rows))) if rows else []
+    flat = _matrix([row[seed] for row in rows for seed in seeds])
+    return None if flat is None else flat.reshape(len(rows), len(seeds), -1)
 
 
 def _matrix(measured: list[dict[int, float]]) -> Float[np.ndarray, "seeds episodes"] | None:

@@ -1,8 +1,8 @@
 """Scores of a teacher's layers over the denoising steps, for untrained cuts and pictures.
 
 `similarity` is the mean cosine between input and output of a layer, `sensitivity` the rise of the
-velocity error when it alone is skipped (`layer_scores`), both along the teacher's own paths from
-noise to its plans at held-out observations. The backbone sees neither noise nor time, so the
+velocity error when it alone is skipped (`layer_scores`), both on the straight lines from noise to
+the teacher's plans at held-out observations. The backbone sees neither noise nor time, so the
 action expert's similarity, which alone changes on the way, is kept apart as well.
 """
 
@@ -16,9 +16,10 @@ import numpy as np
 from jaxtyping import Array
 
 from shallow_pi import progress
+from shallow_pi.checkpoints import run_folder
 from shallow_pi.distill import layer_scores
 from shallow_pi.evaluation import policies
-from shallow_pi.evidence import running, sources
+from shallow_pi.evidence import running, sources, training
 from shallow_pi.evidence.claims import cells, recipes
 from shallow_pi.models import pi0
 from shallow_pi.sims import tabletop
@@ -35,7 +36,7 @@ def ensure(slugs: Sequence[str], runs: pathlib.Path, results: pathlib.Path) -> N
         found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         if not {"similarity_by_step", "sensitivity_by_step"} <= set(found):
             found = measure(base, runs) | found
-            path.write_text(json.dumps(found) + "\n", encoding="utf-8")
+            run_folder.write_text(path, json.dumps(found) + "\n", training.AGAIN)
         results.mkdir(parents=True, exist_ok=True)
         (results / recipes.SCORES_FILE).write_bytes(path.read_bytes())
 

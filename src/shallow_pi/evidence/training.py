@@ -27,6 +27,8 @@ from shallow_pi.models import pi0
 from shallow_pi.sims import demonstrations, simulator
 
 RECIPE_FILE = "recipe.json"
+# What to do when a file cannot be written.
+AGAIN = "give the same command again"
 # Among the step folders: the states of trainings that are not done.
 UNFINISHED = "unfinished"
 # Seeds of the expert's episodes: a student sees other scenes than its teacher did.
@@ -46,11 +48,12 @@ def save(
     params: PyTree,
     assets: policy_assets.Assets,
     metrics: Mapping[str, float],
+    scores: Mapping[str, np.ndarray] | None = None,
 ) -> None:
     """Write a policy's step folder; the recipe is written last, so that a folder with it is whole.
 
     An earlier folder without it is the rest of an interrupted save, and is replaced. `assets` have
-    the policy's model.
+    the policy's model; `scores`, of a teacher, are those of its layers.
     """
     folder = runs / recipe.slug
     if folder.exists() and not (folder / RECIPE_FILE).is_file():
@@ -58,8 +61,11 @@ def save(
     weights.save_params(folder / run_folder.PARAMS, params)
     own = dataclasses.replace(assets, num_steps=recipe.num_steps)
     own.save(folder / run_folder.ASSETS)
+    if scores is not None:
+        text = json.dumps({name: list(map(float, score)) for name, score in scores.items()})
+        run_folder.write_text(folder / recipes.SCORES_FILE, text + "\n", AGAIN)
     content = {"recipe": dataclasses.asdict(recipe), "metrics": dict(metrics)}
-    (folder / RECIPE_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    run_folder.write_text(folder / RECIPE_FILE, json.dumps(content, indent=2) + "\n", AGAIN)
 
 
 def rounded(params: PyTree) -> PyTree:
@@ -86,10 +92,9 @@ def teach(
     groups = many.group(missing(wanted, runs))
     for recipe, params, metrics in programs.train(groups, data, folder=runs / UNFINISHED):
         params, model = rounded(params), many.architecture(recipe, programs.model)
-        save(runs, recipe, params, dataclasses.replace(assets, model=model), metrics)
-        found = measure_layers(model, params, data)
-        text = json.dumps({name: list(map(float, score)) for name, score in found.items()})
-        (runs / recipe.slug / recipes.SCORES_FILE).write_text(text + "\n", encoding="utf-8")
+        scores = measure_layers(model, params, data)
+        own = dataclasses.replace(assets, model=model)
+        save(runs, recipe, params, own, metrics, scores)
 
 
 def measure_layers(

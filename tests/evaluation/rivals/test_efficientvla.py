@@ -203,6 +203,12 @@ def test_operations_count_what_is_left(tiny_config):
     assert saved == steps + middle + keys_only
 
 
+def test_more_layers_than_there_are_are_refused(own, params, tiny_batch, tmp_path):
+    material = rival.Material(own, params, lambda: iter([tiny_batch(own.model)]))
+    with pytest.raises(ValueError, match="9 layers of 2 cannot stay"):
+        table.find("efficientvla:layers=9").make(material, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

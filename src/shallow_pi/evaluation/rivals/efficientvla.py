@@ -57,6 +57,8 @@ class EfficientVLA:
     def make(self, material: rival.Material, folder: pathlib.Path) -> deployed.Policy:
         """Measure the layers on the first batch, and drop the most alike."""
         model, params = material.model, material.params
+        if self.layers > model.depth:
+            raise ValueError(f"efficientvla: {self.layers} layers of {model.depth} cannot stay")
         if self.layers and self.layers < model.depth:
             scores = rival.kept(
                 folder / "similarity.json", lambda: rival.scores(material, "similarity")

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree, UInt8
 
+from shallow_pi.checkpoints import run_folder
 from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.deploy import policy as deployed
 from shallow_pi.distill import flow, layer_map, layer_scores
@@ -82,7 +83,8 @@ def kept(path: pathlib.Path, measure: Callable[[], Iterable[float]]) -> list[flo
     """Numbers of a JSON file, measured and written first where it is missing."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps([float(x) for x in measure()]) + "\n", encoding="utf-8")
+        text = json.dumps([float(x) for x in measure()]) + "\n"
+        run_folder.write_text(path, text, "give the same command again")
     return [float(x) for x in json.loads(path.read_text(encoding="utf-8"))]
 
 
