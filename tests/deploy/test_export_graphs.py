@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,9 @@ import numpy as np
 import pytest
 
 from shallow_pi.checkpoints import weights
+from shallow_pi.data.robots import assets
 from shallow_pi.deploy.export import export, tensorrt_operators
+from shallow_pi.deploy.export import student as students
 from shallow_pi.models import pi0
 
 onnx = pytest.importorskip("onnx", reason="onnx is an extra, absent beside openpi's pins")
@@ -83,6 +86,26 @@ def test_the_card_says_how_far_the_actions_are(exported):
     )
     assert "shallow-pi serve" not in card
     assert "{" not in card
+    # Those of the graphs, whatever the student was trained for.
+    assert "| integration steps | 2 |" in card
+
+
+def _student(step, dtype, scale=1.0):
+    """The student of a step folder as an export has it, its parameters multiplied by a number."""
+    own = assets.load(step)
+    params = weights.load_params(step, pi0.abstract_params(own.model), what="student")
+    own = dataclasses.replace(own, model=dataclasses.replace(own.model, dtype=dtype))
+    return students.Student(own, jax.tree.map(lambda x: scale * np.asarray(x), params), 2)
+
+
+def test_actions_that_are_no_numbers_are_refused(steps, exported, tmp_path):
+    """As a float16 graph gives them whose activations overflow, or a damaged file of weights."""
+    shutil.copytree(exported["pi0"], tmp_path / "x")
+    file = tmp_path / "x" / "weights.bin"
+    file.write_bytes(b"\xff" * file.stat().st_size)
+    student = _student(steps["pi0"], "float32")
+    with pytest.raises(ValueError, match="differ from the sampler's by nan"):
+        onnx_format.verify(tmp_path / "x", student, student)
 
 
 def test_float16_holds_its_weights_in_half_the_bytes(steps, exported, tmp_path):
@@ -95,6 +118,9 @@ def test_float16_holds_its_weights_in_half_the_bytes(steps, exported, tmp_path):
     model = onnx.load(folder / "policy.onnx", load_external_data=False)
     types = {w.data_type for w in model.graph.initializer if len(w.dims) == 2}
     assert onnx.TensorProto.FLOAT16 in types
+    other = _student(steps["pi0"], "float16", scale=0.5)
+    with pytest.raises(ValueError, match=r"where at most 0\.\d+ is allowed: give --dtype float32"):
+        onnx_format.verify(folder, other, other)
 
 
 def test_bfloat16_is_compared_in_float32_arithmetic_with_a_warning(steps, tmp_path, capsys):

@@ -219,7 +219,8 @@ def measure(
         name: prepare_other(config, params, on_host, noise, num_steps)
         for name, prepare_other in (others or {}).items()
     }
-    difference = max((_difference(whole, call) for call in ready_others.values()), default=0.0)
+    differences = [_difference(whole, call) for call in ready_others.values()]
+    difference = float(np.max(differences, initial=0.0))  # Python's max passes over a NaN.
     every = {**calls, **without, **ready_others, **in_bits}
     latency.compile_all(every)
     ready()

@@ -49,7 +49,7 @@ def text(
         f"{robot.fps:g} Hz",
         "cameras": f"{cameras}, {model.image_size} × {model.image_size}",
         "actions": f"{model.action_horizon} a chunk, model dimension {model.action_dim}",
-        "integration steps": f"{assets.num_steps}",
+        "integration steps": f"{assets.num_steps if is_policy else student.num_steps}",
         "prompt": f"{model.max_token_len} tokens"
         + (", with the state in it" if model.discrete_state_input else ""),
         "normalization": f"{assets.kind.replace('_', '-')}, statistics `{assets.asset_id}`",
