@@ -111,12 +111,17 @@ def test_lerobots_normalization_is_ours(make, tmp_path, pi05):
     ],
 )
 def test_relative_actions_are_the_robots(make, tmp_path, delta, enabled, absolute):
-    lerobot.write_pipelines(tmp_path, make(dataclasses.replace(robots.TURNTABLE, delta=delta)))
+    own = make(dataclasses.replace(robots.TURNTABLE, delta=delta))
+    lerobot.write_pipelines(tmp_path, own)
     before = _steps(tmp_path, "policy_preprocessor")["relative_actions_processor"]["config"]
     after = _steps(tmp_path, "policy_postprocessor")["absolute_actions_processor"]["config"]
     assert before["enabled"] is after["enabled"] is enabled
     assert before["exclude_joints"] == absolute
     assert before["action_names"] == ["action_000", "action_001", "action_002"]
+    # LeRobot adds the state of each control step, so that of a chunk only the first action is due.
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["chunk_size"] == own.model.action_horizon > 1
+    assert config["n_action_steps"] == (1 if enabled else own.model.action_horizon)
 
 
 def test_the_state_is_normalized_before_it_goes_into_the_prompt(make, tmp_path):

@@ -32,9 +32,14 @@ and must not load this file. With the Python of LeRobot:
     lerobot-eval --policy.path=/path/to/{folder} ...
 
 An observation has {names}.
-The plugin raises an error if the file and `config.json` do not match. LeRobot resizes pictures with
-another function than shallow_pi (Pillow), which differs by a few grey levels; send pictures of
-{size} × {size} if that matters.
+{relative}The plugin raises an error if the file and `config.json` do not match. LeRobot resizes
+pictures with another function than shallow_pi (Pillow), which differs by a few grey levels; send
+pictures of {size} × {size} if that matters.
+"""
+_RELATIVE = """\
+Actions of this robot are relative to its state. LeRobot adds the state of the moment at which it
+executes an action, not the one the action was predicted from, so `n_action_steps` is 1 here: a
+larger number would move every later action of a chunk by as far as the robot has come meanwhile.
 """
 TOKENIZER = "google/paligemma-3b-pt-224"
 STATE, ACTION, PROMPT = "observation.state", "action", "task"
@@ -76,6 +81,7 @@ def usage(folder: str, student: students.Student, origin: students.Origin) -> st
         folder=folder,
         kind=student.model.kind,
         names=_names(student.assets),
+        relative=_RELATIVE if any(student.assets.robot.delta) else "",
         size=student.model.image_size,
         type=config(student.assets)["type"],
     )
@@ -116,7 +122,8 @@ def config(assets: policy_assets.Assets) -> Json:
         "push_to_hub": False,
         "dtype": model.dtype,
         "chunk_size": model.action_horizon,
-        "n_action_steps": model.action_horizon,
+        # `_RELATIVE` gives the reason.
+        "n_action_steps": 1 if relative else model.action_horizon,
         "max_state_dim": model.action_dim,
         "max_action_dim": model.action_dim,
         "num_inference_steps": assets.num_steps,
@@ -265,4 +272,7 @@ def _names(assets: policy_assets.Assets) -> str:
     state = f"`{STATE}` ({robot.state_dim} numbers: "
     state += " then ".join(f"`{key}`" for key in robot.state_keys) + ")"
     prompt = "its prompt is always the same" if robot.prompt else "`task`"
+    if not (robot.prompt or assets.model.discrete_state_input):
+        # LeRobot replaces underscores in the prompts of π0.5 with the state alone.
+        prompt += " (with spaces for underscores, as it was trained)"
     return ", ".join([*pictures, state, prompt])
