@@ -15,6 +15,7 @@ import asyncio
 import json
 import pathlib
 import time
+import warnings
 
 import msgpack
 import numpy as np
@@ -40,6 +41,9 @@ class OnnxPolicy:
       providers: ONNX Runtime's, in order of preference; None takes all that are installed.
       prompt: the instruction for observations without one.
       seed: of the noise that `infer` draws.
+
+    Raises:
+      FileNotFoundError, ValueError: no whole export, or a provider that is not installed.
     """
 
     def __init__(self, folder, *, providers=None, prompt=None, seed=0):
@@ -52,7 +56,14 @@ class OnnxPolicy:
         self.tokenizer = sentencepiece.SentencePieceProcessor(
             model_file=str(self.folder / "assets" / "tokenizer.model")
         )
-        self._providers = providers or onnxruntime.get_available_providers()
+        there = onnxruntime.get_available_providers()
+        # ONNX Runtime itself would take the CPU instead.
+        if unknown := sorted(set(providers or ()) - set(there)):
+            raise ValueError(
+                f"--providers: ONNX Runtime has no {', '.join(unknown)} here, only "
+                f"{', '.join(there)} (GPUs need the package onnxruntime-gpu)"
+            )
+        self._asked, self._providers = providers or (), providers or there
         self._sessions, self._seed = {}, seed
         self.reset()
 
@@ -108,9 +119,14 @@ class OnnxPolicy:
     def _session(self, length):
         if length not in self._sessions:
             path = self.folder / self.export["graphs"][length]["policy"]
-            self._sessions[length] = onnxruntime.InferenceSession(
-                str(path), providers=self._providers
-            )
+            session = onnxruntime.InferenceSession(str(path), providers=self._providers)
+            used = session.get_providers()
+            if lacking := [provider for provider in self._asked if provider not in used]:
+                raise ValueError(
+                    f"--providers: {', '.join(lacking)} cannot be started here (the reason is "
+                    f"printed above); leave it out to run on {', '.join(used)}"
+                )
+            self._sessions[length] = session
         return self._sessions[length]
 
     def _inputs(self, observation):
@@ -123,7 +139,14 @@ class OnnxPolicy:
             for name in export["cameras"]
         ]
         keys = [robot["state_key"], *robot["state_more"]]
-        state = np.concatenate([np.atleast_1d(np.asarray(found[k], np.float32)) for k in keys])
+        parts = [np.atleast_1d(np.asarray(found[key], np.float32)) for key in keys]
+        sizes = robot.get("state_sizes")
+        if sizes and [len(part) for part in parts] != sizes:
+            raise ValueError(
+                f"{' + '.join(keys)} must have {' + '.join(map(str, sizes))} dimensions for robot "
+                f"{robot['name']}, got {' + '.join(str(len(part)) for part in parts)}"
+            )
+        state = np.concatenate(parts)
         if state.shape != (robot["state_dim"],):
             raise ValueError(
                 f"{' + '.join(keys)} must have {robot['state_dim']} dimensions for robot "
@@ -136,6 +159,11 @@ class OnnxPolicy:
         tokens = self._tokens(text, normalized)
         lengths = sorted(export["graphs"], key=int)
         length = next((n for n in lengths if int(n) >= len(tokens)), lengths[-1])
+        if len(tokens) > int(length):
+            warnings.warn(
+                f"the prompt has {len(tokens)} tokens, {length} fit and the rest is cut",
+                stacklevel=3,
+            )
         tokens = tokens[: int(length)]
         prompt = np.zeros((1, int(length)), np.int32)
         prompt[0, : len(tokens)] = tokens
@@ -362,14 +390,16 @@ def main():
     parser.add_argument("--prompt", help="the instruction where an observation has none")
     parser.add_argument("--providers", nargs="*", help="ONNX Runtime's, in order of preference")
     given = parser.parse_args()
+
+    def ready(port):
+        print(f"serving {given.export} at ws://{given.host}:{port}", flush=True)
+
     try:
         policy = OnnxPolicy(given.export, providers=given.providers, prompt=given.prompt)
-    except (FileNotFoundError, ValueError) as error:
+        policy.warm_up()
+        asyncio.run(serve(policy, given.host, given.port, asyncio.Event(), ready))
+    except (OSError, OverflowError, ValueError) as error:
         raise SystemExit(f"error: {error}") from error
-    policy.warm_up()
-    print(f"serving {given.export} at ws://{given.host}:{given.port}", flush=True)
-    try:
-        asyncio.run(serve(policy, given.host, given.port, asyncio.Event()))
     except KeyboardInterrupt:
         print("stopped")
 

@@ -7,6 +7,7 @@ import json
 import pathlib
 import runpy
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -150,6 +151,38 @@ def test_another_robots_observation_is_refused(exported):
         theirs.infer(found | {"observation.state": np.full(3, np.nan, np.float32)})
     with pytest.raises(ValueError, match="must be one RGB picture"):
         theirs.infer(observation(robots.TURNTABLE) | {"observation.images.base": np.zeros((4, 4))})
+
+
+def test_a_state_in_parts_of_other_sizes_is_refused(exported):
+    theirs = runner.OnnxPolicy(exported("turntable", "float32"))
+    theirs.robot = {**theirs.robot, "state_more": ["height"], "state_sizes": [2, 1]}
+    found = observation(robots.TURNTABLE) | {"observation.state": np.zeros(2), "height": 0.1}
+    assert theirs.infer(found)["actions"].shape[1] == 3
+    found |= {"observation.state": np.zeros(1), "height": np.zeros(2)}
+    with pytest.raises(ValueError, match=r"must have 2 \+ 1 dimensions for .*, got 1 \+ 2"):
+        theirs.infer(found)
+
+
+def test_a_prompt_that_does_not_fit_is_cut_with_a_warning(exported):
+    theirs = runner.OnnxPolicy(exported("turntable", "float32"))
+    found = observation(robots.TURNTABLE) | {"task": 9 * "touch the red block "}
+    with pytest.warns(UserWarning, match=r"the prompt has \d+ tokens, \d+ fit"):
+        theirs.infer(found)
+
+
+def test_what_is_mistyped_is_one_error(exported, monkeypatch):
+    """Not another provider than the one asked for, nor a traceback."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        for arguments, message in (
+            (["--providers", "CUDAExecutionProvidr"], "no CUDAExecutionProvidr here, only .*CPU"),
+            (["--port", port], "address already in use"),
+            (["--port", "99999"], "port must be 0-65535"),
+        ):
+            folder = str(exported("turntable", "float32"))
+            monkeypatch.setattr(sys, "argv", ["runner.py", folder, *arguments])
+            with pytest.raises(SystemExit, match=f"^error: .*{message}"):
+                runner.main()
 
 
 def test_a_copy_that_was_cut_short_is_refused(exported, tmp_path):
