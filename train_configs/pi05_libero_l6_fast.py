@@ -2,7 +2,7 @@
 
 uv run scripts/train_distill.py pi05_libero_l6_fast --exp-name first
 As pi05_libero_l6, with half of the image tower (and a loss on its tokens) and a quarter of the
-image tokens; predicted are 4.2 ms on an H200 and 50 on an Orin AGX, from 6.1 and 86. Integration
+image tokens; predicted are 4.2 ms on an H200 and 50 on an Orin AGX, from 6.1 and 85. Integration
 steps stay ten: docs/student_shapes.md has what each cut costs, and other budgets. Not run at full
 size yet."""
 

@@ -113,3 +113,5 @@ def test_every_config_of_openpi_is_taken_over_or_refused(monkeypatch, lerobot):
     assert all(name in reason for name, reason in refused.items())
     if lerobot:
         assert "pi0_aloha_pen_uncap" in taken
+        teacher = openpi_configs.experiment("pi0_aloha_pen_uncap").teacher.path
+        assert teacher == "gs://openpi-assets/checkpoints/pi0_aloha_pen_uncap"

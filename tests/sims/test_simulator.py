@@ -18,12 +18,21 @@ def test_a_suite_is_found_by_name_or_by_its_class():
     assert simulator.find("shallow_pi.sims.turntable:Suite", {}) == turntable.Suite()
 
 
+@dataclasses.dataclass(frozen=True)
+class Demanding(turntable.Suite):
+    """A suite with an option that has no default."""
+
+    mass: float = dataclasses.field(kw_only=True)
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
         ("turntabel", {}, r"unknown simulator 'turntabel'; there are .*did you mean 'turntable'"),
         ("nowhere:Suite", {}, "package 'nowhere' is not installed: uv pip install nowhere"),
         ("shallow_pi.sims.turntable:Sweet", {}, "expected MODULE:CLASS that can be imported"),
+        ("shallow_pi.sims.gantry:Sim", {}, "gantry:Sim is no suite; expected a dataclass of opt"),
+        (f"{__name__}:Demanding", {}, r"needs the options \['mass'\]: give each as NAME=VALUE"),
         ("turntable", {"num_cup": 3}, r"no option 'num_cup'; .*did you mean 'num_cups'"),
         ("turntable", {"num_cups": "three"}, "num_cups: expected int, got 'three'"),
         ("turntable", {"renderer": "vulkan"}, 'renderer: expected "ray" or "gl"'),

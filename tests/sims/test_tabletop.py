@@ -101,6 +101,8 @@ def test_the_pillar_may_be_brushed_but_its_core_not(sims):
             sim.step(np.array([*(beside + along * line), sim.tip[2]]))
             along += 0.004
         assert sim.collided == touched == sim.failure
+        twin = pickle.loads(pickle.dumps(sim))
+        assert (twin.failure, twin.done) == (sim.failure, sim.done)
 
 
 def test_one_object_in_the_clutter_has_the_named_colour(sims):

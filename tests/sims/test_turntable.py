@@ -242,6 +242,7 @@ def test_prompts_name_every_colour_and_noun():
         ({"num_blocks": 5}, "num_blocks: expected 1 to 4"),
         ({"clearance_mm": 0.0}, "clearance_mm: expected 0.5 to 8"),
         ({"control_hz": 0.0}, "control_hz: expected a positive"),
+        ({"max_seconds": float("nan")}, "max_seconds: expected a positive number, got nan"),
         ({"renderer": "vulkan"}, "renderer: expected"),
     ],
 )

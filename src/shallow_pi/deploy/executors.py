@@ -86,14 +86,14 @@ class ActionChunkBroker:
 class SkipLateActions:
     """Asks in the background while the last chunk is executed; skips actions that come too late.
 
-    A chunk is asked for as soon as `execute_steps` actions of the last one were given and none is
-    under way. If d actions were given between its observation and its arrival, its action d comes
-    next. The robot waits for the first chunk, and wherever a chunk is used up before the next is
-    there. An error in the background is raised by the next call.
+    A chunk is asked for `execute_steps` control steps after the last one was, or, if that one has
+    not come by then, as soon as it has. If d actions were given between its observation and its
+    arrival, its action d comes next. The robot waits for the first chunk, and wherever a chunk is
+    used up before the next is there. An error in the background is raised by the next call.
 
     Args:
       policy: predicts the chunks; called from one other thread, one chunk at a time.
-      execute_steps: actions given of a chunk before the next one is asked for.
+      execute_steps: control steps from one observation that a chunk is asked for to the next.
       control_hz: control steps a second. With it, `late_steps` (and the delay that real-time
         chunking expects) counts the time the robot waited too; actions are skipped alike.
       worker: runs the policy; None is a thread of its own, ended by `close`.
@@ -215,7 +215,7 @@ class RealTimeChunking(SkipLateActions):
 
     Args:
       policy: predicts the chunks.
-      execute_steps: actions given of a chunk before the next one is asked for.
+      execute_steps: control steps from one observation that a chunk is asked for to the next.
       delay: control steps the first chunks are expected to be late.
       remember: number of the last delays of which the largest is expected.
       options: `control_hz`, `worker` and `clock` of `SkipLateActions`.

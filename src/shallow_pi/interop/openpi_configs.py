@@ -13,8 +13,8 @@ from shallow_pi.interop import openpi, openpi_data
 from shallow_pi.models import gemma, pi0
 from shallow_pi.training import config
 
-# Names of the trained policies that openpi publishes (its README).
-PUBLISHED = ("pi05_libero", "pi05_droid", "pi0_droid", "pi0_aloha_sim")
+# Names of the trained policies that openpi publishes, among those it has recordings for.
+PUBLISHED = ("pi05_libero", "pi05_droid", "pi0_droid", "pi0_aloha_sim", "pi0_aloha_pen_uncap")
 
 
 def experiment(name: str = "") -> config.DistillConfig:

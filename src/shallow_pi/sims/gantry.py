@@ -143,7 +143,7 @@ class Options(Protocol):
 def check(options: Options) -> None:
     """Raise a ValueError for values of these fields that cannot be."""
     for name in ("control_hz", "image_size", "max_seconds"):
-        if getattr(options, name) <= 0:
+        if not getattr(options, name) > 0:  # Nor NaN.
             raise ValueError(f"{name}: expected a positive number, got {getattr(options, name)}")
     pictures.check(options.renderer)
 

@@ -177,15 +177,29 @@ def find(name: str, given: Mapping[str, object]) -> Suite:
             extra = f"uv sync --extra {entry.extra}" if entry.extra else f"uv pip install {missing}"
             advice = f"its package {missing!r} is not installed: {extra}"
         raise ValueError(f"simulator {name!r}: {advice} ({error})") from error
+    is_suite = dataclasses.is_dataclass(kind) and hasattr(kind, "make")
+    if not is_suite:
+        raise ValueError(
+            f"simulator {name!r}: {entry.suite} is no suite; expected a dataclass of options with "
+            "a method make, such as shallow_pi.sims.turntable:Suite"
+        )
     hints = typing.get_type_hints(kind)
-    fields = [field.name for field in dataclasses.fields(kind)]
+    fields = {field.name: field for field in dataclasses.fields(kind)}
     for option in given:
         if option not in fields:
             raise ValueError(
                 f"simulator {name!r} has no option {option!r}; {_known(option, fields)}"
             )
     values = {**entry.options, **given}
+    unset = [key for key, field in fields.items() if key not in values and _is_needed(field)]
+    if unset:
+        raise ValueError(f"simulator {name!r} needs the options {unset}: give each as NAME=VALUE")
     return kind(**{key: _read(key, value, hints[key]) for key, value in values.items()})
+
+
+def _is_needed(field: dataclasses.Field[object]) -> bool:
+    """The option has no default."""
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def _import_mujoco() -> None:
