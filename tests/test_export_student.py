@@ -32,9 +32,10 @@ def command(capsys):
 def test_the_packaged_policy_is_exported_and_the_folder_printed(command, tmp_path):
     target = tmp_path / "export"
     arguments = ("--format", "openpi-pytorch", "--output", target, "--num-steps", 1, "--any-size")
-    status, out, _ = command(TEACHER, *arguments)
+    status, out, err = command(TEACHER, *arguments)
     assert status == 0
     assert out == f"{target}\n"
+    assert "--num-steps 1 has no effect" in err
     assert sizes.of(weights.stored_params(target))["depth"] == 18
     assert json.loads((target / "config.json").read_text())["depth"] == 18
     status, _, err = command(TEACHER, *arguments)

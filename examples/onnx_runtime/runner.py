@@ -51,6 +51,11 @@ class OnnxPolicy:
         self.export = _read_whole(self.folder)
         assets = json.loads((self.folder / "assets" / "shallow_pi.json").read_text())
         self.robot = assets["robot_fields"]
+        if config := self.robot.get("elsewhere"):
+            raise ValueError(
+                f"the transforms of robot {self.robot['name']} are code of openpi's config "
+                f"{config}, which is not here: apply them yourself around the graphs"
+            )
         stats = self.folder / "assets" / assets["asset_id"] / "norm_stats.json"
         self.stats = json.loads(stats.read_text())["norm_stats"]
         self.tokenizer = sentencepiece.SentencePieceProcessor(

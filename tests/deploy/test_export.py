@@ -225,6 +225,18 @@ def test_the_card_says_what_it_is_and_how_to_run_it(exported, name):
     assert "unchanged" not in card
 
 
+def test_a_robot_with_openpis_own_transforms_is_exported_for_openpi_alone(own, params, tmp_path):
+    """As `--openpi.config NAME` trains it: shallow_pi and LeRobot lack its transforms."""
+    theirs = dataclasses.replace(own.robot, name="openpi:pi0_mine", elsewhere="pi0_mine")
+    weights.save_params(tmp_path / "2" / "params", params)
+    dataclasses.replace(own, robot=theirs).save(tmp_path / "2" / "assets")
+    folder = export.export(tmp_path / "2", "openpi", any_size=True, num_steps=1)
+    assert assets.load(folder).robot.elsewhere == "pi0_mine"
+    assert "shallow-pi serve --policy.dir" not in (folder / "README.md").read_text()
+    with pytest.raises(ValueError, match="openpi's config pi0_mine, which LeRobot's pipelines can"):
+        export.export(tmp_path / "2", "lerobot", any_size=True, num_steps=1)
+
+
 def test_the_last_step_of_a_run_is_exported_into_the_run(run, params, tmp_path):
     folder = tmp_path / "first"
     shutil.copytree(run, folder)

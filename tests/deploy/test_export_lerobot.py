@@ -14,7 +14,7 @@ from shallow_pi.checkpoints import safetensors_file
 from shallow_pi.checkpoints import safetensors_layout as layout
 from shallow_pi.data.robots import assets, normalize
 from shallow_pi.data.robots import robot as robots
-from shallow_pi.deploy.export import lerobot
+from shallow_pi.deploy.export import lerobot, student
 
 PLUGIN = pathlib.Path(__file__).parents[2] / "plugins/lerobot_policy_shallow_pi/src"
 PLUGIN = PLUGIN / "lerobot_policy_shallow_pi"
@@ -122,6 +122,15 @@ def test_relative_actions_are_the_robots(make, tmp_path, delta, enabled, absolut
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["chunk_size"] == own.model.action_horizon > 1
     assert config["n_action_steps"] == (1 if enabled else own.model.action_horizon)
+
+
+def test_the_card_warns_of_what_lerobot_does_to_relative_actions(make):
+    found = []
+    for robot in (robots.METAWORLD, robots.TURNTABLE, robots.ALOHA):
+        own = student.Student(make(robot, action_dim=14), {})
+        found.append(lerobot.usage("x", own, student.Origin()))
+    assert ["`n_action_steps` is 1" in card for card in found] == [False, True, True]
+    assert ["`--inference.type=rtc`" in card for card in found] == [False, False, True]
 
 
 def test_the_state_is_normalized_before_it_goes_into_the_prompt(make, tmp_path):

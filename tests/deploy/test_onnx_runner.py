@@ -195,6 +195,17 @@ def test_a_copy_that_was_cut_short_is_refused(exported, tmp_path):
         runner.OnnxPolicy(tmp_path)
 
 
+def test_transforms_of_openpis_own_are_refused(exported, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(exported("turntable", "float32"), folder)
+    path = folder / "assets" / "shallow_pi.json"
+    content = json.loads(path.read_text())
+    content["robot_fields"]["elsewhere"] = "pi0_mine"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="are code of openpi's config pi0_mine"):
+        runner.OnnxPolicy(folder)
+
+
 def test_it_imports_neither_jax_nor_this_package(exported):
     code = (
         "import sys, json, runpy; m = runpy.run_path(sys.argv[1]); m['OnnxPolicy'](sys.argv[2]);"

@@ -90,5 +90,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _idle(given: Arguments) -> flags.Idle:
-    is_graph = bool(given.format in formats.FORMATS and formats.FORMATS[given.format].DTYPES)
+    if given.format not in formats.FORMATS:  # Refused later, with the names.
+        return
+    is_graph = bool(formats.FORMATS[given.format].DTYPES)
     yield is_graph, "any_size", f"--format {given.format} has any size; leave it out"
+    number = (
+        "its policy keeps the number that the student was trained for, only the check takes this"
+    )
+    yield not is_graph, "num_steps", f"--format {given.format}: {number}"

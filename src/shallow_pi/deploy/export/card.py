@@ -73,7 +73,7 @@ A policy of shallow_pi{f" (config {origin.name})" if origin.name else ""}: {laye
 ## Run it
 
 {_sizes(model) if is_policy else ""}{usage}
-{_OURS.format(folder=folder) if is_policy else ""}## Checked
+{_OURS.format(folder=folder) if is_policy and not robot.elsewhere else ""}## Checked
 
 {textwrap.fill(checked, 100, break_long_words=False, break_on_hyphens=False)}
 

@@ -19,6 +19,7 @@ from shallow_pi import progress
 from shallow_pi.checkpoints import run_folder, safetensors_file, weights
 from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.data.robots import conversions, lerobot_policy, normalize
+from shallow_pi.data.robots import robot as robots
 from shallow_pi.deploy.export import openpi
 from shallow_pi.deploy.export import student as students
 from shallow_pi.models import pi0
@@ -41,6 +42,10 @@ Actions of this robot are relative to its state. LeRobot adds the state of the m
 executes an action, not the one the action was predicted from, so `n_action_steps` is 1 here: a
 larger number would move every later action of a chunk by as far as the robot has come meanwhile.
 """
+_CONVERTED = """\
+Do not use LeRobot's real-time chunking (`--inference.type=rtc`): it goes on from the rest of a
+chunk in the robot's units, which are not the model's here.
+"""
 TOKENIZER = "google/paligemma-3b-pt-224"
 STATE, ACTION, PROMPT = "observation.state", "action", "task"
 PICTURES = "observation.images."
@@ -52,7 +57,16 @@ DTYPES, verify = openpi.DTYPES, openpi.verify
 
 
 def prepare(student: students.Student, origin: students.Origin) -> students.Student:
-    """The student in whole layers, and with an image tower of the depth that the class has."""
+    """The student in whole layers, and with an image tower of the depth that the class has.
+
+    Raises:
+      ValueError: its robot's transforms are code of openpi's.
+    """
+    if config := student.assets.robot.elsewhere:
+        raise ValueError(
+            f"the robot's transforms are those of openpi's config {config}, which LeRobot's "
+            "pipelines cannot hold: give --format openpi, openpi-padded or openpi-pytorch"
+        )
     return students.with_whole_tower(students.in_whole_layers(student), origin)
 
 
@@ -81,10 +95,17 @@ def usage(folder: str, student: students.Student, origin: students.Origin) -> st
         folder=folder,
         kind=student.model.kind,
         names=_names(student.assets),
-        relative=_RELATIVE if any(student.assets.robot.delta) else "",
+        relative=_relative_text(student.assets.robot),
         size=student.model.image_size,
         type=config(student.assets)["type"],
     )
+
+
+def _relative_text(robot: robots.Robot) -> str:
+    """Warnings of what LeRobot does to actions relative to the state, if this robot has any."""
+    if not any(robot.delta):
+        return ""
+    return _RELATIVE + (_CONVERTED if robot.action_conversion else "")
 
 
 def write_pipelines(folder: pathlib.Path, assets: policy_assets.Assets) -> None:

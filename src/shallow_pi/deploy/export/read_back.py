@@ -41,8 +41,11 @@ def verify(folder: pathlib.Path, exported: students.Student, student: students.S
         )
     dtype = np.dtype(model.dtype) if model.dtype == "float32" else jax.numpy.bfloat16
     cast = jax.tree.map(lambda leaf: jax.numpy.asarray(leaf, dtype), student.params)
-    ours = policies.Policy(student.assets, cast, num_steps=student.num_steps)
-    other = policies.Policy.from_checkpoint(folder, num_steps=student.num_steps, warm_up=False)
+    # Samples are compared before the robot's transforms, which may be openpi's own.
+    robot = dataclasses.replace(student.assets.robot, elsewhere="")
+    own, steps = dataclasses.replace(student.assets, robot=robot), student.num_steps
+    ours = policies.Policy(own, cast, num_steps=steps)
+    other = policies.Policy.from_checkpoint(folder, robot=robot, num_steps=steps, warm_up=False)
     observation, noise = _made_up(model)
     want = np.asarray(ours.sample(observation, noise))
     got = np.asarray(other.sample(observation, noise))
