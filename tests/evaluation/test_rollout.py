@@ -343,6 +343,12 @@ def test_real_time_policys_are_given_what_is_left_of_each_episodes_chunk():
             assert lengths == [0 if plan == 0 else 2 for plan in plans]
 
 
+def test_a_plan_in_time_goes_on_from_nothing_whatever_late_ones_do():
+    left = [np.zeros((2, 3)), None]
+    assert rollout.Delay(0, "real-time").previous(left) is None
+    assert [len(one) for one in rollout.Delay(1, "real-time").previous(left)] == [2, 0]
+
+
 def test_impossible_delays_are_refused():
     with pytest.raises(ValueError, match="0 or more control steps late, got -1"):
         rollout.Delay(-1)

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import re
+import shutil
 import sys
 
 import numpy as np
@@ -135,9 +136,19 @@ def test_scores_of_layers_have_a_row_for_each_step(measured):
     assert len(found["similarity"]) == len(found["sensitivity"]) == 18
 
 
-def test_packaged_teacher_is_the_one_that_the_claims_name(tmp_path):
+def test_packaged_teacher_is_the_one_that_the_claims_name(tmp_path, monkeypatch):
     slug = recipes.TEACHER.slug
+
+    def interrupted(source, target):
+        target.mkdir(parents=True)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copytree", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            reproduce.unpack([slug], tmp_path)
     reproduce.unpack([slug], tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [slug]
     written = json.loads((tmp_path / slug / training.RECIPE_FILE).read_text())["recipe"]
     assert recipes.Recipe(**{**written, "tasks": tuple(written["tasks"])}) == recipes.TEACHER
     # It is complete: a student can be cut from it and compared with it.

@@ -3,6 +3,8 @@
 import dataclasses
 import types
 
+import jax
+import numpy as np
 import pytest
 
 from shallow_pi.commands import reproduce
@@ -37,11 +39,15 @@ def test_a_teacher_is_there_once_its_layers_are_measured(own, tiny_params, tmp_p
         raise KeyboardInterrupt
 
     monkeypatch.setattr(training, "measure_layers", interrupted)
-    trained = [(recipe, tiny_params(own.model), {})]
+    trained = [(recipe, jax.device_get(tiny_params(own.model)), {})]
     programs = types.SimpleNamespace(model=own.model, train=lambda *_, **__: iter(trained))
     with pytest.raises(KeyboardInterrupt):
         training.teach([recipe], own, None, tmp_path, programs)
     assert training.missing([recipe], tmp_path) == [recipe]
+    monkeypatch.setattr(training, "measure_layers", lambda *_: {"cka": np.ones(2)})
+    training.teach([recipe], own, None, tmp_path, programs)
+    _, teacher = training.load_teacher(recipe.slug, tmp_path)
+    assert {name: score.tolist() for name, score in teacher.scores.items()} == {"cka": [1, 1]}
 
 
 def test_every_trained_policy_of_a_claim_has_its_recipe_and_a_config_of_its_suite():

@@ -182,8 +182,10 @@ def unpack(slugs: Sequence[str], runs: pathlib.Path) -> None:
     packaged = command_line.load(command_line.configs(), name).teacher
     assert packaged is not None, "a student's"
     progress.say(f"The suite's teacher is the packaged one, {packaged.path}")
-    runs.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(packaged.path, runs / recipes.TEACHER.slug)
+    partial = runs / f"{recipes.TEACHER.slug}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(packaged.path, partial)
+    partial.rename(runs / recipes.TEACHER.slug)
 
 
 def train(wanted: Sequence[recipes.Recipe], given: Arguments) -> None:

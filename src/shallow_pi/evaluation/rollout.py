@@ -76,13 +76,13 @@ class Delay:
     def previous(
         self, left: list[Float[np.ndarray, "n rd"] | None]
     ) -> list[Float[np.ndarray, "n rd"]] | None:
-        """Rest of each chunk before, from which a plan has to go on; None but for "real-time".
+        """Rest of each chunk before, from which a late plan has to go on in "real-time"; else None.
 
         Args:
           left: of each episode's chunk; None at its first plan.
         """
         seen = next((chunk for chunk in left if chunk is not None), None)
-        if self.executor != "real-time" or seen is None:
+        if self.executor != "real-time" or not self.steps or seen is None:
             return None
         return [seen[:0] if chunk is None else chunk for chunk in left]
 
