@@ -64,6 +64,7 @@ def _changed(file, **changes):
         (dataclasses.asdict(CHOICE) | {"tower_attention": "magic"}, "must be one of xla, cudnn"),
         (dataclasses.asdict(CHOICE) | {"step_attention": "cudnn"}, "needs an NVIDIA GPU"),
         (dataclasses.asdict(CHOICE) | {"step_buffers": "one"}, "step_buffers must be one of apart"),
+        (dataclasses.asdict(CHOICE) | {"quantized": 3}, "not iterable"),
         (None, "'options' must hold"),
     ],
 )

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from shallow_pi.checkpoints import weights
-from shallow_pi.models import layers, pi0, siglip
+from shallow_pi.models import gemma, layers, pi0, siglip
 
 BOTH = pytest.mark.parametrize("pi05", [False, True], ids=["pi0", "pi05"])
 # Small, for float32 knows the sine of 2π·t/0.004 only so well: 1e-4 at t = 1.
@@ -445,10 +445,21 @@ def test_a_fresh_model_has_finite_velocities_and_openpi_s_zeros(tiny_config, tin
     assert all(not np.any(leaf) for leaf in adaptive.values())
 
 
+ODD = gemma.GemmaConfig(width=24, mlp_dim=40, num_heads=4, num_kv_heads=2, head_dim=15)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"depth": 0}, "depth must be at least 1, got 0"),
+        ({"action_horizon": 0}, "action_horizon must be at least 1, got 0"),
+        ({"image": siglip.SiglipConfig(num_heads=0)}, "image.num_heads must be at least 1, got 0"),
+        (
+            {"image": siglip.SiglipConfig(num_heads=7)},
+            "num_heads must divide image.width 1152, got 7",
+        ),
+        (dict.fromkeys(("backbone", "expert"), ODD), "head_dim must be even, got 15"),
+        ({"cameras": ("wrist", "wrist")}, r"each once; got \['wrist', 'wrist'\]"),
         ({"image_size": 25}, "image_size 25 must be a multiple of image.patch_size 12"),
         ({"cameras": ()}, "at least one camera"),
         ({"discrete_state_input": True}, "π0.5 option"),

@@ -126,6 +126,10 @@ def test_processes_are_found_where_there_are_several(environment, found):
         (TWO | {"SHALLOW_PI_PROCESS_ID": "2"}, "must lie in 0…1, as there are 2 processes, got 2"),
         (TWO | {"SHALLOW_PI_COORDINATOR": "h"}, "must be host:port, such as 10.0.0.1:8476, got"),
         (MPI, "set SHALLOW_PI_COORDINATOR=HOST:PORT"),
+        (
+            {"SHALLOW_PI_MULTIHOST": "true"},
+            r"SHALLOW_PI_MULTIHOST must be 1 \(.*\) or 0, got 'true'",
+        ),
     ],
 )
 def test_half_an_environment_is_an_error(environment, message):

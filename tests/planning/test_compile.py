@@ -88,16 +88,24 @@ PROGRAM = compile.Program(
     temporary=5 * 10**8,
     total=4 * 10**9,
     host=0,
-    collectives=[hlo.Collective("all-reduce", 3, 100, ""), hlo.Collective("all-gather", 2, 50, "")],
+    collectives=[
+        hlo.Collective("all-reduce", 3, 100, "", group=8),
+        hlo.Collective("all-gather", 2, 50, "", group=8),
+    ],
 )
 ACCELERATOR = accelerators.Accelerator("made up", memory=5 * 10**9, flops=1000.0, links=20.0)
 
 
 def test_a_forecast_is_work_and_traffic_over_the_stated_rates():
-    """A sum over devices is scattered and gathered: twice its bytes."""
-    computation, communication = compile.predict(PROGRAM, 90.0, ACCELERATOR)
+    """A sum over devices is scattered and gathered: twice its bytes.
+
+    The result of a reduce-scatter is a fourth of what four devices scatter.
+    """
+    scattered = hlo.Collective("reduce-scatter", 1, 10, "", group=4)
+    program = dataclasses.replace(PROGRAM, collectives=[*(PROGRAM.collectives or ()), scattered])
+    computation, communication = compile.predict(program, 90.0, ACCELERATOR)
     assert computation == pytest.approx(90 / 1000 / compile.UTILIZATION)
-    assert communication == pytest.approx((3 * 100 * 2 + 2 * 50) / 10)
+    assert communication == pytest.approx((3 * 100 * 2 + 2 * 50 + 4 * 10) / 10)
     without_links = dataclasses.replace(ACCELERATOR, links=0.0)
     assert compile.predict(PROGRAM, 90.0, without_links)[1] is None
     unread = dataclasses.replace(PROGRAM, collectives=None)

@@ -81,6 +81,41 @@ ENTRY %main (p: f32[8]) -> f32[8] {
     assert found == [("all-gather", 6, 16 * 8 * 2), ("collective-permute", 6, 16)]
 
 
+def test_an_asynchronous_start_of_several_arrays_gives_all_their_results():
+    """XLA joins small sums; the start of a sum has the results alone as its shape."""
+    text = """
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %a = (f32[64]{0}, bf16[4,8]{1,0}) all-reduce-start(%x, %y), replica_groups=[1,8]<=[8]
+  %b = ((f32[2]{0}, f32[3]{0}), (f32[16]{0}, f32[24]{0})) all-gather-start(%x, %y)
+  %c = ((f32[64]{0}, f32[16]{0}), (f32[8]{0}, f32[2]{0}), u32[]) reduce-scatter-start(%x, %y)
+}
+"""
+    found = [(c.kind, c.bytes) for c in hlo.collectives(text)]
+    sums, gathered, scattered = 64 * 4 + 4 * 8 * 2, (16 + 24) * 4, (8 + 2) * 4
+    expected = [("all-reduce", sums), ("all-gather", gathered), ("reduce-scatter", scattered)]
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("groups", "size"),
+    [
+        ("replica_groups=[2,4]<=[8]", 4),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", 2),
+        ("replica_groups={{0,1,2,3},{4,5,6,7}}", 4),
+        ("replica_groups={}", 8),
+    ],
+)
+def test_a_device_sends_the_whole_array_whose_part_it_keeps(groups, size):
+    text = f"""HloModule jit_step, is_scheduled=true, num_partitions=8
+
+ENTRY %main (p: f32[32]) -> f32[8] {{
+  %a = f32[8]{{0}} reduce-scatter(%p), channel_id=1, {groups}, dimensions={{0}}, to_apply=%add
+}}
+"""
+    (found,) = hlo.collectives(text)
+    assert (found.bytes, found.group, found.sent) == (32, size, 32 * size)
+
+
 def test_a_loop_without_a_count_has_its_conditions_bound():
     text = """
 %condition (p: (s32[], f32[8])) -> pred[] {

@@ -105,6 +105,14 @@ def test_parameters_are_sharded_over_the_fewest_devices_that_fit(
         )
 
 
+def test_a_number_of_devices_that_does_not_divide_the_model_is_left_out(full_size, monkeypatch):
+    """Three of six devices: no width of openpi's sizes divides by three."""
+    spec = setup.make_spec(_with(full_size, remat="layers"))
+    devices = _devices(6, 8 * GIGA, monkeypatch)
+    found = memory.choose(sharding.MeshConfig(), devices, spec, 66, "bfloat16")
+    assert found == sharding.MeshConfig(fsdp=2)
+
+
 def test_processes_that_know_other_memories_choose_alike(full_size, monkeypatch):
     """A device reports its memory to its own process alone; the others know its kind, or nothing.
 

@@ -173,6 +173,9 @@ def test_every_choice_is_a_set_of_options_against_a_variant_of_the_list():
         ('{"name": "a", "depht": 3}', "no field 'depht'.*did you mean 'depth'"),
         ('{"name": "a", "options": {"fuse": true}}', "no field 'fuse'.*did you mean 'fused'"),
         ('{"name": "a", "base": "b"}', "no variant 'b' to change"),
+        ('{"name": "a", "base": ["pi05_l6"]}', "base must be a string, got"),
+        ('{"name": "a", "options": 3}', "options must be an object, got 3"),
+        ('{"name": "a", "depth": "six"}', "depth must be a whole number, got 'six'"),
     ],
 )
 def test_a_wrong_variant_is_refused(text, message):

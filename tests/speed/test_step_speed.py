@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from shallow_pi.distill import losses
 from shallow_pi.parallel import sharding
 from shallow_pi.speed import flops, latency, plots, step
 from shallow_pi.training import setup
@@ -122,7 +123,9 @@ def test_another_error_of_the_device_is_left_unchanged():
 
 def test_without_a_teacher_there_is_nothing_to_compare(parts):
     spec, mesh = parts
-    alone = step.fine_tuning(spec)
+    every = dataclasses.replace(spec.losses, reflow=1.0, vision=1.0)
+    alone = step.fine_tuning(dataclasses.replace(spec, losses=every, freeze=()))
+    assert alone.losses.weights == dict.fromkeys(losses.TERMS, 0.0) | {"task": 1.0}
     with pytest.raises(ValueError, match="is the fine-tuning step already; name a config with bo"):
         step.measure(alone, mesh, batch_size=8)
 

@@ -1,5 +1,7 @@
 """Tuning times every candidate that runs, reports the others, and takes the fastest."""
 
+import dataclasses
+
 import pytest
 
 from shallow_pi.inference import attention
@@ -12,11 +14,13 @@ def test_every_combination_is_a_candidate(monkeypatch):
     monkeypatch.setattr(attention, "available", lambda dtype: ("xla", "cudnn"))
     found = tuning.candidates("bfloat16")
     assert len(set(found.values())) == len(found) == 13
-    assert found["layers scanned, steps unrolled"] == options.InferenceOptions(
-        unrolled_layers=False
+    assert options.default() == found["layers scanned, steps scanned"]
+    unrolled = found["layers unrolled, steps unrolled"]
+    assert found["layers scanned, steps unrolled"] == dataclasses.replace(
+        unrolled, unrolled_layers=False
     )
     in_tower = found["all unrolled, attention cudnn (tower), xla (prefix), xla (steps)"]
-    assert in_tower == options.InferenceOptions(tower_attention="cudnn")
+    assert in_tower == dataclasses.replace(unrolled, tower_attention="cudnn")
     more = list(tuning.candidates("bfloat16", ("int8", "w8")).values())
     assert [one.quantize for one in more] == ["none"] * 13 + ["int8", "w8"]
 

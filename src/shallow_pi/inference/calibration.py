@@ -125,7 +125,8 @@ def choose(
             raise ValueError(
                 "quantize 'tuned' needs a measurement of this model on this device, and there is "
                 f"none: run scripts/benchmark.py with its --model, --depths {config.depth} "
-                f"--horizons {config.action_horizon} --tune --quantize int8 fp8 w8"
+                f"--horizons {config.action_horizon} --tune --quantize int8 fp8 w8; or name one of "
+                "these, as you must for models it lacks (fewer image tokens, cut halves of layers)"
             )
         scheme = fastest
     elif asked is not None:

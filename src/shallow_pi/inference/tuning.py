@@ -163,7 +163,7 @@ def _load(
         return options, scheme
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:
         warnings.warn(
             f"{file} is ignored: {error}. Delete it, or measure again with "
             f"`scripts/benchmark.py --tune`.",

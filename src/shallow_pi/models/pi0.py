@@ -76,6 +76,9 @@ class Pi0Config:
     dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
+        for name, size in _sizes(self).items():
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}.")
         a, b = self.backbone, self.expert
         if (a.num_heads, a.num_kv_heads, a.head_dim) != (b.num_heads, b.num_kv_heads, b.head_dim):
             raise ValueError(
@@ -87,8 +90,14 @@ class Pi0Config:
                 f"num_kv_heads must divide num_heads and be smaller (openpi's q_einsum/kv_einsum "
                 f"layout), got {a.num_kv_heads} for {a.num_heads} heads."
             )
-        if self.depth < 1:
-            raise ValueError(f"depth must be at least 1, got {self.depth}.")
+        for name, size in (("expert.width", b.width), ("head_dim", a.head_dim)):
+            if size % 2:  # Halves of sines and cosines.
+                raise ValueError(f"{name} must be even, got {size}.")
+        if self.image.width % self.image.num_heads:
+            raise ValueError(
+                f"image.num_heads must divide image.width {self.image.width}, got "
+                f"{self.image.num_heads}."
+            )
         for name in ("backbone_layers", "expert_layers"):
             halves = tuple(getattr(self, name))  # One spelling of a stream that is whole.
             plain = () if len(halves) == self.depth and set(halves) == {"whole"} else halves
@@ -100,8 +109,10 @@ class Pi0Config:
         if self.pooled_tokens == self.patches:  # One spelling of all.
             object.__setattr__(self, "pooled_tokens", 0)
         prefixes.check(self)
-        if not self.cameras:
-            raise ValueError("cameras must name at least one camera.")
+        if not self.cameras or len(set(self.cameras)) < len(self.cameras):
+            raise ValueError(
+                f"cameras must name at least one camera, and each once; got {list(self.cameras)}."
+            )
         if self.discrete_state_input and not self.pi05:
             raise ValueError("discrete_state_input is a π0.5 option; set pi05 or turn it off.")
         if self.dtype not in ("bfloat16", "float16", "float32"):
@@ -151,6 +162,22 @@ class Pi0Config:
     def kind(self) -> str:
         """The name people use."""
         return "π0.5" if self.pi05 else "π0"
+
+
+def _sizes(config: Pi0Config) -> dict[str, int]:
+    """Every size of a config that must be positive, by name."""
+    parts: dict[str, Pi0Config | gemma.GemmaConfig | siglip.SiglipConfig] = {
+        "": config,
+        "backbone.": config.backbone,
+        "expert.": config.expert,
+        "image.": config.image,
+    }
+    return {
+        f"{start}{field.name}": getattr(part, field.name)
+        for start, part in parts.items()
+        for field in dataclasses.fields(part)
+        if field.type is int and field.name not in ("pooled_tokens", "scored_tokens")
+    }
 
 
 def axis_sizes(config: Pi0Config) -> dict[str, int]:

@@ -154,7 +154,12 @@ def find(environment: Mapping[str, str]) -> Processes | None:
             )
         return found
     if launched is None:
-        ask = given.get(MULTIHOST) == "1" or "," in given.get("TPU_WORKER_HOSTNAMES", "")
+        asked = given.get(MULTIHOST, "0")
+        if asked not in ("0", "1"):
+            raise ValueError(
+                f"{MULTIHOST} must be 1 (JAX detects the processes) or 0, got {asked!r}"
+            )
+        ask = asked == "1" or "," in given.get("TPU_WORKER_HOSTNAMES", "")
         return Processes("", 0, 0) if ask else None
     if not launched.coordinator:
         raise ValueError(

@@ -45,6 +45,10 @@ RULES: dict[str, str] = {
 WHOLE = ("action_dim", "image_tokens", "colours", "scorer_hidden")
 
 
+class CannotSplitError(ValueError):
+    """Large arrays that a mesh would copy to every device."""
+
+
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """Number of devices along each axis of the mesh; their product is the number of devices."""
@@ -128,7 +132,11 @@ def check_batch_size(mesh: Mesh, batch_size: int) -> None:
 
 
 def param_sharding(mesh: Mesh, shapes: PyTree) -> PyTree:
-    """The sharding of each array (or shape) of a pytree of parameters or of a state."""
+    """The sharding of each array (or shape) of a pytree of parameters or of a state.
+
+    Raises:
+      CannotSplitError: see there.
+    """
     problems: list[str] = []
 
     def one(path: tuple[object, ...], leaf: jax.ShapeDtypeStruct) -> NamedSharding:
@@ -155,7 +163,7 @@ def param_sharding(mesh: Mesh, shapes: PyTree) -> PyTree:
 
     result = jax.tree_util.tree_map_with_path(one, shapes)
     if problems:
-        raise ValueError(
+        raise CannotSplitError(
             "large arrays would be copied to every device:\n  " + "\n  ".join(problems)
         )
     return result

@@ -21,14 +21,6 @@ from shallow_pi.planning import accelerators, hlo, memory
 
 # Share of the stated matrix rate that a tuned step of this size achieves (MFU).
 UTILIZATION = 0.45
-# Bytes a device sends per byte of a collective's result: a sum is scattered, then gathered.
-TRAFFIC = {
-    "all-reduce": 2.0,
-    "all-gather": 1.0,
-    "reduce-scatter": 1.0,
-    "all-to-all": 1.0,
-    "collective-permute": 1.0,
-}
 # The description of an absent GPU that XLA compiles for.
 _HOPPER = """
 gpu_device_info {{
@@ -217,6 +209,6 @@ def predict(
     """
     computation, communication = useful_flops / (UTILIZATION * accelerator.flops), None
     if program.collectives is not None and accelerator.links:
-        moved = sum(c.times * c.bytes * TRAFFIC[c.kind] for c in program.collectives)
-        communication = moved / (accelerator.links / 2)
+        sent = sum(collective.sent for collective in program.collectives)
+        communication = sent / (accelerator.links / 2)
     return computation, communication

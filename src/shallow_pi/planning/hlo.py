@@ -4,7 +4,7 @@ Read from the text of the optimized HLO. A collective inside a loop counts once 
 states the trip count, or else (for TPUs) it is the bound in the loop's condition. Two peculiarities
 of the TPU compiler: a collective that overlaps other work appears in each of those fusions, on one
 channel, and counts once; a reduce-scatter is an all-reduce inside a fusion of that
-name. Bytes are those of the result on one device, not those on the network.
+name. Bytes are those of the result on one device; `Collective.sent` is what goes over the network.
 """
 
 import collections
@@ -26,6 +26,17 @@ _BOUND = re.compile(r"= s32\[\]\S* constant\((\d+)\)")
 _ARRAY = re.compile(r"\b(pred|[suf]\d+|bf16|f8\w*|c64|c128)\[([\d,]*)\]")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _PATH = re.compile(r'op_name="([^"]*)"')
+_DEVICES = re.compile(r"^HloModule .*\bnum_partitions=(\d+)")
+# "[2,4]<=[8]" (two groups of four devices) or "{{0,1,2,3},{4,5,6,7}}".
+_GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]+)\})")
+# Bytes that a device sends for each byte of the whole array: a sum is scattered, then gathered.
+_TRAFFIC = {
+    "all-reduce": 2.0,
+    "all-gather": 1.0,
+    "reduce-scatter": 1.0,
+    "all-to-all": 1.0,
+    "collective-permute": 1.0,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,10 +50,21 @@ class Collective:
     bytes: int
     # The JAX operation it comes from.
     source: str
+    # Devices that exchange with each other.
+    group: int
+
+    @property
+    def sent(self) -> float:
+        """Bytes that a device sends in all its executions."""
+        # The result of a reduce-scatter is one device's part of the whole array.
+        whole = self.bytes * (self.group if self.kind == "reduce-scatter" else 1)
+        return self.times * whole * _TRAFFIC[self.kind]
 
 
 def collectives(text: str) -> list[Collective]:
     """Every collective of a program (`compiled.as_text()`), in the order of the text."""
+    devices = _DEVICES.search(text)
+    everyone = int(devices[1]) if devices else 1
     bodies, results, entry = _computations(text)
     times = _times(bodies, entry)
     found: list[Collective] = []
@@ -57,14 +79,15 @@ def collectives(text: str) -> list[Collective]:
                 if channel:
                     channels.add((match[2], channel[1]))
                 path = _PATH.search(line)
-                arrays, kind = list(_sizes(match[1])), match[2]
-                size = sum(arrays)
-                if match[3] and len(arrays) > 1:
-                    # An asynchronous start returns operand, result and bookkeeping.
-                    size = sorted(arrays)[-2] if kind == "reduce-scatter" else max(arrays)
+                shape, kind = match[1], match[2]
+                # The start of a sum has its results alone.
+                begins = match[3] and kind != "all-reduce"
+                size = _started(shape) if begins else sum(_sizes(shape))
                 if _SCATTER.match(name):
                     kind, size = "reduce-scatter", sum(_sizes(results[name]))
-                found.append(Collective(kind, times[name], size, path[1] if path else ""))
+                group = _group(line) or everyone
+                source = path[1] if path else ""
+                found.append(Collective(kind, times[name], size, source, group))
     return found
 
 
@@ -119,6 +142,20 @@ def _calls(line: str) -> Iterator[str]:
     yield from _CALLED.findall(line)
     for group in _BRANCHES.findall(line):
         yield from re.findall(r"%?([\w.\-]+)", group)
+
+
+def _started(shape: str) -> int:
+    """Bytes of the results of an asynchronous start: operands, as many results, and counters."""
+    arrays = list(_sizes(re.sub(r"\b[su]32\[\]", "", shape)))
+    return sum(arrays[len(arrays) // 2 :])
+
+
+def _group(line: str) -> int:
+    """Devices of the first group of a collective's line; 0 if it names none."""
+    found = _GROUPS.search(line)
+    if not found:
+        return 0
+    return int(found[1]) if found[1] else found[2].count(",") + 1
 
 
 def _sizes(shape: str) -> Iterator[int]:

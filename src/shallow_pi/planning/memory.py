@@ -161,7 +161,8 @@ def choose(
     """The mesh with `fsdp` set, where it was left open, to the fewest devices that fit.
 
     Sharding parameters costs communication in every layer, so it uses no more devices than needed.
-    Nothing is sharded if the memory of the devices is unknown (CPUs).
+    Nothing is sharded if the memory of the devices is unknown (CPUs). A number of devices that the
+    model's sizes cannot be divided by (3 of 6) is left out.
 
     Args:
       wanted: of the config.
@@ -177,8 +178,12 @@ def choose(
     ways = len(devices) // wanted.tensor
     found = wanted
     for fsdp in (n for n in range(1, ways + 1) if ways % n == 0):
-        found = dataclasses.replace(wanted, fsdp=fsdp)
-        needed = estimate(spec, found.create(devices), batch_size, teacher_dtype)
+        layout = dataclasses.replace(wanted, fsdp=fsdp)
+        try:
+            needed = estimate(spec, layout.create(devices), batch_size, teacher_dtype)
+        except sharding.CannotSplitError:
+            continue
+        found = layout
         if needed.total <= USABLE * room:
             break
     return found

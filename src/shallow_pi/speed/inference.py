@@ -67,7 +67,8 @@ class Timing:
     weight_bytes: dict[str, int]
     # Bytes the compiled program needs at once: weights, inputs, results, temporary arrays.
     program_bytes: int
-    # Most bytes in use on the device while everything ran; 0 where the backend reports none.
+    # Most bytes in use on the device while everything ran; 0 where the backend reports none, or
+    # where as many were in use before, for another model.
     peak_bytes: int
     # Seconds of the first call of the whole, and arguments of the program.
     compile_s: float
@@ -174,7 +175,7 @@ def measure(
       profile: also trace the kernels of the whole.
       ready: called when everything is compiled, before anything is timed.
     """
-    options = options or tuning.best(config)
+    before, options = _peak_bytes(), options or tuning.best(config)
     on_host = batches.noise(config, 1).observation
     noise = jax.random.normal(jax.random.key(0), (1, config.action_horizon, config.action_dim))
     start, touch, layout = np.asarray(noise), jax.jit(jnp.negative), program.Layout(config)
@@ -225,7 +226,7 @@ def measure(
     latency.compile_all(every)
     ready()
     found = latency.median_latency(every, repeats=repeats, label=f"{config.depth} layers")
-    statistics = jax.devices()[0].memory_stats() or {}
+    peak = _peak_bytes()
     return Timing(
         depth=config.depth,
         cameras=len(config.cameras),
@@ -244,13 +245,18 @@ def measure(
         flops=flops.inference_flops(config, num_steps=num_steps, options=options).by_part,
         weight_bytes=flops.weight_bytes(config, num_steps=num_steps, options=options).by_part,
         program_bytes=program_bytes,
-        peak_bytes=int(statistics.get("peak_bytes_in_use", 0)),
+        peak_bytes=peak if peak > before else 0,
         compile_s=compile_s,
         arguments=len(jax.tree.leaves(run.arrays)) + 1,
         kernels=trace.kernels(whole) if profile else None,
         options=options,
         device=found.device,
     )
+
+
+def _peak_bytes() -> int:
+    """Most bytes in use on the device since the process began; 0 where none are reported."""
+    return int((jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0))
 
 
 def _stages(

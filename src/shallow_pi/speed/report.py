@@ -58,7 +58,8 @@ def inference_table(
         percent = [f"{100 * s[part][0]:.0f}, {100 * s[part][1]:.0f} %" for s in shares]
         table.add_row(f"{part}: share of both rates", *percent)
     table.add_row("program, GB", *(f"{t.program_bytes / GIGA:.2f}" for t in timings))
-    table.add_row("peak memory, GB", *(f"{t.peak_bytes / GIGA:.2f}" for t in timings))
+    peaks = (f"{t.peak_bytes / GIGA:.2f}" if t.peak_bytes else "" for t in timings)
+    table.add_row("peak memory, GB", *peaks)
     return table
 
 

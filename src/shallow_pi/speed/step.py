@@ -10,12 +10,13 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from shallow_pi.distill import step
+from shallow_pi.distill import losses, step
 from shallow_pi.models import batch as batches
 from shallow_pi.models import pi0
 from shallow_pi.parallel import shapes, sharding
@@ -80,7 +81,8 @@ def stated_rate(device: str, dtype: str) -> float | None:
 
 def fine_tuning(spec: step.Spec) -> step.Spec:
     """The same step on the task loss alone, which needs no teacher."""
-    task = dataclasses.replace(spec.losses, task=1.0, velocity=0.0, attention=0.0)
+    alone: dict[str, Any] = dict.fromkeys(losses.TERMS, 0.0) | {"task": 1.0}
+    task = dataclasses.replace(spec.losses, **alone)
     return dataclasses.replace(spec, losses=task)
 
 

@@ -41,9 +41,11 @@ def candidates(
 ) -> dict[str, tuning.InferenceOptions]:
     """Every combination worth trying, by name; with products in 8 bits, everything unrolled."""
     words, found = {True: "unrolled", False: "scanned"}, {}
+    # Of this backend, so that its default is among them.
+    base = dataclasses.replace(tuning.default(), unrolled_layers=True, unrolled_steps=True)
     for layers, steps in itertools.product((True, False), (True, False)):
         found[f"layers {words[layers]}, steps {words[steps]}"] = dataclasses.replace(
-            tuning.ALL_ON, unrolled_layers=layers, unrolled_steps=steps
+            base, unrolled_layers=layers, unrolled_steps=steps
         )
     kernels = attention.available(dtype)
     for tower, prefix, step in itertools.product(kernels, kernels, kernels):
@@ -51,18 +53,16 @@ def candidates(
             continue  # Timed above.
         found[f"all unrolled, attention {tower} (tower), {prefix} (prefix), {step} (steps)"] = (
             dataclasses.replace(
-                tuning.ALL_ON,
+                base,
                 tower_attention=tower,
                 prefix_attention=prefix,
                 step_attention=step,
             )
         )
     for buffers in attention.BUFFERS[1:]:
-        found[f"all unrolled, buffers {buffers}"] = dataclasses.replace(
-            tuning.ALL_ON, step_buffers=buffers
-        )
+        found[f"all unrolled, buffers {buffers}"] = dataclasses.replace(base, step_buffers=buffers)
     for scheme in schemes:
-        found[f"all unrolled, {scheme}"] = dataclasses.replace(tuning.ALL_ON, quantize=scheme)
+        found[f"all unrolled, {scheme}"] = dataclasses.replace(base, quantize=scheme)
     return found
 
 

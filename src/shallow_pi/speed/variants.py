@@ -154,6 +154,16 @@ def tiny(variants: Sequence[Variant]) -> list[Variant]:
     ]
 
 
+# The JSON that a field of this type takes.
+_JSON = {
+    str: "a string",
+    int: "a whole number",
+    bool: "true or false",
+    tuple: "a list",
+    dict: "an object",
+}
+
+
 def parse(text: str, known: Sequence[Variant]) -> Variant:
     """A variant of JSON: its fields, and those of its `base` for the others.
 
@@ -167,8 +177,12 @@ def parse(text: str, known: Sequence[Variant]) -> Variant:
     if not isinstance(values, dict) or not values.get("name"):
         raise ValueError(f"--add must be an object with a name, got {text!r}")
     _check(values, Variant, "a variant")
-    _check(values.get("options", {}), tuning.InferenceOptions, "an inference")
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    for name, value in values.items():
+        expected = type(getattr(VARIANTS[0], name))
+        if not isinstance(value, expected):
+            raise ValueError(f"--add: {name} must be {_JSON[expected]}, got {value!r}")
+    _check(values.get("options", {}), tuning.InferenceOptions, "an inference")
     bases = {one.name: one for one in known}
     base = values.get("base", "")
     if base and base not in bases:
