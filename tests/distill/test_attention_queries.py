@@ -139,8 +139,27 @@ def test_pooled_tokens_have_a_loss_of_the_prompt_and_none_of_all_tokens(attendin
     metrics = _step(text, teacher, step.init_state(text, tiny_params(pooled)), KEY, batch)[1]
     # One token a camera and no other key: whoever attends to images attends to it.
     np.testing.assert_allclose(metrics["attention_loss"], 0.0, atol=1e-6)
-    with pytest.raises(ValueError, match=r"queries all needs all tokens.*image-tokens 1"):
+    with pytest.raises(ValueError, match=r"queries all compares token by token.*image-tokens 1"):
         dataclasses.replace(_with(spec, attention_queries="all"), student=pooled)
+
+
+def test_a_teacher_of_pooled_tokens_has_students_of_the_same_means(attending, tiny_params):
+    spec, _, _, batch = attending
+    few = dataclasses.replace(spec.teacher, pooled_tokens=2)
+    whole = layer_map.uniform(few.depth, few.depth)
+    own = dataclasses.replace(
+        _with(spec, attention_queries="all", velocity=1.0),
+        **{"teacher": few, "student": few, "layer_map": whole},
+    )
+    params = tiny_params(few)
+    metrics = _step(own, params, step.init_state(own, params), KEY, batch)[1]
+    np.testing.assert_allclose(metrics["attention_loss"], 0.0, atol=1e-6)
+    np.testing.assert_allclose(metrics["velocity_loss"], 0.0, atol=1e-10)
+    for other in (1, 0):
+        with pytest.raises(
+            ValueError, match=r"sees 2 of 4 image tokens, .*--student.image-tokens 0"
+        ):
+            dataclasses.replace(own, student=dataclasses.replace(few, pooled_tokens=other))
 
 
 def test_layers_without_the_queries_are_refused(attending, tiny_config):

@@ -110,8 +110,11 @@ def of_scorer(
 
 
 def _over_cells(config: pi0.Pi0Config, logits: Float[Array, "*b s"]) -> Float[Array, "*b p"]:
-    """The teacher's logits over the cells whose means the student sees."""
-    if config.scored_tokens:  # They are over its patches already.
+    """The teacher's logits over the cells whose means the student sees.
+
+    They are so already if the teacher sees the same means, or the student has a scorer.
+    """
+    if config.scored_tokens or logits.shape[-1] == config.prefix_tokens:
         return logits
     return pooling.pool_logits(logits, len(config.cameras), config.grid, config.image_tokens)
 

@@ -144,11 +144,12 @@ class Spec:
                 f"--losses.attention-queries {queries} compares a layer with {kind}, and the "
                 "student has none: compare actions."
             )
-        if queries == "all" and self.student.pooled_tokens:
+        teacher = self.teacher or self.student
+        if queries == "all" and self.student.pooled_tokens != teacher.pooled_tokens:
             raise ValueError(
-                "--losses.attention-queries all needs all tokens, and --student.image-tokens "
-                f"{self.student.pooled_tokens} keeps fewer: give actions or text, or keep all "
-                "image tokens."
+                "--losses.attention-queries all compares token by token, and "
+                f"--student.image-tokens {self.student.pooled_tokens} keeps fewer than the teacher "
+                "has: give actions or text, or keep its image tokens."
             )
 
     @property

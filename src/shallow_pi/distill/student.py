@@ -136,15 +136,20 @@ def check_pair(
     student: pi0.Pi0Config,
     layer_map: layer_maps.LayerMap | None = None,
 ) -> None:
-    """Teacher and student may differ in layers and dtype, and in nothing else.
+    """Teacher and student may differ in layers, image tokens and dtype, and in nothing else.
 
+    Fewer tokens are means or a choice of a teacher's that sees them all; of one that sees means
+    itself the student has the same.
     A teacher whose expert reads the last state of its backbone (`layer_table.reads_last`) has
     halves of layers too: its student has the same ones of the layers it keeps.
     """
-    if teacher.pooled_tokens or teacher.scored_tokens:
+    if teacher.scored_tokens or (
+        teacher.pooled_tokens and teacher.pooled_tokens != student.pooled_tokens
+    ):
         raise ValueError(
-            "a teacher has all image tokens (--model.pooled-tokens 0 --model.scored-tokens 0): "
-            "distil from the one that this one was cut from."
+            f"the teacher sees {teacher.image_tokens} of {teacher.patches} image tokens, so its "
+            "student must see the same means (--student.image-tokens 0); from a teacher that sees "
+            "all of them (--model.pooled-tokens 0 --model.scored-tokens 0) it may have any number."
         )
     if not teacher.is_even:
         kept = None if layer_map is None else [teacher.layers[i] for i in layer_map.layers]

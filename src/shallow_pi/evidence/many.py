@@ -153,7 +153,7 @@ def architecture(
         return recipes.teacher_model(recipe, model)
     own = student.model(model, layers_of(recipe, model, scores))
     image = dataclasses.replace(own.image, depth=recipe.vision_depth or own.image.depth)
-    pooled, scored = recipe.image_tokens, 0
+    pooled, scored = recipe.image_tokens or model.pooled_tokens, 0
     if recipe.token_choice == "scored":
         pooled, scored = scored, pooled
     own = dataclasses.replace(own, image=image, pooled_tokens=pooled, scored_tokens=scored)

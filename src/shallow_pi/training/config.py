@@ -62,7 +62,8 @@ class StudentConfig:
     # Layers of the image tower, evenly spaced; 0 keeps all. A cut tower has a loss on its tokens
     # (--losses.vision).
     vision_depth: int = 0
-    # Image tokens of a camera that the backbone sees, such as 128 or 64 of 256; 0 keeps all.
+    # Image tokens of a camera that the backbone sees, such as 128 or 64 of 256; 0 keeps the
+    # teacher's.
     image_tokens: int = 0
     # Choice of --student.image-tokens: "pool" takes means of neighbouring ones (64: of 2 × 2),
     # "scored" those that a scorer expects the teacher's actions to attend to most, which openpi
@@ -179,7 +180,9 @@ class StudentConfig:
         try:
             if self.image_token_choice == "scored":
                 return dataclasses.replace(model, scored_tokens=self.image_tokens)
-            return dataclasses.replace(model, pooled_tokens=self.image_tokens)
+            return dataclasses.replace(
+                model, pooled_tokens=self.image_tokens or teacher.pooled_tokens
+            )
         except ValueError as error:
             raise ValueError(f"--student.image-tokens {self.image_tokens}: {error}") from error
 
