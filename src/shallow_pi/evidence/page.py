@@ -170,18 +170,27 @@ def _difference(found: intervals.Mean, column: Column) -> str:
 
 
 def _tables(table: outcomes.Table) -> Iterator[str]:
-    """Every row that was measured somewhere: mean, interval, and difference to the reference."""
+    """Every policy that was measured somewhere: mean, interval, and difference to the reference.
+
+    What there is more of, policies or columns, runs down the page.
+    """
     claim = table.claim
     columns = [
         c for c in claim.columns if any(table.mean((r.label, c.label)) for r in claim.variants)
     ]
+    grid = {
+        row.label: [_cell(table, (row.label, c.label), c) for c in columns]
+        for row in claim.variants
+    }
+    grid = {label: texts for label, texts in grid.items() if any(texts)}
+    across, down, texts = [_title(c) for c in columns], [*grid], [*grid.values()]
+    if len(across) > len(down):
+        across, down, texts = down, across, [list(line) for line in zip(*texts, strict=True)]
     yield ""
-    yield "| | " + " | ".join(_title(c) for c in columns) + " |"
-    yield "|---|" + "---|" * len(columns)
-    for row in claim.variants:
-        cell_texts = [_cell(table, (row.label, c.label), c) for c in columns]
-        if any(cell_texts):
-            yield f"| {row.label} | " + " | ".join(cell_texts) + " |"
+    yield "| | " + " | ".join(across) + " |"
+    yield "|---|" + "---|" * len(across)
+    for label, line in zip(down, texts, strict=True):
+        yield f"| {label} | " + " | ".join(line) + " |"
     yield ""
     yield (
         "Mean (interval; seeds where several; episodes n where not all), and below it the "
