@@ -162,6 +162,21 @@ def test_a_rate_of_one_keeps_wilsons_interval():
     assert (found.low, found.high) == pytest.approx(intervals.wilson(100, 100))
 
 
+def test_policies_that_never_differ_keep_newcombes_interval():
+    ones = np.ones((1, 100))
+    found = intervals.rate_difference_over_seeds(ones, ones)
+    expected = intervals.paired_difference([True] * 100, [True] * 100)
+    assert (found.mean, found.low, found.high) == (0.0, expected.low, expected.high)
+    assert found.low < -0.03
+    # More seeds tell more, and where pairs differ the interval over seeds is the wider one.
+    assert (
+        intervals.rate_difference_over_seeds(np.ones((3, 100)), np.ones((3, 100))).low > found.low
+    )
+    a, b = np.random.default_rng(0).integers(0, 2, (2, 3, 200))
+    found, wide = intervals.rate_difference_over_seeds(a, b), intervals.over_seeds(a - b)
+    assert (found.low, found.high) == (wide.low, wide.high)
+
+
 @pytest.mark.parametrize("values", [np.zeros((0, 3)), np.zeros(3), np.array([[np.nan]])])
 def test_outcomes_that_are_no_table_are_refused(values):
     with pytest.raises(ValueError, match="outcomes"):

@@ -166,6 +166,20 @@ def rate_over_seeds(successes: Float[np.ndarray, "seeds episodes"]) -> Mean:
     )
 
 
+def rate_difference_over_seeds(
+    a: Float[np.ndarray, "seeds episodes"], b: Float[np.ndarray, "seeds episodes"]
+) -> Mean:
+    """`over_seeds` of the successes of `a` minus those of `b`, by training seed and episode.
+
+    Never beyond −1 and 1, nor narrower than Newcombe's interval of all pairs as if they were
+    independent, which has a width where no pair differs.
+    """
+    found = over_seeds(np.asarray(a, float) - b)
+    floor = paired_difference(np.ravel(a).astype(bool).tolist(), np.ravel(b).astype(bool).tolist())
+    low, high = min(found.low, floor.low), max(found.high, floor.high)
+    return dataclasses.replace(found, low=max(low, -1.0), high=min(high, 1.0))
+
+
 def student_t(degrees: float, probability: float = 0.975) -> float:
     """The point of Student's t distribution below which `probability` (above ½) lies.
 

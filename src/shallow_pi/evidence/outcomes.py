@@ -69,10 +69,9 @@ class Table:
         tables = _paired([first, second])
         if tables is None:
             return None
-        found = intervals.over_seeds(tables[0] - tables[1])
-        if self._column(a[1]).is_rate:  # Two rates differ by no more than 1.
-            found = dataclasses.replace(found, low=max(found.low, -1.0), high=min(found.high, 1.0))
-        return found
+        if self._column(a[1]).is_rate:
+            return intervals.rate_difference_over_seeds(*tables)
+        return intervals.over_seeds(tables[0] - tables[1])
 
     def seeds(self, side: Side) -> frozenset[int]:
         """Training seeds of a row, by their places, that were measured in a column."""
