@@ -129,15 +129,17 @@ def tabletop_teacher(model: pi0.Pi0Config) -> config.DistillConfig:
     )
 
 
-def tabletop_student(model: pi0.Pi0Config, teacher: str) -> config.DistillConfig:
-    """A student of such a teacher, by three losses, on 400 demonstrations in 1,200 steps."""
+def tabletop_student(
+    model: pi0.Pi0Config, teacher: str, demonstrations: int = 400
+) -> config.DistillConfig:
+    """A student of such a teacher, by three losses in 1,200 steps."""
     steps = 1200
     return dataclasses.replace(
         turntable_student(model, teacher),
         data=TABLETOP_DATA,
         schedule=short_schedule(steps, peak=2e-3),
         closed_loop=config.ClosedLoopConfig(
-            sim="tabletop", demonstrations=400, seed=1, execute_steps=10
+            sim="tabletop", demonstrations=demonstrations, seed=1, execute_steps=10
         ),
         num_train_steps=steps,
     )

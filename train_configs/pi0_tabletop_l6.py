@@ -14,9 +14,6 @@ from shallow_pi.training import config
 
 def get_config() -> config.DistillConfig:
     """Three losses, 1,600 demonstrations, 1,200 steps."""
-    made = _base.tabletop_student(_base.TABLETOP_PI0, teacher="pi0_tabletop")
-    return dataclasses.replace(
-        made,
-        student=config.StudentConfig(depth=6, strategy="sensitivity"),
-        closed_loop=dataclasses.replace(made.closed_loop, demonstrations=1600),
-    )
+    made = _base.tabletop_student(_base.TABLETOP_PI0, "pi0_tabletop", demonstrations=1600)
+    student = config.StudentConfig(depth=6, strategy="sensitivity")
+    return dataclasses.replace(made, student=student)

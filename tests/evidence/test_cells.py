@@ -43,6 +43,10 @@ def test_blocks_of_several_files_add_up(tmp_path):
     assert (found.seeds(CELL), found.seeds(other)) == ({1, 2, 3}, {1})
     assert found.column(CELL, "success", [3, 1]).tolist() == [0, 1]
     assert found.tasks[CELL] == {1: "moving", 2: "touch", 3: "moving"}
+    again = dataclasses.replace(_block([3], 0), origin={**ORIGIN, "commit": "def"})
+    cells.append(tmp_path / "c.jsonl", again)
+    commits = [origin["commit"] for origin in cells.read(tmp_path).origins[CELL]]
+    assert commits == ["abc", "def"], "of each block whose results hold"
 
 
 def test_a_line_cut_short_is_left_out_and_does_not_swallow_the_next(tmp_path):
@@ -58,6 +62,9 @@ def test_results_of_another_training_are_not_mixed_in(tmp_path):
     assert cells.read(tmp_path).seeds(CELL) == {3}  # The later line's.
     assert cells.read(tmp_path, {"l6-s0": "old"}).seeds(CELL) == {1, 2}
     assert cells.read(tmp_path, {"l6-s0": "third"}).seeds(CELL) == set()
+    cells.append(tmp_path / "b.jsonl", _block([2], 0, digest="old"))
+    cells.append(tmp_path / "b.jsonl", _block([4], 1, digest="new"))
+    assert cells.read(tmp_path).seeds(CELL) == {3, 4}, "wherever the lines of the last one stand"
 
 
 def test_a_line_that_is_something_else_is_refused_with_its_place(tmp_path):

@@ -237,7 +237,7 @@ def _pending(table: outcomes.Table) -> list[str]:
 
 def _origin(table: outcomes.Table) -> list[str]:
     """Commits, devices and time of what is measured."""
-    origins = [table.results.origins[c] for c in table.claim.cells() if c in table.results.origins]
+    origins = [o for cell in table.claim.cells() for o in table.results.origins.get(cell, ())]
     if not origins:
         return []
     commits, devices = (

@@ -181,7 +181,8 @@ class Results:
     rows: Mapping[Cell, Mapping[int, Mapping[str, float]]]
     tasks: Mapping[Cell, Mapping[int, str]]
     digests: Mapping[Cell, str]
-    origins: Mapping[Cell, Mapping[str, object]]
+    # Of every block that a result is from.
+    origins: Mapping[Cell, Sequence[Mapping[str, object]]]
 
     def seeds(self, cell: Cell) -> set[int]:
         """The seeds that were measured."""
@@ -199,28 +200,38 @@ def read(folder: pathlib.Path, digests: Mapping[str, str] | None = None) -> Resu
       folder: with files `*.jsonl`; it may not exist yet.
       digests: policy → digest of its parameters as they are now: lines of others are left out.
     """
-    rows: dict[Cell, dict[int, dict[str, float]]] = {}
-    tasks: dict[Cell, dict[int, str]] = {}
-    seen: dict[Cell, str] = {}
-    origins: dict[Cell, Mapping[str, object]] = {}
+    blocks = []
     for block in _blocks(sorted(folder.glob("*.jsonl")) if folder.is_dir() else []):
-        cell = block.cell
-        if digests is not None and digests.get(cell.policy, block.digest) != block.digest:
+        policy = block.cell.policy
+        if digests is not None and digests.get(policy, block.digest) != block.digest:
             progress.warn(
-                f"{cell.policy} was trained anew: its earlier results in {folder} are not used"
+                f"{policy} was trained anew: its earlier results in {folder} are not used"
             )
-            continue
-        if seen.setdefault(cell, block.digest) != block.digest:
-            # No checkpoint at hand tells which training is meant: the later line's.
-            rows.pop(cell, None)
-            tasks.pop(cell, None)
-            seen[cell] = block.digest
-        origins[cell] = block.origin
-        for index, seed in enumerate(block.seeds):
-            values = {name: float(column[index]) for name, column in block.columns.items()}
-            rows.setdefault(cell, {})[seed] = values
-            tasks.setdefault(cell, {})[seed] = block.tasks[index]
-    return Results(rows, tasks, seen, origins)
+        else:
+            blocks.append(block)
+    # Where no checkpoint at hand tells which training is meant, the last line's.
+    latest = {block.cell: block.digest for block in blocks}
+    found: dict[Cell, dict[int, tuple[Block, int]]] = {}
+    for block in blocks:
+        if block.digest == latest[block.cell]:
+            of_seed = {seed: (block, index) for index, seed in enumerate(block.seeds)}
+            found.setdefault(block.cell, {}).update(of_seed)
+    rows = {
+        cell: {
+            seed: {name: float(column[index]) for name, column in block.columns.items()}
+            for seed, (block, index) in of_seed.items()
+        }
+        for cell, of_seed in found.items()
+    }
+    tasks = {
+        cell: {seed: block.tasks[index] for seed, (block, index) in of_seed.items()}
+        for cell, of_seed in found.items()
+    }
+    origins = {
+        cell: [*{id(block): block.origin for block, _ in of_seed.values()}.values()]
+        for cell, of_seed in found.items()
+    }
+    return Results(rows, tasks, latest, origins)
 
 
 def _blocks(paths: Iterable[pathlib.Path]) -> Iterable[Block]:
