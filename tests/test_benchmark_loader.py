@@ -63,6 +63,7 @@ def test_pictures_that_are_no_video_are_read_without_a_comparison(capsys):
             "--height 9 has no effect: the pictures are those of --path x; give",
         ),
         (["--batches", "0"], "--batches must be at least 1, got 0"),
+        (["--image-size", "0"], "--image-size must be at least 1, got 0"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(capsys, arguments, message):

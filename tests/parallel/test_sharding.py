@@ -183,6 +183,21 @@ def test_a_large_array_that_fsdp_cannot_split_is_an_error_only_with_fsdp():
     assert specs == {LAYERS + "mlp/linear": P(None, "tensor", "fsdp")}
 
 
+@pytest.mark.parametrize(
+    ("axes", "named"),
+    [
+        ({"tensor": 3}, r"mlp/linear \(18, 16384, 2048\) cannot be split .* tensor=3"),
+        ({"fsdp": 3, "tensor": 2}, r"mlp/linear \(18, 16384, 2048\) cannot be split .*fsdp=3"),
+    ],
+)
+def test_no_axis_that_was_asked_for_is_dropped_from_a_large_array(axes, named):
+    """Copies would do the same work, or take the memory, that the axis was to divide."""
+    devices = jax.devices()[: math.prod(axes.values())]
+    mesh = sharding.MeshConfig(data=1, **{"fsdp": 1, **axes}).create(devices)
+    with pytest.raises(sharding.CannotSplitError, match=named):
+        sharding.param_sharding(mesh, _nested(PI0))
+
+
 def test_the_rest_of_the_devices_is_data():
     assert dict(sharding.MeshConfig(fsdp=2, tensor=2).create().shape) == {
         "data": 2,

@@ -66,6 +66,16 @@ def test_activations_grow_the_less_is_recomputed_and_with_the_rows_of_a_device(f
     assert twice == pytest.approx(2 * one.activations, rel=1e-6)
 
 
+def test_over_tensor_every_device_keeps_the_whole_inputs_of_layers(full_size):
+    """Of 32 observations: six layers of both streams, and 27 of the image tower's three cameras."""
+    experiment = _with(full_size, remat="layers")
+    one, two, four = (_estimate(experiment, (1, 1, ways)).activations for ways in (1, 2, 4))
+    inputs = 2 * 32 * (6 * (816 * 2048 + 51 * 1024) + 27 * 3 * 256 * 1152)
+    pictures = 3 * 4 * 32 * 3 * 3 * 224**2
+    assert one - two == pytest.approx(2 * (two - four), rel=1e-6)
+    assert one - 2 * (one - two) == pytest.approx(inputs + pictures, rel=1e-6)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("remat", ["layers", "none"])
 def test_an_estimate_is_near_what_the_compiler_plans(tiny_experiment, tmp_path, remat):

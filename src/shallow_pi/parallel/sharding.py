@@ -4,8 +4,8 @@
 MLP columns (Megatron's way: the first matrix of a pair by its outputs, the second by its inputs).
 Parameters are found by the end of a path, so an optimizer moment is placed as its parameter. An
 array that is no parameter is replicated if small and an error if large. A mesh axis that does not
-divide its dimension (the one KV head over `tensor`) is dropped from that dimension, which is an
-error only where it leaves a large array whole although `fsdp` was asked for.
+divide its dimension is dropped from that dimension in a small array, and an error in a large one;
+the KV heads alone may be fewer than `tensor`.
 """
 
 import dataclasses
@@ -142,8 +142,9 @@ def param_sharding(mesh: Mesh, shapes: PyTree) -> PyTree:
     def one(path: tuple[object, ...], leaf: jax.ShapeDtypeStruct) -> NamedSharding:
         name = weights.path_name(path)
         size = math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
-        rule = _rule(parameters.find(name), len(leaf.shape))
-        if not rule:
+        parameter = parameters.find(name)
+        rule = _rule(parameter, len(leaf.shape))
+        if not rule or parameter is None:
             if rule is None and size >= LARGE_BYTES:
                 problems.append(f"{name} {leaf.shape} is not in parameters.TABLE: add it there")
             return replicated(mesh)
@@ -153,8 +154,14 @@ def param_sharding(mesh: Mesh, shapes: PyTree) -> PyTree:
                 for axis, dimension in zip(rule, leaf.shape, strict=True)
             )
         )
+        dropped = [
+            logical
+            for logical, asked, axis in zip(parameter.axes, rule, spec, strict=True)
+            if asked != axis and logical != "kv_heads"
+        ]
         ways = math.prod(mesh.shape[axis] for axis in spec if axis is not None)
-        if ways == 1 and mesh.shape[FSDP] > 1 and size >= LARGE_BYTES:
+        whole = ways == 1 and mesh.shape[FSDP] > 1
+        if size >= LARGE_BYTES and (dropped or whole):
             problems.append(
                 f"{name} {leaf.shape} cannot be split as {rule} over fsdp={mesh.shape[FSDP]}, "
                 f"tensor={mesh.shape[TENSOR]}: choose sizes that divide it"
@@ -164,7 +171,7 @@ def param_sharding(mesh: Mesh, shapes: PyTree) -> PyTree:
     result = jax.tree_util.tree_map_with_path(one, shapes)
     if problems:
         raise CannotSplitError(
-            "large arrays would be copied to every device:\n  " + "\n  ".join(problems)
+            "large arrays would be copied from device to device:\n  " + "\n  ".join(problems)
         )
     return result
 

@@ -99,7 +99,7 @@ def estimate(spec: step.Spec, mesh: Mesh, batch_size: int, teacher_dtype: str) -
     return Estimate(
         given=fixed | {"batch": bytes_per_device(batch)},
         gradient=gradient,
-        activations=rounded + int(rows * _activations(spec) / mesh.shape[sharding.TENSOR]),
+        activations=rounded + int(rows * _activations(spec, mesh.shape[sharding.TENSOR])),
     )
 
 
@@ -189,11 +189,12 @@ def choose(
     return found
 
 
-def _activations(spec: step.Spec) -> float:
+def _activations(spec: step.Spec, split: int) -> float:
     """Bytes of activations of one observation, while gradients flow back through the student.
 
     With `--remat layers` every layer keeps its input, and the layer being computed also holds its
-    MLP and attention. The other policies keep more of each layer.
+    MLP and attention. The other policies keep more of each layer. Heads and MLP columns are split
+    over `split` devices, the inputs of layers are whole on each.
     """
     model, remat = spec.student, spec.execution.remat
     size, tokens = jnp.dtype(model.dtype).itemsize, model.prefix_tokens
@@ -213,7 +214,7 @@ def _activations(spec: step.Spec) -> float:
         zip(*model.layers, strict=True),
         strict=True,
     ):
-        kept, working = _layer(stream, queries, seen, size)
+        kept, working = _layer(stream, queries, seen, size, split)
         there = len(halves) - halves.count("absent")
         stays += there * size * queries * stream.width + halves.count("whole") * kept[remat]
         at_once += working
@@ -221,7 +222,7 @@ def _activations(spec: step.Spec) -> float:
     as_stream = _as_stream(image)
     cameras, patches = len(model.cameras), model.patches
     seen = 0 if spec.execution.tower_attention == "cudnn" else patches
-    kept, working = _layer(as_stream, patches, seen, size, gated=False)
+    kept, working = _layer(as_stream, patches, seen, size, split, gated=False)
     if "vision" not in spec.freeze:
         kept_image = size * patches * image.width + kept[remat]
         stays += cameras * image.depth * kept_image
@@ -232,24 +233,29 @@ def _activations(spec: step.Spec) -> float:
 
 
 def _layer(
-    stream: gemma.GemmaConfig, queries: int, keys: int, size: int, *, gated: bool = True
+    stream: gemma.GemmaConfig, queries: int, keys: int, size: int, split: int, *, gated: bool = True
 ) -> tuple[dict[str, float], float]:
     """Bytes a layer keeps in addition to its input, by remat policy, and while it is computed.
 
-    Flash attention stores no logits: as for 0 keys.
+    Flash attention stores no logits: as for 0 keys. `split` is as of `_activations`.
     """
-    heads = queries * stream.num_heads * stream.head_dim
-    products = 2 * heads + 2 * queries * stream.num_kv_heads * stream.head_dim
-    products += queries * ((1 + gated) * stream.mlp_dim + 2 * stream.width)
-    weights = queries * keys * stream.num_heads
+
+    def share(count: int) -> float:
+        """Heads or columns on one device: all of them if they cannot be split."""
+        return count if count % split else count / split
+
+    num_heads, mlp_dim = share(stream.num_heads), share(stream.mlp_dim)
+    products = 2 * queries * stream.head_dim * (num_heads + share(stream.num_kv_heads))
+    products += queries * ((1 + gated) * mlp_dim + 2 * stream.width)
+    weights = queries * keys * num_heads
     # XLA keeps eight arrays of the GELU.
-    everything = products + queries * (8 * stream.mlp_dim + 4 * stream.width)
+    everything = products + queries * (8 * mlp_dim + 4 * stream.width)
     kept = {
         "layers": 0.0,
         "dots": float(size * products),
         "none": size * (everything + weights) + 4.0 * weights,
     }
-    return kept, 4.0 * size * queries * stream.mlp_dim + 8.0 * weights
+    return kept, 4.0 * size * queries * mlp_dim + 8.0 * weights
 
 
 def _as_stream(image: siglip.SiglipConfig) -> gemma.GemmaConfig:

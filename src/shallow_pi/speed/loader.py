@@ -66,7 +66,8 @@ class Setting:
     step_ms: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("frames", "batch_size", "batches", "threads", "repeats"):
+        sizes = "height", "width", "group", "frames", "image_size", "batch_size"
+        for name in (*sizes, "batches", "threads", "repeats"):
             if getattr(self, name) < 1:
                 flag = name.replace("_", "-")
                 raise ValueError(f"--{flag} must be at least 1, got {getattr(self, name)}")
