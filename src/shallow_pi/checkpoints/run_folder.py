@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 
-from shallow_pi import progress
+from shallow_pi import atomic, progress
 
 # Files and folders beside the step folders.
 CONFIG_FILE = "config.json"
@@ -183,14 +183,8 @@ def held(folder: pathlib.Path, flag: str = "--exp-name") -> Iterator[None]:
 
 def write_text(path: pathlib.Path, text: str, advice: str = RESUME) -> None:
     """Write a file of a run atomically; `advice` is for a file that cannot be written."""
-    partial = path.with_name(f"{path.name}.partial")
     with writing(path, advice):
-        try:
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(path)
-        except OSError:
-            partial.unlink(missing_ok=True)
-            raise
+        atomic.write(path, text)
 
 
 def save_config(folder: str | os.PathLike[str], config: Mapping[str, object]) -> None:

@@ -1,6 +1,7 @@
 """Keep the state of a long training, so that one that was interrupted goes on where it was."""
 
 import hashlib
+import io
 import pathlib
 import time
 import zipfile
@@ -10,7 +11,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from shallow_pi import progress
+from shallow_pi import atomic, progress
 from shallow_pi.checkpoints import run_folder
 
 # Seconds between saves; a training that takes less keeps nothing.
@@ -57,13 +58,12 @@ class Unfinished:
         """Write the state if the last time is long ago; a kill leaves the earlier one."""
         if time.monotonic() - self._saved < EVERY:
             return
-        partial = self.path.with_name(f"{self.path.name}.partial")
+        content = io.BytesIO()
         leaves = jax.device_get(jax.tree.leaves(state))
+        np.savez(content, **{str(i): leaf for i, leaf in enumerate(leaves)})
         with run_folder.writing(self.path, "give the same command again"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as file:
-                np.savez(file, **{str(i): leaf for i, leaf in enumerate(leaves)})
-            partial.replace(self.path)
+            atomic.write(self.path, content.getvalue())
         self._saved = time.monotonic()
 
     def discard(self) -> None:

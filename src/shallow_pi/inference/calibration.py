@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from shallow_pi import progress
+from shallow_pi import atomic, progress
 from shallow_pi.inference import forward, prepare, quantize, sampler, tuning
 from shallow_pi.models import observation as observations
 from shallow_pi.models import pi0, prefixes
@@ -64,10 +64,7 @@ class Calibration:
 def save(folder: pathlib.Path, calibration: Calibration) -> pathlib.Path:
     """Write the file into an `assets` folder; returns it."""
     path = folder / FILE_NAME
-    partial = path.with_name(f"{path.name}.partial")
-    text = json.dumps(dataclasses.asdict(calibration), indent=1)
-    partial.write_text(text + "\n", encoding="utf-8")
-    partial.replace(path)
+    atomic.write(path, json.dumps(dataclasses.asdict(calibration), indent=1) + "\n")
     return path
 
 

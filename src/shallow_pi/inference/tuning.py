@@ -9,7 +9,6 @@ of sizes. A damaged file, or one of another model, is ignored with a warning.
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
 import re
 import warnings
@@ -18,7 +17,7 @@ from typing import Any
 
 import jax
 
-from shallow_pi import user_cache
+from shallow_pi import atomic, user_cache
 from shallow_pi.inference import attention as attentions
 from shallow_pi.inference import quantize as quantization
 from shallow_pi.models import pi0
@@ -132,10 +131,7 @@ def store(
         "quantize": scheme,
         "milliseconds": dict(milliseconds),
     }
-    # Renamed when complete: a robot may be reading.
-    partial = file.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    partial.replace(file)
+    atomic.write(file, json.dumps(content, indent=2) + "\n")  # A robot may be reading.
     return file
 
 
