@@ -15,5 +15,5 @@ from shallow_pi.training import config
 def get_config() -> config.DistillConfig:
     """Three losses, 1,600 demonstrations, 1,200 steps."""
     made = _base.tabletop_student(_base.TABLETOP_PI0, "pi0_tabletop", demonstrations=1600)
-    student = config.StudentConfig(depth=6, strategy="sensitivity")
+    student = config.StudentConfig(layers=(0, 1, 4, 5, 12, 16))  # By sensitivity.
     return dataclasses.replace(made, student=student)
