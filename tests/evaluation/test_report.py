@@ -222,8 +222,8 @@ def test_animation_keeps_the_pixels_and_the_time_of_the_episode(full, tmp_path):
 
 
 def test_an_interrupted_animation_leaves_no_half_film(full, tmp_path, monkeypatch):
-    def interrupted(self, path, *_, **__):
-        path.write_bytes(b"GIF89a")
+    def interrupted(self, file, *_, **__):
+        (file.write if hasattr(file, "write") else file.write_bytes)(b"GIF89a")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Image.Image, "save", interrupted)

@@ -49,6 +49,8 @@ _TRIAL = ".writable-"
 
 # What a training command does after a file could not be written.
 RESUME = "go on with --resume, or give another --checkpoint-dir"
+# The same for a command that goes on by itself.
+AGAIN = "give the same command again"
 _UNREADABLE = re.compile(r"[\[\]*?\\]|^\w+:$")
 
 

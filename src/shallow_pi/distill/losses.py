@@ -17,7 +17,7 @@ of them (`models.scorer`). Everything is float32. (METHOD: the layer pair, the w
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -90,6 +90,11 @@ class Losses:
     def weights(self) -> Weights:
         """The weight of every term, by name."""
         return {name: getattr(self, name) or 0.0 for name in TERMS}
+
+    def only(self, **weights: float) -> "Losses":
+        """The same with these weights of terms, and none of the other terms."""
+        every: dict[str, Any] = {**dict.fromkeys(TERMS, 0.0), **weights}
+        return dataclasses.replace(self, **every)
 
     @property
     def needs_teacher(self) -> bool:

@@ -10,7 +10,7 @@ scratch, on the task loss. Bind `spec` with `functools.partial` and jit the rest
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.struct
 import jax
@@ -278,9 +278,8 @@ def loss_gradient_norms(
     inputs = draw_inputs(spec, jax.random.fold_in(key, state.step), batch)
     found = {}
     for name in _terms(spec.losses):
-        alone: dict[str, Any] = dict.fromkeys(losses.TERMS, 0.0)
-        alone[name] = getattr(spec.losses, name)
-        single = dataclasses.replace(spec, losses=dataclasses.replace(spec.losses, **alone))
+        alone = spec.losses.only(**{name: getattr(spec.losses, name)})
+        single = dataclasses.replace(spec, losses=alone)
         grads, _ = _gradient(single, teacher_params, state.params, inputs)
         found[f"grad_norm_of/{name}_loss"] = norms.global_norm(grads)
     return found

@@ -4,6 +4,7 @@ Figures need matplotlib (the extra `plots`), which is imported when the first on
 animation needs only Pillow. A policy has the same colour everywhere. Error bars are 95 % intervals.
 """
 
+import io
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-from shallow_pi import figures
+from shallow_pi import atomic, figures
 from shallow_pi.evaluation import rollout
 
 # Okabe and Ito's palette, which stays distinct for colour-blind readers and in print.
@@ -236,9 +237,9 @@ def animation(path: pathlib.Path, recording: rollout.Recording, side: int = 240)
     gaps = np.diff(recording.times) if len(pictures) > 1 else np.zeros(0)
     durations = [max(10 * math.floor(100 * gap + 0.5), 20) for gap in gaps]
     durations.append(1500)
-    partial = path.with_name(f"{path.name}.partial")
+    film = io.BytesIO()
     pictures[0].save(
-        partial,
+        film,
         "GIF",
         save_all=True,
         append_images=pictures[1:],
@@ -246,7 +247,7 @@ def animation(path: pathlib.Path, recording: rollout.Recording, side: int = 240)
         loop=0,
         optimize=True,
     )
-    partial.replace(path)
+    atomic.write(path, film.getvalue())
 
 
 def _enlarge(frame: UInt8[np.ndarray, "h w 3"], side: int) -> Image.Image:

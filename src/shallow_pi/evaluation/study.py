@@ -17,7 +17,6 @@ import json
 import pathlib
 import shutil
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +26,7 @@ from shallow_pi.checkpoints import run_folder, weights
 from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.data.robots import robot, tokenizer
 from shallow_pi.deploy import policy as deployed
-from shallow_pi.distill import losses, step, student
+from shallow_pi.distill import step, student
 from shallow_pi.evaluation import late_plans, policies, report, rollout
 from shallow_pi.models import pi0
 from shallow_pi.parallel import processes, sharding
@@ -165,10 +164,9 @@ def find_suite(task: config.ClosedLoopConfig) -> simulator.Suite:
 
 def baselines(experiment: config.DistillConfig) -> dict[str, config.DistillConfig]:
     """Students by the task loss alone, from the cut and from random weights; all else the same."""
-    off: dict[str, Any] = dict.fromkeys(losses.TERMS[1:], 0.0)
     alone = dataclasses.replace(
         experiment,
-        losses=dataclasses.replace(experiment.losses, task=1.0, **off),
+        losses=experiment.losses.only(task=1.0),
         gradient_interval=0,
         profile="",
     )

@@ -20,7 +20,7 @@ from shallow_pi import figures, progress
 from shallow_pi.checkpoints import run_folder
 from shallow_pi.deploy import policy as deployed
 from shallow_pi.evaluation import intervals, plots
-from shallow_pi.evidence import calibrating, outcomes, sources, training
+from shallow_pi.evidence import calibrating, outcomes, sources
 from shallow_pi.evidence.claims.claim import Claim, Side
 from shallow_pi.inference import tuning
 from shallow_pi.models import batch as batches
@@ -129,7 +129,7 @@ def ensure(chosen: Iterable[Claim], runs: pathlib.Path, results: pathlib.Path) -
             lines.append(json.dumps([*side, *dataclasses.astuple(cost)]))
         results.mkdir(parents=True, exist_ok=True)
         path = results / FILE.format(claim=claim.name)
-        run_folder.write_text(path, "[\n" + ",\n".join(lines) + "\n]\n", training.AGAIN)
+        run_folder.write_text(path, "[\n" + ",\n".join(lines) + "\n]\n", run_folder.AGAIN)
 
 
 def _call(policy: deployed.Policy) -> Callable[[], jax.Array]:

@@ -14,7 +14,7 @@ from shallow_pi import figures
 from shallow_pi.checkpoints import run_folder
 from shallow_pi.evaluation import plots
 from shallow_pi.evaluation.rivals import costs
-from shallow_pi.evidence import outcomes, rival_runs, sources, training
+from shallow_pi.evidence import outcomes, rival_runs, sources
 from shallow_pi.evidence.claims.claim import Claim
 
 # Results of a claim.
@@ -52,7 +52,7 @@ def ensure(chosen: Sequence[Claim], runs: pathlib.Path, results: pathlib.Path) -
             for cost in costs.measure(assets.model, params, list(dict.fromkeys(names.values())))
         ]
         results.mkdir(parents=True, exist_ok=True)
-        run_folder.write_text(path, "[\n" + ",\n".join(found) + "\n]\n", training.AGAIN)
+        run_folder.write_text(path, "[\n" + ",\n".join(found) + "\n]\n", run_folder.AGAIN)
 
 
 def read(claim: Claim, results: pathlib.Path) -> dict[str, costs.Cost]:

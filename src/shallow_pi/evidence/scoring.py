@@ -19,7 +19,7 @@ from shallow_pi import progress
 from shallow_pi.checkpoints import run_folder
 from shallow_pi.distill import layer_scores
 from shallow_pi.evaluation import policies
-from shallow_pi.evidence import running, sources, training
+from shallow_pi.evidence import running, sources
 from shallow_pi.evidence.claims import cells, recipes
 from shallow_pi.models import pi0
 from shallow_pi.sims import tabletop
@@ -36,7 +36,7 @@ def ensure(slugs: Sequence[str], runs: pathlib.Path, results: pathlib.Path) -> N
         found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         if not {"similarity_by_step", "sensitivity_by_step"} <= set(found):
             found = measure(base, runs) | found
-            run_folder.write_text(path, json.dumps(found) + "\n", training.AGAIN)
+            run_folder.write_text(path, json.dumps(found) + "\n", run_folder.AGAIN)
         results.mkdir(parents=True, exist_ok=True)
         (results / recipes.SCORES_FILE).write_bytes(path.read_bytes())
 

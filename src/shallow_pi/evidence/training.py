@@ -27,8 +27,6 @@ from shallow_pi.models import pi0
 from shallow_pi.sims import demonstrations, simulator
 
 RECIPE_FILE = "recipe.json"
-# What to do when a file cannot be written.
-AGAIN = "give the same command again"
 # Among the step folders: the states of trainings that are not done.
 UNFINISHED = "unfinished"
 # Seeds of the expert's episodes: a student sees other scenes than its teacher did.
@@ -63,9 +61,11 @@ def save(
     own.save(folder / run_folder.ASSETS)
     if scores is not None:
         text = json.dumps({name: list(map(float, score)) for name, score in scores.items()})
-        run_folder.write_text(folder / recipes.SCORES_FILE, text + "\n", AGAIN)
+        run_folder.write_text(folder / recipes.SCORES_FILE, text + "\n", run_folder.AGAIN)
     content = {"recipe": dataclasses.asdict(recipe), "metrics": dict(metrics)}
-    run_folder.write_text(folder / RECIPE_FILE, json.dumps(content, indent=2) + "\n", AGAIN)
+    run_folder.write_text(
+        folder / RECIPE_FILE, json.dumps(content, indent=2) + "\n", run_folder.AGAIN
+    )
 
 
 def rounded(params: PyTree) -> PyTree:

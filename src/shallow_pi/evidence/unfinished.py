@@ -61,7 +61,7 @@ class Unfinished:
         content = io.BytesIO()
         leaves = jax.device_get(jax.tree.leaves(state))
         np.savez(content, **{str(i): leaf for i, leaf in enumerate(leaves)})
-        with run_folder.writing(self.path, "give the same command again"):
+        with run_folder.writing(self.path, run_folder.AGAIN):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             atomic.write(self.path, content.getvalue())
         self._saved = time.monotonic()

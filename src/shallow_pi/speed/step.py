@@ -10,13 +10,12 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import jax
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from shallow_pi.distill import losses, step
+from shallow_pi.distill import step
 from shallow_pi.models import batch as batches
 from shallow_pi.models import pi0
 from shallow_pi.parallel import shapes, sharding
@@ -81,9 +80,7 @@ def stated_rate(device: str, dtype: str) -> float | None:
 
 def fine_tuning(spec: step.Spec) -> step.Spec:
     """The same step on the task loss alone, which needs no teacher."""
-    alone: dict[str, Any] = dict.fromkeys(losses.TERMS, 0.0) | {"task": 1.0}
-    task = dataclasses.replace(spec.losses, **alone)
-    return dataclasses.replace(spec, losses=task)
+    return dataclasses.replace(spec, losses=spec.losses.only(task=1.0))
 
 
 def measure(

@@ -84,7 +84,7 @@ def kept(path: pathlib.Path, measure: Callable[[], Iterable[float]]) -> list[flo
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps([float(x) for x in measure()]) + "\n"
-        run_folder.write_text(path, text, "give the same command again")
+        run_folder.write_text(path, text, run_folder.AGAIN)
     return [float(x) for x in json.loads(path.read_text(encoding="utf-8"))]
 
 
