@@ -256,19 +256,33 @@ class Plan:
         return {"actions": chunk}
 
 
-@pytest.mark.parametrize("delay", [0, 1, 2])
-def test_late_plans_are_executed_as_an_executor_on_a_robot_does(delay):
-    """Step by step with `SkipLateActions`, whose plans come `delay` steps after they are due."""
+@pytest.mark.parametrize("delay", [0, 1, 2, 3, 5])
+def test_late_plans_are_executed_as_an_executor_on_a_robot_does(delay, monkeypatch):
+    """Step by step with `SkipLateActions`, whose plans come `delay` steps after they are due.
+
+    After 3 steps and more the robot has run out of actions, and stands.
+    """
     found = run(
         Wanderer(), episodes=8, execute_steps=2, delay=rollout.Delay(delay, "skip")
     ).episodes
     for episode in found:
-        line, worker = Line(), Waiting()
+        line, worker, last = Line(), Waiting(), np.zeros(1)
         line.reset(episode.seed)
+
+        def stand(_, line=line, worker=worker):
+            """The robot's last action, repeated until the plan that it waits for is there."""
+            while worker.asked is not None:
+                if not line.done:
+                    line.step(last)  # noqa: B023
+                worker.finish(after=delay)
+
+        monkeypatch.setattr(concurrent.futures, "wait", stand)
         with executors.SkipLateActions(Plan(episode.seed), 2, worker=worker) as executor:
             while not line.done:
                 worker.finish(after=delay if line.steps else 0)
-                line.step(executor.infer(line.observe())["actions"])
+                last = executor.infer(line.observe())["actions"]
+                if not line.done:
+                    line.step(last)
         assert (line.steps, line.success) == (episode.steps, episode.success)
 
 
@@ -318,6 +332,9 @@ def test_a_robot_without_actions_stands_until_its_plan_is_there():
     assert [part[:, 0].tolist() for part in late] == [[1, 2, 2, 2, 2, 10], [11, 12, 13, 14, 15]]
     empty = rollout.Delay(5).due(before[:0], last, chunk, 3)
     assert [part[:, 0].tolist() for part in empty] == [[0] * 5 + [10, 11, 12], [13, 14, 15]]
+    # The next was due before it came: one action, since a robot that waits asks only after it.
+    due, left = rollout.Delay(5).due(before, last, chunk, 2)
+    assert (due[:, 0].tolist(), left[:, 0].tolist()) == ([1, 2, 2, 2, 2, 12], [13, 14, 15])
 
 
 def test_a_plan_that_comes_after_the_next_was_due_is_asked_for_at_once():

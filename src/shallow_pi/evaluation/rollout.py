@@ -55,7 +55,8 @@ class Delay:
         """The actions until the next observation, and what is left of the chunk then.
 
         A robot that runs out of actions stands: its last action is repeated until the plan is
-        there. Only actions for which it executed others are skipped, as `deploy.executors` does.
+        there, of which it then executes one before anything else. Only actions for which it
+        executed others are skipped. Both as `deploy.executors` does.
 
         Args:
           before: what was left of the chunk before at the observation; None at the first.
@@ -70,7 +71,7 @@ class Delay:
         given = len(meanwhile)
         standing = (meanwhile[-1:] if given else last[None]).repeat(self.steps - given, axis=0)
         start = 0 if self.executor == "late" else given
-        end = start + max(execute_steps - given, 0)
+        end = start + max(execute_steps - given, min(len(standing), 1))
         return np.concatenate([meanwhile, standing, chunk[start:end]]), chunk[end:]
 
     def previous(
