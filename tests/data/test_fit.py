@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import shutil
 
 import numpy as np
 import polars as pl
@@ -47,6 +48,7 @@ def test_a_dataset_that_fits_passes_without_a_word(capsys) -> None:
         dataset = reader.Dataset(path)
         fit.check(dataset, pusht.ROBOT)
         fit.warn(dataset, pusht.ROBOT)
+        fit.check(dataset, dataclasses.replace(pusht.ROBOT, fps=9.99))  # As 29.97 is 30.
     assert capsys.readouterr().err == ""
 
 
@@ -172,6 +174,54 @@ def test_a_column_of_numbers_of_tasks_can_be_the_prompt(copy, capsys) -> None:
     assert [fit.prompt(dataset, robot, i) for i in range(len(dataset))] == [
         dataset.tasks[1 - task] for task in tasks
     ]
+
+
+@pytest.mark.parametrize("key", ["subtask", "subtask_index"])
+def test_subtasks_have_a_table_of_their_own(copy, capsys, key) -> None:
+    """LeRobot's annotations: -1 where no subtask was given."""
+    pusht.edit_data(copy, (pl.col("frame_index") // 10 - 1).clip(-1, 1).alias("subtask_index"))
+    _edit_features(copy, subtask_index={"dtype": "int64", "shape": [1]})
+    robot = dataclasses.replace(pusht.ROBOT, prompt_key=key)
+    with pytest.raises(FileNotFoundError, match=r"meta/subtasks\.parquet is missing"):
+        fit.check(reader.Dataset(copy), robot)
+    texts = pl.DataFrame({"subtask_index": [1, 0], "subtask": ["grasp it", "reach it"]})
+    texts.write_parquet(copy / "meta" / "subtasks.parquet")
+    dataset = reader.Dataset(copy)
+    assert "subtask_index" in fit.keys(robot, dataset.layout)
+    fit.check(dataset, robot)
+    assert [fit.prompt(dataset, robot, i) for i in (9, 10, 30)] == ["", "reach it", "reach it"]
+    assert fit.prompt(dataset, robot, 42) == "grasp it"
+    fit.warn(dataset, robot)
+    err = capsys.readouterr().err
+    assert f"4 of 4 episodes of {copy} have frames with an empty prompt" in err
+    assert "prompt_key" not in err
+    texts[:1].write_parquet(copy / "meta" / "subtasks.parquet")
+    with pytest.raises(ValueError, match=r"has subtask_index 0, .*\[1\]: add .* meta/subtasks"):
+        fit.check(reader.Dataset(copy), robot)
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_tasks_other_than_those_listed_for_their_episode_are_told(tmp_path, capsys, version):
+    source = {2: pusht.OLD, 3: pusht.VIDEO}[version]
+    copy = shutil.copytree(source, tmp_path / "dataset")
+    for file in sorted(copy.glob("data/*/*.parquet"))[:1]:
+        swapped = (1 - pl.col("task_index")).alias("task_index")
+        pl.read_parquet(file).with_columns(swapped).write_parquet(file)
+    dataset = reader.Dataset(copy)
+    wrong = {2: 1, 3: 4}[version]
+    fit.warn(dataset, pusht.ROBOT)
+    told = capsys.readouterr().err
+    assert f"warning: {wrong} of 4 episodes of {copy} have another task than their meta" in told
+    first, other = dataset.tasks[1], dataset.tasks[0]
+    assert f"episode 0 has frames of {first!r}, their meta files list [{other!r}]: the" in told
+    fit.warn(dataset, dataclasses.replace(pusht.ROBOT, prompt="push it"))
+    assert capsys.readouterr().err == ""
+
+
+def test_a_task_that_was_worded_anew_is_no_other_one(copy, capsys) -> None:
+    _edit_tasks(copy, ["push it", "pull it"])
+    fit.warn(reader.Dataset(copy), pusht.ROBOT)
+    assert capsys.readouterr().err == ""
 
 
 def test_a_missing_column_of_prompts_is_reported(copy, capsys) -> None:

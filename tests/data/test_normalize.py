@@ -83,8 +83,13 @@ def test_statistics_that_cannot_be_the_robots_are_refused_or_told(capsys) -> Non
         ValueError, match=r"'state' have 3 dimensions, the robot has 4: they are an"
     ):
         normalize.check({"state": mean}, {"state": 4}, "z_score")
-    with pytest.raises(ValueError, match=r"lack 'actions'; there are \['state'\]"):
+    with pytest.raises(ValueError, match=r"lack 'actions'; there are \['state'\]: compute them"):
         normalize.check({"state": mean}, {"actions": 3}, "z_score")
+    for theirs, ours in (("action", "actions"), ("observation.state", "state")):
+        with pytest.raises(
+            ValueError, match=rf"lack '{ours}'; .*: call '{theirs}' so if it is the"
+        ):
+            normalize.check({theirs: mean}, {ours: 3}, "z_score")
     for padding in (0, 1):
         std = np.array([1.0, 2.0, padding])
         normalize.check({"state": normalize.NormStats(np.zeros(3), std)}, {"state": 2}, "z_score")

@@ -104,7 +104,7 @@ def test_frames_without_a_picture_are_refused_when_opened(
     tmp_path, shown, timestamps, worst
 ) -> None:
     folder = _dataset(tmp_path / "set", _film(tmp_path / "a.mp4", shown), timestamps)
-    expected = rf"{TOP} of episode 0, {worst}.*2 of 2 episodes of dataset .*/set: .*skip-bad"
+    expected = rf"{TOP} of episode 0, {worst}.*2 of 2 episodes of dataset .*/set: so the videos"
     with pytest.raises(ValueError, match=expected):
         reader.Dataset(folder)
     assert len(reader.Dataset(folder, cameras=[])) == 2 * COUNT, "videos that are not read"

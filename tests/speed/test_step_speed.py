@@ -9,6 +9,7 @@ import pytest
 
 from shallow_pi.distill import losses
 from shallow_pi.parallel import sharding
+from shallow_pi.planning import memory
 from shallow_pi.speed import flops, latency, plots, step
 from shallow_pi.training import setup
 
@@ -102,7 +103,7 @@ def test_a_batch_that_does_not_fit_says_what_to_change(parts, monkeypatch):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
 
     monkeypatch.setattr(step, "_advance", full)
-    with pytest.raises(step.DoesNotFitError) as caught:
+    with pytest.raises(memory.DoesNotFitError) as caught:
         step.measure(spec, mesh, batch_size=8, teacher_dtype="float32")
     for words in (
         "a batch of 8 does not fit into the memory of cpu",
@@ -116,7 +117,7 @@ def test_a_batch_that_does_not_fit_says_what_to_change(parts, monkeypatch):
 def test_another_error_of_the_device_is_left_unchanged():
     with (
         pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"),
-        step.explained(8),
+        memory.explained(8),
     ):
         raise jax.errors.JaxRuntimeError("INTERNAL: no such kernel")
 

@@ -11,6 +11,7 @@ import signal
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -21,6 +22,7 @@ from shallow_pi.deploy import policy
 from shallow_pi.distill import layer_map
 from shallow_pi.models import pi0
 from shallow_pi.parallel import shapes
+from shallow_pi.planning import memory
 from shallow_pi.training import checkpoint, config, loop, metrics, setup, validation
 from shallow_pi.training import run as runs
 
@@ -334,9 +336,24 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(whol
 def test_no_value_that_is_not_finite_passes(tmp_path, value):
     message = rf"step 1: loss = {value}; no checkpoint was written yet"
     with checkpoint.Checkpoints(tmp_path / "run") as checkpoints:
-        loop._require_finite(checkpoints, 1, {"loss": 1.0})
-        with pytest.raises(loop.NonFiniteLossError, match=message):
-            loop._require_finite(checkpoints, 1, {"grad_norm": 1.0, "loss": value})
+        loop._require_finite(checkpoints, None, 1, {"loss": 1.0})
+        teacher = {"a": jnp.ones(3, jnp.bfloat16), "b": jnp.arange(3)}
+        with pytest.raises(loop.NonFiniteLossError, match=rf"{message}\. Check the data"):
+            loop._require_finite(checkpoints, teacher, 1, {"grad_norm": 1.0, "loss": value})
+        teacher["a"] = teacher["a"].at[1].set(value)
+        with pytest.raises(loop.NonFiniteLossError, match=r"not finite in 1 of .* such as a: its"):
+            loop._require_finite(checkpoints, teacher, 1, {"loss": value})
+
+
+def test_devices_that_are_full_end_a_run_with_what_to_change(synthetic, monkeypatch):
+    def full(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
+
+    monkeypatch.setattr(setup, "cut_state", full)
+    with pytest.raises(
+        memory.DoesNotFitError, match=r"a batch of 8 does not fit .*\ntry --batch-s"
+    ):
+        _train(synthetic, exp_name="full")
 
 
 @pytest.mark.slow

@@ -16,6 +16,8 @@ from shallow_pi.data.robots import tokenizer
 
 # Episodes named in a warning.
 _NAMED = 10
+# Frame rates this close are one: cameras run at 29.97 Hz where 30 is said.
+_SAME_FPS = 0.005
 
 
 def keys(robot: robots.Robot, found: layout.Layout) -> list[str]:
@@ -25,11 +27,14 @@ def keys(robot: robots.Robot, found: layout.Layout) -> list[str]:
 
 
 def prompt_key(robot: robots.Robot, found: layout.Layout) -> str:
-    """The column of the prompts: the robot's own if there, as text or numbers of tasks.
+    """The column of the prompts: the robot's own if there, as text or as numbers of texts.
 
-    Otherwise it is LeRobot's, the task's number.
+    `subtask` is also found as `subtask_index`. Otherwise it is LeRobot's, the task's number.
     """
-    feature = found.info["features"].get(robot.prompt_key)
+    features = found.info["features"]
+    feature = features.get(robot.prompt_key)
+    if feature is None and f"{robot.prompt_key}_index" in features:
+        return f"{robot.prompt_key}_index"
     if feature is not None and columns.is_text(feature):
         return robot.prompt_key
     # GR00T's datasets have several such columns.
@@ -82,7 +87,7 @@ def check(dataset: reader.Dataset, robot: robots.Robot, *, pictures: bool = True
                 f"{column[bad[0]].tolist()} ({len(bad)} such frames); repair it, or give "
                 "--data.exclude-episodes"
             )
-    if dataset.fps != robot.fps:
+    if abs(dataset.fps / robot.fps - 1) > _SAME_FPS:
         raise ValueError(
             f"dataset {dataset.path} is recorded at {dataset.fps:g} fps, robot {robot.name} runs "
             f"at {robot.fps:g}; resample the recording or set the robot's fps"
@@ -116,7 +121,8 @@ def warn(dataset: reader.Dataset, robot: robots.Robot) -> None:
             f"robot {robot.name} does not use these of dataset {dataset.path}: {', '.join(unused)}"
         )
     key = prompt_key(robot, dataset.layout)
-    if robot.prompt_key not in (key, *_USUAL_PROMPTS) and not robot.prompt:
+    known = (key, key.removesuffix("_index"), *_USUAL_PROMPTS)
+    if robot.prompt_key not in known and not robot.prompt:
         texts = sorted(key for key, found in dataset.features.items() if columns.is_text(found))
         progress.warn(
             f"dataset {dataset.path} has no {robot.prompt_key!r} (prompt_key of robot "
@@ -135,6 +141,33 @@ def warn(dataset: reader.Dataset, robot: robots.Robot) -> None:
         progress.warn(
             f"{len(empty)} of {dataset.num_episodes} episodes of {dataset.path} have frames with "
             f"an empty prompt ({shown}): give --data.exclude-episodes, or the robot a prompt"
+        )
+    if key == "task_index" and not robot.prompt:
+        _warn_of_other_tasks(dataset)
+
+
+def _warn_of_other_tasks(dataset: reader.Dataset) -> None:
+    """Warn of frames whose task is none of those that the meta files list for their episode.
+
+    Merges that number tasks or episodes anew in one of the two places alone leave such datasets.
+    Texts that are no task's any more were worded anew in the file of tasks, and tell nothing.
+    """
+    known = {text.strip() for text in dataset.tasks.values()}
+    episodes = dataset.columns["episode_index"]
+    tasks = dataset.columns["task_index"].reshape(len(dataset))
+    changes = (np.diff(episodes, prepend=-1) != 0) | (np.diff(tasks, prepend=-1) != 0)
+    wrong: dict[int, str] = {}
+    for i in np.flatnonzero(changes).tolist():
+        episode, text = int(episodes[i]), dataset.task(i).strip()
+        listed = {other.strip() for other in dataset.layout.listed.get(episode, ())} & known
+        if listed and text not in listed and not tokenizer.is_absent(text):
+            wrong.setdefault(episode, f"frames of {text!r}, their meta files list {sorted(listed)}")
+    if wrong:
+        first, what = next(iter(wrong.items()))
+        progress.warn(
+            f"{len(wrong)} of {dataset.num_episodes} episodes of {dataset.path} have another task "
+            f"than their meta files list; episode {first} has {what}: the frames' (task_index) are "
+            "the prompts, compare some with their pictures (scripts/inspect_data.py)"
         )
 
 

@@ -5,10 +5,11 @@ estimated from the few arrays that dominate them (`_activations`), within a fift
 plan. `compile` obtains such a plan, which takes minutes.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,10 @@ from shallow_pi.planning import accelerators
 # Share of a device's memory that a runtime leaves to a program.
 USABLE = 0.92
 GIGA = 1e9
+
+
+class DoesNotFitError(ValueError):
+    """The devices' memory is too small for this batch."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,3 +266,41 @@ def _layer(
 def _as_stream(image: siglip.SiglipConfig) -> gemma.GemmaConfig:
     head_dim = image.width // image.num_heads
     return gemma.GemmaConfig(image.width, image.mlp_dim, image.num_heads, image.num_heads, head_dim)
+
+
+@contextlib.contextmanager
+def explained(
+    batch_size: int, plan: Mapping[str, Mapping[str, int]] | None = None
+) -> Iterator[None]:
+    """Turn an out-of-memory error of a device into one that says what to change.
+
+    Args:
+      batch_size: the one tried.
+      plan: the compiler's plans so far, by step.
+
+    Raises:
+      DoesNotFitError: in place of the device's error.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
+            raise
+        device = jax.local_devices()[0]
+        limit = (device.memory_stats() or {}).get("bytes_limit")
+        room = f" ({limit / GIGA:.1f} GB)" if limit else ""
+        needs = "".join(
+            f"\nthe {name} step is planned to need {parts['in all'] / GIGA:.3g} GB a device ("
+            + ", ".join(f"{p} {n / GIGA:.3g}" for p, n in parts.items() if p != "in all")
+            + ")"
+            for name, parts in (plan or {}).items()
+        )
+        raise DoesNotFitError(
+            f"a batch of {batch_size} does not fit into the memory of "
+            f"{device.device_kind}{room}{needs}\n"
+            f"try --batch-size {max(1, batch_size // 2)}, --accumulation 2 (the same batch in "
+            "halves), --student.freeze vision embedder, --optimizer.moments bfloat16,\n"
+            "--teacher.offload, or --mesh.fsdp N on several devices\n"
+            "on a GPU, end other programs that hold its memory (nvidia-smi); JAX takes 75 % of it "
+            "unless XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 is set"
+        ) from error

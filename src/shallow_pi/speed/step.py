@@ -6,10 +6,9 @@ turns and each is waited for, so the host's part, which training hides, is in th
 """
 
 import concurrent.futures
-import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 
 import jax
 from jax.sharding import Mesh
@@ -19,15 +18,10 @@ from shallow_pi.distill import step
 from shallow_pi.models import batch as batches
 from shallow_pi.models import pi0
 from shallow_pi.parallel import shapes, sharding
-from shallow_pi.planning import accelerators, compile
+from shallow_pi.planning import accelerators, compile, memory
 from shallow_pi.speed import flops, latency, made_up, trace
 
 DISTILLATION, FINE_TUNING = "distillation", "fine-tuning"
-GIGA = 1e9
-
-
-class DoesNotFitError(ValueError):
-    """The devices' memory is too small for this batch."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +102,7 @@ def measure(
 
     Raises:
       ValueError: nothing to compare; a batch the mesh cannot split.
-      DoesNotFitError: see there.
+      memory.DoesNotFitError: see there.
     """
     if not spec.losses.needs_teacher:
         raise ValueError(
@@ -117,7 +111,7 @@ def measure(
         )
     specs = {DISTILLATION: spec, FINE_TUNING: fine_tuning(spec)}
     plan: dict[str, dict[str, int]] = {}
-    with explained(batch_size, plan):
+    with memory.explained(batch_size, plan):
         build = functools.partial(
             compile.build, mesh=mesh, batch_size=batch_size, teacher_dtype=teacher_dtype
         )
@@ -183,39 +177,6 @@ def made_up_batch(model: pi0.Pi0Config, mesh: Mesh, batch_size: int) -> batches.
         lambda leaf: jax.make_array_from_callback(leaf.shape, where, leaf.__getitem__),
         batches.noise(model, batch_size),
     )
-
-
-@contextlib.contextmanager
-def explained(
-    batch_size: int, plan: Mapping[str, Mapping[str, int]] | None = None
-) -> Iterator[None]:
-    """Turn an out-of-memory error of a device into one that says what to change.
-
-    Args:
-      batch_size: the one tried.
-      plan: the compiler's plans so far, by step.
-    """
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
-            raise
-        device = jax.local_devices()[0]
-        limit = (device.memory_stats() or {}).get("bytes_limit")
-        room = f" ({limit / GIGA:.1f} GB)" if limit else ""
-        needs = "".join(
-            f"\nthe {name} step is planned to need {parts['in all'] / GIGA:.3g} GB a device ("
-            + ", ".join(f"{p} {n / GIGA:.3g}" for p, n in parts.items() if p != "in all")
-            + ")"
-            for name, parts in (plan or {}).items()
-        )
-        raise DoesNotFitError(
-            f"a batch of {batch_size} does not fit into the memory of "
-            f"{device.device_kind}{room}{needs}\n"
-            f"try --batch-size {max(1, batch_size // 2)}, --accumulation 2 (the same batch in "
-            "halves), --student.freeze vision embedder, --optimizer.moments bfloat16,\n"
-            "--teacher.offload, or --mesh.fsdp N on several devices"
-        ) from error
 
 
 def _advance(

@@ -13,13 +13,15 @@ import signal
 from collections.abc import Callable, Iterator, Mapping
 
 import jax
+import numpy as np
 from jaxtyping import PyTree
 
 from shallow_pi import progress
-from shallow_pi.checkpoints import run_folder
+from shallow_pi.checkpoints import run_folder, weights
 from shallow_pi.data import loader, sheet
 from shallow_pi.distill import step, student
 from shallow_pi.parallel import processes, shapes, sharding
+from shallow_pi.planning import memory
 from shallow_pi.training import checkpoint, metrics, metrics_buffer, profiling, setup, validation
 from shallow_pi.training import run as runs
 
@@ -54,10 +56,12 @@ def train(run: runs.Run, label: str = "Distil") -> pathlib.Path:
       label: label of the progress bar.
 
     Raises:
-      checkpoint.SaveError, NonFiniteLossError, InterruptedRunError: see their docstrings.
+      checkpoint.SaveError, memory.DoesNotFitError, NonFiniteLossError, InterruptedRunError: see
+        their docstrings.
     """
     experiment, end = run.experiment, run.experiment.num_train_steps
     with contextlib.ExitStack() as stack:
+        stack.enter_context(memory.explained(experiment.batch_size))
         stack.enter_context(run_folder.held(run.folder))
         whole_teacher = shapes.on_device(run.teacher)
         checkpoints = stack.enter_context(_checkpoints(run, whole_teacher))
@@ -83,7 +87,7 @@ def train(run: runs.Run, label: str = "Distil") -> pathlib.Path:
             log(number, row)
             tell(0, note=f"loss {row['loss']:.4f}")
 
-        check = functools.partial(_require_finite, checkpoints)
+        check = functools.partial(_require_finite, checkpoints, run.teacher)
         buffer = metrics_buffer.MetricsBuffer(write, check, experiment.log_interval)
         stopping = stack.enter_context(_stop_signals())
         steps = profiling.traced(
@@ -216,7 +220,10 @@ def _open_log(run: runs.Run, first: int, stack: contextlib.ExitStack) -> Log:
 
 
 def _require_finite(
-    checkpoints: checkpoint.Checkpoints, number: int, values: Mapping[str, float]
+    checkpoints: checkpoint.Checkpoints,
+    teacher: PyTree,
+    number: int,
+    values: Mapping[str, float],
 ) -> None:
     broken = [f"{name} = {value}" for name, value in values.items() if not math.isfinite(value)]
     if broken:
@@ -224,10 +231,27 @@ def _require_finite(
             checkpoints.wait()
         last = checkpoints.latest_step()
         kept = "no checkpoint was written yet" if last is None else f"step {last} is kept"
-        raise NonFiniteLossError(
-            f"step {number}: {', '.join(broken)}; {kept}. Check the data of that step and continue "
-            "with --resume, or lower --schedule.peak-lr under another --exp-name"
+        advice = (
+            "Check the data of that step and continue with --resume, or lower --schedule.peak-lr "
+            "under another --exp-name"
         )
+        if paths := _not_finite(teacher):
+            advice = (
+                f"The teacher itself is not finite in {len(paths)} of its parameters, such as "
+                f"{paths[0]}: its training diverged or its file is damaged; give another "
+                "(--teacher.path)"
+            )
+        raise NonFiniteLossError(f"step {number}: {', '.join(broken)}; {kept}. {advice}")
+
+
+def _not_finite(params: PyTree) -> list[str]:
+    """Paths of the parameters with values that are not finite, in the shards of this process."""
+    found = []
+    for path, leaf in weights.leaves(params).items():
+        shards = {str(shard.index): shard.data for shard in leaf.addressable_shards}
+        if not all(np.isfinite(np.asarray(shard)).all() for shard in shards.values()):
+            found.append(path)
+    return found
 
 
 class _Stop:

@@ -17,10 +17,11 @@ from jaxtyping import PyTree
 from shallow_pi import progress
 from shallow_pi.checkpoints import run_folder
 from shallow_pi.data import loader, opening
-from shallow_pi.data.robots import assets
+from shallow_pi.data.robots import assets, pipelines
 from shallow_pi.distill import layer_map, layer_scores, step, student
 from shallow_pi.models import pi0
 from shallow_pi.parallel import agreement, processes, shapes, sharding
+from shallow_pi.planning import memory
 from shallow_pi.training import config, setup
 
 
@@ -106,6 +107,8 @@ def open_run(experiment: config.DistillConfig, *, prepared: bool = False) -> Run
         _compare(folder, experiment, experiment.fixed_layer_map(), later)
     check(experiment)
     recordings = opening.open_recordings(experiment.data)
+    if recordings is not None:
+        pipelines.check_sizes(recordings.robot, experiment.model.action_dim)
     teacher_step = setup.find_teacher(experiment)
     experiment = setup.resolve(experiment, teacher_step)
     if teacher_step is not None:
@@ -114,10 +117,11 @@ def open_run(experiment: config.DistillConfig, *, prepared: bool = False) -> Run
     agreement.check(dataclasses.asdict(experiment), data.train)
     mesh = setup.make_mesh(experiment, jax.devices())
     spec = setup.make_spec(experiment, mesh)
-    teacher = setup.load_teacher(experiment, teacher_step, mesh)
-    if spec.offload_teacher:
-        teacher = shapes.offload(teacher)
-    run = _with_layers(Run(experiment, folder, mesh, spec, data, teacher_step, teacher), saved)
+    with memory.explained(experiment.batch_size):
+        teacher = setup.load_teacher(experiment, teacher_step, mesh)
+        if spec.offload_teacher:
+            teacher = shapes.offload(teacher)
+        run = _with_layers(Run(experiment, folder, mesh, spec, data, teacher_step, teacher), saved)
     if experiment.teacher is not None:
         progress.say(f"Teacher: {experiment.teacher.path}")
     for line in (*setup.describe_mesh(experiment, mesh), *describe_layers(run.spec)):

@@ -6,6 +6,7 @@ many episodes into a file and lists in parquet where each one starts.
 
 import contextlib
 import dataclasses
+import functools
 import glob
 import json
 import math
@@ -13,7 +14,7 @@ import os
 import pathlib
 import re
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import polars as pl
 
@@ -53,6 +54,8 @@ class Layout:
     rows: Mapping[int, EpisodeRow]
     # Further columns of the file of tasks, beside index and text.
     task_extras: Sequence[str] = ()
+    # Task texts of each episode as the meta files list them, which frames may contradict.
+    listed: Mapping[int, Sequence[str]] = dataclasses.field(default_factory=dict)
     # Data files of episodes that the meta files place in others.
     moved: Mapping[int, str] = dataclasses.field(default_factory=dict)
 
@@ -94,6 +97,18 @@ class Layout:
             found |= {self._pattern("video_path", video_key=key) for key in videos}
             return sorted(found)
         return self.names(episodes, videos)
+
+    def texts(self, key: str) -> Mapping[int, str]:
+        """The texts that a column numbers: `subtask_index` those of `meta/subtasks.parquet`.
+
+        Other columns number the tasks, as GR00T's do.
+        """
+        name = key.removesuffix("_index")
+        if name in (key, "task"):
+            return self.tasks
+        path = self.root / "meta" / f"{name}s.parquet"
+        files.check(path)
+        return _by_number(path, _texts_of_table(path, key)[0], key)
 
     def names(self, episodes: Collection[int], videos: Collection[str]) -> list[str]:
         """The data files of these episodes, and their videos of these cameras, sorted."""
@@ -149,10 +164,16 @@ def read(folder: str | os.PathLike[str]) -> Layout:
     if info["codebase_version"] == "v3.0":
         rows = _read_episodes(root)
         lengths = {episode: rows[episode]["length"] for episode in sorted(rows)}
+        listed = {episode: row.get("tasks") for episode, row in rows.items()}
     else:
-        lengths = _read_lengths(root / "meta" / "episodes.jsonl")
+        lengths, listed = _read_lengths(root / "meta" / "episodes.jsonl")
     tasks, extras = _read_tasks(root, info["codebase_version"])
-    return Layout(root, info, tasks, lengths, rows, extras)
+    told = {episode: texts for episode, texts in listed.items() if _are_texts(texts)}
+    return Layout(root, info, tasks, lengths, rows, extras, told)
+
+
+def _are_texts(value: object) -> TypeGuard[list[str]]:
+    return isinstance(value, list) and bool(value) and all(isinstance(x, str) for x in value)
 
 
 def _read_info(root: pathlib.Path) -> dict[str, Any]:
@@ -217,13 +238,13 @@ def _shape(feature: Mapping[str, object], key: str, file: pathlib.Path) -> dict[
     return {"shape": [files.whole(size, f"shape of {key!r} in {file}") for size in sizes]}
 
 
-def _read_lengths(path: pathlib.Path) -> dict[int, int]:
-    """Frames of every episode of version 2."""
+def _read_lengths(path: pathlib.Path) -> tuple[dict[int, int], dict[int, Any]]:
+    """Frames of every episode of version 2, and its tasks."""
     if not path.exists() and (path.parent / "episodes").is_dir():
         raise FileNotFoundError(
             f"{path} is missing; meta/episodes/ is there: is codebase_version of info.json v3.0?"
         )
-    lengths: dict[int, int] = {}
+    lengths, tasks = dict[int, int](), dict[int, Any]()
     for row in files.json_rows(path, ("episode_index", "length")):
         episode = files.whole(row["episode_index"], f"episode_index of {path}")
         length = files.whole(row["length"], f"length of episode {episode} of {path}")
@@ -232,14 +253,15 @@ def _read_lengths(path: pathlib.Path) -> dict[int, int]:
                 f"{path} has episode {episode} twice, with {lengths[episode]} and {length} frames; "
                 "remove the line that is not true"
             )
-    return dict(sorted(lengths.items()))
+        tasks[episode] = row.get("tasks")
+    return dict(sorted(lengths.items())), tasks
 
 
 def episode_files(root: pathlib.Path) -> list[pathlib.Path]:
     """Version 3's episode tables, without the `._` files that macOS adds."""
     paths = sorted((root / "meta" / "episodes").glob("*/[!.]*.parquet"))
     if not paths:
-        hint = "is the download complete?"
+        hint = "is the download complete, and did the recorder end without an error?"
         if (root / "meta" / "episodes.jsonl").exists():
             hint = "meta/episodes.jsonl is there: is codebase_version of info.json v2.1?"
         raise FileNotFoundError(f"dataset {root} has no meta/episodes/*/*.parquet; {hint}")
@@ -259,7 +281,7 @@ def _read_episodes(root: pathlib.Path) -> dict[int, EpisodeRow]:
             if episode in found:
                 raise ValueError(f"{path} has episode {episode} a second time; remove one of them")
             for key, value in row.items():
-                if value is None:
+                if value is None or key == "tasks":
                     continue
                 if not key.endswith("timestamp"):
                     row[key] = files.whole(value, f"{key} {what}")
@@ -275,7 +297,7 @@ def _read_episodes(root: pathlib.Path) -> dict[int, EpisodeRow]:
 
 
 _EPISODE_COLUMNS = (
-    r"episode_index|length|dataset_(from|to)_index"
+    r"episode_index|length|tasks|dataset_(from|to)_index"
     r"|(data|videos/.*)/(chunk_index|file_index|(from|to)_timestamp)"
 )
 
@@ -288,17 +310,23 @@ def _read_tasks(root: pathlib.Path, version: str) -> tuple[dict[int, str], list[
     lines, table = root / "meta" / "tasks.jsonl", root / "meta" / "tasks.parquet"
     for path in (table, lines) if version == "v3.0" else (lines, table):
         if path.exists():
-            rows, extras = _tasks_of_table(path) if path == table else _tasks_of_lines(path)
-            tasks: dict[int, str] = {}
-            for number, text in rows:
-                index = files.whole(number, f"task_index of {text!r} in {path}")
-                if tasks.setdefault(index, text) != text:
-                    raise ValueError(
-                        f"{path} has task {index} twice, {tasks[index]!r} and {text!r}: number "
-                        "the tasks anew, here and in the data files"
-                    )
-            return tasks, extras
+            read = functools.partial(_texts_of_table, key="task_index")
+            rows, extras = read(path) if path == table else _tasks_of_lines(path)
+            return _by_number(path, rows, "task_index"), extras
     return {}, []
+
+
+def _by_number(path: pathlib.Path, rows: Sequence[tuple[Any, str]], key: str) -> dict[int, str]:
+    """Texts by their number; two texts of one number are an error."""
+    what, found = key.removesuffix("_index"), dict[int, str]()
+    for number, text in rows:
+        index = files.whole(number, f"{key} of {text!r} in {path}")
+        if found.setdefault(index, text) != text:
+            raise ValueError(
+                f"{path} has {what} {index} twice, {found[index]!r} and {text!r}: number "
+                f"the {what}s anew, here and in the data files"
+            )
+    return found
 
 
 # Index, as stored, and text of each task; and other keys.
@@ -318,24 +346,25 @@ def _tasks_of_lines(path: pathlib.Path) -> _Tasks:
     return tasks, [key for key in keys if key not in ("task_index", "task")]
 
 
-def _tasks_of_table(path: pathlib.Path) -> _Tasks:
-    """The column of task texts: the pandas index, under the name its writer chose."""
+def _texts_of_table(path: pathlib.Path, key: str) -> _Tasks:
+    """The column of the texts that `key` numbers: the pandas index, as its writer named it."""
+    what = key.removesuffix("_index")
     table = files.read_table(path, None)
     texts = [name for name, kind in table.schema.items() if kind in _TEXT_TYPES]
-    usual = [*_pandas_index(path), "__index_level_0__", "task"]
+    usual = [*_pandas_index(path), "__index_level_0__", what]
     chosen = [name for name in usual if name in texts] or texts
     if not chosen or (len(texts) > 1 and chosen[0] not in usual):
         raise ValueError(
-            f"{path} has {len(texts)} columns of text {texts}, expected the tasks in its index or "
-            "in a column 'task'"
+            f"{path} has {len(texts)} columns of text {texts}, expected the {what}s in its index "
+            f"or in a column {what!r}"
         )
     found = columns.texts(table[chosen[0]]).tolist()
-    if "task_index" in table.columns:
-        numbers = table["task_index"].to_list()
+    if key in table.columns:
+        numbers = table[key].to_list()
     else:
-        progress.warn(f"{path} has no column 'task_index': its rows are taken in their order")
+        progress.warn(f"{path} has no column {key!r}: its rows are taken in their order")
         numbers = list(range(len(table)))
-    others = [name for name in table.columns if name not in ("task_index", chosen[0])]
+    others = [name for name in table.columns if name not in (key, chosen[0])]
     return list(zip(numbers, found, strict=True)), others
 
 

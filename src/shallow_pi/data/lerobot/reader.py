@@ -79,6 +79,8 @@ class Dataset:
             key for key, feature in self.features.items() if feature["dtype"] in columns.PICTURES
         )
         self.tasks = self.layout.tasks
+        # Texts by the column that numbers them.
+        self._texts: dict[str, Mapping[int, str]] = {}
         # Episodes left out, and why.
         self.skipped: dict[int, str] = {}
         self._needed = None if keys is None else tuple(keys)
@@ -130,13 +132,19 @@ class Dataset:
 
     def task(self, i: int, key: str = "task_index") -> str:
         """The instruction that a column numbers for frame `i`; "" if the recording has none."""
-        task = int(self.columns[key][i].item())
-        if task not in self.tasks:
+        number = int(self.columns[key][i].item())
+        texts = self._texts.get(key)
+        if texts is None:
+            texts = self._texts[key] = self.layout.texts(key)
+        if number < 0 and texts is not self.tasks:
+            return ""  # Annotations such as subtasks need not cover every frame.
+        if number not in texts:
+            name = "tasks" if texts is self.tasks else f"{key.removesuffix('_index')}s"
             raise ValueError(
-                f"{self.where(i)} of dataset {self.path} has {key} {task}, its meta files have "
-                f"{sorted(self.tasks)}: add the text to meta/tasks, or give the robot a prompt"
+                f"{self.where(i)} of dataset {self.path} has {key} {number}, its meta files have "
+                f"{sorted(texts)}: add the text to meta/{name}, or give the robot a prompt"
             )
-        return self.tasks[task]
+        return texts[number]
 
     def chunk(
         self, i: int, horizon: int, key: str = "action"
@@ -325,9 +333,15 @@ class Dataset:
             return
         if not skip:
             worst = max(problems.values(), key=lambda found: found.away).problem
+            advice = (
+                f"leave them out ({self._skip_flag})"
+                if len(problems) < len(spans)
+                else "so the videos are not theirs, or 'timestamp' is not in seconds since the "
+                "start of an episode"
+            )
             raise ValueError(
                 f"{self._short(worst)}; {len(problems)} of {len(spans)} episodes of dataset "
-                f"{self.path}: leave them out ({self._skip_flag})"
+                f"{self.path}: {advice}"
             )
         self.skipped |= {episode: found.problem for episode, found in problems.items()}
         self._join({e: part for e, part in parts.items() if e not in problems})

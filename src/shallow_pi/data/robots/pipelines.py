@@ -148,6 +148,17 @@ def outputs(
     )
 
 
+def check_sizes(robot: robots.Robot, action_dim: int) -> None:
+    """Raise if the model's vectors are too short for the robot's state or actions."""
+    for what, dim in (("state", robot.state_dim), ("action", robot.action_dim)):
+        if dim > action_dim:
+            raise ValueError(
+                f"robot {robot.name} has {what}_dim {dim}, the model has room for {action_dim} "
+                f"(--model.action-dim, which is its teacher's): give the robot fewer {what} "
+                "dimensions, recorded under keys of their own"
+            )
+
+
 def _check_here(robot: robots.Robot) -> None:
     if robot.elsewhere:
         raise ValueError(
