@@ -34,7 +34,7 @@ class Echo:
     def __init__(self, seconds=0.0):
         self.metadata, self.seconds, self.asked, self.threads = METADATA, seconds, [], set()
         # Size of each turn, and (first number of the state, call) of each observation.
-        self.turns, self.calls = [], []
+        self.turns, self.calls, self.keys = [], [], []
 
     def together(self, waiting):
         return waiting
@@ -54,6 +54,7 @@ class Echo:
 
     def infer(self, observation):
         self.asked.append(observation["state"].tolist())
+        self.keys.append(set(observation))
         return {"actions": np.tile(observation["state"], (4, 1)), "timing": {"infer_ms": 1.0}}
 
 

@@ -65,6 +65,16 @@ def test_arrays_of_msgpack_numpy_are_read_and_answered_alike():
     assert protocol.read(protocol.pack(OBSERVATION))[1] == "openpi"
 
 
+@pytest.mark.parametrize("packing", ["openpi-text", "msgpack-numpy-text"])
+def test_arrays_with_text_for_names_are_read_and_answered_alike(packing):
+    message = protocol.pack(OBSERVATION, packing)
+    assert all(isinstance(name, str) for name in msgpack.unpackb(message)["picture"])
+    found, told = protocol.read(message)
+    assert_same(found, OBSERVATION)
+    assert told == packing
+    assert protocol.unpack(protocol.pack({"nd": True, "type": "b"})) == {"nd": True, "type": "b"}
+
+
 def test_an_array_out_of_order_in_memory_arrives_in_order():
     picture = np.arange(24).reshape(2, 3, 4).transpose(2, 0, 1)[::-1]
     np.testing.assert_array_equal(protocol.unpack(protocol.pack({"p": picture}))["p"], picture)

@@ -138,6 +138,20 @@ def test_the_calls_of_a_client_are_counted_from_its_connection():
     assert echo.calls == [(1, 0), (1, 1), (2, 0), (1, 2), (2, 1)]
 
 
+def test_a_reset_counts_the_calls_of_its_client_anew():
+    echo = serving.Echo()
+    with serving.running(echo) as running, running.connect() as robot, running.connect() as other:
+        robot.recv(), other.recv()
+        for endpoint in ("infer", "infer", "reset", "infer"):
+            said = {"endpoint": endpoint} | (serving.STATE if endpoint == "infer" else {})
+            serving.ask(robot, said)
+            assert (robot.recv(timeout=10) == "reset successful") == (endpoint == "reset")
+        serving.ask(robot, {**serving.STATE, "endpoint": "act"})
+        assert isinstance(robot.recv(timeout=10), bytes)
+    assert [call for _, call in echo.calls] == [0, 1, 0, 1]
+    assert echo.keys == [{"state"}] * 3 + [{"state", "endpoint"}]
+
+
 def test_stopping_lets_the_running_inference_end_and_says_goodbye():
     with serving.running(serving.Echo(0.5)) as running:
         idle, busy, queued = (running.connect() for _ in range(3))

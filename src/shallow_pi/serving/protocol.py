@@ -1,7 +1,8 @@
 """openpi's wire format: msgpack, in which an array is a map of its bytes, dtype and shape.
 
 `pack` writes and `unpack` reads the messages of `openpi_client.msgpack_numpy`; arrays as the PyPI
-package msgpack-numpy packs them are understood too, and such a client is answered alike. Nothing is
+package msgpack-numpy packs them are understood too, and either with names that are text where they
+should be bytes (C++ and JavaScript have no other); such a client is answered alike. Nothing is
 ever unpickled, and a client's message is bounded before memory is spent on it: dtypes are numbers,
 booleans and text, an array is as long as its bytes, and depth and number of items are limited.
 Arrays are read-only views of the message.
@@ -26,10 +27,11 @@ _ARRAY, _SCALAR = b"__ndarray__", b"__npgeneric__"
 # msgpack-numpy's: True in the map of an array, False in that of a scalar.
 _EITHER = b"nd"
 
-# The packing of arrays: by openpi_client.msgpack_numpy, or by the PyPI package msgpack-numpy.
-Packing = Literal["openpi", "msgpack-numpy"]
+# The packing of arrays: by openpi_client.msgpack_numpy, or by the PyPI package msgpack-numpy; the
+# names in the map of an array are bytes, or text.
+Packing = Literal["openpi", "openpi-text", "msgpack-numpy", "msgpack-numpy-text"]
 # An array or scalar as the map that travels.
-Packed = dict[bytes, object]
+Packed = dict[bytes, object] | dict[str, object]
 Entries = TypeVar("Entries", dict, list)
 # Python types a NumPy scalar is built from, by the kind of its dtype.
 _SCALAR_TYPES: dict[str, tuple[type, ...]] = {
@@ -74,8 +76,12 @@ def read(
     def read_map(found: dict[object, object]) -> object:
         nonlocal packing
         count(found)
+        if is_text := _has_text_names(found):
+            found = {n.encode() if isinstance(n, str) else n: v for n, v in found.items()}
         if isinstance(found.get(_EITHER), bool):
-            packing = "msgpack-numpy"
+            packing = "msgpack-numpy-text" if is_text else "msgpack-numpy"
+        elif is_text:
+            packing = "openpi-text"
         return _unpack_numpy(found)
 
     try:
@@ -110,7 +116,14 @@ class _Counter:
         return found
 
 
-def _pack_openpi(value: object) -> Packed:
+def _has_text_names(found: dict[object, object]) -> bool:
+    """True for the map of an array or scalar whose names are text."""
+    if _ARRAY.decode() in found or _SCALAR.decode() in found:
+        return True
+    return isinstance(found.get(_EITHER.decode()), bool) and {"type", "data"} <= found.keys()
+
+
+def _pack_openpi(value: object) -> dict[bytes, object]:
     value = _check_sendable(value)
     if isinstance(value, np.generic):
         return {_SCALAR: True, b"data": value.item(), b"dtype": value.dtype.str}
@@ -122,7 +135,7 @@ def _pack_openpi(value: object) -> Packed:
     }
 
 
-def _pack_msgpack_numpy(value: object) -> Packed:
+def _pack_msgpack_numpy(value: object) -> dict[bytes, object]:
     value = _check_sendable(value)
     found = {_EITHER: False, b"type": value.dtype.str, b"data": value.tobytes()}
     if isinstance(value, np.ndarray):
@@ -130,9 +143,15 @@ def _pack_msgpack_numpy(value: object) -> Packed:
     return found
 
 
+def _text_names(pack: Callable[[object], dict[bytes, object]]) -> Callable[[object], Packed]:
+    return lambda value: {name.decode(): found for name, found in pack(value).items()}
+
+
 _PACKERS: dict[Packing, Callable[[object], Packed]] = {
     "openpi": _pack_openpi,
+    "openpi-text": _text_names(_pack_openpi),
     "msgpack-numpy": _pack_msgpack_numpy,
+    "msgpack-numpy-text": _text_names(_pack_msgpack_numpy),
 }
 
 

@@ -1,9 +1,9 @@
 """The clients of a server: they connect, ask, are answered in turn (`turns`), and leave.
 
 An observation that cannot be answered is refused by a text frame with the reason, then a close, as
-by openpi's server, and concerns that client alone. Every connection begins an episode: its noise
-is numbered from 0, whoever else is there. If the server is full, clients that are gone without a
-word, or that never asked for anything, make room for a new one.
+by openpi's server, and concerns that client alone. Every connection begins an episode, and so does
+a client's reset: its noise is numbered from 0, whoever else is there. If the server is full,
+clients that are gone without a word, or that never asked for anything, make room for a new one.
 """
 
 import asyncio
@@ -145,7 +145,7 @@ class Sessions:
         name = self._record.begin(client.number) if self._record is not None else ""
         _log.info("client %d connected from %s", client.number, client.address)
         previous: dict[str, float] = {}
-        warned = False
+        warned, begun = False, 0
 
         def is_open() -> bool:
             return connection.state is websockets.protocol.State.OPEN
@@ -159,10 +159,14 @@ class Sessions:
             await self._send(connection, self._metadata)
             while not self._stopping:
                 message = await connection.recv()
-                arrived = time.monotonic()
+                if turns.is_reset(message):
+                    begun = client.requests
+                    await self._send(connection, turns.RESET_DONE)
+                    continue
+                arrived, call = time.monotonic(), client.requests - begun
                 self._busy.add(connection)
                 answer = await self._turns.answer(
-                    turns.Request(connection, message, client.requests, arrived, previous, is_open)
+                    turns.Request(connection, message, call, arrived, previous, is_open)
                 )
                 await self._send(connection, answer.packed)
                 total_ms = 1000 * (time.monotonic() - arrived)

@@ -27,6 +27,11 @@ from shallow_pi.serving import protocol, server_config, telemetry
 GOING_AWAY, FAILED, TRY_AGAIN = 1001, 1011, 1013
 # Seconds since its last observation within which a client is waited for.
 ACTIVE = 1.0
+# The key with which RoboArena's clients say what a message is ("infer" or "reset"); an observation
+# needs none. A reset is answered by this text.
+_ENDPOINT, RESET_DONE = "endpoint", "reset successful"
+# Largest reset, bytes: it is read on the event loop.
+_RESET_BYTES = 65_536
 
 
 class Policy(Protocol):
@@ -76,7 +81,7 @@ class Request:
 
     client: object
     message: str | bytes
-    # Observations of this client answered before.
+    # Observations of this client answered before, since its last reset.
     call: int
     # From `time.monotonic`.
     arrived: float
@@ -242,6 +247,17 @@ class _Message(NamedTuple):
     packing: protocol.Packing
 
 
+def is_reset(message: str | bytes) -> bool:
+    """True for a message that begins an episode anew, which is no observation."""
+    if isinstance(message, str) or len(message) > _RESET_BYTES or b"reset" not in message:
+        return False
+    try:
+        found = protocol.unpack(message)
+    except ValueError:
+        return False
+    return isinstance(found, dict) and str(found.get(_ENDPOINT)) == "reset"
+
+
 def _read(message: str | bytes) -> _Message | Refusal:
     if isinstance(message, str):
         return Refusal("message", "expected an observation in a binary frame, got text")
@@ -252,6 +268,8 @@ def _read(message: str | bytes) -> _Message | Refusal:
     if not isinstance(observation, dict):
         found = type(observation).__name__
         return Refusal("message", f"expected an observation, which is a map, got a {found}")
+    if str(observation.get(_ENDPOINT)) == "infer":
+        del observation[_ENDPOINT]
     return _Message(observation, packing)
 
 
