@@ -49,10 +49,19 @@ def test_an_unknown_path_lists_the_known_ones(echo):
     assert "/healthz" in text
 
 
+def test_a_proxy_that_passes_no_websockets_on_is_told_what_to_do(echo, caplog):
+    for _ in range(2):
+        status, text, _ = echo.get("/", **{"Sec-WebSocket-Key": "MDEyMzQ1Njc4OWFiY2RlZg=="})
+        assert status == 426
+        assert "proxy_set_header Upgrade $http_upgrade" in text
+    assert caplog.text.count("A proxy on the way") == 1
+
+
 def test_a_web_site_cannot_drive_the_robot(echo):
     for path in ("", "/live"):
-        with pytest.raises(websockets.exceptions.InvalidStatus, match="403"):
+        with pytest.raises(websockets.exceptions.InvalidStatus, match="403") as refused:
             echo.connect(path, origin="https://example.com")
+        assert b"is of 'https://example.com', and asked '127.0.0.1" in refused.value.response.body
     with echo.connect("/live", origin=echo.http) as page:
         page.send("{}")
         assert page.recv(timeout=10).startswith("{")

@@ -11,6 +11,7 @@ is refused, so that no web site a user visits can drive a robot.
 
 import asyncio
 import concurrent.futures
+import functools
 import http
 import logging
 import signal
@@ -21,7 +22,7 @@ import websockets.asyncio.server
 import websockets.datastructures
 import websockets.http11
 
-from shallow_pi.serving import page, recorder, server_config, sessions, turns
+from shallow_pi.serving import page, recorder, server_config, sessions, telemetry, turns
 
 # Seconds between pings. One that stays unanswered closes nothing: a client may be busy for minutes,
 # as when its operator sets the scene, and the place of an absent one is taken when it is wanted
@@ -135,13 +136,28 @@ async def _answer(
     upgrade = "websocket" in ",".join(headers.get_all("Upgrade")).lower()
     if where == "/healthz":
         return _respond(http.HTTPStatus.OK, b"OK\n")
+    if "Sec-WebSocket-Key" in headers and not upgrade:
+        advice = (
+            "A proxy on the way has removed 'Upgrade: websocket': let it pass websockets on "
+            "(nginx: proxy_http_version 1.1; proxy_set_header Upgrade $http_upgrade; "
+            "proxy_set_header Connection upgrade)."
+        )
+        _tell(served, "message", connection, advice)
+        more = {"Upgrade": "websocket"}
+        return _respond(http.HTTPStatus.UPGRADE_REQUIRED, f"{advice}\n".encode(), more=more)
     if where == "/" and not upgrade:
         html, policy = page.html()
         secure = {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff"}
         secure |= {"Referrer-Policy": "no-referrer", "Cache-Control": "no-store"}
         return _respond(http.HTTPStatus.OK, html, "text/html; charset=utf-8", secure)
     if upgrade and not _same_origin(config, headers):
-        return _respond(http.HTTPStatus.FORBIDDEN, b"Pages of other origins are refused.\n")
+        origin, host = (" ".join(headers.get_all(name))[:100] for name in ("Origin", "Host"))
+        why = (
+            f"Pages of other origins are refused: this one is of {origin!r}, and asked {host!r}. "
+            "Behind a proxy, let it pass the Host header on, and set an API key."
+        )
+        _tell(served, "unauthorized", connection, why)
+        return _respond(http.HTTPStatus.FORBIDDEN, f"{why}\n".encode())
     if where == page.LIVE and upgrade:
         # A browser cannot send the key as a header: the page sends it as its first message.
         if (count := served.count_pages()) >= page.MAX_PAGES:
@@ -166,6 +182,19 @@ async def _answer(
         served.seen.fail("busy", sessions.address(connection), reason)
         return _respond(http.HTTPStatus.SERVICE_UNAVAILABLE, f"{reason}\n".encode())
     return None
+
+
+def _tell(
+    served: sessions.Sessions, kind: telemetry.Kind, connection: sessions.Connection, text: str
+) -> None:
+    """Count a refused request, and log it the first time: a page repeats it every few seconds."""
+    served.seen.fail(kind, sessions.address(connection), text)
+    _log_once(text)
+
+
+@functools.lru_cache(maxsize=64)
+def _log_once(text: str) -> None:
+    _log.warning(text)
 
 
 def _authorized(
