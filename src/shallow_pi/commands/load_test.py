@@ -12,7 +12,6 @@ client ends the test with status 1. The API key is read from SHALLOW_PI_API_KEY.
 import asyncio
 import dataclasses
 import json
-import os
 import time
 import urllib.error
 import urllib.request
@@ -25,6 +24,7 @@ import websockets.exceptions
 
 from shallow_pi import flags, progress
 from shallow_pi.commands import exits
+from shallow_pi.serving import client as clients
 from shallow_pi.serving import protocol
 
 
@@ -84,12 +84,8 @@ def observation(
 async def client(given: Arguments, number: int, until: float, times: list[float]) -> None:
     """One robot: observations without a pause; appends the seconds of each."""
     generator = np.random.default_rng((given.seed, number))
-    async with websockets.asyncio.client.connect(
-        given.url,
-        compression=None,
-        max_size=None,
-        additional_headers=_headers(),
-    ) as connection:
+    options = clients.options(given.url)
+    async with websockets.asyncio.client.connect(given.url, **options) as connection:
         metadata = protocol.unpack(_binary(await connection.recv()))
         # A few different ones, made before the clock starts.
         ready = [protocol.pack(observation(metadata, given, generator)) for _ in range(4)]
@@ -111,9 +107,10 @@ def _binary(message: str | bytes) -> bytes:
 
 def served(url: str) -> tuple[float, float] | None:
     """Observations and turns counted by the server's /metrics; None if it has none."""
-    request = urllib.request.Request(f"{url.replace('ws', 'http', 1)}/metrics", headers=_headers())
+    address, headers = f"{url.replace('ws', 'http', 1)}/metrics", clients.headers()
+    request = urllib.request.Request(address, headers=headers)
     try:
-        with urllib.request.urlopen(request, timeout=10) as answer:
+        with clients.opener(url).open(request, timeout=10) as answer:
             lines = answer.read().decode().splitlines()
     except urllib.error.URLError:
         return None
@@ -122,16 +119,11 @@ def served(url: str) -> tuple[float, float] | None:
     return (float(found[names[0]]), float(found[names[1]])) if found.keys() >= set(names) else None
 
 
-def _headers() -> dict[str, str]:
-    key = os.environ.get("SHALLOW_PI_API_KEY")
-    return {"Authorization": f"Api-Key {key}"} if key else {}
-
-
-async def measure(given: Arguments, clients: int) -> dict[str, object]:
+async def measure(given: Arguments, count: int) -> dict[str, object]:
     """Run that many clients at once; returns the result to print."""
     before = await asyncio.to_thread(served, given.url)
     start = time.monotonic()
-    times: list[list[float]] = [[] for _ in range(clients)]
+    times: list[list[float]] = [[] for _ in range(count)]
     async with asyncio.TaskGroup() as group:
         for number, own in enumerate(times):
             group.create_task(client(given, number, start + given.seconds, own))
@@ -148,7 +140,7 @@ async def measure(given: Arguments, clients: int) -> dict[str, object]:
     p50, p95, p99 = np.percentile(every, [50, 95, 99])
     return {
         "url": given.url,
-        "clients": clients,
+        "clients": count,
         "seconds": round(seconds, 2),
         "requests": len(every),
         "requests_per_second": round(len(every) / seconds, 2),
@@ -169,9 +161,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, measure, print."""
     with exits.exit_on():
         given = flags.parse(Arguments, arguments, __doc__ or "")
-        for clients in given.clients:
+        for count in given.clients:
             try:
-                result = asyncio.run(measure(given, clients))
+                result = asyncio.run(measure(given, count))
             except ExceptionGroup as group:
                 # All clients usually fail for the same reason.
                 first = group.exceptions[0]
@@ -179,7 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     raise first from None
                 raise ValueError(
                     f"no answer from a server at {given.url} ({type(first).__name__}: {first}): "
-                    "start it with scripts/serve_policy.py; check --url, and the API key in "
-                    "SHALLOW_PI_API_KEY"
+                    "start it with scripts/serve_policy.py, or "
+                    f"{clients.advice(given.url)}"
                 ) from first
             print(json.dumps(result), flush=True)

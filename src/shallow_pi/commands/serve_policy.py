@@ -36,9 +36,7 @@ from shallow_pi import flags
 from shallow_pi.commands import exits, policy_arguments
 from shallow_pi.deploy import policy
 from shallow_pi.parallel import processes
-from shallow_pi.serving import recorder, server, server_config
-
-KEY_VARIABLE = "SHALLOW_PI_API_KEY"
+from shallow_pi.serving import client, recorder, server, server_config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,7 +74,7 @@ class Arguments(server_config.Settings):
 
 def _api_key(path: str) -> str:
     if not path:
-        return os.environ.get(KEY_VARIABLE, "")
+        return os.environ.get(client.KEY_VARIABLE, "")
     file = pathlib.Path(path).expanduser()
     if not file.is_file():
         raise FileNotFoundError(f"no API key file {file}; expected one line with the key")
@@ -119,12 +117,13 @@ def _ready(url: str, serving: server_config.ServerConfig, chosen: policy.Policy)
     host, port = url.rsplit(":", 1)
     there = host if serving.tls_cert else host.removeprefix("ws://")
     there = there.replace("0.0.0.0", "<this machine's address>")
+    alone = "" if serving.is_open else " for this machine alone (--host 0.0.0.0 for others)"
     key = ', api_key="..."' if serving.api_key else ""
     sizes = ", ".join(f"{size} in {ms:.1f} ms" for size, ms in chosen.batch_ms.items())
     batched = f"answers several observations at once: {sizes}\n" if serving.batch > 1 else ""
     print(
         f"{chosen.description}\n{batched}"
-        f"on {url}, page at http{url.removeprefix('ws')}/\n"
+        f"on {url}{alone}, page at http{url.removeprefix('ws')}/\n"
         f"an observation has {', '.join(map(repr, keys))}; a client is\n"
         "    from openpi_client import websocket_client_policy\n"
         "    policy = websocket_client_policy.WebsocketClientPolicy("

@@ -8,7 +8,6 @@ its answers do.
 
 import concurrent.futures
 import contextlib
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ import websockets.sync.client
 from jaxtyping import Float, Int
 
 from shallow_pi.data.robots import robot as robots
-from shallow_pi.serving import protocol
+from shallow_pi.serving import client, protocol
 from shallow_pi.sims import simulator
 
 # Seconds for an answer: a server may compile first, or plan for many simulators one by one.
@@ -64,24 +63,18 @@ class Served:
             )
 
     def _connect(self) -> dict[str, Any]:
-        key = os.environ.get("SHALLOW_PI_API_KEY")
-        headers = {"Authorization": f"Api-Key {key}"} if key else {}
         try:
             # A server that compiles or infers may be silent for longer than pings wait.
             connection = self._open.enter_context(
                 websockets.sync.client.connect(
-                    self.url,
-                    compression=None,
-                    max_size=None,
-                    ping_interval=None,
-                    additional_headers=headers,
+                    self.url, ping_interval=None, **client.options(self.url)
                 )
             )
             metadata = self._unpack(connection.recv(timeout=PATIENCE))
         except (OSError, websockets.exceptions.WebSocketException) as error:
             raise ConnectionError(
                 f"no policy server at {self.url} ({error or type(error).__name__}): start it, or "
-                "check the address and SHALLOW_PI_API_KEY"
+                f"{client.advice(self.url)}"
             ) from error
         self._connections.append(connection)
         return dict(metadata) if isinstance(metadata, Mapping) else {}
