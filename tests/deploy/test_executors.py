@@ -322,6 +322,37 @@ def test_a_thread_plans_while_actions_go_on_and_is_ended():
         executor.infer({"step": np.array([5])})
 
 
+def test_a_policy_that_does_not_answer_is_told_of(monkeypatch, capsys):
+    class Stuck(Counting):
+        def infer(self, observation):
+            assert go.wait(20)
+            return super().infer(observation)
+
+    go = threading.Event()
+    monkeypatch.setattr(executors, "SILENT", 0.05)
+    timer = threading.Timer(0.3, go.set)
+    with executors.SkipLateActions(Stuck(), 2) as executor:
+        timer.start()
+        executor.infer({"step": np.array([0])})
+    timer.join()
+    assert "has not answered for 0.05 s" in capsys.readouterr().err
+
+
+def test_a_wrapper_that_hands_on_what_it_is_given_chunks_in_real_time():
+    class Wrapper:
+        def __init__(self):
+            self.inner = GoingOn()
+
+        def infer(self, observation, **options):
+            return self.inner.infer(observation, **options)
+
+    policy = Wrapper()
+    worker = AtOnce()
+    run(executors.RealTimeChunking(policy, 2, worker=worker), worker, 3, delay=0)
+    assert policy.inner.told[0] is None
+    assert policy.inner.told[1] == ([[0, 2], [0, 3], [0, 4], [0, 5]], 1)
+
+
 def test_a_reset_drops_the_plan_of_the_last_episode():
     policy, worker = Counting(), Later()
     executor = executors.SkipLateActions(policy, 2, worker=worker, clock=clock_of(worker, 0.0))

@@ -24,6 +24,13 @@ def seen():
     }
 
 
+class OnDevice:
+    """A tensor that NumPy cannot read."""
+
+    def __array__(self, dtype=None, copy=None):
+        raise TypeError("use .cpu()")
+
+
 def clean(observation, robot=robots.TURNTABLE, **options):
     return robot_observation.clean(robot, CAMERAS, observation, **options)
 
@@ -63,6 +70,11 @@ def test_colours_may_come_first(seen):
         (BASE, np.zeros((8, 8, 4), np.uint8), r"got the shape \(8, 8, 4\)"),
         (BASE, np.zeros((1, 8, 8, 3), np.uint8), r"got the shape \(1, 8, 8, 3\)"),
         (BASE, np.zeros((0, 8, 3), np.uint8), r"got the shape \(0, 8, 3\)"),
+        (BASE, b"\xff\xd8\xff\xe0" + bytes(9), "got 13 bytes of a JPEG file: decode it"),
+        (BASE, np.frombuffer(b"\x89PNG\r\n", np.uint8)[:, None], "got 6 bytes of a PNG file"),
+        (BASE, bytes(5), "got 5 bytes: decode it, and send the pixels"),
+        (BASE, "/9j/4AAQ", "got text: send the pixels"),
+        (BASE, OnDevice(), r"an array of numbers, got a OnDevice .*: use \.cpu\(\)"),
         ("observation.state", np.zeros(4), r"must have 3 dimensions .* another robot's"),
         (
             "observation.state",
@@ -114,6 +126,7 @@ def test_prompts_come_from_the_robot_or_the_observation_or_the_policy(seen):
     assert clean(seen, prompt="wait")["task"] == "touch the red block"
     assert clean({**seen, "task": np.array("go")})["task"] == "go"
     assert clean({**seen, "task": b"go"})["task"] == "go"
+    assert clean({**seen, "task": np.array([["go"]])})["task"] == "go"
     assert clean({**unsaid, "prompt": "go"})["task"] == "go"
     always = dataclasses.replace(robots.TURNTABLE, prompt="dance")
     assert "task" not in clean(unsaid, always)
@@ -127,7 +140,7 @@ def test_a_text_for_a_missing_prompt_is_none(seen):
 
 def test_uneven_lists_are_named_by_their_key(seen):
     for key in (BASE, "observation.state"):
-        with pytest.raises(ValueError, match=f"'{key}' must be an array .* list of uneven parts"):
+        with pytest.raises(ValueError, match=f"'{key}' must be an array .* list that makes none"):
             clean({**seen, key: [[0], [1, 2]]})
 
 

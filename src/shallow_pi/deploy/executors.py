@@ -27,6 +27,11 @@ from typing import Any, Protocol
 import numpy as np
 from jaxtyping import Float
 
+from shallow_pi import progress
+
+# Seconds without an answer, after which a robot that waits for one says so.
+SILENT = 10.0
+
 
 class Policy(Protocol):
     """Predicts a chunk of actions for one observation."""
@@ -190,7 +195,7 @@ class SkipLateActions:
                 self._ask(observation)
                 continue
             began = self._clock()
-            concurrent.futures.wait([self._pending[0]])
+            _wait_for(self._pending[0])
             waited = 0.0
             if self._chunk is not None and self._control_hz is not None:
                 waited = (self._clock() - began) * self._control_hz
@@ -202,7 +207,7 @@ class SkipLateActions:
             asked, _ = self._pending
             self._pending = None
             if not asked.cancel():
-                concurrent.futures.wait([asked])
+                _wait_for(asked)
 
 
 class RealTimeChunking(SkipLateActions):
@@ -231,7 +236,9 @@ class RealTimeChunking(SkipLateActions):
         **options: Any,
     ) -> None:
         taken = inspect.signature(policy.infer).parameters
-        if not {"previous", "delay"} <= set(taken):
+        # A wrapper that hands on whatever it is given takes them too.
+        hands_on = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in taken.values())
+        if not (hands_on or {"previous", "delay"} <= set(taken)):
             raise ValueError(
                 f"{type(policy).__name__}.infer takes {list(taken)}: real-time chunking needs "
                 "previous= and delay= (deploy.policy.Policy); others can use SkipLateActions"
@@ -284,6 +291,16 @@ def _actions(result: Mapping[str, object], execute_steps: int) -> Float[np.ndarr
             f"{dimension} of action {at} ({len(wrong)} such values); none of this chunk is executed"
         )
     return actions
+
+
+def _wait_for(asked: concurrent.futures.Future[Mapping[str, object]]) -> None:
+    """Wait for an answer as long as it takes, and say so: a stuck server is no still robot."""
+    if not concurrent.futures.wait([asked], timeout=SILENT).done:
+        progress.say(
+            f"warning: the policy has not answered for {SILENT:g} s and is waited for: look at its "
+            "server, and restart both if it is stuck"
+        )
+        concurrent.futures.wait([asked])
 
 
 def _copy(observation: Mapping[str, object]) -> dict[str, object]:

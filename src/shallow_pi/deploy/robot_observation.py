@@ -16,6 +16,8 @@ from shallow_pi.data.robots import robot as robots
 from shallow_pi.data.robots import tokenizer
 from shallow_pi.deploy import observation_keys
 
+# First bytes of pictures in files.
+_FILES = {b"\xff\xd8\xff": "JPEG", b"\x89PNG": "PNG", b"RIFF": "WebP"}
 # Keys that rows of a dataset have beside an observation.
 _BOOKKEEPING = {"timestamp", "frame_index", "episode_index", "index", "task_index"}
 
@@ -99,8 +101,8 @@ def picture(value: Any, key: str) -> UInt8[np.ndarray, "h w 3"]:
         found = np.moveaxis(found, 0, -1)
     if found.ndim != 3 or found.shape[-1] != 3 or not found.size:
         raise ValueError(
-            f"{key!r} must be one RGB picture, (height, width, 3) or (3, height, width), got the "
-            f"shape {np.shape(value)}"
+            f"{key!r} must be one RGB picture, (height, width, 3) or (3, height, width), got "
+            f"{_encoded(value, found) or f'the shape {np.shape(value)}'}"
         )
     if np.issubdtype(found.dtype, np.floating):
         if not (found.min() >= 0 and found.max() <= 1):
@@ -115,12 +117,28 @@ def picture(value: Any, key: str) -> UInt8[np.ndarray, "h w 3"]:
     return found
 
 
+def _encoded(value: object, found: np.ndarray) -> str:
+    """The form of a picture that came as a file or text, and advice; empty for any other."""
+    if isinstance(value, str):
+        return "text: send the pixels as an array of uint8"
+    content = value if isinstance(value, bytes) else b""
+    if found.dtype == np.uint8 and found.size == max(found.shape, default=0):
+        content = found.tobytes()
+    kind = next((kind for start, kind in _FILES.items() if content.startswith(start)), "")
+    if not kind and not isinstance(value, bytes):
+        return ""
+    file = f" of a {kind} file" if kind else ""
+    return f"{len(content)} bytes{file}: decode it, and send the pixels as an array of uint8"
+
+
 def _array(value: object, key: str) -> np.ndarray:
     try:
         return np.asarray(value)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RuntimeError) as error:
+        # Lists of unequal lengths, and tensors that are on a device or have gradients.
         raise ValueError(
-            f"{key!r} must be an array of numbers, got a {type(value).__name__} of uneven parts"
+            f"{key!r} must be an array of numbers, got a {type(value).__name__} that makes none: "
+            f"{error}"
         ) from error
 
 
@@ -149,8 +167,8 @@ def _state(robot: robots.Robot, observation: Mapping[str, object]) -> dict[str, 
 
 
 def _prompt(value: object, key: str) -> str:
-    # openpi's clients may send it as an array of no dimensions.
-    text = value.item() if isinstance(value, np.ndarray | np.generic) and value.ndim == 0 else value
+    # As openpi's policies take an array of one text, of any number of dimensions.
+    text = value.item() if isinstance(value, np.ndarray | np.generic) and value.size == 1 else value
     if isinstance(text, bytes):  # As openpi's policy for DROID takes it.
         text = text.decode(errors="replace")
     if not isinstance(text, str):
