@@ -60,6 +60,19 @@ def _read(folder):
     }
 
 
+def test_a_file_that_git_lfs_has_not_fetched_is_told(tmp_path):
+    file = tmp_path / "params" / "d" / "0"
+    file.parent.mkdir(parents=True)
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    for path, named in ((file, "it"), (tmp_path / "params", str(file))):
+        assert fetch.lfs_advice(path) == (
+            f"; {named} is a Git LFS pointer, not the file: run `git lfs pull`"
+        )
+    file.write_text("whole")
+    assert not fetch.lfs_advice(tmp_path)
+    assert not fetch.lfs_advice(tmp_path / "absent")
+
+
 def test_local_paths_are_left_alone_and_other_addresses_refused(tmp_path):
     assert fetch.locate(tmp_path) == tmp_path
     assert fetch.locate("~/model") == pathlib.Path("~/model").expanduser()

@@ -189,6 +189,12 @@ def test_a_truncated_file_is_an_error_and_not_zeros(config, saved, tmp_path, sha
         weights.load_params(tmp_path, pi0.abstract_params(config))
 
 
+def test_a_pointer_of_git_lfs_is_told(tmp_path):
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ValueError, match=r"\); it is a Git LFS pointer, .* `git lfs pull`"):
+        weights.stored_params(tmp_path)
+
+
 def test_a_checkpoint_in_several_files_is_read_as_one(config, params, tensors, tmp_path):
     names = sorted(tensors)
     parts = {"model-1-of-2.safetensors": names[::2], "model-2-of-2.safetensors": names[1::2]}
@@ -216,8 +222,10 @@ def test_a_checkpoint_in_several_files_is_read_as_one(config, params, tensors, t
         },
         # transformers 5.
         {".vision_tower.vision_model.": ".vision_tower."},
+        # A model that is compiled.
+        {"paligemma_with_expert.": "_orig_mod.paligemma_with_expert._orig_mod."},
     ],
-    ids=["before 4.52", "5"],
+    ids=["before 4.52", "5", "compiled"],
 )
 def test_other_versions_spell_tensors_otherwise(config, params, tensors, tmp_path, changes):
     found = {}

@@ -27,6 +27,8 @@ from shallow_pi import progress
 BLOCK = 32 * 2**20
 # Files of the hub downloaded at once.
 _DOWNLOADS = 8
+# First bytes of the text that Git LFS leaves in a file's place.
+_LFS = b"version https://git-lfs"
 
 
 def locate(url: str | os.PathLike[str], *, filesystem: Any = None) -> pathlib.Path:
@@ -67,6 +69,20 @@ def advice(absent: pathlib.Path) -> str:
             return f"; an address has two slashes: {parts[0]}//{'/'.join(parts[1:])}"
         if len(parts) == 2:
             return f"; a repository of the Hugging Face hub is hf://{'/'.join(parts)}"
+    return ""
+
+
+def lfs_advice(path: str | os.PathLike[str]) -> str:
+    """Advice for an unreadable file that Git LFS has not fetched, or a folder with one; or nothing.
+
+    It continues the sentence of an error.
+    """
+    path = pathlib.Path(path)
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        with contextlib.suppress(OSError), file.open("rb") as opened:
+            if opened.read(len(_LFS)) == _LFS:
+                where = "it" if file == path else file
+                return f"; {where} is a Git LFS pointer, not the file: run `git lfs pull`"
     return ""
 
 

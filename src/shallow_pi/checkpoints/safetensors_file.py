@@ -20,7 +20,7 @@ import safetensors
 import safetensors.numpy
 
 from shallow_pi import progress
-from shallow_pi.checkpoints import run_folder
+from shallow_pi.checkpoints import fetch, run_folder
 from shallow_pi.checkpoints import safetensors_layout as layout
 from shallow_pi.models import parameters
 
@@ -207,9 +207,12 @@ def _open(path: pathlib.Path) -> Any:
     try:
         return safetensors.safe_open(path, "numpy")
     except (safetensors.SafetensorError, OSError) as error:
+        advice = fetch.lfs_advice(path) or (
+            ". If it was copied or downloaded, it is probably truncated: delete it and fetch it "
+            "again"
+        )
         raise ValueError(
-            f"{path} could not be read ({type(error).__name__}: {error}). If it was copied or "
-            "downloaded, it is probably truncated: delete it and fetch it again"
+            f"{path} could not be read ({type(error).__name__}: {error}){advice}"
         ) from error
 
 

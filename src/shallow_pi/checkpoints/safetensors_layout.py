@@ -34,11 +34,13 @@ CONSTANTS = re.compile(r".*\.(position_ids|inv_freq)")
 STATISTICS = re.compile(r"(normalize_inputs|normalize_targets|unnormalize_outputs)\.buffer_.*")
 # Axes that the tensors lack: each index is a separate tensor.
 SPLIT = ("keys_values", "gate_up")
-# Other spellings, and the one used here: transformers before 4.52 had the three parts of PaliGemma
-# on one level, and transformers 5 has no level `vision_model`.
+# Other spellings, and the one used here: PyTorch adds a level (DistributedDataParallel, compile),
+# transformers before 4.52 had the three parts of PaliGemma on one level, and transformers 5
+# has no level `vision_model`.
 _SPELLINGS = [
     (re.compile(pattern), spelling)
     for pattern, spelling in (
+        (r"(?<![^.])(module|_orig_mod)\.", ""),
         (r"^model\.(?=paligemma_with_expert\.|action_|state_proj\.|time_mlp_)", ""),
         (r"\.paligemma\.language_model\.lm_head\.", ".paligemma.lm_head."),
         (r"\.paligemma\.language_model\.model\.", ".paligemma.model.language_model."),

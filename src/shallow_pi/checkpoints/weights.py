@@ -385,10 +385,11 @@ def damaged(folder: pathlib.Path, error: Exception) -> Exception:
         why = f"a file in it is missing or cut short, and with it {name}"
     else:
         why = f"{type(first).__name__}: {next(iter(str(first).splitlines()), '')[:300]}"
-    return ValueError(
-        f"{folder} could not be read ({why}). If it was copied or downloaded, it is probably "
-        "truncated: delete it and fetch it again; a run continues from its previous step folder"
+    advice = fetch.lfs_advice(folder) or (
+        ". If it was copied or downloaded, it is probably truncated: delete it and fetch it again; "
+        "a run continues from its previous step folder"
     )
+    return ValueError(f"{folder} could not be read ({why}){advice}")
 
 
 def _absolute(path: str | os.PathLike[str]) -> pathlib.Path:

@@ -12,9 +12,10 @@ from typing import Any
 
 import polars as pl
 
+from shallow_pi.checkpoints import fetch
+
 # Whitespace between JSON values, including characters that str.splitlines treats as line ends.
 _BETWEEN = " \t\r\n\v\f\x1c\x1d\x1e\x85\u2028\u2029\ufeff\0"
-_LFS = b"version https://git-lfs"
 
 
 def read_json(path: pathlib.Path) -> Any:
@@ -23,7 +24,7 @@ def read_json(path: pathlib.Path) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}{_hint(path)}") from error
+        raise ValueError(f"{path} is not JSON: {error}{fetch.lfs_advice(path)}") from error
 
 
 def json_rows(path: pathlib.Path, keys: Collection[str]) -> Iterator[dict[str, Any]]:
@@ -37,7 +38,9 @@ def json_rows(path: pathlib.Path, keys: Collection[str]) -> Iterator[dict[str, A
         try:
             row, place = decoder.raw_decode(text, start)
         except ValueError as error:
-            raise ValueError(f"{line(start)} is not JSON: {error}{_hint(path)}") from error
+            raise ValueError(
+                f"{line(start)} is not JSON: {error}{fetch.lfs_advice(path)}"
+            ) from error
         if not isinstance(row, dict) or not set(keys) <= set(row):
             raise ValueError(
                 f"{line(start)}: expected an object with {sorted(keys)}, got {row!r:.200}"
@@ -125,7 +128,7 @@ _ERRORS = (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError, Val
 def _unreadable(path: pathlib.Path, what: str, error: BaseException) -> ValueError:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     others = "mend it" if "meta" in path.parts[-4:-1] else "leave its episodes out"
-    hint = _hint(path) or f"; fetch it again, or {others}"
+    hint = fetch.lfs_advice(path) or f"; fetch it again, or {others}"
     return ValueError(f"cannot read {what} from {path}: {_cut(path) or reason:.100}{hint}")
 
 
@@ -151,10 +154,3 @@ def _text(path: pathlib.Path) -> str:
             f"{path} is not UTF-8 text: byte {error.start} is {data[error.start]:#x}; save it as "
             "UTF-8"
         ) from error
-
-
-def _hint(path: pathlib.Path) -> str:
-    """Advice for a file that Git LFS has not fetched yet, else nothing."""
-    with path.open("rb") as file:
-        is_pointer = file.read(len(_LFS)) == _LFS
-    return "; it is a Git LFS pointer, not the file: run `git lfs pull`" if is_pointer else ""

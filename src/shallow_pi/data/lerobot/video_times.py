@@ -15,6 +15,8 @@ import av
 import numpy as np
 from jaxtyping import Float, Int
 
+from shallow_pi.checkpoints import fetch
+
 # Files kept in memory; the least recently used are dropped first.
 _KEPT = 64
 
@@ -64,8 +66,8 @@ def hint(path: str) -> str:
             head = file.read(40)
     except OSError:
         return ""
-    if head.startswith(b"version https://git-lfs"):
-        return " (it is a Git LFS pointer: run `git lfs pull` in the dataset's folder)"
+    if advice := fetch.lfs_advice(path):
+        return advice
     if not head.strip(b"\0"):
         return " (it is empty: is the download complete?)"
     if head[4:8] == b"ftyp":

@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Float
 
 from shallow_pi import progress
+from shallow_pi.checkpoints import fetch
 
 Kind = Literal["z_score", "quantile"]
 FILE_NAME = "norm_stats.json"
@@ -177,6 +178,7 @@ def load(folder: str | os.PathLike[str]) -> dict[str, NormStats]:
         raise ValueError(
             f"{path} is not a norm_stats.json file: expected "
             f'{{"norm_stats": {{"state": {{{", ".join(FIELDS)}}}, "actions": ...}}}} ({error!r})'
+            + fetch.lfs_advice(path)
         ) from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error

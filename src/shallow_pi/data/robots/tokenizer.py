@@ -17,6 +17,7 @@ import sentencepiece
 from jaxtyping import Bool, Float, Int
 
 from shallow_pi import progress
+from shallow_pi.checkpoints import fetch
 
 STATE_BINS = 256
 # Texts into which Python and pandas turn an instruction that is not there.
@@ -43,7 +44,9 @@ class Tokenizer:
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_file=os.fspath(self.path))
         except (RuntimeError, OSError) as error:
-            raise ValueError(f"{self.path} is not a SentencePiece model: {error}") from error
+            raise ValueError(
+                f"{self.path} is not a SentencePiece model: {error}{fetch.lfs_advice(self.path)}"
+            ) from error
 
     @property
     def vocab_size(self) -> int:
