@@ -3,8 +3,8 @@
 import pytest
 
 from shallow_pi.evaluation import intervals
-from shallow_pi.evidence import outcomes
-from shallow_pi.evidence.claims import cells
+from shallow_pi.evidence import outcomes, page
+from shallow_pi.evidence.claims import catalogue, cells
 from shallow_pi.evidence.claims.claim import Claim, Column, Statement, Variant
 
 SITUATION = cells.Situation(("touch", "insert"))
@@ -83,3 +83,15 @@ def test_what_was_not_measured_is_not_decided():
     table = _table({"one": [1] * 60})
     statement = Statement("", ("three", "all"), ("one", "all"), at_least=0)
     assert table.decide(statement) == ("not measured", None)
+
+
+def test_the_page_names_the_rows_that_are_not_complete(tmp_path, monkeypatch):
+    table = _table({"one": [1] * 4, "a": [1] * 4, "b": [1] * 2})
+    monkeypatch.setattr(catalogue, "CLAIMS", {table.claim.name: table.claim})
+    monkeypatch.setattr(cells, "read", lambda folder: table.results)
+    page.write(tmp_path / "evidence.md", tmp_path, episodes=4)
+    assert (
+        "*Pending:* 5 of 7 cells. Some of: *three* (2 of 3). All of: *others*. "
+        "`reproduce.py made up --pending` names them.\n"
+    ) in (tmp_path / "evidence.md").read_text()
+    assert page.pending([table.claim], tmp_path, 4)[0] == "made up: x touch+insert N10 x10 (0 of 4)"

@@ -120,12 +120,14 @@ def _matrix(measured: list[dict[int, float]]) -> Float[np.ndarray, "seeds episod
     return np.array([[outcomes[seed] for seed in shared] for outcomes in measured])
 
 
-def missing(claim: Claim, results: cells.Results, episodes: int, plans: int) -> dict[str, str]:
-    """Cells that are not complete, by name: how much of each is there."""
+def missing(
+    claim: Claim, results: cells.Results, episodes: int, plans: int
+) -> dict[cells.Cell, str]:
+    """Cells that are not complete: how much of each is there."""
     found = {}
     for cell in claim.cells():
         wanted = episodes if cell.kind == "episodes" else min(plans, episodes)
         there = len(results.seeds(cell))
         if there < wanted:
-            found[cell.name] = f"{there} of {wanted}"
+            found[cell] = f"{there} of {wanted}"
     return found

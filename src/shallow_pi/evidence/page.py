@@ -14,8 +14,6 @@ from shallow_pi.evidence import drawing, factorial, outcomes, rival_costs, runni
 from shallow_pi.evidence.claims import catalogue, cells, recipes, rows
 from shallow_pi.evidence.claims.claim import Claim, Column, Side, Statement
 
-# Names of pending cells that are listed one by one.
-LISTED = 12
 HEAD = """# Evidence
 
 The paper's claims, and ours, tested on a suite of tabletop tasks small enough that every student
@@ -220,19 +218,23 @@ def _cell(table: outcomes.Table, side: Side, column: Column) -> str:
 
 
 def _pending(table: outcomes.Table) -> list[str]:
-    """Cells that are not complete, by name."""
-    left = outcomes.missing(table.claim, table.results, table.episodes, running.OBSERVATIONS)
-    total = len(table.claim.cells())
-    lines = ["", f"*Pending:* {len(left)} of {total} cells."] if left else []
-    names = [f"`{name}` ({there})" for name, there in left.items()]
-    if names:
-        shown = "; ".join(names[:LISTED])
-        lines[-1] += f" {shown}" + (
-            f"; and {len(names) - LISTED} more: `reproduce.py {table.claim.name} --pending`"
-            if len(names) > LISTED
-            else ""
-        )
-    return lines
+    """Rows that are not complete, by name."""
+    claim = table.claim
+    left = outcomes.missing(claim, table.results, table.episodes, running.OBSERVATIONS)
+    if not left:
+        return []
+    begun, others = [], []
+    for row in claim.variants:
+        own = claim.cells_of(row)
+        lacking = [cell for cell in own if cell in left]
+        if any(table.results.seeds(cell) for cell in own):
+            begun += [f"*{row.label}* ({len(lacking)} of {len(own)})"] if lacking else []
+        else:
+            others.append(f"*{row.label}*")
+    text = f"*Pending:* {len(left)} of {len(claim.cells())} cells"
+    text += f". Some of: {', '.join(begun)}" if begun else ""
+    text += f". All of: {', '.join(others)}" if others else ""
+    return ["", f"{text}. `reproduce.py {claim.name} --pending` names them."]
 
 
 def _origin(table: outcomes.Table) -> list[str]:
@@ -251,7 +253,7 @@ def pending(chosen: Sequence[Claim], folder: pathlib.Path, episodes: int) -> lis
     """Lines that name every cell that is not complete."""
     results = cells.read(folder)
     return [
-        f"{claim.name}: {name} ({there})"
+        f"{claim.name}: {cell.name} ({there})"
         for claim in chosen
-        for name, there in outcomes.missing(claim, results, episodes, running.OBSERVATIONS).items()
+        for cell, there in outcomes.missing(claim, results, episodes, running.OBSERVATIONS).items()
     ]
