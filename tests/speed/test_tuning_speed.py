@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from shallow_pi.commands import benchmark
 from shallow_pi.inference import attention
 from shallow_pi.inference import tuning as options
 from shallow_pi.speed import latency, tuning
@@ -55,3 +56,9 @@ def test_nothing_that_runs_raises(tiny_config):
     tried = {"lacking": options.InferenceOptions(step_attention="cudnn")}
     with pytest.raises(RuntimeError, match=r"nothing compiles on cpu: lacking: .*'xla'"):
         tuning.tune(tiny_config(), num_steps=2, tried=tried)
+
+
+def test_models_that_share_a_tuning_are_tuned_once():
+    given = benchmark.Arguments(model="turntable", depths=(2, 1), cameras=(2, 1))
+    chosen = benchmark.to_tune(list(given.models()))
+    assert [(model.depth, len(model.cameras)) for model, _ in chosen] == [(2, 2), (1, 2)]

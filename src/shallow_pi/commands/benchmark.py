@@ -9,7 +9,8 @@ uv run scripts/benchmark.py [--model pi05] [--depths 18 6] [--cameras 2] [--outp
                                         with ours (needs a Python environment with openpi)
     --tune                              first finds the fastest combination of unrolled or scanned
                                         layers and steps and of attention kernels, and stores it
-                                        for policies and later benchmarks
+                                        for policies and later benchmarks; of several numbers of
+                                        cameras, prompt tokens and steps, at the first
     --quantize int8 fp8 w8              also times products in 8 bits (docs/quantization.md)
     --output benchmarks/mine            also writes benchmark.json and two plots there
 """
@@ -17,7 +18,7 @@ uv run scripts/benchmark.py [--model pi05] [--depths 18 6] [--cameras 2] [--outp
 import dataclasses
 import itertools
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 import rich.console
@@ -116,7 +117,7 @@ def main() -> None:
         models = list(given.models())
         others = _openpi(models[0][0]) if given.against else {}
         console = rich.console.Console()
-        for model, steps in models if given.tune else ():
+        for model, steps in to_tune(models) if given.tune else ():
             found = tuning.tune(
                 model, num_steps=steps, repeats=given.repeats, schemes=given.quantize
             )
@@ -155,6 +156,17 @@ def main() -> None:
             folder = pathlib.Path(given.output).expanduser()
             lines += report.write(folder, "benchmark.json", content, pictures)
         print("\n".join(lines))
+
+
+def to_tune(
+    models: Sequence[tuple[pi0.Pi0Config, int]],
+) -> Iterator[tuple[pi0.Pi0Config, int]]:
+    """The first of the models, with its steps, that share one stored tuning."""
+    found: set[pathlib.Path] = set()
+    for model, steps in models:
+        if (file := options.path(model)) not in found:
+            found.add(file)
+            yield model, steps
 
 
 def _policies(
