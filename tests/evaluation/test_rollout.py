@@ -276,7 +276,7 @@ def test_late_plans_are_executed_as_an_executor_on_a_robot_does(delay, monkeypat
                     line.step(last)  # noqa: B023
                 worker.finish(after=delay)
 
-        monkeypatch.setattr(concurrent.futures, "wait", stand)
+        monkeypatch.setattr(executors, "_wait_for", stand)
         with executors.SkipLateActions(Plan(episode.seed), 2, worker=worker) as executor:
             while not line.done:
                 worker.finish(after=delay if line.steps else 0)

@@ -294,7 +294,7 @@ def _actions(result: Mapping[str, object], execute_steps: int) -> Float[np.ndarr
 
 
 def _wait_for(asked: concurrent.futures.Future[Mapping[str, object]]) -> None:
-    """Wait for an answer as long as it takes, and say so: a stuck server is no still robot."""
+    """Wait for an answer as long as it takes, and warn once: the robot stands still meanwhile."""
     if not concurrent.futures.wait([asked], timeout=SILENT).done:
         progress.say(
             f"warning: the policy has not answered for {SILENT:g} s and is waited for: look at its "
