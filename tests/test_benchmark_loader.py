@@ -57,7 +57,7 @@ def test_pictures_that_are_no_video_are_read_without_a_comparison(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--path", "absent"], "absent/meta/info.json is missing"),
+        (["--path", "absent"], "absent: there is no such folder"),
         (
             ["--path", "x", "--height", "9"],
             "--height 9 has no effect: the pictures are those of --path x; give",

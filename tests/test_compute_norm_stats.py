@@ -135,7 +135,7 @@ def test_episodes_are_chosen_and_warnings_are_errors_when_asked(run, capsys):
     ("arguments", "message"),
     [
         (["--data.path", ""], "name a dataset with --data.path"),
-        (["--data.path", "absent"], "absent/meta/info.json is missing"),
+        (["--data.path", "absent"], "absent: there is no such folder"),
         (["--horizon", "0"], "horizon must be at least 1"),
     ],
 )

@@ -141,7 +141,9 @@ def test_answers_that_are_no_plans_are_refused(answer, message, failing, tmp_pat
 
 def test_settings_without_results_are_forgotten(tmp_path, failing):
     out = ("--output", str(tmp_path / "results"), "--episodes", "1")
-    failing("s=ws://127.0.0.1:9", "--sim", "turntable", *SMALL, *out, "--seed", "7")
+    with server(lambda _: None) as url:
+        failing(f"s={url}", "--sim", "turntable", *SMALL, *out, "--seed", "7")
+    assert json.loads((tmp_path / "results" / "settings.json").read_text())["seed"] == 7
     evaluate.main(("s=expert", "--sim", "turntable", *SMALL, *out))
     report = json.loads((tmp_path / "results" / "report.json").read_text())
     assert report["seed"] == 1_000_000
@@ -228,9 +230,10 @@ def test_a_server_of_another_robot_is_refused(failing, tmp_path):
     assert "got the shape (5, 14)" in said
     metadata = {"robot": "aloha", "action_dim": 14, "state_dim": 14}
     with server(lambda _: None, metadata) as url:
-        said = failing(url, *common)
+        said = failing("expert", url, *common)
     assert "is of robot 'aloha'" in said
     assert "action_dim 14 (the simulator's: 3)" in said
+    assert not (tmp_path / "results" / "episodes" / "expert.jsonl").exists(), "refused before"
 
 
 @pytest.mark.parametrize(
@@ -240,7 +243,10 @@ def test_a_server_of_another_robot_is_refused(failing, tmp_path):
         (("expert", "--sim", "turntable", "--option", "tasks=tuch"), "expected some of"),
         (("expert", "expert", "--sim", "turntable"), "several policies are called expert"),
         (("nowhere", "--sim", "turntable"), "there is no checkpoint at"),
-        (("ws://127.0.0.1:9", "--sim", "turntable"), "no policy server at ws://127.0.0.1:9"),
+        (
+            ("expert", "ws://127.0.0.1:9", "--sim", "turntable"),
+            "no policy server at ws://127.0.0.1:9",
+        ),
         (
             ("expert", "--sim", "turntabel", "--executor", "late"),
             "late has no effect: no plan is late; give --la",

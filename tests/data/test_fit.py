@@ -61,7 +61,7 @@ def test_a_dataset_that_fits_passes_without_a_word(capsys) -> None:
         ),
         ({"cameras": {"base_0_rgb": "observation.image.wrist"}}, "mean 'observation.images.wrist'"),
         ({"state_key": "joints"}, r"lacks 'joints'; it has \['action', 'observation.state'"),
-        ({"action_key": "actions"}, "lacks 'actions'; .*; did you mean 'action'"),
+        ({"action_key": "actions"}, "lacks 'actions'; .* mean 'action'.; .*--data.robot"),
         ({"action_dim": 3}, r"'action' of .* has shape \(2,\), robot pusht expects \(3,\)"),
         ({"fps": 50}, "recorded at 10 fps, robot pusht runs at 50"),
     ],

@@ -208,6 +208,10 @@ def test_a_folder_without_parameters_is_told_before_its_robot_is_asked_for(openp
     (tmp_path / "1" / "adapter_model.safetensors").touch()
     with pytest.raises(ValueError, match=r"an adapter of PEFT's without the model: merge it"):
         step_folder.assets(tmp_path / "1")
+    (tmp_path / "all" / "first").mkdir(parents=True)
+    (tmp_path / "all" / "first" / "config.json").touch()
+    with pytest.raises(ValueError, match=r"holds the runs first: name one, such as .*all/first$"):
+        step_folder.assets(tmp_path / "all")
 
 
 def test_a_path_that_may_be_an_address_is_told(tmp_path, monkeypatch):

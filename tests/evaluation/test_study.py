@@ -129,6 +129,14 @@ def test_a_teacher_that_is_absent_leaves_an_old_run_alone(tmp_path):
     _refused(experiment, "there is no checkpoint at", FileNotFoundError)
 
 
+def test_a_teacher_of_another_robot_leaves_an_old_run_alone(tmp_path):
+    teacher = CONFIGS.parent / "assets" / "pi0_tabletop"
+    model = command_line.load(CONFIGS, "pi0_turntable_l6").model
+    experiment = _student(tmp_path, teacher, overwrite=True)
+    experiment = dataclasses.replace(experiment, model=model)
+    _refused(experiment, "(?s)was trained for robot tabletop, not for turntable: .*--teacher.path")
+
+
 def _refused(experiment, message, kind=(ValueError, FileNotFoundError)):
     old = experiment.folder / "3" / "precious"
     old.parent.mkdir(parents=True, exist_ok=True)

@@ -113,7 +113,8 @@ def test_cells_of_a_simulator_that_is_not_installed_are_pending(tmp_path, monkey
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nonsense"], "expected claims of instrument, .*got 'nonsense'"),
+        (["nonsense"], "expected claims of instrument, .*got 'nonsense'$"),
+        (["metawrld"], r"got 'metawrld'; did you mean 'metaworld'\?"),
         (["late", "--part", "3/2"], "--part: expected i/n with i of 1 to n, got '3/2'"),
         (["late", "--only", "l6("], r"--only: expected a regular expression, got 'l6\('"),
         (["late", "--workers", "0"], "expected --episodes of at least 0 and --workers"),

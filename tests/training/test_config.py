@@ -45,7 +45,10 @@ def test_an_unknown_field_names_the_closest(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--student.depth", "5"], "depth must lie in 1..4 (the teacher's), got 5"),
+        (
+            ["--student.depth", "5"],
+            "--student.depth must lie in 1..4 (the teacher's layers), got 5",
+        ),
         (["--student.depth", "0"], "--student.depth must be at least 1, got 0"),
         (["--student.layers", "0", "4"], "layers must lie in 0..3 (the teacher has 4), got [4]"),
         (["--student.layers", "2", "1"], "increasing order, got [2, 1]; did you mean [1, 2]?"),

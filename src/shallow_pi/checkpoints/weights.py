@@ -248,7 +248,10 @@ def params_folder(path: str | os.PathLike[str]) -> pathlib.Path:
     if not (folder / "_METADATA").exists():
         inside = sorted(child.name for child in folder.iterdir())
         steps = [name for name in inside if name.isdigit()]
-        if steps:
+        runs = [name for name in inside if (folder / name / run_folder.CONFIG_FILE).is_file()]
+        if runs:
+            advice = f"it holds the runs {', '.join(runs)}: name one, such as {folder / runs[0]}"
+        elif steps:
             last = max(steps, key=int)
             advice = f"it holds the steps {', '.join(steps)}: name one, such as {folder / last}"
         elif (folder / "checkpoints" / "last").is_dir():

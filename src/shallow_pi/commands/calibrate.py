@@ -75,7 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with exits.exit_on():
         for name, least in (("samples", 1), ("batch_size", 1), ("num_steps", 0)):
             if getattr(given, name) < least:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least {least}")
+                raise ValueError(
+                    f"{flags.as_flag(name)} must be at least {least}, got {getattr(given, name)}"
+                )
         folder = step_folder.find(given.policy, given.step)
         assets = policy_assets.load(folder)
         data = _data(given, folder)

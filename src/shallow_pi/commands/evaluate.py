@@ -189,13 +189,12 @@ def _entrant(
         )
     if served.is_url(source):
         label = label or re.sub(r"\W+", "-", source).strip("-")
-        return comparison.Entrant(
-            label,
-            {"source": source},
-            given.execute_steps,
-            delay,
-            lambda: served.Served(source, suite.robot, given.execute_steps + steps),
-        )
+
+        def connect() -> served.Served:
+            return served.Served(source, suite.robot, given.execute_steps + steps)
+
+        connect().close()  # It is there, and of this robot.
+        return comparison.Entrant(label, {"source": source}, given.execute_steps, delay, connect)
     step = step_folder.find(source, given.policy.step)
     is_ours = (step / run_folder.ASSETS / policy_assets.FILE_NAME).is_file()
     needed, default = given.execute_steps + delay.steps, _label(step)

@@ -18,6 +18,7 @@ CPU). Several machines may each do a part: put their results files into one fold
 """
 
 import dataclasses
+import difflib
 import pathlib
 import re
 import shutil
@@ -95,9 +96,11 @@ class Arguments:
         wanted = tuple(catalogue.CLAIMS) if ALL in self.claims else self.claims
         unknown = [name for name in wanted if name not in catalogue.CLAIMS]
         if unknown or not wanted:
-            known = ", ".join([*catalogue.CLAIMS, ALL])
-            got = f", got {unknown[0]!r}" if unknown else ""
-            raise ValueError(f"expected claims of {known}{got}")
+            known = [*catalogue.CLAIMS, ALL]
+            got = f", got {unknown[0]!r}" if unknown else "; --list says what each measures"
+            close = difflib.get_close_matches(unknown[0], known, n=1) if unknown else []
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"expected claims of {', '.join(known)}{got}{hint}")
         return [catalogue.CLAIMS[name] for name in wanted]
 
     def names(self) -> re.Pattern[str]:

@@ -11,16 +11,13 @@ numeric columns, but do not wait for the GIL of the training loop.
 """
 
 import collections
-import contextlib
 import fractions
 import functools
 import math
 import multiprocessing
 import multiprocessing.connection
-import multiprocessing.resource_tracker
 import operator
 import os
-import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -31,6 +28,7 @@ import jax
 import numpy as np
 from absl import flags
 
+from shallow_pi import interrupts
 from shallow_pi.data import sources
 from shallow_pi.models import batch as batches
 
@@ -104,7 +102,7 @@ class Loader:
         elif self._started:
             batch = _own(next(self._iterator))
         else:
-            with _interrupt_held():
+            with interrupts.held():
                 batch = _own(next(self._iterator))
             self._started = True
         self._position += 1
@@ -199,18 +197,6 @@ def _gather(source: sources.Source, indices: np.ndarray) -> batches.Batch:
 def _own(batch: batches.Batch) -> batches.Batch:
     """A copy of a worker's batch, whose shared memory is freed with the worker."""
     return jax.tree.map(np.array, batch)
-
-
-@contextlib.contextmanager
-def _interrupt_held() -> Iterator[None]:
-    """Make processes started in the block ignore Ctrl-C; the training loop handles it."""
-    # Python's resource tracker, started with the first process, would undo it.
-    multiprocessing.resource_tracker.ensure_running()
-    held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, held)
 
 
 def _start_worker(index: int, count: int) -> None:

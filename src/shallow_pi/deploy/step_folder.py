@@ -219,8 +219,8 @@ def _check_renamed(own: policy_assets.Assets, given: robots.Robot) -> None:
         raise ValueError(
             f"the policy was trained for robot {trained.name}, and {given.name} has other units: "
             f"{'; '.join(different)}\n"
-            "keys and cameras may have other names: dataclasses.replace(policy.assets.robot, ...) "
-            "changes them alone"
+            "keys and cameras alone may have other names: in a robot file (docs/robots.md), or by "
+            "dataclasses.replace(policy.assets.robot, ...)"
         )
     seen = set(own.model.cameras)
     if lacking := sorted(seen & (set(trained.cameras) - set(given.cameras))):

@@ -90,7 +90,13 @@ def check(
             f"simulator {task.sim!r} has no expert that demonstrates its tasks: give --data.path"
         )
     runs.check(experiment)
-    experiment = setup.resolve(experiment, setup.teacher_on_disk(experiment))
+    teacher_step = setup.teacher_on_disk(experiment)
+    experiment = setup.resolve(experiment, teacher_step)
+    if teacher_step is not None and not experiment.data.norm_stats:
+        # Raises if the teacher is of another robot, before demonstrations are made for it.
+        policy_assets.teacher_statistics(
+            teacher_step, experiment.data.asset_id, suite.robot, experiment.model
+        )
     if jax.process_count() > 1 and not experiment.data.path:
         raise ValueError(
             f"{experiment.name} makes its demonstrations itself, in one process: give --data.path"

@@ -113,7 +113,8 @@ def topology(name: str) -> Sequence[jax.Device]:
         raise ValueError(
             f"cannot compile for the topology {name!r}: {str(error).splitlines()[0]}\n"
             "names are like v5e:4x4, v5p:2x2x1 or v6e:4x4, which need libtpu (uv sync --extra "
-            "tpu), and h100:8 (uv sync --extra cuda)"
+            "tpu), and h100:8 (uv sync --extra cuda); scripts/estimate_memory.py --card h100 needs "
+            "neither"
         ) from error
 
 

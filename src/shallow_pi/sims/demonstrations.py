@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import Float32, UInt8
 
+from shallow_pi import interrupts
 from shallow_pi.sims import simulator
 
 # Attempts at one episode before giving up.
@@ -53,9 +54,16 @@ def collect(
         yield from map(demonstrate, range(episodes))
         return
     context = multiprocessing.get_context("spawn")
+    others = set(multiprocessing.active_children())
     with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+        with interrupts.held():
+            found = pool.map(demonstrate, range(episodes), chunksize=4)
         try:
-            yield from pool.map(demonstrate, range(episodes), chunksize=4)
+            yield from found
+        except BaseException:  # Ctrl-C too: episodes under way are not waited for.
+            for process in set(multiprocessing.active_children()) - others:
+                process.terminate()
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
 

@@ -7,7 +7,6 @@ that imports the suite's package and nothing else, reads calls from a pipe, and 
 import multiprocessing
 import multiprocessing.connection
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from shallow_pi import interrupts
 from shallow_pi.sims import simulator
 
 
@@ -68,9 +68,10 @@ class _Process:
         code = f"from {__name__} import main; main({far.fileno()})"
         # The suite's class may lie anywhere that this process imports from.
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", code], pass_fds=[far.fileno()], env=environment
-        )
+        with interrupts.held():  # Ctrl-C is for the process that asks.
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", code], pass_fds=[far.fileno()], env=environment
+            )
         far.close()
         self._lock = threading.Lock()
         self._pipe.send(suite)
@@ -167,7 +168,6 @@ def expert(sim: Any) -> simulator.Action:
 
 def main(descriptor: int) -> None:
     """Answer calls until the pipe is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks.
     os.dup2(2, 1)  # Some packages print; the output is a command's result.
     pipe = multiprocessing.connection.Connection(descriptor)
     sims: dict[int, simulator.Simulator] = {}

@@ -107,6 +107,6 @@ def table(config: pi0.Pi0Config, device: str, num_steps: int = 10) -> list[str]:
     lines += [f"{p.name:12} {p.expected:9.2f} {p.floor:8.2f}   {p.arithmetic}" for p in found]
     whole = [sum(p.expected for p in found), sum(p.floor for p in found)]
     lines.append(f"{'whole':12} {whole[0]:9.2f} {whole[1]:8.2f}   predicted, not measured")
-    if device in PAPER:
+    if device in PAPER and config.backbone.width == pi0.Pi0Config().backbone.width:
         lines.append(f"{'paper':12} {PAPER[device]:9.2f}            measured by its authors, L6")
     return lines

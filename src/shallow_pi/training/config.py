@@ -409,15 +409,22 @@ class DistillConfig:
         student, teacher_depth = self.student, self.model.depth
         if self.teacher is None:
             return None
+        depth = student.total_depth
         if student.layers:
             return layer_map.explicit(student.layers, teacher_depth)
+        if not 1 <= depth <= teacher_depth:
+            flags_of = ("backbone_depth", "expert_depth", "depth")
+            name = next(name for name in flags_of if getattr(student, name) == depth)
+            raise ValueError(
+                f"{flags.as_flag(f'student.{name}')} must lie in 1..{teacher_depth} (the "
+                f"teacher's layers), got {depth}"
+            )
         if student.strategy == "random":
-            return layer_map.random(student.total_depth, teacher_depth, student.layer_seed)
+            return layer_map.random(depth, teacher_depth, student.layer_seed)
         if student.strategy in layer_map.MEASURED:
-            layer_map.first(student.total_depth, teacher_depth)  # Checks the depth.
             return None
         choose = {"uniform": layer_map.uniform, "first": layer_map.first, "last": layer_map.last}
-        return choose[student.strategy](student.total_depth, teacher_depth)
+        return choose[student.strategy](depth, teacher_depth)
 
 
 def defaults(config: object) -> dict[str, object]:

@@ -178,6 +178,11 @@ def _are_texts(value: object) -> TypeGuard[list[str]]:
 
 def _read_info(root: pathlib.Path) -> dict[str, Any]:
     file = root / "meta" / "info.json"
+    if not root.exists():
+        raise FileNotFoundError(
+            f"no LeRobot dataset at {root}: there is no such folder; check the path (a dataset of "
+            "the Hugging Face hub is owner/name)"
+        )
     if not file.exists():
         raise FileNotFoundError(f"no LeRobot dataset at {root}: {file} is missing{_hint(root)}")
     info = files.read_json(file)

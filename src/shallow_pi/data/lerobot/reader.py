@@ -216,7 +216,8 @@ class Dataset:
                     shown = sorted(set(there) - set(columns.BOOKKEEPING))
                     raise ValueError(
                         f"dataset {self.path} lacks {kind}{key!r}; it has {shown}"
-                        f"{columns.closest(key, shown)}"
+                        f"{columns.closest(key, shown)}; the robot names the keys: give the "
+                        "robot of these recordings (--data.robot, docs/robots.md)"
                     )
 
     def select(self, episodes: Collection[int]) -> "Dataset":

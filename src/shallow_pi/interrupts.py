@@ -1,0 +1,18 @@
+"""Ctrl-C in a program of several processes; a terminal sends it to all of them at once."""
+
+import contextlib
+import multiprocessing.resource_tracker
+import signal
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def held() -> Iterator[None]:
+    """Make processes started in the block ignore Ctrl-C, which is for the one that starts them."""
+    # Python's resource tracker, started with the first process, would undo it.
+    multiprocessing.resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
