@@ -1,9 +1,11 @@
 """The one command of a wheel: it lists the others, runs the one that is named, and speaks as it."""
 
 import ast
+import os
 import pathlib
 import re
 import shutil
+import subprocess
 import sys
 import tomllib
 
@@ -98,6 +100,20 @@ def test_an_interruption_says_how_to_go_on_once_there_is_a_run(capsys, tmp_path)
         "error: interrupted before the run began: start it again\n",
         "error: interrupted; go on with --resume\n",
     ]
+
+
+def test_a_platform_that_is_not_there_is_named():
+    code = (
+        "import jax; from shallow_pi.commands import exits\n"
+        "with exits.exit_on(): jax.process_count()"
+    )
+    asked = [sys.executable, "-c", code]
+    found = subprocess.run(
+        asked, env={**os.environ, "JAX_PLATFORMS": "rocm"}, capture_output=True, text=True
+    )
+    assert found.returncode == 1
+    assert re.search(r"^error: JAX cannot start JAX_PLATFORMS=rocm: .*; unset ", found.stderr, re.M)
+    assert "Traceback" not in found.stderr
 
 
 def test_a_programming_error_keeps_its_traceback():

@@ -13,21 +13,26 @@ def exit_on(
 ) -> Iterator[None]:
     """Exit with an error's message and status 1 instead of a traceback.
 
-    Covers the errors a user can cause (`ValueError`, `OSError`), and `errors`; Ctrl-C exits with
-    status 130 and the message of `interrupted`. In a job of several processes every error, a crash
-    too, is prefixed with its process and ends that process (`processes.leave`).
+    Covers the errors a user can cause (`ValueError`, `OSError`, a platform that JAX cannot start),
+    and `errors`; Ctrl-C exits with status 130 and the message of `interrupted`. In a job of several
+    processes every error, a crash too, is prefixed with its process and ends that process
+    (`processes.leave`).
     """
     caught: tuple[type[Exception], ...] = (ValueError, OSError, *errors)
     try:
         yield
     except KeyboardInterrupt as error:
-        print(f"{processes.prefix()}error: {interrupted()}", file=sys.stderr)
-        processes.leave(130)
-        raise SystemExit(130) from error
+        raise _leave(interrupted(), 130) from error
     except caught as error:
-        print(f"{processes.prefix()}error: {error}", file=sys.stderr)
-        processes.leave(1)
-        raise SystemExit(1) from error
-    except Exception:
+        raise _leave(str(error), 1) from error
+    except Exception as error:
+        if fault := processes.device_fault(error):
+            raise _leave(fault, 1) from error
         processes.report_crash()
         raise
+
+
+def _leave(message: str, status: int) -> SystemExit:
+    print(f"{processes.prefix()}error: {message}", file=sys.stderr)
+    processes.leave(status)
+    return SystemExit(status)

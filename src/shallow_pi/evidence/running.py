@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from shallow_pi import progress
+from shallow_pi import interrupts, progress
 from shallow_pi.deploy import policy as deployed
 from shallow_pi.evaluation import policies, rollout
 from shallow_pi.evidence import measures, sources
@@ -376,8 +376,13 @@ def _results(workers: int) -> Iterator[Submit]:
     with concurrent.futures.ProcessPoolExecutor(
         workers, mp_context=context, initializer=_begin, initargs=(cores,)
     ) as pool:
+
+        def submit(*arguments: Any) -> concurrent.futures.Future[str]:
+            with interrupts.held():  # It may start a process.
+                return pool.submit(*arguments)
+
         try:
-            yield pool.submit
+            yield submit
         finally:
             pool.shutdown(cancel_futures=True)
 

@@ -285,6 +285,20 @@ def prefix() -> str:
     return "" if _joined is None else f"process {_joined.index} of {_joined.count}: "
 
 
+def device_fault(error: Exception) -> str:
+    """The reason and remedy of an error of JAX that found no device to run on; "" of any other."""
+    frames = traceback.extract_tb(error.__traceback__)
+    if not frames or os.path.basename(frames[-1].filename) != "xla_bridge.py":
+        return ""
+    wanted = os.environ.get("JAX_PLATFORMS")
+    reason = str(error) or "no device is there"  # An assertion of JAX says nothing.
+    return (
+        f"JAX cannot start{f' JAX_PLATFORMS={wanted}' if wanted else ''}: {reason}; unset "
+        "JAX_PLATFORMS, or install the extra of your accelerator (uv sync --extra cuda, cuda13 or "
+        "tpu)"
+    )
+
+
 def leave(status: int) -> None:
     """End this process because of an error; returns only in a job of one.
 
