@@ -20,7 +20,9 @@ def picture(path: pathlib.Path, table: outcomes.Table, drawn: Picture) -> bool:
     if not any(lines):
         return False
     places = {name: float(i) for i, name in enumerate(dict.fromkeys(names))}
-    wide = max(5.2, 0.5 * len(places) + 2)
+    # A long legend stands beside the curves.
+    many = sum(map(bool, lines)) > 3
+    wide = max(5.2, 0.5 * len(places) + 2) + 2.6 * many
     figure, axes = figures.make(1, 1, (wide, 3.9 if not places else 4.4))
     axis = axes[0][0]
     percent = drawn.y.endswith("%")
@@ -55,7 +57,8 @@ def picture(path: pathlib.Path, table: outcomes.Table, drawn: Picture) -> bool:
         axis.set_ylim(bottom=0)
     figures.tidy(axis, "y")
     if len(drawn.lines) > 1:
-        axis.legend(frameon=False, fontsize=8)
+        beside = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} if many else {}
+        axis.legend(frameon=False, fontsize=8, handlelength=3.2, **beside)
     figure.savefig(path)
     return True
 
