@@ -105,7 +105,10 @@ def test_the_dataset_is_opened_once(experiment, monkeypatch):
         ({"mesh": {"tensor": 3}}, "tensor"),
         ({"data": {"path": "nowhere"}}, "no LeRobot dataset at"),
         ({"data": {"robot": "aloha"}}, "lacks camera"),
-        ({"model": {"action_dim": 2}}, "turntable has state_dim 3, the model has room for 2"),
+        (
+            {"model": {"action_dim": 2}},
+            "turntable has state dimension 3, more than the model's action_dim 2",
+        ),
         ({"attention": "cudnn"}, "--attention cudnn: .* needs an NVIDIA GPU"),
         ({"losses": {"scorer": 1.0}}, "trains a scorer that is not there"),
     ],

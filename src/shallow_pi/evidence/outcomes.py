@@ -39,7 +39,7 @@ class Table:
         """Outcome by episode of each policy that was measured at all, by its place in the row."""
         column, found = self._column(side[1]), {}
         for place, policy in enumerate(self._row(side[0]).policies):
-            cell = cells.Cell(policy, column.situation, column.kind)
+            cell = column.cell(policy)
             rows, tasks = self.results.rows.get(cell, {}), self.results.tasks.get(cell, {})
             outcomes = {
                 seed: row[column.measure]

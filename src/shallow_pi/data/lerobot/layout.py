@@ -6,7 +6,6 @@ many episodes into a file and lists in parquet where each one starts.
 
 import contextlib
 import dataclasses
-import functools
 import glob
 import json
 import math
@@ -315,9 +314,10 @@ def _read_tasks(root: pathlib.Path, version: str) -> tuple[dict[int, str], list[
     lines, table = root / "meta" / "tasks.jsonl", root / "meta" / "tasks.parquet"
     for path in (table, lines) if version == "v3.0" else (lines, table):
         if path.exists():
-            read = functools.partial(_texts_of_table, key="task_index")
-            rows, extras = read(path) if path == table else _tasks_of_lines(path)
-            return _by_number(path, rows, "task_index"), extras
+            key = "task_index"
+            is_table = path == table
+            rows, extras = _texts_of_table(path, key) if is_table else _tasks_of_lines(path)
+            return _by_number(path, rows, key), extras
     return {}, []
 
 

@@ -47,12 +47,7 @@ def inputs(
             f"robot {robot.name} has cameras for {sorted(robot.cameras)}, the model wants "
             f"{list(cameras)}: none in common"
         )
-    for what, dim in (("state", robot.state_dim), ("action", robot.action_dim)):
-        if dim > action_dim:
-            raise ValueError(
-                f"robot {robot.name} has {what} dimension {dim}, more than the model's "
-                f"action_dim {action_dim} (--model.action-dim, as the teacher's)"
-            )
+    check_sizes(robot, action_dim)
     normalize.check(stats, {"state": robot.state_dim, "actions": robot.action_dim}, kind)
     for camera in robot.cameras:
         if camera not in cameras:
@@ -153,9 +148,9 @@ def check_sizes(robot: robots.Robot, action_dim: int) -> None:
     for what, dim in (("state", robot.state_dim), ("action", robot.action_dim)):
         if dim > action_dim:
             raise ValueError(
-                f"robot {robot.name} has {what}_dim {dim}, the model has room for {action_dim} "
-                f"(--model.action-dim, which is its teacher's): give the robot fewer {what} "
-                "dimensions, recorded under keys of their own"
+                f"robot {robot.name} has {what} dimension {dim}, more than the model's "
+                f"action_dim {action_dim} (--model.action-dim, as the teacher's): give the robot "
+                f"fewer {what} dimensions, recorded under keys of their own"
             )
 
 

@@ -36,6 +36,10 @@ class Column:
     # Of the situation's tasks this one; "" is all.
     task: str = ""
 
+    def cell(self, policy: str) -> cells.Cell:
+        """The cell of a policy that holds it."""
+        return cells.Cell(policy, self.situation, self.kind)
+
     @property
     def kind(self) -> str:
         """Of the cells that hold it."""
@@ -154,10 +158,7 @@ class Claim:
     def cells_of(self, row: Variant) -> list[cells.Cell]:
         """The cells of a row, seed by seed."""
         columns = [column for column in self.columns if self.has(row.at(column))]
-        found = [
-            cells.Cell(policy, column.situation, column.kind)
-            for policy, column in itertools.product(row.policies, columns)
-        ]
+        found = [column.cell(policy) for policy, column in itertools.product(row.policies, columns)]
         return list(dict.fromkeys(found))
 
     def cells(self) -> list[cells.Cell]:
@@ -168,6 +169,5 @@ class Claim:
             range(longest), self.columns, self.variants
         ):
             if index < len(variant.policies) and self.has((variant.label, column.label)):
-                policy = variant.policies[index]
-                found.append(cells.Cell(policy, column.situation, column.kind))
+                found.append(column.cell(variant.policies[index]))
         return list(dict.fromkeys(found))
