@@ -12,8 +12,8 @@ from shallow_pi.training import config
 
 
 def get_config() -> config.DistillConfig:
-    """600 demonstrations of ten tasks, task loss only."""
-    steps = 10_000
+    """1,000 demonstrations of ten tasks, task loss only."""
+    steps = 8_000
     return config.DistillConfig(
         model=_base.METAWORLD_PI0,
         data=_base.METAWORLD_DATA,

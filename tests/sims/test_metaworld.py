@@ -105,6 +105,20 @@ def test_a_pickled_simulator_goes_on_where_it_was():
     np.testing.assert_allclose(other.true_state, sim.true_state, atol=1e-9)
 
 
+def test_perturbed_demonstrations_begin_at_different_places():
+    suite = metaworld.Suite(tasks=("drawer-close",), image_size=8)
+    perturbed, exact = (
+        [episode.vectors["observation.state"][0, :3] for episode in found]
+        for found in (
+            demonstrations.collect(suite, 4, seed=0, noise=0.5),
+            demonstrations.collect(suite, 2, seed=0, noise=0.0),
+        )
+    )
+    np.testing.assert_allclose(exact[0], exact[1], atol=1e-3)
+    distances = np.linalg.norm(np.subtract(perturbed, exact[0]), axis=1)
+    assert np.ptp(distances) > 0.05, "some begin near the package's start, some far from it"
+
+
 def test_demonstrations_hold_the_experts_own_actions():
     suite = metaworld.Suite(tasks=("button-press-topdown",), image_size=16)
     (episode,) = demonstrations.collect(suite, 1, seed=0, noise=1.0)

@@ -88,6 +88,10 @@ VERSION = "-v3"
 NEAR = ((0.72, 0.30, 0.76), (0.0, 0.71, 0.12), 45.0)
 CORNER2 = (0.75, 0.075, 0.7)  # LeRobot's position of the package's camera.
 DEMONSTRATION_STEPS = 300  # Experts that take longer are stuck.
+# Before a demonstration the gripper goes off in some direction for up to so many steps, times the
+# noise. If every demonstration began at the same place, the gripper's own position would soon give
+# away where the object is, and a policy would read that instead of the pictures.
+START_STEPS = 60
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +166,14 @@ class Suite:
     def demonstrate(
         self, sim: simulator.Simulator, rng: np.random.Generator, noise: float
     ) -> Iterator[tuple[simulator.Observation, simulator.Action]]:
-        """Play a perturbed episode; yield what is seen, and the expert's own action there."""
+        """Play a perturbed episode; yield what is seen, and the expert's own action there.
+
+        The way to where a demonstration begins (`START_STEPS`) is not shown.
+        """
+        away = rng.normal(size=3)
+        away /= np.linalg.norm(away)
+        for _ in range(rng.integers(round(noise * START_STEPS) + 1)):
+            sim.step(np.array([*away, -1.0]))
         spread = noise * rng.uniform(0, 0.3)
         wander = np.zeros(3)
         for _ in range(min(self.max_steps, DEMONSTRATION_STEPS)):

@@ -178,9 +178,9 @@ METAWORLD_TEACHER = dataclasses.replace(
     TEACHER,
     suite="metaworld_mt10",
     peak_lr=1e-3,
-    steps=10_000,
+    steps=8_000,
     batch_size=32,
-    demonstrations=600,
+    demonstrations=1_000,
 )
 # By suite and role: slugs tell what differs from these.
 DEFAULTS = {
