@@ -1,9 +1,13 @@
-"""Ctrl-C in a program of several processes; a terminal sends it to all of them at once."""
+"""Signals in a program of several processes; a terminal sends Ctrl-C to all of them at once."""
 
 import contextlib
 import multiprocessing.resource_tracker
 import signal
 from collections.abc import Iterator
+
+# Seconds in which a repeated signal is the same one: `uv run` and `srun` forward to this process
+# what a terminal or a scheduler sends to the whole process group.
+FORWARDED_SECONDS = 1.0
 
 
 @contextlib.contextmanager

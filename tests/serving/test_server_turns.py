@@ -198,9 +198,12 @@ def process(seconds):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_the_process_after_the_running_inference(number):
+    """Also where `uv run` forwards what systemd sends to every process of the service."""
     with process(0.5) as (started, raw):
         serving.ask(raw, serving.STATE)
         time.sleep(0.2)
+        started.send_signal(number)
+        time.sleep(0.1)
         started.send_signal(number)
         assert protocol.unpack(raw.recv(timeout=10))["actions"].shape == (4, 2)
         assert serving.close_code(raw) == 1001

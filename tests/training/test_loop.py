@@ -268,38 +268,39 @@ def test_a_signal_in_the_last_step_ends_the_run_too(whole, monkeypatch):
     assert checkpoint.Checkpoints(experiment.folder).latest_step() == 4
 
 
-class _Terminated(Exception):
-    pass
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_forwarded_signal_counts_once_and_a_later_one_is_immediate(monkeypatch, number):
+    """`uv run` forwards to us what a scheduler sends to the whole process group."""
 
-
-@pytest.mark.slow
-def test_a_second_signal_is_immediate(whole, monkeypatch):
-    number = signal.SIGTERM
+    class Terminated(Exception):
+        pass
 
     def terminate(*_):
-        raise _Terminated
+        raise Terminated
 
-    experiment = dataclasses.replace(whole, exp_name="twice", save_interval=100)
     before = signal.signal(number, terminate)
     try:
-        _send(monkeypatch, number, after_step=1, times=2)
-        with pytest.raises(_Terminated):
-            _train(experiment)
-        assert signal.getsignal(number) is terminate
+        with loop._stop_signals() as stopping:
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)
+            assert stopping.after(1)
+            assert stopping.name == number.name
+            monkeypatch.setattr(loop.interrupts, "FORWARDED_SECONDS", 0.0)
+            with pytest.raises(Terminated):
+                os.kill(os.getpid(), number)
+            assert signal.getsignal(number) is terminate
     finally:
         signal.signal(number, before)
-    assert checkpoint.Checkpoints(experiment.folder).latest_step() is None
 
 
-def _send(patch, number, after_step, times=1):
+def _send(patch, number, after_step):
     """Send a signal to this process when a step is logged: two steps on, or when it is saved."""
     log = metrics.MetricsLog.log
 
     def sending(self, step, values):
         log(self, step, values)
         if step == after_step:
-            for _ in range(times):
-                os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)
 
     patch.setattr(metrics.MetricsLog, "log", sending)
 

@@ -22,6 +22,7 @@ import websockets.asyncio.server
 import websockets.datastructures
 import websockets.http11
 
+from shallow_pi import interrupts
 from shallow_pi.serving import page, recorder, server_config, sessions, telemetry, turns
 
 # Seconds between pings. One that stays unanswered closes nothing: a client may be busy for minutes,
@@ -42,7 +43,7 @@ def run(
     ready: Callable[[str], None] = lambda _: None,
     record: recorder.Recorder | None = None,
 ) -> None:
-    """Serve until SIGINT or SIGTERM; a second one ends the process at once.
+    """Serve until SIGINT or SIGTERM; one that is repeated later ends the process at once.
 
     Args:
       policy: warmed up; it is called from one thread only.
@@ -55,7 +56,11 @@ def run(
         stop, loop = asyncio.Event(), asyncio.get_running_loop()
 
         def ask() -> None:
-            stop.set()
+            if not stop.is_set():
+                stop.set()
+                loop.call_later(interrupts.FORWARDED_SECONDS, give_back)
+
+        def give_back() -> None:
             for number in (signal.SIGINT, signal.SIGTERM):
                 loop.remove_signal_handler(number)
             # Python's own handler would wait for the inference.

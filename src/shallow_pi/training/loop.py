@@ -10,13 +10,14 @@ import functools
 import math
 import pathlib
 import signal
+import time
 from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from shallow_pi import progress
+from shallow_pi import interrupts, progress
 from shallow_pi.checkpoints import run_folder, weights
 from shallow_pi.data import loader, sheet
 from shallow_pi.distill import step, student
@@ -268,23 +269,33 @@ class _Stop:
 
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[_Stop]:
-    """Turn the first Ctrl-C or SIGTERM into a flag; a second one acts as usual.
+    """Turn the first Ctrl-C or SIGTERM into a flag; one that is repeated later acts as usual.
 
     In a job of several processes JAX handles SIGTERM and informs the others (`stops_here`).
     """
     stop = _Stop()
+    asked: float | None = None
     previous: dict[int, signal._HANDLER] = {}
     alone = jax.process_count() == 1
 
+    def restore() -> None:
+        for n, handler in previous.items():
+            signal.signal(n, handler)
+
     def ask(number: int, _: object) -> None:
+        nonlocal asked
+        if asked is not None:
+            if time.monotonic() - asked > interrupts.FORWARDED_SECONDS:
+                restore()
+                signal.raise_signal(number)
+            return
+        asked = time.monotonic()
         name = signal.Signals(number).name
         progress.say(f"{name}: saving after this step; repeat it to stop at once")
         if alone:
             stop.name = name
         else:
             signal.raise_signal(signal.SIGTERM)
-        for n, handler in previous.items():
-            signal.signal(n, handler)
 
     with contextlib.suppress(ValueError):  # Handlers can be set in the main thread alone.
         for number in (signal.SIGINT, signal.SIGTERM) if alone else (signal.SIGINT,):
@@ -292,5 +303,4 @@ def _stop_signals() -> Iterator[_Stop]:
     try:
         yield stop
     finally:
-        for n, handler in previous.items():
-            signal.signal(n, handler)
+        restore()
