@@ -357,6 +357,15 @@ def test_what_a_failed_save_still_writes_is_removed_too(tmp_path, monkeypatch):
         assert not unfinished.exists()
 
 
+def test_the_best_step_of_a_job_is_the_one_that_process_0_sees(two_steps, tmp_path, monkeypatch):
+    """Else one process would save a step, and wait for another that does not."""
+    folder = shutil.copytree(two_steps[0], tmp_path / "run", symlinks=True)
+    monkeypatch.setattr(checkpoint.processes, "gather", lambda value: [[2, 0.05], value])
+    with checkpoint.Checkpoints(folder) as checkpoints:
+        assert checkpoints.best == (2, 0.05)
+        assert not checkpoints.is_best(0.07)
+
+
 def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(checkpoint.SaveError, match="file/run cannot hold checkpoints"):

@@ -293,6 +293,20 @@ def test_a_forwarded_signal_counts_once_and_a_later_one_is_immediate(monkeypatch
         signal.signal(number, before)
 
 
+def test_every_process_resumes_from_the_step_of_process_0(monkeypatch):
+    """A network file system may show another host the folder as it was."""
+    monkeypatch.setattr(loop.processes, "gather", lambda value: [16, value])
+    monkeypatch.setattr(loop.shapes, "abstract_state", lambda spec, mesh: None)
+    run = types.SimpleNamespace(folder="run", spec=None, mesh=None)
+    seen = types.SimpleNamespace(
+        latest_step=lambda: 8, restore=lambda abstract, step: (f"state {step}", f"position {step}")
+    )
+    positions = []
+    feed = types.SimpleNamespace(restore=positions.append)
+    assert loop.start(run, None, seen, feed) == "state 16"
+    assert positions == ["position 16"]
+
+
 def _send(patch, number, after_step):
     """Send a signal to this process when a step is logged: two steps on, or when it is saved."""
     log = metrics.MetricsLog.log

@@ -109,7 +109,10 @@ class Checkpoints:
                 },
                 options=ocp.CheckpointManagerOptions(),
             )
-        self._best = self._find_best()
+        # Process 0's, since all must save together: a network file system may show another host the
+        # folder as it was.
+        best = processes.gather(self._find_best())[0]
+        self._best = None if best is None else (best[0], best[1])
         self._link_best()  # The run may have been killed before it did.
 
     @property
