@@ -357,6 +357,25 @@ def test_what_a_failed_save_still_writes_is_removed_too(tmp_path, monkeypatch):
         assert not unfinished.exists()
 
 
+def test_an_old_step_that_cannot_be_deleted_costs_no_run(two_steps, tmp_path, monkeypatch, capsys):
+    """NFS keeps files that somebody has open, such as a policy server."""
+    folder = shutil.copytree(two_steps[0], tmp_path / "run", symlinks=True)
+
+    def busy(folder):
+        raise OSError(errno.EBUSY, "Device or resource busy", str(folder))
+
+    with monkeypatch.context() as patch, checkpoint.Checkpoints(folder) as checkpoints:
+        patch.setattr(checkpoint.shutil, "rmtree", busy)
+        checkpoints.save(3, two_steps[1], None, _nothing)
+    left = folder / "2.orbax-checkpoint-tmp-superseded"
+    assert left.is_dir()
+    said = capsys.readouterr().err
+    assert f"warning: {left} is not needed and cannot be deleted (Device or resource busy)" in said
+    with checkpoint.Checkpoints(folder) as checkpoints:
+        assert checkpoints.latest_step() == 3
+    assert not left.exists()
+
+
 def test_the_best_step_of_a_job_is_the_one_that_process_0_sees(two_steps, tmp_path, monkeypatch):
     """Else one process would save a step, and wait for another that does not."""
     folder = shutil.copytree(two_steps[0], tmp_path / "run", symlinks=True)
