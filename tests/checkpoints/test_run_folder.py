@@ -1,5 +1,8 @@
 """A run that exists is never overwritten, and resumed only with the config it was started with."""
 
+import errno
+import fcntl
+import os
 import pathlib
 import tempfile
 
@@ -89,6 +92,23 @@ def test_a_run_folder_is_held_by_one_training(tmp_path):
     with first, pytest.raises(ValueError, match="another process works in"), second:
         pass
     with run_folder.held(tmp_path):
+        pass
+
+
+def test_a_run_folder_is_held_on_a_file_system_that_locks_only_what_is_written(
+    tmp_path, monkeypatch
+):
+    """As NFS, which gives an exclusive lock only on what is open for writing."""
+    flock = fcntl.flock
+
+    def of_nfs(opened, operation):
+        if fcntl.fcntl(opened, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        flock(opened, operation)
+
+    monkeypatch.setattr(run_folder.fcntl, "flock", of_nfs)
+    first, second = (run_folder.held(tmp_path) for _ in range(2))
+    with first, pytest.raises(ValueError, match="another process works in"), second:
         pass
 
 

@@ -23,6 +23,8 @@ from shallow_pi import atomic, progress
 
 # Files and folders beside the step folders.
 CONFIG_FILE = "config.json"
+# Locked by the process that works in the folder.
+LOCK_FILE = ".lock"
 METRICS_FILE = "metrics.jsonl"
 SHEET_FILE = "data_sheet.png"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -114,7 +116,7 @@ def check(path: str | os.PathLike[str], resume: bool, overwrite: bool) -> bool:
         raise ValueError(f"{folder} is a file, expected a folder: choose another --exp-name")
     # Another process of this job may be trying to write.
     occupied = folder.is_dir() and any(
-        not child.name.startswith(_TRIAL) for child in folder.iterdir()
+        not child.name.startswith((_TRIAL, LOCK_FILE)) for child in folder.iterdir()
     )
     if occupied and not (resume or overwrite):
         raise ValueError(
@@ -158,6 +160,8 @@ def prepare(
 def held(folder: pathlib.Path, flag: str = "--exp-name") -> Iterator[None]:
     """Keep other processes from working in a folder; the system frees it when this one ends.
 
+    The lock is on a file opened for writing: NFS locks no folder, and nothing that is only read.
+
     Args:
       folder: exists.
       flag: names another folder.
@@ -168,7 +172,7 @@ def held(folder: pathlib.Path, flag: str = "--exp-name") -> Iterator[None]:
     if jax.process_index() != 0:
         yield
         return
-    opened = os.open(folder, os.O_RDONLY)
+    opened = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         try:
             fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -128,7 +128,7 @@ def _settings(folder: pathlib.Path) -> dict[str, Any]:
     """Settings in a folder, with those policies of which there are results."""
     path = folder / SETTINGS
     if not path.exists():
-        if other := sorted(child.name for child in folder.iterdir()):
+        if other := sorted({child.name for child in folder.iterdir()} - {run_folder.LOCK_FILE}):
             raise ValueError(
                 f"{folder} holds no evaluation but {', '.join(other[:3])}: give another --output"
             )
