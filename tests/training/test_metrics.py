@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
+from shallow_pi.checkpoints import run_folder
 from shallow_pi.training import metrics
 
 
@@ -81,16 +82,39 @@ def test_a_missing_extra_says_how_to_install_it(tmp_path, monkeypatch, name):
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
-def test_an_extra_gets_every_row(tmp_path, monkeypatch, name):
-    calls = []
+def test_an_extra_gets_every_row_of_a_run_and_its_continuation_as_one(tmp_path, monkeypatch, name):
+    begun, calls = [], []
     run = types.SimpleNamespace(
         log=lambda values, step: calls.append((step, values)), finish=lambda: calls.append("end")
     )
-    module = types.SimpleNamespace(init=lambda project: calls.append(project) or run)
+    module = types.ModuleType(name)
+    module.init = lambda **options: begun.append(options) or run
     monkeypatch.setitem(sys.modules, name, module)
-    with metrics.MetricsLog(tmp_path, tensorboard=False, **{name: "shallow"}) as log:
-        log.log(5, {"loss": 1.0})
-    assert calls == ["shallow", (5, {"loss": 1.0}), "end"]
+    folder = tmp_path / "debug" / "first"
+    for step in (5, 6):
+        with metrics.MetricsLog(folder, tensorboard=False, **{name: "shallow"}) as log:
+            log.log(step, {"loss": 1.0})
+        run_folder.save_config(folder, {"seed": 1})
+    assert calls == [(5, {"loss": 1.0}), "end", (6, {"loss": 1.0}), "end"]
+    identity = (folder / "tracker_id").read_text()
+    first = {"project": "shallow", "name": f"debug-first-{identity}", "resume": "allow"}
+    first |= {"id": identity} if name == "wandb" else {}
+    assert begun == [{**first, "config": None}, {**first, "config": {"seed": 1}}]
+    with metrics.MetricsLog(tmp_path / "other", tensorboard=False, **{name: "shallow"}):
+        assert begun[-1]["name"] != begun[0]["name"]
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_a_tracker_that_does_not_start_says_what_to_do(tmp_path, monkeypatch, name):
+    def refuse(**_):
+        raise RuntimeError("api_key not configured (no-tty)")
+
+    module = types.ModuleType(name)
+    module.init = refuse
+    monkeypatch.setitem(sys.modules, name, module)
+    message = rf"--{name} p cannot be logged to \(RuntimeError: api_key not.*WANDB_MODE=offline"
+    with pytest.raises(ValueError, match=message):
+        metrics.MetricsLog(tmp_path, **{name: "p"})
 
 
 def test_events_of_a_resumed_run_hide_what_came_after_its_checkpoint(tmp_path):

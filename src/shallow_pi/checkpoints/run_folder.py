@@ -26,6 +26,8 @@ CONFIG_FILE = "config.json"
 # Locked by the process that works in the folder.
 LOCK_FILE = ".lock"
 METRICS_FILE = "metrics.jsonl"
+# The run's identity in wandb and trackio.
+TRACKER_FILE = "tracker_id"
 SHEET_FILE = "data_sheet.png"
 TENSORBOARD_FOLDER = "tensorboard"
 PROFILE_FOLDER = "profile"

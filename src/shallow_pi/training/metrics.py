@@ -1,8 +1,9 @@
 """The metrics log of a run: `metrics.jsonl`, TensorBoard, and optionally wandb or trackio.
 
 `metrics.jsonl` holds one object per line, `{"step": 10, "loss/task": 0.3, ...}`, and each step
-once: a resumed run drops the lines that an interrupted one wrote after its last checkpoint. Only
-the first process of a multi-host job opens a log.
+once: a resumed run drops the lines that an interrupted one wrote after its last checkpoint. In
+wandb and trackio it goes on under the same identity. Only the first process of a multi-host job
+opens a log.
 """
 
 import contextlib
@@ -11,7 +12,9 @@ import json
 import math
 import os
 import pathlib
+import secrets
 import time
+import types
 from collections.abc import Mapping
 from typing import Any, Self, SupportsFloat
 
@@ -58,7 +61,7 @@ class MetricsLog:
             if tensorboard:
                 self._board = _Board(self.folder / run_folder.TENSORBOARD_FOLDER, first_step)
                 opened.callback(self._board.close)
-            self._runs = [module.init(project=project) for module, project in modules]
+            self._runs = [_start(module, project, self.folder) for module, project in modules]
             for run in self._runs:
                 opened.callback(run.finish)
             self._opened = opened.pop_all()
@@ -167,7 +170,26 @@ def _scalar(name: str, value: SupportsFloat) -> float:
         raise ValueError(f"metric {name!r} must be one number, got {found!r}") from error
 
 
-def _optional(name: str) -> Any:
+def _start(module: types.ModuleType, project: str, folder: pathlib.Path) -> Any:
+    """The run of a folder in wandb or trackio: the same one after a resume."""
+    tracker, path = module.__name__, folder / run_folder.TRACKER_FILE
+    if not path.exists():
+        run_folder.write_text(path, secrets.token_hex(4))
+    identity = path.read_text(encoding="utf-8")
+    name = f"{folder.parent.name}-{folder.name}-{identity}"  # Trackio's runs are told by name.
+    options = {"id": identity} if tracker == "wandb" else {}
+    config = run_folder.read_config(folder)
+    try:
+        return module.init(project=project, name=name, config=config, resume="allow", **options)
+    except Exception as error:  # No account, no network, no such project.
+        raise ValueError(
+            f"--{tracker} {project} cannot be logged to ({type(error).__name__}: {error}): log in "
+            f"to {tracker}, leave --{tracker} out, or, for wandb without a network, set "
+            "WANDB_MODE=offline"
+        ) from error
+
+
+def _optional(name: str) -> types.ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
