@@ -369,6 +369,12 @@ class DistillConfig:
             )
         if self.exp_name == ".." or pathlib.PurePath(self.exp_name).name != (self.exp_name or "."):
             raise ValueError(f"--exp-name must be a plain folder name, got {self.exp_name!r}")
+        if "://" in self.checkpoint_dir:
+            raise ValueError(
+                f"--checkpoint-dir {self.checkpoint_dir} is an address: a run needs a folder on a "
+                "file system that renames folders atomically, which object stores do not; give "
+                "one, or mount the bucket as docs/launch.md says"
+            )
         if self.resume and self.overwrite:
             raise ValueError("--resume continues a run, --overwrite starts anew: give only one")
         self.fixed_layer_map()
