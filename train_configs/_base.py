@@ -29,6 +29,10 @@ TURNTABLE_PI0 = pi0.Pi0Config(
     max_token_len=12,
     dtype="float32",
 )
+# The same as a π0.5; the state's three integers make the prompt longer.
+TURNTABLE_PI05 = dataclasses.replace(
+    TURNTABLE_PI0, pi05=True, discrete_state_input=True, max_token_len=36
+)
 # The tabletop's π0: finer pictures (36 tokens each), a plan of a second, a wider expert.
 TABLETOP_PI0 = dataclasses.replace(
     TURNTABLE_PI0,
@@ -59,14 +63,10 @@ DEBUG_PI0 = pi0.Pi0Config(
     max_token_len=8,
     dtype="float32",
 )
-# The same as a π0.5; the state's three integers make the prompt longer.
-TURNTABLE_PI05 = dataclasses.replace(
-    TURNTABLE_PI0, pi05=True, discrete_state_input=True, max_token_len=36
-)
 TURNTABLE_DATA = data_config.DataConfig(robot="turntable", asset_id="turntable", cache="memory")
 
 TABLETOP_DATA = dataclasses.replace(TURNTABLE_DATA, robot="tabletop", asset_id="tabletop")
-# Meta-World's π0: two cameras of 64 × 64 pixels, 16 tokens each; 10 MB in bfloat16.
+# Meta-World's π0: two cameras of 64 × 64 pixels, 16 tokens each; 9 MB in bfloat16.
 METAWORLD_PI0 = pi0.Pi0Config(
     depth=18,
     backbone=gemma.GemmaConfig(width=128, mlp_dim=320, num_heads=4, num_kv_heads=1, head_dim=32),
