@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
-from shallow_pi.distill import gates, student
+from shallow_pi.distill import gates, losses, student
 from shallow_pi.distill import layer_map as layer_maps
 from shallow_pi.models import observation as observations
 from shallow_pi.models import pi0, prefixes
@@ -193,6 +193,5 @@ def _cka(stream: Float[Array, "l+1 n d"], valid: Bool[Array, " n"]) -> Float[Arr
 
 
 def _cosine(stream: Float[Array, "l+1 *t d"]) -> Float[Array, " l *t"]:
-    before, after = stream[:-1].astype(jnp.float32), stream[1:].astype(jnp.float32)
-    product = jnp.linalg.norm(before, axis=-1) * jnp.linalg.norm(after, axis=-1)
-    return jnp.sum(before * after, axis=-1) / jnp.where(product > 0, product, 1.0)
+    stream = stream.astype(jnp.float32)
+    return losses.cosine(stream[:-1], stream[1:])
