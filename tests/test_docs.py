@@ -25,9 +25,10 @@ def _examples(page):
 def folder(tmp_path_factory):
     """The examples under the names on the pages, with recordings of that robot."""
     folder = tmp_path_factory.mktemp("my_arm")
-    robot, variant = _examples("robots.md")
+    robot, variant, part, _ = _examples("robots.md")
     (folder / "my_arm.py").write_text(robot, encoding="utf-8")
     (folder / "variant.py").write_text(variant, encoding="utf-8")
+    (folder / "part.py").write_text(part, encoding="utf-8")
     (config,) = _examples("configs.md")
     (folder / "my_arm_l6.py").write_text(config, encoding="utf-8")
     generator = np.random.default_rng(0)
@@ -50,6 +51,21 @@ def test_the_robot_of_the_page_reads_its_recordings(folder):
     assert (robot.delta, len(robot.groups)) == ((True,) * 7 + (False,), 2)
     variant = robots.find(str(folder / "variant.py"))
     assert variant == dataclasses.replace(robots.UR5, name="ur5_slow", fps=10)
+
+
+def test_the_actions_of_a_part_go_where_the_page_puts_them(folder):
+    robot = robots.find(str(folder / "part.py"))
+    places = list(robot.action_vector.places)
+    assert (places[0], places[-1], robot.action_dim) == (22, 34, 13)
+
+    class Client:
+        def get_server_metadata(self):
+            return {"action_indices": places}
+
+    last, action = np.arange(44.0), np.arange(100.0, 113)
+    names = {"policy": Client(), "last_command": last, "action": action}
+    exec(_examples("robots.md")[-1], names)
+    np.testing.assert_array_equal(names["command"], [*last[:22], *action, *last[35:]])
 
 
 def test_the_config_of_the_page_opens_its_data_and_fits_its_teacher(

@@ -233,6 +233,10 @@ def test_a_server_of_another_robot_is_refused(failing, tmp_path):
         said = failing("expert", url, *common)
     assert "is of robot 'aloha'" in said
     assert "action_dim 14 (the simulator's: 3)" in said
+    metadata = {"action_dim": 3, "state_dim": 3, "action_indices": [2, 1, 0], "state_indices": []}
+    with server(lambda _: None, metadata) as url:
+        said = failing("expert", url, *common)
+    assert "it has action_indices [2, 1, 0] (the simulator's: [])" in said
     assert not (tmp_path / "results" / "episodes" / "expert.jsonl").exists(), "refused before"
 
 

@@ -152,6 +152,14 @@ def test_a_load_test_sends_a_state_in_the_parts_that_the_policy_reads():
         assert (len(arm), len(hand)) == (expected, 5 - expected)
         state = np.concatenate([arm, hand])
         assert ((low <= state) & (state <= high)).all()
+    # A policy that takes some values finds them at their places.
+    taken = [6, 0, 1, 4, 5]
+    for sizes, expected in (([2, 6], (2, 6)), ([], (6, 1))):
+        given = metadata | {"state_sizes": sizes, "state_indices": taken}
+        found = load_test.observation(given, load_test.Arguments(), np.random.default_rng(0))
+        assert (len(found["arm"]), len(found["hand"])) == expected
+        state = np.concatenate([found["arm"], found["hand"]])[taken]
+        assert ((low <= state) & (state <= high)).all()
 
 
 def test_a_load_test_of_nothing_says_so(failing):

@@ -82,6 +82,8 @@ class OnnxPolicy:
             "action_horizon": export["action_horizon"],
             "action_dim": robot["action_dim"],
             "state_dim": robot["state_dim"],
+            "state_indices": robot.get("state_indices", []),
+            "action_indices": robot.get("action_indices", []),
             "cameras": {name: robot["cameras"][name] for name in export["cameras"]},
             "fps": robot["fps"],
             "num_steps": export["num_steps"],
@@ -152,6 +154,13 @@ class OnnxPolicy:
                 f"{robot['name']}, got {' + '.join(str(len(part)) for part in parts)}"
             )
         state = np.concatenate(parts)
+        if indices := robot.get("state_indices"):  # The places that the model's state takes.
+            if len(state) <= max(indices):
+                raise ValueError(
+                    f"{' + '.join(keys)} must have all values that robot {robot['name']} takes "
+                    f"some from (up to place {max(indices)}), got {len(state)}"
+                )
+            state = state[indices]
         if state.shape != (robot["state_dim"],):
             raise ValueError(
                 f"{' + '.join(keys)} must have {robot['state_dim']} dimensions for robot "

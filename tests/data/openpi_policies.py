@@ -31,7 +31,7 @@ def recording(robot, seed: int) -> dict:
         for key in robot.state_keys
     }
     actions = rng.uniform(-1.5, 1.5, (HORIZON, robot.action_dim)).astype(np.float32)
-    return {**picture, **state, robot.action_key: actions, robot.prompt_key: "fold the towel"}
+    return {**picture, **state, "actions": actions, robot.prompt_key: "fold the towel"}
 
 
 def stats(robot) -> dict[str, dict[str, np.ndarray]]:

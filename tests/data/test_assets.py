@@ -70,7 +70,7 @@ def test_the_layout_is_openpis(own, tmp_path):
 def test_outputs_undo_inputs(own, observation):
     """Absolute targets → deltas, normalized, padded → absolute targets."""
     targets = np.random.default_rng(1).standard_normal((5, 3)).astype(np.float32)
-    sample = own.inputs()({**observation, "action": targets})
+    sample = own.inputs()({**observation, "actions": targets})
     assert sample["actions"].shape == (5, own.model.action_dim)
     np.testing.assert_array_equal(sample["actions"][:, 3:], 0)
     found = own.outputs()({"actions": sample["actions"], "state": observation["observation.state"]})

@@ -71,6 +71,19 @@ def test_a_misfit_is_named_with_the_closest_name(changes, message) -> None:
         fit.check(reader.Dataset(pusht.IMAGE), dataclasses.replace(pusht.ROBOT, **changes))
 
 
+def test_columns_that_are_no_vectors_are_told(copy) -> None:
+    robot = dataclasses.replace(pusht.ROBOT, state_more=("timestamp",), state_dim=3)
+    with pytest.raises(ValueError, match=r"'timestamp' of .* is no vector: name another key"):
+        fit.check(reader.Dataset(copy), robot)
+    pusht.edit_data(copy, pl.lit("push").alias("words"))
+    shape = {"dtype": "float32", "shape": [1, 2]}
+    _edit_features(copy, words={"dtype": "string", "shape": [1]}, action=shape)
+    with pytest.raises(ValueError, match=r"'words' of .* is no vector"):
+        fit.check(reader.Dataset(copy), dataclasses.replace(pusht.ROBOT, state_key="words"))
+    with pytest.raises(ValueError, match=r"has shape \(1, 2\), .*; shape \[2\] in meta/info.json"):
+        fit.check(reader.Dataset(copy), pusht.ROBOT)
+
+
 def test_parts_have_the_sizes_given_or_those_of_the_first_dataset() -> None:
     dataset = reader.Dataset(pusht.IMAGE)
     parts = dataclasses.replace(pusht.ROBOT, state_more=("action",), state_dim=4)

@@ -44,7 +44,7 @@ def _samples(own, state, actions, mask=None, prompts=PROMPTS, pictures=None):
         picture = NOISE if pictures is None else pictures[i]
         observation = dict.fromkeys(own.robot.cameras.values(), picture)
         observation |= {"observation.state": state[i], "task": prompts[i % len(prompts)]}
-        observation |= {"action": actions[i], "action_is_pad": ~mask[i]}
+        observation |= {"actions": actions[i], "action_is_pad": ~mask[i]}
         samples.append(pipelines.to_batch(transform(observation)))
     return inspection.draw(samples, own, len(samples))
 

@@ -47,7 +47,7 @@ def _inputs(tokens, stats, **changes):
 def test_training_sample_has_exactly_the_keys_and_types_of_a_batch(tokens, stats) -> None:
     pad = np.array([False, False, True])
     actions = np.random.default_rng(2).normal(size=(3, 3)).astype(np.float32)
-    observation = _observation(action=actions, action_is_pad=pad)
+    observation = _observation(actions=actions, action_is_pad=pad)
     sample = _inputs(tokens, stats)(observation)
     assert set(sample) == {
         *("image", "image_mask", "state", "actions", "action_mask"),
@@ -82,7 +82,7 @@ def test_discrete_state_is_the_normalized_state_before_padding(tokens, stats) ->
 @pytest.mark.parametrize("kind", ["z_score", "quantile"])
 def test_outputs_invert_inputs(tokens, stats, kind: normalize.Kind) -> None:
     actions = np.random.default_rng(3).normal(size=(10, 3)).astype(np.float32)
-    observation = _observation(action=actions)
+    observation = _observation(actions=actions)
     sample = _inputs(tokens, stats, kind=kind)(observation)
     outputs = pipelines.outputs(robots.TURNTABLE, stats=stats, kind=kind)
     raw = {"actions": sample["actions"], "state": observation["observation.state"]}
@@ -98,7 +98,7 @@ def _recording(robot: robots.Robot, seed: int = 0) -> dict:
     return {
         **{key: rng.integers(0, 256, (6, 8, 3), np.uint8) for key in robot.cameras.values()},
         **dict(zip(robot.state_keys, parts, strict=True)),
-        robot.action_key: rng.uniform(-1, 1, (5, robot.action_dim)).astype(np.float32),
+        "actions": rng.uniform(-1, 1, (5, robot.action_dim)).astype(np.float32),
         robot.prompt_key: "fold the towel",
     }
 
@@ -124,7 +124,7 @@ def test_outputs_invert_inputs_for_every_robot(tokens, name, kind: normalize.Kin
     back = pipelines.outputs(robot, stats=stats, kind=kind)(
         {"actions": sample["actions"], "state": robot.state(recording)}
     )
-    np.testing.assert_allclose(back["actions"], recording[robot.action_key], atol=2e-5)
+    np.testing.assert_allclose(back["actions"], recording["actions"], atol=2e-5)
     np.testing.assert_array_equal(back["state"], robot.state(recording))
 
 
@@ -164,22 +164,6 @@ def test_a_state_in_parts_is_joined_and_its_size_checked(tokens) -> None:
     del wrong["gripper_position"]
     with pytest.raises(ValueError, match=r"lacks \['gripper_position'\]"):
         inputs(wrong)
-
-
-def test_actions_in_parts_are_joined_and_a_whole_chunk_passes(tokens) -> None:
-    robot = dataclasses.replace(robots.UR5, action_key="velocity", action_more=("close",))
-    recording = _recording(robot)
-    whole = recording["velocity"]
-    stats = {key: exact_stats.of(np.eye(7)) for key in ("state", "actions")}
-    arguments = {"cameras": CAMERAS, "image_size": 8, "action_dim": 8, "tokenizer": tokens}
-    inputs = pipelines.inputs(robot, **arguments, stats=stats, kind="z_score")
-    expected = inputs(dict(recording))["actions"]
-    parts = {"velocity": whole[:, :6], "close": whole[:, 6:]}
-    np.testing.assert_array_equal(inputs(recording | parts)["actions"], expected)
-    parts["close"] = whole[:, 5:]
-    message = r"got 'velocity' \(6\) \+ 'close' \(2\), robot ur5 expects .* 'close' \(1\)"
-    with pytest.raises(ValueError, match=message):
-        inputs(recording | parts)
 
 
 def test_an_absent_instruction_is_refused_and_an_empty_one_told(tokens, stats, capsys) -> None:

@@ -14,7 +14,7 @@ from shallow_pi.checkpoints import safetensors_file
 from shallow_pi.checkpoints import safetensors_layout as layout
 from shallow_pi.data.robots import assets, normalize
 from shallow_pi.data.robots import robot as robots
-from shallow_pi.deploy.export import lerobot, student
+from shallow_pi.deploy.export import card, lerobot, student
 
 PLUGIN = pathlib.Path(__file__).parents[2] / "plugins/lerobot_policy_shallow_pi/src"
 PLUGIN = PLUGIN / "lerobot_policy_shallow_pi"
@@ -122,6 +122,17 @@ def test_relative_actions_are_the_robots(make, tmp_path, delta, enabled, absolut
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["chunk_size"] == own.model.action_horizon > 1
     assert config["n_action_steps"] == (1 if enabled else own.model.action_horizon)
+
+
+def test_the_card_tells_which_values_of_a_column_are_taken(make):
+    some = dataclasses.replace(
+        robots.TURNTABLE, state_indices=(7, 8, 9), action_indices=(7, 8, 2), state_sizes=(44,)
+    )
+    own = student.Student(make(some), {})
+    used = lerobot.usage("x", own, student.Origin())
+    assert "`observation.state` (3 numbers: 7:10 of `observation.state`)" in used
+    text = card.text(used, "x", own, student.Origin(), "checked", is_policy=True)
+    assert "20 Hz (state 7:10 of 'observation.state', actions 7:9, 2 of 'action') |" in text
 
 
 def test_the_card_warns_of_what_lerobot_does_to_relative_actions(make):

@@ -163,6 +163,22 @@ def test_a_state_in_parts_of_other_sizes_is_refused(exported):
         theirs.infer(found)
 
 
+def test_a_state_takes_its_places_of_a_longer_column(exported):
+    theirs = runner.OnnxPolicy(exported("turntable", "float32"))
+    found = observation(robots.TURNTABLE)
+    noise = np.zeros((theirs.export["action_horizon"], theirs.export["action_dim"]), np.float32)
+    expected = theirs.infer(found, noise)["actions"]
+    theirs.robot = {**theirs.robot, "state_indices": [4, 0, 2], "state_sizes": [5]}
+    column = np.full(5, np.nan, np.float32)
+    column[[4, 0, 2]] = found["observation.state"]
+    wide = found | {"observation.state": column}
+    np.testing.assert_array_equal(theirs.infer(wide, noise)["actions"], expected)
+    assert theirs.metadata["state_indices"] == [4, 0, 2]
+    theirs.robot["state_sizes"] = []
+    with pytest.raises(ValueError, match=r"takes some from \(up to place 4\), got 3"):
+        theirs.infer(found)
+
+
 def test_a_prompt_that_does_not_fit_is_cut_with_a_warning(exported):
     theirs = runner.OnnxPolicy(exported("turntable", "float32"))
     found = observation(robots.TURNTABLE) | {"task": 9 * "touch the red block "}

@@ -239,6 +239,47 @@ def test_threads_that_give_no_noise_never_share_it(deployed, scene):
         assert sorted(found) == sorted(serial)
 
 
+def test_a_policy_that_takes_some_values_answers_as_if_there_were_no_others(
+    own, params, deployed, scene
+):
+    """States and previous chunks in the robot's order, in a column that has other values too."""
+    found, noise = scene
+    robot = dataclasses.replace(
+        own.robot, state_indices=(5, 0, 2), state_sizes=(6,), action_indices=(8, 7, 1)
+    )
+    taking = policy.Policy(dataclasses.replace(own, robot=robot), params, num_steps=3)
+    wide = []
+    for one in found:
+        column = np.full(6, np.nan, np.float32)
+        column[[5, 0, 2]] = one["observation.state"]
+        wide.append({**one, "observation.state": column})
+    np.testing.assert_array_equal(
+        taking.infer_batch(wide, noise), deployed.infer_batch(found, noise)
+    )
+    previous = list(np.random.default_rng(1).standard_normal((2, 3, 3)).astype(np.float32))
+    went_on = taking.infer_batch(wide, noise, previous=previous, delay=1)
+    np.testing.assert_array_equal(
+        went_on, deployed.infer_batch(found, noise, previous=previous, delay=1)
+    )
+    assert np.abs(went_on - taking.infer_batch(wide, noise)).max() > 1e-3
+    (answer,) = taking.infer_each(wide[:1], [0])
+    assert answer["actions"].shape == (5, 3)
+    told = taking.metadata
+    assert (told["state_dim"], told["state_sizes"], told["action_dim"]) == (3, [6], 3)
+    assert (told["state_indices"], told["action_indices"]) == ([5, 0, 2], [8, 7, 1])
+    assert ", state 5, 0, 2 of 'observation.state', actions 8, 7, 1 of 'action'," in (
+        taking.description
+    )
+    message = (
+        r"got 'observation.state' \(3\), .* expects 'observation.state' \(6\) and takes 5, 0, 2"
+    )
+    with pytest.raises(ValueError, match=message):
+        taking.infer(found[0])
+    wide[0]["observation.state"][0] = np.nan
+    with pytest.raises(ValueError, match=r"is not finite: nan in dimension \[0\]"):
+        taking.infer(wide[0])
+
+
 def test_metadata_is_plain_and_says_what_a_client_sends(deployed):
     found = deployed.metadata
     assert msgpack.unpackb(msgpack.packb(found)) == found
@@ -256,6 +297,8 @@ def test_metadata_is_plain_and_says_what_a_client_sends(deployed):
         },
         "state_keys": ["observation.state"],
         "state_sizes": [],
+        "state_indices": [],
+        "action_indices": [],
         "action_key": "action",
         "action_keys": ["action"],
         "prompt_key": "task",

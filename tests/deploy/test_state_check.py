@@ -1,5 +1,6 @@
 """A state far from its training data is warned of, an absurd one refused, in the robot's units."""
 
+import dataclasses
 import re
 
 import numpy as np
@@ -51,6 +52,11 @@ def test_an_absurd_state_is_refused(dimension, value):
     with pytest.raises(ValueError, match=rf"(?s)dimension {dimension} is .*--policy.state-refuse"):
         check(state)
     assert check(state, refuse=0) is not None
+
+
+def test_a_dimension_without_a_name_is_told_by_its_place_in_the_column():
+    some = dataclasses.replace(robot.TURNTABLE, state_indices=(9, 4, 30))
+    assert "dimension 9 is 14 (trained" in check([14, 5, 3], of=some)
 
 
 def test_bounds_are_options():

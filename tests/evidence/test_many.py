@@ -238,7 +238,7 @@ def test_teachers_and_students_become_step_folders(own, tmp_path, kind, steps):
     np.testing.assert_allclose(data.samples.observation.state[5], expected)
     later = episodes[1].vectors[robot.action_key]
     raw = np.concatenate([later[1:], np.repeat(later[-1:], 5, 0)])[:5]
-    whole = assets.inputs()({**frame, robot.action_key: raw, "action_is_pad": np.zeros(5, bool)})
+    whole = assets.inputs()({**frame, "actions": raw, "action_is_pad": np.zeros(5, bool)})
     np.testing.assert_allclose(data.samples.actions[5], whole["actions"])
     assert policy_assets.load(tmp_path / wanted.slug).model == teacher
     # What a teacher's layers lack stays out of training.

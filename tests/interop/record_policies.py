@@ -76,7 +76,7 @@ def _group(robot, pi05: bool):
 
 def _theirs(robot, recording: dict) -> dict:
     """The recording in the keys openpi's policies expect."""
-    common = {"actions": recording[robot.action_key].copy(), "prompt": "fold the towel"}
+    common = {"actions": recording["actions"].copy(), "prompt": "fold the towel"}
     if robot.name.startswith("aloha"):
         names = {key: key.rpartition(".")[2] for key in robot.cameras.values()}
         pictures = {

@@ -114,11 +114,13 @@ def test_metrics_count_answers_and_time(seen):
 
 def test_the_state_is_found_under_its_keys():
     nested = {"observation": {"joints": np.arange(3), "gripper": 0.5}}
-    keys = ["observation/joints", "observation/gripper"]
-    np.testing.assert_array_equal(telemetry.find_state(nested, keys), [0, 1, 2, 0.5])
-    assert telemetry.find_state(nested, ["angles"]) is None
-    assert telemetry.find_state({"a": "text"}, ["a"]) is None
-    assert telemetry.find_state(nested, []) is None
+    both = {"state_keys": ["observation/joints", "observation/gripper"]}
+    np.testing.assert_array_equal(telemetry.find_state(nested, both), [0, 1, 2, 0.5])
+    taking = both | {"state_indices": [3, 1]}
+    np.testing.assert_array_equal(telemetry.find_state(nested, taking), [0.5, 1])
+    assert telemetry.find_state(nested, {"state_keys": ["angles"]}) is None
+    assert telemetry.find_state({"a": "text"}, {"state_keys": ["a"]}) is None
+    assert telemetry.find_state(nested, {}) is None
 
 
 def test_the_pages_json_has_no_number_json_does_not_know(seen):

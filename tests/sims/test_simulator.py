@@ -18,6 +18,16 @@ def test_a_suite_is_found_by_name_or_by_its_class():
     assert simulator.find("shallow_pi.sims.turntable:Suite", {}) == turntable.Suite()
 
 
+def test_a_policy_that_takes_other_values_is_refused():
+    """In another order they are as many as the simulator's."""
+    suite = turntable.Suite()
+    simulator.check_robot(suite, robots.TURNTABLE)
+    for what in ("state", "action"):
+        turned = dataclasses.replace(robots.TURNTABLE, **{f"{what}_indices": (2, 1, 0)})
+        with pytest.raises(ValueError, match=rf"it has {what} indices \(2, 1, 0\) \(the sim"):
+            simulator.check_robot(suite, turned)
+
+
 @dataclasses.dataclass(frozen=True)
 class Demanding(turntable.Suite):
     """A suite with an option that has no default."""

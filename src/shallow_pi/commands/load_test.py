@@ -74,9 +74,13 @@ def observation(
     }
     # Within the training data: the policy refuses a state that is far from it.
     state = generator.uniform(metadata["state_low"], metadata["state_high"]).astype(np.float32)
-    keys = metadata["state_keys"]
-    # Where any sizes are taken, the keys after the first have one dimension each.
-    sizes = metadata.get("state_sizes") or [len(state) - len(keys) + 1] + [1] * (len(keys) - 1)
+    keys, sizes = metadata["state_keys"], metadata.get("state_sizes") or []
+    if indices := metadata.get("state_indices"):
+        whole = np.zeros(max(sum(sizes), max(indices) + 1, len(keys)), np.float32)
+        whole[indices] = state
+        state = whole
+    # Where any sizes are taken, the keys after the first have one value each.
+    sizes = sizes or [len(state) - len(keys) + 1] + [1] * (len(keys) - 1)
     found |= dict(zip(keys, np.split(state, np.cumsum(sizes)[:-1]), strict=True))
     return {**found, metadata["prompt_key"]: given.prompt}
 

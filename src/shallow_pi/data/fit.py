@@ -12,7 +12,7 @@ import numpy as np
 from shallow_pi import progress
 from shallow_pi.data.lerobot import columns, layout, reader
 from shallow_pi.data.robots import robot as robots
-from shallow_pi.data.robots import tokenizer
+from shallow_pi.data.robots import tokenizer, vector
 
 # Episodes named in a warning.
 _NAMED = 10
@@ -65,25 +65,22 @@ def check(dataset: reader.Dataset, robot: robots.Robot, *, pictures: bool = True
                 f"camera {key!r} (for {camera}) of dataset {dataset.path} records depth "
                 f"({reason}): name a camera of 8-bit colour in the robot's cameras"
             )
-    try:
-        state, actions = robot.state(dataset.columns), robot.actions(dataset.columns)
-    except ValueError as error:
-        raise ValueError(f"dataset {dataset.path}: {error}") from error
-    for names, column, dim in (
-        (robot.state_keys, state, robot.state_dim),
-        (robot.action_keys, actions, robot.action_dim),
-    ):
-        key = " + ".join(map(repr, names))
-        if column.shape[1:] != (dim,):
-            fits = len(names) == 1 and math.prod(column.shape[1:]) == dim
+    for read in (robot.state_vector, robot.action_vector):
+        for key in read.keys:
+            _check_vector(dataset, key)
+        try:
+            column = read.read(dataset.columns)
+        except ValueError as error:
+            raise ValueError(f"dataset {dataset.path}: {error}{parts(dataset, read)}") from error
+        if column.shape[1:] != (read.dim,):
             raise ValueError(
-                f"{key} of {dataset.path} has shape {column.shape[1:]}, robot {robot.name} expects "
-                f"({dim},)" + f"; shape [{dim}] in meta/info.json reads it so" * fits
+                f"{read.named} of {dataset.path} has shape {column.shape[1:]}, robot {robot.name} "
+                f"expects ({read.dim},){parts(dataset, read)}"
             )
         bad = np.flatnonzero(~np.isfinite(column).all(axis=1))
         if len(bad):
             raise ValueError(
-                f"{key} of {dataset.path} is not finite in {dataset.where(int(bad[0]))}: "
+                f"{read.named} of {dataset.path} is not finite in {dataset.where(int(bad[0]))}: "
                 f"{column[bad[0]].tolist()} ({len(bad)} such frames); repair it, or give "
                 "--data.exclude-episodes"
             )
@@ -97,18 +94,50 @@ def check(dataset: reader.Dataset, robot: robots.Robot, *, pictures: bool = True
             prompt(dataset, robot, i)  # Raises if there is no such task.
 
 
-def with_sizes(robot: robots.Robot, dataset: reader.Dataset) -> robots.Robot:
-    """The robot with the sizes of its parts as this dataset has them, where it gives none."""
+def _check_vector(dataset: reader.Dataset, key: str) -> None:
+    """Raise unless a column has a vector of numbers in every frame."""
+    shape = dataset.columns[key].shape[1:]
+    if columns.is_text(dataset.features.get(key, {"dtype": ""})) or not shape:
+        raise ValueError(f"{key!r} of {dataset.path} is no vector: name another key in the robot")
+    if len(shape) > 1:
+        raise ValueError(
+            f"{key!r} of {dataset.path} has shape {shape}, expected a vector; shape "
+            f"[{math.prod(shape)}] in meta/info.json reads it so"
+        )
 
-    def sizes(keys: Sequence[str], given: tuple[int, ...]) -> tuple[int, ...]:
-        if given or len(keys) == 1:
+
+def parts(dataset: reader.Dataset, of: vector.Vector) -> str:
+    """Lines for an error about sizes: the parts of a vector's columns to take with its indices.
+
+    They are the slices of GR00T's `meta/modality.json`, else the columns' names of dimensions;
+    empty where the dataset has neither.
+    """
+    slices = dataset.layout.slices(of.what)
+    lines, start = [], 0
+    for key in of.keys:
+        for name, (first, last) in slices.get(key, {}).items():
+            lines.append(f"*range({start + first}, {start + last}),  # {name}")
+        if key not in slices:
+            lines += [f"{start + i},  # {name}" for i, name in enumerate(dataset.names(key))]
+        start += math.prod(dataset.columns[key].shape[1:])
+    if not lines:
+        return ""
+    head = f"\nto take a part of {of.named}, copy it from these into the robot's {of.what}_indices"
+    return "\n    ".join([f"{head} (docs/robots.md):", *lines])
+
+
+def with_sizes(robot: robots.Robot, dataset: reader.Dataset) -> robots.Robot:
+    """The robot with the sizes of its columns as this dataset has them, where it gives none."""
+
+    def sizes(of: vector.Vector, given: tuple[int, ...]) -> tuple[int, ...]:
+        if given or (len(of.keys) == 1 and not of.indices):
             return given
-        return tuple(math.prod(dataset.columns[key].shape[1:]) for key in keys)
+        return tuple(math.prod(dataset.columns[key].shape[1:]) for key in of.keys)
 
     return dataclasses.replace(
         robot,
-        state_sizes=sizes(robot.state_keys, robot.state_sizes),
-        action_sizes=sizes(robot.action_keys, robot.action_sizes),
+        state_sizes=sizes(robot.state_vector, robot.state_sizes),
+        action_sizes=sizes(robot.action_vector, robot.action_sizes),
     )
 
 

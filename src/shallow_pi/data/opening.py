@@ -17,7 +17,13 @@ from shallow_pi.checkpoints import fetch, run_folder
 from shallow_pi.data import data_config, fit, frame_cache, sources
 from shallow_pi.data.lerobot import hub, layout, reader
 from shallow_pi.data.robots import assets as policy_assets
-from shallow_pi.data.robots import checkpoint_statistics, lerobot_policy, normalize, statistics
+from shallow_pi.data.robots import (
+    checkpoint_statistics,
+    lerobot_policy,
+    normalize,
+    pipelines,
+    statistics,
+)
 from shallow_pi.data.robots import robot as robots
 from shallow_pi.data.robots import tokenizer as prompts
 from shallow_pi.models import pi0
@@ -45,6 +51,11 @@ class Recordings:
     train: list[reader.Dataset]
     # The held-out episodes of each dataset; empty if none are held out.
     held_out: list[reader.Dataset]
+
+    def check_sizes(self, action_dim: int) -> None:
+        """Raise if the robot's vectors are too long for the model's; names their parts."""
+        for of in (self.robot.state_vector, self.robot.action_vector):
+            pipelines.check_size(of, action_dim, fit.parts(self.train[0], of))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +122,7 @@ def open_data(
         made_up = [sources.SyntheticSource(model, seed=seed) for seed in (0, 1)]
         return Data(made_up[0], made_up[1] if data.held_out else None, None)
     train, robot = recordings.train, recordings.robot
+    recordings.check_sizes(model.action_dim)
     if teacher_step is not None:
         lerobot_policy.warn_of_padding(teacher_step)
     assets = policy_assets.Assets(
@@ -139,15 +151,12 @@ def _cameras(robot: robots.Robot, model: pi0.Pi0Config) -> str:
 def _names(dataset: reader.Dataset, robot: robots.Robot) -> dict[str, tuple[str, ...]]:
     """Names of the robot's dimensions, where the dataset has one for each."""
     found = {}
-    for name, keys, dim in (
-        ("state", robot.state_keys, robot.state_dim),
-        ("actions", robot.action_keys, robot.action_dim),
-    ):
+    for name, of in (("state", robot.state_vector), ("actions", robot.action_vector)):
         # A part of a single number is named by its key.
-        parts = [dataset.names(key) or (key,) for key in keys]
+        parts = [dataset.names(key) or (key,) for key in of.keys]
         names = tuple(itertools.chain.from_iterable(parts))
-        if len(names) == dim > 1:
-            found[name] = names
+        if len(names) == sum(dataset.columns[key].shape[1] for key in of.keys) > 1:
+            found[name] = of.take(names)
     return found
 
 

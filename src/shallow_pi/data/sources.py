@@ -65,8 +65,10 @@ class DatasetSource:
         sample[self.robot.prompt_key] = fit.prompt(self.dataset, self.robot, i)
         for camera in self.robot.cameras.values():
             sample[camera] = self.pictures(i, camera)
+        parts = {}
         for key in self.robot.action_keys:
-            sample[key], sample["action_is_pad"] = self.dataset.chunk(i, self.horizon, key)
+            parts[key], sample["action_is_pad"] = self.dataset.chunk(i, self.horizon, key)
+        sample["actions"] = self.robot.actions(parts)
         return pipelines.to_batch(self.transform(sample))
 
 

@@ -195,8 +195,10 @@ class Policy:
             "state_dim": robot.state_dim,
             "cameras": {c: robot.cameras[c] for c in model.cameras if c in robot.cameras},
             "state_keys": list(robot.state_keys),
-            # Empty where any sizes are taken that add up.
+            # Empty where any sizes do that add up, and where all values of the keys are taken.
             "state_sizes": list(robot.state_sizes),
+            "state_indices": list(robot.state_indices),
+            "action_indices": list(robot.action_indices),
             "action_key": robot.action_key,
             "action_keys": list(robot.action_keys),
             "prompt_key": robot.prompt_key,
@@ -216,8 +218,8 @@ class Policy:
         state = ", state in the prompt" if model.discrete_state_input else ""
         how = "pooled" if model.pooled_tokens else "chosen" if model.scored_tokens else ""
         fewer = f", {model.image_tokens} {how} image tokens a camera" if how else ""
-        black = [name for name in model.cameras if name not in robot.cameras]
-        eyes = f", {' and '.join(black)} black" if black else ""
+        black = " and ".join(name for name in model.cameras if name not in robot.cameras)
+        eyes = (black and f", {black} black") + (robot.taken and f", {robot.taken}")
         bits = "" if self.quantize == "none" else f", products in 8 bits ({self.quantize})"
         return (
             f"{model.kind}, {model.depths}, for {robot.name}: {model.action_horizon} actions "
@@ -442,7 +444,7 @@ class Policy:
         if previous is not None:
             left = real_time.pad_previous(previous, (len(found), horizon, robot.action_dim), delay)
             # The transforms of training: relative to this state, normalized, padded.
-            found = [{**o, robot.action_key: a} for o, a in zip(found, left, strict=True)]
+            found = [{**o, "actions": a} for o, a in zip(found, left, strict=True)]
         samples = [self._inputs(dict(one)) for one in found]
         guidance = None
         if previous is not None and any(map(len, previous)):

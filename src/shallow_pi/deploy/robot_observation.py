@@ -150,8 +150,7 @@ def _state(robot: robots.Robot, observation: Mapping[str, object]) -> dict[str, 
             raise ValueError(
                 f"{key!r} must be a vector of numbers, got {found.dtype} of shape {found.shape}"
             )
-    named = " + ".join(map(repr, robot.state_keys))
-    state = robot.state(observation)
+    named, state = robot.state_vector.named, robot.state(observation)
     if state.shape != (robot.state_dim,):
         raise ValueError(
             f"{named} must have {robot.state_dim} dimensions for robot {robot.name}, got the "
@@ -159,8 +158,9 @@ def _state(robot: robots.Robot, observation: Mapping[str, object]) -> dict[str, 
         )
     if not np.isfinite(state).all():
         wrong = np.flatnonzero(~np.isfinite(state))
+        places = [robot.state_vector.places[i] for i in wrong]
         raise ValueError(
-            f"{named} is not finite: {state[wrong[0]]} in dimension {wrong.tolist()}; the policy "
+            f"{named} is not finite: {state[wrong[0]]} in dimension {places}; the policy "
             "was not asked, because its actions would mean nothing"
         )
     return {key: np.asarray(observation[key], np.float32) for key in robot.state_keys}

@@ -34,8 +34,8 @@ class StateCheck:
     low: Float[np.ndarray, " sd"]
     high: Float[np.ndarray, " sd"]
     spread: Float[np.ndarray, " sd"]
-    # Names of the dimensions, such as joints; empty numbers them.
-    names: Sequence[str] = ()
+    # The dimensions in messages, such as names of joints.
+    names: Sequence[str]
     # Spreads outside; 0 checks nothing.
     warn: float = WARN
     refuse: float = REFUSE
@@ -73,11 +73,12 @@ class StateCheck:
         size = np.maximum(1.0, np.abs(quantiles).max(axis=0))
         spread = np.maximum(quantiles[1] - quantiles[0], _NORMAL_RANGE * deviation)
         return cls(
-            named=" + ".join(map(repr, robot.state_keys)),
+            named=robot.state_vector.named,
             low=quantiles[0],
             high=quantiles[1],
             spread=np.maximum(spread, _SMALLEST * size),
-            names=names,
+            names=[repr(name) for name in names]
+            or [f"dimension {place}" for place in robot.state_vector.places],
             warn=warn,
             refuse=refuse,
         )
@@ -103,12 +104,9 @@ class StateCheck:
     def _describe(self, values: np.ndarray, outside: np.ndarray, bound: float) -> str:
         far: Sequence[int] = np.flatnonzero(outside > bound).tolist()
         found = [
-            f"{self._name(i)} is {values[i]:.4g} (trained on {self.low[i]:.4g} to "
+            f"{self.names[i]} is {values[i]:.4g} (trained on {self.low[i]:.4g} to "
             f"{self.high[i]:.4g})"
             for i in far[:3]
         ]
         more = f" and {len(far) - 3} more" if len(far) > 3 else ""
         return f"{self.named} is far from the training data: {', '.join(found)}{more}"
-
-    def _name(self, dimension: int) -> str:
-        return repr(self.names[dimension]) if self.names else f"dimension {dimension}"

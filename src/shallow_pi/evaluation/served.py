@@ -49,11 +49,12 @@ class Served:
         self._pool = concurrent.futures.ThreadPoolExecutor(64, "server")
         self.metadata = self._connect()
         self._is_ours = "state_keys" in self.metadata
-        sizes = {"action_dim": robot.action_dim, "state_dim": robot.state_dim}
+        ours: dict[str, object] = {"action_dim": robot.action_dim, "state_dim": robot.state_dim}
+        ours |= {"state_indices": [], "action_indices": []}
         different = [
-            f"{name} {self.metadata[name]} (the simulator's: {size})"
-            for name, size in sizes.items()
-            if self.metadata.get(name, size) != size
+            f"{name} {self.metadata[name]} (the simulator's: {own})"
+            for name, own in ours.items()
+            if self.metadata.get(name, own) != own
         ]
         if different:
             self.close()

@@ -223,7 +223,7 @@ class RobotInputs:
         state = robot.state(found)
         if state.shape != (robot.state_dim,):
             raise ValueError(
-                f"{' + '.join(robot.state_keys)} has shape {state.shape}, robot {robot.name} has "
+                f"{robot.state_vector.named} has shape {state.shape}, robot {robot.name} has "
                 f"{robot.state_dim} dimensions; is this another robot's observation?"
             )
         return {

@@ -185,7 +185,7 @@ class Telemetry:
             Chunk(
                 self._next_step(client, now - total_ms / 1000, len(actions)),
                 actions,
-                find_state(observation, self.metadata.get("state_keys") or ()),
+                find_state(observation, self.metadata),
             )
         )
         client.observation, client.last = observation, now - total_ms / 1000
@@ -249,14 +249,18 @@ class Telemetry:
         return "good", f"Running: {compared}"
 
 
-def find_state(observation: Mapping[str, object], keys: Sequence[str]) -> np.ndarray | None:
-    """The state of an observation as float32; None if a part of it is missing or no number."""
-    flat = observation_keys.flatten(observation)
+def find_state(observation: Mapping[str, object], metadata: Mapping[str, Any]) -> np.ndarray | None:
+    """The state of an observation as float32, by the policy's `state_keys` and `state_indices`.
+
+    None if a part of it is missing or no number.
+    """
+    flat, keys = observation_keys.flatten(observation), metadata.get("state_keys") or ()
     try:
         spelled = observation_keys.find(observation, keys)
         if not keys or len(spelled) < len(keys):
             return None
         parts = [np.asarray(flat[spelled[key]], np.float32).reshape(-1) for key in keys]
-        return np.concatenate(parts)
+        whole, indices = np.concatenate(parts), metadata.get("state_indices")
+        return whole[indices] if indices else whole
     except ValueError:
         return None

@@ -286,6 +286,8 @@ def check_robot(suite: Suite, robot: robots.Robot, advice: str = "") -> None:
             ("state keys", list(robot.state_keys), list(own.state_keys)),
             ("state dimensions", robot.state_dim, own.state_dim),
             ("action dimensions", robot.action_dim, own.action_dim),
+            ("state indices", robot.state_indices, own.state_indices),
+            ("action indices", robot.action_indices, own.action_indices),
             ("control rate", robot.fps, own.fps),
         )
         if theirs != ours

@@ -17,7 +17,7 @@ from jaxtyping import PyTree
 from shallow_pi import progress
 from shallow_pi.checkpoints import run_folder
 from shallow_pi.data import loader, opening
-from shallow_pi.data.robots import assets, pipelines
+from shallow_pi.data.robots import assets
 from shallow_pi.distill import layer_map, layer_scores, step, student
 from shallow_pi.models import pi0
 from shallow_pi.parallel import agreement, processes, shapes, sharding
@@ -108,7 +108,7 @@ def open_run(experiment: config.DistillConfig, *, prepared: bool = False) -> Run
     check(experiment)
     recordings = opening.open_recordings(experiment.data)
     if recordings is not None:
-        pipelines.check_sizes(recordings.robot, experiment.model.action_dim)
+        recordings.check_sizes(experiment.model.action_dim)
     teacher_step = setup.find_teacher(experiment)
     experiment = setup.resolve(experiment, teacher_step)
     if teacher_step is not None:

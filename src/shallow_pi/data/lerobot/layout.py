@@ -35,6 +35,9 @@ _PATHS = {
     },
 }
 
+# Columns that GR00T slices, unless its file names others.
+_SLICED = {"state": "observation.state", "action": "action"}
+
 # A row of the table of episodes of version 3, by its columns.
 EpisodeRow = Mapping[str, Any]
 
@@ -108,6 +111,25 @@ class Layout:
         path = self.root / "meta" / f"{name}s.parquet"
         files.check(path)
         return _by_number(path, _texts_of_table(path, key)[0], key)
+
+    def slices(self, what: str) -> dict[str, dict[str, tuple[int, int]]]:
+        """By column, the named slices (first, last + 1) of GR00T's `meta/modality.json`.
+
+        Args:
+          what: `state` or `action`.
+
+        Empty where there is no such file, or it says nothing of the kind.
+        """
+        path = self.root / "meta" / "modality.json"
+        content = files.read_json(path) if path.is_file() else {}
+        listed = content.get(what) if isinstance(content, dict) else None
+        found: dict[str, dict[str, tuple[int, int]]] = {}
+        for name, one in listed.items() if isinstance(listed, dict) else ():
+            first, last = map(one.get, ("start", "end")) if isinstance(one, dict) else ("", "")
+            if isinstance(first, int) and isinstance(last, int):
+                key = str(one.get("original_key") or _SLICED[what])
+                found.setdefault(key, {})[name] = first, last
+        return found
 
     def names(self, episodes: Collection[int], videos: Collection[str]) -> list[str]:
         """The data files of these episodes, and their videos of these cameras, sorted."""

@@ -1,8 +1,8 @@
 """A robot's transforms in openpi's order, the same in training and on the robot.
 
-`inputs` turns a robot observation (LeRobot's flat keys, from a simulator, a robot or a dataset)
-into one model sample; `outputs` turns normalized model actions back into the robot's. The order is
-units, delta actions, normalization.
+`inputs` turns a robot observation (LeRobot's flat keys, from a simulator, a robot or a dataset),
+in training with the robot's `actions`, into one model sample; `outputs` turns normalized model
+actions back into the robot's. The order is units, delta actions, normalization.
 """
 
 import dataclasses
@@ -12,8 +12,12 @@ from collections.abc import Mapping
 from shallow_pi import progress
 from shallow_pi.data.robots import conversions, normalize, tokenizer, transforms
 from shallow_pi.data.robots import robot as robots
+from shallow_pi.data.robots import vector as vectors
 from shallow_pi.models import batch as batches
 from shallow_pi.models import observation as observations
+
+# Of a sample in training, and of one that goes on from a previous chunk.
+_ACTIONS = ("actions", "action_is_pad")
 
 
 def inputs(
@@ -47,7 +51,8 @@ def inputs(
             f"robot {robot.name} has cameras for {sorted(robot.cameras)}, the model wants "
             f"{list(cameras)}: none in common"
         )
-    check_sizes(robot, action_dim)
+    check_size(robot.state_vector, action_dim)
+    check_size(robot.action_vector, action_dim)
     normalize.check(stats, {"state": robot.state_dim, "actions": robot.action_dim}, kind)
     for camera in robot.cameras:
         if camera not in cameras:
@@ -95,32 +100,27 @@ def to_model(robot: robots.Robot) -> transforms.Transform:
 
 @dataclasses.dataclass(frozen=True)
 class _Rename:
-    """Robot keys to model keys, sizes checked; other keys are dropped."""
+    """Robot keys to model keys, sizes checked; other keys are dropped.
+
+    `actions`, if there are any, are the robot's vectors already (`robot.actions`).
+    """
 
     robot: robots.Robot
 
     def __call__(self, sample: transforms.Sample) -> transforms.Sample:
         robot = self.robot
-        keys = {key: key for key in ("image", "image_mask", "action_is_pad", *robot.state_keys)}
+        keys = {key: key for key in ("image", "image_mask", *_ACTIONS, *robot.state_keys)}
         if not robot.prompt:
             keys["prompt"] = robot.prompt_key
-        found = transforms.Repack(keys, ("action_is_pad",))(sample)
-        if robot.action_key in sample:
-            # A whole vector under the first key: what a policy goes on from.
-            whole = not any(key in sample for key in robot.action_more)
-            found["actions"] = sample[robot.action_key] if whole else robot.actions(sample)
+        found = transforms.Repack(keys, _ACTIONS)(sample)
         sample = {key: value for key, value in found.items() if key not in robot.state_keys}
         sample["state"] = robot.state(found)
         sample.setdefault("prompt", robot.prompt)
-        named = " + ".join(map(repr, robot.state_keys))
-        for key, what, dim in (
-            ("state", named, robot.state_dim),
-            ("actions", " + ".join(map(repr, robot.action_keys)), robot.action_dim),
-        ):
-            if key in sample and sample[key].shape[-1] != dim:
+        for key, vector in (("state", robot.state_vector), ("actions", robot.action_vector)):
+            if key in sample and sample[key].shape[-1] != vector.dim:
                 raise ValueError(
-                    f"{what} has {sample[key].shape[-1]} dimensions, robot {robot.name} "
-                    f"has {dim}; is this another robot's data?"
+                    f"{vector.named} has {sample[key].shape[-1]} dimensions, robot {robot.name} "
+                    f"has {vector.dim}; is this another robot's data?"
                 )
         if "action_is_pad" in sample:
             sample["action_mask"] = ~sample.pop("action_is_pad")
@@ -143,15 +143,14 @@ def outputs(
     )
 
 
-def check_sizes(robot: robots.Robot, action_dim: int) -> None:
+def check_size(of: vectors.Vector, action_dim: int, advice: str = "") -> None:
     """Raise if the model's vectors are too short for the robot's state or actions."""
-    for what, dim in (("state", robot.state_dim), ("action", robot.action_dim)):
-        if dim > action_dim:
-            raise ValueError(
-                f"robot {robot.name} has {what} dimension {dim}, more than the model's "
-                f"action_dim {action_dim} (--model.action-dim, as the teacher's): give the robot "
-                f"fewer {what} dimensions, recorded under keys of their own"
-            )
+    if of.dim > action_dim:
+        raise ValueError(
+            f"robot {of.robot} has {of.what} dimension {of.dim}, more than the model's action_dim "
+            f"{action_dim} (--model.action-dim, as the teacher's): take some with its "
+            f"{of.what}_indices{advice or ' (docs/robots.md)'}"
+        )
 
 
 def _check_here(robot: robots.Robot) -> None:

@@ -26,6 +26,7 @@ checkpoint holds all of it: a policy is served without the file.
 
 import dataclasses
 import difflib
+import functools
 import pathlib
 import runpy
 import traceback
@@ -35,7 +36,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from shallow_pi.data.robots import conversions
+from shallow_pi.data.robots import conversions, vector
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,10 +89,14 @@ class Robot:
     state_more: tuple[str, ...] = ()
     # Keys appended to the actions likewise. A policy answers with one vector of all parts.
     action_more: tuple[str, ...] = ()
-    # Number of dimensions of each part, so that parts which only add up are refused; empty takes
+    # Number of values under each key, so that parts which only add up are refused; empty takes
     # those of the first dataset, and of actions with as many groups as parts the groups'.
     state_sizes: tuple[int, ...] = ()
     action_sizes: tuple[int, ...] = ()
+    # Places of the values that make up state and actions among those of all keys, counted from 0;
+    # empty takes all. All other fields are about the dimensions taken, in this order.
+    state_indices: tuple[int, ...] = ()
+    action_indices: tuple[int, ...] = ()
     # Always this prompt, whatever recordings and observations say; empty takes theirs.
     prompt: str = ""
     # The openpi config that has its transforms, if they are code and not these fields; openpi
@@ -104,6 +109,13 @@ class Robot:
     action_limits: tuple[Limits | None, ...] = ()
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            # A list would not compare equal to what a checkpoint holds; text is read as letters.
+            if field.default == () and not isinstance(value := getattr(self, field.name), tuple):
+                raise ValueError(
+                    f"robot {self.name}: {field.name} must be a tuple, got {value!r}; a tuple of "
+                    "one ends with a comma, (7,), and a range is written (*range(7),)"
+                )
         if not self.cameras:
             raise ValueError(f"robot {self.name} has no cameras; the model needs at least one")
         if self.state_dim < 1 or self.action_dim < 1 or self.fps <= 0:
@@ -134,21 +146,8 @@ class Robot:
                     f"robot {self.name}: {what}_limits has {len(limits)} entries, {what}_dim is "
                     f"{dim}; give one for each dimension, None where it is not known"
                 )
-        for keys in (self.state_keys, self.action_keys):
-            if len(set(keys)) < len(keys) or not all(keys):
-                raise ValueError(
-                    f"robot {self.name}: keys must be names that differ, got {list(keys)}"
-                )
-        for what, sizes, keys, dim in (
-            ("state", self.state_sizes, self.state_keys, self.state_dim),
-            ("action", self.action_sizes, self.action_keys, self.action_dim),
-        ):
-            if sizes and (len(sizes) != len(keys) or min(sizes) < 1 or sum(sizes) != dim):
-                raise ValueError(
-                    f"robot {self.name}: {what}_sizes are {list(sizes)}, expected one for each of "
-                    f"{list(keys)}, with the sum {what}_dim, {dim}"
-                )
         self._check_groups()
+        _ = self.state_vector, self.action_vector  # Raise.
 
     def _check_groups(self) -> None:
         names, sizes = [g.name for g in self.groups], [g.size for g in self.groups]
@@ -163,6 +162,12 @@ class Robot:
             )
 
     @property
+    def taken(self) -> str:
+        """Which values state and actions take of their keys, for people; empty if it is all."""
+        found = {"state": self.state_vector.taken, "actions": self.action_vector.taken}
+        return ", ".join(f"{what} {taken}" for what, taken in found.items() if taken)
+
+    @property
     def action_groups(self) -> tuple[Group, ...]:
         """The groups of the action dimensions, at least one."""
         return self.groups or (Group("action", self.action_dim),)
@@ -172,37 +177,32 @@ class Robot:
         """The keys that make up the state, in order."""
         return (self.state_key, *self.state_more)
 
+    @functools.cached_property
+    def state_vector(self) -> vector.Vector:
+        """The values that make up the state."""
+        keys, dim = self.state_keys, self.state_dim
+        return vector.Vector(self.name, "state", keys, dim, self.state_sizes, self.state_indices)
+
     def state(self, observation: Mapping[str, object]) -> Float[np.ndarray, "*n sd"]:
         """The state vector out of an observation or a dataset's columns, not converted yet."""
-        return self._joined(observation, self.state_keys, self.state_sizes)
+        return self.state_vector.read(observation)
 
     @property
     def action_keys(self) -> tuple[str, ...]:
         """The keys that make up the actions, in order."""
         return (self.action_key, *self.action_more)
 
+    @functools.cached_property
+    def action_vector(self) -> vector.Vector:
+        """The values that make up the actions."""
+        keys, dim, sizes = self.action_keys, self.action_dim, self.action_sizes
+        if not sizes and not self.action_indices and len(self.groups) == len(keys):
+            sizes = tuple(group.size for group in self.groups)
+        return vector.Vector(self.name, "action", keys, dim, sizes, self.action_indices)
+
     def actions(self, columns: Mapping[str, object]) -> Float[np.ndarray, "*n rd"]:
         """The action vectors out of a dataset's columns, not converted yet."""
-        sizes = self.action_sizes
-        if not sizes and len(self.groups) == len(self.action_keys):
-            sizes = tuple(group.size for group in self.groups)
-        return self._joined(columns, self.action_keys, sizes)
-
-    def _joined(
-        self, values: Mapping[str, object], keys: tuple[str, ...], sizes: tuple[int, ...]
-    ) -> Float[np.ndarray, "*n d"]:
-        parts = [np.asarray(values[key], np.float32) for key in keys]
-        if len(parts) == 1:
-            return parts[0]
-        # A gripper's position may come as a plain number.
-        parts = [part[None] if part.ndim == 0 else part for part in parts]
-        if sizes and (found := tuple(part.shape[-1] for part in parts)) != sizes:
-            given, wanted = (
-                " + ".join(f"{key!r} ({size})" for key, size in zip(keys, of, strict=True))
-                for of in (found, sizes)
-            )
-            raise ValueError(f"got {given}, robot {self.name} expects {wanted}")
-        return np.concatenate(parts, axis=-1)
+        return self.action_vector.read(columns)
 
 
 def mask(*groups: int) -> tuple[bool, ...]:

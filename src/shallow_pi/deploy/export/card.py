@@ -46,7 +46,7 @@ def text(
         "training": f"{origin.step} of {origin.steps} steps" if origin.steps else "",
         "held-out error": _error(origin),
         "robot": f"{robot.name}: {robot.state_dim} state and {robot.action_dim} action dimensions, "
-        f"{robot.fps:g} Hz",
+        f"{robot.fps:g} Hz" + f" ({robot.taken})" * bool(robot.taken),
         "cameras": f"{cameras}, {model.image_size} × {model.image_size}",
         "actions": f"{model.action_horizon} a chunk, model dimension {model.action_dim}",
         "integration steps": f"{assets.num_steps if is_policy else student.num_steps}",

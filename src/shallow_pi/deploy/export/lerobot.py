@@ -291,7 +291,8 @@ def _names(assets: policy_assets.Assets) -> str:
     keys = [robot.cameras[name] for name in assets.model.cameras if name in robot.cameras]
     pictures = [f"`{camera_key(key)}`" + f" (`{key}`)" * (camera_key(key) != key) for key in keys]
     state = f"`{STATE}` ({robot.state_dim} numbers: "
-    state += " then ".join(f"`{key}`" for key in robot.state_keys) + ")"
+    taken = robot.state_vector.taken.replace("'", "`")
+    state += (taken or " then ".join(f"`{key}`" for key in robot.state_keys)) + ")"
     prompt = "its prompt is always the same" if robot.prompt else "`task`"
     if not (robot.prompt or assets.model.discrete_state_input):
         # LeRobot replaces underscores in the prompts of π0.5 with the state alone.
