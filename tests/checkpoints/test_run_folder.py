@@ -112,6 +112,15 @@ def test_a_run_folder_is_held_on_a_file_system_that_locks_only_what_is_written(
         pass
 
 
+def test_a_lock_that_cannot_be_written_says_what_to_do(tmp_path):
+    (tmp_path / ".lock").mkdir()
+    message = (
+        r"\.lock cannot be written \(Is a directory\): .*then start again, or give another --out"
+    )
+    with pytest.raises(run_folder.WriteError, match=message), run_folder.held(tmp_path, "--output"):
+        pass
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_folder_that_cannot_be_written_says_what_to_do(tmp_path, monkeypatch, overwrite):
     """As root every folder is writable, so the system call says it."""

@@ -170,11 +170,14 @@ def held(folder: pathlib.Path, flag: str = "--exp-name") -> Iterator[None]:
 
     Raises:
       ValueError: another process holds it.
+      WriteError: the folder is not writable.
     """
     if jax.process_index() != 0:
         yield
         return
-    opened = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
+    lock = folder / LOCK_FILE
+    with writing(lock, f"start again, or give another {flag}"):
+        opened = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         try:
             fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
