@@ -55,3 +55,16 @@ def test_slugs_of_rivals_are_told_from_cuts():
     assert rival_runs.is_rival("teacher--cogvla")
     assert not rival_runs.is_rival("teacher--keep-0.3")
     assert not rival_runs.is_rival("teacher")
+
+
+def test_a_rivals_demonstrations_do_not_depend_on_the_others(runs, monkeypatch):
+    """Only a rival that is trained gets a student's; the others' lines are measured on fewer."""
+    made = {}
+    monkeypatch.setattr(frames, "collect", lambda suite, count, *_: count)
+    monkeypatch.setattr(frames, "samples", lambda assets, count: count)
+    monkeypatch.setattr(
+        rival_runs, "make", lambda slugs, runs, data: made.update(dict.fromkeys(slugs, data))
+    )
+    slugs = [f"{rows.TEACHER}--{name}" for name in ("skip:drop=2,order=cka", "mole")]
+    rival_runs.ensure(slugs, runs, train=True)
+    assert made == dict(zip(slugs, (40, 400), strict=True))

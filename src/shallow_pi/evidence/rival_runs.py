@@ -23,12 +23,12 @@ from shallow_pi.evidence import frames, training
 from shallow_pi.evidence.claims import recipes
 from shallow_pi.models import batch as batches
 from shallow_pi.models import pi0
-from shallow_pi.sims import simulator
+from shallow_pi.sims import demonstrations, simulator
 
 # Written last: a folder with it is whole.
 MADE_FILE = "rival.txt"
 BATCH_SIZE = 64
-# Demonstrations from which a rival's layers are measured.
+# Demonstrations from which a rival that is not trained is measured; the others get a student's.
 MEASURED = 40
 
 
@@ -79,15 +79,17 @@ def ensure(slugs: Sequence[str], runs: pathlib.Path, train: bool) -> None:
     wanted = [
         slug for slug in wanted if (runs / slug.partition("--")[0] / run_folder.PARAMS).is_dir()
     ]
-    if not train:
-        wanted = [slug for slug in wanted if not hasattr(_options(slug), "steps")]
-    for base in dict.fromkeys(slug.partition("--")[0] for slug in wanted):
+    together = dict[tuple[str, int], list[str]]()
+    for slug in wanted:
+        is_trained = hasattr(_options(slug), "steps")
+        count = recipes.STUDENT.demonstrations if is_trained else MEASURED
+        if train or not is_trained:
+            together.setdefault((slug.partition("--")[0], count), []).append(slug)
+    for (base, count), slugs in together.items():
         assets = policy_assets.load(runs / base)
-        count, workers = (recipes.STUDENT.demonstrations, 2) if train else (MEASURED, 1)
         suite = simulator.find(assets.robot.name, {})
-        seen = frames.collect(suite, count, training.SEEDS["student"], workers)
-        of_base = [slug for slug in wanted if slug.startswith(f"{base}--")]
-        make(of_base, runs, frames.samples(assets, seen))
+        seen = frames.collect(suite, count, training.SEEDS["student"], demonstrations.cpus())
+        make(slugs, runs, frames.samples(assets, seen))
 
 
 def load(slug: str, runs: pathlib.Path, num_steps: int) -> deployed.Policy:
