@@ -30,4 +30,6 @@ def test_the_time_left_does_not_count_the_first_unit(monkeypatch, capsys):
             now[0] += seconds
             advance(1)
     said = capsys.readouterr().err.splitlines()
-    assert said == ["Train: 11/100", "Train: 13/100, ETA 522 s", "Train: 13/100 in 612.0 s"]
+    assert said == [
+        *("Train: 10/100", "Train: 11/100", "Train: 13/100, ETA 522 s", "Train: 13/100 in 612.0 s")
+    ]

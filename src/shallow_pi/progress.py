@@ -2,9 +2,10 @@
 
 One call, so that every stage of a run looks alike:
 `with bar("Demonstrations", total=300) as advance: advance(1)`. On a terminal the bar redraws in
-place; elsewhere (a log file, CI) a line is printed about every ten seconds. Only the first process
-of a multi-host job should open one. `warn` names something that is used in another way than a user
-may think (an ignored key, a guessed value), once; after `be_strict` (`--strict`) it is an error.
+place; elsewhere (a log file, CI) a line is printed at the start, at the end, and about every ten
+seconds between. Only the first process of a multi-host job should open one. `warn` names something
+that is used in another way than a user may think (an ignored key, a guessed value), once; after
+`be_strict` (`--strict`) it is an error.
 """
 
 import contextlib
@@ -87,6 +88,7 @@ def _terminal_bar(label: str, total: int, done: int) -> Iterator[Advance]:
 
 @contextlib.contextmanager
 def _log_bar(label: str, total: int, done: int, every_seconds: float = 10.0) -> Iterator[Advance]:
+    say(f"{label}: {done}/{total}")
     start = last = time.monotonic()
     count = done
     # The first units take longer (a step is compiled): they are not counted in the estimate.
@@ -108,4 +110,4 @@ def _log_bar(label: str, total: int, done: int, every_seconds: float = 10.0) -> 
 
     yield advance
     seconds = time.monotonic() - start
-    console.print(f"{label}: {count}/{total} in {seconds:.1f} s", highlight=False)
+    say(f"{label}: {count}/{total} in {seconds:.1f} s")

@@ -158,20 +158,22 @@ class Policy:
         )
         expected = pi0.abstract_params(assets.model)
         dtype = np.dtype(jnp.dtype(assets.model.dtype))
-        params = weights.load_params(folder, expected, dtype=dtype, what="policy")
-        policy = cls(
-            assets,
-            params,
-            num_steps=num_steps,
-            seed=seed,
-            prompt=prompt,
-            state_warn=state_warn,
-            state_refuse=state_refuse,
-            resize_on_device=resize_on_device,
-            quantize=quantize,
-            quantized=quantized,
-            calibration=calibrations.load(folder / run_folder.ASSETS, assets.model),
-        )
+        with progress.bar("Load", total=1) as advance:
+            params = weights.load_params(folder, expected, dtype=dtype, what="policy")
+            policy = cls(
+                assets,
+                params,
+                num_steps=num_steps,
+                seed=seed,
+                prompt=prompt,
+                state_warn=state_warn,
+                state_refuse=state_refuse,
+                resize_on_device=resize_on_device,
+                quantize=quantize,
+                quantized=quantized,
+                calibration=calibrations.load(folder / run_folder.ASSETS, assets.model),
+            )
+            advance(1)
         if warm_up:
             policy.warm_up()
         return policy
