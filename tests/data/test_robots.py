@@ -61,6 +61,18 @@ def test_every_robot_survives_json() -> None:
         assert robots.from_dict(content) == robot
 
 
+@pytest.mark.parametrize("robot", [robots.DROID, robots.DROID_POSITION])
+def test_roboarenas_client_is_told_what_an_action_of_droid_means(robot) -> None:
+    told = robot.metadata
+    assert told["action_space"] == robot.groups[0].name
+    outside = [key for key in robot.cameras.values() if key.startswith("exterior_image")]
+    assert told["n_external_cameras"] == len(outside) == 1
+    assert told["needs_wrist_camera"] == ("wrist_image_left" in robot.cameras.values())
+    assert not told["needs_stereo_camera"]
+    assert not told["needs_session_id"]
+    assert told["image_resolution"] is None
+
+
 def test_limits_are_those_of_each_dimension() -> None:
     aloha = robots.ALOHA.state_limits
     assert [limits.is_spanned for limits in aloha] == [*[False] * 6, True] * 2

@@ -188,6 +188,7 @@ class Policy:
         """Facts for clients, in plain values; `action_dim` is the robot's."""
         model, robot = self.assets.model, self.assets.robot
         return {
+            **robot.metadata,
             "model": "pi05" if model.pi05 else "pi0",
             "depth": model.depth,
             "robot": robot.name,

@@ -99,6 +99,8 @@ class Robot:
     action_indices: tuple[int, ...] = ()
     # Always this prompt, whatever recordings and observations say; empty takes theirs.
     prompt: str = ""
+    # Facts sent to clients besides those of every policy, for clients that look for them.
+    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     # The openpi config that has its transforms, if they are code and not these fields; openpi
     # serves its policies.
     elsewhere: str = ""
@@ -276,6 +278,8 @@ ALOHA = Robot(
     ),
     state_limits=((_JOINT,) * 6 + (_GRIPPER,)) * 2,
     action_limits=((_JOINT,) * 6 + (_GRIPPER,)) * 2,
+    # Joints of an arm from which openpi's client begins; without it, from ALOHA's own pose.
+    metadata={"reset_pose": [0, -1.5, 1.5, 0, 0, 0]},
 )
 # The simulated transfer of a cube, one camera; openpi's pi0_aloha_sim has absolute actions.
 ALOHA_SIM = dataclasses.replace(
@@ -284,6 +288,7 @@ ALOHA_SIM = dataclasses.replace(
     cameras={"base_0_rgb": "observation.images.top"},
     delta=(),
     prompt="Transfer cube",
+    metadata={},
 )
 
 # LIBERO's Panda: end-effector pose and two fingers in, differences of the pose and the gripper out,
@@ -303,6 +308,16 @@ LIBERO = Robot(
 # differences already (pi05_libero does without).
 LIBERO_DELTA = dataclasses.replace(LIBERO, name="libero_delta", delta=mask(6, -1))
 
+# What RoboArena's client reads: pictures as they are (it would stretch them to a size), one camera
+# beside the wrist's, and the meaning of an action, in absence of which it takes joint positions.
+_ROBOARENA = {
+    "image_resolution": None,
+    "n_external_cameras": 1,
+    "needs_wrist_camera": True,
+    "needs_stereo_camera": False,
+    "needs_session_id": False,
+    "action_space": "joint_velocity",
+}
 # DROID's Franka as openpi's converter names things: joint velocities (shares of the greatest) and
 # the gripper's position; openpi's pi05_droid and pi05_droid_finetune.
 DROID = Robot(
@@ -318,6 +333,7 @@ DROID = Robot(
     groups=(Group("joint_velocity", 7), Group("gripper", 1)),
     state_limits=(*(_JOINT,) * 7, _GRIPPER),
     action_limits=(*(Limits(-1, 1),) * 7, _GRIPPER),
+    metadata=_ROBOARENA,
 )
 # The same with joint positions as actions; openpi's pi05_full_droid_finetune.
 DROID_POSITION = dataclasses.replace(
@@ -326,6 +342,7 @@ DROID_POSITION = dataclasses.replace(
     delta=mask(7, -1),
     groups=(Group("joint_position", 7, "rad"), Group("gripper", 1)),
     action_limits=DROID.state_limits,
+    metadata={**_ROBOARENA, "action_space": "joint_position"},
 )
 
 # UR5 with one gripper, as openpi's example for it; π0's own UR5 runs at 20 Hz.
