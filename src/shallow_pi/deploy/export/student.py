@@ -93,14 +93,14 @@ def origin(step: pathlib.Path) -> Origin:
 
 def other_sizes(model: pi0.Pi0Config) -> list[str]:
     """Sizes of a model that differ from the released classes of openpi and LeRobot."""
-    openpi = pi0.Pi0Config()
-    if model.image.depth < openpi.image.depth:  # Exports fill a cut tower with zeros.
-        image = dataclasses.replace(model.image, depth=openpi.image.depth)
-        model = dataclasses.replace(model, image=image)
+    own, theirs = (
+        run_folder.flatten({name: dataclasses.asdict(config)[name] for name in BUILT_IN})
+        for config in (model, pi0.Pi0Config())
+    )
+    if model.image.depth < pi0.Pi0Config().image.depth:  # Exports fill a cut tower with zeros.
+        del own["image.depth"]
     return [
-        f"{name} is {getattr(model, name)}, theirs {getattr(openpi, name)}"
-        for name in BUILT_IN
-        if getattr(model, name) != getattr(openpi, name)
+        f"{name} is {own[name]}, theirs {theirs[name]}" for name in own if own[name] != theirs[name]
     ]
 
 
