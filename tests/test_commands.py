@@ -116,6 +116,41 @@ def test_a_platform_that_is_not_there_is_named():
     assert "Traceback" not in found.stderr
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "demonstrations --sim turntable --output OUT",
+        "convert nowhere OUT",
+        "export pi0_nowhere --format openpi --output OUT",
+        "evaluate nowhere --sim turntable --output OUT",
+        "benchmark --model small --output OUT",
+        "benchmark-step debug --output OUT",
+        "benchmark-all --tiny --output OUT",
+        "benchmark-loader --output OUT/file.json",
+        "compile debug --devices 1 --output OUT",
+        "stats --data.path nowhere --output OUT",
+        "inspect debug --output OUT",
+        "reproduce rivals --runs OUT",
+        "reproduce rivals --results OUT",
+        "reproduce rivals --episodes 0 --page OUT/page.md",
+        "serve --policy.dir nowhere --port 0 --record OUT",
+    ],
+)
+def test_where_nothing_can_be_written_is_known_first(words, tmp_path, monkeypatch, capsys):
+    """Before a policy or dataset is looked for, which here there is none of."""
+    (tmp_path / "file").write_text("in the way")
+    target = str(tmp_path / "file" / "new")
+    words = words.replace("OUT", target).split()
+    monkeypatch.setattr(sys, "argv", ["shallow-pi", *words])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ending:
+        main.main()
+    assert ending.value.code == 1
+    said = f"{target} cannot be written (Not a directory): free space there or make it writable"
+    assert f"error: {said}, then repeat the command, or give another " in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_a_programming_error_keeps_its_traceback():
     with pytest.raises(TypeError), exits.exit_on(KeyError):
         raise TypeError

@@ -91,7 +91,7 @@ def test_a_failed_conversion_is_reported_and_leaves_nothing(convert, tmp_path, c
     convert(OLD)
     with pytest.raises(SystemExit, match="1"):
         convert(OLD)
-    assert "exists; remove it" in capsys.readouterr().err
+    assert "exists and is never overwritten" in capsys.readouterr().err
 
 
 KINDS = {
@@ -285,7 +285,10 @@ def test_nothing_that_is_there_is_overwritten(convert, tmp_path, capsys):
     (tmp_path / "other.partial").mkdir()
     (tmp_path / "other.partial" / "mine.txt").write_text("kept")
     (tmp_path / "another.partial" / "meta").mkdir(parents=True)
-    for target, reason in (("new", "exists; remove it"), ("other", "is in the way, and is not")):
+    for target, reason in (
+        ("new", "exists and is never overwritten"),
+        ("other", "is in the way, and is not"),
+    ):
         with pytest.raises(SystemExit, match="1"):
             convert.main([str(OLD), str(tmp_path / target)])
         assert reason in capsys.readouterr().err

@@ -153,7 +153,9 @@ def test_a_folder_of_something_else_or_in_use_is_left_alone(tmp_path, failing):
     common = ("expert", "--sim", "turntable", *SMALL, "--episodes", "1", "--output")
     (tmp_path / "file").write_text("important")
     assert "holds no evaluation but file" in failing(*common, str(tmp_path))
-    assert "file cannot be written (File exists)" in failing(*common, str(tmp_path / "file"))
+    assert "file is a file, expected a folder: move it away, or give another --output" in failing(
+        *common, str(tmp_path / "file")
+    )
     (tmp_path / "results").mkdir()
     with run_folder.held(tmp_path / "results"):
         assert "or give another --output" in failing(*common, str(tmp_path / "results"))
@@ -220,6 +222,19 @@ def test_openpis_checkpoint_of_another_robot_is_refused(own, params, tmp_path, f
     said = failing(str(step), "--sim", "turntable", *SMALL, *flags, *out)
     assert "is a policy of another robot than 'turntable'" in said
     assert "state of 4 dimensions, not 3; actions of 4, not 3" in said
+
+
+def test_a_server_cannot_go_on_from_a_previous_chunk(tmp_path, capsys):
+    """Known from the arguments: nothing is connected to, and no simulator is started."""
+    late = ("--late-ms", "0", "50", "50", "--executor", "real-time")
+    served = ("s=ws://127.0.0.1:9", "ws://127.0.0.1:10", "nowhere")
+    with pytest.raises(SystemExit) as ending:
+        evaluate.main((*served, "--sim", "turntabel", *late, "--output", str(tmp_path)))
+    assert ending.value.code == 2
+    assert capsys.readouterr().err == (
+        "error: --executor real-time: ws://127.0.0.1:10 cannot be sent a previous chunk to go on "
+        "from; give skip or late\n"
+    )
 
 
 def test_a_server_of_another_robot_is_refused(failing, tmp_path):

@@ -51,7 +51,7 @@ def test_another_process_that_tries_to_write_makes_no_run(tmp_path):
 
 def test_a_run_folder_that_is_a_file_is_an_error(tmp_path):
     (tmp_path / "run").write_text("")
-    with pytest.raises(ValueError, match="is a file, expected a folder"):
+    with pytest.raises(FileExistsError, match="is a file, expected a folder"):
         run_folder.prepare(tmp_path / "run", resume=False, overwrite=True)
 
 

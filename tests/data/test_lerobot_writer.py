@@ -170,7 +170,9 @@ def test_bad_episodes_are_refused(tmp_path) -> None:
     with pytest.raises(ValueError, match="episode 1 has features"):
         writer.add_episode(images, np.zeros((3, 2)), np.zeros((3, 5)), "touch")
     writer.finish()
-    with pytest.raises(FileExistsError, match="exists; remove it"):
+    with pytest.raises(
+        FileExistsError, match=r"exists and is never overwritten, .*choose another folder"
+    ):
         lerobot_writer.Writer(tmp_path / "new", 20)
 
 

@@ -15,7 +15,7 @@ from shallow_pi.checkpoints import safetensors_file, sizes, weights
 from shallow_pi.data.robots import assets, normalize, robot
 from shallow_pi.deploy import policy
 from shallow_pi.deploy.export import export, student
-from shallow_pi.models import pi0
+from shallow_pi.models import pi0, siglip
 
 FORMATS = ("openpi", "openpi-padded", "openpi-pytorch", "lerobot")
 LAYERS, TEACHER_DEPTH = [1, 3], 5
@@ -281,8 +281,20 @@ def test_stored_dtypes_are_kept_and_bfloat16_is_compared_in_bfloat16(own, params
 
 
 def test_nothing_is_overwritten(run, exported):
-    with pytest.raises(FileExistsError, match="never overwrites: move it away or"):
+    with pytest.raises(FileExistsError, match=r"is never overwritten, .*move it away, or give"):
         export.export(run / "2", "openpi", exported["openpi"], any_size=True)
+
+
+@pytest.mark.parametrize(
+    ("image", "sizes"),
+    [
+        (siglip.SiglipConfig(depth=13), []),  # Filled with zeros.
+        (siglip.SiglipConfig(width=96, depth=13), ["image.width is 96, theirs 1152"]),
+        (siglip.SiglipConfig(depth=30), ["image.depth is 30, theirs 27"]),
+    ],
+)
+def test_a_cut_image_tower_is_no_other_size(image, sizes):
+    assert student.other_sizes(pi0.Pi0Config(image=image)) == sizes
 
 
 def test_sizes_openpi_does_not_have_are_refused_one_by_one(run, tmp_path):
@@ -332,7 +344,7 @@ def test_missing_statistics_or_a_half_copied_step_are_named(run, tmp_path):
 
 def test_where_nothing_can_be_written_it_says_so(run, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(OSError, match=r"file/new cannot be made .*give an --output"):
+    with pytest.raises(OSError, match=r"file/new cannot be written .*give another --output"):
         export.export(run / "2", "openpi", tmp_path / "file" / "new", any_size=True)
 
 

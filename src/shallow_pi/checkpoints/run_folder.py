@@ -114,8 +114,6 @@ def check(path: str | os.PathLike[str], resume: bool, overwrite: bool) -> bool:
     check_name(folder)
     if resume and overwrite:
         raise ValueError("--resume continues a run and --overwrite starts it anew: give only one")
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file, expected a folder: choose another --exp-name")
     # Another process of this job may be trying to write.
     occupied = folder.is_dir() and any(
         not child.name.startswith((_TRIAL, LOCK_FILE)) for child in folder.iterdir()
@@ -126,11 +124,43 @@ def check(path: str | os.PathLike[str], resume: bool, overwrite: bool) -> bool:
             "starts anew, or choose another --exp-name"
         )
     if jax.process_index() == 0:
-        # As root every folder says that it is writable, on a read-only disk too.
-        there = next(one for one in (folder, *folder.parents) if one.exists())
-        with writing(folder), tempfile.TemporaryDirectory(prefix=_TRIAL, dir=there):
-            pass
+        check_output(folder, "give another --exp-name or --checkpoint-dir")
     return occupied
+
+
+def check_output(
+    path: str | os.PathLike[str], otherwise: str, *, is_new: bool = False
+) -> pathlib.Path:
+    """Raise if nothing can be written in a folder; leaves nothing behind.
+
+    Call it before anything is read or computed for the folder.
+
+    Args:
+      path: of the folder, which need not exist.
+      otherwise: what to do if the folder cannot be used, such as "give another --output".
+      is_new: the folder must not exist.
+
+    Returns:
+      The folder as an absolute path.
+
+    Raises:
+      FileExistsError: it exists and must not, or is a file.
+      WriteError: it cannot be made, or written in.
+    """
+    folder = pathlib.Path(path).expanduser().absolute()
+    if os.path.lexists(folder) and (is_new or not folder.is_dir()):
+        found, expected = "is a file", "a folder"
+        if folder.is_dir():
+            found, expected = "exists and is never overwritten", "the name of a new folder"
+        raise FileExistsError(
+            f"{folder} {found}, expected {expected}: move it away, or {otherwise}"
+        )
+    # As root every folder says that it is writable, on a read-only disk too.
+    there = next(one for one in (folder, *folder.parents) if one.exists())
+    advice = f"repeat the command, or {otherwise}"
+    with writing(folder, advice), tempfile.TemporaryDirectory(prefix=_TRIAL, dir=there):
+        pass
+    return folder
 
 
 def prepare(

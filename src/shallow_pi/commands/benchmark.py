@@ -24,6 +24,7 @@ from typing import Literal
 import rich.console
 
 from shallow_pi import flags
+from shallow_pi.checkpoints import run_folder
 from shallow_pi.commands import exits
 from shallow_pi.inference import quantize as quantization
 from shallow_pi.inference import tuning as options
@@ -115,6 +116,8 @@ def main() -> None:
     given = flags.parse(Arguments, None, __doc__ or "")
     with exits.exit_on(ModuleNotFoundError):
         models = list(given.models())
+        if given.output:
+            run_folder.check_output(given.output, "give another --output")
         others = _openpi(models[0][0]) if given.against else {}
         console = rich.console.Console()
         for model, steps in to_tune(models) if given.tune else ():

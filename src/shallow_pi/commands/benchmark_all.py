@@ -32,6 +32,7 @@ from typing import Any, Literal
 import rich.console
 
 from shallow_pi import flags
+from shallow_pi.checkpoints import run_folder
 from shallow_pi.commands import benchmark_variant, exits
 from shallow_pi.speed import summary, turns, variants
 
@@ -89,7 +90,7 @@ def main() -> None:
         if given.list:
             print("\n".join(one.name for one in chosen))
             return
-        folder = pathlib.Path(given.output).expanduser()
+        folder = run_folder.check_output(given.output, "give another --output")
         folder.mkdir(parents=True, exist_ok=True)
         failed = measure(chosen, folder, given)
         found = summary.read(folder)

@@ -22,6 +22,7 @@ import tempfile
 from collections.abc import Sequence
 
 from shallow_pi import flags
+from shallow_pi.checkpoints import run_folder
 from shallow_pi.commands import exits
 from shallow_pi.speed import loader
 
@@ -39,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with exits.exit_on():
         words = sys.argv[1:] if arguments is None else arguments
         given = flags.parse(Arguments, words, __doc__ or "", idle=_idle)
+        if given.output:
+            run_folder.check_output(pathlib.Path(given.output).parent, "give another --output")
         with tempfile.TemporaryDirectory() as scratch:
             result = loader.measure(given, pathlib.Path(scratch))
         print(loader.table(result))

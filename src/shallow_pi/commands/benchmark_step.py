@@ -24,6 +24,7 @@ from collections.abc import Callable
 import jax
 import rich.console
 
+from shallow_pi.checkpoints import run_folder
 from shallow_pi.commands import exits
 from shallow_pi.parallel import processes
 from shallow_pi.speed import inference, plots, report, step
@@ -45,6 +46,8 @@ def main() -> None:
         processes.cache_compilations()
         experiment = command_line.cli(command_line.configs(), __doc__ or "", arguments)
         processes.split_cpu(experiment.batch_size // experiment.accumulation)
+        if own.output and processes.is_main():
+            run_folder.check_output(own.output, "give another --output")
         timing = measure(experiment, own.repeats)
         limit = inference.ceiling(experiment.model.dtype)
         if not processes.is_main():

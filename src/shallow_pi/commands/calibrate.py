@@ -79,6 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     f"{flags.as_flag(name)} must be at least {least}, got {getattr(given, name)}"
                 )
         folder = step_folder.find(given.policy, given.step)
+        run_folder.check_output(folder / run_folder.ASSETS, "copy the policy to another folder")
         assets = policy_assets.load(folder)
         data = _data(given, folder)
         datasets, held_out = opening.open_datasets(data, assets.robot)

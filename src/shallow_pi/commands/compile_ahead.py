@@ -12,11 +12,11 @@ The step is compiled from shapes alone; at full size this takes a few minutes.
 
 import argparse
 import json
-import pathlib
 import sys
 import time
 
 from shallow_pi import progress
+from shallow_pi.checkpoints import run_folder
 from shallow_pi.commands import exits
 from shallow_pi.planning import accelerators, compile, report
 from shallow_pi.speed import flops, latency
@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--output", default="")
     own, arguments = parser.parse_known_args()
     with exits.exit_on():
+        folder = own.output and run_folder.check_output(own.output, "give another --output")
         experiment = command_line.cli(command_line.configs(), __doc__ or "", arguments)
         devices = compile.devices(own.devices, own.topology)
         experiment = setup.resolve_from_disk(experiment)
@@ -48,10 +49,10 @@ def main() -> None:
         lines = report.planned(program, mesh, useful, accelerator)
         print(f"{experiment.name}, {name}, " + "\n".join(lines))
         print(f"compiled in {seconds:.0f} s")
-        if own.output:
+        if folder:
             shape = "-".join(f"{axis}{n}" for axis, n in mesh.shape.items() if n > 1)
             file = f"{experiment.name}-{name.replace(':', '-')}-{shape}.json"
-            path = pathlib.Path(own.output).expanduser() / file
+            path = folder / file
             path.parent.mkdir(parents=True, exist_ok=True)
             more = {"mesh": dict(mesh.shape), "versions": latency.versions()}
             content = report.contents(program, useful, accelerator) | more

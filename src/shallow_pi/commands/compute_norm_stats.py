@@ -21,7 +21,7 @@ import sys
 from collections.abc import Sequence
 
 from shallow_pi import flags, progress
-from shallow_pi.checkpoints import fetch
+from shallow_pi.checkpoints import fetch, run_folder
 from shallow_pi.commands import exits
 from shallow_pi.data import data_config, opening, sources
 from shallow_pi.data.lerobot import reader
@@ -65,6 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not name and not any(word.startswith("--data.asset-id") for word in spelled):
             data = dataclasses.replace(given.data, asset_id=robot.name)
             given = dataclasses.replace(given, data=data)
+        if not given.data.norm_stats:
+            run_folder.check_output(given.output or "norm_stats", "give another --output")
         # No pictures are read, so no video is fetched from the hub.
         looks = given.data.skip_bad_episodes
         datasets, _ = opening.open_datasets(given.data, robot, pictures=looks)

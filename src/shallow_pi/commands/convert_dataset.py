@@ -20,6 +20,7 @@ from typing import Annotated, Literal
 import tyro
 
 from shallow_pi import flags
+from shallow_pi.checkpoints import run_folder
 from shallow_pi.commands import exits
 from shallow_pi.data.lerobot import convert, hub, reader, video_writer
 
@@ -46,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, convert, print the folder."""
     given = flags.parse(Arguments, arguments, __doc__ or "", idle=_idle)
     with exits.exit_on():
+        run_folder.check_output(given.target, "give another TARGET", is_new=True)
         source = reader.Dataset(
             hub.locate(given.source),
             keys=(),

@@ -97,7 +97,7 @@ class Arguments:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, evaluate, print the folder."""
-    given = flags.parse(Arguments, arguments, __doc__ or "", idle=_idle)
+    given = flags.parse(Arguments, arguments, __doc__ or "", idle=_idle, conflicts=_conflicts)
     with exits.exit_on():
         folder = evaluate(given)
     print(folder)
@@ -112,15 +112,25 @@ def _idle(given: Arguments) -> flags.Idle:
         yield loaded, f"policy.{name}", reason
 
 
+def _conflicts(given: Arguments) -> flags.Idle:
+    late = given.late_ms * len(given.policies) if len(given.late_ms) == 1 else given.late_ms
+    asked = zip(map(_named, given.policies), late, strict=False)  # Numbers are counted later.
+    urls = [source for (_, source), ms in asked if ms and served.is_url(source)]
+    reason = f"{' '.join(urls)} cannot be sent a previous chunk to go on from; give skip or late"
+    yield urls and given.executor == "real-time", "executor", reason
+
+
 def evaluate(given: Arguments) -> pathlib.Path:
     """Evaluate the policies; returns the folder of the results."""
+    folder = run_folder.check_output(
+        given.output or f"evaluations/{given.sim.replace(':', '.')}", "give another --output"
+    )
     sims = simulator.GROUPS.get(given.sim, (given.sim,))
     jobs = []
     for sim in sims:
         own = dataclasses.replace(given, sim=sim)
         course = _course(own)
         jobs.append((course, _entrants(own, course.suite)))
-    folder = pathlib.Path(given.output or f"evaluations/{given.sim.replace(':', '.')}").expanduser()
     if given.overwrite:
         run_folder.prepare(folder, resume=False, overwrite=True, meet=processes.sync)
     processes.cache_compilations()

@@ -69,6 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             part="experiment",
         )
         experiment = given.experiment
+        folder = run_folder.check_output(
+            given.output or f"data_sheets/{experiment.name}", "give another --output"
+        )
         teacher_step = setup.teacher_on_disk(experiment)
         if teacher_step is not None and _has_params(teacher_step):  # Its assets alone are enough.
             experiment = setup.resolve(experiment, teacher_step)
@@ -82,7 +85,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 masks_padding=experiment.losses.mask_padded_actions,
                 advance=advance,
             )
-        folder = pathlib.Path(given.output or f"data_sheets/{experiment.name}").expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         picture = sheet.sheet(samples, experiment.augmentation, experiment.seed)
         Image.fromarray(picture).save(folder / "sheet.png")

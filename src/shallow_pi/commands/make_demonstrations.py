@@ -12,11 +12,11 @@ alone, not on the number of processes. Simulators and what they need: docs/bench
 """
 
 import dataclasses
-import pathlib
 from collections.abc import Sequence
 from typing import Literal
 
 from shallow_pi import flags, progress
+from shallow_pi.checkpoints import run_folder
 from shallow_pi.commands import exits
 from shallow_pi.data.lerobot import video_writer
 from shallow_pi.sims import recording, simulator
@@ -63,7 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         encoding = None
         if given.pictures != "png":
             encoding = video_writer.Encoding(given.pictures, crf=given.crf)
-        folder = pathlib.Path(given.output or f"demonstrations/{given.sim}").expanduser()
+        folder = run_folder.check_output(
+            given.output or f"demonstrations/{given.sim}", "give another --output", is_new=True
+        )
         tasks = recording.write(
             folder, suite, given.episodes, given.seed, given.noise, given.workers, encoding
         )

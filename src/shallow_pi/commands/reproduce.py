@@ -32,6 +32,7 @@ import rich.table
 import tyro
 
 from shallow_pi import flags, progress
+from shallow_pi.checkpoints import run_folder
 from shallow_pi.commands import exits
 from shallow_pi.evidence import (
     calibrating,
@@ -151,6 +152,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 miniature.run(chosen, given.workers, pathlib.Path(folder))
             progress.say("Every chosen study ran in miniature")
             return
+        if given.train or given.episodes:
+            for name in ("runs", "results"):
+                run_folder.check_output(getattr(given, name), f"give another --{name}")
+        if given.page:
+            run_folder.check_output(pathlib.Path(given.page).parent, "give another --page")
         slugs = catalogue.students([claim.name for claim in chosen])
         if given.train or given.episodes:
             unpack(slugs, given.runs)

@@ -33,6 +33,7 @@ import pathlib
 from collections.abc import Sequence
 
 from shallow_pi import flags
+from shallow_pi.checkpoints import run_folder
 from shallow_pi.commands import exits, policy_arguments
 from shallow_pi.deploy import policy
 from shallow_pi.parallel import processes
@@ -93,6 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with exits.exit_on(), contextlib.ExitStack() as stack:
         serving = given.create()
         serving.check()
+        if given.record:
+            run_folder.check_output(given.record, "give another --record")
         processes.cache_compilations()
         chosen = given.policy.load(given.policy.dir, prompt=given.prompt or None)
         chosen.warm_up(batch=given.batch)

@@ -9,6 +9,7 @@ uv run scripts/train_teacher.py NAME [--field value ...]
 import pathlib
 import sys
 
+from shallow_pi.checkpoints import run_folder
 from shallow_pi.commands import exits
 from shallow_pi.evaluation import study
 from shallow_pi.parallel import processes
@@ -28,7 +29,9 @@ def main() -> None:
                 f"{experiment.name} distils a student from a teacher: run it with "
                 "scripts/train_distill.py, or name the teacher's own config here"
             )
-        step = study.run(experiment)
         clone = command_line.configs().parent
         root = clone if (clone / "scripts").is_dir() else pathlib.Path()
-        study.package(experiment, step, root / "assets" / experiment.name)
+        packaged = root / "assets" / experiment.name
+        if processes.is_main():
+            run_folder.check_output(packaged, "give another --name")
+        study.package(experiment, study.run(experiment), packaged)

@@ -95,11 +95,7 @@ class Served:
           ConnectionError: the server has ended.
           ValueError: it refused the observation, or its actions do not fit.
         """
-        if previous is not None:
-            raise ValueError(
-                f"the protocol of {self.url} has no previous chunk to go on from: use --executor "
-                "skip or late"
-            )
+        assert previous is None, "the protocol has none, and --executor real-time is refused"
         while len(self._connections) < len(sims):
             self._connect()
         asked = [self._message(one) for one in observations[: len(sims)]]

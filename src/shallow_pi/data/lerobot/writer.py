@@ -19,6 +19,7 @@ import polars as pl
 from jaxtyping import Float
 
 from shallow_pi import progress
+from shallow_pi.checkpoints import run_folder
 from shallow_pi.data.lerobot import reader, tables, video_writer
 from shallow_pi.data.lerobot import stats as lerobot_stats
 
@@ -81,11 +82,7 @@ class Writer:
         source: Mapping[str, Any] | None = None,
         tasks: Sequence[str] = (),
     ) -> None:
-        self.folder = pathlib.Path(os.path.expanduser(folder)).absolute()
-        if os.path.lexists(self.folder):
-            raise FileExistsError(
-                f"{self.folder} exists; remove it to write the dataset anew, or choose another"
-            )
+        self.folder = run_folder.check_output(folder, "choose another folder", is_new=True)
         self.fps = fps
         self.robot_type = robot_type
         self.encoding = encoding

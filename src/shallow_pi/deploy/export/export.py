@@ -74,14 +74,11 @@ def export(
         )
     if opset != OPSET and format != "onnx":
         raise ValueError(f"--opset {opset} is for --format onnx, not {format}: leave it out")
+    if output:  # Before a checkpoint is fetched.
+        run_folder.check_output(output, "give another --output", is_new=True)
     folder = step_folder.find(source, step)
     target = pathlib.Path(output or folder.parent / "exports" / f"{folder.name}-{format}")
-    target = target.expanduser().absolute()
-    if target.exists():
-        raise FileExistsError(
-            f"{target} already exists and an export never overwrites: move it away or give "
-            "another --output"
-        )
+    target = run_folder.check_output(target, "give another --output", is_new=True)
     assets = policy_assets.load(folder)
     if chosen.DTYPES:
         dtype = _dtype(format, dtype or chosen.DTYPES[0], chosen.DTYPES)
@@ -114,13 +111,7 @@ def export(
     _clear(target, report)
     partial = _partial(target, os.getpid())
     try:
-        try:
-            partial.mkdir(parents=True)
-        except OSError as error:
-            raise OSError(
-                f"{target} cannot be made ({type(error).__name__}: {error}): give an --output "
-                "below a folder you can write to"
-            ) from error
+        partial.mkdir(parents=True)
         report(f"Writing {format}")
         exported.assets.save(partial / run_folder.ASSETS)
         chosen.write(partial, exported)
