@@ -1,5 +1,6 @@
 """A buffer of bytes holds an observation, and its program computes what the sampler does."""
 
+import dataclasses
 import functools
 
 import jax
@@ -21,6 +22,10 @@ def observe(config, b):
     observation.image_masks[config.cameras[0]][0] = False
     observation.tokenized_prompt_mask[0, -1] = False
     return observation
+
+
+def nbytes(tree):
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
 def test_a_buffer_holds_what_was_packed(tiny_config):
@@ -72,6 +77,28 @@ def test_weights_come_back_from_few_arguments(tiny_config, tiny_params):
     assert min(leaf.ndim for leaf in run.arrays.others) > 1
     vectors = sum(leaf.ndim == 1 for leaf in jax.tree.leaves(prepared))
     assert len(jax.tree.leaves(run.arrays)) == len(jax.tree.leaves(prepared)) - vectors + 1
+
+
+def test_tables_stand_in_for_the_weights_of_time(tiny_config, tiny_params):
+    """π0.5's: they are in no argument of the program, and actions are the same to the bit."""
+    config = tiny_config(pi05=True)
+    params, observation, noise = tiny_params(config), observe(config, 2), noise_of(config, 2)
+    timed = prepare.time_weights(config, params)
+    run = program.Program.create(config, params, 2, tuning.ALL_ON)
+    whole = run.weights._replace(params={**run.weights.params, **timed})
+    sample = jax.jit(sampler.sample_prepared, static_argnames=("config", "num_steps", "options"))
+    found, expected = (
+        sample(config, weights, observation.as_float(), noise, num_steps=2, options=tuning.ALL_ON)
+        for weights in (run.weights, whole)
+    )
+    np.testing.assert_array_equal(found, expected)
+    computed = dataclasses.replace(tuning.ALL_ON, time_tables=False)
+    without = program.Program.create(config, params, 2, computed)
+    saved = nbytes(timed) - nbytes(run.weights.tables)
+    assert nbytes(run.arrays) == nbytes(without.arrays) - saved
+    layer = config.expert.width * 3 * (config.expert.width + 1)
+    besides = layer + 2 * config.expert.width * (config.expert.width + 1)
+    assert nbytes(timed) == 4 * (2 * config.depth * layer + besides)
 
 
 def test_pictures_that_are_not_the_models_are_an_error(tiny_config):

@@ -170,7 +170,7 @@ def calibrate(
     if not 0 < percentile <= 100:
         raise ValueError(f"--percentile must lie in (0, 100], got {percentile}")
     # Each product of each layer is an equation of its own; the steps share one program.
-    options = dataclasses.replace(tuning.ALL_ON, padded_tower=False)
+    options = dataclasses.replace(tuning.ALL_ON, padded_tower=False, time_tables=False)
     times = sampler.integration_times(num_steps)
     prepared = jax.jit(functools.partial(prepare.prepare, config, times=times, options=options))(
         params

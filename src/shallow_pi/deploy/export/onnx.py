@@ -69,7 +69,7 @@ def write(folder: pathlib.Path, student: students.Student) -> None:
     import onnx
 
     model = model_of(student)
-    prepared = prepared_weights(model, student)
+    prepared = prepared_weights(model, student, any_time=True)
     lengths, graphs = _lengths(student), {}
     with onnx_graph.Weights(folder / WEIGHTS) as weights:
         for length in lengths:
@@ -283,13 +283,18 @@ def _lengths(student: students.Student) -> list[int]:
     return sorted({*usual, student.model.max_token_len})
 
 
-def prepared_weights(model: pi0.Pi0Config, student: students.Student) -> preparation.Prepared:
+def prepared_weights(
+    model: pi0.Pi0Config, student: students.Student, *, any_time: bool = False
+) -> preparation.Prepared:
+    """The weights of the sampler; for any time also those of a step whose time is an input."""
     times, dtype = sampler.integration_times(student.num_steps), jnp.dtype(model.dtype)
 
     def prepare(params: PyTree) -> preparation.Prepared:
         cast = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
         options = dataclasses.replace(tuning.ALL_ON, quantize=student.quantize)
-        return preparation.prepare(model, cast, times, options, student.bounds)
+        found = preparation.prepare(model, cast, times, options, student.bounds)
+        timed = preparation.time_weights(model, cast) if any_time else {}
+        return found._replace(params={**found.params, **timed})
 
     return jax.jit(prepare)(jax.tree.map(jnp.asarray, student.params))
 
