@@ -31,6 +31,14 @@ def make(
     return figure, figure.subplots(rows, columns, squeeze=False, **kwargs)
 
 
+def legend(axis: Axes, *, beside: bool = False, **options: Any) -> None:
+    """The legend of an axis without a frame, on its right if `beside`; `options` of matplotlib."""
+    given: dict[str, Any] = {"frameon": False, "fontsize": 8, **options}
+    if beside:
+        given |= {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
+    axis.legend(**given)
+
+
 def tidy(axis: Axes, grid: str) -> None:
     """No frame but the axes; grid lines of "x", "y" or "both"."""
     axis.spines[["top", "right"]].set_visible(False)

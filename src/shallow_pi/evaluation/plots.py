@@ -89,7 +89,7 @@ def loss_curves(
         else:
             axis.set_ylim(min(0.0, drawn.min()), 1.1 * drawn.max() or 1.0)
         figures.tidy(axis, "both")
-        axis.legend(frameon=False, fontsize=8)
+        figures.legend(axis)
     figure.savefig(path)
 
 

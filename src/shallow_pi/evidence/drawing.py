@@ -57,8 +57,7 @@ def picture(path: pathlib.Path, table: outcomes.Table, drawn: Picture) -> bool:
         axis.set_ylim(bottom=0)
     figures.tidy(axis, "y")
     if len(drawn.lines) > 1:
-        beside = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} if many else {}
-        axis.legend(frameon=False, fontsize=8, handlelength=3.2, **beside)
+        figures.legend(axis, beside=many, handlelength=3.2)
     figure.savefig(path)
     return True
 

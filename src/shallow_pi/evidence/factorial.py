@@ -240,7 +240,7 @@ def picture(path: pathlib.Path, table: outcomes.Table, results: pathlib.Path) ->
     ticks = [n for n in _TICKS if min(counts) < n < max(counts)]
     axis.minorticks_off()
     axis.set_xticks(ticks, [f"{n:g}" for n in ticks])
-    axis.legend(frameon=False, fontsize=8, loc="upper left")
+    figures.legend(axis, loc="upper left")
     figures.tidy(axis, "both")
     figure.savefig(path)
     return True

@@ -111,7 +111,7 @@ def picture(path: pathlib.Path, table: outcomes.Table, results: pathlib.Path) ->
         shape = next(shapes[color])
         axis.plot(x, y, shape, color=color, markersize=6, linestyle="", label=label)
     axis.set(xlabel="operations of one inference, M", ylabel="success, %", ylim=(0, 103))
-    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figures.legend(axis, beside=True)
     figures.tidy(axis, "both")
     figure.savefig(path)
     return True

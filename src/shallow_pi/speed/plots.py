@@ -30,7 +30,7 @@ def breakdown(path: pathlib.Path, timings: Sequence[inference.Timing]) -> None:
     for label, timing in zip(names, timings, strict=True):
         axis.plot([timing.median_ms["whole"]] * 2, [label] * 2, "|", color="#222222", markersize=14)
     axis.set(xlabel="ms (the mark: measured as a whole)", xlim=(0, None))
-    axis.legend(frameon=False, fontsize=8, loc="lower right")
+    figures.legend(axis, loc="lower right")
     axis.invert_yaxis()
     figures.tidy(axis, "x")
     figure.savefig(path)
@@ -61,7 +61,7 @@ def growth(path: pathlib.Path, timings: Sequence[inference.Timing]) -> None:
                 )
         axis.set_xticks(sorted({getattr(timing, field) for timing in timings}))
         axis.set(xlabel=title, ylim=(0, None))
-        axis.legend(frameon=False, fontsize=8)
+        figures.legend(axis)
         figures.tidy(axis, "y")
     axes[0][0].set(ylabel="ms, whole inference")
     figure.savefig(path)
@@ -92,7 +92,7 @@ def host_path(
     for label, whole in zip(bars, wholes, strict=True):
         axis.plot([whole] * 2, [label] * 2, "|", color="#222222", markersize=14)
     axis.set(xlabel="ms, each stage waited for (the mark: the whole as it runs)", xlim=(0, None))
-    axis.legend(frameon=False, fontsize=7, ncols=5, loc="lower left", bbox_to_anchor=(0, 1))
+    figures.legend(axis, fontsize=7, ncols=5, loc="lower left", bbox_to_anchor=(0, 1))
     axis.invert_yaxis()
     figures.tidy(axis, "x")
     figure.savefig(path)
@@ -112,7 +112,7 @@ def training_step(path: pathlib.Path, timing: step.Timing) -> None:
         memory.barh(kinds, widths, left=left, height=0.6, label=part)
         left += widths
     memory.set(xlabel="GB a device, as planned", xlim=(0, 1.5 * left.max()))
-    memory.legend(frameon=False, fontsize=7, loc="center right")
+    figures.legend(memory, fontsize=7, loc="center right")
     times.invert_yaxis()
     for axis in (times, memory):
         figures.tidy(axis, "x")
