@@ -12,6 +12,7 @@ import tomllib
 import pytest
 
 from shallow_pi.commands import exits, main
+from shallow_pi.parallel import processes
 from shallow_pi.training import command_line, loop
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -143,6 +144,8 @@ def test_where_nothing_can_be_written_is_known_first(words, tmp_path, monkeypatc
     words = words.replace("OUT", target).split()
     monkeypatch.setattr(sys, "argv", ["shallow-pi", *words])
     monkeypatch.chdir(tmp_path)
+    # In this process JAX may have started.
+    monkeypatch.setattr(processes, "split_cpu", lambda rows: None)
     with pytest.raises(SystemExit) as ending:
         main.main()
     assert ending.value.code == 1

@@ -13,7 +13,7 @@ import sys
 import numpy as np
 import pytest
 
-from shallow_pi.commands import load_test, serve_policy
+from shallow_pi.commands import load_test, policy_arguments, serve_policy
 from shallow_pi.serving import recorder
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -169,3 +169,12 @@ def test_a_load_test_of_nothing_says_so(failing):
     assert status == 1
     assert not said
     assert f"error: no answer from a server at ws://127.0.0.1:{port} (" in wrong
+
+
+def test_loading_and_compiling_begin_and_end_with_a_line(capsys):
+    """A log without a terminal says what a server does for minutes."""
+    policy_arguments.Loading().load(str(POLICY)).warm_up()
+    said = capsys.readouterr().err.splitlines()
+    assert [re.sub(r" in \d+\.\d s$", " in … s", line) for line in said] == [
+        *("Load: 0/1", "Load: 1/1 in … s", "Compile: 0/1", "Compile: 1/1 in … s")
+    ]

@@ -3,7 +3,6 @@
 import concurrent.futures
 import dataclasses
 import functools
-import re
 
 import jax
 import msgpack
@@ -286,15 +285,6 @@ def test_metadata_has_a_robots_own_and_never_in_place_of_the_policys(own, params
     found = policy.Policy(dataclasses.replace(own, robot=robot), params, num_steps=1).metadata
     assert found["reset_pose"] == [0, -1.5]
     assert found["depth"] == 2
-
-
-def test_loading_and_compiling_begin_and_end_with_a_line(step, capsys):
-    """A log without a terminal says what a server does for minutes."""
-    policy.Policy.from_checkpoint(step, prompt="touch the red block")
-    said = capsys.readouterr().err.splitlines()
-    assert [re.sub(r" in \d+\.\d s$", " in … s", line) for line in said] == [
-        *("Load: 0/1", "Load: 1/1 in … s", "Compile: 0/1", "Compile: 1/1 in … s")
-    ]
 
 
 def test_metadata_is_plain_and_says_what_a_client_sends(deployed):

@@ -149,9 +149,10 @@ def check_output(
     """
     folder = pathlib.Path(path).expanduser().absolute()
     if os.path.lexists(folder) and (is_new or not folder.is_dir()):
-        found, expected = "is a file", "a folder"
+        found = "is a file" if folder.exists() else "is a link to nothing"
         if folder.is_dir():
-            found, expected = "exists and is never overwritten", "the name of a new folder"
+            found = "exists and is never overwritten"
+        expected = "the name of a new folder" if is_new else "a folder"
         raise FileExistsError(
             f"{folder} {found}, expected {expected}: move it away, or {otherwise}"
         )

@@ -63,23 +63,25 @@ class Loading:
             "max_token_len": self.max_token_len or None,
             "discrete_state_input": self.discrete_state_input,
         }
-        loaded = policy.Policy.from_checkpoint(
-            path,
-            step=self.step,
-            num_steps=self.num_steps or None,
-            quantize=self.quantize or None,
-            quantized=self.quantized,
-            seed=self.seed,
-            robot=self.robot or robot,
-            asset_id=self.asset_id or None,
-            norm_stats=self.norm_stats or None,
-            tokenizer=self.tokenizer or None,
-            prompt=prompt,
-            state_warn=self.state_warn,
-            state_refuse=self.state_refuse,
-            warm_up=False,
-            **{name: value for name, value in fields.items() if value is not None},
-        )
+        with progress.bar("Load", total=1) as advance:
+            loaded = policy.Policy.from_checkpoint(
+                path,
+                step=self.step,
+                num_steps=self.num_steps or None,
+                quantize=self.quantize or None,
+                quantized=self.quantized,
+                seed=self.seed,
+                robot=self.robot or robot,
+                asset_id=self.asset_id or None,
+                norm_stats=self.norm_stats or None,
+                tokenizer=self.tokenizer or None,
+                prompt=prompt,
+                state_warn=self.state_warn,
+                state_refuse=self.state_refuse,
+                warm_up=False,
+                **{name: value for name, value in fields.items() if value is not None},
+            )
+            advance(1)
         if loaded.quantize == "none" and set(self.quantized) != set(quantization.PARTS):
             progress.warn(
                 f"--policy.quantized {' '.join(self.quantized)} has no effect: the policy rounds "

@@ -3,8 +3,7 @@
 `Policy.from_checkpoint(step)` needs nothing but a step folder written by training; depth, model,
 robot, tokenizer and statistics are in it. `infer` is what a robot or a server calls: one
 observation, its noise drawn from the seed. `infer_each` answers observations of several robots
-at once, each as if it were alone; `infer_batch` takes several with noise from the caller. All may
-be called from several threads at once.
+at once, each as if alone; `infer_batch` takes several with the caller's noise. All are thread-safe.
 """
 
 import dataclasses
@@ -158,22 +157,20 @@ class Policy:
         )
         expected = pi0.abstract_params(assets.model)
         dtype = np.dtype(jnp.dtype(assets.model.dtype))
-        with progress.bar("Load", total=1) as advance:
-            params = weights.load_params(folder, expected, dtype=dtype, what="policy")
-            policy = cls(
-                assets,
-                params,
-                num_steps=num_steps,
-                seed=seed,
-                prompt=prompt,
-                state_warn=state_warn,
-                state_refuse=state_refuse,
-                resize_on_device=resize_on_device,
-                quantize=quantize,
-                quantized=quantized,
-                calibration=calibrations.load(folder / run_folder.ASSETS, assets.model),
-            )
-            advance(1)
+        params = weights.load_params(folder, expected, dtype=dtype, what="policy")
+        policy = cls(
+            assets,
+            params,
+            num_steps=num_steps,
+            seed=seed,
+            prompt=prompt,
+            state_warn=state_warn,
+            state_refuse=state_refuse,
+            resize_on_device=resize_on_device,
+            quantize=quantize,
+            quantized=quantized,
+            calibration=calibrations.load(folder / run_folder.ASSETS, assets.model),
+        )
         if warm_up:
             policy.warm_up()
         return policy
