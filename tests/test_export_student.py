@@ -40,7 +40,7 @@ def test_the_packaged_policy_is_exported_and_the_folder_printed(command, tmp_pat
     assert json.loads((target / "config.json").read_text())["depth"] == 18
     status, _, err = command(TEACHER, *arguments)
     assert status == 1
-    assert "already exists" in err
+    assert "exists and is never overwritten" in err
 
 
 def test_help_teaches(command):
