@@ -99,8 +99,9 @@ class Robot:
     action_indices: tuple[int, ...] = ()
     # Always this prompt, whatever recordings and observations say; empty takes theirs.
     prompt: str = ""
-    # Facts sent to clients besides those of every policy, for clients that look for them.
-    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    # Facts sent to clients besides those of every policy, for clients that look for them. Robots
+    # that differ in these alone are equal: they read and answer alike.
+    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
     # The openpi config that has its transforms, if they are code and not these fields; openpi
     # serves its policies.
     elsewhere: str = ""
