@@ -11,7 +11,7 @@ import tomllib
 
 import pytest
 
-from shallow_pi.commands import exits, main
+from shallow_pi.commands import exits, export_student, main
 from shallow_pi.parallel import processes
 from shallow_pi.training import command_line, loop
 
@@ -48,6 +48,9 @@ def test_a_command_helps_under_the_name_it_was_called_by(command):
     assert "usage: shallow-pi export " in out
     assert "shallow-pi export SOURCE --format FORMAT" in out
     assert "scripts/" not in out
+    # The process keeps nothing of it: the script of a clone still helps under its own name.
+    assert "uv run scripts/export_student.py SOURCE" in export_student.__doc__
+    assert sys.argv == ["shallow-pi", "export", "--help"]
 
 
 def test_an_unknown_command_names_the_closest(command):

@@ -53,11 +53,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"error: unknown command {name!r}: {', '.join(COMMANDS)}{hint}", file=sys.stderr)
         raise SystemExit(2)
     module = importlib.import_module(f"shallow_pi.commands.{COMMANDS[name]}")
+    own_text, own_arguments = module.__doc__, sys.argv
     # Help names commands as they are typed here.
     module.__doc__ = as_typed(module.__doc__ or "")
     # Arguments of the command's parser, its name first.
     sys.argv = [f"shallow-pi {name}", *rest]
-    module.main()
+    try:
+        module.main()
+    finally:
+        module.__doc__, sys.argv = own_text, own_arguments
 
 
 def overview() -> str:
