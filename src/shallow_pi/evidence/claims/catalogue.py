@@ -229,8 +229,7 @@ CLAIMS: dict[str, Claim] = {
         shape_claims.shapes(),
         teacher_claims.sizes(),
         teacher_claims.last_layer(),
-        rival_claims.on_the_tabletop(),
-        rival_claims.on_the_turntable(),
+        rival_claims.rivals(),
         _metaworld(),
     )
 }
