@@ -110,6 +110,18 @@ def test_cells_of_a_simulator_that_is_not_installed_are_pending(tmp_path, monkey
     assert not list(tmp_path.iterdir())
 
 
+def test_only_policies_of_the_chosen_cells_are_trained(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(reproduce, "train", lambda wanted, _: asked.append(wanted))
+    monkeypatch.setattr(reproduce, "unpack", lambda slugs, _: asked.append(slugs))
+    folders = ["--runs", str(tmp_path), "--results", str(tmp_path), "--page", ""]
+    only = ["parity", "--only", "^l6-demonstrations50-s1 "]
+    reproduce.main([*only, "--train", "--episodes", "0", *folders])
+    slugs, wanted = asked
+    assert [recipe.slug for recipe in wanted] == slugs
+    assert slugs == [recipes.TEACHER.slug, "l6-demonstrations50-s1"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

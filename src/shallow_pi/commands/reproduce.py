@@ -13,8 +13,9 @@ uv run scripts/reproduce.py CLAIM ... [--runs DIR] [--results DIR] [--page FILE]
     all --miniature              everything, once, with tiny untrained policies, somewhere temporary
 
 A cell that is measured is not measured again. Policies that are not among the runs are left out and
-stay pending; --train makes them first, many in one program (minutes on an accelerator, days on a
-CPU). Several machines may each do a part: put their results files into one folder.
+stay pending; --train makes those of the chosen cells first, many in one program (minutes on an
+accelerator, days on a CPU). Several machines may each do a part: put their results files into one
+folder.
 """
 
 import dataclasses
@@ -157,15 +158,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 run_folder.check_output(getattr(given, name), f"give another --{name}")
         if given.page:
             run_folder.check_output(pathlib.Path(given.page).parent, "give another --page")
-        slugs = catalogue.students([claim.name for claim in chosen])
+        wanted = [cell for claim in chosen for cell in claim.cells() if names.search(cell.name)]
+        wanted = list(dict.fromkeys(wanted))[index::parts]
+        slugs = catalogue.students(wanted)
         if given.train or given.episodes:
             unpack(slugs, given.runs)
         if given.train:
             train([rows.RECIPES[slug] for slug in slugs], given)
         if given.episodes:
-            wanted = [cell for claim in chosen for cell in claim.cells()]
-            wanted = [cell for cell in wanted if names.search(cell.name)]
-            measure(list(dict.fromkeys(wanted))[index::parts], given)
+            measure(wanted, given)
         if given.page:
             written = page.write(
                 pathlib.Path(given.page), given.results, given.episodes or Arguments.episodes
@@ -174,13 +175,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _idle(given: Arguments) -> flags.Idle:
-    measuring = "only part train_rivals"
+    making = "only part train_rivals"
     lists = f"--{'list' if given.list else 'pending'} prints a list, and stops; leave it out"
-    more = f"{measuring} runs page workers train miniature"
+    more = f"{making} runs page workers train miniature"
     yield given.list or given.pending, more, lists
     tiny = "--miniature tries everything, somewhere temporary; leave it out"
-    yield given.miniature, f"{measuring} runs results page episodes train", tiny
-    yield not given.episodes, measuring, "--episodes 0 measures nothing; leave it out"
+    yield given.miniature, f"{making} runs results page episodes train", tiny
+    nothing = "--episodes 0 measures nothing; leave it out"
+    yield not given.episodes, "train_rivals", nothing
+    yield not given.episodes and not given.train, "only part", nothing
 
 
 def unpack(slugs: Sequence[str], runs: pathlib.Path) -> None:

@@ -1,6 +1,6 @@
 """The claims about the method, in the order in which they are worth running (see `claim`)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from shallow_pi.evidence.claims import (
     cells,
@@ -235,8 +235,11 @@ CLAIMS: dict[str, Claim] = {
 }
 
 
-def students(names: Sequence[str] = tuple(CLAIMS)) -> list[str]:
-    """Slugs of the policies that claims need and a recipe makes, in order, teachers first."""
-    needed = [cell.policy.partition("--")[0] for name in names for cell in CLAIMS[name].cells()]
+CELLS = tuple(cell for claim in CLAIMS.values() for cell in claim.cells())
+
+
+def students(wanted: Iterable[cells.Cell] = CELLS) -> list[str]:
+    """Slugs of the policies that cells need and a recipe makes, in order, teachers first."""
+    needed = [cell.policy.partition("--")[0] for cell in wanted]
     found = [slug for slug in dict.fromkeys(needed) if slug in rows.RECIPES]
     return list(dict.fromkeys([*map(rows.teacher_of, found), *found]))
