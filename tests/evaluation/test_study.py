@@ -5,20 +5,23 @@ import functools
 import hashlib
 import json
 import pathlib
+import types
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 from shallow_pi.checkpoints import sizes, weights
 from shallow_pi.data import data_config
 from shallow_pi.data.robots import assets
-from shallow_pi.distill import losses, student
+from shallow_pi.deploy import policy as deployed
+from shallow_pi.distill import layer_map, losses, step, student
 from shallow_pi.evaluation import rollout, study
 from shallow_pi.inference import prepare, sampler, tuning
 from shallow_pi.models import pi0
 from shallow_pi.sims import turntable
-from shallow_pi.training import command_line, config, loop, metrics, run
+from shallow_pi.training import command_line, config, loop, metrics, run, setup
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "train_configs"
 
@@ -80,6 +83,42 @@ def test_baselines_differ_from_the_student_in_loss_and_start_alone(tmp_path):
         for field in dataclasses.fields(baseline):
             if field.name not in ("losses", "student", "gradient_interval"):
                 assert getattr(baseline, field.name) == getattr(experiment, field.name), field.name
+
+
+def test_a_scorers_baselines_keep_its_own_loss(tmp_path):
+    experiment = _student(tmp_path, "teacher")
+    tokens = dataclasses.replace(experiment.student, image_tokens=4, image_token_choice="scored")
+    experiment = dataclasses.replace(experiment, student=tokens)
+    for baseline in study.baselines(experiment).values():
+        terms = setup.make_spec(baseline).losses.weights
+        assert {name for name, weight in terms.items() if weight} == {"task", "scorer"}
+
+
+def test_the_teacher_of_a_student_in_8_bits_is_not_rounded(own, tiny_config, tmp_path, monkeypatch):
+    teacher = tiny_config(vocab_size=320)
+    spec = step.Spec(
+        student=own.model,
+        optimizer=optax.sgd(0.1),
+        schedule=optax.constant_schedule(0.1),
+        losses=losses.Losses(),
+        teacher=teacher,
+        layer_map=layer_map.explicit((0, 2), 3),
+        quantize="int8",
+    )
+    in_8_bits = dataclasses.replace(own, quantize="int8")
+    monkeypatch.setattr(assets, "load", lambda folder: in_8_bits)
+    monkeypatch.setattr(setup, "load_teacher", lambda *_: {})
+    monkeypatch.setattr(student, "cut", lambda *_: {})
+    monkeypatch.setattr(deployed.Policy, "from_checkpoint", lambda folder, **_: "student's")
+    monkeypatch.setattr(
+        deployed.Policy, "__init__", lambda self, own, _, **__: setattr(self, "assets", own)
+    )
+    experiment = _student(tmp_path, "teacher")
+    opened = types.SimpleNamespace(experiment=experiment, spec=spec, teacher_step=None)
+    found = study._policies(opened, experiment.closed_loop, {"student": tmp_path})
+    assert found["teacher"].assets.model == teacher
+    assert found["teacher"].assets.quantize == "none"
+    assert found["cut_only"].assets.quantize == "int8"
 
 
 def test_episodes_of_what_a_resumed_run_may_change_are_told_apart(tmp_path):

@@ -91,7 +91,7 @@ class Losses:
         """The weight of every term, by name."""
         return {name: getattr(self, name) or 0.0 for name in TERMS}
 
-    def only(self, **weights: float) -> "Losses":
+    def only(self, **weights: float | None) -> "Losses":
         """The same with these weights of terms, and none of the other terms."""
         every: dict[str, Any] = {**dict.fromkeys(TERMS, 0.0), **weights}
         return dataclasses.replace(self, **every)

@@ -169,10 +169,13 @@ def find_suite(task: config.ClosedLoopConfig) -> simulator.Suite:
 
 
 def baselines(experiment: config.DistillConfig) -> dict[str, config.DistillConfig]:
-    """Students by the task loss alone, from the cut and from random weights; all else the same."""
+    """Students by the task loss alone, from the cut and from random weights; all else the same.
+
+    A scorer keeps its own loss, without which it learns nothing, and which trains nothing else.
+    """
     alone = dataclasses.replace(
         experiment,
-        losses=experiment.losses.only(task=1.0),
+        losses=experiment.losses.only(task=1.0, scorer=experiment.losses.scorer),
         gradient_interval=0,
         profile="",
     )
@@ -343,7 +346,9 @@ def _policies(
     if spec.teacher is None or spec.layer_map is None:
         return {"teacher": trained("teacher")}
     own = policy_assets.load(steps["student"])
-    whole = dataclasses.replace(own, model=spec.teacher, num_steps=step.TEACHER_STEPS)
+    whole = dataclasses.replace(
+        own, model=spec.teacher, num_steps=step.TEACHER_STEPS, quantize="none"
+    )
     mesh = sharding.MeshConfig().create(jax.local_devices()[:1])
     held = setup.load_teacher(experiment, opened.teacher_step, mesh)
     # As a deployed policy has them (`Policy.from_checkpoint`), so that times compare.
