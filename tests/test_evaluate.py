@@ -4,6 +4,7 @@ import contextlib
 import json
 import re
 import threading
+import types
 
 import exact_stats
 import numpy as np
@@ -11,11 +12,12 @@ import pytest
 import websockets.sync.server
 
 from shallow_pi.checkpoints import run_folder, weights
-from shallow_pi.commands import evaluate
+from shallow_pi.commands import evaluate, policy_arguments
 from shallow_pi.data.robots import normalize
 from shallow_pi.data.robots import robot as robots
-from shallow_pi.deploy import robot_observation
+from shallow_pi.deploy import policy, robot_observation, step_folder
 from shallow_pi.evaluation import served
+from shallow_pi.inference import calibration
 from shallow_pi.serving import protocol
 from shallow_pi.sims import simulator
 
@@ -295,6 +297,44 @@ def test_a_server_of_another_robot_is_refused(failing, tmp_path):
 def test_what_cannot_be_is_said(arguments, message, failing, tmp_path, monkeypatch):
     monkeypatch.setenv("MUJOCO_GL", "disabled")
     assert message in failing(*arguments, "--output", str(tmp_path / "results"))
+
+
+def test_a_step_of_a_run_is_found_once(own, tmp_path, monkeypatch):
+    for number in (2, 5):
+        own.save(tmp_path / str(number) / run_folder.ASSETS)
+    (tmp_path / run_folder.BEST_FILE).write_text('{"step": 2, "error": 0.1}')
+    loaded = types.SimpleNamespace(noise_shape=(5, 6), quantize="none", description="")
+    found = []
+
+    def load(path, *, step, **_):
+        found.append(step_folder.find(path, step))
+        return loaded
+
+    monkeypatch.setattr(weights, "digest", lambda step: "")
+    monkeypatch.setattr(policy.Policy, "from_checkpoint", load)
+    best = policy_arguments.Loading(step="best")
+    given = evaluate.Arguments((str(tmp_path),), "turntable", best)
+    suite = simulator.find("turntable", {})
+    assert evaluate._entrant(given, suite, str(tmp_path), 0.0).load().policy is loaded
+    assert found == [tmp_path / "2"]
+
+
+def test_activations_rounded_in_other_bounds_are_another_setting(own, tmp_path, monkeypatch):
+    folder = tmp_path / run_folder.ASSETS
+    own.save(folder)
+    monkeypatch.setattr(weights, "digest", lambda step: "")
+    suite, found = simulator.find("turntable", {}), {}
+    for bounds in ("", "1", "2"):
+        if bounds:
+            (folder / calibration.FILE_NAME).write_text(bounds)
+        for scheme in ("", "w8", "int8"):
+            loading = policy_arguments.Loading(quantize=scheme)
+            given = evaluate.Arguments((str(tmp_path),), "turntable", loading)
+            entrant = evaluate._entrant(given, suite, str(tmp_path), 0.0)
+            found.setdefault(scheme, []).append(entrant.settings())
+    assert found[""] == found[""][:1] * 3
+    assert found["w8"] == found["w8"][:1] * 3
+    assert len({str(settings) for settings in found["int8"]}) == 3
 
 
 @pytest.mark.parametrize("robot", [robots.LIBERO, robots.ALOHA_SIM, robots.TURNTABLE])

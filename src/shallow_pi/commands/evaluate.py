@@ -22,6 +22,7 @@ and more episodes are added to what is there.
 """
 
 import dataclasses
+import hashlib
 import math
 import pathlib
 import re
@@ -37,6 +38,7 @@ from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.data.robots import normalize
 from shallow_pi.deploy import step_folder
 from shallow_pi.evaluation import comparison, policies, rollout, served, together
+from shallow_pi.inference import calibration
 from shallow_pi.parallel import processes
 from shallow_pi.sims import demonstrations, simulator, workers
 
@@ -208,6 +210,7 @@ def _entrant(
     step = step_folder.find(source, given.policy.step)
     is_ours = (step / run_folder.ASSETS / policy_assets.FILE_NAME).is_file()
     needed, default = given.execute_steps + delay.steps, _label(step)
+    loading = dataclasses.replace(given.policy, step="last")  # The folder is the step's.
 
     def check(horizon: int) -> None:
         if needed > horizon:
@@ -216,18 +219,21 @@ def _entrant(
                 f"{delay.steps} control steps of lateness need {needed}"
             )
 
+    trained: str = "none"
     if is_ours:
         assets = policy_assets.load(step)
+        trained = assets.quantize
         simulator.check_robot(suite, assets.robot, f"evaluate it on another --sim than {given.sim}")
         check(given.policy.action_horizon or assets.model.action_horizon)
     origin = {
         "source": str(step),
         comparison.PARAMETERS: weights.digest(step),
+        **_calibration(step, given.policy.quantize or trained),
         **_set_options(given.policy),
     }
 
     def load() -> policies.Policy:
-        loaded = given.policy.load(str(step), robot=None if is_ours else suite.robot)
+        loaded = loading.load(str(step), robot=None if is_ours else suite.robot)
         if not is_ours:
             _check_dimensions(step, loaded.assets.stats, suite)
         check(loaded.noise_shape[0])
@@ -266,6 +272,14 @@ def _set_options(loading: policy_arguments.Loading) -> dict[str, object]:
         for field in dataclasses.fields(loading)
         if field.name not in idle and (value := getattr(loading, field.name)) != field.default
     }
+
+
+def _calibration(step: pathlib.Path, scheme: str) -> dict[str, object]:
+    """A digest of the bounds that a policy rounds activations with; nothing where it does not."""
+    path = step / run_folder.ASSETS / calibration.FILE_NAME
+    if scheme not in ("int8", "fp8", "tuned") or not path.is_file():
+        return {}
+    return {"calibration": hashlib.sha256(path.read_bytes()).hexdigest()[:10]}
 
 
 def _label(step: pathlib.Path) -> str:
