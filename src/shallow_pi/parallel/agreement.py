@@ -77,7 +77,7 @@ def check_shared(folder: pathlib.Path) -> None:
     """
     if jax.process_count() == 1:
         return
-    token, index = processes.gather(time.time_ns())[0], jax.process_index()
+    token, index = processes.of_main(time.time_ns()), jax.process_index()
     own = folder / f".process-{token}-{index}"
     try:
         folder.mkdir(parents=True, exist_ok=True)  # Absent where it is not shared.

@@ -18,7 +18,7 @@ import pathlib
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Self
+from typing import Self
 
 import flax.traverse_util
 import jax
@@ -51,7 +51,7 @@ class _AssetsHandler(ocp.CheckpointHandler):
     """An Orbax handler that writes the assets of a step with a callback."""
 
     def save(self, directory: os.PathLike[str], args: "_Assets") -> None:
-        if jax.process_index() == 0:
+        if processes.is_main():
             args.write(pathlib.Path(os.fspath(directory)))
 
     def restore(self, directory: os.PathLike[str], args: "_NoAssets | None" = None) -> None:
@@ -96,7 +96,7 @@ class Checkpoints:
         self._saving: int | None = None
         self._unsettled = False
         orbax_noise.silence()
-        with _explained(f"{self.folder} cannot hold checkpoints", self._last_complete):
+        with _explained(f"{self.folder} cannot hold checkpoints", self.latest_step):
             self.folder.mkdir(parents=True, exist_ok=True)
             _remove_unfinished(self.folder)
             self._manager = ocp.CheckpointManager(
@@ -109,9 +109,7 @@ class Checkpoints:
                 },
                 options=ocp.CheckpointManagerOptions(),
             )
-        # Process 0's, since all must save together: a network file system may show another host the
-        # folder as it was.
-        best = processes.gather(self._find_best())[0]
+        best = processes.of_main(self._find_best())  # All must save together.
         self._best = None if best is None else (best[0], best[1])
         self._link_best()  # The run may have been killed before it did.
 
@@ -184,8 +182,8 @@ class Checkpoints:
             self._settle()
 
     def latest_step(self) -> int | None:
-        """The last step that is complete on disk."""
-        return self._last_complete()
+        """The last step that is complete on disk; Orbax also counts one that is being written."""
+        return max(run_folder.steps(self.folder), default=None)
 
     def restore(
         self, abstract: distillation.DistillState, step: int | None = None
@@ -228,9 +226,10 @@ class Checkpoints:
         except Exception as error:  # Orbax raises whatever TensorStore did, bare ones included.
             raise weights.damaged(folder, error) from error
         params = flax.traverse_util.flatten_dict(read["params"]["params"])
-        params = {path: leaf for path, leaf in params.items() if path not in self._frozen}
-        state = _merge(abstract, flax.traverse_util.unflatten_dict(params), read["train_state"])
-        return state, read["data"]["data"]
+        own = {path: leaf for path, leaf in params.items() if path not in self._frozen}
+        name = "params" if abstract.ema_params is None else "ema_params"
+        whole = {**read["train_state"], name: flax.traverse_util.unflatten_dict(own)}
+        return dataclasses.replace(abstract, **whole), read["data"]["data"]
 
     def close(self) -> None:
         """Wait for a running save, then stop the threads; safe to call twice."""
@@ -270,7 +269,7 @@ class Checkpoints:
 
     def _settle(self) -> None:
         """Link the best step, and delete superseded ones."""
-        with _explained(f"{self.folder} cannot be tidied", self._last_complete):
+        with _explained(f"{self.folder} cannot be tidied", self.latest_step):
             if not processes.is_main():
                 return
             self._link_best()
@@ -295,14 +294,9 @@ class Checkpoints:
         whole = flax.traverse_util.flatten_dict(params) | self._frozen
         return flax.traverse_util.unflatten_dict(whole), rest
 
-    def _last_complete(self) -> int | None:
-        # Read from the disk: Orbax also counts a step that is still being written.
-        return max(run_folder.steps(self.folder), default=None)
-
     def _writing(self) -> contextlib.AbstractContextManager[None]:
         return _explained(
-            f"checkpoint {self.folder / str(self._saving)} could not be written",
-            self._last_complete,
+            f"checkpoint {self.folder / str(self._saving)} could not be written", self.latest_step
         )
 
 
@@ -319,13 +313,6 @@ def _array_handler() -> ocp.PyTreeCheckpointHandler:
     return ocp.PyTreeCheckpointHandler(
         type_handler_registry=kinds.create_type_handler_registry((jax.Array, whole))
     )
-
-
-def _merge(
-    abstract: distillation.DistillState, params: PyTree, rest: dict[str, Any]
-) -> distillation.DistillState:
-    name = "params" if abstract.ema_params is None else "ema_params"
-    return dataclasses.replace(abstract, **rest, **{name: params})
 
 
 def _point_to(folder: pathlib.Path, step: int, error: float) -> None:
@@ -354,7 +341,7 @@ def _delete(step: pathlib.Path) -> None:
 def _remove_unfinished(folder: pathlib.Path) -> None:
     """Delete the remains of interrupted saves and deletions; not every version of Orbax does so."""
     processes.sync("opened the checkpoints")
-    if jax.process_index() == 0:
+    if processes.is_main():
         for child in folder.glob(f"[0-9]*{_TEMPORARY}*"):
             _remove(child)
     processes.sync("removed unfinished checkpoints")

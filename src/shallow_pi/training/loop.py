@@ -138,9 +138,8 @@ def start(
     run: runs.Run, teacher: PyTree, checkpoints: checkpoint.Checkpoints, feed: loader.Prefetch
 ) -> step.DistillState:
     """The state a run starts or resumes from; the feed is set to the next batch."""
-    # (1) This run's last step, as process 0 sees it: a network file system may show another host
-    # the folder as it was.
-    if (last := processes.gather(checkpoints.latest_step())[0]) is not None:
+    # (1) This run's last step.
+    if (last := processes.of_main(checkpoints.latest_step())) is not None:
         progress.say(f"Start: step {last} in {run.folder}")
         state, position = checkpoints.restore(shapes.abstract_state(run.spec, run.mesh), last)
         feed.restore(position)
