@@ -34,4 +34,4 @@ def test_no_repeats_are_refused_in_one_line(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), "debug", "--repeats", "0"])
     with pytest.raises(SystemExit, match="1"):
         benchmark_step.main()
-    assert "--repeats must be 1 or more, got 0" in capsys.readouterr().err
+    assert "--repeats must be at least 1, got 0" in capsys.readouterr().err

@@ -86,6 +86,13 @@ def as_flag(field: str) -> str:
     return f"--{field}".replace("_", "-")
 
 
+def at_least(given: object, bound: int, *fields: str, prefix: str = "") -> None:
+    """Raise ValueError unless these fields are at least `bound`; `prefix` begins their flags."""
+    for field in fields:
+        if not (value := getattr(given, field)) >= bound:  # Nor NaN.
+            raise ValueError(f"{as_flag(prefix + field)} must be at least {bound}, got {value}")
+
+
 def pairs(words: Sequence[str], flag: str) -> dict[str, str]:
     """Options given as NAME=VALUE after `flag`.
 

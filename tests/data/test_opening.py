@@ -236,10 +236,10 @@ def test_a_source_that_cannot_be_imported_is_reported(model, source):
         ({"held_out": 1.0}, "data.held-out is a share of the episodes"),
         ({"weights": (1, 2)}, r"got 2 weights \[1, 2\] for 1 datasets"),
         ({"more": ("b",), "weights": (1, -2)}, "weights must be positive"),
-        ({"num_workers": -1}, "--data.num-workers must be 0 or more, got -1"),
+        ({"num_workers": -1}, "--data.num-workers must be at least 0, got -1"),
         ({"num_workers": 1, "cache": "memory"}, "data.cache memory is for one process"),
         ({"cache": True}, "data.cache must be none, memory or disk, got True"),
-        ({"cache_gib": -1.0}, "data.cache-gib must be 0 or more"),
+        ({"cache_gib": -1.0}, "data.cache-gib must be at least 0"),
         ({"source": "lerobots"}, "data.source must be lerobot, synthetic or MODULE:FUNCTION"),
     ],
 )

@@ -129,7 +129,7 @@ def test_only_policies_of_the_chosen_cells_are_trained(tmp_path, monkeypatch):
         (["metawrld"], r"got 'metawrld'; did you mean 'metaworld'\?"),
         (["late", "--part", "3/2"], "--part: expected i/n with i of 1 to n, got '3/2'"),
         (["late", "--only", "l6("], r"--only: expected a regular expression, got 'l6\('"),
-        (["late", "--workers", "0"], "expected --episodes of at least 0 and --workers"),
+        (["late", "--workers", "0"], "--workers must be at least 1, got 0"),
     ],
 )
 def test_wrong_arguments_are_told(arguments, message, capsys):

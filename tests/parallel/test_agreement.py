@@ -30,7 +30,7 @@ class Changed:
 
 @dataclasses.dataclass(frozen=True)
 class Inner:
-    rate: float = 0.1
+    peak_rate: float = 0.1
     layers: tuple[int, ...] = (0, 3)
 
 
@@ -74,7 +74,7 @@ def test_a_field_that_is_a_part_here_and_none_there_differs():
     )
     assert [line.partition(":")[0] for line in lines] == [
         "--teacher",
-        "--teacher.rate",
+        "--teacher.peak-rate",
         "--teacher.layers",
     ]
 

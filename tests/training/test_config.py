@@ -69,7 +69,7 @@ def test_an_unknown_field_names_the_closest(capsys):
         (["--validation.interval", "-1"], "--validation.interval must be at least 0, got -1"),
         (["--validation.samples", "0"], "--validation.samples must be at least 1, got 0"),
         (["--validation.against", "me"], "'data', 'teacher'"),
-        (["--data.num-threads", "-1"], "--data.num-threads must be 0 or more, got -1"),
+        (["--data.num-threads", "-1"], "--data.num-threads must be at least 0, got -1"),
         (["--model.dtype", "float16"], "must be 'bfloat16' or 'float32', got 'float16'"),
         (["--schedule.peak-lr", "-1"], "--schedule.peak-lr must be a positive number, got -1.0"),
         (["--mesh.fsdp", "0"], "--mesh.fsdp must be 1 or more, or -1 to choose, got 0"),

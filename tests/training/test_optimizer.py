@@ -86,7 +86,7 @@ def test_weights_decay_by_the_learning_rate_times_the_decay():
     [
         (
             lambda: optimizer.CosineSchedule(warmup_steps=-1),
-            "--schedule.warmup-steps must be 0 or more",
+            "--schedule.warmup-steps must be at least 0",
         ),
         (
             lambda: optimizer.CosineSchedule(decay_steps=1000),
@@ -105,7 +105,7 @@ def test_weights_decay_by_the_learning_rate_times_the_decay():
         (lambda: optimizer.AdamW(eps=0.0), "eps must be positive"),
         (lambda: optimizer.AdamW(clip_norm=0.0), "clip-norm must be positive, got 0.0"),
         (lambda: optimizer.AdamW(moments="int8"), "float32 or bfloat16, got 'int8'"),
-        (lambda: optimizer.AdamW(weight_decay=-1.0), "--optimizer.weight-decay must be 0 or more"),
+        (lambda: optimizer.AdamW(weight_decay=-1.0), "--optimizer.weight-decay must be at least 0"),
     ],
 )
 def test_a_bad_value_says_what_is_valid(make, message):

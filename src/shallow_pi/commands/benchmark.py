@@ -76,11 +76,10 @@ class Arguments:
 
     def models(self) -> Iterator[tuple[pi0.Pi0Config, int]]:
         """Every model to time, with its integration steps."""
-        if self.repeats < 1:
-            raise ValueError(f"--repeats must be 1 or more, got {self.repeats}")
+        flags.at_least(self, 1, "repeats")
         for name in ("depths", "cameras", "prompts", "horizons", "num_steps"):
             if min(getattr(self, name), default=-1) < (name not in ("prompts", "horizons")):
-                raise ValueError(f"--{name.replace('_', '-')} must be positive numbers")
+                raise ValueError(f"{flags.as_flag(name)} must be positive numbers")
         for depth, cameras, prompt, horizon, steps in itertools.product(
             self.depths, self.cameras, self.prompts, self.horizons, self.num_steps
         ):

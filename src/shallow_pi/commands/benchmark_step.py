@@ -24,6 +24,7 @@ from collections.abc import Callable
 import jax
 import rich.console
 
+from shallow_pi import flags
 from shallow_pi.checkpoints import run_folder
 from shallow_pi.commands import exits
 from shallow_pi.parallel import processes
@@ -40,8 +41,7 @@ def main() -> None:
     parser.add_argument("--output", default="")
     own, arguments = parser.parse_known_args()
     with exits.exit_on():
-        if own.repeats < 1:
-            raise ValueError(f"--repeats must be 1 or more, got {own.repeats}")
+        flags.at_least(own, 1, "repeats")
         processes.initialize()
         processes.cache_compilations()
         experiment = command_line.cli(command_line.configs(), __doc__ or "", arguments)

@@ -73,11 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = flags.parse(Arguments, arguments, __doc__ or "", idle=_idle)
     processes.cache_compilations()
     with exits.exit_on():
-        for name, least in (("samples", 1), ("batch_size", 1), ("num_steps", 0)):
-            if getattr(given, name) < least:
-                raise ValueError(
-                    f"{flags.as_flag(name)} must be at least {least}, got {getattr(given, name)}"
-                )
+        flags.at_least(given, 1, "samples", "batch_size")
+        flags.at_least(given, 0, "num_steps")
         folder = step_folder.find(given.policy, given.step)
         run_folder.check_output(folder / run_folder.ASSETS, "copy the policy to another folder")
         assets = policy_assets.load(folder)

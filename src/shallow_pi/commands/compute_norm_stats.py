@@ -58,11 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         given = flags.parse(Arguments, words, __doc__ or "", default=default, idle=_idle)
         if not given.data.path:
             raise ValueError("name a dataset with --data.path: a folder, or owner/name on the hub")
-        if given.horizon < 1:
-            raise ValueError(f"--horizon must be at least 1, got {given.horizon}")
+        flags.at_least(given, 1, "horizon")
         robot = robots.find(given.data.robot)
-        spelled = (word.replace("_", "-") for word in words)  # Either is taken.
-        if not name and not any(word.startswith("--data.asset-id") for word in spelled):
+        if not name and "--data.asset-id" not in flags.named(words):
             data = dataclasses.replace(given.data, asset_id=robot.name)
             given = dataclasses.replace(given, data=data)
         if not given.data.norm_stats:

@@ -85,12 +85,8 @@ class Arguments:
     films: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("episodes", "execute_steps", "parallel"):
-            if getattr(self, name) < 1:
-                flag = name.replace("_", "-")
-                raise ValueError(f"--{flag} must be at least 1, got {getattr(self, name)}")
-        if min(self.processes, self.films, self.seed) < 0:
-            raise ValueError("--processes, --films and --seed must not be negative")
+        flags.at_least(self, 1, "episodes", "execute_steps", "parallel")
+        flags.at_least(self, 0, "processes", "films", "seed")
         if not self.policies:
             raise ValueError("name a policy to evaluate: a checkpoint, ws://HOST:PORT or expert")
         if not self.late_ms or not all(0 <= late < math.inf for late in self.late_ms):

@@ -46,11 +46,8 @@ class Arguments:
     crf: int = 18
 
     def __post_init__(self) -> None:
-        if self.episodes < 1 or self.workers < 0 or not self.noise >= 0:
-            raise ValueError(
-                "--episodes must be at least 1, --workers and --noise not negative, got "
-                f"{self.episodes}, {self.workers} and {self.noise}"
-            )
+        flags.at_least(self, 1, "episodes")
+        flags.at_least(self, 0, "workers", "noise")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

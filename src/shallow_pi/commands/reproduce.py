@@ -140,11 +140,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             show(given)
             return
         chosen, (index, parts), names = given.chosen(), given.share(), given.names()
-        if given.episodes < 0 or given.workers < 1:
-            raise ValueError(
-                f"expected --episodes of at least 0 and --workers of at least 1, got "
-                f"{given.episodes} and {given.workers}"
-            )
+        flags.at_least(given, 0, "episodes")
+        flags.at_least(given, 1, "workers")
         if given.pending:
             print("\n".join(page.pending(chosen, given.results, given.episodes)))
             return

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from shallow_pi import flags
 from shallow_pi.data.lerobot import selection
 from shallow_pi.data.robots import robot as robots
 
@@ -71,14 +72,9 @@ class DataConfig:
             raise ValueError(
                 f"--data.source must be lerobot, synthetic or MODULE:FUNCTION, got {self.source!r}"
             )
-        if self.num_threads < 0:
-            raise ValueError(f"--data.num-threads must be 0 or more, got {self.num_threads}")
-        if self.num_workers < 0:
-            raise ValueError(f"--data.num-workers must be 0 or more, got {self.num_workers}")
+        flags.at_least(self, 0, "num_threads", "num_workers", "cache_gib", prefix="data.")
         if self.cache not in ("none", "memory", "disk"):
             raise ValueError(f"--data.cache must be none, memory or disk, got {self.cache!r}")
-        if self.cache_gib < 0:
-            raise ValueError(f"--data.cache-gib must be 0 or more, got {self.cache_gib}")
         if self.num_workers and self.cache == "memory":
             raise ValueError(
                 "--data.cache memory is for one process, --data.num-workers are several: take "
@@ -110,10 +106,10 @@ class DataConfig:
         parts = [re.fullmatch(r"(\d+)/(.+)", word) for word in words]
         for word, match in zip(words, parts, strict=True):
             if match is None or int(match[1]) > len(self.more):
-                flag = f"--data.{field.replace('_', '-')}"
                 raise ValueError(
-                    f"{flag}: {word!r} does not say which of the {1 + len(self.more)} "
-                    "datasets it means: write its number and a slash in front, from 0 (1/0:50)"
+                    f"{flags.as_flag(f'data.{field}')}: {word!r} does not say which of the "
+                    f"{1 + len(self.more)} datasets it means: write its number and a slash in "
+                    "front, from 0 (1/0:50)"
                 )
         return tuple(match[2] for match in parts if match and int(match[1]) == number)
 

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 import jax
 import numpy as np
 
+from shallow_pi import flags
 from shallow_pi.checkpoints import run_folder
 from shallow_pi.data import sources
 from shallow_pi.parallel import processes
@@ -31,9 +32,9 @@ def facts(config: Mapping[str, object], source: sources.Source) -> dict[str, str
       config: the fields of the resolved config, nested.
       source: the training samples.
     """
-    fields = {f"--{name}": repr(value) for name, value in run_folder.flatten(config).items()}
+    fields = run_folder.flatten(config).items()
     return {
-        **fields,
+        **{flags.as_flag(name): repr(value) for name, value in fields},
         "shallow_pi's sources": code_hash(),
         "python": ".".join(platform.python_version_tuple()[:2]),
         **{name: importlib.metadata.version(name) for name in PACKAGES},

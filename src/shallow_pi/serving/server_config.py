@@ -15,6 +15,8 @@ import pathlib
 import socket
 import ssl
 
+from shallow_pi import flags
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -55,9 +57,8 @@ class ServerConfig(Settings):
     api_key: str = dataclasses.field(default="", repr=False)
 
     def __post_init__(self) -> None:
-        for name in ("max_request_mb", "max_clients", "max_waiting", "batch", "max_handshakes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{_flag(name)} must be at least 1, got {getattr(self, name)}")
+        counts = ("max_request_mb", "max_clients", "max_waiting", "batch", "max_handshakes")
+        flags.at_least(self, 1, *counts)
         if not 0 <= self.batch_wait_ms < math.inf:
             raise ValueError(
                 f"--batch-wait-ms must be finite and not negative, got {self.batch_wait_ms}"
@@ -179,7 +180,3 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def _flag(field: str) -> str:
-    return "--" + field.replace("_", "-")

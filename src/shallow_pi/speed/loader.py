@@ -20,7 +20,7 @@ from typing import Any, Literal
 import av
 import numpy as np
 
-from shallow_pi import progress
+from shallow_pi import flags, progress
 from shallow_pi.data import frame_cache, sources
 from shallow_pi.data import loader as loaders
 from shallow_pi.data.lerobot import hub, pictures, reader, video_writer
@@ -67,12 +67,8 @@ class Setting:
 
     def __post_init__(self) -> None:
         sizes = "height", "width", "group", "frames", "image_size", "batch_size"
-        for name in (*sizes, "batches", "threads", "repeats"):
-            if getattr(self, name) < 1:
-                flag = name.replace("_", "-")
-                raise ValueError(f"--{flag} must be at least 1, got {getattr(self, name)}")
-        if self.workers < 0 or self.step_ms < 0:
-            raise ValueError("--workers and --step-ms must be 0 or more")
+        flags.at_least(self, 1, *sizes, "batches", "threads", "repeats")
+        flags.at_least(self, 0, "workers", "step_ms")
 
 
 def measure(given: Setting, scratch: pathlib.Path) -> dict[str, object]:

@@ -22,14 +22,6 @@ from shallow_pi.training import optimizer as optimizers
 from shallow_pi.training import profiling
 
 
-def _at_least(config: object, bound: int, *names: str, prefix: str = "") -> None:
-    for name in names:
-        if (value := getattr(config, name)) < bound:
-            raise ValueError(
-                f"{flags.as_flag(prefix + name)} must be at least {bound}, got {value}"
-            )
-
-
 @dataclasses.dataclass(frozen=True)
 class TeacherConfig:
     """The trained deep policy; it is only read."""
@@ -94,9 +86,9 @@ class StudentConfig:
     freeze: tuple[students.Part, ...] = ()
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "depth", "num_steps", prefix="student.")
+        flags.at_least(self, 1, "depth", "num_steps", prefix="student.")
         counts = ("backbone_depth", "expert_depth", "vision_depth", "image_tokens")
-        _at_least(self, 0, *counts, prefix="student.")
+        flags.at_least(self, 0, *counts, prefix="student.")
         if self.image_token_choice == "scored" and not self.image_tokens:
             raise ValueError(
                 "--student.image-token-choice scored chooses --student.image-tokens of each "
@@ -203,8 +195,8 @@ class ValidationConfig:
     against: Literal["data", "teacher"] = "data"
 
     def __post_init__(self) -> None:
-        _at_least(self, 0, "interval", "num_steps", prefix="validation.")
-        _at_least(self, 1, "samples", prefix="validation.")
+        flags.at_least(self, 0, "interval", "num_steps", prefix="validation.")
+        flags.at_least(self, 1, "samples", prefix="validation.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,8 +239,8 @@ class ClosedLoopConfig:
 
     def __post_init__(self) -> None:
         counts = ("demonstrations", "episodes", "execute_steps")
-        _at_least(self, 1, *counts, prefix="closed_loop.")
-        _at_least(self, 0, "num_steps", prefix="closed_loop.")
+        flags.at_least(self, 1, *counts, prefix="closed_loop.")
+        flags.at_least(self, 0, "num_steps", prefix="closed_loop.")
         self.set_options()
 
     def set_options(self) -> dict[str, object]:
@@ -356,8 +348,8 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         counts = ("batch_size", "draws", "accumulation", "num_train_steps", "log_interval")
-        _at_least(self, 1, *counts, "save_interval", "keep")
-        _at_least(self, 0, "gradient_interval", "keep_period")
+        flags.at_least(self, 1, *counts, "save_interval", "keep")
+        flags.at_least(self, 0, "gradient_interval", "keep_period")
         profiling.parse(self.profile, self.num_train_steps)
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"--ema-decay must lie in [0, 1), got {self.ema_decay}")

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
+from shallow_pi import flags
+
 
 @dataclasses.dataclass(frozen=True)
 class CosineSchedule:
@@ -29,8 +31,7 @@ class CosineSchedule:
     end_lr: float = 2.5e-6
 
     def __post_init__(self) -> None:
-        if self.warmup_steps < 0:
-            raise ValueError(f"--schedule.warmup-steps must be 0 or more, got {self.warmup_steps}")
+        flags.at_least(self, 0, "warmup_steps", prefix="schedule.")
         if self.decay_steps <= self.warmup_steps:
             raise ValueError(
                 "--schedule.decay-steps counts from step 0 and must exceed --schedule.warmup-steps "
@@ -80,14 +81,13 @@ class AdamW:
                 )
         for name in ("eps", "clip_norm"):
             if not getattr(self, name) > 0:
-                flag = f"--optimizer.{name}".replace("_", "-")
+                flag = flags.as_flag(f"optimizer.{name}")
                 raise ValueError(f"{flag} must be positive, got {getattr(self, name)}")
         if self.moments not in ("float32", "bfloat16"):
             raise ValueError(
                 f"--optimizer.moments must be float32 or bfloat16, got {self.moments!r}"
             )
-        if not self.weight_decay >= 0:
-            raise ValueError(f"--optimizer.weight-decay must be 0 or more, got {self.weight_decay}")
+        flags.at_least(self, 0, "weight_decay", prefix="optimizer.")
 
     def create(self, schedule: optax.ScalarOrSchedule) -> optax.GradientTransformation:
         """The clip followed by AdamW at a learning rate."""

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from shallow_pi import progress
+from shallow_pi import flags, progress
 from shallow_pi.checkpoints import run_folder
 from shallow_pi.data import loader, opening
 from shallow_pi.data.robots import assets
@@ -200,8 +200,8 @@ def _save_config(run: Run) -> None:
     if run_folder.read_config(run.folder) is not None:
         newer = _compare(run.folder, run.experiment, run.spec.layer_map)
         if newer:
-            flags = ", ".join(f"--{name}".replace("_", "-") for name in newer)
-            progress.say(f"Config: newer than this run, and at their defaults: {flags}")
+            named = ", ".join(map(flags.as_flag, newer))
+            progress.say(f"Config: newer than this run, and at their defaults: {named}")
     run_folder.save_config(run.folder, _values(run.experiment, run.spec.layer_map))
 
 
