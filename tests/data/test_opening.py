@@ -106,7 +106,7 @@ def test_an_empty_split_is_reported(data, model, share):
         assert len(opening.open_data(few, model, None).held_out) in (7, 8, 9)
     else:
         with pytest.raises(ValueError, match=r"data\.held-out, .*cannot hold out 0.9 of 3 epi"):
-            opening.open_recordings(few)
+            opening.open_recordings(few, 32)
 
 
 def test_synthetic_samples_can_be_held_out_too(model):
@@ -172,9 +172,9 @@ def test_joints_in_another_order_are_told(data, model, tmp_path, capsys):
 
 def test_a_dataset_given_twice_is_told_unless_its_episodes_differ(data, capsys):
     twice = dataclasses.replace(data, more=(f"{data.path}/../dataset",))
-    opening.open_recordings(twice)
+    opening.open_recordings(twice, 32)
     assert "is given twice (--data.path, --data.more), and 3 of its" in capsys.readouterr().err
-    opening.open_recordings(dataclasses.replace(twice, episodes=("0/0", "1/1")))
+    opening.open_recordings(dataclasses.replace(twice, episodes=("0/0", "1/1")), 32)
     assert "twice" not in capsys.readouterr().err
 
 

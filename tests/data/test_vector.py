@@ -173,9 +173,8 @@ def test_slices_of_gr00t_are_printed_to_be_copied(tmp_path) -> None:
     dataset = reader.Dataset(folder)
     robot = robots.Robot("gr1", PLAIN.cameras, state_dim=44, action_dim=44, fps=20)
     fit.check(dataset, robot)
-    found = opening.Recordings(robot, [dataset], [])
     with pytest.raises(ValueError, match="state dimension 44, more than the model's") as raised:
-        found.check_sizes(32)
+        fit.check_sizes(dataset, robot, 32)
     lines = str(raised.value).splitlines()
     assert lines[0].endswith(
         "(--model.action-dim, as the teacher's): take some with its state_indices"
@@ -190,7 +189,7 @@ def test_slices_of_gr00t_are_printed_to_be_copied(tmp_path) -> None:
     with pytest.raises(
         ValueError, match=r"action dimension 44(.*\n)+    \*range\(41, 44\),  # wai"
     ):
-        opening.Recordings(arm, [dataset], []).check_sizes(32)
+        fit.check_sizes(dataset, arm, 32)
     np.testing.assert_array_equal(
         arm.state(dataset.columns), dataset.columns[arm.state_key][:, :13]
     )

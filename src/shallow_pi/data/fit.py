@@ -11,8 +11,8 @@ import numpy as np
 
 from shallow_pi import progress
 from shallow_pi.data.lerobot import columns, layout, reader
+from shallow_pi.data.robots import pipelines, tokenizer, vector
 from shallow_pi.data.robots import robot as robots
-from shallow_pi.data.robots import tokenizer, vector
 
 # Episodes named in a warning.
 _NAMED = 10
@@ -104,6 +104,12 @@ def _check_vector(dataset: reader.Dataset, key: str) -> None:
             f"{key!r} of {dataset.path} has shape {shape}, expected a vector; shape "
             f"[{math.prod(shape)}] in meta/info.json reads it so"
         )
+
+
+def check_sizes(dataset: reader.Dataset, robot: robots.Robot, action_dim: int) -> None:
+    """Raise if the robot's vectors are too long for the model's; names their parts."""
+    for of in (robot.state_vector, robot.action_vector):
+        pipelines.check_size(of, action_dim, parts(dataset, of))
 
 
 def parts(dataset: reader.Dataset, of: vector.Vector) -> str:

@@ -21,7 +21,6 @@ from shallow_pi.data.robots import (
     checkpoint_statistics,
     lerobot_policy,
     normalize,
-    pipelines,
     statistics,
 )
 from shallow_pi.data.robots import robot as robots
@@ -52,11 +51,6 @@ class Recordings:
     # The held-out episodes of each dataset; empty if none are held out.
     held_out: list[reader.Dataset]
 
-    def check_sizes(self, action_dim: int) -> None:
-        """Raise if the robot's vectors are too long for the model's; names their parts."""
-        for of in (self.robot.state_vector, self.robot.action_vector):
-            pipelines.check_size(of, action_dim, fit.parts(self.train[0], of))
-
 
 @dataclasses.dataclass(frozen=True)
 class Data:
@@ -70,8 +64,12 @@ class Data:
     assets: policy_assets.Assets | None
 
 
-def open_recordings(data: data_config.DataConfig) -> Recordings | None:
+def open_recordings(data: data_config.DataConfig, action_dim: int) -> Recordings | None:
     """Open the datasets of a config, and print their sizes; None for another source.
+
+    Args:
+      data: where they are.
+      action_dim: of the model, which the robot's vectors must not exceed.
 
     Raises:
       FileNotFoundError, ValueError: a dataset that is missing, cannot be read, or does not fit.
@@ -80,6 +78,7 @@ def open_recordings(data: data_config.DataConfig) -> Recordings | None:
         return None
     robot = robots.find(data.robot)
     train, held_out = open_datasets(data, robot)
+    fit.check_sizes(train[0], robot, action_dim)
     for number, dataset in enumerate(train):
         kept = held_out[number].episodes if held_out else ()
         progress.say(
@@ -117,12 +116,11 @@ def open_data(
                 "expected MODULE:FUNCTION, such as shallow_pi.data.opening:open_data"
             ) from error
         return opens(data, model, teacher_step)
-    recordings = recordings or open_recordings(data)
+    recordings = recordings or open_recordings(data, model.action_dim)
     if recordings is None:
         made_up = [sources.SyntheticSource(model, seed=seed) for seed in (0, 1)]
         return Data(made_up[0], made_up[1] if data.held_out else None, None)
     train, robot = recordings.train, recordings.robot
-    recordings.check_sizes(model.action_dim)
     if teacher_step is not None:
         lerobot_policy.warn_of_padding(teacher_step)
     assets = policy_assets.Assets(

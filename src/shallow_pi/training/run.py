@@ -106,9 +106,7 @@ def open_run(experiment: config.DistillConfig, *, prepared: bool = False) -> Run
         later = {"model", *(() if experiment.fixed_layer_map() else ("layer_map",))}
         _compare(folder, experiment, experiment.fixed_layer_map(), later)
     check(experiment)
-    recordings = opening.open_recordings(experiment.data)
-    if recordings is not None:
-        recordings.check_sizes(experiment.model.action_dim)
+    recordings = opening.open_recordings(experiment.data, experiment.model.action_dim)
     teacher_step = setup.find_teacher(experiment)
     experiment = setup.resolve(experiment, teacher_step)
     if teacher_step is not None:
