@@ -159,18 +159,15 @@ def test_gates_of_zero_skip_a_layer_of_one_observation_alone(pi05, teacher, tiny
 
 def test_sensitivity_is_that_of_the_teacher_cut_without_the_layer(teacher):
     config, params, observation, x_t, t = teacher()
-    u = jnp.asarray(np.random.default_rng(1).standard_normal(x_t.shape), jnp.float32)
     velocity = jax.jit(pi0.velocity, static_argnums=0)
     full, _ = velocity(config, params, observation, x_t, t)
-    against_full, against_data = [], []
+    changes = []
     for skipped in range(3):
         kept = layer_map.explicit([i for i in range(3) if i != skipped], 3)
         shallow = _cut(config, params, kept)
         v, _ = velocity(pi0.at_depth(config, 2), shallow, observation, x_t, t)
-        against_full.append(np.mean((v - full) ** 2))
-        against_data.append(np.mean((v - u) ** 2) - np.mean((full - u) ** 2))
-    np.testing.assert_allclose(_sensitivity(*teacher()), against_full, rtol=1e-3, atol=1e-6)
-    np.testing.assert_allclose(_sensitivity(*teacher(), u), against_data, rtol=1e-3, atol=1e-5)
+        changes.append(np.mean((v - full) ** 2))
+    np.testing.assert_allclose(_sensitivity(*teacher()), changes, rtol=1e-3, atol=1e-6)
 
 
 def test_the_only_layer_cannot_be_skipped(teacher):

@@ -103,11 +103,11 @@ def sensitivity(
     observation: observations.Observation,
     x_t: Float[Array, "b ah ad"],
     t: Float[Array, " b"],
-    u: Float[Array, "b ah ad"] | None = None,
 ) -> Float[Array, " l"]:
     """Rise of the mean squared velocity error when each layer alone is skipped.
 
-    The layers are skipped one after the other in one compiled loop, each in a copy of the others.
+    The error is against the whole teacher's own. The layers are skipped one after the other in one
+    compiled loop, each in a copy of the others.
 
     Args:
       config: the teacher, of at least two layers.
@@ -115,23 +115,20 @@ def sensitivity(
       observation: batch of b observations.
       x_t: noisy actions.
       t: their times.
-      u: what the error is measured against; by default the full teacher's own velocity.
     """
     depth = config.depth
     if depth < 2:
         raise ValueError(f"skipping a layer needs a teacher of at least 2 layers, got {depth}.")
     full, _ = pi0.velocity(config, params, observation, x_t, t)
-    reference = full if u is None else u
     shallow = pi0.at_depth(config, depth - 1)
 
     def error(kept: Array) -> Float[Array, ""]:
         rest = student.gather(params, kept)
         v, _ = pi0.velocity(shallow, rest, observation, x_t, t)
-        return jnp.mean(jnp.square(v - reference))
+        return jnp.mean(jnp.square(v - full))
 
     others = [[j for j in range(depth) if j != skipped] for skipped in range(depth)]
-    errors = jax.lax.map(error, jnp.asarray(np.array(others, np.int32)))
-    return errors - jnp.mean(jnp.square(full - reference))
+    return jax.lax.map(error, jnp.asarray(np.array(others, np.int32)))
 
 
 def cka(

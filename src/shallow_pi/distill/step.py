@@ -277,7 +277,7 @@ def loss_gradient_norms(
     """
     inputs = draw_inputs(spec, jax.random.fold_in(key, state.step), batch)
     found = {}
-    for name in _terms(spec.losses):
+    for name in [name for name, weight in spec.losses.weights.items() if weight]:
         alone = spec.losses.only(**{name: getattr(spec.losses, name)})
         single = dataclasses.replace(spec, losses=alone)
         grads, _ = _gradient(single, teacher_params, state.params, inputs)
@@ -318,8 +318,10 @@ def _gradient(
     def add(total: PyTree, part: Inputs) -> tuple[PyTree, None]:
         return jax.tree.map(jnp.add, total, microbatch(part)), None
 
-    start = jax.tree.map(jnp.zeros_like, params), _zero_metrics(spec)
-    return jax.lax.scan(add, start, _split(inputs, spec.accumulation))[0]
+    parts = _split(inputs, spec.accumulation)
+    shapes = jax.eval_shape(microbatch, jax.tree.map(lambda leaf: leaf[0], parts))
+    start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    return jax.lax.scan(add, start, parts)[0]
 
 
 class _Line(NamedTuple):
@@ -467,20 +469,6 @@ def rounded(spec: Spec, params: PyTree) -> PyTree:
     """
     parts = tuple(part for part in quantization.PARTS if part not in spec.freeze)
     return quantization.straight_through(params, spec.quantize, parts)
-
-
-def _terms(weights: losses.Losses) -> list[str]:
-    return [name for name in losses.TERMS if getattr(weights, name) > 0]
-
-
-def _zero_metrics(spec: Spec) -> Metrics:
-    names = ["loss", "task_loss"]
-    if spec.teacher is not None and spec.losses.needs_teacher:
-        names += ["teacher_task_loss", "velocity_cosine", "velocity_loss"]
-        own = ("attention", "reflow", "vision", "scorer")
-        names += [f"{name}_loss" for name in _terms(spec.losses) if name in own]
-        names += ["attention_kept"] * bool(spec.losses.scorer)
-    return {name: jnp.zeros(()) for name in names}
 
 
 def _split(inputs: Inputs, parts: int) -> Inputs:
