@@ -86,8 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 for d in (*datasets, *held_out)
             ]
         )
-        seen = tuple(name for name in assets.model.cameras if name in assets.robot.cameras)
-        model = dataclasses.replace(assets.model, cameras=seen)
+        model = assets.seen
         params = weights.load_params(
             folder,
             pi0.abstract_params(assets.model),

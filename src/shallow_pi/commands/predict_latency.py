@@ -42,6 +42,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = flags.parse(Arguments, arguments, __doc__ or "")
     with exits.exit_on():
         assets = policy_assets.load(step_folder.find(given.run, given.step))
-        there = tuple(c for c in assets.model.cameras if c in assets.robot.cameras)
-        model = dataclasses.replace(assets.model, cameras=there)
-        print("\n".join(predict.table(model, given.device, given.num_steps or assets.num_steps)))
+        print(
+            "\n".join(predict.table(assets.seen, given.device, given.num_steps or assets.num_steps))
+        )

@@ -193,7 +193,7 @@ class Policy:
             "action_horizon": model.action_horizon,
             "action_dim": robot.action_dim,
             "state_dim": robot.state_dim,
-            "cameras": {c: robot.cameras[c] for c in model.cameras if c in robot.cameras},
+            "cameras": {name: robot.cameras[name] for name in self.assets.seen.cameras},
             "state_keys": list(robot.state_keys),
             # Empty where any sizes do that add up, and where all values of the keys are taken.
             "state_sizes": list(robot.state_sizes),

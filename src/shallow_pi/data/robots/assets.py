@@ -58,6 +58,12 @@ class Assets:
         """The normalization of the model's inputs: z-score for π0, quantiles for π0.5."""
         return normalize.kind_of(self.model.pi05)
 
+    @property
+    def seen(self) -> pi0.Pi0Config:
+        """The model with only the robot's cameras: the others are black and masked everywhere."""
+        there = tuple(name for name in self.model.cameras if name in self.robot.cameras)
+        return dataclasses.replace(self.model, cameras=there)
+
     def inputs(self, *, resize: bool = True) -> transforms.Composed:
         """Robot observation → model sample without its batch axis.
 

@@ -39,7 +39,6 @@ def text(
     layers = model.depths + (" in\nbackbone and action expert alike" if model.is_even else "")
     if chosen:
         layers += f" (teacher layers {chosen} of {origin.teacher_depth})"
-    cameras = ", ".join(name for name in model.cameras if name in robot.cameras)
     rows = {
         "teacher": origin.teacher,
         "dataset": ", ".join(origin.datasets),
@@ -47,7 +46,7 @@ def text(
         "held-out error": _error(origin),
         "robot": f"{robot.name}: {robot.state_dim} state and {robot.action_dim} action dimensions, "
         f"{robot.fps:g} Hz" + f" ({robot.taken})" * bool(robot.taken),
-        "cameras": f"{cameras}, {model.image_size} × {model.image_size}",
+        "cameras": f"{', '.join(assets.seen.cameras)}, {model.image_size} × {model.image_size}",
         "actions": f"{model.action_horizon} a chunk, model dimension {model.action_dim}",
         "integration steps": f"{assets.num_steps if is_policy else student.num_steps}",
         "prompt": f"{model.max_token_len} tokens"

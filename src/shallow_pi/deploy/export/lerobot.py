@@ -257,7 +257,7 @@ def _modes(assets: policy_assets.Assets) -> dict[str, str]:
 def _inputs(assets: policy_assets.Assets) -> dict[str, Json]:
     """Pictures in the model's order (cameras the robot lacks are left out), and the state."""
     size, robot = assets.model.image_size, assets.robot
-    own = [robot.cameras[name] for name in assets.model.cameras if name in robot.cameras]
+    own = [robot.cameras[name] for name in assets.seen.cameras]
     seen = [camera_key(key) for key in own]
     if len(set(seen)) < len(seen):
         raise ValueError(
@@ -288,7 +288,7 @@ def _dump(path: pathlib.Path, content: Json) -> None:
 def _names(assets: policy_assets.Assets) -> str:
     """LeRobot's keys, with the robot's names for them."""
     robot = assets.robot
-    keys = [robot.cameras[name] for name in assets.model.cameras if name in robot.cameras]
+    keys = [robot.cameras[name] for name in assets.seen.cameras]
     pictures = [f"`{camera_key(key)}`" + f" (`{key}`)" * (camera_key(key) != key) for key in keys]
     state = f"`{STATE}` ({robot.state_dim} numbers: "
     taken = robot.state_vector.taken.replace("'", "`")

@@ -68,7 +68,7 @@ def write(folder: pathlib.Path, student: students.Student) -> None:
     _need("onnx")
     import onnx
 
-    model = model_of(student)
+    model = student.assets.seen
     prepared = prepared_weights(model, student, any_time=True)
     lengths, graphs = _lengths(student), {}
     with onnx_graph.Weights(folder / WEIGHTS) as weights:
@@ -104,7 +104,7 @@ def write(folder: pathlib.Path, student: students.Student) -> None:
 
 def usage(folder: str, student: students.Student, origin: students.Origin) -> str:
     """The graphs' inputs and outputs, and two ways to run them."""
-    model, lengths = model_of(student), _lengths(student)
+    model, lengths = student.assets.seen, _lengths(student)
     return _USAGE.format(
         bits="" if student.quantize == "none" else f" with products in {student.quantize} (Q/DQ)",
         cameras=", ".join(model.cameras),
@@ -127,7 +127,7 @@ def verify(folder: pathlib.Path, exported: students.Student, student: students.S
     _need("onnxruntime")
     import onnx
 
-    model, content = model_of(student), json.loads((folder / DESCRIPTION).read_text())
+    model, content = student.assets.seen, json.loads((folder / DESCRIPTION).read_text())
     for graphs in content["graphs"].values():
         for file in graphs.values():
             onnx.checker.check_model(folder / file)
@@ -269,12 +269,6 @@ def _cache(model: pi0.Pi0Config) -> dict[str, jax.ShapeDtypeStruct]:
     spec = jax.ShapeDtypeStruct((1, slots, c.num_kv_heads, c.head_dim), jnp.dtype(model.dtype))
     names = [f"{kind}_{i}" for i in _read_layers(model) for kind in ("keys", "values")]
     return dict.fromkeys(names, spec) | {"valid": jax.ShapeDtypeStruct((1, slots), np.bool_)}
-
-
-def model_of(student: students.Student) -> pi0.Pi0Config:
-    """The model with only the robot's cameras: others would be masked everywhere."""
-    there = tuple(c for c in student.model.cameras if c in student.assets.robot.cameras)
-    return dataclasses.replace(student.model, cameras=there)
 
 
 def _lengths(student: students.Student) -> list[int]:

@@ -60,7 +60,7 @@ def write(folder: pathlib.Path, student: students.Student) -> None:
 
 def usage(folder: str, student: students.Student, origin: students.Origin) -> str:
     """Ten lines of Python that run it."""
-    model = onnx.model_of(student)
+    model = student.assets.seen
     lines = [
         f'"{name}": np.zeros({spec.shape}, "{np.dtype(spec.dtype).name}"),'
         for name, spec in _inputs(student).items()
@@ -87,7 +87,7 @@ def verify(folder: pathlib.Path, exported: students.Student, student: students.S
             f"{folder / WEIGHTS} was read back with other numbers than were written: {wrong}. The "
             "disk may be full or failing; nothing was kept"
         )
-    inputs = onnx.made_up(onnx.model_of(student))
+    inputs = onnx.made_up(student.assets.seen)
     program = jax.export.deserialize(bytearray((folder / PROGRAM).read_bytes()))
     got = np.asarray(jax.jit(program.call)(read, inputs)["actions"])
     want = np.asarray(_program(student, tree)(weights, inputs)["actions"])
@@ -105,17 +105,17 @@ def verify(folder: pathlib.Path, exported: students.Student, student: students.S
 
 
 def _inputs(student: students.Student) -> dict[str, jax.ShapeDtypeStruct]:
-    return onnx.policy_part(onnx.model_of(student), student.num_steps)[1]
+    return onnx.policy_part(student.assets.seen, student.num_steps)[1]
 
 
 def _weights(student: students.Student) -> tuple[dict[str, jax.Array], jax.tree_util.PyTreeDef]:
     """The prepared weights by name, and their tree."""
-    leaves, tree = jax.tree.flatten(onnx.prepared_weights(onnx.model_of(student), student))
+    leaves, tree = jax.tree.flatten(onnx.prepared_weights(student.assets.seen, student))
     return {f"w{i:04}": leaf for i, leaf in enumerate(leaves)}, tree
 
 
 def _program(student: students.Student, tree: jax.tree_util.PyTreeDef) -> jax.stages.Wrapped:
-    function, inputs, _ = onnx.policy_part(onnx.model_of(student), student.num_steps)
+    function, inputs, _ = onnx.policy_part(student.assets.seen, student.num_steps)
 
     def run(weights: dict[str, jax.Array], given: dict[str, jax.Array]) -> dict[str, jax.Array]:
         leaves = [jnp.asarray(weights[name]) for name in sorted(weights)]
