@@ -280,29 +280,15 @@ def contents(
             }
             for label, evaluation in found.items()
         },
-        "differences": {
-            f"{b} - {a}": {
-                scope: {**dataclasses.asdict(d), "verdict": d.verdict}
-                for scope, d in differences(found, b, a).items()
-            }
-            for a, b in pairs(found)
-        },
+        "differences": report.differences_contents(report.scopes(found), pairs(found)),
         "versions": latency.versions(),
     }
 
 
 def pairs(found: Mapping[str, object]) -> list[tuple[str, str]]:
-    """Each two policies, the earlier one first."""
+    """Each two policies, the later one first: what it gains on the earlier one is reported."""
     labels = list(found)
-    return [(a, b) for i, a in enumerate(labels) for b in labels[i + 1 :]]
-
-
-def differences(found: Mapping[str, rollout.Evaluation], a: str, b: str) -> dict[str, Any]:
-    """Paired differences `a` − `b`: over all tasks, and in each task where there are several."""
-    one, other = found[a].by_task(), found[b].by_task()
-    tasks = sorted(one.keys() & other.keys()) if len(one) > 1 else []
-    whole = {"all tasks": found[a].minus(found[b])}
-    return whole | {task: one[task].minus(other[task]) for task in tasks}
+    return [(b, a) for i, a in enumerate(labels) for b in labels[i + 1 :]]
 
 
 def tables(found: Mapping[str, rollout.Evaluation]) -> list[validation_tables.Table]:
@@ -324,23 +310,17 @@ def tables(found: Mapping[str, rollout.Evaluation]) -> list[validation_tables.Ta
         ["policy", "success", "95 % interval", "episodes", "steps to success"],
         rows,
     )
-    by_task = {label: evaluation.by_task() for label, evaluation in found.items()}
-    tasks = sorted({task for split in by_task.values() for task in split})
-    if len(tasks) < 2:
-        return [whole]
-    each = [
-        [task, *(f"{s[task].successes}/{len(s[task].episodes)}" for s in by_task.values())]
-        for task in tasks
+    _, *tasks = report.scopes(found).items()
+    solved = [
+        [task, *(f"{part.successes}/{len(part.episodes)}" for part in by_label.values())]
+        for task, by_label in tasks
     ]
-    return [whole, (["task", *by_task], each)]
+    return [whole, (["task", *found], solved)] if tasks else [whole]
 
 
 def sentences(found: Mapping[str, rollout.Evaluation]) -> list[str]:
     """The overall differences in words."""
-    return [
-        report.sentence(b, a, "all tasks", differences(found, b, a)["all tasks"])
-        for a, b in pairs(found)
-    ]
+    return [report.sentence(a, b, "all tasks", found[a].minus(found[b])) for a, b in pairs(found)]
 
 
 def write(
@@ -360,9 +340,8 @@ def write(
         "initial states. Intervals of rates are Wilson's, those of differences Newcombe's for "
         "pairs.",
     ]
-    for header, rows in tables(found):
-        lines += ["", report.row(header), report.row(["---", *["---:"] * (len(header) - 1)])]
-        lines += [report.row(cells) for cells in rows]
+    for table in tables(found):
+        lines += ["", *report.table_lines(table)]
     if said := sentences(found):
         lines += ["", *(f"- {line}" for line in said)]
     lines += ["", "## Policies", ""]
@@ -380,16 +359,10 @@ def write(
     _write(folder / run_folder.REPORT_PAGE, "\n".join(lines))
 
 
-def _panels(
-    found: Mapping[str, rollout.Evaluation],
-) -> dict[str, Mapping[str, rollout.Evaluation]]:
+def _panels(found: Mapping[str, rollout.Evaluation]) -> report.Scopes:
     """Scopes of the picture: all tasks, and each where they are few."""
-    by_task = {label: evaluation.by_task() for label, evaluation in found.items()}
-    tasks = sorted({task for split in by_task.values() for task in split})
-    chosen = tasks if 1 < len(tasks) < PANELS else []
-    return {"all tasks": found} | {
-        task: {label: split[task] for label, split in by_task.items()} for task in chosen
-    }
+    every = report.scopes(found)
+    return every if len(every) <= PANELS else {"all tasks": found}
 
 
 def show(course: Course, found: Mapping[str, rollout.Evaluation]) -> None:

@@ -31,6 +31,8 @@ from shallow_pi.training import validation
 
 # Pairs whose difference is reported, wherever both were evaluated.
 COMPARISONS = (("student", "teacher"), ("student", "task_only"))
+# Scope of a success rate → evaluation by policy.
+Scopes = dict[str, Mapping[str, rollout.Evaluation]]
 # Panels of the curves: key in metrics.jsonl → title, and the teacher's own value of it.
 PANELS = validation_tables.LOSSES
 REFERENCES = {"task_loss": "teacher_task_loss"}
@@ -81,13 +83,7 @@ def contents(report: Report) -> dict[str, object]:
             variant: {policy: success(e) for policy, e in policies.items()}
             for variant, policies in report.harder.items()
         },
-        "differences": {
-            f"{a} - {b}": {
-                scope: {**dataclasses.asdict(d), "verdict": d.verdict}
-                for scope, d in _differences(report, a, b).items()
-            }
-            for a, b in _comparisons(report)
-        },
+        "differences": differences_contents(_every_scope(report), _comparisons(report)),
         "validation": validation_tables.contents(report.curves, report.criterion),
         "stage_seconds": {stage: round(s, 3) for stage, s in report.stage_seconds.items()},
         "config": report.config,
@@ -118,22 +114,37 @@ def _comparisons(report: Report) -> list[tuple[str, str]]:
     return [(a, b) for a, b in COMPARISONS if {a, b} <= set(report.evaluations)]
 
 
-def scopes(report: Report) -> dict[str, Mapping[str, rollout.Evaluation]]:
-    """Scope of a success rate → by policy: all tasks, each task, each harder variant."""
-    by_task = {policy: evaluation.by_task() for policy, evaluation in report.evaluations.items()}
+def scopes(evaluations: Mapping[str, rollout.Evaluation]) -> Scopes:
+    """All tasks, and each task where there are several."""
+    by_task = {policy: evaluation.by_task() for policy, evaluation in evaluations.items()}
     tasks = sorted({task for split in by_task.values() for task in split})
-    found: dict[str, Mapping[str, rollout.Evaluation]] = {"all tasks": report.evaluations}
+    found: Scopes = {"all tasks": evaluations}
     for task in tasks if len(tasks) > 1 else []:
         found[task] = {p: split[task] for p, split in by_task.items() if task in split}
-    return found | dict(report.harder)
+    return found
 
 
-def _differences(report: Report, a: str, b: str) -> dict[str, intervals.Difference]:
+def _every_scope(report: Report) -> Scopes:
+    return {**scopes(report.evaluations), **report.harder}
+
+
+def differences(scopes: Scopes, a: str, b: str) -> dict[str, intervals.Difference]:
     """Paired differences of two policies in every scope that has both."""
     return {
         scope: policies[a].minus(policies[b])
-        for scope, policies in scopes(report).items()
+        for scope, policies in scopes.items()
         if {a, b} <= set(policies)
+    }
+
+
+def differences_contents(scopes: Scopes, pairs: Sequence[tuple[str, str]]) -> dict[str, object]:
+    """The same for several pairs of policies, for report.json."""
+    return {
+        f"{a} - {b}": {
+            scope: {**dataclasses.asdict(d), "verdict": d.verdict}
+            for scope, d in differences(scopes, a, b).items()
+        }
+        for a, b in pairs
     }
 
 
@@ -181,7 +192,7 @@ def _late_table(report: Report) -> list[validation_tables.Table]:
 
 def _success_tables(report: Report) -> list[validation_tables.Table]:
     """Success and latency, then success scope by scope."""
-    whole, *parts = scopes(report).items()
+    whole, *parts = _every_scope(report).items()
     results: validation_tables.Table = (["policy", "success", "95 % interval", "episodes"], [])
     if report.latency is not None:
         results[0].append("ms")
@@ -214,7 +225,7 @@ def sentences(report: Report) -> list[str]:
     lines = [
         sentence(a, b, scope, difference)
         for a, b in _comparisons(report)
-        for scope, difference in _differences(report, a, b).items()
+        for scope, difference in differences(_every_scope(report), a, b).items()
     ]
     if report.latency is not None:
         lines.append(
@@ -253,9 +264,8 @@ def markdown(report: Report, pictures: Mapping[str, str]) -> str:
     lines = [f"# {report.title}"]
     if made := origin(report.config):
         lines += ["", made]
-    for header, rows in tables(report):
-        lines += ["", row(header), row(["---", *["---:"] * (len(header) - 1)])]
-        lines += [row(cells) for cells in rows]
+    for table in tables(report):
+        lines += ["", *table_lines(table)]
     if report.evaluations:
         lines += [
             "",
@@ -269,9 +279,9 @@ def markdown(report: Report, pictures: Mapping[str, str]) -> str:
     for caption, name in pictures.items():
         lines += ["", f"## {caption}", "", f"![{caption}]({name})"]
     if report.stage_seconds:
-        lines += ["", "## Time", "", row(["stage", "seconds"]), row(["---", "---:"])]
-        lines += [row([stage, f"{s:.1f}"]) for stage, s in report.stage_seconds.items()]
-        lines += [row(["total", f"{sum(report.stage_seconds.values()):.1f}"])]
+        seconds = {**report.stage_seconds, "total": sum(report.stage_seconds.values())}
+        times = [[stage, f"{s:.1f}"] for stage, s in seconds.items()]
+        lines += ["", "## Time", "", *table_lines((["stage", "seconds"], times))]
     lines += ["", "## Versions", ""]
     lines += [
         ", ".join(f"{package} {version}" for package, version in latencies.versions().items()),
@@ -297,9 +307,11 @@ def origin(config: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def row(cells: Sequence[str]) -> str:
-    """A row of a table in Markdown."""
-    return "| " + " | ".join(cells) + " |"
+def table_lines(table: validation_tables.Table) -> list[str]:
+    """A table in Markdown; its first column holds names."""
+    header, rows = table
+    every = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return [f"| {' | '.join(cells)} |" for cells in every]
 
 
 def write(folder: pathlib.Path, report: Report) -> list[pathlib.Path]:
@@ -313,7 +325,10 @@ def write(folder: pathlib.Path, report: Report) -> list[pathlib.Path]:
     drawings: dict[str, tuple[str, Callable[[pathlib.Path], None]]] = {}
     curves, recording = report.curves, report.recording
     if report.evaluations:
-        drawings["Success"] = ("success.png", lambda path: plots.success(path, scopes(report)))
+        drawings["Success"] = (
+            "success.png",
+            lambda path: plots.success(path, _every_scope(report)),
+        )
     rows = [row for curve in curves.values() for row in curve]
     # Everything in a row is a number.
     keys = {key for row in rows for key, v in row.items() if v is not None and math.isfinite(v)}

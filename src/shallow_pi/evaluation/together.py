@@ -61,11 +61,11 @@ def table(found: Found) -> validation_tables.Table:
 
 def write(path: pathlib.Path, name: str, found: Found) -> None:
     """Write report.json and report.md, and print the table."""
-    everything, (header, rows) = pooled(found), table(found)
+    everything, compared = pooled(found), table(found)
     differences = {
-        (a, b): everything[b].minus(everything[a]) for a, b in comparison.pairs(everything)
+        (a, b): everything[a].minus(everything[b]) for a, b in comparison.pairs(everything)
     }
-    said = [report.sentence(b, a, "all episodes", d) for (a, b), d in differences.items()]
+    said = [report.sentence(*pair, "all episodes", d) for pair, d in differences.items()]
     values = {
         "policies": {
             label: {
@@ -74,16 +74,15 @@ def write(path: pathlib.Path, name: str, found: Found) -> None:
             }
             for label in everything
         },
-        "differences": {f"{b} - {a}": dataclasses.asdict(d) for (a, b), d in differences.items()},
+        "differences": {f"{a} - {b}": dataclasses.asdict(d) for (a, b), d in differences.items()},
     }
     text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
     run_folder.write_text(path / run_folder.REPORT_FILE, text, comparison.ADVICE)
     lines = [f"# {name}: {', '.join(everything)}", "", "Success; the parts have the rest:"]
     lines += ["", *(f"- [{sim}]({sim}/{run_folder.REPORT_PAGE})" for sim in found), ""]
-    lines += [report.row(header), report.row(["---", *["---:"] * (len(header) - 1)])]
-    lines += [*map(report.row, rows), "", *(f"- {line}" for line in said), ""]
+    lines += [*report.table_lines(compared), "", *(f"- {line}" for line in said), ""]
     page = "\n".join(lines)
     run_folder.write_text(path / run_folder.REPORT_PAGE, page, comparison.ADVICE)
-    report.show_table(progress.console, (header, rows))
+    report.show_table(progress.console, compared)
     for line in said:
         progress.say(line)
