@@ -20,8 +20,6 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import rich
 import rich.box
@@ -29,7 +27,7 @@ import rich.table
 import tyro
 
 from shallow_pi import flags, progress
-from shallow_pi.checkpoints import run_folder, weights
+from shallow_pi.checkpoints import run_folder
 from shallow_pi.commands import exits
 from shallow_pi.data import data_config, opening, sources
 from shallow_pi.data.robots import assets as policy_assets
@@ -87,15 +85,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             ]
         )
         model = assets.seen
-        params = weights.load_params(
-            folder,
-            pi0.abstract_params(assets.model),
-            dtype=np.dtype(jnp.dtype(assets.model.dtype)),
-            what="policy",
-        )
-        params, count = jax.tree.map(jnp.asarray, params), min(given.samples, len(source))
-        chosen, between = _frames(len(source), count)
-        with progress.bar("Calibrate", total=count) as advance:
+        params = step_folder.params(folder, assets.model)
+        chosen, between = _frames(len(source), min(given.samples, len(source)))
+        with progress.bar("Calibrate", total=len(chosen)) as advance:
             found = calibration.calibrate(
                 model,
                 params,

@@ -14,12 +14,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, PyTree, UInt8
 
 from shallow_pi import progress
-from shallow_pi.checkpoints import run_folder, weights
+from shallow_pi.checkpoints import run_folder
 from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.data.robots import pipelines, transforms
 from shallow_pi.data.robots import robot as robots
@@ -28,7 +27,7 @@ from shallow_pi.inference import calibration as calibrations
 from shallow_pi.inference import prepare, program, real_time, tuning
 from shallow_pi.inference import quantize as quantization
 from shallow_pi.models import batch as batches
-from shallow_pi.models import observation, pi0
+from shallow_pi.models import observation
 
 
 class Policy:
@@ -155,12 +154,9 @@ class Policy:
             tokenizer=tokenizer,
             **fields,
         )
-        expected = pi0.abstract_params(assets.model)
-        dtype = np.dtype(jnp.dtype(assets.model.dtype))
-        params = weights.load_params(folder, expected, dtype=dtype, what="policy")
         policy = cls(
             assets,
-            params,
+            step_folder.params(folder, assets.model),
             num_steps=num_steps,
             seed=seed,
             prompt=prompt,

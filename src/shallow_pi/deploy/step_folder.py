@@ -11,6 +11,9 @@ import os
 import pathlib
 from typing import Any
 
+import jax.numpy as jnp
+from jaxtyping import PyTree
+
 from shallow_pi import progress
 from shallow_pi.checkpoints import fetch, run_folder, safetensors_file, sizes, weights
 from shallow_pi.data.robots import assets as policy_assets
@@ -87,6 +90,12 @@ def _best(run: pathlib.Path) -> str:
         raise ValueError(
             f'{path} is damaged ({error!r}): expected {{"step": N}}; name the step by its number'
         ) from error
+
+
+def params(step: pathlib.Path, model: pi0.Pi0Config) -> PyTree:
+    """The parameters of a policy's step folder, in the model's compute dtype."""
+    dtype = jnp.dtype(model.dtype)
+    return weights.load_params(step, pi0.abstract_params(model), dtype=dtype, what="policy")
 
 
 def assets(

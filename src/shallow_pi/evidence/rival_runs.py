@@ -11,18 +11,17 @@ import pathlib
 from collections.abc import Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from shallow_pi import progress
 from shallow_pi.checkpoints import run_folder, weights
 from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.deploy import policy as deployed
+from shallow_pi.deploy import step_folder
 from shallow_pi.evaluation.rivals import rival, table
 from shallow_pi.evidence import frames, training
 from shallow_pi.evidence.claims import recipes
 from shallow_pi.models import batch as batches
-from shallow_pi.models import pi0
 from shallow_pi.sims import demonstrations, simulator
 
 # Written last: a folder with it is whole.
@@ -132,8 +131,7 @@ def _options(slug: str) -> rival.Rival:
 def _material(slug: str, runs: pathlib.Path, data: frames.Frames | None) -> rival.Material:
     folder = runs / slug.partition("--")[0]
     assets = policy_assets.load(folder)
-    dtype = np.dtype(jnp.dtype(assets.model.dtype))
-    params = weights.load_params(folder, pi0.abstract_params(assets.model), dtype=dtype)
+    params = step_folder.params(folder, assets.model)
 
     def feed() -> Iterator[batches.Batch]:
         assert data is not None, "what a rival needs of the data is kept when it is made"

@@ -19,18 +19,17 @@ import pathlib
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from shallow_pi.checkpoints import run_folder, weights
+from shallow_pi.checkpoints import run_folder
 from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.deploy import policy as deployed
+from shallow_pi.deploy import step_folder
 from shallow_pi.distill import layer_map, student
 from shallow_pi.evidence import rival_runs
 from shallow_pi.evidence.claims import recipes
 from shallow_pi.inference import calibration, quantize
-from shallow_pi.models import pi0
 
 CUT = re.compile(r"(keep)-([0-9.]+)|(similarity|sensitivity)-drop([0-9]+)")
 
@@ -84,9 +83,7 @@ def read(slug: str, runs: pathlib.Path) -> tuple[policy_assets.Assets, PyTree]:
     if not (folder / run_folder.PARAMS).is_dir():
         raise FileNotFoundError(f"no policy {base} in {runs}: train it, or give --runs")
     assets = policy_assets.load(folder)
-    dtype = np.dtype(jnp.dtype(assets.model.dtype))
-    expected = pi0.abstract_params(assets.model)
-    params = weights.load_params(folder, expected, dtype=dtype, what="policy")
+    params = step_folder.params(folder, assets.model)
     if not way or scheme(slug) != "none":
         return assets, params
     kept = _kept(slug, assets.model.depth, folder)
