@@ -5,8 +5,6 @@ paper's loss), of every token of both streams, or of the prompt over the image t
 the prefix throughout, so that suffix tokens are compared by what they read of the observation.
 """
 
-from collections.abc import Sequence
-
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -47,14 +45,14 @@ def divergence(
             images = len(config.cameras) * config.image_tokens
             of_images = valid & (jnp.arange(valid.shape[1])[None] < images)
             own = _of_prefix(config, student, teacher, of_images, heads)
-            found = _mean([(own[:, None], valid[:, None, images:])])
+            found = losses.masked_mean((own[:, None], valid[:, None, images:]))
             return jnp.broadcast_to(found, actions.shape[:2])
         case "all":
             own = _of_prefix(config, student, teacher, valid, heads)
             others = _of_suffix(config, student, teacher, valid, heads, actions.shape[1])
             state = jnp.ones((*actions.shape[:2], others.shape[2] - actions.shape[2]), bool)
             suffix = jnp.concatenate([state, actions], axis=2)
-            return _mean([(own[:, None], valid[:, None]), (others, suffix)])
+            return losses.masked_mean((own[:, None], valid[:, None]), (others, suffix))
 
 
 def _of_prefix(
@@ -117,10 +115,3 @@ def _over_cells(config: pi0.Pi0Config, logits: Float[Array, "*b s"]) -> Float[Ar
     if config.scored_tokens or logits.shape[-1] == config.prefix_tokens:
         return logits
     return pooling.pool_logits(logits, len(config.cameras), config.grid, config.image_tokens)
-
-
-def _mean(parts: Sequence[tuple[Array, Array]]) -> Float[Array, "b r"]:
-    """The mean of values where their masks hold, over the last axis of all parts; of none 0."""
-    total = sum(jnp.sum(jnp.where(mask, values, 0.0), axis=-1) for values, mask in parts)
-    count = sum(jnp.sum(mask, axis=-1) for _, mask in parts)
-    return total / jnp.maximum(count, 1).astype(jnp.float32)

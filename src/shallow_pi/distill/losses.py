@@ -155,8 +155,7 @@ def vision_loss(
     flow.same_shape("tokens", tokens, "reference", reference)
     reference = jax.lax.stop_gradient(reference.astype(jnp.float32))
     squares = jnp.mean(jnp.square(tokens.astype(jnp.float32) - reference), axis=-1)
-    count = jnp.maximum(jnp.sum(valid.astype(jnp.float32), axis=1), 1.0)
-    return jnp.sum(jnp.where(valid, squares, 0.0), axis=1) / count
+    return masked_mean((squares, valid))
 
 
 def scorer_loss(
@@ -173,8 +172,7 @@ def scorer_loss(
     p = attention / jnp.where(total > 0, total, 1.0)
     log_p = jnp.log(jnp.where(p > 0, p, 1.0))
     kl = jnp.sum(p * (log_p - jax.nn.log_softmax(scores.astype(jnp.float32), axis=-1)), axis=-1)
-    count = jnp.maximum(jnp.sum(valid.astype(jnp.float32), axis=1), 1.0)
-    return jnp.sum(jnp.where(valid, kl, 0.0), axis=1) / count
+    return masked_mean((kl, valid))
 
 
 def attention_mass(
@@ -210,8 +208,15 @@ def cosine(a: Float[Array, "*b ah ad"], b: Float[Array, "*b ah ad"]) -> Float[Ar
     return jnp.sum(a * b, axis=-1) / jnp.where(product > 0, product, 1.0)
 
 
+def masked_mean(*parts: tuple[Array, Array]) -> Float[Array, "*b"]:
+    """Mean of values where their masks hold, over the last axis of all parts; of none 0."""
+    total = sum(jnp.sum(jnp.where(mask, values, 0.0), axis=-1) for values, mask in parts)
+    count = sum(jnp.sum(mask, axis=-1) for _, mask in parts)
+    return total / jnp.maximum(count, 1).astype(jnp.float32)
+
+
 def masked_sum(values: Float[Array, "..."], mask: Bool[Array, "..."]) -> Float[Array, ""]:
-    """Sum of the values where the mask holds: the one reduction of every loss."""
+    """Sum of the values of actions where the mask holds."""
     flow.same_shape("values", values, "mask", mask)
     return jnp.sum(jnp.where(mask, values, 0.0))
 

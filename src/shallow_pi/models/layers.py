@@ -139,12 +139,10 @@ def apply_rope(x: Float[Array, "*b s n h"], table: tuple[Array, Array]) -> Array
     return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
-def time_embedding(
-    time: Float[Array, "*b"], width: int, min_period: float = 4e-3, max_period: float = 4.0
-) -> Float[Array, "*b e"]:
-    """Sine-cosine embedding of the flow time, float32, periods geometric between the two given."""
+def time_embedding(time: Float[Array, "*b"], width: int) -> Float[Array, "*b e"]:
+    """Sine-cosine embedding of the flow time, float32, of periods geometric from 0.004 to 4."""
     fraction = jnp.linspace(0.0, 1.0, width // 2, dtype=jnp.float32)
-    period = min_period * (max_period / min_period) ** fraction
+    period = 4e-3 * (4.0 / 4e-3) ** fraction
     # In openpi's order: angles reach 1,571, where one rounding more is 1e-4 of the sine.
     angular = 1.0 / period * 2 * jnp.pi
     angle = time[..., None].astype(jnp.float32) * row(angular, time.ndim + 1)
