@@ -15,7 +15,7 @@ to foresee a perturbation.
 
 import abc
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import mujoco
@@ -131,6 +131,8 @@ class Options(Protocol):
     """The fields that every suite of the bench has."""
 
     @property
+    def tasks(self) -> tuple[str, ...]: ...
+    @property
     def control_hz(self) -> float: ...
     @property
     def image_size(self) -> int: ...
@@ -140,8 +142,10 @@ class Options(Protocol):
     def renderer(self) -> pictures.Renderer: ...
 
 
-def check(options: Options) -> None:
-    """Raise a ValueError for values of these fields that cannot be."""
+def check(options: Options, known: Collection[str]) -> None:
+    """Raise a ValueError for values of these fields that cannot be; `known` are the tasks."""
+    if not options.tasks or not set(options.tasks) <= set(known):
+        raise ValueError(f"tasks: expected some of {list(known)}, got {list(options.tasks)}")
     for name in ("control_hz", "image_size", "max_seconds"):
         if not getattr(options, name) > 0:  # Nor NaN.
             raise ValueError(f"{name}: expected a positive number, got {getattr(options, name)}")
@@ -296,6 +300,18 @@ def scatter(rng: np.random.Generator, count: int) -> Float[np.ndarray, "n 2"]:
                 places.append(place)
             if len(places) == count:
                 return np.stack(places)
+
+
+def colours(rng: np.random.Generator, num_blocks: int, num_cups: int) -> list[str]:
+    """A colour of each object, blocks first: no two blocks have the same, and no two cups."""
+    names = list(turntable_scene.COLOURS)
+    return [str(c) for count in (num_blocks, num_cups) for c in rng.permutation(names)[:count]]
+
+
+def prompts(templates: Mapping[str, Sequence[str]]) -> list[str]:
+    """Every instruction that templates, by task, give with every colour."""
+    every = [template for of_task in templates.values() for template in of_task]
+    return sorted({one.format(colour=c) for one in every for c in turntable_scene.COLOURS})
 
 
 def somewhere(rng: np.random.Generator, least: float) -> Float[np.ndarray, "2"]:

@@ -69,12 +69,9 @@ class Suite:
     renderer: Literal["ray", "gl"] = "ray"
 
     def __post_init__(self) -> None:
-        unknown = [task for task in self.tasks if task not in LAYOUTS]
-        if unknown or not self.tasks:
-            raise ValueError(f"tasks: expected some of {list(LAYOUTS)}, got {list(self.tasks)}")
+        gantry.check(self, LAYOUTS)
         if self.start not in ("usual", "elsewhere"):
             raise ValueError(f'start: expected "usual" or "elsewhere", got {self.start!r}')
-        gantry.check(self)
 
     @property
     def robot(self) -> robots.Robot:
@@ -96,14 +93,7 @@ class Suite:
 
     def prompts(self) -> list[str]:
         """Every instruction of every task."""
-        return sorted(
-            {
-                template.format(colour=colour)
-                for templates in PROMPTS.values()
-                for template in templates
-                for colour in turntable_scene.COLOURS
-            }
-        )
+        return gantry.prompts(PROMPTS)
 
     def moving(self) -> "Suite":
         """The task whose disc turns."""
@@ -156,11 +146,7 @@ class Tabletop(gantry.Sim):
     def _lay_out(self, rng: np.random.Generator) -> None:
         self._enter(str(self.config.tasks[rng.integers(len(self.config.tasks))]))
         num_blocks, num_cups, _ = LAYOUTS[self.task]
-        names = list(turntable_scene.COLOURS)
-        colours = [
-            *map(str, rng.permutation(names)[:num_blocks]),
-            *map(str, rng.permutation(names)[:num_cups]),
-        ]
+        colours = gantry.colours(rng, num_blocks, num_cups)
         start = rng.uniform((-0.12, -0.12, 0.05), (0.12, 0.02, 0.10))
         if self.config.start == "elsewhere":
             start[1] = rng.uniform(0.07, 0.12)

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 
 from shallow_pi.data.robots import robot as robots
-from shallow_pi.sims import gantry, simulator, turntable_scene
+from shallow_pi.sims import gantry, simulator
 
 PROMPTS: dict[str, tuple[str, ...]] = {
     "touch": ("touch the {colour} block", "tap the {colour} block"),
@@ -43,16 +43,13 @@ class Suite:
     renderer: Literal["ray", "gl"] = "ray"
 
     def __post_init__(self) -> None:
-        unknown = [task for task in self.tasks if task not in PROMPTS]
-        if unknown or not self.tasks:
-            raise ValueError(f"tasks: expected some of {list(PROMPTS)}, got {list(self.tasks)}")
+        gantry.check(self, PROMPTS)
         for name, task in (("num_blocks", "touch"), ("num_cups", "insert")):
             count, least = getattr(self, name), int(task in self.tasks)
             if not least <= count <= 4:
                 raise ValueError(f"{name}: expected {least} to 4 for {self.tasks}, got {count}")
         if not 0.5 <= self.clearance_mm <= 8.0:
             raise ValueError(f"clearance_mm: expected 0.5 to 8, got {self.clearance_mm}")
-        gantry.check(self)
 
     @property
     def robot(self) -> robots.Robot:
@@ -73,7 +70,7 @@ class Suite:
 
     def prompts(self) -> list[str]:
         """Every instruction of every task."""
-        return prompts()
+        return gantry.prompts(PROMPTS)
 
     def moving(self) -> "Suite":
         """The disc turns, at the speed of the paper's turntable."""
@@ -98,16 +95,6 @@ class Suite:
         return gantry.demonstrate(sim, gantry.reach, rng, noise)
 
 
-def prompts(tasks: tuple[str, ...] = tuple(PROMPTS)) -> list[str]:
-    """Every instruction the tasks can give."""
-    return [
-        template.format(colour=colour)
-        for task in tasks
-        for template in PROMPTS[task]
-        for colour in turntable_scene.COLOURS
-    ]
-
-
 class Turntable(gantry.Sim):
     """The simulator of one suite."""
 
@@ -124,11 +111,7 @@ class Turntable(gantry.Sim):
         config, is_cup = self.config, self.bench.is_cup
         self.task = config.tasks[rng.integers(len(config.tasks))]
         template = PROMPTS[self.task][rng.integers(len(PROMPTS[self.task]))]
-        names = list(turntable_scene.COLOURS)
-        colours = [
-            *map(str, rng.permutation(names)[: config.num_blocks]),
-            *map(str, rng.permutation(names)[: config.num_cups]),
-        ]
+        colours = gantry.colours(rng, config.num_blocks, config.num_cups)
         self.target = int(rng.choice(np.flatnonzero(is_cup == (self.task == "insert"))))
         self.prompt = template.format(colour=colours[self.target])
         self.colours = colours  # Of the objects: blocks first, then cups.
