@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from shallow_pi.data import sources
 from shallow_pi.data.robots import assets as policy_assets
-from shallow_pi.data.robots import transforms
+from shallow_pi.data.robots import normalize
 from shallow_pi.distill import losses as loss_terms
 from shallow_pi.distill import step, student
 from shallow_pi.inference import sampler, tuning
@@ -100,8 +100,8 @@ def to_robot(
 ) -> Float[np.ndarray, "n ah rd"]:
     """Normalized actions in the robot's units; `state` is normalized too."""
     robot = assets.robot
-    restore = transforms.Unnormalize({"state": assets.stats["state"]}, assets.kind)
-    own = restore({"state": state[..., : robot.state_dim]})["state"]
+    state = state[..., : robot.state_dim]  # Without the padding.
+    own = normalize.unnormalize(state, assets.stats["state"], assets.kind)
     if robot.state_conversion is not None:
         own = robot.state_conversion.inverse(own)
     return assets.outputs()({"actions": actions, "state": own})["actions"]

@@ -16,6 +16,7 @@ from PIL import Image
 
 from shallow_pi import progress
 from shallow_pi.data.robots import normalize, tokenizer
+from shallow_pi.inference import resize
 
 Sample = dict[str, Any]
 Transform = Callable[[Sample], Sample]
@@ -112,8 +113,7 @@ def resize_with_pad(image: UInt8[np.ndarray, "h w 3"], size: int) -> UInt8[np.nd
     height, width = image.shape[:2]
     if (height, width) == (size, size):
         return image
-    ratio = max(width / size, height / size)
-    new_height, new_width = int(height / ratio), int(width / ratio)
+    new_height, new_width = resize.fit(height, width, size)
     picture = Image.fromarray(image).resize((new_width, new_height), Image.Resampling.BILINEAR)
     padded = np.zeros((size, size, 3), np.uint8)
     top, left = (size - new_height) // 2, (size - new_width) // 2
@@ -129,12 +129,7 @@ class Normalize:
     kind: normalize.Kind
 
     def __call__(self, sample: Sample) -> Sample:
-        new = {
-            key: normalize.normalize(sample[key], stats, self.kind)
-            for key, stats in self.stats.items()
-            if key in sample
-        }
-        return {**sample, **new}
+        return _scaled(sample, self.stats, self.kind, normalize.normalize)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -145,12 +140,17 @@ class Unnormalize:
     kind: normalize.Kind
 
     def __call__(self, sample: Sample) -> Sample:
-        new = {
-            key: normalize.unnormalize(sample[key], stats, self.kind)
-            for key, stats in self.stats.items()
-            if key in sample
-        }
-        return {**sample, **new}
+        return _scaled(sample, self.stats, self.kind, normalize.unnormalize)
+
+
+def _scaled(
+    sample: Sample,
+    stats: Mapping[str, normalize.NormStats],
+    kind: normalize.Kind,
+    scale: Callable[[np.ndarray, normalize.NormStats, normalize.Kind], np.ndarray],
+) -> Sample:
+    there = {key: own for key, own in stats.items() if key in sample}
+    return {**sample, **{key: scale(sample[key], own, kind) for key, own in there.items()}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,14 +223,11 @@ class PadDimensions:
     dim: int
 
     def __call__(self, sample: Sample) -> Sample:
-        new = {key: pad_last(sample[key], self.dim, key) for key in _VECTORS if key in sample}
-        return {**sample, **new}
+        there = [key for key in ("state", "actions") if key in sample]
+        return {**sample, **{key: _pad_last(sample[key], self.dim, key) for key in there}}
 
 
-_VECTORS = ("state", "actions")
-
-
-def pad_last(value: np.ndarray, dim: int, what: str = "value") -> np.ndarray:
+def _pad_last(value: np.ndarray, dim: int, what: str) -> np.ndarray:
     """Zero-pad the last axis to `dim`, as float32."""
     value = np.asarray(value, np.float32)
     if value.shape[-1] > dim:
