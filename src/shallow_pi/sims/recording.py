@@ -33,10 +33,9 @@ def write(
       The number of episodes of each task.
     """
     robot = suite.robot
-    fps = int(robot.fps) if robot.fps == int(robot.fps) else robot.fps
     tasks: Counter[str] = Counter()
     writer = lerobot_writer.Writer(
-        path, fps, robot_type=robot.name, names=suite.names(), encoding=encoding
+        path, robot.fps, robot_type=robot.name, names=suite.names(), encoding=encoding
     )
     with writer, progress.bar("Demonstrations", total=episodes) as advance:
         for episode in demonstrations.collect(

@@ -19,7 +19,8 @@ from shallow_pi.data.lerobot import writer as lerobot_writer
 
 # Pictures per episode that are decoded for the statistics of a copied camera.
 SAMPLED = 20
-_BOOKKEEPING = ("frame_index", "episode_index", "index", "task_index")
+# Columns that are numbered anew; times stay.
+_NUMBERED = columns.BOOKKEEPING[1:]
 # Columns of the episode table that are rewritten.
 _EPISODE = re.compile(
     "episode_index|tasks|length|dataset_from_index|dataset_to_index|(data|videos|stats|meta)/.*"
@@ -57,10 +58,9 @@ def convert(
             f"{source.num_episodes} of {len(source.layout.lengths)} episodes of {source.path} are "
             "written, numbered anew from 0"
         )
-    fps = int(source.fps) if source.fps == int(source.fps) else source.fps
     writer = lerobot_writer.Writer(
         target,
-        fps,
+        source.fps,
         robot_type=source.info.get("robot_type"),
         encoding=encoding,
         source=source.info,
@@ -91,7 +91,7 @@ def convert(
 def _columns(source: reader.Dataset) -> tuple[list[str], list[str]]:
     """Columns to read as numbers, and columns to copy as stored."""
     there = source.stored(source.episodes[0], None).columns
-    declared = [key for key in source.features if key not in (*source.cameras, *_BOOKKEEPING)]
+    declared = [key for key in source.features if key not in (*source.cameras, *_NUMBERED)]
     lost = [key for key in declared if key not in there]
     undeclared = [key for key in there if key not in source.features]
     if lost:

@@ -23,7 +23,7 @@ from shallow_pi.data.lerobot import columns, files
 VERSIONS = ("v2.0", "v2.1", "v3.0")
 CHUNK_SIZE = 1000
 # Default file locations, if info.json gives none, by major version.
-_PATHS = {
+PATHS = {
     "v2": {
         "data_path": "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet",
         "video_path": "videos/chunk-{episode_chunk:03d}/{video_key}/"
@@ -147,7 +147,7 @@ class Layout:
 
     def _template(self, what: str) -> str:
         # Backslashes are Windows separators, not part of a name.
-        return (self.info.get(what) or _PATHS[self.version[:2]][what]).replace("\\", "/")
+        return (self.info.get(what) or PATHS[self.version[:2]][what]).replace("\\", "/")
 
     def _path(self, what: str, episode: int, prefix: str, **known: str) -> str:
         size = self.info.get("chunks_size") or CHUNK_SIZE

@@ -18,9 +18,6 @@ from jaxtyping import Bool, Float
 from shallow_pi import progress
 from shallow_pi.data.lerobot import columns, data_files, files, layout, picture_files, pictures
 
-# Written by lerobot_writer.
-VERSION = layout.VERSIONS[-1]
-
 
 class Dataset:
     """A LeRobot dataset in a local folder.

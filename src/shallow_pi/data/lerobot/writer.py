@@ -20,15 +20,15 @@ from jaxtyping import Float
 
 from shallow_pi import progress
 from shallow_pi.checkpoints import run_folder
-from shallow_pi.data.lerobot import reader, tables, video_writer
+from shallow_pi.data.lerobot import layout, tables, video_writer
 from shallow_pi.data.lerobot import stats as lerobot_stats
+from shallow_pi.data.lerobot.columns import BOOKKEEPING
 
 STATE_KEY, ACTION_KEY, IMAGE_PREFIX = "observation.state", "action", "observation.images."
-DATA_FILE_MB, VIDEO_FILE_MB, CHUNK_FILES = 100, 200, 1000
-_DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
+VERSION, CHUNK_FILES = layout.VERSIONS[-1], layout.CHUNK_SIZE
+DATA_FILE_MB, VIDEO_FILE_MB = 100, 200
+_PATHS = layout.PATHS[VERSION[:2]]
 _EPISODES_PATH = "meta/episodes/chunk-000/file-000.parquet"
-_VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
-_BOOKKEEPING = ("timestamp", "frame_index", "episode_index", "index", "task_index")
 # Entries of info.json that version 3 no longer has.
 _OLD_INFO = ("total_videos", "total_chunks")
 
@@ -83,7 +83,7 @@ class Writer:
         tasks: Sequence[str] = (),
     ) -> None:
         self.folder = run_folder.check_output(folder, "choose another folder", is_new=True)
-        self.fps = fps
+        self.fps = int(fps) if fps == int(fps) else fps
         self.robot_type = robot_type
         self.encoding = encoding
         self._source = source
@@ -295,7 +295,7 @@ class Writer:
 
     def _video(self, key: str, file: int) -> pathlib.Path:
         chunk, number = divmod(file, CHUNK_FILES)
-        return self._partial / _VIDEO_PATH.format(
+        return self._partial / _PATHS["video_path"].format(
             video_key=key, chunk_index=chunk, file_index=number
         )
 
@@ -400,7 +400,7 @@ class Writer:
             if features[key].get("shape") is None:
                 stored = value.shape[1:] if isinstance(value, np.ndarray) else ()
                 features[key]["shape"] = list(stored) or [1]
-        for key in _BOOKKEEPING:
+        for key in BOOKKEEPING:
             dtype = "float32" if key == "timestamp" else "int64"
             features[key] = self._declared(key) or {"dtype": dtype, "shape": [1], "names": None}
         if self._source is not None:
@@ -420,7 +420,7 @@ class Writer:
 
     def _info(self) -> dict[str, object]:
         info: dict[str, object] = {
-            "codebase_version": reader.VERSION,
+            "codebase_version": VERSION,
             "robot_type": self.robot_type,
             "total_episodes": len(self._episodes),
             "total_frames": self._frames,
@@ -430,8 +430,8 @@ class Writer:
             "video_files_size_in_mb": VIDEO_FILE_MB,
             "fps": self.fps,
             "splits": {"train": f"0:{len(self._episodes)}"},
-            "data_path": _DATA_PATH,
-            "video_path": _VIDEO_PATH if self._video_files else None,
+            "data_path": _PATHS["data_path"],
+            "video_path": _PATHS["video_path"] if self._video_files else None,
             "features": self._features,
         }
         source = dict(self._source or {})
@@ -443,7 +443,7 @@ class Writer:
         if not self._buffer:
             return
         chunk, file = divmod(self._file, CHUNK_FILES)
-        path = self._partial / _DATA_PATH.format(chunk_index=chunk, file_index=file)
+        path = self._partial / _PATHS["data_path"].format(chunk_index=chunk, file_index=file)
         path.parent.mkdir(parents=True, exist_ok=True)
         table = tables.joined(self._buffer)
         stored = {k: v for k, v in self._features.items() if v["dtype"] != "video"}
