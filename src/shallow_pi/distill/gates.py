@@ -91,6 +91,15 @@ def run(
     return Streams(*jax.lax.scan(layer, start, scanned)[1])
 
 
+def condition(
+    config: pi0.Pi0Config, params: PyTree, t: Float[Array, "b r"]
+) -> Float[Array, "b r e"] | None:
+    """π0.5's condition of the adaptive norms at these times; None for π0."""
+    if not config.pi05:
+        return None
+    return pi0.time_condition(params, layers.time_embedding(t, config.expert.width))
+
+
 def read(
     config: pi0.Pi0Config,
     params: PyTree,
@@ -98,10 +107,8 @@ def read(
     t: Float[Array, "b r"],
 ) -> Float[Array, "b r ah ad"]:
     """The velocity, float32, that the model's head reads from the suffix behind a layer."""
-    condition = None
-    if config.pi05:
-        condition = pi0.time_condition(params, layers.time_embedding(t, config.expert.width))
-    normed, _ = gemma.norm(params["PaliGemma"]["llm"]["final_norm_1"], suffix, condition)
+    final_norm = params["PaliGemma"]["llm"]["final_norm_1"]
+    normed, _ = gemma.norm(final_norm, suffix, condition(config, params, t))
     v = layers.dense(params["action_out_proj"], normed[:, :, -config.action_horizon :])
     return v.astype(jnp.float32)
 

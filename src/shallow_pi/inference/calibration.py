@@ -184,8 +184,7 @@ def calibrate(
         watched = _Watched({}, {})
         seen = watched.watch(prepared, cameras, prefixes.valid(config, observation))
         cache, valid = forward.prefill(config, seen, observation)
-        if not config.pi05:
-            cache, valid = forward.append_state(config, seen, observation.state, cache, valid)
+        cache, valid = forward.append_state(config, seen, observation.state, cache, valid)
         return (cache, valid), (watched.largest, watched.counts)
 
     @jax.jit

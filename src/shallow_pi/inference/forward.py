@@ -8,7 +8,7 @@ step overwrites (see `attention`).
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from shallow_pi.inference import attention, image_tower, prepare
 from shallow_pi.models import gemma, layers, pi0, prefixes
@@ -23,10 +23,21 @@ def prefill(
     tower_kernel: attention.Kernel = "xla",
 ) -> tuple[attention.Cache, Bool[Array, "b s"]]:
     """Buffers with the prefix's keys and values of every layer, and a mask of the slots in use."""
-    c = config.backbone
     prefix = embed_prefix(config, prepared, observation, tower_kernel)
-    tokens, valid = prefix.tokens, prefix.valid
-    rope = layers.rope_table(prefix.positions, c.head_dim)
+    return run_prefix(config, prepared, prefix.tokens, prefix.valid, prefix.positions, kernel)
+
+
+def run_prefix(
+    config: pi0.Pi0Config,
+    prepared: prepare.Prepared,
+    tokens: Float[Array, "b s d"],
+    valid: Bool[Array, "b s"],
+    positions: Int[Array, "b s"],
+    kernel: attention.Kernel = "xla",
+) -> tuple[attention.Cache, Bool[Array, "b n"]]:
+    """`prefill` with the prefix's tokens, which of them exist, and their positions."""
+    c = config.backbone
+    rope = layers.rope_table(positions, c.head_dim)
     shape = (len(tokens), prepare.cache_length(config), c.num_kv_heads, c.head_dim)
     empty = jnp.zeros(shape, tokens.dtype)
     cache: attention.Cache = [(empty, empty)] * config.depth
@@ -63,7 +74,12 @@ def append_state(
     valid: Bool[Array, "b s"],
     kernel: attention.Kernel = "xla",
 ) -> tuple[attention.Cache, Bool[Array, "b s"]]:
-    """The buffers with π0's state token after the prefix: it sees the prefix and itself alone."""
+    """The buffers with π0's state token after the prefix: it sees the prefix and itself alone.
+
+    π0.5 has no such token.
+    """
+    if config.pi05:
+        return cache, valid
     token = layers.dense(prepared.params["state_proj"], state)[:, None].astype(config.dtype)
     rope = layers.rope_table(
         prefixes.positions_taken(config, valid)[:, None], config.expert.head_dim

@@ -82,10 +82,10 @@ def sample_prepared(
     cache, valid = forward.prefill(
         config, prepared, observation, options.prefix_attention, options.tower_attention
     )
-    state = None if config.pi05 else observation.state
-    if state is not None and options.state_once:
-        cache, valid = forward.append_state(config, prepared, state, cache, valid, kernel)
-        state = None
+    state = None if config.pi05 or options.state_once else observation.state
+    if options.state_once:
+        given = (observation.state, cache, valid, kernel)
+        cache, valid = forward.append_state(config, prepared, *given)
     count = config.action_horizon + (state is not None)
     cache = forward.step_buffers(config, cache, options.step_buffers, count)
     dt = jnp.float32(-1.0 / num_steps)

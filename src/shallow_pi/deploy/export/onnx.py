@@ -228,8 +228,7 @@ def _prefix(model: pi0.Pi0Config, num_steps: int) -> _Part:
     def prefix(prepared: preparation.Prepared, *given: Array) -> Sequence[Array]:
         observation = _observation(model, given)
         cache, valid = forward.prefill(model, prepared, observation)
-        if not model.pi05:
-            cache, valid = forward.append_state(model, prepared, observation.state, cache, valid)
+        cache, valid = forward.append_state(model, prepared, observation.state, cache, valid)
         return [*jax.tree.leaves([cache[i] for i in _read_layers(model)]), valid]
 
     return prefix, _inputs(model), list(_cache(model))

@@ -24,8 +24,8 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from shallow_pi.deploy import policy as deployed
 from shallow_pi.distill import gates, layer_map, student
-from shallow_pi.evaluation.rivals import gated, rival, training
-from shallow_pi.inference import attention, forward, prepare
+from shallow_pi.evaluation.rivals import rival, training
+from shallow_pi.inference import forward
 from shallow_pi.models import layers as equations
 from shallow_pi.models import observation as observations
 from shallow_pi.models import pi0
@@ -88,9 +88,10 @@ class CogVLA:
         found = forward.embed_prefix(config, prepared, observation)
         whole = gates.Prefix(found.tokens, found.valid)
         prefix = reduce(self.kind, config, held.extra, whole)
-        model = rival.with_tokens(config, _images(config) // 4)
-        cache, valid = prefill(model, prepared, prefix)
-        cache, valid = rival.with_state(model, prepared, observation, cache, valid)
+        model = rival.with_tokens(config, rival.images(config) // 4)
+        positions = jnp.cumsum(prefix.valid, axis=1) - 1
+        cache, valid = forward.run_prefix(model, prepared, *prefix, positions)
+        cache, valid = forward.append_state(model, prepared, observation.state, cache, valid)
         return rival.integrate(
             lambda x_t, tables, cache: forward.velocity(model, prepared, cache, valid, x_t, tables),
             prepared,
@@ -108,7 +109,10 @@ class CogVLA:
 
     def operations(self, config: pi0.Pi0Config, num_steps: int) -> int:
         """Of the tower, the queries, and the model over fewer tokens."""
-        fewer, depth = rival.with_tokens(config, _images(config) // 4), self.layers or config.depth
+        fewer, depth = (
+            rival.with_tokens(config, rival.images(config) // 4),
+            self.layers or config.depth,
+        )
         count, width = rival.count(fewer, depth, num_steps), config.backbone.width
         queries = 0
         if self.kind != "mean":
@@ -156,7 +160,7 @@ def windows(config: pi0.Pi0Config) -> Bool[np.ndarray, "m n"]:
 
 def reduce(kind: str, config: pi0.Pi0Config, own: PyTree, whole: gates.Prefix) -> gates.Prefix:
     """A quarter of the image tokens, then the prompt tokens."""
-    images, cameras = _images(config), len(config.cameras)
+    images, cameras = rival.images(config), len(config.cameras)
     b, _, width = whole.tokens.shape
     x = whole.tokens[:, :images].reshape(b, cameras, -1, width).astype(jnp.float32)
     if kind == "mean":
@@ -182,20 +186,3 @@ def reduce(kind: str, config: pi0.Pi0Config, own: PyTree, whole: gates.Prefix) -
         jnp.concatenate([reduced, whole.tokens[:, images:]], axis=1),
         jnp.concatenate([there.reshape(b, -1), whole.valid[:, images:]], axis=1),
     )
-
-
-def prefill(
-    config: rival.FewerTokens, prepared: prepare.Prepared, prefix: gates.Prefix
-) -> tuple[attention.Cache, Bool[Array, "b s"]]:
-    """`forward.prefill` over these tokens."""
-    cache, valid = gated.empty(config, prefix.tokens, prefix.valid, config.depth)
-    positions = jnp.cumsum(prefix.valid, axis=1) - 1
-    rope = equations.rope_table(positions, config.backbone.head_dim)
-    _, cache = forward.run_layers(
-        config, prepared.prefix, prefix.tokens, cache, 0, rope, valid[:, None], None, "xla"
-    )
-    return cache, valid
-
-
-def _images(config: pi0.Pi0Config) -> int:
-    return len(config.cameras) * config.image_tokens

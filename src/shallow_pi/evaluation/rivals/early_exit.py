@@ -64,7 +64,7 @@ class EarlyExit:
             prefix = gates.embed(model, held.model, drawn.observation, seen.image_tokens)
             given = (drawn.observation.state, drawn.x_t, drawn.t)
             behind = gates.run(model, held.model, prefix, *given).suffix
-            condition = _condition(model, held.model, drawn.t)
+            condition = gates.condition(model, held.model, drawn.t)
             total = jnp.zeros(())
             for i, depth in enumerate(every):
                 v = _read(model, held, behind[depth - 1], condition, i)
@@ -232,7 +232,7 @@ def _differences(
         prefix = gates.embed(model, held.model, observation)
         given = (observation.state, x_t[:, None], t)
         behind = gates.run(model, held.model, prefix, *given).suffix
-        condition = _condition(model, held.model, t)
+        condition = gates.condition(model, held.model, t)
         v = jnp.stack(
             [_read(model, held, behind[d - 1], condition, i) for i, d in enumerate(every)]
         )[:, :, 0]
@@ -246,12 +246,6 @@ def _differences(
         noise = flow.sample_noise(jax.random.key(i), batch.actions.shape)
         rows.append(np.asarray(moved(observation, noise)))
     return np.concatenate(rows, axis=1)
-
-
-def _condition(config: pi0.Pi0Config, params: PyTree, t: Array) -> Array | None:
-    if not config.pi05:
-        return None
-    return pi0.time_condition(params, layers.time_embedding(t, config.expert.width))
 
 
 def _read(

@@ -77,9 +77,9 @@ class EfficientVLA:
     ) -> Float[Array, "b ah ad"]:
         """Sample over the kept tokens, with features of up to `cache` − 1 steps before."""
         prepared = held.prepared
-        model = rival.with_tokens(config, min(self.tokens or _images(config), _images(config)))
+        model = self.fewer(config)
         cache, valid = prefill(model, prepared, observation)
-        cache, valid = rival.with_state(model, prepared, observation, cache, valid)
+        cache, valid = forward.append_state(model, prepared, observation.state, cache, valid)
 
         def block(x_t: Array, cache: attention.Cache, tables: prepare.Tables, steps: int) -> Array:
             """Integration steps of which only the first computes the layers."""
@@ -117,10 +117,14 @@ class EfficientVLA:
         del params
         return pi0.at_depth(config, self.layers or config.depth), self.sample, ()
 
+    def fewer(self, config: pi0.Pi0Config) -> rival.FewerTokens:
+        """The model over the tokens that stay."""
+        images = rival.images(config)
+        return rival.with_tokens(config, min(self.tokens or images, images))
+
     def operations(self, config: pi0.Pi0Config, num_steps: int) -> int:
         """Of the tower, the first layer over all tokens, the others, and the computed steps."""
-        depth, images = self.layers or config.depth, _images(config)
-        model = rival.with_tokens(config, min(self.tokens or images, images))
+        depth, model = self.layers or config.depth, self.fewer(config)
         whole, own = rival.count(config, depth, num_steps), rival.count(model, depth, num_steps)
         first = rival.layer(config).prefix - rival.layer(model).prefix if depth > 1 else 0
         computed = -(-num_steps // self.cache)
@@ -137,7 +141,7 @@ def prefill(
     config: rival.FewerTokens, prepared: prepare.Prepared, observation: observations.Observation
 ) -> tuple[attention.Cache, Bool[Array, "b s"]]:
     """`forward.prefill` over the tokens that stay behind the first layer."""
-    images, kept = _images(config), config.kept
+    images, kept = rival.images(config), config.kept
     prefix = forward.embed_prefix(config, prepared, observation)
     tokens, valid = prefix.tokens, prefix.valid
     seen = jnp.sum(valid[:, :images], axis=1)
@@ -251,7 +255,3 @@ def choose(
     diversity = jnp.where(taken, -2.0, jnp.where(valid, 1.0 - alike, -1.0))
     _, rest = jax.lax.top_k(diversity, kept - by_relevance)
     return jnp.sort(jnp.concatenate([first, rest], axis=1), axis=1)
-
-
-def _images(config: pi0.Pi0Config) -> int:
-    return len(config.cameras) * config.image_tokens

@@ -94,8 +94,7 @@ class MoLE:
         """Route, then run the layers that are on."""
         found = forward.embed_prefix(config, held.prepared, observation)
         prefix = gates.Prefix(found.tokens, found.valid)
-        images = len(config.cameras) * config.image_tokens
-        soft = jax.nn.softmax(logits(held.extra, prefix, images), axis=-1)
+        soft = jax.nn.softmax(logits(held.extra, prefix, rival.images(config)), axis=-1)
         opened = top(soft, self.layers).T > 0
         return gated.sample(config, held.prepared, *prefix, observation.state, noise, opened)
 

@@ -24,7 +24,7 @@ from shallow_pi.checkpoints import run_folder
 from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.deploy import policy as deployed
 from shallow_pi.distill import flow, layer_map, layer_scores
-from shallow_pi.inference import attention, forward, prepare, program, sampler, tuning
+from shallow_pi.inference import attention, prepare, program, sampler, tuning
 from shallow_pi.models import batch as batches
 from shallow_pi.models import observation as observations
 from shallow_pi.models import pi0
@@ -208,17 +208,9 @@ def integrate(
     return jax.lax.scan(step, (noise.astype(jnp.float32), cache), prepared.tables)[0][0]
 
 
-def with_state(
-    config: pi0.Pi0Config,
-    prepared: prepare.Prepared,
-    observation: observations.Observation,
-    cache: attention.Cache,
-    valid: Array,
-) -> tuple[attention.Cache, Array]:
-    """The prefix's buffers, with π0's state token behind it."""
-    if config.pi05:
-        return cache, valid
-    return forward.append_state(config, prepared, observation.state, cache, valid)
+def images(config: pi0.Pi0Config) -> int:
+    """Image tokens of all cameras together."""
+    return len(config.cameras) * config.image_tokens
 
 
 @dataclasses.dataclass(frozen=True)

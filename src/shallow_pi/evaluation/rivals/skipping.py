@@ -99,7 +99,7 @@ def plain(
     """The sampler of every policy, with the rivals' options."""
     prepared = held.prepared
     cache, valid = forward.prefill(config, prepared, observation)
-    cache, valid = rival.with_state(config, prepared, observation, cache, valid)
+    cache, valid = forward.append_state(config, prepared, observation.state, cache, valid)
     return rival.integrate(
         lambda x_t, tables, cache: forward.velocity(config, prepared, cache, valid, x_t, tables),
         prepared,
