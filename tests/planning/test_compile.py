@@ -29,7 +29,7 @@ def programs(experiment):
     found = {}
     for layout in ((8, 1, 1), (1, 8, 1)):
         mesh = sharding.MeshConfig(*layout).create()
-        found[layout] = compile.compile_step(setup.make_spec(experiment, mesh), mesh, BATCH)
+        _, found[layout] = compile.build(setup.make_spec(experiment, mesh), mesh, BATCH)
     return found
 
 
@@ -136,7 +136,7 @@ def test_the_report_of_a_program_has_its_parts_verdict_and_forecast(room, verdic
 
 def test_a_batch_the_mesh_cannot_split_is_refused(spec):
     with pytest.raises(ValueError, match="batch size 12 is not divisible by the 8 devices"):
-        compile.compile_step(spec, sharding.MeshConfig(8).create(), 12)
+        compile.build(spec, sharding.MeshConfig(8).create(), 12)
 
 
 @pytest.mark.parametrize("name", ["v9:1x1", "h100:many", "v5e"])

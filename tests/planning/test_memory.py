@@ -83,7 +83,7 @@ def test_an_estimate_is_near_what_the_compiler_plans(tiny_experiment, tmp_path, 
     experiment = tiny_experiment(tmp_path, remat=remat, batch_size=64)
     mesh = sharding.MeshConfig().create(jax.devices()[:1])
     spec = setup.make_spec(experiment, mesh)
-    planned = compile.compile_step(spec, mesh, 64)
+    _, planned = compile.build(spec, mesh, 64)
     found = memory.estimate(spec, mesh, 64, "bfloat16")
     assert found.given == planned.given
     assert 0.5 < (found.activations + found.gradient) / planned.temporary < 2

@@ -42,7 +42,7 @@ def main() -> None:
         name = own.topology or f"cpu:{len(devices)}"
         progress.console.print(f"Compiling {experiment.name} for {name}: minutes at full size")
         began = time.perf_counter()
-        program = compile.compile_step(spec, mesh, experiment.batch_size, dtype)
+        _, program = compile.build(spec, mesh, experiment.batch_size, dtype)
         seconds = time.perf_counter() - began
         useful = flops.of_step(spec, experiment.batch_size) / mesh.size
         accelerator = accelerators.find(mesh.devices.flat[0].device_kind)

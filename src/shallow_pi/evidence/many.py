@@ -318,12 +318,7 @@ def _spec(
     shown = next((v for v in members.variants if v.attention), members.first)
     weights = dataclasses.replace(shown.losses, **largest)
     first = members.first
-    schedule = optimizer.CosineSchedule(
-        warmup_steps=max(1, first.steps // 20),
-        peak_lr=first.peak_lr,
-        decay_steps=max(2, first.steps),
-        end_lr=first.peak_lr / 50,
-    ).create()
+    schedule = optimizer.CosineSchedule.over(first.steps, first.peak_lr).create()
     at = dataclasses.replace(shown, seed=members.rows[0][0])
     own = architecture(at, model, scores)
     teacher = teacher if weights.needs_teacher else None

@@ -137,17 +137,10 @@ def _quiet() -> Iterator[None]:
                 os.environ[name] = value
 
 
-def compile_step(
-    spec: step.Spec, mesh: Mesh, batch_size: int, teacher_dtype: str = "bfloat16"
-) -> Program:
-    """Memory and collectives of the compiled step of a global batch; see `build`."""
-    return build(spec, mesh, batch_size, teacher_dtype)[1]
-
-
 def build(
     spec: step.Spec, mesh: Mesh, batch_size: int, teacher_dtype: str = "bfloat16"
 ) -> tuple[jax.stages.Compiled, Program]:
-    """Compile the step as a function of teacher, state (donated), key and batch.
+    """Compile the step as a function of teacher, state (donated), key and batch; and its plan.
 
     Args:
       spec: the static part of the step.

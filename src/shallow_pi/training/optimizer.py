@@ -45,6 +45,11 @@ class CosineSchedule:
                 f"{self.end_lr}"
             )
 
+    @classmethod
+    def over(cls, steps: int, peak_lr: float) -> "CosineSchedule":
+        """A short training's: a twentieth of it is warm-up, the end a fiftieth of the peak."""
+        return cls(max(1, steps // 20), peak_lr, max(2, steps), peak_lr / 50)
+
     def create(self) -> optax.Schedule:
         """The optax schedule: step → learning rate."""
         return optax.warmup_cosine_decay_schedule(

@@ -75,10 +75,8 @@ def fit(
         shapes = jax.eval_shape(lambda: whole._asdict())
         return Trained(**weights.load_params(folder, shapes, what=label))
     trained, frozen = student.split(whole.model, ("vision",))
-    schedule = optimizer.CosineSchedule(
-        warmup_steps=max(1, steps // 20), peak_lr=PEAK_LR, decay_steps=steps, end_lr=PEAK_LR / 50
-    )
-    adam = optimizer.AdamW().create(schedule.create())
+    schedule = optimizer.CosineSchedule.over(steps, PEAK_LR).create()
+    adam = optimizer.AdamW().create(schedule)
     step = jax.jit(
         functools.partial(_step, material.model, model, loss, adam), donate_argnums=(2, 3)
     )
