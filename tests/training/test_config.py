@@ -362,6 +362,11 @@ def test_fields_that_may_change_exist():
             values = values[name]
 
 
+def test_errors_of_a_resumed_run_compare_with_those_before():
+    fields = {f"validation.{field.name}" for field in dataclasses.fields(config.ValidationConfig)}
+    assert fields & config.SAFE_TO_CHANGE == {"validation.interval"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

@@ -456,11 +456,10 @@ SAFE_TO_CHANGE = frozenset(
     (
         *("resume", "overwrite", "checkpoint_dir", "mesh", "num_train_steps", "save_interval"),
         *("keep", "keep_period", "log_interval", "gradient_interval", "validation.interval"),
-        *("validation.num_steps", "closed_loop.num_steps"),
         *("tensorboard", "wandb", "trackio", "profile", "data.num_threads", "data.num_workers"),
         *("remat", "unroll", "attention", "teacher.offload"),
         *("data.cache", "data.cache_dir", "data.cache_gib", "data.strict"),
         *("closed_loop.baselines", "closed_loop.episodes", "closed_loop.harder"),
-        *("teacher.train", "teacher.config"),
+        *("closed_loop.num_steps", "teacher.train", "teacher.config"),
     )
 )
