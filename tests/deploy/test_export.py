@@ -271,6 +271,14 @@ def test_any_step_of_a_run_can_be_asked_for(run, params, tmp_path):
         export.export(folder, "openpi", step=3, any_size=True)
 
 
+def test_the_best_step_by_its_link_has_its_number(tmp_path):
+    content = {"name": "pi0_tiny_l2", "layer_map": LAYERS, "model": {"depth": TEACHER_DEPTH}}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    (tmp_path / "2").mkdir()
+    (tmp_path / "best").symlink_to("2")
+    assert student.origin(tmp_path / "best").step == 2
+
+
 def test_stored_dtypes_are_kept_and_bfloat16_is_compared_in_bfloat16(own, params, tmp_path):
     own = dataclasses.replace(own, model=dataclasses.replace(own.model, dtype="bfloat16"))
     weights.save_params(tmp_path / "7" / "params", params)

@@ -172,6 +172,8 @@ def test_a_page_names_what_the_run_was_made_from():
         "teacher gs://bucket/pi0, dataset ~/one + ~/two, 6 of the teacher's 18 layers, "
         "30,000 steps, 64 samples a step",
     ]
+    deeper = config | {"student": {"depth": 6, "backbone_depth": 2, "expert_depth": 8}}
+    assert ", 8 of the teacher's 18 layers, " in report.origin(deeper)
     alone = report.markdown(report.Report("pi0", config | {"teacher": None}), {}).splitlines()
     assert alone[2].startswith("dataset ~/one + ~/two, 18 layers, ")
     assert report.origin({}) == ""

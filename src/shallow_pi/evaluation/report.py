@@ -298,7 +298,8 @@ def origin(config: Mapping[str, Any]) -> str:
     if data.get("path"):
         parts += ["dataset " + " + ".join([data["path"], *data.get("more", ())])]
     if depth and teacher:
-        chosen = len(student.get("layers") or ()) or student.get("depth")
+        depths = [student.get(f"{s}_depth") or student.get("depth") for s in ("backbone", "expert")]
+        chosen = len(student.get("layers") or ()) or max(depth or 0 for depth in depths)
         parts += [f"{chosen} of the teacher's {depth} layers"] if chosen else []
     elif depth:
         parts += [f"{depth} layers"]

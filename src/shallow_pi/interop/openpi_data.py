@@ -77,7 +77,7 @@ class Source:
                 tokenized_prompt_mask=np.asarray(found["tokenized_prompt_mask"], bool),
             ),
             actions=np.asarray(found["actions"], np.float32),
-            # Unlike openpi, we do not train on the repeated last action beyond an episode's end.
+            # Read by --losses.mask-padded-actions alone: openpi trains on the repeated last action.
             action_mask=~np.asarray(is_pad, bool),
         )
 

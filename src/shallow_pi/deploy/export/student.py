@@ -68,6 +68,7 @@ def origin(step: pathlib.Path) -> Origin:
     path = step.parent / run_folder.CONFIG_FILE
     if not path.is_file():
         return Origin()
+    number = step.resolve().name  # The run's `best` is a link.
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         data, teacher = config.get("data") or {}, config.get("teacher") or {}
@@ -79,7 +80,7 @@ def origin(step: pathlib.Path) -> Origin:
             layer_map=tuple(config["layer_map"] or ()),
             teacher_depth=int(config["model"]["depth"]),
             vision_depth=int((config["model"].get("image") or {}).get("depth", 0)),
-            step=int(step.name) if step.name.isdigit() else 0,
+            step=int(number) if number.isdigit() else 0,
             steps=int(config.get("num_train_steps", 0)),
             error=_error(step),
             against=str((config.get("validation") or {}).get("against", "")),
