@@ -58,7 +58,7 @@ def test_statistics_are_written_in_openpis_format(run):
     for key, found in normalize.load(file.parent).items():
         np.testing.assert_array_equal(found.mean, expected[key].mean)
         np.testing.assert_array_equal(found.q99, expected[key].q99)
-    run("--horizon", "4", "--output", "elsewhere")
+    run("--horizon", "4", "--output", "elsewhere", "--data.norm-stats", "dataset")
     assert normalize.load("elsewhere")["state"].mean.shape == (2,)
 
 

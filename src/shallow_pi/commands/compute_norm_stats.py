@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not name and "--data.asset-id" not in flags.named(words):
             data = dataclasses.replace(given.data, asset_id=robot.name)
             given = dataclasses.replace(given, data=data)
-        if not given.data.norm_stats:
+        if not _compared(given.data):
             run_folder.check_output(given.output or "norm_stats", "give another --output")
         # No pictures are read, so no video is fetched from the hub.
         looks = given.data.skip_bad_episodes
@@ -76,9 +76,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _idle(given: Arguments) -> flags.Idle:
     fields = f"{opening.UNREAD} data.tokenizer"
     yield True, fields, "the statistics do not depend on it; leave it out"
-    compared = given.data.norm_stats
+    compared = _compared(given.data)
     yield compared, "output", f"--data.norm-stats {compared} is compared, and nothing is written"
     yield not compared, "kind", "only a comparison depends on it; give --data.norm-stats"
+
+
+def _compared(data: data_config.DataConfig) -> str:
+    """The folder of the statistics to compare with; empty where the dataset's own are wanted."""
+    return "" if data.norm_stats == opening.OF_DATASET else data.norm_stats
 
 
 def _tell(
@@ -92,14 +97,13 @@ def _tell(
     frames, episodes = sum(map(len, datasets)), sum(d.num_episodes for d in datasets)
     skipped = sum(len(dataset.skipped) for dataset in datasets)
     print(f"{frames} frames of {episodes} episodes{f', {skipped} left out' if skipped else ''}")
-    if given.data.norm_stats:
-        folder = fetch.locate(given.data.norm_stats)
-        theirs = checkpoint_statistics.at(folder, given.data.asset_id).stats
+    if compared := _compared(given.data):
+        theirs = checkpoint_statistics.at(fetch.locate(compared), given.data.asset_id).stats
         lines = statistics.misfits(theirs, found, given.kind)
         for line in lines:
             progress.warn(line)
         verdict = "do not fit" if lines else "fit"
-        print(f"the statistics in {given.data.norm_stats} {verdict} the dataset")
+        print(f"the statistics in {compared} {verdict} the dataset")
         return
     output = pathlib.Path(given.output or f"norm_stats/{name}/{given.data.asset_id}").expanduser()
     normalize.save(output, found)
