@@ -13,7 +13,7 @@ import optax
 import pytest
 
 from shallow_pi.checkpoints import sizes, weights
-from shallow_pi.data import data_config
+from shallow_pi.data import data_config, opening
 from shallow_pi.data.robots import assets
 from shallow_pi.deploy import policy as deployed
 from shallow_pi.distill import layer_map, losses, step, student
@@ -92,6 +92,17 @@ def test_a_scorers_baselines_keep_its_own_loss(tmp_path):
     for baseline in study.baselines(experiment).values():
         terms = setup.make_spec(baseline).losses.weights
         assert {name for name, weight in terms.items() if weight} == {"task", "scorer"}
+
+
+def test_a_run_with_samples_from_elsewhere_has_a_report(own, tmp_path):
+    """Nobody finds the robot of openpi's transforms by name."""
+    robot = dataclasses.replace(own.robot, name="openpi:mine", elsewhere="mine")
+    source = data_config.DataConfig(source="mine:open_data", robot=robot.name)
+    experiment = _student(tmp_path, "teacher", data=source)
+    opened = types.SimpleNamespace(
+        experiment=experiment, data=opening.Data((), None, dataclasses.replace(own, robot=robot))
+    )
+    assert study._outcome(opened, {"student": tmp_path}).groups == own.robot.groups
 
 
 def test_the_teacher_of_a_student_in_8_bits_is_not_rounded(own, tiny_config, tmp_path, monkeypatch):

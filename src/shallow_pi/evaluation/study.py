@@ -50,7 +50,7 @@ def run(experiment: config.DistillConfig) -> pathlib.Path:
         opened = runs.open_run(experiment)
         final = loop.train(opened, label)
         if processes.is_main():
-            _tell(_outcome(opened.experiment, {_trained_name(experiment): folder}), folder)
+            _tell(_outcome(opened, {_trained_name(experiment): folder}), folder)
         return final
     suite = find_suite(task)
     experiment = check(experiment, task, suite)
@@ -294,7 +294,7 @@ def _measure(
                     episodes=min(task.episodes, late_plans.EPISODES),
                 )
     outcome = dataclasses.replace(
-        _outcome(experiment, folders),
+        _outcome(opened, folders),
         evaluations=whole,
         harder=found,
         latency=measured,
@@ -305,22 +305,21 @@ def _measure(
     _tell(outcome, folder)
 
 
-def _outcome(
-    experiment: config.DistillConfig, folders: Mapping[str, pathlib.Path]
-) -> report.Report:
+def _outcome(opened: runs.Run, folders: Mapping[str, pathlib.Path]) -> report.Report:
     """Report of what training measured."""
+    experiment, assets = opened.experiment, opened.data.assets
     curves = {name: metrics.read(path) for name, path in folders.items()}
     seconds, before = 0.0, 0
     for row in next(iter(curves.values())):  # Each a mean over the steps since the last.
         seconds += row.get("seconds_per_step", 0.0) * (row["step"] - before)
         before = int(row["step"])
-    real, against = experiment.data.source != "synthetic", experiment.validation.against
+    against = experiment.validation.against
     return report.Report(
         title=f"{experiment.name}/{experiment.exp_name}",
         config=dataclasses.asdict(experiment),
         stage_seconds={"training": seconds},
         curves=curves,
-        groups=robot.find(experiment.data.robot).action_groups if real else (),
+        groups=() if assets is None else assets.robot.action_groups,
         criterion=validation.TO_DATA if against == "data" else validation.TO_TEACHER,
     )
 
