@@ -21,8 +21,8 @@ from jaxtyping import Float
 Z95 = 1.959963984540054
 
 
-def wilson(successes: int, episodes: int, z: float = Z95) -> tuple[float, float]:
-    """Wilson's score interval for `successes` of `episodes`, as fractions.
+def wilson(successes: int, episodes: int) -> tuple[float, float]:
+    """Wilson's score interval (95 %) for `successes` of `episodes`, as fractions.
 
     (p + z²/2n ± z·sqrt(p(1 − p)/n + z²/4n²)) / (1 + z²/n), p = successes / n.
     """
@@ -31,7 +31,7 @@ def wilson(successes: int, episodes: int, z: float = Z95) -> tuple[float, float]
             f"Expected 0 <= successes <= episodes and at least 1 episode, got {successes} of "
             f"{episodes}; evaluate at least one episode."
         )
-    p = successes / episodes
+    p, z = successes / episodes, Z95
     center = p + z * z / (2 * episodes)
     half = z * math.sqrt(p * (1 - p) / episodes + z * z / (4 * episodes * episodes))
     scale = 1 + z * z / episodes
@@ -62,7 +62,7 @@ class Difference:
         return "lower" if self.high < 0 else "undecided"
 
 
-def paired_difference(a: Sequence[bool], b: Sequence[bool], z: float = Z95) -> Difference:
+def paired_difference(a: Sequence[bool], b: Sequence[bool]) -> Difference:
     """Newcombe's interval for the difference of two paired success rates, `a` − `b`."""
     if len(a) != len(b) or not a:
         raise ValueError(
@@ -74,10 +74,8 @@ def paired_difference(a: Sequence[bool], b: Sequence[bool], z: float = Z95) -> D
     only_a, only_b = pairs.count((True, False)), pairs.count((False, True))
     n = len(pairs)
     p_a, p_b = (both + only_a) / n, (both + only_b) / n
-    (low_a, high_a), (low_b, high_b) = (
-        wilson(sum(map(bool, a)), n, z),
-        wilson(sum(map(bool, b)), n, z),
-    )
+    low_a, high_a = wilson(both + only_a, n)
+    low_b, high_b = wilson(both + only_b, n)
 
     margins = (both + only_a) * (only_b + neither) * (both + only_b) * (only_a + neither)
     surplus = float(both * neither - only_a * only_b)
@@ -180,19 +178,17 @@ def rate_difference_over_seeds(
     return dataclasses.replace(found, low=max(low, -1.0), high=min(high, 1.0))
 
 
-def student_t(degrees: float, probability: float = 0.975) -> float:
-    """The point of Student's t distribution below which `probability` (above ½) lies.
+def student_t(degrees: float) -> float:
+    """The 97.5 % point of Student's t distribution: two-sided 95 %.
 
     With t = sqrt(ν)·tan θ the density is proportional to cos(θ)^(ν−1), summed over a fine grid.
     """
-    if not (degrees >= 1 and 0.5 < probability < 1):
-        raise ValueError(
-            f"expected degrees >= 1 and a probability in (½, 1), got {degrees} and {probability}"
-        )
+    if not degrees >= 1:
+        raise ValueError(f"expected degrees >= 1, got {degrees}")
     # The mass lies within a few 1/sqrt(ν): no grid over the whole quarter circle for large ν.
     end = min(math.pi / 2, 12 / math.sqrt(degrees))
     angles = np.linspace(0.0, end, 5_001)
     density = np.maximum(np.cos(angles), 0.0) ** (degrees - 1)
     mass = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
-    angle = float(np.interp(2 * probability - 1, mass / mass[-1], angles))
+    angle = float(np.interp(0.95, mass / mass[-1], angles))
     return math.sqrt(degrees) * math.tan(angle)

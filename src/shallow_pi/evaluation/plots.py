@@ -185,10 +185,10 @@ def success(path: pathlib.Path, scopes: Mapping[str, Mapping[str, rollout.Evalua
     figure.savefig(path)
 
 
-def strip(path: pathlib.Path, recording: rollout.Recording, count: int = 8) -> None:
-    """Evenly spaced frames of one episode, a row per camera, the last one included."""
+def strip(path: pathlib.Path, recording: rollout.Recording) -> None:
+    """Up to eight evenly spaced frames of one episode, a row per camera, the last one included."""
     total = len(recording.times)
-    chosen = np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(int))
+    chosen = np.unique(np.linspace(0, total - 1, min(8, total)).round().astype(int))
     cameras = list(recording.frames)
     size = (1.35 * len(chosen) + 0.5, 1.4 * len(cameras) + 0.6)
     figure, axes = figures.make(len(cameras), len(chosen), size)

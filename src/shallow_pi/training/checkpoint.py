@@ -347,17 +347,17 @@ def _remove_unfinished(folder: pathlib.Path) -> None:
     processes.sync("removed unfinished checkpoints")
 
 
-def _remove(folder: pathlib.Path, attempts: int = 20) -> None:
+def _remove(folder: pathlib.Path) -> None:
     """Delete a folder that threads of a failed save may still be writing to.
 
     Where that fails it is warned of: NFS keeps a file that somebody has open, and its folder.
     """
-    for attempt in range(1, attempts + 1):
+    for left in reversed(range(20)):
         try:
             shutil.rmtree(folder)
             return
         except OSError as error:
-            if error.errno != errno.ENOTEMPTY or attempt == attempts:
+            if error.errno != errno.ENOTEMPTY or not left:
                 progress.warn(
                     f"{folder} is not needed and cannot be deleted ({run_folder.reason(error)}): "
                     "the next start of the run tries again"
