@@ -67,7 +67,9 @@ def test_a_random_teacher_keeps_the_configs_sizes(experiment):
     assert setup.resolve(own, setup.find_teacher(own)) is own
 
 
-def test_a_teacher_is_looked_for_on_this_machine_alone(experiment, teacher, tmp_path, monkeypatch):
+def test_a_teacher_is_looked_for_on_this_machine_alone(
+    experiment, teacher, tmp_path, monkeypatch, capsys
+):
     kept = tmp_path / "home" / "bucket" / "policy"
     kept.mkdir(parents=True)
     monkeypatch.setenv("OPENPI_DATA_HOME", str(tmp_path / "home"))
@@ -82,5 +84,10 @@ def test_a_teacher_is_looked_for_on_this_machine_alone(experiment, teacher, tmp_
         setup.RANDOM: None,
     }.items():
         assert setup.teacher_on_disk(experiment(path)) == found, path
+    with pytest.raises(ValueError, match=r"has 3 layers, the config 4: give --model\.depth 3"):
+        setup.resolve_from_disk(experiment(teacher, depth=4))
+    absent = experiment(tmp_path / "absent")
+    assert setup.resolve_from_disk(absent) is absent
+    assert "absent is not on this machine" in capsys.readouterr().err
     alone = dataclasses.replace(experiment(), teacher=None, student=config.StudentConfig())
     assert setup.teacher_on_disk(alone) is None

@@ -14,8 +14,8 @@ normalization, tokens, augmentation) and writes to FOLDER (default: data_sheets/
 It prints ranges (as recorded, over all frames, in the robot's units; and normalized), prompts, and
 a warning for anything suspicious: dimensions that are constant, far from the statistics or outside
 the robot's limits, pictures that are black or of one colour, prompts that are truncated or all the
-same, much padding. The teacher's parameters are not needed: statistics and sizes are the teacher's
-if it is on this machine; otherwise statistics are computed from the dataset.
+same, much padding. The teacher is not downloaded: statistics and sizes are its own if it is on this
+machine (its assets are enough); otherwise, with a warning, statistics are the dataset's.
 """
 
 import collections
@@ -32,6 +32,7 @@ from shallow_pi import figures, flags, progress
 from shallow_pi.checkpoints import run_folder, safetensors_file
 from shallow_pi.commands import exits
 from shallow_pi.data import inspection, opening, sheet
+from shallow_pi.data.robots import lerobot_policy
 from shallow_pi.training import command_line, config, idle, setup
 
 # Number of prompts printed.
@@ -73,7 +74,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             given.output or f"data_sheets/{experiment.name}", "give another --output"
         )
         teacher_step = setup.teacher_on_disk(experiment)
-        if teacher_step is not None and _has_params(teacher_step):  # Its assets alone are enough.
+        if teacher_step is None:
+            _warn_of_an_absent_teacher(experiment)
+        elif not _is_assets_alone(teacher_step):
+            setup.check_teacher(experiment, teacher_step)
             experiment = setup.resolve(experiment, teacher_step)
         data = opening.open_data(experiment.data, experiment.student_model, teacher_step)
         with progress.bar("Read samples", min(given.samples, len(data.train))) as advance:
@@ -107,13 +111,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(line)
         if data.assets is None:
             print("the samples are synthetic: they have no statistics")
-        teacher = experiment.teacher
-        if teacher and data.assets and teacher_step is None and not experiment.data.norm_stats:
-            print(f"a run takes the statistics of {teacher.path}, which is not here")
         for line in inspection.doubtful(samples, found):
             progress.warn(line)
         print(*(folder / name for name in written), sep="\n")
 
 
-def _has_params(step: pathlib.Path) -> bool:
-    return (step / run_folder.PARAMS).is_dir() or safetensors_file.find(step) is not None
+def _warn_of_an_absent_teacher(experiment: config.DistillConfig) -> None:
+    teacher, data = experiment.teacher, experiment.data
+    if teacher and teacher.path != setup.RANDOM and data.path and not data.norm_stats:
+        progress.warn(
+            f"the teacher {teacher.path} is not on this machine: sizes are the config's and "
+            "statistics the dataset's, where a run takes the teacher's"
+        )
+
+
+def _is_assets_alone(step: pathlib.Path) -> bool:
+    """True for a part of a teacher that has statistics, as openpi or LeRobot keep them."""
+    has_params = (step / run_folder.PARAMS).is_dir() or safetensors_file.find(step) is not None
+    kept = (run_folder.ASSETS, lerobot_policy.PREPROCESSOR)
+    return not has_params and any((step / name).exists() for name in kept)

@@ -298,10 +298,14 @@ def _shardings(spec: step.Spec, mesh: jax.sharding.Mesh) -> PyTree:
 
 
 def resolve_from_disk(experiment: config.DistillConfig) -> config.DistillConfig:
-    """`resolve` if the teacher is on this machine; planning a step downloads nothing."""
+    """`resolve` if the teacher is on this machine; planning a step downloads nothing.
+
+    Raises:
+      ValueError: it is here, and its parameters do not fit the config.
+    """
     teacher_step = teacher_on_disk(experiment)
-    if teacher_step is None and experiment.teacher is not None:
-        path = experiment.teacher.path
-        if path != RANDOM:
-            progress.say(f"The sizes are the config's: the teacher {path} is not on this machine")
+    if teacher_step is not None:
+        check_teacher(experiment, teacher_step)
+    elif path := _teacher_path(experiment):
+        progress.say(f"The sizes are the config's: the teacher {path} is not on this machine")
     return resolve(experiment, teacher_step)
