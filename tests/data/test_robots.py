@@ -180,6 +180,24 @@ def test_unknown_robots_are_named() -> None:
         robots.find("crane")
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"cameras": ["top"]}, r"cameras must be Mapping\[str, str\], got \['top'\] \(docs"),
+        ({"cameras": {"base_0_rgb": ("top",)}}, r"cameras must be Mapping\[str, str\], got"),
+        ({"state_key": ("state",)}, r"state_key must be str, got \('state',\)"),
+        ({"action_dim": "7"}, "action_dim must be int, got '7'"),
+        ({"fps": "30"}, "fps must be int \\| float, got '30'"),
+        # Not the numbers that `mask` takes.
+        ({"delta": (6, -1)}, r"delta must be tuple\[bool, \.\.\.\], got \(6, -1\)"),
+        ({"state_limits": ((0, 1),) * 14}, r"state_limits must be tuple\[Limits \| None"),
+    ],
+)
+def test_a_field_of_another_type_is_refused(change, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(robots.ALOHA, **change)
+
+
 def test_robots_that_do_not_fit_together_are_refused() -> None:
     changes = {
         "has no cameras": {"cameras": {}},

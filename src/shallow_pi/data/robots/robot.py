@@ -27,9 +27,12 @@ checkpoint holds all of it: a policy is served without the file.
 import dataclasses
 import difflib
 import functools
+import inspect
 import pathlib
+import re
 import runpy
 import traceback
+import typing
 from collections.abc import Mapping
 from typing import Any
 
@@ -113,11 +116,19 @@ class Robot:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
             # A list would not compare equal to what a checkpoint holds; text is read as letters.
-            if field.default == () and not isinstance(value := getattr(self, field.name), tuple):
+            if field.default == () and not isinstance(value, tuple):
                 raise ValueError(
                     f"robot {self.name}: {field.name} must be a tuple, got {value!r}; a tuple of "
                     "one ends with a comma, (7,), and a range is written (*range(7),)"
+                )
+            if not _is_of(value, field.type):
+                # Without the modules of its names.
+                kind = re.sub(r"\b\w[\w.]*\.(?=\w)", "", inspect.formatannotation(field.type))
+                raise ValueError(
+                    f"robot {self.name}: {field.name} must be {kind}, got {value!r} "
+                    "(docs/robots.md)"
                 )
         if not self.cameras:
             raise ValueError(f"robot {self.name} has no cameras; the model needs at least one")
@@ -206,6 +217,21 @@ class Robot:
     def actions(self, columns: Mapping[str, object]) -> Float[np.ndarray, "*n rd"]:
         """The action vectors out of a dataset's columns, not converted yet."""
         return self.action_vector.read(columns)
+
+
+def _is_of(value: object, annotation: Any) -> bool:
+    """True if a value, and each one in it, has the type of a field of `Robot`."""
+    origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_is_of(one, parts[0]) for one in value)
+    if origin is Mapping:
+        kinds = (parts[0], object if parts[1] is Any else parts[1])
+        return isinstance(value, Mapping) and all(
+            isinstance(one, kind)
+            for pair in value.items()
+            for one, kind in zip(pair, kinds, strict=True)
+        )
+    return isinstance(value, annotation)
 
 
 def mask(*groups: int) -> tuple[bool, ...]:
@@ -430,9 +456,14 @@ def _from_file(path: pathlib.Path) -> Robot:
         line = ""
         for frame in traceback.extract_tb(error.__traceback__):
             line = f", line {frame.lineno}" if frame.filename == str(path) else line
+        # Raised by a call with wrong names, above all.
+        fields = ""
+        if isinstance(error, TypeError):
+            names = (field.name for field in dataclasses.fields(Robot))
+            fields = f"the fields of a Robot are {', '.join(names)}; "
         raise ValueError(
-            f"robot file {path}{line}: {type(error).__name__}: {error} (the fields of a Robot are "
-            f"{', '.join(field.name for field in dataclasses.fields(Robot))}; docs/robots.md)"
+            f"robot file {path}{line}: {type(error).__name__}: {error} ({fields}docs/robots.md has "
+            "whole examples)"
         ) from error
     if not isinstance(robot, Robot):
         raise ValueError(
