@@ -130,7 +130,7 @@ def test_an_absent_teacher_cannot_decide_the_best_step(capsys):
     [
         (
             ["pi0_turntable_l6", "--student.depth", "6", "--student.layers", "0", "3", "5"],
-            "--student.depth 6: --student.layers 0 3 5 keeps 3; give one of both",
+            "--student.depth 6: --student.layers 0 3 5 keeps 3; give only one",
         ),
         (
             ["pi0_tabletop_last_l6", "--student.depth=4"],
@@ -303,6 +303,34 @@ def test_a_config_is_named_by_its_file(tmp_path):
     assert command_line.names(tmp_path) == {"mine": "First line."}
     loaded = command_line.load(tmp_path, "mine")
     assert loaded == dataclasses.replace(command_line.load(CONFIGS, "debug"), name="mine")
+
+
+def test_a_config_that_cannot_be_read_hides_no_other(tmp_path, capsys):
+    (tmp_path / "broken.py").write_text('"""Mine."""\ndef get_config()\n    return 1\n')
+    (tmp_path / "sound.py").write_text('"""Sound."""')
+    assert command_line.names(tmp_path)["sound"] == "Sound."
+    with pytest.raises(SystemExit):
+        command_line.cli(tmp_path, "Usage.", ["--help"])
+    out = capsys.readouterr().out
+    assert re.search(r"^  broken  \(cannot be read: .*broken\.py, line 2\)\)$", out, re.M)
+    with pytest.raises(ValueError, match=r"broken\.py: SyntaxError: .*line 2"):
+        command_line.load(tmp_path, "broken")
+    with pytest.raises(ValueError, match=r"unknown config 'brokn'.* Did you mean 'broken'"):
+        command_line.load(tmp_path, "brokn")
+
+
+def test_a_flag_in_place_of_the_name_is_told(capsys):
+    with pytest.raises(SystemExit) as error:
+        _cli("--data.path", "here")
+    assert error.value.code == 2
+    said = "error: the name of a config, or a file of your own, *.py, comes first; got --data.path."
+    assert said in capsys.readouterr().err
+
+
+def test_a_dataset_in_place_of_the_name_is_told(tmp_path):
+    said = f"{tmp_path} is a folder: give a dataset after the name, as --data.path {tmp_path}"
+    with pytest.raises(ValueError, match=re.escape(said)):
+        command_line.load(CONFIGS, str(tmp_path))
 
 
 def test_a_config_may_be_a_file_anywhere(tmp_path):

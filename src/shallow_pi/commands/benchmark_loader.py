@@ -52,5 +52,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _idle(given: Arguments) -> flags.Idle:
-    reason = f"the pictures are those of --path {given.path}; give one of both"
+    reason = f"the pictures are those of --path {given.path}; give only one"
     yield given.path, "height width codec group frames", reason

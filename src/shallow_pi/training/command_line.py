@@ -35,7 +35,11 @@ def names(folder: pathlib.Path) -> dict[str, str]:
 
 
 def _docstring(path: pathlib.Path) -> str:
-    return ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    try:
+        return ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"), path.name)) or ""
+    except (SyntaxError, ValueError) as error:
+        # The other experiments are still listed and found; `load` raises for this one.
+        return f"(cannot be read: {error})"
 
 
 def load(folder: pathlib.Path, name: str) -> DistillConfig:
@@ -94,9 +98,16 @@ def find(folder: pathlib.Path, name: str) -> pathlib.Path:
             )
         return path
     available = names(folder)
+    if name.startswith("-"):
+        raise ValueError(
+            f"the name of a config, or a file of your own, *.py, comes first; got {name}. There "
+            f"are {', '.join(available)}"
+        )
     if name not in available:
         close = difflib.get_close_matches(name, available, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else " Or name a file of your own, *.py."
+        if pathlib.Path(name).expanduser().is_dir():
+            hint = f" {name} is a folder: give a dataset after the name, as --data.path {name}"
         raise ValueError(f"unknown config {name!r}; there are {', '.join(available)}.{hint}")
     return folder / f"{name}.py"
 
@@ -113,9 +124,11 @@ def cli(
       default: an experiment that is no file of `folder`; then every argument is a field.
     """
     if default is None and (not arguments or arguments[0] in ("-h", "--help")):
-        print(usage.strip(), "\n\nconfigs:")
-        for name, line in names(folder).items():
-            print(f"  {name:<20} {line}")
+        print(f"{usage.strip()}\n\nconfigs:")
+        listed = names(folder)
+        width = max(map(len, listed))
+        for name, line in listed.items():
+            print(f"  {name:<{width}}  {line}")
         print("\nNAME, or a file of your own (docs/configs.md): NAME --help lists every field.")
         raise SystemExit(0 if arguments else 2)
     try:

@@ -18,7 +18,7 @@ def conflicts(experiment: config.DistillConfig) -> flags.Idle:
         (
             layers and student.depth != len(layers),
             "student.depth",
-            f"--student.layers {' '.join(map(str, layers))} keeps {len(layers)}; give one of both",
+            f"--student.layers {' '.join(map(str, layers))} keeps {len(layers)}; give only one",
         ),
         (
             not layers and all(depths) and student.depth not in depths,
@@ -29,7 +29,7 @@ def conflicts(experiment: config.DistillConfig) -> flags.Idle:
         (
             teacher is not None and teacher.train,
             "teacher.path",
-            "--teacher.train trains the teacher instead of reading it; give one of both",
+            "--teacher.train trains the teacher instead of reading it; give only one",
         ),
         (
             task is not None and task.sim != "turntable",
@@ -102,7 +102,7 @@ def fields(experiment: config.DistillConfig) -> flags.Idle:
         (
             data.num_workers,
             "data.num_threads",
-            f"--data.num-workers {data.num_workers} processes read instead; give one of both",
+            f"--data.num-workers {data.num_workers} processes read instead; give only one",
         ),
         (
             not experiment.validation.interval,
@@ -117,7 +117,7 @@ def fields(experiment: config.DistillConfig) -> flags.Idle:
         (
             data.path,
             "closed_loop.demonstrations closed_loop.noise closed_loop.seed",
-            f"the data are those of --data.path {data.path}; leave out one of both",
+            f"the data are those of --data.path {data.path}; give only one",
         ),
         (
             teacher is None and task is not None,
