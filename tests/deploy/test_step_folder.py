@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from shallow_pi.checkpoints import safetensors_file, weights
-from shallow_pi.data.robots import normalize, robot
+from shallow_pi.data.robots import assets, normalize, robot
 from shallow_pi.deploy import policy, step_folder
 from shallow_pi.deploy.export import lerobot
 
@@ -57,7 +57,7 @@ def test_a_run_stands_for_its_last_step_or_the_one_asked_for(run):
 
 
 def test_a_missing_step_lists_the_existing_ones(run):
-    with pytest.raises(FileNotFoundError, match=r"no step 3 .*there are 2, 9, 10 in"):
+    with pytest.raises(FileNotFoundError, match=r"no step 3; there are 2, 9, 10 in"):
         step_folder.find(run, 3)
     with pytest.raises(FileNotFoundError, match=r"no best\.json in .*take the last one"):
         step_folder.find(run, "best")
@@ -66,7 +66,7 @@ def test_a_missing_step_lists_the_existing_ones(run):
     with pytest.raises(ValueError, match=r"step best was asked for, and .* is not the folder of"):
         step_folder.find(run / "2", "best")
     (run / "best.json").write_text(json.dumps({"step": 4}))
-    with pytest.raises(FileNotFoundError, match=r"no step 4 \(asked for: best\)"):
+    with pytest.raises(FileNotFoundError, match=r"no step 4 \(the best\); there are 2, 9, 10 in"):
         step_folder.find(run, "best")
     (run / "best.json").write_text("{}")
     with pytest.raises(ValueError, match=r"best\.json is damaged"):
@@ -196,6 +196,14 @@ def test_a_checkpoint_of_parameters_alone_is_given_its_statistics(own, openpis, 
         step_folder.assets(tmp_path / "1", **asked)
     found = step_folder.assets(tmp_path / "1", **asked, norm_stats=openpis / "assets")
     np.testing.assert_array_equal(found.stats["actions"].std, own.stats["actions"].std)
+
+
+def test_a_step_of_a_trial_on_synthetic_samples_is_no_policy(openpis, tmp_path):
+    shutil.copytree(openpis / "params", tmp_path / "first" / "4" / "params")
+    (tmp_path / "first" / "config.json").write_text('{"data": {"source": "synthetic"}}')
+    for read in (step_folder.assets, assets.load):
+        with pytest.raises(ValueError, match=r"first/4 is no policy: its run is a trial on synth"):
+            read(tmp_path / "first" / "4")
 
 
 def test_a_folder_without_parameters_is_told_before_its_robot_is_asked_for(openpis, tmp_path):

@@ -73,7 +73,8 @@ def find(path: str | os.PathLike[str], step: str | int = "last") -> pathlib.Path
     if not number.isdigit():
         raise ValueError(f"a step is 'last', 'best' or a number, got {wanted!r}; {there}")
     if int(number) not in found:
-        raise FileNotFoundError(f"no step {number} (asked for: {wanted}); {there}")
+        which = " (the best)" if wanted == "best" else ""
+        raise FileNotFoundError(f"no step {number}{which}; {there}")
     return weights.step_folder(found[int(number)])
 
 
@@ -137,8 +138,10 @@ def assets(
         if tokenizer is not None:
             own = dataclasses.replace(own, tokenizer=fetch.locate(tokenizer))
         return dataclasses.replace(own, model=dataclasses.replace(own.model, **fields))
+    # Each raises where no robot would help.
+    policy_assets.check_is_policy(step)
     if safetensors_file.find(step) is None:
-        weights.params_folder(step)  # Raises if there is none: no robot would help.
+        weights.params_folder(step)
     if robot is None:
         raise ValueError(
             f"{step} has no assets/{policy_assets.FILE_NAME}, so its robot is unknown: give "

@@ -131,6 +131,7 @@ def load(step: str | os.PathLike[str]) -> Assets:
     folder = pathlib.Path(step) / run_folder.ASSETS
     path = folder / FILE_NAME
     if not path.is_file():
+        check_is_policy(pathlib.Path(step))
         raise FileNotFoundError(
             f"no {FILE_NAME} in {folder}: expected a step folder written by shallow_pi, such as "
             "checkpoints/<config>/<exp>/<step>"
@@ -149,6 +150,16 @@ def load(step: str | os.PathLike[str]) -> Assets:
             raise TypeError(f"quantize {scheme!r}")
     stats = normalize.load(folder / asset_id)
     return Assets(model, robot, folder / TOKENIZER_NAME, stats, asset_id, names, num_steps, scheme)
+
+
+def check_is_policy(step: pathlib.Path) -> None:
+    """Raise for a step of a run on synthetic samples, which has parameters and nothing else."""
+    data = (run_folder.read_config(step.parent) or {}).get("data")
+    if isinstance(data, dict) and data.get("source") == "synthetic":
+        raise ValueError(
+            f"{step} is no policy: its run is a trial on synthetic samples, without a robot, "
+            "statistics or a tokenizer; train on a dataset"
+        )
 
 
 def told(step: pathlib.Path) -> dict[str, int | bool]:
