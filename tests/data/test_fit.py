@@ -61,7 +61,11 @@ def test_a_dataset_that_fits_passes_without_a_word(capsys) -> None:
         ),
         ({"cameras": {"base_0_rgb": "observation.image.wrist"}}, "mean 'observation.images.wrist'"),
         ({"state_key": "joints"}, r"lacks 'joints'; it has \['action', 'observation.state'"),
-        ({"action_key": "actions"}, "lacks 'actions'; .* mean 'action'.; .*--data.robot"),
+        (
+            {"action_key": "actions"},
+            r"lacks 'actions'; .*--data.robot.*\); did you mean 'action'\?$",
+        ),
+        ({"cameras": {"base_0_rgb": "observation.images.cam_high"}}, r"docs/robots\.md\)$"),
         ({"action_dim": 3}, r"'action' of .* has shape \(2,\), robot pusht expects \(3,\)"),
         ({"fps": 50}, "recorded at 10 fps, robot pusht runs at 50"),
     ],

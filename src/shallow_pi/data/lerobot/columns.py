@@ -7,6 +7,7 @@ are cast to the declared type and shape; a value that does not fit is an error t
 
 import difflib
 import math
+import re
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -84,9 +85,17 @@ def is_text(feature: Feature) -> bool:
 
 
 def closest(name: str, names: Sequence[str]) -> str:
-    """A `; did you mean ...?` if some name is close, else empty."""
-    found = difflib.get_close_matches(name, names, n=1)
-    return f"; did you mean {found[0]!r}?" if found else ""
+    """A `; did you mean ...?` if the end of some name is close, else empty.
+
+    Beginnings such as "observation.images." are alike for all.
+    """
+    ends = {_end(other): other for other in names}
+    found = difflib.get_close_matches(_end(name), ends, n=1)
+    return f"; did you mean {ends[found[0]]!r}?" if found else ""
+
+
+def _end(name: str) -> str:
+    return re.split(r"[./]", name)[-1]
 
 
 def to_numpy(series: pl.Series, feature: Feature) -> np.ndarray:
