@@ -38,12 +38,12 @@ def test_a_file_names_episodes(tmp_path, text) -> None:
 @pytest.mark.parametrize(
     ("episodes", "exclude", "message"),
     [
-        (("4",), (), "there is no episode 4; the dataset has 8 episodes, 0 to 9"),
+        (("4",), (), "--data.episodes: there is no episode 4; the dataset has 8 episodes, 0 to 9"),
         (("0:11",), (), "0:11 reaches beyond the dataset"),
-        ((), ("4:5",), "4:5 reaches beyond the dataset"),
+        ((), ("4:5",), "--data.exclude-episodes: 4:5 reaches beyond the dataset"),
         (("0:2",), (":3",), "no episodes are left: 0:2 without :3, of 8"),
         (("-1",), (), "'-1' is neither a number .* nor a file"),
-        (("folder",), (), "cannot read episodes from folder"),
+        (("folder",), (), r"--data\.episodes: folder cannot be read \("),
         (("words.txt",), (), "words.txt holds 'one', expected numbers"),
     ],
 )
