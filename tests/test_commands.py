@@ -53,6 +53,24 @@ def test_a_command_helps_under_the_name_it_was_called_by(command):
     assert sys.argv == ["shallow-pi", "export", "--help"]
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("calibrate", "POLICY"),
+        ("convert", "SOURCE TARGET"),
+        ("evaluate", "POLICY ..."),
+        ("export", "SOURCE"),
+        ("predict", "RUN"),
+        ("reproduce", "[CLAIM ...]"),
+    ],
+)
+def test_help_names_the_arguments_that_have_no_flag(command, name, expected):
+    _, out, _ = command(name, "--help")
+    assert re.search(
+        rf"^usage: shallow-pi {name} .* {re.escape(expected)}( .*)?$", out, re.MULTILINE
+    )
+
+
 def test_an_unknown_command_names_the_closest(command):
     status, _, err = command("exprot", "--help")
     assert status == 2

@@ -44,7 +44,7 @@ class Arguments:
     """The policy and the observations to calibrate it on."""
 
     # A run's folder, or a step folder of ours on this machine.
-    policy: Annotated[str, tyro.conf.Positional]
+    policy: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="POLICY")]
     # The dataset; robot and statistics are the policy's own.
     data: data_config.DataConfig = dataclasses.field(default_factory=data_config.DataConfig)
     # Step of a run: last, best (the one its best.json names) or a number.

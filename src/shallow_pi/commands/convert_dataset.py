@@ -30,9 +30,9 @@ class Arguments:
     """The dataset to convert, and its new format."""
 
     # The dataset: a folder, or owner/name[@revision] on the hub.
-    source: Annotated[str, tyro.conf.Positional]
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     # The folder to create.
-    target: Annotated[str, tyro.conf.Positional]
+    target: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")]
     # Copy videos and images unchanged, or re-encode all of them.
     pictures: Literal["copy", "png", "av1", "h264"] = "copy"
     # av1 and h264: distance between key frames, in pictures.

@@ -55,7 +55,7 @@ class Arguments:
     """The policies, the simulator, and the execution."""
 
     # Policies, as above.
-    policies: Annotated[tuple[str, ...], tyro.conf.Positional]
+    policies: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="POLICY ...")]
     # Name of a simulator, or MODULE:CLASS of your own suite.
     sim: str
     # Loading of the policies that are checkpoints.

@@ -40,7 +40,7 @@ class Arguments:
     """The arguments of the command."""
 
     # The student's run folder, or a step folder; local, gs:// or hf://.
-    source: Annotated[str, tyro.conf.Positional]
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     # The format: a name above.
     format: str
     # Step of a run: last, best (the one its best.json names) or a number.

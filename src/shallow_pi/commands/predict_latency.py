@@ -28,7 +28,7 @@ class Arguments:
     """The arguments of the command."""
 
     # The run's folder, or a step folder; local, gs:// or hf://.
-    run: Annotated[str, tyro.conf.Positional]
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     # The device: orin-agx, orin-nx, thor, 4090, h100 or h200.
     device: str
     # Step of a run: last, best or a number; only its sizes are read.

@@ -62,7 +62,9 @@ class Arguments:
     """The claims to measure, and with what."""
 
     # Names of claims, or all.
-    claims: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    claims: Annotated[
+        tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[CLAIM ...]")
+    ] = ()
     # List the claims, and stop.
     list: bool = False
     # Name the cells that are not measured, and stop.
