@@ -143,6 +143,7 @@ def test_tuned_takes_the_fastest_scheme_measured_here(calibrated, own, monkeypat
     [
         ([], "no dataset to calibrate on: .* give --data.path"),
         (["--data.robot", "aloha"], "--data.robot aloha has no effect: it is the policy's own"),
+        (["--data.robot", "absent.py"], "^error: no robot file absent.py"),
         (["--samples", "0"], "--samples must be at least 1"),
         (["--data.path", "nowhere"], "nowhere"),
         (["--data.path", "DATASET", "--percentile", "101"], r"--percentile must lie in \(0, 100\]"),

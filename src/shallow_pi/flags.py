@@ -49,7 +49,11 @@ def parse(
         print(description.strip(), end="\n\n")
     config = (tyro.conf.AvoidSubcommands,)
     given: dict[str, Any] = {} if default is None else {"default": default}
-    found: T = tyro.cli(kind, args=arguments, prog=prog, description="", config=config, **given)
+    try:
+        found: T = tyro.cli(kind, args=arguments, prog=prog, description="", config=config, **given)
+    except OSError as error:  # A file that a field names; tyro reports a `ValueError` alone.
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
     own = getattr(found, part) if part else found
     refused, told = list(conflicts(own)), list(idle(own))
     strict = any(getattr(x, "strict", False) for x in (own, getattr(own, "data", None)))
