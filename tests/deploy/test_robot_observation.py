@@ -104,8 +104,8 @@ def test_everything_missing_is_named_at_once_with_what_is_there(seen):
         clean([seen])
 
 
-def test_a_key_without_a_value_is_said_to_be_there(seen, capsys):
-    said = r"lacks state 'observation\.state'; .*; 'observation\.state' there, but None"
+def test_a_key_without_a_value_is_named(seen, capsys):
+    said = r"lacks state 'observation\.state'; .*\]; it gives None for 'observation\.state'$"
     with pytest.raises(ValueError, match=said):
         clean({**seen, "observation.state": None})
     assert not capsys.readouterr().err

@@ -65,7 +65,7 @@ def clean(
         raise ValueError(
             f"the observation lacks {', '.join(missing)}; robot {robot.name} sends these, and "
             f"there are only {sorted(flat)}"
-            + (f"; {', '.join(map(repr, nones))} there, but None" if nones else "")
+            + (f"; it gives None for {', '.join(map(repr, nones))}" if nones else "")
         )
     cleaned: dict[str, object] = {key: picture(observation[key], key) for key in keys}
     cleaned |= _state(robot, observation)

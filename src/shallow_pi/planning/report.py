@@ -31,7 +31,7 @@ def estimated(
         room = accelerators.TABLE[name].memory
         largest = memory.largest_batch(spec, mesh, room, teacher_dtype)
         best = f"largest batch {largest}" if largest else "no batch fits"
-        lines.append(f"  {name:<11} {_size(room)}: {_verdict(found.total, room)}; {best}")
+        lines.append(f"  {name:<14} {_size(room)}: {_verdict(found.total, room)}; {best}")
     return lines
 
 
