@@ -164,7 +164,8 @@ class OnnxPolicy:
         if state.shape != (robot["state_dim"],):
             raise ValueError(
                 f"{' + '.join(keys)} must have {robot['state_dim']} dimensions for robot "
-                f"{robot['name']}, got {len(state)}; is this another robot's observation?"
+                f"{robot['name']}, got the shape {state.shape}; is this another robot's "
+                "observation?"
             )
         if not np.isfinite(state).all():
             raise ValueError(f"{' + '.join(keys)} is not finite: {state.tolist()}")

@@ -183,7 +183,7 @@ def test_unknown_robots_are_named() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"cameras": ["top"]}, r"cameras must be Mapping\[str, str\], got \['top'\] \(docs"),
+        ({"cameras": ["top"]}, r"cameras must be Mapping\[str, str\], got \['top'\]"),
         ({"cameras": {"base_0_rgb": ("top",)}}, r"cameras must be Mapping\[str, str\], got"),
         ({"state_key": ("state",)}, r"state_key must be str, got \('state',\)"),
         ({"action_dim": "7"}, "action_dim must be int, got '7'"),

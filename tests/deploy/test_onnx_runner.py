@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import re
 import runpy
 import shutil
 import socket
@@ -145,8 +146,11 @@ def test_another_robots_observation_is_refused(exported):
     with pytest.raises(ValueError, match=r"lacks 'observation.images.base', 'observation.images.w"):
         theirs.infer(observation(robots.ALOHA))
     found = observation(robots.TURNTABLE) | {"observation.state": np.zeros(14, np.float32)}
-    with pytest.raises(ValueError, match="must have 3 dimensions for robot turntable, got 14"):
-        theirs.infer(found)
+    # The second is a batch of one, whose length is no number of dimensions.
+    for shape in ((14,), (1, 3)):
+        said = f"must have 3 dimensions for robot turntable, got the shape {re.escape(str(shape))}"
+        with pytest.raises(ValueError, match=said):
+            theirs.infer(found | {"observation.state": np.zeros(shape, np.float32)})
     with pytest.raises(ValueError, match="not finite"):
         theirs.infer(found | {"observation.state": np.full(3, np.nan, np.float32)})
     with pytest.raises(ValueError, match="must be one RGB picture"):

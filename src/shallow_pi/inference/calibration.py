@@ -134,7 +134,7 @@ def choose(
     if calibration is None:
         raise ValueError(
             f"quantize {scheme!r} needs bounds in assets/{FILE_NAME}: run scripts/calibrate.py "
-            f"POLICY --data.path DATASET, or --policy.quantize {quantize.weights_alone(scheme)}"
+            f"POLICY --data.path DATASET, or round weights alone ({quantize.weights_alone(scheme)})"
         )
     if calibration.num_steps != num_steps:
         progress.warn(

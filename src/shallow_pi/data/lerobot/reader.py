@@ -212,9 +212,9 @@ class Dataset:
                 if key not in there:
                     shown = sorted(set(there) - set(columns.BOOKKEEPING))
                     raise ValueError(
-                        f"dataset {self.path} lacks {kind}{key!r}; it has {shown}. The robot names "
-                        "the keys: give the robot of these recordings (--data.robot, "
-                        f"docs/robots.md){columns.closest(key, shown)}"
+                        f"dataset {self.path} lacks {kind}{key!r}; it has {shown}. The keys are "
+                        "the robot's: a policy's own, or that of --data.robot (docs/robots.md)"
+                        f"{columns.closest(key, shown)}"
                     )
 
     def select(self, episodes: Collection[int]) -> "Dataset":

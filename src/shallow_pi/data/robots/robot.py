@@ -126,10 +126,7 @@ class Robot:
             if not _is_of(value, field.type):
                 # Without the modules of its names.
                 kind = re.sub(r"\b\w[\w.]*\.(?=\w)", "", inspect.formatannotation(field.type))
-                raise ValueError(
-                    f"robot {self.name}: {field.name} must be {kind}, got {value!r} "
-                    "(docs/robots.md)"
-                )
+                raise ValueError(f"robot {self.name}: {field.name} must be {kind}, got {value!r}")
         if not self.cameras:
             raise ValueError(f"robot {self.name} has no cameras; the model needs at least one")
         if self.state_dim < 1 or self.action_dim < 1 or self.fps <= 0:
