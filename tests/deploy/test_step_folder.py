@@ -47,6 +47,7 @@ def test_a_run_stands_for_its_last_step_or_the_one_asked_for(run):
     # LeRobot's checkpoints, and their files.
     (run.parent / "checkpoints" / "000500" / "pretrained_model").mkdir(parents=True)
     inside = run.parent / "checkpoints" / "000500" / "pretrained_model"
+    (inside / "model.safetensors").touch()
     for name in (
         "",
         "000500",
@@ -61,6 +62,9 @@ def test_a_missing_step_lists_the_existing_ones(run):
         step_folder.find(run, 3)
     with pytest.raises(FileNotFoundError, match=r"no best\.json in .*take the last one"):
         step_folder.find(run, "best")
+    (run / "config.json").touch()
+    with pytest.raises(ValueError, match=r"it holds the runs first: name one, such as .*/first$"):
+        step_folder.find(run.parent)
     with pytest.raises(ValueError, match="'last', 'best' or a number, got 'first'"):
         step_folder.find(run, "first")
     with pytest.raises(ValueError, match=r"step best was asked for, and .* is not the folder of"):

@@ -65,6 +65,8 @@ def find(path: str | os.PathLike[str], step: str | int = "last") -> pathlib.Path
                 f"step {wanted} was asked for, and {folder} is not the folder of a run: give the "
                 "run's folder, checkpoints/<config>/<exp>, or a step folder alone"
             )
+        if not (folder / run_folder.ASSETS).is_dir() and safetensors_file.find(folder) is None:
+            weights.params_folder(folder)  # Raises where neither is; says what is there.
         return folder
     there = f"there are {', '.join(map(str, sorted(found)))} in {folder}"
     if wanted == "last":
