@@ -17,6 +17,7 @@ import jax
 import numpy as np
 import pytest
 
+from shallow_pi.checkpoints import weights
 from shallow_pi.training import checkpoint, metrics
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -28,10 +29,26 @@ LOSSES = ("loss", "task_loss", "velocity_loss", "attention_loss", "grad_norm")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
-class Job:
-    """The processes of one call of the command, their output in files."""
+# Process 0 reads parameters while the other one has ended.
+READER = """
+import sys
+import jax
+from shallow_pi.checkpoints import weights
+from shallow_pi.parallel import processes
 
-    def __init__(self, runs, *arguments, processes=2, devices=2, each=((), ()), only=None):
+processes.initialize()
+if processes.is_main():
+    shape = jax.ShapeDtypeStruct((2,), "float32")
+    print(weights.load_params(sys.argv[1], {"a": shape})["a"].tolist())
+"""
+
+
+class Job:
+    """The processes of one call of the command, or a program; their output in files."""
+
+    def __init__(
+        self, runs, *arguments, processes=2, devices=2, each=((), ()), only=None, program=()
+    ):
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
         environment = os.environ | {
@@ -46,6 +63,7 @@ class Job:
         command = [sys.executable, str(SCRIPT), "debug", "--checkpoint-dir", str(runs)]
         command += [f"--{name}={value}" for name, value in fields.items()]
         command += ["--no-tensorboard", *arguments]
+        command = [sys.executable, *program] if program else command
         self.folder = runs / "debug" / "first"
         self.logs = [runs.with_name(f"{runs.name}-{port}-{n}.log") for n in indices]
         self.processes = []
@@ -108,6 +126,13 @@ def test_only_process_0_speaks(whole):
     assert f"Distil: {STEPS}/{STEPS}" in first
     assert "Distil" not in second
     assert "Written" not in second
+
+
+def test_a_process_reads_a_policy_alone(tmp_path):
+    weights.save_params(tmp_path / "params", {"a": np.float32([1, 2])})
+    job = Job(tmp_path / "runs", program=("-c", READER, str(tmp_path)))
+    assert job.wait() == [0, 0], job.said()
+    assert "[1.0, 2.0]" in job.said()[0]
 
 
 def test_a_process_killed_while_saving_leaves_the_last_checkpoint_and_the_same_curve(

@@ -8,6 +8,7 @@ checkpoint is compared with the expected tree before any data are read, and the 
 path; each shard goes straight to its device.
 """
 
+import contextlib
 import glob
 import hashlib
 import math
@@ -122,9 +123,10 @@ def _restore(
         handler = ocp.PyTreeCheckpointHandler(
             restore_concurrent_gb=max(HOST_GB, -(-largest // 10**9))
         )
-        with ocp.Checkpointer(handler) as checkpointer:
-            read = checkpointer.restore(
-                folder, args=ocp.args.PyTreeRestore(item=item, restore_args=args)
+        # A Checkpointer would wait for every process of the job; one may read a policy alone.
+        with contextlib.closing(handler):
+            read = handler.restore(
+                epath.Path(folder), args=ocp.args.PyTreeRestore(item=item, restore_args=args)
             )
     except Exception as error:  # Orbax raises whatever TensorStore did, bare Exception included.
         raise damaged(folder, error) from error
