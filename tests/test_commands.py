@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tomllib
 
+import jax
 import pytest
 
 from shallow_pi.commands import exits, export_student, main
@@ -76,6 +77,15 @@ def test_an_unknown_command_names_the_closest(command):
     assert status == 2
     assert "unknown command 'exprot'" in err
     assert "did you mean 'export'?" in err
+
+
+def test_a_job_of_several_processes_is_told_that_one_packages_a_teacher(command, monkeypatch):
+    for name in ("initialize", "split_cpu"):
+        monkeypatch.setattr(processes, name, lambda *_: None)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    status, _, err = command("teacher", "pi0_turntable")
+    assert status == 1
+    assert "train it with scripts/train_distill.py pi0_turntable" in err
 
 
 def test_every_script_of_a_clone_is_a_command():

@@ -9,6 +9,8 @@ uv run scripts/train_teacher.py NAME [--field value ...]
 import pathlib
 import sys
 
+import jax
+
 from shallow_pi.checkpoints import run_folder
 from shallow_pi.commands import exits
 from shallow_pi.evaluation import study
@@ -29,9 +31,14 @@ def main() -> None:
                 f"{experiment.name} distils a student from a teacher: run it with "
                 "scripts/train_distill.py, or name the teacher's own config here"
             )
+        if jax.process_count() > 1:
+            raise ValueError(
+                f"{experiment.name} is packaged by one process, and this job has "
+                f"{jax.process_count()}: train it with scripts/train_distill.py {experiment.name}, "
+                "which packages nothing"
+            )
         clone = command_line.configs().parent
         root = clone if (clone / "scripts").is_dir() else pathlib.Path()
         packaged = root / "assets" / experiment.name
-        if processes.is_main():
-            run_folder.check_output(packaged, "give another --name")
+        run_folder.check_output(packaged, "give another --name")
         study.package(experiment, study.run(experiment), packaged)
