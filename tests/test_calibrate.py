@@ -103,7 +103,9 @@ def test_the_error_of_rounding_is_that_of_the_robots_actions(calibrated, own, pa
 
 
 def test_rounded_activations_need_a_calibration_of_the_same_steps(step, calibrated, capsys):
-    with pytest.raises(ValueError, match=r"bounds in assets/calibration\.json.*weights alone \(w8\)"):
+    with pytest.raises(
+        ValueError, match=r"bounds in assets/calibration\.json.*weights alone \(w8\)"
+    ):
         _policy(step, quantize="int8")
     asked = policy_arguments.Loading(quantize="w8", quantized=("expert",))
     assert asked.load(str(step)).quantize == "w8"
