@@ -180,7 +180,7 @@ def test_processes_with_other_configs_name_the_field_and_who(tmp_path):
     for index, said in enumerate(job.said()):
         assert f"process {index} of 2: error: the processes of this job differ in" in said
         assert "--seed: 42 in process 0; 7 in process 1" in said
-        assert "--schedule.peak_lr: 0.001 in process 0; 0.5 in process 1" in said
+        assert "--schedule.peak-lr: 0.001 in process 0; 0.5 in process 1" in said
         assert "Traceback" not in said
     assert not (job.folder / "config.json").exists()
 
