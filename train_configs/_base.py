@@ -91,13 +91,6 @@ METAWORLD_TASK = config.ClosedLoopConfig(
 )
 
 
-def short_schedule(steps: int, peak: float) -> optimizer.CosineSchedule:
-    """Warm-up over a twentieth of the steps, then cosine to a fiftieth of the peak."""
-    return optimizer.CosineSchedule(
-        warmup_steps=max(1, steps // 20), peak_lr=peak, decay_steps=steps, end_lr=peak / 50
-    )
-
-
 def turntable_teacher(model: pi0.Pi0Config) -> config.DistillConfig:
     """A teacher trained from scratch with the task loss only."""
     steps = 6000
@@ -106,7 +99,7 @@ def turntable_teacher(model: pi0.Pi0Config) -> config.DistillConfig:
         data=TURNTABLE_DATA,
         losses=losses.Losses(task=1.0, velocity=0.0, attention=0.0),
         augmentation=observation.NO_AUGMENTATION,
-        schedule=short_schedule(steps, peak=2e-3),
+        schedule=optimizer.CosineSchedule.over(steps, 2e-3),
         closed_loop=config.ClosedLoopConfig(demonstrations=3000),
         batch_size=64,
         draws=2,
@@ -122,7 +115,7 @@ def tabletop_teacher(model: pi0.Pi0Config) -> config.DistillConfig:
     return dataclasses.replace(
         turntable_teacher(model),
         data=dataclasses.replace(TABLETOP_DATA, cache="none"),
-        schedule=short_schedule(steps, peak=2e-3),
+        schedule=optimizer.CosineSchedule.over(steps, 2e-3),
         closed_loop=config.ClosedLoopConfig(sim="tabletop", demonstrations=8_000, execute_steps=10),
         num_train_steps=steps,
     )
@@ -136,7 +129,7 @@ def tabletop_student(
     return dataclasses.replace(
         turntable_student(model, teacher),
         data=TABLETOP_DATA,
-        schedule=short_schedule(steps, peak=2e-3),
+        schedule=optimizer.CosineSchedule.over(steps, 2e-3),
         closed_loop=config.ClosedLoopConfig(
             sim="tabletop", demonstrations=demonstrations, seed=1, execute_steps=10
         ),
@@ -154,7 +147,7 @@ def turntable_student(model: pi0.Pi0Config, teacher: str) -> config.DistillConfi
         student=config.StudentConfig(depth=6),
         losses=losses.Losses(),
         augmentation=observation.NO_AUGMENTATION,
-        schedule=short_schedule(steps, peak=2e-3),
+        schedule=optimizer.CosineSchedule.over(steps, 2e-3),
         # Different scenes from the teacher's.
         closed_loop=config.ClosedLoopConfig(demonstrations=800, seed=1),
         batch_size=64,

@@ -6,7 +6,7 @@ import _base
 
 from shallow_pi.data import data_config
 from shallow_pi.distill import losses
-from shallow_pi.training import config
+from shallow_pi.training import config, optimizer
 
 
 def get_config() -> config.DistillConfig:
@@ -17,7 +17,7 @@ def get_config() -> config.DistillConfig:
         teacher=config.TeacherConfig(path="random"),
         student=config.StudentConfig(depth=2),
         losses=losses.Losses(),
-        schedule=_base.short_schedule(steps=40, peak=1e-3),
+        schedule=optimizer.CosineSchedule.over(40, 1e-3),
         batch_size=16,
         num_train_steps=40,
         log_interval=10,

@@ -8,7 +8,7 @@ import _base
 
 from shallow_pi.distill import losses
 from shallow_pi.models import observation
-from shallow_pi.training import config
+from shallow_pi.training import config, optimizer
 
 
 def get_config() -> config.DistillConfig:
@@ -19,7 +19,7 @@ def get_config() -> config.DistillConfig:
         data=_base.METAWORLD_DATA,
         losses=losses.Losses(task=1.0, velocity=0.0, attention=0.0),
         augmentation=observation.NO_AUGMENTATION,
-        schedule=_base.short_schedule(steps, peak=1e-3),
+        schedule=optimizer.CosineSchedule.over(steps, 1e-3),
         closed_loop=_base.METAWORLD_TASK,
         batch_size=32,
         draws=2,

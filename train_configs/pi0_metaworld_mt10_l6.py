@@ -9,7 +9,7 @@ import _base
 
 from shallow_pi.distill import losses
 from shallow_pi.models import observation
-from shallow_pi.training import config
+from shallow_pi.training import config, optimizer
 
 
 def get_config() -> config.DistillConfig:
@@ -24,7 +24,7 @@ def get_config() -> config.DistillConfig:
         student=config.StudentConfig(depth=6),
         losses=losses.Losses(),
         augmentation=observation.NO_AUGMENTATION,
-        schedule=_base.short_schedule(steps, peak=1e-3),
+        schedule=optimizer.CosineSchedule.over(steps, 1e-3),
         closed_loop=dataclasses.replace(_base.METAWORLD_TASK, demonstrations=300, seed=1),
         batch_size=32,
         draws=2,

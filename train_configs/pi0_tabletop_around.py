@@ -7,7 +7,7 @@ import dataclasses
 
 import _base
 
-from shallow_pi.training import config
+from shallow_pi.training import config, optimizer
 
 
 def get_config() -> config.DistillConfig:
@@ -16,7 +16,7 @@ def get_config() -> config.DistillConfig:
     return dataclasses.replace(
         _base.turntable_teacher(_base.AROUND_PI0),
         data=_base.TABLETOP_DATA,
-        schedule=_base.short_schedule(steps, peak=2e-3),
+        schedule=optimizer.CosineSchedule.over(steps, 2e-3),
         closed_loop=config.ClosedLoopConfig(
             sim="tabletop", tasks=("around",), demonstrations=1200, execute_steps=20
         ),

@@ -38,7 +38,7 @@ from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.data.robots import normalize
 from shallow_pi.deploy import step_folder
 from shallow_pi.evaluation import comparison, policies, rollout, served, together
-from shallow_pi.inference import calibration
+from shallow_pi.inference import calibration, quantize
 from shallow_pi.parallel import processes
 from shallow_pi.sims import demonstrations, simulator, workers
 
@@ -215,7 +215,7 @@ def _entrant(
                 f"{delay.steps} control steps of lateness need {needed}"
             )
 
-    trained: str = "none"
+    trained: quantize.Scheme = "none"
     if is_ours:
         assets = policy_assets.load(step)
         trained = assets.quantize
@@ -270,10 +270,11 @@ def _set_options(loading: policy_arguments.Loading) -> dict[str, object]:
     }
 
 
-def _calibration(step: pathlib.Path, scheme: str) -> dict[str, object]:
+def _calibration(step: pathlib.Path, scheme: calibration.Asked) -> dict[str, object]:
     """A digest of the bounds that a policy rounds activations with; nothing where it does not."""
     path = step / run_folder.ASSETS / calibration.FILE_NAME
-    if scheme not in ("int8", "fp8", "tuned") or not path.is_file():
+    rounds = scheme == "tuned" or quantize.rounds_activations(scheme)
+    if not rounds or not path.is_file():
         return {}
     return {"calibration": hashlib.sha256(path.read_bytes()).hexdigest()[:10]}
 

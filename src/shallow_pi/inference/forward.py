@@ -36,18 +36,26 @@ def run_prefix(
     kernel: attention.Kernel = "xla",
 ) -> tuple[attention.Cache, Bool[Array, "b n"]]:
     """`prefill` with the prefix's tokens, which of them exist, and their positions."""
-    c = config.backbone
-    rope = layers.rope_table(positions, c.head_dim)
-    shape = (len(tokens), prepare.cache_length(config), c.num_kv_heads, c.head_dim)
-    empty = jnp.zeros(shape, tokens.dtype)
-    cache: attention.Cache = [(empty, empty)] * config.depth
+    rope = layers.rope_table(positions, config.backbone.head_dim)
+    length = prepare.cache_length(config)
+    empty = blank(config, tokens, length)
+    cache: attention.Cache = [empty] * config.depth
     if not isinstance(prepared.prefix, list):
-        cache = (jnp.zeros((config.depth, *shape), tokens.dtype),) * 2
-    valid = jnp.pad(valid, ((0, 0), (0, shape[1] - valid.shape[1])))
+        cache = (jnp.zeros((config.depth, *empty[0].shape), tokens.dtype),) * 2
+    valid = jnp.pad(valid, ((0, 0), (0, length - valid.shape[1])))
     _, cache = run_layers(
         config, prepared.prefix, tokens, cache, 0, rope, valid[:, None], None, kernel
     )
     return cache, valid
+
+
+def blank(
+    config: pi0.Pi0Config, tokens: Float[Array, "b s d"], length: int
+) -> attention.KeysValues:
+    """Empty keys and values of one layer, of this many slots, for these tokens' batch and dtype."""
+    c = config.backbone
+    empty = jnp.zeros((len(tokens), length, c.num_kv_heads, c.head_dim), tokens.dtype)
+    return empty, empty
 
 
 def embed_prefix(

@@ -148,18 +148,14 @@ def prefill(
     # Counted from where the kept tokens end, as the suffix counts on from their number.
     positions = jnp.cumsum(valid, axis=1) - 1 - jnp.maximum(seen - kept, 0)[:, None]
     rope = layers.rope_table(positions, config.backbone.head_dim)
-    c, first = config.backbone, pi0.at_depth(config, 1)
+    first = pi0.at_depth(config, 1)
     assert isinstance(prepared.prefix, list), "rivals prepare lists of layers"
-
-    def empty(length: int) -> tuple[Array, Array]:
-        blank = jnp.zeros((len(tokens), length, c.num_kv_heads, c.head_dim), tokens.dtype)
-        return blank, blank
 
     x, (whole,) = forward.run_layers(
         first,
         prepared.prefix[:1],
         tokens,
-        [empty(tokens.shape[1])],
+        [forward.blank(config, tokens, tokens.shape[1])],
         0,
         rope,
         valid[:, None],
@@ -176,14 +172,15 @@ def prefill(
         return jnp.take_along_axis(leaf, index, axis=1)
 
     length = prepare.cache_length(config)
-    start = attention.write(empty(length), (take(whole[0]), take(whole[1])), 0)
+    empty = forward.blank(config, tokens, length)
+    start = attention.write(empty, (take(whole[0]), take(whole[1])), 0)
     valid = take(valid)
     valid = jnp.pad(valid, ((0, 0), (0, length - valid.shape[1])))
     _, others = forward.run_layers(
         config,
         prepared.prefix[1:],
         take(x),
-        [empty(length)] * (len(prepared.prefix) - 1),
+        [empty] * (len(prepared.prefix) - 1),
         0,
         (take(rope[0]), take(rope[1])),
         valid[:, None],

@@ -35,9 +35,9 @@ def empty(
     config: pi0.Pi0Config, tokens: Float[Array, "b s d"], valid: Bool[Array, "b s"], depth: int
 ) -> tuple[attention.Cache, Bool[Array, "b n"]]:
     """Buffers of `depth` layers without keys, and the mask of the prefix's slots."""
-    c, length = config.backbone, prepare.cache_length(config)
-    blank = jnp.zeros((len(tokens), length, c.num_kv_heads, c.head_dim), tokens.dtype)
-    return [(blank, blank)] * depth, jnp.pad(valid, ((0, 0), (0, length - valid.shape[1])))
+    length = prepare.cache_length(config)
+    cache = [forward.blank(config, tokens, length)] * depth
+    return cache, jnp.pad(valid, ((0, 0), (0, length - valid.shape[1])))
 
 
 def append_state(
