@@ -226,17 +226,30 @@ def test_openpis_checkpoint_of_another_robot_is_refused(own, params, tmp_path, f
     assert "state of 4 dimensions, not 3; actions of 4, not 3" in said
 
 
-def test_a_server_cannot_go_on_from_a_previous_chunk(tmp_path, capsys):
-    """Known from the arguments: nothing is connected to, and no simulator is started."""
-    late = ("--late-ms", "0", "50", "50", "--executor", "real-time")
-    served = ("s=ws://127.0.0.1:9", "ws://127.0.0.1:10", "nowhere")
-    with pytest.raises(SystemExit) as ending:
-        evaluate.main((*served, "--sim", "turntabel", *late, "--output", str(tmp_path)))
-    assert ending.value.code == 2
-    assert capsys.readouterr().err == (
-        "error: --executor real-time: ws://127.0.0.1:10 cannot be sent a previous chunk to go on "
-        "from; give skip or late\n"
-    )
+def test_a_server_goes_on_from_a_previous_chunk_if_it_says_so(failing, tmp_path):
+    common = ("--sim", "turntable", *SMALL, "--output", str(tmp_path / "results"))
+    options = ("--episodes", "1", "--execute-steps", "2", "--late-ms", "50")
+    asked = (*common, *options, "--executor", "real-time")
+    told = []
+
+    def answer(observation):
+        told.append((observation.get("previous"), observation.get("delay")))
+        return np.full((5, 3), len(told), np.float32)
+
+    with server(answer) as url:
+        said = failing(url, *asked)
+    assert f"{url} cannot be sent a previous chunk to go on from: start it with --real-time" in said
+    assert not told
+    with server(answer, {"real_time_chunking": True}) as url:
+        evaluate.main((url, *asked))
+    assert told[0] == (None, None)
+    late = [pair for pair in told if pair[0] is not None]
+    assert late
+    assert {delay for _, delay in late} == {1}
+    # What is left of one of the chunks before, each of which has a number of its own.
+    for left, _ in late:
+        assert left.shape == (3, 3)
+        assert np.ptp(left) == 0
 
 
 def test_a_server_of_another_robot_is_refused(failing, tmp_path):

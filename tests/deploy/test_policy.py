@@ -3,6 +3,7 @@
 import concurrent.futures
 import dataclasses
 import functools
+import re
 
 import jax
 import msgpack
@@ -312,6 +313,7 @@ def test_metadata_is_plain_and_says_what_a_client_sends(deployed):
         "fps": 20,
         "num_steps": 3,
         "quantize": "none",
+        "real_time_chunking": False,
         "state_names": [],
         "action_names": [],
         "state_low": [-0.5, -1.25, -2.0],
@@ -371,6 +373,12 @@ def test_a_warm_policy_traces_nothing_more(step, scene, monkeypatch):
     for count in (3, 2):
         warm.infer_each(count * [asked], range(count))
     assert len(traced) == 4
+    warm.warm_up(batch=3, guided=True)
+    assert len(traced) == 6
+    for count in (3, 2, 1):
+        warm.infer_each(count * [{**asked, "previous": chunk[1:], "delay": 1}], range(count))
+        warm.infer_each(count * [asked], range(count))
+    assert len(traced) == 6
 
 
 def test_a_chunk_continues_the_previous_one(deployed, scene):
@@ -413,15 +421,63 @@ def test_each_chunk_of_a_batch_continues_its_predecessor_or_none(deployed, scene
 @pytest.mark.parametrize(
     ("previous", "delay", "said"),
     [
-        (np.zeros((2, 4)), 0, r"must be \(n <= 5, 3\), .* got the shape \(2, 4\)"),
-        (np.zeros((6, 3)), 0, r"must be \(n <= 5, 3\), .* got the shape \(6, 3\)"),
-        (np.zeros((2, 3)), -1, r"a delay of 0 or more, got 1 and -1"),
+        (np.zeros((2, 4)), 0, r"must be numbers \(n <= 5, 3\), .* got float64 .* \(2, 4\)"),
+        (np.zeros((6, 3)), 0, r"must be numbers \(n <= 5, 3\), .* got float64 .* \(6, 3\)"),
+        ([["1", "2", "3"]], 0, r"must be numbers \(n <= 5, 3\), .* got <U1 .* \(1, 3\)"),
+        ([[1, 2, 3], [1]], 0, r"must be numbers \(n <= 5, 3\), .* got object .* \(\)"),
+        ({"actions": 1}, 0, r"must be numbers \(n <= 5, 3\), .* got object .* \(\)"),
+        (np.zeros((2, 3)), -1, r"a whole number of actions, 0 or more, got -1"),
+        (np.zeros((2, 3)), 1.0, r"a whole number of actions, 0 or more, got 1\.0"),
+        (np.zeros((2, 3)), True, r"a whole number of actions, 0 or more, got True"),
         (np.full((2, 3), np.nan), 0, r"not finite; begin without one"),
+        (np.full((2, 3), 1e300), 0, r"not finite; begin without one"),
     ],
 )
-def test_a_previous_chunk_that_cannot_be_meant_is_an_error(deployed, scene, previous, delay, said):
+def test_a_previous_chunk_that_cannot_be_meant_is_an_error(
+    deployed, scene, previous, delay, said, monkeypatch
+):
     with pytest.raises(ValueError, match=said):
         deployed.infer(scene[0][0], previous=previous, delay=delay)
+    monkeypatch.setattr(deployed, "is_guided", True)
+    sent = {**scene[0][0], "previous": previous, "delay": delay}
+    refused, answered = deployed.infer_each([sent, scene[0][1]], [0, 0])
+    assert isinstance(refused, ValueError)
+    assert re.search(said, str(refused))
+    assert answered["actions"].shape == (5, 3)
+
+
+def test_observations_of_a_server_say_themselves_what_they_go_on_from(deployed, scene, monkeypatch):
+    """Each of a batch from its own chunk and delay, or from none, as `infer` does alone."""
+    (first, second), noise = scene
+    previous = deployed.infer(first, noise[0])["actions"]
+    sent = [
+        {**first, "previous": previous[2:], "delay": 2},
+        second,
+        {**first, "previous": previous[3:].tolist(), "delay": 1},
+        {**second, "previous": None, "delay": None},
+    ]
+    assert deployed.metadata["real_time_chunking"] is False
+    refused, _, _, answered = deployed.infer_each(sent, range(4))
+    assert "start the server with --real-time-chunking" in str(refused)
+    assert answered["actions"].shape == (5, 3)
+    monkeypatch.setattr(deployed, "is_guided", True)
+    assert deployed.metadata["real_time_chunking"] is True
+    monkeypatch.setattr(deployed, "batch_ms", {1: 1.0, 4: 1.0})
+    together = deployed.infer_each(sent, range(4))
+    deployed.reset()
+    conditions = [
+        {"previous": previous[2:], "delay": 2},
+        {},
+        {"previous": previous[3:], "delay": 1},
+        {},
+    ]
+    plain = [first, second, first, second]
+    for one, condition, answer in zip(plain, conditions, together, strict=True):
+        alone = deployed.infer(one, **condition)["actions"]
+        np.testing.assert_allclose(answer["actions"], alone, atol=1e-4)
+    deployed.reset()
+    free = deployed.infer(first)["actions"]
+    assert np.abs(together[0]["actions"] - free).max() > 1e-2
 
 
 @pytest.mark.parametrize("weight", [-1, np.inf, np.nan])

@@ -31,7 +31,7 @@ def nbytes(tree):
 def test_a_buffer_holds_what_was_packed(tiny_config):
     config = tiny_config()
     observation, noise = observe(config, 2), noise_of(config, 2)
-    guidance = real_time.make_guidance(noise, lengths=[1, 2], delay=1, max_weight=2.0)
+    guidance = real_time.make_guidance(noise, lengths=[1, 2], delays=[1, 1], max_weight=2.0)
     layout = program.Layout(config, guided=True)
     packed = program.pack(layout, observation, noise, guidance)
     assert packed.shape == (2, layout.dtype.itemsize)

@@ -5,6 +5,7 @@ examples/droid/main.py, examples/aloha_real/env.py, examples/aloha_sim/env.py an
 examples/simple_client/main.py), with openpi's own client and picture tools.
 """
 
+import concurrent.futures
 import contextlib
 
 import numpy as np
@@ -13,7 +14,7 @@ import serving
 from openpi_client import image_tools
 
 from shallow_pi.data.robots import assets, normalize, robot
-from shallow_pi.deploy import policy
+from shallow_pi.deploy import executors, policy
 
 pytestmark = pytest.mark.filterwarnings(serving.OPENPI_WARNS)
 
@@ -46,6 +47,15 @@ UR5 = {
     "gripper": np.full(1, 0.1),
     "prompt": "touch the red block",
 }
+
+
+class AtOnce(concurrent.futures.ThreadPoolExecutor):
+    """Every plan is there when it is asked for."""
+
+    def submit(self, function, /, *arguments, **options):
+        future = super().submit(function, *arguments, **options)
+        concurrent.futures.wait([future])
+        return future
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +146,26 @@ def nested(flat):
 def test_every_form_of_an_observation_gives_the_same_actions(served, change):
     # A float picture loses one level at times, as in openpi.
     np.testing.assert_allclose(*both(served, "libero", change(LIBERO), LIBERO), atol=0.02)
+
+
+def test_a_robot_behind_a_server_goes_on_from_the_chunk_it_executes(served, monkeypatch):
+    """Through openpi's client as in one process: the same actions, with the same noise."""
+    tiny, running = served("droid")
+    with pytest.raises(ValueError, match="or a server started with --real-time-chunking; others"):
+        executors.RealTimeChunking(serving.openpi(running), 2)
+    monkeypatch.setattr(tiny, "is_guided", True)
+    generator = np.random.default_rng(1)
+    seen = [{**DROID, "observation/joint_position": generator.random(7)} for _ in range(7)]
+
+    def drive(policy, kind=executors.RealTimeChunking):
+        tiny.reset()
+        with AtOnce(1) as worker, kind(policy, 2, worker=worker) as executor:
+            return np.array([executor.infer(one)["actions"] for one in seen])
+
+    with serving.running(tiny) as running:
+        through = drive(serving.openpi(running))
+        np.testing.assert_allclose(through, drive(tiny), atol=1e-4)
+        assert np.abs(through - drive(tiny, executors.SkipLateActions)).max() > 1e-3
 
 
 def test_without_a_prompt_the_policys_own_is_taken(served):

@@ -95,7 +95,7 @@ class Arguments:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, evaluate, print the folder."""
-    given = flags.parse(Arguments, arguments, __doc__ or "", idle=_idle, conflicts=_conflicts)
+    given = flags.parse(Arguments, arguments, __doc__ or "", idle=_idle)
     with exits.exit_on():
         folder = evaluate(given)
     print(folder)
@@ -108,14 +108,6 @@ def _idle(given: Arguments) -> flags.Idle:
     yield not loaded, fields, "none of the policies is a checkpoint; leave it out"
     for name, reason in _IDLE.items():
         yield loaded, f"policy.{name}", reason
-
-
-def _conflicts(given: Arguments) -> flags.Idle:
-    late = given.late_ms * len(given.policies) if len(given.late_ms) == 1 else given.late_ms
-    asked = zip(map(_named, given.policies), late, strict=False)  # Numbers are counted later.
-    urls = [source for (_, source), ms in asked if ms and served.is_url(source)]
-    reason = f"{' '.join(urls)} cannot be sent a previous chunk to go on from; give skip or late"
-    yield urls and given.executor == "real-time", "executor", reason
 
 
 def evaluate(given: Arguments) -> pathlib.Path:
@@ -199,9 +191,10 @@ def _entrant(
         label = label or re.sub(r"\W+", "-", source).strip("-")
 
         def connect() -> served.Served:
-            return served.Served(source, suite.robot, given.execute_steps + steps)
+            needed, continues = given.execute_steps + steps, delay.continues
+            return served.Served(source, suite.robot, needed, continues=continues)
 
-        connect().close()  # It is there, and of this robot.
+        connect().close()  # It is there, of this robot, and goes on from a chunk if it must.
         return comparison.Entrant(label, {"source": source}, given.execute_steps, delay, connect)
     step = step_folder.find(source, given.policy.step)
     is_ours = (step / run_folder.ASSETS / policy_assets.FILE_NAME).is_file()

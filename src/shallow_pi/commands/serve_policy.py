@@ -13,6 +13,11 @@ openpi's example clients work unchanged: robot libero sends `observation/image`,
 and `prompt`; droid `observation/exterior_image_1_left` and the like; aloha and aloha_sim `state`
 and `images`. A robot file can rename the keys (--policy.robot my_robot.py).
 
+With --real-time-chunking an observation may also say what is being executed, so that the new chunk
+goes on from it: `previous`, the actions left of the last chunk, the first of them due now, and
+`delay`, how many of them will be executed before the answer is there.
+`shallow_pi.deploy.executors.RealTimeChunking` does so around openpi's client.
+
 A page at http://127.0.0.1:8000/ shows cameras, actions, latency and errors; /metrics is for
 Prometheus, /healthz for supervisors. Ctrl-C or SIGTERM stops the server after the current
 inference, a second one immediately.
@@ -55,6 +60,9 @@ class Arguments(server_config.Settings):
     policy: PolicyArguments
     # Instruction for observations without one.
     prompt: str = ""
+    # Let robots send what is left of the chunk they execute, so that the next goes on from it: the
+    # client of `deploy.executors.RealTimeChunking`. Compiles twice as many programs.
+    real_time_chunking: bool = False
     # Treat warnings as errors: about values missing from the policy's folder and assumed, and about
     # unused keys.
     strict: bool = False
@@ -98,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             run_folder.check_output(given.record, "give another --record")
         processes.cache_compilations()
         chosen = given.policy.load(given.policy.dir, prompt=given.prompt or None)
-        chosen.warm_up(batch=given.batch)
+        chosen.warm_up(batch=given.batch, guided=given.real_time_chunking)
         record = None
         if given.record:
             limit = int(given.record_limit_gb * 1e9)

@@ -118,6 +118,7 @@ class SkipLateActions:
         if control_hz is not None and not control_hz > 0:
             raise ValueError(f"control_hz must be positive, got {control_hz}")
         self._policy, self._execute_steps = policy, execute_steps
+        self._infer: Callable[..., Mapping[str, object]] = policy.infer
         self._control_hz, self._clock = control_hz, clock
         self._owns_worker = worker is None
         self._worker = worker or concurrent.futures.ThreadPoolExecutor(1, "policy")
@@ -177,7 +178,7 @@ class SkipLateActions:
 
     def _ask(self, observation: Mapping[str, object]) -> None:
         # A robot may fill the same buffers with the next observation.
-        asked = self._worker.submit(self._policy.infer, _copy(observation), **self._conditions())
+        asked = self._worker.submit(self._infer, _copy(observation), **self._conditions())
         self._pending = asked, self._step
 
     def _take_arrived(self, waited: int = 0) -> None:
@@ -214,9 +215,10 @@ class RealTimeChunking(SkipLateActions):
     """`SkipLateActions` whose chunks go on from the one they replace (`inference.real_time`).
 
     The policy is given what is left of the chunk and how many of these actions it will find
-    executed: the largest of the last delays. It must take both, `infer(observation, previous=...,
-    delay=...)`, as `policy.Policy` does; call its `warm_up(guided=True)` first, so that no chunk
-    has to wait for the compiler.
+    executed: the largest of the last delays. A policy of this process must take both,
+    `infer(observation, previous=..., delay=...)`, as `policy.Policy` does; call its
+    `warm_up(guided=True)` first, so that no chunk has to wait for the compiler. To a server, which
+    must run with `--real-time-chunking`, openpi's client sends them as keys of the observation.
 
     Args:
       policy: predicts the chunks.
@@ -235,17 +237,11 @@ class RealTimeChunking(SkipLateActions):
         remember: int = 10,
         **options: Any,
     ) -> None:
-        taken = inspect.signature(policy.infer).parameters
-        # A wrapper that hands on whatever it is given takes them too.
-        hands_on = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in taken.values())
-        if not (hands_on or {"previous", "delay"} <= set(taken)):
-            raise ValueError(
-                f"{type(policy).__name__}.infer takes {list(taken)}: real-time chunking needs "
-                "previous= and delay= (deploy.policy.Policy); others can use SkipLateActions"
-            )
         if delay < 0 or remember < 1:
             raise ValueError(f"expected delay >= 0 and remember >= 1, got {delay} and {remember}")
+        infer = _guided(policy)
         super().__init__(policy, execute_steps, **options)
+        self._infer = infer
         self._expected = delay
         self._delays: collections.deque[int] = collections.deque([delay], maxlen=remember)
 
@@ -267,6 +263,27 @@ class RealTimeChunking(SkipLateActions):
         super()._take_arrived(waited)
         if before is not None and self._chunk is not None and self._chunk is not before:
             self._delays.append(self._chunk.late)
+
+
+def _guided(policy: Policy) -> Callable[..., Mapping[str, object]]:
+    """How a policy is asked for a chunk that goes on from `previous` after `delay`.
+
+    Raises:
+      ValueError: it takes neither.
+    """
+    taken = inspect.signature(policy.infer).parameters
+    # A wrapper that hands on whatever it is given takes them too.
+    hands_on = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in taken.values())
+    if hands_on or {"previous", "delay"} <= set(taken):
+        return policy.infer
+    told: Mapping[str, object] = getattr(policy, "get_server_metadata", dict)()
+    if told.get("real_time_chunking"):
+        return lambda observation, **continued: policy.infer({**observation, **continued})
+    server = "a server started with --real-time-chunking"
+    raise ValueError(
+        f"{type(policy).__name__}.infer takes {list(taken)}: real-time chunking needs previous= "
+        f"and delay= (deploy.policy.Policy), or {server}; others can use SkipLateActions"
+    )
 
 
 def _actions(result: Mapping[str, object], execute_steps: int) -> Float[np.ndarray, "ah rd"]:

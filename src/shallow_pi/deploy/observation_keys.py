@@ -5,10 +5,14 @@ A key may be flat or nested and joined by dots or slashes, with or without the `
 `observation/cam_high`. So openpi's example clients (LIBERO, DROID, ALOHA real and simulated, UR5)
 and LeRobot's names drive the same policy. Names that differ altogether are in `ALIASES`; for any
 others a robot file gives its own keys (`--policy.robot my.py`).
+
+Beside them an observation for a server may say what is being executed: PREVIOUS and DELAY are what
+`Policy.infer` takes by these names (real-time chunking).
 """
 
 from collections.abc import Iterable, Mapping
 
+PREVIOUS, DELAY = "previous", "delay"
 # The last part of a robot's key → other names clients have for it.
 ALIASES = {
     "task": ("prompt",),

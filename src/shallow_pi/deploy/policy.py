@@ -22,7 +22,13 @@ from shallow_pi.checkpoints import run_folder
 from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.data.robots import pipelines, transforms
 from shallow_pi.data.robots import robot as robots
-from shallow_pi.deploy import robot_observation, state_check, step_folder, warm_up_inputs
+from shallow_pi.deploy import (
+    observation_keys,
+    robot_observation,
+    state_check,
+    step_folder,
+    warm_up_inputs,
+)
 from shallow_pi.inference import calibration as calibrations
 from shallow_pi.inference import prepare, program, real_time, tuning
 from shallow_pi.inference import quantize as quantization
@@ -95,6 +101,8 @@ class Policy:
         self._key, self._calls = np.asarray(jax.random.key_data(key)), 0
         # Compiled batch sizes and the milliseconds each takes; `warm_up` measures them.
         self.batch_ms: dict[int, float] = {1: 1.0}
+        # The programs for chunks that go on from a previous one are compiled (`warm_up`).
+        self.is_guided = False
         self._lock = threading.Lock()
 
     @classmethod
@@ -201,6 +209,8 @@ class Policy:
             "fps": robot.fps,
             "num_steps": self.num_steps,
             "quantize": self.quantize,
+            # Observations may have `previous` and `delay`.
+            "real_time_chunking": self.is_guided,
             "state_names": list(self.assets.names.get("state", ())),
             "action_names": list(self.assets.names.get("actions", ())),
             "state_low": self._check_state.low.tolist(),
@@ -277,11 +287,11 @@ class Policy:
     ) -> list[dict[str, object] | ValueError]:
         """Answers to observations of several robots, computed together.
 
-        The batch is filled up to the next size that `warm_up` compiled. There are no previous
-        chunks: those are for `infer` and `infer_batch`.
+        The batch is filled up to the next size that `warm_up` compiled.
 
         Args:
-          observations: one of each robot.
+          observations: one of each robot. After `warm_up(guided=True)` it may have what `infer`
+            takes as `previous` and `delay` under these keys.
           calls: number of observations of that robot answered before; its noise is drawn from
             `fold_in(seed, call)`, so that no robot depends on the others.
 
@@ -294,19 +304,23 @@ class Policy:
         for place, (given, call) in enumerate(zip(observations, calls, strict=True)):
             answers.append({})
             try:
+                left, delay, given = self._continued(given)
                 found = self._clean(given)
                 warning = self._check_state(self.assets.robot.state(found))
-                rows.append(_Row(place, call, found, self._inputs(dict(found)), warning))
+                sample = self._sample(found, left if self.is_guided else None)
+                rows.append(_Row(place, call, found, sample, warning, len(left), delay))
             except ValueError as error:
                 answers[place] = error
         if not rows:
             return answers
         size = min((size for size in self.batch_ms if size >= len(rows)), default=len(rows))
         filled = rows + (size - len(rows)) * rows[-1:]
-        batch = self._stack([row.sample for row in filled])
+        samples = [row.sample for row in filled]
+        guidance = _guidance(samples, [row.left for row in filled], [row.delay for row in filled])
+        batch = self._stack(samples)
         seed = program.Seed(self._key, np.array([row.call for row in filled], np.uint32))
         ready = time.perf_counter()
-        normalized = np.asarray(self.sample(batch, seed))[: len(rows)]
+        normalized = np.asarray(self.sample(batch, seed, guidance))[: len(rows)]
         sampled = time.perf_counter()
         actions = self._to_robot([row.found for row in rows], normalized)
         timing = _timing(start, ready, sampled)
@@ -379,13 +393,21 @@ class Policy:
         it is on, keeps the programs.
 
         Args:
-          guided: compile for chunks that go on from a previous one (`infer(previous=)`) as well.
+          guided: compile for chunks that go on from a previous one (`infer(previous=)`) as well,
+            and time these.
           batch: most observations `infer_each` answers at once; compiles 1, 2, 4, 8 ... and this.
         """
         sizes = warm_up_inputs.batch_sizes(batch)
-        actions = np.zeros((1, *self.noise_shape), np.float32)
-        continued = real_time.make_guidance(actions, lengths=[1], delay=0, max_weight=0.0)
-        plans = [(size, None) for size in sizes] + ([(1, continued)] if guided else [])
+        plans: list[tuple[int, real_time.Guidance | None]] = [(size, None) for size in sizes]
+        if guided:
+            nothing = np.zeros(self.noise_shape, np.float32)
+            plans += [
+                (
+                    size,
+                    real_time.make_guidance(np.stack(size * [nothing]), size * [1], size * [0], 0),
+                )
+                for size in sizes
+            ]
         lengths = warm_up_inputs.prompt_lengths(self.assets, self.prompt)
         with progress.bar("Compile", total=len(lengths) * len(plans)) as advance:
             for length in lengths:
@@ -393,8 +415,12 @@ class Policy:
                     given = self._made_up(length, size)
                     jax.block_until_ready(self.sample(given, program.Seed(self._key, 0), guidance))
                     advance(1)
+        self.is_guided |= guided
         if len(sizes) > 1:
-            self.batch_ms = self._time({size: self._made_up(lengths[0], size) for size in sizes})
+            # Where there are guided programs, those: of each size the last plan counts.
+            self.batch_ms = self._time(
+                {size: (self._made_up(lengths[0], size), guidance) for size, guidance in plans}
+            )
 
     def _made_up(self, length: int, size: int) -> observation.Observation:
         """Made-up observations with pictures as a camera gives them."""
@@ -406,13 +432,15 @@ class Policy:
         }
         return dataclasses.replace(found, images=images)
 
-    def _time(self, given: Mapping[int, observation.Observation]) -> dict[int, float]:
+    def _time(
+        self, given: Mapping[int, tuple[observation.Observation, real_time.Guidance | None]]
+    ) -> dict[int, float]:
         """Milliseconds of each batch: the fastest of up to ten calls, in turn, in some seconds."""
         fastest, until = dict.fromkeys(given, np.inf), time.perf_counter() + 2.0
         for _ in range(10):
-            for size, batch in given.items():
+            for size, (batch, guidance) in given.items():
                 start = time.perf_counter()
-                jax.block_until_ready(self.sample(batch, program.Seed(self._key, 0)))
+                jax.block_until_ready(self.sample(batch, program.Seed(self._key, 0), guidance))
                 fastest[size] = min(fastest[size], 1e3 * (time.perf_counter() - start))
             if time.perf_counter() > until:
                 break
@@ -436,18 +464,50 @@ class Policy:
         max_weight: float,
     ) -> tuple[observation.Observation, real_time.Guidance | None]:
         """The model's batch, and the previous chunks as the model would have predicted them now."""
-        robot, horizon = self.assets.robot, self.noise_shape[0]
-        if previous is not None:
-            left = real_time.pad_previous(previous, (len(found), horizon, robot.action_dim), delay)
-            # The transforms of training: relative to this state, normalized, padded.
-            found = [{**o, "actions": a} for o, a in zip(found, left, strict=True)]
-        samples = [self._inputs(dict(one)) for one in found]
-        guidance = None
-        if previous is not None and any(map(len, previous)):
-            actions = np.stack([sample["actions"] for sample in samples])
-            lengths = [len(one) for one in previous]
-            guidance = real_time.make_guidance(actions, lengths, delay, max_weight)
+        if previous is None:
+            return self._stack([self._sample(one, None) for one in found]), None
+        if len(previous) != len(found):
+            raise ValueError(
+                f"expected a previous chunk for each of {len(found)} observations, got "
+                f"{len(previous)}"
+            )
+        samples = [self._sample(one, left) for one, left in zip(found, previous, strict=True)]
+        delays = len(samples) * [real_time.check_delay(delay)]
+        guidance = _guidance(samples, [*map(len, previous)], delays, max_weight)
         return self._stack(samples), guidance
+
+    def _sample(
+        self, found: dict[str, object], previous: Float[np.ndarray, "n rd"] | None
+    ) -> transforms.Sample:
+        """What the model sees, with what is left of a chunk as it would have predicted it now."""
+        if previous is None:
+            return self._inputs(dict(found))
+        padded = real_time.pad_previous(
+            previous, (self.noise_shape[0], self.assets.robot.action_dim)
+        )
+        # The transforms of training: relative to this state, normalized, padded.
+        return self._inputs({**found, "actions": padded})
+
+    def _continued(
+        self, given: Mapping[str, object]
+    ) -> tuple[Float[np.ndarray, "n rd"], int, Mapping[str, object]]:
+        """What an observation says of the chunk being executed, and the rest of it."""
+        nothing = np.zeros((0, self.assets.robot.action_dim), np.float32)
+        said = {observation_keys.PREVIOUS, observation_keys.DELAY}
+        if not isinstance(given, Mapping) or not said & set(given):
+            return nothing, 0, given
+        left: Any = given.get(observation_keys.PREVIOUS)
+        delay = given.get(observation_keys.DELAY)
+        delay = 0 if delay is None else real_time.check_delay(delay)
+        rest = {key: value for key, value in given.items() if key not in said}
+        if left is None:
+            return nothing, 0, rest
+        if not self.is_guided:
+            raise ValueError(
+                f"the observation has {observation_keys.PREVIOUS!r}, and this policy is not ready "
+                "to go on from a chunk: start the server with --real-time-chunking"
+            )
+        return left, delay, rest
 
     def _stack(self, samples: Sequence[transforms.Sample]) -> observation.Observation:
         if any(_sizes(sample) != _sizes(samples[0]) for sample in samples):
@@ -462,6 +522,19 @@ class Policy:
         return self._outputs({"actions": normalized, "state": state})["actions"]
 
 
+def _guidance(
+    samples: Sequence[transforms.Sample],
+    lengths: Sequence[int],
+    delays: Sequence[int],
+    max_weight: float = real_time.MAX_WEIGHT,
+) -> real_time.Guidance | None:
+    """The guidance of samples made with previous chunks of these lengths; None if all are 0."""
+    if not any(lengths):
+        return None
+    actions = np.stack([sample["actions"] for sample in samples])
+    return real_time.make_guidance(actions, lengths, delays, max_weight)
+
+
 class _Row(NamedTuple):
     """One observation of several that are answered together."""
 
@@ -471,6 +544,9 @@ class _Row(NamedTuple):
     found: dict[str, object]
     sample: transforms.Sample
     warning: str | None
+    # Actions of its previous chunk that are left, and those executed before the new one arrives.
+    left: int
+    delay: int
 
 
 def _timing(start: float, ready: float, sampled: float) -> dict[str, float]:

@@ -45,6 +45,11 @@ class Delay:
         if self.steps < 0:
             raise ValueError(f"a plan is 0 or more control steps late, got {self.steps}")
 
+    @property
+    def continues(self) -> bool:
+        """Plans go on from the chunk before."""
+        return self.executor == "real-time" and self.steps > 0
+
     def due(
         self,
         before: Float[np.ndarray, "n rd"] | None,
@@ -83,7 +88,7 @@ class Delay:
           left: of each episode's chunk; None at its first plan.
         """
         seen = next((chunk for chunk in left if chunk is not None), None)
-        if self.executor != "real-time" or not self.steps or seen is None:
+        if not self.continues or seen is None:
             return None
         return [seen[:0] if chunk is None else chunk for chunk in left]
 

@@ -17,6 +17,7 @@ import websockets.sync.client
 from jaxtyping import Float, Int
 
 from shallow_pi.data.robots import robot as robots
+from shallow_pi.deploy import observation_keys
 from shallow_pi.serving import client, protocol
 from shallow_pi.sims import simulator
 
@@ -36,13 +37,16 @@ class Served:
       url: the server's address.
       robot: the simulator's, which the actions must fit.
       needed: fewest actions of a plan.
+      continues: plans go on from what is executed meanwhile (real-time chunking).
 
     Raises:
       ConnectionError: there is no server.
-      ValueError: its policy is of another robot.
+      ValueError: its policy is of another robot, or cannot go on from a previous chunk.
     """
 
-    def __init__(self, url: str, robot: robots.Robot, needed: int) -> None:
+    def __init__(
+        self, url: str, robot: robots.Robot, needed: int, *, continues: bool = False
+    ) -> None:
         self.url, self._robot, self._needed = url, robot, needed
         self._connections: list[websockets.sync.client.ClientConnection] = []
         self._open = contextlib.ExitStack()
@@ -61,6 +65,13 @@ class Served:
             raise ValueError(
                 f"the policy at {url} is of robot {self.metadata.get('robot', 'unknown')!r} and "
                 f"does not fit the simulator's, {robot.name!r}: it has {'; '.join(different)}"
+            )
+        if continues and not self.metadata.get("real_time_chunking"):
+            self.close()
+            raise ValueError(
+                f"{url} cannot be sent a previous chunk to go on from: start it with "
+                "--real-time-chunking (scripts/serve_policy.py; openpi's server has no such "
+                "option), or give --executor skip or late"
             )
 
     def _connect(self) -> dict[str, Any]:
@@ -95,11 +106,14 @@ class Served:
           ConnectionError: the server has ended.
           ValueError: it refused the observation, or its actions do not fit.
         """
-        assert previous is None, "the protocol has none, and --executor real-time is refused"
         while len(self._connections) < len(sims):
             self._connect()
-        asked = [self._message(one) for one in observations[: len(sims)]]
-        found = list(self._pool.map(self._ask, self._connections, asked))
+        asked = [dict(one) for one in observations[: len(sims)]]
+        if previous is not None:
+            for one, left in zip(asked, previous[: len(sims)], strict=True):
+                one |= {observation_keys.PREVIOUS: left, observation_keys.DELAY: delay}
+        messages = map(self._message, asked)
+        found = list(self._pool.map(self._ask, self._connections, messages))
         # All plans of a batch have one length.
         return np.stack([actions[: min(map(len, found))] for actions in found])
 

@@ -30,10 +30,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Float32, Int
 
 # The paper's choice: enough with few integration steps, and more does harm.
 MAX_WEIGHT = 5.0
+# Kinds of NumPy's dtypes that are real numbers.
+_REAL = "fiu"
 
 
 class Guidance(NamedTuple):
@@ -97,46 +99,63 @@ def guided(
 
 
 def pad_previous(
-    previous: Sequence[np.ndarray], shape: tuple[int, int, int], delay: int
-) -> Float[np.ndarray, "b ah rd"]:
-    """Previous chunks with zeros behind them, checked; on the host, in the robot's units.
+    previous: Float[np.ndarray, "n rd"], shape: tuple[int, int]
+) -> Float32[np.ndarray, "ah rd"]:
+    """A previous chunk with zeros behind it, checked; on the host, in the robot's units.
 
     Args:
-      previous: the rest of each chunk that is being executed, (n, rd); n may be 0.
-      shape: observations, action horizon and the robot's dimensions.
-      delay: actions of them that will have been executed when the new chunks arrive.
+      previous: the rest of the chunk that is being executed; n may be 0.
+      shape: action horizon and the robot's dimensions.
 
     Raises:
-      ValueError: wrong shapes, a negative delay, or numbers that are not finite.
+      ValueError: no numbers, another shape, or not finite.
     """
-    b, horizon, dims = shape
-    padded = np.zeros(shape, np.float32)
-    if len(previous) != b or delay < 0:
+    try:
+        left = np.asarray(previous)
+    except (ValueError, TypeError, RuntimeError):  # Lists of unequal lengths; foreign tensors.
+        left = np.asarray(None)
+    horizon, dims = shape
+    if (
+        left.ndim != 2
+        or left.shape[1] != dims
+        or len(left) > horizon
+        or left.dtype.kind not in _REAL
+    ):
         raise ValueError(
-            f"expected a previous chunk for each of {b} observations and a delay of 0 or more, got "
-            f"{len(previous)} and {delay}"
+            f"a previous chunk must be numbers (n <= {horizon}, {dims}), in the robot's units, got "
+            f"{left.dtype} of the shape {left.shape}"
         )
-    for row, left in zip(padded, previous, strict=True):
-        if np.ndim(left) != 2 or np.shape(left)[1] != dims or len(left) > horizon:
-            raise ValueError(
-                f"a previous chunk must be (n <= {horizon}, {dims}), in the robot's units, got the "
-                f"shape {np.shape(left)}"
-            )
-        if not np.isfinite(left).all():
-            raise ValueError("the previous chunk is not finite; begin without one")
-        row[: len(left)] = left
+    padded = np.zeros(shape, np.float32)
+    with np.errstate(over="ignore"):
+        padded[: len(left)] = left
+    if not np.isfinite(padded).all():
+        raise ValueError("the previous chunk is not finite; begin without one")
     return padded
 
 
+def check_delay(delay: object) -> int:
+    """A delay as an integer.
+
+    Raises:
+      ValueError: it is none, or negative.
+    """
+    if isinstance(delay, bool) or not isinstance(delay, (int, np.integer)) or delay < 0:
+        raise ValueError(f"the delay must be a whole number of actions, 0 or more, got {delay!r}")
+    return int(delay)
+
+
 def make_guidance(
-    actions: Float[np.ndarray, "b ah ad"], lengths: Sequence[int], delay: int, max_weight: float
+    actions: Float[np.ndarray, "b ah ad"],
+    lengths: Sequence[int],
+    delays: Sequence[int],
+    max_weight: float,
 ) -> Guidance:
-    """The guidance towards previous chunks, on the host; one shorter than the delay bounds it.
+    """The guidance towards previous chunks, on the host; one shorter than its delay bounds it.
 
     Args:
       actions: `pad_previous`, as the model would have predicted it: relative, normalized, padded.
-      lengths: how many rows of each are actions.
-      delay: as above.
+      lengths: how many rows of each are actions; where none is, the new chunk is free.
+      delays: actions of each that will have been executed when the new chunk arrives.
       max_weight: upper bound β of the guidance weight.
 
     Raises:
@@ -147,7 +166,7 @@ def make_guidance(
     left = np.asarray(lengths, np.int32)
     on_host: dict[str, Any] = {
         "previous": actions,
-        "delay": np.minimum(left, np.int32(delay)),
+        "delay": np.minimum(left, np.clip(delays, 0, actions.shape[1]).astype(np.int32)),
         "executed": np.int32(actions.shape[1]) - left,
         "max_weight": np.float32(max_weight),
     }
