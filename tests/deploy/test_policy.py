@@ -458,7 +458,7 @@ def test_observations_of_a_server_say_themselves_what_they_go_on_from(deployed, 
     ]
     assert deployed.metadata["real_time_chunking"] is False
     refused, _, _, answered = deployed.infer_each(sent, range(4))
-    assert "start the server with --real-time-chunking" in str(refused)
+    assert "started without --real-time-chunking" in str(refused)
     assert answered["actions"].shape == (5, 3)
     monkeypatch.setattr(deployed, "is_guided", True)
     assert deployed.metadata["real_time_chunking"] is True

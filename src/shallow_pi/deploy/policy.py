@@ -7,10 +7,11 @@ at once, each as if alone; `infer_batch` takes several with the caller's noise. 
 """
 
 import dataclasses
+import itertools
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,11 +24,12 @@ from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.data.robots import pipelines, transforms
 from shallow_pi.data.robots import robot as robots
 from shallow_pi.deploy import (
+    facts,
     observation_keys,
     robot_observation,
     state_check,
     step_folder,
-    warm_up_inputs,
+    warm_up,
 )
 from shallow_pi.inference import calibration as calibrations
 from shallow_pi.inference import prepare, program, real_time, tuning
@@ -187,32 +189,12 @@ class Policy:
     @property
     def metadata(self) -> dict[str, Any]:
         """Facts for clients, in plain values; `action_dim` is the robot's."""
-        model, robot = self.assets.model, self.assets.robot
         return {
-            **robot.metadata,
-            "model": "pi05" if model.pi05 else "pi0",
-            "depth": model.depth,
-            "robot": robot.name,
-            "image_size": model.image_size,
-            "action_horizon": model.action_horizon,
-            "action_dim": robot.action_dim,
-            "state_dim": robot.state_dim,
-            "cameras": {name: robot.cameras[name] for name in self.assets.seen.cameras},
-            "state_keys": list(robot.state_keys),
-            # Empty where any sizes do that add up, and where all values of the keys are taken.
-            "state_sizes": list(robot.state_sizes),
-            "state_indices": list(robot.state_indices),
-            "action_indices": list(robot.action_indices),
-            "action_key": robot.action_key,
-            "action_keys": list(robot.action_keys),
-            "prompt_key": robot.prompt_key,
-            "fps": robot.fps,
+            **facts.metadata(self.assets),
             "num_steps": self.num_steps,
             "quantize": self.quantize,
             # Observations may have `previous` and `delay`.
             "real_time_chunking": self.is_guided,
-            "state_names": list(self.assets.names.get("state", ())),
-            "action_names": list(self.assets.names.get("actions", ())),
             "state_low": self._check_state.low.tolist(),
             "state_high": self._check_state.high.tolist(),
         }
@@ -220,19 +202,7 @@ class Policy:
     @property
     def description(self) -> str:
         """One line: the model, its robot, and all that a folder of openpi's does not say."""
-        model, robot = self.assets.model, self.assets.robot
-        state = ", state in the prompt" if model.discrete_state_input else ""
-        how = "pooled" if model.pooled_tokens else "chosen" if model.scored_tokens else ""
-        fewer = f", {model.image_tokens} {how} image tokens a camera" if how else ""
-        black = " and ".join(name for name in model.cameras if name not in robot.cameras)
-        eyes = (black and f", {black} black") + (robot.taken and f", {robot.taken}")
-        bits = "" if self.quantize == "none" else f", products in 8 bits ({self.quantize})"
-        return (
-            f"{model.kind}, {model.depths}, for {robot.name}: {model.action_horizon} actions "
-            f"of {robot.action_dim} (model: {model.action_dim}) dimensions, {model.max_token_len} "
-            f"prompt tokens{eyes}{fewer}{state}{bits}, statistics {self.assets.asset_id!r}, "
-            f"tokenizer {self.assets.tokenizer}"
-        )
+        return facts.description(self.assets, self.quantize)
 
     def reset(self) -> None:
         """Begin an episode: the noise sequence starts anew from the seed."""
@@ -301,12 +271,19 @@ class Policy:
         start = time.perf_counter()
         answers: list[dict[str, object] | ValueError] = []
         rows: list[_Row] = []
+        nothing = np.zeros((0, self.assets.robot.action_dim), np.float32)
         for place, (given, call) in enumerate(zip(observations, calls, strict=True)):
             answers.append({})
             try:
-                left, delay, given = self._continued(given)
-                found = self._clean(given)
+                left, delay, rest = robot_observation.executing(given)
+                if left is not None and not self.is_guided:
+                    raise ValueError(
+                        f"the observation has {observation_keys.PREVIOUS!r}, but the server was "
+                        "started without --real-time-chunking"
+                    )
+                found = self._clean(rest)
                 warning = self._check_state(self.assets.robot.state(found))
+                left = nothing if left is None else left
                 sample = self._sample(found, left if self.is_guided else None)
                 rows.append(_Row(place, call, found, sample, warning, len(left), delay))
             except ValueError as error:
@@ -397,54 +374,23 @@ class Policy:
             and time these.
           batch: most observations `infer_each` answers at once; compiles 1, 2, 4, 8 ... and this.
         """
-        sizes = warm_up_inputs.batch_sizes(batch)
-        plans: list[tuple[int, real_time.Guidance | None]] = [(size, None) for size in sizes]
-        if guided:
-            nothing = np.zeros(self.noise_shape, np.float32)
-            plans += [
-                (
-                    size,
-                    real_time.make_guidance(np.stack(size * [nothing]), size * [1], size * [0], 0),
-                )
-                for size in sizes
-            ]
-        lengths = warm_up_inputs.prompt_lengths(self.assets, self.prompt)
-        with progress.bar("Compile", total=len(lengths) * len(plans)) as advance:
-            for length in lengths:
-                for size, guidance in plans:
-                    given = self._made_up(length, size)
-                    jax.block_until_ready(self.sample(given, program.Seed(self._key, 0), guidance))
-                    advance(1)
+        sizes, kinds = warm_up.batch_sizes(batch), [False, True] if guided else [False]
+        lengths = warm_up.prompt_lengths(self.assets, self.prompt)
+        with progress.bar("Compile", total=len(lengths) * len(kinds) * len(sizes)) as advance:
+            for length, kind, size in itertools.product(lengths, kinds, sizes):
+                jax.block_until_ready(self._made_up(length, kind, size)())
+                advance(1)
         self.is_guided |= guided
         if len(sizes) > 1:
-            # Where there are guided programs, those: of each size the last plan counts.
-            self.batch_ms = self._time(
-                {size: (self._made_up(lengths[0], size), guidance) for size, guidance in plans}
-            )
+            calls = {size: self._made_up(lengths[0], guided, size) for size in sizes}
+            self.batch_ms = warm_up.times(calls)
 
-    def _made_up(self, length: int, size: int) -> observation.Observation:
-        """Made-up observations with pictures as a camera gives them."""
-        found = warm_up_inputs.observations(self.assets, length, size)
-        if not self.resize_on_device:
-            return found
-        images = {
-            name: np.zeros((size, *warm_up_inputs.USUAL_SIZE, 3), np.uint8) for name in found.images
-        }
-        return dataclasses.replace(found, images=images)
-
-    def _time(
-        self, given: Mapping[int, tuple[observation.Observation, real_time.Guidance | None]]
-    ) -> dict[int, float]:
-        """Milliseconds of each batch: the fastest of up to ten calls, in turn, in some seconds."""
-        fastest, until = dict.fromkeys(given, np.inf), time.perf_counter() + 2.0
-        for _ in range(10):
-            for size, (batch, guidance) in given.items():
-                start = time.perf_counter()
-                jax.block_until_ready(self.sample(batch, program.Seed(self._key, 0), guidance))
-                fastest[size] = min(fastest[size], 1e3 * (time.perf_counter() - start))
-            if time.perf_counter() > until:
-                break
-        return fastest
+    def _made_up(self, length: int, guided: bool, size: int) -> Callable[[], jax.Array]:
+        """A call of the program with pictures as a camera gives them."""
+        resized = not self.resize_on_device
+        given = warm_up.observations(self.assets, length, size, resized=resized)
+        guidance = warm_up.guidance(self.assets, size) if guided else None
+        return lambda: self.sample(given, program.Seed(self._key, 0), guidance)
 
     def _clean(self, given: Mapping[str, object]) -> dict[str, object]:
         return robot_observation.clean(
@@ -487,27 +433,6 @@ class Policy:
         )
         # The transforms of training: relative to this state, normalized, padded.
         return self._inputs({**found, "actions": padded})
-
-    def _continued(
-        self, given: Mapping[str, object]
-    ) -> tuple[Float[np.ndarray, "n rd"], int, Mapping[str, object]]:
-        """What an observation says of the chunk being executed, and the rest of it."""
-        nothing = np.zeros((0, self.assets.robot.action_dim), np.float32)
-        said = {observation_keys.PREVIOUS, observation_keys.DELAY}
-        if not isinstance(given, Mapping) or not said & set(given):
-            return nothing, 0, given
-        left: Any = given.get(observation_keys.PREVIOUS)
-        delay = given.get(observation_keys.DELAY)
-        delay = 0 if delay is None else real_time.check_delay(delay)
-        rest = {key: value for key, value in given.items() if key not in said}
-        if left is None:
-            return nothing, 0, rest
-        if not self.is_guided:
-            raise ValueError(
-                f"the observation has {observation_keys.PREVIOUS!r}, and this policy is not ready "
-                "to go on from a chunk: start the server with --real-time-chunking"
-            )
-        return left, delay, rest
 
     def _stack(self, samples: Sequence[transforms.Sample]) -> observation.Observation:
         if any(_sizes(sample) != _sizes(samples[0]) for sample in samples):

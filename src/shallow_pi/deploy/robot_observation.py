@@ -15,6 +15,7 @@ from shallow_pi import progress
 from shallow_pi.data.robots import robot as robots
 from shallow_pi.data.robots import tokenizer
 from shallow_pi.deploy import observation_keys
+from shallow_pi.inference import real_time
 
 # First bytes of pictures in files.
 _FILES = {b"\xff\xd8\xff": "JPEG", b"\x89PNG": "PNG", b"RIFF": "WebP"}
@@ -81,6 +82,26 @@ def clean(
             text = prompt
         cleaned[robot.prompt_key] = text
     return cleaned
+
+
+def executing(
+    observation: Mapping[str, object],
+) -> tuple[Any, int, Mapping[str, object]]:
+    """What an observation says of the chunk being executed, and all else it has.
+
+    Returns:
+      What is left of the chunk, unchecked, or None; its delay, 0 where there is none; the rest.
+
+    Raises:
+      ValueError: the delay is no number of actions.
+    """
+    said = {observation_keys.PREVIOUS, observation_keys.DELAY}
+    if not isinstance(observation, Mapping) or not said & set(observation):
+        return None, 0, observation
+    delay = observation.get(observation_keys.DELAY)
+    delay = 0 if delay is None else real_time.check_delay(delay)
+    rest = {key: value for key, value in observation.items() if key not in said}
+    return observation.get(observation_keys.PREVIOUS), delay, rest
 
 
 def _warn_of_unused(

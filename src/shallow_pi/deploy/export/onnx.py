@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from shallow_pi import progress
-from shallow_pi.deploy import warm_up_inputs
+from shallow_pi.deploy import warm_up
 from shallow_pi.deploy.export import onnx_graph, tensorrt_operators
 from shallow_pi.deploy.export import student as students
 from shallow_pi.inference import forward, quantize, sampler, tuning
@@ -272,7 +272,7 @@ def _cache(model: pi0.Pi0Config) -> dict[str, jax.ShapeDtypeStruct]:
 
 def _lengths(student: students.Student) -> list[int]:
     """Prompt lengths to write graphs for: those of usual prompts, and the maximum."""
-    usual = warm_up_inputs.prompt_lengths(student.assets, None)
+    usual = warm_up.prompt_lengths(student.assets, None)
     return sorted({*usual, student.model.max_token_len})
 
 

@@ -1,12 +1,15 @@
-"""The inputs that a policy is compiled for before a robot asks: sizes, prompt lengths, pictures."""
+"""What a policy is compiled for before a robot asks: sizes, prompt lengths, pictures; its times."""
 
 import dataclasses
+import time
+from collections.abc import Callable, Mapping
 
+import jax
 import numpy as np
 
 from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.data.robots import tokenizer as tokenizers
-from shallow_pi.inference import prepare
+from shallow_pi.inference import prepare, real_time
 from shallow_pi.models import batch as batches
 from shallow_pi.models import observation
 
@@ -48,13 +51,43 @@ def prompt_lengths(assets: policy_assets.Assets, prompt: str | None) -> list[int
 
 
 def observations(
-    assets: policy_assets.Assets, length: int, size: int = 1
+    assets: policy_assets.Assets, length: int, size: int = 1, *, resized: bool = True
 ) -> observation.Observation:
-    """A made-up batch on the host: black pictures, and prompts of that many tokens."""
+    """A made-up batch on the host: black pictures, and prompts of that many tokens.
+
+    Args:
+      assets: of the policy.
+      length: tokens of every prompt.
+      size: number of observations.
+      resized: pictures have the model's size, else a camera's.
+    """
     model = assets.model
     words = np.arange(model.max_token_len)[None] < length
-    return dataclasses.replace(
+    made = dataclasses.replace(
         batches.zeros(model, size).observation,
         image_masks={n: np.full(size, n in assets.robot.cameras) for n in model.cameras},
         tokenized_prompt_mask=np.repeat(words, size, axis=0),
     )
+    if resized:
+        return made
+    black = np.zeros((size, *USUAL_SIZE, 3), np.uint8)
+    return dataclasses.replace(made, images=dict.fromkeys(made.images, black))
+
+
+def guidance(assets: policy_assets.Assets, size: int) -> real_time.Guidance:
+    """Of made-up previous chunks, without weight."""
+    nothing = np.zeros((size, assets.model.action_horizon, assets.model.action_dim), np.float32)
+    return real_time.make_guidance(nothing, size * [1], size * [0], max_weight=0)
+
+
+def times(calls: Mapping[int, Callable[[], jax.Array]]) -> dict[int, float]:
+    """Milliseconds of each call: the fastest of up to ten, in turn, in some seconds."""
+    fastest, until = dict.fromkeys(calls, np.inf), time.perf_counter() + 2.0
+    for _ in range(10):
+        for size, call in calls.items():
+            start = time.perf_counter()
+            jax.block_until_ready(call())
+            fastest[size] = min(fastest[size], 1e3 * (time.perf_counter() - start))
+        if time.perf_counter() > until:
+            break
+    return fastest
