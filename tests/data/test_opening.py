@@ -13,6 +13,7 @@ from shallow_pi.data import data_config, loader, opening, sources
 from shallow_pi.data.lerobot import reader
 from shallow_pi.data.lerobot import writer as lerobot_writer
 from shallow_pi.data.robots import normalize
+from shallow_pi.interop import openpi_data
 
 
 @pytest.fixture(scope="module")
@@ -222,6 +223,25 @@ def test_a_memory_cache_has_a_limit(data, model):
 def test_a_source_can_be_a_function_of_somebody_else(model):
     data = data_config.DataConfig(source="shallow_pi.data.opening:Data", path="here")
     assert opening.open_data(data, model, None) == opening.Data(data, model, None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"more": ("b",)}, r"pi05_libero is one dataset of openpi's: .*--data.source lerobot"),
+        ({"exclude_episodes": ("1",)}, r"reads every episode of pi05_libero: .*--data.source ler"),
+        (
+            {"norm_stats": "dataset"},
+            r"computes no statistics of pi05_libero \(--data.norm-stats dataset\): .*give",
+        ),
+    ],
+)
+def test_openpis_loader_refuses_what_only_our_reader_does_and_needs_no_openpi_for_it(
+    model, changes, message
+):
+    data = data_config.DataConfig(source=openpi_data.SOURCE, path="pi05_libero", **changes)
+    with pytest.raises(ValueError, match=message):
+        opening.open_data(data, model, None)
 
 
 @pytest.mark.parametrize("source", ["no_such_module:open", "shallow_pi.data.opening:no", ":"])

@@ -92,12 +92,9 @@ def open_data(
     Raises:
       ModuleNotFoundError: openpi, or the LeRobot it reads datasets with, is not installed.
       FileNotFoundError: there are no statistics; says where they were looked for.
-      ValueError: a config without recordings, or one that only TensorFlow's RLDS reads.
+      ValueError: a config without recordings, one that only TensorFlow's RLDS reads, or fields of
+        `data` that only our reader follows.
     """
-    openpi.require()
-    from openpi.training import config as configs
-    from openpi.training import data_loader
-
     name = data.path
     if data.more or data.weights:
         raise ValueError(
@@ -108,6 +105,16 @@ def open_data(
             f"openpi's loader reads every episode of {name}: to choose some (--data.episodes, "
             "--data.exclude-episodes) give --data.source lerobot --data.path FOLDER"
         )
+    if data.norm_stats == opening.OF_DATASET:
+        raise ValueError(
+            f"openpi's loader computes no statistics of {name} (--data.norm-stats "
+            f"{data.norm_stats}): run openpi's scripts/compute_norm_stats.py and give the folder "
+            "it writes, or give --data.source lerobot --data.path FOLDER"
+        )
+    openpi.require()
+    from openpi.training import config as configs
+    from openpi.training import data_loader
+
     try:
         source = configs.get_config(name)
     except ValueError as error:
