@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from shallow_pi.checkpoints import weights
-from shallow_pi.data import data_config, loader, opening, sheet, sources
+from shallow_pi.data import data_config, inspection, loader, opening, sources
 from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.deploy import policy
 from shallow_pi.distill import layer_map
@@ -127,10 +127,10 @@ def test_a_run_sees_every_sample_once_an_epoch_however_it_is_cut(recorded, monke
         recorded, exp_name="epoch", data=dataclasses.replace(recorded.data, num_threads=0)
     )
     _train(experiment, num_train_steps=2)
-    # The data sheet reads samples of its own first.
-    first, seen[:] = seen[sheet.SAMPLES :][:16], []
+    # A run looks at samples before it trains.
+    first, seen[:] = seen[inspection.SAMPLES :][:16], []
     _train(experiment, num_train_steps=3, resume=True)
-    assert sorted(first + seen[:8]) == list(range(24))
+    assert sorted(first + seen[inspection.SAMPLES :][:8]) == list(range(24))
 
 
 _prefetch = loader.Prefetch.__init__
@@ -332,7 +332,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(whol
     def poisoned(self, i):
         count.append(i)
         sample = read(self, i)
-        third_batch = 16 < len(count) - sheet.SAMPLES <= 24
+        third_batch = 16 < len(count) - inspection.SAMPLES <= 24
         return sample.replace(actions=sample.actions + np.inf) if third_batch else sample
 
     with monkeypatch.context() as patch:

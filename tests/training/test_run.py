@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from shallow_pi import progress
 from shallow_pi.checkpoints import fetch, weights
 from shallow_pi.data import data_config
 from shallow_pi.data.lerobot import reader
@@ -38,12 +39,13 @@ def test_a_run_says_what_it_trains_on(experiment, capsys):
     )
     assert said[1] == "Statistics: computed from the dataset"
     assert said[2].startswith("Cameras: base_0_rgb ← observation.images.base, left_")
-    assert said[3] == "Teacher: random"
-    assert said[4].startswith("Mesh: data 8 × fsdp 1 × tensor 1 (8 cpu")
-    assert said[5].startswith("Memory of a device: about ")
-    assert said[6].startswith("Recomputed: nothing (--remat none); attention: xla")
-    assert said[7] == "Layers: 2 of the teacher's 3: 0 2"
-    assert len(said) == 8
+    assert said[3].startswith("warning: 44% of the actions lie beyond an episode's end: episodes ")
+    assert said[4] == "Teacher: random"
+    assert said[5].startswith("Mesh: data 8 × fsdp 1 × tensor 1 (8 cpu")
+    assert said[6].startswith("Memory of a device: about ")
+    assert said[7].startswith("Recomputed: nothing (--remat none); attention: xla")
+    assert said[8] == "Layers: 2 of the teacher's 3: 0 2"
+    assert len(said) == 9
     assert json.loads((run.folder / "config.json").read_text())["layer_map"] == [0, 2]
 
 
@@ -75,7 +77,7 @@ def test_the_students_steps_and_bits_are_saved_and_fewer_steps_want_reflow(
         losses=dataclasses.replace(experiment.losses, reflow=1.0),
     )
     run = runs.open_run(few)
-    assert "warning" not in capsys.readouterr().err
+    assert "--student.num-steps" not in capsys.readouterr().err
     assert (run.spec.num_steps, run.spec.quantize) == (2, "fp8")
     run.save_assets(tmp_path / "1" / "assets")
     saved = assets.load(tmp_path / "1")
@@ -83,6 +85,21 @@ def test_the_students_steps_and_bits_are_saved_and_fewer_steps_want_reflow(
     without = dataclasses.replace(few, losses=experiment.losses)
     runs.check(without)
     assert "--student.num-steps 2 without --losses.reflow" in capsys.readouterr().err
+
+
+def test_doubtful_data_are_warned_of_once_and_refused_before_there_is_a_folder(experiment, capsys):
+    """All episodes but one are left out, so that all samples have one prompt."""
+    data = dataclasses.replace(experiment.data, episodes=("0",), held_out=0.0, strict=True)
+    doubtful = dataclasses.replace(experiment, data=data)
+    progress.be_strict()
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"all 9 prompts are equal: .* \(--strict makes this"):
+            runs.open_run(doubtful)
+    assert not doubtful.folder.parent.exists()
+    progress.be_strict(False)
+    run = runs.open_run(doubtful)
+    runs.variant(run, run.experiment, run.folder / "baselines" / "task_only")
+    assert capsys.readouterr().err.count("warning: all 9 prompts are equal") == 1
 
 
 def test_the_dataset_is_opened_once(experiment, monkeypatch):

@@ -21,6 +21,8 @@ from shallow_pi.data.robots import robot as robots
 from shallow_pi.data.robots import tokenizer
 from shallow_pi.models import batch as batches
 
+# Samples that a run looks at before its first step.
+SAMPLES = 16
 # Normalized values beyond it are doubtful: z-scores and quantiles alike lie well inside.
 LIMIT = 5.0
 # A picture whose values differ by no more, of 255, is of one colour; if none is greater, black.
@@ -112,7 +114,7 @@ class Samples:
 def draw(
     source: sources.Source,
     assets: policy_assets.Assets | None,
-    count: int,
+    count: int = SAMPLES,
     *,
     seed: int = 0,
     masks_padding: bool = False,

@@ -1,8 +1,8 @@
 """Samples on one sheet: pictures as the model sees them, prompts, action chunks and ranges.
 
-`write` puts it into a run's folder before the first step, and `scripts/inspect_data.py` draws it
-without a run. The sheet needs only Pillow; the histograms need matplotlib (the extra `plots`),
-which is imported when they are drawn.
+`write` puts it into the folder of a new run, and `scripts/inspect_data.py` draws it without a run.
+The sheet needs only Pillow; the histograms need matplotlib (the extra `plots`), which is imported
+when they are drawn.
 """
 
 import functools
@@ -15,14 +15,13 @@ import numpy as np
 from jaxtyping import Array, Key, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-from shallow_pi import figures, progress
+from shallow_pi import figures
 from shallow_pi.checkpoints import run_folder
-from shallow_pi.data import inspection, sources
-from shallow_pi.data.robots import assets as policy_assets
+from shallow_pi.data import inspection
 from shallow_pi.models import observation
 
-# Samples that are looked at, and how many of them are drawn.
-SAMPLES, DRAWN = 16, 6
+# Samples whose pictures are drawn.
+DRAWN = 6
 # Sizes in pixels: pictures are enlarged to about _SIDE.
 _SIDE, _GAP, _LINE, _TEXT, _PLOT, _LEGEND = 192, 8, 18, 330, 300, 190
 _INK, _GREY, _RED = "#222222", "#8a8a8a", "#c0392b"
@@ -35,33 +34,23 @@ _COLORS = (
 
 def write(
     folder: str | os.PathLike[str],
-    source: sources.Source,
-    assets: policy_assets.Assets | None,
+    samples: inspection.Samples,
     augmentation: observation.Augmentation,
     seed: int = 0,
-    *,
-    masks_padding: bool = False,
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """Draw samples of `source`, write the sheet to `<folder>/data_sheet.png` and return it.
-
-    Warns of what is doubtful.
+    """Write the `sheet` of samples to `<folder>/data_sheet.png` and return it.
 
     Args:
       folder: of the run; made if absent.
-      source: of the samples a run trains on; read apart from the loader, whose order stays.
-      assets: of the policy; None for synthetic samples.
+      samples: to draw.
       augmentation: of the training pictures.
-      seed: of the choice and of the augmentation.
-      masks_padding: the losses leave actions out that lie beyond an episode's end.
+      seed: of the augmentation.
     """
-    samples = inspection.draw(source, assets, SAMPLES, seed=seed, masks_padding=masks_padding)
     picture = sheet(samples, augmentation, seed)
     path = pathlib.Path(folder) / run_folder.SHEET_FILE
     with run_folder.writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(picture).save(path)
-    for line in inspection.doubtful(samples, inspection.ranges(samples)):
-        progress.warn(line)
     return picture
 
 

@@ -208,14 +208,7 @@ def _open_log(run: runs.Run, first: int, stack: contextlib.ExitStack) -> Log:
     )
     stack.enter_context(log)
     if first == 1:
-        picture = sheet.write(
-            run.folder,
-            run.data.train,
-            run.data.assets,
-            experiment.augmentation,
-            experiment.seed,
-            masks_padding=experiment.losses.mask_padded_actions,
-        )
+        picture = sheet.write(run.folder, run.samples, experiment.augmentation, experiment.seed)
         log.image(0, "data_sheet", picture)
     return log.log
 

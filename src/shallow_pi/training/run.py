@@ -16,7 +16,7 @@ from jaxtyping import PyTree
 
 from shallow_pi import flags, progress
 from shallow_pi.checkpoints import run_folder
-from shallow_pi.data import loader, opening
+from shallow_pi.data import inspection, loader, opening
 from shallow_pi.data.robots import assets
 from shallow_pi.distill import layer_map, layer_scores, step, student
 from shallow_pi.models import pi0
@@ -37,6 +37,8 @@ class Run:
     spec: step.Spec
     # Samples for training and validation, and the policy's assets.
     data: opening.Data
+    # A few of the training samples, for the data sheet; doubtful ones have been warned of.
+    samples: inspection.Samples
     # The teacher's step folder; None without a teacher on disk.
     teacher_step: pathlib.Path | None
     # The teacher's parameters on the mesh, with --teacher.offload its layers in host memory; None
@@ -113,13 +115,15 @@ def open_run(experiment: config.DistillConfig, *, prepared: bool = False) -> Run
         _warn_of_lengths(experiment.model, teacher_step)
     data = opening.open_data(experiment.data, experiment.student_model, teacher_step, recordings)
     agreement.check(dataclasses.asdict(experiment), data.train)
+    samples = _inspect(data, experiment)
     mesh = setup.make_mesh(experiment, jax.devices())
     spec = setup.make_spec(experiment, mesh)
     with memory.explained(experiment.batch_size):
         teacher = setup.load_teacher(experiment, teacher_step, mesh)
         if spec.offload_teacher:
             teacher = shapes.offload(teacher)
-        run = _with_layers(Run(experiment, folder, mesh, spec, data, teacher_step, teacher), saved)
+        run = Run(experiment, folder, mesh, spec, data, samples, teacher_step, teacher)
+        run = _with_layers(run, saved)
     if experiment.teacher is not None:
         progress.say(f"Teacher: {experiment.teacher.path}")
     for line in (*setup.describe_mesh(experiment, mesh), *describe_layers(run.spec)):
@@ -128,6 +132,19 @@ def open_run(experiment: config.DistillConfig, *, prepared: bool = False) -> Run
         run_folder.prepare(folder, experiment.resume, experiment.overwrite, meet=processes.sync)
     _save_config(run)
     return run
+
+
+def _inspect(data: opening.Data, experiment: config.DistillConfig) -> inspection.Samples:
+    """A few training samples, with warnings of what is doubtful; the loader's order stays."""
+    samples = inspection.draw(
+        data.train,
+        data.assets,
+        seed=experiment.seed,
+        masks_padding=experiment.losses.mask_padded_actions,
+    )
+    for line in inspection.doubtful(samples, inspection.ranges(samples)):
+        progress.warn(line)
+    return samples
 
 
 def _warn_of_lengths(model: pi0.Pi0Config, teacher_step: pathlib.Path) -> None:
