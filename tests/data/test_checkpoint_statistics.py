@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 
 import numpy as np
@@ -315,3 +316,35 @@ def test_pictures_that_lerobots_first_pi0_pads_at_one_side_are_told(tmp_path, ca
         (tmp_path / "config.json").write_text(json.dumps(config))
         lerobot_policy.warn_of_padding(tmp_path)
         assert ("is of LeRobot's first π0" in capsys.readouterr().err) == told
+
+
+def test_what_lerobot_0_4_padded_differently_is_told(tmp_path, capsys):
+    wide, square = ({"cam": {"type": "VISUAL", "shape": [3, 24, w]}} for w in (32, 24))
+    step = _lerobots(tmp_path, "QUANTILES")
+    pipeline = json.loads((step / "policy_preprocessor.json").read_text())
+    state = {"registry_name": "pi05_prepare_state_tokenizer_processor_step", "config": {}}
+    for config, prompt, told in (
+        ({"input_features": square}, [state], r"0\.4 filled up the state in its prompts; 0\.5"),
+        ({"input_features": wide}, [], r"0\.4 padded pictures that are not square with less"),
+        ({"input_features": wide}, [state], r"in its prompts and padded pictures"),
+        ({"input_features": square}, [], ""),
+        ({"input_features": wide, "use_relative_actions": False}, [state], ""),
+        ({}, [state], ""),
+    ):
+        (step / "config.json").write_text(json.dumps(config))
+        content = {"steps": [*pipeline["steps"], *prompt]}
+        (step / "policy_preprocessor.json").write_text(json.dumps(content))
+        lerobot_policy.warn_of_padding(step)
+        err = capsys.readouterr().err
+        assert re.search(told, err) if told else not err
+
+
+@pytest.mark.parametrize("kind", ["z_score", "quantile"])
+def test_a_state_that_lerobot_leaves_as_it_is_is_read_with_its_count_of_frames(tmp_path, kind):
+    step = _lerobots(tmp_path, "IDENTITY")
+    file = step / "pre_step_1_normalizer_processor.safetensors"
+    counts = {f"{name}.count": np.ones(1, np.float32) for name in ("observation.state", "action")}
+    safetensors.numpy.save_file({**safetensors.numpy.load_file(file), **counts}, file)
+    values = np.array([[3.0, -4.0, 5.0]])
+    found = normalize.normalize(values, _find(step, kind=kind).stats["state"], kind)
+    np.testing.assert_allclose(found, values, atol=1e-5)

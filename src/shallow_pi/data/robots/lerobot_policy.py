@@ -33,8 +33,11 @@ _BUFFERS = {
 }
 # LeRobot's modes that map two statistics to −1 and 1.
 _ENDS = {"MIN_MAX": ("min", "max"), "QUANTILES": ("q01", "q99"), "QUANTILE10": ("q10", "q90")}
-# A field of `config.json` that LeRobot's later π0 and π0.5 lack.
-_FIRST_PI0 = "resize_imgs_with_padding"
+# Fields of `config.json` that tell LeRobot's versions apart: its later π0 and π0.5 lack the one,
+# those before 0.5.1 the other.
+_FIRST_PI0, _SINCE_0_5_1 = "resize_imgs_with_padding", "use_relative_actions"
+# The step that writes the state into the prompts of π0.5.
+_STATE_IN_PROMPT = "pi05_prepare_state_tokenizer_processor_step"
 # Fields of `config.json`, openpi's or LeRobot's → fields of a `Pi0Config`.
 _FIELDS = {
     "action_horizon": "action_horizon",
@@ -52,7 +55,7 @@ def told(step: pathlib.Path) -> dict[str, int | bool]:
     steps = _pipeline(step)
     if steps is not None:
         names = {entry.get("registry_name") for entry in steps}
-        found["discrete_state_input"] = "pi05_prepare_state_tokenizer_processor_step" in names
+        found["discrete_state_input"] = _STATE_IN_PROMPT in names
     return found
 
 
@@ -67,22 +70,36 @@ def warn_of_tokenizer(step: pathlib.Path) -> None:
 
 
 def warn_of_padding(step: pathlib.Path) -> None:
-    """Warn of a policy whose pictures were padded at the left and top, not on both sides alike.
+    """Warn of a policy whose pictures, or states in its prompts, were padded differently.
 
-    LeRobot's first π0 did so, until it became openpi's; that one's config has other fields.
+    LeRobot's first π0 padded pictures at the left and top. LeRobot 0.4 padded them on both sides as
+    openpi does, but with values below black, and filled up the state in a prompt to the model's
+    width; its folders look like those of 0.5.0.
     """
-    content = _config(step)
-    if not content.get(_FIRST_PI0):
-        return
+    content, steps = _config(step), _pipeline(step) or []
     shapes = [tuple(feature.get("shape") or ()) for feature in _cameras(content).values()]
-    if shapes and all(len(shape) == 3 and shape[1] == shape[2] for shape in shapes):
+    is_square = bool(shapes) and all(len(s) == 3 and s[1] == s[2] for s in shapes)
+    if content.get(_FIRST_PI0):
+        if not is_square:
+            progress.warn(
+                f"the policy in {step} is of LeRobot's first π0 ({_FIRST_PI0} in "
+                f"{run_folder.CONFIG_FILE}), which padded pictures at the left and top, not on "
+                "both sides\nit sees pictures that are not square shifted: record square ones, or "
+                "fine-tune it in a later LeRobot or openpi first"
+            )
         return
-    progress.warn(
-        f"the policy in {step} is of LeRobot's first π0 ({_FIRST_PI0} in "
-        f"{run_folder.CONFIG_FILE}), which padded pictures at the left and top, not on both sides\n"
-        "it sees pictures that are not square shifted: record square ones, or fine-tune it in a "
-        "later LeRobot or openpi first"
-    )
+    is_trained = bool(_entry(steps, "normalizer_processor").get("state_file"))
+    if not content or _SINCE_0_5_1 in content or not is_trained:
+        return
+    padded = ["filled up the state in its prompts"] if _entry(steps, _STATE_IN_PROMPT) else []
+    padded += [] if is_square else ["padded pictures that are not square with less than black"]
+    if padded:
+        progress.warn(
+            f"the policy in {step} is of LeRobot before 0.5.1 ({run_folder.CONFIG_FILE} has no "
+            f"{_SINCE_0_5_1}), and LeRobot 0.4 {' and '.join(padded)}; 0.5 and openpi do not\n"
+            "if 0.4 trained it, its inputs here differ from those in training, as they do in every "
+            "later LeRobot: fine-tune it in one of these or in openpi first"
+        )
 
 
 def num_steps(step: pathlib.Path) -> int | None:
@@ -203,11 +220,12 @@ def _from_buffers(
 
 
 def _values(tensors: Mapping[str, np.ndarray], start: str) -> dict[str, np.ndarray]:
-    """The statistics whose names are `start` and one more part."""
+    """The statistics of each dimension whose names are `start` and one more part."""
+    names = {name.removeprefix(start): name for name in tensors if name.startswith(start)}
     return {
-        name.removeprefix(start): np.asarray(value, np.float64)
-        for name, value in tensors.items()
-        if name.startswith(start) and "." not in name.removeprefix(start)
+        part: np.asarray(tensors[name], np.float64)
+        for part, name in names.items()
+        if "." not in part and part != "count"  # Of frames: one number for all dimensions.
     }
 
 
