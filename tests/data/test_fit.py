@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import re
 import shutil
 
 import numpy as np
@@ -50,6 +51,24 @@ def test_a_dataset_that_fits_passes_without_a_word(capsys) -> None:
         fit.warn(dataset, pusht.ROBOT)
         fit.check(dataset, dataclasses.replace(pusht.ROBOT, fps=9.99))  # As 29.97 is 30.
     assert capsys.readouterr().err == ""
+
+
+def test_recorded_times_that_contradict_the_frame_rate_are_told(copy, capsys) -> None:
+    frame, time = pl.col("frame_index"), pl.col("timestamp")
+    late = ((pl.col("episode_index") == 0) & (frame > 9)).cast(pl.Float32)
+    keys = fit.keys(pusht.ROBOT, reader.Dataset(copy).layout)
+    for times, told in (
+        (time + 0.02 * (frame % 3), ""),  # A clock that trembles.
+        (2 * time, r"of 4 of 4 .*its 10 fps .*: episode 0 has 20 frames in 3\.8 s"),
+        # The robot's computer was busy for five seconds.
+        (time + 5 * late, r"of 1 of 4 .*: episode 0 has 20 frames in 6\.9 s"),
+        (pl.lit("noon"), ""),
+    ):
+        pusht.edit_data(copy, times.alias("timestamp"))
+        fit.warn(reader.Dataset(copy, keys=keys), pusht.ROBOT)
+        err = capsys.readouterr().err
+        assert re.search(told, err) if told else not err
+        pusht.edit_data(copy, (frame / 10).cast(pl.Float32).alias("timestamp"))
 
 
 @pytest.mark.parametrize(

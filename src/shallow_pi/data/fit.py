@@ -18,6 +18,9 @@ from shallow_pi.data.robots import robot as robots
 _NAMED = 10
 # Frame rates this close are one: cameras run at 29.97 Hz where 30 is said.
 _SAME_FPS = 0.005
+# The rate of an episode's recorded times may differ from info.json's by this share, and about so
+# many episodes are looked at.
+_SAME_PACE, _TIMED = 0.05, 200
 
 
 def keys(robot: robots.Robot, found: layout.Layout) -> list[str]:
@@ -179,6 +182,35 @@ def warn(dataset: reader.Dataset, robot: robots.Robot) -> None:
         )
     if key == "task_index" and not robot.prompt:
         _warn_of_other_tasks(dataset)
+    _warn_of_pace(dataset)
+
+
+def _warn_of_pace(dataset: reader.Dataset) -> None:
+    """Warn of episodes whose recorded times say another frame rate than `info.json`.
+
+    The actions of a chunk are learned as one frame apart, and executed at the robot's rate.
+    """
+    if "timestamp" not in dataset.columns:
+        return
+    every = -(-dataset.num_episodes // _TIMED)
+    part = dataset if every == 1 else dataset.select(dataset.episodes[::every])
+    try:
+        times = part.columns["timestamp"].astype(np.float64)
+    except ValueError:  # Nothing but this needs them: videos, which do, have been checked.
+        return
+    first = np.flatnonzero(np.diff(part.ends, prepend=0))
+    last = part.ends[first] - 1
+    seconds, steps = times[last] - times[first], last - first
+    wrong = np.flatnonzero(~(np.abs(seconds * dataset.fps - steps) <= _SAME_PACE * steps))
+    if len(wrong):
+        one = int(wrong[0])
+        episode = int(part.columns["episode_index"][first[one]])
+        progress.warn(
+            f"recorded times of {len(wrong)} of {len(first)} episodes of {dataset.path} contradict "
+            f"its {dataset.fps:g} fps (meta/info.json): episode {episode} has {steps[one] + 1} "
+            f"frames in {seconds[one]:.4g} s; actions are learned as 1/{dataset.fps:g} s apart: "
+            "correct fps, or the episodes that lack frames"
+        )
 
 
 def _warn_of_other_tasks(dataset: reader.Dataset) -> None:
