@@ -171,6 +171,26 @@ def test_joints_in_another_order_are_told(data, model, tmp_path, capsys):
     assert told.count("learned as one") == 1
 
 
+@pytest.mark.parametrize("teachers", ["ours", "lerobots"])
+def test_joints_in_another_order_than_the_teachers_are_told(
+    data, model, tmp_path, capsys, teachers
+):
+    step = tmp_path / "teacher"
+    for names in ("abc", "bac", "abc"):
+        path = tmp_path / f"{names}{len(list(tmp_path.iterdir()))}"
+        _record(path, (4,), names={key: list(names) for key in ("observation.state", "action")})
+        there = dataclasses.replace(data, path=str(path))
+        assets = opening.open_data(there, model, step if step.exists() else None).assets
+        told = capsys.readouterr().err
+        expected = f"actions of dataset {path} are ['b', 'a', 'c'], those of the teacher in {step}"
+        assert (expected in told) == (names == "bac")
+        if not step.exists() and teachers == "ours":
+            assets.save(step / "assets")
+        elif not step.exists():
+            normalize.save(step / "assets" / "turntable", assets.stats)
+            (step / "config.json").write_text(json.dumps({"action_feature_names": list(names)}))
+
+
 def test_a_dataset_given_twice_is_told_unless_its_episodes_differ(data, capsys):
     twice = dataclasses.replace(data, more=(f"{data.path}/../dataset",))
     opening.open_recordings(twice, 32)

@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import pathlib
 import pkgutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from shallow_pi import progress
 from shallow_pi.checkpoints import fetch, run_folder
@@ -121,15 +121,18 @@ def open_data(
         made_up = [sources.SyntheticSource(model, seed=seed) for seed in (0, 1)]
         return Data(made_up[0], made_up[1] if data.held_out else None, None)
     train, robot = recordings.train, recordings.robot
+    names = _names(train[0], robot)
     if teacher_step is not None:
         lerobot_policy.warn_of_padding(teacher_step)
+        theirs = policy_assets.names(teacher_step)
+        _compare_names(theirs, f"the teacher in {teacher_step}", names, train[0])
     assets = policy_assets.Assets(
         model=model,
         robot=robot,
         tokenizer=tokenizer_file(data, model, teacher_step),
         stats=_stats(data, train, robot, model, teacher_step),
         asset_id=data.asset_id,
-        names=_names(train[0], robot),
+        names=names,
     )
     progress.say(_cameras(robot, model))
     share = _cached_share(data, train, assets)
@@ -158,13 +161,17 @@ def _names(dataset: reader.Dataset, robot: robots.Robot) -> dict[str, tuple[str,
     return found
 
 
-def _compare_names(first: reader.Dataset, other: reader.Dataset, robot: robots.Robot) -> None:
-    """Warn of joints in another order, or of other joints, than the first dataset's."""
-    expected, names = _names(first, robot), _names(other, robot)
+def _compare_names(
+    expected: Mapping[str, tuple[str, ...]],
+    whose: str,
+    names: Mapping[str, tuple[str, ...]],
+    dataset: reader.Dataset,
+) -> None:
+    """Warn of joints of a dataset in another order, or of other joints, than expected."""
     for key in expected.keys() & names.keys():
         if expected[key] != names[key]:
             progress.warn(
-                f"{key} of dataset {other.path} are {list(names[key])}, those of {first.path} "
+                f"{key} of dataset {dataset.path} are {list(names[key])}, those of {whose} "
                 f"{list(expected[key])}: dimensions that differ are learned as one"
             )
 
@@ -203,7 +210,8 @@ def open_datasets(
         fit.check(dataset, robot, pictures=pictures)
         fit.warn(dataset, robot)
         if found:
-            _compare_names(found[0], dataset, robot)
+            first, own = _names(found[0], robot), _names(dataset, robot)
+            _compare_names(first, str(found[0].path), own, dataset)
             _warn_of_repeats(found, dataset)
         robot = fit.with_sizes(robot, dataset)  # Further datasets have the same.
         found.append(dataset)

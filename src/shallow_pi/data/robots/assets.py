@@ -176,6 +176,12 @@ def told(step: pathlib.Path) -> dict[str, int | bool]:
     }
 
 
+def names(step: pathlib.Path) -> Mapping[str, tuple[str, ...]]:
+    """Names of the dimensions of `state` and `actions`, where a step folder tells them."""
+    path = step / run_folder.ASSETS / FILE_NAME
+    return load(step).names if path.is_file() else lerobot_policy.names(step)
+
+
 @contextlib.contextmanager
 def _reading(path: pathlib.Path) -> Iterator[dict[str, Any]]:
     """The content of a `shallow_pi.json`; what the block misses there is named as its damage."""

@@ -59,6 +59,12 @@ def told(step: pathlib.Path) -> dict[str, int | bool]:
     return found
 
 
+def names(step: pathlib.Path) -> dict[str, tuple[str, ...]]:
+    """Names of the actions' dimensions, which LeRobot copies from its dataset; else empty."""
+    found = _config(step).get("action_feature_names")
+    return {"actions": tuple(map(str, found))} if isinstance(found, list) else {}
+
+
 def warn_of_tokenizer(step: pathlib.Path) -> None:
     """Warn of a policy whose prompts were tokenized otherwise than by PaliGemma's tokenizer."""
     name = _settings(_entry(_pipeline(step) or [], "tokenizer_processor")).get("tokenizer_name")
