@@ -7,7 +7,9 @@ import shutil
 import threading
 
 import numpy as np
+import polars as pl
 import pytest
+from PIL import Image
 
 from shallow_pi.data import frame_cache
 from shallow_pi.data.lerobot import reader
@@ -128,6 +130,27 @@ def test_the_key_changes_with_whatever_decides_the_bytes(tmp_path):
     assert frame_cache.key(reader.Dataset(moved), CAMERA, 40) == keys[-1]
     subset = reader.Dataset(copy, episodes=[1])
     assert frame_cache.key(subset, CAMERA, 40) == keys[-1]
+
+
+@pytest.mark.parametrize("inside", ["", "images/observation.images.top/episode_000000/"])
+def test_the_key_changes_with_picture_files_beside_the_data(tmp_path, inside):
+    copy = shutil.copytree(FIXTURE.with_name("pusht_v30_image"), tmp_path / "copy")
+    folder = copy / inside if inside else copy / "data" / "chunk-000"
+    folder.mkdir(parents=True, exist_ok=True)
+    (data,) = (copy / "data").rglob("*.parquet")
+    table = pl.read_parquet(data)
+    names = [f"{inside}{i}.png" for i in range(len(table))]
+    for name in names:
+        (folder / pathlib.Path(name).name).write_bytes(table[CAMERA][0]["bytes"])
+    column = pl.Series(CAMERA, [{"bytes": None, "path": name} for name in names])
+    table.with_columns(column).write_parquet(data)
+    dataset = reader.Dataset(copy)
+    key = frame_cache.key(dataset, CAMERA, 40)
+    assert frame_cache.key(reader.Dataset(copy, episodes=[1]), CAMERA, 40) == key
+    assert dataset.picture(30, CAMERA).any()
+    # Corrected in place, as blue for red.
+    Image.fromarray(dataset.picture(30, CAMERA)[..., ::-1]).save(folder / "30.png")
+    assert frame_cache.key(reader.Dataset(copy), CAMERA, 40) != key
 
 
 def test_a_limit_keeps_a_part_and_says_so(dataset, tmp_path, capsys):

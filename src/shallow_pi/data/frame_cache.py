@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from shallow_pi import progress, user_cache
-from shallow_pi.data.lerobot import reader
+from shallow_pi.data.lerobot import picture_files, pictures, reader
 from shallow_pi.data.robots import transforms
 
 # Bytes to leave free on the disk.
@@ -162,10 +162,12 @@ def key(dataset: reader.Dataset, camera: str, size: int) -> str:
             numbers.add(layout.data_file(episode))
             own = layout.video(episode, camera) if is_video else (layout.data_file(episode), 0.0)
             places[episode] = own
-    files = {}
+    files: dict[str, tuple[int, int] | None] = {}
     for file in sorted(numbers.union(file for file, _ in places.values())):
         found = (dataset.path / file).stat() if (dataset.path / file).exists() else None
         files[file] = found and (found.st_size, found.st_mtime_ns)
+    if not is_video and pictures.Pictures(layout).is_beside(camera, dataset.episodes[0]):
+        files |= picture_files.stamps(layout, camera, places)
     content = {
         "format": _FORMAT,
         "versions": [importlib.metadata.version(name) for name in ("av", "pillow")],

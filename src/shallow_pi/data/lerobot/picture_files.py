@@ -8,7 +8,7 @@ import itertools
 import os
 import pathlib
 import posixpath
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import polars as pl
@@ -95,6 +95,34 @@ def absent(
 
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         return dict(itertools.chain.from_iterable(pool.map(check, by_file)))
+
+
+def stamps(
+    layout: lerobot_layout.Layout, camera: str, episodes: Iterable[int]
+) -> dict[str, tuple[int, int]]:
+    """Size and modification time (ns) of all files in the folders of a camera's pictures.
+
+    Data files that cannot be read name none. Keys are relative to the dataset.
+    """
+    folders: set[pathlib.Path] = set()
+    insides: dict[str, set[str]] = {}
+    for episode in episodes:
+        file = layout.data_file(episode)
+        if file not in insides:
+            insides[file] = set()
+            with contextlib.suppress(ValueError, FileNotFoundError):
+                names = _names(files.read_table(layout.root / file, [camera])[camera])
+                insides[file] = {_split(name)[0] for name in names.drop_nulls()}
+        for inside in insides[file]:
+            folders |= {*_folders(layout, camera, episode, file, inside)}
+    found = {}
+    for folder in folders:
+        with contextlib.suppress(OSError), os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.is_file():
+                    path = os.path.relpath(entry.path, layout.root)
+                    found[path] = (entry.stat().st_size, entry.stat().st_mtime_ns)
+    return found
 
 
 def _split(name: str) -> tuple[str, str]:
