@@ -133,10 +133,14 @@ def test_interrupted_write_leaves_no_dataset(tmp_path) -> None:
     killed = lerobot_writer.Writer(tmp_path / "new", 20)
     _add_episode(killed, 3, 0, "touch")
     assert not (tmp_path / "new").exists()
+    with pytest.raises(ValueError, match=r"another process works in .*new\.partial: wait for it"):
+        lerobot_writer.Writer(tmp_path / "new", 20)
+    del killed
     with lerobot_writer.Writer(tmp_path / "new", 20) as writer:
         _add_episode(writer, 4, 0, "touch")
     assert len(reader.Dataset(tmp_path / "new")) == 4
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["data", "meta"]
 
 
 def test_large_datasets_are_split_into_files(tmp_path, monkeypatch) -> None:

@@ -1,10 +1,12 @@
 """Write LeRobot v3.0 datasets (pictures as PNG in parquet, or video) without torch or pyarrow.
 
-Everything is written to `<folder>.partial`, which `finish` renames: an existing folder is complete.
+Everything is written to `<folder>.partial`, locked against other processes, which `finish` renames:
+an existing folder is complete.
 Statistics are exact over all frames, unlike LeRobot's, which average quantiles of episodes; copied
 pictures are sampled, and depth has no statistics.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -92,8 +94,8 @@ class Writer:
         self._video_files: dict[str, int] = {}
         self._copied: dict[tuple[str, pathlib.Path], int] = {}
         self._partial = self.folder.with_name(self.folder.name + ".partial")
-        self._clear()
-        self._partial.mkdir(parents=True)
+        self._lock = contextlib.ExitStack()
+        self._start()
         self._features: dict[str, dict[str, Any]] = {}
         self._tasks = {task: number for number, task in enumerate(dict.fromkeys(tasks))}
         self._episodes: list[dict[str, Any]] = []
@@ -117,6 +119,7 @@ class Writer:
         else:
             self._close_encoders()
             shutil.rmtree(self._partial, ignore_errors=True)
+            self._lock.close()
 
     def add_episode(
         self,
@@ -355,6 +358,9 @@ class Writer:
                 f"{self._partial}, complete"
             )
         os.rename(self._partial, self.folder)
+        # Not before: another process would take the files for those of an interrupted run.
+        (self.folder / run_folder.LOCK_FILE).unlink()
+        self._lock.close()
         return self.folder
 
     def attach(self, file: pathlib.Path, place: pathlib.Path) -> None:
@@ -362,16 +368,22 @@ class Writer:
         (self._partial / place).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, self._partial / place)
 
-    def _clear(self) -> None:
-        """Remove the files of an interrupted run, and nothing else."""
-        if not os.path.lexists(self._partial):
-            return
-        ours = {"data", "meta", "videos", "README.md"}
-        if not self._partial.is_dir() or {path.name for path in self._partial.iterdir()} - ours:
+    def _start(self) -> None:
+        """Lock the partial folder, and remove the files of an interrupted run, and nothing else."""
+        ours = {"data", "meta", "videos", "README.md", run_folder.LOCK_FILE}
+        if os.path.lexists(self._partial) and (
+            not self._partial.is_dir() or {path.name for path in self._partial.iterdir()} - ours
+        ):
             raise FileExistsError(
                 f"{self._partial} is in the way, and is not what an interrupted run leaves; move it"
             )
-        shutil.rmtree(self._partial)
+        self._partial.mkdir(parents=True, exist_ok=True)
+        self._lock.enter_context(run_folder.held(self._partial, "folder"))
+        for path in self._partial.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != run_folder.LOCK_FILE:
+                path.unlink()
 
     def _declared(self, key: str) -> dict[str, object]:
         return dict(self._source["features"].get(key, {})) if self._source is not None else {}
