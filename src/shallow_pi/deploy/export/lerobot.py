@@ -33,9 +33,9 @@ and must not load this file. With the Python of LeRobot:
     lerobot-eval --policy.path=/path/to/{folder} ...
 
 An observation has {names}.
-{relative}The plugin raises an error if the file and `config.json` do not match. LeRobot resizes
-pictures with another function than shallow_pi (Pillow), which differs by a few grey levels; send
-pictures of {size} × {size} if that matters.
+{relative}The plugin raises an error if the file and `config.json` do not match. Send pictures of
+{size} × {size}, as Pillow resizes them (`resize_with_pad` of openpi's client): LeRobot shrinks
+larger ones without smoothing, which differs by ten grey levels and more where there is fine detail.
 """
 _RELATIVE = """\
 Actions of this robot are relative to its state. LeRobot adds the state of the moment at which it
