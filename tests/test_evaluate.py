@@ -233,7 +233,7 @@ def test_a_server_goes_on_from_a_previous_chunk_if_it_says_so(failing, tmp_path)
     told = []
 
     def answer(observation):
-        told.append((observation.get("previous"), observation.get("delay")))
+        told.append(observation.get("real_time_chunking"))
         return np.full((5, 3), len(told), np.float32)
 
     with server(answer) as url:
@@ -242,14 +242,33 @@ def test_a_server_goes_on_from_a_previous_chunk_if_it_says_so(failing, tmp_path)
     assert not told
     with server(answer, {"real_time_chunking": True}) as url:
         evaluate.main((url, *asked))
-    assert told[0] == (None, None)
-    late = [pair for pair in told if pair[0] is not None]
+    assert told[0] is None
+    late = [one for one in told if one is not None]
     assert late
-    assert {delay for _, delay in late} == {1}
+    assert {one["delay"] for one in late} == {1}
     # What is left of one of the chunks before, each of which has a number of its own.
-    for left, _ in late:
-        assert left.shape == (3, 3)
-        assert np.ptp(left) == 0
+    for one in late:
+        assert one["previous"].shape == (3, 3)
+        assert np.ptp(one["previous"]) == 0
+
+
+def test_what_is_left_of_a_chunk_reaches_a_server_that_takes_openpis_form():
+    told = []
+
+    def answer(observation):
+        told.append(observation)
+        return np.zeros((5, 7), np.float32)
+
+    picture = np.zeros((8, 8, 3), np.uint8)
+    seen = {"image": picture, "wrist_image": picture, "state": np.zeros(8), "task": "wait"}
+    with server(answer, {"real_time_chunking": True}) as url:
+        plans = served.Served(url, robots.LIBERO, 2, continues=True)
+        plans.plan([seen], np.zeros((1, 2), int), [None], previous=[np.ones((3, 7))], delay=2)
+        plans.close()
+    (found,) = told
+    assert found["prompt"] == "wait"
+    assert found["real_time_chunking"]["delay"] == 2
+    np.testing.assert_array_equal(found["real_time_chunking"]["previous"], np.ones((3, 7)))
 
 
 def test_a_server_of_another_robot_is_refused(failing, tmp_path):

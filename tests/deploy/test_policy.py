@@ -376,7 +376,8 @@ def test_a_warm_policy_traces_nothing_more(step, scene, monkeypatch):
     warm.warm_up(batch=3, guided=True)
     assert len(traced) == 6
     for count in (3, 2, 1):
-        warm.infer_each(count * [{**asked, "previous": chunk[1:], "delay": 1}], range(count))
+        left = {"previous": chunk[1:], "delay": 1}
+        warm.infer_each(count * [{**asked, "real_time_chunking": left}], range(count))
         warm.infer_each(count * [asked], range(count))
     assert len(traced) == 6
 
@@ -429,8 +430,10 @@ def test_each_chunk_of_a_batch_continues_its_predecessor_or_none(deployed, scene
         (np.zeros((2, 3)), -1, r"a whole number of actions, 0 or more, got -1"),
         (np.zeros((2, 3)), 1.0, r"a whole number of actions, 0 or more, got 1\.0"),
         (np.zeros((2, 3)), True, r"a whole number of actions, 0 or more, got True"),
-        (np.full((2, 3), np.nan), 0, r"not finite; begin without one"),
-        (np.full((2, 3), 1e300), 0, r"not finite; begin without one"),
+        (np.zeros((2, 3)), 1000 * "1", r"a whole number of actions, 0 or more, got '1+\.\.\.1+'$"),
+        (np.full((2, 3), np.nan), 0, r"not finite, or beyond 1e\+09; begin without one"),
+        (np.full((2, 3), 1e300), 0, r"not finite, or beyond 1e\+09; begin without one"),
+        (np.full((2, 3), 1e9), 0, r"not finite, or beyond 1e\+09; begin without one"),
     ],
 )
 def test_a_previous_chunk_that_cannot_be_meant_is_an_error(
@@ -439,7 +442,7 @@ def test_a_previous_chunk_that_cannot_be_meant_is_an_error(
     with pytest.raises(ValueError, match=said):
         deployed.infer(scene[0][0], previous=previous, delay=delay)
     monkeypatch.setattr(deployed, "is_guided", True)
-    sent = {**scene[0][0], "previous": previous, "delay": delay}
+    sent = {**scene[0][0], "real_time_chunking": {"previous": previous, "delay": delay}}
     refused, answered = deployed.infer_each([sent, scene[0][1]], [0, 0])
     assert isinstance(refused, ValueError)
     assert re.search(said, str(refused))
@@ -450,20 +453,31 @@ def test_observations_of_a_server_say_themselves_what_they_go_on_from(deployed, 
     """Each of a batch from its own chunk and delay, or from none, as `infer` does alone."""
     (first, second), noise = scene
     previous = deployed.infer(first, noise[0])["actions"]
-    sent = [
-        {**first, "previous": previous[2:], "delay": 2},
-        second,
-        {**first, "previous": previous[3:].tolist(), "delay": 1},
-        {**second, "previous": None, "delay": None},
+    said = [
+        {"previous": previous[2:], "delay": 2},
+        None,
+        {"previous": previous[3:].tolist(), "delay": 1},
+        {"previous": [], "delay": 1},
     ]
+    plain = [first, second, first, second]
+    sent = [{**one, "real_time_chunking": left} for one, left in zip(plain, said, strict=True)]
     assert deployed.metadata["real_time_chunking"] is False
-    refused, _, _, answered = deployed.infer_each(sent, range(4))
-    assert "started without --real-time-chunking" in str(refused)
+    refused, answered, _, _ = deployed.infer_each(sent, range(4))
+    assert "start the server with --real-time-chunking" in str(refused)
     assert answered["actions"].shape == (5, 3)
     monkeypatch.setattr(deployed, "is_guided", True)
     assert deployed.metadata["real_time_chunking"] is True
-    monkeypatch.setattr(deployed, "batch_ms", {1: 1.0, 4: 1.0})
-    together = deployed.infer_each(sent, range(4))
+    monkeypatch.setattr(deployed, "batch_ms", {1: 1.0, 2: 1.0, 4: 1.0})
+    batches_of, sample = [], deployed.sample
+
+    def counted(batch, start, guidance):
+        batches_of.append((len(batch.state), guidance is not None))
+        return sample(batch, start, guidance)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(deployed, "sample", counted)
+        together = deployed.infer_each(sent, range(4))
+    assert batches_of == [(2, False), (2, True)], "free ones do not pay for the others"
     deployed.reset()
     conditions = [
         {"previous": previous[2:], "delay": 2},
@@ -471,13 +485,48 @@ def test_observations_of_a_server_say_themselves_what_they_go_on_from(deployed, 
         {"previous": previous[3:], "delay": 1},
         {},
     ]
-    plain = [first, second, first, second]
     for one, condition, answer in zip(plain, conditions, together, strict=True):
         alone = deployed.infer(one, **condition)["actions"]
         np.testing.assert_allclose(answer["actions"], alone, atol=1e-4)
     deployed.reset()
     free = deployed.infer(first)["actions"]
     assert np.abs(together[0]["actions"] - free).max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("said", "got"),
+    [
+        (np.zeros((2, 3)), "got ndarray"),
+        ({"previous": np.zeros((2, 3))}, r"got \['previous'\]"),
+        ({"previous": np.zeros((2, 3)), "delay": 1, "dealy": 1}, r"\['dealy', 'delay', 'prev"),
+    ],
+)
+def test_a_server_is_told_both_the_previous_chunk_and_the_delay(deployed, scene, said, got):
+    """Without a delay nothing would be frozen, and the robot would jump."""
+    (refused,) = deployed.infer_each([{**scene[0][0], "real_time_chunking": said}], [0])
+    assert re.search(f"must be a map of 'previous' .* and 'delay' .*{got}", str(refused))
+
+
+def test_a_robot_may_have_keys_called_previous_and_delay(own, params, scene):
+    """A server that goes on from chunks leaves them alone."""
+    robot = dataclasses.replace(
+        own.robot,
+        state_key="observation.previous",
+        state_more=("delay",),
+        state_sizes=(2, 1),
+    )
+    named = policy.Policy(dataclasses.replace(own, robot=robot), params, num_steps=3)
+    named.is_guided = True
+    state = scene[0][0]["observation.state"]
+    asked = {key: value for key, value in scene[0][0].items() if key != "observation.state"}
+    asked |= {"previous": state[:2], "delay": state[2:]}
+    chunk = named.infer(asked)["actions"]
+    left = {"previous": chunk[1:], "delay": 1}
+    free, goes_on = named.infer_each([asked, {**asked, "real_time_chunking": left}], [0, 0])
+    np.testing.assert_allclose(free["actions"], chunk, atol=1e-4)
+    named.reset()
+    alone = named.infer(asked, previous=chunk[1:], delay=1)["actions"]
+    np.testing.assert_allclose(goes_on["actions"], alone, atol=1e-4)
 
 
 @pytest.mark.parametrize("weight", [-1, np.inf, np.nan])

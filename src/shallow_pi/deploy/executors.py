@@ -28,6 +28,7 @@ import numpy as np
 from jaxtyping import Float
 
 from shallow_pi import progress
+from shallow_pi.deploy import observation_keys
 
 # Seconds without an answer, after which a robot that waits for one says so.
 SILENT = 10.0
@@ -218,7 +219,7 @@ class RealTimeChunking(SkipLateActions):
     executed: the largest of the last delays. A policy of this process must take both,
     `infer(observation, previous=..., delay=...)`, as `policy.Policy` does; call its
     `warm_up(guided=True)` first, so that no chunk has to wait for the compiler. To a server, which
-    must run with `--real-time-chunking`, openpi's client sends them as keys of the observation.
+    must run with `--real-time-chunking`, openpi's client sends them with the observation.
 
     Args:
       policy: predicts the chunks.
@@ -278,7 +279,12 @@ def _guided(policy: Policy) -> Callable[..., Mapping[str, object]]:
         return policy.infer
     told: Mapping[str, object] = getattr(policy, "get_server_metadata", dict)()
     if told.get("real_time_chunking"):
-        return lambda observation, **continued: policy.infer({**observation, **continued})
+
+        def infer(observation: Mapping[str, object], **left: object) -> Mapping[str, object]:
+            key = observation_keys.REAL_TIME_CHUNKING
+            return policy.infer({**observation, key: left} if left else observation)
+
+        return infer
     server = "a server started with --real-time-chunking"
     raise ValueError(
         f"{type(policy).__name__}.infer takes {list(taken)}: real-time chunking needs previous= "

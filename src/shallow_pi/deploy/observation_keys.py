@@ -6,13 +6,13 @@ A key may be flat or nested and joined by dots or slashes, with or without the `
 and LeRobot's names drive the same policy. Names that differ altogether are in `ALIASES`; for any
 others a robot file gives its own keys (`--policy.robot my.py`).
 
-Beside them an observation for a server may say what is being executed: PREVIOUS and DELAY are what
-`Policy.infer` takes by these names (real-time chunking).
+Beside them an observation for a server may have the key REAL_TIME_CHUNKING, a map of what
+`Policy.infer` takes as `previous` and `delay`.
 """
 
 from collections.abc import Iterable, Mapping
 
-PREVIOUS, DELAY = "previous", "delay"
+REAL_TIME_CHUNKING = "real_time_chunking"
 # The last part of a robot's key → other names clients have for it.
 ALIASES = {
     "task": ("prompt",),

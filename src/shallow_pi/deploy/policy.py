@@ -37,6 +37,9 @@ from shallow_pi.inference import quantize as quantization
 from shallow_pi.models import batch as batches
 from shallow_pi.models import observation
 
+# What the model sees, and how many actions of the previous chunk are in it.
+_Sample = tuple[transforms.Sample, int]
+
 
 class Policy:
     """A model with its robot's transforms around it.
@@ -193,8 +196,8 @@ class Policy:
             **facts.metadata(self.assets),
             "num_steps": self.num_steps,
             "quantize": self.quantize,
-            # Observations may have `previous` and `delay`.
-            "real_time_chunking": self.is_guided,
+            # Observations may have this key too (see `observation_keys`).
+            observation_keys.REAL_TIME_CHUNKING: self.is_guided,
             "state_low": self._check_state.low.tolist(),
             "state_high": self._check_state.high.tolist(),
         }
@@ -243,8 +246,7 @@ class Policy:
             raise ValueError(f"noise must have shape {self.noise_shape}, got {np.shape(noise)}")
         found = self._clean(observation)
         warning = self._check_state(self.assets.robot.state(found))
-        left = None if previous is None else [previous]
-        batch, guidance = self._to_model([found], left, delay, max_guidance_weight)
+        batch, guidance = self._to_model([found], [previous], delay, max_guidance_weight)
         ready = time.perf_counter()
         start_from = self._next_seed() if noise is None else np.asarray(noise)[None]
         normalized = np.asarray(self.sample(batch, start_from, guidance))
@@ -257,11 +259,12 @@ class Policy:
     ) -> list[dict[str, object] | ValueError]:
         """Answers to observations of several robots, computed together.
 
-        The batch is filled up to the next size that `warm_up` compiled.
+        Those that go on from a chunk are a batch of their own, because their program takes several
+        times as long. A batch is filled up to the next size that `warm_up` compiled.
 
         Args:
-          observations: one of each robot. After `warm_up(guided=True)` it may have what `infer`
-            takes as `previous` and `delay` under these keys.
+          observations: one of each robot. After `warm_up(guided=True)` it may have the key
+            `observation_keys.REAL_TIME_CHUNKING`.
           calls: number of observations of that robot answered before; its noise is drawn from
             `fold_in(seed, call)`, so that no robot depends on the others.
 
@@ -271,39 +274,43 @@ class Policy:
         start = time.perf_counter()
         answers: list[dict[str, object] | ValueError] = []
         rows: list[_Row] = []
-        nothing = np.zeros((0, self.assets.robot.action_dim), np.float32)
         for place, (given, call) in enumerate(zip(observations, calls, strict=True)):
             answers.append({})
             try:
-                left, delay, rest = robot_observation.executing(given)
+                rest, left, delay = robot_observation.split_previous(given)
                 if left is not None and not self.is_guided:
                     raise ValueError(
-                        f"the observation has {observation_keys.PREVIOUS!r}, but the server was "
-                        "started without --real-time-chunking"
+                        f"the observation has {observation_keys.REAL_TIME_CHUNKING!r}: start the "
+                        "server with --real-time-chunking, or send none"
                     )
                 found = self._clean(rest)
                 warning = self._check_state(self.assets.robot.state(found))
-                left = nothing if left is None else left
-                sample = self._sample(found, left if self.is_guided else None)
-                rows.append(_Row(place, call, found, sample, warning, len(left), delay))
+                rows.append(_Row(place, call, found, self._sample(found, left), warning, delay))
             except ValueError as error:
                 answers[place] = error
-        if not rows:
-            return answers
+        free = [row for row in rows if not row.sample[1]]
+        guided = [row for row in rows if row.sample[1]]
+        for batch in filter(None, (free, guided)):
+            for row, result in zip(batch, self._infer_rows(batch, start), strict=True):
+                answers[row.place] = result
+            start = time.perf_counter()
+        return answers
+
+    def _infer_rows(self, rows: list["_Row"], start: float) -> list[dict[str, object]]:
+        """The answers to one batch, begun at `start`."""
         size = min((size for size in self.batch_ms if size >= len(rows)), default=len(rows))
         filled = rows + (size - len(rows)) * rows[-1:]
-        samples = [row.sample for row in filled]
-        guidance = _guidance(samples, [row.left for row in filled], [row.delay for row in filled])
-        batch = self._stack(samples)
+        samples, delays = [row.sample for row in filled], [row.delay for row in filled]
+        batch, guidance = self._stack(samples, delays)
         seed = program.Seed(self._key, np.array([row.call for row in filled], np.uint32))
         ready = time.perf_counter()
         normalized = np.asarray(self.sample(batch, seed, guidance))[: len(rows)]
         sampled = time.perf_counter()
         actions = self._to_robot([row.found for row in rows], normalized)
         timing = _timing(start, ready, sampled)
-        for row, chunk in zip(rows, actions, strict=True):
-            answers[row.place] = _result(chunk, timing, row.warning)
-        return answers
+        return [
+            _result(chunk, timing, row.warning) for row, chunk in zip(rows, actions, strict=True)
+        ]
 
     def together(self, waiting: int) -> int:
         """Number of the waiting observations to answer at once: the most a second, as measured."""
@@ -337,7 +344,7 @@ class Policy:
 
     def prepare(self, observations: Sequence[Mapping[str, object]]) -> observation.Observation:
         """The model's batch of observations, on the host; pictures are still uint8."""
-        return self._to_model([self._clean(one) for one in observations], None, 0, 0.0)[0]
+        return self._to_model([self._clean(one) for one in observations])[0]
 
     def pack(
         self,
@@ -405,13 +412,12 @@ class Policy:
     def _to_model(
         self,
         found: Sequence[dict[str, object]],
-        previous: Sequence[Float[np.ndarray, "n rd"]] | None,
-        delay: int,
-        max_weight: float,
+        previous: Sequence[Float[np.ndarray, "n rd"] | None] | None = None,
+        delay: int = 0,
+        max_weight: float = real_time.MAX_WEIGHT,
     ) -> tuple[observation.Observation, real_time.Guidance | None]:
-        """The model's batch, and the previous chunks as the model would have predicted them now."""
-        if previous is None:
-            return self._stack([self._sample(one, None) for one in found]), None
+        """The model's batch, and the guidance towards the previous chunks; None without any."""
+        previous = len(found) * [None] if previous is None else previous
         if len(previous) != len(found):
             raise ValueError(
                 f"expected a previous chunk for each of {len(found)} observations, got "
@@ -419,45 +425,42 @@ class Policy:
             )
         samples = [self._sample(one, left) for one, left in zip(found, previous, strict=True)]
         delays = len(samples) * [real_time.check_delay(delay)]
-        guidance = _guidance(samples, [*map(len, previous)], delays, max_weight)
-        return self._stack(samples), guidance
+        return self._stack(samples, delays, max_weight)
 
     def _sample(
         self, found: dict[str, object], previous: Float[np.ndarray, "n rd"] | None
-    ) -> transforms.Sample:
+    ) -> _Sample:
         """What the model sees, with what is left of a chunk as it would have predicted it now."""
         if previous is None:
-            return self._inputs(dict(found))
+            return self._inputs(dict(found)), 0
         padded = real_time.pad_previous(
             previous, (self.noise_shape[0], self.assets.robot.action_dim)
         )
         # The transforms of training: relative to this state, normalized, padded.
-        return self._inputs({**found, "actions": padded})
+        return self._inputs({**found, "actions": padded}), len(previous)
 
-    def _stack(self, samples: Sequence[transforms.Sample]) -> observation.Observation:
+    def _stack(
+        self,
+        given: Sequence[_Sample],
+        delays: Sequence[int],
+        max_weight: float = real_time.MAX_WEIGHT,
+    ) -> tuple[observation.Observation, real_time.Guidance | None]:
+        """As `_to_model`."""
+        samples, lengths = [sample for sample, _ in given], [length for _, length in given]
+        guidance = None
+        if any(lengths):
+            actions = np.stack([sample["actions"] for sample in samples])
+            guidance = real_time.make_guidance(actions, lengths, delays, max_weight)
         if any(_sizes(sample) != _sizes(samples[0]) for sample in samples):
             # Robots with different cameras in one batch.
             samples = list(map(transforms.Resize(self.assets.model.image_size), samples))
-        return batches.stack([pipelines.to_observation(sample) for sample in samples])
+        return batches.stack([pipelines.to_observation(sample) for sample in samples]), guidance
 
     def _to_robot(
         self, found: Sequence[dict[str, object]], normalized: np.ndarray
     ) -> Float[np.ndarray, "b ah rd"]:
         state = np.stack([self.assets.robot.state(one) for one in found])
         return self._outputs({"actions": normalized, "state": state})["actions"]
-
-
-def _guidance(
-    samples: Sequence[transforms.Sample],
-    lengths: Sequence[int],
-    delays: Sequence[int],
-    max_weight: float = real_time.MAX_WEIGHT,
-) -> real_time.Guidance | None:
-    """The guidance of samples made with previous chunks of these lengths; None if all are 0."""
-    if not any(lengths):
-        return None
-    actions = np.stack([sample["actions"] for sample in samples])
-    return real_time.make_guidance(actions, lengths, delays, max_weight)
 
 
 class _Row(NamedTuple):
@@ -467,10 +470,9 @@ class _Row(NamedTuple):
     place: int
     call: int
     found: dict[str, object]
-    sample: transforms.Sample
+    sample: _Sample
     warning: str | None
-    # Actions of its previous chunk that are left, and those executed before the new one arrives.
-    left: int
+    # Actions of its previous chunk that will be executed before the new one arrives.
     delay: int
 
 

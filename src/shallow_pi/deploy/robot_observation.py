@@ -5,6 +5,7 @@ pictures as uint8 or as floats in [0, 1], with the colours last or first. The re
 pictures (height, width, 3), float32 vectors and a prompt, under the robot's keys, and nothing else.
 """
 
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -84,24 +85,33 @@ def clean(
     return cleaned
 
 
-def executing(
+def split_previous(
     observation: Mapping[str, object],
-) -> tuple[Any, int, Mapping[str, object]]:
-    """What an observation says of the chunk being executed, and all else it has.
+) -> tuple[Mapping[str, object], Any, int]:
+    """An observation without what it says of the chunk being executed; what is left of that; d.
 
-    Returns:
-      What is left of the chunk, unchecked, or None; its delay, 0 where there is none; the rest.
+    What is left is unchecked, and None where the observation says nothing; d is the delay.
 
     Raises:
-      ValueError: the delay is no number of actions.
+      ValueError: it says something else than these two, or the delay is no number of actions.
     """
-    said = {observation_keys.PREVIOUS, observation_keys.DELAY}
-    if not isinstance(observation, Mapping) or not said & set(observation):
-        return None, 0, observation
-    delay = observation.get(observation_keys.DELAY)
-    delay = 0 if delay is None else real_time.check_delay(delay)
-    rest = {key: value for key, value in observation.items() if key not in said}
-    return observation.get(observation_keys.PREVIOUS), delay, rest
+    key = observation_keys.REAL_TIME_CHUNKING
+    if not isinstance(observation, Mapping) or key not in observation:
+        return observation, None, 0
+    rest = dict(observation)
+    if (said := rest.pop(key)) is None:
+        return rest, None, 0
+    if not isinstance(said, Mapping) or set(said) != {"previous", "delay"}:
+        got = (
+            reprlib.repr(sorted(map(str, said)))
+            if isinstance(said, Mapping)
+            else type(said).__name__
+        )
+        raise ValueError(
+            f"{key!r} must be a map of 'previous' (the actions left of the chunk being executed) "
+            f"and 'delay' (how many of them will be executed before the answer is there), got {got}"
+        )
+    return rest, said["previous"], real_time.check_delay(said["delay"])
 
 
 def _warn_of_unused(

@@ -108,19 +108,17 @@ class Served:
         """
         while len(self._connections) < len(sims):
             self._connect()
-        asked = [dict(one) for one in observations[: len(sims)]]
+        asked = [self._form(one) for one in observations[: len(sims)]]
         if previous is not None:
             for one, left in zip(asked, previous[: len(sims)], strict=True):
-                one |= {observation_keys.PREVIOUS: left, observation_keys.DELAY: delay}
-        messages = map(self._message, asked)
+                one[observation_keys.REAL_TIME_CHUNKING] = {"previous": left, "delay": delay}
+        messages = map(protocol.pack, asked)
         found = list(self._pool.map(self._ask, self._connections, messages))
         # All plans of a batch have one length.
         return np.stack([actions[: min(map(len, found))] for actions in found])
 
-    def _message(self, observation: simulator.Observation) -> bytes:
-        if not self._is_ours:
-            observation = openpi_form(self._robot, observation)
-        return protocol.pack(observation)
+    def _form(self, observation: simulator.Observation) -> dict[str, Any]:
+        return dict(observation) if self._is_ours else openpi_form(self._robot, observation)
 
     def _ask(
         self, connection: websockets.sync.client.ClientConnection, message: bytes

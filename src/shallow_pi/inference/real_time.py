@@ -24,6 +24,7 @@ An integration step of 1/N moves Ã‚ by the weight over N of its error, so that Î
 step at weight 1 ends in Y exactly where the policy maps noise to actions of the same distribution.
 """
 
+import reprlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -34,6 +35,8 @@ from jaxtyping import Array, Float, Float32, Int
 
 # The paper's choice: enough with few integration steps, and more does harm.
 MAX_WEIGHT = 5.0
+# Bound of a previous chunk: divided by the smallest spread (1e-6), its square is still finite.
+_LARGEST = 1e9
 # Kinds of NumPy's dtypes that are real numbers.
 _REAL = "fiu"
 
@@ -108,13 +111,15 @@ def pad_previous(
       shape: action horizon and the robot's dimensions.
 
     Raises:
-      ValueError: no numbers, another shape, or not finite.
+      ValueError: no numbers, another shape, or not finite or absurdly large.
     """
     try:
         left = np.asarray(previous)
     except (ValueError, TypeError, RuntimeError):  # Lists of unequal lengths; foreign tensors.
         left = np.asarray(None)
     horizon, dims = shape
+    if left.shape == (0,):  # An empty list.
+        left = left.reshape(0, dims)
     if (
         left.ndim != 2
         or left.shape[1] != dims
@@ -128,8 +133,10 @@ def pad_previous(
     padded = np.zeros(shape, np.float32)
     with np.errstate(over="ignore"):
         padded[: len(left)] = left
-    if not np.isfinite(padded).all():
-        raise ValueError("the previous chunk is not finite; begin without one")
+    if not (np.abs(padded) < _LARGEST).all():
+        raise ValueError(
+            f"the previous chunk is not finite, or beyond {_LARGEST:g}; begin without one"
+        )
     return padded
 
 
@@ -140,7 +147,8 @@ def check_delay(delay: object) -> int:
       ValueError: it is none, or negative.
     """
     if isinstance(delay, bool) or not isinstance(delay, (int, np.integer)) or delay < 0:
-        raise ValueError(f"the delay must be a whole number of actions, 0 or more, got {delay!r}")
+        got = reprlib.repr(delay)  # Of a client it may be megabytes of text.
+        raise ValueError(f"the delay must be a whole number of actions, 0 or more, got {got}")
     return int(delay)
 
 
