@@ -3,6 +3,9 @@
 import dataclasses
 import pathlib
 import re
+import sys
+import time
+import types
 
 import numpy as np
 import pytest
@@ -66,6 +69,37 @@ def test_the_actions_of_a_part_go_where_the_page_puts_them(folder):
     names = {"policy": Client(), "last_command": last, "action": action}
     exec(_examples("robots.md")[-1], names)
     np.testing.assert_array_equal(names["command"], [*last[:22], *action, *last[35:]])
+
+
+def test_the_robot_of_the_page_goes_on_from_the_chunk_it_executes(monkeypatch):
+    """Every action is the next of a counter, which each chunk goes on with."""
+    executed, told = [], []
+
+    class Client:
+        def __init__(self, host, port):
+            pass
+
+        def infer(self, observation):
+            left = observation.pop("real_time_chunking", None)
+            told.append(left)
+            start = 0.0 if left is None else left["previous"][0, 0]
+            return {"actions": start + np.arange(10.0)[:, None]}
+
+    def execute(action):
+        if len(executed) == 40:
+            raise StopIteration
+        time.sleep(0.002)
+        executed.append(action.item())
+
+    module = types.SimpleNamespace(WebsocketClientPolicy=Client)
+    package = types.SimpleNamespace(websocket_client_policy=module)
+    monkeypatch.setitem(sys.modules, "openpi_client", package)
+    with pytest.raises(StopIteration):
+        exec(_examples("speed.md")[-1], {"observe": dict, "execute": execute})
+    np.testing.assert_array_equal(executed, np.arange(40))
+    assert told[0] is None
+    assert told[1]["delay"] == 3
+    assert all(len(left["previous"]) == 5 for left in told[1:])
 
 
 def test_the_config_of_the_page_opens_its_data_and_fits_its_teacher(

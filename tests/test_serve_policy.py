@@ -9,12 +9,13 @@ import signal
 import socket
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
 
 from shallow_pi.commands import load_test, policy_arguments, serve_policy
-from shallow_pi.serving import recorder
+from shallow_pi.serving import recorder, server_config
 
 ROOT = pathlib.Path(__file__).parents[1]
 POLICY = ROOT / "assets" / "pi0_turntable"
@@ -89,6 +90,22 @@ def test_a_packaged_policy_is_served_loaded_recorded_and_stopped(tmp_path, monke
     counts = [len(list(recorder.read(file))) for file in (tmp_path / "kept").iterdir()]
     assert len(counts) == 4
     assert sum(counts) == 1 + result["requests"]
+
+
+def test_a_server_says_which_batches_and_keys_it_was_timed_and_started_for(capsys):
+    keys = {"cameras": {}, "state_keys": ["state"], "prompt_key": "task"}
+    found = keys | {"action_horizon": 4, "action_dim": 2}
+    serving = server_config.ServerConfig(batch=2)
+    for is_guided in (False, True):
+        chosen = types.SimpleNamespace(
+            metadata=found, is_guided=is_guided, batch_ms={1: 1.0, 2: 1.5}, description="π0"
+        )
+        serve_policy._ready("ws://127.0.0.1:1", serving, chosen)
+    free, guided = capsys.readouterr().out.split("π0")[1:]
+    assert "several observations at once: 1 in 1.0 ms, 2 in 1.5 ms" in free
+    assert "an observation has 'state', 'task'; a client is" in free
+    assert "several observations that go on from a chunk at once: 1 in 1.0 ms, 2" in guided
+    assert "an observation has 'state', 'task', and may have 'real_time_chunking'; a" in guided
 
 
 def test_a_port_in_use_is_known_before_the_policy_is_loaded(failing):

@@ -7,6 +7,9 @@ another without a pause. For each number of clients the result is a line of JSON
 answers per second, percentiles of the time from sending an observation to receiving its actions,
 in milliseconds, and how many observations the server answered at once on average. An error of any
 client ends the test with status 1. The API key is read from SHALLOW_PI_API_KEY.
+
+With --real-time-chunking, which the server needs too, all but each client's first observation go on
+from a chunk, which takes longer.
 """
 
 import asyncio
@@ -24,6 +27,7 @@ import websockets.exceptions
 
 from shallow_pi import flags, progress
 from shallow_pi.commands import exits
+from shallow_pi.deploy import observation_keys
 from shallow_pi.serving import client as clients
 from shallow_pi.serving import protocol
 
@@ -42,6 +46,8 @@ class Arguments:
     picture_size: int = 0
     # The instruction.
     prompt: str = "pick up the cup"
+    # Send what is left of a chunk with each observation.
+    real_time_chunking: bool = False
     # Seed of the observations.
     seed: int = 0
 
@@ -92,15 +98,27 @@ async def client(given: Arguments, number: int, until: float, times: list[float]
     async with websockets.asyncio.client.connect(given.url, **options) as connection:
         metadata = protocol.unpack(_binary(await connection.recv()))
         # A few different ones, made before the clock starts.
-        ready = [protocol.pack(observation(metadata, given, generator)) for _ in range(4)]
+        made = [observation(metadata, given, generator) for _ in range(4)]
         shape = (metadata["action_horizon"], metadata["action_dim"])
-        while time.monotonic() < until:
-            start = time.monotonic()
-            await connection.send(ready[len(times) % len(ready)])
-            actions = protocol.unpack(_binary(await connection.recv()))["actions"]
-            times.append(time.monotonic() - start)
+
+        async def ask(message: bytes) -> np.ndarray:
+            await connection.send(message)
+            actions: np.ndarray = protocol.unpack(_binary(await connection.recv()))["actions"]
             if actions.shape != shape or not np.isfinite(actions).all():
                 raise ValueError(f"expected finite actions {shape}, got {actions.shape}")
+            return actions
+
+        if given.real_time_chunking:
+            key = observation_keys.REAL_TIME_CHUNKING
+            if not metadata.get(key):
+                raise ValueError(f"start the server at {given.url} with --real-time-chunking")
+            left = {"previous": (await ask(protocol.pack(made[0])))[1:], "delay": 1}
+            made = [{**one, key: left} for one in made]
+        ready = list(map(protocol.pack, made))
+        while not times or time.monotonic() < until:
+            start = time.monotonic()
+            await ask(ready[len(times) % len(ready)])
+            times.append(time.monotonic() - start)
 
 
 def _binary(message: str | bytes) -> bytes:

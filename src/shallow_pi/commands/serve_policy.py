@@ -14,9 +14,10 @@ and `prompt`; droid `observation/exterior_image_1_left` and the like; aloha and 
 and `images`. A robot file can rename the keys (--policy.robot my_robot.py).
 
 With --real-time-chunking an observation may also say what is being executed, so that the new chunk
-goes on from it: `previous`, the actions left of the last chunk, the first of them due now, and
-`delay`, how many of them will be executed before the answer is there.
-`shallow_pi.deploy.executors.RealTimeChunking` does so around openpi's client.
+goes on from it: `"real_time_chunking": {"previous": ..., "delay": ...}` are the actions left of the
+last chunk, the first of them due now, and how many of them will be executed before the answer is
+there. `shallow_pi.deploy.executors.RealTimeChunking` does so around openpi's client; docs/speed.md
+has a loop without it.
 
 A page at http://127.0.0.1:8000/ shows cameras, actions, latency and errors; /metrics is for
 Prometheus, /healthz for supervisors. Ctrl-C or SIGTERM stops the server after the current
@@ -40,7 +41,7 @@ from collections.abc import Sequence
 from shallow_pi import flags
 from shallow_pi.checkpoints import run_folder
 from shallow_pi.commands import exits, policy_arguments
-from shallow_pi.deploy import policy
+from shallow_pi.deploy import observation_keys, policy
 from shallow_pi.parallel import processes
 from shallow_pi.serving import client, recorder, server, server_config
 
@@ -60,8 +61,8 @@ class Arguments(server_config.Settings):
     policy: PolicyArguments
     # Instruction for observations without one.
     prompt: str = ""
-    # Let robots send what is left of the chunk they execute, so that the next goes on from it: the
-    # client of `deploy.executors.RealTimeChunking`. Compiles twice as many programs.
+    # Let robots send what is left of the chunk they execute, so that the next goes on from it.
+    # Compiles twice as many programs.
     real_time_chunking: bool = False
     # Treat warnings as errors: about values missing from the policy's folder and assumed, and about
     # unused keys.
@@ -131,11 +132,15 @@ def _ready(url: str, serving: server_config.ServerConfig, chosen: policy.Policy)
     alone = "" if serving.is_open else " for this machine alone (--host 0.0.0.0 for others)"
     key = ', api_key="..."' if serving.api_key else ""
     sizes = ", ".join(f"{size} in {ms:.1f} ms" for size, ms in chosen.batch_ms.items())
-    batched = f"answers several observations at once: {sizes}\n" if serving.batch > 1 else ""
+    guided = " that go on from a chunk" if chosen.is_guided else ""
+    batched = (
+        f"answers several observations{guided} at once: {sizes}\n" if serving.batch > 1 else ""
+    )
+    more = f", and may have {observation_keys.REAL_TIME_CHUNKING!r}" if chosen.is_guided else ""
     print(
         f"{chosen.description}\n{batched}"
         f"on {url}{alone}, page at http{url.removeprefix('ws')}/\n"
-        f"an observation has {', '.join(map(repr, keys))}; a client is\n"
+        f"an observation has {', '.join(map(repr, keys))}{more}; a client is\n"
         "    from openpi_client import websocket_client_policy\n"
         "    policy = websocket_client_policy.WebsocketClientPolicy("
         f'"{there}", {port}{key})\n'
