@@ -90,8 +90,8 @@ def test_errors_are_means_over_actions_that_exist(tiny_config):
     assert whole == pytest.approx({"e": (7.5 + 5 * 100) / 40})
 
 
-def _source(model, length=10):
-    return sources.SyntheticSource(model, seed=1, length=length)
+def _source(model, length=10, kind=sources.SyntheticSource):
+    return kind(model, seed=1, length=length)
 
 
 def test_samples_and_noise_do_not_depend_on_the_mesh(tiny_config):
@@ -123,16 +123,16 @@ def _spec(model, teacher=None, **changes):
     )
 
 
-def _created(spec, teacher_params, mesh, **changes):
+def _created(spec, teacher_params, mesh, kind=sources.SyntheticSource, batch_size=8, **changes):
     chosen = config.ValidationConfig(**({"samples": 8, "num_steps": 2} | changes))
     return validation.create(
         chosen,
-        _source(spec.student),
+        _source(spec.student, kind=kind),
         None,
         spec,
         teacher_params,
         mesh=mesh,
-        batch_size=8,
+        batch_size=batch_size,
         seed=0,
     )
 
@@ -207,28 +207,30 @@ def test_the_average_is_measured_where_it_is_what_is_saved(pair):
     assert found == pytest.approx(expected, rel=1e-5)
 
 
-def test_every_batch_has_noise_and_times_of_its_own(pair):
-    spec, params, state, expected = pair
-    created = _created(spec, params, _mesh(ONE, 1))
-    (batch, _), *_ = created.held_out.batches
-    first, second = (
-        float(created.losses(params, state, created.key, batch, jnp.int32(n))["task_loss"])
-        for n in range(2)
+class _Ending(sources.SyntheticSource):
+    """The later a sample, the fewer of its actions exist."""
+
+    def __getitem__(self, i):
+        sample = super().__getitem__(i)
+        return sample.replace(action_mask=np.arange(len(sample.actions)) < max(1, 5 - i))
+
+
+def test_held_out_losses_do_not_depend_on_the_size_of_a_batch(pair):
+    """The actions that exist are 5, 4, 3, 2 in one batch of four and 1 a sample in the other."""
+    spec, params, state, _ = pair
+    masking = dataclasses.replace(spec.losses, mask_padded_actions=True)
+    spec = dataclasses.replace(spec, losses=masking)
+    whole, halves = (
+        _created(spec, params, _mesh(ONE, 1), kind=_Ending, batch_size=size) for size in (8, 4)
     )
-    assert first == pytest.approx(expected["validation/task_loss"])
-    assert second != pytest.approx(first, rel=1e-3)
-    held = created.held_out
-    doubled = {
-        name: np.concatenate([getattr(held, name)] * 2)
-        for name in ("actions", "action_mask", "state")
-    }
-    twice = dataclasses.replace(
-        created,
-        held_out=validation.HeldOut(batches=held.batches * 2, **doubled),
-        teacher_actions=np.concatenate([created.teacher_actions] * 2),
+    expected = whole.measure(params, state)
+    assert len(halves.held_out.batches) == 2
+    assert halves.measure(params, state) == pytest.approx(expected, rel=1e-5, abs=1e-8)
+    (batch, _), _ = halves.held_out.batches
+    first, second = (halves.losses(params, state, batch, jnp.int32(n)) for n in range(2))
+    assert float(first["task_loss"]) != pytest.approx(float(second["task_loss"]), rel=1e-3), (
+        "every sample has noise and a time of its own"
     )
-    found = twice.measure(params, state)
-    assert found["validation/task_loss"] == pytest.approx((first + second) / 2)
 
 
 @pytest.mark.slow
@@ -236,15 +238,17 @@ def test_held_out_losses_cost_no_update(pair):
     """The backward pass is twice the forward pass; nobody reads it, so nobody computes it."""
     spec, params, state, _ = pair
     (batch, _), *_ = _created(spec, params, _mesh(ONE, 1)).held_out.batches
-    arguments = (params, state, jax.random.key(0), batch)
+    key = jax.random.key(0)
 
     def operations(function, *arguments):
         compiled = jax.jit(function, static_argnums=0).lower(spec, *arguments).compile()
         cost = compiled.cost_analysis()
         return (cost[0] if isinstance(cost, list) else cost)["flops"]
 
-    measured = operations(validation.losses, *arguments, jnp.int32(0))
-    assert measured < 0.6 * operations(step.distill_step, *arguments)
+    measured = operations(
+        validation.losses, key, jnp.float32(40), params, state, batch, jnp.int32(0)
+    )
+    assert measured < 0.6 * operations(step.distill_step, params, state, key, batch)
 
 
 def test_without_held_out_data_or_interval_nothing_is_measured(tiny_config):

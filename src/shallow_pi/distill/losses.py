@@ -91,6 +91,10 @@ class Losses:
         """The weight of every term, by name."""
         return {name: getattr(self, name) or 0.0 for name in TERMS}
 
+    def counted(self, action_mask: Bool[Array, "b ah"]) -> Bool[Array, "b ah"]:
+        """The actions that count: those before their episode's end, or all."""
+        return action_mask if self.mask_padded_actions else jnp.ones_like(action_mask)
+
     def only(self, **weights: float | None) -> "Losses":
         """The same with these weights of terms, and none of the other terms."""
         every: dict[str, Any] = {**dict.fromkeys(TERMS, 0.0), **weights}

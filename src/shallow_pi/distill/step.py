@@ -210,7 +210,7 @@ def draw_inputs(spec: Spec, key: Array, batch: batches.Batch) -> Inputs:
     noise = flow.sample_noise(noise_key, (b, spec.draws, ah, ad))
     t = flow.sample_time(time_key, (b, spec.draws))
     actions = jnp.broadcast_to(batch.actions[:, None], noise.shape)
-    mask = batch.action_mask if spec.losses.mask_padded_actions else jnp.ones((b, ah), bool)
+    mask = spec.losses.counted(jnp.asarray(batch.action_mask))
     line_t = None
     if spec.losses.reflow > 0:
         deployed = sampler.integration_times(spec.num_steps)
@@ -296,32 +296,45 @@ def _gradient(
     weights = spec.losses.weights if weights is None else weights
     count = jnp.maximum(jnp.sum(inputs.action_mask.astype(jnp.float32)), 1.0)
 
-    def microbatch(part: Inputs) -> tuple[PyTree, Metrics]:
-        tokens = None
-        if "vision" in spec.freeze or spec.losses.vision:
-            assert spec.teacher is not None, "the tokens are its own"
-            tokens = pi0.embed_images(
-                spec.teacher, teacher_params, part.observation, spec.execution
-            )
-            tokens = jax.lax.stop_gradient(tokens)
-        reference = _teacher_outputs(spec, teacher_params, part, tokens)
-
-        def loss(params: PyTree) -> tuple[Float[Array, ""], Metrics]:
-            whole = rounded(spec, students.join(params, teacher_params, spec.freeze))
-            return _total_loss(spec, weights, whole, reference, part, tokens, count)
-
-        return jax.grad(loss, has_aux=True)(params)
+    def one(part: Inputs) -> tuple[PyTree, Metrics]:
+        return microbatch(spec, teacher_params, params, part, count, weights)
 
     if spec.accumulation == 1:
-        return microbatch(inputs)
+        return one(inputs)
 
     def add(total: PyTree, part: Inputs) -> tuple[PyTree, None]:
-        return jax.tree.map(jnp.add, total, microbatch(part)), None
+        return jax.tree.map(jnp.add, total, one(part)), None
 
     parts = _split(inputs, spec.accumulation)
-    shapes = jax.eval_shape(microbatch, jax.tree.map(lambda leaf: leaf[0], parts))
+    shapes = jax.eval_shape(one, jax.tree.map(lambda leaf: leaf[0], parts))
     start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     return jax.lax.scan(add, start, parts)[0]
+
+
+def microbatch(
+    spec: Spec,
+    teacher_params: PyTree,
+    params: PyTree,
+    inputs: Inputs,
+    count: Float[Array, ""],
+    weights: losses.Weights,
+) -> tuple[PyTree, Metrics]:
+    """Gradient and metrics of a microbatch: its shares of those of the whole batch.
+
+    That has `spec.accumulation` microbatches of one size, and `count` actions that count.
+    """
+    tokens = None
+    if "vision" in spec.freeze or spec.losses.vision:
+        assert spec.teacher is not None, "the tokens are its own"
+        tokens = pi0.embed_images(spec.teacher, teacher_params, inputs.observation, spec.execution)
+        tokens = jax.lax.stop_gradient(tokens)
+    reference = _teacher_outputs(spec, teacher_params, inputs, tokens)
+
+    def loss(params: PyTree) -> tuple[Float[Array, ""], Metrics]:
+        whole = rounded(spec, students.join(params, teacher_params, spec.freeze))
+        return _total_loss(spec, weights, whole, reference, inputs, tokens, count)
+
+    return jax.grad(loss, has_aux=True)(params)
 
 
 class _Line(NamedTuple):

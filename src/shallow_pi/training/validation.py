@@ -1,7 +1,7 @@
 """Validation on held-out episodes: errors of sampled actions against the data and the teacher.
 
-Samples and starting noise are drawn once, so every measurement of a run, resumed or not, answers
-the same question, and teacher and student start from the same noise. The teacher's actions are
+Samples and their noise are drawn once, so every measurement of a run, resumed or not, answers the
+same question, and teacher and student start from the same noise. The teacher's actions are
 sampled once and kept. An error is the mean absolute difference over the actions that exist (not
 the padding behind an episode's end): of the normalized robot dimensions, and by group of joints in
 the robot's own units.
@@ -169,18 +169,37 @@ def sample_deployed(
 
 def losses(
     spec: step.Spec,
+    key: Array,
+    count: Float[Array, ""],
     teacher_params: PyTree,
     state: step.DistillState,
-    key: Array,
     batch: batches.Batch,
     number: Int[Array, ""],
 ) -> step.Metrics:
-    """The losses of a batch; the compiler drops the update of the step, which nobody reads.
+    """A batch's shares of the losses over all held-out samples: of all batches, they add up.
 
-    `key` and the batch's `number` stand for its noise and times, whatever step the state is at.
+    Noise and time belong to a sample, whatever batch it is in. The compiler drops the gradient,
+    which nobody reads.
+
+    Args:
+      spec: the static part; the batches are its microbatches.
+      key: of noise and times.
+      count: actions that count in all batches.
+      teacher_params: as in `measure`.
+      state: the student's.
+      batch: one of the batches, which are of one size.
+      number: its place among them.
     """
-    state = dataclasses.replace(state, step=number, params=saved_params(state))
-    _, metrics = step.distill_step(spec, teacher_params, state, key, batch)
+
+    def draw(place: Int[Array, ""], sample: batches.Batch) -> step.Inputs:
+        alone = jax.tree.map(lambda leaf: leaf[None], sample)
+        inputs = step.draw_inputs(spec, jax.random.fold_in(key, place), alone)
+        return jax.tree.map(lambda leaf: leaf[0], inputs)
+
+    rows = len(batch.actions)
+    inputs = jax.vmap(draw)(number * rows + jnp.arange(rows), batch)
+    params, weights = saved_params(state), spec.losses.weights
+    _, metrics = step.microbatch(spec, teacher_params, params, inputs, count, weights)
     return {name: metrics[name] for name in LOSSES if name in metrics}
 
 
@@ -203,7 +222,6 @@ class Validation:
     # Compiled `sample_deployed`, and `losses`.
     sample_student: Callable[..., Array]
     losses: Callable[..., step.Metrics]
-    key: Array
     # Parts of the student that are the teacher's.
     freeze: tuple[student.Part, ...] = ()
 
@@ -222,7 +240,7 @@ class Validation:
         held = self.held_out.batches
         sampled = [self.sample_student(params, batch, noise) for batch, noise in held]
         terms = [
-            self.losses(teacher_params, state, self.key, batch, jnp.int32(number))
+            self.losses(teacher_params, state, batch, jnp.int32(number))
             for number, (batch, _) in enumerate(held)
         ]
         sampled, terms = jax.device_get((sampled, terms))
@@ -232,9 +250,8 @@ class Validation:
         if self.teacher_actions is not None:
             found |= compare(TO_TEACHER, actions, self.teacher_actions)
             found |= compare(TEACHER_TO_DATA, self.teacher_actions, self.held_out.actions)
-        names = terms[0]
         return found | {
-            f"{PREFIX}{name}": float(np.mean([term[name] for term in terms])) for name in names
+            f"{PREFIX}{name}": float(sum(term[name] for term in terms)) for name in terms[0]
         }
 
 
@@ -277,8 +294,13 @@ def create(
                 advance(len(noise))
         teacher_actions = np.concatenate(parts)
     plain = dataclasses.replace(
-        spec, augmentation=observations.NO_AUGMENTATION, draws=1, accumulation=1, ema_decay=None
+        spec,
+        augmentation=observations.NO_AUGMENTATION,
+        draws=1,
+        accumulation=len(held_out.batches),
+        ema_decay=None,
     )
+    counted = spec.losses.counted(jnp.asarray(held_out.action_mask))
     return Validation(
         interval=config.interval,
         criterion=TO_DATA if config.against == "data" else TO_TEACHER,
@@ -289,7 +311,9 @@ def create(
             jax.jit(sample_deployed, static_argnums=(0, 1), out_shardings=whole),
             *(spec, config.num_steps or spec.num_steps),
         ),
-        losses=functools.partial(jax.jit(losses, static_argnums=0, out_shardings=whole), plain),
-        key=jax.random.key(seed),
+        losses=functools.partial(
+            jax.jit(losses, static_argnums=0, out_shardings=whole),
+            *(plain, jax.random.key(seed), jnp.sum(counted, dtype=jnp.float32)),
+        ),
         freeze=spec.freeze,
     )
