@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from shallow_pi.distill import losses
 from shallow_pi.models import pi0
 from shallow_pi.parallel import sharding
 from shallow_pi.planning import accelerators, compile, memory, report
@@ -76,11 +77,32 @@ def test_over_tensor_every_device_keeps_the_whole_inputs_of_layers(full_size):
     assert one - 2 * (one - two) == pytest.approx(inputs + pictures, rel=1e-6)
 
 
+def test_the_attention_of_more_tokens_is_compared_in_more_floats(full_size):
+    """Logits and log-probabilities of both models, 8 heads, 816 keys: of 50, 867 and 48 tokens."""
+    actions, every, text = (
+        _estimate(_with(full_size, losses=losses.Losses(attention_queries=queries))).activations
+        for queries in ("actions", "all", "text")
+    )
+    one = 32 * 4 * 4 * 8 * 816
+    assert every - actions == pytest.approx(817 * one, rel=1e-6)
+    assert actions - text == pytest.approx(2 * one, rel=1e-6)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("remat", ["layers", "none"])
-def test_an_estimate_is_near_what_the_compiler_plans(tiny_experiment, tmp_path, remat):
-    """Uses a model with more activations than parameters."""
+@pytest.mark.parametrize(
+    ("remat", "queries", "prompt"),
+    [("layers", "actions", 8), ("none", "actions", 8), ("layers", "all", 200)],
+)
+def test_an_estimate_is_near_what_the_compiler_plans(
+    tiny_experiment, tmp_path, remat, queries, prompt
+):
+    """Uses models with more activations than parameters."""
     experiment = tiny_experiment(tmp_path, remat=remat, batch_size=64)
+    experiment = dataclasses.replace(
+        experiment,
+        model=dataclasses.replace(experiment.model, max_token_len=prompt),
+        losses=dataclasses.replace(experiment.losses, attention_queries=queries),
+    )
     mesh = sharding.MeshConfig().create(jax.devices()[:1])
     spec = setup.make_spec(experiment, mesh)
     _, planned = compile.build(spec, mesh, 64)

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import PyTree
 
 from shallow_pi.distill import step
-from shallow_pi.models import gemma, siglip
+from shallow_pi.models import captures, gemma, siglip
 from shallow_pi.parallel import processes, shapes, sharding
 from shallow_pi.planning import accelerators
 
@@ -233,8 +233,28 @@ def _activations(spec: step.Spec, split: int) -> float:
         stays += cameras * image.depth * kept_image
     if model.scored_tokens:  # Floats: the scorer's inputs.
         stays += 4 * cameras * patches * model.backbone.width
+    stays += _compared(spec, split)
     pictures = 3 * 4 * cameras * 3 * model.image_size**2  # Floats: augmented, and two copies.
     return stays + max(at_once, cameras * working) + pictures
+
+
+def _compared(spec: step.Spec, split: int) -> float:
+    """Bytes of the attention that losses compare: both models' logits and log-probabilities."""
+    if spec.teacher is None or not (spec.losses.attention or spec.losses.scorer):
+        return 0.0
+    model = spec.student
+    prefix, prompt, actions = model.prefix_tokens, model.max_token_len, model.action_horizon
+    suffix = actions + (not model.pi05)
+    queries = spec.losses.attention_queries
+    asked = captures.Asked.create(0, queries, suffix, prefix, prompt, actions)
+    rows = spec.draws * asked.suffix_rows + asked.prefix_rows
+    keys = model.prefix_tokens + spec.teacher.prefix_tokens
+    return 2 * 4.0 * _share(model.backbone.num_heads, split) * rows * keys
+
+
+def _share(count: int, split: int) -> float:
+    """Heads or columns on one device: all of them if they cannot be split."""
+    return count if count % split else count / split
 
 
 def _layer(
@@ -244,13 +264,8 @@ def _layer(
 
     Flash attention stores no logits: as for 0 keys. `split` is as of `_activations`.
     """
-
-    def share(count: int) -> float:
-        """Heads or columns on one device: all of them if they cannot be split."""
-        return count if count % split else count / split
-
-    num_heads, mlp_dim = share(stream.num_heads), share(stream.mlp_dim)
-    products = 2 * queries * stream.head_dim * (num_heads + share(stream.num_kv_heads))
+    num_heads, mlp_dim = _share(stream.num_heads, split), _share(stream.mlp_dim, split)
+    products = 2 * queries * stream.head_dim * (num_heads + _share(stream.num_kv_heads, split))
     products += queries * ((1 + gated) * mlp_dim + 2 * stream.width)
     weights = queries * keys * num_heads
     # XLA keeps eight arrays of the GELU.
