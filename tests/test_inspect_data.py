@@ -185,7 +185,7 @@ def test_bad_input_is_reported_in_one_line(
 @pytest.mark.parametrize(
     ("words_given", "message"),
     [
-        (("pi05_libro_l6",), "Did you mean 'pi05_libero_l6'?"),
+        (("pi05_libro_l6",), "did you mean 'pi05_libero_l6'?"),
         (("pi05_libero_l6", "--data.robot", "libro"), "unknown robot 'libro'"),
     ],
 )

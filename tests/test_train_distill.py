@@ -98,7 +98,7 @@ def test_debug_runs_and_resumes_through_the_real_command(tmp_path, command):
 def test_an_unknown_config_exits_with_2_and_the_closest(command):
     status, said = command("debgu")
     assert status == 2
-    assert "Did you mean 'debug'?" in said
+    assert "did you mean 'debug'?" in said
 
 
 def test_a_teacher_without_config_cannot_be_trained(refused):

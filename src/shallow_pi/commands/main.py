@@ -5,12 +5,13 @@ is imported.
 """
 
 import ast
-import difflib
 import importlib
 import importlib.metadata
 import pathlib
 import sys
 from collections.abc import Sequence
+
+from shallow_pi import suggestions
 
 # Name → module of this folder; the script in a clone has the module's name.
 COMMANDS = {
@@ -48,8 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(0 if words else 2)
     name, rest = words[0], words[1:]
     if name not in COMMANDS:
-        close = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
+        hint = suggestions.closest(name, COMMANDS)
         print(f"error: unknown command {name!r}: {', '.join(COMMANDS)}{hint}", file=sys.stderr)
         raise SystemExit(2)
     module = importlib.import_module(f"shallow_pi.commands.{COMMANDS[name]}")

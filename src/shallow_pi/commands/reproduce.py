@@ -19,7 +19,6 @@ folder.
 """
 
 import dataclasses
-import difflib
 import pathlib
 import re
 import shutil
@@ -32,7 +31,7 @@ import rich.console
 import rich.table
 import tyro
 
-from shallow_pi import flags, progress
+from shallow_pi import flags, progress, suggestions
 from shallow_pi.checkpoints import run_folder
 from shallow_pi.commands import exits
 from shallow_pi.evidence import (
@@ -102,8 +101,7 @@ class Arguments:
         if unknown or not wanted:
             known = [*catalogue.CLAIMS, ALL]
             got = f", got {unknown[0]!r}" if unknown else "; --list says what each measures"
-            close = difflib.get_close_matches(unknown[0], known, n=1) if unknown else []
-            hint = f"; did you mean {close[0]!r}?" if close else ""
+            hint = suggestions.closest(unknown[0], known) if unknown else ""
             raise ValueError(f"expected claims of {', '.join(known)}{got}{hint}")
         return [catalogue.CLAIMS[name] for name in wanted]
 

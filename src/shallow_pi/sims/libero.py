@@ -14,7 +14,6 @@ datasets of this robot are labelled with 10. `libero_object` and `libero_spatial
 
 import contextlib
 import dataclasses
-import difflib
 import io
 import logging
 import math
@@ -28,6 +27,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from libero.libero import benchmark
 
+from shallow_pi import suggestions
 from shallow_pi.data.robots import robot as robots
 from shallow_pi.data.robots import transforms
 from shallow_pi.sims import libero_expert, pictures, simulator
@@ -84,9 +84,8 @@ class Suite:
         names = [task.name for task in tasks(self.suite)]
         for task in self.tasks:
             if task not in names and task not in map(str, range(len(names))):
-                within = [name for name in names if task in name]
-                close = within or difflib.get_close_matches(task, names, n=1)
-                hint = f"; did you mean {close[0]!r}?" if close else ""
+                meant = next((name for name in names if task in name), task)
+                hint = suggestions.closest(meant, names)
                 raise ValueError(
                     f"tasks: {self.suite} has no {task!r}, only the numbers 0 to "
                     f"{len(names) - 1} and {names}{hint}"

@@ -12,7 +12,6 @@ moved closer as in LeRobot. Ray casting paints a textured surface with the mean 
 """
 
 import dataclasses
-import difflib
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
@@ -23,6 +22,7 @@ import mujoco
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from shallow_pi import suggestions
 from shallow_pi.data.robots import robot as robots
 from shallow_pi.sims import pictures, simulator
 
@@ -114,8 +114,7 @@ class Suite:
     def __post_init__(self) -> None:
         for task in self.tasks:
             if task not in PROMPTS:
-                close = difflib.get_close_matches(task.removesuffix(VERSION), PROMPTS, n=1)
-                hint = f"; did you mean {close[0]!r}?" if close else ""
+                hint = suggestions.closest(task.removesuffix(VERSION), PROMPTS)
                 raise ValueError(f"tasks: Meta-World has no {task!r}, only {sorted(PROMPTS)}{hint}")
         if self.suite not in ("mt10", "mt50"):
             raise ValueError(f'suite: expected "mt10" or "mt50", got {self.suite!r}')

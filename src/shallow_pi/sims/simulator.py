@@ -8,7 +8,6 @@ package is imported when the suite is first used.
 """
 
 import dataclasses
-import difflib
 import importlib
 import os
 import pkgutil
@@ -19,6 +18,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from jaxtyping import Float
 
+from shallow_pi import suggestions
 from shallow_pi.data.robots import robot as robots
 
 # Flat LeRobot keys (`observation.images.*`, `observation.state`, `task`), or the robot's keys.
@@ -240,9 +240,7 @@ def _read(option: str, value: object, hint: type) -> object:
 
 
 def _known(name: str, names: Sequence[str] | Mapping[str, object]) -> str:
-    close = difflib.get_close_matches(name, names, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    return f"there are {sorted(names)}{hint}"
+    return f"there are {sorted(names)}{suggestions.closest(name, names)}"
 
 
 def harder(suite: Suite, names: Sequence[str] | None) -> dict[str, Suite]:

@@ -4,11 +4,11 @@ A variant is plain values, so that it travels as JSON (see `commands.benchmark_v
 """
 
 import dataclasses
-import difflib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from shallow_pi import suggestions
 from shallow_pi.inference import tuning
 from shallow_pi.models import gemma, pi0, siglip
 
@@ -194,6 +194,5 @@ def _check(values: Mapping[str, Any], kind: type, what: str) -> None:
     fields = [field.name for field in dataclasses.fields(kind)]
     for name in values:
         if name not in fields:
-            close = difflib.get_close_matches(name, fields, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
+            hint = suggestions.closest(name, fields)
             raise ValueError(f"--add: {what} has no field {name!r}, only {fields}{hint}")

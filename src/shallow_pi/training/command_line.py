@@ -6,14 +6,13 @@ overridden.
 
 import ast
 import dataclasses
-import difflib
 import importlib.util
 import pathlib
 import sys
 import traceback
 from collections.abc import Sequence
 
-from shallow_pi import flags, progress
+from shallow_pi import flags, progress, suggestions
 from shallow_pi.checkpoints import run_folder
 from shallow_pi.training import idle
 from shallow_pi.training.config import DistillConfig
@@ -104,11 +103,10 @@ def find(folder: pathlib.Path, name: str) -> pathlib.Path:
             f"are {', '.join(available)}"
         )
     if name not in available:
-        close = difflib.get_close_matches(name, available, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else " Or name a file of your own, *.py."
+        hint = suggestions.closest(name, available, "; or name a file of your own, *.py")
         if pathlib.Path(name).expanduser().is_dir():
-            hint = f" {name} is a folder: give a dataset after the name, as --data.path {name}"
-        raise ValueError(f"unknown config {name!r}; there are {', '.join(available)}.{hint}")
+            hint = f"; {name} is a folder: give a dataset after the name, as --data.path {name}"
+        raise ValueError(f"unknown config {name!r}; there are {', '.join(available)}{hint}")
     return folder / f"{name}.py"
 
 

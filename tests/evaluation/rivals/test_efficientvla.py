@@ -212,7 +212,7 @@ def test_more_layers_than_there_are_are_refused(own, params, tiny_batch, tmp_pat
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("efficient", "rival 'efficient' is none of .*; did you mean efficientvla"),
+        ("efficient", "rival 'efficient' is none of .*; did you mean 'efficientvla'"),
         ("efficientvla:layer=6", "options layers=0, tokens=0, cache=1, got 'layer=6'"),
         ("efficientvla:layers=six", "layers is of type int, got 'six'"),
         ("efficientvla:tokens=3", "tokens at least 4"),

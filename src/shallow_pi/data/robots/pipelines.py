@@ -6,10 +6,9 @@ actions back into the robot's. The order is units, delta actions, normalization.
 """
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 
-from shallow_pi import progress
+from shallow_pi import progress, suggestions
 from shallow_pi.data.robots import conversions, normalize, tokenizer, transforms
 from shallow_pi.data.robots import robot as robots
 from shallow_pi.data.robots import vector as vectors
@@ -56,8 +55,7 @@ def inputs(
     normalize.check(stats, {"state": robot.state_dim, "actions": robot.action_dim}, kind)
     for camera in robot.cameras:
         if camera not in cameras:
-            close = difflib.get_close_matches(camera, set(cameras) - set(robot.cameras), n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
+            hint = suggestions.closest(camera, set(cameras) - set(robot.cameras))
             progress.warn(
                 f"{robot.cameras[camera]!r} of robot {robot.name} is not used: the model has no "
                 f"camera {camera!r}, only {list(cameras)}{hint}"

@@ -25,7 +25,6 @@ checkpoint holds all of it: a policy is served without the file.
 """
 
 import dataclasses
-import difflib
 import functools
 import inspect
 import pathlib
@@ -39,6 +38,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from shallow_pi import suggestions
 from shallow_pi.data.robots import conversions, vector
 
 
@@ -438,8 +438,7 @@ def find(name: str) -> Robot:
     if name.endswith(".py"):
         return _from_file(pathlib.Path(name).expanduser())
     if name not in ROBOTS:
-        close = difflib.get_close_matches(name, ROBOTS, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else "; or name a file with a ROBOT, *.py"
+        hint = suggestions.closest(name, ROBOTS, "; or name a file with a ROBOT, *.py")
         raise ValueError(f"unknown robot {name!r}; there are {sorted(ROBOTS)}{hint}")
     return ROBOTS[name]
 

@@ -1,10 +1,10 @@
 """The export formats by name; a new one is a file in this folder and a line in the table."""
 
-import difflib
 import pathlib
 from collections.abc import Mapping
 from typing import Protocol
 
+from shallow_pi import suggestions
 from shallow_pi.deploy.export import (
     lerobot,
     onnx,
@@ -77,7 +77,6 @@ def find(name: str) -> Format:
       ValueError: an unknown name; lists the formats.
     """
     if name not in FORMATS:
-        close = difflib.get_close_matches(name, FORMATS, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
+        hint = suggestions.closest(name, FORMATS)
         raise ValueError(f"unknown --format {name!r}: there are {', '.join(FORMATS)}{hint}")
     return FORMATS[name]

@@ -1,8 +1,8 @@
 """Rivals by name: `efficientvla:layers=6,tokens=16,cache=2`, the fields of a rival's dataclass."""
 
 import dataclasses
-import difflib
 
+from shallow_pi import suggestions
 from shallow_pi.evaluation.rivals import cogvla, early_exit, efficientvla, mole, rival, skipping
 
 RIVALS: dict[str, type[rival.Rival]] = {
@@ -23,8 +23,7 @@ def find(name: str) -> rival.Rival:
     """
     kind, _, given = name.partition(":")
     if kind not in RIVALS:
-        close = difflib.get_close_matches(kind, RIVALS, 1)
-        hint = f"; did you mean {close[0]}?" if close else ""
+        hint = suggestions.closest(kind, RIVALS)
         raise ValueError(f"rival {kind!r} is none of {', '.join(RIVALS)}{hint}")
     made = RIVALS[kind]
     assert dataclasses.is_dataclass(made), "a rival is a dataclass of its options"
