@@ -1,5 +1,8 @@
 """Video reads back frame by frame, close to the original, with the requested key frames."""
 
+import os
+import pathlib
+
 import av
 import numpy as np
 import pytest
@@ -47,3 +50,17 @@ def test_bad_sizes_and_settings_are_refused(tmp_path):
     # The type checker, where it runs, is the first to object.
     with pytest.raises((ValueError, TypeError), match="mpeg2"):
         video_writer.Encoding("mpeg2")
+
+
+def test_a_process_that_wrote_a_video_keeps_its_priority(tmp_path):
+    """SVT-AV1 gives it, and with it its children, real-time priority where it may (root)."""
+    tasks = pathlib.Path("/proc/self/task")
+    if not tasks.is_dir():
+        pytest.skip("needs Linux's list of threads")
+    encoder = video_writer.Encoder(tmp_path / "film.mp4", 10, (64, 64), video_writer.Encoding())
+    for grey in range(4):
+        encoder.add(np.full((64, 64, 3), 60 * grey, np.uint8))
+    policies = {os.sched_getscheduler(int(task.name)) for task in tasks.iterdir()}
+    encoder.close()
+    assert policies == {os.SCHED_OTHER}
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER

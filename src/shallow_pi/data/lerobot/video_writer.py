@@ -4,11 +4,14 @@ A picture is decoded from the key frame before it, so a key frame every second p
 two decodes; LeRobot writes AV1 this way. H.264 is larger but supported everywhere.
 """
 
+import contextlib
 import dataclasses
 import fractions
 import math
 import os
 import pathlib
+import threading
+from collections.abc import Iterator
 from typing import Literal
 
 import av
@@ -79,6 +82,8 @@ class Encoder:
         self._tick = 1 / rate / self._ticks_per_frame
         self._last = -self._ticks_per_frame
         self._stream.codec_context.time_base = self._tick
+        with _usual_priority():
+            self._stream.codec_context.open()
 
     @property
     def end(self) -> float:
@@ -104,6 +109,26 @@ class Encoder:
         """Flush the encoder, and write the file's index."""
         self._container.mux(self._stream.encode())
         self._container.close()
+
+
+@contextlib.contextmanager
+def _usual_priority() -> Iterator[None]:
+    """Take back the real-time priority that SVT-AV1, run by root, gives this thread and its own.
+
+    The thread would keep it, and hand it to its children: a training that wrote a dataset would
+    keep everything else off the processor.
+    """
+    if not hasattr(os, "sched_setscheduler"):  # Not on macOS.
+        yield
+        return
+    tasks = pathlib.Path("/proc/self/task")
+    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
+    others = {task.name for task in tasks.iterdir()} - {str(threading.get_native_id())}
+    yield
+    for task in tasks.iterdir():
+        if task.name not in others:
+            with contextlib.suppress(ProcessLookupError):  # It has ended.
+                os.sched_setscheduler(int(task.name), policy, parameters)
 
 
 def describe(path: str | os.PathLike[str], fps: float) -> dict[str, object]:
