@@ -66,7 +66,7 @@ DEBUG_PI0 = pi0.Pi0Config(
 TURNTABLE_DATA = data_config.DataConfig(robot="turntable", asset_id="turntable", cache="memory")
 
 TABLETOP_DATA = dataclasses.replace(TURNTABLE_DATA, robot="tabletop", asset_id="tabletop")
-# Meta-World's π0: three cameras of 64 × 64 pixels, 16 tokens each; 9 MB in bfloat16.
+# Meta-World's π0: two cameras of 64 × 64 pixels, 16 tokens each; 9 MB in bfloat16.
 METAWORLD_PI0 = pi0.Pi0Config(
     depth=18,
     backbone=gemma.GemmaConfig(width=128, mlp_dim=320, num_heads=4, num_kv_heads=1, head_dim=32),
@@ -74,6 +74,7 @@ METAWORLD_PI0 = pi0.Pi0Config(
     image=siglip.SiglipConfig(width=128, depth=4, mlp_dim=256, num_heads=4, patch_size=16),
     image_size=64,
     vocab_size=448,
+    cameras=("base_0_rgb", "left_wrist_0_rgb"),
     action_dim=4,
     action_horizon=16,
     max_token_len=20,

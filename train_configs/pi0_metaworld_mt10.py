@@ -13,7 +13,7 @@ from shallow_pi.training import config, optimizer
 
 def get_config() -> config.DistillConfig:
     """1,000 demonstrations of ten tasks, task loss only."""
-    steps = 10_000
+    steps = 8_000
     return config.DistillConfig(
         model=_base.METAWORLD_PI0,
         data=_base.METAWORLD_DATA,

@@ -1,9 +1,9 @@
 """Demonstrations as one batch of all their frames, small enough to stay on the device.
 
-All frames of 6,000 episodes of the tabletop (48 pixels wide) take 2 GB, those of 1,000 episodes of
-Meta-World (three pictures, 64 wide) 3 GB. There is no loader and no dataset on disk. `collect`
-records the expert, `samples` gives what the model sees, equal to what the robot's transforms make
-of each frame (`assets.Assets.inputs`).
+All frames of 6,000 episodes of the tabletop (48 pixels wide) take 2 GB, as do those of 1,000
+episodes of Meta-World (64 wide). There is no loader and no dataset on disk. `collect` records
+the expert, `samples` gives what the model sees, equal to what the robot's transforms make of each
+frame (`assets.Assets.inputs`).
 """
 
 import dataclasses

@@ -6,11 +6,9 @@ gripper's position in metres and its opening (0 to 1). Episodes take the tasks i
 succeeds at the first step that the package calls a success. A policy learns the goal from the
 pictures: where nothing else shows it, a coloured ball does.
 
-The package has no instructions in words; those in PROMPTS are ours. So are two cameras, left and
-right of the table, that fill small pictures with it: one of them alone cannot tell how far away a
-goal in the air is. The third looks out of the gripper. "corner2", in place of the right one, is the
-package's, turned upright and moved closer as in LeRobot. Ray casting paints a textured surface with
-the mean of its texture.
+The package has no instructions in words; those in PROMPTS are ours. Two views: "near" is a camera
+of ours that fills small pictures with the table, "corner2" is the package's, turned upright and
+moved closer as in LeRobot. Ray casting paints a textured surface with the mean of its texture.
 """
 
 import dataclasses
@@ -86,10 +84,8 @@ MT10 = (
     *("button-press-topdown", "peg-insert-side", "window-open", "window-close"),
 )
 VERSION = "-v3"
-# Our cameras, that of the view "near" and the one across from it: position, point looked at,
-# vertical field of view in degrees. Their lines of sight are at right angles.
+# Our camera of the view "near": position, point looked at, vertical field of view in degrees.
 NEAR = ((0.72, 0.30, 0.76), (0.0, 0.71, 0.12), 45.0)
-LEFT = ((-0.72, 0.30, 0.76), (0.0, 0.71, 0.12), 45.0)
 CORNER2 = (0.75, 0.075, 0.7)  # LeRobot's position of the package's camera.
 DEMONSTRATION_STEPS = 300  # Experts that take longer are stuck.
 # Before a demonstration the gripper goes off in some direction for up to so many steps, times the
@@ -110,7 +106,7 @@ class Suite:
     image_size: int = 64
     # Episodes are cut off here, control steps; 500 is the benchmark's.
     max_steps: int = 500
-    # Camera of the base picture: our right one ("near") or LeRobot's ("corner2").
+    # Camera of the base picture: ours ("near") or LeRobot's ("corner2").
     view: Literal["near", "corner2"] = "near"
     # Pictures by ray casting ("ray") or by MuJoCo's OpenGL renderer ("gl").
     renderer: pictures.Renderer = "ray"
@@ -224,7 +220,6 @@ class MetaWorld:
                 _place_camera(env.model, "corner2", *NEAR)
             else:
                 env.model.camera("corner2").pos = CORNER2
-            _place_camera(env.model, "corner", *LEFT)
             sites = [env.model.site(name).id for name, _ in _goal_sites(env)]
             size = (self.config.image_size,) * 2
             views = pictures.Pictures(env.model, size, self.config.renderer, 2, sites)
@@ -266,14 +261,13 @@ class MetaWorld:
         return {}
 
     def observe(self) -> simulator.Observation:
-        """The pictures, the state and the prompt, under LeRobot's keys."""
-        base = self._render("corner2")
+        """Both pictures, the state and the prompt, under LeRobot's keys."""
+        base, wrist = self._render("corner2"), self._render("gripperPOV")
         if self.config.view == "corner2":
             base = base[::-1, ::-1]
         return {
             "observation.images.base": np.ascontiguousarray(base),
-            "observation.images.wrist": self._render("gripperPOV"),
-            "observation.images.left": self._render("corner"),
+            "observation.images.wrist": wrist,
             "observation.state": self.true_state[:4].astype(np.float32),
             "task": self.prompt,
         }

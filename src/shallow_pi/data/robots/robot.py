@@ -260,7 +260,7 @@ TABLETOP = dataclasses.replace(TURNTABLE, name="tabletop", state_dim=4)
 # motion (a centimetre) and of closing (1) or opening (-1) out.
 METAWORLD = Robot(
     name="metaworld",
-    cameras={**TURNTABLE.cameras, "right_wrist_0_rgb": "observation.images.left"},
+    cameras=TURNTABLE.cameras,
     state_dim=4,
     action_dim=4,
     fps=80,

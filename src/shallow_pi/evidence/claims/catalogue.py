@@ -210,7 +210,7 @@ def _metaworld() -> Claim:
         limits="One teacher. 50 episodes a task, 500 control steps at most at 80 Hz, of which a "
         "policy executes 8 of 16 planned before its next plan, on pictures of 64 pixels; the "
         "package's success, its limit and its draws of objects and goals, with our instructions "
-        "and our cameras, so that no number of others compares. A policy's plan is waited for.",
+        "and our camera, so that no number of others compares. A policy's plan is waited for.",
     )
 
 

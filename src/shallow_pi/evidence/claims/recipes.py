@@ -178,7 +178,7 @@ METAWORLD_TEACHER = dataclasses.replace(
     TEACHER,
     suite="metaworld_mt10",
     peak_lr=1e-3,
-    steps=10_000,
+    steps=8_000,
     batch_size=32,
     demonstrations=1_000,
 )
