@@ -278,10 +278,10 @@ def _guided(policy: Policy) -> Callable[..., Mapping[str, object]]:
     if hands_on or {"previous", "delay"} <= set(taken):
         return policy.infer
     told: Mapping[str, object] = getattr(policy, "get_server_metadata", dict)()
-    if told.get("real_time_chunking"):
+    key = observation_keys.REAL_TIME_CHUNKING
+    if told.get(key):
 
         def infer(observation: Mapping[str, object], **left: object) -> Mapping[str, object]:
-            key = observation_keys.REAL_TIME_CHUNKING
             return policy.infer({**observation, key: left} if left else observation)
 
         return infer

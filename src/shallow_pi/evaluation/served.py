@@ -66,7 +66,7 @@ class Served:
                 f"the policy at {url} is of robot {self.metadata.get('robot', 'unknown')!r} and "
                 f"does not fit the simulator's, {robot.name!r}: it has {'; '.join(different)}"
             )
-        if continues and not self.metadata.get("real_time_chunking"):
+        if continues and not self.metadata.get(observation_keys.REAL_TIME_CHUNKING):
             self.close()
             raise ValueError(
                 f"{url} cannot be sent a previous chunk to go on from: start it with "

@@ -120,8 +120,9 @@ def stamps(
         with contextlib.suppress(OSError), os.scandir(folder) as entries:
             for entry in entries:
                 if entry.is_file():
+                    status = entry.stat()
                     path = os.path.relpath(entry.path, layout.root)
-                    found[path] = (entry.stat().st_size, entry.stat().st_mtime_ns)
+                    found[path] = (status.st_size, status.st_mtime_ns)
     return found
 
 
