@@ -85,13 +85,18 @@ def test_what_was_not_measured_is_not_decided():
     assert table.decide(statement) == ("not measured", None)
 
 
-def test_the_page_names_the_rows_that_are_not_complete(tmp_path, monkeypatch):
-    table = _table({"one": [1] * 4, "a": [1] * 4, "b": [1] * 2})
+def test_the_page_counts_verdicts_and_the_cells_that_are_not_complete(tmp_path, monkeypatch):
+    statements = (
+        Statement("all of it", ("one", "all"), at_least=0.1),
+        Statement("others", ("others", "all"), at_least=0.1),
+    )
+    table = _table({"one": [1] * 4, "a": [1] * 4, "b": [1] * 2}, statements)
     monkeypatch.setattr(catalogue, "CLAIMS", {table.claim.name: table.claim})
     monkeypatch.setattr(cells, "read", lambda folder: table.results)
     page.write(tmp_path / "evidence.md", tmp_path, episodes=4)
-    assert (
-        "*Pending:* 5 of 7 cells. Some of: *three* (2 of 3). All of: *others*. "
-        "`reproduce.py made up --pending` names them.\n"
-    ) in (tmp_path / "evidence.md").read_text()
+    text = (tmp_path / "evidence.md").read_text()
+    assert "\n| [made up](#made up) |  | 1 |  |  | 1 |\n" in text
+    assert "\n| all of it | **shown** (one training seed) | 100.0 % (" in text
+    assert "\n| others | not measured | |\n" in text
+    assert "\n*Pending:* 5 of 7 cells; `uv run scripts/reproduce.py made up --pending` " in text
     assert page.pending([table.claim], tmp_path, 4)[0] == "made up: x touch+insert N10 x10 (0 of 4)"

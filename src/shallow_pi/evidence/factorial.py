@@ -165,7 +165,7 @@ def lines(table: outcomes.Table, results: pathlib.Path) -> Iterator[str]:
     claim = table.claim
     if found := effects(table) if claim.factors else []:
         yield ""
-        yield "| effect on success, points | of one cut | cells |"
+        yield "| cut | effect on success, points | cells |"
         yield "|---|---|---|"
         for effect in found:
             name = " × ".join(f"{claim.factors[i].name} {level}" for i, level in effect.cuts)
@@ -179,8 +179,9 @@ def lines(table: outcomes.Table, results: pathlib.Path) -> Iterator[str]:
             yield f"| {name} | {mean} ({low} to {high}) | {groups} |"
         yield ""
         yield (
-            "The effect of a cut is the mean over all cells that differ in it alone; *together* is "
-            "what two cuts cost beyond the sum of both (below zero: they hurt each other)."
+            "The effect of a cut is the mean over all pairs of cells that differ in it alone; "
+            "*together* is the effect of two cuts beyond the sum of both (below zero: they make "
+            "each other worse)."
         )
     if costs := read(claim, results):
         names = [column.label for column in claim.columns]
@@ -195,7 +196,7 @@ def lines(table: outcomes.Table, results: pathlib.Path) -> Iterator[str]:
                 times = " / ".join(f"{cost.median_ms:.2f}" for cost in own)
                 yield f"| {row.label} | {counts} | {times} | {own[0].bytes / 1e3:.0f} |"
         yield ""
-        yield f"Operations and times with {', '.join(names)}."
+        yield f"Operations and times: {' / '.join(names)}."
 
 
 def picture(path: pathlib.Path, table: outcomes.Table, results: pathlib.Path) -> bool:

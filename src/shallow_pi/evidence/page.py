@@ -4,8 +4,10 @@ Nothing on it is written by hand but the claims' own words: what is shown, refut
 from the intervals, what is pending from what is not measured.
 """
 
+import collections
 import os
 import pathlib
+import typing
 from collections.abc import Iterator, Sequence
 
 from shallow_pi import figures, progress
@@ -16,23 +18,31 @@ from shallow_pi.evidence.claims.claim import Claim, Column, Side, Statement
 
 HEAD = """# Evidence
 
-The paper's claims, and ours, tested on a suite of tabletop tasks small enough that every student
-can be trained under several seeds. `uv run scripts/reproduce.py {names}` measures them, cell by
-cell; this page and its pictures are written by that command from `{results}/*.jsonl`.
+The paper's claims and ours, tested on tabletop tasks with models small enough (1 M parameters) to
+train every student under several seeds. Nothing on this page was measured at full size.
+`uv run scripts/reproduce.py CLAIM` measures a claim and rewrites this page and its figures from
+`{results}/*.jsonl`.
 
-**Protocol.** One 18-layer teacher (`{teacher}`){untrained}. Tasks:
-{tasks}.
-A row is one recipe under up to {seeds} training seeds. All policies meet the same {episodes}
-episodes (seeds from {first}; fewer where a cell says so) with the same noise for the sampler, none
-of them a demonstration. 10 of 20 planned actions are executed at 20 Hz before the next plan (past
-the pillar all 20). Plans are compared at {held} held-out observations, {plans} noises each:
-*plans to teacher* is the energy distance (mm) between the distributions of a policy's plans and of
-its teacher's in ten steps, 0 for equal distributions.
+**Tasks.** *touch*: touch the named block. *insert*: put the peg into the named cup, with 3 mm of
+play. *precise*: the same with 1 mm. *relation*: touch the block left of, right of or nearest to a
+named object. *clutter*: eight objects under changing light and colours. *moving*: a disc turns at
+15 or 30°/s. *around*: pass a pillar on the left or right, as a coin flip that no observation shows
+decides in the demonstrations, and touch the block; hitting the pillar's core fails. *Success* is
+over the first six, *elsewhere* the same from starts that no demonstration had; *around* is always
+reported separately.
 
-**Intervals** are 95 % and count training seeds and episodes both as drawn at random (two crossed
-random effects); they are wide where three seeds differ. Differences are paired by episode and by
-training seed. A statement is *shown* or *refuted* only if the whole interval says so, else *open*.
-Rows with one seed (the teacher, untrained cuts) speak of that one policy.
+**Protocol**, unless a section says otherwise. One 18-layer teacher (`{teacher}`){untrained}. A row
+is one recipe under up to {seeds} training seeds. All policies meet the same {episodes} episodes
+(seeds from {first}; none is a demonstration), with the same noise for the sampler. They execute 10
+of 20 planned actions at 20 Hz before the next plan, on *around* all 20. Plans are compared at
+{held} held-out observations with {plans} noises each: *plans to teacher* is the energy distance
+(mm) between a policy's plans and its teacher's in ten integration steps, 0 for equal distributions;
+*spread* is the standard deviation of a plan's middle position across the direct path to the target.
+
+**Intervals** are 95 % and treat both training seeds and episodes as random (two crossed random
+effects), so they are wide where three seeds differ. Differences are paired by episode and training
+seed. A statement is *shown* or *refuted* only if the whole interval says so, else *open*. Rows with
+one seed (the teacher, untrained cuts) describe that one policy.
 """
 
 
@@ -77,12 +87,10 @@ def write(path: pathlib.Path, folder: pathlib.Path, episodes: int) -> list[pathl
         lines += _tables(table)
         lines += rival_costs.lines(table.claim, folder)
         lines += factorial.lines(table, folder)
-        lines += ["", f"*Not said:* {table.claim.limits}", *_pending(table), *_origin(table)]
-    lines += ["", "## Pending as a whole", ""]
-    for table in tables:
-        if table not in measured:
-            claim, count = table.claim, len(table.claim.cells())
-            lines.append(f"- **{claim.name}** ({count} cells): {claim.question} {claim.says}")
+        lines += ["", f"*Limits:* {table.claim.limits}", *_pending(table), *_origin(table)]
+    if others := [table.claim for table in tables if table not in measured]:
+        lines += ["", "## Not measured", ""]
+        lines += [f"- **{c.name}** ({len(c.cells())} cells): {c.question} {c.says}" for c in others]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return written
@@ -93,10 +101,8 @@ def _head(folder: pathlib.Path, episodes: int, results: cells.Results) -> list[s
     untrained = ", **which is not trained yet**: what follows has teachers of its own"
     return HEAD.format(
         untrained="" if there else untrained,
-        names="CLAIM",
         results=folder.as_posix(),
         teacher=rows.TEACHER,
-        tasks=", ".join(f"*{task}*" for task in (*rows.TASKS, "around")),
         seeds=len(rows.SEEDS),
         episodes=episodes,
         first=f"{cells.EPISODE_SEED:,}",
@@ -106,30 +112,25 @@ def _head(folder: pathlib.Path, episodes: int, results: cells.Results) -> list[s
 
 
 def _verdicts(tables: Sequence[outcomes.Table]) -> Iterator[str]:
-    """Every measured statement with its verdict, then how many of which claim are not measured."""
+    """The question of each claim, and how many of its statements have which verdict."""
     if not tables:
         return
-    yield from ("", "| claim | statement | verdict | measured |", "|---|---|---|---|")
-    left = []
+    verdicts = typing.get_args(outcomes.Verdict)
+    yield from ("", f"| claim | question | {' | '.join(verdicts)} |", "|---|---|---|---|---|---|")
     for table in tables:
-        name = table.claim.name
-        measured, others = _decisions(table)
-        for text, verdict, value in measured:
-            yield f"| [{name}](#{name}) | {text} | {verdict} | {value} |"
-        if others:
-            left.append(f"[{name}](#{name}) {len(others)}")
-    if left:
-        yield from ("", f"Statements that are not measured yet: {', '.join(left)}.")
+        found = collections.Counter(table.decide(s)[0] for s in table.claim.statements)
+        counts = " | ".join(str(found[verdict] or "") for verdict in verdicts)
+        claim = table.claim
+        yield f"| [{claim.name}](#{claim.name}) | {claim.question} | {counts} |"
 
 
 def _section(table: outcomes.Table) -> list[str]:
     claim = table.claim
     measured, others = _decisions(table)
-    lines = ["", f"## {claim.name}", "", f"**{claim.question}** {claim.says}", ""]
-    lines += [f"- {text}: {verdict}: {value}" for text, verdict, value in measured]
-    if others:
-        lines.append(f"- not measured: {'; '.join(others)}")
-    return lines
+    lines = ["", f"## {claim.name}", "", f"**{claim.question}** {claim.says}"]
+    lines += ["", "| statement | verdict | measured |", "|---|---|---|"]
+    lines += [f"| {text} | {verdict} | {value} |" for text, verdict, value in measured]
+    return [*lines, *(f"| {text} | not measured | |" for text in others)]
 
 
 def _decisions(table: outcomes.Table) -> tuple[list[tuple[str, str, str]], list[str]]:
@@ -143,7 +144,7 @@ def _decisions(table: outcomes.Table) -> tuple[list[tuple[str, str, str]], list[
         column = next(c for c in table.claim.columns if c.label == statement.a[1])
         value = _difference(found, column) if statement.b else _mean(found, column)
         bold = f"**{verdict}**" if verdict != "open" else verdict
-        few = ", of one training seed" if found.seeds == 1 and _trained(statement) else ""
+        few = " (one training seed)" if found.seeds == 1 and _trained(statement) else ""
         measured.append((statement.text, bold + few, value))
     return measured, others
 
@@ -168,9 +169,9 @@ def _difference(found: intervals.Mean, column: Column) -> str:
 
 
 def _tables(table: outcomes.Table) -> Iterator[str]:
-    """Every policy that was measured somewhere: mean, interval, and difference to the reference.
+    """Every policy that was measured: mean, interval, and difference from the reference.
 
-    What there is more of, policies or columns, runs down the page.
+    The longer of the two lists, policies or columns, runs down the page.
     """
     claim = table.claim
     columns = [
@@ -191,8 +192,8 @@ def _tables(table: outcomes.Table) -> Iterator[str]:
         yield f"| {label} | " + " | ".join(line) + " |"
     yield ""
     yield (
-        "Mean (interval; seeds where several; episodes n where not all), and below it the "
-        f"difference to *{claim.reference}*."
+        "Mean (interval; training seeds if several; n episodes if not all); below it the "
+        f"difference from *{claim.reference}*."
     )
 
 
@@ -208,7 +209,8 @@ def _cell(table: outcomes.Table, side: Side, column: Column) -> str:
     seeds = f"; {found.seeds} seeds" if found.seeds > 1 else ""
     if column.kind == "episodes" and not column.task and found.episodes < table.episodes:
         seeds += f"; n {found.episodes}"
-    text = f"{scale * found.mean:.1f} ({scale * found.low:.1f}–{scale * found.high:.1f}{seeds})"
+    low, high = scale * found.low, scale * found.high
+    text = f"{scale * found.mean:.1f} ({low:.1f} to {high:.1f}{seeds})"
     reference = (table.claim.reference, side[1])
     if side[0] != table.claim.reference and table.claim.has(reference):
         other = table.difference(side, reference)
@@ -218,27 +220,16 @@ def _cell(table: outcomes.Table, side: Side, column: Column) -> str:
 
 
 def _pending(table: outcomes.Table) -> list[str]:
-    """Rows that are not complete, by name."""
     claim = table.claim
     left = outcomes.missing(claim, table.results, table.episodes, running.OBSERVATIONS)
     if not left:
         return []
-    begun, others = [], []
-    for row in claim.variants:
-        own = claim.cells_of(row)
-        lacking = [cell for cell in own if cell in left]
-        if any(table.results.seeds(cell) for cell in own):
-            begun += [f"*{row.label}* ({len(lacking)} of {len(own)})"] if lacking else []
-        else:
-            others.append(f"*{row.label}*")
     text = f"*Pending:* {len(left)} of {len(claim.cells())} cells"
-    text += f". Some of: {', '.join(begun)}" if begun else ""
-    text += f". All of: {', '.join(others)}" if others else ""
-    return ["", f"{text}. `reproduce.py {claim.name} --pending` names them."]
+    return ["", f"{text}; `uv run scripts/reproduce.py {claim.name} --pending` names them."]
 
 
 def _origin(table: outcomes.Table) -> list[str]:
-    """Commits, devices and time of what is measured."""
+    """Commits and devices of the measurements."""
     origins = [o for cell in table.claim.cells() for o in table.results.origins.get(cell, ())]
     if not origins:
         return []
@@ -246,7 +237,7 @@ def _origin(table: outcomes.Table) -> list[str]:
         ", ".join(sorted({str(o[name]) for o in origins if o[name]}))
         for name in ("commit", "device")
     )
-    return ["", f"*Measured* at commit {commits} on {devices}."]
+    return ["", f"*Measured* at {commits} ({devices})."]
 
 
 def pending(chosen: Sequence[Claim], folder: pathlib.Path, episodes: int) -> list[str]:

@@ -10,12 +10,11 @@ from shallow_pi.evidence.claims.claim import Claim, Column, Line, Picture, State
 # the student's at the ratio of the latencies measured here (2.2).
 TEACHER_LATE, STUDENT_LATE, RATIO_LATE = 8, 3, 4
 EXECUTORS: dict[rollout.Executor, str] = {
-    "late": "as they come",
+    "late": "executed as they come",
     "skip": "late actions skipped",
     "real-time": "real-time chunking",
 }
-# Control steps that are measured, the ones that matter first.
-STEPS = (0, STUDENT_LATE, TEACHER_LATE, RATIO_LATE, 2, 6, 1)
+STEPS = (0, 1, 2, STUDENT_LATE, RATIO_LATE, 6, TEACHER_LATE)  # control steps that are measured
 GUIDED_STEPS = (STUDENT_LATE, TEACHER_LATE, RATIO_LATE)
 # Policies of the turntable. The student: three losses, 300 steps, 200 demonstrations, seed 42.
 TURNTABLE = TURNTABLE_TEACHER, TURNTABLE_STUDENT = "turntable-teacher-l18", "turntable-l6-s42"
@@ -29,7 +28,7 @@ def on_the_tabletop() -> Claim:
         rows.TEACHER_ROW,
         rows.STUDENT_ROW,
         lambda steps, executor: cells.Situation(("moving",), late=steps, executor=executor),
-        "The disc turns at 15 or 30°/s, demonstrated turning.",
+        "The disc turns at 15 or 30°/s, in the demonstrations as well.",
     )
 
 
@@ -37,7 +36,7 @@ def on_the_turntable() -> Claim:
     """Policies that never saw the disc turn, as in the quick story."""
     return _claim(
         "late-turntable",
-        "Does the faster student win on a turntable that neither policy saw turn?",
+        "Does the faster student win on a turntable that neither policy saw turn in training?",
         Variant("teacher, 18 layers", (TURNTABLE_TEACHER,)),
         Variant("student, 6 layers", (TURNTABLE_STUDENT,)),
         lambda steps, executor: cells.Situation(
@@ -48,10 +47,10 @@ def on_the_turntable() -> Claim:
             sim="turntable",
             turning=15.0,
         ),
-        "Another task, teacher and student than on the rest of this page: the packaged teacher of "
-        "the README's quick story, and **one** student of it (three losses, 300 steps, 200 "
-        "demonstrations), so that the training seed is not varied. The disc turns at 15°/s, the "
-        "plan has 10 actions of which 5 are executed, and a robot that runs out of them stands.",
+        "Task and policies differ from the rest of this page: the packaged turntable teacher and "
+        "**one** student of it (three losses, 300 steps, 200 demonstrations). The disc turns at "
+        "15°/s; 5 of 10 planned actions are executed, and a robot that runs out of them stands "
+        "still.",
     )
 
 
@@ -91,8 +90,8 @@ def _claim(
     return Claim(
         name=name,
         question=question,
-        says="The paper: teacher 364 ms late, student 110, on a turntable at 15°/s; on its robot "
-        "the student solves more (peg, foam, apple, beans: 34 of 40 against 23).",
+        says="The paper: the teacher is 364 ms late and the student 110, on a turntable at 15°/s; "
+        "on its robot the student solves more (peg, foam, apple, beans: 34 of 40 against 23).",
         variants=(teacher, student),
         columns=tuple(dict.fromkeys(columns)),
         statements=tuple(
@@ -113,6 +112,6 @@ def _claim(
             ),
         ),
         reference=teacher.label,
-        limits=f"{limits} Lateness is counted in whole control steps of 50 ms: 364 ms are "
-        f"{TEACHER_LATE}, 110 ms are {STUDENT_LATE}.",
+        limits=f"{limits} Lateness is rounded up to control steps of 50 ms: 364 ms to "
+        f"{TEACHER_LATE} steps, 110 ms to {STUDENT_LATE}.",
     )

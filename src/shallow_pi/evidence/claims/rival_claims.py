@@ -44,12 +44,12 @@ def rivals() -> Claim:
     columns = (success, Column("relation", rows.RELATION), Column("around", rows.around(10)))
 
     def student_wins(student: Variant, label: str) -> Statement:
-        text = f"{student.label}: at least as much success as {label}"
+        text = f"*{student.label}* is at least as good as *{label}*"
         return Statement(text, student.at(success), found[label].at(success), at_least=0)
 
     return Claim(
         name="rivals",
-        question="Is a shallow student better than skipping, routing and fewer tokens?",
+        question="Does a shallow student beat skipping layers, routing and fewer tokens?",
         says="The paper: layers cut from both streams and distilled keep success where reducing "
         "visual tokens or skipping layers does not, and cost less.",
         variants=every,
@@ -68,6 +68,6 @@ def rivals() -> Claim:
             ),
         ),
         reference=rows.STUDENT_ROW.label,
-        limits="Our reimplementations of the ideas, one training seed each; what differs from the "
-        "authors' is in docs/rivals.md. Trained rivals get 1,200 steps on 400 demonstrations.",
+        limits="Our reimplementations, one training seed each; docs/rivals.md lists where they "
+        "differ from the papers. Trained rivals get 1,200 steps on 400 demonstrations.",
     )

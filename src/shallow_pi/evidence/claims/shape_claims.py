@@ -62,9 +62,10 @@ def shapes() -> Claim:
 
     return Claim(
         name="shapes",
-        question="Which cuts of a student go together: layers, image tower, image tokens, "
+        question="Which cuts of a student combine well: layers, image tower, image tokens, "
         "integration steps, bits?",
-        says="Ours: published cuts go one by one; costs that are small alone may add up, or worse.",
+        says="Ours: papers cut one thing at a time; costs that are small alone may add up, or "
+        "worse.",
         variants=tuple(found),
         columns=tuple(columns.values()),
         statements=(
@@ -75,16 +76,18 @@ def shapes() -> Claim:
                 "a quarter of the tokens costs at most 5 points", 0.05, f"{six}, quarter of tokens"
             ),
             costs("8 bits for weights cost at most 2 points", 0.02, f"{six}, 8 bits for weights"),
-            costs("8 bits for activations too cost at most 2 points", 0.02, f"{six}, 8 bits"),
+            costs(
+                "8 bits for weights and activations cost at most 2 points", 0.02, f"{six}, 8 bits"
+            ),
             costs("one step costs at most 10 points", 0.1, six, columns[1].label),
             costs("all cuts together cost at most 20 points", 0.2, every, columns[1].label),
         ),
         # Success against operations is drawn by `factorial`.
         pictures=(),
         reference=six,
-        limits="A small teacher of one task, whose tower has two layers and whose cameras have 16 "
-        "tokens; students of 600 steps with the three losses, reflow for one step and, where the "
-        "tower is cut, the vision loss. 8 bits are int8; other numbers are float32 here, and "
+        limits="A small teacher of one task, with an image tower of two layers and 16 tokens a "
+        "camera; students of 600 steps with the three losses, reflow for one step and, if the "
+        "tower is cut, the vision loss. 8 bits are int8; everything else is float32 here, and "
         "counted as 16 bits.",
         factors=(
             Factor("layers", tuple(map(str, DEPTHS))),

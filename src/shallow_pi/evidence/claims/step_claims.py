@@ -16,7 +16,7 @@ REFLOW: dict[str, object] = {
     "reflow": 1.0,
     "num_steps": 1,
 }
-PAST = "Past the pillar in few integration steps"
+PAST = "Success on around in few integration steps"
 
 
 def _spread(num_steps: int) -> Column:
@@ -42,13 +42,13 @@ def few_steps() -> Claim:
     return Claim(
         name="few-steps",
         question="How many integration steps does a policy with several modes need?",
-        says="Ours: where the mean of the modes is fatal, one step of an ordinary policy fails. "
-        "What a loss for few steps (reflow) repairs is the claim *modes*.",
+        says="Ours: where the mean of the modes fails, one step of an ordinary policy fails. The "
+        "claim [modes](#modes) tests the loss for few steps (reflow).",
         variants=tuple(found.values()),
         columns=(*success.values(), *apart.values(), *spread.values()),
         statements=(
             Statement(
-                "one step costs the student 20 points",
+                "one step costs the student at least 20 points",
                 student.at(success[10]),
                 student.at(success[1]),
                 at_least=0.2,
@@ -56,13 +56,13 @@ def few_steps() -> Claim:
         ),
         pictures=(curves("few_steps", PAST, "integration steps", found, success),),
         reference=student.label,
-        limits="Two modes of equal weight; a task with one mode needs one step.",
+        limits="Two modes of equal weight; a task with one mode needs a single step.",
     )
 
 
 def modes() -> Claim:
     """On the one task with two modes, with a teacher of its own."""
-    numbers = (10, 1, 2, 5)
+    numbers = (10, 5, 2, 1)
     rows.RECIPES[AROUND.slug] = AROUND
     top = Variant("teacher, 18 layers", (AROUND.slug,))
     three = rows.students("three losses", **OF_AROUND)
@@ -86,14 +86,16 @@ def modes() -> Claim:
 
     def loses(row: Variant, words: str) -> Statement:
         ten, one = row.at(success[10]), row.at(success[1])
-        return Statement(f"one integration step costs {words} 20 points", ten, one, at_least=0.2)
+        text = f"one integration step costs {words} at least 20 points"
+        return Statement(text, ten, one, at_least=0.2)
 
     return Claim(
         name="modes",
-        question="Where an expert passes a pillar left or right by a coin, do one-step plans fail, "
-        "and which students keep both ways?",
+        question="Where an expert passes a pillar on either side by a coin flip, do one-step plans "
+        "fail, and which students keep both ways?",
         says="Ours: the mean of the two ways hits the core, so few steps must fail; students "
-        "by the task loss alone lose the ways of their teacher, and reflow keeps them in one step.",
+        "trained on the task loss alone lose modes of their teacher, and reflow keeps them in one "
+        "step.",
         variants=tuple(found.values()),
         columns=(*success.values(), *touched.values(), *apart.values(), *spread.values()),
         statements=(
@@ -110,9 +112,9 @@ def modes() -> Claim:
                 apart[10],
                 at_most=0,
             ),
-            differ("reflow raises the success of one step", reflow, three, success[1], at_least=0),
+            differ("reflow raises success in one step", reflow, three, success[1], at_least=0),
             differ(
-                "reflow brings plans in one step nearer to the teacher's in ten",
+                "reflow brings one-step plans nearer to the teacher's ten-step plans",
                 reflow,
                 three,
                 apart[1],
@@ -123,6 +125,6 @@ def modes() -> Claim:
             curves("modes", PAST, "integration steps", found, dict(sorted(success.items()))),
         ),
         reference=three.label,
-        limits="A small teacher of this task alone (2,400 steps on two CPU cores), students of 600 "
-        "steps; plans of a second, executed whole.",
+        limits="A small teacher of this task alone (2,400 steps), students of 600 steps; plans of "
+        "one second, executed whole.",
     )

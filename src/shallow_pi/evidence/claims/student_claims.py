@@ -55,7 +55,7 @@ def parity() -> Claim:
     return Claim(
         name="parity",
         question="Is the 6-layer student within one point of its teacher, and what does it take?",
-        says="The paper: 95 % against 96 % on LIBERO. SmolVLA at the same cost: 87 %.",
+        says="The paper: 95 % against 96 % on LIBERO; SmolVLA at the same cost has 87 %.",
         variants=tuple(found),
         columns=columns,
         statements=(
@@ -66,19 +66,19 @@ def parity() -> Claim:
                 at_least=-0.01,
             ),
             Statement(
-                "and at most 1 point below it past the pillar",
+                "the student is at most 1 point below the teacher on around",
                 rows.STUDENT_ROW.at(ten),
                 rows.TEACHER_ROW.at(ten),
                 at_least=-0.01,
             ),
             Statement(
-                f"with {many} and layers by sensitivity, at most 5 points below it",
+                f"with layers by sensitivity and {many} the student is at most 5 points below",
                 best.at(success),
                 rows.TEACHER_ROW.at(success),
                 at_least=-0.05,
             ),
             Statement(
-                f"and after {rows.LONGER:,} steps at most 1 point below it",
+                f"the same student after {rows.LONGER:,} steps is at most 1 point below",
                 longest.at(success),
                 rows.TEACHER_ROW.at(success),
                 at_least=-0.01,
@@ -110,9 +110,9 @@ def parity() -> Claim:
         ),
         pictures=tuple(curves),
         reference=rows.TEACHER_ROW.label,
-        limits=f"A teacher of 1 M parameters on seven tabletop tasks; the size at which LIBERO was "
-        f"measured is 3 B. It saw {recipes.TEACHER.demonstrations:,} demonstrations; the paper's "
-        "students see all of their teacher's.",
+        limits=f"The teacher has 1 M parameters, the paper's 3 B. It saw "
+        f"{recipes.TEACHER.demonstrations:,} demonstrations; the paper's students see all of their "
+        "teacher's.",
         only=frozenset(only),
     )
 
@@ -148,7 +148,7 @@ def losses() -> Claim:
     return Claim(
         name="losses",
         question="Does each of the three losses earn its place?",
-        says="The paper: leaving any one out costs success; attention matched over all tokens "
+        says="The paper: leaving out any one costs success; matching the attention of all tokens "
         "destroys training.",
         variants=found,
         columns=(to_teacher, rows.SPREAD, success, ten, rows.TO_EXPERT),
@@ -182,7 +182,8 @@ def losses() -> Claim:
             ),
         ),
         reference=rows.STUDENT_ROW.label,
-        limits="Every student has the same steps; a loss may matter at other lengths (see parity).",
+        limits="All students train for the same steps; a loss may matter at other lengths (see "
+        "parity).",
     )
 
 
@@ -206,7 +207,7 @@ def layers() -> Claim:
     return Claim(
         name="layers",
         question="How many layers does the student need, and does it matter which?",
-        says="The paper: six layers, cut uniformly from 18, suffice.",
+        says="The paper: six evenly spaced layers of 18 suffice.",
         variants=found,
         columns=(success, relation, rows.TO_TEACHER),
         statements=(
@@ -217,14 +218,14 @@ def layers() -> Claim:
                 at_least=-0.01,
             ),
             Statement(
-                "a 2-layer student loses 20 points on relation",
+                "a 2-layer student is at least 20 points below the teacher on relation",
                 rows.TEACHER_ROW.at(relation),
                 depths[2].at(relation),
                 at_least=0.2,
             ),
             *(
                 Statement(
-                    f"a uniform cut beats the {row.label.removeprefix('layers: ')} one",
+                    f"uniform layers beat *{row.label}*",
                     rows.STUDENT_ROW.at(success),
                     row.at(success),
                     at_least=0,
@@ -278,8 +279,8 @@ def layers() -> Claim:
             ),
         ),
         reference=rows.STUDENT_ROW.label,
-        limits="The teacher has 1 M parameters and was trained from nothing: which of its layers "
-        "do the work says little of a fine-tuned π0. The first, similarity and sensitivity share "
-        "layers 0, 1, 4 and 5, of which the uniform cut has 0 alone. `random` draws other layers "
-        "for each seed, so its interval holds the choice too.",
+        limits="The teacher has 1 M parameters and was trained from scratch: which of its layers "
+        "do the work says little about a fine-tuned π0. First, similarity and sensitivity share "
+        "layers 0, 1, 4 and 5, of which the uniform cut has only 0. `random` draws other layers "
+        "for each seed, so its interval includes that choice.",
     )

@@ -66,7 +66,7 @@ def sizes() -> Claim:
         lines.append(Line(f"{words}, 10 steps", ((18.0, _in_ten(row)),), colour, ""))
     return Claim(
         name="teacher-size",
-        question="How small may a teacher be that gives the same 6-layer student?",
+        question="How small can the teacher of an equally good 6-layer student be?",
         says="Ours: students are cut from large pretrained policies; a smaller teacher would be "
         "cheaper to train, and a 6-layer one would need no distillation.",
         variants=(*teachers.values(), half, *students.values(), of_half),
@@ -74,7 +74,7 @@ def sizes() -> Claim:
         statements=(
             *(
                 Statement(
-                    f"the {row.label} is at most 5 points below that of 18 layers",
+                    f"the {row.label} is at most 5 points below that of the 18-layer one",
                     _in_ten(row),
                     _in_ten(students[18]),
                     at_least=-0.05,
@@ -82,7 +82,7 @@ def sizes() -> Claim:
                 for row in smaller
             ),
             Statement(
-                "the student of the 18-layer teacher beats 6 layers trained as that teacher was",
+                "the student of the 18-layer teacher beats a 6-layer policy trained like it",
                 _in_ten(students[18]),
                 _in_ten(teachers[6]),
                 at_least=0,
@@ -91,7 +91,7 @@ def sizes() -> Claim:
         pictures=(
             Picture(
                 "teacher_size",
-                "Success past the pillar against the teacher's layers",
+                "Success on around against the teacher's layers",
                 "layers of the teacher",
                 "success, %",
                 tuple(lines),
@@ -99,9 +99,10 @@ def sizes() -> Claim:
         ),
         reference=students[18].label,
         limits="One teacher of each size, 2,400 steps on 1,200 demonstrations; a larger one may "
-        "gain more from more. The student of the half-width teacher has half the width too. The "
-        "student of the 6-layer teacher keeps all of its layers: this row is that teacher trained "
-        "600 steps further on other demonstrations, with its earlier self as the teacher.",
+        "gain more from longer training. The student of the half-width teacher has half the width "
+        "as well. The student of the 6-layer teacher keeps all of its layers: that row is the "
+        "teacher trained 600 steps further on other demonstrations, distilled from its earlier "
+        "self.",
     )
 
 
@@ -119,10 +120,10 @@ def last_layer() -> Claim:
     found = (pi0, teacher, cut, three, alone)
     return Claim(
         name="last-layer-expert",
-        question="Does the same distillation work where the action expert reads nothing of the "
-        "backbone but its last state (GR00T's way)?",
-        says="The paper distils π0 and π0.5, whose experts read every layer; ours: the cut and the "
-        "three losses need neither.",
+        question="Does the same distillation work if the action expert reads only the backbone's "
+        "last state, as in GR00T?",
+        says="The paper distils π0 and π0.5, whose experts read every layer. Ours: the method does "
+        "not depend on that.",
         variants=found,
         columns=COLUMNS,
         statements=(
@@ -132,7 +133,7 @@ def last_layer() -> Claim:
                 _in_ten(pi0),
                 at_least=-0.05,
             ),
-            Statement("cut and not trained, at most 5 %", _in_ten(cut), at_most=0.05),
+            Statement("an untrained cut solves at most 5 %", _in_ten(cut), at_most=0.05),
             Statement(
                 "the student is at most 1 point below its teacher",
                 _in_ten(three),
@@ -158,7 +159,7 @@ def last_layer() -> Claim:
             ),
         ),
         reference=three.label,
-        limits="One teacher, 2,400 steps on 1,200 demonstrations: 18 layers of the backbone, then "
-        "18 of the expert, each of which reads keys and values of its own of the backbone's last "
-        "state. The attention loss is of the expert's middle layer.",
+        limits="One teacher, 2,400 steps on 1,200 demonstrations: 18 backbone layers, then 18 "
+        "expert layers, each with its own keys and values of the backbone's last state. The "
+        "attention loss compares the expert's middle layer.",
     )
