@@ -46,24 +46,24 @@ class Later(concurrent.futures.Executor):
     def __init__(self):
         self.waiting = []
 
-    def submit(self, function, /, *arguments, **options):
+    def submit(self, function):
         future = concurrent.futures.Future()
-        self.waiting.append((future, function, arguments, options))
+        self.waiting.append((future, function))
         return future
 
     def finish(self):
         while self.waiting:
-            future, function, arguments, options = self.waiting.pop(0)
+            future, function = self.waiting.pop(0)
             if future.set_running_or_notify_cancel():
                 try:
-                    future.set_result(function(*arguments, **options))
+                    future.set_result(function())
                 except ValueError as error:
                     future.set_exception(error)
 
 
 class AtOnce(Later):
-    def submit(self, function, /, *arguments, **options):
-        future = super().submit(function, *arguments, **options)
+    def submit(self, function):
+        future = super().submit(function)
         self.finish()
         return future
 
@@ -278,11 +278,11 @@ def test_what_goes_wrong_in_the_background_is_raised_by_the_next_call_and_then_o
     run(executor, worker, 3, delay=100)
     good, policy.infer = policy.infer, None
 
-    def broken(observation):
+    def broken():
         raise ValueError("the camera is unplugged")
 
-    future, _, arguments, options = worker.waiting.pop()
-    worker.waiting.append((future, broken, arguments, options))
+    future, _ = worker.waiting.pop()
+    worker.waiting.append((future, broken))
     worker.finish()
     with pytest.raises(ValueError, match="the camera is unplugged"):
         executor.infer({"step": np.array([3])})

@@ -1,9 +1,10 @@
 """A robot's keys are found flat or nested, by LeRobot's names and by openpi's."""
 
+import numpy as np
 import pytest
 
 from shallow_pi.data.robots import robot
-from shallow_pi.deploy import observation_keys
+from shallow_pi.deploy import observation_keys, robot_observation
 
 STATE, HIGH = "observation.state", "observation.images.cam_high"
 
@@ -52,3 +53,11 @@ def test_no_two_keys_of_a_robot_are_taken_for_each_other():
         nested = {key.replace(".", "/"): number for number, key in enumerate(keys)}
         found = observation_keys.find(nested, keys)
         assert [nested[found[key]] for key in keys] == list(range(len(keys)))
+
+
+def test_the_chunk_that_is_sent_along_is_the_one_that_is_read():
+    plain, chunk = {STATE: 1}, np.ones((3, 2))
+    sent = observation_keys.with_previous(plain, chunk, 2)
+    assert sent == {STATE: 1, "real_time_chunking": {"previous": chunk, "delay": 2}}
+    assert plain == {STATE: 1}
+    assert robot_observation.split_previous(sent) == (plain, chunk, 2)

@@ -109,11 +109,10 @@ async def client(given: Arguments, number: int, until: float, times: list[float]
             return actions
 
         if given.real_time_chunking:
-            key = observation_keys.REAL_TIME_CHUNKING
-            if not metadata.get(key):
+            if not metadata.get(observation_keys.REAL_TIME_CHUNKING):
                 raise ValueError(f"start the server at {given.url} with --real-time-chunking")
-            left = {"previous": (await ask(protocol.pack(made[0])))[1:], "delay": 1}
-            made = [{**one, key: left} for one in made]
+            left = (await ask(protocol.pack(made[0])))[1:]
+            made = [observation_keys.with_previous(one, left, delay=1) for one in made]
         ready = list(map(protocol.pack, made))
         while not times or time.monotonic() < until:
             start = time.monotonic()

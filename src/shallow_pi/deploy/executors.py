@@ -18,6 +18,7 @@ import collections
 import concurrent.futures
 import copy
 import dataclasses
+import functools
 import inspect
 import threading
 import time
@@ -119,7 +120,6 @@ class SkipLateActions:
         if control_hz is not None and not control_hz > 0:
             raise ValueError(f"control_hz must be positive, got {control_hz}")
         self._policy, self._execute_steps = policy, execute_steps
-        self._infer: Callable[..., Mapping[str, object]] = policy.infer
         self._control_hz, self._clock = control_hz, clock
         self._owns_worker = worker is None
         self._worker = worker or concurrent.futures.ThreadPoolExecutor(1, "policy")
@@ -173,13 +173,13 @@ class SkipLateActions:
         """Number of actions given of the chunk; without one, more than any chunk has."""
         return np.inf if self._chunk is None else self._step - self._chunk.start
 
-    def _conditions(self) -> dict[str, object]:
-        """Arguments for the policy beside the observation."""
-        return {}
+    def _request(self, observation: Mapping[str, object]) -> Callable[[], Mapping[str, object]]:
+        """The call for the next chunk, with all that is known now; the worker makes it."""
+        return functools.partial(self._policy.infer, observation)
 
     def _ask(self, observation: Mapping[str, object]) -> None:
         # A robot may fill the same buffers with the next observation.
-        asked = self._worker.submit(self._infer, _copy(observation), **self._conditions())
+        asked = self._worker.submit(self._request(_copy(observation)))
         self._pending = asked, self._step
 
     def _take_arrived(self, waited: int = 0) -> None:
@@ -240,9 +240,8 @@ class RealTimeChunking(SkipLateActions):
     ) -> None:
         if delay < 0 or remember < 1:
             raise ValueError(f"expected delay >= 0 and remember >= 1, got {delay} and {remember}")
-        infer = _guided(policy)
+        self._go_on = _goes_on(policy)
         super().__init__(policy, execute_steps, **options)
-        self._infer = infer
         self._expected = delay
         self._delays: collections.deque[int] = collections.deque([delay], maxlen=remember)
 
@@ -252,12 +251,13 @@ class RealTimeChunking(SkipLateActions):
         self._delays.clear()
         self._delays.append(self._expected)
 
-    def _conditions(self) -> dict[str, object]:
+    def _request(self, observation: Mapping[str, object]) -> Callable[[], Mapping[str, object]]:
         chunk = self._chunk
         left = () if chunk is None else chunk.actions[self._step - chunk.start :]
         if not len(left):
-            return {}
-        return {"previous": left, "delay": min(max(self._delays), len(left))}
+            return super()._request(observation)
+        delay = min(max(self._delays), len(left))
+        return functools.partial(self._go_on, observation, previous=left, delay=delay)
 
     def _take_arrived(self, waited: int = 0) -> None:
         before = self._chunk
@@ -266,8 +266,8 @@ class RealTimeChunking(SkipLateActions):
             self._delays.append(self._chunk.late)
 
 
-def _guided(policy: Policy) -> Callable[..., Mapping[str, object]]:
-    """How a policy is asked for a chunk that goes on from `previous` after `delay`.
+def _goes_on(policy: Policy) -> Callable[..., Mapping[str, object]]:
+    """The policy's `infer(observation, previous=..., delay=...)`, in its process or on a server.
 
     Raises:
       ValueError: it takes neither.
@@ -278,11 +278,12 @@ def _guided(policy: Policy) -> Callable[..., Mapping[str, object]]:
     if hands_on or {"previous", "delay"} <= set(taken):
         return policy.infer
     told: Mapping[str, object] = getattr(policy, "get_server_metadata", dict)()
-    key = observation_keys.REAL_TIME_CHUNKING
-    if told.get(key):
+    if told.get(observation_keys.REAL_TIME_CHUNKING):
 
-        def infer(observation: Mapping[str, object], **left: object) -> Mapping[str, object]:
-            return policy.infer({**observation, key: left} if left else observation)
+        def infer(
+            observation: Mapping[str, object], *, previous: Float[np.ndarray, "n rd"], delay: int
+        ) -> Mapping[str, object]:
+            return policy.infer(observation_keys.with_previous(observation, previous, delay))
 
         return infer
     server = "a server started with --real-time-chunking"

@@ -7,10 +7,14 @@ and LeRobot's names drive the same policy. Names that differ altogether are in `
 others a robot file gives its own keys (`--policy.robot my.py`).
 
 Beside them an observation for a server may have the key REAL_TIME_CHUNKING, a map of what
-`Policy.infer` takes as `previous` and `delay`.
+`Policy.infer` takes as `previous` and `delay`: `with_previous` writes it, and
+`robot_observation.split_previous` reads it.
 """
 
 from collections.abc import Iterable, Mapping
+
+import numpy as np
+from jaxtyping import Float
 
 REAL_TIME_CHUNKING = "real_time_chunking"
 # The last part of a robot's key → other names clients have for it.
@@ -23,6 +27,22 @@ ALIASES = {
     "image": ("base_rgb",),
     "wrist_image": ("wrist_rgb",),
 }
+
+
+def with_previous(
+    observation: Mapping[str, object],
+    previous: Float[np.ndarray, "n rd"],
+    delay: int,
+) -> dict[str, object]:
+    """An observation for a server, with the chunk that its answer goes on from.
+
+    Args:
+      observation: the robot's.
+      previous: what is left of the chunk being executed, in the robot's units, its first row the
+        action due now.
+      delay: how many of these will have been executed when the answer arrives.
+    """
+    return {**observation, REAL_TIME_CHUNKING: {"previous": previous, "delay": delay}}
 
 
 def flatten(observation: Mapping[str, object], prefix: str = "") -> dict[str, object]:

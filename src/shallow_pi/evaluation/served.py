@@ -110,8 +110,10 @@ class Served:
             self._connect()
         asked = [self._form(one) for one in observations[: len(sims)]]
         if previous is not None:
-            for one, left in zip(asked, previous[: len(sims)], strict=True):
-                one[observation_keys.REAL_TIME_CHUNKING] = {"previous": left, "delay": delay}
+            asked = [
+                observation_keys.with_previous(one, left, delay)
+                for one, left in zip(asked, previous[: len(sims)], strict=True)
+            ]
         messages = map(protocol.pack, asked)
         found = list(self._pool.map(self._ask, self._connections, messages))
         # All plans of a batch have one length.
