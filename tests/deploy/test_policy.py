@@ -403,8 +403,8 @@ def test_the_previous_chunk_reaches_the_model_as_it_would_predict_it(deployed, s
     result = deployed.infer(first, noise[0])["actions"]
     batch = deployed.prepare([first])
     normalized = np.asarray(deployed.sample(batch, noise[:1]))
-    found = [deployed._clean(first)]
-    _, guidance = deployed._to_model(found, [result], 0, 5.0)
+    asked = deployed._transforms.to_model(first, result)
+    _, guidance = deployed._transforms.stack([asked])
     np.testing.assert_allclose(guidance.previous[..., :3], normalized[..., :3], atol=1e-5)
     assert not guidance.previous[..., 3:].any()
 
@@ -417,6 +417,8 @@ def test_each_chunk_of_a_batch_continues_its_predecessor_or_none(deployed, scene
     alone = deployed.infer(found[0], noise[0], previous=previous, delay=2)["actions"]
     np.testing.assert_allclose(both[0], alone, atol=1e-4)
     np.testing.assert_allclose(both[1], deployed.infer_batch(found, noise)[1], atol=1e-4)
+    none = deployed.infer_batch(found, noise, previous=[previous, None], delay=2)
+    np.testing.assert_array_equal(none, both)
 
 
 @pytest.mark.parametrize(

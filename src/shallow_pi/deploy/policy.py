@@ -21,12 +21,12 @@ from jaxtyping import Float, PyTree, UInt8
 from shallow_pi import progress
 from shallow_pi.checkpoints import run_folder
 from shallow_pi.data.robots import assets as policy_assets
-from shallow_pi.data.robots import pipelines, transforms
 from shallow_pi.data.robots import robot as robots
 from shallow_pi.deploy import (
     facts,
     observation_keys,
     robot_observation,
+    robot_transforms,
     state_check,
     step_folder,
     warm_up,
@@ -34,11 +34,7 @@ from shallow_pi.deploy import (
 from shallow_pi.inference import calibration as calibrations
 from shallow_pi.inference import prepare, program, real_time, tuning
 from shallow_pi.inference import quantize as quantization
-from shallow_pi.models import batch as batches
 from shallow_pi.models import observation
-
-# What the model sees, and how many actions of the previous chunk are in it.
-_Sample = tuple[transforms.Sample, int]
 
 
 class Policy:
@@ -78,22 +74,15 @@ class Policy:
     ) -> None:
         num_steps = assets.steps(num_steps)
         self.assets, self.num_steps, self.prompt = assets, num_steps, prompt
-        if prompt and assets.robot.prompt:
-            progress.warn(
-                f"robot {assets.robot.name} always has the prompt {assets.robot.prompt!r}: the "
-                f"policy's {prompt!r} is not used"
-            )
         if resize_on_device is None:
             resize_on_device = jax.default_backend() != "cpu"
         self.resize_on_device = resize_on_device
-        self._inputs = assets.inputs(resize=not resize_on_device)
-        self._outputs = assets.outputs()
-        self._check_state = state_check.StateCheck.create(
-            assets.robot,
-            assets.stats["state"],
-            names=assets.names.get("state", ()),
-            warn=state_warn,
-            refuse=state_refuse,
+        self._transforms = robot_transforms.RobotTransforms(
+            assets,
+            prompt=prompt,
+            resize=not resize_on_device,
+            state_warn=state_warn,
+            state_refuse=state_refuse,
         )
         self.quantize, bounds = calibrations.choose(
             assets.model, quantize, assets.quantize, calibration, num_steps
@@ -198,8 +187,8 @@ class Policy:
             "quantize": self.quantize,
             # Observations may have this key too (see `observation_keys`).
             observation_keys.REAL_TIME_CHUNKING: self.is_guided,
-            "state_low": self._check_state.low.tolist(),
-            "state_high": self._check_state.high.tolist(),
+            "state_low": self._transforms.check_state.low.tolist(),
+            "state_high": self._transforms.check_state.high.tolist(),
         }
 
     @property
@@ -244,15 +233,14 @@ class Policy:
         start = time.perf_counter()
         if noise is not None and np.shape(noise) != self.noise_shape:
             raise ValueError(f"noise must have shape {self.noise_shape}, got {np.shape(noise)}")
-        found = self._clean(observation)
-        warning = self._check_state(self.assets.robot.state(found))
-        batch, guidance = self._to_model([found], [previous], delay, max_guidance_weight)
+        asked = self._transforms.to_model(observation, previous, delay)
+        batch, guidance = self._transforms.stack([asked], max_guidance_weight)
         ready = time.perf_counter()
         start_from = self._next_seed() if noise is None else np.asarray(noise)[None]
         normalized = np.asarray(self.sample(batch, start_from, guidance))
         sampled = time.perf_counter()
-        (actions,) = self._to_robot([found], normalized)
-        return _result(actions, _timing(start, ready, sampled), warning)
+        (actions,) = self._transforms.to_robot([asked], normalized)
+        return _result(actions, _timing(start, ready, sampled), asked.warning)
 
     def infer_each(
         self, observations: Sequence[Mapping[str, object]], calls: Sequence[int]
@@ -283,13 +271,11 @@ class Policy:
                         f"the observation has {observation_keys.REAL_TIME_CHUNKING!r}: start the "
                         "server with --real-time-chunking, or send none"
                     )
-                found = self._clean(rest)
-                warning = self._check_state(self.assets.robot.state(found))
-                rows.append(_Row(place, call, found, self._sample(found, left), warning, delay))
+                rows.append(_Row(place, call, self._transforms.to_model(rest, left, delay)))
             except ValueError as error:
                 answers[place] = error
-        free = [row for row in rows if not row.sample[1]]
-        guided = [row for row in rows if row.sample[1]]
+        free = [row for row in rows if not row.asked.left]
+        guided = [row for row in rows if row.asked.left]
         for batch in filter(None, (free, guided)):
             for row, result in zip(batch, self._infer_rows(batch, start), strict=True):
                 answers[row.place] = result
@@ -300,17 +286,15 @@ class Policy:
         """The answers to one batch, begun at `start`."""
         size = min((size for size in self.batch_ms if size >= len(rows)), default=len(rows))
         filled = rows + (size - len(rows)) * rows[-1:]
-        samples, delays = [row.sample for row in filled], [row.delay for row in filled]
-        batch, guidance = self._stack(samples, delays)
+        batch, guidance = self._transforms.stack([row.asked for row in filled])
         seed = program.Seed(self._key, np.array([row.call for row in filled], np.uint32))
         ready = time.perf_counter()
         normalized = np.asarray(self.sample(batch, seed, guidance))[: len(rows)]
         sampled = time.perf_counter()
-        actions = self._to_robot([row.found for row in rows], normalized)
+        actions = self._transforms.to_robot([row.asked for row in rows], normalized)
         timing = _timing(start, ready, sampled)
-        return [
-            _result(chunk, timing, row.warning) for row, chunk in zip(rows, actions, strict=True)
-        ]
+        pairs = zip(rows, actions, strict=True)
+        return [_result(chunk, timing, row.asked.warning) for row, chunk in pairs]
 
     def together(self, waiting: int) -> int:
         """Number of the waiting observations to answer at once: the most a second, as measured."""
@@ -322,29 +306,39 @@ class Policy:
         observations: Sequence[Mapping[str, object]],
         noise: Float[np.ndarray, "b ah ad"],
         *,
-        previous: Sequence[Float[np.ndarray, "n rd"]] | None = None,
+        previous: Sequence[Float[np.ndarray, "n rd"] | None] | None = None,
         delay: int = 0,
         max_guidance_weight: float = real_time.MAX_WEIGHT,
     ) -> Float[np.ndarray, "b ah rd"]:
         """Action chunks of several observations in the robot's units; arguments as of `infer`.
 
         An absurd state is refused as in `infer`, but no state causes a warning. Some observations
-        may have no previous chunk (n = 0), or one shorter than the delay, which then ends with it.
+        may have no previous chunk (None, or n = 0), or one shorter than the delay, which then ends
+        with it.
         """
         if np.shape(noise) != (len(observations), *self.noise_shape):
             raise ValueError(
                 f"noise must have shape {(len(observations), *self.noise_shape)} for "
                 f"{len(observations)} observations, got {np.shape(noise)}"
             )
-        found = [self._clean(one) for one in observations]
-        for one in found:
-            self._check_state(self.assets.robot.state(one))
-        batch, guidance = self._to_model(found, previous, delay, max_guidance_weight)
-        return self._to_robot(found, np.asarray(self.sample(batch, noise, guidance)))
+        previous = len(observations) * [None] if previous is None else previous
+        if len(previous) != len(observations):
+            raise ValueError(
+                f"expected a previous chunk for each of {len(observations)} observations, got "
+                f"{len(previous)}"
+            )
+        pairs = zip(observations, previous, strict=True)
+        asked = [self._transforms.to_model(one, left, delay) for one, left in pairs]
+        batch, guidance = self._transforms.stack(asked, max_guidance_weight)
+        return self._transforms.to_robot(asked, np.asarray(self.sample(batch, noise, guidance)))
 
     def prepare(self, observations: Sequence[Mapping[str, object]]) -> observation.Observation:
-        """The model's batch of observations, on the host; pictures are still uint8."""
-        return self._to_model([self._clean(one) for one in observations])[0]
+        """The model's batch of observations, on the host; pictures are still uint8.
+
+        Raises:
+          ValueError: as of `infer`.
+        """
+        return self._transforms.stack([self._transforms.to_model(one) for one in observations])[0]
 
     def pack(
         self,
@@ -399,68 +393,10 @@ class Policy:
         guidance = warm_up.guidance(self.assets, size) if guided else None
         return lambda: self.sample(given, program.Seed(self._key, 0), guidance)
 
-    def _clean(self, given: Mapping[str, object]) -> dict[str, object]:
-        return robot_observation.clean(
-            self.assets.robot, self.assets.model.cameras, given, self.prompt
-        )
-
     def _next_seed(self) -> program.Seed:
         with self._lock:
             call, self._calls = self._calls, self._calls + 1
         return program.Seed(self._key, call)
-
-    def _to_model(
-        self,
-        found: Sequence[dict[str, object]],
-        previous: Sequence[Float[np.ndarray, "n rd"] | None] | None = None,
-        delay: int = 0,
-        max_weight: float = real_time.MAX_WEIGHT,
-    ) -> tuple[observation.Observation, real_time.Guidance | None]:
-        """The model's batch, and the guidance towards the previous chunks; None without any."""
-        previous = len(found) * [None] if previous is None else previous
-        if len(previous) != len(found):
-            raise ValueError(
-                f"expected a previous chunk for each of {len(found)} observations, got "
-                f"{len(previous)}"
-            )
-        samples = [self._sample(one, left) for one, left in zip(found, previous, strict=True)]
-        delays = len(samples) * [real_time.check_delay(delay)]
-        return self._stack(samples, delays, max_weight)
-
-    def _sample(
-        self, found: dict[str, object], previous: Float[np.ndarray, "n rd"] | None
-    ) -> _Sample:
-        """What the model sees, with what is left of a chunk as it would have predicted it now."""
-        if previous is None:
-            return self._inputs(dict(found)), 0
-        padded = real_time.pad_previous(
-            previous, (self.noise_shape[0], self.assets.robot.action_dim)
-        )
-        # The transforms of training: relative to this state, normalized, padded.
-        return self._inputs({**found, "actions": padded}), len(previous)
-
-    def _stack(
-        self,
-        given: Sequence[_Sample],
-        delays: Sequence[int],
-        max_weight: float = real_time.MAX_WEIGHT,
-    ) -> tuple[observation.Observation, real_time.Guidance | None]:
-        """As `_to_model`."""
-        samples, lengths = [sample for sample, _ in given], [length for _, length in given]
-        guidance = None
-        if any(lengths):
-            actions = np.stack([sample["actions"] for sample in samples])
-            guidance = real_time.make_guidance(actions, lengths, delays, max_weight)
-        if any(_sizes(sample) != _sizes(samples[0]) for sample in samples):
-            # Robots with different cameras in one batch.
-            samples = list(map(transforms.Resize(self.assets.model.image_size), samples))
-        return batches.stack([pipelines.to_observation(sample) for sample in samples]), guidance
-
-    def _to_robot(
-        self, found: Sequence[dict[str, object]], normalized: np.ndarray
-    ) -> Float[np.ndarray, "b ah rd"]:
-        state = np.stack([self.assets.robot.state(one) for one in found])
-        return self._outputs({"actions": normalized, "state": state})["actions"]
 
 
 class _Row(NamedTuple):
@@ -469,11 +405,7 @@ class _Row(NamedTuple):
     # Its place among the observations, refused ones counted.
     place: int
     call: int
-    found: dict[str, object]
-    sample: _Sample
-    warning: str | None
-    # Actions of its previous chunk that will be executed before the new one arrives.
-    delay: int
+    asked: robot_transforms.ModelInput
 
 
 def _timing(start: float, ready: float, sampled: float) -> dict[str, float]:
@@ -493,7 +425,3 @@ def _result(
 ) -> dict[str, object]:
     result: dict[str, object] = {"actions": actions, "timing": dict(timing)}
     return result | ({"warnings": [warning]} if warning else {})
-
-
-def _sizes(sample: transforms.Sample) -> list[tuple[int, ...]]:
-    return [picture.shape for picture in sample["image"].values()]

@@ -1,0 +1,118 @@
+"""Between a robot and its model, on the host: observations to the model's batch, actions back.
+
+An observation is checked, then transformed as in training. What is left of the chunk that the robot
+executes goes the same way and becomes what the model would predict for this observation: relative
+actions are the difference from the state of now.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from shallow_pi import progress
+from shallow_pi.data.robots import assets as policy_assets
+from shallow_pi.data.robots import pipelines, transforms
+from shallow_pi.deploy import robot_observation, state_check
+from shallow_pi.inference import real_time
+from shallow_pi.models import batch as batches
+from shallow_pi.models import observation as observations
+
+
+class ModelInput(NamedTuple):
+    """One observation as the model sees it, and what its answer needs."""
+
+    # The robot's observation, cleaned.
+    cleaned: dict[str, object]
+    # Without a batch axis; `actions` are the previous chunk, if there is one.
+    sample: transforms.Sample
+    # Number of actions of the previous chunk; the new chunk is free if there are none.
+    left: int
+    # Those of them that will be executed before the new chunk arrives.
+    delay: int
+    # That the state is far from the training data.
+    warning: str | None
+
+
+class RobotTransforms:
+    """The checks and transforms of one robot and its model.
+
+    Args:
+      assets: the model's sizes, robot, tokenizer and statistics.
+      prompt: the instruction where an observation has none.
+      resize: bring pictures to the model's size here; without, the device does.
+      state_warn: as of `state_check.StateCheck`.
+      state_refuse: as of `state_check.StateCheck`.
+    """
+
+    def __init__(
+        self,
+        assets: policy_assets.Assets,
+        *,
+        prompt: str | None,
+        resize: bool,
+        state_warn: float,
+        state_refuse: float,
+    ) -> None:
+        if prompt and assets.robot.prompt:
+            progress.warn(
+                f"robot {assets.robot.name} always has the prompt {assets.robot.prompt!r}: the "
+                f"policy's {prompt!r} is not used"
+            )
+        self._model, self._robot, self._prompt = assets.model, assets.robot, prompt
+        self._inputs, self._outputs = assets.inputs(resize=resize), assets.outputs()
+        self.check_state = state_check.StateCheck.create(
+            assets.robot,
+            assets.stats["state"],
+            names=assets.names.get("state", ()),
+            warn=state_warn,
+            refuse=state_refuse,
+        )
+
+    def to_model(
+        self,
+        observation: Mapping[str, object],
+        previous: Float[np.ndarray, "n rd"] | None = None,
+        delay: int = 0,
+    ) -> ModelInput:
+        """Check and transform one observation; arguments as of `Policy.infer`.
+
+        Raises:
+          ValueError: the policy cannot be asked with it; names the key.
+        """
+        model, robot = self._model, self._robot
+        cleaned = robot_observation.clean(robot, model.cameras, observation, self._prompt)
+        warning, delay = self.check_state(robot.state(cleaned)), real_time.check_delay(delay)
+        if previous is None:
+            return ModelInput(cleaned, self._inputs(dict(cleaned)), 0, delay, warning)
+        chunk = real_time.pad_previous(previous, (model.action_horizon, robot.action_dim))
+        sample = self._inputs({**cleaned, "actions": chunk})
+        return ModelInput(cleaned, sample, len(previous), delay, warning)
+
+    def stack(
+        self, inputs: Sequence[ModelInput], max_weight: float = real_time.MAX_WEIGHT
+    ) -> tuple[observations.Observation, real_time.Guidance | None]:
+        """The model's batch, and the guidance towards the previous chunks; None without any."""
+        samples, lengths = [one.sample for one in inputs], [one.left for one in inputs]
+        guidance = None
+        if any(lengths):
+            nothing = np.zeros((self._model.action_horizon, self._model.action_dim), np.float32)
+            actions = np.stack([sample.get("actions", nothing) for sample in samples])
+            delays = [one.delay for one in inputs]
+            guidance = real_time.make_guidance(actions, lengths, delays, max_weight)
+        if any(_sizes(sample) != _sizes(samples[0]) for sample in samples):
+            # Robots with different cameras in one batch.
+            samples = list(map(transforms.Resize(self._model.image_size), samples))
+        return batches.stack([pipelines.to_observation(sample) for sample in samples]), guidance
+
+    def to_robot(
+        self, inputs: Sequence[ModelInput], normalized: Float[np.ndarray, "b ah ad"]
+    ) -> Float[np.ndarray, "b ah rd"]:
+        """The model's actions for these inputs in the robot's units."""
+        state = np.stack([self._robot.state(one.cleaned) for one in inputs])
+        return self._outputs({"actions": normalized, "state": state})["actions"]
+
+
+def _sizes(sample: transforms.Sample) -> list[tuple[int, ...]]:
+    return [picture.shape for picture in sample["image"].values()]
