@@ -17,6 +17,7 @@ import numpy as np
 from shallow_pi.checkpoints import weights
 from shallow_pi.data.robots import pipelines
 from shallow_pi.distill import losses, step
+from shallow_pi.distill import spec as specs
 from shallow_pi.inference import forward, prepare, sampler, tuning
 from shallow_pi.models import gemma, pi0, siglip
 from shallow_pi.models import observation as observations
@@ -239,7 +240,7 @@ def _our_cache(
 
 def _our_loss(config: pi0.Pi0Config, params: dict, samples: dict) -> jax.Array:
     """openpi's loss through the training step's own draws; shape (b, ah)."""
-    spec = step.Spec(
+    spec = specs.Spec(
         student=config,
         optimizer=None,
         schedule=None,

@@ -12,6 +12,7 @@ import pytest
 
 from shallow_pi.checkpoints import weights
 from shallow_pi.distill import layer_map, losses, step, student
+from shallow_pi.distill import spec as specs
 from shallow_pi.models import layer_table, layers, pi0, siglip
 from shallow_pi.training import config
 
@@ -32,7 +33,7 @@ def teacher(tiny_config, tiny_params):
 def spec(teacher):
     """All losses, of a student cut in the three directions."""
     small = dataclasses.replace(teacher[0].image, depth=2)
-    return step.Spec(
+    return specs.Spec(
         student=dataclasses.replace(
             pi0.at_depth(teacher[0], 3), image=small, pooled_tokens=2, **UNEVEN
         ),

@@ -10,6 +10,7 @@ import pytest
 
 from shallow_pi.checkpoints import weights
 from shallow_pi.distill import layer_map, losses, step, student
+from shallow_pi.distill import spec as specs
 from shallow_pi.models import layers, pi0
 from shallow_pi.parallel import shapes, sharding
 
@@ -24,7 +25,7 @@ def setting(tiny_config, tiny_params, tiny_batch):
     config = tiny_config(cameras=("base_0_rgb",))
     teacher = tiny_params(config)
     chosen = layer_map.explicit((0, 2), 3)
-    spec = step.Spec(
+    spec = specs.Spec(
         student=pi0.at_depth(config, 2),
         optimizer=optax.sgd(0.1),
         schedule=optax.constant_schedule(0.1),

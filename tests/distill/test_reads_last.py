@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from shallow_pi.distill import layer_map, losses, step, student
+from shallow_pi.distill import spec as specs
 from shallow_pi.models import gemma, layer_table, layers, pi0
 from shallow_pi.training import config
 
@@ -27,7 +28,7 @@ def teacher(tiny_config, tiny_params):
 
 
 def _spec(teacher, kept, backbone, expert):
-    return step.Spec(
+    return specs.Spec(
         student=_reads_last(teacher, backbone, expert),
         optimizer=optax.sgd(0.1),
         schedule=optax.constant_schedule(0.1),
@@ -92,7 +93,7 @@ def test_a_student_of_other_halves_is_refused(teacher):
         ((0, 3, 4), _reads_last(made, 2, 1)),
     ):
         with pytest.raises(ValueError, match="must keep the same halves"):
-            step.Spec(
+            specs.Spec(
                 student=student_model,
                 optimizer=optax.sgd(0.1),
                 schedule=optax.constant_schedule(0.1),

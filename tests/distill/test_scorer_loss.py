@@ -13,6 +13,7 @@ import pytest
 
 from shallow_pi.checkpoints import weights
 from shallow_pi.distill import layer_map, losses, step, student
+from shallow_pi.distill import spec as specs
 from shallow_pi.models import layers, pi0
 from shallow_pi.training import config
 
@@ -28,7 +29,7 @@ def teacher(tiny_config, tiny_params):
 @pytest.fixture(scope="module")
 def spec(teacher):
     """A student of two layers and two of four patches, padded actions left out; plain SGD."""
-    return step.Spec(
+    return specs.Spec(
         student=dataclasses.replace(pi0.at_depth(teacher[0], 2), scored_tokens=2),
         optimizer=optax.sgd(0.1),
         schedule=optax.constant_schedule(0.1),

@@ -16,7 +16,8 @@ from shallow_pi.checkpoints import sizes, weights
 from shallow_pi.data import data_config, opening
 from shallow_pi.data.robots import assets
 from shallow_pi.deploy import policy as deployed
-from shallow_pi.distill import layer_map, losses, step, student
+from shallow_pi.distill import layer_map, losses, student
+from shallow_pi.distill import spec as specs
 from shallow_pi.evaluation import rollout, study
 from shallow_pi.inference import prepare, sampler, tuning
 from shallow_pi.models import pi0
@@ -107,7 +108,7 @@ def test_a_run_with_samples_from_elsewhere_has_a_report(own, tmp_path):
 
 def test_the_teacher_of_a_student_in_8_bits_is_not_rounded(own, tiny_config, tmp_path, monkeypatch):
     teacher = tiny_config(vocab_size=320)
-    spec = step.Spec(
+    spec = specs.Spec(
         student=own.model,
         optimizer=optax.sgd(0.1),
         schedule=optax.constant_schedule(0.1),

@@ -16,6 +16,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from shallow_pi.checkpoints import weights
 from shallow_pi.distill import layer_map, losses, step, student
+from shallow_pi.distill import spec as specs
 from shallow_pi.models import gemma, layers, pi0, siglip
 from shallow_pi.parallel import sharding
 from shallow_pi.planning import hlo
@@ -65,7 +66,7 @@ def _spec(layout, mesh):
     adamw = optimizer.AdamW(eps=1e-3, clip_norm=0.5)
     schedule = optimizer.CosineSchedule(warmup_steps=1, peak_lr=0.01, decay_steps=10, end_lr=0.01)
     schedule = schedule.create()
-    return step.Spec(
+    return specs.Spec(
         student=_config(STUDENT),
         optimizer=adamw.create(schedule),
         schedule=schedule,

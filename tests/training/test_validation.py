@@ -14,6 +14,7 @@ from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.data.robots import normalize, pipelines, transforms
 from shallow_pi.data.robots import robot as robots
 from shallow_pi.distill import layer_map, losses, step, student
+from shallow_pi.distill import spec as specs
 from shallow_pi.models import observation, pi0
 from shallow_pi.parallel import sharding
 from shallow_pi.training import config, optimizer, validation
@@ -112,7 +113,7 @@ def test_samples_and_noise_do_not_depend_on_the_mesh(tiny_config):
 def _spec(model, teacher=None, **changes):
     schedule = optimizer.CosineSchedule(warmup_steps=1, peak_lr=1e-3, decay_steps=9).create()
     weights = losses.Losses() if teacher else losses.Losses(velocity=0.0, attention=0.0)
-    return step.Spec(
+    return specs.Spec(
         student=model,
         optimizer=optimizer.AdamW().create(schedule),
         schedule=schedule,

@@ -20,12 +20,12 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from shallow_pi.distill import attention as attentions
 from shallow_pi.distill import flow, losses, norms
-from shallow_pi.distill import layer_map as layer_maps
+from shallow_pi.distill import spec as specs
 from shallow_pi.distill import student as students
 from shallow_pi.inference import quantize as quantization
 from shallow_pi.inference import sampler
 from shallow_pi.models import batch as batches
-from shallow_pi.models import cached, captures, layers, pi0, prefixes
+from shallow_pi.models import cached, captures, pi0, prefixes
 from shallow_pi.models import observation as observations
 
 Metrics = norms.Metrics
@@ -45,134 +45,6 @@ class DistillState:
     ema_params: PyTree
 
 
-@dataclasses.dataclass(frozen=True)
-class Spec:
-    """The static part of a step."""
-
-    student: pi0.Pi0Config
-    optimizer: optax.GradientTransformation
-    schedule: optax.Schedule
-    losses: losses.Losses
-    # The teacher; None trains on the task loss alone.
-    teacher: pi0.Pi0Config | None = None
-    # Its layers that the student was cut from; None before they are chosen, or without a teacher.
-    layer_map: layer_maps.LayerMap | None = None
-    # Products in 8 bits that the student is deployed with: it sees its weights rounded.
-    quantize: quantization.Scheme = "none"
-    # Parts of the student that stay the teacher's.
-    freeze: tuple[students.Part, ...] = ()
-    augmentation: observations.Augmentation = observations.NO_AUGMENTATION
-    # (noise, time) pairs drawn for every observation; they share the prefix.
-    draws: int = 1
-    # Integration steps that the student is deployed with; the reflow loss looks at their times.
-    num_steps: int = 10
-    # Microbatches a step is cut into; the result is that of the whole batch.
-    accumulation: int = 1
-    ema_decay: float | None = None
-    # Execution of both models; the teacher's layers are always scanned.
-    execution: layers.Execution = layers.DEFAULT_EXECUTION
-    # The teacher's layers lie in the host's memory, and are copied one by one.
-    offload_teacher: bool = False
-
-    def __post_init__(self) -> None:
-        counts = ("draws", "accumulation", "num_steps")
-        if low := [f"{name} {getattr(self, name)}" for name in counts if getattr(self, name) < 1]:
-            raise ValueError(f"{', '.join(counts)} are at least 1, got {', '.join(low)}.")
-        if self.layer_map is not None and self.teacher is None:
-            raise ValueError("a layer map names layers of a teacher, and there is none.")
-        if self.losses.vision is None:
-            resolved = dataclasses.replace(self.losses, vision=float(self.cuts_tower))
-            object.__setattr__(self, "losses", resolved)
-        scored = self.student.scored_tokens > 0
-        if self.losses.scorer is None:
-            resolved = dataclasses.replace(self.losses, scorer=float(scored))
-            object.__setattr__(self, "losses", resolved)
-        if self.losses.scorer and not scored:
-            raise ValueError(
-                f"--losses.scorer {self.losses.scorer:g} trains a scorer that is not there: give "
-                "--student.image-token-choice scored and --student.image-tokens, or leave it out."
-            )
-        if self.losses.needs_teacher and self.teacher is None:
-            given = {name: getattr(self.losses, name) for name in losses.TERMS[1:]}
-            flags = [f"--losses.{name} {weight}" for name, weight in given.items() if weight]
-            raise ValueError(
-                f"weights need a teacher: {', '.join(flags)}; give one, or set them to 0."
-            )
-        if self.freeze and self.teacher is None:
-            raise ValueError(
-                f"--student.freeze {' '.join(self.freeze)} keeps parts of a teacher, and there is "
-                "none: leave it out."
-            )
-        if self.teacher is not None:
-            students.check_pair(self.teacher, self.student, self.layer_map)
-            if self.offload_teacher and not self.teacher.is_even:
-                raise ValueError(
-                    "--teacher.offload copies layers that are whole in both streams, and the "
-                    "teacher has others (--model.backbone-layers, --model.expert-layers): leave "
-                    "it out."
-                )
-        if "vision" in self.freeze and (self.cuts_tower or self.losses.vision):
-            raise ValueError(
-                "--student.freeze vision keeps the teacher's image tower, which "
-                "--student.vision-depth cuts and --losses.vision trains: leave it out, or both."
-            )
-        self._check_attention()
-
-    @property
-    def cuts_tower(self) -> bool:
-        """True if the student's image tower has not all of the teacher's layers."""
-        return self.teacher is not None and self.student.image.depth != self.teacher.image.depth
-
-    def _check_attention(self) -> None:
-        layer, queries = self.losses.attention_layer, self.losses.attention_queries
-        there, layers = self._attending, ", ".join(map(str, self._attending))
-        kind = {"actions": "an expert", "text": "a whole backbone", "all": "both halves"}[queries]
-        if layer != -1 and layer not in there:
-            raise ValueError(
-                f"--losses.attention-layer must be -1 or one of {layers or 'none'}, the student's "
-                f"layers with {kind}; got {layer}."
-            )
-        if queries != "actions" and self.student.scored_tokens:
-            raise ValueError(
-                f"--losses.attention-queries {queries}: a scorer (--student.image-token-choice "
-                "scored) learns from the attention of the actions; give actions."
-            )
-        if queries == "actions" or not self.losses.attention:
-            return
-        if not there:
-            raise ValueError(
-                f"--losses.attention-queries {queries} compares a layer with {kind}, and the "
-                "student has none: compare actions."
-            )
-        teacher = self.teacher or self.student
-        if queries == "all" and self.student.pooled_tokens != teacher.pooled_tokens:
-            raise ValueError(
-                "--losses.attention-queries all compares token by token, and "
-                f"--student.image-tokens {self.student.pooled_tokens} keeps fewer than the teacher "
-                "has: give actions or text, or keep its image tokens."
-            )
-
-    @property
-    def _attending(self) -> list[int]:
-        """The student layers that have the halves whose attention is compared."""
-        queries = self.losses.attention_queries
-        return [i for i, k in enumerate(self.student.layers) if not captures.lacks(k, queries)]
-
-    @property
-    def attention_layers(self) -> tuple[int, int]:
-        """The pair of (student, teacher) layers whose attention is compared."""
-        if self.layer_map is None:
-            raise ValueError(
-                "attention is compared with a layer of the teacher, and none is chosen yet: a "
-                "strategy that measures does so in a run; name layers with --student.layers."
-            )
-        layer = self.losses.attention_layer
-        if layer == -1:  # The middle one, of the prompt the first.
-            middle = (len(self._attending) - 1) // 2
-            layer = self._attending[0 if self.losses.attention_queries == "text" else middle]
-        return layer, self.layer_map.layers[layer]
-
-
 class Inputs(NamedTuple):
     """Inputs of both models, drawn once."""
 
@@ -187,7 +59,7 @@ class Inputs(NamedTuple):
     line_t: Float[Array, "b r"] | None
 
 
-def init_state(spec: Spec, params: PyTree) -> DistillState:
+def init_state(spec: specs.Spec, params: PyTree) -> DistillState:
     """A fresh state around parameters, which become float32 (the teacher's may be bfloat16)."""
     params, _ = students.split(params, spec.freeze)
     # A copy, never an alias: the state is donated, and the caller keeps the parameters it gave.
@@ -200,7 +72,7 @@ def init_state(spec: Spec, params: PyTree) -> DistillState:
     )
 
 
-def draw_inputs(spec: Spec, key: Array, batch: batches.Batch) -> Inputs:
+def draw_inputs(spec: specs.Spec, key: Array, batch: batches.Batch) -> Inputs:
     """Augment the pictures and draw noise and time, with openpi's keys (one draw: its numbers)."""
     augment_key, noise_key, time_key = jax.random.split(key, 3)
     observation = batch.observation.as_float()
@@ -228,7 +100,7 @@ def draw_inputs(spec: Spec, key: Array, batch: batches.Batch) -> Inputs:
 
 
 def distill_step(
-    spec: Spec,
+    spec: specs.Spec,
     teacher_params: PyTree,
     state: DistillState,
     key: Array,
@@ -269,7 +141,7 @@ def distill_step(
 
 
 def loss_gradient_norms(
-    spec: Spec, teacher_params: PyTree, state: DistillState, key: Array, batch: batches.Batch
+    spec: specs.Spec, teacher_params: PyTree, state: DistillState, key: Array, batch: batches.Batch
 ) -> Metrics:
     """Norm of the gradient of each weighted loss alone, at the inputs the next step would draw.
 
@@ -286,7 +158,7 @@ def loss_gradient_norms(
 
 
 def _gradient(
-    spec: Spec,
+    spec: specs.Spec,
     teacher_params: PyTree,
     params: PyTree,
     inputs: Inputs,
@@ -312,7 +184,7 @@ def _gradient(
 
 
 def microbatch(
-    spec: Spec,
+    spec: specs.Spec,
     teacher_params: PyTree,
     params: PyTree,
     inputs: Inputs,
@@ -353,7 +225,7 @@ class _Reference(NamedTuple):
 
 
 def _teacher_outputs(
-    spec: Spec, teacher_params: PyTree, inputs: Inputs, image_tokens: Array | None
+    spec: specs.Spec, teacher_params: PyTree, inputs: Inputs, image_tokens: Array | None
 ) -> _Reference | None:
     """The teacher's velocity, its attention and its line where losses need them; no gradient."""
     if spec.teacher is None or not spec.losses.needs_teacher:
@@ -390,7 +262,7 @@ def _teacher_outputs(
 
 
 def _total_loss(
-    spec: Spec,
+    spec: specs.Spec,
     weights: losses.Weights,
     params: PyTree,
     reference: _Reference | None,
@@ -475,7 +347,7 @@ def _total_loss(
     return loss, metrics
 
 
-def rounded(spec: Spec, params: PyTree) -> PyTree:
+def rounded(spec: specs.Spec, params: PyTree) -> PyTree:
     """The student's parameters as it is deployed, in 8 bits, with the gradient of the unrounded.
 
     A frozen image tower stays as it is: teacher and student share its tokens.

@@ -22,6 +22,7 @@ from jaxtyping import Array, Int, PyTree
 
 from shallow_pi import progress
 from shallow_pi.distill import layer_map, losses, step, student
+from shallow_pi.distill import spec as specs
 from shallow_pi.evidence import frames, unfinished
 from shallow_pi.evidence.claims import recipes
 from shallow_pi.models import batch as batches
@@ -280,7 +281,7 @@ def _members(
 
 
 def _start(
-    spec: step.Spec,
+    spec: specs.Spec,
     members: Group,
     model: pi0.Pi0Config,
     scores: Mapping[str, np.ndarray],
@@ -309,7 +310,7 @@ def _spec(
     model: pi0.Pi0Config,
     teacher: pi0.Pi0Config | None,
     scores: Mapping[str, np.ndarray],
-) -> step.Spec:
+) -> specs.Spec:
     # A term that any variant has is computed for all; a weight of 0 takes it out again.
     weighted = [variant.losses.weights for variant in members.variants]
     largest: dict[str, Any] = {
@@ -322,7 +323,7 @@ def _spec(
     at = dataclasses.replace(shown, seed=members.rows[0][0])
     own = architecture(at, model, scores)
     teacher = teacher if weights.needs_teacher else None
-    return step.Spec(
+    return specs.Spec(
         student=own,
         optimizer=optimizer.AdamW().create(schedule),
         schedule=schedule,
@@ -376,7 +377,7 @@ def _run(
 
 
 def _chunk(
-    spec: step.Spec,
+    spec: specs.Spec,
     length: int,
     batch_size: int,
     state: step.DistillState,

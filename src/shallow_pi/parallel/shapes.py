@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from shallow_pi.checkpoints import weights
+from shallow_pi.distill import spec as specs
 from shallow_pi.distill import step, student
 from shallow_pi.models import batch as batches
 from shallow_pi.models import parameters, pi0
@@ -21,13 +22,13 @@ from shallow_pi.parallel import sharding
 HOST_MEMORY = "pinned_host"
 
 
-def abstract_state(spec: step.Spec, mesh: Mesh) -> PyTree:
+def abstract_state(spec: specs.Spec, mesh: Mesh) -> PyTree:
     """Shapes, dtypes and shardings of the whole state."""
     params = pi0.abstract_params(spec.student)
     return _sharded(mesh, jax.eval_shape(functools.partial(step.init_state, spec), params))
 
 
-def abstract_teacher(spec: step.Spec, mesh: Mesh, dtype: str) -> PyTree:
+def abstract_teacher(spec: specs.Spec, mesh: Mesh, dtype: str) -> PyTree:
     """Shapes and shardings of the part of the teacher that the step needs; None for no part."""
     if spec.teacher is None:
         return None
@@ -52,7 +53,7 @@ def abstract_batch(model: pi0.Pi0Config, mesh: Mesh, batch_size: int) -> batches
     )
 
 
-def held_teacher(spec: step.Spec, teacher_params: PyTree) -> PyTree:
+def held_teacher(spec: specs.Spec, teacher_params: PyTree) -> PyTree:
     """The part of the teacher that the steps need, in the memory they read it from.
 
     The whole teacher if a loss needs it, with its layers in host memory if `spec` offloads them;

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 import jax
 from jax.sharding import Mesh
 
+from shallow_pi.distill import spec as specs
 from shallow_pi.distill import step
 from shallow_pi.parallel import processes, shapes, sharding
 from shallow_pi.planning import accelerators, hlo, memory
@@ -138,7 +139,7 @@ def _quiet() -> Iterator[None]:
 
 
 def build(
-    spec: step.Spec, mesh: Mesh, batch_size: int, teacher_dtype: str = "bfloat16"
+    spec: specs.Spec, mesh: Mesh, batch_size: int, teacher_dtype: str = "bfloat16"
 ) -> tuple[jax.stages.Compiled, Program]:
     """Compile the step as a function of teacher, state (donated), key and batch; and its plan.
 

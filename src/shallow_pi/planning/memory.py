@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import PyTree
 
+from shallow_pi.distill import spec as specs
 from shallow_pi.distill import step
 from shallow_pi.models import captures, gemma, siglip
 from shallow_pi.parallel import processes, shapes, sharding
@@ -89,7 +90,7 @@ def bytes_per_device(tree: PyTree, *, host: bool = False) -> int:
     return sum(map(one, jax.tree.leaves(tree)))
 
 
-def estimate(spec: step.Spec, mesh: Mesh, batch_size: int, teacher_dtype: str) -> Estimate:
+def estimate(spec: specs.Spec, mesh: Mesh, batch_size: int, teacher_dtype: str) -> Estimate:
     """Estimate what one step of a global batch needs on each device of a mesh.
 
     Args:
@@ -109,7 +110,7 @@ def estimate(spec: step.Spec, mesh: Mesh, batch_size: int, teacher_dtype: str) -
 
 
 @functools.lru_cache(maxsize=32)
-def _fixed(spec: step.Spec, mesh: Mesh, teacher_dtype: str) -> tuple[dict[str, int], int, int]:
+def _fixed(spec: specs.Spec, mesh: Mesh, teacher_dtype: str) -> tuple[dict[str, int], int, int]:
     """The part of an estimate that does not depend on the batch.
 
     Bytes of the arguments, of the gradient, and of the weights that `--student.quantize` rounds.
@@ -122,12 +123,12 @@ def _fixed(spec: step.Spec, mesh: Mesh, teacher_dtype: str) -> tuple[dict[str, i
     return given(teacher, state, ()), gradient, rounded
 
 
-def _divisor(spec: step.Spec, mesh: Mesh) -> int:
+def _divisor(spec: specs.Spec, mesh: Mesh) -> int:
     """Devices and microbatches a batch is divided over."""
     return mesh.shape[sharding.DATA] * mesh.shape[sharding.FSDP] * spec.accumulation
 
 
-def largest_batch(spec: step.Spec, mesh: Mesh, room: int, teacher_dtype: str) -> int:
+def largest_batch(spec: specs.Spec, mesh: Mesh, room: int, teacher_dtype: str) -> int:
     """The largest batch that is estimated to fit devices of `room` bytes; 0 if none does."""
     multiple = _divisor(spec, mesh)
 
@@ -158,7 +159,7 @@ def agreed_room(device: jax.Device) -> int | None:
 def choose(
     wanted: sharding.MeshConfig,
     devices: Sequence[jax.Device],
-    spec: step.Spec,
+    spec: specs.Spec,
     batch_size: int,
     teacher_dtype: str,
     room: int | None = None,
@@ -194,7 +195,7 @@ def choose(
     return found
 
 
-def _activations(spec: step.Spec, split: int) -> float:
+def _activations(spec: specs.Spec, split: int) -> float:
     """Bytes of activations of one observation, while gradients flow back through the student.
 
     With `--remat layers` every layer keeps its input, and the layer being computed also holds its
@@ -238,7 +239,7 @@ def _activations(spec: step.Spec, split: int) -> float:
     return stays + max(at_once, cameras * working) + pictures
 
 
-def _compared(spec: step.Spec, split: int) -> float:
+def _compared(spec: specs.Spec, split: int) -> float:
     """Bytes of the attention that losses compare: both models' logits and log-probabilities."""
     if spec.teacher is None or not (spec.losses.attention or spec.losses.scorer):
         return 0.0

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from jax.sharding import Mesh
 
-from shallow_pi.distill import step
+from shallow_pi.distill import spec as specs
 from shallow_pi.planning import accelerators, compile, hlo, memory
 
 TERA = 1e12
@@ -14,7 +14,7 @@ LARGEST = 10
 
 
 def estimated(
-    spec: step.Spec, mesh: Mesh, batch_size: int, teacher_dtype: str, only: str = ""
+    spec: specs.Spec, mesh: Mesh, batch_size: int, teacher_dtype: str, only: str = ""
 ) -> list[str]:
     """The estimated memory of a step by part, and the accelerators that fit it.
 

@@ -8,6 +8,7 @@ and the sampler's vector arithmetic are not (under 5 % together at any size of i
 import dataclasses
 from collections.abc import Collection
 
+from shallow_pi.distill import spec as specs
 from shallow_pi.distill import step
 from shallow_pi.inference import quantize, tuning
 from shallow_pi.models import layer_table, parameters, pi0
@@ -104,7 +105,7 @@ def training_flops(
     return 3 * layers + teachers + (own if "vision" in freeze else 3 * own + others)
 
 
-def of_step(spec: step.Spec, batch: int) -> int:
+def of_step(spec: specs.Spec, batch: int) -> int:
     """`training_flops` of a step over a batch."""
     return training_flops(
         spec.student,

@@ -14,6 +14,7 @@ import jax
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
+from shallow_pi.distill import spec as specs
 from shallow_pi.distill import step
 from shallow_pi.models import batch as batches
 from shallow_pi.models import pi0
@@ -72,13 +73,13 @@ def stated_rate(device: str, dtype: str) -> float | None:
     return found.flops if found and dtype == "bfloat16" else None
 
 
-def fine_tuning(spec: step.Spec) -> step.Spec:
+def fine_tuning(spec: specs.Spec) -> specs.Spec:
     """The same step on the task loss alone, which needs no teacher."""
     return dataclasses.replace(spec, losses=spec.losses.only(task=1.0))
 
 
 def measure(
-    spec: step.Spec,
+    spec: specs.Spec,
     mesh: Mesh,
     *,
     batch_size: int,
@@ -109,19 +110,19 @@ def measure(
             "the config has no teacher, or no loss that needs one: its step is the fine-tuning "
             "step already; name a config with both"
         )
-    specs = {DISTILLATION: spec, FINE_TUNING: fine_tuning(spec)}
+    pair = {DISTILLATION: spec, FINE_TUNING: fine_tuning(spec)}
     plan: dict[str, dict[str, int]] = {}
     with memory.explained(batch_size, plan):
         build = functools.partial(
             compile.build, mesh=mesh, batch_size=batch_size, teacher_dtype=teacher_dtype
         )
         with concurrent.futures.ThreadPoolExecutor(3) as pool:
-            both = pool.map(build, specs.values())
+            both = pool.map(build, pair.values())
             # On the device first, whence `held_teacher` takes what is offloaded.
             near = dataclasses.replace(spec, offload_teacher=False)
             teacher = shapes.abstract_teacher(near, mesh, teacher_dtype)
             make = pool.submit(_maker, (teacher, shapes.abstract_state(spec, mesh)))
-            compiled = dict(zip(specs, both, strict=True))
+            compiled = dict(zip(pair, both, strict=True))
         for name, (_, program) in compiled.items():
             plan[name] = {**program.given, "temporary": program.temporary, "in all": program.total}
         ready()
@@ -132,7 +133,7 @@ def measure(
         key = jax.jit(lambda: jax.random.key(0), out_shardings=sharding.replicated(mesh))()
         calls = {
             name: functools.partial(
-                _advance, advance, shapes.held_teacher(specs[name], whole), held, key, batch
+                _advance, advance, shapes.held_teacher(pair[name], whole), held, key, batch
             )
             for name, (advance, _) in compiled.items()
         }
@@ -149,7 +150,7 @@ def measure(
         tokens=student.prefix_tokens + spec.draws * suffix,
         median_ms=found.median_ms,
         p95_ms=found.p95_ms,
-        flops={name: flops.of_step(one, batch_size) for name, one in specs.items()},
+        flops={name: flops.of_step(one, batch_size) for name, one in pair.items()},
         plan=plan,
         peak_bytes=max(int(one.get("peak_bytes_in_use", 0)) for one in statistics),
         execution={

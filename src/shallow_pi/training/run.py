@@ -19,6 +19,7 @@ from shallow_pi.checkpoints import run_folder
 from shallow_pi.data import inspection, loader, opening
 from shallow_pi.data.robots import assets
 from shallow_pi.distill import layer_map, layer_scores, step, student
+from shallow_pi.distill import spec as specs
 from shallow_pi.models import pi0
 from shallow_pi.parallel import agreement, processes, shapes, sharding
 from shallow_pi.planning import memory
@@ -34,7 +35,7 @@ class Run:
     folder: pathlib.Path
     mesh: jax.sharding.Mesh
     # The static part of the step, with the layer map.
-    spec: step.Spec
+    spec: specs.Spec
     # Samples for training and validation, and the policy's assets.
     data: opening.Data
     # A few of the training samples, for the data sheet; doubtful ones have been warned of.
@@ -172,7 +173,7 @@ def variant(run: Run, experiment: config.DistillConfig, folder: pathlib.Path) ->
     return other
 
 
-def describe_layers(spec: step.Spec) -> list[str]:
+def describe_layers(spec: specs.Spec) -> list[str]:
     """The layers of the student, and where its streams and its image tower lack some."""
     if spec.teacher is None or spec.layer_map is None:
         return [f"Layers: {spec.student.depth}, without a teacher"]

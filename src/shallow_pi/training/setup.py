@@ -18,6 +18,7 @@ from jaxtyping import Array, PyTree
 from shallow_pi import progress
 from shallow_pi.checkpoints import fetch, sizes, weights
 from shallow_pi.distill import layer_map, step, student
+from shallow_pi.distill import spec as specs
 from shallow_pi.inference import attention
 from shallow_pi.models import layers, pi0
 from shallow_pi.parallel import shapes, sharding
@@ -57,7 +58,7 @@ def make_spec(
     experiment: config.DistillConfig,
     mesh: jax.sharding.Mesh | None = None,
     measured: layer_map.LayerMap | None = None,
-) -> step.Spec:
+) -> specs.Spec:
     """The static part of the step, for a run or to plan one.
 
     Args:
@@ -67,7 +68,7 @@ def make_spec(
         has no layer map yet: enough for shapes and memory.
     """
     schedule, optimizer = _optimizer(experiment.schedule, experiment.optimizer)
-    spec = step.Spec(
+    spec = specs.Spec(
         student=experiment.student_model,
         optimizer=optimizer,
         schedule=schedule,
@@ -96,7 +97,7 @@ def _optimizer(
 
 
 def _execution(
-    experiment: config.DistillConfig, spec: step.Spec, mesh: jax.sharding.Mesh | None
+    experiment: config.DistillConfig, spec: specs.Spec, mesh: jax.sharding.Mesh | None
 ) -> layers.Execution:
     """Execution of a step on a mesh; without one, "auto" is XLA's attention and least memory."""
     device = None if mesh is None else mesh.devices.flat[0]
@@ -269,31 +270,31 @@ def _random(model: pi0.Pi0Config, dtype: jnp.dtype, key: Array) -> PyTree:
 
 
 def cut_state(
-    spec: step.Spec, mesh: jax.sharding.Mesh, teacher_params: PyTree
+    spec: specs.Spec, mesh: jax.sharding.Mesh, teacher_params: PyTree
 ) -> step.DistillState:
     """A fresh state around the student that is cut out of the teacher."""
     cut = jax.jit(_cut, static_argnums=0, out_shardings=_shardings(spec, mesh))
     return cut(spec, teacher_params)
 
 
-def _cut(spec: step.Spec, teacher_params: PyTree) -> step.DistillState:
+def _cut(spec: specs.Spec, teacher_params: PyTree) -> step.DistillState:
     assert spec.teacher is not None, "a student is cut out of a teacher"
     assert spec.layer_map is not None, "layers are chosen before a student is cut"
     params = student.cut(spec.teacher, teacher_params, spec.layer_map, spec.student)
     return step.init_state(spec, params)
 
 
-def random_state(spec: step.Spec, mesh: jax.sharding.Mesh, seed: int) -> step.DistillState:
+def random_state(spec: specs.Spec, mesh: jax.sharding.Mesh, seed: int) -> step.DistillState:
     """A fresh state around random parameters."""
     made = jax.jit(_around_random, static_argnums=0, out_shardings=_shardings(spec, mesh))
     return made(spec, jax.random.key(seed))
 
 
-def _around_random(spec: step.Spec, key: Array) -> step.DistillState:
+def _around_random(spec: specs.Spec, key: Array) -> step.DistillState:
     return step.init_state(spec, pi0.init(spec.student, key))
 
 
-def _shardings(spec: step.Spec, mesh: jax.sharding.Mesh) -> PyTree:
+def _shardings(spec: specs.Spec, mesh: jax.sharding.Mesh) -> PyTree:
     return jax.tree.map(lambda leaf: leaf.sharding, shapes.abstract_state(spec, mesh))
 
 

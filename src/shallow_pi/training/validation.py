@@ -20,6 +20,7 @@ from shallow_pi.data import sources
 from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.data.robots import normalize
 from shallow_pi.distill import losses as loss_terms
+from shallow_pi.distill import spec as specs
 from shallow_pi.distill import step, student
 from shallow_pi.inference import sampler, tuning
 from shallow_pi.models import batch as batches
@@ -157,7 +158,7 @@ def sample(
 
 
 def sample_deployed(
-    spec: step.Spec,
+    spec: specs.Spec,
     num_steps: int,
     params: PyTree,
     batch: batches.Batch,
@@ -168,7 +169,7 @@ def sample_deployed(
 
 
 def losses(
-    spec: step.Spec,
+    spec: specs.Spec,
     key: Array,
     count: Float[Array, ""],
     teacher_params: PyTree,
@@ -259,7 +260,7 @@ def create(
     config: configs.ValidationConfig,
     source: sources.Source | None,
     assets: policy_assets.Assets | None,
-    spec: step.Spec,
+    spec: specs.Spec,
     teacher_params: PyTree,
     *,
     mesh: jax.sharding.Mesh,
