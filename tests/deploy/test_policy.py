@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from shallow_pi.checkpoints import weights
-from shallow_pi.data.robots import pipelines
+from shallow_pi.data.robots import normalize, pipelines
 from shallow_pi.deploy import policy
 from shallow_pi.inference import sampler, tuning
 from shallow_pi.models import batch as batches
@@ -407,6 +407,20 @@ def test_the_previous_chunk_reaches_the_model_as_it_would_predict_it(deployed, s
     _, guidance = deployed._transforms.stack([asked])
     np.testing.assert_allclose(guidance.previous[..., :3], normalized[..., :3], atol=1e-5)
     assert not guidance.previous[..., 3:].any()
+
+
+def test_a_sensors_noise_where_nothing_moved_in_training_does_not_move_a_chunk(own, params, scene):
+    (first, _), noise = scene
+    stats, moves = own.stats["actions"], np.array([1, 0, 1])
+    stats = normalize.NormStats(stats.mean, stats.std * moves)
+    still = dataclasses.replace(own, stats={**own.stats, "actions": stats})
+    asked = policy.Policy(still, params, num_steps=3)
+    previous = asked.infer(first, noise[0])["actions"][2:]
+    noisy = {**first, "observation.state": first["observation.state"] + np.float32([0, 1e-3, 0])}
+    expected, found = (
+        asked.infer(one, noise[1], previous=previous, delay=2)["actions"] for one in (first, noisy)
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-2)
 
 
 def test_each_chunk_of_a_batch_continues_its_predecessor_or_none(deployed, scene):

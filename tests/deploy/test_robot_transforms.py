@@ -1,0 +1,48 @@
+"""What a robot's observation and the chunk it executes are to the model, and the way back."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from shallow_pi.data.robots import normalize
+from shallow_pi.deploy import robot_transforms
+
+
+@pytest.fixture
+def seen():
+    """An observation."""
+    picture = np.zeros((24, 24, 3), np.uint8)
+    return {
+        "observation.images.base": picture,
+        "observation.images.wrist": picture,
+        "observation.state": np.float32([0.5, -1, 2]),
+        "task": "touch the red block",
+    }
+
+
+@pytest.mark.parametrize(
+    ("pi05", "spread", "constant", "farthest"),
+    [(False, [2, 0, 0.5], 0, 10), (True, [4, 0, 1], -1, 5)],
+    ids=["z-score", "quantile"],
+)
+def test_targets_lie_in_the_range_of_the_training_actions(
+    own, seen, pi05, spread, constant, farthest
+):
+    """The second never moved, and its sensor is off; a target of the third is absurd."""
+    mean, std = np.array([0.5, 0.3, 0.1]), np.array([2, 0, 0.5])
+    stats = normalize.NormStats(mean, std, q01=mean - 2 * std, q99=mean + 2 * std)
+    model = dataclasses.replace(own.model, pi05=pi05)
+    still = dataclasses.replace(own, model=model, stats={**own.stats, "actions": stats})
+    robot = robot_transforms.RobotTransforms(
+        still, prompt=None, resize=True, state_warn=6, state_refuse=100
+    )
+    relative = np.array([[1, 0.301, 0.2], [-3, 0.299, 60]])
+    asked = robot.to_model(seen, relative + seen["observation.state"], 1)
+    assert (asked.left, asked.delay) == (2, 1)
+    target = asked.sample["actions"]
+    assert target.shape == (5, 6)
+    np.testing.assert_allclose(target[:2, 0], (relative[:, 0] - mean[0]) / spread[0], atol=1e-5)
+    np.testing.assert_allclose(target[:2, 1], constant, atol=1e-5)
+    np.testing.assert_allclose(target[:2, 2], [0.1 / spread[2], farthest], atol=1e-4)
+    assert not target[:, 3:].any()
