@@ -98,13 +98,18 @@ def test_a_server_says_which_batches_and_keys_it_was_timed_and_started_for(capsy
     serving = server_config.ServerConfig(batch=2)
     for is_guided in (False, True):
         chosen = types.SimpleNamespace(
-            metadata=found, is_guided=is_guided, batch_ms={1: 1.0, 2: 1.5}, description="π0"
+            metadata=found,
+            is_guided=is_guided,
+            batch_ms={1: 1.0, 2: 1.5},
+            guided_ms={1: 3.0, 2: 6.0},
+            description="π0",
         )
         serve_policy._ready("ws://127.0.0.1:1", serving, chosen)
     free, guided = capsys.readouterr().out.split("π0")[1:]
-    assert "several observations at once: 1 in 1.0 ms, 2 in 1.5 ms" in free
+    assert "several observations at once: 1 in 1.0 ms, 2 in 1.5 ms\non ws" in free
     assert "an observation has 'state', 'task'; a client is" in free
-    assert "several observations that go on from a chunk at once: 1 in 1.0 ms, 2" in guided
+    assert "several observations at once: 1 in 1.0 ms, 2 in 1.5 ms\n" in guided
+    assert "several that go on from a chunk: 1 in 3.0 ms, 2 in 6.0 ms\non ws" in guided
     assert "an observation has 'state', 'task', and may have 'real_time_chunking'; a" in guided
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from shallow_pi.checkpoints import weights
 from shallow_pi.data.robots import normalize, pipelines
-from shallow_pi.deploy import policy
+from shallow_pi.deploy import observation_keys, policy, warm_up
 from shallow_pi.inference import sampler, tuning
 from shallow_pi.models import batch as batches
 
@@ -213,6 +213,34 @@ def test_as_many_are_answered_together_as_give_the_most_answers_a_second(own, pa
     # No gain, no batch.
     monkeypatch.setattr(tiny, "batch_ms", {1: 1.0, 2: 2.0, 4: 4.5})
     assert [tiny.together(n) for n in (1, 2, 4)] == [1, 1, 1]
+
+
+def test_robots_that_start_a_chunk_of_their_own_are_batched_by_the_times_of_such(
+    own, params, scene, monkeypatch
+):
+    """Where batches gain only without guidance, as on a CPU; robots ask as they did last."""
+    tiny = policy.Policy(own, params, num_steps=1)
+    asked = []
+
+    def sample(batch, start, guidance=None):
+        asked.append(guidance is not None)
+        return np.zeros((len(batch.state), 5, 6), np.float32)
+
+    def times(calls):
+        calls[1]()
+        gain = 2 if asked[-1] else 1.2
+        return {size: gain ** np.log2(size) for size in calls}
+
+    monkeypatch.setattr(tiny, "sample", sample)
+    monkeypatch.setattr(warm_up, "times", times)
+    tiny.warm_up(batch=8, guided=True)
+    assert [tiny.together(waiting) for waiting in (1, 3, 8)] == [1, 3, 8]
+    free = scene[0][0]
+    goes_on = observation_keys.with_previous(free, np.zeros((2, 3)), 1)
+    tiny.infer_each(4 * [goes_on], range(4))
+    assert tiny.together(8) == 1
+    tiny.infer_each([goes_on, free, free, free], range(4))
+    assert tiny.together(8) == 8
 
 
 def test_threads_get_the_actions_of_their_own_observation(deployed, scene):

@@ -36,7 +36,7 @@ import dataclasses
 import logging
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from shallow_pi import flags
 from shallow_pi.checkpoints import run_folder
@@ -131,11 +131,11 @@ def _ready(url: str, serving: server_config.ServerConfig, chosen: policy.Policy)
     there = there.replace("0.0.0.0", "<this machine's address>")
     alone = "" if serving.is_open else " for this machine alone (--host 0.0.0.0 for others)"
     key = ', api_key="..."' if serving.api_key else ""
-    sizes = ", ".join(f"{size} in {ms:.1f} ms" for size, ms in chosen.batch_ms.items())
-    guided = " that go on from a chunk" if chosen.is_guided else ""
-    batched = (
-        f"answers several observations{guided} at once: {sizes}\n" if serving.batch > 1 else ""
-    )
+    batched = ""
+    if serving.batch > 1:
+        batched = f"answers several observations at once: {_times(chosen.batch_ms)}\n"
+    if serving.batch > 1 and chosen.is_guided:
+        batched += f"several that go on from a chunk: {_times(chosen.guided_ms)}\n"
     more = f", and may have {observation_keys.REAL_TIME_CHUNKING!r}" if chosen.is_guided else ""
     print(
         f"{chosen.description}\n{batched}"
@@ -148,3 +148,7 @@ def _ready(url: str, serving: server_config.ServerConfig, chosen: policy.Policy)
         f"# ({found['action_horizon']}, {found['action_dim']})",
         flush=True,
     )
+
+
+def _times(batch_ms: Mapping[int, float]) -> str:
+    return ", ".join(f"{size} in {ms:.1f} ms" for size, ms in batch_ms.items())

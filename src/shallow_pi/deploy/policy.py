@@ -93,10 +93,14 @@ class Policy:
         self.program = program.Program.create(assets.model, params, num_steps, options, bounds)
         key = jax.random.key(seed, impl=program.KEY_KIND)
         self._key, self._calls = np.asarray(jax.random.key_data(key)), 0
-        # Compiled batch sizes and the milliseconds each takes; `warm_up` measures them.
+        # Compiled batch sizes and the milliseconds each takes, and the same of chunks that go on
+        # from a previous one; `warm_up` measures them.
         self.batch_ms: dict[int, float] = {1: 1.0}
+        self.guided_ms: dict[int, float] = {1: 1.0}
         # The programs for chunks that go on from a previous one are compiled (`warm_up`).
         self.is_guided = False
+        # Share of these in the last turn.
+        self._guided_share = 0.0
         self._lock = threading.Lock()
 
     @classmethod
@@ -276,6 +280,7 @@ class Policy:
                 answers[place] = error
         free = [row for row in rows if not row.asked.left]
         guided = [row for row in rows if row.asked.left]
+        self._guided_share = len(guided) / max(1, len(rows))
         for batch in filter(None, (free, guided)):
             for row, result in zip(batch, self._infer_rows(batch, start), strict=True):
                 answers[row.place] = result
@@ -284,7 +289,8 @@ class Policy:
 
     def _infer_rows(self, rows: list["_Row"], start: float) -> list[dict[str, object]]:
         """The answers to one batch, begun at `start`."""
-        size = min((size for size in self.batch_ms if size >= len(rows)), default=len(rows))
+        times = self.guided_ms if rows[0].asked.left else self.batch_ms
+        size = warm_up.filled_size(times, len(rows))
         filled = rows + (size - len(rows)) * rows[-1:]
         batch, guidance = self._transforms.stack([row.asked for row in filled])
         seed = program.Seed(self._key, np.array([row.call for row in filled], np.uint32))
@@ -297,9 +303,18 @@ class Policy:
         return [_result(chunk, timing, row.asked.warning) for row, chunk in pairs]
 
     def together(self, waiting: int) -> int:
-        """Number of the waiting observations to answer at once: the most a second, as measured."""
-        rates = {size: min(waiting, size) / ms for size, ms in self.batch_ms.items()}
-        return min(waiting, max(rates, key=lambda size: (rates[size], -size)))
+        """Number of the waiting observations to answer at once: the most a second, as measured.
+
+        They have not been read yet. So the share of them that go on from a chunk, which are a batch
+        of their own, is taken to be that of the last turn.
+        """
+
+        def rate(count: int) -> float:
+            guided = round(self._guided_share * count)
+            parts = (self.batch_ms, count - guided), (self.guided_ms, guided)
+            return count / sum(warm_up.milliseconds(times, part) for times, part in parts)
+
+        return max(range(1, waiting + 1), key=lambda count: (rate(count), -count))
 
     def infer_batch(
         self,
@@ -371,8 +386,7 @@ class Policy:
         it is on, keeps the programs.
 
         Args:
-          guided: compile for chunks that go on from a previous one (`infer(previous=)`) as well,
-            and time these.
+          guided: compile for chunks that go on from a previous one (`infer(previous=)`) as well.
           batch: most observations `infer_each` answers at once; compiles 1, 2, 4, 8 ... and this.
         """
         sizes, kinds = warm_up.batch_sizes(batch), [False, True] if guided else [False]
@@ -383,8 +397,12 @@ class Policy:
                 advance(1)
         self.is_guided |= guided
         if len(sizes) > 1:
-            calls = {size: self._made_up(lengths[0], guided, size) for size in sizes}
-            self.batch_ms = warm_up.times(calls)
+            self.batch_ms = self._times(sizes, lengths[0], guided=False)
+            if guided:
+                self.guided_ms = self._times(sizes, lengths[0], guided=True)
+
+    def _times(self, sizes: Sequence[int], length: int, *, guided: bool) -> dict[int, float]:
+        return warm_up.times({size: self._made_up(length, guided, size) for size in sizes})
 
     def _made_up(self, length: int, guided: bool, size: int) -> Callable[[], jax.Array]:
         """A call of the program with pictures as a camera gives them."""

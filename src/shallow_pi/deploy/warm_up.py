@@ -91,3 +91,13 @@ def times(calls: Mapping[int, Callable[[], jax.Array]]) -> dict[int, float]:
         if time.perf_counter() > until:
             break
     return fastest
+
+
+def filled_size(times: Mapping[int, float], count: int) -> int:
+    """The next size in `times`, which a batch of `count` is filled up to; else `count`."""
+    return min((size for size in times if size >= count), default=count)
+
+
+def milliseconds(times: Mapping[int, float], count: int) -> float:
+    """Time of a batch of `count`, filled up; 0 for none, infinite beyond the largest size."""
+    return times.get(filled_size(times, count), np.inf) if count else 0.0
