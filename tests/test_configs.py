@@ -99,7 +99,7 @@ def test_robot_and_task_fit_the_model(experiment):
     if task is not None:
         if task.sim.startswith("metaworld"):
             pytest.importorskip("metaworld", reason="needs the extra metaworld")
-        suite = study.find_suite(task)
+        suite, _ = study.find_suites(task)
         assert task.execute_steps <= model.action_horizon
         simulator.check_robot(suite, robot)
         assert suite.image_size == model.image_size

@@ -14,6 +14,7 @@ import pytest
 
 from shallow_pi.checkpoints import sizes, weights
 from shallow_pi.data import data_config, opening
+from shallow_pi.data.lerobot import layout
 from shallow_pi.data.robots import assets
 from shallow_pi.deploy import policy as deployed
 from shallow_pi.distill import layer_map, losses, student
@@ -150,6 +151,7 @@ def test_episodes_of_what_a_resumed_run_may_change_are_told_apart(tmp_path):
         ({"execute_steps": 11}, "execute-steps must be at most the action horizon 10, got 11"),
         ({"clearance_mm": 20.0}, "clearance_mm: expected 0.5 to 8"),
         ({"tasks": ("juggle",)}, "tasks: expected some of"),
+        ({"demonstrated": ("juggle",)}, "tasks: expected some of"),
         ({"sim": "turntabel"}, "unknown simulator 'turntabel'.* did you mean 'turntable'"),
         ({"options": ("size=9",)}, "no option 'size'; there are .*'image_size'"),
         ({"harder": ("thigt",)}, "no harder variant 'thigt'.* did you mean 'tight'"),
@@ -231,6 +233,8 @@ def taught(tmp_path_factory):
     """The teacher's study and its packaged policy."""
     folder = tmp_path_factory.mktemp("study")
     experiment = _small("pi0_turntable", folder)
+    task = dataclasses.replace(experiment.closed_loop, demonstrated=("touch", "touch"))
+    experiment = dataclasses.replace(experiment, closed_loop=task)
     step = study.run(experiment)
     study.package(experiment, step, folder / "packaged")
     return experiment, step, folder / "packaged"
@@ -261,6 +265,9 @@ def test_a_teachers_study_leaves_a_report_and_a_policy(taught):
     written = _report(experiment)
     assert list(written["success"]) == ["expert", "teacher"]
     assert "latency_ms" not in written
+    shown = layout.read(experiment.folder / "demonstrations").tasks.values()
+    assert shown
+    assert all("block" in prompt for prompt in shown), "as the config's `demonstrated` says"
     assert {"demonstrations", "training", "evaluation"} <= set(written["stage_seconds"])
 
     stored = weights.load_params(packaged, pi0.abstract_params(experiment.model))

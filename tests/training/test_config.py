@@ -201,7 +201,7 @@ def test_the_command_line_decides_if_warnings_are_errors(capsys):
         ("data", {"source": "some.module:function"}, "-validation.interval -validation.against"),
         ("data", {"source": "synthetic"}, "data.path data.robot data.cache data.norm_stats"),
         ("closed_loop", {"sim": "tabletop"}, "closed_loop.tasks closed_loop.harder"),
-        ("data", {"path": "somewhere"}, "closed_loop.demonstrations closed_loop.noise"),
+        ("data", {"path": "somewhere"}, "closed_loop.demonstrations closed_loop.demonstrated"),
     ],
 )
 def test_a_field_without_effect_depends_on_others(part, changes, fields):

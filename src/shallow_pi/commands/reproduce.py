@@ -205,7 +205,7 @@ def train(wanted: Sequence[recipes.Recipe], given: Arguments) -> None:
         config = command_line.load(command_line.configs(), name)
         task = config.closed_loop
         assert task is not None, "its simulator"
-        suite = simulator.find(task.sim, task.set_options())
+        suite = simulator.find(task.sim, task.set_demonstrated())
         training.ensure(own, config.model, suite, given.runs, given.workers, task.noise)
 
 

@@ -52,7 +52,7 @@ def run(experiment: config.DistillConfig) -> pathlib.Path:
         if processes.is_main():
             _tell(_outcome(opened, {_trained_name(experiment): folder}), folder)
         return final
-    suite = find_suite(task)
+    suite, demonstrated = find_suites(task)
     experiment = check(experiment, task, suite)
     run_folder.check(folder, experiment.resume, experiment.overwrite)
     if experiment.resume and _is_finished(experiment):
@@ -63,7 +63,7 @@ def run(experiment: config.DistillConfig) -> pathlib.Path:
     makes_data = not experiment.data.path
     if makes_data:
         run_folder.prepare(folder, experiment.resume, experiment.overwrite, meet=processes.sync)
-        experiment = _with_data(experiment, task, suite)
+        experiment = _with_data(experiment, task, demonstrated)
     opened = runs.open_run(experiment, prepared=makes_data)
     stages = report.Stages(folder / run_folder.STAGES_FILE)
     with stages.timed("training"):
@@ -160,10 +160,11 @@ def package(experiment: config.DistillConfig, step: pathlib.Path, target: pathli
     progress.console.print(f"Packaged: {target}", soft_wrap=True)
 
 
-def find_suite(task: config.ClosedLoopConfig) -> simulator.Suite:
-    """The simulator that a config names, with the options it sets."""
+def find_suites(task: config.ClosedLoopConfig) -> tuple[simulator.Suite, simulator.Suite]:
+    """The simulator that a config names, with the options it sets: evaluated, and demonstrated."""
     try:
-        return simulator.find(task.sim, task.set_options())
+        evaluated, demonstrated = task.set_options(), task.set_demonstrated()
+        return simulator.find(task.sim, evaluated), simulator.find(task.sim, demonstrated)
     except ValueError as error:
         raise ValueError(f"closed loop: {error}") from error
 

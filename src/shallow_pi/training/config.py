@@ -219,6 +219,9 @@ class ClosedLoopConfig:
     options: tuple[str, ...] = ()
     # Number of demonstrations to collect.
     demonstrations: int = 400
+    # Tasks of the demonstrations, if not the evaluated ones; a task that is named twice comes up
+    # twice as often.
+    demonstrated: tuple[str, ...] = ()
     # Scale of the perturbations during demonstrations.
     noise: float = 1.0
     # Seed of the demonstrations.
@@ -258,6 +261,10 @@ class ClosedLoopConfig:
                 "set the same option: give only one"
             )
         return found | given
+
+    def set_demonstrated(self) -> dict[str, object]:
+        """As `set_options`, for the simulator of the demonstrations."""
+        return self.set_options() | ({"tasks": self.demonstrated} if self.demonstrated else {})
 
     def set_harder(self) -> tuple[str, ...] | None:
         """Harder variants for evaluation; None, the default, is all of the simulator's."""

@@ -116,7 +116,8 @@ def fields(experiment: config.DistillConfig) -> flags.Idle:
         ),
         (
             data.path,
-            "closed_loop.demonstrations closed_loop.noise closed_loop.seed",
+            "closed_loop.demonstrations closed_loop.demonstrated closed_loop.noise "
+            "closed_loop.seed",
             f"the data are those of --data.path {data.path}; give only one",
         ),
         (
