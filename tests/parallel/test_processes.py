@@ -108,6 +108,9 @@ def test_a_job_of_one_process_named_by_hand_needs_no_address(joined, monkeypatch
         ({"OMPI_COMM_WORLD_SIZE": "1"}, None),
         ({"TPU_WORKER_HOSTNAMES": "a,b"}, ("", 0, 0, None)),
         ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
+        # Slices of one host each: GKE names none but the own.
+        ({"TPU_WORKER_HOSTNAMES": "localhost", "MEGASCALE_NUM_SLICES": "2"}, ("", 0, 0, None)),
+        ({"TPU_WORKER_HOSTNAMES": "localhost", "MEGASCALE_NUM_SLICES": "1"}, None),
         ({"SHALLOW_PI_MULTIHOST": "1"}, ("", 0, 0, None)),
     ],
 )
@@ -126,6 +129,7 @@ def test_processes_are_found_where_there_are_several(environment, found):
         (TWO | {"SHALLOW_PI_PROCESS_ID": "2"}, "must lie in 0…1, as there are 2 processes, got 2"),
         (TWO | {"SHALLOW_PI_COORDINATOR": "h"}, "must be host:port, such as 10.0.0.1:8476, got"),
         (MPI, "set SHALLOW_PI_COORDINATOR=HOST:PORT"),
+        ({"MEGASCALE_NUM_SLICES": "two"}, "whole number in MEGASCALE_NUM_SLICES, got 'two'"),
         (
             {"SHALLOW_PI_MULTIHOST": "true"},
             r"SHALLOW_PI_MULTIHOST must be 1 \(.*\) or 0, got 'true'",

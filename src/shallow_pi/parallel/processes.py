@@ -3,8 +3,9 @@
 `SHALLOW_PI_COORDINATOR` (host:port of process 0) starts a job of several processes.
 `SHALLOW_PI_NUM_PROCESSES` and `SHALLOW_PI_PROCESS_ID` give their number and the index of this one;
 SLURM, Open MPI and indexed Kubernetes jobs set them in variables of their own. Under SLURM and Open
-MPI 4 the coordinator is derived too; on a TPU slice, or with `SHALLOW_PI_MULTIHOST=1`, JAX detects
-everything itself. Call `initialize` before anything touches a device.
+MPI 4 the coordinator is derived too; on TPU slices of several hosts together, or with
+`SHALLOW_PI_MULTIHOST=1`, JAX detects everything itself. Call `initialize` before anything touches a
+device.
 """
 
 import contextlib
@@ -32,6 +33,8 @@ COORDINATOR = "SHALLOW_PI_COORDINATOR"
 NUM_PROCESSES = "SHALLOW_PI_NUM_PROCESSES"
 PROCESS_ID = "SHALLOW_PI_PROCESS_ID"
 MULTIHOST = "SHALLOW_PI_MULTIHOST"
+# Number of TPU slices that train together, as JobSet sets it.
+NUM_SLICES = "MEGASCALE_NUM_SLICES"
 # Seconds to wait for all processes at the start, and for the heartbeat of a running one.
 INITIALIZATION_TIMEOUT = "SHALLOW_PI_INITIALIZATION_TIMEOUT"
 HEARTBEAT_TIMEOUT = "SHALLOW_PI_HEARTBEAT_TIMEOUT"
@@ -159,8 +162,10 @@ def find(environment: Mapping[str, str]) -> Processes | None:
             raise ValueError(
                 f"{MULTIHOST} must be 1 (JAX detects the processes) or 0, got {asked!r}"
             )
-        ask = asked == "1" or "," in given.get("TPU_WORKER_HOSTNAMES", "")
-        return Processes("", 0, 0) if ask else None
+        # Those of this slice, which may be one of several.
+        hosts = given.get("TPU_WORKER_HOSTNAMES", "").split(",")
+        slices = _whole(NUM_SLICES, given.get(NUM_SLICES, "1"))
+        return Processes("", 0, 0) if asked == "1" or len(hosts) > 1 or slices > 1 else None
     if not launched.coordinator:
         raise ValueError(
             f"{launched.count} processes of Open MPI, which does not give the address of rank 0: "
