@@ -31,6 +31,8 @@ ALIASES = {
     "image": ("base_rgb",),
     "wrist_image": ("wrist_rgb",),
 }
+# Texts into which Python and pandas turn an instruction that is not there.
+ABSENT = ("None", "nan", "NaN", "<NA>", "null")
 
 
 class OnnxPolicy:
@@ -170,8 +172,7 @@ class OnnxPolicy:
         if not np.isfinite(state).all():
             raise ValueError(f"{' + '.join(keys)} is not finite: {state.tolist()}")
         normalized = self._normalize(convert(state, robot["state_conversion"]))
-        text = robot["prompt"] or found.get(robot["prompt_key"]) or self.prompt
-        tokens = self._tokens(text, normalized)
+        tokens = self._tokens(self._instruction(found), normalized)
         lengths = sorted(export["graphs"], key=int)
         length = next((n for n in lengths if int(n) >= len(tokens)), lengths[-1])
         if len(tokens) > int(length):
@@ -199,11 +200,10 @@ class OnnxPolicy:
         wanted = [robot["cameras"][name] for name in self.export["cameras"]]
         wanted += [robot["state_key"], *robot["state_more"]]
         optional = [] if robot["prompt"] else [robot["prompt_key"]]
-        flat = flatten(observation)
+        flat = {key: value for key, value in flatten(observation).items() if value is not None}
         by_name = {}
         for spelled, value in flat.items():
-            if value is not None:
-                by_name.setdefault(short(spelled), []).append(value)
+            by_name.setdefault(short(spelled), []).append(value)
         taken = {short(key) for key in wanted + optional}
         found = {}
         for key in wanted + optional:
@@ -214,7 +214,7 @@ class OnnxPolicy:
             if values:
                 found[key] = values[0]
         missing = [key for key in wanted if key not in found]
-        if optional and not self.prompt and optional[0] not in found:
+        if self.prompt is None and optional and optional[0] not in found:
             missing += optional
         if missing:
             raise ValueError(
@@ -223,9 +223,23 @@ class OnnxPolicy:
             )
         return found
 
-    def _tokens(self, text, state):
+    def _instruction(self, found):
+        """The robot's own prompt, or the observation's, or else the policy's."""
+        if self.robot["prompt"]:
+            return self.robot["prompt"]
+        key = self.robot["prompt_key"]
+        text = found.get(key, self.prompt)
         if not isinstance(text, str):
-            raise ValueError(f"the instruction must be a str, got {type(text).__name__}")
+            raise ValueError(f"{key!r} must be the instruction as a str, got {type(text).__name__}")
+        if text.strip() not in ABSENT:
+            return text
+        if self.prompt is None:
+            raise ValueError(
+                f"{key!r} is {text!r}, which is no instruction: send one, or give --prompt"
+            )
+        return self.prompt
+
+    def _tokens(self, text, state):
         text = text.strip().replace("_", " ").replace("\n", " ")
         encode = self.tokenizer.encode
         if not self.export["discrete_state_input"]:

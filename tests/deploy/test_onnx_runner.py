@@ -21,6 +21,7 @@ import pytest
 
 from shallow_pi.checkpoints import weights
 from shallow_pi.data.robots import robot as robots
+from shallow_pi.data.robots import tokenizer
 from shallow_pi.deploy import policy
 from shallow_pi.deploy.export import export
 
@@ -155,6 +156,26 @@ def test_another_robots_observation_is_refused(exported):
         theirs.infer(found | {"observation.state": np.full(3, np.nan, np.float32)})
     with pytest.raises(ValueError, match="must be one RGB picture"):
         theirs.infer(observation(robots.TURNTABLE) | {"observation.images.base": np.zeros((4, 4))})
+
+
+def test_a_prompt_that_stands_for_none_is_refused(exported):
+    """As the policy does, and not asked with as if "None" were an instruction."""
+    theirs = runner.OnnxPolicy(exported("turntable", "float32"))
+    found = observation(robots.TURNTABLE)
+    for text in sorted(tokenizer._ABSENT):
+        with pytest.raises(ValueError, match=f"'task' is '{text}', which is no instruction: send"):
+            theirs.infer(found | {"task": text})
+    with pytest.raises(ValueError, match="lacks 'task', which robot turntable sends"):
+        theirs.infer(found | {"task": None})
+    with pytest.raises(ValueError, match="'task' must be the instruction as a str, got int"):
+        theirs.infer(found | {"task": 3})
+    noise = np.zeros((theirs.export["action_horizon"], theirs.export["action_dim"]), np.float32)
+    expected = theirs.infer(found, noise)["actions"]
+    theirs.prompt = found["task"]
+    for text in ("None", None):
+        np.testing.assert_array_equal(
+            theirs.infer(found | {"task": text}, noise)["actions"], expected
+        )
 
 
 def test_a_state_in_parts_of_other_sizes_is_refused(exported):
