@@ -128,6 +128,16 @@ def test_a_folder_that_does_not_say_its_integration_steps_has_ten(own, tmp_path)
     assert assets.load(tmp_path).num_steps == 10
 
 
+def test_statistics_outside_the_folder_are_refused(own, tmp_path):
+    """A checkpoint may be anybody's, and an export writes them under the same name."""
+    dataclasses.replace(own, asset_id="org/mine").save(tmp_path / "assets")
+    assert assets.load(tmp_path).asset_id == "org/mine"
+    path = tmp_path / "assets" / "shallow_pi.json"
+    path.write_text(path.read_text().replace("org/mine", "../assets/org/mine"))
+    with pytest.raises(ValueError, match=r"asset_id in .*shallow_pi\.json must name a folder insi"):
+        assets.load(tmp_path)
+
+
 @pytest.mark.parametrize(
     "damage",
     [

@@ -65,7 +65,11 @@ def test_an_unknown_field_names_the_closest(capsys):
             ["--data.robot", "crane"],
             "unknown robot 'crane'; there are ['aloha', 'aloha_sim', 'droid',",
         ),
-        (["--data.asset-id", ""], "--data.asset-id must name a folder"),
+        (["--data.asset-id", ""], "--data.asset-id must name a folder inside a checkpoint's"),
+        (["--data.asset-id", ".."], "such as droid or physical-intelligence/libero, got '..'"),
+        (["--data.asset-id", "a/../../b"], "--data.asset-id must name a folder inside a"),
+        (["--data.asset-id", "/tmp/a"], "--data.asset-id must name a folder inside a"),
+        (["--data.asset-id", "a\\b"], "--data.asset-id must name a folder inside a"),
         (["--validation.interval", "-1"], "--validation.interval must be at least 0, got -1"),
         (["--validation.samples", "0"], "--validation.samples must be at least 1, got 0"),
         (["--validation.against", "me"], "'data', 'teacher'"),
@@ -91,6 +95,7 @@ def test_every_field_can_be_set():
         *("debug", "--batch-size", "64", "--losses.attention", "0.1", "--student.depth", "3"),
         *("--teacher.path", "somewhere", "--model.expert.width", "24", "--no-tensorboard"),
         *("--mesh.fsdp", "2", "--data.num-threads", "3", "--exp-name", "second"),
+        *("--data.asset-id", "physical-intelligence/libero"),
     )
     assert experiment.batch_size == 64
     assert experiment.losses.attention == 0.1
@@ -100,6 +105,7 @@ def test_every_field_can_be_set():
     assert not experiment.tensorboard
     assert experiment.mesh.fsdp == 2
     assert experiment.data.num_threads == 3
+    assert experiment.data.asset_id == "physical-intelligence/libero"
     assert experiment.folder == pathlib.Path("checkpoints/debug/second")
     home = dataclasses.replace(experiment, checkpoint_dir="~/runs").folder
     assert home == pathlib.Path.home() / "runs/debug/second", "as a shell leaves --flag=~/runs"

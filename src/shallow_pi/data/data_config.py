@@ -14,6 +14,7 @@ import tyro
 
 from shallow_pi import flags
 from shallow_pi.data.lerobot import selection
+from shallow_pi.data.robots import normalize
 from shallow_pi.data.robots import robot as robots
 
 
@@ -50,7 +51,8 @@ class DataConfig:
     # Folder of the norm_stats.json to use; empty takes the teacher's, or computes it if the
     # teacher has none; "dataset" computes it from the dataset.
     norm_stats: str = ""
-    # Name of the statistics' folder in a checkpoint's assets.
+    # Name of the statistics' folder in a checkpoint's assets; openpi's may have a slash
+    # (physical-intelligence/libero).
     asset_id: str = "turntable"
     # Threads that prefetch batches; sufficient if decoding dominates.
     num_threads: int = 1
@@ -90,8 +92,7 @@ class DataConfig:
             self.selection(number)
         if ":" not in self.source:
             robots.find(self.robot)
-        if not self.asset_id:
-            raise ValueError("--data.asset-id must name a folder, got an empty string")
+        normalize.check_asset_id(self.asset_id, "--data.asset-id")
 
     def selection(self, number: int) -> selection.Selection:
         """The episodes to use of a dataset; 0 is `path`, 1 the first of `more`."""

@@ -8,6 +8,7 @@ those of the method.
 import dataclasses
 
 from shallow_pi.data import data_config
+from shallow_pi.data.robots import normalize
 from shallow_pi.data.robots import robot as robots
 from shallow_pi.interop import openpi, openpi_data
 from shallow_pi.models import gemma, pi0
@@ -82,6 +83,7 @@ def _data(name: str, source: openpi.OpenpiObject) -> data_config.DataConfig:
         return data_config.DataConfig(source="synthetic")
     assets = source.data.assets
     asset_id = assets.asset_id or source.data.repo_id
+    normalize.check_asset_id(asset_id, f"asset_id of openpi's config {name}, or else its repo_id,")
     common = data_config.DataConfig(
         asset_id=asset_id,
         norm_stats=f"{assets.assets_dir.rstrip('/')}/{asset_id}" if assets.assets_dir else "",

@@ -139,7 +139,8 @@ def load(step: str | os.PathLike[str]) -> Assets:
     with _reading(path) as content:
         model = model_from_dict(content["model"])
         # A policy keeps the robot it was trained for, listed or not; older folders name it only.
-        fields, asset_id = content.get("robot_fields"), content["asset_id"]
+        fields, asset_id = content.get("robot_fields"), str(content["asset_id"])
+        normalize.check_asset_id(asset_id, f"asset_id in {path}")
         names = {key: tuple(value) for key, value in content.get("names", {}).items()}
         robot = robots.from_dict(fields) if fields else robots.find(content["robot"])
         num_steps = content.get("num_steps", 10)  # Older folders do not say it.

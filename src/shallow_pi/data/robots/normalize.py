@@ -74,6 +74,22 @@ def kind_of(pi05: bool) -> Kind:
     return "quantile" if pi05 else "z_score"
 
 
+def check_asset_id(asset_id: str, what: str) -> None:
+    """Raise a ValueError unless statistics' name is that of a folder inside `assets/`.
+
+    openpi's are `trossen`, or the id of a dataset, `physical-intelligence/libero`.
+
+    Args:
+      asset_id: the name.
+      what: where it is from, for the message.
+    """
+    if {"", ".", ".."} & set(asset_id.split("/")) or "\\" in asset_id:
+        raise ValueError(
+            f"{what} must name a folder inside a checkpoint's assets, such as droid or "
+            f"physical-intelligence/libero, got {asset_id!r}"
+        )
+
+
 def check(stats: Mapping[str, NormStats], dims: Mapping[str, int], kind: Kind) -> None:
     """Raise unless statistics can normalize vectors of these dimensions.
 
