@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Float
 
 from shallow_pi.data.robots import robot as robots
-from shallow_pi.sims import aloha_expert, pictures, simulator
+from shallow_pi.sims import aloha_expert, pickling, pictures, simulator
 
 PACKAGE = "gym_aloha"
 PROMPTS = {"transfer_cube": "Transfer cube", "insertion": "Insert the peg into the socket"}
@@ -120,8 +120,10 @@ def assets() -> pathlib.Path:
 ASSETS = assets()  # Fails where the module is imported, as an import of the package would.
 
 
-class Aloha:
+class Aloha(pickling.Picklable):
     """The simulator of one task."""
+
+    changing = ("steps", "_reward", "expert")
 
     def __init__(self, config: Suite):
         self.config = config
@@ -217,24 +219,6 @@ class Aloha:
     def time(self) -> float:
         """Seconds since the episode began."""
         return self.steps / self.config.robot.fps
-
-    def __getstate__(self) -> dict[str, object]:
-        state: tuple[object, ...] | None = None
-        if self._seed is not None:
-            kind = mujoco.mjtState.mjSTATE_INTEGRATION
-            physics = np.empty(mujoco.mj_stateSize(self.model, kind))
-            mujoco.mj_getState(self.model, self.data, physics, kind)
-            state = physics, self.steps, self._reward, self.expert
-        return {"config": self.config, "seed": self._seed, "state": state}
-
-    def __setstate__(self, pickled: dict[str, Any]) -> None:
-        self.__init__(pickled["config"])  # type: ignore[misc]  # the scene is compiled anew
-        if pickled["seed"] is not None:
-            self.reset(pickled["seed"])
-            physics, self.steps, self._reward, self.expert = pickled["state"]
-            kind = mujoco.mjtState.mjSTATE_INTEGRATION
-            mujoco.mj_setState(self.model, self.data, physics, kind)
-            mujoco.mj_fwdPosition(self.model, self.data)
 
 
 def expert(sim: Any) -> Float[np.ndarray, "14"]:

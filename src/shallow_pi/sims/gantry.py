@@ -16,13 +16,13 @@ to foresee a perturbation.
 import abc
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import mujoco
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from shallow_pi.sims import pictures, raycast, simulator, turntable_scene
+from shallow_pi.sims import pickling, pictures, raycast, simulator, turntable_scene
 
 CAMERAS = ("base", "wrist")
 HOLD_STEPS = 4
@@ -152,7 +152,7 @@ def check(options: Options, known: Collection[str]) -> None:
     pictures.check(options.renderer)
 
 
-class Sim(abc.ABC):
+class Sim(pickling.Picklable, abc.ABC):
     """A running episode on a bench (see `simulator.Simulator`); call `reset` first.
 
     A suite's simulator lays the episode out in `_lay_out`: bench, task, prompt, target, speed.
@@ -166,6 +166,7 @@ class Sim(abc.ABC):
     # Of the disc, radians a second, counter-clockwise seen from above.
     speed: float = 0.0
     light: raycast.Light = raycast.LIGHT
+    changing: tuple[str, ...] = ("_steps", "_held", "_held_steps")
 
     def __init__(self, config: Options):
         self.config = config
@@ -270,24 +271,6 @@ class Sim(abc.ABC):
     def time(self) -> float:
         """Seconds since the episode began."""
         return self._steps / self.config.control_hz
-
-    def __getstate__(self) -> dict[str, object]:
-        state: tuple[np.ndarray, int, int | None, int] | None = None
-        if self._seed is not None:
-            kind = mujoco.mjtState.mjSTATE_INTEGRATION
-            physics = np.empty(mujoco.mj_stateSize(self.model, kind))
-            mujoco.mj_getState(self.model, self.data, physics, kind)
-            state = (physics, self._steps, self._held, self._held_steps)
-        return {"config": self.config, "seed": self._seed, "state": state}
-
-    def __setstate__(self, pickled: dict[str, Any]) -> None:
-        self.__init__(pickled["config"])  # type: ignore[misc]  # scenes are compiled anew
-        if pickled["seed"] is not None:
-            self.reset(pickled["seed"])
-            state, self._steps, self._held, self._held_steps = pickled["state"]
-            kind = mujoco.mjtState.mjSTATE_INTEGRATION
-            mujoco.mj_setState(self.model, self.data, state, kind)
-            mujoco.mj_fwdPosition(self.model, self.data)
 
 
 def scatter(rng: np.random.Generator, count: int) -> Float[np.ndarray, "n 2"]:

@@ -24,7 +24,7 @@ from jaxtyping import Float, UInt8
 
 from shallow_pi import suggestions
 from shallow_pi.data.robots import robot as robots
-from shallow_pi.sims import pictures, simulator
+from shallow_pi.sims import pickling, pictures, simulator
 
 # Name in the package, without its version → instruction.
 PROMPTS = {
@@ -194,8 +194,10 @@ def expert(sim: Any) -> Float[np.ndarray, "4"]:
     return np.clip(action, -1.0, 1.0).astype(np.float64)
 
 
-class MetaWorld:
+class MetaWorld(pickling.Picklable):
     """The simulator of one suite."""
+
+    changing = ("true_state", "_frame_before", "_steps", "_succeeded")
 
     def __init__(self, config: Suite):
         self.config = config
@@ -235,6 +237,25 @@ class MetaWorld:
         self.true_state, _ = self._env.reset()
         self._seed, self._steps, self._succeeded = seed, 0, False
         mujoco.mj_forward(self._env.model, self._env.data)
+
+    @property
+    def model(self) -> mujoco.MjModel:
+        """The compiled scene of this episode."""
+        return self._env.model
+
+    @property
+    def data(self) -> mujoco.MjData:
+        """Its physical state."""
+        return self._env.data
+
+    @property
+    def _frame_before(self) -> Float[np.ndarray, " n"]:
+        """Half of the next true state, which has two frames."""
+        return self._env._prev_obs
+
+    @_frame_before.setter
+    def _frame_before(self, frame: Float[np.ndarray, " n"]) -> None:
+        self._env._prev_obs = frame
 
     @property
     def prompt(self) -> str:
@@ -289,24 +310,6 @@ class MetaWorld:
     def time(self) -> float:
         """Seconds since the episode began."""
         return self._steps / self.config.robot.fps
-
-    def __getstate__(self) -> dict[str, object]:
-        state: tuple[object, ...] | None = None
-        if self._seed is not None:
-            env, kind = self._env, mujoco.mjtState.mjSTATE_INTEGRATION
-            physics = np.empty(mujoco.mj_stateSize(env.model, kind))
-            mujoco.mj_getState(env.model, env.data, physics, kind)
-            state = physics, self.true_state, env._prev_obs, self._steps, self._succeeded
-        return {"config": self.config, "seed": self._seed, "state": state}
-
-    def __setstate__(self, pickled: dict[str, Any]) -> None:
-        self.__init__(pickled["config"])  # type: ignore[misc]  # scenes are compiled anew
-        if pickled["seed"] is not None:
-            self.reset(pickled["seed"])
-            env, kind = self._env, mujoco.mjtState.mjSTATE_INTEGRATION
-            physics, self.true_state, env._prev_obs, self._steps, self._succeeded = pickled["state"]
-            mujoco.mj_setState(env.model, env.data, physics, kind)
-            mujoco.mj_forward(env.model, env.data)
 
 
 def _goal_sites(env: Any) -> list[tuple[str, object]]:

@@ -17,7 +17,7 @@ around a hard core: touching that fails.
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import mujoco
 import numpy as np
@@ -120,6 +120,7 @@ class Tabletop(gantry.Sim):
     """The simulator of one suite."""
 
     config: Suite
+    changing = (*gantry.Sim.changing, "collided")
 
     def __init__(self, config: Suite):
         super().__init__(config)
@@ -195,13 +196,6 @@ class Tabletop(gantry.Sim):
     def happened(self) -> dict[str, float]:
         """Outcomes of the episode, with a touch of the pillar's core."""
         return {"collided": float(self.collided), **super().happened()}
-
-    def __getstate__(self) -> dict[str, object]:
-        return {**super().__getstate__(), "collided": getattr(self, "collided", False)}
-
-    def __setstate__(self, pickled: dict[str, Any]) -> None:
-        super().__setstate__(pickled)
-        self.collided = pickled["collided"]
 
     def state(self) -> Float[np.ndarray, "4"]:
         """The tip's position in metres and the disc's speed in radians a second, float32."""
