@@ -4,6 +4,9 @@ uv run scripts/train_teacher.py NAME [--field value ...]
 
     pi0_turntable                     into checkpoints/, packaged in assets/pi0_turntable
     pi0_turntable --resume            continue after an interruption
+
+Configs whose names end in a depth (_l6), and debug, have a teacher: scripts/train_distill.py runs
+them.
 """
 
 import pathlib
