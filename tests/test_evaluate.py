@@ -331,6 +331,17 @@ def test_what_cannot_be_is_said(arguments, message, failing, tmp_path, monkeypat
     assert message in failing(*arguments, "--output", str(tmp_path / "results"))
 
 
+def test_a_run_without_a_robot_is_refused_before_the_first_policy_runs(tmp_path, failing):
+    step = tmp_path / "debug" / "first" / "4"
+    (step / "params").mkdir(parents=True)
+    (step / "params" / "_METADATA").touch()
+    (step.parent / "config.json").write_text(json.dumps({"data": {"source": "synthetic"}}))
+    results = tmp_path / "results"
+    said = failing("expert", str(step), "--sim", "turntable", *SMALL, "--output", str(results))
+    assert "4 is not a policy: its run is a trial on synthetic samples" in said
+    assert not results.exists()
+
+
 def test_a_step_of_a_run_is_found_once(own, tmp_path, monkeypatch):
     for number in (2, 5):
         own.save(tmp_path / str(number) / run_folder.ASSETS)

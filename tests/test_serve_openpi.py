@@ -35,9 +35,12 @@ def test_without_openpi_the_error_says_where_to_run_it(command):
     assert "run this with its .venv/bin/python" in said
 
 
-def test_help_teaches_even_without_openpi(command):
-    _, said, _ = command("--help")
-    assert "policy:checkpoint --policy.config=NAME --policy.dir=STEP" in said
+def test_help_teaches_even_without_openpi(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["serve_openpi", "--help"])
+    serve_openpi.main()
+    said = capsys.readouterr()
+    assert "policy:checkpoint --policy.config=NAME --policy.dir=STEP" in said.out
+    assert not said.err
 
 
 def test_an_experiment_of_openpis_needs_openpi():

@@ -58,6 +58,10 @@ def test_a_run_stands_for_its_last_step_or_the_one_asked_for(run):
 
 
 def test_a_missing_step_lists_the_existing_ones(run):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint .*first has the steps 2, 9, 10$"):
+        step_folder.find(run / "3")
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint .*did you mean 'first'\?$"):
+        step_folder.find(run.parent / "frist")
     with pytest.raises(FileNotFoundError, match=r"no step 3; there are 2, 9, 10 in"):
         step_folder.find(run, 3)
     with pytest.raises(FileNotFoundError, match=r"no best\.json in .*take the last one"):
@@ -206,7 +210,7 @@ def test_a_step_of_a_trial_on_synthetic_samples_is_no_policy(openpis, tmp_path):
     shutil.copytree(openpis / "params", tmp_path / "first" / "4" / "params")
     (tmp_path / "first" / "config.json").write_text('{"data": {"source": "synthetic"}}')
     for read in (step_folder.assets, assets.load):
-        with pytest.raises(ValueError, match=r"first/4 is no policy: its run is a trial on synth"):
+        with pytest.raises(ValueError, match=r"first/4 is not a policy: its run is a trial on "):
             read(tmp_path / "first" / "4")
 
 

@@ -222,8 +222,11 @@ def test_the_old_partitioner_is_refused_on_several_devices(monkeypatch):
     ("make", "message"),
     [
         (lambda: sharding.MeshConfig(fsdp=3).create(), "fsdp=3, tensor=1 does not fit 8 devices"),
-        (lambda: sharding.MeshConfig(data=4, fsdp=1).create(), "data=4, .*product must be that"),
-        (lambda: sharding.MeshConfig(data=3).create(), "data=3, .*product must be that"),
+        (
+            lambda: sharding.MeshConfig(data=4, fsdp=1).create(),
+            "data=4, .*the product must be 8, where",
+        ),
+        (lambda: sharding.MeshConfig(data=3).create(), "data=3, .*the product must be 8, where"),
         (lambda: sharding.MeshConfig(fsdp=16).create(), "does not fit 8 devices"),
         (
             lambda: sharding.MeshConfig(fsdp=0),

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import fsspec
 
-from shallow_pi import progress
+from shallow_pi import progress, suggestions
 
 # Bytes of a request: the most that an interruption loses.
 BLOCK = 32 * 2**20
@@ -62,7 +62,14 @@ def locate(url: str | os.PathLike[str], *, filesystem: Any = None) -> pathlib.Pa
 
 
 def advice(absent: pathlib.Path) -> str:
-    """The address that may be meant by a local path where nothing is; empty for most."""
+    """The step, name or address that may be meant by a local path where nothing is; or nothing."""
+    with contextlib.suppress(OSError):
+        beside = [child.name for child in absent.parent.iterdir() if child.is_dir()]
+        steps = sorted(filter(str.isdigit, beside), key=int)
+        if absent.name.isdigit() and steps:
+            return f"; {absent.parent} has the steps {', '.join(steps)}"
+        if close := suggestions.closest(absent.name, beside):
+            return close
     with contextlib.suppress(ValueError):
         parts = absent.relative_to(pathlib.Path.cwd()).parts
         if parts and parts[0] in ("gs:", "hf:"):

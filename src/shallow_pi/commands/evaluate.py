@@ -17,8 +17,8 @@ libero_goal, libero_10 (--extra libero); libero is these four, with their averag
 docs/benchmarks.md says what each needs, and its protocol.
 
 All policies meet the same initial states. The result (report.md, report.json, a film of each
-policy) lies in evaluations/SIM. The same command goes on where it was interrupted; further policies
-and more episodes are added to what is there.
+policy) is written to evaluations/SIM. The same command continues after an interruption; further
+policies and more episodes are added to what is there.
 """
 
 import dataclasses
@@ -214,6 +214,8 @@ def _entrant(
         trained = assets.quantize
         simulator.check_robot(suite, assets.robot, f"evaluate it on another --sim than {given.sim}")
         check(given.policy.action_horizon or assets.model.action_horizon)
+    else:
+        policy_assets.check_is_policy(step)
     origin = {
         "source": str(step),
         comparison.PARAMETERS: weights.digest(step),

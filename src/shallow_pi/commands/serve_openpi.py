@@ -7,10 +7,11 @@ python scripts/serve_openpi.py policy:checkpoint --policy.config=NAME --policy.d
     --openpi-dir    a clone of openpi (or $OPENPI_DIR), unless it is installed from one
 
 Run it with the Python of an environment that has openpi. All other arguments (--port, ...) are
-passed to serve_policy.py; --help shows them.
+passed to serve_policy.py; --help shows them where openpi is installed.
 """
 
 import argparse
+import importlib.util
 import runpy
 import sys
 
@@ -23,9 +24,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--openpi-dir")
     own, arguments = parser.parse_known_args()
-    if not arguments or "--help" in arguments or "-h" in arguments:
+    is_help = "--help" in arguments or "-h" in arguments
+    if is_help or not arguments:
         print((__doc__ or "").strip(), end="\n\n")
         arguments = arguments or ["--help"]
+    if is_help and importlib.util.find_spec("openpi") is None:
+        return
     parser.add_argument("--policy.config", dest="name")
     parser.add_argument("--policy.dir", dest="step")
     named, _ = parser.parse_known_args(arguments)

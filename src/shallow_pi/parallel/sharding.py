@@ -93,7 +93,8 @@ class MeshConfig:
         if data * given != len(devices) or data < 1:
             raise ValueError(
                 f"a mesh of data={self.data}, fsdp={self.fsdp}, tensor={self.tensor} does not fit "
-                f"{len(devices)} devices: their product must be that (data=-1 takes the rest)"
+                f"{len(devices)} devices: the product must be {len(devices)}, where --mesh.data -1 "
+                "takes what --mesh.fsdp and --mesh.tensor leave"
             )
         shape = (data, fsdp, self.tensor)
         grid = np.array(devices).reshape(shape)

@@ -158,7 +158,7 @@ def check_is_policy(step: pathlib.Path) -> None:
     data = (run_folder.read_config(step.parent) or {}).get("data")
     if isinstance(data, dict) and data.get("source") == "synthetic":
         raise ValueError(
-            f"{step} is no policy: its run is a trial on synthetic samples, without a robot, "
+            f"{step} is not a policy: its run is a trial on synthetic samples, without a robot, "
             "statistics or a tokenizer; train on a dataset"
         )
 
