@@ -124,15 +124,20 @@ def test_relative_actions_are_the_robots(make, tmp_path, delta, enabled, absolut
     assert config["n_action_steps"] == (1 if enabled else own.model.action_horizon)
 
 
-def test_the_card_tells_which_values_of_a_column_are_taken(make):
-    some = dataclasses.replace(
-        robots.TURNTABLE, state_indices=(7, 8, 9), action_indices=(7, 8, 2), state_sizes=(44,)
-    )
-    own = student.Student(make(some), {})
-    used = lerobot.usage("x", own, student.Origin())
-    assert "`observation.state` (3 numbers: 7:10 of `observation.state`)" in used
-    text = card.text(used, "x", own, student.Origin(), "checked", is_policy=True)
-    assert "20 Hz (state 7:10 of 'observation.state', actions 7:9, 2 of 'action') |" in text
+@pytest.mark.parametrize(
+    ("changes", "taken"),
+    [
+        ({"state_indices": (7, 8, 9), "state_sizes": (44,)}, "state 7:10 of 'observation.state'"),
+        ({"action_indices": (2, 1, 0), "action_sizes": (3,)}, "actions 2, 1, 0 of 'action'"),
+    ],
+)
+def test_a_robot_that_selects_values_of_a_column_is_refused(make, changes, taken):
+    """LeRobot has no such step, and a column in another order has the right size."""
+    own = student.Student(make(dataclasses.replace(robots.TURNTABLE, **changes)), {})
+    with pytest.raises(ValueError, match=rf"robot turntable selects values .* \({taken}\), and Le"):
+        lerobot.prepare(own, student.Origin())
+    text = card.text("", "x", own, student.Origin(), "checked", is_policy=True)
+    assert f"20 Hz ({taken}) |" in text, "as the cards of other formats tell"
 
 
 def test_the_card_warns_of_what_lerobot_does_to_relative_actions(make):

@@ -60,12 +60,20 @@ def prepare(student: students.Student, origin: students.Origin) -> students.Stud
     """The student in whole layers, and with an image tower of the depth that the class has.
 
     Raises:
-      ValueError: its robot's transforms are code of openpi's.
+      ValueError: its robot's transforms are code of openpi's, or it selects values of its columns.
     """
-    if config := student.assets.robot.elsewhere:
+    robot = student.assets.robot
+    if robot.elsewhere:
         raise ValueError(
-            f"the robot's transforms are those of openpi's config {config}, which LeRobot's "
-            "pipelines cannot hold: give --format openpi, openpi-padded or openpi-pytorch"
+            f"the robot's transforms are those of openpi's config {robot.elsewhere}, which "
+            "LeRobot's pipelines cannot hold: give --format openpi, openpi-padded or openpi-pytorch"
+        )
+    if robot.taken:
+        raise ValueError(
+            f"robot {robot.name} selects values from its columns ({robot.taken}), and LeRobot "
+            "passes whole columns in their own order: the policy would read and move other joints\n"
+            "serve it with shallow-pi serve, give --format onnx, or train on a dataset whose "
+            "columns are these values in this order"
         )
     return students.with_whole_tower(students.in_whole_layers(student), origin)
 
@@ -291,8 +299,7 @@ def _names(assets: policy_assets.Assets) -> str:
     keys = [robot.cameras[name] for name in assets.seen.cameras]
     pictures = [f"`{camera_key(key)}`" + f" (`{key}`)" * (camera_key(key) != key) for key in keys]
     state = f"`{STATE}` ({robot.state_dim} numbers: "
-    taken = robot.state_vector.taken.replace("'", "`")
-    state += (taken or " then ".join(f"`{key}`" for key in robot.state_keys)) + ")"
+    state += " then ".join(f"`{key}`" for key in robot.state_keys) + ")"
     prompt = "its prompt is always the same" if robot.prompt else "`task`"
     if not (robot.prompt or assets.model.discrete_state_input):
         # LeRobot replaces underscores in the prompts of π0.5 with the state alone.
