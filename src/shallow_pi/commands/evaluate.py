@@ -68,8 +68,8 @@ class Arguments:
     execute_steps: int = 5
     # Lateness of plans in milliseconds: one number for all policies, or one for each.
     late_ms: tuple[float, ...] = (0.0,)
-    # Execution of a late plan: skip the actions whose time is over, execute it late as a whole, or
-    # skip and have the plan go on from what is executed meanwhile (real-time).
+    # Execution of a late plan: "skip" drops the actions whose time has passed, "late" executes all
+    # of it late, "real-time" skips and makes the plan continue what is executed in the meantime.
     executor: rollout.Executor = "skip"
     # Seed of the first episode; the next have the next seeds.
     seed: int = 1_000_000

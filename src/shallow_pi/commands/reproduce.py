@@ -4,18 +4,17 @@ uv run scripts/reproduce.py CLAIM ... [--runs DIR] [--results DIR] [--page FILE]
 
     --list                       names the claims, and how much of each is measured
     late --pending               names what is not measured of these claims
-    late parity                  measures what is missing of these claims, in the order that matters
+    late parity                  measures what is missing of these claims, the most important first
     all                          of all claims
-    all --episodes 0             measures nothing, and writes the page from what is there
+    all --episodes 0             measures nothing, and rewrites the page from the committed results
     late --only teacher          only cells whose names match a regular expression
     all --part 2/3 --workers 16  the second third of the cells, in 16 processes of a core each
-    rivals --train-rivals        rivals too that have to be trained first
-    all --miniature              everything, once, with tiny untrained policies, somewhere temporary
+    rivals --train-rivals        trains the rivals that need training first
+    all --miniature              everything once, with tiny untrained policies, somewhere temporary
 
-A cell that is measured is not measured again. Policies that are not among the runs are left out and
-stay pending; --train makes those of the chosen cells first, many in one program (minutes on an
-accelerator, days on a CPU). Several machines may each do a part: put their results files into one
-folder.
+A measured cell is not measured again. Cells whose policies are not among the runs stay pending;
+--train first trains those of the chosen cells, many in one program (minutes on an accelerator, days
+on a CPU). Several machines may each do a part: put their results files into one folder.
 """
 
 import dataclasses

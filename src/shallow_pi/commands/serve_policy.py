@@ -13,11 +13,11 @@ openpi's example clients work unchanged: robot libero sends `observation/image`,
 and `prompt`; droid `observation/exterior_image_1_left` and the like; aloha and aloha_sim `state`
 and `images`. A robot file can rename the keys (--policy.robot my_robot.py).
 
-With --real-time-chunking an observation may also say what is being executed, so that the new chunk
-goes on from it: `"real_time_chunking": {"previous": ..., "delay": ...}` are the actions left of the
-last chunk, the first of them due now, and how many of them will be executed before the answer is
-there. `shallow_pi.deploy.executors.RealTimeChunking` does so around openpi's client; docs/speed.md
-has a loop without it.
+With --real-time-chunking an observation may also hold what is left of the chunk being executed, so
+that the new chunk continues it: `"real_time_chunking": {"previous": ..., "delay": ...}` are the
+remaining actions, the first of them due now, and how many of them will be executed before the
+answer arrives. `shallow_pi.deploy.executors.RealTimeChunking` sends it through openpi's client;
+docs/speed.md has a loop without it.
 
 A page at http://127.0.0.1:8000/ shows cameras, actions, latency and errors; /metrics is for
 Prometheus, /healthz for supervisors. Ctrl-C or SIGTERM stops the server after the current
@@ -61,7 +61,7 @@ class Arguments(server_config.Settings):
     policy: PolicyArguments
     # Instruction for observations without one.
     prompt: str = ""
-    # Let robots send what is left of the chunk they execute, so that the next goes on from it.
+    # Let robots send what is left of the chunk they execute, so that the next one continues it.
     # Compiles twice as many programs.
     real_time_chunking: bool = False
     # Treat warnings as errors: about values missing from the policy's folder and assumed, and about

@@ -38,7 +38,7 @@ _Run = Callable[[int], tuple[float, float]]
 class Setting:
     """The data to read, and the ways to read it."""
 
-    # LeRobot dataset: a folder or its address on the hub; empty makes one up, of video.
+    # LeRobot dataset: a folder or its address on the hub; empty generates a synthetic one.
     path: str = ""
     # Height of the synthetic pictures, pixels.
     height: int = 256
@@ -46,21 +46,21 @@ class Setting:
     width: int = 256
     # Codec of the synthetic video.
     codec: Literal["av1", "h264"] = "av1"
-    # Made-up pictures from one key frame to the next.
+    # Frames from one key frame of the synthetic video to the next.
     group: int = 2
-    # Made-up frames, in four episodes.
+    # Frames of the synthetic dataset, in four episodes.
     frames: int = 400
     # Side of the model's pictures.
     image_size: int = 224
     # Samples of a batch.
     batch_size: int = 16
-    # Batches that are timed.
+    # Batches to time.
     batches: int = 12
     # Threads that read.
     threads: int = os.cpu_count() or 1
-    # Processes that read in place of the threads; 0 leaves them out.
+    # Processes that read instead of the threads; 0 leaves them out.
     workers: int = os.cpu_count() or 1
-    # Measurements of each way.
+    # Measurements of each method.
     repeats: int = 3
     # Milliseconds of a training step to keep up with; 0 for none.
     step_ms: float = 0.0
