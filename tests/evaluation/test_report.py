@@ -185,7 +185,7 @@ def test_policies_that_met_other_episodes_are_not_compared(full):
         report.contents(report.Report("x", {}, other))
 
 
-def test_write_leaves_every_file_and_legible_pictures(full, tmp_path):
+def test_write_leaves_every_file_and_legible_plots(full, tmp_path):
     written = report.write(tmp_path / "run", full)
     assert [path.name for path in written] == [
         "report.json",
@@ -202,9 +202,9 @@ def test_write_leaves_every_file_and_legible_pictures(full, tmp_path):
     assert "| student | 80 % | 100 % |" in page
     assert all(f"]({path.name})" in page for path in written[2:])
     for path in written[2:5]:
-        picture = np.asarray(Image.open(path).convert("L"))
-        assert min(picture.shape) >= 300
-        assert picture.std() > 20
+        plot = np.asarray(Image.open(path).convert("L"))
+        assert min(plot.shape) >= 300
+        assert plot.std() > 20
     with Image.open(written[5]) as moving:
         assert moving.n_frames == 11
         assert moving.info["duration"] == 50
@@ -241,13 +241,13 @@ def test_curves_without_a_known_loss_are_left_out(tmp_path):
 
 
 def test_a_curve_that_only_wavers_is_drawn_flat(tmp_path):
-    """Its axis begins at 0, so it lies in the upper quarter of the picture."""
+    """Its axis begins at 0, so it lies in the upper quarter of the plot."""
     rows = [{"step": step, "task_loss": 0.3 + 0.001 * (step % 3)} for step in range(20)]
     plots.loss_curves(tmp_path / "l.png", {"student": rows}, {"task_loss": "task loss"})
-    picture = np.asarray(Image.open(tmp_path / "l.png").convert("RGB"), int)
-    line = np.abs(picture - [0xD5, 0x5E, 0x00]).sum(-1) < 30
+    plot = np.asarray(Image.open(tmp_path / "l.png").convert("RGB"), int)
+    line = np.abs(plot - [0xD5, 0x5E, 0x00]).sum(-1) < 30
     rows, _ = np.nonzero(line)  # Most of them the curve, some the legend.
-    assert np.quantile(rows, 0.75) < picture.shape[0] / 4
+    assert np.quantile(rows, 0.75) < plot.shape[0] / 4
 
 
 def test_running_mean_keeps_a_line_straight_and_halves_noise():

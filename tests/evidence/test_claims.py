@@ -1,4 +1,4 @@
-"""The table of claims is consistent: what a statement or picture names is measured."""
+"""The table of claims is consistent: what a statement or plot names is measured."""
 
 import pytest
 
@@ -9,14 +9,14 @@ EVERY = list(catalogue.CLAIMS.values())
 
 
 @pytest.mark.parametrize("claim", EVERY, ids=lambda claim: claim.name)
-def test_what_statements_and_pictures_name_is_measured(claim):
+def test_what_statements_and_plots_name_is_measured(claim):
     rows = [row.label for row in claim.variants]
     columns = [column.label for column in claim.columns]
     assert len(set(rows)) == len(rows)
     assert len(set(columns)) == len(columns)
     assert claim.reference in rows
     sides = [side for s in claim.statements for side in (s.a, s.b) if side is not None]
-    sides += [side for p in claim.pictures for line in p.lines for _, side in line.points]
+    sides += [side for p in claim.plots for line in p.lines for _, side in line.points]
     for row, column in sides:
         assert row in rows
         assert column in columns

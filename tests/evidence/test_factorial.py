@@ -21,7 +21,7 @@ def _claim():
         variants=variants,
         columns=tuple(COLUMNS.values()),
         statements=(),
-        pictures=(),
+        plots=(),
         reference="6 layers",
         limits="",
         factors=(Factor("layers", ("6", "4")), Factor("steps", ("2", "1"))),
@@ -114,5 +114,5 @@ def test_costs_follow_shape_steps_and_bits(tmp_path):
     counts = f"{two.operations / 1e6:.1f} / {one.operations / 1e6:.1f}"
     assert f"| 6 layers, 8 bits | {counts} |" in text
     pytest.importorskip("matplotlib")
-    assert factorial.picture(tmp_path / "pareto.png", table, results)
+    assert factorial.plot(tmp_path / "pareto.png", table, results)
     assert (tmp_path / "pareto.png").stat().st_size > 5000

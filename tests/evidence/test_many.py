@@ -231,7 +231,7 @@ def test_teachers_and_students_become_step_folders(own, tmp_path, kind, steps):
     cut = policy_assets.load(tmp_path / student.slug).model
     assert cut == recipes.teacher_model(dataclasses.replace(wanted, depth=2), model)
     # Of a frame, the samples are what the robot's transforms make of it.
-    frame = {key: pictures[1] for key, pictures in episodes[1].images.items()}
+    frame = {key: images[1] for key, images in episodes[1].images.items()}
     frame |= {key: episodes[1].vectors[key][1] for key in robot.state_keys}
     frame |= {robot.prompt_key: "touch the red block"}
     expected = batches.stack([assets.inputs()(frame)["state"]])[0]

@@ -28,7 +28,7 @@ def _table(outcomes_by_policy, statements=()):
         ),
         columns=(ALL, TOUCH),
         statements=statements,
-        pictures=(),
+        plots=(),
         reference="one",
         limits="",
     )

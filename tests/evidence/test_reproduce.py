@@ -36,7 +36,7 @@ def test_every_study_runs_in_miniature(measured):
         assert f"\n## {claim.name}\n" in text
         for statement in claim.statements:
             assert statement.text in text
-    # Every claim has rows, a picture and pending cells; none is pending as a whole.
+    # Every claim has rows, a plot and pending cells; none is pending as a whole.
     assert text.count(" cells): ") == len(catalogue.CLAIMS) - len(CHOSEN)
     assert text.count("*Pending:*") == len(CHOSEN)
     assert {path.stem for path in written} >= {"evidence", "late", "layers", "layer_scores"}

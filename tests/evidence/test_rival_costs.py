@@ -48,14 +48,14 @@ def test_a_row_more_has_all_costs_measured_again(tmp_path, monkeypatch):
 
 def test_success_is_drawn_against_operations_where_both_are_known(tmp_path):
     _write(tmp_path)
-    picture = tmp_path / "costs.png"
+    plot = tmp_path / "costs.png"
     empty = outcomes.Table(CLAIM, cells.read(tmp_path), 2)
-    assert not rival_costs.picture(picture, empty, tmp_path)
+    assert not rival_costs.plot(plot, empty, tmp_path)
     cell = cells.Cell(rows.TEACHER, rows.SUITE)
     names = cells.COLUMNS["episodes"]
     columns = {name: [1.0, 0.0] for name in names}
     origin = {"commit": "", "device": "cpu", "seconds": 1.0}
     block = cells.Block(cell, "d", (1_000_000, 1_000_001), rows.TASKS[:2], columns, origin)
     cells.append(tmp_path / "cells.jsonl", block)
-    assert rival_costs.picture(picture, outcomes.Table(CLAIM, cells.read(tmp_path), 2), tmp_path)
-    assert picture.exists()
+    assert rival_costs.plot(plot, outcomes.Table(CLAIM, cells.read(tmp_path), 2), tmp_path)
+    assert plot.exists()

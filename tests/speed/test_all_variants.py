@@ -113,7 +113,7 @@ def test_every_kind_of_inference_is_measured(found):
 
 
 @pytest.mark.slow
-def test_a_folder_becomes_tables_and_pictures(found, tmp_path):
+def test_a_folder_becomes_tables_and_plots(found, tmp_path):
     for name, content in found.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     (tmp_path / "other.json").write_text("{}")
@@ -121,7 +121,7 @@ def test_a_folder_becomes_tables_and_pictures(found, tmp_path):
     assert set(again) == set(found)
     rows = {table.title: table.row_count for table in summary.tables(again)}
     assert list(rows.values()) == [2, 13, 2], "two timings, ten stages and three sums, two batches"
-    assert len(summary.pictures(tmp_path, again)) == 3
+    assert len(summary.draw(tmp_path, again)) == 3
     for name in ("breakdown", "growth", "host_path"):
         assert (tmp_path / f"{name}.png").stat().st_size > 1000
 

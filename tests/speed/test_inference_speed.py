@@ -100,7 +100,7 @@ def test_trimmed_cameras_and_padding_change_no_action(tiny_config, tiny_params):
         assert small.cameras == config.cameras
         assert trimmed.tokenized_prompt_mask.sum() == config.max_token_len
         found = sample(larger, params, seen.as_float(), noise, num_steps=2)
-        if larger.cameras == config.cameras:  # With a third camera other pictures are drawn.
+        if larger.cameras == config.cameras:  # With a third camera other images are drawn.
             np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
@@ -127,11 +127,11 @@ def test_sizes_are_the_models(timing):
 
 
 @pytest.mark.parametrize("draw", [plots.breakdown, plots.growth])
-def test_timings_become_pictures(timing, tmp_path, draw):
+def test_timings_become_plots(timing, tmp_path, draw):
     _, found = timing
     more = dataclasses.replace(found, depth=9, visual_tokens=2 * found.visual_tokens, cameras=4)
-    draw(tmp_path / "picture.png", [found, more])
-    assert (tmp_path / "picture.png").stat().st_size > 1000
+    draw(tmp_path / "plot.png", [found, more])
+    assert (tmp_path / "plot.png").stat().st_size > 1000
 
 
 def test_a_breakdowns_parts_add_up_to_the_whole(timing):

@@ -146,7 +146,7 @@ def test_a_rate_is_stated_for_a_device_kind_in_bfloat16(device, dtype, rate):
     assert step.stated_rate(device, dtype) == rate
 
 
-def test_a_timing_becomes_a_picture(measured, tmp_path):
+def test_a_timing_becomes_a_plot(measured, tmp_path):
     timing, _, _ = measured
     plots.training_step(tmp_path / "step.png", timing)
     assert (tmp_path / "step.png").stat().st_size > 1000

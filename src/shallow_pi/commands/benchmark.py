@@ -33,7 +33,7 @@ from shallow_pi.parallel import processes
 from shallow_pi.speed import inference, plots, report, stages, tuning
 from shallow_pi.training import command_line
 
-# Narrow, with the picture size, patches, cameras and vocabulary that openpi hard-codes.
+# Narrow, with the image size, patches, cameras and vocabulary that openpi hard-codes.
 SMALL = pi0.Pi0Config(
     backbone=gemma.GemmaConfig(width=64, mlp_dim=256, num_heads=8, num_kv_heads=1, head_dim=16),
     expert=gemma.GemmaConfig(width=32, mlp_dim=128, num_heads=8, num_kv_heads=1, head_dim=16),
@@ -150,13 +150,13 @@ def main() -> None:
         if given.output:
             arguments = dataclasses.asdict(dataclasses.replace(given, output=""))
             content = {"arguments": arguments} | report.inference_contents(timings, limit, paths)
-            pictures = {
+            drawn = {
                 "breakdown.png": lambda path: plots.breakdown(path, timings),
                 "growth.png": lambda path: plots.growth(path, timings),
                 "host_path.png": lambda path: plots.host_path(path, named, paths),
             }
             folder = pathlib.Path(given.output).expanduser()
-            lines += report.write(folder, "benchmark.json", content, pictures)
+            lines += report.write(folder, "benchmark.json", content, drawn)
         print("\n".join(lines))
 
 

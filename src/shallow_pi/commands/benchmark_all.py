@@ -12,7 +12,7 @@ uv run scripts/benchmark_all.py --output benchmarks/mine
     --tiny                          everything in miniature, on a CPU
 
 It needs JAX, Flax, Optax, Orbax, NumPy, tyro and rich; Pillow and SentencePiece where
-`Policy.infer` is timed; matplotlib for the pictures; and openpi where its sampler is. Every variant
+`Policy.infer` is timed; matplotlib for the plots; and openpi where its sampler is. Every variant
 is a process: up to --jobs of them compile at once, then each has the device to itself. Its JSON
 file is there as soon as it is measured, and what fails is reported while the others go on. Programs
 and tuning results of earlier runs are not used, unless JAX_COMPILATION_CACHE_DIR is set.
@@ -44,7 +44,7 @@ STAND_INS = pathlib.Path(__file__).parents[3] / "tests" / "interop" / "stand_ins
 class Arguments:
     """The variants to measure, and for how long."""
 
-    # Folder for a JSON file and a log of each variant, summary.txt and the pictures.
+    # Folder for a JSON file and a log of each variant, summary.txt and the plots.
     output: str = "benchmarks/mine"
     # Names of the variants to measure, in this order; empty for all.
     only: tuple[str, ...] = ()
@@ -99,7 +99,7 @@ def main() -> None:
         console.print(*tables)
         with (folder / "summary.txt").open("w", encoding="utf-8") as file:
             rich.console.Console(file=file, width=120).print(*tables)
-        print("\n".join(summary.pictures(folder, found)))
+        print("\n".join(summary.draw(folder, found)))
         for name, reason in failed.items():
             print(f"failed: {name}: {reason}")
         if len(failed) == len(chosen):

@@ -57,9 +57,9 @@ def main() -> None:
         lines = report.step_lines(timing, limit, stated)
         if own.output:
             content = {"arguments": arguments} | report.step_contents(timing, limit)
-            pictures = {"step.png": lambda path: plots.training_step(path, timing)}
+            drawn = {"step.png": lambda path: plots.training_step(path, timing)}
             folder = pathlib.Path(own.output).expanduser()
-            lines += report.write(folder, "step.json", content, pictures)
+            lines += report.write(folder, "step.json", content, drawn)
         print("\n".join(lines))
 
 

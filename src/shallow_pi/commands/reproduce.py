@@ -71,7 +71,7 @@ class Arguments:
     runs: pathlib.Path = pathlib.Path("checkpoints/evidence")
     # Folder of the measured lines.
     results: pathlib.Path = pathlib.Path("benchmarks/evidence")
-    # Page to write, with its pictures beside the results; empty writes none.
+    # Page to write, with its plots beside the results; empty writes none.
     page: str = "docs/evidence.md"
     # Episodes of a cell.
     episodes: int = 500

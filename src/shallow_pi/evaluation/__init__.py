@@ -1,1 +1,1 @@
-"""From policies to numbers: closed-loop success, intervals, reports and their pictures."""
+"""From policies to numbers: closed-loop success, intervals, reports and their plots."""

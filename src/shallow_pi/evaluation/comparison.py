@@ -27,7 +27,7 @@ PARAMETERS = "parameters"
 ADVICE = "repeat the command, or give another --output"
 # A film's frames a second at most; GIFs are large.
 FILM_FPS = 12.5
-# Most panels of the picture of success.
+# Most panels of the plot of success.
 PANELS = 5
 
 
@@ -256,7 +256,7 @@ def thinned(recording: rollout.Recording) -> rollout.Recording:
     period = float(np.median(np.diff(recording.times))) if len(recording.times) > 1 else 1.0
     stride = max(1, int(np.ceil(1 / FILM_FPS / max(period, 1e-6) - 1e-9)))
     kept = np.arange(len(recording.times) - 1, -1, -stride)[::-1]
-    frames = {camera: pictures[kept] for camera, pictures in recording.frames.items()}
+    frames = {camera: images[kept] for camera, images in recording.frames.items()}
     return dataclasses.replace(recording, times=recording.times[kept], frames=frames)
 
 
@@ -329,7 +329,7 @@ def write(
     settings: Mapping[str, Mapping[str, object]],
     found: Mapping[str, rollout.Evaluation],
 ) -> None:
-    """Write report.json, report.md and the picture of success."""
+    """Write report.json, report.md and the plot of success."""
     values = json.dumps(contents(course, settings, found), indent=2, ensure_ascii=False)
     _write(folder / run_folder.REPORT_FILE, values + "\n")
     options = "".join(f", {name} {value}" for name, value in course.options.items())
@@ -360,7 +360,7 @@ def write(
 
 
 def _panels(found: Mapping[str, rollout.Evaluation]) -> report.Scopes:
-    """Scopes of the picture: all tasks, and each where they are few."""
+    """Scopes of the plot: all tasks, and each where they are few."""
     every = report.scopes(found)
     return every if len(every) <= PANELS else {"all tasks": found}
 

@@ -1,4 +1,4 @@
-"""Results of a run: `report.json` for programs, `report.md` and pictures for people.
+"""Results of a run: `report.json` for programs, `report.md` and plots for people.
 
 A `Report` holds measured values only; what derives from them (intervals, differences, ratios) is
 computed here in one place, so that the terminal, the page and the file cannot disagree. Policies
@@ -259,8 +259,8 @@ def show(report: Report, console: rich.console.Console | None = None) -> None:
         console.print(line, highlight=False, markup=False)
 
 
-def markdown(report: Report, pictures: Mapping[str, str]) -> str:
-    """The content of report.md; `pictures` maps a caption to a file beside it."""
+def markdown(report: Report, files: Mapping[str, str]) -> str:
+    """The content of report.md; `files` maps a caption to a plot beside it."""
     lines = [f"# {report.title}"]
     if made := origin(report.config):
         lines += ["", made]
@@ -276,7 +276,7 @@ def markdown(report: Report, pictures: Mapping[str, str]) -> str:
         lines += ["", validation_tables.NOTE]
     said = sentences(report)
     lines += ["", *(f"- {line}" for line in said)] if said else []
-    for caption, name in pictures.items():
+    for caption, name in files.items():
         lines += ["", f"## {caption}", "", f"![{caption}]({name})"]
     if report.stage_seconds:
         seconds = {**report.stage_seconds, "total": sum(report.stage_seconds.values())}
@@ -316,7 +316,7 @@ def table_lines(table: validation_tables.Table) -> list[str]:
 
 
 def write(folder: pathlib.Path, report: Report) -> list[pathlib.Path]:
-    """Write report.json, the pictures and report.md into `folder`; return what was written.
+    """Write report.json, the plots and report.md into `folder`; return what was written.
 
     Without matplotlib the figures are left out, and the page and the terminal say how to get them.
     """
@@ -358,22 +358,22 @@ def write(folder: pathlib.Path, report: Report) -> list[pathlib.Path]:
             "episode.gif",
             lambda path: plots.animation(path, recording),
         )
-    pictures: dict[str, str] = {}
+    files: dict[str, str] = {}
     missing = ""
     for caption, (name, draw) in drawings.items():
         try:
             draw(folder / name)
-            pictures[caption] = name
+            files[caption] = name
         except figures.PlotsMissingError as error:
             missing = str(error)
-    page = markdown(report, pictures)
+    page = markdown(report, files)
     if missing:
         page += f"\n{missing}\n"
         rich.console.Console(stderr=True).print(
             missing, highlight=False, markup=False, soft_wrap=True
         )
     run_folder.write_text(folder / run_folder.REPORT_PAGE, page)
-    written = (run_folder.REPORT_FILE, run_folder.REPORT_PAGE, *pictures.values())
+    written = (run_folder.REPORT_FILE, run_folder.REPORT_PAGE, *files.values())
     return [folder / name for name in written]
 
 

@@ -7,7 +7,7 @@ study picks up where it was:
     <run>/<step>                the trained policy
     <run>/baselines/<name>      what it is compared with, trained by the same loop
     <run>/evaluations           one line an episode
-    <run>/report.{json,md}      and the pictures
+    <run>/report.{json,md}      and the plots
 
 Without a simulated task it is training, and a report of losses and held-out errors.
 """

@@ -1,4 +1,4 @@
-"""Pictures of claims, drawn from their results: curves over numbers, points over names, layers."""
+"""Plots of claims, drawn from their results: curves over numbers, points over names, layers."""
 
 import json
 import pathlib
@@ -9,10 +9,10 @@ import numpy as np
 from shallow_pi import figures
 from shallow_pi.evaluation import plots
 from shallow_pi.evidence import outcomes
-from shallow_pi.evidence.claims.claim import Picture
+from shallow_pi.evidence.claims.claim import Plot
 
 
-def picture(path: pathlib.Path, table: outcomes.Table, drawn: Picture) -> bool:
+def plot(path: pathlib.Path, table: outcomes.Table, drawn: Plot) -> bool:
     """What is measured of a claim's figure, with 95 % intervals; False, and no file, if nothing."""
     means = [[(x, table.mean(side)) for x, side in line.points] for line in drawn.lines]
     lines = [[(x, mean) for x, mean in found if mean is not None] for found in means]

@@ -199,7 +199,7 @@ def lines(table: outcomes.Table, results: pathlib.Path) -> Iterator[str]:
         yield f"Operations and times: {' / '.join(names)}."
 
 
-def picture(path: pathlib.Path, table: outcomes.Table, results: pathlib.Path) -> bool:
+def plot(path: pathlib.Path, table: outcomes.Table, results: pathlib.Path) -> bool:
     """Success against operations, the best of each cost named; False, and no file, without any."""
     costs = read(table.claim, results)
     means = {side: table.mean(side) for side in costs}

@@ -92,7 +92,7 @@ def samples(assets: policy_assets.Assets, episodes: Sequence[demonstrations.Epis
     reader = prompts.Tokenizer(assets.tokenizer, model.max_token_len)
     tokens = {prompt: reader.tokenize(prompt) for prompt in {e.prompt for e in episodes}}
     horizon, found = model.action_horizon, batches.zeros(model, int(ends[-1]))
-    pictures: Mapping[str, np.ndarray] = found.observation.images
+    images: Mapping[str, np.ndarray] = found.observation.images
     for start, stop, episode in zip(ends[:-1], ends[1:], episodes, strict=True):
         at, length = slice(start, stop), stop - start
         ahead = np.arange(length)[:, None] + np.arange(horizon)
@@ -106,5 +106,5 @@ def samples(assets: policy_assets.Assets, episodes: Sequence[demonstrations.Epis
             if (key := robot.cameras.get(camera)) is None:
                 found.observation.image_masks[camera][at] = False
             else:
-                pictures[camera][at] = episode.images[key]
+                images[camera][at] = episode.images[key]
     return Frames(found, ends)

@@ -47,14 +47,14 @@ one seed (the teacher, untrained cuts) describe that one policy.
 
 
 def write(path: pathlib.Path, folder: pathlib.Path, episodes: int) -> list[pathlib.Path]:
-    """Write the page, and its pictures beside the results; returns the files.
+    """Write the page, and its plots beside the results; returns the files.
 
     Args:
       path: of the page.
       folder: of the results.
       episodes: of a complete cell.
     """
-    results, drawings = cells.read(folder), folder / "pictures"
+    results, drawings = cells.read(folder), folder / "plots"
     written = [path]
     tables = [outcomes.Table(claim, results, episodes) for claim in catalogue.CLAIMS.values()]
     measured = [table for table in tables if set(table.claim.cells()) & set(results.rows)]
@@ -62,26 +62,26 @@ def write(path: pathlib.Path, folder: pathlib.Path, episodes: int) -> list[pathl
     lines += _verdicts(measured)
     for table in measured:
         lines += _section(table)
-        pictures: list[tuple[str, pathlib.Path]] = []
+        plots: list[tuple[str, pathlib.Path]] = []
         try:
             drawings.mkdir(parents=True, exist_ok=True)
-            for picture in table.claim.pictures:
-                if drawing.picture(drawings / f"{picture.name}.png", table, picture):
-                    pictures.append((picture.title, drawings / f"{picture.name}.png"))
+            for plot in table.claim.plots:
+                if drawing.plot(drawings / f"{plot.name}.png", table, plot):
+                    plots.append((plot.title, drawings / f"{plot.name}.png"))
             if table.claim.name == "skipping" and drawing.layer_scores(
                 drawings / "layer_scores.png", folder / recipes.SCORES_FILE
             ):
-                pictures.append(("Scores of the layers", drawings / "layer_scores.png"))
+                plots.append(("Scores of the layers", drawings / "layer_scores.png"))
             against = drawings / f"{table.claim.name}_costs.png"
-            if rival_costs.picture(against, table, folder):
-                pictures.append(("Success against operations", against))
+            if rival_costs.plot(against, table, folder):
+                plots.append(("Success against operations", against))
             pareto = drawings / f"{table.claim.name}_pareto.png"
-            if factorial.picture(pareto, table, folder):
-                pictures.append(("Success against operations", pareto))
+            if factorial.plot(pareto, table, folder):
+                plots.append(("Success against operations", pareto))
         except figures.PlotsMissingError as error:
             progress.warn(str(error))
-        written += [file for _, file in pictures]
-        for title, file in pictures:
+        written += [file for _, file in plots]
+        for title, file in plots:
             target = os.path.relpath(file, path.parent)
             lines += ["", f"![{title}]({pathlib.PurePath(target).as_posix()})"]
         lines += _tables(table)

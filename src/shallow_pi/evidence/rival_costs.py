@@ -1,7 +1,7 @@
 """Costs of rivals beside their success: operations, parameters in memory, latency at batch 1.
 
 `ensure` measures them on a claim's teacher and keeps them among the results; the page gets a table
-and a picture of success against operations from it.
+and a plot of success against operations from it.
 """
 
 import collections
@@ -91,7 +91,7 @@ def lines(claim: Claim, results: pathlib.Path) -> Iterator[str]:
         yield f"| {label} | {operations:.0f} | {held:.2f} | {cost.median_ms:.2f} |"
 
 
-def picture(path: pathlib.Path, table: outcomes.Table, results: pathlib.Path) -> bool:
+def plot(path: pathlib.Path, table: outcomes.Table, results: pathlib.Path) -> bool:
     """Success against operations, a mark for each row; False, and no file, without any."""
     column, found = table.claim.columns[0].label, read(table.claim, results)
     points = {label: table.mean((label, column)) for label in found}

@@ -1,4 +1,4 @@
-"""Scores of a teacher's layers over the denoising steps, for untrained cuts and pictures.
+"""Scores of a teacher's layers over the denoising steps, for untrained cuts and plots.
 
 `similarity` is the mean cosine between input and output of a layer, `sensitivity` the rise of the
 velocity error when it alone is skipped (`layer_scores`), both on the straight lines from noise to

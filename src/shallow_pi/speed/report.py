@@ -19,7 +19,7 @@ FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 # Targets of a distillation step: fine-tuning steps it costs at most, and MFU at least.
 MOST_RATIO, LEAST_UTILIZATION = 1.6, 0.45
 # File name → function that draws to a path.
-Pictures = Mapping[str, Callable[[pathlib.Path], None]]
+Plots = Mapping[str, Callable[[pathlib.Path], None]]
 
 
 def tuning_table(model: pi0.Pi0Config, found: tuning.Tuned) -> rich.table.Table:
@@ -201,28 +201,28 @@ def step_contents(timing: step.Timing, limit: inference.Ceiling) -> dict[str, ob
 
 
 def write(
-    folder: pathlib.Path, file: str, content: Mapping[str, object], pictures: Pictures
+    folder: pathlib.Path, file: str, content: Mapping[str, object], plots: Plots
 ) -> list[str]:
-    """Write a JSON file, and pictures where matplotlib is installed; returns a line for each.
+    """Write a JSON file, and plots where matplotlib is installed; returns a line for each.
 
     Args:
       folder: made if absent.
       file: name of the JSON file.
       content: of it.
-      pictures: to draw beside it.
+      plots: to draw beside it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / file
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    return [f"written: {path}", *draw(folder, pictures)]
+    return [f"written: {path}", *draw(folder, plots)]
 
 
-def draw(folder: pathlib.Path, pictures: Pictures) -> list[str]:
-    """Draw into a folder where matplotlib is installed; returns a line for each picture."""
+def draw(folder: pathlib.Path, plots: Plots) -> list[str]:
+    """Draw into a folder where matplotlib is installed; returns a line for each plot."""
     lines: list[str] = []
-    for name, picture in pictures.items():
+    for name, plot in plots.items():
         try:
-            picture(folder / name)
+            plot(folder / name)
         except figures.PlotsMissingError as error:
             return [*lines, str(error)]
         lines.append(f"written: {folder / name}")

@@ -1,4 +1,4 @@
-"""Tables and pictures of a folder of measured variants (`scripts/benchmark_all.py`)."""
+"""Tables and plots of a folder of measured variants (`scripts/benchmark_all.py`)."""
 
 import dataclasses
 import json
@@ -126,18 +126,18 @@ def _paths(found: Found) -> dict[str, stages.HostPath]:
     }
 
 
-def pictures(folder: pathlib.Path, found: Found) -> list[str]:
+def draw(folder: pathlib.Path, found: Found) -> list[str]:
     """Draw breakdown, growth with depth, and host path; returns a line for each."""
     whole, paths = _with_parts(found), _paths(found)
     depths = [one for name, one in timings(found).items() if _plain(found, name)]
-    draw: dict[str, Callable[[pathlib.Path], None]] = {}
+    drawn: dict[str, Callable[[pathlib.Path], None]] = {}
     if whole:
-        draw["breakdown.png"] = lambda path: plots.breakdown(path, list(whole.values()))
+        drawn["breakdown.png"] = lambda path: plots.breakdown(path, list(whole.values()))
     if depths:
-        draw["growth.png"] = lambda path: plots.growth(path, depths)
+        drawn["growth.png"] = lambda path: plots.growth(path, depths)
     if whole or paths:
-        draw["host_path.png"] = lambda path: plots.host_path(path, whole, paths)
-    return report.draw(folder, draw)
+        drawn["host_path.png"] = lambda path: plots.host_path(path, whole, paths)
+    return report.draw(folder, drawn)
 
 
 def _plain(found: Found, name: str) -> bool:

@@ -17,7 +17,7 @@ from shallow_pi.evidence.claims.claim import (
     Claim,
     Column,
     Line,
-    Picture,
+    Plot,
     Statement,
     Variant,
     points,
@@ -74,7 +74,7 @@ def _instrument() -> Claim:
                 for c in (ten, whole, relation)
             ),
         ),
-        pictures=(
+        plots=(
             points(
                 "instrument",
                 "Success by task",
@@ -134,8 +134,8 @@ def _skipping() -> Claim:
                 at_least=0,
             ),
         ),
-        pictures=(
-            Picture(
+        plots=(
+            Plot(
                 "skipping",
                 "Layers left out, without training",
                 "layers left out",
@@ -201,7 +201,7 @@ def _metaworld() -> Claim:
                 at_least=0,
             ),
         ),
-        pictures=(
+        plots=(
             points(
                 "metaworld",
                 "Meta-World MT10",

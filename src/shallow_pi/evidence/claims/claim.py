@@ -1,4 +1,4 @@
-"""The structure of a claim: rows, columns, statements and pictures, all of them data.
+"""The structure of a claim: rows, columns, statements and plots, all of them data.
 
 A claim compares variants (a recipe under several training seeds, or one fixed policy) in columns (a
 situation and a measure). Its statements are inequalities between two of these, each decided by its
@@ -68,7 +68,7 @@ class Statement:
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """Points of a picture: where they stand, and which variant and column gives their height."""
+    """Points of a plot: where they stand, and which variant and column gives their height."""
 
     label: str
     points: tuple[tuple[float | str, Side], ...]
@@ -78,7 +78,7 @@ class Line:
 
 
 @dataclasses.dataclass(frozen=True)
-class Picture:
+class Plot:
     """A figure of a claim: curves over numbers, or points over names."""
 
     name: str
@@ -88,37 +88,35 @@ class Picture:
     lines: tuple[Line, ...]
 
 
-def points(
-    name: str, title: str, rows: Mapping[str, Variant], columns: Sequence[Column]
-) -> Picture:
+def points(name: str, title: str, rows: Mapping[str, Variant], columns: Sequence[Column]) -> Plot:
     """Success by column: a line of points for each row, given by its colour."""
     lines = (
         Line(row.label, tuple((c.label, row.at(c)) for c in columns), colour, "")
         for colour, row in rows.items()
     )
-    return Picture(name, title, "", "success, %", tuple(lines))
+    return Plot(name, title, "", "success, %", tuple(lines))
 
 
 def points_by_row(
     name: str, title: str, rows: Sequence[Variant], columns: Mapping[str, Column]
-) -> Picture:
+) -> Plot:
     """Success by row: a line of points for each column, given by its colour."""
     lines = (
         Line(column.label, tuple((row.label, row.at(column)) for row in rows), colour, "")
         for colour, column in columns.items()
     )
-    return Picture(name, title, "", "success, %", tuple(lines))
+    return Plot(name, title, "", "success, %", tuple(lines))
 
 
 def curves(
     name: str, title: str, x: str, rows: Mapping[str, Variant], columns: Mapping[int, Column]
-) -> Picture:
+) -> Plot:
     """Success over a number that tells columns apart: a curve for each row, given by its colour."""
     lines = (
         Line(row.label, tuple((float(n), row.at(c)) for n, c in columns.items()), colour)
         for colour, row in rows.items()
     )
-    return Picture(name, title, x, "success, %", tuple(lines))
+    return Plot(name, title, x, "success, %", tuple(lines))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +139,7 @@ class Claim:
     variants: tuple[Variant, ...]
     columns: tuple[Column, ...]
     statements: tuple[Statement, ...]
-    pictures: tuple[Picture, ...]
+    plots: tuple[Plot, ...]
     # Row with which the others are compared, pair by pair.
     reference: str
     limits: str

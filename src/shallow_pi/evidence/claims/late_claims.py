@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from shallow_pi.evaluation import rollout
 from shallow_pi.evidence.claims import cells, rows
-from shallow_pi.evidence.claims.claim import Claim, Column, Line, Picture, Statement, Variant
+from shallow_pi.evidence.claims.claim import Claim, Column, Line, Plot, Statement, Variant
 
 # Control steps at 20 Hz until an action after 364 and 110 ms (the paper's teacher and student), and
 # the student's at the ratio of the latencies measured here (2.2).
@@ -102,8 +102,8 @@ def _claim(
             )
             for executor in EXECUTORS
         ),
-        pictures=(
-            Picture(
+        plots=(
+            Plot(
                 name.replace("-", "_"),
                 "Success when plans are late",
                 "lateness, ms",

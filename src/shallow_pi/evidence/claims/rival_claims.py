@@ -59,7 +59,7 @@ def rivals() -> Claim:
             for student in students
             for label in (SKIPPED, MIXED, *TRAINED)
         ),
-        pictures=(
+        plots=(
             points_by_row(
                 "rivals",
                 "Rivals on the same teacher",

@@ -83,7 +83,7 @@ def shapes() -> Claim:
             costs("all cuts together cost at most 20 points", 0.2, every, columns[1].label),
         ),
         # Success against operations is drawn by `factorial`.
-        pictures=(),
+        plots=(),
         reference=six,
         limits="A small teacher of one task, with an image tower of two layers and 16 tokens a "
         "camera; students of 600 steps with the three losses, reflow for one step and, if the "

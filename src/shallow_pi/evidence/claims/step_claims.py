@@ -54,7 +54,7 @@ def few_steps() -> Claim:
                 at_least=0.2,
             ),
         ),
-        pictures=(curves("few_steps", PAST, "integration steps", found, success),),
+        plots=(curves("few_steps", PAST, "integration steps", found, success),),
         reference=student.label,
         limits="Two modes of equal weight; a task with one mode needs a single step.",
     )
@@ -121,9 +121,7 @@ def modes() -> Claim:
                 at_most=0,
             ),
         ),
-        pictures=(
-            curves("modes", PAST, "integration steps", found, dict(sorted(success.items()))),
-        ),
+        plots=(curves("modes", PAST, "integration steps", found, dict(sorted(success.items()))),),
         reference=three.label,
         limits="A small teacher of this task alone (2,400 steps), students of 600 steps; plans of "
         "one second, executed whole.",

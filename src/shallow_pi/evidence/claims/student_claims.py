@@ -1,7 +1,7 @@
 """Claims about the student: as good as its teacher, by which losses, with which layers."""
 
 from shallow_pi.evidence.claims import recipes, rows
-from shallow_pi.evidence.claims.claim import Claim, Column, Line, Picture, Statement, Variant
+from shallow_pi.evidence.claims.claim import Claim, Column, Line, Plot, Statement, Variant
 
 
 def parity() -> Claim:
@@ -32,7 +32,7 @@ def parity() -> Claim:
         lines.append(Line(rows.TEACHER_ROW.label, top, "teacher", "--"))
         unit = "demonstrations" if axis == "demonstrations" else "distillation steps"
         curves.append(
-            Picture(f"parity_{axis}", f"Success against {unit}", unit, "success, %", tuple(lines))
+            Plot(f"parity_{axis}", f"Success against {unit}", unit, "success, %", tuple(lines))
         )
     scratch = rows.students("from scratch, equal compute", **rows.SCRATCH)
     taught = rows.students("random init, three losses", init="random")
@@ -108,7 +108,7 @@ def parity() -> Claim:
                 at_least=0,
             ),
         ),
-        pictures=tuple(curves),
+        plots=tuple(curves),
         reference=rows.TEACHER_ROW.label,
         limits=f"The teacher has 1 M parameters, the paper's 3 B. It saw "
         f"{recipes.TEACHER.demonstrations:,} demonstrations; the paper's students see all of their "
@@ -165,8 +165,8 @@ def losses() -> Claim:
             *(nearer(f"the {loss} loss brings", less[loss]) for loss in ("attention", "velocity")),
             nearer("three losses bring", alone, " than the task loss alone"),
         ),
-        pictures=(
-            Picture(
+        plots=(
+            Plot(
                 "losses",
                 "Plans and losses",
                 "",
@@ -233,8 +233,8 @@ def layers() -> Claim:
                 for row in chosen
             ),
         ),
-        pictures=(
-            Picture(
+        plots=(
+            Plot(
                 "layers",
                 "Success against layers",
                 "layers",
@@ -260,7 +260,7 @@ def layers() -> Claim:
                     ),
                 ),
             ),
-            Picture(
+            Plot(
                 "maps",
                 "Which six layers",
                 "",

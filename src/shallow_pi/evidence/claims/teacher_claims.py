@@ -10,7 +10,7 @@ from shallow_pi.evidence.claims.claim import (
     Claim,
     Column,
     Line,
-    Picture,
+    Plot,
     Side,
     Statement,
     Variant,
@@ -88,8 +88,8 @@ def sizes() -> Claim:
                 at_least=0,
             ),
         ),
-        pictures=(
-            Picture(
+        plots=(
+            Plot(
                 "teacher_size",
                 "Success on around against the teacher's layers",
                 "layers of the teacher",
@@ -150,7 +150,7 @@ def last_layer() -> Claim:
                 at_most=0,
             ),
         ),
-        pictures=(
+        plots=(
             points_by_row(
                 "last_layer_expert",
                 "An expert that reads the backbone's last state",
