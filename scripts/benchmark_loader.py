@@ -1,4 +1,4 @@
-"""Measure how fast a dataset's pictures are read: by PyAV alone, the loader, the loader's caches.
+"""Measure how fast a dataset's images are read: by PyAV alone, the loader, the loader's caches.
 
 uv run scripts/benchmark_loader.py --help shows all options.
 """

@@ -1,4 +1,4 @@
-"""Compute a dataset's normalization statistics, exactly and without decoding a picture.
+"""Compute a dataset's normalization statistics, exactly and without decoding an image.
 
 uv run scripts/compute_norm_stats.py --help shows all options.
 """

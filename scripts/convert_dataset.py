@@ -1,4 +1,4 @@
-"""Convert a LeRobot dataset (v2.0, v2.1, v3.0) to v3.0, and its pictures to a faster encoding.
+"""Convert a LeRobot dataset (v2.0, v2.1, v3.0) to v3.0, and its images to a faster encoding.
 
 uv run scripts/convert_dataset.py --help shows all options.
 """

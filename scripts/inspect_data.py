@@ -1,4 +1,4 @@
-"""Inspect a config's data before training: pictures, prompts, ranges and suspicious values.
+"""Inspect a config's data before training: images, prompts, ranges and suspicious values.
 
 uv run scripts/inspect_data.py --help shows all options.
 """

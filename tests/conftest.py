@@ -181,9 +181,9 @@ def tiny_dataset(tmp_path_factory):
     prompts = ["touch the red block", "touch the blue block"]
     with lerobot_writer.Writer(folder / "dataset", 20) as writer:
         for episode, length in enumerate((9, 7, 8)):
-            pictures = generator.integers(0, 256, (2, length, 24, 24, 3), np.uint8)
+            pixels = generator.integers(0, 256, (2, length, 24, 24, 3), np.uint8)
             state, action = generator.standard_normal((2, length, 3)).astype(np.float32)
-            images = {"base": pictures[0], "wrist": pictures[1]}
+            images = {"base": pixels[0], "wrist": pixels[1]}
             writer.add_episode(images, state, action, prompts[episode % 2])
     tokenizer.train(prompts, folder / "tokenizer.model", vocab_size=320)
     return folder / "dataset", folder / "tokenizer.model"

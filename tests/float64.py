@@ -33,7 +33,7 @@ def check(spec, teacher, student, inputs, metrics, gradient):
     """
     known, own, slope = wide(teacher), wide(student), wide(gradient)
     seen = types.SimpleNamespace(
-        pictures=np.stack([inputs.observation.images[c] for c in spec.student.cameras], 1),
+        images=np.stack([inputs.observation.images[c] for c in spec.student.cameras], 1),
         cameras=np.stack([inputs.observation.image_masks[c] for c in spec.student.cameras], 1),
         state=np.float64(inputs.observation.state),
         prompt=np.asarray(inputs.observation.tokenized_prompt),
@@ -167,7 +167,7 @@ def run(model, params, seen, x_t, t, fixed=None):
     """
     b, c, width, head = len(x_t), len(model.cameras), model.backbone.width, model.backbone.head_dim
     n, patches, horizon = model.backbone.num_heads, model.patches, model.action_horizon
-    tokens = _tower(model, params, seen.pictures)
+    tokens = _tower(model, params, seen.images)
     prompt = params["PaliGemma/llm/embedder/input_embedding"][seen.prompt] * math.sqrt(width)
     out = types.SimpleNamespace(tokens=tokens, prompt=prompt, scores=None, kept=None, logits=[])
     valid = np.concatenate([np.repeat(seen.cameras, patches, 1), seen.prompt_valid], 1)
@@ -238,12 +238,12 @@ def run(model, params, seen, x_t, t, fixed=None):
     return out
 
 
-def _tower(model, params, pictures):
+def _tower(model, params, images):
     """The tokens of every patch, by camera."""
     image, side = model.image, model.grid
-    b, c, *_ = pictures.shape
+    b, c, *_ = images.shape
     size = image.patch_size
-    cut = np.float64(pictures).reshape(b, c, side, size, side, size, 3).swapaxes(3, 4)
+    cut = np.float64(images).reshape(b, c, side, size, side, size, 3).swapaxes(3, 4)
     kernel = params["PaliGemma/img/embedding/kernel"].reshape(-1, image.width)
     x = cut.reshape(b, c, side**2, -1) @ kernel + params["PaliGemma/img/embedding/bias"]
     x = x + params["PaliGemma/img/pos_embedding"]

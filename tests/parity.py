@@ -1,7 +1,7 @@
 """Parity with openpi: what both sides are given, from seeds, and what our side makes of it.
 
 `interop/record_parity.py` runs openpi on the same and stores the results in
-`models/openpi_parity.npz`; `models/test_parity_openpi.py` compares. Pictures and patches have
+`models/openpi_parity.npz`; `models/test_parity_openpi.py` compares. Images and patches have
 openpi's sizes, which it hard-codes; all else is small. Inputs are numpy, whose generators give the
 same numbers in every version.
 """
@@ -30,7 +30,7 @@ SEED = 7
 
 
 def model(pi05: bool, depth: int, dtype: str) -> pi0.Pi0Config:
-    """Narrow streams of unequal width, openpi's pictures and cameras, a two-layer image encoder."""
+    """Narrow streams of unequal width, openpi's images and cameras, a two-layer image encoder."""
     return pi0.Pi0Config(
         pi05=pi05,
         depth=depth,
@@ -176,7 +176,7 @@ def _ours(config: pi0.Pi0Config, params: dict) -> dict[str, jax.Array]:
     dtype, samples = jnp.dtype(config.dtype), batch(config)
     observation = observe(samples)
     encoder = siglip.Module(config.image, config.backbone.width, dtype)
-    pictures = observation.images[config.cameras[0]]
+    images = observation.images[config.cameras[0]]
     actions, t = jnp.asarray(samples["actions"]), jnp.asarray(times())
     policy = pi0.Pi0(config)
     prefix = policy.apply({"params": params}, observation, method="embed_prefix").tokens
@@ -186,7 +186,7 @@ def _ours(config: pi0.Pi0Config, params: dict) -> dict[str, jax.Array]:
         method="embed_suffix",
     )
     results = {
-        "image_tokens": encoder.apply({"params": params["PaliGemma"]["img"]}, pictures),
+        "image_tokens": encoder.apply({"params": params["PaliGemma"]["img"]}, images),
         "prompt_tokens": prefix[:, -config.max_token_len :],
         "suffix_tokens": suffix,
         **_our_tower(config, params["PaliGemma"]["llm"]),

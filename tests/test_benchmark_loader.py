@@ -24,7 +24,7 @@ def test_every_method_is_measured_on_synthetic_video(tmp_path, capsys):
         [*SMALL, *MADE_UP, "--codec", "h264", "--step-ms", "100000", "--output", str(output)]
     )
     shown = capsys.readouterr().out
-    assert "h264, group 2, pictures of 48 by 64" in shown
+    assert "h264, group 2, images of 48 by 64" in shown
     assert shown.count("keeps up") == 5
     rows = json.loads(output.read_text())["rows"]
     assert list(rows) == [
@@ -46,7 +46,7 @@ def test_a_dataset_is_read_and_ways_that_are_too_slow_are_marked(capsys):
     assert capsys.readouterr().out.count("too slow") == 5
 
 
-def test_pictures_that_are_no_video_are_read_without_a_comparison(capsys):
+def test_images_that_are_no_video_are_read_without_a_comparison(capsys):
     path = ["--path", str(FIXTURES / "pusht_v30_image")]
     benchmark_loader.main([*SMALL, "--repeats", "1", *path])
     told = capsys.readouterr().out
@@ -60,7 +60,7 @@ def test_pictures_that_are_no_video_are_read_without_a_comparison(capsys):
         (["--path", "absent"], "absent: there is no such folder"),
         (
             ["--path", "x", "--height", "9"],
-            "--height 9 has no effect: the pictures are those of --path x; give",
+            "--height 9 has no effect: the images are those of --path x; give",
         ),
         (["--batches", "0"], "--batches must be at least 1, got 0"),
         (["--image-size", "0"], "--image-size must be at least 1, got 0"),

@@ -39,10 +39,10 @@ def calibrated(step, tiny_dataset, tmp_path_factory):
 @pytest.fixture(scope="module")
 def scene():
     generator = np.random.default_rng(0)
-    pictures = generator.integers(0, 256, (2, 24, 24, 3), np.uint8)
+    images = generator.integers(0, 256, (2, 24, 24, 3), np.uint8)
     observation = {
-        "observation.images.base": pictures[0],
-        "observation.images.wrist": pictures[1],
+        "observation.images.base": images[0],
+        "observation.images.wrist": images[1],
         "observation.state": generator.standard_normal(3).astype(np.float32),
         "task": "touch the red block",
     }

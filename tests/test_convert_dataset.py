@@ -45,7 +45,7 @@ def test_an_old_dataset_keeps_every_bit(convert):
     _same_numbers(found, source)
     for camera in source.cameras:
         for i in (0, 19, 20, 57, 109):
-            np.testing.assert_array_equal(found.picture(i, camera), source.picture(i, camera))
+            np.testing.assert_array_equal(found.image(i, camera), source.image(i, camera))
         ours, theirs = found.features[camera], source.features[camera]
         assert (ours["dtype"], ours["shape"]) == ("video", theirs["shape"])
         assert ours["info"] == theirs["info"]
@@ -58,14 +58,14 @@ def test_an_old_dataset_keeps_every_bit(convert):
 
 
 @pytest.mark.parametrize("codec", ["av1", "h264"])
-def test_pictures_can_be_encoded_anew(convert, codec):
+def test_images_can_be_encoded_anew(convert, codec):
     source = reader.Dataset(FIXTURES / "pusht_v30_image")
-    found = convert(FIXTURES / "pusht_v30_image", "--pictures", codec, "--crf", "12")
+    found = convert(FIXTURES / "pusht_v30_image", "--images", codec, "--crf", "12")
     _same_numbers(found, source)
     for camera in source.cameras:
         assert found.features[camera]["info"]["video.codec"] == codec
         for i in (109, 0, 19, 20, 57):
-            close = found.picture(i, camera).astype(int) - source.picture(i, camera)
+            close = found.image(i, camera).astype(int) - source.image(i, camera)
             assert np.abs(close).mean() < 3
     assert len(list((found.path / "videos").rglob("*.mp4"))) == 2
     row = found.layout.rows[1]
@@ -74,11 +74,11 @@ def test_pictures_can_be_encoded_anew(convert, codec):
 
 
 def test_video_can_become_images(convert):
-    found, source = convert(OLD, "--pictures", "png"), reader.Dataset(OLD)
+    found, source = convert(OLD, "--images", "png"), reader.Dataset(OLD)
     _same_numbers(found, source)
     for i in (0, 57, 109):
         np.testing.assert_array_equal(
-            found.picture(i, source.cameras[0]), source.picture(i, source.cameras[0])
+            found.image(i, source.cameras[0]), source.image(i, source.cameras[0])
         )
     assert found.features[source.cameras[0]]["dtype"] == "image"
 
@@ -237,12 +237,12 @@ def test_a_dataset_of_version_3_is_copied_film_by_film(convert):
     assert len(list((found.path / "videos").rglob("*.mp4"))) == 2
     for i in (0, 57, 109):
         np.testing.assert_array_equal(
-            found.picture(i, source.cameras[1]), source.picture(i, source.cameras[1])
+            found.image(i, source.cameras[1]), source.image(i, source.cameras[1])
         )
 
 
-@pytest.mark.parametrize("pictures", ["copy", "png", "h264"])
-def test_recorded_times_are_kept(convert, tmp_path, pictures):
+@pytest.mark.parametrize("images", ["copy", "png", "h264"])
+def test_recorded_times_are_kept(convert, tmp_path, images):
     """Times of a recording with its start cut off, and of one with a slow clock."""
     old = shutil.copytree(OLD, tmp_path / "old")
     for episode, times in ((1, 0.5 + np.arange(20) / 10), (2, np.arange(30) / 10 * 1.005)):
@@ -254,13 +254,13 @@ def test_recorded_times_are_kept(convert, tmp_path, pictures):
     (old / "meta" / "episodes.jsonl").write_text(lines)
     info = json.loads((old / "meta" / "info.json").read_text()) | {"total_frames": 105}
     (old / "meta" / "info.json").write_text(json.dumps(info))
-    source, found = reader.Dataset(old), convert(old, "--pictures", pictures)
+    source, found = reader.Dataset(old), convert(old, "--images", images)
     np.testing.assert_array_equal(found.columns["timestamp"], source.columns["timestamp"])
     episodes = found.path / "meta" / "episodes" / "chunk-000" / "file-000.parquet"
     assert pl.read_parquet(episodes)["success"].to_list() == [None, True, None, None]
     for i in (0, 19, 20, 39, 40, 55, 69, 70, 104):
-        away = found.picture(i, TOP).astype(int) - source.picture(i, TOP)
-        assert np.abs(away).mean() < (3 if pictures == "h264" else 1e-9), f"frame {i}"
+        away = found.image(i, TOP).astype(int) - source.image(i, TOP)
+        assert np.abs(away).mean() < (3 if images == "h264" else 1e-9), f"frame {i}"
 
 
 def test_depth_is_copied_whatever_becomes_of_the_rest(convert, tmp_path, capsys):
@@ -271,11 +271,11 @@ def test_depth_is_copied_whatever_becomes_of_the_rest(convert, tmp_path, capsys)
     Image.fromarray(depth).save(data, "PNG")
     column = pl.Series(TOP, [{"bytes": data.getvalue(), "path": "x.png"}] * 110)
     pl.read_parquet(file).with_columns(column).write_parquet(file)
-    found = convert(folder, "--pictures", "h264")
+    found = convert(folder, "--images", "h264")
     assert [found.features[camera]["dtype"] for camera in found.cameras] == ["image", "video"]
-    np.testing.assert_array_equal(found.picture(3, TOP), depth[..., None])
+    np.testing.assert_array_equal(found.image(3, TOP), depth[..., None])
     told = capsys.readouterr().err
-    assert f"{TOP} of {folder} records depth (its pictures have one channel" in told
+    assert f"{TOP} of {folder} records depth (its images have one channel" in told
     assert "are encoded as h264 (crf 30), which loses detail" in told
     assert TOP not in json.loads((found.path / "meta" / "stats.json").read_text())
 
@@ -297,7 +297,7 @@ def test_nothing_that_is_there_is_overwritten(convert, tmp_path, capsys):
     assert not (tmp_path / "another.partial").exists(), "left by an interrupted run"
 
 
-def test_pictures_of_several_sizes_are_copied_but_not_encoded(convert, tmp_path, capsys):
+def test_images_of_several_sizes_are_copied_but_not_encoded(convert, tmp_path, capsys):
     folder = shutil.copytree(FIXTURES / "pusht_v30_image", tmp_path / "sizes")
     file = folder / "data" / "chunk-000" / "file-000.parquet"
     table = pl.read_parquet(file)
@@ -307,16 +307,16 @@ def test_pictures_of_several_sizes_are_copied_but_not_encoded(convert, tmp_path,
     column[2] = {"bytes": data.getvalue(), "path": None}
     table.with_columns(pl.Series(TOP, column, table[TOP].dtype)).write_parquet(file)
     with pytest.raises(SystemExit, match="1"):
-        convert(folder, "--pictures", "png")
+        convert(folder, "--images", "png")
     assert f"{TOP} of episode 0, frame 2 is 32 by 64, before" in capsys.readouterr().err
     found = convert(folder)
-    assert found.picture(2, TOP).shape == (32, 64, 3)
+    assert found.image(2, TOP).shape == (32, 64, 3)
     stored = pl.read_parquet(found.path / "data" / "chunk-000" / "file-000.parquet")[TOP]
     assert stored[2] == {"bytes": data.getvalue(), "path": "frame-000002.jpg"}
 
 
 def test_settings_of_video_are_told_to_be_idle_where_none_is_encoded(convert, tmp_path, capsys):
     with pytest.raises(SystemExit):
-        convert("absent", "--pictures", "png", "--group", "4")
-    assert "--group 4 has no effect: --pictures png encodes no video" in capsys.readouterr().err
+        convert("absent", "--images", "png", "--group", "4")
+    assert "--group 4 has no effect: --images png encodes no video" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -259,8 +259,8 @@ def test_what_is_left_of_a_chunk_reaches_a_server_that_takes_openpis_form():
         told.append(observation)
         return np.zeros((5, 7), np.float32)
 
-    picture = np.zeros((8, 8, 3), np.uint8)
-    seen = {"image": picture, "wrist_image": picture, "state": np.zeros(8), "task": "wait"}
+    image = np.zeros((8, 8, 3), np.uint8)
+    seen = {"image": image, "wrist_image": image, "state": np.zeros(8), "task": "wait"}
     with server(answer, {"real_time_chunking": True}) as url:
         plans = served.Served(url, robots.LIBERO, 2, continues=True)
         plans.plan([seen], np.zeros((1, 2), int), [None], previous=[np.ones((3, 7))], delay=2)

@@ -59,7 +59,7 @@ def run(words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
     def call(name, *arguments):
-        # Small pictures, so that augmenting them is compiled and run quickly.
+        # Small images, so that augmenting them is compiled and run quickly.
         small = ("--model.image-size", 28, "--data.tokenizer", words)
         inspect_data.main([name, *map(str, (*small, *arguments))])
         captured = capsys.readouterr()
@@ -73,8 +73,8 @@ def test_a_sound_dataset_is_shown_without_a_warning(run, dataset):
     folder = pathlib.Path("data_sheets/pi05_libero_l6")
     for name in ("sheet.png", "histogram.png"):
         assert f"{folder / name}" in out
-        with Image.open(folder / name) as picture:
-            assert min(picture.size) > 200
+        with Image.open(folder / name) as image:
+            assert min(image.size) > 200
     assert "warning" not in err
     lines = out.splitlines()
     assert [line.split()[0] for line in lines[2:17]] == [
@@ -90,7 +90,7 @@ def test_doubtful_data_are_warned_of(run, record):
     spoiled = record(prompts=(LONG,), length=20, black=("wrist_image",))
     _, err = run("pi0_libero_l6", "--data.path", spoiled, "--samples", 9, "--output", "here")
     for line in (
-        "warning: 9 of 9 pictures of left_wrist_0_rgb are black",
+        "warning: 9 of 9 images of left_wrist_0_rgb are black",
         "warning: 9 of 9 prompts are longer than 48 tokens and are cut",
         "warning: all 9 prompts are equal: 'open the top drawer, take",
         "of the actions lie beyond an episode's end: episodes are short for chunks of 50",

@@ -30,7 +30,7 @@ def test_the_dataset_reads_back_with_its_robot_and_tasks(tmp_path, capsys):
     [
         (
             ["--sim", "turntabel", "--crf", "9"],
-            "--crf 9 has no effect: --pictures png writes no video; give --pi",
+            "--crf 9 has no effect: --images png writes no video; give --im",
         ),
         (["--sim", "turntabel"], "unknown simulator 'turntabel'"),
         (["--sim", "turntable", "--option", "tasks"], "--option: expected NAME=VALUE, got 'tasks'"),

@@ -64,11 +64,11 @@ def test_a_packaged_policy_is_served_loaded_recorded_and_stopped(tmp_path, monke
         assert "'observation.images.base', 'observation.images.wrist'" in said
         assert 'api_key="..."' in said
         # The client that it prints works as it stands.
-        picture = np.zeros((48, 48, 3), np.uint8)
+        image = np.zeros((48, 48, 3), np.uint8)
         scope = {
             "observation": {
-                "observation.images.base": picture,
-                "observation.images.wrist": picture,
+                "observation.images.base": image,
+                "observation.images.wrist": image,
                 "observation.state": np.zeros(3),
                 "task": "touch the red block",
             }
@@ -77,7 +77,7 @@ def test_a_packaged_policy_is_served_loaded_recorded_and_stopped(tmp_path, monke
         exec(example.replace('"..."', '"secret"'), scope)
         assert scope["actions"].shape == (10, 3)
         monkeypatch.setenv("SHALLOW_PI_API_KEY", "secret")
-        load = ["--url", url, "--clients", "3", "--seconds", "1", "--picture-size", "48"]
+        load = ["--url", url, "--clients", "3", "--seconds", "1", "--image-size", "48"]
         load_test.main(load)
         result = json.loads(capsys.readouterr().out)
         assert result["errors"] == 0

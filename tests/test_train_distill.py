@@ -155,10 +155,10 @@ def test_a_dataset_that_cannot_be_used_is_refused(refused, tmp_path, tiny_datase
     generator = np.random.default_rng(0)
     with lerobot_writer.Writer(tmp_path / "data", 20) as writer:
         for _ in range(2):
-            pictures = generator.integers(0, 256, (2, 4, 24, 24, 3), np.uint8)
+            images = generator.integers(0, 256, (2, 4, 24, 24, 3), np.uint8)
             state, action = generator.standard_normal((2, 4, 3)).astype(np.float32)
             writer.add_episode(
-                {"base": pictures[0], "wrist": pictures[1]}, state, action, "touch the red block"
+                {"base": images[0], "wrist": images[1]}, state, action, "touch the red block"
             )
     spoil(tmp_path / "data")
     said = refused(

@@ -33,7 +33,7 @@ TURNTABLE_PI0 = pi0.Pi0Config(
 TURNTABLE_PI05 = dataclasses.replace(
     TURNTABLE_PI0, pi05=True, discrete_state_input=True, max_token_len=36
 )
-# The tabletop's π0: finer pictures (36 tokens each), a plan of a second, a wider expert.
+# The tabletop's π0: finer images (36 tokens each), a plan of a second, a wider expert.
 TABLETOP_PI0 = dataclasses.replace(
     TURNTABLE_PI0,
     backbone=gemma.GemmaConfig(width=64, mlp_dim=192, num_heads=4, num_kv_heads=1, head_dim=16),

@@ -104,7 +104,7 @@ class OnnxPolicy:
         """Actions (horizon, dimensions) of the robot, and milliseconds in `timing`.
 
         Args:
-          observation: the robot's keys; pictures as bytes (height, width, 3) or floats in [0, 1].
+          observation: the robot's keys; images as bytes (height, width, 3) or floats in [0, 1].
           noise: standard normal (horizon, the model's dimensions); None draws it.
 
         Raises:
@@ -143,8 +143,8 @@ class OnnxPolicy:
         robot, export = self.robot, self.export
         found = self._find(observation)
         size = export["image_size"]
-        pictures = [
-            resize(picture(found[robot["cameras"][name]], robot["cameras"][name]), size)
+        images = [
+            resize(as_uint8(found[robot["cameras"][name]], robot["cameras"][name]), size)
             for name in export["cameras"]
         ]
         keys = [robot["state_key"], *robot["state_more"]]
@@ -184,7 +184,7 @@ class OnnxPolicy:
         prompt = np.zeros((1, int(length)), np.int32)
         prompt[0, : len(tokens)] = tokens
         inputs = {
-            "pictures": np.stack(pictures)[None],
+            "images": np.stack(images)[None],
             "prompt": prompt,
             "prompt_mask": np.arange(int(length))[None] < len(tokens),
         }
@@ -303,13 +303,13 @@ def short(key):
     return key.replace(".", "/").removeprefix("observation/").removeprefix("images/")
 
 
-def picture(value, key):
-    """A picture as uint8, colours last."""
+def as_uint8(value, key):
+    """An image as uint8, colours last."""
     found = np.asarray(value)
     if found.ndim == 3 and found.shape[0] == 3 != found.shape[-1]:
         found = np.moveaxis(found, 0, -1)
     if found.ndim != 3 or found.shape[-1] != 3 or not found.size:
-        raise ValueError(f"{key!r} must be one RGB picture, got the shape {np.shape(value)}")
+        raise ValueError(f"{key!r} must be one RGB image, got the shape {np.shape(value)}")
     if np.issubdtype(found.dtype, np.floating):
         if not (found.min() >= 0 and found.max() <= 1):
             raise ValueError(f"{key!r}: floats must lie in [0, 1], or give bytes")

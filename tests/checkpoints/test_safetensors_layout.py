@@ -52,7 +52,7 @@ def test_a_matrix_acts_as_its_leaf(path, shape, einsum):
 
 
 def test_the_patch_embedding_convolves_the_same_patch():
-    """torch.nn.Conv2d: weight (out, in, rows, columns) over a picture (in, rows, columns)."""
+    """torch.nn.Conv2d: weight (out, in, rows, columns) over an image (in, rows, columns)."""
     kernel, patch = _normal(4, 4, 3, 6), _normal(4, 4, 3)
     weight = RULES["PaliGemma/img/embedding/kernel"].tensor(kernel)
     assert weight.shape == (6, 3, 4, 4)

@@ -9,5 +9,5 @@ import pytest
 
 @pytest.fixture
 def copy(tmp_path) -> pathlib.Path:
-    """A copy of the recordings with pictures, to change."""
+    """A copy of the recordings with images, to change."""
     return shutil.copytree(pusht.IMAGE, tmp_path / "dataset")

@@ -25,13 +25,13 @@ def recording(robot, seed: int) -> dict:
     """One frame with its actions in the robot's keys; grippers lie between closed and open."""
     rng = generator("recording", robot.name, seed)
     sizes = {"joint_position": 7, "gripper_position": 1}
-    picture = {key: rng.integers(0, 256, (24, 32, 3), np.uint8) for key in robot.cameras.values()}
+    image = {key: rng.integers(0, 256, (24, 32, 3), np.uint8) for key in robot.cameras.values()}
     state = {
         key: rng.uniform(-0.2, 1.2, sizes.get(key, robot.state_dim)).astype(np.float32)
         for key in robot.state_keys
     }
     actions = rng.uniform(-1.5, 1.5, (HORIZON, robot.action_dim)).astype(np.float32)
-    return {**picture, **state, "actions": actions, robot.prompt_key: "fold the towel"}
+    return {**image, **state, "actions": actions, robot.prompt_key: "fold the towel"}
 
 
 def stats(robot) -> dict[str, dict[str, np.ndarray]]:

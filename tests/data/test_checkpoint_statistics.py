@@ -305,7 +305,7 @@ def test_another_tokenizer_than_paligemmas_is_told(tmp_path, capsys):
         assert ("with the tokenizer org/other: taking Pali" in capsys.readouterr().err) == told
 
 
-def test_pictures_that_lerobots_first_pi0_pads_at_one_side_are_told(tmp_path, capsys):
+def test_images_that_lerobots_first_pi0_pads_at_one_side_are_told(tmp_path, capsys):
     wide, square = ({"cam": {"type": "VISUAL", "shape": [3, 24, w]}} for w in (32, 24))
     first = {"resize_imgs_with_padding": [224, 224]}
     for config, told in (
@@ -325,8 +325,8 @@ def test_what_lerobot_0_4_padded_differently_is_told(tmp_path, capsys):
     state = {"registry_name": "pi05_prepare_state_tokenizer_processor_step", "config": {}}
     for config, prompt, told in (
         ({"input_features": square}, [state], r"0\.4 filled up the state in its prompts; 0\.5"),
-        ({"input_features": wide}, [], r"0\.4 padded pictures that are not square with less"),
-        ({"input_features": wide}, [state], r"in its prompts and padded pictures"),
+        ({"input_features": wide}, [], r"0\.4 padded images that are not square with less"),
+        ({"input_features": wide}, [state], r"in its prompts and padded images"),
         ({"input_features": square}, [], ""),
         ({"input_features": wide, "use_relative_actions": False}, [state], ""),
         ({}, [state], ""),

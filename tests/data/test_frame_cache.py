@@ -1,4 +1,4 @@
-"""Pictures of the cache are those of the dataset, whatever happened to its files in between."""
+"""Images of the cache are those of the dataset, whatever happened to its files in between."""
 
 import os
 import pathlib
@@ -21,14 +21,14 @@ SIZE = 40
 
 
 class Counted(reader.Dataset):
-    """Counts the pictures that are decoded."""
+    """Counts the images that are decoded."""
 
     reads = 0
 
-    def picture(self, i, camera):
+    def image(self, i, camera):
         """As the dataset's."""
         self.reads += 1
-        return super().picture(i, camera)
+        return super().image(i, camera)
 
 
 @pytest.fixture
@@ -45,21 +45,21 @@ def _file(folder) -> pathlib.Path:
     return file
 
 
-def test_each_picture_is_decoded_once_and_is_the_one_the_model_sees(dataset, tmp_path):
+def test_each_image_is_decoded_once_and_is_the_one_the_model_sees(dataset, tmp_path):
     frames = [3, 40, 109, 0]
     expected = [
-        transforms.resize_with_pad(reader.Dataset(FIXTURE).picture(i, CAMERA), SIZE) for i in frames
+        transforms.resize_with_pad(reader.Dataset(FIXTURE).image(i, CAMERA), SIZE) for i in frames
     ]
     cache = _cache(dataset, tmp_path / "frames")
     for repeat in range(2):
-        for i, picture in zip(frames, expected, strict=True):
-            np.testing.assert_array_equal(cache.picture(i, CAMERA), picture, f"time {repeat}")
+        for i, image in zip(frames, expected, strict=True):
+            np.testing.assert_array_equal(cache.image(i, CAMERA), image, f"time {repeat}")
     assert dataset.reads == 4
     # Another run, and another process, find them.
     again = _cache(dataset, tmp_path / "frames")
     there = pickle.loads(pickle.dumps(cache))
     for other in (again, there):
-        np.testing.assert_array_equal(other.picture(40, CAMERA), expected[1])
+        np.testing.assert_array_equal(other.image(40, CAMERA), expected[1])
     assert dataset.reads == 4
     assert _file(tmp_path / "frames").stat().st_size <= 110 * (8 + 3 * SIZE**2)
 
@@ -67,38 +67,38 @@ def test_each_picture_is_decoded_once_and_is_the_one_the_model_sees(dataset, tmp
 def test_episodes_of_a_part_share_the_file_of_the_whole(dataset, tmp_path):
     part = dataset.select(dataset.episodes[2:])
     first = int(np.flatnonzero(dataset.columns["episode_index"] == dataset.episodes[2])[0])
-    cached = _cache(dataset, tmp_path).picture(first + 1, CAMERA)
+    cached = _cache(dataset, tmp_path).image(first + 1, CAMERA)
     unread = reader.Dataset(FIXTURE, episodes=part.episodes)
-    unread.picture = None
-    np.testing.assert_array_equal(_cache(unread, tmp_path).picture(1, CAMERA), cached)
+    unread.image = None
+    np.testing.assert_array_equal(_cache(unread, tmp_path).image(1, CAMERA), cached)
 
 
 def test_a_record_that_was_cut_off_or_damaged_is_written_anew(dataset, tmp_path):
     cache = _cache(dataset, tmp_path)
-    expected = {i: cache.picture(i, CAMERA) for i in (0, 1, 2)}
+    expected = {i: cache.image(i, CAMERA) for i in (0, 1, 2)}
     record = 8 + 3 * SIZE**2
     with _file(tmp_path).open("r+b") as file:
         file.seek(500)
-        file.write(bytes(range(256)))  # A picture, behind its checksum.
+        file.write(bytes(range(256)))  # An image, behind its checksum.
         file.truncate(3 * record - 100)  # A crash in the middle of the last one.
     reads = dataset.reads
     for i in (1, 0, 2):
-        np.testing.assert_array_equal(_cache(dataset, tmp_path).picture(i, CAMERA), expected[i])
+        np.testing.assert_array_equal(_cache(dataset, tmp_path).image(i, CAMERA), expected[i])
     assert dataset.reads == reads + 2
     for i in (0, 1, 2):
-        _cache(dataset, tmp_path).picture(i, CAMERA)
+        _cache(dataset, tmp_path).image(i, CAMERA)
     assert dataset.reads == reads + 2
 
 
 def test_several_writers_at_once_agree(dataset, tmp_path):
     expected = [
-        transforms.resize_with_pad(dataset.picture(i, CAMERA), SIZE) for i in range(0, 110, 10)
+        transforms.resize_with_pad(dataset.image(i, CAMERA), SIZE) for i in range(0, 110, 10)
     ]
     wrong = []
 
     def read(cache):
         for k in range(11):
-            if not np.array_equal(cache.picture(10 * k, CAMERA), expected[k]):
+            if not np.array_equal(cache.image(10 * k, CAMERA), expected[k]):
                 wrong.append(k)
 
     threads = [
@@ -133,7 +133,7 @@ def test_the_key_changes_with_whatever_decides_the_bytes(tmp_path):
 
 
 @pytest.mark.parametrize("inside", ["", "images/observation.images.top/episode_000000/"])
-def test_the_key_changes_with_picture_files_beside_the_data(tmp_path, inside):
+def test_the_key_changes_with_image_files_beside_the_data(tmp_path, inside):
     copy = shutil.copytree(FIXTURE.with_name("pusht_v30_image"), tmp_path / "copy")
     folder = copy / inside if inside else copy / "data" / "chunk-000"
     folder.mkdir(parents=True, exist_ok=True)
@@ -147,9 +147,9 @@ def test_the_key_changes_with_picture_files_beside_the_data(tmp_path, inside):
     dataset = reader.Dataset(copy)
     key = frame_cache.key(dataset, CAMERA, 40)
     assert frame_cache.key(reader.Dataset(copy, episodes=[1]), CAMERA, 40) == key
-    assert dataset.picture(30, CAMERA).any()
+    assert dataset.image(30, CAMERA).any()
     # Corrected in place, as blue for red.
-    Image.fromarray(dataset.picture(30, CAMERA)[..., ::-1]).save(folder / "30.png")
+    Image.fromarray(dataset.image(30, CAMERA)[..., ::-1]).save(folder / "30.png")
     assert frame_cache.key(reader.Dataset(copy), CAMERA, 40) != key
 
 
@@ -161,10 +161,10 @@ def test_a_limit_keeps_a_part_and_says_so(dataset, tmp_path, capsys):
     assert not capsys.readouterr().err
     share = frame_cache.share(*everything, 55 * record)
     assert share == 0.5
-    assert "holds 50% of the pictures" in capsys.readouterr().err
+    assert "holds 50% of the images" in capsys.readouterr().err
     cache = _cache(dataset, tmp_path, share)
     for i in (54, 54, 55, 55):
-        cache.picture(i, CAMERA)
+        cache.image(i, CAMERA)
     assert dataset.reads == 3
     assert _file(tmp_path).stat().st_size == 55 * record
 
@@ -186,9 +186,9 @@ def test_a_disk_that_fills_up_stops_the_cache_but_not_the_run(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "pwrite", full)
-    expected = transforms.resize_with_pad(dataset.picture(5, CAMERA), SIZE)
+    expected = transforms.resize_with_pad(dataset.image(5, CAMERA), SIZE)
     for _ in range(3):
-        np.testing.assert_array_equal(cache.picture(5, CAMERA), expected)
+        np.testing.assert_array_equal(cache.image(5, CAMERA), expected)
     warned = capsys.readouterr().err
     assert "".join(warned.split()).count("Nospaceleftondevice") == 1
 

@@ -68,20 +68,20 @@ def test_only_the_files_of_chosen_episodes_and_cameras_come(calls):
     assert len(calls) == 1, "what is there already is not asked for"
 
 
-def test_pictures_next_to_the_data_files_are_fetched_too(calls, tmp_path, monkeypatch):
+def test_images_next_to_the_data_files_are_fetched_too(calls, tmp_path, monkeypatch):
     camera = "observation.images.top"
     source = shutil.copytree(FIXTURES / "pusht_v30_image", tmp_path / "set" / "pusht_v21_video")
     file = source / "data" / "chunk-000" / "file-000.parquet"
     table = pl.read_parquet(file)
     (source / "images" / camera / "episode_000000").mkdir(parents=True)
-    picture = source / "images" / camera / "episode_000000" / "frame_0.png"
-    picture.write_bytes(table[camera][0]["bytes"])
+    image = source / "images" / camera / "episode_000000" / "frame_0.png"
+    image.write_bytes(table[camera][0]["bytes"])
     named = pl.Series(camera, [{"bytes": None, "path": "frame_0.png"}] * len(table))
     table.with_columns(named).write_parquet(file)
-    expected = reader.Dataset(FIXTURES / "pusht_v30_image").picture(0, camera)
+    expected = reader.Dataset(FIXTURES / "pusht_v30_image").image(0, camera)
     monkeypatch.setattr(sys.modules[__name__], "FIXTURES", tmp_path / "set")
     dataset = reader.Dataset(hub.locate("lerobot/pusht", cameras=[camera]))
-    np.testing.assert_array_equal(dataset.picture(0, camera), expected)
+    np.testing.assert_array_equal(dataset.image(0, camera), expected)
 
 
 def test_files_of_many_episodes_are_asked_for_by_few_patterns():

@@ -36,13 +36,13 @@ def own(tiny_config, words):
     return make
 
 
-def _samples(own, state, actions, mask=None, prompts=PROMPTS, pictures=None):
+def _samples(own, state, actions, mask=None, prompts=PROMPTS, images=None):
     """Samples through the robot's own transforms."""
     mask = np.ones(actions.shape[:2], bool) if mask is None else mask
     transform, samples = own.inputs(), []
     for i in range(len(state)):
-        picture = NOISE if pictures is None else pictures[i]
-        observation = dict.fromkeys(own.robot.cameras.values(), picture)
+        image = NOISE if images is None else images[i]
+        observation = dict.fromkeys(own.robot.cameras.values(), image)
         observation |= {"observation.state": state[i], "task": prompts[i % len(prompts)]}
         observation |= {"actions": actions[i], "action_is_pad": ~mask[i]}
         samples.append(pipelines.to_batch(transform(observation)))
@@ -92,8 +92,8 @@ def aloha(tmp_path_factory, tiny_config, words):
             for prompt in PROMPTS:
                 vectors = generator.uniform(-1, 1, (20, 14)).astype(np.float32)
                 vectors[:, [6, 13]] = opening * np.linspace(0.01, 1, 20)[:, None]
-                pictures = generator.integers(0, 256, (2, 20, 8, 8, 3), np.uint8)
-                images = {"cam_high": pictures[0], "cam_low": pictures[1]}
+                pixels = generator.integers(0, 256, (2, 20, 8, 8, 3), np.uint8)
+                images = {"cam_high": pixels[0], "cam_low": pixels[1]}
                 writer.add_episode(images, vectors, vectors, prompt)
         cameras = {"base_0_rgb": "observation.images.cam_high"}
         robot = dataclasses.replace(robots.ALOHA, cameras=cameras)
@@ -195,16 +195,16 @@ def test_numbers_that_are_not_finite_are_beyond(own):
     assert any(line.startswith("state[0] reaches") for line in inspection.doubtful(samples, found))
 
 
-def test_pictures_that_show_nothing_are_counted_by_camera_and_an_absent_camera_is_none(own):
+def test_images_that_show_nothing_are_counted_by_camera_and_an_absent_camera_is_none(own):
     one = own(dataclasses.replace(robots.TURNTABLE, cameras={"base_0_rgb": "base"}))
-    pictures = [NOISE.copy() for _ in range(6)]
-    pictures[0][:] = pictures[1][:] = 3
-    pictures[2] = np.full((10, 24, 3), [200, 90, 9], np.uint8)  # Made square by black bars.
-    samples = _samples(one, *_numbers(one), pictures=pictures)
+    images = [NOISE.copy() for _ in range(6)]
+    images[0][:] = images[1][:] = 3
+    images[2] = np.full((10, 24, 3), [200, 90, 9], np.uint8)  # Made square by black bars.
+    samples = _samples(one, *_numbers(one), images=images)
     lines = inspection.doubtful(samples, inspection.ranges(samples))
     assert lines == [
-        "2 of 6 pictures of base_0_rgb are black",
-        "1 of 6 pictures of base_0_rgb are of one colour all over",
+        "2 of 6 images of base_0_rgb are black",
+        "1 of 6 images of base_0_rgb are of one colour all over",
     ]
     assert "camera left_wrist_0_rgb is absent: black and masked" in inspection.facts(samples)
 

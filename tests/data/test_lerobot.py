@@ -11,7 +11,7 @@ import pusht
 import pytest
 
 from shallow_pi.data import fit
-from shallow_pi.data.lerobot import pictures, reader
+from shallow_pi.data.lerobot import images, reader
 
 MULTI = pusht.FIXTURES / "multi_v30_h264"
 REFERENCES = [
@@ -149,10 +149,10 @@ def test_many_episodes_in_many_files_h264() -> None:
     np.testing.assert_array_equal(dataset.columns["index"], np.arange(len(dataset)))
     starts = np.flatnonzero(frames == 0)
     assert len(starts) == 6
-    pictures = [dataset.picture(i, dataset.cameras[0]) for i in range(len(dataset))]
-    assert {picture.shape for picture in pictures} == {pictures[0].shape}
+    decoded = [dataset.image(i, dataset.cameras[0]) for i in range(len(dataset))]
+    assert {image.shape for image in decoded} == {decoded[0].shape}
     for i in reversed(range(len(dataset))):
-        np.testing.assert_array_equal(dataset.picture(i, dataset.cameras[0]), pictures[i])
+        np.testing.assert_array_equal(dataset.image(i, dataset.cameras[0]), decoded[i])
 
 
 @pytest.mark.parametrize(
@@ -269,12 +269,12 @@ def test_episodes_are_split_by_share_and_seed() -> None:
             reader.split(episodes, share)
 
 
-def test_memory_for_encoded_pictures_is_limited(monkeypatch) -> None:
+def test_memory_for_encoded_images_is_limited(monkeypatch) -> None:
     dataset, expected = reader.Dataset(pusht.IMAGE), reader.Dataset(pusht.IMAGE)
-    monkeypatch.setattr(pictures, "MAX_PICTURE_BYTES", 1)
+    monkeypatch.setattr(images, "MAX_IMAGE_BYTES", 1)
     for camera in (*dataset.cameras, *dataset.cameras):
-        np.testing.assert_array_equal(dataset.picture(5, camera), expected.picture(5, camera))
-        assert [key for _, key in dataset._pictures._columns] == [camera]
+        np.testing.assert_array_equal(dataset.image(5, camera), expected.image(5, camera))
+        assert [key for _, key in dataset._images._columns] == [camera]
 
 
 @pytest.mark.parametrize("name", ["run [12]", "st*r?", "折り ü", "a:b", "x{y}%20", "~home", "k=v"])
@@ -290,5 +290,5 @@ def test_a_folder_may_have_any_name(name, tmp_path, monkeypatch) -> None:
             dataset = reader.Dataset(path)
             assert dataset.task(0) == expected.task(0)
             camera = dataset.cameras[0]
-            np.testing.assert_array_equal(dataset.picture(3, camera), expected.picture(3, camera))
+            np.testing.assert_array_equal(dataset.image(3, camera), expected.image(3, camera))
         shutil.rmtree(folder)

@@ -50,9 +50,9 @@ def _frames(episode: int) -> pl.DataFrame:
     )
 
 
-def _png(picture: np.ndarray) -> bytes:
+def _png(image: np.ndarray) -> bytes:
     data = io.BytesIO()
-    Image.fromarray(picture).save(data, "PNG")
+    Image.fromarray(image).save(data, "PNG")
     return data.getvalue()
 
 
@@ -93,7 +93,7 @@ def _check(dataset: reader.Dataset) -> None:
         np.testing.assert_array_equal(dataset.columns[key], expected)
         assert dataset.columns[key].dtype == np.float32
     assert [dataset.task(i) for i in (0, 6)] == ["open it", "close it"]
-    assert [dataset.picture(i, "observation.images.top")[0, 0, 0] for i in range(7)] == [
+    assert [dataset.image(i, "observation.images.top")[0, 0, 0] for i in range(7)] == [
         *range(0, 70, 10)
     ]
 

@@ -65,7 +65,7 @@ def _rewrite_fixture(folder: pathlib.Path) -> reader.Dataset:
         for episode in range(source.num_episodes):
             rows = np.flatnonzero(source.columns["episode_index"] == episode)
             images = {
-                key: np.stack([source.picture(int(i), key) for i in rows]) for key in source.cameras
+                key: np.stack([source.image(int(i), key) for i in rows]) for key in source.cameras
             }
             state, action = (source.columns[key][rows] for key in ("observation.state", "action"))
             writer.add_episode(images, state, action, source.task(int(rows[0])))
@@ -108,7 +108,7 @@ def test_statistics_are_exact(tmp_path) -> None:
         np.testing.assert_allclose(stats["action"][key], theirs["action"][key], rtol=1e-6)
     values = source.columns["action"].astype(float)
     np.testing.assert_allclose(stats["action"]["q99"], np.quantile(values, 0.99, axis=0))
-    pictures = np.stack([source.picture(i, "observation.images.top") for i in range(110)]) / 255
+    images = np.stack([source.image(i, "observation.images.top") for i in range(110)]) / 255
     top = stats["observation.images.top"]
     assert np.shape(top["mean"]) == (3, 1, 1)
     for name, function in {
@@ -118,7 +118,7 @@ def test_statistics_are_exact(tmp_path) -> None:
         "q10": lambda x, axis: np.quantile(x, 0.1, axis=axis),
         "q01": lambda x, axis: np.quantile(x, 0.01, axis=axis),
     }.items():
-        np.testing.assert_allclose(np.ravel(top[name]), function(pictures, axis=(0, 1, 2)))
+        np.testing.assert_allclose(np.ravel(top[name]), function(images, axis=(0, 1, 2)))
 
 
 def test_interrupted_write_leaves_no_dataset(tmp_path) -> None:
@@ -192,22 +192,22 @@ def test_large_videos_are_split_into_files_between_episodes(tmp_path, monkeypatc
     for i in (0, 29, 30, 75, 119):
         # Noise compresses badly; noise of another frame would not correlate at all.
         expected = episodes[i // 30]["images"]["base"][i % 30].astype(float).mean(-1)
-        found = dataset.picture(i, "observation.images.base").astype(float).mean(-1)
+        found = dataset.image(i, "observation.images.base").astype(float).mean(-1)
         assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > 0.7, f"frame {i}"
 
 
 def test_a_video_is_copied_once(tmp_path) -> None:
     film = FIXTURE.parent / "pusht_v21_video" / "videos" / "chunk-000"
     film = film / "observation.images.top" / "episode_000001.mp4"
-    picture, numbers = np.zeros((1, 96, 96, 3), np.uint8), np.arange(25.0)[:, None]
+    image, numbers = np.zeros((1, 96, 96, 3), np.uint8), np.arange(25.0)[:, None]
     with lerobot_writer.Writer(tmp_path / "new", 10) as writer:
         for _ in range(2):
-            images = {"top": lerobot_writer.Film(film, sample=picture)}
+            images = {"top": lerobot_writer.Film(film, sample=image)}
             writer.add(images, {"action": numbers}, ["go", "stop"] * 12 + ["go"])
     (copied,) = (tmp_path / "new" / "videos" / "top").rglob("*.mp4")
     assert copied.read_bytes() == film.read_bytes()
     dataset = reader.Dataset(tmp_path / "new")
-    np.testing.assert_array_equal(dataset.picture(7, "top"), dataset.picture(32, "top"))
+    np.testing.assert_array_equal(dataset.image(7, "top"), dataset.image(32, "top"))
     assert (dataset.task(1), dataset.task(24)) == ("stop", "go")
     episodes = pl.read_parquet(tmp_path / "new" / FILES[1])
     assert episodes["tasks"].to_list() == [["go", "stop"]] * 2

@@ -26,7 +26,7 @@ def _vector(size: int, names: list[Any]) -> Feature:
     return {"dtype": "float32", "shape": [size], "names": names}
 
 
-def _picture(height: int, width: int, *, channels_first: bool = False) -> Feature:
+def _image(height: int, width: int, *, channels_first: bool = False) -> Feature:
     if channels_first:
         shape, names = [3, height, width], ["channels", "height", "width"]
     else:
@@ -36,8 +36,8 @@ def _picture(height: int, width: int, *, channels_first: bool = False) -> Featur
 
 # convert_libero_data_to_lerobot.py, which wrote physical-intelligence/libero; sides divided by 8.
 LIBERO = {
-    "image": _picture(32, 32),
-    "wrist_image": _picture(32, 32),
+    "image": _image(32, 32),
+    "wrist_image": _image(32, 32),
     "state": _vector(8, ["state"]),
     "actions": _vector(7, ["actions"]),
 }
@@ -48,15 +48,15 @@ ALOHA = {
         for key in ("observation.state", "action", "observation.velocity", "observation.effort")
     },
     **{
-        f"observation.images.cam_{name}": _picture(60, 80, channels_first=True)
+        f"observation.images.cam_{name}": _image(60, 80, channels_first=True)
         for name in ("high", "low", "left_wrist", "right_wrist")
     },
 }
 # convert_droid_data_to_lerobot.py: the gripper is a vector of one, stored as a plain number.
 DROID = {
-    "exterior_image_1_left": _picture(22, 40),
-    "exterior_image_2_left": _picture(22, 40),
-    "wrist_image_left": _picture(22, 40),
+    "exterior_image_1_left": _image(22, 40),
+    "exterior_image_2_left": _image(22, 40),
+    "wrist_image_left": _image(22, 40),
     "joint_position": _vector(7, ["joint_position"]),
     "gripper_position": _vector(1, ["gripper_position"]),
     "actions": _vector(8, ["actions"]),
@@ -190,7 +190,7 @@ def test_a_set_of_openpis_converters_becomes_batches(recorded, words, tiny_confi
     state = np.concatenate([vectors[key] for key in robot.state_keys], axis=1)
     np.testing.assert_array_equal(robot.state(dataset.columns), state)
     camera = robot.cameras["base_0_rgb"]
-    assert [dataset.picture(i, camera)[0, 0, 0] for i in (0, 17)] == [0, 170]
+    assert [dataset.image(i, camera)[0, 0, 0] for i in (0, 17)] == [0, 170]
 
 
 def test_a_set_of_openpis_converters_converts_to_version_3(recorded, tmp_path) -> None:
@@ -206,4 +206,4 @@ def test_a_set_of_openpis_converters_converts_to_version_3(recorded, tmp_path) -
     for i in (0, 9, 17):
         assert new.task(i) == old.task(i)
         for camera in old.cameras:
-            np.testing.assert_array_equal(new.picture(i, camera), old.picture(i, camera))
+            np.testing.assert_array_equal(new.image(i, camera), old.image(i, camera))

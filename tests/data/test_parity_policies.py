@@ -51,8 +51,8 @@ def test_inputs_and_outputs_are_openpis(name, pi05, seed, tokens, recorded):
     _close(sample["actions"], expected["actions"])
     masks = [sample["image_mask"][camera] for camera in CAMERAS]
     np.testing.assert_array_equal(masks, expected["mask"])
-    for camera, picture in zip(CAMERAS, expected["images"], strict=True):
-        np.testing.assert_array_equal(sample["image"][camera], picture)
+    for camera, image in zip(CAMERAS, expected["images"], strict=True):
+        np.testing.assert_array_equal(sample["image"][camera], image)
     acted = pipelines.outputs(robot, stats=stats, kind=kind)(
         {"actions": cases.model_actions(robot, seed), "state": robot.state(recording)}
     )

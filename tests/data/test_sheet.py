@@ -1,4 +1,4 @@
-"""The sheet shows the pictures the model gets, marks what is absent or cut, and is the run's."""
+"""The sheet shows the images the model gets, marks what is absent or cut, and is the run's."""
 
 import builtins
 import dataclasses
@@ -36,22 +36,22 @@ def samples(source, own):
     return inspection.draw(source, own, 8)
 
 
-def test_without_augmentation_the_pictures_are_the_batchs(samples):
+def test_without_augmentation_the_images_are_the_batchs(samples):
     """Enlarged without blur, so each of the model's pixels is a block."""
-    picture = sheet.sheet(samples, observation.NO_AUGMENTATION)
+    image = sheet.sheet(samples, observation.NO_AUGMENTATION)
     block = 192 // 24
     left, top = sheet._GAP, 2 * sheet._LINE
     for column, camera in enumerate(("base_0_rgb", "left_wrist_0_rgb")):
         x = left + column * (192 + sheet._GAP)
-        shown = picture[top : top + 192 : block, x : x + 192 : block]
+        shown = image[top : top + 192 : block, x : x + 192 : block]
         np.testing.assert_array_equal(shown, samples.batch.observation.images[camera][0])
 
 
 def test_an_absent_camera_is_not_shown_as_black(samples):
     assert not samples.batch.observation.images["other"].any()
-    picture = sheet.sheet(samples, observation.NO_AUGMENTATION)
+    image = sheet.sheet(samples, observation.NO_AUGMENTATION)
     x = sheet._GAP + 2 * (192 + sheet._GAP)
-    tile = picture[2 * sheet._LINE :][:192, x : x + 192]
+    tile = image[2 * sheet._LINE :][:192, x : x + 192]
     assert np.median(tile) > 150
 
 
@@ -74,8 +74,8 @@ def test_what_is_doubtful_is_in_red(samples):
     red = np.array([0xC0, 0x39, 0x2B])
 
     def has_red(one):
-        picture = sheet.sheet(one, observation.NO_AUGMENTATION)
-        below = picture[2 * sheet._LINE + 6 * 200 :]  # Pictures have any colour.
+        image = sheet.sheet(one, observation.NO_AUGMENTATION)
+        below = image[2 * sheet._LINE + 6 * 200 :]  # Images have any colour.
         return (below == red).all(axis=-1).any()
 
     assert not has_red(samples)
@@ -84,8 +84,8 @@ def test_what_is_doubtful_is_in_red(samples):
 
 
 def test_the_legend_has_the_colour_of_every_action_dimension(samples):
-    picture = sheet.sheet(samples, observation.NO_AUGMENTATION)
-    legend = picture[2 * sheet._LINE :, -sheet._LEGEND : -sheet._LEGEND + 10]
+    image = sheet.sheet(samples, observation.NO_AUGMENTATION)
+    legend = image[2 * sheet._LINE :, -sheet._LEGEND : -sheet._LEGEND + 10]
     shown = {tuple(pixel) for pixel in legend.reshape(-1, 3).tolist()}
     expected = [ImageColor.getrgb(color) for color in sheet._COLORS[:4]]
     assert [color in shown for color in expected] == [True, True, True, False]
@@ -118,8 +118,8 @@ def test_histograms_are_drawn_and_say_what_they_need(samples, tmp_path, monkeypa
     spoiled.observation.state[0, 0] = np.nan
     for name, batch in (("sound", samples.batch), ("spoiled", spoiled)):
         sheet.histograms(tmp_path / f"{name}.png", dataclasses.replace(samples, batch=batch))
-        with Image.open(tmp_path / f"{name}.png") as picture:
-            assert min(picture.size) > 100
+        with Image.open(tmp_path / f"{name}.png") as image:
+            assert min(image.size) > 100
     real = builtins.__import__
 
     def without(name, *rest):

@@ -99,7 +99,7 @@ def test_synthetic_samples_are_deterministic_and_fit_the_contract(tiny_config) -
 
 @pytest.mark.parametrize("name", ["libero_delta", "droid_position", "ur5", "aloha_sim", "in parts"])
 def test_recordings_of_other_robots_become_batches(tmp_path, name) -> None:
-    """In the keys of openpi's converters: states in parts, pictures under plain names."""
+    """In the keys of openpi's converters: states in parts, images under plain names."""
     in_parts = dataclasses.replace(robots.UR5, action_key="velocity", action_more=("close",))
     robot = in_parts if name == "in parts" else robots.find(name)
     rng = np.random.default_rng(0)

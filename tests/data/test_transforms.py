@@ -8,7 +8,7 @@ from PIL import Image
 from shallow_pi.data.robots import normalize, transforms
 
 
-def _picture(height: int, width: int) -> np.ndarray:
+def _image(height: int, width: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
 
 
@@ -25,10 +25,10 @@ def test_repack_renames_and_drops_the_rest() -> None:
 
 
 def test_camera_the_robot_lacks_is_black_and_masked() -> None:
-    picture = _picture(4, 6)
+    image = _image(4, 6)
     cameras = transforms.Cameras(("base_0_rgb", "right_wrist_0_rgb"), {"base_0_rgb": "top"}, 8)
-    sample = cameras({"top": picture, "state": 1})
-    np.testing.assert_array_equal(sample["image"]["base_0_rgb"], picture)
+    sample = cameras({"top": image, "state": 1})
+    np.testing.assert_array_equal(sample["image"]["base_0_rgb"], image)
     np.testing.assert_array_equal(
         sample["image"]["right_wrist_0_rgb"], np.zeros((8, 8, 3), np.uint8)
     )
@@ -41,8 +41,8 @@ def test_camera_missing_from_the_sample_is_named() -> None:
     cameras = transforms.Cameras(("base_0_rgb",), {"base_0_rgb": "observation.images.top"}, 8)
     message = r"lacks camera 'observation.images.top' \(for base_0_rgb\).*'observation.images.side'"
     with pytest.raises(ValueError, match=message):
-        cameras({"observation.images.side": _picture(8, 8)})
-    with pytest.raises(ValueError, match=r"must be a uint8 picture .* got float64 \(8, 8, 3\)"):
+        cameras({"observation.images.side": _image(8, 8)})
+    with pytest.raises(ValueError, match=r"must be a uint8 image .* got float64 \(8, 8, 3\)"):
         cameras({"observation.images.top": np.zeros((8, 8, 3))})
 
 
@@ -56,10 +56,10 @@ def test_resize_keeps_proportions_and_pads_with_black() -> None:
 
 
 def test_resize_is_pils_bilinear_and_the_identity_at_the_same_size() -> None:
-    picture = _picture(16, 16)
-    expected = np.asarray(Image.fromarray(picture).resize((8, 8), Image.Resampling.BILINEAR))
-    np.testing.assert_array_equal(transforms.resize_with_pad(picture, 8), expected)
-    assert transforms.resize_with_pad(picture, 16) is picture
+    image = _image(16, 16)
+    expected = np.asarray(Image.fromarray(image).resize((8, 8), Image.Resampling.BILINEAR))
+    np.testing.assert_array_equal(transforms.resize_with_pad(image, 8), expected)
+    assert transforms.resize_with_pad(image, 16) is image
 
 
 @pytest.mark.parametrize("kind", ["z_score", "quantile"])

@@ -43,12 +43,12 @@ def recordings(tmp_path_factory):
         lerobot_writer.Writer(folder / "narrow", 20, names=taken) as narrow,
     ):
         for n in (9, 7):
-            pictures = {PLAIN.cameras["base_0_rgb"]: np.zeros((n, 8, 8, 3), np.uint8)}
+            images = {PLAIN.cameras["base_0_rgb"]: np.zeros((n, 8, 8, 3), np.uint8)}
             state, action = (rng.normal(size=(n, k)).astype(np.float32) for k in (7, 6))
             vectors = {"joints": state[:, :5], "hand": state[:, 5:], "action": action}
-            wide.add(pictures, vectors, ["go"] * n)
+            wide.add(images, vectors, ["go"] * n)
             vectors = {"joints": state[:, STATE], "action": action[:, ACTION]}
-            narrow.add(pictures, vectors, ["go"] * n)
+            narrow.add(images, vectors, ["go"] * n)
     return folder
 
 
@@ -161,9 +161,9 @@ def test_a_place_beyond_the_column_names_its_parts(recordings, tmp_path) -> None
 def test_slices_of_gr00t_are_printed_to_be_copied(tmp_path) -> None:
     folder = tmp_path / "gr1"
     with lerobot_writer.Writer(folder, 20) as writer:
-        pictures = {PLAIN.cameras["base_0_rgb"]: np.zeros((4, 8, 8, 3), np.uint8)}
+        images = {PLAIN.cameras["base_0_rgb"]: np.zeros((4, 8, 8, 3), np.uint8)}
         values = np.arange(4 * 44, dtype=np.float32).reshape(4, 44)
-        writer.add(pictures, {"observation.state": values, "action": values}, ["go"] * 4)
+        writer.add(images, {"observation.state": values, "action": values}, ["go"] * 4)
     slices = {
         "state": {"left_arm": {"start": 0, "end": 7}, "left_hand": {"start": 7, "end": 13}},
         "action": {"waist": {"start": 41, "end": 44, "original_key": "action", "absolute": True}},

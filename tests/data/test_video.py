@@ -30,8 +30,8 @@ def film(request, tmp_path, monkeypatch):
         stream = container.add_stream(codec, rate=FPS, options=options)
         stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
         for i in range(COUNT):
-            picture = np.roll(scene, 5 * i, 1) // 2 + i
-            frame = av.VideoFrame.from_ndarray(picture.astype(np.uint8), format="rgb24")
+            image = np.roll(scene, 5 * i, 1) // 2 + i
+            frame = av.VideoFrame.from_ndarray(image.astype(np.uint8), format="rgb24")
             frame.pts, frame.time_base = i, fractions.Fraction(1, FPS)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
@@ -111,12 +111,12 @@ def test_a_time_without_a_frame_is_an_error(film):
 )
 def test_a_video_taken_sideways_is_turned(tmp_path, matrix, bright):
     """As players and LeRobot's decoder (torchcodec from 0.11 on) show it."""
-    path, picture = tmp_path / "film.mp4", np.zeros((32, 64, 3), np.uint8)
-    picture[:16] = 255
+    path, image = tmp_path / "film.mp4", np.zeros((32, 64, 3), np.uint8)
+    image[:16] = 255
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=FPS)
         stream.width, stream.height, stream.pix_fmt = 64, 32, "yuv420p"
-        container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(stream.encode())
     data = bytearray(path.read_bytes())
     # The matrix of version 0 of a track's header, the last entry of which stays.

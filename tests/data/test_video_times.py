@@ -22,8 +22,8 @@ def _film(path, ticks=REGULAR, codec="libx264", container=None, **options):
         stream.codec_context.time_base = TICK
         rng = np.random.default_rng(0)
         for tick in ticks:
-            picture = rng.integers(0, 256, (64, 64, 3), np.uint8)
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            image = rng.integers(0, 256, (64, 64, 3), np.uint8)
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
             frame.pts, frame.time_base = int(tick), TICK
             out.mux(stream.encode(frame))
         out.mux(stream.encode())

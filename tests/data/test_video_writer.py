@@ -14,19 +14,19 @@ def _film(length=12, shape=(48, 64)):
     """A square that moves over a soft ground: what codecs are made for."""
     ground = np.linspace(40, 200, shape[1]).astype(np.uint8)
     film = np.broadcast_to(ground[None, None, :, None], (length, *shape, 3)).copy()
-    for i, picture in enumerate(film):
-        picture[10:26, 2 * i : 2 * i + 16] = (200, 60, 30)
+    for i, image in enumerate(film):
+        image[10:26, 2 * i : 2 * i + 16] = (200, 60, 30)
     return film
 
 
 @pytest.mark.parametrize("codec", ["av1", "h264"])
 @pytest.mark.parametrize("group", [1, 2, 5])
-def test_pictures_come_back_in_any_order_from_short_groups(tmp_path, codec, group):
+def test_images_come_back_in_any_order_from_short_groups(tmp_path, codec, group):
     film, path = _film(), tmp_path / "films" / "a.mp4"
     encoding = video_writer.Encoding(codec, group, crf=12)
     encoder = video_writer.Encoder(path, 10, (48, 64), encoding)
-    for picture in film:
-        encoder.add(picture)
+    for image in film:
+        encoder.add(image)
     encoder.close()
     reader = video.Reader()
     for i in np.random.default_rng(0).permutation(len(film)):
@@ -43,7 +43,7 @@ def test_pictures_come_back_in_any_order_from_short_groups(tmp_path, codec, grou
 
 
 def test_bad_sizes_and_settings_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="even sizes, got pictures of 47 by 64"):
+    with pytest.raises(ValueError, match="even sizes, got images of 47 by 64"):
         video_writer.Encoder(tmp_path / "a.mp4", 10, (47, 64), video_writer.Encoding())
     with pytest.raises(ValueError, match="group >= 1 and crf in 0…63, got 0 and 30"):
         video_writer.Encoding(group=0)

@@ -75,8 +75,8 @@ def test_plugin_and_exporter_agree_on_names():
 def test_a_camera_the_robot_lacks_is_left_out_and_the_order_is_the_models(make):
     cameras = ("left_wrist_0_rgb", "right_wrist_0_rgb", "base_0_rgb")
     features = lerobot.config(make(cameras=cameras))["input_features"]
-    pictures = [key for key in features if "images" in key]
-    assert pictures == ["observation.images.wrist", "observation.images.base"]
+    images = [key for key in features if "images" in key]
+    assert images == ["observation.images.wrist", "observation.images.base"]
 
 
 @pytest.mark.parametrize("pi05", [False, True])

@@ -154,7 +154,7 @@ def test_another_robots_observation_is_refused(exported):
             theirs.infer(found | {"observation.state": np.zeros(shape, np.float32)})
     with pytest.raises(ValueError, match="not finite"):
         theirs.infer(found | {"observation.state": np.full(3, np.nan, np.float32)})
-    with pytest.raises(ValueError, match="must be one RGB picture"):
+    with pytest.raises(ValueError, match="must be one RGB image"):
         theirs.infer(observation(robots.TURNTABLE) | {"observation.images.base": np.zeros((4, 4))})
 
 

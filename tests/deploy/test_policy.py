@@ -36,11 +36,11 @@ def deployed(step):
 def scene():
     """Two observations and their noise."""
     generator = np.random.default_rng(0)
-    pictures = generator.integers(0, 256, (2, 2, 24, 24, 3), np.uint8)
+    images = generator.integers(0, 256, (2, 2, 24, 24, 3), np.uint8)
     found = [
         {
-            "observation.images.base": pictures[i, 0],
-            "observation.images.wrist": pictures[i, 1],
+            "observation.images.base": images[i, 0],
+            "observation.images.wrist": images[i, 1],
             "observation.state": generator.standard_normal(3).astype(np.float32),
             "task": PROMPTS[i],
         }
@@ -579,7 +579,7 @@ def test_a_guidance_weight_that_is_none_is_an_error(deployed, scene, weight):
         deployed.infer(scene[0][0], previous=np.zeros((2, 3)), max_guidance_weight=weight)
 
 
-def test_pictures_resized_on_the_device_give_the_same_actions(own, params, scene):
+def test_images_resized_on_the_device_give_the_same_actions(own, params, scene):
     """Cameras of another size than the model's, and of two sizes in one batch."""
     found, noise = scene
     generator = np.random.default_rng(2)

@@ -15,10 +15,10 @@ BASE = "observation.images.base"
 @pytest.fixture
 def seen():
     generator = np.random.default_rng(0)
-    pictures = generator.integers(0, 256, (2, 12, 16, 3), np.uint8)
+    images = generator.integers(0, 256, (2, 12, 16, 3), np.uint8)
     return {
-        BASE: pictures[0],
-        "observation.images.wrist": pictures[1],
+        BASE: images[0],
+        "observation.images.wrist": images[1],
         "observation.state": np.array([1, 2, 3], np.float64),
         "task": "touch the red block",
     }
@@ -54,7 +54,7 @@ def test_floats_from_0_to_1_are_bytes_as_openpi_makes_them(seen, dtype):
 def test_colours_may_come_first(seen):
     found = clean({**seen, BASE: np.moveaxis(seen[BASE], -1, 0)})
     np.testing.assert_array_equal(found[BASE], seen[BASE])
-    # Three rows of pixels are a picture as they stand.
+    # Three rows of pixels are an image as they stand.
     flat = seen[BASE][:3]
     np.testing.assert_array_equal(clean({**seen, BASE: flat})[BASE], flat)
 
@@ -63,10 +63,10 @@ def test_colours_may_come_first(seen):
     ("key", "value", "said"),
     [
         (BASE, np.zeros((8, 8, 3), np.int64), "must be uint8, or floats in .0, 1., got int64"),
-        (BASE, np.full((8, 8, 3), 200.0), "float64 picture from 200 to 200: floats must lie in"),
-        (BASE, np.full((8, 8, 3), -1.0), r"picture from -1 to -1"),
-        (BASE, np.full((8, 8, 3), np.nan), "picture from nan to nan"),
-        (BASE, np.zeros((8, 8), np.uint8), r"one RGB picture.* got the shape \(8, 8\)"),
+        (BASE, np.full((8, 8, 3), 200.0), "float64 image from 200 to 200: floats must lie in"),
+        (BASE, np.full((8, 8, 3), -1.0), r"image from -1 to -1"),
+        (BASE, np.full((8, 8, 3), np.nan), "image from nan to nan"),
+        (BASE, np.zeros((8, 8), np.uint8), r"one RGB image.* got the shape \(8, 8\)"),
         (BASE, np.zeros((8, 8, 4), np.uint8), r"got the shape \(8, 8, 4\)"),
         (BASE, np.zeros((1, 8, 8, 3), np.uint8), r"got the shape \(1, 8, 8, 3\)"),
         (BASE, np.zeros((0, 8, 3), np.uint8), r"got the shape \(0, 8, 3\)"),
@@ -145,8 +145,8 @@ def test_uneven_lists_are_named_by_their_key(seen):
 
 
 def test_the_parts_of_a_state_are_checked():
-    picture = np.zeros((8, 8, 3), np.uint8)
-    seen = dict.fromkeys(robots.DROID.cameras.values(), picture) | {"task": "go"}
+    image = np.zeros((8, 8, 3), np.uint8)
+    seen = dict.fromkeys(robots.DROID.cameras.values(), image) | {"task": "go"}
     parts = {"joint_position": np.arange(7), "gripper_position": 0.5}
     found = clean({**seen, **parts}, robots.DROID)
     np.testing.assert_array_equal(robots.DROID.state(found), [*range(7), 0.5])
@@ -162,7 +162,7 @@ def test_a_robot_file_gives_keys_other_names(tmp_path):
         "ROBOT = dataclasses.replace(robots.ALOHA_SIM, name='mine', state_key='now/joints',\n"
         "    cameras={'base_0_rgb': 'eye'})\n"
     )
-    picture = np.zeros((8, 8, 3), np.uint8)
-    seen = {"eye": picture, "now": {"joints": np.zeros(14)}}
+    image = np.zeros((8, 8, 3), np.uint8)
+    seen = {"eye": image, "now": {"joints": np.zeros(14)}}
     found = clean(seen, robots.find(str(path)))
     assert set(found) == {"eye", "now/joints"}

@@ -12,10 +12,10 @@ from shallow_pi.deploy import robot_transforms
 @pytest.fixture
 def seen():
     """An observation."""
-    picture = np.zeros((24, 24, 3), np.uint8)
+    image = np.zeros((24, 24, 3), np.uint8)
     return {
-        "observation.images.base": picture,
-        "observation.images.wrist": picture,
+        "observation.images.base": image,
+        "observation.images.wrist": image,
         "observation.state": np.float32([0.5, -1, 2]),
         "task": "touch the red block",
     }

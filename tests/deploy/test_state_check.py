@@ -93,10 +93,10 @@ def test_statistics_of_fewer_dimensions_are_refused():
 @pytest.mark.parametrize("kind", ["z_score", "quantile"])
 def test_a_policy_warns_in_its_answer_and_refuses(own, params, kind, monkeypatch):
     monkeypatch.setattr(assets.Assets, "kind", kind)
-    picture = np.zeros((24, 24, 3), np.uint8)
+    image = np.zeros((24, 24, 3), np.uint8)
     seen = {
-        "observation.images.base": picture,
-        "observation.images.wrist": picture,
+        "observation.images.base": image,
+        "observation.images.wrist": image,
         "observation.state": np.zeros(3),
         "task": "touch the red block",
     }

@@ -229,8 +229,8 @@ def test_augmentation_is_drawn_once_and_seen_by_both(setting):
     plain = dataclasses.replace(spec, augmentation=observations.NO_AUGMENTATION)
     varied, still = _draw(spec, KEY, batch), _draw(plain, KEY, batch)
     np.testing.assert_array_equal(varied.x_t, still.x_t)
-    pictures = (x.observation.images["base_0_rgb"] for x in (varied, still))
-    assert np.abs(np.subtract(*pictures)).max() > 0.1
+    images = (x.observation.images["base_0_rgb"] for x in (varied, still))
+    assert np.abs(np.subtract(*images)).max() > 0.1
 
 
 def test_without_a_teacher_the_step_is_the_task_loss_alone(setting, without_attention, norms):

@@ -101,11 +101,11 @@ def test_tables_stand_in_for_the_weights_of_time(tiny_config, tiny_params):
     assert nbytes(timed) == 4 * (2 * config.depth * layer + besides)
 
 
-def test_pictures_that_are_not_the_models_are_an_error(tiny_config):
+def test_images_that_are_not_the_models_are_an_error(tiny_config):
     config = tiny_config()
     observation = batches.noise(config, 1).observation
     layout, name = program.Layout(config), config.cameras[0]
     for bad in (observation.as_float().images[name], observation.images[name][:, :-1]):
         wrong = observation.replace(images={**observation.images, name: bad})
-        with pytest.raises(ValueError, match=f"pictures of {name} must be uint8"):
+        with pytest.raises(ValueError, match=f"images of {name} must be uint8"):
             program.pack(layout, wrong, noise_of(config, 1))

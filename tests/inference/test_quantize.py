@@ -144,8 +144,8 @@ def test_bounds_are_the_largest_and_a_percentile_of_what_the_products_multiply(s
     # The first product of the image tower multiplies normed patches, whatever the sampler does.
     weights = params["PaliGemma"]["img"]
     kernel = weights["embedding"]["kernel"].reshape(-1, config.image.width)
-    pictures = jnp.stack([observation.images[name] for name in config.cameras], axis=1)
-    cut = pictures.reshape(4, 2, 12, 2, 12, 3).swapaxes(2, 3).reshape(4, 4, -1)
+    images = jnp.stack([observation.images[name] for name in config.cameras], axis=1)
+    cut = images.reshape(4, 2, 12, 2, 12, 3).swapaxes(2, 3).reshape(4, 4, -1)
     x = cut @ kernel + weights["embedding"]["bias"] + weights["pos_embedding"]
     norm = weights["Transformer"]["encoderblock"]["LayerNorm_0"]
     normed = np.abs(layers.layer_norm(x, norm["scale"][0], norm["bias"][0]))

@@ -1,4 +1,4 @@
-"""Pictures resized by matrix products are Pillow's within one grey level."""
+"""Images resized by matrix products are Pillow's within one grey level."""
 
 import jax
 import numpy as np
@@ -21,7 +21,7 @@ from shallow_pi.inference import resize
         (32, 32, 32),
     ],
 )
-def test_resized_pictures_are_pillows(height, width, size):
+def test_resized_images_are_pillows(height, width, size):
     generator = np.random.default_rng(0)
     noise = generator.integers(0, 256, (height, width, 3), np.uint8)
     ramp = np.linspace(0, 255, width)[None, :, None] * np.ones((height, 1, 3))

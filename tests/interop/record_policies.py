@@ -79,11 +79,11 @@ def _theirs(robot, recording: dict) -> dict:
     common = {"actions": recording["actions"].copy(), "prompt": "fold the towel"}
     if robot.name.startswith("aloha"):
         names = {key: key.rpartition(".")[2] for key in robot.cameras.values()}
-        pictures = {
+        images = {
             "cam_high" if name == "top" else name: np.moveaxis(recording[key], -1, 0)
             for key, name in names.items()
         }
-        return {**common, "images": pictures, "state": recording["observation.state"]}
+        return {**common, "images": images, "state": recording["observation.state"]}
     if robot.name.startswith("libero"):
         return {
             **common,

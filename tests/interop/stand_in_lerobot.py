@@ -1,6 +1,6 @@
 """LeRobot's dataset as openpi uses it, in the few calls it makes, over our own reader.
 
-LeRobot wants torch; openpi's data loader wants from LeRobot a length, an item by index (pictures
+LeRobot wants torch; openpi's data loader wants from LeRobot a length, an item by index (images
 float in [0, 1] with channels first, chunks of the keys in `delta_timestamps` with `<key>_is_pad`),
 the tasks, the frame rate, and the episode of every frame.
 """

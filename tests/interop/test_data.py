@@ -39,12 +39,12 @@ def home(tmp_path_factory, data_home):
     (folder / REPO).parent.mkdir(parents=True)
     with lerobot_writer.Writer(folder / REPO, 10) as writer:
         for episode, length in enumerate((6, 7, 8)):
-            pictures = rng.integers(0, 256, (2, length, 32, 32, 3), np.uint8)
+            pixels = rng.integers(0, 256, (2, length, 32, 32, 3), np.uint8)
             vectors = {
                 "state": rng.normal(size=(length, 8)).astype(np.float32),
                 "actions": rng.normal(size=(length, 7)).astype(np.float32),
             }
-            images = {"image": pictures[0], "wrist_image": pictures[1]}
+            images = {"image": pixels[0], "wrist_image": pixels[1]}
             writer.add(images, vectors, [PROMPTS[episode % 2]] * length)
     return folder
 
@@ -171,12 +171,12 @@ def test_a_config_of_ones_own_transforms_is_taken_over_with_openpis_loader(
 
 @dataclasses.dataclass(frozen=True)
 class _Mine(openpi_transforms.DataTransformFn):
-    """Pictures with channels last, a black third camera, masks."""
+    """Images with channels last, a black third camera, masks."""
 
     def __call__(self, data):
         image = {
-            name: (255 * np.moveaxis(np.asarray(picture), 0, -1)).astype(np.uint8)
-            for name, picture in data["image"].items()
+            name: (255 * np.moveaxis(np.asarray(pixels), 0, -1)).astype(np.uint8)
+            for name, pixels in data["image"].items()
         }
         image["right_wrist_0_rgb"] = np.zeros_like(image["base_0_rgb"])
         mask = {name: np.bool_(name != "right_wrist_0_rgb") for name in image}

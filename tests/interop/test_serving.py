@@ -66,13 +66,13 @@ def _model(**changes):
 
 def _observation(robot):
     generator = np.random.default_rng(3)
-    pictures = {
+    images = {
         key: generator.integers(0, 256, (48, 64, 3), np.uint8) for key in robot.cameras.values()
     }
     state = generator.uniform(0.1, 0.9, robot.state_dim).astype(np.float32)
     parts = np.split(state, [robot.state_dim - len(robot.state_more)])
     vectors = {key: part for key, part in zip(robot.state_keys, parts, strict=False) if len(part)}
-    return {**pictures, **vectors, robot.prompt_key: "fold the towel"}
+    return {**images, **vectors, robot.prompt_key: "fold the towel"}
 
 
 def _sent(robot, observation):

@@ -52,9 +52,9 @@ def _results(config: pi0.Pi0Config, params: dict) -> dict[str, jax.Array]:
     actions, t = jnp.asarray(samples["actions"]), jnp.asarray(parity.times())
     prefix, _, _ = nnx_utils.module_jit(policy.embed_prefix)(observation)
     suffix, _, _, condition = nnx_utils.module_jit(policy.embed_suffix)(observation, actions, t)
-    pictures = observation.images[config.cameras[0]]
+    images = observation.images[config.cameras[0]]
     found = {
-        "image_tokens": policy.PaliGemma.img(pictures, train=False)[0],
+        "image_tokens": policy.PaliGemma.img(images, train=False)[0],
         "prompt_tokens": prefix[:, -config.max_token_len :],
         "suffix_tokens": suffix,
         **_tower(config, policy),

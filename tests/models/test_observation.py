@@ -1,4 +1,4 @@
-"""Observations, and the augmentation of their pictures."""
+"""Observations, and the augmentation of their images."""
 
 import dataclasses
 
@@ -75,7 +75,7 @@ def test_a_crop_magnifies_and_stays_inside():
     cropped = _augment({"base_0_rgb": _ramp()}, crop=0.5)["base_0_rgb"][..., 0]
     slope = np.diff(cropped[:, 10, 5:15], axis=1)
     np.testing.assert_allclose(slope, 0.5 * 0.02, atol=1e-5)
-    # The centre of the crop wanders a quarter of the picture either way: ±5 pixels of 0.02.
+    # The centre of the crop wanders a quarter of the image either way: ±5 pixels of 0.02.
     centre = cropped[:, 10, 9:11].mean(axis=1)
     assert np.abs(centre).max() <= 5 * 0.02 + 1e-5
     assert centre.min() < -0.07
@@ -100,8 +100,8 @@ def test_jitter_scales_brightness_contrast_and_saturation():
     def jittered(**changes):
         return _augment({"base_0_rgb": images}, **changes)["base_0_rgb"] / 2 + 0.5
 
-    def grey(pictures):
-        return pictures @ np.array([0.299, 0.587, 0.114])
+    def grey(images):
+        return images @ np.array([0.299, 0.587, 0.114])
 
     ratio = jittered(brightness=0.3) / light
     np.testing.assert_allclose(ratio, ratio[:, :1, :1, :1] * np.ones_like(ratio), rtol=1e-4)

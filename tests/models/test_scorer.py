@@ -97,7 +97,7 @@ def test_a_student_is_the_whole_model_without_the_patches_left_out(setting):
 
 
 def test_an_absent_camera_changes_nothing(setting):
-    """Its tokens are not valid, and what its picture shows moves no other choice."""
+    """Its tokens are not valid, and what its image shows moves no other choice."""
     config, params, (observation, *rest) = setting
     name = config.cameras[1]
     other = observation.images[name].at[0].set(-observation.images[name][0])

@@ -74,7 +74,7 @@ def test_tokens_are_those_of_the_encoder_written_out(params):
     np.testing.assert_allclose(tokens, _encode(params, _images()), atol=1e-4)
 
 
-def test_pictures_of_a_batch_do_not_see_each_other(params):
+def test_images_of_a_batch_do_not_see_each_other(params):
     images = _images()
     both = _run(_module(), params, images)
     alone = _run(_module(), params, images[1:])

@@ -72,9 +72,9 @@ def test_over_tensor_every_device_keeps_the_whole_inputs_of_layers(full_size):
     experiment = _with(full_size, remat="layers")
     one, two, four = (_estimate(experiment, (1, 1, ways)).activations for ways in (1, 2, 4))
     inputs = 2 * 32 * (6 * (816 * 2048 + 51 * 1024) + 27 * 3 * 256 * 1152)
-    pictures = 3 * 4 * 32 * 3 * 3 * 224**2
+    images = 3 * 4 * 32 * 3 * 3 * 224**2
     assert one - two == pytest.approx(2 * (two - four), rel=1e-6)
-    assert one - 2 * (one - two) == pytest.approx(inputs + pictures, rel=1e-6)
+    assert one - 2 * (one - two) == pytest.approx(inputs + images, rel=1e-6)
 
 
 def test_the_attention_of_more_tokens_is_compared_in_more_floats(full_size):

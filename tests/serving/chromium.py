@@ -83,8 +83,8 @@ class Tab:
             mobile=False,
         )
         time.sleep(1.2)  # The page draws anew with the next message.
-        picture = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True)
-        pathlib.Path(path).write_bytes(base64.b64decode(picture["data"]))
+        screenshot = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True)
+        pathlib.Path(path).write_bytes(base64.b64decode(screenshot["data"]))
 
 
 @contextlib.contextmanager

@@ -1,8 +1,8 @@
-"""openpi's example clients, with the keys and pictures they send, drive a served policy unchanged.
+"""openpi's example clients, with the keys and images they send, drive a served policy unchanged.
 
 The observations are made as openpi's examples make them (examples/libero/main.py,
 examples/droid/main.py, examples/aloha_real/env.py, examples/aloha_sim/env.py and
-examples/simple_client/main.py), with openpi's own client and picture tools.
+examples/simple_client/main.py), with openpi's own client and image tools.
 """
 
 import concurrent.futures
@@ -135,7 +135,7 @@ def nested(flat):
     "change",
     [
         nested,
-        # As LeRobot's pictures: colours first, floats from 0 to 1.
+        # As LeRobot's images: colours first, floats from 0 to 1.
         lambda o: {k: CHW.astype(np.float32) / 255 if v is HWC else v for k, v in o.items()},
         lambda o: {k: CHW if v is HWC else v for k, v in o.items()},
         lambda o: {k.replace("/", "."): v for k, v in o.items()},
@@ -144,7 +144,7 @@ def nested(flat):
     ids=["nested", "floats", "colours first", "dots", "bytes"],
 )
 def test_every_form_of_an_observation_gives_the_same_actions(served, change):
-    # A float picture loses one level at times, as in openpi.
+    # A float image loses one level at times, as in openpi.
     np.testing.assert_allclose(*both(served, "libero", change(LIBERO), LIBERO), atol=0.02)
 
 

@@ -20,9 +20,9 @@ pytestmark = [
 
 
 def observation(value):
-    picture = np.full((48, 64, 3), (250, 20, 20), np.uint8)
+    image = np.full((48, 64, 3), (250, 20, 20), np.uint8)
     state = np.float32([value, -value])
-    return {"base": picture, "wrist": picture[:, :, ::-1].copy(), "state": state, "task": "touch"}
+    return {"base": image, "wrist": image[:, :, ::-1].copy(), "state": state, "task": "touch"}
 
 
 def robot(running, stop, **client):
@@ -70,13 +70,13 @@ def driven():
         end()
 
 
-# The share of a canvas that is drawn on, and whether a picture's middle has this colour.
+# The share of a canvas that is drawn on, and whether an image's middle has this colour.
 INK = """[...document.querySelectorAll('%s')].map(c => {
   const d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;
   let n = 0; for (let i = 3; i < d.length; i += 4) n += d[i] > 0; return n / (d.length / 4); })"""
-COLOURS = """[...document.querySelectorAll('#cameras img')].map(picture => {
+COLOURS = """[...document.querySelectorAll('#cameras img')].map(image => {
   const c = document.createElement('canvas'); c.width = c.height = 1;
-  c.getContext('2d').drawImage(picture, 0, 0, 1, 1);
+  c.getContext('2d').drawImage(image, 0, 0, 1, 1);
   return [...c.getContext('2d').getImageData(0, 0, 1, 1).data.slice(0, 3)]; })"""
 
 
@@ -179,9 +179,9 @@ def test_the_page_comes_back_when_the_server_does(tab):
         tab.wait("document.getElementById('health').className === 'idle'")
 
 
-def test_pictures_are_made_small_only_while_someone_looks(monkeypatch):
-    made, small = [], page.pictures
-    monkeypatch.setattr(page, "pictures", lambda found: made.append(1) or small(found))
+def test_images_are_made_small_only_while_someone_looks(monkeypatch):
+    made, small = [], page.images
+    monkeypatch.setattr(page, "images", lambda found: made.append(1) or small(found))
     with serving.running(serving.Echo()) as running:
         client = websocket_client_policy.WebsocketClientPolicy(running.url)
         for value in range(5):

@@ -9,7 +9,7 @@ from shallow_pi.serving import protocol
 msgpack_numpy = pytest.importorskip("openpi_client.msgpack_numpy", reason="no openpi-client here")
 
 OBSERVATION = {
-    "picture": np.arange(24, dtype=np.uint8).reshape(2, 4, 3),
+    "image": np.arange(24, dtype=np.uint8).reshape(2, 4, 3),
     "nested": {"state": np.linspace(0, 1, 5), "half": np.ones(2, np.float16)},
     "empty": np.zeros((0, 3), np.float32),
     "nothing": np.float32(0.5),
@@ -68,7 +68,7 @@ def test_arrays_of_msgpack_numpy_are_read_and_answered_alike():
 @pytest.mark.parametrize("packing", ["openpi-text", "msgpack-numpy-text"])
 def test_arrays_with_text_for_names_are_read_and_answered_alike(packing):
     message = protocol.pack(OBSERVATION, packing)
-    assert all(isinstance(name, str) for name in msgpack.unpackb(message)["picture"])
+    assert all(isinstance(name, str) for name in msgpack.unpackb(message)["image"])
     found, told = protocol.read(message)
     assert_same(found, OBSERVATION)
     assert told == packing
@@ -76,8 +76,8 @@ def test_arrays_with_text_for_names_are_read_and_answered_alike(packing):
 
 
 def test_an_array_out_of_order_in_memory_arrives_in_order():
-    picture = np.arange(24).reshape(2, 3, 4).transpose(2, 0, 1)[::-1]
-    np.testing.assert_array_equal(protocol.unpack(protocol.pack({"p": picture}))["p"], picture)
+    image = np.arange(24).reshape(2, 3, 4).transpose(2, 0, 1)[::-1]
+    np.testing.assert_array_equal(protocol.unpack(protocol.pack({"p": image}))["p"], image)
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,7 @@ def test_a_client_of_msgpack_numpy_is_answered_in_its_own_packing(echo):
         ({"task": None}, "lacks prompt 'task'"),
         ({"task": 5}, "'task' must be the instruction as a str, got int"),
         ({"observation.images.base": np.ones((24, 24, 3), np.int64)}, "must be uint8"),
-        ({"observation.images.base": np.zeros((24, 24), np.uint8)}, "must be one RGB picture"),
+        ({"observation.images.base": np.zeros((24, 24), np.uint8)}, "must be one RGB image"),
         ({"observation.state": np.zeros(4, np.float32)}, "must have 3 dimensions"),
         ({"observation.state": np.float32([0, np.nan, 0])}, "is not finite"),
         ({"observation.state": np.array(["a", "b", "c"])}, "must be a vector of numbers"),

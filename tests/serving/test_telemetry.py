@@ -125,11 +125,11 @@ def test_the_state_is_found_under_its_keys():
 
 def test_the_pages_json_has_no_number_json_does_not_know(seen):
     client = seen.connect("robot")
-    answer(seen, client, value=np.nan, prompt="touch", more={"picture": np.ones((9, 9, 3), "u1")})
+    answer(seen, client, value=np.nan, prompt="touch", more={"image": np.ones((9, 9, 3), "u1")})
     content = json.loads(page.message(*page.snapshot(seen, 16)), parse_constant=pytest.fail)
     assert content["view"]["chunks"][0] == [0, [[None, None]] * 5]
     assert content["view"]["texts"] == {"prompt": "touch"}
-    assert list(content["cameras"]) == ["more/picture"]
+    assert list(content["cameras"]) == ["more/image"]
     assert content["health"]["level"] == "good"
     assert content["budget_ms"] == 500
 
@@ -144,7 +144,7 @@ def test_the_page_looks_at_the_client_it_asks_for(seen, clock):
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype", "is_picture"),
+    ("shape", "dtype", "is_image"),
     [
         ((480, 640, 3), "u1", True),
         ((3, 64, 48), "u1", True),
@@ -157,9 +157,9 @@ def test_the_page_looks_at_the_client_it_asks_for(seen, clock):
         ((0, 64, 3), "u1", False),
     ],
 )
-def test_pictures_are_found_and_made_small(shape, dtype, is_picture):
-    found = page.pictures({"camera": np.ones(shape, dtype)})
-    assert ("camera" in found) == is_picture
+def test_images_are_found_and_made_small(shape, dtype, is_image):
+    found = page.images({"camera": np.ones(shape, dtype)})
+    assert ("camera" in found) == is_image
     assert all(len(text) < 20_000 for text in found.values())
 
 

@@ -90,9 +90,9 @@ def test_observations_are_those_of_the_robot():
         observation = sim.observe()
         assert observation["task"] == suite.robot.prompt == prompt
         assert observation["observation.state"].shape == (14,)
-        picture = observation["observation.images.top"].astype(int)
-        assert picture.shape == (48, 64, 3)
-        red = (picture[..., 0] > 100) & (picture[..., 1:].max(-1) < 50)
+        image = observation["observation.images.top"].astype(int)
+        assert image.shape == (48, 64, 3)
+        red = (image[..., 0] > 100) & (image[..., 1:].max(-1) < 50)
         assert red.sum() >= 2, "the cube, or the peg"
 
 

@@ -1,4 +1,4 @@
-"""LIBERO behind our interface: the episodes, pictures and states of openpi's evaluation."""
+"""LIBERO behind our interface: the episodes, images and states of openpi's evaluation."""
 
 import math
 import os
@@ -75,7 +75,7 @@ def test_a_rotation_is_its_axis_times_its_angle():
 
 
 @pytest.mark.slow
-def test_episodes_pictures_and_states_are_openpis(monkeypatch):
+def test_episodes_images_and_states_are_openpis(monkeypatch):
     """Its loop over trials, in our words: seed 7 once, a reset and ten steps for each trial."""
     if error := _gl_works():
         pytest.skip(error)
@@ -94,7 +94,7 @@ def test_episodes_pictures_and_states_are_openpis(monkeypatch):
     states = sim._states
     assert states.shape[0] == 50
     env.seed(7)
-    with monkeypatch.context() as only_last:  # The pictures before take long, and are not compared.
+    with monkeypatch.context() as only_last:  # The images before take long, and are not compared.
         blank = np.zeros((256, 256, 3), np.uint8)
         only_last.setattr(binding_utils.MjSim, "render", lambda *_, **__: blank)
         for trial in range(trials):

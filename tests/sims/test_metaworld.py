@@ -74,7 +74,7 @@ def test_an_action_is_a_centimetre_at_most_and_has_four_numbers():
         sim.step(np.zeros(7))
 
 
-def test_the_goal_is_a_ball_in_the_picture():
+def test_the_goal_is_a_ball_in_the_image():
     suite = metaworld.Suite(tasks=("push",))
     sim = suite.make()
     sim.reset(4)
@@ -126,7 +126,7 @@ def test_demonstrations_hold_the_experts_own_actions():
     assert episode.task == "button-press-topdown"
     assert np.abs(episode.vectors["action"]).max() <= 1
     assert episode.vectors["action"].shape == episode.vectors["observation.state"].shape
-    assert {picture.shape[1:] for picture in episode.images.values()} == {(16, 16, 3)}
+    assert {image.shape[1:] for image in episode.images.values()} == {(16, 16, 3)}
 
 
 @pytest.mark.parametrize(

@@ -39,28 +39,28 @@ def test_rays_hit_what_geometry_says():
     np.testing.assert_allclose(normal[:2], [[0, 0, 1], [0, 0, 1]], atol=1e-9)
 
 
-def test_picture_has_the_geoms_colour_where_they_are():
+def test_image_has_the_geoms_colour_where_they_are():
     camera, data = _camera()
-    picture = camera.render(data).astype(float)
-    assert picture.shape == (20, 20, 3)
+    image = camera.render(data).astype(float)
+    assert image.shape == (20, 20, 3)
     # The box covers x in (-.9, -.1), y in (.3, .7): columns 1 to 8, rows 3 to 6 from the top.
     expected = np.broadcast_to(_shaded((1.0, 0.5, 0.0), (0, 0, 1)), (4, 8, 3))
-    np.testing.assert_allclose(picture[3:7, 1:9], expected, atol=1)
+    np.testing.assert_allclose(image[3:7, 1:9], expected, atol=1)
     background = np.rint(255 * np.array(raycast.BACKGROUND))
-    np.testing.assert_allclose(picture[15, 15], background, atol=1)
-    np.testing.assert_allclose(picture[4, 12], background, atol=1)
-    assert picture[9:11, 9:11, 2].min() > 100 > picture[9:11, 9:11, 0].max()
+    np.testing.assert_allclose(image[15, 15], background, atol=1)
+    np.testing.assert_allclose(image[4, 12], background, atol=1)
+    assert image[9:11, 9:11, 2].min() > 100 > image[9:11, 9:11, 0].max()
 
 
 def test_pixel_on_an_edge_mixes_by_the_area_covered():
     # The box's right edge moves to x = -.0667: a third of the pixel of column 9.
     camera, data = _camera(SCENE.replace(".4 .2 .1", ".43333333 .2 .1"))
-    picture = camera.render(data).astype(float)
+    image = camera.render(data).astype(float)
     inside, outside = _shaded((1.0, 0.5, 0.0), (0, 0, 1)), 255 * np.array(raycast.BACKGROUND)
-    np.testing.assert_allclose(picture[5, 9], inside / 3 + outside * 2 / 3, atol=2)
+    np.testing.assert_allclose(image[5, 9], inside / 3 + outside * 2 / 3, atol=2)
 
 
-def test_picture_follows_the_camera_and_the_light():
+def test_image_follows_the_camera_and_the_light():
     camera, data = _camera()
     data.cam_xpos[0] += [0.3, 0.0, 0.0]  # everything moves three pixels to the left
     moved = camera.render(data)

@@ -190,7 +190,7 @@ def test_objects_keep_apart_and_colours_are_distinct_within_a_noun():
     assert shared  # so that the noun must be read
 
 
-def test_colours_are_told_apart_in_pictures():
+def test_colours_are_told_apart_in_images():
     sim = _sim()
     seen: dict[tuple[str, str], np.ndarray] = {}
     camera = raycast.RayCamera(sim.model, "base")
@@ -198,14 +198,14 @@ def test_colours_are_told_apart_in_pictures():
         sim.reset(seed)
         sim.data.qpos[1:] = [-0.16, 0.16, 0.15]  # out of the way
         mujoco.mj_forward(sim.model, sim.data)
-        picture = camera.render(sim.data).astype(float) / 255
+        image = camera.render(sim.data).astype(float) / 255
         for i, colour in enumerate(sim.colours):
             # The right part of a cup's rim: its middle is the dark hole.
             point = sim.positions[i] + [0.0135 * (i >= 2), 0.0, 0.0]
             ray = (point - sim.data.cam_xpos[0]) @ sim.data.cam_xmat[0].reshape(3, 3)
             scale = 24 / np.tan(np.deg2rad(sim.model.cam_fovy[0]) / 2) / -ray[2]
             row, column = int(24 - ray[1] * scale), int(24 + ray[0] * scale)
-            seen.setdefault(("block" if i < 2 else "cup", colour), picture[row, column])
+            seen.setdefault(("block" if i < 2 else "cup", colour), image[row, column])
     assert len(seen) == 12
     for noun in ("block", "cup"):
         for a, b in itertools.combinations(turntable_scene.COLOURS, 2):

@@ -39,8 +39,8 @@ every_kind = pytest.mark.parametrize(
 )
 STEPS, BATCH, TEACHER, STUDENT = 3, 16, 3, 2
 WIDTH, EXPERT, IMAGE, HEAD, HORIZON, PROMPT = 40, 24, 16, 4, 5, 6
-PICTURE = 4  # Tokens of the one camera.
-PREFIX, SUFFIX = PICTURE + PROMPT, 1 + HORIZON
+IMAGE_TOKENS = 4  # Tokens of the one camera.
+PREFIX, SUFFIX = IMAGE_TOKENS + PROMPT, 1 + HORIZON
 
 
 def _config(depth):
@@ -206,12 +206,12 @@ def test_heads_and_columns_stay_split_over_tensor(run):
     """
     found = run((1, 1, 8))[2]
     assert {c.kind for c in found} == {"all-reduce"}
-    prefix, suffix, picture = PREFIX * WIDTH, SUFFIX * EXPERT, PICTURE * IMAGE
+    prefix, suffix, image = PREFIX * WIDTH, SUFFIX * EXPERT, IMAGE_TOKENS * IMAGE
     # For the reflow loss the student has two draws, and the teacher ten passes of the suffix more.
     kv = 2 * (2 * PREFIX + 2 * SUFFIX) * HEAD
     teacher = 2 * (prefix + (1 + step.TEACHER_STEPS) * suffix)
     student_both_ways = 5 * (prefix + 2 * suffix) + kv
-    image_forward, image_backward = 2 * 2 * picture, 2 * 4 * picture
+    image_forward, image_backward = 2 * 2 * image, 2 * 4 * image
     ends = 2 * PROMPT * WIDTH + (1 + step.TEACHER_STEPS + 2) * HORIZON * EXPERT
     numbers = TEACHER * teacher + STUDENT * student_both_ways
     numbers += 2 * image_forward + ends + image_backward

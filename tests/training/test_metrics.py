@@ -118,9 +118,9 @@ def test_a_tracker_that_does_not_start_says_what_to_do(tmp_path, monkeypatch, na
 
 
 def test_events_of_a_resumed_run_hide_what_came_after_its_checkpoint(tmp_path):
-    picture = np.zeros((2, 3, 3), np.uint8)
+    image = np.zeros((2, 3, 3), np.uint8)
     with metrics.MetricsLog(tmp_path, first_step=3) as log:
-        log.image(3, "sheet", picture)
+        log.image(3, "sheet", image)
         log.log(3, {"loss": 0.5})
     (file,) = (tmp_path / "tensorboard").glob("events.*")
     events = [event_pb2.Event.FromString(record) for record in _records(file)]

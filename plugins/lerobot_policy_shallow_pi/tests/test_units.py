@@ -41,15 +41,15 @@ def test_a_number_is_scaled_and_shifted_and_a_gripper_is_an_angle():
 
 def test_the_steps_convert_state_action_and_prompt_and_nothing_else():
     step = ProcessorStepRegistry.get("shallow_pi_to_model")(state=UNITS, action=None, prompt="go")
-    picture, action = torch.zeros(1, 3, 2, 2), torch.ones(1, 4, 3)
+    image, action = torch.zeros(1, 3, 2, 2), torch.ones(1, 4, 3)
     before = {
-        TransitionKey.OBSERVATION: {"observation.state": torch.ones(1, 3), "picture": picture},
+        TransitionKey.OBSERVATION: {"observation.state": torch.ones(1, 3), "image": image},
         TransitionKey.ACTION: action,
         TransitionKey.COMPLEMENTARY_DATA: {"task": ["stop"], "index": 7},
     }
     after = step(before)
     observation = after[TransitionKey.OBSERVATION]
-    assert observation["picture"] is picture
+    assert observation["image"] is image
     assert observation["observation.state"][0, 1] == -1
     assert after[TransitionKey.ACTION] is action
     assert after[TransitionKey.COMPLEMENTARY_DATA] == {"task": ["go"], "index": 7}

@@ -65,7 +65,7 @@ def of(stored: PyTree) -> dict[str, Any]:
     if side**2 != size["image_tokens"]:
         raise ValueError(
             f"PaliGemma/img/pos_embedding has {size['image_tokens']} image tokens: expected a "
-            "square number, because pictures are square"
+            "square number, because images are square"
         )
     attention = {
         "num_heads": size["heads"],

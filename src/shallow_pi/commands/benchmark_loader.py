@@ -1,4 +1,4 @@
-"""Measure how fast a dataset's pictures are read: by PyAV alone, the loader, the loader's caches.
+"""Measure how fast a dataset's images are read: by PyAV alone, the loader, the loader's caches.
 
 uv run scripts/benchmark_loader.py [--path PATH] [--step-ms 250 --batch-size 64] [--output FILE]
 
@@ -7,10 +7,10 @@ uv run scripts/benchmark_loader.py [--path PATH] [--step-ms 250 --batch-size 64]
 
 Without PATH a synthetic dataset is written: two cameras, video with frequent key frames. The
 methods alternate, `--repeats` times each, and the medians are reported. "PyAV" only decodes the
-same pictures in the same order to RGB, with as many threads: once with its defaults, once with
+same images in the same order to RGB, with as many threads: once with its defaults, once with
 single-threaded decoders that seek as ours do. The loader also resizes, transforms and stacks them.
 With `--step-ms`, the length of a training step, the report says which methods keep up with it. For
-methods in a single process it gives CPU milliseconds per picture, which are reliable on a busy
+methods in a single process it gives CPU milliseconds per image, which are reliable on a busy
 machine, where rates are not.
 """
 
@@ -52,5 +52,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _idle(given: Arguments) -> flags.Idle:
-    reason = f"the pictures are those of --path {given.path}; give only one"
+    reason = f"the images are those of --path {given.path}; give only one"
     yield given.path, "height width codec group frames", reason

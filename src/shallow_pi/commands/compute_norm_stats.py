@@ -1,4 +1,4 @@
-"""Compute a dataset's normalization statistics, exactly and without decoding a picture.
+"""Compute a dataset's normalization statistics, exactly and without decoding an image.
 
 uv run scripts/compute_norm_stats.py NAME [--data.path PATH] [--output FOLDER]
 
@@ -65,9 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             given = dataclasses.replace(given, data=data)
         if not _compared(given.data):
             run_folder.check_output(given.output or "norm_stats", "give another --output")
-        # No pictures are read, so no video is fetched from the hub.
+        # No images are read, so no video is fetched from the hub.
         looks = given.data.skip_bad_episodes
-        datasets, _ = opening.open_datasets(given.data, robot, pictures=looks)
+        datasets, _ = opening.open_datasets(given.data, robot, images=looks)
         with progress.bar("Statistics", robot.state_dim + robot.action_dim) as advance:
             found = sources.norm_stats(datasets, robot, given.horizon, advance)
         _tell(datasets, found, given, name or datasets[0].path.name)

@@ -1,15 +1,15 @@
-"""Convert a LeRobot dataset (v2.0, v2.1, v3.0) to v3.0, and its pictures to a faster encoding.
+"""Convert a LeRobot dataset (v2.0, v2.1, v3.0) to v3.0, and its images to a faster encoding.
 
-uv run scripts/convert_dataset.py SOURCE TARGET [--pictures copy|png|av1|h264]
+uv run scripts/convert_dataset.py SOURCE TARGET [--images copy|png|av1|h264]
 
-    ~/data/old ~/data/new                      v2.x → v3.0; pictures are copied bit for bit
-    ~/data/old ~/data/new --pictures h264      re-encoded for random access
+    ~/data/old ~/data/new                      v2.x → v3.0; images are copied bit for bit
+    ~/data/old ~/data/new --images h264        re-encoded for random access
 
 SOURCE is a folder or an address on the Hugging Face hub; TARGET must not exist, and appears only
 when complete. Random frames of a video with distant key frames (H.264 often has one in 250) decode
-at a tenth of the speed; av1 and h264 write a key frame every second picture (--group). Both are
+at a tenth of the speed; av1 and h264 write a key frame every second image (--group). Both are
 lossy, png is not. Depth is always copied. Timestamps, text and other columns are kept, and anything
-that cannot be kept is reported. Statistics of numbers are exact; those of copied pictures come from
+that cannot be kept is reported. Statistics of numbers are exact; those of copied images come from
 up to twenty frames of each episode.
 """
 
@@ -34,8 +34,8 @@ class Arguments:
     # The folder to create.
     target: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")]
     # Copy videos and images unchanged, or re-encode all of them.
-    pictures: Literal["copy", "png", "av1", "h264"] = "copy"
-    # av1 and h264: distance between key frames, in pictures.
+    images: Literal["copy", "png", "av1", "h264"] = "copy"
+    # av1 and h264: distance between key frames, in images.
     group: int = 2
     # av1 and h264: constant rate factor; smaller means better quality and larger files.
     crf: int = 30
@@ -54,14 +54,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             skip_bad_episodes=given.skip_bad_episodes,
             skip_flag="--skip-bad-episodes",
         )
-        pictures: Literal["copy", "png"] | video_writer.Encoding
-        if given.pictures == "copy" or given.pictures == "png":
-            pictures = given.pictures
+        images: Literal["copy", "png"] | video_writer.Encoding
+        if given.images == "copy" or given.images == "png":
+            images = given.images
         else:
-            pictures = video_writer.Encoding(given.pictures, given.group, given.crf)
-        print(convert.convert(source, given.target, pictures))
+            images = video_writer.Encoding(given.images, given.group, given.crf)
+        print(convert.convert(source, given.target, images))
 
 
 def _idle(given: Arguments) -> flags.Idle:
-    reason = f"--pictures {given.pictures} encodes no video; give --pictures av1 or h264"
-    yield given.pictures in ("copy", "png"), "group crf", reason
+    reason = f"--images {given.images} encodes no video; give --images av1 or h264"
+    yield given.images in ("copy", "png"), "group crf", reason

@@ -1,4 +1,4 @@
-"""Inspect a config's data before training: pictures, prompts, ranges and suspicious values.
+"""Inspect a config's data before training: images, prompts, ranges and suspicious values.
 
 uv run scripts/inspect_data.py NAME [--data.path PATH] [--field value ...]
 
@@ -8,12 +8,12 @@ uv run scripts/inspect_data.py NAME [--data.path PATH] [--field value ...]
 Reads random samples through the complete data path of a run (conversions, differences,
 normalization, tokens, augmentation) and writes to FOLDER (default: data_sheets/NAME)
 
-    sheet.png        pictures as the model sees them, prompts, action chunks, ranges
+    sheet.png        images as the model sees them, prompts, action chunks, ranges
     histogram.png    each dimension of state and actions, normalized (uv sync --extra plots)
 
 It prints ranges (as recorded, over all frames, in the robot's units; and normalized), prompts, and
 a warning for anything suspicious: dimensions that are constant, far from the statistics or outside
-the robot's limits, pictures that are black or of one colour, prompts that are truncated or all the
+the robot's limits, images that are black or of one colour, prompts that are truncated or all the
 same, much padding. The teacher is not downloaded: statistics and sizes are its own if it is on this
 machine (its assets are enough); otherwise, with a warning, statistics are the dataset's.
 """
@@ -47,7 +47,7 @@ class Arguments:
     experiment: Annotated[config.DistillConfig, tyro.conf.arg(name="")]
     # Samples to read.
     samples: int = 64
-    # Folder for the pictures; empty is data_sheets/<config>.
+    # Folder for the sheet and the histograms; empty is data_sheets/<config>.
     output: str = ""
 
 
@@ -90,8 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 advance=advance,
             )
         folder.mkdir(parents=True, exist_ok=True)
-        picture = sheet.sheet(samples, experiment.augmentation, experiment.seed)
-        Image.fromarray(picture).save(folder / "sheet.png")
+        image = sheet.sheet(samples, experiment.augmentation, experiment.seed)
+        Image.fromarray(image).save(folder / "sheet.png")
         written = ["sheet.png"]
         try:
             sheet.histograms(folder / "histogram.png", samples)

@@ -42,8 +42,8 @@ class Arguments:
     clients: tuple[int, ...] = (8,)
     # Duration of the test with each number of clients.
     seconds: float = 60.0
-    # Side of the pictures in pixels; 0 takes the model's size.
-    picture_size: int = 0
+    # Side of the images in pixels; 0 takes the model's size.
+    image_size: int = 0
     # The instruction.
     prompt: str = "pick up the cup"
     # Send what is left of a chunk with each observation.
@@ -52,9 +52,9 @@ class Arguments:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if min(self.clients, default=0) < 1 or self.seconds <= 0 or self.picture_size < 0:
+        if min(self.clients, default=0) < 1 or self.seconds <= 0 or self.image_size < 0:
             raise ValueError(
-                "--clients must be at least 1, --seconds positive and --picture-size not negative"
+                "--clients must be at least 1, --seconds positive and --image-size not negative"
             )
 
 
@@ -72,12 +72,10 @@ def observation(
             f"the server at {given.url} does not describe its observations (its metadata lacks "
             f"{sorted(missing)}): this test is for scripts/serve_policy.py"
         )
-    side = given.picture_size or metadata.get("image_size", 224)
-    picture = (side, side, 3)
+    side = given.image_size or metadata.get("image_size", 224)
+    image = (side, side, 3)
     cameras = metadata["cameras"].values()
-    found: dict[str, object] = {
-        key: generator.integers(0, 256, picture, np.uint8) for key in cameras
-    }
+    found: dict[str, object] = {key: generator.integers(0, 256, image, np.uint8) for key in cameras}
     # Within the training data: the policy refuses a state that is far from it.
     state = generator.uniform(metadata["state_low"], metadata["state_high"]).astype(np.float32)
     keys, sizes = metadata["state_keys"], metadata.get("state_sizes") or []

@@ -40,8 +40,8 @@ class Arguments:
     noise: float = 0.5
     # Number of processes; 0 takes one for each CPU.
     workers: int = 0
-    # Pictures without loss (png) or as video, which is smaller.
-    pictures: Literal["png", "h264", "av1"] = "png"
+    # Images without loss (png) or as video, which is smaller.
+    images: Literal["png", "h264", "av1"] = "png"
     # Constant rate factor of video; smaller means better quality and larger files.
     crf: int = 18
 
@@ -58,8 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if suite.expert() is None:
             raise ValueError(f"simulator {given.sim!r} has no expert that demonstrates its tasks")
         encoding = None
-        if given.pictures != "png":
-            encoding = video_writer.Encoding(given.pictures, crf=given.crf)
+        if given.images != "png":
+            encoding = video_writer.Encoding(given.images, crf=given.crf)
         folder = run_folder.check_output(
             given.output or f"demonstrations/{given.sim}", "give another --output", is_new=True
         )
@@ -71,5 +71,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _idle(given: Arguments) -> flags.Idle:
-    reason = "--pictures png writes no video; give --pictures h264 or av1"
-    yield given.pictures == "png", "crf", reason
+    reason = "--images png writes no video; give --images h264 or av1"
+    yield given.images == "png", "crf", reason

@@ -59,14 +59,14 @@ class DataConfig:
     # Processes that prefetch instead of the threads; 0 uses threads. They take seconds to start and
     # need more memory; on many cores they are faster than the same number of threads.
     num_workers: int = 0
-    # Cache of decoded, resized pictures: none, all samples in memory, or the pictures on
+    # Cache of decoded, resized images: none, all samples in memory, or the images on
     # disk, for all processes and later runs.
     cache: Literal["none", "memory", "disk"] = "none"
     # Folder of the cache on disk; empty is $SHALLOW_PI_CACHE/frames, or else
     # ~/.cache/shallow_pi/frames.
     cache_dir: str = ""
     # Maximum size of the cache in GiB. In memory, 0 means 2, and larger data are refused; on disk,
-    # 0 means all but 1 GiB of the free space, and pictures that do not fit are decoded each time.
+    # 0 means all but 1 GiB of the free space, and images that do not fit are decoded each time.
     cache_gib: float = 0.0
 
     def __post_init__(self) -> None:

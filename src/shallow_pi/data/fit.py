@@ -56,13 +56,13 @@ def prompt(dataset: reader.Dataset, robot: robots.Robot, i: int) -> str:
     return "" if tokenizer.is_absent(text) else text
 
 
-def check(dataset: reader.Dataset, robot: robots.Robot, *, pictures: bool = True) -> None:
+def check(dataset: reader.Dataset, robot: robots.Robot, *, images: bool = True) -> None:
     """Raise unless the dataset can train a policy of the robot.
 
-    Without `pictures` no picture or video is looked at: statistics need none.
+    Without `images` no image or video is looked at: statistics need none.
     """
     dataset.require(keys(robot, dataset.layout), tuple(robot.cameras.values()))
-    for camera, key in robot.cameras.items() if pictures else ():
+    for camera, key in robot.cameras.items() if images else ():
         if reason := dataset.depth(key):
             raise ValueError(
                 f"camera {key!r} (for {camera}) of dataset {dataset.path} records depth "
@@ -234,7 +234,7 @@ def _warn_of_other_tasks(dataset: reader.Dataset) -> None:
         progress.warn(
             f"{len(wrong)} of {dataset.num_episodes} episodes of {dataset.path} have another task "
             f"than their meta files list; episode {first} has {what}: the frames' (task_index) are "
-            "the prompts, compare some with their pictures (scripts/inspect_data.py)"
+            "the prompts, compare some with their images (scripts/inspect_data.py)"
         )
 
 

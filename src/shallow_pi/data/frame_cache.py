@@ -1,8 +1,8 @@
-"""A disk cache of model-sized pictures, shared by all processes and later runs.
+"""A disk cache of model-sized images, shared by all processes and later runs.
 
 Each camera of a dataset has one file, named by a hash of everything that determines its bytes: the
 dataset's files (names, sizes, modification times), its layout, the camera, the size, and the
-versions of the decoder and resizer. A record is a picture after its checksum. Files are sparse at
+versions of the decoder and resizer. A record is an image after its checksum. Files are sparse at
 first; records are written whole on demand and are valid only if their checksum holds, so a crash,
 or two processes that write the same record, do no harm. Delete the folder to free the space.
 """
@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from shallow_pi import progress, user_cache
-from shallow_pi.data.lerobot import picture_files, pictures, reader
+from shallow_pi.data.lerobot import image_files, images, reader
 from shallow_pi.data.robots import transforms
 
 # Bytes to leave free on the disk.
@@ -42,14 +42,14 @@ def default_folder() -> pathlib.Path:
 
 
 class FrameCache:
-    """The cached, resized pictures of a dataset's cameras; `picture` replaces the dataset's method.
+    """The cached, resized images of a dataset's cameras; `image` replaces the dataset's method.
 
     After pickling to another process it opens the same files.
 
     Args:
       dataset: the dataset; a part of a dataset shares its files with the whole.
       cameras: keys of the dataset's cameras.
-      size: side of the model's pictures, to which pictures are resized with padding.
+      size: side of the model's images, to which images are resized with padding.
       folder: the cache folder.
       share: share of the dataset's frames to cache; the others are decoded each time.
 
@@ -76,8 +76,8 @@ class FrameCache:
         self._files: dict[str, int] = {}
         self._open()
 
-    def picture(self, i: int, camera: str) -> UInt8[np.ndarray, "s s 3"]:
-        """The picture of frame `i` from the cache, or decoded and then cached."""
+    def image(self, i: int, camera: str) -> UInt8[np.ndarray, "s s 3"]:
+        """The image of frame `i` from the cache, or decoded and then cached."""
         columns = self._dataset.columns
         number = self._starts[int(columns["episode_index"][i])] + int(columns["frame_index"][i])
         if number >= self._kept:
@@ -95,7 +95,7 @@ class FrameCache:
         self._files = {}
 
     def _decoded(self, i: int, camera: str) -> np.ndarray:
-        return transforms.resize_with_pad(self._dataset.picture(i, camera), self._size)
+        return transforms.resize_with_pad(self._dataset.image(i, camera), self._size)
 
     @property
     def _record(self) -> int:
@@ -111,8 +111,8 @@ class FrameCache:
             return None
         return np.frombuffer(data, np.uint8).reshape(self._size, self._size, 3)
 
-    def _write(self, camera: str, number: int, picture: np.ndarray) -> None:
-        data = picture.tobytes()
+    def _write(self, camera: str, number: int, image: np.ndarray) -> None:
+        data = image.tobytes()
         record = _HEADER.pack(_THERE, zlib.crc32(data)) + data
         try:
             os.pwrite(self._files[camera], record, number * self._record)
@@ -151,14 +151,14 @@ class FrameCache:
 
 
 def key(dataset: reader.Dataset, camera: str, size: int) -> str:
-    """The file name of a camera's pictures, a hash of everything that determines their bytes."""
+    """The file name of a camera's images, a hash of everything that determines their bytes."""
     layout = dataset.layout
     is_video = layout.info["features"][camera]["dtype"] == "video"
     places: dict[int, tuple[str, float]] = {}
     numbers = set()
     for episode in sorted(layout.lengths):
         with contextlib.suppress(ValueError):  # An episode without a place, which is left out.
-            # Data files too: their timestamps say which picture of a video belongs to a frame.
+            # Data files too: their timestamps say which image of a video belongs to a frame.
             numbers.add(layout.data_file(episode))
             own = layout.video(episode, camera) if is_video else (layout.data_file(episode), 0.0)
             places[episode] = own
@@ -166,8 +166,8 @@ def key(dataset: reader.Dataset, camera: str, size: int) -> str:
     for file in sorted(numbers.union(file for file, _ in places.values())):
         found = (dataset.path / file).stat() if (dataset.path / file).exists() else None
         files[file] = found and (found.st_size, found.st_mtime_ns)
-    if not is_video and pictures.Pictures(layout).is_beside(camera, dataset.episodes[0]):
-        files |= picture_files.stamps(layout, camera, places)
+    if not is_video and images.Images(layout).is_beside(camera, dataset.episodes[0]):
+        files |= image_files.stamps(layout, camera, places)
     content = {
         "format": _FORMAT,
         "versions": [importlib.metadata.version(name) for name in ("av", "pillow")],
@@ -187,12 +187,12 @@ def share(
     folder: pathlib.Path,
     max_bytes: int | None = None,
 ) -> float:
-    """The share of all pictures that the cache may hold, 0 to 1; warns if it is below 1.
+    """The share of all images that the cache may hold, 0 to 1; warns if it is below 1.
 
     Args:
       datasets: the datasets to cache; parts of one dataset count once.
       cameras: keys of their cameras.
-      size: side of the pictures.
+      size: side of the images.
       folder: the cache folder.
       max_bytes: size limit of the cache; None is the free space of the disk, less a reserve.
     """
@@ -208,7 +208,7 @@ def share(
     if wanted <= allowed:
         return 1.0
     progress.console.print(
-        f"warning: the frame cache at {folder} holds {allowed / wanted:.0%} of the pictures: all "
+        f"warning: the frame cache at {folder} holds {allowed / wanted:.0%} of the images: all "
         f"need {wanted / 2**30:.1f} GiB, {allowed / 2**30:.1f} GiB are allowed ({why}); the others "
         "are decoded each time",
         highlight=False,

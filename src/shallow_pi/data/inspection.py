@@ -25,7 +25,7 @@ from shallow_pi.models import batch as batches
 SAMPLES = 16
 # Normalized values beyond it are doubtful: z-scores and quantiles alike lie well inside.
 LIMIT = 5.0
-# A picture whose values differ by no more, of 255, is of one colour; if none is greater, black.
+# An image whose values differ by no more, of 255, is of one colour; if none is greater, black.
 FLAT = 8
 # More actions than this share beyond an episode's end are warned of.
 PADDING = 0.25
@@ -85,7 +85,7 @@ class Range:
 class Samples:
     """Samples of a source as the model gets them, and what is known of their recording."""
 
-    # On the host; pictures are still uint8.
+    # On the host; images are still uint8.
     batch: batches.Batch
     # Of the policy; None for synthetic samples.
     assets: policy_assets.Assets | None
@@ -316,7 +316,7 @@ def doubtful(samples: Samples, found: list[Range]) -> list[str]:
                 f"{own.name} reaches {far:.3g} after normalization ({own.beyond:.1%} of its values "
                 f"beyond ±{LIMIT:g}): are the statistics of this robot, in these units?"
             )
-    lines += _doubtful_pictures(samples)
+    lines += _doubtful_images(samples)
     cut = truncated(samples)
     if cut.any():
         budget = samples.batch.observation.tokenized_prompt.shape[1]
@@ -336,25 +336,25 @@ def doubtful(samples: Samples, found: list[Range]) -> list[str]:
     return lines
 
 
-def _doubtful_pictures(samples: Samples) -> list[str]:
-    """Lines about cameras that show nothing; synthetic pictures are of one colour."""
+def _doubtful_images(samples: Samples) -> list[str]:
+    """Lines about cameras that show nothing; synthetic images are of one colour."""
     if samples.assets is None:
         return []
     lines = []
     seen = samples.batch.observation
-    for name, pictures in seen.images.items():
+    for name, images in seen.images.items():
         there = seen.image_masks[name]
-        black = there & (pictures.max(axis=(1, 2, 3)) <= FLAT)
-        flat = there & ~black & np.array([_is_flat(picture) for picture in pictures])
+        black = there & (images.max(axis=(1, 2, 3)) <= FLAT)
+        flat = there & ~black & np.array([_is_flat(image) for image in images])
         for which, words in ((black, "black"), (flat, "of one colour all over")):
             if which.any():
-                lines.append(f"{which.sum()} of {there.sum()} pictures of {name} are {words}")
+                lines.append(f"{which.sum()} of {there.sum()} images of {name} are {words}")
     return lines
 
 
-def _is_flat(picture: UInt8[np.ndarray, "h w 3"]) -> bool:
-    """True if a picture is of one colour inside the black bars that make it square."""
-    inside = picture[picture.any(axis=(1, 2))]
+def _is_flat(image: UInt8[np.ndarray, "h w 3"]) -> bool:
+    """True if an image is of one colour inside the black bars that make it square."""
+    inside = image[image.any(axis=(1, 2))]
     inside = inside[:, inside.any(axis=(0, 2))]
     return not inside.size or int(np.ptp(inside, axis=(0, 1)).max()) <= FLAT
 

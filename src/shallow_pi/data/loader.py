@@ -73,7 +73,7 @@ class Loader:
         if num_workers and isinstance(source, sources.Cached):
             raise ValueError(
                 f"{num_workers} workers would each fill a memory cache of their own: read with "
-                "threads (--data.num-workers 0), or keep the pictures on disk (--data.cache disk)"
+                "threads (--data.num-workers 0), or keep the images on disk (--data.cache disk)"
             )
         self.batch_size = batch_size
         self.local_batch_size = batch_size // count

@@ -144,7 +144,7 @@ def open_data(
 
 
 def _cameras(robot: robots.Robot, model: pi0.Pi0Config) -> str:
-    """One line: the picture that each camera of the model sees."""
+    """One line: the image that each camera of the model sees."""
     seen = (f"{name} ← {robot.cameras.get(name, 'black')}" for name in model.cameras)
     return f"Cameras: {', '.join(seen)}"
 
@@ -177,21 +177,21 @@ def _compare_names(
 
 
 def open_datasets(
-    data: data_config.DataConfig, robot: robots.Robot, *, pictures: bool = True
+    data: data_config.DataConfig, robot: robots.Robot, *, images: bool = True
 ) -> tuple[list[reader.Dataset], list[reader.Dataset]]:
     """Each dataset's training episodes, and its held-out ones (no dataset if none are held out).
 
     Args:
       data: where they are.
       robot: they have to fit.
-      pictures: fetch the videos of a dataset on the hub too, and check the pictures.
+      images: fetch the videos of a dataset on the hub too, and check the images.
 
     Raises:
       FileNotFoundError, ValueError: a dataset that is missing, cannot be read, or does not fit.
     """
     if not data.path:
         raise ValueError("no dataset: name the folder of a LeRobot dataset (--data.path)")
-    cameras = tuple(robot.cameras.values()) if pictures else ()
+    cameras = tuple(robot.cameras.values()) if images else ()
     found: list[reader.Dataset] = []
     for number, path in enumerate((data.path, *data.more)):
         chosen = data.selection(number)
@@ -207,7 +207,7 @@ def open_datasets(
             cameras=cameras,
             skip_bad_episodes=data.skip_bad_episodes,
         )
-        fit.check(dataset, robot, pictures=pictures)
+        fit.check(dataset, robot, images=images)
         fit.warn(dataset, robot)
         if found:
             first, own = _names(found[0], robot), _names(dataset, robot)
@@ -249,14 +249,12 @@ def _samples(
     transform, cameras = assets.inputs(), tuple(robot.cameras.values())
     parts: list[sources.Source] = []
     for dataset in datasets:
-        pictures = None
+        images = None
         if data.cache == "disk":
             folder = _cache_folder(data)
             kept = frame_cache.FrameCache(dataset, cameras, model.image_size, folder, share)
-            pictures = kept.picture
-        parts.append(
-            sources.DatasetSource(dataset, robot, model.action_horizon, transform, pictures)
-        )
+            images = kept.image
+        parts.append(sources.DatasetSource(dataset, robot, model.action_horizon, transform, images))
     return cached(data, parts[0] if len(parts) == 1 else sources.Mixture(parts, data.weights))
 
 

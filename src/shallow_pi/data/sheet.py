@@ -1,4 +1,4 @@
-"""Samples on one sheet: pictures as the model sees them, prompts, action chunks and ranges.
+"""Samples on one sheet: images as the model sees them, prompts, action chunks and ranges.
 
 `write` puts it into the folder of a new run, and `scripts/inspect_data.py` draws it without a run.
 The sheet needs only Pillow; the histograms need matplotlib (the extra `plots`), which is imported
@@ -20,9 +20,9 @@ from shallow_pi.checkpoints import run_folder
 from shallow_pi.data import inspection
 from shallow_pi.models import observation
 
-# Samples whose pictures are drawn.
+# Samples whose images are drawn.
 DRAWN = 6
-# Sizes in pixels: pictures are enlarged to about _SIDE.
+# Sizes in pixels: images are enlarged to about _SIDE.
 _SIDE, _GAP, _LINE, _TEXT, _PLOT, _LEGEND = 192, 8, 18, 330, 300, 190
 _INK, _GREY, _RED = "#222222", "#8a8a8a", "#c0392b"
 # Of the dimensions of actions, then again from the first: Okabe and Ito's, then others.
@@ -43,43 +43,43 @@ def write(
     Args:
       folder: of the run; made if absent.
       samples: to draw.
-      augmentation: of the training pictures.
+      augmentation: of the training images.
       seed: of the augmentation.
     """
-    picture = sheet(samples, augmentation, seed)
+    image = sheet(samples, augmentation, seed)
     path = pathlib.Path(folder) / run_folder.SHEET_FILE
     with run_folder.writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture).save(path)
-    return picture
+        Image.fromarray(image).save(path)
+    return image
 
 
 def sheet(
     samples: inspection.Samples, augmentation: observation.Augmentation, seed: int = 0
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """The samples as a picture: a row for each of a few, then the ranges, warnings and facts.
+    """The samples as an image: a row for each of a few, then the ranges, warnings and facts.
 
     Args:
       samples: to draw.
-      augmentation: of the training pictures.
+      augmentation: of the training images.
       seed: of the augmentation.
     """
     batch, seen = samples.batch, samples.batch.observation
     count = min(DRAWN, len(batch.actions))
     drawn = np.linspace(0, len(batch.actions) - 1, count).round().astype(int).tolist()
-    pictures = _augmented(jax.tree.map(lambda leaf: leaf[drawn], seen), augmentation, seed)
+    images = _augmented(jax.tree.map(lambda leaf: leaf[drawn], seen), augmentation, seed)
     shown, cut = inspection.prompts(samples), inspection.truncated(samples)
     found = inspection.ranges(samples)
     table = inspection.rows(found)
     doubtful = {own.name for own in found if own.is_doubtful}
     notes = [(line, _RED) for line in inspection.doubtful(samples, found)]
     notes += [(line, _INK) for line in inspection.facts(samples)]
-    side = max(1, round(_SIDE / next(iter(pictures.values())).shape[1]))
-    side *= next(iter(pictures.values())).shape[1]
+    side = max(1, round(_SIDE / next(iter(images.values())).shape[1]))
+    side *= next(iter(images.values())).shape[1]
     dims = samples.values["actions"].shape[1]
 
     top, pitch = 2 * _LINE, side + _GAP
-    text_left = _GAP + len(pictures) * pitch
+    text_left = _GAP + len(images) * pitch
     plot_left = text_left + _TEXT + _GAP
     legend_left = plot_left + _PLOT + 2 * _GAP
     width = legend_left + _LEGEND
@@ -97,14 +97,14 @@ def sheet(
     canvas = Image.new("RGB", (width, height), "white")
     pen = _Pen(ImageDraw.Draw(canvas))
 
-    for column, name in enumerate(pictures):
+    for column, name in enumerate(images):
         pen.text(_GAP + column * pitch, _GAP, name)
     pen.text(text_left, _GAP, "prompt, decoded from its tokens")
     pen.text(plot_left, _GAP, f"actions, normalized, within ±{_CHUNK_LIMIT:g} (grey: past the end)")
     pen.legend(legend_left, top, [samples.name("actions", dim) for dim in range(dims)])
     for row, sample in enumerate(drawn):
         y = top + row * pitch
-        for column, (name, own) in enumerate(pictures.items()):
+        for column, (name, own) in enumerate(images.items()):
             x = _GAP + column * pitch
             pen.frame(x, y, side)
             if seen.image_masks[name][sample]:
@@ -128,7 +128,7 @@ def sheet(
 def _augmented(
     drawn: observation.Observation, augmentation: observation.Augmentation, seed: int
 ) -> dict[str, np.ndarray]:
-    """Pictures by camera as the model gets them, as bytes again."""
+    """Images by camera as the model gets them, as bytes again."""
     seen = _augment(jax.random.key(seed), drawn.as_float(), augmentation)
     return {
         name: np.asarray(np.round((np.asarray(seen.images[name]) + 1) * 127.5), np.uint8)
@@ -169,7 +169,7 @@ class _Pen:
         return text + "…"
 
     def frame(self, x: int, y: int, side: int) -> None:
-        """A line around a picture, outside it."""
+        """A line around an image, outside it."""
         self._draw.rectangle((x - 1, y - 1, x + side, y + side), outline="#bbbbbb")
 
     def absent(self, x: int, y: int, side: int) -> None:

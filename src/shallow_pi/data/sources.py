@@ -23,8 +23,8 @@ from shallow_pi.models import batch as batches
 
 # Number of samples, and their weight in the stream.
 Share = tuple[int, float]
-# From frame i and a camera key to a picture, uint8 (h, w, 3).
-Pictures = Callable[[int, str], np.ndarray]
+# From frame i and a camera key to an image, uint8 (h, w, 3).
+Images = Callable[[int, str], np.ndarray]
 
 
 @runtime_checkable
@@ -39,7 +39,7 @@ class Source(Protocol):
 class DatasetSource:
     """Model samples of a LeRobot dataset: frame, action chunk, and the robot's transforms.
 
-    `pictures` replaces the dataset's `picture`, for instance by a cache of resized ones.
+    `images` replaces the dataset's `image`, for instance by a cache of resized ones.
     """
 
     def __init__(
@@ -48,14 +48,14 @@ class DatasetSource:
         robot: robots.Robot,
         horizon: int,
         transform: transforms.Transform,
-        pictures: Pictures | None = None,
+        images: Images | None = None,
     ) -> None:
         fit.check(dataset, robot)
         self.dataset = dataset
         self.robot = robot
         self.horizon = horizon
         self.transform = transform
-        self.pictures = dataset.picture if pictures is None else pictures
+        self.images = dataset.image if images is None else images
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -64,7 +64,7 @@ class DatasetSource:
         sample = self.dataset.read(i, cameras=(), keys=self.robot.state_keys)
         sample[self.robot.prompt_key] = fit.prompt(self.dataset, self.robot, i)
         for camera in self.robot.cameras.values():
-            sample[camera] = self.pictures(i, camera)
+            sample[camera] = self.images(i, camera)
         parts = {}
         for key in self.robot.action_keys:
             parts[key], sample["action_is_pad"] = self.dataset.chunk(i, self.horizon, key)
@@ -90,14 +90,14 @@ class SyntheticSource:
         tokens = np.zeros(model.max_token_len, np.int32)
         tokens[:3] = np.array([2, 4 + task, 3]) % model.vocab_size
         grey = np.uint8(127.5 * (state[0] + 1))
-        picture = np.full((model.image_size, model.image_size, 3), grey, np.uint8)
+        image = np.full((model.image_size, model.image_size, 3), grey, np.uint8)
         ramp = np.linspace(0, 1, model.action_horizon, dtype=np.float32)[:, None]
         sample = jax.tree.map(lambda leaf: leaf[0], batches.zeros(model, 1))
         return dataclasses.replace(
             sample,
             observation=dataclasses.replace(
                 sample.observation,
-                images=dict.fromkeys(model.cameras, picture),
+                images=dict.fromkeys(model.cameras, image),
                 state=state,
                 tokenized_prompt=tokens,
                 tokenized_prompt_mask=np.arange(model.max_token_len) < 3,

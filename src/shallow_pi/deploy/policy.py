@@ -53,7 +53,7 @@ class Policy:
         "tuned" takes the fastest that was measured, None does what the policy was trained for.
       quantized: the parts of the model in 8 bits.
       calibration: bounds of the activations, which int8 and fp8 need.
-      resize_on_device: whether pictures are brought to the model's size on the device (within one
+      resize_on_device: whether images are brought to the model's size on the device (within one
         grey level of Pillow's) or by Pillow; None is the faster, Pillow on a CPU.
     """
 
@@ -348,7 +348,7 @@ class Policy:
         return self._transforms.to_robot(asked, np.asarray(self.sample(batch, noise, guidance)))
 
     def prepare(self, observations: Sequence[Mapping[str, object]]) -> observation.Observation:
-        """The model's batch of observations, on the host; pictures are still uint8.
+        """The model's batch of observations, on the host; images are still uint8.
 
         Raises:
           ValueError: as of `infer`.
@@ -405,7 +405,7 @@ class Policy:
         return warm_up.times({size: self._made_up(length, guided, size) for size in sizes})
 
     def _made_up(self, length: int, guided: bool, size: int) -> Callable[[], jax.Array]:
-        """A call of the program with pictures as a camera gives them."""
+        """A call of the program with images as a camera gives them."""
         resized = not self.resize_on_device
         given = warm_up.observations(self.assets, length, size, resized=resized)
         guidance = warm_up.guidance(self.assets, size) if guided else None

@@ -1,8 +1,8 @@
 """A robot's observation, checked: errors name the robot's own key.
 
 Everything is accepted that openpi accepts: its clients' names for the keys (`observation_keys`),
-pictures as uint8 or as floats in [0, 1], with the colours last or first. The result has uint8
-pictures (height, width, 3), float32 vectors and a prompt, under the robot's keys, and nothing else.
+images as uint8 or as floats in [0, 1], with the colours last or first. The result has uint8
+images (height, width, 3), float32 vectors and a prompt, under the robot's keys, and nothing else.
 """
 
 import reprlib
@@ -18,7 +18,7 @@ from shallow_pi.data.robots import tokenizer
 from shallow_pi.deploy import observation_keys
 from shallow_pi.inference import real_time
 
-# First bytes of pictures in files.
+# First bytes of images in files.
 _FILES = {b"\xff\xd8\xff": "JPEG", b"\x89PNG": "PNG", b"RIFF": "WebP"}
 # Keys that rows of a dataset have beside an observation.
 _BOOKKEEPING = {"timestamp", "frame_index", "episode_index", "index", "task_index"}
@@ -69,7 +69,7 @@ def clean(
             f"there are only {sorted(flat)}"
             + (f"; it gives None for {', '.join(map(repr, nones))}" if nones else "")
         )
-    cleaned: dict[str, object] = {key: picture(observation[key], key) for key in keys}
+    cleaned: dict[str, object] = {key: image(observation[key], key) for key in keys}
     cleaned |= _state(robot, observation)
     if not robot.prompt:
         given = observation.get(robot.prompt_key)
@@ -125,20 +125,20 @@ def _warn_of_unused(
         )
 
 
-def picture(value: Any, key: str) -> UInt8[np.ndarray, "h w 3"]:
-    """A picture as uint8 with its colours last; `key` names it in errors."""
+def image(value: Any, key: str) -> UInt8[np.ndarray, "h w 3"]:
+    """An image as uint8 with its colours last; `key` names it in errors."""
     found = _array(value, key)
     if found.ndim == 3 and found.shape[0] == 3 != found.shape[-1]:
         found = np.moveaxis(found, 0, -1)
     if found.ndim != 3 or found.shape[-1] != 3 or not found.size:
         raise ValueError(
-            f"{key!r} must be one RGB picture, (height, width, 3) or (3, height, width), got "
+            f"{key!r} must be one RGB image, (height, width, 3) or (3, height, width), got "
             f"{_encoded(value, found) or f'the shape {np.shape(value)}'}"
         )
     if np.issubdtype(found.dtype, np.floating):
         if not (found.min() >= 0 and found.max() <= 1):
             raise ValueError(
-                f"{key!r} is a {found.dtype} picture from {found.min():g} to {found.max():g}: "
+                f"{key!r} is a {found.dtype} image from {found.min():g} to {found.max():g}: "
                 "floats must lie in [0, 1], or give the bytes as uint8"
             )
         # As openpi rounds.
@@ -149,7 +149,7 @@ def picture(value: Any, key: str) -> UInt8[np.ndarray, "h w 3"]:
 
 
 def _encoded(value: object, found: np.ndarray) -> str:
-    """The form of a picture that came as a file or text, and advice; empty for any other."""
+    """The form of an image that came as a file or text, and advice; empty for any other."""
     if isinstance(value, str):
         return "text: send the pixels as an array of uint8"
     content = value if isinstance(value, bytes) else b""

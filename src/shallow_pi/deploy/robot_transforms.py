@@ -51,7 +51,7 @@ class RobotTransforms:
     Args:
       assets: the model's sizes, robot, tokenizer and statistics.
       prompt: the instruction where an observation has none.
-      resize: bring pictures to the model's size here; without, the device does.
+      resize: bring images to the model's size here; without, the device does.
       state_warn: as of `state_check.StateCheck`.
       state_refuse: as of `state_check.StateCheck`.
     """
@@ -131,4 +131,4 @@ class RobotTransforms:
 
 
 def _sizes(sample: transforms.Sample) -> list[tuple[int, ...]]:
-    return [picture.shape for picture in sample["image"].values()]
+    return [image.shape for image in sample["image"].values()]

@@ -1,4 +1,4 @@
-"""What a policy is compiled for before a robot asks: sizes, prompt lengths, pictures; its times."""
+"""What a policy is compiled for before a robot asks: sizes, prompt lengths, images; its times."""
 
 import dataclasses
 import time
@@ -18,7 +18,7 @@ LIKELY_PROMPTS = (
     "pick up the cup",
     "pick up the red block on the left and put it into the white box in the middle of the table",
 )
-# Height and width of most robots' pictures, for which the program that resizes them is compiled.
+# Height and width of most robots' images, for which the program that resizes them is compiled.
 USUAL_SIZE = (480, 640)
 
 
@@ -53,13 +53,13 @@ def prompt_lengths(assets: policy_assets.Assets, prompt: str | None) -> list[int
 def observations(
     assets: policy_assets.Assets, length: int, size: int = 1, *, resized: bool = True
 ) -> observation.Observation:
-    """A made-up batch on the host: black pictures, and prompts of that many tokens.
+    """A made-up batch on the host: black images, and prompts of that many tokens.
 
     Args:
       assets: of the policy.
       length: tokens of every prompt.
       size: number of observations.
-      resized: pictures have the model's size, else a camera's.
+      resized: images have the model's size, else a camera's.
     """
     model = assets.model
     words = np.arange(model.max_token_len)[None] < length

@@ -73,7 +73,7 @@ def init_state(spec: specs.Spec, params: PyTree) -> DistillState:
 
 
 def draw_inputs(spec: specs.Spec, key: Array, batch: batches.Batch) -> Inputs:
-    """Augment the pictures and draw noise and time, with openpi's keys (one draw: its numbers)."""
+    """Augment the images and draw noise and time, with openpi's keys (one draw: its numbers)."""
     augment_key, noise_key, time_key = jax.random.split(key, 3)
     observation = batch.observation.as_float()
     if spec.augmentation != observations.NO_AUGMENTATION:

@@ -1,4 +1,4 @@
-"""Pictures of a report: curves, errors by group, success, a strip of frames and an animation.
+"""Plots of a report: curves, errors by group, success, a strip of frames and an animation.
 
 Figures need matplotlib (the extra `plots`), which is imported when the first one is drawn; the
 animation needs only Pillow. A policy has the same colour everywhere. Error bars are 95 % intervals.
@@ -216,7 +216,7 @@ def animation(path: pathlib.Path, recording: rollout.Recording, side: int = 240)
     The file is there once it is whole.
     """
     font = ImageFont.load_default(size=13)
-    pictures = []
+    images = []
     for index, time in enumerate(recording.times):
         views = [_enlarge(frames[index], side) for frames in recording.frames.values()]
         canvas = Image.new("RGB", (sum(v.width for v in views) + 4 * (len(views) - 1), side + 44))
@@ -232,17 +232,17 @@ def animation(path: pathlib.Path, recording: rollout.Recording, side: int = 240)
             note += "   success" if recording.episode.success else "   failure"
         color = "#9fe0b0" if last and recording.episode.success else "#bbbbbb"
         draw.text((8, side + 23), note, fill=color, font=font)
-        pictures.append(canvas.quantize(128, dither=Image.Dither.NONE))
+        images.append(canvas.quantize(128, dither=Image.Dither.NONE))
     # GIF counts in hundredths of a second; the ending is held so that it can be read.
-    gaps = np.diff(recording.times) if len(pictures) > 1 else np.zeros(0)
+    gaps = np.diff(recording.times) if len(images) > 1 else np.zeros(0)
     durations = [max(10 * math.floor(100 * gap + 0.5), 20) for gap in gaps]
     durations.append(1500)
     film = io.BytesIO()
-    pictures[0].save(
+    images[0].save(
         film,
         "GIF",
         save_all=True,
-        append_images=pictures[1:],
+        append_images=images[1:],
         duration=durations,
         loop=0,
         optimize=True,

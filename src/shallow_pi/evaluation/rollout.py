@@ -269,7 +269,7 @@ def _plan(
 
     Checks what comes back, since a NaN would only look like a failure.
     """
-    if isinstance(policy, policies.Scripted):  # It looks into the simulators: no pictures.
+    if isinstance(policy, policies.Scripted):  # It looks into the simulators: no images.
         observations: list[simulator.Observation] = [{} for _ in slots]
     else:
         observations = _each(pool, lambda slot: slot.sim.observe(), slots)
@@ -347,7 +347,7 @@ def _episode_log(path: pathlib.Path | None) -> Iterator[Callable[[Episode], None
 
 @dataclasses.dataclass(frozen=True)
 class Recording:
-    """The pictures of one episode, one per control step and camera, and how it ended."""
+    """The images of one episode, one per control step and camera, and how it ended."""
 
     label: str
     prompt: str
@@ -381,9 +381,9 @@ def record(
 
     def keep() -> None:
         times.append(slot.sim.time)
-        for key, picture in slot.sim.observe().items():
-            if np.ndim(picture) == 3:
-                frames.setdefault(key.removeprefix(prefix), []).append(picture)
+        for key, image in slot.sim.observe().items():
+            if np.ndim(image) == 3:
+                frames.setdefault(key.removeprefix(prefix), []).append(image)
 
     keep()
     while not slot.sim.done:
@@ -397,5 +397,5 @@ def record(
         prompt=slot.sim.prompt,
         episode=slot.episode(),
         times=np.asarray(times),
-        frames={camera: np.stack(pictures) for camera, pictures in frames.items()},
+        frames={camera: np.stack(images) for camera, images in frames.items()},
     )

@@ -188,9 +188,9 @@ def _libero(observation: simulator.Observation) -> dict[str, Any]:
 
 def _aloha_sim(observation: simulator.Observation) -> dict[str, Any]:
     # Channels first, and without a prompt, which openpi's server has itself.
-    picture = np.moveaxis(observation["observation.images.top"], -1, 0)
+    image = np.moveaxis(observation["observation.images.top"], -1, 0)
     state = observation["observation.state"]
-    return {"state": state, "images": {"cam_high": picture}}
+    return {"state": state, "images": {"cam_high": image}}
 
 
 _FORMS: dict[str, Callable[[simulator.Observation], dict[str, Any]]] = {

@@ -65,8 +65,8 @@ def embed_prefix(
     kernel: attention.Kernel = "xla",
 ) -> prefixes.Prefix:
     """Image tokens of every camera, encoded as one batch, then prompt tokens."""
-    pictures = pi0.pictures(config, observation)
-    seen = image_tower.encode(config.image, prepared.image, pictures, kernel)
+    images = pi0.images(config, observation)
+    seen = image_tower.encode(config.image, prepared.image, images, kernel)
     table = prepared.params["PaliGemma"]["llm"]["embedder"]["input_embedding"]
     words = layers.embed_tokens(table, observation.tokenized_prompt, seen.dtype)
     seen = seen.reshape(len(words), -1, config.backbone.width)

@@ -91,7 +91,7 @@ def encode(
     images: Float[Array, "b h w 3"],
     kernel: attention.Kernel = "xla",
 ) -> Float[Array, "b s d"]:
-    """Tokens of pictures in [-1, 1], row by row."""
+    """Tokens of images in [-1, 1], row by row."""
 
     def attend(queries: Array, keys: Array, values: Array) -> Array:
         return attention.attend(queries, keys, values, None, kernel)

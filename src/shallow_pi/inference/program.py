@@ -2,7 +2,7 @@
 
 An argument of a compiled call costs 1 to 2 µs on the host, a transfer some 10 µs, and a full-size
 model has hundreds of weights. So everything that changes from call to call (noise or its seed,
-state, prompt, masks, pictures) is packed into one buffer of bytes, a row for each observation
+state, prompt, masks, images) is packed into one buffer of bytes, a row for each observation
 (`Layout`, `pack`), and taken apart again inside the program. Of the weights every vector (biases,
 norms) is packed too, when they are prepared: slices of a vector cost nothing where elementwise
 operations read them. Matrices stay arguments of their own, because XLA would copy the slice.
@@ -41,7 +41,7 @@ class Layout:
     config: pi0.Pi0Config
     # Chunks go on from previous ones.
     guided: bool = False
-    # Height and width of each camera's pictures, where they are not yet the model's.
+    # Height and width of each camera's images, where they are not yet the model's.
     sizes: tuple[tuple[int, int], ...] = ()
 
     @functools.cached_property
@@ -84,12 +84,12 @@ def pack(
 
     Args:
       layout: of the buffer; its cameras and prompt length are the observation's.
-      observation: on the host; pictures are uint8.
+      observation: on the host; images are uint8.
       start: the noise, or the seed it is drawn from.
       guidance: on the host; given if the layout is guided.
 
     Raises:
-      ValueError: pictures of another dtype or size.
+      ValueError: images of another dtype or size.
     """
     rows = np.empty(len(observation.state), layout.dtype)
     if isinstance(start, Seed):
@@ -103,19 +103,19 @@ def pack(
         for name in guidance._fields:
             rows[name] = getattr(guidance, name)
     for i, name in enumerate(layout.config.cameras):
-        picture, shape = np.asarray(observation.images[name]), rows[name].shape
-        if picture.dtype != np.uint8 or picture.shape != shape:
+        image, shape = np.asarray(observation.images[name]), rows[name].shape
+        if image.dtype != np.uint8 or image.shape != shape:
             raise ValueError(
-                f"pictures of {name} must be uint8 {shape}, got {picture.dtype} {picture.shape}"
+                f"images of {name} must be uint8 {shape}, got {image.dtype} {image.shape}"
             )
-        rows["camera_masks"][:, i], rows[name] = observation.image_masks[name], picture
+        rows["camera_masks"][:, i], rows[name] = observation.image_masks[name], image
     return rows.view(np.uint8).reshape(len(rows), -1)
 
 
 def unpack(
     layout: Layout, packed: UInt8[Array, "b n"]
 ) -> tuple[observations.Observation, Float[Array, "b ah ad"], real_time.Guidance | None]:
-    """Take a buffer apart inside a program; pictures are in [-1, 1] then."""
+    """Take a buffer apart inside a program; images are in [-1, 1] then."""
     found = _fields(layout, packed)
 
     def draw(key: Array, call: Array) -> Array:
@@ -141,14 +141,14 @@ def unpack(
 
 
 def resized(layout: Layout, packed: UInt8[Array, "b n"]) -> UInt8[Array, "b m"]:
-    """The buffer with every picture in the model's size, by a program of its own.
+    """The buffer with every image in the model's size, by a program of its own.
 
     The sampler's program, which takes long to compile, does not depend on a robot's cameras then.
     """
     found, side = _fields(layout, packed), layout.config.image_size
-    pictures = [resize.resize_with_pad(found[name], side) for name in layout.config.cameras]
+    images = [resize.resize_with_pad(found[name], side) for name in layout.config.cameras]
     head = layout.dtype.itemsize - sum(found[name][0].size for name in layout.config.cameras)
-    flat = [picture.reshape(len(packed), -1) for picture in pictures]
+    flat = [image.reshape(len(packed), -1) for image in images]
     return jnp.concatenate([packed[:, :head], *flat], axis=1)
 
 
@@ -248,7 +248,7 @@ class Program:
     def __call__(
         self, layout: Layout, packed: UInt8[np.ndarray | Array, "b n"]
     ) -> Float[Array, "b ah ad"]:
-        """Normalized actions on the device, float32; pictures are resized there if need be."""
+        """Normalized actions on the device, float32; images are resized there if need be."""
         if layout.sizes:
             packed = _resized(layout, packed)
             layout = dataclasses.replace(layout, sizes=())

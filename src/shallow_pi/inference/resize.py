@@ -1,4 +1,4 @@
-"""Resize pictures on the device as Pillow does on the host: two matrix products a picture.
+"""Resize images on the device as Pillow does on the host: two matrix products an image.
 
 Bilinear with antialiasing, proportions kept, padded with black, as openpi's client resizes. Pillow
 rounds to bytes after the columns and after the rows, and so does this: results differ by at most
@@ -35,7 +35,7 @@ def weights(before: int, after: int) -> Float[np.ndarray, "after before"]:
 def resize_with_pad(
     images: UInt8[Array, "b h w 3"], size: int
 ) -> UInt8[Array, "b {size} {size} 3"]:
-    """Resize a batch of pictures to squares; the same array if the size fits."""
+    """Resize a batch of images to squares; the same array if the size fits."""
     height, width = images.shape[1:3]
     if (height, width) == (size, size):
         return images

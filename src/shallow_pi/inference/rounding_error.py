@@ -38,7 +38,7 @@ def measure(
     Args:
       config: the model.
       params: its parameters.
-      batches: observations with uint8 pictures and the noise to begin at; all of one size.
+      batches: observations with uint8 images and the noise to begin at; all of one size.
       bounds: of the activations, and the number of integration steps.
       action_dim: the first actions count, those that the robot has.
       schemes: to compare.

@@ -121,7 +121,7 @@ def sampler(
     Args:
       model: sizes; openpi cameras that it lacks are passed black and masked.
       params: in the model's compute dtype.
-      observation: a batch of them, pictures as uint8.
+      observation: a batch of them, images as uint8.
       noise: (b, action horizon, action dim).
       num_steps: integration steps.
     """

@@ -70,7 +70,7 @@ class Source:
         found = data_loader.transform_dataset([item], self.data)[0]
         return batches.Batch(
             observation=observations.Observation(
-                images={name: np.asarray(picture) for name, picture in found["image"].items()},
+                images={name: np.asarray(image) for name, image in found["image"].items()},
                 image_masks={name: np.bool_(mask) for name, mask in found["image_mask"].items()},
                 state=np.asarray(found["state"], np.float32),
                 tokenized_prompt=np.asarray(found["tokenized_prompt"], np.int32),

@@ -39,7 +39,7 @@ class Sizes(Protocol):
 class Batch:
     """Observations and the actions to learn; every field has the leading axis b."""
 
-    # Pictures are still uint8.
+    # Images are still uint8.
     observation: observations.Observation
     # Normalized, zero-padded to the action dimension.
     actions: Float[observations.AnyArray, "b ah ad"]
@@ -68,14 +68,14 @@ def spec(model: Sizes, b: int) -> Batch:
 
 
 def zeros(model: Sizes, b: int) -> Batch:
-    """Black pictures and zeros on the host, none of them masked."""
+    """Black images and zeros on the host, none of them masked."""
     return jax.tree.map(
         lambda leaf: np.full(leaf.shape, leaf.dtype == np.bool_, leaf.dtype), spec(model, b)
     )
 
 
 def noise(model: Sizes, b: int, seed: int = 0) -> Batch:
-    """Random pictures, states, tokens and actions on the host, none of them masked."""
+    """Random images, states, tokens and actions on the host, none of them masked."""
     generator = np.random.default_rng(seed)
 
     def fill(leaf: jax.ShapeDtypeStruct) -> np.ndarray:

@@ -1,10 +1,10 @@
-"""The batched observation a policy sees, and the augmentation of its pictures.
+"""The batched observation a policy sees, and the augmentation of its images.
 
-Pictures travel as uint8 and become float32 in [-1, 1] on the device (`as_float`), before anything
+Images travel as uint8 and become float32 in [-1, 1] on the device (`as_float`), before anything
 is computed from them; `state` is normalized and padded to the model's action dimension.
 `augment` follows openpi (models/model.py, preprocess_observation): jitter of colours on every
 camera, a random crop and a small rotation on all but the wrist cameras. It is called once a step,
-before either model runs, so that teacher and student see the same pictures.
+before either model runs, so that teacher and student see the same images.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ AnyArray = Any
 class Observation:
     """A batch of observations; every field has the leading axis b."""
 
-    # Camera name → picture, uint8 or in [-1, 1].
+    # Camera name → image, uint8 or in [-1, 1].
     images: dict[str, Shaped[AnyArray, "b h w 3"]]
     # Camera name → False where that camera is absent.
     image_masks: dict[str, Bool[AnyArray, " b"]]
@@ -34,7 +34,7 @@ class Observation:
     tokenized_prompt_mask: Bool[AnyArray, "b t"]
 
     def as_float(self) -> "Observation":
-        """The observation with its uint8 pictures in [-1, 1]; float ones are already."""
+        """The observation with its uint8 images in [-1, 1]; float ones are already."""
         return dataclasses.replace(
             self, images={name: _to_float(image) for name, image in self.images.items()}
         )
@@ -48,9 +48,9 @@ def _to_float(image: AnyArray) -> Float[AnyArray, "b h w 3"]:
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    """Strength of the variation of training pictures; the defaults are openpi's."""
+    """Strength of the variation of training images; the defaults are openpi's."""
 
-    # Side of the random crop as a share of the picture (not on wrist cameras); 1 is no crop.
+    # Side of the random crop as a share of the image (not on wrist cameras); 1 is no crop.
     crop: float = 0.95
     # Largest rotation in degrees either way (not on wrist cameras).
     rotate_degrees: float = 5.0
@@ -83,11 +83,11 @@ def check(
         size = observation.images[name].shape[1:3]
         if size != (image_size, image_size):
             raise ValueError(
-                f"pictures of {name} must be {image_size}×{image_size} pixels, got "
+                f"images of {name} must be {image_size}×{image_size} pixels, got "
                 f"{size[0]}×{size[1]}; resize them in the input transforms."
             )
         if observation.images[name].dtype == jnp.uint8:
-            raise ValueError(f"pictures of {name} must lie in [-1, 1], got uint8: call as_float.")
+            raise ValueError(f"images of {name} must lie in [-1, 1], got uint8: call as_float.")
     if observation.state.shape[-1] != action_dim:
         raise ValueError(
             f"state must be padded to action_dim {action_dim}, got "
@@ -103,7 +103,7 @@ NO_AUGMENTATION = Augmentation(
 def augment(
     key: Key[Array, ""] | Array, observation: Observation, augmentation: Augmentation
 ) -> Observation:
-    """Vary the pictures of a batch, each sample and camera on its own."""
+    """Vary the images of a batch, each sample and camera on its own."""
     images = {}
     for index, (name, image) in enumerate(sorted(observation.images.items())):
         keys = jax.random.split(jax.random.fold_in(key, index), image.shape[0])

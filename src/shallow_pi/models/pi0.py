@@ -54,7 +54,7 @@ class Pi0Config:
     expert: gemma.GemmaConfig = GEMMA_300M
     # The image encoder.
     image: siglip.SiglipConfig = SO400M_14
-    # Side of the square pictures, in pixels.
+    # Side of the square images, in pixels.
     image_size: int = 224
     # Image tokens of a camera that the backbone sees: means of cells of patches. 0: every patch.
     pooled_tokens: int = 0
@@ -140,12 +140,12 @@ class Pi0Config:
 
     @property
     def grid(self) -> int:
-        """Patches along a side of a picture."""
+        """Patches along a side of an image."""
         return self.image_size // self.image.patch_size
 
     @property
     def patches(self) -> int:
-        """Patches of a picture, each of which is a token of the image tower."""
+        """Patches of an image, each of which is a token of the image tower."""
         return self.grid**2
 
     @property
@@ -259,7 +259,7 @@ class Pi0(nn.Module):
 
     def embed_images(self, observation: observations.Observation) -> Float[Array, "b n d"]:
         """The tokens of every camera, encoded as one batch."""
-        tokens = self.PaliGemma.img(pictures(self.config, observation))
+        tokens = self.PaliGemma.img(images(self.config, observation))
         return tokens.reshape(len(observation.state), -1, self.config.backbone.width)
 
     def embed_prefix(
@@ -334,8 +334,8 @@ class Pi0(nn.Module):
         return Outputs(v, attention, tower.hidden, cached, choice)
 
 
-def pictures(config: Pi0Config, observation: observations.Observation) -> Float[Array, "bn h w 3"]:
-    """The pictures of all cameras as one batch."""
+def images(config: Pi0Config, observation: observations.Observation) -> Float[Array, "bn h w 3"]:
+    """The images of all cameras as one batch."""
     # Cameras inside, observations outside: rows sharded over devices stay where they are.
     stacked = jnp.stack([observation.images[name] for name in config.cameras], axis=1)
     return stacked.reshape(-1, *stacked.shape[2:])

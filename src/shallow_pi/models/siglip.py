@@ -30,7 +30,7 @@ class SiglipConfig:
     depth: int = 27
     mlp_dim: int = 4304
     num_heads: int = 16
-    # Side of a square patch in pixels; must divide the picture's side.
+    # Side of a square patch in pixels; must divide the image's side.
     patch_size: int = 14
 
 
@@ -87,7 +87,7 @@ def arrange(tree: PyTree, dtype: jax.typing.DTypeLike) -> Layer:
 def embed_patches(
     config: SiglipConfig, images: Float[Array, "b h w 3"], weights: Pair
 ) -> Float[Array, "b s d"]:
-    """The patches of pictures in [-1, 1], row by row, through one matrix, in float32."""
+    """The patches of images in [-1, 1], row by row, through one matrix, in float32."""
     (b, height, width, _), p = images.shape, config.patch_size
     cut = images.astype(jnp.float32).reshape(b, height // p, p, width // p, p, 3)
     patches = jnp.moveaxis(cut, 2, 3).reshape(b, -1, p * p * 3)
@@ -172,7 +172,7 @@ class Encoder(nn.Module):
 
 
 class Module(nn.Module):
-    """Pictures to tokens of the backbone's width."""
+    """Images to tokens of the backbone's width."""
 
     config: SiglipConfig
     # Width of the tokens that come out.
@@ -182,7 +182,7 @@ class Module(nn.Module):
 
     @nn.compact
     def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b s d"]:
-        """Encode pictures in [-1, 1] into (h/patch)·(w/patch) tokens, row by row."""
+        """Encode images in [-1, 1] into (h/patch)·(w/patch) tokens, row by row."""
         c = self.config
         tokens = images.shape[1] // c.patch_size * (images.shape[2] // c.patch_size)
         sizes, names = axis_sizes(c, tokens, self.out_width), ("embedding", "pos_embedding", "head")

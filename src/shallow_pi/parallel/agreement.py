@@ -112,7 +112,7 @@ def sample_hash(source: sources.Source) -> str:
     digest = hashlib.sha256()
     for i in (0, len(source) // 2, len(source) - 1):
         sample = source[i]
-        # Without pictures: decoders may differ in the last bit.
+        # Without images: decoders may differ in the last bit.
         for leaf in (sample.observation.state, sample.actions, sample.observation.tokenized_prompt):
             # Machines may differ in the last bits of a sine; adding zero makes -0 a 0.
             digest.update((np.round(np.asarray(leaf, np.float64), 4) + 0.0).tobytes())

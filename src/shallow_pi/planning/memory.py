@@ -235,8 +235,8 @@ def _activations(spec: specs.Spec, split: int) -> float:
     if model.scored_tokens:  # Floats: the scorer's inputs.
         stays += 4 * cameras * patches * model.backbone.width
     stays += _compared(spec, split)
-    pictures = 3 * 4 * cameras * 3 * model.image_size**2  # Floats: augmented, and two copies.
-    return stays + max(at_once, cameras * working) + pictures
+    images = 3 * 4 * cameras * 3 * model.image_size**2  # Floats: augmented, and two copies.
+    return stays + max(at_once, cameras * working) + images
 
 
 def _compared(spec: specs.Spec, split: int) -> float:

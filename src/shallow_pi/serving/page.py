@@ -1,7 +1,7 @@
 """The server's page: one HTML file, and the JSON it draws.
 
 The page loads nothing from elsewhere, and its Content-Security-Policy lets it run only its own
-script and talk only to this server. It holds no data: its numbers and pictures come through the
+script and talk only to this server. It holds no data: its numbers and images come through the
 websocket `/live` (`watch`), at most ten times a second and only while someone looks.
 
 A browser cannot send a key with a websocket's request, and in an address it would end up in logs:
@@ -34,8 +34,8 @@ from shallow_pi.serving import server_config, telemetry
 LIVE = "/live"
 # Pages that may look at once.
 MAX_PAGES = 16
-# Longest side of a picture on the page, pixels.
-PICTURE_SIZE = 320
+# Longest side of an image on the page, pixels.
+IMAGE_SIZE = 320
 # Seconds between two messages, with and without something new.
 INTERVAL, IDLE = 0.1, 1.0
 # Seconds a page has to send its key, and to read a message.
@@ -118,7 +118,7 @@ def _wish(text: str | bytes) -> dict[str, object]:
 def snapshot(
     seen: telemetry.Telemetry, max_waiting: int, client: int | None = None
 ) -> tuple[dict[str, object], Mapping[str, object]]:
-    """The content of the page without its pictures, and the observation that has them.
+    """The content of the page without its images, and the observation that has them.
 
     Args:
       seen: clients, answers and events.
@@ -166,15 +166,15 @@ def snapshot(
 
 
 def message(content: dict[str, object], observation: Mapping[str, object]) -> str:
-    """A snapshot with its pictures, as JSON; takes milliseconds, and may run in any thread."""
-    whole = {**content, "cameras": pictures(observation)}
+    """A snapshot with its images, as JSON; takes milliseconds, and may run in any thread."""
+    whole = {**content, "cameras": images(observation)}
     return json.dumps(_finite(whole), separators=(",", ":"))
 
 
-def pictures(observation: Mapping[str, object]) -> dict[str, str]:
-    """Every picture of an observation as a small JPEG in a data: URL.
+def images(observation: Mapping[str, object]) -> dict[str, str]:
+    """Every image of an observation as a small JPEG in a data: URL.
 
-    A picture is an array (h, w, 3) or (3, h, w), uint8 or float in [0, 1].
+    An image is an array (h, w, 3) or (3, h, w), uint8 or float in [0, 1].
     """
     found = {}
     for name, value in observation_keys.flatten(observation).items():
@@ -184,15 +184,15 @@ def pictures(observation: Mapping[str, object]) -> dict[str, str]:
             value = np.moveaxis(value, 0, -1)
         if value.shape[-1] != 3 or min(value.shape[:2]) < 8:
             continue
-        # Of a large picture every second or third pixel is enough; drop the others first.
-        value = value[(stride := max(1, max(value.shape) // (2 * PICTURE_SIZE))) - 1 :: stride]
+        # Of a large image every second or third pixel is enough; drop the others first.
+        value = value[(stride := max(1, max(value.shape) // (2 * IMAGE_SIZE))) - 1 :: stride]
         value = value[:, stride - 1 :: stride]
         if value.dtype.kind == "f":
             value = (255 * np.clip(np.nan_to_num(value), 0, 1)).round()
-        picture = PIL.Image.fromarray(np.ascontiguousarray(value.astype(np.uint8)))
-        picture.thumbnail((PICTURE_SIZE, PICTURE_SIZE))
+        image = PIL.Image.fromarray(np.ascontiguousarray(value.astype(np.uint8)))
+        image.thumbnail((IMAGE_SIZE, IMAGE_SIZE))
         buffer = io.BytesIO()
-        picture.save(buffer, "JPEG", quality=80)
+        image.save(buffer, "JPEG", quality=80)
         found[name] = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
     return found
 

@@ -17,7 +17,7 @@ import msgpack
 import numpy as np
 
 # Limits of an observation: entries of all its maps and lists together, and levels of them.
-# Pictures and states are arrays, which count as one.
+# Images and states are arrays, which count as one.
 MAX_ITEMS = 65_536
 MAX_DEPTH = 16
 MAX_ARRAY_AXES = 8
@@ -110,7 +110,7 @@ class _Counter:
         self._left -= len(found)
         if self._left < 0:
             raise ValueError(
-                f"more than {self._limit} entries in lists and maps; send pictures and states as "
+                f"more than {self._limit} entries in lists and maps; send images and states as "
                 "arrays"
             )
         return found

@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Float
 
 from shallow_pi.data.robots import robot as robots
-from shallow_pi.sims import aloha_expert, pickling, pictures, simulator
+from shallow_pi.sims import aloha_expert, images, pickling, simulator
 
 PACKAGE = "gym_aloha"
 PROMPTS = {"transfer_cube": "Transfer cube", "insertion": "Insert the peg into the socket"}
@@ -38,13 +38,13 @@ class Suite:
     """One of the two tasks (see `simulator.Suite`)."""
 
     task: Literal["transfer_cube", "insertion"] = "transfer_cube"
-    # Height of the picture in pixels; its width is four thirds of it.
+    # Height of the image in pixels; its width is four thirds of it.
     height: int = 480
     # Episodes are cut off here, control steps.
     max_steps: int = 300
-    # Pictures by MuJoCo's OpenGL renderer ("gl"), as all published policies saw them, or by ray
+    # Images by MuJoCo's OpenGL renderer ("gl"), as all published policies saw them, or by ray
     # casting ("ray").
-    renderer: pictures.Renderer = "gl"
+    renderer: images.Renderer = "gl"
 
     def __post_init__(self) -> None:
         if self.task not in PROMPTS:
@@ -54,7 +54,7 @@ class Suite:
                 f"expected a height of 3 or more and positive max_steps, got {self.height} and "
                 f"{self.max_steps}"
             )
-        pictures.check(self.renderer)
+        images.check(self.renderer)
 
     @property
     def robot(self) -> robots.Robot:
@@ -136,7 +136,7 @@ class Aloha(pickling.Picklable):
         for axis, most in (("offheight", size[0]), ("offwidth", size[1])):
             now = getattr(self.model.vis.global_, axis)
             setattr(self.model.vis.global_, axis, max(now, most))
-        self._pictures = pictures.Pictures(self.model, size, config.renderer, 2)
+        self._images = images.Images(self.model, size, config.renderer, 2)
         self._names = [self.model.geom(i).name for i in range(self.model.ngeom)]
         self._seed: int | None = None
         self.expert: aloha_expert.Expert | None = None
@@ -174,9 +174,9 @@ class Aloha(pickling.Picklable):
         return np.concatenate([arms[:, :6], grippers], 1).ravel().astype(np.float32)
 
     def observe(self) -> simulator.Observation:
-        """The picture from above, the state and the prompt, under LeRobot's keys."""
+        """The image from above, the state and the prompt, under LeRobot's keys."""
         return {
-            "observation.images.top": self._pictures.render(self.data, "top"),
+            "observation.images.top": self._images.render(self.data, "top"),
             "observation.state": self.state(),
             "task": self.prompt,
         }

@@ -26,7 +26,7 @@ ATTEMPTS = 100
 class Episode:
     """One recorded demonstration; frame t is what was seen, and the expert's action there."""
 
-    # Pictures, and states and actions, by the robot's keys.
+    # Images, and states and actions, by the robot's keys.
     images: dict[str, UInt8[np.ndarray, "t h w 3"]]
     vectors: dict[str, Float32[np.ndarray, "t d"]]
     prompt: str

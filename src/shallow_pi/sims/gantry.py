@@ -22,7 +22,7 @@ import mujoco
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from shallow_pi.sims import pickling, pictures, raycast, simulator, turntable_scene
+from shallow_pi.sims import images, pickling, raycast, simulator, turntable_scene
 
 CAMERAS = ("base", "wrist")
 HOLD_STEPS = 4
@@ -139,7 +139,7 @@ class Options(Protocol):
     @property
     def max_seconds(self) -> float: ...
     @property
-    def renderer(self) -> pictures.Renderer: ...
+    def renderer(self) -> images.Renderer: ...
 
 
 def check(options: Options, known: Collection[str]) -> None:
@@ -149,7 +149,7 @@ def check(options: Options, known: Collection[str]) -> None:
     for name in ("control_hz", "image_size", "max_seconds"):
         if not getattr(options, name) > 0:  # Nor NaN.
             raise ValueError(f"{name}: expected a positive number, got {getattr(options, name)}")
-    pictures.check(options.renderer)
+    images.check(options.renderer)
 
 
 class Sim(pickling.Picklable, abc.ABC):
@@ -170,7 +170,7 @@ class Sim(pickling.Picklable, abc.ABC):
 
     def __init__(self, config: Options):
         self.config = config
-        self._pictures: dict[int, pictures.Pictures] = {}
+        self._images: dict[int, images.Images] = {}
         self._seed: int | None = None
 
     @abc.abstractmethod
@@ -231,26 +231,24 @@ class Sim(pickling.Picklable, abc.ABC):
         return bool(self.bench.is_cup[self.target])
 
     def observe(self) -> simulator.Observation:
-        """Both pictures, the state and the prompt, under LeRobot's keys."""
-        pictures = {f"observation.images.{name}": self.render(name) for name in CAMERAS}
-        return {**pictures, "observation.state": self.state(), "task": self.prompt}
+        """Both images, the state and the prompt, under LeRobot's keys."""
+        views = {f"observation.images.{name}": self.render(name) for name in CAMERAS}
+        return {**views, "observation.state": self.state(), "task": self.prompt}
 
     def state(self) -> Float[np.ndarray, " sd"]:
         """The tip's own position, metres, float32."""
         return self.tip.astype(np.float32)
 
     def render(self, camera: str) -> UInt8[np.ndarray, "h w 3"]:
-        """One camera's picture of the current state."""
+        """One camera's image of the current state."""
         key = id(self.bench)
-        for other, scene in self._pictures.items():
+        for other, scene in self._images.items():
             if other != key:
                 scene.close()
-        if key not in self._pictures:
+        if key not in self._images:
             size = (self.config.image_size,) * 2
-            self._pictures[key] = pictures.Pictures(
-                self.model, size, self.config.renderer, shadows=False
-            )
-        return self._pictures[key].render(self.data, camera, self.light)
+            self._images[key] = images.Images(self.model, size, self.config.renderer, shadows=False)
+        return self._images[key].render(self.data, camera, self.light)
 
     @property
     def success(self) -> bool:

@@ -1,6 +1,6 @@
 """LIBERO's four suites of ten tasks, by the protocol of openpi's `examples/libero/main.py`.
 
-Pictures of 256 × 256 by OpenGL, turned by half a turn and resized to 224; ten steps of waiting, for
+Images of 256 × 256 by OpenGL, turned by half a turn and resized to 224; ten steps of waiting, for
 objects to fall; 220 to 520 steps a suite; success when the package says so. Seeds take the tasks
 in turn, beginning anew at each million, and an episode's number in its task (0 to 49, then 0 again)
 is that of its official initial state. openpi seeds LIBERO once for each task and resets it before
@@ -30,7 +30,7 @@ from libero.libero import benchmark
 from shallow_pi import suggestions
 from shallow_pi.data.robots import robot as robots
 from shallow_pi.data.robots import transforms
-from shallow_pi.sims import libero_expert, pictures, simulator
+from shallow_pi.sims import images, libero_expert, simulator
 
 # Longest episode of each suite, control steps, without those of waiting.
 MAX_STEPS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520}
@@ -49,14 +49,14 @@ class Suite:
     suite: Literal["libero_spatial", "libero_object", "libero_goal", "libero_10"] = "libero_spatial"
     # Some of its tasks, by number (0 to 9) or name; empty takes all.
     tasks: tuple[str, ...] = ()
-    # Height and width of the pictures as rendered and recorded, and as they are given to policies.
+    # Height and width of the images as rendered and recorded, and as they are given to policies.
     render_size: int = 256
     image_size: int = 224
     # Episodes are cut off here, control steps; 0 takes openpi's limit of the suite.
     max_steps: int = 0
-    # Pictures by MuJoCo's OpenGL renderer ("gl"), as all published policies saw them, or by ray
+    # Images by MuJoCo's OpenGL renderer ("gl"), as all published policies saw them, or by ray
     # casting ("ray").
-    renderer: pictures.Renderer = "gl"
+    renderer: images.Renderer = "gl"
 
     def __post_init__(self) -> None:
         if self.suite not in MAX_STEPS:
@@ -66,7 +66,7 @@ class Suite:
                 "expected positive render_size and image_size, and max_steps of 0 or more, got "
                 f"{self.render_size}, {self.image_size} and {self.max_steps}"
             )
-        pictures.check(self.renderer)
+        images.check(self.renderer)
         self.numbers()
 
     @property
@@ -210,7 +210,7 @@ class Libero:
         finally:
             np.random.set_state(before)
         self._seed, self._steps, self._succeeded = seed, 0, False
-        self._pictures: pictures.Pictures | None = None
+        self._images: images.Images | None = None
         self.carrier: libero_expert.Carrier | None = None
 
     def _build(self, number: int) -> None:
@@ -221,8 +221,8 @@ class Libero:
         except (AttributeError, ImportError, RuntimeError) as error:
             if isinstance(error, ModuleNotFoundError):
                 raise
-            advice = "which robosuite needs at its import, whatever draws the pictures"
-            raise ValueError(pictures.no_gl(error, advice)) from error
+            advice = "which robosuite needs at its import, whatever draws the images"
+            raise ValueError(images.no_gl(error, advice)) from error
         task = self._tasks[number]
         folder = pathlib.Path(libero.libero.get_libero_path("bddl_files")) / task.problem_folder
         self.env = make(
@@ -241,7 +241,7 @@ class Libero:
         """Keep the physics of the moment at which robosuite's cameras would have looked.
 
         Its sensors look once in a control step, and early in it: what a policy sees is almost a
-        step old. A sensor that copies the physics looks when they do, for pictures drawn later.
+        step old. A sensor that copies the physics looks when they do, for images drawn later.
         """
         from robosuite.utils import observables
 
@@ -295,11 +295,11 @@ class Libero:
         return np.concatenate(parts).astype(np.float32)
 
     def observe(self) -> simulator.Observation:
-        """Both pictures, the state and the prompt, under the robot's keys."""
+        """Both images, the state and the prompt, under the robot's keys."""
         return self.look(self.config.image_size)
 
     def look(self, size: int) -> simulator.Observation:
-        """An observation with pictures of this size."""
+        """An observation with images of this size."""
         found: simulator.Observation = {
             key: transforms.resize_with_pad(self.render(camera), size)
             for key, camera in CAMERAS.items()
@@ -307,24 +307,22 @@ class Libero:
         return {**found, "state": self.state(), "task": self.prompt}
 
     def render(self, camera: str) -> UInt8[np.ndarray, "h w 3"]:
-        """A camera's picture as openpi turns it: the right way up, and mirrored."""
+        """A camera's image as openpi turns it: the right way up, and mirrored."""
         size, looked = self.config.render_size, self._looked
         assert looked is not None, "reset first"
         if self.config.renderer == "ray":
-            if self._pictures is None:
-                pictures.paint(self.model)
+            if self._images is None:
+                images.paint(self.model)
                 groups = (0, 1, 0, 0, 0, 0)  # What is seen, not what collides.
-                self._pictures = pictures.Pictures(
-                    self.model, (size, size), "ray", 2, groups=groups
-                )
-            return np.ascontiguousarray(self._pictures.render(looked, camera)[:, ::-1])
+                self._images = images.Images(self.model, (size, size), "ray", 2, groups=groups)
+            return np.ascontiguousarray(self._images.render(looked, camera)[:, ::-1])
         now = mujoco.MjData(self.model)
         mujoco.mj_copyData(now, self.model, self.data)
         mujoco.mj_copyData(self.data, self.model, looked)
         try:
             raw = self.env.sim.render(camera_name=camera, width=size, height=size)
         except Exception as error:  # each backend fails in its own way
-            raise ValueError(pictures.no_gl(error)) from error
+            raise ValueError(images.no_gl(error)) from error
         finally:
             mujoco.mj_copyData(self.data, self.model, now)
         return np.ascontiguousarray(raw[::-1, ::-1])

@@ -4,10 +4,10 @@ MT10 and MT50 are its lists of tasks. An action moves the gripper by up to a cen
 and z (−1 to 1 each) and closes it (1) or opens it (−1), 80 times a second; the state is the
 gripper's position in metres and its opening (0 to 1). Episodes take the tasks in turn, and one
 succeeds at the first step that the package calls a success. A policy learns the goal from the
-pictures: where nothing else shows it, a coloured ball does.
+images: where nothing else shows it, a coloured ball does.
 
 The package has no instructions in words; those in PROMPTS are ours. Two views: "near" is a camera
-of ours that fills small pictures with the table, "corner2" is the package's, turned upright and
+of ours that fills small images with the table, "corner2" is the package's, turned upright and
 moved closer as in LeRobot. Ray casting paints a textured surface with the mean of its texture.
 """
 
@@ -24,7 +24,7 @@ from jaxtyping import Float, UInt8
 
 from shallow_pi import suggestions
 from shallow_pi.data.robots import robot as robots
-from shallow_pi.sims import pickling, pictures, simulator
+from shallow_pi.sims import images, pickling, simulator
 
 # Name in the package, without its version → instruction.
 PROMPTS = {
@@ -90,7 +90,7 @@ CORNER2 = (0.75, 0.075, 0.7)  # LeRobot's position of the package's camera.
 DEMONSTRATION_STEPS = 300  # Experts that take longer are stuck.
 # Before a demonstration the gripper goes off in some direction for up to so many steps, times the
 # noise. If every demonstration began at the same place, the gripper's own position would soon give
-# away where the object is, and a policy would read that instead of the pictures.
+# away where the object is, and a policy would read that instead of the images.
 START_STEPS = 60
 
 
@@ -102,14 +102,14 @@ class Suite:
     suite: Literal["mt10", "mt50"] = "mt10"
     # Some of MT50's tasks, as in PROMPTS; empty takes all of the list.
     tasks: tuple[str, ...] = ()
-    # Height and width of the pictures, pixels.
+    # Height and width of the images, pixels.
     image_size: int = 64
     # Episodes are cut off here, control steps; 500 is the benchmark's.
     max_steps: int = 500
-    # Camera of the base picture: ours ("near") or LeRobot's ("corner2").
+    # Camera of the base image: ours ("near") or LeRobot's ("corner2").
     view: Literal["near", "corner2"] = "near"
-    # Pictures by ray casting ("ray") or by MuJoCo's OpenGL renderer ("gl").
-    renderer: pictures.Renderer = "ray"
+    # Images by ray casting ("ray") or by MuJoCo's OpenGL renderer ("gl").
+    renderer: images.Renderer = "ray"
 
     def __post_init__(self) -> None:
         for task in self.tasks:
@@ -125,7 +125,7 @@ class Suite:
             )
         if self.view not in ("near", "corner2"):
             raise ValueError(f'view: expected "near" or "corner2", got {self.view!r}')
-        pictures.check(self.renderer)
+        images.check(self.renderer)
 
     @property
     def robot(self) -> robots.Robot:
@@ -202,10 +202,10 @@ class MetaWorld(pickling.Picklable):
     def __init__(self, config: Suite):
         self.config = config
         self.task = config.task_names()[0]
-        self._scenes: dict[str, tuple[Any, pictures.Pictures]] = {}
+        self._scenes: dict[str, tuple[Any, images.Images]] = {}
         self._seed: int | None = None
 
-    def _scene(self, task: str) -> tuple[Any, pictures.Pictures]:
+    def _scene(self, task: str) -> tuple[Any, images.Images]:
         for _, views in self._scenes.values():
             views.close()
         if task not in self._scenes:
@@ -217,14 +217,14 @@ class MetaWorld(pickling.Picklable):
             env._freeze_rand_vec, env.seeded_rand_vec, env._set_task_called = False, True, True
             env.max_path_length = np.inf  # Our own limit counts.
             if self.config.renderer == "ray":
-                pictures.paint(env.model)
+                images.paint(env.model)
             if self.config.view == "near":
                 _place_camera(env.model, "corner2", *NEAR)
             else:
                 env.model.camera("corner2").pos = CORNER2
             sites = [env.model.site(name).id for name, _ in _goal_sites(env)]
             size = (self.config.image_size,) * 2
-            views = pictures.Pictures(env.model, size, self.config.renderer, 2, sites)
+            views = images.Images(env.model, size, self.config.renderer, 2, sites)
             self._scenes[task] = env, views
         return self._scenes[task]
 
@@ -232,7 +232,7 @@ class MetaWorld(pickling.Picklable):
         """Begin the episode that `seed` names; consecutive seeds take the tasks in turn."""
         tasks = self.config.task_names()
         self.task = tasks[seed % len(tasks)]
-        self._env, self._pictures = self._scene(self.task)
+        self._env, self._images = self._scene(self.task)
         self._env.seed(seed // len(tasks) % 2**32)
         self.true_state, _ = self._env.reset()
         self._seed, self._steps, self._succeeded = seed, 0, False
@@ -282,7 +282,7 @@ class MetaWorld(pickling.Picklable):
         return {}
 
     def observe(self) -> simulator.Observation:
-        """Both pictures, the state and the prompt, under LeRobot's keys."""
+        """Both images, the state and the prompt, under LeRobot's keys."""
         base, wrist = self._render("corner2"), self._render("gripperPOV")
         if self.config.view == "corner2":
             base = base[::-1, ::-1]
@@ -294,7 +294,7 @@ class MetaWorld(pickling.Picklable):
         }
 
     def _render(self, camera: str) -> UInt8[np.ndarray, "h w 3"]:
-        return self._pictures.render(self._env.data, camera)
+        return self._images.render(self._env.data, camera)
 
     @property
     def success(self) -> bool:

@@ -1,4 +1,4 @@
-"""Pictures of a MuJoCo scene by ray casting: no GL, no display, no system package.
+"""Images of a MuJoCo scene by ray casting: no GL, no display, no system package.
 
 One ray goes through every pixel corner, and a pixel's colour is the mean over its four corners,
 so that neighbouring pixels share rays. Pixels whose corners do not all hit the same geom are cast
@@ -33,7 +33,7 @@ LIGHT = Light()
 
 
 class RayCamera:
-    """A named camera of `model`, fixed or carried by a body, that renders uint8 pictures."""
+    """A named camera of `model`, fixed or carried by a body, that renders uint8 images."""
 
     def __init__(
         self,
@@ -48,9 +48,9 @@ class RayCamera:
         """Prepare the ray directions.
 
         Args:
-          model: the compiled scene; its colours are read anew for every picture.
+          model: the compiled scene; its colours are read anew for every image.
           camera: the camera's name in the scene.
-          height, width: of the picture, in pixels.
+          height, width: of the image, in pixels.
           grid: rays along each side of a pixel that shows an edge.
           sites: ids of the sites to draw, as spheres of their radius.
           groups: 1 for each of the six groups of geoms to draw, 0 for the others.
@@ -137,12 +137,12 @@ class RayCamera:
         return distance, normal / np.linalg.norm(normal, axis=1, keepdims=True)
 
     def render(self, data: mujoco.MjData, light: Light = LIGHT) -> UInt8[np.ndarray, "h w 3"]:
-        """A picture of the current pose; `data` must hold current kinematics (`mj_forward`)."""
+        """An image of the current pose; `data` must hold current kinematics (`mj_forward`)."""
         shape = (self.height + 1, self.width + 1)
         geom, colour = self._shade(data, self._corners.reshape(-1, 3), light)
         geom, colour = geom.reshape(shape), colour.reshape(*shape, 3)
         corners = (np.s_[:-1, :-1], np.s_[:-1, 1:], np.s_[1:, :-1], np.s_[1:, 1:])
-        picture = np.mean([colour[c] for c in corners], axis=0)
+        image = np.mean([colour[c] for c in corners], axis=0)
         first = geom[corners[0]]
         edge = (
             (first != geom[corners[1]]) | (first != geom[corners[2]]) | (first != geom[corners[3]])
@@ -150,5 +150,5 @@ class RayCamera:
         if edge.any():
             rays = self._fine[edge]
             _, fine = self._shade(data, rays.reshape(-1, 3), light)
-            picture[edge] = fine.reshape(*rays.shape).mean(1)
-        return np.clip(np.rint(picture * 255), 0, 255).astype(np.uint8)
+            image[edge] = fine.reshape(*rays.shape).mean(1)
+        return np.clip(np.rint(image * 255), 0, 255).astype(np.uint8)

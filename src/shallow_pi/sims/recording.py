@@ -27,7 +27,7 @@ def write(
       seed: of the episodes and perturbations.
       noise: scale of the perturbations.
       workers: processes; 0 takes one for each CPU.
-      encoding: of video; None writes pictures as PNG.
+      encoding: of video; None writes images as PNG.
 
     Returns:
       The number of episodes of each task.

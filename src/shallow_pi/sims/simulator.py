@@ -217,7 +217,7 @@ def _import_mujoco() -> None:
         raise ValueError(
             f"MuJoCo cannot be imported with MUJOCO_GL={given} ({error})\n"
             "set MUJOCO_GL to egl or osmesa, as installed (Debian: libegl1 or libosmesa6), or to "
-            "disable, for pictures by ray casting (renderer=ray)"
+            "disable, for images by ray casting (renderer=ray)"
         ) from error
 
 

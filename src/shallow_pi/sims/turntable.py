@@ -35,11 +35,11 @@ class Suite:
     disc_speed_deg: float = 0.0
     # Actions a second.
     control_hz: float = 20.0
-    # Height and width of the pictures, pixels.
+    # Height and width of the images, pixels.
     image_size: int = 48
     # Episodes are cut off here, seconds.
     max_seconds: float = 4.0
-    # Pictures by ray casting ("ray") or by MuJoCo's OpenGL renderer ("gl").
+    # Images by ray casting ("ray") or by MuJoCo's OpenGL renderer ("gl").
     renderer: Literal["ray", "gl"] = "ray"
 
     def __post_init__(self) -> None:

@@ -27,7 +27,7 @@ from shallow_pi.models import pi0
 from shallow_pi.speed import latency, made_up, stages
 
 PROMPT = "pick up the red block on the left and put it into the white box in the middle"
-PICTURE = (480, 640)
+IMAGE = (480, 640)
 # Stages of the transforms that have one of their own.
 NAMED = {transforms.Resize: "resize", transforms.TokenizePrompt: "tokenize"}
 
@@ -64,12 +64,12 @@ def _statistics() -> dict[str, normalize.NormStats]:
 def observation(policy: policies.Policy, seed: int = 0) -> dict[str, Any]:
     """A made-up observation of the policy's robot."""
     generator, robot = np.random.default_rng(seed), policy.assets.robot
-    pictures = {
-        key: generator.integers(0, 256, (*PICTURE, 3), dtype=np.uint8)
+    images = {
+        key: generator.integers(0, 256, (*IMAGE, 3), dtype=np.uint8)
         for key in robot.cameras.values()
     }
     state = generator.uniform(0.1, 0.9, robot.state_dim).astype(np.float32)
-    return {**pictures, robot.state_keys[0]: state, robot.prompt_key: PROMPT}
+    return {**images, robot.state_keys[0]: state, robot.prompt_key: PROMPT}
 
 
 def measure(policy: policies.Policy, *, repeats: int = 50, warmup: int = 3) -> stages.HostPath:
@@ -92,7 +92,7 @@ def measure(policy: policies.Policy, *, repeats: int = 50, warmup: int = 3) -> s
         depth=layout.config.depth,
         cameras=len(layout.config.cameras),
         prompt_tokens=layout.config.max_token_len,
-        picture=PICTURE,
+        image=IMAGE,
         resized_on_device=policy.resize_on_device,
         stages_ms=laps.median_ms(repeats, stages.BEFORE + stages.PROGRAM + stages.AFTER),
         infer_ms=1e3 * float(np.median(seconds)),

@@ -1,6 +1,6 @@
-"""Pictures a second out of a dataset: PyAV alone, the loader, and the loader from its caches.
+"""Images a second out of a dataset: PyAV alone, the loader, and the loader from its caches.
 
-All ways read the same pictures in the same order and take turns. "PyAV" decodes video to RGB and
+All ways read the same images in the same order and take turns. "PyAV" decodes video to RGB and
 does nothing else; the loader resizes, transforms and stacks too. CPU time is counted for ways of
 one process only: it holds on a busy machine, where rates do not.
 """
@@ -23,14 +23,14 @@ import numpy as np
 from shallow_pi import flags, progress
 from shallow_pi.data import frame_cache, sources
 from shallow_pi.data import loader as loaders
-from shallow_pi.data.lerobot import hub, pictures, reader, video_writer
+from shallow_pi.data.lerobot import hub, images, reader, video_writer
 from shallow_pi.data.lerobot import writer as lerobot_writer
 from shallow_pi.data.robots import pipelines, tokenizer
 from shallow_pi.data.robots import robot as robots
 
 HORIZON = 50
 PLAIN, TUNED = "PyAV, as it comes", "PyAV, decoders of one thread"
-# From a seed to pictures a second, and to seconds of processor time a picture.
+# From a seed to images a second, and to seconds of processor time an image.
 _Run = Callable[[int], tuple[float, float]]
 
 
@@ -40,9 +40,9 @@ class Setting:
 
     # LeRobot dataset: a folder or its address on the hub; empty generates a synthetic one.
     path: str = ""
-    # Height of the synthetic pictures, pixels.
+    # Height of the synthetic images, pixels.
     height: int = 256
-    # Width of the synthetic pictures, pixels.
+    # Width of the synthetic images, pixels.
     width: int = 256
     # Codec of the synthetic video.
     codec: Literal["av1", "h264"] = "av1"
@@ -50,7 +50,7 @@ class Setting:
     group: int = 2
     # Frames of the synthetic dataset, in four episodes.
     frames: int = 400
-    # Side of the model's pictures.
+    # Side of the model's images.
     image_size: int = 224
     # Samples of a batch.
     batch_size: int = 16
@@ -72,10 +72,10 @@ class Setting:
 
 
 def measure(given: Setting, scratch: pathlib.Path) -> dict[str, object]:
-    """Measure the pictures a second of every way: medians of repeats that take turns."""
+    """Measure the images a second of every way: medians of repeats that take turns."""
     dataset = reader.Dataset(hub.locate(given.path) if given.path else _make_up(given, scratch))
     if not dataset.cameras:
-        raise ValueError(f"dataset {dataset.path} has no cameras: there are no pictures to read")
+        raise ValueError(f"dataset {dataset.path} has no cameras: there are no images to read")
     source = _source(dataset, given.image_size, scratch)
     ways = _ways(given, dataset, source, scratch)
     rates: dict[str, list[float]] = collections.defaultdict(list)
@@ -100,10 +100,10 @@ def measure(given: Setting, scratch: pathlib.Path) -> dict[str, object]:
             "keeps_up": bool(batch_ms <= given.step_ms) if given.step_ms else None,
             "all": rates[way],
         }
-    picture = dataset.picture(0, dataset.cameras[0])
+    image = dataset.image(0, dataset.cameras[0])
     return {
         "dataset": given.path or f"made up: {given.codec}, group {given.group}",
-        "pictures": list(picture.shape[:2]),
+        "images": list(image.shape[:2]),
         "cores": os.cpu_count(),
         "arguments": dataclasses.asdict(given),
         "rows": rows,
@@ -113,11 +113,11 @@ def measure(given: Setting, scratch: pathlib.Path) -> dict[str, object]:
 def table(result: dict[str, Any]) -> str:
     """The result as text, a line for each way, compared with PyAV alone."""
     rows, step_ms = result["rows"], result["arguments"]["step_ms"]
-    # Pictures that are no video are not compared with it.
+    # Images that are no video are not compared with it.
     tuned = rows.get(TUNED, {}).get("frames_per_second")
-    height, width = result["pictures"]
+    height, width = result["images"]
     lines = [
-        f"{result['dataset']}, pictures of {height} by {width}, {result['cores']} cores",
+        f"{result['dataset']}, images of {height} by {width}, {result['cores']} cores",
         f"{'':<34}{'frames/s':>10}{'per core':>10}{'of PyAV':>9}{'cpu ms':>8}{'ms/batch':>10}",
     ]
     for way, row in rows.items():
@@ -141,7 +141,7 @@ def _ways(
         source.robot,
         HORIZON,
         source.transform,
-        frame_cache.FrameCache(dataset, cameras, given.image_size, scratch / "cache").picture,
+        frame_cache.FrameCache(dataset, cameras, given.image_size, scratch / "cache").image,
     )
 
     def pyav(tuned: bool) -> _Run:
@@ -191,21 +191,21 @@ def _order(source: sources.Source, samples: int, seed: int) -> list[int]:
 
 
 class _Timer:
-    """A timer that starts at once; `stop` gives pictures a second and CPU seconds a picture."""
+    """A timer that starts at once; `stop` gives images a second and CPU seconds an image."""
 
-    def __init__(self, pictures: int) -> None:
-        self.pictures = pictures
+    def __init__(self, count: int) -> None:
+        self.count = count
         self.began, self.cpu_began = time.perf_counter(), time.process_time()
 
     def stop(self) -> tuple[float, float]:
         cpu = time.process_time() - self.cpu_began
-        return self.pictures / (time.perf_counter() - self.began), cpu / self.pictures
+        return self.count / (time.perf_counter() - self.began), cpu / self.count
 
 
 def _pyav(
     dataset: reader.Dataset, order: list[int], threads: int, tuned: bool
 ) -> tuple[float, float]:
-    """Decode the pictures of `order` to RGB with PyAV alone."""
+    """Decode the images of `order` to RGB with PyAV alone."""
     local = threading.local()
 
     def decode(i: int) -> None:
@@ -213,7 +213,7 @@ def _pyav(
         for camera in dataset.cameras:
             file, start = dataset.layout.video(episode, camera)
             seconds = start + dataset.seconds[i]
-            tolerance = pictures.TOLERANCE / dataset.fps
+            tolerance = images.TOLERANCE / dataset.fps
             videos = local.__dict__.setdefault("videos", {})
             if file not in videos:
                 container = av.open(os.fspath(dataset.path / file))
@@ -225,9 +225,9 @@ def _pyav(
             container, stream = videos[file]
             target = seconds + tolerance if tuned else max(0.0, seconds - tolerance)
             container.seek(round(target / stream.time_base), stream=stream, backward=True)
-            for picture in container.decode(stream):
-                if abs(float(picture.time) - seconds) <= tolerance:
-                    picture.to_ndarray(format="rgb24")
+            for image in container.decode(stream):
+                if abs(float(image.time) - seconds) <= tolerance:
+                    image.to_ndarray(format="rgb24")
                     break
 
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
@@ -277,8 +277,8 @@ def _make_up(given: Setting, scratch: pathlib.Path) -> pathlib.Path:
         progress.bar("Make up video", len(episodes)) as advance,
     ):
         for frames in episodes:
-            images = {f"camera{c}": np.stack(list(film(frames, c))) for c in range(2)}
+            films = {f"camera{c}": np.stack(list(film(frames, c))) for c in range(2)}
             state, action = generator.normal(size=(2, len(frames), 7))
-            writer.add_episode(images, state, action, "do something")
+            writer.add_episode(films, state, action, "do something")
             advance(1)
     return scratch / "dataset"

@@ -1,4 +1,4 @@
-"""Time the stages between pictures on the host and actions on the host.
+"""Time the stages between images on the host and actions on the host.
 
 Each stage is waited for before the next begins, so that the times add up to a little more than the
 whole takes in use, where the device works beside the host.
@@ -28,9 +28,9 @@ class HostPath:
     cameras: int
     # After `prepare.trim`.
     prompt_tokens: int
-    # Height and width of the robot's pictures.
-    picture: tuple[int, int]
-    # Pictures are brought to the model's size on the device; then there is no stage "resize".
+    # Height and width of the robot's images.
+    image: tuple[int, int]
+    # Images are brought to the model's size on the device; then there is no stage "resize".
     resized_on_device: bool
     # Median milliseconds by stage, each waited for.
     stages_ms: dict[str, float]

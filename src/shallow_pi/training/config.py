@@ -287,7 +287,7 @@ class DistillConfig:
     student: StudentConfig = dataclasses.field(default_factory=StudentConfig)
     # Weights and switches of the losses.
     losses: loss_terms.Losses = dataclasses.field(default_factory=loss_terms.Losses)
-    # Augmentation of the training pictures.
+    # Augmentation of the training images.
     augmentation: observation.Augmentation = dataclasses.field(
         default_factory=observation.Augmentation
     )

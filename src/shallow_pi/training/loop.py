@@ -208,8 +208,8 @@ def _open_log(run: runs.Run, first: int, stack: contextlib.ExitStack) -> Log:
     )
     stack.enter_context(log)
     if first == 1:
-        picture = sheet.write(run.folder, run.samples, experiment.augmentation, experiment.seed)
-        log.image(0, "data_sheet", picture)
+        image = sheet.write(run.folder, run.samples, experiment.augmentation, experiment.seed)
+        log.image(0, "data_sheet", image)
     return log.log
 
 

@@ -83,10 +83,10 @@ class MetricsLog:
         for run in self._runs:
             run.log(scalars, step=int(step))
 
-    def image(self, step: int, name: str, picture: UInt8[np.ndarray, "h w 3"]) -> None:
-        """Log a picture to TensorBoard, if it is on."""
+    def image(self, step: int, name: str, pixels: UInt8[np.ndarray, "h w 3"]) -> None:
+        """Log an image to TensorBoard, if it is on."""
         if self._board is not None:
-            self._board.write(int(step), summary.image(name, picture, dataformats="HWC"))
+            self._board.write(int(step), summary.image(name, pixels, dataformats="HWC"))
 
     def close(self) -> None:
         """Close everything; safe to call twice."""

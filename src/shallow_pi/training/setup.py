@@ -235,7 +235,7 @@ def resolve(
 ) -> config.DistillConfig:
     """The experiment with the tower sizes of its teacher's checkpoint; prints those that differ.
 
-    Widths, MLPs, heads, vocabulary and picture size are facts about a checkpoint, so a config need
+    Widths, MLPs, heads, vocabulary and image size are facts about a checkpoint, so a config need
     not repeat them; kind, depth and action dimension are the config's decision (`check_teacher`).
     """
     if teacher_step is None:

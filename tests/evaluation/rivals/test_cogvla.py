@@ -27,8 +27,8 @@ def test_the_mean_is_that_of_two_by_two_windows(setting):
     config, params, observation, _ = setting(image_size=48)
     whole = gates.embed(config, params, observation)
     found = cogvla.reduce("mean", config, {}, whole)
-    pictures = np.asarray(whole.tokens[:, :32]).reshape(2, 2, 2, 2, 2, 2, 24)
-    expected = pictures.mean(axis=(3, 5)).reshape(2, 8, 24)  # b, camera, row, in it, column, in it
+    images = np.asarray(whole.tokens[:, :32]).reshape(2, 2, 2, 2, 2, 2, 24)
+    expected = images.mean(axis=(3, 5)).reshape(2, 8, 24)  # b, camera, row, in it, column, in it
     np.testing.assert_allclose(found.tokens[:, :8], expected, atol=1e-5)
     np.testing.assert_array_equal(found.tokens[:, 8:], whole.tokens[:, 32:])
     # Camera 1 of sample 0 is absent.

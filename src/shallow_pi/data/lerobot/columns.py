@@ -20,7 +20,7 @@ BOOKKEEPING = ("timestamp", "frame_index", "episode_index", "index", "task_index
 _PLAIN_TEXTS = ("string", "large_string")
 # LeRobot's "language" is text, or a list of annotations that no robot uses.
 _TEXTS = (*_PLAIN_TEXTS, "str", "language")
-PICTURES = ("image", "video")
+IMAGES = ("image", "video")
 # An entry of `features` of info.json: dtype, shape, names, and for videos their codec.
 Feature = Mapping[str, Any]
 

@@ -1,6 +1,6 @@
 """Convert a LeRobot dataset of any version to v3.0; anything that is not kept is reported.
 
-Videos and encoded pictures are copied bit for bit unless re-encoding is requested; depth cameras
+Videos and encoded images are copied bit for bit unless re-encoding is requested; depth cameras
 are always copied, because colour video and 8-bit PNG would lose their values.
 """
 
@@ -17,7 +17,7 @@ from shallow_pi import progress
 from shallow_pi.data.lerobot import columns, files, layout, reader, video, video_writer
 from shallow_pi.data.lerobot import writer as lerobot_writer
 
-# Pictures per episode that are decoded for the statistics of a copied camera.
+# Images per episode that are decoded for the statistics of a copied camera.
 SAMPLED = 20
 # Columns that are numbered anew; times stay.
 _NUMBERED = columns.BOOKKEEPING[1:]
@@ -32,14 +32,14 @@ _META = re.compile(r"(info|stats)\.json|(episodes|episodes_stats|tasks)(\.jsonl|
 def convert(
     source: reader.Dataset,
     target: str | os.PathLike[str],
-    pictures: Literal["copy", "png"] | video_writer.Encoding,
+    images: Literal["copy", "png"] | video_writer.Encoding,
 ) -> pathlib.Path:
     """Write the converted dataset, episode by episode.
 
     Args:
       source: the dataset.
       target: folder to create; must not exist.
-      pictures: "copy" keeps videos and encoded pictures unchanged, "png" and an encoding
+      images: "copy" keeps videos and encoded images unchanged, "png" and an encoding
         re-encode them.
 
     Raises:
@@ -50,8 +50,8 @@ def convert(
     extras = _extras(source)
     tasks = [source.tasks[number] for number in sorted(source.tasks)]
     _tell_numbers(source, tasks)
-    copied = {camera for camera in source.cameras if pictures == "copy" or _depth(source, camera)}
-    encoding = None if isinstance(pictures, str) else pictures
+    copied = {camera for camera in source.cameras if images == "copy" or _depth(source, camera)}
+    encoding = None if isinstance(images, str) else images
     _tell_losses(source, [camera for camera in source.cameras if camera not in copied], encoding)
     if source.episodes != list(range(len(source.layout.lengths))):
         progress.warn(
@@ -162,7 +162,7 @@ def _tell_losses(
     if cameras and encoding is not None:
         progress.warn(
             f"{cameras} are encoded as {encoding.codec} (crf {encoding.crf}), which loses detail; "
-            "--pictures copy and png lose none"
+            "--images copy and png lose none"
         )
     for camera in cameras:
         if source.features[camera]["dtype"] == "video":
@@ -188,7 +188,7 @@ def _images(
 
 
 def _decoded(source: reader.Dataset, rows: np.ndarray, camera: str) -> Iterator[np.ndarray]:
-    return (source.picture(int(i), camera) for i in rows)
+    return (source.image(int(i), camera) for i in rows)
 
 
 def _others(root: pathlib.Path) -> list[pathlib.Path]:

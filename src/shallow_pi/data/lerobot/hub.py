@@ -13,7 +13,7 @@ from collections.abc import Collection
 
 from shallow_pi import progress
 from shallow_pi.checkpoints import fetch
-from shallow_pi.data.lerobot import layout, pictures, selection
+from shallow_pi.data.lerobot import images, layout, selection
 
 _ADDRESS = re.compile(r"(hf://datasets/)?(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 
@@ -58,7 +58,7 @@ def locate(
         root = fetch.snapshot(repo, commit, meta.files(chosen, videos), kind="dataset")
     elif missing:
         fetch.files(repo, commit, missing, kind="dataset")
-    stored = pictures.Pictures(meta)
+    stored = images.Images(meta)
     for key in (key for key, kind in kinds.items() if kind == "image" and used):
         if stored.is_beside(key, used[0]):
             fetch.snapshot(repo, commit, [f"*{key}/*"], kind="dataset")

@@ -1,6 +1,6 @@
 """Read LeRobot datasets (v2.0, v2.1, v3.0) without torch: random access to frames and chunks.
 
-The requested columns are kept in memory as numpy arrays; pictures are decoded on demand, from PNG
+The requested columns are kept in memory as numpy arrays; images are decoded on demand, from PNG
 bytes in the parquet files or from video. All methods are thread-safe, and a dataset can be pickled
 to another process. Frame `i` counts the frames of the chosen episodes, in order.
 """
@@ -16,7 +16,7 @@ import polars as pl
 from jaxtyping import Bool, Float
 
 from shallow_pi import progress
-from shallow_pi.data.lerobot import columns, data_files, files, layout, picture_files, pictures
+from shallow_pi.data.lerobot import columns, data_files, files, image_files, images, layout
 
 
 class Dataset:
@@ -26,10 +26,10 @@ class Dataset:
       path: of the folder, or its meta files if read already.
       episodes: indices of the episodes to read; None reads all. Files of others are not opened.
       skip_bad_episodes: leave out unreadable episodes instead of raising; `skipped` lists them with
-        the reasons. Decodes the first and last picture of each, with a progress bar.
+        the reasons. Decodes the first and last image of each, with a progress bar.
       keys: of the needed columns, read immediately; None checks all readable columns and reads each
         on first use. Errors in columns that are not needed are ignored.
-      cameras: the needed cameras: their videos must exist and have a picture for every frame; None
+      cameras: the needed cameras: their videos must exist and have an image for every frame; None
         checks the videos that exist.
       skip_flag: the command's flag for `skip_bad_episodes`, named in errors.
 
@@ -73,7 +73,7 @@ class Dataset:
         self.features: Mapping[str, columns.Feature] = self.info["features"]
         self.fps = float(self.info["fps"])
         self.cameras = tuple(
-            key for key, feature in self.features.items() if feature["dtype"] in columns.PICTURES
+            key for key, feature in self.features.items() if feature["dtype"] in columns.IMAGES
         )
         self.tasks = self.layout.tasks
         # Texts by the column that numbers them.
@@ -84,14 +84,14 @@ class Dataset:
         # Requested cameras; None if unknown.
         self._asked = None if cameras is None else tuple(cameras)
         self.require(self._needed or (), self._asked or ())
-        self._pictures = pictures.Pictures(self.layout)
+        self._images = images.Images(self.layout)
         self._open(self._chosen(episodes), skip, tell)
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, i: int) -> dict[str, object]:
-        """All keys of frame `i`, flat: pictures uint8 (h, w, 3), vectors, `task` as text."""
+        """All keys of frame `i`, flat: images uint8 (h, w, 3), vectors, `task` as text."""
         return self.read(i)
 
     def __getstate__(self) -> dict:
@@ -118,13 +118,13 @@ class Dataset:
     def read(
         self, i: int, cameras: Collection[str] | None = None, keys: Collection[str] | None = None
     ) -> dict[str, object]:
-        """Frame `i` with only the pictures of `cameras` and the columns `keys` (default: all)."""
+        """Frame `i` with only the images of `cameras` and the columns `keys` (default: all)."""
         if not 0 <= i < len(self):
             raise IndexError(f"frame {i} of a dataset of {len(self)} frames")
         names = self.columns if keys is None else keys
         frame: dict[str, object] = {key: self.columns[key][i] for key in names}
         cameras = self.cameras if cameras is None else cameras
-        frame |= {key: self.picture(i, key) for key in cameras}
+        frame |= {key: self.image(i, key) for key in cameras}
         return frame | {"task": self.task(i)} if keys is None else frame
 
     def task(self, i: int, key: str = "task_index") -> str:
@@ -150,27 +150,27 @@ class Dataset:
         frames = np.arange(i, i + horizon)
         return self.columns[key][np.minimum(frames, self.ends[i] - 1)], frames >= self.ends[i]
 
-    def picture(self, i: int, camera: str) -> np.ndarray:
-        """One decoded picture, uint8 (h, w, 3); of a depth camera the numbers stored, (h, w, 1)."""
+    def image(self, i: int, camera: str) -> np.ndarray:
+        """One decoded image, uint8 (h, w, 3); of a depth camera the numbers stored, (h, w, 1)."""
         if camera not in self.cameras:
             raise ValueError(f"dataset {self.path} has no camera {camera!r}; it has {self.cameras}")
         episode, row = int(self.columns["episode_index"][i]), int(self._rows[i])
         try:
-            time = float(self.seconds[i]) if self._pictures.is_video(camera) else 0.0
-            return self._pictures.read(camera, episode, row, time)
+            time = float(self.seconds[i]) if self._images.is_video(camera) else 0.0
+            return self._images.read(camera, episode, row, time)
         except (ValueError, FileNotFoundError) as error:
             raise type(error)(f"{camera} of {self.where(i)}: {error}") from error
 
     def encoded(self, i: int, camera: str) -> tuple[bytes, str]:
-        """The picture of frame `i` in its stored encoding, and a name for it."""
+        """The image of frame `i` in its stored encoding, and a name for it."""
         episode, row = int(self.columns["episode_index"][i]), int(self._rows[i])
         try:
-            return self._pictures.encoded(camera, episode, row)
+            return self._images.encoded(camera, episode, row)
         except (ValueError, OSError) as error:
             raise ValueError(f"{camera} of {self.where(i)}: {error}") from error
 
     def stored(self, episode: int, keys: Sequence[str] | None) -> pl.DataFrame:
-        """Columns of one episode as stored in its data file; None takes all but the pictures."""
+        """Columns of one episode as stored in its data file; None takes all but the images."""
         file = self.path / self.layout.data_file(episode)
         if keys is None:
             keys = [key for key in files.schema(file) if key not in self.cameras]
@@ -178,8 +178,8 @@ class Dataset:
         return files.read_table(file, keys)[rows]
 
     def depth(self, camera: str) -> str:
-        """Reason why a camera records depth; empty if it records pictures."""
-        return self._pictures.depth(camera, self.episodes[0])
+        """Reason why a camera records depth; empty if it records images."""
+        return self._images.depth(camera, self.episodes[0])
 
     def names(self, key: str) -> tuple[str, ...]:
         """Names of a vector's dimensions as `info.json` gives them; empty if it gives none."""
@@ -289,7 +289,7 @@ class Dataset:
         if not moved:
             return {}
         self.layout = dataclasses.replace(self.layout, moved={**self.layout.moved, **moved})
-        self._pictures = pictures.Pictures(self.layout)
+        self._images = images.Images(self.layout)
         if tell:
             progress.warn(
                 f"dataset {self.path}: meta/episodes places {_name(sorted(moved))} in data files "
@@ -301,10 +301,10 @@ class Dataset:
         """Raise if a requested camera is stored in another form than info.json declares."""
         file = self.layout.data_file(self.episodes[0])
         for camera in self._asked or ():
-            if self._pictures.is_video(camera):
+            if self._images.is_video(camera):
                 if camera not in self._stored or self.layout.has_videos(camera):
                     continue
-                there, form = f"its pictures are in {file}", "image"
+                there, form = f"its images are in {file}", "image"
             else:
                 if camera in self._stored:
                     continue
@@ -318,13 +318,13 @@ class Dataset:
             )
 
     def _check_videos(self, parts: Mapping[int, data_files.Episode], skip: bool) -> None:
-        """Raise for, or leave out, episodes with frames that have no picture at their time."""
+        """Raise for, or leave out, episodes with frames that have no image at their time."""
         if not self._timed:
             return
         starts = np.flatnonzero(np.diff(self.ends, prepend=0))
         bounds = zip(starts.tolist(), self.ends[starts].tolist(), strict=True)
         spans = dict(zip(self.columns["episode_index"][starts].tolist(), bounds, strict=True))
-        problems = self._pictures.unmatched(
+        problems = self._images.unmatched(
             spans, self.seconds, self._timed, missing_ok=self._asked is None
         )
         if not problems:
@@ -345,14 +345,14 @@ class Dataset:
         self._join({e: part for e, part in parts.items() if e not in problems})
 
     def _check_files(self, parts: Mapping[int, data_files.Episode], skip: bool) -> None:
-        """Raise for, or leave out, episodes with a picture file that is not there."""
+        """Raise for, or leave out, episodes with an image file that is not there."""
         rows = {episode: parts[episode].rows for episode in self.episodes}
         for camera in self._asked or ():
-            if self._pictures.is_video(camera) or not self._pictures.is_beside(
+            if self._images.is_video(camera) or not self._images.is_beside(
                 camera, self.episodes[0]
             ):
                 continue
-            lacking = picture_files.absent(self.layout, camera, rows)
+            lacking = image_files.absent(self.layout, camera, rows)
             if lacking and not skip:
                 episode, first = min(lacking.items())
                 count = sum(found.count for found in lacking.values())
@@ -378,7 +378,7 @@ class Dataset:
     def _timed(self) -> list[str]:
         """The requested cameras that are stored as video."""
         looked_at = self.cameras if self._asked is None else self._asked
-        return [camera for camera in looked_at if self._pictures.is_video(camera)]
+        return [camera for camera in looked_at if self._images.is_video(camera)]
 
     def _join(self, parts: Mapping[int, data_files.Episode]) -> None:
         if not parts:
@@ -412,7 +412,7 @@ class Dataset:
         """Time of each frame since its episode's start."""
         if self._times is None:
             recorded, frames = self.columns["timestamp"], self.columns["frame_index"]
-            self._times = pictures.times(recorded, frames, self.fps)
+            self._times = images.times(recorded, frames, self.fps)
         return self._times
 
     def _load(self, key: str) -> np.ndarray:
@@ -424,7 +424,7 @@ class Dataset:
         return data_files.column(self.layout, key, dict(zip(self.episodes, rows, strict=True)))
 
     def _skip_unreadable(self, parts: Mapping[int, data_files.Episode]) -> None:
-        """Leave out episodes with numbers that are not finite, or undecodable pictures."""
+        """Leave out episodes with numbers that are not finite, or undecodable images."""
         starts = np.flatnonzero(np.diff(self.ends, prepend=0))
         with progress.bar("Check episodes", len(starts)) as advance:
             for start in map(int, starts):
@@ -443,7 +443,7 @@ class Dataset:
         cameras = self.cameras if self._asked is None else self._asked
         try:
             for camera, frame in itertools.product(cameras, (first, last)):
-                self.picture(frame, camera)
+                self.image(frame, camera)
         except (ValueError, FileNotFoundError) as error:
             return str(error)
         return ""

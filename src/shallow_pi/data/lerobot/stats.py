@@ -27,20 +27,20 @@ def of_values(values: Num[np.ndarray, "n ..."]) -> dict[str, np.ndarray]:
 
 
 class Histogram:
-    """Counts of a camera's pixel values by channel, for the statistics of its pictures."""
+    """Counts of a camera's pixel values by channel, for the statistics of its images."""
 
     def __init__(self) -> None:
         self.frames = 0
-        # Of the pictures; None before the first.
+        # Of the images; None before the first.
         self.shape: tuple[int, ...] | None = None
         self._counts = np.zeros((3, 256), np.int64)
 
-    def add(self, picture: UInt8[np.ndarray, "h w 3"]) -> None:
-        """Count one picture."""
+    def add(self, image: UInt8[np.ndarray, "h w 3"]) -> None:
+        """Count one image."""
         self.frames += 1
-        self.shape = self.shape or picture.shape
+        self.shape = self.shape or image.shape
         for channel in range(3):
-            self._counts[channel] += np.bincount(picture[..., channel].ravel(), minlength=256)
+            self._counts[channel] += np.bincount(image[..., channel].ravel(), minlength=256)
 
     def merge(self, other: "Histogram") -> None:
         """Add the counts of another histogram."""

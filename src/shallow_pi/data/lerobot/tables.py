@@ -14,12 +14,12 @@ from shallow_pi.data.lerobot.columns import Feature
 
 
 def frames(
-    pictures: Mapping[str, Sequence[tuple[bytes, str]]],
+    images: Mapping[str, Sequence[tuple[bytes, str]]],
     values: Mapping[str, np.ndarray | pl.Series],
 ) -> pl.DataFrame:
-    """A row for each frame: encoded pictures and their names, then the columns."""
+    """A row for each frame: encoded images and their names, then the columns."""
     series = []
-    for key, encoded in pictures.items():
+    for key, encoded in images.items():
         data, names = zip(*encoded, strict=True)
         series.append(pl.DataFrame({"bytes": data, "path": names}).to_struct(key))
     for key, value in values.items():
@@ -76,10 +76,10 @@ def _bare(value: object) -> object:
     return (isinstance(value, bool), "nan" if value != value else value)
 
 
-def png(picture: np.ndarray) -> bytes:
-    """A picture as a PNG file."""
+def png(image: np.ndarray) -> bytes:
+    """An image as a PNG file."""
     data = io.BytesIO()
-    Image.fromarray(picture).save(data, format="PNG", compress_level=1)
+    Image.fromarray(image).save(data, format="PNG", compress_level=1)
     return data.getvalue()
 
 

@@ -4,7 +4,7 @@ The frame nearest to a time is found in the file's index (`video_times`), then d
 has its own decoders, because a container shared between threads crashes the process; they are not
 pickled. A jump seeks to the last key frame at or before the frame, a short step forward continues
 decoding, so videos with frequent key frames are fast. Decoders are single threaded, because a
-multithreaded one decodes pictures ahead that are not needed.
+multithreaded one decodes images ahead that are not needed.
 """
 
 import collections
@@ -189,14 +189,14 @@ def _reason(error: Exception) -> str:
 
 
 def is_deep_grey(pixels: str) -> bool:
-    """True for one channel above 8 bits: numbers such as depth, not a picture."""
+    """True for one channel above 8 bits: numbers such as depth, not an image."""
     return pixels.startswith("gray") and pixels not in ("gray", "gray8")
 
 
-def _upright(picture: UInt[np.ndarray, "h w c"], degrees: float) -> UInt[np.ndarray, "h2 w2 c"]:
-    """The picture as players show it, rotated by the angle that phones store."""
+def _upright(image: UInt[np.ndarray, "h w c"], degrees: float) -> UInt[np.ndarray, "h2 w2 c"]:
+    """The image as players show it, rotated by the angle that phones store."""
     quarters = round(degrees / 90) % 4
-    return np.ascontiguousarray(np.rot90(picture, quarters)) if quarters else picture
+    return np.ascontiguousarray(np.rot90(image, quarters)) if quarters else image
 
 
 def _first_plane(frame: av.VideoFrame) -> UInt[np.ndarray, "h w 1"]:

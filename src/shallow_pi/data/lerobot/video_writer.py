@@ -1,6 +1,6 @@
 """Write video for fast random access: frequent key frames, one stream, no B frames.
 
-A picture is decoded from the key frame before it, so a key frame every second picture costs at most
+An image is decoded from the key frame before it, so a key frame every second image costs at most
 two decodes; LeRobot writes AV1 this way. H.264 is larger but supported everywhere.
 """
 
@@ -23,10 +23,10 @@ _ENCODERS = {"av1": "libsvtav1", "h264": "libx264"}
 
 @dataclasses.dataclass(frozen=True)
 class Encoding:
-    """Encoding of pictures as video."""
+    """Encoding of images as video."""
 
     codec: Literal["av1", "h264"] = "av1"
-    # Distance between key frames, in pictures.
+    # Distance between key frames, in images.
     group: int = 2
     # Constant rate factor: 0 is best, 63 (AV1) or 51 (H.264) smallest.
     crf: int = 30
@@ -40,16 +40,16 @@ class Encoding:
             )
 
 
-# Picture times are rounded to this resolution, seconds.
+# Image times are rounded to this resolution, seconds.
 _TICK = fractions.Fraction(1, 90_000)
 # Entries of a video's `info` that can be read from its file.
 OF_THE_FILE = ("video.height", "video.width", "video.codec", "video.pix_fmt")
 
 
 class Encoder:
-    """Pictures, one by one, to a file; `close` completes it.
+    """Images, one by one, to a file; `close` completes it.
 
-    `nbytes` counts the bytes written so far; encoders buffer some pictures.
+    `nbytes` counts the bytes written so far; encoders buffer some images.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Encoder:
         height, width = shape
         if height % 2 or width % 2:
             raise ValueError(
-                f"video needs even sizes, got pictures of {height} by {width}: crop or pad them, "
+                f"video needs even sizes, got images of {height} by {width}: crop or pad them, "
                 "or write images"
             )
         self.nbytes = 0
@@ -87,18 +87,18 @@ class Encoder:
 
     @property
     def end(self) -> float:
-        """Time at which the next picture follows, at the nominal rate, in seconds."""
+        """Time at which the next image follows, at the nominal rate, in seconds."""
         return float((self._last + self._ticks_per_frame) * self._tick)
 
-    def add(self, picture: UInt8[np.ndarray, "h w 3"], seconds: float | None = None) -> None:
-        """Append one picture, shown at `seconds`; default `end`."""
+    def add(self, image: UInt8[np.ndarray, "h w 3"], seconds: float | None = None) -> None:
+        """Append one image, shown at `seconds`; default `end`."""
         ticks = round((self.end if seconds is None else seconds) / self._tick)
         if ticks <= self._last:
             raise ValueError(
-                f"pictures must follow each other in time, got {seconds} s after "
+                f"images must follow each other in time, got {seconds} s after "
                 f"{float(self._last * self._tick)} s"
             )
-        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
         frame.pts, frame.time_base = ticks, self._tick
         packets = self._stream.encode(frame)
         self._container.mux(packets)

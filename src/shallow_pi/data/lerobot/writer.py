@@ -1,9 +1,9 @@
-"""Write LeRobot v3.0 datasets (pictures as PNG in parquet, or video) without torch or pyarrow.
+"""Write LeRobot v3.0 datasets (images as PNG in parquet, or video) without torch or pyarrow.
 
 Everything is written to `<folder>.partial`, locked against other processes, which `finish` renames:
 an existing folder is complete.
 Statistics are exact over all frames, unlike LeRobot's, which average quantiles of episodes; copied
-pictures are sampled, and depth has no statistics.
+images are sampled, and depth has no statistics.
 """
 
 import contextlib
@@ -42,20 +42,20 @@ class Film:
     path: pathlib.Path
     # Start of the episode, seconds.
     start: float = 0.0
-    # Some of its pictures, for the statistics.
+    # Some of its images, for the statistics.
     sample: Sequence[np.ndarray] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Files:
-    """Encoded pictures to copy unchanged, and their names."""
+    """Encoded images to copy unchanged, and their names."""
 
     content: Sequence[tuple[bytes, str]]
     # Some of them decoded, for the statistics.
     sample: Sequence[np.ndarray] = ()
 
 
-# One camera in one episode: pictures to encode, uint8 (h, w, 3) each, or to copy.
+# One camera in one episode: images to encode, uint8 (h, w, 3) each, or to copy.
 Images = Iterable[np.ndarray] | Film | Files
 
 
@@ -67,7 +67,7 @@ class Writer:
       fps: frame rate.
       robot_type: written to `info.json`.
       names: of a column's dimensions; default `["0", "1", ...]`.
-      encoding: of video; None writes pictures as PNG.
+      encoding: of video; None writes images as PNG.
       source: `info.json` of a dataset being converted: its entries and features are kept, and its
         numbers are not checked.
       tasks: instructions to number first, in this order.
@@ -189,8 +189,8 @@ class Writer:
                 else:
                     places[key] = self._encode(key, seen, times)
             if isinstance(value, Film | Files):
-                for picture in value.sample:
-                    histogram.add(picture)
+                for image in value.sample:
+                    histogram.add(image)
             if histogram.frames:
                 stats[key] = histogram.stats()
                 self._histograms.setdefault(key, lerobot_stats.Histogram()).merge(histogram)
@@ -251,22 +251,22 @@ class Writer:
     def _seen(
         self,
         where: str,
-        pictures: Iterable[np.ndarray],
+        images: Iterable[np.ndarray],
         histogram: lerobot_stats.Histogram,
         length: int,
     ) -> Iterator[np.ndarray]:
-        """Iterate over the pictures, checking and counting them."""
-        for i, picture in enumerate(pictures):
-            shape = histogram.shape or picture.shape
-            if picture.shape != shape:
+        """Iterate over the images, checking and counting them."""
+        for i, image in enumerate(images):
+            shape = histogram.shape or image.shape
+            if image.shape != shape:
                 raise ValueError(
-                    f"{where}, frame {i} is {picture.shape[0]} by {picture.shape[1]}, before "
-                    f"{shape[0]} by {shape[1]}: encoding needs one size, --pictures copy takes any"
+                    f"{where}, frame {i} is {image.shape[0]} by {image.shape[1]}, before "
+                    f"{shape[0]} by {shape[1]}: encoding needs one size, --images copy takes any"
                 )
-            histogram.add(picture)
-            yield picture
+            histogram.add(image)
+            yield image
         if histogram.frames != length:
-            raise ValueError(f"{where} has {histogram.frames} pictures for {length} frames")
+            raise ValueError(f"{where} has {histogram.frames} images for {length} frames")
 
     def _copy(self, key: str, film: Film, times: Float[np.ndarray, " T"]) -> dict[str, Any]:
         """Copy an episode's video, once; returns its location for the episode table."""
@@ -279,19 +279,19 @@ class Writer:
         return self._place(self._copied[key, film.path], film.start, times)
 
     def _encode(
-        self, key: str, pictures: Iterator[np.ndarray], times: Float[np.ndarray, " T"]
+        self, key: str, images: Iterator[np.ndarray], times: Float[np.ndarray, " T"]
     ) -> dict[str, object]:
-        """Encode an episode's pictures, each at its time; returns their location."""
+        """Encode an episode's images, each at its time; returns their location."""
         assert self.encoding is not None, "`add` requires an encoding"
         file = self._video_files.setdefault(key, 0)
-        for i, picture in enumerate(pictures):
+        for i, image in enumerate(images):
             if key not in self._encoders:
-                path, shape = self._video(key, file), (picture.shape[0], picture.shape[1])
+                path, shape = self._video(key, file), (image.shape[0], image.shape[1])
                 self._encoders[key] = video_writer.Encoder(path, self.fps, shape, self.encoding)
             if not i:
                 # Episodes follow each other without a gap, even if their times start late.
                 start = self._encoders[key].end - times[0]
-            self._encoders[key].add(picture, start + times[i])
+            self._encoders[key].add(image, start + times[i])
         if self._encoders[key].nbytes >= VIDEO_FILE_MB * 2**20:
             self._close_encoder(key)
         return self._place(file, start, times)

@@ -67,7 +67,7 @@ class Assets:
     def inputs(self, *, resize: bool = True) -> transforms.Composed:
         """Robot observation → model sample without its batch axis.
 
-        Without `resize`, pictures keep the robot's size.
+        Without `resize`, images keep the robot's size.
 
         Raises:
           ValueError: robot, tokenizer or statistics do not fit the model.

@@ -76,9 +76,9 @@ def warn_of_tokenizer(step: pathlib.Path) -> None:
 
 
 def warn_of_padding(step: pathlib.Path) -> None:
-    """Warn of a policy whose pictures, or states in its prompts, were padded differently.
+    """Warn of a policy whose images, or states in its prompts, were padded differently.
 
-    LeRobot's first π0 padded pictures at the left and top. LeRobot 0.4 padded them on both sides as
+    LeRobot's first π0 padded images at the left and top. LeRobot 0.4 padded them on both sides as
     openpi does, but with values below black, and filled up the state in a prompt to the model's
     width; its folders look like those of 0.5.0.
     """
@@ -89,8 +89,8 @@ def warn_of_padding(step: pathlib.Path) -> None:
         if not is_square:
             progress.warn(
                 f"the policy in {step} is of LeRobot's first π0 ({_FIRST_PI0} in "
-                f"{run_folder.CONFIG_FILE}), which padded pictures at the left and top, not on "
-                "both sides\nit sees pictures that are not square shifted: record square ones, or "
+                f"{run_folder.CONFIG_FILE}), which padded images at the left and top, not on "
+                "both sides\nit sees images that are not square shifted: record square ones, or "
                 "fine-tune it in a later LeRobot or openpi first"
             )
         return
@@ -98,7 +98,7 @@ def warn_of_padding(step: pathlib.Path) -> None:
     if not content or _SINCE_0_5_1 in content or not is_trained:
         return
     padded = ["filled up the state in its prompts"] if _entry(steps, _STATE_IN_PROMPT) else []
-    padded += [] if is_square else ["padded pictures that are not square with less than black"]
+    padded += [] if is_square else ["padded images that are not square with less than black"]
     if padded:
         progress.warn(
             f"the policy in {step} is of LeRobot before 0.5.1 ({run_folder.CONFIG_FILE} has no "
@@ -149,7 +149,7 @@ def check_robot(step: pathlib.Path, robot: robots.Robot) -> None:
 
 
 def _compare_cameras(step: pathlib.Path, robot: robots.Robot) -> None:
-    """Warn where the model would see a camera's picture in another place than in training."""
+    """Warn where the model would see a camera's image in another place than in training."""
     theirs = [name.rpartition(".")[2] for name in _cameras(_config(step))]
     ours = [robot.cameras[name].rpartition(".")[2] for name in pi0.CAMERAS if name in robot.cameras]
     if any(name in theirs and theirs.index(name) != place for place, name in enumerate(ours)):
@@ -288,7 +288,7 @@ def _config(step: pathlib.Path) -> Mapping[str, Any]:
 
 
 def _cameras(content: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """The pictures among the features of a `config.json`, in their order."""
+    """The images among the features of a `config.json`, in their order."""
     return {
         name: feature
         for name, feature in (content.get("input_features") or {}).items()

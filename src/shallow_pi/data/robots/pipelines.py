@@ -36,13 +36,13 @@ def inputs(
     Args:
       robot: the source of the observation.
       cameras: the model's cameras in order; one the robot lacks becomes black with mask False.
-      image_size: side of the model's pictures.
+      image_size: side of the model's images.
       action_dim: the model's action dimension, to which state and actions are padded.
       tokenizer: of the prompt.
       stats: statistics of `state` and `actions` in the robot's dimensions.
       kind: z-score (π0) or quantile (π0.5).
       discrete_state: write the state into the prompt (π0.5).
-      resize: bring pictures to the model's size; without, whoever takes the sample does.
+      resize: bring images to the model's size; without, whoever takes the sample does.
     """
     _check_here(robot)
     if not set(cameras) & set(robot.cameras):

@@ -72,7 +72,7 @@ class Robot:
     """Names, sizes and units of one embodiment."""
 
     name: str
-    # Model camera → key of the picture in the robot's observations and datasets. A camera of the
+    # Model camera → key of the image in the robot's observations and datasets. A camera of the
     # model that is not here is black and masked, for π0 and π0.5 alike, as in openpi.
     cameras: Mapping[str, str]
     state_dim: int
@@ -332,7 +332,7 @@ LIBERO = Robot(
 # differences already (pi05_libero does without).
 LIBERO_DELTA = dataclasses.replace(LIBERO, name="libero_delta", delta=mask(6, -1))
 
-# What RoboArena's client reads: pictures as they are (it would stretch them to a size), one camera
+# What RoboArena's client reads: images as they are (it would stretch them to a size), one camera
 # beside the wrist's, and the meaning of an action, in absence of which it takes joint positions.
 _ROBOARENA = {
     "image_resolution": None,

@@ -55,9 +55,9 @@ class Repack:
 
 @dataclasses.dataclass(frozen=True)
 class Cameras:
-    """Collect pictures under `image` by model camera; `keys` maps model camera to sample key.
+    """Collect images under `image` by model camera; `keys` maps model camera to sample key.
 
-    A model camera that no key is given for becomes a black picture with mask False.
+    A model camera that no key is given for becomes a black image with mask False.
     """
 
     cameras: tuple[str, ...]
@@ -72,13 +72,13 @@ class Cameras:
         ]
         if missing:
             there = sorted(key for key in sample if "image" in key)
-            raise ValueError(f"sample lacks camera {', '.join(missing)}; pictures there: {there}")
+            raise ValueError(f"sample lacks camera {', '.join(missing)}; images there: {there}")
         black = np.zeros((self.image_size, self.image_size, 3), np.uint8)
         used = set(self.keys.values())
         return {
             **{key: value for key, value in sample.items() if key not in used},
             "image": {
-                camera: _picture(sample[self.keys[camera]], self.keys[camera])
+                camera: _image(sample[self.keys[camera]], self.keys[camera])
                 if camera in self.keys
                 else black
                 for camera in self.cameras
@@ -87,19 +87,18 @@ class Cameras:
         }
 
 
-def _picture(value: object, key: str) -> np.ndarray:
-    picture = np.asarray(value)
-    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[-1] != 3:
+def _image(value: object, key: str) -> np.ndarray:
+    image = np.asarray(value)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
         raise ValueError(
-            f"{key!r} must be a uint8 picture (height, width, 3), got {picture.dtype} "
-            f"{picture.shape}"
+            f"{key!r} must be a uint8 image (height, width, 3), got {image.dtype} {image.shape}"
         )
-    return picture
+    return image
 
 
 @dataclasses.dataclass(frozen=True)
 class Resize:
-    """Resize every picture to a square of `size`, keeping its proportions, padded with black."""
+    """Resize every image to a square of `size`, keeping its proportions, padded with black."""
 
     size: int
 
@@ -114,10 +113,10 @@ def resize_with_pad(image: UInt8[np.ndarray, "h w 3"], size: int) -> UInt8[np.nd
     if (height, width) == (size, size):
         return image
     new_height, new_width = resize.fit(height, width, size)
-    picture = Image.fromarray(image).resize((new_width, new_height), Image.Resampling.BILINEAR)
+    scaled = Image.fromarray(image).resize((new_width, new_height), Image.Resampling.BILINEAR)
     padded = np.zeros((size, size, 3), np.uint8)
     top, left = (size - new_height) // 2, (size - new_width) // 2
-    padded[top : top + new_height, left : left + new_width] = np.asarray(picture)
+    padded[top : top + new_height, left : left + new_width] = np.asarray(scaled)
     return padded
 
 

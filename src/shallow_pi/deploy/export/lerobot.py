@@ -5,7 +5,7 @@ The types `shallow_pi0` and `shallow_pi05` come from the plugin `lerobot_policy_
 fit. The pipelines consist of LeRobot's steps with this policy's statistics, set up to compute the
 same as `data.robots`: openpi's epsilon, relative actions if the robot has any, and two steps of the
 plugin for a robot with different units or signs or a fixed prompt. LeRobot has one state,
-`observation.state`, one `task`, and pictures under `observation.images.`: other keys of a robot are
+`observation.state`, one `task`, and images under `observation.images.`: other keys of a robot are
 renamed to these (`camera_key`), and a state in parts becomes one.
 """
 
@@ -33,7 +33,7 @@ and must not load this file. With the Python of LeRobot:
     lerobot-eval --policy.path=/path/to/{folder} ...
 
 An observation has {names}.
-{relative}The plugin raises an error if the file and `config.json` do not match. Send pictures of
+{relative}The plugin raises an error if the file and `config.json` do not match. Send images of
 {size} × {size}, as Pillow resizes them (`resize_with_pad` of openpi's client): LeRobot shrinks
 larger ones without smoothing, which differs by ten grey levels and more where there is fine detail.
 """
@@ -48,7 +48,7 @@ chunk in the robot's units, which are not the model's here.
 """
 TOKENIZER = "google/paligemma-3b-pt-224"
 STATE, ACTION, PROMPT = "observation.state", "action", "task"
-PICTURES = "observation.images."
+IMAGES = "observation.images."
 # An object of the JSON that LeRobot reads.
 Json = Mapping[str, object]
 
@@ -133,9 +133,9 @@ def write_pipelines(folder: pathlib.Path, assets: policy_assets.Assets) -> None:
 
 def camera_key(key: str) -> str:
     """LeRobot's name of a robot's camera."""
-    if key.startswith(PICTURES):
+    if key.startswith(IMAGES):
         return key
-    return PICTURES + key.removeprefix("observation.").replace(".", "_")
+    return IMAGES + key.removeprefix("observation.").replace(".", "_")
 
 
 def config(assets: policy_assets.Assets) -> Json:
@@ -263,7 +263,7 @@ def _modes(assets: policy_assets.Assets) -> dict[str, str]:
 
 
 def _inputs(assets: policy_assets.Assets) -> dict[str, Json]:
-    """Pictures in the model's order (cameras the robot lacks are left out), and the state."""
+    """Images in the model's order (cameras the robot lacks are left out), and the state."""
     size, robot = assets.model.image_size, assets.robot
     own = [robot.cameras[name] for name in assets.seen.cameras]
     seen = [camera_key(key) for key in own]
@@ -272,8 +272,8 @@ def _inputs(assets: policy_assets.Assets) -> dict[str, Json]:
             f"robot {robot.name} has cameras {own}, which LeRobot would know by the same name "
             f"({seen}): give one of them another key in a robot file"
         )
-    pictures: dict[str, Json] = {key: {"type": "VISUAL", "shape": [3, size, size]} for key in seen}
-    return pictures | {STATE: {"type": "STATE", "shape": [robot.state_dim]}}
+    images: dict[str, Json] = {key: {"type": "VISUAL", "shape": [3, size, size]} for key in seen}
+    return images | {STATE: {"type": "STATE", "shape": [robot.state_dim]}}
 
 
 def _outputs(assets: policy_assets.Assets) -> dict[str, Json]:
@@ -297,11 +297,11 @@ def _names(assets: policy_assets.Assets) -> str:
     """LeRobot's keys, with the robot's names for them."""
     robot = assets.robot
     keys = [robot.cameras[name] for name in assets.seen.cameras]
-    pictures = [f"`{camera_key(key)}`" + f" (`{key}`)" * (camera_key(key) != key) for key in keys]
+    images = [f"`{camera_key(key)}`" + f" (`{key}`)" * (camera_key(key) != key) for key in keys]
     state = f"`{STATE}` ({robot.state_dim} numbers: "
     state += " then ".join(f"`{key}`" for key in robot.state_keys) + ")"
     prompt = "its prompt is always the same" if robot.prompt else "`task`"
     if not (robot.prompt or assets.model.discrete_state_input):
         # LeRobot replaces underscores in the prompts of π0.5 with the state alone.
         prompt += " (with spaces for underscores, as it was trained)"
-    return ", ".join([*pictures, state, prompt])
+    return ", ".join([*images, state, prompt])

@@ -1,6 +1,6 @@
 """ONNX graphs of the sampler, for TensorRT and ONNX Runtime: a robot's computer without JAX.
 
-`policy.onnx` is the whole sampler with its steps unrolled; `prefix.onnx` (pictures and prompt to
+`policy.onnx` is the whole sampler with its steps unrolled; `prefix.onnx` (images and prompt to
 keys and values) and `step.onnx` (noisy actions, time, keys and values to the velocity) are its
 parts, for a custom loop. Shapes are fixed, batch 1: there are graphs for several prompt lengths
 (`policy_16.onnx`), and all graphs share `weights.bin`. Cameras that the robot lacks would be masked
@@ -46,7 +46,7 @@ the graphs for prompts of up to {lengths} tokens; all of them share `weights.bin
 | `prefix.onnx` | {inputs} | `keys_i` and `values_i` of every layer, `valid` |
 | `step.onnx` | `x`, `t`, `keys_i`, `values_i`, `valid` | `velocity` |
 
-`pictures` are bytes (1, {count}, {size}, {size}, 3), cameras in the order {cameras}. With NVIDIA's
+`images` are bytes (1, {count}, {size}, {size}, 3), cameras in the order {cameras}. With NVIDIA's
 TensorRT 10, on the target computer:
 
     trtexec --onnx=policy.onnx --stronglyTyped --saveEngine=policy.engine
@@ -188,7 +188,7 @@ def _inputs(model: pi0.Pi0Config) -> dict[str, jax.ShapeDtypeStruct]:
     """Inputs of the prefix graph."""
     size, spec = model.image_size, jax.ShapeDtypeStruct
     found = {
-        "pictures": spec((1, len(model.cameras), size, size, 3), np.uint8),
+        "images": spec((1, len(model.cameras), size, size, 3), np.uint8),
         "prompt": spec((1, model.max_token_len), np.int32),
         "prompt_mask": spec((1, model.max_token_len), np.bool_),
     }
@@ -197,8 +197,8 @@ def _inputs(model: pi0.Pi0Config) -> dict[str, jax.ShapeDtypeStruct]:
 
 def _observation(model: pi0.Pi0Config, given: Sequence[Array]) -> observations.Observation:
     """The inputs of a graph as an observation, every camera present."""
-    pictures, prompt, mask, *state = given
-    floats = observations.Observation({"all": pictures}, {}, None, None, None).as_float()
+    images, prompt, mask, *state = given
+    floats = observations.Observation({"all": images}, {}, None, None, None).as_float()
     return observations.Observation(
         images={name: floats.images["all"][:, i] for i, name in enumerate(model.cameras)},
         image_masks=dict.fromkeys(model.cameras, jnp.ones(1, bool)),
@@ -301,7 +301,7 @@ def made_up(model: pi0.Pi0Config) -> dict[str, np.ndarray]:
         elif spec.dtype == np.float32:
             found[name] = generator.standard_normal(spec.shape).astype(np.float32)
         else:
-            high = 256 if name == "pictures" else model.vocab_size
+            high = 256 if name == "images" else model.vocab_size
             found[name] = generator.integers(0, high, spec.shape, spec.dtype)
     return found
 

@@ -35,7 +35,7 @@ One program for {platforms} in {dtype}, batch 1, {steps} integration steps. It n
     }}
     actions = jax.jit(policy.call)(weights, inputs)["actions"]
 
-Actions are normalized; pictures are bytes, cameras in the order {cameras}; tokenizer and statistics
+Actions are normalized; images are bytes, cameras in the order {cameras}; tokenizer and statistics
 are in `assets/`.
 """
 

@@ -1,4 +1,4 @@
-"""Pictures of a MuJoCo model, by ray casting or by MuJoCo's OpenGL renderer."""
+"""Images of a MuJoCo model, by ray casting or by MuJoCo's OpenGL renderer."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -19,11 +19,11 @@ def check(renderer: str) -> None:
         raise ValueError(f'renderer: expected "ray" or "gl", got {renderer!r}')
 
 
-class Pictures:
-    """Pictures of one model by its named cameras.
+class Images:
+    """Images of one model by its named cameras.
 
     Args:
-      model: the compiled scene; its colours are read anew for every picture.
+      model: the compiled scene; its colours are read anew for every image.
       size: height and width in pixels.
       renderer: "ray" needs no graphics library.
       grid: rays along each side of a pixel that shows an edge.
@@ -52,7 +52,7 @@ class Pictures:
     def render(
         self, data: mujoco.MjData, camera: str, light: raycast.Light = raycast.LIGHT
     ) -> UInt8[np.ndarray, "h w 3"]:
-        """One camera's picture; `data` must hold current kinematics.
+        """One camera's image; `data` must hold current kinematics.
 
         Raises:
           ValueError: there is no OpenGL here.
@@ -82,7 +82,7 @@ class Pictures:
         return self._gl.render()
 
     def close(self) -> None:
-        """Free the OpenGL renderer: two at once can give black pictures."""
+        """Free the OpenGL renderer: two at once can give black images."""
         if self._gl is not None:
             self._gl.close()
             self._gl = None

@@ -1,4 +1,4 @@
-"""A picture is the one recorded with its frame, read for what it is or refused by name."""
+"""An image is the one recorded with its frame, read for what it is or refused by name."""
 
 import fractions
 import io
@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from shallow_pi.data import fit, frame_cache
-from shallow_pi.data.lerobot import pictures, reader
+from shallow_pi.data.lerobot import images, reader
 from shallow_pi.data.lerobot import writer as lerobot_writer
 from shallow_pi.data.robots import robot as robots
 
@@ -23,7 +23,7 @@ ROBOT = robots.Robot("any", {"base_0_rgb": TOP}, state_dim=1, action_dim=1, fps=
 
 
 def _film(path, times, codec="libx264", pixels="yuv420p", options=None) -> pathlib.Path:
-    """A video whose picture i is grey, 12 * i bright, shown at times[i]."""
+    """A video whose image i is grey, 12 * i bright, shown at times[i]."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tick = fractions.Fraction(1, 90_000)
     with av.open(str(path), "w") as container:
@@ -31,8 +31,8 @@ def _film(path, times, codec="libx264", pixels="yuv420p", options=None) -> pathl
         stream.width, stream.height, stream.pix_fmt = 32, 32, pixels
         stream.codec_context.time_base = tick
         for i, time in enumerate(times):
-            picture = np.full((32, 32, 3), 12 * i, np.uint8)
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            image = np.full((32, 32, 3), 12 * i, np.uint8)
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
             frame.pts, frame.time_base = round(time * 90_000), tick
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
@@ -45,8 +45,8 @@ def _dataset(folder, film, timestamps) -> pathlib.Path:
     vectors = {"observation.state": numbers, "action": numbers}
     with lerobot_writer.Writer(folder, FPS) as writer:
         for _ in range(2):
-            images = {TOP: lerobot_writer.Film(film, sample=np.zeros((1, 32, 32, 3), np.uint8))}
-            writer.add(images, vectors, ["go"] * len(numbers))
+            films = {TOP: lerobot_writer.Film(film, sample=np.zeros((1, 32, 32, 3), np.uint8))}
+            writer.add(films, vectors, ["go"] * len(numbers))
             film = shutil.copyfile(film, film.with_stem(film.stem + "_again"))
     data = folder / "data" / "chunk-000" / "file-000.parquet"
     stamps = pl.Series("timestamp", np.tile(timestamps, 2), pl.Float32)
@@ -55,9 +55,9 @@ def _dataset(folder, film, timestamps) -> pathlib.Path:
 
 
 def _seen(dataset, start=0) -> list[int]:
-    """Numbers of the pictures that an episode's frames have."""
+    """Numbers of the images that an episode's frames have."""
     rows = range(start, start + len(dataset) // 2)
-    return [round(float(dataset.picture(i, TOP).mean()) / 12) for i in rows]
+    return [round(float(dataset.image(i, TOP).mean()) / 12) for i in rows]
 
 
 GRID = np.arange(COUNT) / FPS
@@ -77,7 +77,7 @@ JITTER = np.cumsum(np.random.default_rng(0).uniform(0.05, 0.2, COUNT))
         pytest.param(np.arange(COUNT) / 9.99, GRID, range(COUNT), id="fractional rate"),
     ],
 )
-def test_picture_is_the_one_of_the_recorded_time(tmp_path, shown, timestamps, expected) -> None:
+def test_image_is_the_one_of_the_recorded_time(tmp_path, shown, timestamps, expected) -> None:
     dataset = reader.Dataset(
         _dataset(tmp_path / "set", _film(tmp_path / "a.mp4", shown), timestamps)
     )
@@ -90,9 +90,7 @@ def test_picture_is_the_one_of_the_recorded_time(tmp_path, shown, timestamps, ex
     [
         pytest.param(GRID, CLOCK, "frame 19: recorded at 1.9588 s, .*0.0588 s away", id="drift"),
         pytest.param(GRID, GRID + 0.04, r"frame \d+: .*0.0400 s away, at most 0.0250", id="offset"),
-        pytest.param(
-            GRID + 0.2, GRID, "frame 0: .* nearest picture at 0.2000 s.*2 of 20", id="late"
-        ),
+        pytest.param(GRID + 0.2, GRID, "frame 0: .* nearest image at 0.2000 s.*2 of 20", id="late"),
         pytest.param(GRID[:-3], GRID, "frame 19: .*3 of 20 .* ends at 1.6000", id="short"),
         pytest.param(GRID, GRID * np.nan, "frame 0: recorded at nan s", id="no times"),
         pytest.param(GRID, GRID * 0, "frame 1: .* 19 timestamps do not rise", id="zeros"),
@@ -100,7 +98,7 @@ def test_picture_is_the_one_of_the_recorded_time(tmp_path, shown, timestamps, ex
         pytest.param(GRID, 1000 * GRID, "frame 19: .*19 of 20 frames", id="milliseconds"),
     ],
 )
-def test_frames_without_a_picture_are_refused_when_opened(
+def test_frames_without_an_image_are_refused_when_opened(
     tmp_path, shown, timestamps, worst
 ) -> None:
     folder = _dataset(tmp_path / "set", _film(tmp_path / "a.mp4", shown), timestamps)
@@ -110,7 +108,7 @@ def test_frames_without_a_picture_are_refused_when_opened(
     assert len(reader.Dataset(folder, cameras=[])) == 2 * COUNT, "videos that are not read"
 
 
-def test_an_episode_without_pictures_can_be_left_out(tmp_path) -> None:
+def test_an_episode_without_images_can_be_left_out(tmp_path) -> None:
     folder = _dataset(tmp_path / "set", _film(tmp_path / "a.mp4", GRID), GRID)
     second = folder / "videos" / TOP / "chunk-000" / "file-001.mp4"
     _film(second, GRID[:9])
@@ -141,18 +139,18 @@ def _version_2(root, film, lengths, starts=(0, 0)) -> pathlib.Path:
     return root
 
 
-def test_pictures_after_an_episodes_last_frame_are_told(tmp_path, capsys) -> None:
-    """A start that was cut out of the rows alone shifts every picture, which fits all the same."""
+def test_images_after_an_episodes_last_frame_are_told(tmp_path, capsys) -> None:
+    """A start that was cut out of the rows alone shifts every image, which fits all the same."""
     film = _film(tmp_path / "a.mp4", GRID)
     reader.Dataset(_version_2(tmp_path / "set", film, (15, COUNT)))
     told = capsys.readouterr().err
-    assert "5 pictures of videos/chunk-000/observation.images.top/episode_000000.mp4" in told
-    assert "numbered anew, pictures lag behind" in told
+    assert "5 images of videos/chunk-000/observation.images.top/episode_000000.mp4" in told
+    assert "numbered anew, images lag behind" in told
     for number, (lengths, starts) in enumerate(
         [((COUNT, COUNT), (0, 0)), ((COUNT - 1, COUNT - 1), (0, 0)), ((10, 10), (0.5, 0.5))]
     ):
         reader.Dataset(_version_2(tmp_path / str(number), film, lengths, starts))
-    assert not capsys.readouterr().err, "as recorded, a picture more, times as recorded"
+    assert not capsys.readouterr().err, "as recorded, an image more, times as recorded"
 
 
 def test_episodes_with_the_same_stretch_of_video_are_told(tmp_path, capsys) -> None:
@@ -185,12 +183,12 @@ def test_episodes_with_the_same_stretch_of_video_are_told(tmp_path, capsys) -> N
 
 
 def test_only_a_share_of_very_many_regular_videos_is_checked(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(pictures, "MAX_CHECKED", 1)
+    monkeypatch.setattr(images, "MAX_CHECKED", 1)
     folder = _dataset(tmp_path / "set", _film(tmp_path / "a.mp4", GRID), GRID)
     _film(folder / "videos" / TOP / "chunk-000" / "file-001.mp4", GRID[:9])
     dataset = reader.Dataset(folder)
     with pytest.raises(ValueError, match=r"episode 1, frame 19: .* no frame within 0\.0250 s of"):
-        dataset.picture(2 * COUNT - 1, TOP)
+        dataset.image(2 * COUNT - 1, TOP)
     data = folder / "data" / "chunk-000" / "file-000.parquet"
     later = pl.col("timestamp") + pl.when(pl.col("episode_index") == 1).then(0.01).otherwise(0)
     pl.read_parquet(data).with_columns(later.cast(pl.Float32)).write_parquet(data)
@@ -201,10 +199,10 @@ def test_only_a_share_of_very_many_regular_videos_is_checked(tmp_path, monkeypat
 def test_float32_times_of_a_long_episode_are_made_exact() -> None:
     frames = np.arange(10**6)
     exact = frames / 30
-    found = pictures.times(exact.astype(np.float32), frames, 30.0)
+    found = images.times(exact.astype(np.float32), frames, 30.0)
     np.testing.assert_array_equal(found, exact)
     later = exact[:1000] + 0.001
-    np.testing.assert_array_equal(pictures.times(later, frames[:1000], 30.0), later)
+    np.testing.assert_array_equal(images.times(later, frames[:1000], 30.0), later)
 
 
 @pytest.mark.parametrize(
@@ -219,32 +217,32 @@ def test_float32_times_of_a_long_episode_are_made_exact() -> None:
     ],
 )
 def test_declared_size_is_read_in_any_order(shape, names, expected) -> None:
-    assert pictures.declared_size({"shape": shape, "names": names}) == expected
+    assert images.declared_size({"shape": shape, "names": names}) == expected
 
 
-def _encoded(picture, **options) -> bytes:
+def _encoded(image, **options) -> bytes:
     data = io.BytesIO()
-    picture.save(data, **{"format": "PNG", **options})
+    image.save(data, **{"format": "PNG", **options})
     return data.getvalue()
 
 
-def _with_pictures(folder, column) -> reader.Dataset:
+def _with_images(folder, column) -> reader.Dataset:
     """A dataset whose camera is stored as `column`."""
     length = len(column)
     with lerobot_writer.Writer(folder, FPS) as writer:
-        images = {TOP: np.zeros((length, 6, 8, 3), np.uint8)}
-        writer.add_episode(images, np.zeros((length, 1)), np.zeros((length, 1)), "go")
+        films = {TOP: np.zeros((length, 6, 8, 3), np.uint8)}
+        writer.add_episode(films, np.zeros((length, 1)), np.zeros((length, 1)), "go")
     data = folder / "data" / "chunk-000" / "file-000.parquet"
     pl.read_parquet(data).with_columns(pl.Series(TOP, column)).write_parquet(data)
     return reader.Dataset(folder)
 
 
-def test_picture_files_that_are_missing_are_counted_when_a_dataset_is_opened(tmp_path, capsys):
+def test_image_files_that_are_missing_are_counted_when_a_dataset_is_opened(tmp_path, capsys):
     folder = tmp_path / "set"
     with lerobot_writer.Writer(folder, FPS) as writer:
         for _ in range(3):
-            images = {TOP: np.zeros((4, 6, 8, 3), np.uint8)}
-            writer.add_episode(images, np.zeros((4, 1)), np.zeros((4, 1)), "go")
+            films = {TOP: np.zeros((4, 6, 8, 3), np.uint8)}
+            writer.add_episode(films, np.zeros((4, 1)), np.zeros((4, 1)), "go")
     data = folder / "data" / "chunk-000" / "file-000.parquet"
     table = pl.read_parquet(data)
     places = [f"images/{TOP}/episode_{n:06d}/frame_{i}.png" for n in range(3) for i in range(4)]
@@ -268,8 +266,8 @@ def test_picture_files_that_are_missing_are_counted_when_a_dataset_is_opened(tmp
     assert "episode 2 of dataset" in capsys.readouterr().err
 
 
-def _structs(*pictures) -> list[dict]:
-    return [{"bytes": data, "path": None} for data in pictures]
+def _structs(*encoded) -> list[dict]:
+    return [{"bytes": data, "path": None} for data in encoded]
 
 
 COLOUR = np.random.default_rng(0).integers(0, 256, (6, 8, 3), np.uint8)
@@ -277,7 +275,7 @@ GREY = np.repeat(COLOUR[..., :1], 3, axis=-1)
 
 
 @pytest.mark.parametrize(
-    ("picture", "options", "expected"),
+    ("image", "options", "expected"),
     [
         (Image.fromarray(COLOUR), {}, COLOUR),
         (Image.fromarray(COLOUR), {"format": "BMP"}, COLOUR),
@@ -290,18 +288,18 @@ GREY = np.repeat(COLOUR[..., :1], 3, axis=-1)
     ],
     ids=["RGB", "BMP", "RGBA", "grey", "palette", "grey alpha", "1 bit", "CMYK"],
 )
-def test_every_kind_of_colour_becomes_rgb(tmp_path, capsys, picture, options, expected) -> None:
-    dataset = _with_pictures(tmp_path / "set", _structs(_encoded(picture, **options)))
-    np.testing.assert_array_equal(dataset.picture(0, TOP), expected)
+def test_every_kind_of_colour_becomes_rgb(tmp_path, capsys, image, options, expected) -> None:
+    dataset = _with_images(tmp_path / "set", _structs(_encoded(image, **options)))
+    np.testing.assert_array_equal(dataset.image(0, TOP), expected)
     fit.check(dataset, ROBOT)
     assert "warning" not in capsys.readouterr().err
 
 
-def test_a_picture_taken_sideways_is_turned(tmp_path) -> None:
+def test_an_image_taken_sideways_is_turned(tmp_path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # The camera was turned: show it a quarter clockwise.
     column = _structs(_encoded(Image.fromarray(COLOUR), exif=exif))
-    found = _with_pictures(tmp_path / "set", column).picture(0, TOP)
+    found = _with_images(tmp_path / "set", column).image(0, TOP)
     np.testing.assert_array_equal(found, np.rot90(COLOUR, -1))
 
 
@@ -312,10 +310,10 @@ def test_transparency_and_changing_sizes_are_told_once(tmp_path, capsys) -> None
         _encoded(Image.fromarray(COLOUR[:4])),
         _encoded(Image.fromarray(COLOUR[:3])),
     )
-    dataset = _with_pictures(tmp_path / "set", column)
-    np.testing.assert_array_equal(dataset.picture(0, TOP), COLOUR)
-    np.testing.assert_array_equal(dataset.picture(1, TOP), COLOUR[:4])
-    dataset.picture(1, TOP)
+    dataset = _with_images(tmp_path / "set", column)
+    np.testing.assert_array_equal(dataset.image(0, TOP), COLOUR)
+    np.testing.assert_array_equal(dataset.image(1, TOP), COLOUR[:4])
+    dataset.image(1, TOP)
     told = capsys.readouterr().err
     assert told.count("partly transparent") == 1
     assert told.count("expected 6 by 8, got 4 by 8") == 1
@@ -326,8 +324,8 @@ def test_depth_is_read_as_numbers_and_refused_as_a_camera(tmp_path, mode) -> Non
     kind = {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]
     depth = np.linspace(300, 3000, 48).reshape(6, 8).astype(kind)
     column = _structs(_encoded(Image.fromarray(depth), format="TIFF"))
-    dataset = _with_pictures(tmp_path / "set", column)
-    np.testing.assert_array_equal(dataset.picture(0, TOP), depth[..., None])
+    dataset = _with_images(tmp_path / "set", column)
+    np.testing.assert_array_equal(dataset.image(0, TOP), depth[..., None])
     with pytest.raises(ValueError, match=rf"'{TOP}' \(for base_0_rgb\) of .* records depth \(its"):
         fit.check(dataset, ROBOT)
 
@@ -358,24 +356,24 @@ def test_depth_video_is_read_as_numbers(tmp_path, codec, pixels, options) -> Non
     for file in (folder / "videos").rglob("*.mp4"):
         file.write_bytes(path.read_bytes())
     dataset = reader.Dataset(folder)
-    np.testing.assert_array_equal(dataset.picture(2, TOP), (code + 2)[..., None])
+    np.testing.assert_array_equal(dataset.image(2, TOP), (code + 2)[..., None])
     with pytest.raises(ValueError, match=rf"above 8 bits \({pixels}\)"):
         fit.check(dataset, ROBOT)
 
 
-def test_deep_colour_and_grey_video_are_pictures(tmp_path) -> None:
+def test_deep_colour_and_grey_video_are_images(tmp_path) -> None:
     silent = {"crf": "5", "x265-params": "log-level=none"}
     film = _film(tmp_path / "deep.mp4", GRID, "libx265", "yuv420p10le", silent)
     deep = reader.Dataset(_dataset(tmp_path / "deep", film, GRID))
     assert _seen(deep) == list(range(COUNT))
     film = _film(tmp_path / "grey.mp4", GRID, "libx264", "gray")
-    grey = reader.Dataset(_dataset(tmp_path / "grey", film, GRID)).picture(9, TOP)
+    grey = reader.Dataset(_dataset(tmp_path / "grey", film, GRID)).image(9, TOP)
     np.testing.assert_allclose(grey, 107, atol=2)
     assert (grey == grey[..., :1]).all()
     fit.check(deep, ROBOT)
 
 
-def test_pictures_are_found_however_they_are_stored(tmp_path) -> None:
+def test_images_are_found_however_they_are_stored(tmp_path) -> None:
     data = _encoded(Image.fromarray(COLOUR))
     nested = pl.Series([COLOUR.tolist()], dtype=pl.List(pl.List(pl.List(pl.UInt8))))
     columns = [[data], nested, pl.Series([COLOUR.transpose(2, 0, 1).tolist()]), ["frame_0.png"]]
@@ -383,32 +381,32 @@ def test_pictures_are_found_however_they_are_stored(tmp_path) -> None:
         columns.append([{"bytes": None, "path": path}])
     for number, column in enumerate(columns):
         folder = tmp_path / str(number)
-        dataset = _with_pictures(folder, column)
+        dataset = _with_images(folder, column)
         beside = folder / "images" / TOP / "episode_000000"
         beside.mkdir(parents=True)
         (beside / "frame_0.png").write_bytes(data)
-        np.testing.assert_array_equal(dataset.picture(0, TOP), COLOUR, f"column {number}")
+        np.testing.assert_array_equal(dataset.image(0, TOP), COLOUR, f"column {number}")
     (beside / "frame_0.png").unlink()
     dataset = reader.Dataset(folder)
     with pytest.raises(
         ValueError, match=r"episode 0, frame 0: .*frame_0\.png' is missing, in .*episode_000000 too"
     ):
-        dataset.picture(0, TOP)
-    dataset = _with_pictures(tmp_path / "base64", ["iVBORw0KGgo" * 400])
+        dataset.image(0, TOP)
+    dataset = _with_images(tmp_path / "base64", ["iVBORw0KGgo" * 400])
     with pytest.raises(ValueError, match=r"its file 'iVBORw0KGgo\w{,100} is missing, in "):
-        dataset.picture(0, TOP)
+        dataset.image(0, TOP)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
-def test_a_damaged_picture_is_named(tmp_path, kind) -> None:
+def test_a_damaged_image_is_named(tmp_path, kind) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     whole = _encoded(Image.fromarray(noise), format=kind)
     broken = whole[:40] + b"\0" * 40 + whole[80:]
     column = _structs(whole[: len(whole) // 2], broken[: len(broken) - 9], b"", None)
-    dataset = _with_pictures(tmp_path / "set", column)
+    dataset = _with_images(tmp_path / "set", column)
     for i in range(4):
         with pytest.raises(ValueError, match=rf"^{TOP} of episode 0, frame {i}: .*file-000\.parq"):
-            dataset.picture(i, TOP)
+            dataset.image(i, TOP)
 
 
 def test_a_file_that_is_no_video_is_named_when_opened(tmp_path) -> None:

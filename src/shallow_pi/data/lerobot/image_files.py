@@ -1,4 +1,4 @@
-"""Picture files beside the data files, whose parquet columns hold names instead of pictures."""
+"""Image files beside the data files, whose parquet columns hold names instead of images."""
 
 import concurrent.futures
 import contextlib
@@ -21,7 +21,7 @@ _THREADS = 8
 
 @dataclasses.dataclass(frozen=True)
 class Absent:
-    """Picture files that an episode lacks."""
+    """Image files that an episode lacks."""
 
     # The first of its frames without one, and the number of such frames.
     frame: int
@@ -33,7 +33,7 @@ class Absent:
 def find(
     layout: lerobot_layout.Layout, camera: str, episode: int, file: str, name: str
 ) -> pathlib.Path:
-    """The picture that a data file names.
+    """The image that a data file names.
 
     Raises:
       ValueError: it is not there.
@@ -50,10 +50,10 @@ def find(
 def absent(
     layout: lerobot_layout.Layout, camera: str, rows: Mapping[int, np.ndarray]
 ) -> dict[int, Absent]:
-    """Episodes that lack picture files which their data files name.
+    """Episodes that lack image files which their data files name.
 
-    Lists each folder once, and opens no picture. A data file that cannot be read is passed over:
-    reading its pictures reports that.
+    Lists each folder once, and opens no image. A data file that cannot be read is passed over:
+    reading its images reports that.
 
     Args:
       layout: of the dataset.
@@ -100,7 +100,7 @@ def absent(
 def stamps(
     layout: lerobot_layout.Layout, camera: str, episodes: Iterable[int]
 ) -> dict[str, tuple[int, int]]:
-    """Size and modification time (ns) of all files in the folders of a camera's pictures.
+    """Size and modification time (ns) of all files in the folders of a camera's images.
 
     Data files that cannot be read name none. Keys are relative to the dataset.
     """
@@ -134,7 +134,7 @@ def _split(name: str) -> tuple[str, str]:
 def _folders(
     layout: lerobot_layout.Layout, camera: str, episode: int, file: str, inside: str
 ) -> tuple[pathlib.Path, ...]:
-    """The folders where a picture may be that a data file names in a folder."""
+    """The folders where an image may be that a data file names in a folder."""
     root = layout.root
     # A path of the recording computer ends like the path here.
     own = root / f"images/{camera}/episode_{episode:06d}"
@@ -142,7 +142,7 @@ def _folders(
 
 
 def _names(column: pl.Series) -> pl.Series:
-    """The file that each picture of a data file is in; null for pictures in the data file."""
+    """The file that each image of a data file is in; null for images in the data file."""
     if column.dtype == pl.String:
         return column
     nothing = pl.Series([None] * len(column), dtype=pl.String)

@@ -1,4 +1,4 @@
-"""Pictures by OpenGL are those that published policies were trained on."""
+"""Images by OpenGL are those that published policies were trained on."""
 
 import sys
 
@@ -6,7 +6,7 @@ import mujoco
 import numpy as np
 import pytest
 
-from shallow_pi.sims import pictures, simulator
+from shallow_pi.sims import images, simulator
 
 
 @pytest.fixture
@@ -26,11 +26,11 @@ def test_alohas_have_shadows_and_smooth_edges(egl):
     sim = simulator.find("aloha_transfer_cube", {"height": 48}).make()
     sim.reset(0)
     found = sim.observe()["observation.images.top"]
-    sim._pictures.close()
+    sim._images.close()
     with mujoco.Renderer(sim.model, 48, 64) as own:
         own.update_scene(sim.data, "top")
         np.testing.assert_array_equal(found, own.render())
-    plain = pictures.Pictures(sim.model, (48, 64), "gl", shadows=False)
+    plain = images.Images(sim.model, (48, 64), "gl", shadows=False)
     assert np.abs(found.astype(int) - plain.render(sim.data, "top")).mean() > 0.5
     plain.close()
 
@@ -41,7 +41,7 @@ def test_metaworlds_are_lerobots(egl):
     sim = simulator.find("metaworld_mt10", options).make()
     sim.reset(0)
     found = sim.observe()["observation.images.base"]
-    sim._pictures.close()
+    sim._images.close()
     model = sim._env.model
     model.camera("corner2").pos = (0.75, 0.075, 0.7)  # LeRobot's.
     with mujoco.Renderer(model, 48, 48) as own:
@@ -49,8 +49,8 @@ def test_metaworlds_are_lerobots(egl):
         np.testing.assert_array_equal(found, own.render()[::-1, ::-1])
 
 
-def test_a_picture_may_be_larger_than_the_scenes_file_provides_for(egl):
+def test_an_image_may_be_larger_than_the_scenes_file_provides_for(egl):
     sim = simulator.find("turntable", {"renderer": "gl", "image_size": 700}).make()
     sim.reset(0)
     assert sim.observe()["observation.images.base"].shape == (700, 700, 3)
-    sim._pictures[id(sim.bench)].close()
+    sim._images[id(sim.bench)].close()

@@ -1,7 +1,7 @@
-"""Pictures of a dataset's frames: found by row in parquet files or by time in videos, and decoded.
+"""Images of a dataset's frames: found by row in parquet files or by time in videos, and decoded.
 
-A video's picture belongs to a frame by the frame's recorded time plus the episode's start in the
-file, as in LeRobot: the nearest picture in time, at most a quarter of a frame away. Colour is
+A video's image belongs to a frame by the frame's recorded time plus the episode's start in the
+file, as in LeRobot: the nearest image in time, at most a quarter of a frame away. Colour is
 returned as uint8 RGB, depth as the stored numbers.
 """
 
@@ -20,12 +20,12 @@ from jaxtyping import Float
 from PIL import Image, ImageOps
 
 from shallow_pi import progress
-from shallow_pi.data.lerobot import columns, files, picture_files, tables, video, video_times
+from shallow_pi.data.lerobot import columns, files, image_files, tables, video, video_times
 from shallow_pi.data.lerobot import layout as lerobot_layout
 
-# Encoded pictures of parquet files kept in memory, per dataset.
-MAX_PICTURE_BYTES = 4 * 2**30
-# Largest allowed difference between the times of a picture and its frame, in frames.
+# Encoded images of parquet files kept in memory, per dataset.
+MAX_IMAGE_BYTES = 4 * 2**30
+# Largest allowed difference between the times of an image and its frame, in frames.
 TOLERANCE = 0.25
 # Recorded times this close to frame number / fps are rounded to it (LeRobot's tolerance), seconds.
 ROUNDING = 1e-4
@@ -45,15 +45,15 @@ _SUFFIXES = {
     b"GIF8": "gif",
     b"BM": "bmp",
 }
-# Report pictures after an episode's last frame from this many on.
+# Report images after an episode's last frame from this many on.
 _UNUSED = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Unmatched:
-    """An episode with frames that no picture belongs to."""
+    """An episode with frames that no image belongs to."""
 
-    # Seconds from its worst frame to the picture nearest to it.
+    # Seconds from its worst frame to the image nearest to it.
     away: float
     # Names that frame, with the numbers.
     problem: str
@@ -61,7 +61,7 @@ class Unmatched:
 
 @dataclasses.dataclass(frozen=True)
 class Doubt:
-    """A sign that frames have pictures of other moments."""
+    """A sign that frames have images of other moments."""
 
     # Length of the stretch of video.
     seconds: float
@@ -82,8 +82,8 @@ def times(
     return np.where(np.abs(recorded - regular) <= rounding, regular, recorded)
 
 
-class Pictures:
-    """Decoded pictures of any camera, from any thread."""
+class Images:
+    """Decoded images of any camera, from any thread."""
 
     def __init__(self, layout: lerobot_layout.Layout) -> None:
         self._layout = layout
@@ -100,49 +100,49 @@ class Pictures:
         return self._features[camera]["dtype"] == "video"
 
     def read(self, camera: str, episode: int, row: int, seconds: float) -> np.ndarray:
-        """One picture: uint8 (h, w, 3), or a depth camera's numbers (h, w, 1).
+        """One image: uint8 (h, w, 3), or a depth camera's numbers (h, w, 1).
 
         Args:
           camera: its key.
           episode: the frame's episode.
-          row: of the frame in the episode's data file, for pictures in parquet.
+          row: of the frame in the episode's data file, for images in parquet.
           seconds: the frame's time since the episode's start, for video.
 
         Raises:
-          FileNotFoundError, ValueError: the picture is missing or damaged; names the file.
+          FileNotFoundError, ValueError: the image is missing or damaged; names the file.
         """
         if self.is_video(camera):
             file, start = self._layout.video(episode, camera)
             deep = bool(self.depth(camera, episode))
-            picture = self._videos.frame(
+            image = self._videos.frame(
                 self._layout.root / file, start + seconds, TOLERANCE / self._fps, deep
             )
-            self._compare_size(camera, picture)
-            return picture
+            self._compare_size(camera, image)
+            return image
         file = self._layout.data_file(episode)
         encoded = self._encoded(file, camera, episode, row)
         try:
-            picture = self._decode(encoded, camera)
+            image = self._decode(encoded, camera)
         # Damaged files cause errors of any type in Pillow.
         except Exception as error:
             raise ValueError(
                 f"cannot decode it from {self._layout.root / file}: {error}; repair it, or leave "
                 "its episode out"
             ) from error
-        self._compare_size(camera, picture)
-        return picture
+        self._compare_size(camera, image)
+        return image
 
     def encoded(self, camera: str, episode: int, row: int) -> tuple[bytes, str]:
-        """A picture of a data file in its stored encoding, and a name for it."""
+        """An image of a data file in its stored encoding, and a name for it."""
         encoded = self._encoded(self._layout.data_file(episode), camera, episode, row)
         if not isinstance(encoded, bytes):
-            picture = self._decode(encoded, camera)
-            return tables.png(picture), f"frame-{row:06d}.png"
+            image = self._decode(encoded, camera)
+            return tables.png(image), f"frame-{row:06d}.png"
         kinds = (kind for magic, kind in _SUFFIXES.items() if encoded.startswith(magic))
         return encoded, f"frame-{row:06d}.{next(kinds, 'png')}"
 
     def is_beside(self, camera: str, episode: int) -> bool:
-        """True if the data file refers to picture files instead of containing the pictures."""
+        """True if the data file refers to image files instead of containing the images."""
         try:
             value, name = self._stored(self._layout.data_file(episode), camera, 0)
         except (ValueError, FileNotFoundError):
@@ -150,9 +150,9 @@ class Pictures:
         return value is None and bool(name)
 
     def depth(self, camera: str, episode: int) -> str:
-        """Reason why a camera holds depth or other numbers; empty if it holds pictures.
+        """Reason why a camera holds depth or other numbers; empty if it holds images.
 
-        Checks `info.json`, then the episode's first picture if it is available.
+        Checks `info.json`, then the episode's first image if it is available.
         """
         with self._lock:
             if camera in self._depth:
@@ -172,7 +172,7 @@ class Pictures:
                 return ""
             mode = self._mode(file, camera, episode)
             if mode.startswith(_DEEP):
-                reason = f"its pictures have one channel above 8 bits (Pillow's mode {mode})"
+                reason = f"its images have one channel above 8 bits (Pillow's mode {mode})"
         with self._lock:
             self._depth[camera] = reason
         return reason
@@ -185,7 +185,7 @@ class Pictures:
         *,
         missing_ok: bool,
     ) -> dict[int, Unmatched]:
-        """Episodes with a frame that no picture belongs to.
+        """Episodes with a frame that no image belongs to.
 
         Reads the index of each video file once, and decodes nothing.
 
@@ -268,7 +268,7 @@ class Pictures:
                     np.inf,
                     f"{camera} of episode {episode}, frame {i + 1}: recorded at "
                     f"{wanted[i + 1]:.4f} s, the frame before it at {wanted[i]:.4f} s; {len(back)} "
-                    "timestamps do not rise, so they cannot tell which picture belongs to a frame",
+                    "timestamps do not rise, so they cannot tell which image belongs to a frame",
                 )
                 continue
             there = shown[video_times.nearest(shown, wanted)]
@@ -279,7 +279,7 @@ class Pictures:
                 problems[episode] = Unmatched(
                     float(away[worst]),
                     f"{camera} of episode {episode}, frame {worst}: recorded at "
-                    f"{wanted[worst]:.4f} s, nearest picture at {there[worst]:.4f} s, "
+                    f"{wanted[worst]:.4f} s, nearest image at {there[worst]:.4f} s, "
                     f"{away[worst]:.4f} s away, at most {TOLERANCE / self._fps:.4f} allowed "
                     f"({bad.sum()} of {last - first} frames; {file} ends at {shown[-1]:.4f} s)",
                 )
@@ -295,9 +295,9 @@ class Pictures:
         seconds: Float[np.ndarray, " n"],
         shown: Float[np.ndarray, " n"],
     ) -> Iterator[Doubt]:
-        """Pictures of a file that belong to two episodes, or to none.
+        """Images of a file that belong to two episodes, or to none.
 
-        The frames have pictures, but perhaps those of other moments.
+        The frames have images, but perhaps those of other moments.
         """
         frame, is_whole = 1 / self._fps, not self._layout.rows
         is_whole |= len(spans) == sum(map(bool, self._layout.lengths.values()))
@@ -321,15 +321,15 @@ class Pictures:
             if unused >= _UNUSED and abs(seconds[first]) < frame / 2:
                 yield Doubt(
                     unused * frame,
-                    f"{unused} pictures of {file} follow the last frame of episode {episode}",
-                    "if frames were cut at the start and numbered anew, pictures lag behind",
+                    f"{unused} images of {file} follow the last frame of episode {episode}",
+                    "if frames were cut at the start and numbered anew, images lag behind",
                 )
 
     def _encoded(self, file: str, camera: str, episode: int, row: int) -> Any:
-        """A picture as stored in the parquet file: bytes, or numbers."""
+        """An image as stored in the parquet file: bytes, or numbers."""
         value, name = self._stored(file, camera, row)
         if value is None and name:
-            path = picture_files.find(self._layout, camera, episode, file, name)
+            path = image_files.find(self._layout, camera, episode, file, name)
             try:
                 value = path.read_bytes()
             except OSError as error:
@@ -339,19 +339,19 @@ class Pictures:
         return value
 
     def _stored(self, file: str, camera: str, row: int) -> tuple[Any, str | None]:
-        """A picture in the parquet file, and the path of a file."""
+        """An image in the parquet file, and the path of a file."""
         value: Any = self._column(file, camera)[row]
         if isinstance(value, dict):
             return value.get("bytes"), value.get("path")
         return (None, value) if isinstance(value, str) else (value, None)
 
     def _mode(self, file: str, camera: str, episode: int) -> str:
-        """Pillow's mode of a file's first picture; empty if unknown."""
+        """Pillow's mode of a file's first image; empty if unknown."""
         try:
             encoded = self._encoded(file, camera, episode, 0)
-            with Image.open(io.BytesIO(encoded)) as picture:
-                return picture.mode
-        except Exception:  # Reading the picture reports the error.
+            with Image.open(io.BytesIO(encoded)) as image:
+                return image.mode
+        except Exception:  # Reading the image reports the error.
             return ""
 
     def _decode(self, encoded: object, camera: str) -> np.ndarray:
@@ -360,30 +360,30 @@ class Pictures:
             return _from_numbers(np.array(lists))
         with Image.open(io.BytesIO(encoded)) as opened:
             # As LeRobot does through the `datasets` library.
-            picture = ImageOps.exif_transpose(opened)
-            if picture.mode.startswith(_DEEP):
-                return np.asarray(picture)[..., None]
-            if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-                picture = picture.convert("RGBA")
-                if picture.getextrema()[-1] != (255, 255):
+            image = ImageOps.exif_transpose(opened)
+            if image.mode.startswith(_DEEP):
+                return np.asarray(image)[..., None]
+            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+                image = image.convert("RGBA")
+                if image.getextrema()[-1] != (255, 255):
                     progress.warn(
-                        f"pictures of {camera} in dataset {self._layout.root} are partly "
+                        f"images of {camera} in dataset {self._layout.root} are partly "
                         "transparent; their colours are used as recorded, without transparency"
                     )
-            return np.asarray(picture.convert("RGB"))
+            return np.asarray(image.convert("RGB"))
 
-    def _compare_size(self, camera: str, picture: np.ndarray) -> None:
-        size = picture.shape[:2]
+    def _compare_size(self, camera: str, image: np.ndarray) -> None:
+        size = image.shape[:2]
         expected = self._sizes.setdefault(camera, declared_size(self._features[camera]) or size)
         if size != expected:
             progress.warn(
-                f"pictures of {camera} in {self._layout.root} differ in size: expected "
+                f"images of {camera} in {self._layout.root} differ in size: expected "
                 f"{expected[0]} by {expected[1]}, got {size[0]} by {size[1]}; each is resized by "
                 "itself"
             )
 
     def _column(self, file: str, camera: str) -> pl.Series:
-        """The pictures of one data file; recently used files are cached, up to a limit."""
+        """The images of one data file; recently used files are cached, up to a limit."""
         key = (file, camera)
         with self._lock:
             if key in self._columns:
@@ -393,7 +393,7 @@ class Pictures:
         with self._lock:
             self._columns[key] = column
             sizes = {kept: value.estimated_size() for kept, value in self._columns.items()}
-            while sum(sizes.values()) > MAX_PICTURE_BYTES and len(sizes) > 1:
+            while sum(sizes.values()) > MAX_IMAGE_BYTES and len(sizes) > 1:
                 oldest, _ = self._columns.popitem(last=False)
                 del sizes[oldest]
         return column
@@ -407,7 +407,7 @@ def is_marked_depth(feature: columns.Feature) -> bool:
 
 
 def declared_size(feature: columns.Feature) -> tuple[int, int] | None:
-    """Height and width of a camera's pictures from `info.json`; None if not given."""
+    """Height and width of a camera's images from `info.json`; None if not given."""
     shape, names = feature.get("shape"), feature.get("names")
     if not isinstance(shape, list | tuple) or len(shape) != 3:
         return None
@@ -416,14 +416,14 @@ def declared_size(feature: columns.Feature) -> tuple[int, int] | None:
     return (shape[1], shape[2]) if shape[0] in (1, 3, 4) else (shape[0], shape[1])
 
 
-def _from_numbers(picture: np.ndarray) -> np.ndarray:
-    """A picture stored as nested lists, channels first or last."""
-    if picture.ndim == 2:
-        picture = picture[..., None]
-    if picture.ndim == 3 and picture.shape[0] in (1, 3) and picture.shape[-1] not in (1, 3):
-        picture = picture.transpose(1, 2, 0)
-    if picture.ndim != 3 or picture.shape[-1] not in (1, 3) or picture.dtype.kind not in "iu":
-        raise ValueError(f"expected whole numbers (h, w, 3), got {picture.dtype} {picture.shape}")
-    if picture.min() < 0 or picture.max() > 255:
-        raise ValueError(f"expected colours of 0 to 255, got {picture.min()} to {picture.max()}")
-    return np.repeat(picture, 3 // picture.shape[-1], axis=-1).astype(np.uint8)
+def _from_numbers(image: np.ndarray) -> np.ndarray:
+    """An image stored as nested lists, channels first or last."""
+    if image.ndim == 2:
+        image = image[..., None]
+    if image.ndim == 3 and image.shape[0] in (1, 3) and image.shape[-1] not in (1, 3):
+        image = image.transpose(1, 2, 0)
+    if image.ndim != 3 or image.shape[-1] not in (1, 3) or image.dtype.kind not in "iu":
+        raise ValueError(f"expected whole numbers (h, w, 3), got {image.dtype} {image.shape}")
+    if image.min() < 0 or image.max() > 255:
+        raise ValueError(f"expected colours of 0 to 255, got {image.min()} to {image.max()}")
+    return np.repeat(image, 3 // image.shape[-1], axis=-1).astype(np.uint8)
