@@ -26,7 +26,7 @@ def on_the_tabletop() -> Claim:
         "late",
         "Does the faster student win when the world moves?",
         rows.TEACHER_ROW,
-        rows.STUDENT_ROW,
+        rows.students("student, 6 layers"),
         lambda steps, executor: cells.Situation(("moving",), late=steps, executor=executor),
         "The disc turns at 15 or 30°/s, in the demonstrations as well.",
     )
