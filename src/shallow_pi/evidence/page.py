@@ -116,7 +116,8 @@ def _verdicts(tables: Sequence[outcomes.Table]) -> Iterator[str]:
     if not tables:
         return
     verdicts = typing.get_args(outcomes.Verdict)
-    yield from ("", f"| claim | question | {' | '.join(verdicts)} |", "|---|---|---|---|---|---|")
+    columns = ("claim", "question", *verdicts)
+    yield from ("", f"| {' | '.join(columns)} |", f"{len(columns) * '|---'}|")
     for table in tables:
         found = collections.Counter(table.decide(s)[0] for s in table.claim.statements)
         counts = " | ".join(str(found[verdict] or "") for verdict in verdicts)
