@@ -2,7 +2,7 @@
 
 uv run scripts/train_teacher.py pi0_metaworld_mt10
 Needs the extra metaworld. The claim `metaworld` (scripts/reproduce.py) trained it on two CPU cores,
-in about an hour; docs/benchmarks.md tells what it can do."""
+in two hours; docs/benchmarks.md tells what it can do."""
 
 import _base
 
@@ -12,8 +12,8 @@ from shallow_pi.training import config, optimizer
 
 
 def get_config() -> config.DistillConfig:
-    """1,000 demonstrations of ten tasks, task loss only."""
-    steps = 8_000
+    """1,200 demonstrations of ten tasks, task loss only."""
+    steps = 12_000
     return config.DistillConfig(
         model=_base.METAWORLD_PI0,
         data=_base.METAWORLD_DATA,

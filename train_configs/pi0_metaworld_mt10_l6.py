@@ -14,7 +14,7 @@ from shallow_pi.training import config, optimizer
 
 def get_config() -> config.DistillConfig:
     """Three losses, other demonstrations than the teacher's."""
-    steps = 2000
+    steps = 3000
     return config.DistillConfig(
         model=_base.METAWORLD_PI0,
         data=_base.METAWORLD_DATA,
@@ -25,7 +25,7 @@ def get_config() -> config.DistillConfig:
         losses=losses.Losses(),
         augmentation=observation.NO_AUGMENTATION,
         schedule=optimizer.CosineSchedule.over(steps, 1e-3),
-        closed_loop=dataclasses.replace(_base.METAWORLD_TASK, demonstrations=300, seed=1),
+        closed_loop=dataclasses.replace(_base.METAWORLD_TASK, demonstrations=600, seed=1),
         batch_size=32,
         draws=2,
         num_train_steps=steps,

@@ -59,7 +59,7 @@ def test_every_trained_policy_of_a_claim_has_its_recipe_and_a_config_of_its_suit
     for name, recipe in configs.items():
         task = command_line.load(command_line.configs(), name).closed_loop
         assert task.sim == recipe.suite
-        assert task.set_options().get("tasks", ()) == recipe.tasks
+        assert task.set_demonstrated().get("tasks", ()) == recipe.tasks
 
 
 def test_policies_of_every_suite_that_are_there_are_left_alone(tmp_path):

@@ -11,7 +11,7 @@ pytest.importorskip("metaworld", reason="needs the extra metaworld")
 
 from metaworld import env_dict
 
-from shallow_pi.sims import metaworld
+from shallow_pi.sims import metaworld, metaworld_tasks
 
 
 def _run(suite, sim, seed):
@@ -22,8 +22,8 @@ def _run(suite, sim, seed):
 
 def test_every_task_of_the_package_has_an_instruction_of_its_own():
     names = {name.removesuffix("-v3") for name in env_dict.ALL_V3_ENVIRONMENTS}
-    assert set(metaworld.PROMPTS) == names
-    assert len(set(metaworld.PROMPTS.values())) == 50
+    assert set(metaworld_tasks.PROMPTS) == names
+    assert len(set(metaworld_tasks.PROMPTS.values())) == 50
     mt10, mt50 = (simulator.find(f"metaworld_{name}", {}) for name in ("mt10", "mt50"))
     assert [f"{name}-v3" for name in mt10.task_names()] == list(env_dict.MT10_V3)
     assert set(mt50.task_names()) == names

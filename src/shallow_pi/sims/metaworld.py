@@ -6,9 +6,9 @@ gripper's position in metres and its opening (0 to 1). Episodes take the tasks i
 succeeds at the first step that the package calls a success. A policy learns the goal from the
 images: where nothing else shows it, a coloured ball does.
 
-The package has no instructions in words; those in PROMPTS are ours. Two views: "near" is a camera
-of ours that fills small images with the table, "corner2" is the package's, turned upright and
-moved closer as in LeRobot. Ray casting paints a textured surface with the mean of its texture.
+Two views: "near" is a camera of ours that fills small images with the table, "corner2" is the
+package's, turned upright and moved closer as in LeRobot. Ray casting paints a textured surface with
+the mean of its texture.
 """
 
 import dataclasses
@@ -24,65 +24,8 @@ from jaxtyping import Float, UInt8
 
 from shallow_pi import suggestions
 from shallow_pi.data.robots import robot as robots
-from shallow_pi.sims import images, pickling, simulator
+from shallow_pi.sims import images, metaworld_tasks, pickling, simulator
 
-# Name in the package, without its version → instruction.
-PROMPTS = {
-    "assembly": "put the ring over the peg",
-    "basketball": "put the ball into the basket",
-    "bin-picking": "move the block into the other bin",
-    "box-close": "put the lid on the box",
-    "button-press-topdown": "press the button from above",
-    "button-press-topdown-wall": "press the button behind the wall from above",
-    "button-press": "press the button",
-    "button-press-wall": "press the button behind the wall",
-    "coffee-button": "press the button of the coffee machine",
-    "coffee-pull": "pull the mug away from the coffee machine",
-    "coffee-push": "push the mug under the coffee machine",
-    "dial-turn": "turn the dial",
-    "disassemble": "take the ring off the peg",
-    "door-close": "close the door",
-    "door-lock": "lock the door",
-    "door-open": "open the door",
-    "door-unlock": "unlock the door",
-    "hand-insert": "put the gripper into the hole",
-    "drawer-close": "close the drawer",
-    "drawer-open": "open the drawer",
-    "faucet-open": "open the faucet",
-    "faucet-close": "close the faucet",
-    "hammer": "hammer the nail into the wall",
-    "handle-press-side": "press the handle down from the side",
-    "handle-press": "press the handle down",
-    "handle-pull-side": "pull the handle up from the side",
-    "handle-pull": "pull the handle up",
-    "lever-pull": "pull the lever up",
-    "peg-insert-side": "insert the peg into the box from the side",
-    "pick-place-wall": "pick up the puck and place it behind the wall",
-    "pick-out-of-hole": "pick the puck out of the hole",
-    "reach": "reach the red ball",
-    "push-back": "push the block back to the goal",
-    "push": "push the puck to the green goal",
-    "pick-place": "pick up the puck and place it at the blue goal",
-    "plate-slide": "slide the plate into the cabinet",
-    "plate-slide-side": "slide the plate sideways into the cabinet",
-    "plate-slide-back": "slide the plate out of the cabinet",
-    "plate-slide-back-side": "slide the plate sideways out of the cabinet",
-    "peg-unplug-side": "unplug the peg from the side",
-    "soccer": "kick the ball into the goal",
-    "stick-push": "push the thermos with the stick",
-    "stick-pull": "pull the thermos with the stick",
-    "push-wall": "push the puck around the wall to the goal",
-    "reach-wall": "reach the ball behind the wall",
-    "shelf-place": "place the block on the shelf",
-    "sweep-into": "sweep the block into the hole",
-    "sweep": "sweep the block off the table",
-    "window-open": "open the window",
-    "window-close": "close the window",
-}
-MT10 = (
-    *("reach", "push", "pick-place", "door-open", "drawer-open", "drawer-close"),
-    *("button-press-topdown", "peg-insert-side", "window-open", "window-close"),
-)
 VERSION = "-v3"
 # Our camera of the view "near": position, point looked at, vertical field of view in degrees.
 NEAR = ((0.72, 0.30, 0.76), (0.0, 0.71, 0.12), 45.0)
@@ -100,7 +43,7 @@ class Suite:
 
     # The benchmark's list of tasks.
     suite: Literal["mt10", "mt50"] = "mt10"
-    # Some of MT50's tasks, as in PROMPTS; empty takes all of the list.
+    # Some of MT50's tasks, as in metaworld_tasks.PROMPTS; empty takes all of the list.
     tasks: tuple[str, ...] = ()
     # Height and width of the images, pixels.
     image_size: int = 64
@@ -113,9 +56,10 @@ class Suite:
 
     def __post_init__(self) -> None:
         for task in self.tasks:
-            if task not in PROMPTS:
-                hint = suggestions.closest(task.removesuffix(VERSION), PROMPTS)
-                raise ValueError(f"tasks: Meta-World has no {task!r}, only {sorted(PROMPTS)}{hint}")
+            if task not in metaworld_tasks.PROMPTS:
+                known = sorted(metaworld_tasks.PROMPTS)
+                hint = suggestions.closest(task.removesuffix(VERSION), known)
+                raise ValueError(f"tasks: Meta-World has no {task!r}, only {known}{hint}")
         if self.suite not in ("mt10", "mt50"):
             raise ValueError(f'suite: expected "mt10" or "mt50", got {self.suite!r}')
         if min(self.image_size, self.max_steps) < 1:
@@ -148,11 +92,13 @@ class Suite:
 
     def task_names(self) -> tuple[str, ...]:
         """The tasks that episodes take in turn."""
-        return self.tasks or (MT10 if self.suite == "mt10" else tuple(PROMPTS))
+        return self.tasks or (
+            metaworld_tasks.MT10 if self.suite == "mt10" else tuple(metaworld_tasks.PROMPTS)
+        )
 
     def prompts(self) -> list[str]:
         """Every instruction of MT50, whose tokenizer serves MT10 too."""
-        return sorted(PROMPTS.values())
+        return sorted(metaworld_tasks.PROMPTS.values())
 
     def harder(self) -> Mapping[str, "Suite"]:
         """None."""
@@ -260,7 +206,7 @@ class MetaWorld(pickling.Picklable):
     @property
     def prompt(self) -> str:
         """The instruction."""
-        return PROMPTS[self.task]
+        return metaworld_tasks.PROMPTS[self.task]
 
     def step(self, action: simulator.Action) -> None:
         """Move the gripper for one period; values beyond −1 and 1 are clipped, as on the arm."""

@@ -22,12 +22,7 @@ from shallow_pi.evidence.claims.claim import (
     Variant,
     points,
 )
-
-# As `sims.metaworld.MT10`, whose package is an extra.
-MT10 = (
-    *("reach", "push", "pick-place", "door-open", "drawer-open", "drawer-close"),
-    *("button-press-topdown", "peg-insert-side", "window-open", "window-close"),
-)
+from shallow_pi.sims import metaworld_tasks
 
 
 def _instrument() -> Claim:
@@ -162,9 +157,9 @@ def _skipping() -> Claim:
 
 
 def _metaworld() -> Claim:
-    situation = cells.Situation(MT10, execute_steps=8, sim="metaworld_mt10")
+    situation = cells.Situation(metaworld_tasks.MT10, execute_steps=8, sim="metaworld_mt10")
     whole = Column("MT10", situation)
-    by_task = tuple(Column(task, situation, task=task) for task in MT10)
+    by_task = tuple(Column(task, situation, task=task) for task in metaworld_tasks.MT10)
     top = recipes.METAWORLD_TEACHER
     rows.RECIPES[top.slug] = top
     teacher = Variant("teacher, 18 layers", (top.slug,))

@@ -12,6 +12,7 @@ from typing import Literal
 
 from shallow_pi.distill import layer_map, losses
 from shallow_pi.models import captures, gemma, layer_table, pi0
+from shallow_pi.sims import metaworld_tasks
 
 # Draws of noise and time for each observation.
 DRAWS = 2
@@ -59,7 +60,7 @@ class Recipe:
     batch_size: int = 64
     # Episodes of the expert that the policy is trained on.
     demonstrations: int = 400
-    # Tasks of the suite that its demonstrations show; empty for all.
+    # Tasks of the suite that its demonstrations show, as often as they are named; empty for all.
     tasks: tuple[str, ...] = ()
     # The simulator whose expert demonstrates, by its name in `simulator.SUITES`.
     suite: Literal["tabletop", "metaworld_mt10"] = "tabletop"
@@ -169,18 +170,20 @@ TEACHER = Recipe(
 METAWORLD_STUDENT = Recipe(
     teacher="teacher-l18-metaworldmt10-s0",
     suite="metaworld_mt10",
+    tasks=metaworld_tasks.MT10_DEMONSTRATED,
     peak_lr=1e-3,
-    steps=2000,
+    steps=3000,
     batch_size=32,
-    demonstrations=300,
+    demonstrations=600,
 )
 METAWORLD_TEACHER = dataclasses.replace(
     TEACHER,
     suite="metaworld_mt10",
+    tasks=metaworld_tasks.MT10_DEMONSTRATED,
     peak_lr=1e-3,
-    steps=8_000,
+    steps=12_000,
     batch_size=32,
-    demonstrations=1_000,
+    demonstrations=1_200,
 )
 # By suite and role: slugs tell what differs from these.
 DEFAULTS = {
@@ -191,7 +194,7 @@ DEFAULTS = {
 CONFIGS: dict[tuple[str, tuple[str, ...]], str] = {
     ("tabletop", ()): "pi0_tabletop",
     ("tabletop", ("around",)): "pi0_tabletop_around",
-    ("metaworld_mt10", ()): "pi0_metaworld_mt10",
+    ("metaworld_mt10", metaworld_tasks.MT10_DEMONSTRATED): "pi0_metaworld_mt10",
 }
 
 
