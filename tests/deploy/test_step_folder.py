@@ -142,6 +142,9 @@ def test_openpis_folder_without_a_robot_or_tokenizer_or_statistics_is_an_error(o
         step_folder.assets(openpis, robot="turntable")
     with pytest.raises(ValueError, match=r"no statistics of 'other'; it has \['org/turntable'\]"):
         step_folder.assets(openpis, robot="turntable", asset_id="other")
+    for asset_id in ("..", "org/../other", ""):
+        with pytest.raises(ValueError, match=r"--policy\.asset-id .* must name a folder inside"):
+            step_folder.assets(openpis, robot="turntable", asset_id=asset_id)
     with pytest.raises(ValueError, match=r"a model has no \['horizon'\]; it has \['action_dim'"):
         step_folder.assets(openpis, robot="turntable", horizon=3)
     with pytest.raises(ValueError, match=r"unknown robot 'turntabel'; .*did you mean 'turntable'"):

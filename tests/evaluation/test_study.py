@@ -152,6 +152,7 @@ def test_episodes_of_what_a_resumed_run_may_change_are_told_apart(tmp_path):
         ({"clearance_mm": 20.0}, "clearance_mm: expected 0.5 to 8"),
         ({"tasks": ("juggle",)}, "tasks: expected some of"),
         ({"demonstrated": ("juggle",)}, "tasks: expected some of"),
+        ({"tasks": ("touch", "insert", "touch")}, "to evaluate name touch more than once"),
         ({"sim": "turntabel"}, "unknown simulator 'turntabel'.* did you mean 'turntable'"),
         ({"options": ("size=9",)}, "no option 'size'; there are .*'image_size'"),
         ({"harder": ("thigt",)}, "no harder variant 'thigt'.* did you mean 'tight'"),

@@ -53,6 +53,15 @@ def test_what_is_unknown_is_named_with_what_there_is(name, options, message):
         simulator.find(name, options)
 
 
+def test_a_task_may_come_up_twice_as_often_in_demonstrations_but_not_in_an_evaluation():
+    twice = {"tasks": "touch, insert, touch"}
+    assert simulator.find("tabletop", twice).task_names() == ("touch", "insert", "touch")
+    with pytest.raises(ValueError, match="evaluate name touch more than once, which repeats"):
+        simulator.find_evaluated("tabletop", twice)
+    once = {"tasks": "touch, insert"}
+    assert simulator.find_evaluated("tabletop", once) == simulator.find("tabletop", once)
+
+
 def test_a_simulators_package_is_imported_when_it_is_asked_for(monkeypatch):
     rooms = ("turntable", "gantry", "raycast")
     names = ("mujoco", *(f"shallow_pi.sims.{room}" for room in rooms))

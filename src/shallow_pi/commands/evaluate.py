@@ -135,7 +135,7 @@ def evaluate(given: Arguments) -> pathlib.Path:
 
 def _course(given: Arguments) -> comparison.Course:
     options = flags.pairs(given.option, "--option")
-    suite = simulator.find(given.sim, options)
+    suite = simulator.find_evaluated(given.sim, options)
     return comparison.Course(
         sim=given.sim,
         options=options,

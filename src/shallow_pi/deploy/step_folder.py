@@ -128,6 +128,8 @@ def assets(
     known = {field.name for field in dataclasses.fields(pi0.Pi0Config)}
     if not set(fields) <= known:
         raise ValueError(f"a model has no {sorted(set(fields) - known)}; it has {sorted(known)}")
+    if asset_id is not None:
+        normalize.check_asset_id(asset_id, "--policy.asset-id (asset_id= in Python)")
     robot = robots.find(robot) if isinstance(robot, str) else robot
     if (step / run_folder.ASSETS / policy_assets.FILE_NAME).is_file():
         own = policy_assets.load(step)

@@ -164,7 +164,8 @@ def find_suites(task: config.ClosedLoopConfig) -> tuple[simulator.Suite, simulat
     """The simulator that a config names, with the options it sets: evaluated, and demonstrated."""
     try:
         evaluated, demonstrated = task.set_options(), task.set_demonstrated()
-        return simulator.find(task.sim, evaluated), simulator.find(task.sim, demonstrated)
+        suite = simulator.find_evaluated(task.sim, evaluated)
+        return suite, simulator.find(task.sim, demonstrated)
     except ValueError as error:
         raise ValueError(f"closed loop: {error}") from error
 

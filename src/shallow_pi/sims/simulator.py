@@ -197,6 +197,23 @@ def find(name: str, given: Mapping[str, object]) -> Suite:
     return kind(**{key: _read(key, value, hints[key]) for key, value in values.items()})
 
 
+def find_evaluated(name: str, given: Mapping[str, object]) -> Suite:
+    """As `find`, for a suite that policies are evaluated on.
+
+    Raises:
+      ValueError: as `find`, or a task that is named twice, whose episodes would be the same.
+    """
+    suite = find(name, given)
+    names = suite.task_names()
+    if twice := sorted({task for task in names if names.count(task) > 1}):
+        raise ValueError(
+            f"simulator {name!r}: tasks to evaluate name {' and '.join(twice)} more than once, "
+            "which repeats the same episodes; only demonstrations may "
+            "(--closed-loop.demonstrated)"
+        )
+    return suite
+
+
 def _is_needed(field: dataclasses.Field[object]) -> bool:
     """The option has no default."""
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
