@@ -59,7 +59,7 @@ def explicit(layers: Sequence[int], teacher_depth: int) -> LayerMap:
 
 
 def uniform(depth: int, teacher_depth: int) -> LayerMap:
-    """Evenly spaced from first to last, rounded half to even (paper; METHOD: 18 → 6 layers)."""
+    """Evenly spaced from first to last, rounded half to even: the paper's choice."""
     _check_depth(depth, teacher_depth)
     spaced = np.round(np.linspace(0, teacher_depth - 1, depth))
     return explicit(spaced.astype(int).tolist(), teacher_depth)

@@ -7,9 +7,9 @@
 | `sensitivity` | rise of the velocity error when it alone is skipped | the Shallow-π paper |
 | `gate` | gradient of the loss by a gate on it, E|∂L/∂g| at g = 1 | GateProbe, 2606.27755 |
 
-Both papers' code is unpublished: ours follows reports of them. All are pure and meant to be jitted
-with `config` static; average them over a few batches and times, for they change along the denoising
-path (METHOD: §6).
+The code of CLP and GateProbe is unpublished: ours follows reports of them. All functions are pure
+and meant to be jitted with `config` static. Average the scores over a few batches and times,
+because they change along the denoising path.
 """
 
 from typing import NamedTuple, assert_never

@@ -11,8 +11,8 @@ teacher's sampler takes the noise ε: on the straight line between them (reflow,
 off by default) one or two integration steps reach what the teacher's ten do. i are the image
 tokens, compared where the student's tower is cut. p is the teacher's attention to the patches of a
 camera, mean over heads, action tokens and draws, and s the scores by which the student keeps some
-of them (`models.scorer`). Everything is float32. (METHOD: the layer pair, the weights and
-`per_head` are our choices.)
+of them (`models.scorer`). Everything is float32. The paper does not state the layer pair, the
+weights and `per_head`: they are our choices.
 """
 
 import dataclasses
