@@ -107,9 +107,9 @@ def test_a_server_says_which_batches_and_keys_it_was_timed_and_started_for(capsy
         serve_policy._ready("ws://127.0.0.1:1", serving, chosen)
     free, guided = capsys.readouterr().out.split("π0")[1:]
     assert "several observations at once: 1 in 1.0 ms, 2 in 1.5 ms\non ws" in free
-    assert "an observation has 'state', 'task'; a client is" in free
+    assert "an observation has 'state', 'task'; a minimal client:" in free
     assert "several observations at once: 1 in 1.0 ms, 2 in 1.5 ms\n" in guided
-    assert "several that go on from a chunk: 1 in 3.0 ms, 2 in 6.0 ms\non ws" in guided
+    assert "several that continue a chunk: 1 in 3.0 ms, 2 in 6.0 ms\non ws" in guided
     assert "an observation has 'state', 'task', and may have 'real_time_chunking'; a" in guided
 
 
@@ -141,7 +141,7 @@ def test_what_is_missing_is_named(failing, tmp_path):
     [
         (
             ["--batch-wait-ms", "1"],
-            "--batch-wait-ms 1.0 has no effect: --batch 1 answers one observation after",
+            "--batch-wait-ms 1.0 has no effect: --batch 1 answers observations one at a",
         ),
         (
             ["--record-limit-gb", "1"],

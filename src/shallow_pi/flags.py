@@ -36,8 +36,8 @@ def parse(
       kind: the dataclass.
       arguments: the command line; None reads this process's.
       description: shown above the options.
-      prog: name in the usage line; None takes the script's.
-      default: values of the fields; None takes the dataclass's defaults.
+      prog: name in the usage line; None uses the script's.
+      default: values of the fields; None uses the dataclass's defaults.
       idle: the fields that others leave without effect; a command line that sets one is warned of,
         and refused if strict.
       conflicts: the fields that others contradict; a command line that sets one is refused.

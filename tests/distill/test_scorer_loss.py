@@ -185,7 +185,7 @@ def test_losses_and_scorer_come_together(spec, tiny_experiment, tmp_path):
     assert made.student_model.scored_tokens == 2
     assert dataclasses.replace(spec, losses=losses.Losses()).losses.scorer == 1.0
     for changes, message in (
-        ({"losses": losses.Losses(scorer=0.0)}, "learns by --losses.scorer alone, which is 0"),
+        ({"losses": losses.Losses(scorer=0.0)}, "trained only by --losses.scorer, which is 0"),
         ({"teacher": None}, "--student.image-tokens: these cut a student out of a teacher"),
         (
             {"model": dataclasses.replace(made.model, scored_tokens=2)},

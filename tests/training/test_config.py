@@ -59,7 +59,10 @@ def test_an_unknown_field_names_the_closest(capsys):
         (["--batch-size", "9", "--accumulation", "2"], "must be a multiple of --accumulation 2"),
         (["--ema-decay", "1"], "--ema-decay must lie in [0, 1), got 1.0"),
         (["--exp-name", ".."], "--exp-name must be a plain folder name, got '..'"),
-        (["--checkpoint-dir", "gs://a/b"], "--checkpoint-dir gs://a/b is an address: a run needs"),
+        (
+            ["--checkpoint-dir", "gs://a/b"],
+            "--checkpoint-dir gs://a/b is an address, but a run needs",
+        ),
         (["--exp-name", "a/b"], "--exp-name must be a plain folder name, got 'a/b'"),
         (
             ["--data.robot", "crane"],

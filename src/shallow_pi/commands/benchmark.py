@@ -7,11 +7,11 @@ uv run scripts/benchmark.py [--model pi05] [--depths 18 6] [--cameras 2] [--outp
     --prompts 48 200 --horizons 10 50 --num-steps 5 10
     --against openpi                    also times openpi's sampler on the same weights, alternating
                                         with ours (needs a Python environment with openpi)
-    --tune                              first finds the fastest combination of unrolled or scanned
-                                        layers and steps and of attention kernels, and stores it
-                                        for policies and later benchmarks; of several numbers of
-                                        cameras, prompt tokens and steps, at the first
-    --quantize int8 fp8 w8              also times products in 8 bits (docs/quantization.md)
+    --tune                              first finds the fastest options (layers and steps unrolled
+                                        or scanned, attention kernels), at the first of the given
+                                        cameras, prompts and steps, and stores them for policies
+                                        and later benchmarks
+    --quantize int8 fp8 w8              also times 8-bit products (docs/quantization.md)
     --output benchmarks/mine            also writes benchmark.json and two plots there
 """
 
@@ -52,9 +52,9 @@ class Arguments:
     depths: tuple[int, ...] = (18, 6)
     # Number of cameras present.
     cameras: tuple[int, ...] = (2,)
-    # Prompt tokens; 0 takes the model's maximum.
+    # Prompt tokens; 0 uses the model's maximum.
     prompts: tuple[int, ...] = (0,)
-    # Actions in a chunk; 0 takes 10 for the full-size models.
+    # Actions in a chunk; 0 uses 10 for the full-size models.
     horizons: tuple[int, ...] = (0,)
     # Integration steps.
     num_steps: tuple[int, ...] = (10,)
@@ -64,8 +64,8 @@ class Arguments:
     tune: bool = False
     # Also time each optimization switched off.
     ablate: bool = True
-    # Products in 8 bits to time, and to try with --tune: int8, fp8 (weights and activations), w8,
-    # wf8 (weights alone).
+    # 8-bit schemes to time, and to try with --tune: int8, fp8 (weights and activations), w8, wf8
+    # (weights alone).
     quantize: tuple[quantization.Scheme, ...] = ()
     # Also time `Policy.infer` on a 480 × 640 ALOHA observation, by stage.
     policy: bool = True

@@ -2,20 +2,22 @@
 
 uv run scripts/benchmark_all.py --output benchmarks/mine
 
-    --only pi05_l6 pi05_l18         these variants alone (--list names all)
+    --only pi05_l6 pi05_l18         only these variants (--list names all)
     --add '{"name": "tower_cudnn", "base": "pi05_l6", "options": {"tower_attention": "cudnn"}}'
-                                    one more, compared with the one it changes; any field of
-                                    speed/variants.py, such as "environment" for XLA_FLAGS or
+                                    one more variant, compared with its base; it may set any field
+                                    of speed/variants.py, such as "environment" for XLA_FLAGS or
                                     "arguments" for the flags of a training step
-    --choices inference training    also options to choose between: attention, 8 bits, remat ...
-    --budget-s 270                  start nothing and give no turn after this many seconds
+    --choices inference training    also compares options: attention, 8 bits, remat ...
+    --budget-s 270                  begins no measurement after this many seconds
     --tiny                          everything in miniature, on a CPU
 
-It needs JAX, Flax, Optax, Orbax, NumPy, tyro and rich; Pillow and SentencePiece where
-`Policy.infer` is timed; matplotlib for the plots; and openpi where its sampler is. Every variant
-is a process: up to --jobs of them compile at once, then each has the device to itself. Its JSON
-file is there as soon as it is measured, and what fails is reported while the others go on. Programs
-and tuning results of earlier runs are not used, unless JAX_COMPILATION_CACHE_DIR is set.
+JAX, Flax, Optax, Orbax, NumPy, tyro and rich are required. Pillow and SentencePiece are needed to
+time `Policy.infer`, matplotlib for the plots, and openpi to time its sampler.
+
+Every variant is a process: up to --jobs of them compile at once, then each has the device to
+itself. Its JSON file is written as soon as it is measured; if one fails, that is reported and the
+others continue. Programs and tuning results of earlier runs are not used, unless
+JAX_COMPILATION_CACHE_DIR is set.
 """
 
 import dataclasses
@@ -48,17 +50,17 @@ class Arguments:
     output: str = "benchmarks/mine"
     # Names of the variants to measure, in this order; empty for all.
     only: tuple[str, ...] = ()
-    # Variants to measure besides, each as JSON.
+    # Additional variants to measure, each as JSON.
     add: tuple[str, ...] = ()
-    # Also measure every choice of options of inference, or of a training step.
+    # Also compare the options of inference, or of a training step.
     choices: tuple[Literal["inference", "training"], ...] = ()
     # Seconds after which nothing is started.
     budget_s: float = 270.0
-    # Processes that compile at once; 0 is one a CPU core, 13 at most.
+    # Processes that compile at once; 0 uses one per CPU core, 13 at most.
     jobs: int = 0
     # Everything in miniature.
     tiny: bool = False
-    # Print the names of the variants, and end.
+    # Print the names of the variants and exit.
     list: bool = False
 
     def variants(self) -> Sequence[variants.Variant]:

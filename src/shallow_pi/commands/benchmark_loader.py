@@ -2,16 +2,18 @@
 
 uv run scripts/benchmark_loader.py [--path PATH] [--step-ms 250 --batch-size 64] [--output FILE]
 
-    --path ~/data/my_aloha --threads 8 --workers 8     a dataset of yours, on eight cores
+    --path ~/data/my_aloha --threads 8 --workers 8     your dataset, on eight cores
     --height 480 --width 640 --codec h264              synthetic video of that size
 
-Without PATH a synthetic dataset is written: two cameras, video with frequent key frames. The
+Without PATH it writes a synthetic dataset: two cameras, video with frequent key frames. The
 methods alternate, `--repeats` times each, and the medians are reported. "PyAV" only decodes the
-same images in the same order to RGB, with as many threads: once with its defaults, once with
-single-threaded decoders that seek as ours do. The loader also resizes, transforms and stacks them.
+same images in the same order to RGB, with the same number of threads: once with its defaults, once
+with single-threaded decoders that seek as ours do. The loader also resizes, transforms and stacks
+them.
+
 With `--step-ms`, the length of a training step, the report says which methods keep up with it. For
-methods in a single process it gives CPU milliseconds per image, which are reliable on a busy
-machine, where rates are not.
+methods in a single process it also shows CPU milliseconds per image, which remain reliable on a
+busy machine, where rates do not.
 """
 
 import dataclasses

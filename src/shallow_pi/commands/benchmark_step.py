@@ -11,8 +11,8 @@ uv run scripts/benchmark_step.py NAME [--repeats 20] [--output DIR] [--field val
         uv run scripts/benchmark_step.py pi05_libero_l6 --batch-size 32 --ema-decay 0 --output ...
     --output DIR                              also writes step.json and step.png there
 
-Neither a teacher nor data are read. Targets: an MFU of at least 45 % (recomputed operations do not
-count), and a distillation step that costs at most 1.6 fine-tuning steps.
+It reads neither a teacher nor data. The targets are an MFU of at least 45 % (recomputed operations
+do not count), and a distillation step no longer than 1.6 fine-tuning steps.
 """
 
 import argparse

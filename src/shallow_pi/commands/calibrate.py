@@ -3,10 +3,10 @@
 uv run scripts/calibrate.py POLICY --data.path DATASET [--samples 64] [--step last|best|N]
 
 POLICY is a run's folder or a step folder, DATASET a LeRobot dataset of its robot; without
---data.path the datasets and episodes of the policy's run are taken. Actions are sampled for frames
+--data.path the datasets and episodes of the policy's run are used. Actions are sampled for frames
 spread over all episodes, and the bounds of the activations of every large product are written to
-assets/calibration.json beside the parameters. A table then tells by how much each scheme changes
-the actions of as many other frames. int8 and fp8 round activations within the bounds:
+assets/calibration.json beside the parameters. A table then shows how much each scheme changes
+the actions of the same number of other frames. int8 and fp8 round activations within the bounds:
 
     uv run scripts/serve_policy.py --policy.dir POLICY --policy.quantize int8
     uv run scripts/export_student.py POLICY --format onnx --opset 19 --quantize int8
@@ -56,13 +56,14 @@ class Arguments:
     # int8 clips activations beyond this percentile of their magnitudes; 100 clips none. Lower it
     # slightly, to 99.99, for a model with rare large activations.
     percentile: float = calibration.PERCENTILE
-    # Integration steps of the sampler; 0 takes the number that the policy was trained for.
+    # Integration steps of the sampler; 0 uses the number that the policy was trained for.
     num_steps: int = 0
     # Seed of the noise.
     seed: int = 0
-    # Tell by how much each scheme changes the actions; compiles and runs five programs.
+    # Show how much each scheme changes the actions; compiles and runs five programs.
     compare: bool = True
-    # Parts of the model in 8 bits there; the bounds of all parts are measured.
+    # Parts of the model that this comparison computes in 8 bits; the bounds of all parts are
+    # measured.
     quantized: tuple[quantize.Part, ...] = quantize.PARTS
 
 
@@ -140,8 +141,8 @@ def _data(given: Arguments, folder: pathlib.Path) -> data_config.DataConfig:
     data = (run_folder.read_config(folder.parent) or {}).get("data") or {}
     if not data.get("path"):
         raise ValueError(
-            f"no dataset to calibrate on: {folder} is in no run that names one; give --data.path "
-            "DATASET, or round weights alone (w8, wf8), which needs none"
+            f"no dataset to calibrate on: {folder} is not in a run that names one; give "
+            "--data.path DATASET, or round only weights (w8, wf8), which needs no calibration"
         )
     found = dataclasses.replace(
         given.data,

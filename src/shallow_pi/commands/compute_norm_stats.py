@@ -1,4 +1,4 @@
-"""Compute a dataset's normalization statistics, exactly and without decoding an image.
+"""Compute a dataset's normalization statistics, exactly and without decoding images.
 
 uv run scripts/compute_norm_stats.py NAME [--data.path PATH] [--output FOLDER]
 
@@ -8,11 +8,13 @@ uv run scripts/compute_norm_stats.py NAME [--data.path PATH] [--output FOLDER]
 PATH is a LeRobot dataset: a folder, or an address on the Hugging Face hub. `--data.more` adds
 datasets, `--data.held-out` excludes the episodes that a run holds out. The statistics describe
 states and action chunks as the model sees them (converted, and relative to the state where the
-robot says so). They are written to FOLDER/norm_stats.json in openpi's format (default:
-norm_stats/<config or dataset>/<asset id>), and the flag that trains with them is printed. Without
-that flag a run uses its teacher's statistics, the right choice if the teacher knows the robot.
-Dimensions with a degenerate scale cause warnings. With `--data.norm-stats`, the dataset is compared
-with those statistics instead, and nothing is written.
+robot's description says so). Dimensions with a degenerate scale cause warnings.
+
+They are written to FOLDER/norm_stats.json in openpi's format (default:
+norm_stats/<config or dataset>/<asset id>), and the flags that train with them are printed. Without
+these flags a run uses its teacher's statistics, the right choice if the teacher knows the robot.
+
+With `--data.norm-stats`, the dataset is compared with those statistics, and nothing is written.
 """
 
 import dataclasses

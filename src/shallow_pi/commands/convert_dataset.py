@@ -6,11 +6,13 @@ uv run scripts/convert_dataset.py SOURCE TARGET [--images copy|png|av1|h264]
     ~/data/old ~/data/new --images h264        re-encoded for random access
 
 SOURCE is a folder or an address on the Hugging Face hub; TARGET must not exist, and appears only
-when complete. Random frames of a video with distant key frames (H.264 often has one in 250) decode
-at a tenth of the speed; av1 and h264 write a key frame every second image (--group). Both are
-lossy, png is not. Depth is always copied. Timestamps, text and other columns are kept, and anything
-that cannot be kept is reported. Statistics of numbers are exact; those of copied images come from
-up to twenty frames of each episode.
+when complete.
+
+Random frames of a video with distant key frames (H.264 often has one in 250) decode at a tenth of
+the speed; av1 and h264 write a key frame every second image (--group). Both are lossy, png is not.
+Depth is always copied. Timestamps, text and other columns are kept, and anything that cannot be
+kept is reported. Statistics of numbers are exact; those of copied images come from up to twenty
+frames per episode.
 """
 
 import dataclasses

@@ -7,8 +7,8 @@ uv run scripts/estimate_memory.py NAME [--devices 1] [--card h100] [--field valu
     pi0_aloha_l6 --devices 8 --card h100    sharded over the fewest H100s of eight that fit
     pi05_libero_l6 --topology v5e:4x4       on a TPU slice (needs libtpu)
 
-The estimate is computed from sizes, in seconds; `uv run scripts/compile_ahead.py` obtains a
-compiler's memory plan.
+The estimate is computed from sizes and takes seconds. `uv run scripts/compile_ahead.py` obtains the
+compiler's own memory plan, which takes minutes at full size.
 """
 
 import argparse
@@ -35,7 +35,8 @@ def main() -> None:
         kind = own.topology.partition(":")[0]
         if kind and own.card not in ("", kind):
             raise ValueError(
-                f"--card {own.card} and --topology {own.topology} name other devices: give only one"
+                f"--card {own.card} and --topology {own.topology} name different devices: give "
+                "only one"
             )
         kind = kind or own.card
         only = kind if kind in accelerators.TABLE else ""

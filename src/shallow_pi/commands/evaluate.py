@@ -2,8 +2,8 @@
 
 uv run scripts/evaluate.py POLICY [POLICY ...] --sim NAME [--episodes 50] [--execute-steps 5]
 
-A POLICY is a run's folder, a step folder, a checkpoint of openpi's or LeRobot's (local, gs://,
-hf://), a policy server (ws://HOST:PORT, ours or openpi's), or `expert`, the simulator's own script.
+A POLICY is a run's folder, a step folder, a checkpoint of openpi or LeRobot (local, gs://, hf://),
+a policy server (ws://HOST:PORT, ours or openpi's), or `expert`, the simulator's scripted expert.
 NAME=POLICY gives it a name.
 
     student=checkpoints/pi05_libero_l6/first teacher=gs://openpi-assets/checkpoints/pi05_libero
@@ -14,11 +14,11 @@ NAME=POLICY gives it a name.
 Simulators: turntable, tabletop; metaworld_mt10, metaworld_mt50 (--extra metaworld);
 aloha_transfer_cube, aloha_insertion (--extra aloha-sim); libero_spatial, libero_object,
 libero_goal, libero_10 (--extra libero); libero is these four, with their average.
-docs/benchmarks.md says what each needs, and its protocol.
+docs/benchmarks.md describes their requirements and protocols.
 
-All policies meet the same initial states. The result (report.md, report.json, a film of each
-policy) is written to evaluations/SIM. The same command continues after an interruption; further
-policies and more episodes are added to what is there.
+All policies meet the same initial states. The results (report.md, report.json, a film of each
+policy) are written to evaluations/SIM. Repeat the command to continue after an interruption; you
+can add policies and raise --episodes at any time.
 """
 
 import dataclasses
@@ -58,28 +58,29 @@ class Arguments:
     policies: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="POLICY ...")]
     # Name of a simulator, or MODULE:CLASS of your own suite.
     sim: str
-    # Loading of the policies that are checkpoints.
+    # How to load the policies that are checkpoints.
     policy: policy_arguments.Loading = dataclasses.field(default_factory=policy_arguments.Loading)
     # Options of the simulator as NAME=VALUE, such as tasks=hammer,soccer.
     option: tuple[str, ...] = ()
-    # Number of episodes of each task (on average, where an episode draws its task).
+    # Number of episodes per task (on average, if an episode draws its task).
     episodes: int = 50
-    # Actions of a chunk executed before the next plan.
+    # Actions of a chunk to execute before the next plan.
     execute_steps: int = 5
-    # Lateness of plans in milliseconds: one number for all policies, or one for each.
+    # Delay of every plan in milliseconds: one number for all policies, or one for each.
     late_ms: tuple[float, ...] = (0.0,)
     # Execution of a late plan: "skip" drops the actions whose time has passed, "late" executes all
-    # of it late, "real-time" skips and makes the plan continue what is executed in the meantime.
+    # of its actions late, "real-time" skips too, and makes the plan continue the actions that are
+    # executed in the meantime.
     executor: rollout.Executor = "skip"
-    # Seed of the first episode; the next have the next seeds.
+    # Seed of the first episode; later episodes have the following seeds.
     seed: int = 1_000_000
-    # Folder of the results; empty takes evaluations/SIM.
+    # Folder of the results; empty uses evaluations/SIM.
     output: str = ""
-    # Rename an existing folder, and start anew.
+    # Rename an existing folder and start a new one.
     overwrite: bool = False
-    # Number of simulators that run side by side; plans are made for all of them at once.
+    # Number of simulators to run in parallel; their plans are computed together.
     parallel: int = 16
-    # Number of processes that hold them; 0 takes one for each CPU.
+    # Number of processes that run the simulators; 0 uses one for each CPU.
     processes: int = 0
     # Number of episodes to film with each policy.
     films: int = 1

@@ -2,8 +2,8 @@
 
 uv run scripts/export_student.py SOURCE --format FORMAT [--step last|best|N] [--output DIR]
 
-SOURCE is a run's folder (checkpoints/<config>/<exp>), with --step naming the step, or a step folder
-in it. Formats:
+SOURCE is a run's folder (checkpoints/<config>/<exp>), of which --step chooses a step, or a step
+folder. Formats:
 
     openpi            params/ and assets/ for openpi with a config of the student's depth
     openpi-padded     the same at the teacher's depth, for an unchanged openpi; no faster
@@ -12,9 +12,9 @@ in it. Formats:
     onnx              ONNX graphs for TensorRT and ONNX Runtime (docs/edge.md); needs the extra onnx
     stablehlo         one program for CPU, CUDA and TPU that JAX runs without this package
 
-The folder (default: <run>/exports/<step>-<format>) appears only after it has been read back and its
-actions compared with the student's; an existing one is never overwritten. Its README.md explains
-how to run it.
+The export is read back and its actions are compared with the student's before its folder (default:
+<run>/exports/<step>-<format>) appears. An existing folder is never overwritten. The folder's
+README.md explains how to run it.
 
     uv run scripts/export_student.py checkpoints/pi0_aloha_l6/first --format openpi
     uv run scripts/export_student.py checkpoints/pi0_aloha_l6/first --step best --format lerobot
@@ -41,11 +41,11 @@ class Arguments:
 
     # The student's run folder, or a step folder; local, gs:// or hf://.
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
-    # The format: a name above.
+    # The format: one of the names above.
     format: str
     # Step of a run: last, best (the one its best.json names) or a number.
     step: str = "last"
-    # The folder to create; empty takes exports/<step>-<format> next to the step.
+    # The folder to create; empty uses exports/<step>-<format> next to the step.
     output: str = ""
     # openpi-padded, for a step folder without its run: teacher layer of each student layer.
     layers: tuple[int, ...] = ()
@@ -53,15 +53,15 @@ class Arguments:
     teacher_depth: int = export.TEACHER_DEPTH
     # Allow sizes other than openpi's; no released class of openpi or LeRobot loads them.
     any_size: bool = False
-    # Integration steps of the comparison and of graphs, where they are unrolled; 0 takes the number
-    # that the student was trained for.
+    # Integration steps of the comparison, and of onnx and stablehlo, in which they are unrolled; 0
+    # uses the number that the student was trained for.
     num_steps: int = 0
-    # onnx: float16, float32, bfloat16; stablehlo: bfloat16, float32; empty takes the first.
+    # onnx: float16, float32, bfloat16; stablehlo: bfloat16, float32; empty uses the first.
     dtype: str = ""
     # onnx: operator set version, 17 to 20; TensorRT 10 reads up to 20.
     opset: int = export.OPSET
-    # Products in 8 bits; onnx: int8; stablehlo: int8, w8 (weights alone). For int8, calibrate the
-    # student first, by the command of that name.
+    # 8-bit products; onnx: int8; stablehlo: int8, w8 (weights alone). For int8, first calibrate the
+    # student with scripts/calibrate.py.
     quantize: quantization.Scheme = "none"
     # Treat warnings as errors.
     strict: bool = False
@@ -95,6 +95,7 @@ def _idle(given: Arguments) -> flags.Idle:
     is_graph = bool(formats.FORMATS[given.format].DTYPES)
     yield is_graph, "any_size", f"--format {given.format} has any size; leave it out"
     number = (
-        "its policy keeps the number that the student was trained for, only the check takes this"
+        "the exported policy keeps the number that the student was trained for, only the check "
+        "uses this one"
     )
     yield not is_graph, "num_steps", f"--format {given.format}: {number}"

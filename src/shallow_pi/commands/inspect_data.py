@@ -11,11 +11,11 @@ normalization, tokens, augmentation) and writes to FOLDER (default: data_sheets/
     sheet.png        images as the model sees them, prompts, action chunks, ranges
     histogram.png    each dimension of state and actions, normalized (uv sync --extra plots)
 
-It prints ranges (as recorded, over all frames, in the robot's units; and normalized), prompts, and
-a warning for anything suspicious: dimensions that are constant, far from the statistics or outside
+It prints prompts and ranges (as recorded, over all frames, in the robot's units; and normalized),
+and warns of anything suspicious: dimensions that are constant, far from the statistics or outside
 the robot's limits, images that are black or of one colour, prompts that are truncated or all the
-same, much padding. The teacher is not downloaded: statistics and sizes are its own if it is on this
-machine (its assets are enough); otherwise, with a warning, statistics are the dataset's.
+same, much padding. The teacher is not downloaded. If it is on this machine (its assets are enough),
+its statistics and sizes are used; otherwise, with a warning, the dataset's statistics.
 """
 
 import collections

@@ -3,13 +3,13 @@
 uv run scripts/load_test.py --url ws://127.0.0.1:8000 --clients 1 2 4 8 --seconds 60
 
 Every client sends random observations that fit the metadata of the server's policy, one after
-another without a pause. For each number of clients the result is a line of JSON on standard output:
-answers per second, percentiles of the time from sending an observation to receiving its actions,
-in milliseconds, and how many observations the server answered at once on average. An error of any
+another without a pause. For each number of clients, one line of JSON on standard output reports
+answers per second, percentiles of the time from sending an observation to receiving its actions (in
+milliseconds), and the mean number of observations that the server answered at once. An error of any
 client ends the test with status 1. The API key is read from SHALLOW_PI_API_KEY.
 
-With --real-time-chunking, which the server needs too, all but each client's first observation go on
-from a chunk, which takes longer.
+With --real-time-chunking, which the server needs too, all but the first observation of each client
+continue a chunk, which takes longer.
 """
 
 import asyncio
@@ -42,11 +42,11 @@ class Arguments:
     clients: tuple[int, ...] = (8,)
     # Duration of the test with each number of clients.
     seconds: float = 60.0
-    # Side of the images in pixels; 0 takes the model's size.
+    # Side of the images in pixels; 0 uses the model's size.
     image_size: int = 0
     # The instruction.
     prompt: str = "pick up the cup"
-    # Send what is left of a chunk with each observation.
+    # Send the remaining actions of a chunk with each observation.
     real_time_chunking: bool = False
     # Seed of the observations.
     seed: int = 0

@@ -6,9 +6,9 @@ uv run scripts/make_demonstrations.py --sim NAME [--episodes N] [--output DIR]
     --sim metaworld_mt50 --option tasks=hammer,soccer         two tasks of MT50
     --sim turntable --episodes 3000 --noise 1 --seed 7
 
-What is executed is perturbed, and the expert's own action is recorded in every state reached;
-attempts that fail are thrown away. An episode depends on the options, the seed and its number
-alone, not on the number of processes. Simulators and what they need: docs/benchmarks.md.
+The executed actions are perturbed, while the expert's own action is recorded in every state that is
+reached. Failed attempts are discarded. An episode depends only on the options, the seed and its
+number, not on the number of processes. docs/benchmarks.md lists the simulators and what they need.
 """
 
 import dataclasses
@@ -32,15 +32,15 @@ class Arguments:
     option: tuple[str, ...] = ()
     # Number of episodes.
     episodes: int = 500
-    # Folder to create; empty takes demonstrations/SIM.
+    # Folder to create; empty uses demonstrations/SIM.
     output: str = ""
     # Seed of the episodes and perturbations.
     seed: int = 0
     # Scale of the perturbations; 0 records the expert's own path.
     noise: float = 0.5
-    # Number of processes; 0 takes one for each CPU.
+    # Number of processes; 0 uses one for each CPU.
     workers: int = 0
-    # Images without loss (png) or as video, which is smaller.
+    # Store images losslessly (png), or as video, which is smaller.
     images: Literal["png", "h264", "av1"] = "png"
     # Constant rate factor of video; smaller means better quality and larger files.
     crf: int = 18

@@ -11,41 +11,41 @@ from shallow_pi.inference import quantize as quantization
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Loading:
-    """Facts that a checkpoint may not hold, and the use of the policy in it."""
+    """Settings that a checkpoint may not store, and how its policy is run."""
 
     # Step of a run: last, best (on held-out episodes) or its number.
     step: str = "last"
-    # Integration steps of the sampler; 0 takes the number that the policy was trained for.
+    # Integration steps of the sampler; 0 uses the number that the policy was trained for.
     num_steps: int = 0
-    # Products in 8 bits: int8 or fp8 (weights and activations; scripts/calibrate.py first), w8 or
+    # 8-bit products: int8 or fp8 (weights and activations; run scripts/calibrate.py first), w8 or
     # wf8 (weights alone), none, or tuned (the fastest that scripts/benchmark.py --tune --quantize
-    # measured here). Empty does what the policy was trained for.
+    # measured on this device). Empty uses what the policy was trained for.
     quantize: Literal["", "none", "int8", "fp8", "w8", "wf8", "tuned"] = ""
     # Parts of the model in 8 bits.
     quantized: tuple[quantization.Part, ...] = quantization.PARTS
     # Seed of the noise.
     seed: int = 0
-    # Robot of an openpi or LeRobot folder: a name, or a file with a ROBOT.
-    # For any policy, such a file may rename the keys of observations.
+    # Robot of an openpi or LeRobot folder: a name, or a file with a ROBOT. For any policy, such a
+    # file may rename the keys of observations.
     robot: str = ""
     # Name of the statistics under assets/, if there are several.
     asset_id: str = ""
-    # Folder of a norm_stats.json, where the checkpoint has none or others; local, gs:// or hf://.
+    # Folder of a norm_stats.json to use in place of the checkpoint's; local, gs:// or hf://.
     norm_stats: str = ""
-    # SentencePiece model; empty takes the folder's, or PaliGemma's.
+    # SentencePiece model; empty uses the folder's, or PaliGemma's.
     tokenizer: str = ""
-    # Actions in a chunk, not stored in openpi's folders; 0 takes the folder's, or 50.
+    # Actions in a chunk, which openpi's folders do not store; 0 uses the folder's, or 50.
     action_horizon: int = 0
-    # Tokens of a prompt, not stored in openpi's folders; 0 takes the folder's, or openpi's 48
+    # Tokens of a prompt, which openpi's folders do not store; 0 uses the folder's, or openpi's 48
     # (π0.5: 200).
     max_token_len: int = 0
-    # π0.5 only: put the state into the prompt. Not stored in openpi's folders; None takes the
+    # π0.5 only: put the state into the prompt. Not stored in openpi's folders; None uses the
     # folder's value, or True.
     discrete_state_input: bool | None = None
-    # Warn of a state this many spreads outside its training data (one spread: the range q01 to
-    # q99); 0 never warns.
+    # Warn of a state this many spreads outside the training data (one spread: the range from the
+    # 1st to the 99th percentile); 0 never warns.
     state_warn: float = state_check.WARN
-    # Refuse a state this many spreads outside its training data; 0 refuses none.
+    # Refuse a state this many spreads outside the training data; 0 refuses none.
     state_refuse: float = state_check.REFUSE
 
     def load(

@@ -33,7 +33,7 @@ class Arguments:
     device: str
     # Step of a run: last, best or a number; only its sizes are read.
     step: str = "last"
-    # Integration steps; 0 takes the number that the policy was trained for.
+    # Integration steps; 0 uses the number that the policy was trained for.
     num_steps: int = 0
 
 

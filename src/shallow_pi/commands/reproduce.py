@@ -1,20 +1,22 @@
-"""Measure the paper's claims on the tabletop suite, cell by cell, and write the page of evidence.
+"""Measure the paper's claims on simulated tasks, cell by cell, and write docs/evidence.md.
 
 uv run scripts/reproduce.py CLAIM ... [--runs DIR] [--results DIR] [--page FILE]
 
-    --list                       names the claims, and how much of each is measured
-    late --pending               names what is not measured of these claims
-    late parity                  measures what is missing of these claims, the most important first
-    all                          of all claims
+    --list                       lists the claims, and how much of each is measured
+    late --pending               lists the cells of this claim that are not measured
+    late parity                  measures the missing cells of these claims, most important first
+    all                          measures the missing cells of all claims
     all --episodes 0             measures nothing, and rewrites the page from the committed results
     late --only teacher          only cells whose names match a regular expression
-    all --part 2/3 --workers 16  the second third of the cells, in 16 processes of a core each
-    rivals --train-rivals        trains the rivals that need training first
-    all --miniature              everything once, with tiny untrained policies, somewhere temporary
+    all --part 2/3 --workers 16  the second third of the cells, in 16 processes on a core each
+    rivals --train-rivals        first trains the rivals that need training
+    all --miniature              a trial of everything in a temporary folder, with tiny untrained
+                                 policies
 
-A measured cell is not measured again. Cells whose policies are not among the runs stay pending;
---train first trains those of the chosen cells, many in one program (minutes on an accelerator, days
-on a CPU). Several machines may each do a part: put their results files into one folder.
+A cell is one policy in one situation. A measured cell is not measured again. Cells whose policies
+are not in --runs stay pending; --train first trains the policies of the chosen cells, many in one
+program (minutes on an accelerator, days on a CPU). Several machines can each measure a part: put
+their results files into one folder.
 """
 
 import dataclasses
@@ -63,28 +65,28 @@ class Arguments:
     claims: Annotated[
         tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[CLAIM ...]")
     ] = ()
-    # List the claims, and stop.
+    # List the claims and exit.
     list: bool = False
-    # Name the cells that are not measured, and stop.
+    # List the cells that are not measured, and exit.
     pending: bool = False
     # Folder with a step folder for each policy, by its name.
     runs: pathlib.Path = pathlib.Path("checkpoints/evidence")
-    # Folder of the measured lines.
+    # Folder of the results.
     results: pathlib.Path = pathlib.Path("benchmarks/evidence")
     # Page to write, with its plots beside the results; empty writes none.
     page: str = "docs/evidence.md"
     # Episodes of a cell.
     episodes: int = 500
-    # Cells whose names match this regular expression; empty is all.
+    # Measure only cells whose names match this regular expression; empty means all.
     only: str = ""
-    # Measure every n-th cell, from the i-th: i/n.
+    # Measure every n-th cell, starting with the i-th: i/n.
     part: str = "1/1"
-    # Number of processes, each on a core of its own.
+    # Number of processes, each on its own core.
     workers: int = 1
-    # Train missing rivals that need training (each takes as long as a student of all layers); the
-    # others are made anyway.
+    # First train missing rivals that need training (each takes as long as a student of all layers);
+    # the others are made anyway.
     train_rivals: bool = False
-    # First train the policies that are not among the runs.
+    # First train missing policies.
     train: bool = False
     # Try everything with tiny untrained policies and two episodes.
     miniature: bool = False
@@ -99,7 +101,7 @@ class Arguments:
         unknown = [name for name in wanted if name not in catalogue.CLAIMS]
         if unknown or not wanted:
             known = [*catalogue.CLAIMS, ALL]
-            got = f", got {unknown[0]!r}" if unknown else "; --list says what each measures"
+            got = f", got {unknown[0]!r}" if unknown else "; --list shows what each measures"
             hint = suggestions.closest(unknown[0], known) if unknown else ""
             raise ValueError(f"expected claims of {', '.join(known)}{got}{hint}")
         return [catalogue.CLAIMS[name] for name in wanted]
@@ -172,10 +174,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _idle(given: Arguments) -> flags.Idle:
     making = "only part train_rivals"
-    lists = f"--{'list' if given.list else 'pending'} prints a list, and stops; leave it out"
+    lists = f"--{'list' if given.list else 'pending'} prints a list and exits; leave it out"
     more = f"{making} runs page workers train miniature"
     yield given.list or given.pending, more, lists
-    tiny = "--miniature tries everything, somewhere temporary; leave it out"
+    tiny = "--miniature tries everything in a temporary folder; leave it out"
     yield given.miniature, f"{making} runs results page episodes train", tiny
     nothing = "--episodes 0 measures nothing; leave it out"
     yield not given.episodes, "train_rivals", nothing

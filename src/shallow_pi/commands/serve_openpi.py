@@ -2,12 +2,12 @@
 
 python scripts/serve_openpi.py policy:checkpoint --policy.config=NAME --policy.dir=STEP [...]
 
-    --policy.config pi0_aloha_l6        any name; the names of openpi's configs keep their meaning
+    --policy.config pi0_aloha_l6        any name; names of openpi's configs mean openpi's configs
     --policy.dir    checkpoints/pi0_aloha_l6/first/30000
     --openpi-dir    a clone of openpi (or $OPENPI_DIR), unless it is installed from one
 
 Run it with the Python of an environment that has openpi. All other arguments (--port, ...) are
-passed to serve_policy.py; --help shows them where openpi is installed.
+passed to openpi's serve_policy.py; if openpi is installed, --help shows them.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Serve a policy to robots, with openpi's protocol; neither openpi nor torch is needed.
+"""Serve a policy to robots over openpi's protocol; neither openpi nor torch is needed.
 
 uv run scripts/serve_policy.py --policy.dir checkpoints/pi0_turntable_l6/first
 
@@ -13,17 +13,18 @@ openpi's example clients work unchanged: robot libero sends `observation/image`,
 and `prompt`; droid `observation/exterior_image_1_left` and the like; aloha and aloha_sim `state`
 and `images`. A robot file can rename the keys (--policy.robot my_robot.py).
 
-With --real-time-chunking an observation may also hold what is left of the chunk being executed, so
+With --real-time-chunking an observation may also contain the rest of the chunk being executed, so
 that the new chunk continues it: `"real_time_chunking": {"previous": ..., "delay": ...}` are the
-remaining actions, the first of them due now, and how many of them will be executed before the
-answer arrives. `shallow_pi.deploy.executors.RealTimeChunking` sends it through openpi's client;
-docs/speed.md has a loop without it.
+remaining actions, the first of them due now, and the number of them that will be executed before
+the answer arrives. `shallow_pi.deploy.executors.RealTimeChunking` sends it through openpi's client;
+docs/speed.md shows a loop that does not need this package.
 
 A page at http://127.0.0.1:8000/ shows cameras, actions, latency and errors; /metrics is for
 Prometheus, /healthz for supervisors. Ctrl-C or SIGTERM stops the server after the current
 inference, a second one immediately.
 
-For robots on other machines open it to the network, with a key that clients pass as `api_key=`:
+To serve robots on other machines, open it to the network, with a key that clients pass as
+`api_key=`:
 
     SHALLOW_PI_API_KEY=... uv run scripts/serve_policy.py --policy.dir ... --host 0.0.0.0
 
@@ -61,14 +62,14 @@ class Arguments(server_config.Settings):
     policy: PolicyArguments
     # Instruction for observations without one.
     prompt: str = ""
-    # Let robots send what is left of the chunk they execute, so that the next one continues it.
+    # Let robots send the rest of the chunk they are executing, so that the next one continues it.
     # Compiles twice as many programs.
     real_time_chunking: bool = False
-    # Treat warnings as errors: about values missing from the policy's folder and assumed, and about
-    # unused keys.
+    # Treat warnings as errors: of values that the policy's folder lacks and that are assumed, and
+    # of unused keys.
     strict: bool = False
-    # File with the API key that clients must send; without it the variable SHALLOW_PI_API_KEY;
-    # without both, no key is required.
+    # File with the API key that clients must send. Without it the key is SHALLOW_PI_API_KEY; if
+    # that is not set either, no key is required.
     api_key_file: str = ""
     # Folder to record observations and actions in.
     record: str = ""
@@ -118,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _idle(given: Arguments) -> flags.Idle:
     yield not given.record, "record_limit_gb", "nothing is recorded; give --record"
-    alone = f"--batch {given.batch} answers one observation after another; give --batch"
+    alone = f"--batch {given.batch} answers observations one at a time; give a larger --batch"
     yield given.batch == 1, "batch_wait_ms", alone
 
 
@@ -135,12 +136,12 @@ def _ready(url: str, serving: server_config.ServerConfig, chosen: policy.Policy)
     if serving.batch > 1:
         batched = f"answers several observations at once: {_times(chosen.batch_ms)}\n"
     if serving.batch > 1 and chosen.is_guided:
-        batched += f"several that go on from a chunk: {_times(chosen.guided_ms)}\n"
+        batched += f"several that continue a chunk: {_times(chosen.guided_ms)}\n"
     more = f", and may have {observation_keys.REAL_TIME_CHUNKING!r}" if chosen.is_guided else ""
     print(
         f"{chosen.description}\n{batched}"
         f"on {url}{alone}, page at http{url.removeprefix('ws')}/\n"
-        f"an observation has {', '.join(map(repr, keys))}{more}; a client is\n"
+        f"an observation has {', '.join(map(repr, keys))}{more}; a minimal client:\n"
         "    from openpi_client import websocket_client_policy\n"
         "    policy = websocket_client_policy.WebsocketClientPolicy("
         f'"{there}", {port}{key})\n'

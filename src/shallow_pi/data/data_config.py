@@ -35,8 +35,8 @@ class DataConfig:
     weights: tuple[float, ...] = ()
     # Share of each dataset's episodes that is held out for validation; 0 holds out none.
     held_out: float = 0.0
-    # Episodes to use: numbers (7), ranges (0:50, end excluded; 100:) or a file of these; empty
-    # takes all. With several datasets, prefix the dataset's number, from 0: 1/0:50.
+    # Episodes to use: numbers (7), ranges (0:50, without 50; 100:) or a file of these; empty uses
+    # all. With several datasets, prefix the dataset's number, from 0: 1/0:50.
     episodes: tuple[str, ...] = ()
     # Episodes to leave out, in the same form.
     exclude_episodes: tuple[str, ...] = ()
@@ -46,9 +46,9 @@ class DataConfig:
     strict: Annotated[bool, tyro.conf.arg(prefix_name=False)] = False
     # The robot that recorded the data: a name, or a Python file with a ROBOT.
     robot: str = "turntable"
-    # SentencePiece model, local or gs://; empty takes the teacher's.
+    # SentencePiece model, local or gs://; empty uses the teacher's.
     tokenizer: str = ""
-    # Folder of the norm_stats.json to use; empty takes the teacher's, or computes it if the
+    # Folder of the norm_stats.json to use; empty uses the teacher's, or computes it if the
     # teacher has none; "dataset" computes it from the dataset.
     norm_stats: str = ""
     # Name of the statistics' folder in a checkpoint's assets; openpi's may have a slash
@@ -65,8 +65,8 @@ class DataConfig:
     # Folder of the cache on disk; empty is $SHALLOW_PI_CACHE/frames, or else
     # ~/.cache/shallow_pi/frames.
     cache_dir: str = ""
-    # Maximum size of the cache in GiB. In memory, 0 means 2, and larger data are refused; on disk,
-    # 0 means all but 1 GiB of the free space, and images that do not fit are decoded each time.
+    # Maximum size of the cache in GiB. In memory, 0 means 2, and larger data are refused. On disk,
+    # 0 means all but 1 GiB of the free space, and images that do not fit are decoded every time.
     cache_gib: float = 0.0
 
     def __post_init__(self) -> None:

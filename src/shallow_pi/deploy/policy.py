@@ -43,7 +43,7 @@ class Policy:
     Args:
       assets: the model's sizes, robot, tokenizer and statistics.
       params: the model's parameters.
-      num_steps: integration steps of the sampler; None takes those it was trained for.
+      num_steps: integration steps of the sampler; None uses those it was trained for.
       seed: of the noise `infer` draws.
       prompt: the instruction where an observation has none.
       state_warn: spreads outside its training data beyond which a state is warned of; see
@@ -130,7 +130,7 @@ class Policy:
           path: a step folder of ours, an export of one, a folder of openpi's or LeRobot's, or the
             folder of a run; local, `gs://` or `hf://`.
           step: of a run: "last", "best" or a number.
-          num_steps: integration steps of the sampler; None takes those it was trained for.
+          num_steps: integration steps of the sampler; None uses those it was trained for.
           seed: of the noise `infer` draws.
           robot: for a folder that is not ours, which robot it is for; see `step_folder.assets`.
           prompt: the instruction where an observation has none.

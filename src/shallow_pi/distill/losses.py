@@ -6,13 +6,13 @@
 
 φ is the teacher, θ the student; both see the same observation, noise and time. P is the attention
 of the action tokens over the valid prefix keys at one layer of each model, renormalised over those
-keys; for ablations that of all tokens, or of the prompt over the image tokens. â is where the
-teacher's sampler takes the noise ε: on the straight line between them (reflow, arXiv 2209.03003,
-off by default) one or two integration steps reach what the teacher's ten do. i are the image
-tokens, compared where the student's tower is cut. p is the teacher's attention to the patches of a
-camera, mean over heads, action tokens and draws, and s the scores by which the student keeps some
-of them (`models.scorer`). Everything is float32. The paper does not state the layer pair, the
-weights and `per_head`: they are our choices.
+keys; for ablations that of all tokens, or of the prompt over the image tokens. â is the end point
+of the teacher's sampler from the noise ε: along the straight line between them (reflow, arXiv
+2209.03003, off by default), one or two integration steps reach what the teacher reaches in ten.
+i are the image tokens, compared if the student's tower is cut. p is the teacher's attention to the
+patches of a camera, averaged over heads, action tokens and draws; s are the scores by which the
+student keeps some of the patches (`models.scorer`). Everything is float32. The paper does not state
+the layer pair, the weights and `per_head`: they are our choices.
 """
 
 import dataclasses
@@ -44,16 +44,16 @@ class Losses:
     # Weight of the attention loss: student attention against the teacher's.
     attention: float = 0.1
     # Weight of the reflow loss, for few integration steps (--student.num-steps): student velocity
-    # on the straight line from noise to the teacher's own actions for it.
+    # on the straight line from noise to the actions that the teacher samples from it.
     reflow: float = 0.0
     # Weight of the vision loss: image tokens of the student's tower against the teacher's. By
-    # default 1 where --student.vision-depth cuts the tower, and 0 elsewhere.
+    # default 1 if --student.vision-depth cuts the tower, else 0.
     vision: float | None = None
     # Weight of the scorer loss: scores of image tokens against the teacher's attention. By default
-    # 1 where a scorer chooses them (--student.image-token-choice scored), and 0 elsewhere.
+    # 1 if a scorer chooses them (--student.image-token-choice scored), else 0.
     scorer: float | None = None
-    # Share of the reflow loss's times that are those of the student's sampler: 1 for one step, 1
-    # and 1/2 for two. The others are uniform.
+    # Share of the reflow loss's times that are those of the student's sampler (1 for one step; 1
+    # and 1/2 for two). The others are uniform.
     reflow_deployed: float = 0.5
     # Compare attention maps head by head, or averaged over heads.
     attention_heads: Attention = "per_head"
@@ -61,11 +61,11 @@ class Losses:
     # (the paper reports that it destroys training), or the prompt's "text" over the image tokens
     # (Align-KD, arXiv 2412.01282). Meant for ablations.
     attention_queries: captures.Queries = "actions"
-    # Student layer whose attention is compared; -1 takes the middle one of the action expert's, for
-    # "text" the first one of the backbone.
+    # Student layer whose attention is compared; -1 is the action expert's middle layer, or for
+    # "text" the backbone's first layer.
     attention_layer: int = -1
-    # Leave actions past the episode's end out of the losses. openpi counts them (its chunks repeat
-    # the last action there).
+    # Leave actions past the end of an episode out of the losses. openpi counts them (its chunks
+    # repeat the last action there).
     mask_padded_actions: bool = False
 
     def __post_init__(self) -> None:

@@ -117,7 +117,7 @@ def distill_step(
       key: the run's key, the same at every step.
       batch: a batch of the loader.
       weights: of the terms that `spec.losses` has, as arrays that may differ between students of
-        one program; None takes those of `spec.losses`.
+        one program; None uses those of `spec.losses`.
 
     Returns:
       The new state, and float32 metrics: every loss, gradient norms, the learning rate, the

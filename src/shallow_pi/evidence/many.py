@@ -311,7 +311,7 @@ def _spec(
     teacher: pi0.Pi0Config | None,
     scores: Mapping[str, np.ndarray],
 ) -> specs.Spec:
-    # A term that any variant has is computed for all; a weight of 0 takes it out again.
+    # A term that any variant has is computed for all; a weight of 0 drops it again.
     weighted = [variant.losses.weights for variant in members.variants]
     largest: dict[str, Any] = {
         name: max(weights[name] for weights in weighted) for name in losses.TERMS

@@ -105,7 +105,7 @@ def choose(
 
     Args:
       config: the model.
-      asked: None takes what the policy was trained for: training rounds weights alone, so
+      asked: None uses what the policy was trained for: training rounds weights alone, so
         activations are rounded only where there is a calibration.
       trained: as said there.
       calibration: the policy's, if it has one.

@@ -48,11 +48,11 @@ def _to_float(image: AnyArray) -> Float[AnyArray, "b h w 3"]:
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    """Strength of the variation of training images; the defaults are openpi's."""
+    """Strength of the random changes to training images; the defaults are openpi's."""
 
-    # Side of the random crop as a share of the image (not on wrist cameras); 1 is no crop.
+    # Side of the random crop as a share of the image's (not on wrist cameras); 1 does not crop.
     crop: float = 0.95
-    # Largest rotation in degrees either way (not on wrist cameras).
+    # Largest rotation in degrees, in either direction (not on wrist cameras).
     rotate_degrees: float = 5.0
     # Strength of the colour jitter; 0 turns that part off.
     brightness: float = 0.3

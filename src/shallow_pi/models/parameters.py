@@ -227,7 +227,7 @@ def declare(
       path: where the module is in openpi's tree.
       sizes: the size of every axis.
       pi05: π0.5's parameters (True) or π0's; None where it has the same as the other.
-      names: the children of the path to take; None takes all.
+      names: the children of the path to take; None uses all.
       stacked: of stacked ones, all layers' parts.
     """
     tree: dict[str, PyTree[Array]] = {}

@@ -24,28 +24,29 @@ class Settings:
 
     # Address to listen on; 0.0.0.0 opens the server to the network.
     host: str = "127.0.0.1"
-    # Port; 0 takes a free one.
+    # Port; 0 uses a free one.
     port: int = 8000
     # Certificate chain for wss://, a PEM file.
     tls_cert: str = ""
     # Private key of the certificate, a PEM file.
     tls_key: str = ""
-    # Largest observation, MiB; a larger one is closed with 1009.
+    # Largest observation in MiB; a connection that sends a larger one is closed with 1009.
     max_request_mb: int = 64
-    # Maximum number of clients; further ones get status 503.
+    # Maximum number of clients; others get status 503.
     max_clients: int = 32
-    # Maximum number of waiting observations; further ones are refused and closed with 1013.
+    # Maximum number of waiting observations; others are refused, and their connections closed with
+    # 1013.
     max_waiting: int = 16
-    # Answer up to this many waiting observations at once, for a fleet behind one server; programs
-    # for 1, 2, 4, 8 ... are compiled and timed at the start, and the fastest for those that wait is
-    # used. 1 answers one after another.
+    # Answer up to this many waiting observations at once, for several robots behind one server.
+    # Programs for 1, 2, 4, 8 ... are compiled and timed at the start, and the fastest for those
+    # that wait is used. 1 answers observations one at a time.
     batch: int = 1
-    # With --batch: longest time an observation waits for those of other active clients,
-    # milliseconds. A lone client never waits.
+    # With --batch: longest time in milliseconds that an observation waits for those of other active
+    # clients. A lone client never waits.
     batch_wait_ms: float = 2.0
-    # Time limit of a connection's TLS handshake, and of its HTTP request, seconds.
+    # Time limit in seconds for a connection's TLS handshake, and for its HTTP request.
     handshake_seconds: float = 5.0
-    # Maximum number of handshakes, not counting clients; a further one replaces the oldest.
+    # Maximum number of handshakes in progress, not counting clients; a new one replaces the oldest.
     max_handshakes: int = 128
 
 

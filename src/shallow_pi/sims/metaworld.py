@@ -43,7 +43,7 @@ class Suite:
 
     # The benchmark's list of tasks.
     suite: Literal["mt10", "mt50"] = "mt10"
-    # Some of MT50's tasks, as in metaworld_tasks.PROMPTS; empty takes all of the list.
+    # Some of MT50's tasks, as in metaworld_tasks.PROMPTS; empty uses all of the list.
     tasks: tuple[str, ...] = ()
     # Height and width of the images, pixels.
     image_size: int = 64

@@ -26,7 +26,7 @@ def write(
       episodes: their number.
       seed: of the episodes and perturbations.
       noise: scale of the perturbations.
-      workers: processes; 0 takes one for each CPU.
+      workers: processes; 0 uses one for each CPU.
       encoding: of video; None writes images as PNG.
 
     Returns:

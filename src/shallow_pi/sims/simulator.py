@@ -261,7 +261,7 @@ def _known(name: str, names: Sequence[str] | Mapping[str, object]) -> str:
 
 
 def harder(suite: Suite, names: Sequence[str] | None) -> dict[str, Suite]:
-    """The harder variants of these names, in this order; None takes all.
+    """The harder variants of these names, in this order; None uses all.
 
     Raises:
       ValueError: the simulator has no such variant.

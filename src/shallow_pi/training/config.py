@@ -26,13 +26,13 @@ from shallow_pi.training import profiling
 class TeacherConfig:
     """The trained deep policy; it is only read."""
 
-    # Checkpoint in openpi's layout: a step folder, local, gs:// or hf://; "random" draws random
-    # parameters, to try things out and to measure speed.
+    # Checkpoint in openpi's layout: a step folder, local, gs:// or hf://. "random" draws random
+    # parameters, for trying things out and measuring speed.
     path: str
     # Dtype of its parameters in memory.
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    # Keep its layers in host memory, and copy one at a time to the devices: saves 4.6 GB of device
-    # memory at full size, and transfers them in every step.
+    # Keep its layers in host memory and copy one at a time to the devices. At full size this saves
+    # 4.6 GB of device memory, at the cost of copying the layers in every step.
     offload: bool = False
     # Train it first, with --teacher.config, instead of reading --teacher.path.
     train: bool = False
@@ -46,42 +46,45 @@ class StudentConfig:
 
     # Layers of backbone and action expert.
     depth: int = 6
-    # Layers of the backbone that stay whole, if other than --student.depth. Of the others the
-    # expert keeps the keys and values. The shallower stream has evenly spaced layers of the deeper.
+    # Backbone layers that are kept whole, if different from --student.depth. Of the others only
+    # keys and values remain, for the expert. The shallower of backbone and expert has an evenly
+    # spaced subset of the other's layers.
     backbone_depth: int = 0
-    # Layers of the action expert, if other than --student.depth.
+    # Layers of the action expert, if different from --student.depth.
     expert_depth: int = 0
     # Layers of the image tower, evenly spaced; 0 keeps all. A cut tower has a loss on its tokens
     # (--losses.vision).
     vision_depth: int = 0
-    # Image tokens of a camera that the backbone sees, such as 128 or 64 of 256; 0 keeps the
+    # Image tokens per camera that the backbone reads, such as 128 or 64 of 256; 0 keeps the
     # teacher's.
     image_tokens: int = 0
-    # Choice of --student.image-tokens: "pool" takes means of neighbouring ones (64: of 2 × 2),
-    # "scored" those that a scorer expects the teacher's actions to attend to most, which openpi
-    # cannot run.
+    # Choice of --student.image-tokens: "pool" averages neighbouring tokens (2 × 2 for 64),
+    # "scored" keeps those that a scorer expects the teacher's actions to attend to most. openpi
+    # cannot run "scored".
     image_token_choice: Literal["pool", "scored"] = "pool"
-    # Strategy that chooses layers of the teacher. Four measure them on the first batch: similarity
-    # (cosine of input and output) and cka drop layers that change little, sensitivity (error
-    # when skipped) and gate (gradient of a gate on the layer) those that are missed least.
+    # Strategy that chooses layers of the teacher. Four measure the teacher on the first batch:
+    # similarity (cosine of input and output) and cka drop the layers that change their input least;
+    # sensitivity (error when skipped) and gate (gradient of a gate on the layer) drop those whose
+    # absence costs least.
     strategy: layer_map.Strategy = "uniform"
-    # Teacher layers to keep, in increasing order, instead of a strategy's; sets the depth too.
+    # Teacher layers to keep, in increasing order, in place of a strategy; this sets the depth too.
     layers: tuple[int, ...] = ()
-    # Those of --student.layers whose backbone is whole, instead of --student.backbone-depth.
+    # Those of --student.layers whose backbone is whole, in place of --student.backbone-depth.
     backbone_layers: tuple[int, ...] = ()
-    # Those of --student.layers with an action expert, instead of --student.expert-depth.
+    # Those of --student.layers with an action expert, in place of --student.expert-depth.
     expert_layers: tuple[int, ...] = ()
     # Seed of the strategy "random".
     layer_seed: int = 0
     # Initial parameters: cut out of the teacher, or random.
     init: Literal["cut", "random"] = "cut"
-    # Integration steps it is deployed with; stored beside its checkpoints. Fewer than 10 need
-    # --losses.reflow, which trains for them.
+    # Integration steps that the student is deployed with, stored in its checkpoints. For fewer than
+    # 10, train with --losses.reflow.
     num_steps: int = 10
-    # Products in 8 bits it is deployed with: int8 or fp8. Training sees its weights rounded; stored
-    # beside its checkpoints. For rounded activations too, calibrate it (scripts/calibrate.py).
+    # 8-bit format of the matrix products that the student is deployed with, stored in its
+    # checkpoints. Training rounds its weights. To round activations too, calibrate the trained
+    # student (scripts/calibrate.py).
     quantize: Literal["none", "int8", "fp8"] = "none"
-    # Parts to keep from the teacher and not to train: "vision" (the image tower, which then runs
+    # Parts to copy from the teacher and not train: "vision" (the image tower, which then runs
     # once for both models), "embedder" (the token embedding). Frozen parts need no moments.
     freeze: tuple[students.Part, ...] = ()
 
@@ -187,10 +190,10 @@ class ValidationConfig:
     interval: int = 1000
     # Held-out samples, evenly spaced over the episodes; rounded up to fill the devices.
     samples: int = 64
-    # Integration steps of both samplers; 0 takes the student's own, and 10 for the teacher.
+    # Integration steps of both samplers; 0 uses the student's own number, and 10 for the teacher.
     num_steps: int = 0
-    # Reference actions that decide which step is best: "data" takes the recorded ones, which define
-    # the task even if the teacher (a base model) has not learned it; "teacher" takes the teacher's
+    # Reference actions that decide which step is best. "data" uses the recorded ones, which define
+    # the task even if the teacher (a base model) has not learned it; "teacher" uses the teacher's
     # from the same noise, to reproduce the teacher.
     against: Literal["data", "teacher"] = "data"
 
@@ -215,27 +218,27 @@ class ClosedLoopConfig:
     clearance_mm: float = 3.0
     # Speed of the turntable's disc, degrees a second.
     disc_speed_deg: float = 0.0
-    # Further options of the simulator as NAME=VALUE, such as image_size=96.
+    # Other options of the simulator as NAME=VALUE, such as image_size=96.
     options: tuple[str, ...] = ()
     # Number of demonstrations to collect.
     demonstrations: int = 400
-    # Tasks of the demonstrations, if not the evaluated ones; a task that is named twice comes up
-    # twice as often.
+    # Tasks of the demonstrations, if different from --closed-loop.tasks; a task that is named twice
+    # is drawn twice as often.
     demonstrated: tuple[str, ...] = ()
     # Scale of the perturbations during demonstrations.
     noise: float = 1.0
     # Seed of the demonstrations.
     seed: int = 0
-    # Number of evaluation episodes for each policy.
+    # Number of evaluation episodes per policy.
     episodes: int = 100
     # Seed of the first evaluation episode.
     eval_seed: int = 1_000_000
-    # Harder variants for evaluation only: tight (insert with 1.5 mm of play), crowded (three blocks
-    # and three cups). Another simulator has its own variants, all by default.
+    # Harder variants, only for evaluation: tight (insert with 1.5 mm of play), crowded (three
+    # blocks and three cups). Another simulator has its own variants, all by default.
     harder: tuple[str, ...] = ("tight", "crowded")
     # Actions of a chunk to execute before the next plan.
     execute_steps: int = 5
-    # Integration steps of every policy; 0 takes the student's own, and 10 for the teacher.
+    # Integration steps of every policy; 0 uses the student's own number, and 10 for the teacher.
     num_steps: int = 0
     # Also train the baselines: task loss only, from the same cut and from random weights.
     baselines: bool = True
@@ -283,7 +286,7 @@ class DistillConfig:
     name: tyro.conf.Suppress[str] = ""
     # The trained deep policy; without one, `model` itself is trained on the task loss.
     teacher: TeacherConfig | None = None
-    # Layers of the shallow policy, and its initial parameters.
+    # The shallow policy: its layers, and its initial parameters.
     student: StudentConfig = dataclasses.field(default_factory=StudentConfig)
     # Weights and switches of the losses.
     losses: loss_terms.Losses = dataclasses.field(default_factory=loss_terms.Losses)
@@ -309,7 +312,7 @@ class DistillConfig:
     checkpoint_dir: str = "checkpoints"
     # Continue an interrupted run.
     resume: bool = False
-    # Rename an existing run of that name, and start anew.
+    # Rename an existing run of this name and start a new one.
     overwrite: bool = False
     # Seed of parameters, data order, augmentation, noise and time.
     seed: int = 42
@@ -319,16 +322,17 @@ class DistillConfig:
     draws: int = 1
     # Microbatches per step.
     accumulation: int = 1
-    # Activations that the backward pass recomputes: of whole "layers" (least memory), of all but
-    # the "dots" (products with weights, flash attention), or "none". "auto": "dots" if that is
-    # estimated to fit the devices' memory, else, or where their memory is unknown, "layers".
+    # Activations that the backward pass recomputes: "layers" recomputes whole layers (least
+    # memory), "dots" everything except products with weights and flash attention, "none" nothing.
+    # "auto" is "dots" if that is estimated to fit the devices' memory; otherwise, or if their
+    # memory is unknown, it is "layers".
     remat: Literal["auto", "layers", "dots", "none"] = "auto"
-    # Unroll the student's layers instead of scanning them: compiles several times as long, and
-    # leaves out the last layer's work on the prefix, which nothing reads.
+    # Unroll the student's layers instead of scanning them. This takes several times as long to
+    # compile, and skips the last layer's unused work on the prefix.
     unroll: bool = False
-    # Attention of image tower and prefix: "xla", cuDNN's flash attention ("cudnn"), or that in the
-    # "tower" alone. "auto": cudnn in bfloat16 on Hopper GPUs, in the tower alone on other NVIDIA
-    # GPUs from Ampere on, and xla elsewhere and for absent devices. Action tokens always use xla.
+    # Attention of image tower and prefix: "xla", cuDNN's flash attention ("cudnn"), or cuDNN's in
+    # the "tower" alone. In bfloat16, "auto" is cudnn on Hopper GPUs and tower on other NVIDIA GPUs
+    # from Ampere on; otherwise, and for absent devices, it is xla. Action tokens always use xla.
     attention: Literal["auto", "xla", "cudnn", "tower"] = "auto"
     # Number of optimizer steps.
     num_train_steps: int = 30_000
@@ -336,15 +340,15 @@ class DistillConfig:
     ema_decay: float = 0.0
     # Steps between rows of metrics; a row is a mean over these steps.
     log_interval: int = 100
-    # Steps between measurements of each loss's own gradient norm; 0 never.
+    # Steps between measurements of each loss's own gradient norm; 0 turns them off.
     gradient_interval: int = 0
     # Steps between checkpoints.
     save_interval: int = 1000
     # Number of latest checkpoints to keep, besides the one with the lowest validation error (best).
     keep: int = 1
-    # Checkpoints at multiples of this step are kept forever; 0 keeps none.
+    # Keep checkpoints at multiples of this step forever; 0 keeps none of them.
     keep_period: int = 5000
-    # Steps to trace as FIRST:END, END excluded: 10:15 traces 10 to 14; empty for none.
+    # Steps to trace as FIRST:END, without END: 10:15 traces steps 10 to 14; empty for none.
     profile: str = ""
     # Write TensorBoard events.
     tensorboard: bool = True
@@ -370,9 +374,9 @@ class DistillConfig:
             raise ValueError(f"--exp-name must be a plain folder name, got {self.exp_name!r}")
         if "://" in self.checkpoint_dir:
             raise ValueError(
-                f"--checkpoint-dir {self.checkpoint_dir} is an address: a run needs a folder on a "
-                "file system that renames folders atomically, which object stores do not; give "
-                "one, or mount the bucket as docs/launch.md says"
+                f"--checkpoint-dir {self.checkpoint_dir} is an address, but a run needs a folder "
+                "on a file system that renames folders atomically, which object stores do not; "
+                "give such a folder, or mount the bucket as docs/launch.md describes"
             )
         if self.resume and self.overwrite:
             raise ValueError("--resume continues a run, --overwrite starts anew: give only one")
@@ -384,15 +388,15 @@ class DistillConfig:
             )
         if self.student.image_token_choice == "scored" and self.losses.scorer == 0:
             raise ValueError(
-                "--student.image-token-choice scored: the scorer learns by --losses.scorer alone, "
-                "which is 0; give it a weight or leave it out"
+                "--student.image-token-choice scored: the scorer is trained only by "
+                "--losses.scorer, which is 0; give that loss a weight, or leave the flag out"
             )
         if self.teacher is not None:
             self.student.cut(self.model)
         elif self.student.cuts:
             raise ValueError(
-                f"{', '.join(self.student.cuts)}: these cut a student out of a teacher, and there "
-                "is none: leave them out (--model.depth is the depth of what is trained)"
+                f"{', '.join(self.student.cuts)}: these cut a student out of a teacher, but there "
+                "is no teacher; leave them out (--model.depth sets the depth of the model)"
             )
         if self.teacher is None and self.validation.against == "teacher":
             raise ValueError("--validation.against teacher needs a teacher; set it to data")

@@ -170,7 +170,7 @@ class Dataset:
             raise ValueError(f"{camera} of {self.where(i)}: {error}") from error
 
     def stored(self, episode: int, keys: Sequence[str] | None) -> pl.DataFrame:
-        """Columns of one episode as stored in its data file; None takes all but the images."""
+        """Columns of one episode as stored in its data file; None means all but the images."""
         file = self.path / self.layout.data_file(episode)
         if keys is None:
             keys = [key for key in files.schema(file) if key not in self.cameras]

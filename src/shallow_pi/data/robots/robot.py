@@ -92,15 +92,15 @@ class Robot:
     state_more: tuple[str, ...] = ()
     # Keys appended to the actions likewise. A policy answers with one vector of all parts.
     action_more: tuple[str, ...] = ()
-    # Number of values under each key, so that parts which only add up are refused; empty takes
+    # Number of values under each key, so that parts which only add up are refused; empty uses
     # those of the first dataset, and of actions with as many groups as parts the groups'.
     state_sizes: tuple[int, ...] = ()
     action_sizes: tuple[int, ...] = ()
     # Places of the values that make up state and actions among those of all keys, counted from 0;
-    # empty takes all. All other fields are about the dimensions taken, in this order.
+    # empty uses all. All other fields are about the dimensions taken, in this order.
     state_indices: tuple[int, ...] = ()
     action_indices: tuple[int, ...] = ()
-    # Always this prompt, whatever recordings and observations say; empty takes theirs.
+    # Always this prompt, whatever recordings and observations say; empty uses theirs.
     prompt: str = ""
     # Facts sent to clients besides those of every policy, for clients that look for them. Robots
     # that differ in these alone are equal: they read and answer alike.

@@ -23,7 +23,7 @@ class Vector:
     dim: int
     # Number of values under each key; empty if they are not known.
     sizes: tuple[int, ...] = ()
-    # Empty takes all values.
+    # Empty uses all values.
     indices: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:

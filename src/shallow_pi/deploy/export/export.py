@@ -46,14 +46,14 @@ def export(
     Args:
       source: a step folder, or a run's folder; `gs://`, `hf://` too.
       format: a name in `formats.FORMATS`.
-      output: the folder to create; None takes `exports/<step>-<format>` next to the step.
+      output: the folder to create; None uses `exports/<step>-<format>` next to the step.
       step: of a run: "last", "best" or a number.
       layers: for `openpi-padded` without a run, the teacher layer of each student layer.
       teacher_depth: for `openpi-padded` without a run, the number of layers of the padded model.
       any_size: allow sizes that differ from openpi's, which the released classes cannot load.
       num_steps: integration steps of the comparison and of a graph, where they are unrolled; None
         takes the number that the student was trained for.
-      dtype: of a graph's weights and arithmetic; empty takes the format's default.
+      dtype: of a graph's weights and arithmetic; empty uses the format's default.
       opset: for `onnx`, the operator set version.
       quantize: products in 8 bits, for graphs; int8 needs the student's calibration.
       report: called with progress messages.
