@@ -26,13 +26,17 @@ def say(text: str) -> None:
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def warn(text: str) -> None:
+def warn(text: str, *, tolerated: bool = False) -> None:
     """Print a warning, the same text once in a process.
+
+    Args:
+      text: the warning.
+      tolerated: never an error: not the user's doing, and no reason to end a long run.
 
     Raises:
       ValueError: warnings are errors (`be_strict`).
     """
-    if _strict:
+    if _strict and not tolerated:
         raise ValueError(f"{text} (--strict makes this warning an error)")
     if text not in _told:
         _told.add(text)

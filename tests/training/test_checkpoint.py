@@ -12,6 +12,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
+from shallow_pi import progress
 from shallow_pi.checkpoints import weights
 from shallow_pi.parallel import sharding
 from shallow_pi.training import checkpoint, optimizer
@@ -255,7 +256,12 @@ def test_the_best_step_stays_and_is_pointed_to(tmp_path):
     _assert_same(deployed, state.params)
 
 
-def test_where_no_link_can_be_made_the_file_names_the_best_step(tmp_path, capsys):
+@pytest.mark.parametrize("strict", [False, True])
+def test_where_no_link_can_be_made_the_file_names_the_best_step(
+    tmp_path, capsys, monkeypatch, strict
+):
+    """Also in a run whose warnings are errors (--strict)."""
+    monkeypatch.setattr(progress, "_strict", strict)
     (tmp_path / "best.partial").mkdir()  # In the way of the link.
     with checkpoint.Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, _init(ema=False), None, _nothing, error=0.5)

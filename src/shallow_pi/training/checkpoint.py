@@ -251,13 +251,14 @@ class Checkpoints:
         for step in run_folder.steps(self.folder):
             folder = self.folder / str(step)
             if lacks := [name for name in _PARTS if not (folder / name).exists()]:
-                progress.warn(f"{folder} is damaged and left alone: it lacks {', '.join(lacks)}")
+                problem = f"it lacks {', '.join(lacks)}"
+                progress.warn(f"{folder} is damaged and left alone: {problem}", tolerated=True)
                 continue
             try:
                 text = (folder / run_folder.DATA / run_folder.DATA_FILE).read_text(encoding="utf-8")
                 error = json.loads(text)["error"]
-            except (OSError, ValueError, TypeError, KeyError) as problem:
-                progress.warn(f"{folder} is damaged and left alone ({problem!r})")
+            except (OSError, ValueError, TypeError, KeyError) as fault:
+                progress.warn(f"{folder} is damaged and left alone ({fault!r})", tolerated=True)
                 continue
             if error is not None and math.isfinite(error):
                 found.append((error, step))
@@ -327,7 +328,8 @@ def _point_to(folder: pathlib.Path, step: int, error: float) -> None:
     except OSError as error:
         progress.warn(
             f"{folder / run_folder.BEST} cannot be linked ({run_folder.reason(error)}): the best "
-            f"step is named in {run_folder.BEST_FILE}"
+            f"step is named in {run_folder.BEST_FILE}",
+            tolerated=True,
         )
 
 
@@ -360,7 +362,8 @@ def _remove(folder: pathlib.Path) -> None:
             if error.errno != errno.ENOTEMPTY or not left:
                 progress.warn(
                     f"{folder} is not needed and cannot be deleted ({run_folder.reason(error)}): "
-                    "the next start of the run tries again"
+                    "the next start of the run tries again",
+                    tolerated=True,
                 )
                 return
             time.sleep(0.1)
