@@ -74,6 +74,22 @@ def test_moments_in_bfloat16_take_half_the_bytes_and_stay_so():
     assert sizes["float32"] == 2 * sizes["bfloat16"] == 2 * 4 * 32
 
 
+def test_moments_in_bfloat16_follow_the_gradient_at_the_slowest_decay_there_is():
+    """A steady gradient is normalized to 1, and a tenth of it after it has fallen."""
+    transform = optimizer.AdamW(
+        b2=optimizer.SLOWEST_BFLOAT16, moments="bfloat16", clip_norm=10.0
+    ).create(1.0)
+    params = {"kernel": jnp.ones(1)}
+
+    def update(state, gradient):
+        updates, state = transform.update({"kernel": gradient}, state, params)
+        return state, updates["kernel"]
+
+    gradients = jnp.repeat(jnp.array([1.0, 0.1]), 2000)[:, None]
+    _, updates = jax.lax.scan(update, transform.init(params), gradients)
+    np.testing.assert_allclose(-updates[jnp.array([1999, 3999])], 1.0, atol=0.25)
+
+
 def test_weights_decay_by_the_learning_rate_times_the_decay():
     transform = optimizer.AdamW(weight_decay=0.1).create(0.5)
     params = {"kernel": jnp.full(2, 3.0)}
@@ -104,6 +120,11 @@ def test_weights_decay_by_the_learning_rate_times_the_decay():
         (lambda: optimizer.AdamW(b2=-0.1), "b2 must lie in"),
         (lambda: optimizer.AdamW(eps=0.0), "eps must be positive"),
         (lambda: optimizer.AdamW(clip_norm=0.0), "clip-norm must be positive, got 0.0"),
+        (
+            lambda: optimizer.AdamW(moments="bfloat16", b2=0.999),
+            "decay of 0.999 changes in a step: --optimizer.b2 must be at most 0.99, or give",
+        ),
+        (lambda: optimizer.AdamW(moments="bfloat16", b1=0.995), "--optimizer.b1 must be at most"),
         (lambda: optimizer.AdamW(moments="int8"), "float32 or bfloat16, got 'int8'"),
         (lambda: optimizer.AdamW(weight_decay=-1.0), "--optimizer.weight-decay must be at least 0"),
     ],
