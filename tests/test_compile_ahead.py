@@ -5,7 +5,10 @@ import json
 import pathlib
 import sys
 
+import jax
 import pytest
+
+from shallow_pi.planning import compile, report
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -34,6 +37,16 @@ def test_a_compiled_step_is_printed_and_written(command, tmp_path):
     assert found["collectives"]["all-gather"]["times"] > 0
     assert found["total"] > found["given"]["student"] > 0
     assert found["useful_flops_per_device"] > 0
+
+
+@pytest.mark.parametrize(("devices", "end"), [(1, "cpu-1"), (8, "cpu-8-data8")])
+def test_the_file_of_a_plan_is_named_by_its_mesh(command, tmp_path, monkeypatch, devices, end):
+    monkeypatch.setattr(compile, "devices", lambda count, _: jax.devices()[:count])
+    monkeypatch.setattr(compile, "build", lambda *_: (None, None))
+    monkeypatch.setattr(report, "planned", lambda *_: [])
+    monkeypatch.setattr(report, "contents", lambda *_: {})
+    command("compile_ahead", "debug", "--devices", devices, "--output", tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == [f"debug-{end}.json"]
 
 
 def test_memory_is_estimated_with_the_sizes_of_a_teacher_on_disk(command):

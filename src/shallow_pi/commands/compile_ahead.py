@@ -50,9 +50,9 @@ def main() -> None:
         print(f"{experiment.name}, {name}, " + "\n".join(lines))
         print(f"compiled in {seconds:.0f} s")
         if folder:
-            shape = "-".join(f"{axis}{n}" for axis, n in mesh.shape.items() if n > 1)
-            file = f"{experiment.name}-{name.replace(':', '-')}-{shape}.json"
-            path = folder / file
+            axes = (f"{axis}{n}" for axis, n in mesh.shape.items() if n > 1)
+            stem = "-".join([experiment.name, name.replace(":", "-"), *axes])
+            path = folder / f"{stem}.json"
             path.parent.mkdir(parents=True, exist_ok=True)
             more = {"mesh": dict(mesh.shape), "versions": latency.versions()}
             content = report.contents(program, useful, accelerator) | more
