@@ -16,6 +16,7 @@ from shallow_pi.commands import train_distill
 from shallow_pi.data.lerobot import writer as lerobot_writer
 from shallow_pi.evaluation import study
 from shallow_pi.models import pi0
+from shallow_pi.parallel import processes
 from shallow_pi.training import command_line, metrics
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -258,3 +259,13 @@ def test_what_is_wrong_with_the_student_is_found_before_its_teacher_is_trained(
     (folder / "config.json").write_text("{}")
     status, said = command(*arguments)
     assert (status, "already holds a run" in said) == (1, True)
+
+
+def test_the_cpu_is_split_for_the_batches_of_the_teacher_too(command, tmp_path, monkeypatch):
+    rows = []
+    monkeypatch.setattr(processes, "split_cpu", lambda *given: rows.extend(given))
+    monkeypatch.setattr(study, "train_teacher", lambda experiment, own: experiment)
+    monkeypatch.setattr(study, "run", lambda experiment: None)
+    arguments = ("pi0_turntable_l6", "--teacher.train", "--checkpoint-dir", tmp_path)
+    assert command(*arguments, "--batch-size", 48)[0] == 0
+    assert rows == [48, 64]

@@ -152,7 +152,10 @@ def test_a_time_out_is_whole_seconds(joined, monkeypatch, text, message):
 
 @pytest.mark.parametrize(
     ("processes", "rows", "devices"),
-    [(None, 8, 4), (None, 6, 3), (2, 8, 4), (2, 6, 3), (3, 6, 2)],
+    [
+        *[(None, (8,), 4), (None, (6,), 3), (2, (8,), 4), (2, (6,), 3), (3, (6,), 2)],
+        (None, (8, 6), 2),  # Two trainings.
+    ],
 )
 def test_the_devices_of_all_processes_divide_the_rows(monkeypatch, processes, rows, devices):
     said = {}
@@ -161,7 +164,7 @@ def test_the_devices_of_all_processes_divide_the_rows(monkeypatch, processes, ro
     monkeypatch.setattr(distributed.os, "sched_getaffinity", lambda _: range(5), raising=False)
     monkeypatch.setattr(jax.config, "update", said.__setitem__)
     monkeypatch.delenv("JAX_NUM_CPU_DEVICES", raising=False)
-    distributed.split_cpu(rows)
+    distributed.split_cpu(*rows)
     assert said == {"jax_num_cpu_devices": devices}
 
 

@@ -29,12 +29,16 @@ def main() -> None:
             default = openpi_configs.experiment(*arguments[1:2])
         arguments = arguments[2:]
     experiment = command_line.cli(command_line.configs(), __doc__ or "", arguments, default)
-    processes.split_cpu(experiment.batch_size // experiment.accumulation)
-    folders = [experiment.folder]
-    with exits.exit_on(*loop.ENDS, interrupted=lambda: loop.interrupted(*folders)):
-        teacher = experiment.teacher
-        if teacher is not None and teacher.train:
+    trained, own = [experiment], None
+
+    def interrupted() -> str:
+        return loop.interrupted(*(each.folder for each in trained))
+
+    with exits.exit_on(*loop.ENDS, interrupted=interrupted):
+        if experiment.teacher is not None and experiment.teacher.train:
             own = command_line.teacher_experiment(command_line.configs(), experiment)
-            folders.append(own.folder)
+            trained.append(own)
+        processes.split_cpu(*(each.batch_size // each.accumulation for each in trained))
+        if own is not None:
             experiment = study.train_teacher(experiment, own)
         study.run(experiment)

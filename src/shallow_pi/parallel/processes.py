@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import inspect
 import json
+import math
 import os
 import re
 import sys
@@ -225,20 +226,21 @@ def _seconds(name: str, default: int) -> int:
     return seconds
 
 
-def split_cpu(rows: int) -> None:
+def split_cpu(*rows: int) -> None:
     """Give JAX one CPU device per core, so that the batch is split over all cores.
 
     XLA runs the small operations of a small model on one core only. `JAX_NUM_CPU_DEVICES` sets
     another number. Accelerators are not affected.
 
     Args:
-      rows: observations of a microbatch, over all processes; a multiple of the number of devices.
+      rows: observations of a microbatch, over all processes, of each training of this process;
+        multiples of the number of devices.
     """
     if "JAX_NUM_CPU_DEVICES" in os.environ or (_joined is not None and not _joined.coordinator):
         return
-    rows //= 1 if _joined is None else _joined.count
+    shared = math.gcd(*rows) // (1 if _joined is None else _joined.count)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    devices = max(n for n in range(1, (cores or 1) + 1) if rows % n == 0)
+    devices = max(n for n in range(1, (cores or 1) + 1) if shared % n == 0)
     jax.config.update("jax_num_cpu_devices", devices)
 
 
