@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from shallow_pi.checkpoints import sizes, weights
+from shallow_pi.checkpoints import run_folder, sizes, weights
 from shallow_pi.data import data_config, opening
 from shallow_pi.data.lerobot import layout
 from shallow_pi.data.robots import assets
@@ -200,6 +200,29 @@ def _refused(experiment, message, kind=(ValueError, FileNotFoundError)):
     assert [path.name for path in experiment.folder.parent.iterdir()] == ["first"]
     assert [path.name for path in experiment.folder.iterdir()] == ["3"]
     assert old.exists()
+
+
+def test_a_study_holds_its_folder_at_every_stage(tmp_path, monkeypatch):
+    experiment = _small("pi0_turntable", tmp_path)
+    stages = []
+
+    def stage(name, result=None):
+        def work(*_, **__):
+            other = run_folder.held(experiment.folder)
+            with pytest.raises(ValueError, match="another process works in"), other:
+                pass
+            stages.append(name)
+            return result
+
+        return work
+
+    monkeypatch.setattr(study.recording, "write", stage("demonstrations"))
+    monkeypatch.setattr(study.tokenizer, "train", stage("tokenizer"))
+    monkeypatch.setattr(run, "open_run", stage("data"))
+    monkeypatch.setattr(loop, "train", stage("training", experiment.folder / "3"))
+    monkeypatch.setattr(study, "_measure", stage("evaluation"))
+    assert study.run(experiment) == experiment.folder / "3"
+    assert stages == ["demonstrations", "tokenizer", "data", "training", "evaluation"]
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ study picks up where it was:
 Without a simulated task it is training, and a report of losses and held-out errors.
 """
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -48,9 +49,10 @@ def run(experiment: config.DistillConfig) -> pathlib.Path:
     folder, task, label = experiment.folder, experiment.closed_loop, _label(experiment)
     if task is None:
         opened = runs.open_run(experiment)
-        final = loop.train(opened, label)
-        if processes.is_main():
-            _tell(_outcome(opened, {_trained_name(experiment): folder}), folder)
+        with run_folder.held(folder):
+            final = loop.train(opened, label)
+            if processes.is_main():
+                _tell(_outcome(opened, {_trained_name(experiment): folder}), folder)
         return final
     suite, demonstrated = find_suites(task)
     experiment = check(experiment, task, suite)
@@ -61,21 +63,25 @@ def run(experiment: config.DistillConfig) -> pathlib.Path:
         )
         return folder / str(experiment.num_train_steps)
     makes_data = not experiment.data.path
-    if makes_data:
-        run_folder.prepare(folder, experiment.resume, experiment.overwrite, meet=processes.sync)
-        experiment = _with_data(experiment, task, demonstrated)
-    opened = runs.open_run(experiment, prepared=makes_data)
-    stages = report.Stages(folder / run_folder.STAGES_FILE)
-    with stages.timed("training"):
-        final = loop.train(opened, label)
-    folders = {_trained_name(experiment): folder}
-    if experiment.teacher is not None and task.baselines:
-        for name, baseline in baselines(opened.experiment).items():
-            folders[name] = folder / run_folder.BASELINES / name
-            with stages.timed(f"training {name}"):
-                loop.train(runs.variant(opened, baseline, folders[name]), name)
-    if processes.is_main():
-        _measure(opened, task, suite, folders, stages)
+    with contextlib.ExitStack() as working:
+        if makes_data:
+            run_folder.prepare(folder, experiment.resume, experiment.overwrite, meet=processes.sync)
+            working.enter_context(run_folder.held(folder))
+            experiment = _with_data(experiment, task, demonstrated)
+        opened = runs.open_run(experiment, prepared=makes_data)
+        if not makes_data:
+            working.enter_context(run_folder.held(folder))
+        stages = report.Stages(folder / run_folder.STAGES_FILE)
+        with stages.timed("training"):
+            final = loop.train(opened, label)
+        folders = {_trained_name(experiment): folder}
+        if experiment.teacher is not None and task.baselines:
+            for name, baseline in baselines(opened.experiment).items():
+                folders[name] = folder / run_folder.BASELINES / name
+                with stages.timed(f"training {name}"):
+                    loop.train(runs.variant(opened, baseline, folders[name]), name)
+        if processes.is_main():
+            _measure(opened, task, suite, folders, stages)
     return final
 
 

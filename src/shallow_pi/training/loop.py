@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from shallow_pi import interrupts, progress
-from shallow_pi.checkpoints import run_folder, weights
+from shallow_pi.checkpoints import weights
 from shallow_pi.data import loader, sheet
 from shallow_pi.distill import step, student
 from shallow_pi.parallel import processes, shapes, sharding
@@ -53,7 +53,8 @@ def train(run: runs.Run, label: str = "Distil") -> pathlib.Path:
     """Train to the end and return the last step's folder.
 
     Args:
-      run: the run; it resumes from its folder's last checkpoint.
+      run: the run; it resumes from its folder's last checkpoint. The caller holds the folder
+        (`run_folder.held`), where others may work too.
       label: label of the progress bar.
 
     Raises:
@@ -63,7 +64,6 @@ def train(run: runs.Run, label: str = "Distil") -> pathlib.Path:
     experiment, end = run.experiment, run.experiment.num_train_steps
     with contextlib.ExitStack() as stack:
         stack.enter_context(memory.explained(experiment.batch_size))
-        stack.enter_context(run_folder.held(run.folder))
         whole_teacher = shapes.on_device(run.teacher)
         checkpoints = stack.enter_context(_checkpoints(run, whole_teacher))
         feed = stack.enter_context(contextlib.closing(run.feed()))
