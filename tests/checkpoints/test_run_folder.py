@@ -21,6 +21,7 @@ def test_an_existing_run_needs_resume_or_overwrite(tmp_path):
     with pytest.raises(ValueError, match="give only one"):
         run_folder.prepare(run, resume=True, overwrite=True)
     assert (run / "1").is_dir()
+    (run / "config.json").write_text("{}")
     assert run_folder.prepare(run, resume=True, overwrite=False)
     assert (run / "1").is_dir()
 
@@ -69,8 +70,28 @@ def test_a_resumed_config_may_differ_in_safe_fields_alone(tmp_path):
     run_folder.compare_config(tmp_path, changed, safe={"log", "batch_size", "losses.task"})
     with pytest.raises(ValueError, match="seed: saved 'absent', now 1"):
         run_folder.compare_config(tmp_path, {**config, "seed": 1})
-    with pytest.raises(FileNotFoundError, match="use --overwrite"):
-        run_folder.compare_config(tmp_path / "elsewhere", config)
+
+
+def test_steps_without_their_config_are_not_resumed(tmp_path):
+    (tmp_path / "20").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"config.json is missing: .*use --overwrite or"):
+        run_folder.check(tmp_path, resume=True, overwrite=False)
+    assert run_folder.check(tmp_path, resume=False, overwrite=True)
+    (tmp_path / "20").rmdir()  # Stopped before its first step, and before it saved a config.
+    (tmp_path / "demonstrations").mkdir()
+    assert run_folder.check(tmp_path, resume=True, overwrite=False)
+
+
+def test_paths_move_with_the_folder_of_all_runs(tmp_path):
+    def at(top, path):
+        return {"checkpoint_dir": top, "data": {"path": path}}
+
+    run_folder.save_config(tmp_path, at("runs", "runs/first/demonstrations"))
+    moved = at("/moved", "/moved/first/demonstrations")
+    run_folder.compare_config(tmp_path, moved, safe={"checkpoint_dir"})
+    other = at("/moved", "runs/first/demonstrations")
+    with pytest.raises(ValueError, match=r"data\.path: saved 'first/demonstrations', now 'runs/"):
+        run_folder.compare_config(tmp_path, other, safe={"checkpoint_dir"})
 
 
 def test_a_field_newer_than_the_run_may_have_its_default(tmp_path):

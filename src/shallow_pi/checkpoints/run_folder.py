@@ -123,6 +123,11 @@ def check(path: str | os.PathLike[str], resume: bool, overwrite: bool) -> bool:
             f"{folder} already holds a run: --resume continues it, --overwrite renames it and "
             "starts anew, or choose another --exp-name"
         )
+    if resume and steps(folder) and not (folder / CONFIG_FILE).exists():
+        raise FileNotFoundError(
+            f"{folder / CONFIG_FILE} is missing: without it nothing shows that the steps there are "
+            "of this config; put it back, or use --overwrite or another --exp-name"
+        )
     if jax.process_index() == 0:
         check_output(folder, "give another --exp-name or --checkpoint-dir")
     return occupied
@@ -257,7 +262,8 @@ def compare_config(
     """Raise where a resumed run's config differs from the saved one in a field that is not `safe`.
 
     Fields are named as on the command line ("losses.attention"); a safe name covers the fields
-    below it.
+    below it. Paths in the folder of all runs (`checkpoint_dir`) are compared from there on, because
+    it may have moved.
 
     Args:
       folder: the run's.
@@ -270,12 +276,8 @@ def compare_config(
       The fields that the saved config lacks and that have their defaults.
     """
     saved = read_config(folder)
-    if saved is None:
-        raise FileNotFoundError(
-            f"{pathlib.Path(folder) / CONFIG_FILE} is missing: this folder cannot be resumed, use "
-            "--overwrite"
-        )
-    old, new, usual = (flatten(json.loads(json.dumps(c))) for c in (saved, config, defaults or {}))
+    assert saved is not None, "the caller found it"
+    old, new, usual = (_comparable(values) for values in (saved, config, defaults or {}))
     absent = "absent"
     newer = [name for name in new if name not in old and name in usual and new[name] == usual[name]]
     different = [
@@ -291,6 +293,16 @@ def compare_config(
             + "\nresume with the saved values, or use --overwrite or another --exp-name"
         )
     return newer
+
+
+def _comparable(config: Mapping[str, object]) -> dict[str, object]:
+    """The fields as they are saved, with paths in `checkpoint_dir` relative to it."""
+    fields = flatten(json.loads(json.dumps(config)))
+    top = f"{pathlib.Path(str(fields.get('checkpoint_dir', ''))).expanduser()}/"
+    return {
+        name: value.removeprefix(top) if isinstance(value, str) else value
+        for name, value in fields.items()
+    }
 
 
 def flatten(tree: object, prefix: str = "") -> dict[str, object]:
