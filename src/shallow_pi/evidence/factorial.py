@@ -179,9 +179,9 @@ def lines(table: outcomes.Table, results: pathlib.Path) -> Iterator[str]:
             yield f"| {name} | {mean} ({low} to {high}) | {groups} |"
         yield ""
         yield (
-            "The effect of a cut is the mean over all pairs of cells that differ in it alone; "
-            "*together* is the effect of two cuts beyond the sum of both (below zero: they make "
-            "each other worse)."
+            "The effect of a cut is the mean over all pairs of cells that differ only in this cut. "
+            "*Together* is the effect of two cuts beyond the sum of both: below zero, they make "
+            "each other worse."
         )
     if costs := read(claim, results):
         names = [column.label for column in claim.columns]

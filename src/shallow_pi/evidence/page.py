@@ -1,7 +1,7 @@
-"""The page of evidence, written from the claims and the measured lines alone.
+"""docs/evidence.md, generated from the claims and the measured results.
 
-Nothing on it is written by hand but the claims' own words: what is shown, refuted or open follows
-from the intervals, what is pending from what is not measured.
+Only the claims' own words are written by hand. The verdicts (shown, refuted, open) follow from the
+intervals, and pending cells are those without results.
 """
 
 import collections
@@ -20,29 +20,39 @@ HEAD = """# Evidence
 
 The paper's claims and ours, tested on tabletop tasks with models small enough (1 M parameters) to
 train every student under several seeds. Nothing on this page was measured at full size.
-`uv run scripts/reproduce.py CLAIM` measures a claim and rewrites this page and its figures from
+`uv run scripts/reproduce.py CLAIM` measures a claim, and rewrites this page and its plots from
 `{results}/*.jsonl`.
 
-**Tasks.** *touch*: touch the named block. *insert*: put the peg into the named cup, with 3 mm of
-play. *precise*: the same with 1 mm. *relation*: touch the block left of, right of or nearest to a
-named object. *clutter*: eight objects under changing light and colours. *moving*: a disc turns at
-15 or 30°/s. *around*: pass a pillar on the left or right, as a coin flip that no observation shows
-decides in the demonstrations, and touch the block; hitting the pillar's core fails. *Success* is
-over the first six, *elsewhere* the same from starts that no demonstration had; *around* is always
-reported separately.
+**Tasks**
 
-**Protocol**, unless a section says otherwise. One 18-layer teacher (`{teacher}`){untrained}. A row
-is one recipe under up to {seeds} training seeds. All policies meet the same {episodes} episodes
-(seeds from {first}; none is a demonstration), with the same noise for the sampler. They execute 10
-of 20 planned actions at 20 Hz before the next plan, on *around* all 20. Plans are compared at
-{held} held-out observations with {plans} noises each: *plans to teacher* is the energy distance
-(mm) between a policy's plans and its teacher's in ten integration steps, 0 for equal distributions;
-*spread* is the standard deviation of a plan's middle position across the direct path to the target.
+- *touch*: touch the named block.
+- *insert*: put the peg into the named cup, with 3 mm of play. *precise*: the same with 1 mm.
+- *relation*: touch the block left of, right of or nearest to a named object.
+- *clutter*: eight objects under changing light and colours.
+- *moving*: a disc turns at 15 or 30°/s.
+- *around*: pass a pillar on the left or right, and touch the block; hitting the pillar's core
+  fails. In the demonstrations a coin flip, which no observation shows, decides the side.
+
+*Success* is over the first six tasks, and *elsewhere* is the same from initial states that are not
+in the demonstrations. *around* is always reported separately.
+
+**Protocol**, unless a section says otherwise
+
+- There is one 18-layer teacher (`{teacher}`){untrained}. A row of a table is one training recipe
+  under up to {seeds} training seeds.
+- All policies meet the same {episodes} episodes (seeds from {first}; none is a demonstration), with
+  the same noise for the sampler. They execute 10 of 20 planned actions at 20 Hz before the next
+  plan, on *around* all 20.
+- Plans are compared at {held} held-out observations, with {plans} draws of noise each. *Plans to
+  teacher* is the energy distance (mm) between a policy's plans and its teacher's ten-step plans: 0
+  if the distributions are equal. *Spread* is the standard deviation of a plan's middle position
+  across the direct path to the target.
 
 **Intervals** are 95 % and treat both training seeds and episodes as random (two crossed random
-effects), so they are wide where three seeds differ. Differences are paired by episode and training
-seed. A statement is *shown* or *refuted* only if the whole interval says so, else *open*. Rows with
-one seed (the teacher, untrained cuts) describe that one policy.
+effects), so they are wide where the three seeds differ. Differences are paired by episode and
+training seed. A statement is *shown* or *refuted* only if the whole interval supports or
+contradicts it; otherwise it is *open*. Rows with one seed (the teacher, untrained cuts) describe
+that one policy.
 """
 
 
@@ -98,7 +108,7 @@ def write(path: pathlib.Path, folder: pathlib.Path, episodes: int) -> list[pathl
 
 def _head(folder: pathlib.Path, episodes: int, results: cells.Results) -> list[str]:
     there = any(cell.policy == rows.TEACHER for cell in results.rows)
-    untrained = ", **which is not trained yet**: what follows has teachers of its own"
+    untrained = ", **which is not trained yet**: the sections below have their own teachers"
     return HEAD.format(
         untrained="" if there else untrained,
         results=folder.as_posix(),
@@ -193,8 +203,8 @@ def _tables(table: outcomes.Table) -> Iterator[str]:
         yield f"| {label} | " + " | ".join(line) + " |"
     yield ""
     yield (
-        "Mean (interval; training seeds if several; n episodes if not all); below it the "
-        f"difference from *{claim.reference}*."
+        "Each cell has the mean (interval; number of training seeds if several; n episodes if not "
+        f"all), and below it the difference from *{claim.reference}*."
     )
 
 
@@ -226,7 +236,7 @@ def _pending(table: outcomes.Table) -> list[str]:
     if not left:
         return []
     text = f"*Pending:* {len(left)} of {len(claim.cells())} cells"
-    return ["", f"{text}; `uv run scripts/reproduce.py {claim.name} --pending` names them."]
+    return ["", f"{text}; `uv run scripts/reproduce.py {claim.name} --pending` lists them."]
 
 
 def _origin(table: outcomes.Table) -> list[str]:

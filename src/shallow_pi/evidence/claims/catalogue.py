@@ -41,8 +41,8 @@ def _instrument() -> Claim:
     return Claim(
         name="instrument",
         question="Do the tasks tell policies apart?",
-        says="Our check before any comparison: a policy that lost a mode, its depth or its "
-        "training must score lower, and the teacher must solve every task.",
+        says="Our check before any comparison: the teacher must solve every task, and a policy "
+        "with fewer integration steps, fewer layers or no training must score lower.",
         variants=variants,
         columns=columns,
         statements=(
@@ -80,9 +80,9 @@ def _instrument() -> Claim:
         reference=top.label,
         limits="One teacher; its training seed is not varied. Unless a column says 500 episodes, "
         "the six tasks share 500, about 83 each. Two tasks were made easier after a first "
-        "measurement, and after all policies were trained: with a pillar that was hard throughout "
-        "the teacher solved 79 % of around (75 to 83; in one step 26), and with cups that could "
-        "have the named block's colour 89 % of clutter (86 to 92).",
+        "measurement, when all policies had been trained. With a pillar that was hard "
+        "throughout, the teacher solved 79 % of around (75 to 83; in one step 26). With cups that "
+        "could have the named block's colour, it solved 89 % of clutter (86 to 92).",
         only=frozenset(
             row.at(column)
             for row in variants
@@ -104,9 +104,10 @@ def _skipping() -> Claim:
     }
     return Claim(
         name="skipping",
-        question="Can layers be left out without training?",
-        says="The paper: dropping the least sensitive layers first, success collapses beyond "
-        "three; similarity between layers does not tell which can go.",
+        question="Can layers be dropped without training?",
+        says="The paper: if layers are dropped in order of sensitivity, the least sensitive "
+        "first, success collapses beyond three; similarity between layers does not predict which "
+        "can be dropped.",
         variants=(top, *found.values(), rows.STUDENT_ROW),
         columns=(success,),
         statements=(
@@ -123,7 +124,7 @@ def _skipping() -> Claim:
                 at_most=-0.5,
             ),
             Statement(
-                "with three layers dropped, sensitivity is at least as good an order as similarity",
+                "with three layers dropped, sensitivity is at least as good as similarity",
                 found["sensitivity", 3].at(success),
                 found["similarity", 3].at(success),
                 at_least=0,
@@ -152,7 +153,7 @@ def _skipping() -> Claim:
             ),
         ),
         reference=top.label,
-        limits="One teacher; the orders come from held-out observations of the suite.",
+        limits="One teacher; the orders are measured on held-out observations of these tasks.",
     )
 
 

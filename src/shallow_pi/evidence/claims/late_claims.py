@@ -28,12 +28,12 @@ def on_the_tabletop() -> Claim:
         rows.TEACHER_ROW,
         rows.students("student, 6 layers"),
         lambda steps, executor: cells.Situation(("moving",), late=steps, executor=executor),
-        "The disc turns at 15 or 30°/s, in the demonstrations as well.",
+        "The disc turns at 15 or 30°/s, also in the demonstrations.",
     )
 
 
 def on_the_turntable() -> Claim:
-    """Policies that never saw the disc turn, as in the quick story."""
+    """Policies that never saw the disc turn in training, as in the README's experiment."""
     return _claim(
         "late-turntable",
         "Does the faster student win on a turntable that neither policy saw turn in training?",
@@ -47,10 +47,10 @@ def on_the_turntable() -> Claim:
             sim="turntable",
             turning=15.0,
         ),
-        "Task and policies differ from the rest of this page: the packaged turntable teacher and "
-        "**one** student of it (three losses, 300 steps, 200 demonstrations). The disc turns at "
-        "15°/s; 5 of 10 planned actions are executed, and a robot that runs out of them stands "
-        "still.",
+        "Task and policies differ from the rest of this page: the policies are the packaged "
+        "turntable teacher and **one** student of it (three losses, 300 steps, 200 "
+        "demonstrations). The disc turns at 15°/s. 5 of 10 planned actions are executed before the "
+        "next plan, and a robot that runs out of actions stands still.",
     )
 
 
@@ -90,8 +90,9 @@ def _claim(
     return Claim(
         name=name,
         question=question,
-        says="The paper: the teacher is 364 ms late and the student 110, on a turntable at 15°/s; "
-        "on its robot the student solves more (peg, foam, apple, beans: 34 of 40 against 23).",
+        says="The paper: on a turntable at 15°/s, the teacher's plans are 364 ms late and the "
+        "student's 110 ms. On the paper's robot the student solves more (peg, foam, apple, beans: "
+        "34 of 40 episodes against 23).",
         variants=(teacher, student),
         columns=tuple(dict.fromkeys(columns)),
         statements=tuple(

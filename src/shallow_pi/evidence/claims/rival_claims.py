@@ -50,8 +50,8 @@ def rivals() -> Claim:
     return Claim(
         name="rivals",
         question="Does a shallow student beat skipping layers, routing and fewer tokens?",
-        says="The paper: layers cut from both streams and distilled keep success where reducing "
-        "visual tokens or skipping layers does not, and cost less.",
+        says="The paper: cutting layers from both streams and distilling keeps success where "
+        "reducing visual tokens or skipping layers does not, and costs less.",
         variants=every,
         columns=columns,
         statements=tuple(
@@ -68,6 +68,7 @@ def rivals() -> Claim:
             ),
         ),
         reference=rows.STUDENT_ROW.label,
-        limits="Our reimplementations, one training seed each; docs/rivals.md lists where they "
-        "differ from the papers. Trained rivals get 1,200 steps on 400 demonstrations.",
+        limits="These are our reimplementations, with one training seed each; "
+        "[rivals.md](rivals.md) lists how they differ from the papers. Trained rivals get 1,200 "
+        "steps on 400 demonstrations.",
     )

@@ -64,8 +64,8 @@ def shapes() -> Claim:
         name="shapes",
         question="Which cuts of a student combine well: layers, image tower, image tokens, "
         "integration steps, bits?",
-        says="Ours: papers cut one thing at a time; costs that are small alone may add up, or "
-        "worse.",
+        says="Ours: papers cut one thing at a time, but costs that are small by themselves may add "
+        "up, or do worse than add up.",
         variants=tuple(found),
         columns=tuple(columns.values()),
         statements=(
@@ -85,10 +85,10 @@ def shapes() -> Claim:
         # Success against operations is drawn by `factorial`.
         plots=(),
         reference=six,
-        limits="A small teacher of one task, with an image tower of two layers and 16 tokens a "
-        "camera; students of 600 steps with the three losses, reflow for one step and, if the "
-        "tower is cut, the vision loss. 8 bits are int8; everything else is float32 here, and "
-        "counted as 16 bits.",
+        limits="A small teacher of one task, with an image tower of two layers and 16 tokens per "
+        "camera. Students are trained for 600 steps with the three losses, reflow for one step "
+        "and, if the tower is cut, the vision loss. 8 bits are int8; everything else is computed "
+        "in float32 here, and counted as 16 bits.",
         factors=(
             Factor("layers", tuple(map(str, DEPTHS))),
             Factor("tower", ("all", "half")),

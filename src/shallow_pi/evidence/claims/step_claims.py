@@ -42,8 +42,8 @@ def few_steps() -> Claim:
     return Claim(
         name="few-steps",
         question="How many integration steps does a policy with several modes need?",
-        says="Ours: where the mean of the modes fails, one step of an ordinary policy fails. The "
-        "claim [modes](#modes) tests the loss for few steps (reflow).",
+        says="Ours: where the mean of the modes fails, an ordinary policy fails in one step. The "
+        "claim [modes](#modes) tests reflow, the loss for few steps.",
         variants=tuple(found.values()),
         columns=(*success.values(), *apart.values(), *spread.values()),
         statements=(
@@ -91,11 +91,11 @@ def modes() -> Claim:
 
     return Claim(
         name="modes",
-        question="Where an expert passes a pillar on either side by a coin flip, do one-step plans "
+        question="If an expert passes a pillar on either side by a coin flip, do one-step plans "
         "fail, and which students keep both ways?",
-        says="Ours: the mean of the two ways hits the core, so few steps must fail; students "
-        "trained on the task loss alone lose modes of their teacher, and reflow keeps them in one "
-        "step.",
+        says="Ours: the mean of the two ways hits the pillar's core, so few steps must fail. "
+        "Students trained on the task loss alone lose modes of their teacher, and reflow keeps "
+        "them in one step.",
         variants=tuple(found.values()),
         columns=(*success.values(), *touched.values(), *apart.values(), *spread.values()),
         statements=(
@@ -123,6 +123,6 @@ def modes() -> Claim:
         ),
         plots=(curves("modes", PAST, "integration steps", found, dict(sorted(success.items()))),),
         reference=three.label,
-        limits="A small teacher of this task alone (2,400 steps), students of 600 steps; plans of "
-        "one second, executed whole.",
+        limits="A small teacher of this task alone, trained for 2,400 steps; students are trained "
+        "for 600. Plans of one second are executed completely.",
     )

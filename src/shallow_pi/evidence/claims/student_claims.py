@@ -55,7 +55,7 @@ def parity() -> Claim:
     return Claim(
         name="parity",
         question="Is the 6-layer student within one point of its teacher, and what does it take?",
-        says="The paper: 95 % against 96 % on LIBERO; SmolVLA at the same cost has 87 %.",
+        says="The paper: 95 % against 96 % on LIBERO; SmolVLA, at the same cost, reaches 87 %.",
         variants=tuple(found),
         columns=columns,
         statements=(
@@ -102,7 +102,7 @@ def parity() -> Claim:
                 at_least=0,
             ),
             Statement(
-                "a cut student beats a small one from scratch at equal compute",
+                "a cut student beats one trained from scratch with equal compute",
                 rows.STUDENT_ROW.at(success),
                 scratch.at(success),
                 at_least=0,
@@ -110,9 +110,9 @@ def parity() -> Claim:
         ),
         plots=tuple(curves),
         reference=rows.TEACHER_ROW.label,
-        limits=f"The teacher has 1 M parameters, the paper's 3 B. It saw "
-        f"{recipes.TEACHER.demonstrations:,} demonstrations; the paper's students see all of their "
-        "teacher's.",
+        limits=f"The teacher has 1 M parameters, the paper's 3 B. It was trained on "
+        f"{recipes.TEACHER.demonstrations:,} demonstrations, more than its students; the paper's "
+        "students see all of their teacher's.",
         only=frozenset(only),
     )
 
@@ -148,8 +148,8 @@ def losses() -> Claim:
     return Claim(
         name="losses",
         question="Does each of the three losses earn its place?",
-        says="The paper: leaving out any one costs success; matching the attention of all tokens "
-        "destroys training.",
+        says="The paper: leaving out any of them costs success, and matching the attention of all "
+        "tokens destroys training.",
         variants=found,
         columns=(to_teacher, rows.SPREAD, success, ten, rows.TO_EXPERT),
         statements=(
@@ -182,8 +182,8 @@ def losses() -> Claim:
             ),
         ),
         reference=rows.STUDENT_ROW.label,
-        limits="All students train for the same steps; a loss may matter at other lengths (see "
-        "parity).",
+        limits="All students are trained for the same number of steps; a loss may matter more with "
+        "fewer or more (see [parity](#parity)).",
     )
 
 
@@ -206,7 +206,7 @@ def layers() -> Claim:
     curve = {**dict(sorted(depths.items())), 18: rows.TEACHER_ROW}
     return Claim(
         name="layers",
-        question="How many layers does the student need, and does it matter which?",
+        question="How many layers does the student need, and does it matter which ones?",
         says="The paper: six evenly spaced layers of 18 suffice.",
         variants=found,
         columns=(success, relation, rows.TO_TEACHER),
@@ -279,8 +279,8 @@ def layers() -> Claim:
             ),
         ),
         reference=rows.STUDENT_ROW.label,
-        limits="The teacher has 1 M parameters and was trained from scratch: which of its layers "
-        "do the work says little about a fine-tuned π0. First, similarity and sensitivity share "
-        "layers 0, 1, 4 and 5, of which the uniform cut has only 0. `random` draws other layers "
-        "for each seed, so its interval includes that choice.",
+        limits="The teacher has 1 M parameters and was trained from scratch, so the layers that do "
+        "its work say little about a fine-tuned π0. `first`, `similarity` and `sensitivity` share "
+        "layers 0, 1, 4 and 5, of which the uniform cut has only 0. `random` draws different "
+        "layers for each seed, so its interval includes that choice.",
     )

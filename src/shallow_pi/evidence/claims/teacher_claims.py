@@ -66,15 +66,15 @@ def sizes() -> Claim:
         lines.append(Line(f"{words}, 10 steps", ((18.0, _in_ten(row)),), colour, ""))
     return Claim(
         name="teacher-size",
-        question="How small can the teacher of an equally good 6-layer student be?",
-        says="Ours: students are cut from large pretrained policies; a smaller teacher would be "
-        "cheaper to train, and a 6-layer one would need no distillation.",
+        question="How small can a teacher be and still give an equally good 6-layer student?",
+        says="Ours: students are cut from large pretrained policies, but a smaller teacher would "
+        "be cheaper to train, and a 6-layer one would need no distillation.",
         variants=(*teachers.values(), half, *students.values(), of_half),
         columns=COLUMNS,
         statements=(
             *(
                 Statement(
-                    f"the {row.label} is at most 5 points below that of the 18-layer one",
+                    f"the {row.label} is at most 5 points below that of the 18-layer teacher",
                     _in_ten(row),
                     _in_ten(students[18]),
                     at_least=-0.05,
@@ -98,11 +98,11 @@ def sizes() -> Claim:
             ),
         ),
         reference=students[18].label,
-        limits="One teacher of each size, 2,400 steps on 1,200 demonstrations; a larger one may "
-        "gain more from longer training. The student of the half-width teacher has half the width "
-        "as well. The student of the 6-layer teacher keeps all of its layers: that row is the "
-        "teacher trained 600 steps further on other demonstrations, distilled from its earlier "
-        "self.",
+        limits="One teacher of each size, trained for 2,400 steps on 1,200 demonstrations; a "
+        "larger one may gain more from longer training. The student of the half-width teacher has "
+        "half the width as well. The student of the 6-layer teacher keeps all of its layers: it is "
+        "the teacher itself, distilled from its own earlier parameters for another 600 steps on "
+        "other demonstrations.",
     )
 
 
@@ -120,10 +120,10 @@ def last_layer() -> Claim:
     found = (pi0, teacher, cut, three, alone)
     return Claim(
         name="last-layer-expert",
-        question="Does the same distillation work if the action expert reads only the backbone's "
+        question="Does the distillation also work if the action expert reads only the backbone's "
         "last state, as in GR00T?",
-        says="The paper distils π0 and π0.5, whose experts read every layer. Ours: the method does "
-        "not depend on that.",
+        says="The paper distils π0 and π0.5, whose experts read every backbone layer. Ours: the "
+        "method does not depend on that.",
         variants=found,
         columns=COLUMNS,
         statements=(
@@ -159,7 +159,7 @@ def last_layer() -> Claim:
             ),
         ),
         reference=three.label,
-        limits="One teacher, 2,400 steps on 1,200 demonstrations: 18 backbone layers, then 18 "
-        "expert layers, each with its own keys and values of the backbone's last state. The "
-        "attention loss compares the expert's middle layer.",
+        limits="One teacher, trained for 2,400 steps on 1,200 demonstrations. It has 18 backbone "
+        "layers, then 18 expert layers, each of which computes its own keys and values from the "
+        "backbone's last state. The attention loss compares the expert's middle layer.",
     )
