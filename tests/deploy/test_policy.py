@@ -143,6 +143,22 @@ def test_parameters_of_another_model_name_their_paths(own, params, tmp_path):
         policy.Policy.from_checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("changes", "options", "match"),
+    [
+        ({"elsewhere": "pi0_mine"}, {}, "pi0_mine"),
+        ({}, {"num_steps": 3, "quantize": "int8"}, r"needs bounds in assets/calibration\.json"),
+        ({}, {"tokenizer": __file__}, "is not a SentencePiece model"),
+    ],
+)
+def test_parameters_are_read_when_all_else_is_checked(own, tmp_path, changes, options, match):
+    """A policy's take minutes to fetch; here there are none."""
+    trained = dataclasses.replace(own.robot, **changes)
+    dataclasses.replace(own, robot=trained).save(tmp_path / "7" / "assets")
+    with pytest.raises(ValueError, match=match):
+        policy.Policy.from_checkpoint(tmp_path / "7", **options)
+
+
 def test_a_folder_that_is_no_step_says_what_is_expected(step):
     with pytest.raises(
         FileNotFoundError, match=r"there is no checkpoint at .*absent: give a step folder"

@@ -42,7 +42,8 @@ class Policy:
 
     Args:
       assets: the model's sizes, robot, tokenizer and statistics.
-      params: the model's parameters.
+      params: the model's parameters, or a function that reads them, which is called when everything
+        else has been checked.
       num_steps: integration steps of the sampler; None uses those it was trained for.
       seed: of the noise `infer` draws.
       prompt: the instruction where an observation has none.
@@ -60,7 +61,7 @@ class Policy:
     def __init__(
         self,
         assets: policy_assets.Assets,
-        params: PyTree,
+        params: PyTree | Callable[[], PyTree],
         *,
         num_steps: int | None = None,
         seed: int = 0,
@@ -90,7 +91,8 @@ class Policy:
         options = dataclasses.replace(
             tuning.best(assets.model), quantize=self.quantize, quantized=quantized
         )
-        self.program = program.Program.create(assets.model, params, num_steps, options, bounds)
+        read = params() if callable(params) else params
+        self.program = program.Program.create(assets.model, read, num_steps, options, bounds)
         key = jax.random.key(seed, impl=program.KEY_KIND)
         self._key, self._calls = np.asarray(jax.random.key_data(key)), 0
         # Compiled batch sizes and the milliseconds each takes, and the same of chunks that go on
@@ -162,7 +164,7 @@ class Policy:
         )
         policy = cls(
             assets,
-            step_folder.params(folder, assets.model),
+            lambda: step_folder.params(folder, assets.model),
             num_steps=num_steps,
             seed=seed,
             prompt=prompt,
