@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from shallow_pi import progress
 from shallow_pi.checkpoints import fetch, weights
 from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.data.robots import conversions, pipelines, transforms
@@ -263,6 +264,12 @@ def register_checkpoint(name: str, step: str | os.PathLike[str]) -> None:
     stored = weights.stored_params(folder)
     weights.check_tree(pi0.abstract_params(assets.model), stored, f"student ({folder})")
     train = train_config(name, assets.model, assets.robot, assets.asset_id)
+    if assets.quantize != "none":
+        progress.warn(
+            f"the student was trained for products in 8 bits ({assets.quantize}), and openpi "
+            "multiplies its unrounded weights: its actions may be worse (shallow-pi serve rounds "
+            "them)"
+        )
     register(name, train)
     _sample_in(train, assets.num_steps)
 
