@@ -1,6 +1,7 @@
 """Exports: what is given back is the student, and what cannot be given back is refused."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import shutil
@@ -14,7 +15,15 @@ import safetensors.numpy
 from shallow_pi.checkpoints import safetensors_file, sizes, weights
 from shallow_pi.data.robots import assets, normalize, robot
 from shallow_pi.deploy import policy
-from shallow_pi.deploy.export import export, student
+from shallow_pi.deploy.export import (
+    card,
+    export,
+    formats,
+    openpi,
+    openpi_padded,
+    openpi_pytorch,
+    student,
+)
 from shallow_pi.models import pi0, siglip
 
 FORMATS = ("openpi", "openpi-padded", "openpi-pytorch", "lerobot")
@@ -225,6 +234,47 @@ def test_the_card_says_what_it_is_and_how_to_run_it(exported, name):
     assert "unchanged" not in card
 
 
+def _readme(format, own, depth, layers, **changes):
+    """The README of a student, and of its export at a depth, by its sizes alone."""
+    model = dataclasses.replace(pi0.Pi0Config(), depth=depth)
+    given = student.Student(dataclasses.replace(own, model=model, **changes), {})
+    return format.usage("x", given, student.Origin(layer_map=layers))
+
+
+def test_only_openpis_own_depth_runs_in_an_unchanged_openpi(own):
+    """A teacher may have another: one that reads the last layer alone has 12."""
+    found = [_readme(openpi_padded, own, depth, (0, 5)) for depth in (18, 12)]
+    assert ["An unchanged openpi runs it" in text for text in found] == [True, False]
+
+
+@pytest.mark.parametrize("format", [openpi_padded, openpi_pytorch])
+def test_openpi_is_told_the_students_integration_steps_and_model(format, own):
+    """Its own server has no flag for them and takes ten."""
+    found = {n: _readme(format, own, 18, (0, 5), num_steps=n) for n in (1, 10)}
+    assert "sample_kwargs=dict(num_steps=1)" in found[1]
+    assert "policy:checkpoint" not in found[1]
+    assert "Pi0Config(pi05=False, action_horizon=50, max_token_len=48)" in found[1]
+    assert ("policy:checkpoint" in found[10]) == (format is openpi_padded)
+    model = pi0.Pi0Config(pi05=True, max_token_len=200)
+    sentence = openpi.train_config(student.Student(dataclasses.replace(own, model=model), {}), "x")
+    assert "pi05=True, action_horizon=50, max_token_len=200, discrete_state_input=False" in sentence
+
+
+@pytest.mark.parametrize(
+    ("changes", "tower"),
+    [
+        ({}, "27 layers, 256 image tokens a camera"),
+        ({"image": siglip.SiglipConfig(depth=13)}, "13 layers, 256 image tokens a camera"),
+        ({"pooled_tokens": 64}, "27 layers, 64 pooled image tokens a camera"),
+        ({"scored_tokens": 100}, "27 layers, 100 chosen image tokens a camera"),
+    ],
+)
+def test_the_card_names_the_image_tower_and_its_tokens(own, changes, tower):
+    given = student.Student(dataclasses.replace(own, model=pi0.Pi0Config(**changes)), {})
+    text = card.text("", "x", given, student.Origin(), "checked", is_policy=False)
+    assert f"| image tower | {tower} |" in text
+
+
 def test_a_robot_with_openpis_own_transforms_is_exported_for_openpi_alone(own, params, tmp_path):
     """As `--openpi.config NAME` trains it: shallow_pi and LeRobot lack its transforms."""
     theirs = dataclasses.replace(own.robot, name="openpi:pi0_mine", elsewhere="pi0_mine")
@@ -302,7 +352,48 @@ def test_nothing_is_overwritten(run, exported):
     ],
 )
 def test_a_cut_image_tower_is_no_other_size(image, sizes):
-    assert student.other_sizes(pi0.Pi0Config(image=image)) == sizes
+    assert student.other_sizes(pi0.Pi0Config(image=image), student.BUILT_IN) == sizes
+
+
+@pytest.mark.parametrize("cameras", [pi0.CAMERAS[:1], pi0.CAMERAS[::-1]])
+def test_other_cameras_are_another_size_for_openpi_alone(cameras):
+    """openpi's model encodes its three in their order; LeRobot's has them in its config."""
+    model = pi0.Pi0Config(cameras=cameras)
+    for name, one in formats.FORMATS.items():
+        found = [text.partition(" is ")[0] for text in student.other_sizes(model, one.BUILT_IN)]
+        assert found == ["cameras"] * name.startswith("openpi"), name
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "of_robot", "match"),
+    [
+        ("openpi", {"pooled_tokens": 1}, {}, "pools a camera's 4 image tokens to 1"),
+        ("openpi-pytorch", {"scored_tokens": 1}, {}, "by a scorer"),
+        ("openpi-padded", {}, {}, "give them, such as --layers"),
+        ("lerobot", {}, {"elsewhere": "pi0_mine"}, "LeRobot's pipelines cannot hold"),
+        (
+            "lerobot",
+            {},
+            {"cameras": {"base_0_rgb": "a", "left_wrist_0_rgb": "observation.images.a"}},
+            "would know by the same name",
+        ),
+        ("onnx", {}, {}, "needs the package onnx: uv sync --extra onnx"),
+    ],
+)
+def test_what_cannot_be_exported_is_refused_before_parameters_are_read(
+    name, changes, of_robot, match, own, tmp_path, monkeypatch
+):
+    """They are gigabytes, and graphs take minutes."""
+    given = dataclasses.replace(
+        own,
+        model=dataclasses.replace(own.model, **changes),
+        robot=dataclasses.replace(own.robot, **of_robot),
+    )
+    given.save(tmp_path / "2" / "assets")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda package: None)
+    with pytest.raises(ValueError, match=match):
+        export.export(tmp_path / "2", name, any_size=name != "onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["2"]
 
 
 def test_sizes_openpi_does_not_have_are_refused_one_by_one(run, tmp_path):
@@ -348,6 +439,19 @@ def test_missing_statistics_or_a_half_copied_step_are_named(run, tmp_path):
         export.export(tmp_path / "3", "openpi", any_size=True)
     with pytest.raises(FileNotFoundError, match=r"there is no checkpoint at .*absent"):
         export.export(tmp_path / "absent", "openpi")
+
+
+def test_a_tokenizer_that_is_not_openpis_is_told_and_a_missing_one_is_named(own, tmp_path, capsys):
+    """openpi's classes embed as many words, and would read others."""
+    model = dataclasses.replace(own.model, vocab_size=pi0.PALIGEMMA_VOCAB_SIZE)
+    dataclasses.replace(own, model=model).save(tmp_path / "2" / "assets")
+    with pytest.raises(ValueError, match="give them, such as --layers"):
+        export.export(tmp_path / "2", "openpi-padded", any_size=True)
+    told = " ".join(capsys.readouterr().err.split())
+    assert "PaliGemma's tokenizer, and the student's has 320 pieces" in told
+    (tmp_path / "2" / "assets" / "tokenizer.model").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no SentencePiece model at .*tokenizer\.model"):
+        export.export(tmp_path / "2", "stablehlo")
 
 
 def test_where_nothing_can_be_written_it_says_so(run, tmp_path):

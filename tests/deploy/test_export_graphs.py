@@ -12,6 +12,7 @@ import pytest
 
 from shallow_pi.checkpoints import weights
 from shallow_pi.data.robots import assets
+from shallow_pi.deploy import policy
 from shallow_pi.deploy.export import export, tensorrt_operators
 from shallow_pi.deploy.export import student as students
 from shallow_pi.models import pi0
@@ -88,6 +89,17 @@ def test_the_card_says_how_far_the_actions_are(exported):
     assert "{" not in card
     # Those of the graphs, whatever the student was trained for.
     assert "| integration steps | 2 |" in card
+    # Those that the steps read: π0.5's second layer has no expert.
+    for name, read in (("pi0", "0, 1"), ("pi05", "0, 2")):
+        text = (exported[name] / "README.md").read_text()
+        assert f"`keys_i` and `values_i` of layers {read}, `valid` |" in text
+
+
+def test_a_folder_of_graphs_is_no_policy_and_says_what_it_is(exported):
+    with pytest.raises(ValueError, match="an export as graphs, which run as its README"):
+        policy.Policy.from_checkpoint(exported["pi0"])
+    with pytest.raises(ValueError, match="give the step folder that was exported"):
+        export.export(exported["pi0"], "onnx", exported["pi0"].with_name("again"))
 
 
 def _student(step, dtype, scale=1.0):

@@ -135,7 +135,7 @@ def test_a_robot_that_selects_values_of_a_column_is_refused(make, changes, taken
     """LeRobot has no such step, and a column in another order has the right size."""
     own = student.Student(make(dataclasses.replace(robots.TURNTABLE, **changes)), {})
     with pytest.raises(ValueError, match=rf"robot turntable selects values .* \({taken}\), and Le"):
-        lerobot.prepare(own, student.Origin())
+        lerobot.check(own, student.Origin())
     text = card.text("", "x", own, student.Origin(), "checked", is_policy=True)
     assert f"20 Hz ({taken}) |" in text, "as the cards of other formats tell"
 

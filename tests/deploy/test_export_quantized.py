@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import re
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from shallow_pi.checkpoints import weights
+from shallow_pi.deploy import policy
 from shallow_pi.deploy.export import export, onnx_graph, stablehlo
 from shallow_pi.inference import calibration
 from shallow_pi.models import batch as batches
@@ -137,3 +139,26 @@ def test_stablehlo_holds_int8_weights(step, tmp_path, scheme):
 
     found = safetensors.flax.load_file(folder / stablehlo.WEIGHTS)
     assert sum(leaf.dtype == jnp.int8 for leaf in found.values()) == 4 * (1 + 2 + 2)
+    card = (folder / "README.md").read_text()
+    assert f"in float32 with products in 8 bits ({scheme}), batch 1" in card
+
+
+def test_a_calibration_stays_beside_the_layers_that_it_is_of(step, own, tmp_path, capsys):
+    """Without it a policy that was trained for int8 would be served with rounded weights alone."""
+    shutil.copytree(step, tmp_path / "2")
+    dataclasses.replace(own, quantize="int8").save(tmp_path / "2" / "assets")
+    folder = _export(tmp_path / "2", tmp_path / "x", "openpi", any_size=True)
+    name = f"assets/{calibration.FILE_NAME}"
+    assert (folder / name).read_bytes() == (step / name).read_bytes()
+    assert policy.Policy.from_checkpoint(folder, num_steps=STEPS, warm_up=False).quantize == "int8"
+    assert "is left out" not in capsys.readouterr().err
+    padded = {"layers": (0, 2), "teacher_depth": 3, "any_size": True}
+    folder = _export(tmp_path / "2", tmp_path / "padded", "openpi-padded", **padded)
+    assert not (folder / name).exists()
+    assert "calibration.json is left out" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_scheme_without_bounds_is_refused_before_parameters_are_read(own, tmp_path):
+    own.save(tmp_path / "2" / "assets")
+    with pytest.raises(ValueError, match=r"needs bounds in assets/calibration\.json"):
+        _export(tmp_path / "2", tmp_path / "x", "stablehlo", quantize="int8")

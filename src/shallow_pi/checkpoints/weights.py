@@ -258,6 +258,11 @@ def params_folder(path: str | os.PathLike[str]) -> pathlib.Path:
             advice = f"it holds the steps {', '.join(steps)}: name one, such as {folder / last}"
         elif (folder / "checkpoints" / "last").is_dir():
             advice = f"it is a run of LeRobot's: name {folder / 'checkpoints' / 'last'}"
+        elif any(name.endswith((".onnx", ".stablehlo")) for name in inside):
+            advice = (
+                "it is an export as graphs, which run as its README.md says: give the step folder "
+                "that was exported"
+            )
         elif "adapter_model.safetensors" in inside:
             advice = (
                 "it holds an adapter of PEFT's without the model: merge it with the code that "

@@ -3,6 +3,7 @@
 from typing import Any
 
 from shallow_pi.data.robots import assets as policy_assets
+from shallow_pi.models import pi0
 
 
 def metadata(assets: policy_assets.Assets) -> dict[str, Any]:
@@ -32,12 +33,17 @@ def metadata(assets: policy_assets.Assets) -> dict[str, Any]:
     }
 
 
+def image_tokens(model: pi0.Pi0Config) -> str:
+    """The image tokens that the backbone sees, in words."""
+    how = "pooled " if model.pooled_tokens else "chosen " if model.scored_tokens else ""
+    return f"{model.image_tokens} {how}image tokens a camera"
+
+
 def description(assets: policy_assets.Assets, quantize: str) -> str:
     """One line: the model, its robot, and all that a folder of openpi's does not say."""
     model, robot = assets.model, assets.robot
     state = ", state in the prompt" if model.discrete_state_input else ""
-    how = "pooled" if model.pooled_tokens else "chosen" if model.scored_tokens else ""
-    fewer = f", {model.image_tokens} {how} image tokens a camera" if how else ""
+    fewer = f", {image_tokens(model)}" if model.image_tokens < model.patches else ""
     black = " and ".join(name for name in model.cameras if name not in robot.cameras)
     eyes = (black and f", {black} black") + (robot.taken and f", {robot.taken}")
     bits = "" if quantize == "none" else f", products in 8 bits ({quantize})"

@@ -1,9 +1,10 @@
 """The README.md of an exported policy: facts, checks and instructions."""
 
 import textwrap
+from collections.abc import Sequence
 
+from shallow_pi.deploy import facts
 from shallow_pi.deploy.export import student as students
-from shallow_pi.models import pi0
 
 _OURS = """\
 With shallow_pi itself (installed from its wheel or a clone), whatever the format:
@@ -23,6 +24,7 @@ def text(
     checked: str,
     *,
     is_policy: bool,
+    other_sizes: Sequence[str] = (),
 ) -> str:
     """The card.
 
@@ -33,6 +35,7 @@ def text(
       origin: its run, as far as known.
       checked: the check that was made, and the difference of its actions from the student's.
       is_policy: true if `Policy.from_checkpoint` reads the folder.
+      other_sizes: what no released class of the format has.
     """
     model, robot, assets = student.model, student.assets.robot, student.assets
     chosen = " ".join(map(str, origin.layer_map))
@@ -47,6 +50,7 @@ def text(
         "robot": f"{robot.name}: {robot.state_dim} state and {robot.action_dim} action dimensions, "
         f"{robot.fps:g} Hz" + f" ({robot.taken})" * bool(robot.taken),
         "cameras": f"{', '.join(assets.seen.cameras)}, {model.image_size} × {model.image_size}",
+        "image tower": f"{model.image.depth} layers, {facts.image_tokens(model)}",
         "actions": f"{model.action_horizon} a chunk, model dimension {model.action_dim}",
         "integration steps": f"{assets.num_steps if is_policy else student.num_steps}",
         "prompt": f"{model.max_token_len} tokens"
@@ -71,7 +75,7 @@ A policy of shallow_pi{f" (config {origin.name})" if origin.name else ""}: {laye
 
 ## Run it
 
-{_sizes(model) if is_policy else ""}{usage}
+{_sizes(other_sizes)}{usage}
 {_OURS.format(folder=folder) if is_policy and not robot.elsewhere else ""}## Checked
 
 {textwrap.fill(checked, 100, break_long_words=False, break_on_hyphens=False)}
@@ -80,8 +84,8 @@ Weights that descend from openpi's contain PaliGemma's, to which Google's Gemma 
 """
 
 
-def _sizes(model: pi0.Pi0Config) -> str:
-    if not (different := students.other_sizes(model)):
+def _sizes(different: Sequence[str]) -> str:
+    if not different:
         return ""
     return (
         "**No released openpi or LeRobot loads this** (exported with `--any-size`): "

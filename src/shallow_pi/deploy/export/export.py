@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from shallow_pi import progress
 from shallow_pi.checkpoints import run_folder, weights
 from shallow_pi.data.robots import assets as policy_assets
+from shallow_pi.data.robots import tokenizer
 from shallow_pi.deploy import step_folder
 from shallow_pi.deploy.export import card, formats
 from shallow_pi.deploy.export import student as students
@@ -85,28 +86,38 @@ def export(
         assets = dataclasses.replace(assets, model=dataclasses.replace(assets.model, dtype=dtype))
     elif dtype:
         raise ValueError(f"--dtype is for graphs, --format {format} keeps the parameters' own")
-    elif not any_size:
-        _check_sizes(assets.model)
+    different = students.other_sizes(assets.model, chosen.BUILT_IN)
+    if different and not any_size:
+        raise ValueError(
+            "this student has sizes that the classes of openpi and LeRobot cannot have:\n  "
+            + "\n  ".join(different)
+            + "\nserve it from its step folder (shallow-pi serve), or give --any-size to export it "
+            "for classes you have changed"
+        )
     origin = _placed(students.origin(folder), tuple(layers), teacher_depth)
+
+    steps = assets.steps(num_steps)
+    _warn_of_float(assets.quantize, format, quantize)
+    pieces = tokenizer.Tokenizer(assets.tokenizer, assets.model.max_token_len).vocab_size
+    if pieces != pi0.PALIGEMMA_VOCAB_SIZE and not chosen.DTYPES:
+        progress.warn(
+            "openpi and LeRobot tokenize prompts with PaliGemma's tokenizer, and the student's has "
+            f"{pieces} pieces, not {pi0.PALIGEMMA_VOCAB_SIZE}: replace it there (LeRobot: "
+            "tokenizer_name in policy_preprocessor.json), or the student reads other words"
+        )
+    calibrated = calibration.load(folder / run_folder.ASSETS, assets.model)
+    scheme, bounds = calibration.choose(assets.model, quantize, "none", calibrated, steps)
+    expected = pi0.abstract_params(assets.model)
+    student = students.Student(assets, expected, steps, opset, scheme, bounds)
+    chosen.check(student, origin)
 
     report(f"Reading {folder}: {assets.model.kind}, {assets.model.depths}")
     params = weights.load_params(
-        folder,
-        pi0.abstract_params(assets.model),
-        dtype=jnp.dtype(dtype) if dtype else None,
-        what="student",
+        folder, expected, dtype=jnp.dtype(dtype) if dtype else None, what="student"
     )
-    steps = assets.steps(num_steps)
-    _warn_of_float(assets.quantize, format, quantize)
-    scheme, bounds = calibration.choose(
-        assets.model,
-        quantize,
-        "none",
-        calibration.load(folder / run_folder.ASSETS, assets.model),
-        steps,
-    )
-    student = students.Student(assets, params, steps, opset, scheme, bounds)
+    student = dataclasses.replace(student, params=params)
     exported = chosen.prepare(student, origin)
+    kept = None if chosen.DTYPES else _that_fits(calibrated, student.model, exported.model)
 
     _clear(target, report)
     partial = _partial(target, os.getpid())
@@ -114,12 +125,16 @@ def export(
         partial.mkdir(parents=True)
         report(f"Writing {format}")
         exported.assets.save(partial / run_folder.ASSETS)
+        if kept is not None:
+            calibration.save(partial / run_folder.ASSETS, kept)
         chosen.write(partial, exported)
         report("Reading it back and comparing its actions with the student's")
         checked = chosen.verify(partial, exported, student)
         usage = chosen.usage(target.name, exported, origin)
         readme = card.text(
-            usage, target.name, student, origin, checked, is_policy=not chosen.DTYPES
+            *(usage, target.name, student, origin, checked),
+            is_policy=not chosen.DTYPES,
+            other_sizes=different,
         )
         (partial / "README.md").write_text(readme, encoding="utf-8")
         partial.rename(target)
@@ -184,17 +199,20 @@ def _warn_of_float(trained: quantization.Scheme, format: str, asked: quantizatio
     )
 
 
+def _that_fits(
+    calibrated: calibration.Calibration | None, own: pi0.Pi0Config, exported: pi0.Pi0Config
+) -> calibration.Calibration | None:
+    """The student's calibration, if an export has the same layers; warns if it has others."""
+    if calibrated is None or quantization.depths(own) == quantization.depths(exported):
+        return calibrated
+    progress.warn(
+        f"the student's {calibration.FILE_NAME} is left out, because the export has other layers: "
+        "calibrate it too, where shallow_pi is to run it in 8 bits (scripts/calibrate.py)"
+    )
+    return None
+
+
 def _dtype(format: str, dtype: str, known: Sequence[str]) -> str:
     if dtype not in known:
         raise ValueError(f"--format {format} has --dtype {', '.join(known)}, not {dtype!r}")
     return dtype
-
-
-def _check_sizes(model: pi0.Pi0Config) -> None:
-    if different := students.other_sizes(model):
-        raise ValueError(
-            "this student has sizes that the classes of openpi and LeRobot cannot have:\n  "
-            + "\n  ".join(different)
-            + "\nserve it from its step folder (shallow-pi serve), or give --any-size to export it "
-            "for classes you have changed"
-        )

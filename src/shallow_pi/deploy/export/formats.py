@@ -22,6 +22,15 @@ class Format(Protocol):
 
     # Dtypes of a graph, the default first; empty if other projects' classes load the parameters.
     DTYPES: tuple[str, ...]
+    # Fields of a model whose values the classes that load it have built in; empty for graphs.
+    BUILT_IN: tuple[str, ...]
+
+    def check(self, student: students.Student, origin: students.Origin) -> None:
+        """Raise before the parameters of a student are read, which are shapes alone here.
+
+        Raises:
+          ValueError: the format cannot represent it, or needs a package that is missing.
+        """
 
     def prepare(self, student: students.Student, origin: students.Origin) -> students.Student:
         """The student as represented in this format: the same function of observations."""

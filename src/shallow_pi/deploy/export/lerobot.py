@@ -15,14 +15,12 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from shallow_pi import progress
 from shallow_pi.checkpoints import run_folder, safetensors_file, weights
 from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.data.robots import conversions, lerobot_policy, normalize
 from shallow_pi.data.robots import robot as robots
 from shallow_pi.deploy.export import openpi
 from shallow_pi.deploy.export import student as students
-from shallow_pi.models import pi0
 
 _USAGE = """\
 A LeRobot policy folder of type `{type}`: LeRobot's {kind} with {depth} layers. A plugin in the
@@ -53,15 +51,13 @@ IMAGES = "observation.images."
 Json = Mapping[str, object]
 
 
-DTYPES, verify = openpi.DTYPES, openpi.verify
+# Cameras are in the policy's config.
+DTYPES, BUILT_IN, verify = openpi.DTYPES, students.BUILT_IN, openpi.verify
 
 
-def prepare(student: students.Student, origin: students.Origin) -> students.Student:
-    """The student in whole layers, and with an image tower of the depth that the class has.
-
-    Raises:
-      ValueError: its robot's transforms are code of openpi's, or it selects values of its columns.
-    """
+def check(student: students.Student, origin: students.Origin) -> None:
+    """Raise for a robot that LeRobot's pipelines cannot hold, and for fewer image tokens."""
+    students.check_image_tokens(student.model)
     robot = student.assets.robot
     if robot.elsewhere:
         raise ValueError(
@@ -75,17 +71,17 @@ def prepare(student: students.Student, origin: students.Origin) -> students.Stud
             "serve it with shallow-pi serve, give --format onnx, or train on a dataset whose "
             "columns are these values in this order"
         )
+    _inputs(student.assets)
+
+
+def prepare(student: students.Student, origin: students.Origin) -> students.Student:
+    """The student in whole layers, and with an image tower of the depth that the class has."""
     return students.with_whole_tower(students.in_whole_layers(student), origin)
 
 
 def write(folder: pathlib.Path, student: students.Student) -> None:
     """Write the tensors under LeRobot's names, the config and the pipelines."""
     model = student.model
-    if model.vocab_size != pi0.PALIGEMMA_VOCAB_SIZE:
-        progress.warn(
-            f"LeRobot tokenizes with {TOKENIZER}, this student has its own vocabulary "
-            f"({model.vocab_size} pieces): change tokenizer_name in policy_preprocessor.json"
-        )
     safetensors_file.write(
         folder / safetensors_file.NAME,
         weights.leaves(student.params),

@@ -10,6 +10,7 @@ everywhere, so the graphs omit them.
 import contextlib
 import dataclasses
 import gc
+import importlib.util
 import json
 import pathlib
 import tempfile
@@ -31,6 +32,7 @@ from shallow_pi.models import observation as observations
 from shallow_pi.models import pi0
 
 DTYPES: tuple[str, ...] = ("float16", "float32", "bfloat16")
+BUILT_IN: tuple[str, ...] = ()
 DESCRIPTION, WEIGHTS = "onnx.json", "weights.bin"
 # Largest allowed difference of a normalized action from the sampler's in float32. In 16 bits it is
 # a share of the largest action, if that is above 1: far more than rounding does, and less than
@@ -43,19 +45,38 @@ the graphs for prompts of up to {lengths} tokens; all of them share `weights.bin
 | graph | inputs | outputs |
 |---|---|---|
 | `policy.onnx` | {inputs}, `noise` | `actions`, normalized |
-| `prefix.onnx` | {inputs} | `keys_i` and `values_i` of every layer, `valid` |
+| `prefix.onnx` | {inputs} | `keys_i` and `values_i` of layers {read}, `valid` |
 | `step.onnx` | `x`, `t`, `keys_i`, `values_i`, `valid` | `velocity` |
 
 `images` are bytes (1, {count}, {size}, {size}, 3), cameras in the order {cameras}. With NVIDIA's
 TensorRT 10, on the target computer:
 
     trtexec --onnx=policy.onnx --stronglyTyped --saveEngine=policy.engine
-
+"""
+_RUNNER = """
 With ONNX Runtime on CPU, CUDA or TensorRT, without JAX (`examples/onnx_runtime` in the repository
 of shallow_pi; works with any openpi client):
 
     python runner.py /path/to/{folder} --port 8000
 """
+
+
+def check(student: students.Student, origin: students.Origin) -> None:
+    """Raise for an operator set that cannot hold the graphs, or a package that is missing."""
+    opset, dtype = student.opset, student.model.dtype
+    if opset not in onnx_graph.OPSETS:
+        raise ValueError(
+            f"--opset {opset}: graphs are written for {onnx_graph.OPSETS[0]} to "
+            f"{onnx_graph.OPSETS[-1]}, the newest that TensorRT 10 reads"
+        )
+    if student.quantize != "none" and dtype != "float32" and opset < 19:
+        raise ValueError(
+            f"products in 8 bits take activations in {dtype} from ONNX's opset 19 on: give "
+            f"--opset 19, or --dtype float32, got --opset {opset}"
+        )
+    for package in ("onnx", "onnxruntime"):  # It writes the graphs, and runs them to compare.
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(f"--format onnx needs the package {package}: uv sync --extra onnx")
 
 
 def prepare(student: students.Student, origin: students.Origin) -> students.Student:
@@ -65,7 +86,6 @@ def prepare(student: students.Student, origin: students.Origin) -> students.Stud
 
 def write(folder: pathlib.Path, student: students.Student) -> None:
     """Write the graphs of every prompt length, their weights, and `onnx.json`."""
-    _need("onnx")
     import onnx
 
     model = student.assets.seen
@@ -105,18 +125,21 @@ def write(folder: pathlib.Path, student: students.Student) -> None:
 def usage(folder: str, student: students.Student, origin: students.Origin) -> str:
     """The graphs' inputs and outputs, and two ways to run them."""
     model, lengths = student.assets.seen, _lengths(student)
-    return _USAGE.format(
+    # The runner lacks openpi's own transforms.
+    runner = "" if student.assets.robot.elsewhere else _RUNNER.format(folder=folder)
+    graphs = _USAGE.format(
         bits="" if student.quantize == "none" else f" with products in {student.quantize} (Q/DQ)",
         cameras=", ".join(model.cameras),
         count=len(model.cameras),
         dtype=model.dtype,
-        folder=folder,
         inputs=", ".join(f"`{name}`" for name in _inputs(model)),
         lengths=", ".join(map(str, lengths)),
         opset=student.opset,
+        read=", ".join(map(str, _read_layers(model))),
         size=model.image_size,
         steps=student.num_steps,
     )
+    return graphs + runner
 
 
 def verify(folder: pathlib.Path, exported: students.Student, student: students.Student) -> str:
@@ -124,7 +147,6 @@ def verify(folder: pathlib.Path, exported: students.Student, student: students.S
 
     One program holds memory at a time: at full size each needs a copy of its weights in float32.
     """
-    _need("onnxruntime")
     import onnx
 
     model, content = student.assets.seen, json.loads((folder / DESCRIPTION).read_text())
@@ -359,10 +381,3 @@ def _by_parts(
         (velocity,) = session.run(None, {"x": x, "t": np.array([t], np.float32), **cache})
         x = x - np.float32(1 / num_steps) * velocity
     return np.asarray(x)
-
-
-def _need(package: str) -> None:
-    import importlib.util
-
-    if importlib.util.find_spec(package) is None:
-        raise ValueError(f"--format onnx needs the package {package}: uv sync --extra onnx")

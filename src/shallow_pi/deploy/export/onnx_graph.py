@@ -90,15 +90,10 @@ def convert(
       opset: version of ONNX's operators.
 
     Raises:
-      ValueError: an opset that TensorRT 10 does not read, or a primitive that ONNX lacks.
+      ValueError: a primitive that ONNX lacks.
     """
     import onnx
 
-    if opset not in OPSETS:
-        raise ValueError(
-            f"--opset {opset}: graphs are written for {OPSETS[0]} to {OPSETS[-1]}, the newest that "
-            "TensorRT 10 reads"
-        )
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), known)
     closed = jax.make_jaxpr(function)(shapes, *inputs.values())
     graph = onnx_nodes.Graph(opset)

@@ -20,11 +20,6 @@ def product(graph: onnx_nodes.Graph, inputs: Sequence[Value]) -> Value:
     rows, values, scales, *scale = inputs
     if not scale or values.dtype != np.int8:
         raise ValueError("ONNX export: products in 8 bits have int8 weights and activations")
-    if rows.dtype != np.float32 and graph.opset < 19:
-        raise ValueError(
-            f"products in 8 bits take activations in {rows.dtype} from ONNX's opset 19 on: give "
-            f"--opset 19, or --dtype float32, got --opset {graph.opset}"
-        )
     known = [value.numbers() for value in (values, scales, *scale)]
     weights, columns, step = (np.asarray(one) for one in known)
     with np.errstate(all="ignore"):

@@ -20,7 +20,15 @@ have another depth; this project registers one with {depth} layers, then runs op
 """  # noqa: E501 (a command)
 
 DTYPES: tuple[str, ...] = ()
+BUILT_IN = (*students.BUILT_IN, "cameras")
+# Integration steps that openpi's server takes.
+NUM_STEPS = 10
 verify = read_back.verify
+
+
+def check(student: students.Student, origin: students.Origin) -> None:
+    """Raise for fewer image tokens, which openpi's classes cannot have."""
+    students.check_image_tokens(student.model)
 
 
 def prepare(student: students.Student, origin: students.Origin) -> students.Student:
@@ -41,3 +49,26 @@ def usage(folder: str, student: students.Student, origin: students.Origin) -> st
         depth=student.model.depth,
         folder=folder,
     )
+
+
+def train_config(student: students.Student, name: str) -> str:
+    """A sentence that says what openpi's config of a student has."""
+    model = student.model
+    fields = ["pi05", "action_horizon", "max_token_len", *["discrete_state_input"] * model.pi05]
+    given = ", ".join(f"{field}={getattr(model, field)}" for field in fields)
+    asset_id = student.assets.asset_id
+    return (
+        f"`{name}` is an openpi config with\n`Pi0Config({given})`,\n"
+        f'this robot\'s transforms and `asset_id="{asset_id}"`.'
+    )
+
+
+def in_python(folder: str, student: students.Student, name: str) -> str:
+    """Lines of Python that load a folder in openpi with the student's integration steps."""
+    return f"""\
+    from openpi.policies import policy_config
+
+    policy = policy_config.create_trained_policy(
+        {name}, "/path/to/{folder}", sample_kwargs=dict(num_steps={student.assets.num_steps})
+    )
+"""

@@ -13,21 +13,26 @@ from shallow_pi.models import pi0
 
 _USAGE = """\
 A step folder of openpi with {depth} layers: the student's at the indices {layers}, the others are
-zeros, which add nothing. The actions are the student's; memory and time are those of {depth} layers.
-{who}In a clone of openpi, with a config that has this model ({kind},
-action horizon {horizon}), this robot's transforms and `asset_id="{asset_id}"`:
+zeros, which add nothing. The actions are the student's; memory and time are of {depth} layers.
+{who}{train_config}
+
+{run}"""
+_UNCHANGED = "An unchanged openpi runs it. "
+_SERVER = """\
+In a clone of openpi:
 
     uv run scripts/serve_policy.py policy:checkpoint --policy.config=CONFIG --policy.dir=/path/to/{folder}
 """  # noqa: E501 (a command)
-_UNCHANGED = "An unchanged openpi runs it. "
+_OTHER_STEPS = """\
+openpi's `serve_policy.py` takes {theirs} integration steps, this student was trained for {own}.
+In Python:
+
+{python}"""
 
 
-def prepare(student: students.Student, origin: students.Origin) -> students.Student:
-    """The student at the teacher's depth.
-
-    Raises:
-      ValueError: the layers are unknown, or they do not fit.
-    """
+def check(student: students.Student, origin: students.Origin) -> None:
+    """Raise if the teacher's layers are unknown or do not fit, and as for `openpi`."""
+    openpi.check(student, origin)
     depth, layers, teacher_depth = student.model.depth, origin.layer_map, origin.teacher_depth
     if not layers:
         raise ValueError(
@@ -41,6 +46,11 @@ def prepare(student: students.Student, origin: students.Origin) -> students.Stud
             f"--layers {' '.join(map(str, layers))} does not place {depth} layers in a teacher of "
             f"{teacher_depth}: expected {depth} increasing indices from 0 to {teacher_depth - 1}"
         )
+
+
+def prepare(student: students.Student, origin: students.Origin) -> students.Student:
+    """The student at the teacher's depth."""
+    layers, teacher_depth = origin.layer_map, origin.teacher_depth
     whole = students.with_whole_tower(students.in_whole_layers(student), origin)
     model = pi0.at_depth(whole.model, teacher_depth)
     return dataclasses.replace(
@@ -50,18 +60,22 @@ def prepare(student: students.Student, origin: students.Origin) -> students.Stud
     )
 
 
-DTYPES, write, verify = openpi.DTYPES, openpi.write, openpi.verify
+DTYPES, BUILT_IN = openpi.DTYPES, openpi.BUILT_IN
+write, verify = openpi.write, openpi.verify
 
 
 def usage(folder: str, student: students.Student, origin: students.Origin) -> str:
-    """The command of openpi that serves it."""
-    model = student.model
+    """The command of openpi that serves it, or Python where it would take other steps."""
+    model, own = student.model, student.assets.num_steps
+    is_openpis = model.depth == pi0.Pi0Config.depth and not students.other_sizes(model, BUILT_IN)
+    run = _SERVER.format(folder=folder)
+    if own != openpi.NUM_STEPS:
+        python = openpi.in_python(folder, student, "CONFIG")
+        run = _OTHER_STEPS.format(theirs=openpi.NUM_STEPS, own=own, python=python)
     return _USAGE.format(
-        asset_id=student.assets.asset_id,
         depth=model.depth,
-        folder=folder,
-        horizon=model.action_horizon,
-        kind=model.kind,
         layers=" ".join(map(str, origin.layer_map)),
-        who="" if students.other_sizes(model) else _UNCHANGED,
+        run=run,
+        train_config=openpi.train_config(student, "CONFIG"),
+        who=_UNCHANGED if is_openpis else "",
     )

@@ -14,18 +14,16 @@ depth raises an error). With the Python of openpi:
 
     import dataclasses
     import openpi.models.gemma as gemma
-    from openpi.policies import policy_config
 
     original = gemma.get_config
     gemma.get_config = lambda name: dataclasses.replace(original(name), depth={depth})
-    policy = policy_config.create_trained_policy(train_config, "/path/to/{folder}")
-
-`train_config` is an openpi config with this model ({kind}, action horizon {horizon}), this robot's
-transforms and `asset_id="{asset_id}"`. openpi requires `gemma_expert.lm_head.weight`, which no
-policy uses; here it is zeros.
+{python}
+{train_config} openpi
+requires `gemma_expert.lm_head.weight`, which no policy uses; here it is zeros.
 """
 
-DTYPES, verify = openpi.DTYPES, openpi.verify
+DTYPES, BUILT_IN = openpi.DTYPES, openpi.BUILT_IN
+check, verify = openpi.check, openpi.verify
 
 
 def prepare(student: students.Student, origin: students.Origin) -> students.Student:
@@ -61,7 +59,6 @@ def usage(folder: str, student: students.Student, origin: students.Origin) -> st
     return _USAGE.format(
         asset_id=student.assets.asset_id,
         depth=student.model.depth,
-        folder=folder,
-        horizon=student.model.action_horizon,
-        kind=student.model.kind,
+        python=openpi.in_python(folder, student, "train_config"),
+        train_config=openpi.train_config(student, "train_config"),
     )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from typing import Any
 
 import jax
 import numpy as np
@@ -44,8 +45,9 @@ def verify(folder: pathlib.Path, exported: students.Student, student: students.S
     # Samples are compared before the robot's transforms, which may be openpi's own.
     robot = dataclasses.replace(student.assets.robot, elsewhere="")
     own, steps = dataclasses.replace(student.assets, robot=robot), student.num_steps
-    ours = policies.Policy(own, cast, num_steps=steps)
-    other = policies.Policy.from_checkpoint(folder, robot=robot, num_steps=steps, warm_up=False)
+    how: dict[str, Any] = {"num_steps": steps, "quantize": "none"}
+    ours = policies.Policy(own, cast, **how)
+    other = policies.Policy.from_checkpoint(folder, robot=robot, warm_up=False, **how)
     observation, noise = _made_up(model)
     want = np.asarray(ours.sample(observation, noise))
     got = np.asarray(other.sample(observation, noise))

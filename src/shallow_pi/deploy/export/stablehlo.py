@@ -17,12 +17,13 @@ from shallow_pi.deploy.export import onnx
 from shallow_pi.deploy.export import student as students
 
 DTYPES: tuple[str, ...] = ("bfloat16", "float32")
+BUILT_IN: tuple[str, ...] = ()
 PROGRAM, WEIGHTS = "policy.stablehlo", "weights.safetensors"
 PLATFORMS = ("cpu", "cuda", "tpu")
 # Largest allowed difference of a normalized action from the same function called here.
 TOLERANCE = 1e-6
 _USAGE = """\
-One program for {platforms} in {dtype}, batch 1, {steps} integration steps. It needs JAX
+One program for {platforms} in {dtype}{bits}, batch 1, {steps} integration steps. It needs JAX
 ({version} or newer) and safetensors, but not shallow_pi:
 
     import jax, jax.export, numpy as np
@@ -38,6 +39,10 @@ One program for {platforms} in {dtype}, batch 1, {steps} integration steps. It n
 Actions are normalized; images are bytes, cameras in the order {cameras}; tokenizer and statistics
 are in `assets/`.
 """
+
+
+def check(student: students.Student, origin: students.Origin) -> None:
+    """Every student has a program."""
 
 
 def prepare(student: students.Student, origin: students.Origin) -> students.Student:
@@ -66,6 +71,7 @@ def usage(folder: str, student: students.Student, origin: students.Origin) -> st
         for name, spec in _inputs(student).items()
     ]
     return _USAGE.format(
+        bits="" if student.quantize == "none" else f" with products in 8 bits ({student.quantize})",
         cameras=", ".join(model.cameras),
         dtype=model.dtype,
         inputs="\n        ".join(lines),

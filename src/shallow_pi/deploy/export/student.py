@@ -15,7 +15,7 @@ from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.inference import quantize as quantization
 from shallow_pi.models import layer_table, parameters, pi0
 
-# Sizes that the classes of openpi and LeRobot have built in.
+# Fields of a model whose values the classes of openpi and LeRobot have built in.
 BUILT_IN = ("action_dim", "backbone", "expert", "image", "image_size", "vocab_size")
 
 
@@ -92,37 +92,37 @@ def origin(step: pathlib.Path) -> Origin:
         ) from error
 
 
-def other_sizes(model: pi0.Pi0Config) -> list[str]:
-    """Sizes of a model that differ from the released classes of openpi and LeRobot."""
+def other_sizes(model: pi0.Pi0Config, built_in: Iterable[str]) -> list[str]:
+    """Sizes of a model that differ from those that a format's released classes have built in."""
     own, theirs = (
-        run_folder.flatten({name: dataclasses.asdict(config)[name] for name in BUILT_IN})
+        run_folder.flatten({name: dataclasses.asdict(config)[name] for name in built_in})
         for config in (model, pi0.Pi0Config())
     )
     if model.image.depth < pi0.Pi0Config().image.depth:  # Exports fill a cut tower with zeros.
-        del own["image.depth"]
+        own.pop("image.depth", None)
     return [
         f"{name} is {own[name]}, theirs {theirs[name]}" for name in own if own[name] != theirs[name]
     ]
 
 
-def in_whole_layers(student: Student) -> Student:
-    """The student with zeros for the halves of layers that it lacks, as openpi computes them.
-
-    Raises:
-      ValueError: it pools its image tokens or chooses among them, which no released class does.
-    """
-    if tokens := student.model.scored_tokens:
+def check_image_tokens(model: pi0.Pi0Config) -> None:
+    """Raise if a model pools its image tokens or chooses among them: no released class does."""
+    if tokens := model.scored_tokens:
         raise ValueError(
-            f"this student chooses {tokens} of a camera's {student.model.patches} image tokens by "
+            f"this student chooses {tokens} of a camera's {model.patches} image tokens by "
             "a scorer (image_scorer/…), which the classes of openpi and LeRobot lack\n"
             "serve it from its step folder (shallow-pi serve), or give --format onnx or stablehlo"
         )
-    if tokens := student.model.pooled_tokens:
+    if tokens := model.pooled_tokens:
         raise ValueError(
-            f"this student pools a camera's {student.model.patches} image tokens to {tokens} "
+            f"this student pools a camera's {model.patches} image tokens to {tokens} "
             "(--student.image-tokens), which the classes of openpi and LeRobot cannot\n"
             "serve it from its step folder (shallow-pi serve), or give --format onnx or stablehlo"
         )
+
+
+def in_whole_layers(student: Student) -> Student:
+    """The student with zeros for the halves of layers that it lacks, as openpi computes them."""
     return dataclasses.replace(
         student, params=layer_table.zero_cut(student.model.layers, student.params)
     )
