@@ -24,7 +24,7 @@ from jaxtyping import Array, PyTree
 from shallow_pi import progress
 from shallow_pi.checkpoints import fetch, weights
 from shallow_pi.data.robots import assets as policy_assets
-from shallow_pi.data.robots import conversions, pipelines, transforms
+from shallow_pi.data.robots import conversions, pipelines, tokenizer, transforms
 from shallow_pi.data.robots import robot as robots
 from shallow_pi.models import observation as observations
 from shallow_pi.models import pi0
@@ -264,6 +264,7 @@ def register_checkpoint(name: str, step: str | os.PathLike[str]) -> None:
     stored = weights.stored_params(folder)
     weights.check_tree(pi0.abstract_params(assets.model), stored, f"student ({folder})")
     train = train_config(name, assets.model, assets.robot, assets.asset_id)
+    tokenizer.Tokenizer(assets.tokenizer, assets.model.max_token_len).warn_of_paligemmas()
     if assets.quantize != "none":
         progress.warn(
             f"the student was trained for products in 8 bits ({assets.quantize}), and openpi "

@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 
 from shallow_pi import progress
 from shallow_pi.checkpoints import fetch
+from shallow_pi.models import pi0
 
 STATE_BINS = 256
 # Texts into which Python and pandas turn an instruction that is not there.
@@ -56,6 +57,16 @@ class Tokenizer:
     def truncated(self) -> int:
         """Number of prompts that were longer than `max_len` so far."""
         return self._truncated
+
+    def warn_of_paligemmas(self) -> None:
+        """Warn, where openpi or LeRobot will read the prompts, if this is not PaliGemma's."""
+        if self.vocab_size != pi0.PALIGEMMA_VOCAB_SIZE:
+            progress.warn(
+                "openpi and LeRobot tokenize prompts with PaliGemma's tokenizer, and the student's "
+                f"has {self.vocab_size} pieces, not {pi0.PALIGEMMA_VOCAB_SIZE}: replace it there "
+                "(LeRobot: tokenizer_name in policy_preprocessor.json), or the student reads other "
+                "words"
+            )
 
     def encode(self, prompt: str, state: Float[np.ndarray, " sd"] | None = None) -> list[int]:
         """Tokens of a prompt before padding and truncation; with `state`, π0.5's discrete form."""

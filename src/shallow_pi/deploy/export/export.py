@@ -98,13 +98,9 @@ def export(
 
     steps = assets.steps(num_steps)
     _warn_of_float(assets.quantize, format, quantize)
-    pieces = tokenizer.Tokenizer(assets.tokenizer, assets.model.max_token_len).vocab_size
-    if pieces != pi0.PALIGEMMA_VOCAB_SIZE and not chosen.DTYPES:
-        progress.warn(
-            "openpi and LeRobot tokenize prompts with PaliGemma's tokenizer, and the student's has "
-            f"{pieces} pieces, not {pi0.PALIGEMMA_VOCAB_SIZE}: replace it there (LeRobot: "
-            "tokenizer_name in policy_preprocessor.json), or the student reads other words"
-        )
+    prompts = tokenizer.Tokenizer(assets.tokenizer, assets.model.max_token_len)
+    if not chosen.DTYPES:
+        prompts.warn_of_paligemmas()
     calibrated = calibration.load(folder / run_folder.ASSETS, assets.model)
     scheme, bounds = calibration.choose(assets.model, quantize, "none", calibrated, steps)
     expected = pi0.abstract_params(assets.model)
