@@ -20,7 +20,7 @@ have another depth; this project registers one with {depth} layers, then runs op
 """  # noqa: E501 (a command)
 
 DTYPES: tuple[str, ...] = ()
-BUILT_IN = (*students.BUILT_IN, "cameras")
+BUILT_IN: tuple[str, ...] = (*students.BUILT_IN, "cameras")
 # Integration steps that openpi's server takes.
 NUM_STEPS = 10
 verify = read_back.verify

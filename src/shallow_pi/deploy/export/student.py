@@ -16,7 +16,14 @@ from shallow_pi.inference import quantize as quantization
 from shallow_pi.models import layer_table, parameters, pi0
 
 # Fields of a model whose values the classes of openpi and LeRobot have built in.
-BUILT_IN = ("action_dim", "backbone", "expert", "image", "image_size", "vocab_size")
+BUILT_IN: tuple[str, ...] = (
+    "action_dim",
+    "backbone",
+    "expert",
+    "image",
+    "image_size",
+    "vocab_size",
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
