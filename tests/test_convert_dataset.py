@@ -218,7 +218,7 @@ def test_tasks_keep_their_numbers_and_episodes_left_out_are_told(convert, tmp_pa
     assert [found.task(i) for i in range(90)] == [whole.task(i) for i in range(20, 110)]
     told = capsys.readouterr().err
     assert "3 of 4 episodes of" in told
-    assert "numbered anew from 0" in told
+    assert "renumbered from 0" in told
 
 
 def test_tasks_whose_number_changes_are_told(convert, tmp_path, capsys):
@@ -227,7 +227,7 @@ def test_tasks_whose_number_changes_are_told(convert, tmp_path, capsys):
     tasks = (old / "meta" / "tasks.jsonl").read_text()
     (old / "meta" / "tasks.jsonl").write_text(tasks + '{"task_index": 7, "task": "unused"}\n')
     assert convert(old).tasks == {**reader.Dataset(OLD).tasks, 2: "unused"}
-    assert "are numbered anew (7: 2): other columns that number" in capsys.readouterr().err
+    assert "are renumbered (7: 2): other columns that number" in capsys.readouterr().err
 
 
 def test_a_dataset_of_version_3_is_copied_film_by_film(convert):

@@ -127,7 +127,7 @@ def test_a_server_that_does_not_answer_is_not_waited_for_forever(failing, tmp_pa
     [
         (np.zeros((8, 3), np.float32), "plans 8 actions: --execute-steps and --late-ms need 9"),
         ({"action": 3}, r"expected a map with an array of actions from ws://.*, got \['action'\]"),
-        ({"actions": "hello"}, "it is no server of policies"),
+        ({"actions": "hello"}, "it is not a policy server"),
         (
             np.full((9, 3), np.nan, np.float32),
             "Expected finite actions from 's', got nan in plan 0",
@@ -222,7 +222,7 @@ def test_openpis_checkpoint_of_another_robot_is_refused(own, params, tmp_path, f
     flags = ("--policy.tokenizer", str(own.tokenizer), "--policy.action-horizon", "5")
     out = ("--output", str(tmp_path / "results"))
     said = failing(str(step), "--sim", "turntable", *SMALL, *flags, *out)
-    assert "is a policy of another robot than 'turntable'" in said
+    assert "is a policy for a robot other than 'turntable'" in said
     assert "state of 4 dimensions, not 3; actions of 4, not 3" in said
 
 
@@ -238,7 +238,7 @@ def test_a_server_goes_on_from_a_previous_chunk_if_it_says_so(failing, tmp_path)
 
     with server(answer) as url:
         said = failing(url, *asked)
-    assert f"{url} cannot be sent a previous chunk to go on from: start it with --real-time" in said
+    assert f"{url} does not continue a previous chunk: start it with --real-time" in said
     assert not told
     with server(answer, {"real_time_chunking": True}) as url:
         evaluate.main((url, *asked))
@@ -310,7 +310,7 @@ def test_a_server_of_another_robot_is_refused(failing, tmp_path):
         ),
         (
             ("nowhere", "--sim", "turntabel", "--policy.seed", "1", "--policy.state-warn", "2"),
-            "--policy.seed 1 has no effect: the noise depends on episode and plan alone; give --se",
+            "--policy.seed 1 has no effect: the noise depends only on episode and plan; give --se",
         ),
         (
             ("expert", "--sim", "turntable", "--late-ms", "1", "2", "3"),

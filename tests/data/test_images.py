@@ -145,7 +145,7 @@ def test_images_after_an_episodes_last_frame_are_told(tmp_path, capsys) -> None:
     reader.Dataset(_version_2(tmp_path / "set", film, (15, COUNT)))
     told = capsys.readouterr().err
     assert "5 images of videos/chunk-000/observation.images.top/episode_000000.mp4" in told
-    assert "numbered anew, images lag behind" in told
+    assert "renumbered, images lag behind" in told
     for number, (lengths, starts) in enumerate(
         [((COUNT, COUNT), (0, 0)), ((COUNT - 1, COUNT - 1), (0, 0)), ((10, 10), (0.5, 0.5))]
     ):

@@ -229,7 +229,9 @@ def test_statistics_are_the_teachers_the_datasets_only_with_a_word(data, model, 
     np.testing.assert_array_equal(found["actions"].std, computed["actions"].std)
     assert "trained with other statistics of 'state'" in capsys.readouterr().err
     opening.open_data(data, model, tmp_path / "without")
-    assert "has no statistics: using the dataset's, right only if" in capsys.readouterr().err
+    assert (
+        "has no statistics: using the dataset's, which is right only if" in capsys.readouterr().err
+    )
     progress.be_strict()
     with pytest.raises(ValueError, match=r"has no statistics.*\(--strict makes"):
         opening.open_data(data, model, tmp_path / "without")

@@ -64,14 +64,14 @@ def test_a_missing_step_lists_the_existing_ones(run):
         step_folder.find(run.parent / "frist")
     with pytest.raises(FileNotFoundError, match=r"no step 3; there are 2, 9, 10 in"):
         step_folder.find(run, 3)
-    with pytest.raises(FileNotFoundError, match=r"no best\.json in .*take the last one"):
+    with pytest.raises(FileNotFoundError, match=r"no best\.json in .*use the last one"):
         step_folder.find(run, "best")
     (run / "config.json").touch()
     with pytest.raises(ValueError, match=r"it holds the runs first: name one, such as .*/first$"):
         step_folder.find(run.parent)
     with pytest.raises(ValueError, match="'last', 'best' or a number, got 'first'"):
         step_folder.find(run, "first")
-    with pytest.raises(ValueError, match=r"step best was asked for, and .* is not the folder of"):
+    with pytest.raises(ValueError, match=r"step best was requested, but .* is not the folder of"):
         step_folder.find(run / "2", "best")
     (run / "best.json").write_text(json.dumps({"step": 4}))
     with pytest.raises(FileNotFoundError, match=r"no step 4 \(the best\); there are 2, 9, 10 in"):
@@ -173,7 +173,7 @@ def test_a_trained_robot_may_be_given_other_names_but_no_other_units(own, params
     one_eye = dataclasses.replace(renamed, cameras={"base_0_rgb": "top"}, fps=5)
     step_folder.assets(tmp_path, robot=one_eye)
     told = capsys.readouterr().err
-    assert "trained with ['left_wrist_0_rgb'], which robot mine has no camera for" in told
+    assert "trained with ['left_wrist_0_rgb'], for which robot mine has no camera" in told
     assert "trained at 20 actions a second, robot mine runs at 5" in told
     absolute = dataclasses.replace(robot.TURNTABLE, name="absolute", delta=())
     with pytest.raises(ValueError, match=r"absolute has other units: delta is .*, given \(\)"):

@@ -73,8 +73,8 @@ def test_the_budget_ends_what_is_not_compiled_and_starts_nothing_more(tmp_path):
     )
     assert time.monotonic() - began < 20
     assert reasons == {
-        "never": "not compiled, or without a turn, when time was over",
-        "later": "not started: 1 s were over",
+        "never": "not compiled or not measured when the time was up",
+        "later": "not started: the budget of 1 s was used up",
     }
 
 

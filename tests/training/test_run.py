@@ -218,7 +218,7 @@ def test_lengths_other_than_the_teachers_own_are_warned_of(
         ("action_horizon", "--model.action-horizon", 7, horizon),
         ("max_token_len", "--model.max-token-len", 33, length),
     ):
-        line = f"with {field} {its}, this run takes {given}: give {flag} {its}\n"
+        line = f"with {field} {its}, but this run uses {given}: give {flag} {its}\n"
         assert said.count(line) == 1
 
 

@@ -113,7 +113,7 @@ def check(path: str | os.PathLike[str], resume: bool, overwrite: bool) -> bool:
     folder = pathlib.Path(path).expanduser().absolute()
     check_name(folder)
     if resume and overwrite:
-        raise ValueError("--resume continues a run and --overwrite starts it anew: give only one")
+        raise ValueError("--resume continues a run, --overwrite starts a new one: give only one")
     # Another process of this job may be trying to write.
     occupied = folder.is_dir() and any(
         not child.name.startswith((_TRIAL, LOCK_FILE)) for child in folder.iterdir()
@@ -121,7 +121,7 @@ def check(path: str | os.PathLike[str], resume: bool, overwrite: bool) -> bool:
     if occupied and not (resume or overwrite):
         raise ValueError(
             f"{folder} already holds a run: --resume continues it, --overwrite renames it and "
-            "starts anew, or choose another --exp-name"
+            "starts a new one, or choose another --exp-name"
         )
     if resume and steps(folder) and not (folder / CONFIG_FILE).exists():
         raise FileNotFoundError(

@@ -45,8 +45,8 @@ from shallow_pi.sims import demonstrations, simulator, workers
 EXPERT = "expert"
 # Options of loading that change no result, and why.
 _IDLE = {
-    "seed": "the noise depends on episode and plan alone; give --seed",
-    "state_warn": "an evaluation warns of no state; give --policy.state-refuse",
+    "seed": "the noise depends only on episode and plan; give --seed",
+    "state_warn": "an evaluation never warns of states; give --policy.state-refuse",
 }
 
 
@@ -250,7 +250,7 @@ def _check_dimensions(
     found = {key: normalize.moving_dims(stats[key]) for key in dims}
     if any(found[key] > dims[key] for key in dims):
         raise ValueError(
-            f"{step} is a policy of another robot than {suite.robot.name!r}: state of "
+            f"{step} is a policy for a robot other than {suite.robot.name!r}: state of "
             f"{found['state']} dimensions, not {dims['state']}; actions of {found['actions']}, not "
             f"{dims['actions']}"
         )

@@ -120,8 +120,8 @@ class FrameCache:
             with self._lock:
                 if self._kept:
                     progress.console.print(
-                        f"warning: nothing more goes into the frame cache, {self._paths[camera]}: "
-                        f"{error.strerror}; what it lacks is decoded each time",
+                        f"warning: the frame cache {self._paths[camera]} accepts no more images: "
+                        f"{error.strerror}; those it lacks are decoded every time",
                         highlight=False,
                     )
                 # Stops reading it too, so that a full disk is noticed.

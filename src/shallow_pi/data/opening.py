@@ -313,8 +313,8 @@ def _stats(
         found = policy_assets.teacher_statistics(teacher_step, data.asset_id, robot, model)
         if found is None:
             progress.warn(
-                f"the teacher in {teacher_step} has no statistics: using the dataset's, right only "
-                "if it was trained with these (--data.norm-stats FOLDER gives others)"
+                f"the teacher in {teacher_step} has no statistics: using the dataset's, which is "
+                "right only if it was trained with them (--data.norm-stats FOLDER uses others)"
             )
     dims = {"state": robot.state_dim, "actions": robot.action_dim}
     if found is None:

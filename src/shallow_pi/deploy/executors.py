@@ -321,7 +321,7 @@ def _wait_for(asked: concurrent.futures.Future[Mapping[str, object]]) -> None:
     """Wait for an answer as long as it takes, and warn once: the robot stands still meanwhile."""
     if not concurrent.futures.wait([asked], timeout=SILENT).done:
         progress.say(
-            f"warning: the policy has not answered for {SILENT:g} s and is waited for: look at its "
+            f"warning: the policy has not answered for {SILENT:g} s; still waiting: check its "
             "server, and restart both if it is stuck"
         )
         concurrent.futures.wait([asked])

@@ -62,8 +62,8 @@ def find(path: str | os.PathLike[str], step: str | int = "last") -> pathlib.Path
             raise FileNotFoundError(f"the run in {folder} has no complete checkpoint yet")
         if wanted not in ("last", folder.name):
             raise ValueError(
-                f"step {wanted} was asked for, and {folder} is not the folder of a run: give the "
-                "run's folder, checkpoints/<config>/<exp>, or a step folder alone"
+                f"step {wanted} was requested, but {folder} is not the folder of a run: give the "
+                "run's folder, checkpoints/<config>/<exp>, or a step folder without a step"
             )
         if not (folder / run_folder.ASSETS).is_dir() and safetensors_file.find(folder) is None:
             weights.params_folder(folder)  # Raises where neither is; says what is there.
@@ -84,8 +84,8 @@ def _best(run: pathlib.Path) -> str:
     path = run / run_folder.BEST_FILE
     if not path.is_file():
         raise FileNotFoundError(
-            f"no {run_folder.BEST_FILE} in {run}: this run did not keep its best step; take "
-            "the last one or name its number"
+            f"no {run_folder.BEST_FILE} in {run}: this run did not keep its best step; use "
+            "the last one, or give its number"
         )
     try:
         return str(int(json.loads(path.read_text(encoding="utf-8"))["step"]))
@@ -176,8 +176,8 @@ def _model(step: pathlib.Path, fields: dict[str, object]) -> pi0.Pi0Config:
         flags = " ".join(f"--policy.{key.replace('_', '-')}" for key in guessed)
         values = ", ".join(f"{key} {value}" for key, value in guessed.items())
         progress.warn(
-            f"{step} does not say all of its model: assuming openpi's {values} (to give others: "
-            f"{flags}; in Python, arguments of these names)"
+            f"{step} does not store all settings of its model: assuming openpi's {values} (to set "
+            f"others: {flags}; in Python, the arguments of these names)"
         )
     return pi0.Pi0Config(**(found | guesses | told | fields))
 
@@ -235,17 +235,17 @@ def _check_renamed(own: policy_assets.Assets, given: robots.Robot) -> None:
         raise ValueError(
             f"the policy was trained for robot {trained.name}, and {given.name} has other units: "
             f"{'; '.join(different)}\n"
-            "keys and cameras alone may have other names: in a robot file (docs/robots.md), or by "
+            "only keys and cameras may have other names: in a robot file (docs/robots.md), or by "
             "dataclasses.replace(policy.assets.robot, ...)"
         )
     seen = set(own.model.cameras)
     if lacking := sorted(seen & (set(trained.cameras) - set(given.cameras))):
         progress.warn(
-            f"the policy was trained with {lacking}, which robot {given.name} has no camera for: "
-            "it sees black there"
+            f"the policy was trained with {lacking}, for which robot {given.name} has no "
+            "camera: those images will be black"
         )
     if given.fps != trained.fps:
         progress.warn(
             f"the policy was trained at {trained.fps:g} actions a second, robot {given.name} runs "
-            f"at {given.fps:g}: it will move slower or faster than it was shown"
+            f"at {given.fps:g}: it will move slower or faster than in training"
         )

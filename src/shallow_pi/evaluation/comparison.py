@@ -105,8 +105,8 @@ def prepare(
                 if PARAMETERS in changed and PARAMETERS not in before:
                     changed.remove(PARAMETERS)
                     progress.say(
-                        f"{folder} does not say which parameters {entrant.label} had: its results "
-                        "are taken for those of the present ones; --overwrite starts anew"
+                        f"{folder} does not say which parameters {entrant.label} had: assuming "
+                        "its present ones; --overwrite starts a new evaluation"
                     )
                 differing += [
                     f"{entrant.label}'s {key} {before.get(key)} (asked for: {now.get(key)})"

@@ -69,7 +69,7 @@ class Served:
         if continues and not self.metadata.get(observation_keys.REAL_TIME_CHUNKING):
             self.close()
             raise ValueError(
-                f"{url} cannot be sent a previous chunk to go on from: start it with "
+                f"{url} does not continue a previous chunk: start it with "
                 "--real-time-chunking (scripts/serve_policy.py; openpi's server has no such "
                 "option), or give --executor skip or late"
             )
@@ -145,13 +145,13 @@ class Served:
             got = sorted(found) if isinstance(found, Mapping) else type(found).__name__
             raise ValueError(
                 f"expected a map with an array of actions from {self.url}, got {got} ({error!r}): "
-                "it is no server of policies"
+                "it is not a policy server"
             ) from error
         if actions.ndim != 2 or actions.shape[1] != self._robot.action_dim:
             raise ValueError(
                 f"expected actions (horizon, {self._robot.action_dim}) of robot "
                 f"{self._robot.name!r} from {self.url}, got the shape {actions.shape}: its policy "
-                "is of another robot"
+                "is for another robot"
             )
         if len(actions) < self._needed:
             raise ValueError(
@@ -166,7 +166,7 @@ class Served:
         try:
             return protocol.unpack(message)
         except ValueError as error:
-            raise ValueError(f"{self.url} is no server of policies: {error}") from error
+            raise ValueError(f"{self.url} is not a policy server: {error}") from error
 
     def close(self) -> None:
         """Close the connections."""

@@ -201,7 +201,7 @@ def _stats(
     if teacher_step is not None:
         progress.warn(
             f"the teacher in {teacher_step} has no statistics: using those of openpi's config, "
-            "right only if it was trained with these (--data.norm-stats FOLDER gives others)"
+            "which is right only if it was trained with them (--data.norm-stats FOLDER uses others)"
         )
     return {
         key: normalize.NormStats(value.mean, value.std, value.q01, value.q99)

@@ -120,7 +120,7 @@ async def serve(
         ]
         if config.is_open and not config.api_key:
             _log.warning(
-                "everybody who reaches %s can drive this policy: set an API key", config.host
+                "anyone who can reach %s can drive this policy: set an API key", config.host
             )
         ready(config.url(sockets[0].getsockname()[1]))
         await stop.wait()
@@ -143,9 +143,9 @@ async def _answer(
         return _respond(http.HTTPStatus.OK, b"OK\n")
     if "Sec-WebSocket-Key" in headers and not upgrade:
         advice = (
-            "A proxy on the way has removed 'Upgrade: websocket': let it pass websockets on "
-            "(nginx: proxy_http_version 1.1; proxy_set_header Upgrade $http_upgrade; "
-            "proxy_set_header Connection upgrade)."
+            "A proxy between client and server has removed 'Upgrade: websocket': let it pass "
+            "websockets through (nginx: proxy_http_version 1.1; proxy_set_header Upgrade "
+            "$http_upgrade; proxy_set_header Connection upgrade)."
         )
         _tell(served, "message", connection, advice)
         more = {"Upgrade": "websocket"}
@@ -158,8 +158,8 @@ async def _answer(
     if upgrade and not _same_origin(config, headers):
         origin, host = (" ".join(headers.get_all(name))[:100] for name in ("Origin", "Host"))
         why = (
-            f"Pages of other origins are refused: this one is of {origin!r}, and asked {host!r}. "
-            "Behind a proxy, let it pass the Host header on, and set an API key."
+            f"Pages of other origins are refused: this one is from {origin!r} and requested "
+            f"{host!r}. Let a proxy pass the Host header through, and set an API key."
         )
         _tell(served, "unauthorized", connection, why)
         return _respond(http.HTTPStatus.FORBIDDEN, f"{why}\n".encode())
@@ -171,8 +171,8 @@ async def _answer(
         return None
     if config.api_key and not _authorized(config, headers):
         address = sessions.address(connection)
-        served.seen.fail("unauthorized", address, "a wrong API key, or none")
-        text = b"This server wants 'Authorization: Api-Key <key>' with its own key.\n"
+        served.seen.fail("unauthorized", address, "wrong or missing API key")
+        text = b"This server requires 'Authorization: Api-Key <key>'.\n"
         return _respond(
             http.HTTPStatus.UNAUTHORIZED, text, more={"WWW-Authenticate": 'Api-Key realm="policy"'}
         )
@@ -180,7 +180,7 @@ async def _answer(
         kind = "text/plain; version=0.0.4; charset=utf-8"
         return _respond(http.HTTPStatus.OK, served.seen.exposition(), kind)
     if not upgrade:
-        text = b"There are /, /healthz, /metrics, and a websocket that takes observations.\n"
+        text = b"This server has /, /healthz, /metrics, and a websocket for observations.\n"
         return _respond(http.HTTPStatus.NOT_FOUND, text)
     if not await served.make_room():
         reason = f"{config.max_clients} clients are connected, which is the limit (--max-clients)"

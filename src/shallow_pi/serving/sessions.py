@@ -117,7 +117,7 @@ class Sessions:
         ]
         if self._is_full() and unused:
             _, oldest = min(unused, key=lambda pair: pair[0])
-            reason = f"no observation for {UNUSED:.0f} s, and its place was wanted"
+            reason = f"no observation for {UNUSED:.0f} s, and another client needed its place"
             self._drop(oldest, reason)
             await oldest.close(turns.TRY_AGAIN, reason)
 
@@ -216,7 +216,7 @@ class Sessions:
         with contextlib.suppress(websockets.exceptions.ConnectionClosed):
             await self._send(connection, refusal.text)
         self._busy.discard(connection)
-        await connection.close(refusal.code, "the reason is in the frame before")
+        await connection.close(refusal.code, "see the previous message for the reason")
 
     async def _send(self, connection: Connection, message: str | bytes) -> None:
         try:

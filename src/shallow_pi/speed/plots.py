@@ -91,7 +91,7 @@ def host_path(
             left += widths
     for label, whole in zip(bars, wholes, strict=True):
         axis.plot([whole] * 2, [label] * 2, "|", color="#222222", markersize=14)
-    axis.set(xlabel="ms, each stage waited for (the mark: the whole as it runs)", xlim=(0, None))
+    axis.set(xlabel="ms, each stage timed alone (the mark: a whole call)", xlim=(0, None))
     figures.legend(axis, fontsize=7, ncols=5, loc="lower left", bbox_to_anchor=(0, 1))
     axis.invert_yaxis()
     figures.tidy(axis, "x")

@@ -81,12 +81,12 @@ def host_table(
         for name, one in policies.items()
     ]
     names = (name for name, *_ in columns)
-    table = empty_table("Median ms by stage, each waited for", "stage", *names)
+    table = empty_table("Median ms by stage, each timed alone", "stage", *names)
     for stage in (*stages.BEFORE, *stages.PROGRAM, *stages.AFTER):
         cells = [found.get(stage) for _, found, *_ in columns]
         table.add_row(stage, *("" if cell is None else f"{cell:.2f}" for cell in cells))
     table.add_section()
-    table.add_row("as it runs", *(f"{whole:.2f}" for *_, whole, _ in columns))
+    table.add_row("whole call", *(f"{whole:.2f}" for *_, whole, _ in columns))
     table.add_row("device, back to back", *(f"{device:.2f}" for *_, device in columns))
     table.add_row("above the device", *(f"{w - d:.2f}" for *_, w, d in columns))
     return table

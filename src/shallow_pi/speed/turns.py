@@ -91,7 +91,7 @@ def run(
     for wave in _waves(jobs, together):
         if left() <= 0:
             for job in wave:
-                ended(job, f"not started: {budget_s:.0f} s were over")
+                ended(job, f"not started: the budget of {budget_s:.0f} s was used up")
             continue
         running = {job.name: job.start() for job in wave}
         try:
@@ -133,11 +133,16 @@ def _turns(
         code = process.poll()
         if code is None:
             _end(process)
-        ended(turn, "stopped in its turn: time was over" if code is None else turn.outcome(code))
+        ended(
+            turn,
+            "stopped while it was measured: the time was up"
+            if code is None
+            else turn.outcome(code),
+        )
     for job in waiting:
         _end(running[job.name])
         job.ready.unlink(missing_ok=True)
-        ended(job, "not compiled, or without a turn, when time was over")
+        ended(job, "not compiled or not measured when the time was up")
 
 
 def _compiled(job: Job, process: subprocess.Popen[bytes]) -> bool:

@@ -379,7 +379,9 @@ class DistillConfig:
                 "give such a folder, or mount the bucket as docs/launch.md describes"
             )
         if self.resume and self.overwrite:
-            raise ValueError("--resume continues a run, --overwrite starts anew: give only one")
+            raise ValueError(
+                "--resume continues a run, --overwrite starts a new one: give only one"
+            )
         self.fixed_layer_map()
         if tokens := self.model.scored_tokens:
             raise ValueError(

@@ -69,7 +69,7 @@ class MetricsLog:
     def log(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
         """Record the scalars of one step."""
         if "step" in values:
-            raise ValueError('"step" is the name of the step itself: call the metric otherwise')
+            raise ValueError('"step" is the name of the step itself: give the metric another name')
         scalars = {name: _scalar(name, value) for name, value in values.items()}
         # JSON has no NaN: null stands for a value that is not finite.
         row = {name: value if math.isfinite(value) else None for name, value in scalars.items()}

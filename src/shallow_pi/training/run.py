@@ -156,8 +156,8 @@ def _warn_of_lengths(model: pi0.Pi0Config, teacher_step: pathlib.Path) -> None:
         expected = own.get(field, given)
         if given != expected:
             progress.warn(
-                f"the teacher in {teacher_step} was trained with {field} {expected}, this run "
-                f"takes {given}: give --model.{field.replace('_', '-')} {expected}"
+                f"the teacher in {teacher_step} was trained with {field} {expected}, but this "
+                f"run uses {given}: give --model.{field.replace('_', '-')} {expected}"
             )
 
 

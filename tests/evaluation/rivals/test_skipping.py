@@ -68,5 +68,5 @@ def test_a_policy_without_layers_is_the_cut_and_without_any_gone_the_teacher(mat
 
 def test_a_rival_refuses_to_go_on_from_a_chunk(material, tmp_path):
     made = table.find("teacher").make(material, tmp_path)
-    with pytest.raises(ValueError, match="do not go on from a previous chunk"):
+    with pytest.raises(ValueError, match="cannot continue a previous chunk"):
         made.warm_up(guided=True)

@@ -56,7 +56,7 @@ def convert(
     if source.episodes != list(range(len(source.layout.lengths))):
         progress.warn(
             f"{source.num_episodes} of {len(source.layout.lengths)} episodes of {source.path} are "
-            "written, numbered anew from 0"
+            "written, renumbered from 0"
         )
     writer = lerobot_writer.Writer(
         target,
@@ -126,7 +126,7 @@ def _tell_numbers(source: reader.Dataset, tasks: list[str]) -> None:
     changed = {old: new[text] for old, text in source.tasks.items() if new[text] != old}
     if changed:
         progress.warn(
-            f"tasks of {source.path} are numbered anew ({str(changed)[1:-1]:.60}): other columns "
+            f"tasks of {source.path} are renumbered ({str(changed)[1:-1]:.60}): other columns "
             "that number tasks, such as GR00T's annotations, keep the old numbers"
         )
 

@@ -314,7 +314,7 @@ class Images:
                 yield Doubt(
                     shared,
                     f"episodes {episode} and {other} share {shared:.1f} s of {file}",
-                    "did a tool misplace them when it merged datasets or numbered times anew?",
+                    "did a tool misplace them when it merged datasets or reset timestamps?",
                 )
             # Only the next episode by number tells that nothing else lies between.
             unused = round((until - end) / frame) if other == episode + 1 else 0
@@ -322,7 +322,7 @@ class Images:
                 yield Doubt(
                     unused * frame,
                     f"{unused} images of {file} follow the last frame of episode {episode}",
-                    "if frames were cut at the start and numbered anew, images lag behind",
+                    "if frames were cut at the start and renumbered, images lag behind",
                 )
 
     def _encoded(self, file: str, camera: str, episode: int, row: int) -> Any:

@@ -350,8 +350,8 @@ def _by_number(path: pathlib.Path, rows: Sequence[tuple[Any, str]], key: str) ->
         index = files.whole(number, f"{key} of {text!r} in {path}")
         if found.setdefault(index, text) != text:
             raise ValueError(
-                f"{path} has {what} {index} twice, {found[index]!r} and {text!r}: number "
-                f"the {what}s anew, here and in the data files"
+                f"{path} has {what} {index} twice, {found[index]!r} and {text!r}: renumber "
+                f"the {what}s, here and in the data files"
             )
     return found
 

@@ -188,16 +188,18 @@ def doubtful(stats: Mapping[str, normalize.NormStats]) -> list[str]:
         for dim, (std, q01, q99) in enumerate(zip(found.std, *found.span(), strict=True)):
             where = f"{key}[{dim}]"
             if std == 0:
-                lines.append(f"{where} is constant ({found.mean[dim]:g}): it carries nothing")
+                lines.append(
+                    f"{where} is constant ({found.mean[dim]:g}): it carries no information"
+                )
             elif std < TINY:
                 lines.append(
-                    f"{where} hardly moves (std {std:.2g}, 98 % within {q01:g} … {q99:g}): noise "
-                    "will be blown up to the scale of the others"
+                    f"{where} hardly moves (std {std:.2g}, 98 % within {q01:g} … {q99:g}): its "
+                    "noise will be amplified to the scale of the others"
                 )
             elif q99 - q01 < TINY:
                 lines.append(
                     f"{where} has one value ({q01:g}) in 98 % of the frames, but moves (std "
-                    f"{std:.2g}): quantile normalization (π0.5) blows the rest up"
+                    f"{std:.2g}): quantile normalization (π0.5) amplifies the rest"
                 )
     return lines
 

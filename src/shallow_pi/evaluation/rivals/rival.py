@@ -177,7 +177,7 @@ def _run(
     sample: Sample,
 ) -> Float[Array, "b ah ad"]:
     if layout.guided:
-        raise ValueError("rivals do not go on from a previous chunk: take another executor")
+        raise ValueError("rivals cannot continue a previous chunk: choose another executor")
     observation, noise, _ = program.unpack(layout, packed)
     held: Weights = jax.tree.unflatten(tree, arrays.others)
     return sample(layout.config, held, observation, noise)

@@ -204,9 +204,7 @@ def read(folder: pathlib.Path, digests: Mapping[str, str] | None = None) -> Resu
     for block in _blocks(sorted(folder.glob("*.jsonl")) if folder.is_dir() else []):
         policy = block.cell.policy
         if digests is not None and digests.get(policy, block.digest) != block.digest:
-            progress.warn(
-                f"{policy} was trained anew: its earlier results in {folder} are not used"
-            )
+            progress.warn(f"{policy} was retrained: its earlier results in {folder} are not used")
         else:
             blocks.append(block)
     # Where no checkpoint at hand tells which training is meant, the last line's.
