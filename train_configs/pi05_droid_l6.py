@@ -1,12 +1,12 @@
-"""openpi's π0.5 of DROID, 18 → 6 layers, at full size.
+"""openpi's π0.5 for DROID, 18 → 6 layers, at full size.
 
 uv run scripts/train_distill.py pi05_droid_l6 --data.path FOLDER --exp-name first
 Teacher: gs://openpi-assets/checkpoints/pi05_droid. Data: DROID, or recordings of your own Franka,
-as a LeRobot dataset with openpi's converter's keys: one exterior and one wrist camera at 15 Hz,
-joint and gripper positions, joint velocities as actions. As in openpi: third camera masked, state
-in the prompt (200 tokens), horizon 15, the teacher's statistics (droid), 20,000 steps. Batch of 64,
-warm-up to 2.5e-5 in 1,000 steps, cosine to 2.5e-6. Validation on 2 % of the episodes. Not run at
-full size yet; one 80 GB device or more, see --mesh."""
+as a LeRobot dataset with the keys of openpi's converter: one exterior and one wrist camera at 15
+Hz, joint and gripper positions, joint velocities as actions. As in openpi: third camera masked,
+state in the prompt (200 tokens), horizon 15, the teacher's statistics (droid), 20,000 steps. Batch
+of 64, warm-up to 2.5e-5 in 1,000 steps, cosine to 2.5e-6. Validation on 2 % of the episodes. Not
+run at full size yet; one 80 GB device or more, see --mesh."""
 
 import _base
 

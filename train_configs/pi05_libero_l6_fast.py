@@ -1,10 +1,10 @@
-"""openpi's π0.5 of LIBERO, 18 → 6 layers and cut wherever else it costs little: 4 ms on an H200.
+"""openpi's π0.5 for LIBERO, 18 → 6 layers, with all cuts that cost little: 4 ms on an H200.
 
 uv run scripts/train_distill.py pi05_libero_l6_fast --exp-name first
 As pi05_libero_l6, with half of the image tower (and a loss on its tokens) and a quarter of the
-image tokens; predicted are 4.2 ms on an H200 and 50 on an Orin AGX, from 6.1 and 85. Integration
-steps stay ten: docs/student_shapes.md has what each cut costs, and other budgets. Not run at full
-size yet."""
+image tokens. Predicted times are 4.2 ms on an H200 and 50 on an AGX Orin, down from 6.1 and 85. It
+keeps ten integration steps; docs/student_shapes.md shows what each cut costs, and other budgets.
+Not run at full size yet."""
 
 import _base
 

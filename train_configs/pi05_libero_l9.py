@@ -1,8 +1,8 @@
-"""openpi's π0.5 of LIBERO, 18 → 9 layers, at full size.
+"""openpi's π0.5 for LIBERO, 18 → 9 layers, at full size.
 
 uv run scripts/train_distill.py pi05_libero_l9 --exp-name first
 Teacher: gs://openpi-assets/checkpoints/pi05_libero. Data: physical-intelligence/libero, two cameras
-at 10 Hz; fetched (uv sync --extra hf) or given by --data.path. As in openpi: third camera masked,
+at 10 Hz; downloaded (uv sync --extra hf), or --data.path. As in openpi: third camera masked,
 actions as recorded, no state in the prompt, horizon 10, prompt of 200 tokens, batch of 256, warm-up
 to a constant 5e-5 in 10,000 of 30,000 steps, moving average 0.999. Validation on 2 % of the
 episodes. Not run at full size yet; eight 80 GB devices (--mesh.fsdp 8), or fewer with

@@ -1,9 +1,9 @@
-"""openpi's π0 of the simulated ALOHA cube transfer, 18 → 6 layers, at full size.
+"""openpi's π0 for the simulated ALOHA cube transfer, 18 → 6 layers, at full size.
 
 uv run scripts/train_distill.py pi0_aloha_sim_l6 --exp-name first
 Teacher: gs://openpi-assets/checkpoints/pi0_aloha_sim. Data: lerobot/aloha_sim_transfer_cube_human,
-one camera at 50 Hz; fetched (uv sync --extra hf) or given by --data.path. As in openpi: joints and
-gripper converted, actions absolute, always the prompt "Transfer cube", horizon 50, 20,000 steps.
+one camera at 50 Hz; downloaded (uv sync --extra hf), or --data.path. As in openpi: joints and
+gripper converted, actions absolute, the fixed prompt "Transfer cube", horizon 50, 20,000 steps.
 Batch of 64, warm-up to 2.5e-5 in 1,000 steps, cosine to 2.5e-6. Validation on 2 % of the episodes.
 Not run at full size yet; one 80 GB device or more."""
 

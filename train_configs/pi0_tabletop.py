@@ -1,8 +1,8 @@
 """The tabletop's teacher: an 18-layer π0 trained from scratch on seven tasks.
 
 uv run scripts/train_teacher.py pi0_tabletop
-The packaged one was trained by `scripts/reproduce.py` in 235 s on an H200 beside other work; on
-two cores this takes a night. Its results are in docs/evidence.md."""
+`scripts/reproduce.py` trained the packaged one in 235 s on an H200 that it shared with other work;
+on two CPU cores it takes a night. Its results are in docs/evidence.md."""
 
 import _base
 

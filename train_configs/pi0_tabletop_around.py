@@ -1,7 +1,8 @@
-"""A teacher for one task of the tabletop: around a pillar, on either side by a coin.
+"""A teacher for one tabletop task: around a pillar, on the side that a coin flip chooses.
 
 uv run scripts/train_teacher.py pi0_tabletop_around
-Twenty minutes on two cores. The policies of the claim `modes` (docs/evidence.md) come from it."""
+Training takes twenty minutes on two cores. The policies of the claim `modes` (docs/evidence.md)
+come from it."""
 
 import dataclasses
 

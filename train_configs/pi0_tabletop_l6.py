@@ -1,9 +1,9 @@
-"""A 6-layer student of the tabletop's teacher, evaluated on seven tasks and from other starts.
+"""A 6-layer student of the tabletop's teacher, evaluated on seven tasks and from unseen starts.
 
 uv run scripts/train_distill.py pi0_tabletop_l6
-Records demonstrations, distils the student and two references, and evaluates all
-of them on the same episodes. The layers are chosen by sensitivity, which solves more here than the
-paper's evenly spaced ones (docs/evidence.md, layers; the first six solve a little more still)."""
+Records demonstrations, distils the student, trains two baselines, and evaluates all of them on the
+same episodes. The layers are chosen by sensitivity, which solves more episodes here than the
+paper's evenly spaced layers; the first six solve slightly more still (docs/evidence.md, layers)."""
 
 import dataclasses
 

@@ -1,7 +1,7 @@
-"""The tabletop's teacher with an expert that reads the backbone's last state alone, as in GR00T.
+"""The tabletop's teacher with an expert that reads only the backbone's last state, as in GR00T.
 
 uv run scripts/train_teacher.py pi0_tabletop_last
-For the claim that distillation is not for π alone; not yet trained at full length."""
+For the claim that distillation also works for policies other than π0; not yet fully trained."""
 
 import _base
 

@@ -1,8 +1,8 @@
 """The complete experiment on two CPU cores: a trained π0, 18 → 6 layers, evaluated closed loop.
 
 uv run scripts/train_distill.py pi0_turntable_l6
-Records demonstrations, distils the student, trains two reference policies, evaluates all of them on
-the same episodes and writes a report. The teacher comes with the repository."""
+Records demonstrations, distils the student, trains two baselines, evaluates all of them on the same
+episodes and writes a report. The teacher comes with the repository."""
 
 import _base
 
