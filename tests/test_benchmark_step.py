@@ -30,6 +30,15 @@ def test_both_steps_are_printed_and_written(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "new" / "step.png").is_file()
 
 
+def test_a_config_without_a_teacher_is_refused_in_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "pi0_turntable"])
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "8")
+    with pytest.raises(SystemExit, match="1"):
+        benchmark_step.main()
+    said = "\nerror: pi0_turntable has no teacher: name a config with one\n"
+    assert said in f"\n{capsys.readouterr().err}"
+
+
 def test_no_repeats_are_refused_in_one_line(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), "debug", "--repeats", "0"])
     with pytest.raises(SystemExit, match="1"):

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from shallow_pi import progress
-from shallow_pi.checkpoints import fetch, weights
+from shallow_pi.checkpoints import fetch, run_folder, weights
 from shallow_pi.data import data_config
 from shallow_pi.data.lerobot import reader
 from shallow_pi.data.robots import assets
@@ -168,6 +168,19 @@ def test_a_run_begun_before_a_config_field_existed_resumes(experiment, capsys):
     runs.open_run(dataclasses.replace(other, ema_decay=0.0, data=stricter))
     assert "newer than this run, and at their defaults: --teacher.dtype" in capsys.readouterr().err
     assert json.loads(path.read_text())["validation"]["against"] == "data"
+
+
+def test_a_run_in_which_another_process_works_keeps_its_config(experiment):
+    """A second one is refused before it opens anything."""
+    folder = runs.open_run(experiment).folder
+    more = dataclasses.replace(experiment, resume=True, num_train_steps=99)
+    busy = pytest.raises(ValueError, match="another process works in")
+    with run_folder.held(folder), busy:
+        runs.open_run(more)
+    saved = json.loads((folder / "config.json").read_text())
+    assert saved["num_train_steps"] == experiment.num_train_steps
+    runs.open_run(more)
+    assert json.loads((folder / "config.json").read_text())["num_train_steps"] == 99
 
 
 def test_a_run_name_that_orbax_could_not_read_is_refused_before_all(remote, monkeypatch):

@@ -130,6 +130,9 @@ def check(path: str | os.PathLike[str], resume: bool, overwrite: bool) -> bool:
         )
     if jax.process_index() == 0:
         check_output(folder, "give another --exp-name or --checkpoint-dir")
+        if (folder / LOCK_FILE).exists():
+            with held(folder):  # Nobody works there.
+                pass
     return occupied
 
 

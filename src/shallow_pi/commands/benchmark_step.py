@@ -72,7 +72,7 @@ def measure(
 ) -> step.Timing:
     """Time a config's steps; arguments as of `step.measure`."""
     if experiment.teacher is None:
-        raise ValueError(f"--config {experiment.name} has no teacher: name a config with one")
+        raise ValueError(f"{experiment.name} has no teacher: name a config with one")
     made_up = dataclasses.replace(experiment.teacher, path=setup.RANDOM)
     experiment = dataclasses.replace(experiment, teacher=made_up)
     mesh = setup.make_mesh(experiment, jax.devices())
