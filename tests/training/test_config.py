@@ -438,6 +438,8 @@ def test_a_resumed_run_keeps_the_schedule_it_began_with(tmp_path, capsys):
     assert "--schedule.decay-steps 20, as the run began" in capsys.readouterr().err
     assert _cli(*arguments[:3], "--resume").schedule == began.schedule
     assert _cli(*arguments[:3], "--overwrite").schedule.decay_steps == 40
+    run_folder.save_config(began.folder, {})  # Not of this program; to resume it is refused later.
+    assert _cli(*arguments[:3], "--resume").schedule.decay_steps == 40
 
 
 def _made(folder):

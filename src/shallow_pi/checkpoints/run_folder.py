@@ -310,7 +310,7 @@ def _comparable(config: Mapping[str, object]) -> dict[str, object]:
 
 def flatten(tree: object, prefix: str = "") -> dict[str, object]:
     """Flatten nested dictionaries; fields are named as on the command line ("losses.attention")."""
-    if not isinstance(tree, Mapping) or not tree:
+    if not isinstance(tree, Mapping) or (prefix and not tree):
         return {prefix: tree}
     flat: dict[str, object] = {}
     for name, child in tree.items():

@@ -158,14 +158,15 @@ def _fit_schedule(
         return experiment
     schedule, steps = experiment.schedule, experiment.num_train_steps
     saved = run_folder.read_config(experiment.folder) if experiment.resume else None
-    if saved is not None:
-        fields = saved["schedule"]
-        warmup, decay, why = fields["warmup_steps"], fields["decay_steps"], "as the run began"
-    else:
-        share = steps / default.num_train_steps
-        warmup = round(share * schedule.warmup_steps)
-        decay = max(warmup + 1, round(share * schedule.decay_steps))
-        why = f"in proportion to --num-train-steps {steps}"
+    began = run_folder.flatten(saved or {})
+    match began.get("schedule.warmup_steps"), began.get("schedule.decay_steps"):
+        case int(warmup), int(decay):
+            why = "as the run began"
+        case _:
+            share = steps / default.num_train_steps
+            warmup = round(share * schedule.warmup_steps)
+            decay = max(warmup + 1, round(share * schedule.decay_steps))
+            why = f"in proportion to --num-train-steps {steps}"
     fitted = dataclasses.replace(schedule, warmup_steps=warmup, decay_steps=decay)
     if fitted != schedule:
         progress.say(
