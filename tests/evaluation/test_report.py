@@ -113,7 +113,7 @@ def test_sentences_claim_no_more_than_the_interval(full):
         and line.endswith("student is better than task_only.")
         for line in lines
     )
-    assert "3.00 times faster" in lines[-1]
+    assert "3.00 times as fast" in lines[-1]
 
 
 def test_late_plans_are_a_table_of_both_policies(full):

@@ -118,7 +118,7 @@ def test_the_report_of_a_program_has_its_parts_verdict_and_forecast(room, verdic
     mesh = sharding.MeshConfig(8).create()
     device = dataclasses.replace(ACCELERATOR, memory=room * 10**9)
     lines = report.planned(PROGRAM, mesh, 90.0, device)
-    assert lines[0] == "batch 16 on 8 devices (data 8 × fsdp 1 × tensor 1); memory of each:"
+    assert lines[0] == "batch 16 on 8 devices (data 8 × fsdp 1 × tensor 1); memory per device:"
     words = [line.split() for line in lines]
     assert ["teacher", "3.00", "GB"] in words
     assert ["student", "2.00", "MB"] in words

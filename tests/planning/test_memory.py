@@ -175,7 +175,7 @@ def test_a_run_reports_its_mesh_and_warns_if_it_may_not_fit(full_size, monkeypat
     mesh = setup.make_mesh(experiment, devices)
     first, second, third = setup.describe_mesh(experiment, mesh)
     assert first == "Mesh: data 2 × fsdp 4 × tensor 1 (8 cpu)"
-    assert re.fullmatch(r"Memory of a device: about [\d.]+ GB \(teacher .*\) of 16 GB", second)
+    assert re.fullmatch(r"Memory per device: about [\d.]+ GB \(teacher .*\) of 16 GB", second)
     assert third == (
         "Recomputed: all activations of a layer but its input (--remat layers); attention: xla in "
         "the image tower, xla in the prefix"

@@ -40,7 +40,7 @@ def answer(seen, client, *, total_ms=20.0, value=0.0, warnings=(), **observation
 def test_health_names_the_worst(seen, clock):
     assert seen.health() == ("idle", "Ready; no robot is connected")
     client = seen.connect("robot")
-    assert seen.health() == ("idle", "Connected; no observation has come yet")
+    assert seen.health() == ("idle", "Connected; no observation received yet")
     answer(seen, client)
     assert seen.health() == ("good", "Running: answers take up to 20 ms, a chunk lasts 500 ms")
     answer(seen, client, total_ms=900)

@@ -42,7 +42,7 @@ def test_a_run_says_what_it_trains_on(experiment, capsys):
     assert said[3].startswith("warning: 44% of the actions lie beyond an episode's end: episodes ")
     assert said[4] == "Teacher: random"
     assert said[5].startswith("Mesh: data 8 × fsdp 1 × tensor 1 (8 cpu")
-    assert said[6].startswith("Memory of a device: about ")
+    assert said[6].startswith("Memory per device: about ")
     assert said[7].startswith("Recomputed: nothing (--remat none); attention: xla")
     assert said[8] == "Layers: 2 of the teacher's 3: 0 2"
     assert len(said) == 9

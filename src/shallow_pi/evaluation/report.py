@@ -160,8 +160,8 @@ def sentence(a: str, b: str, scope: str, difference: intervals.Difference) -> st
         "undecided": f"no difference between {a} and {b} is shown",
     }[difference.verdict]
     return (
-        f"{scope}: {a} − {b} = {points} points (95 % interval {low} to {high}; episodes solved by "
-        f"{a} alone {difference.only_a}, by {b} alone {difference.only_b}): {verdict}."
+        f"{scope}: {a} − {b} = {points} points (95 % interval {low} to {high}; episodes solved "
+        f"only by {a}: {difference.only_a}, only by {b}: {difference.only_b}): {verdict}."
     )
 
 
@@ -233,7 +233,7 @@ def sentences(report: Report) -> list[str]:
             f"{report.latency.median_ms['student']:.2f} ms, the teacher's "
             f"{report.latency.median_ms['teacher']:.2f} ms (medians of {report.latency.repeats} on "
             f"{report.latency.device}): {report.latency.ratio('teacher', 'student'):.2f} times "
-            "faster."
+            "as fast."
         )
     return lines
 

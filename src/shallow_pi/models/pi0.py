@@ -39,14 +39,14 @@ CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
 class Pi0Config:
     """Every size of a π0 or π0.5 model. The defaults are openpi's π0."""
 
-    # π0.5: time enters by adaptive norms and the state, if at all, by the prompt.
+    # π0.5: time enters through adaptive norms, and the state, if at all, through the prompt.
     pi05: bool = False
     # Layers of backbone and action expert.
     depth: int = 18
-    # The backbone's half of each layer: "whole", its "keys_values" alone, or "absent"; empty: whole
-    # throughout.
+    # The backbone's half of each layer: "whole", only its "keys_values", or "absent"; empty means
+    # that all are whole.
     backbone_layers: tuple[layer_table.Half, ...] = ()
-    # The expert's half of each layer: "whole" or "absent"; empty: whole throughout.
+    # The expert's half of each layer: "whole" or "absent"; empty means that all are whole.
     expert_layers: tuple[layer_table.Half, ...] = ()
     # The vision-language backbone.
     backbone: gemma.GemmaConfig = GEMMA_2B
@@ -56,9 +56,10 @@ class Pi0Config:
     image: siglip.SiglipConfig = SO400M_14
     # Side of the square images, in pixels.
     image_size: int = 224
-    # Image tokens of a camera that the backbone sees: means of cells of patches. 0: every patch.
+    # Image tokens per camera that the backbone reads, as means over cells of patches; 0 keeps every
+    # patch.
     pooled_tokens: int = 0
-    # The same, but patches that a scorer chooses, with parameters of its own. 0: there is none.
+    # The same, but patches chosen by a scorer, which has its own parameters; 0 has no scorer.
     scored_tokens: int = 0
     # Rows of the token embedding.
     vocab_size: int = PALIGEMMA_VOCAB_SIZE
@@ -72,7 +73,7 @@ class Pi0Config:
     max_token_len: int = 48
     # π0.5 only: write the state into the prompt as 256-bin integers.
     discrete_state_input: bool = False
-    # Dtype of activations; parameters keep their own. float16 is for exports: nothing trains in it.
+    # Dtype of activations; parameters keep their own. float16 is for exports only, not training.
     dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:

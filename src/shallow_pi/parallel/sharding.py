@@ -53,10 +53,10 @@ class CannotSplitError(ValueError):
 class MeshConfig:
     """Number of devices along each axis of the mesh; their product is the number of devices."""
 
-    # Devices that the batch alone is split over; -1 takes the rest.
+    # Devices that only the batch is split over; -1 uses the rest.
     data: int = -1
-    # Devices that parameters, moments and the batch are split over; -1 takes the fewest that fit
-    # in memory, or with --mesh.data the rest.
+    # Devices that parameters, moments and the batch are split over; -1 uses the fewest that fit in
+    # memory, or, if --mesh.data is set, the rest.
     fsdp: int = -1
     # Devices that attention heads and MLP columns are split over.
     tensor: int = 1

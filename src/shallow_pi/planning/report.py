@@ -59,7 +59,7 @@ def planned(
     lines.append(f"  {'useful work':<14} {useful_flops / TERA:7.2f} TFLOP")
     if program.collectives is None:
         lines.append("  communication: unknown, as this JAX cannot read the program of a newer XLA")
-        lines.append("  (uv sync --extra tpu installs the libtpu that fits it)")
+        lines.append("  (uv sync --extra tpu installs the matching libtpu)")
     for kind, (times, size) in hlo.totals(program.collectives or []).items():
         lines.append(f"  {kind:<20} {times:>6} times, {_size(size)}")
     if accelerator is not None:
@@ -96,7 +96,7 @@ def contents(
 def _heading(mesh: Mesh, batch_size: int) -> str:
     axes = " × ".join(f"{name} {size}" for name, size in mesh.shape.items())
     devices = f"{mesh.size} device{'s' * (mesh.size > 1)}"
-    return f"batch {batch_size} on {devices} ({axes}); memory of each:"
+    return f"batch {batch_size} on {devices} ({axes}); memory per device:"
 
 
 def _rows(parts: Mapping[str, int], total: int) -> list[str]:

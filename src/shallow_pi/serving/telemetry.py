@@ -235,7 +235,7 @@ class Telemetry:
         if not recent:
             silent = now - max(client.last for client in self.clients.values())
             if not any(client.requests for client in self.clients.values()):
-                return "idle", "Connected; no observation has come yet"
+                return "idle", "Connected; no observation received yet"
             return "warn", f"Silent: no observation for {silent:.0f} s"
         slow = float(np.percentile(recent, 95))
         lasts = self.chunk_seconds

@@ -40,7 +40,7 @@ class Suite:
     task: Literal["transfer_cube", "insertion"] = "transfer_cube"
     # Height of the image in pixels; its width is four thirds of it.
     height: int = 480
-    # Episodes are cut off here, control steps.
+    # Length of an episode in control steps, at most.
     max_steps: int = 300
     # Images by MuJoCo's OpenGL renderer ("gl"), as all published policies saw them, or by ray
     # casting ("ray").

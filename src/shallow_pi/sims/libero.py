@@ -49,10 +49,10 @@ class Suite:
     suite: Literal["libero_spatial", "libero_object", "libero_goal", "libero_10"] = "libero_spatial"
     # Some of its tasks, by number (0 to 9) or name; empty uses all.
     tasks: tuple[str, ...] = ()
-    # Height and width of the images as rendered and recorded, and as they are given to policies.
+    # Height and width of the images as rendered and recorded, and as given to policies.
     render_size: int = 256
     image_size: int = 224
-    # Episodes are cut off here, control steps; 0 uses openpi's limit of the suite.
+    # Length of an episode in control steps, at most; 0 uses openpi's limit for the suite.
     max_steps: int = 0
     # Images by MuJoCo's OpenGL renderer ("gl"), as all published policies saw them, or by ray
     # casting ("ray").

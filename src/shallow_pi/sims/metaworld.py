@@ -47,7 +47,7 @@ class Suite:
     tasks: tuple[str, ...] = ()
     # Height and width of the images, pixels.
     image_size: int = 64
-    # Episodes are cut off here, control steps; 500 is the benchmark's.
+    # Length of an episode in control steps, at most; 500 is the benchmark's.
     max_steps: int = 500
     # Camera of the base image: ours ("near") or LeRobot's ("corner2").
     view: Literal["near", "corner2"] = "near"

@@ -57,13 +57,13 @@ class Suite:
 
     # Tasks to draw from, equally likely: names in LAYOUTS.
     tasks: tuple[str, ...] = tuple(LAYOUTS)
-    # Starts of the arm: those of the demonstrations, or where none started.
+    # Initial positions of the arm: as in the demonstrations, or where none started.
     start: Literal["usual", "elsewhere"] = "usual"
     # Actions a second.
     control_hz: float = 20.0
-    # Height and width of the images, pixels.
+    # Height and width of the images in pixels.
     image_size: int = 48
-    # Episodes are cut off here, seconds.
+    # Length of an episode in seconds, at most.
     max_seconds: float = 5.0
     # Images by ray casting ("ray") or by MuJoCo's OpenGL renderer ("gl").
     renderer: Literal["ray", "gl"] = "ray"

@@ -25,19 +25,19 @@ class Suite:
 
     # Tasks to draw from, equally likely: names in PROMPTS.
     tasks: tuple[str, ...] = ("touch", "insert")
-    # Blocks on the disc, each of another colour.
+    # Blocks on the disc, each of a different colour.
     num_blocks: int = 2
-    # Cups on the disc, each of another colour (which a block may have too).
+    # Cups on the disc, each of a different colour (which a block may share).
     num_cups: int = 2
     # Radial play of the peg in a cup, millimetres.
     clearance_mm: float = 3.0
-    # Speed of the disc, degrees a second, counter-clockwise seen from above.
+    # Speed of the disc in degrees a second, counter-clockwise as seen from above.
     disc_speed_deg: float = 0.0
     # Actions a second.
     control_hz: float = 20.0
-    # Height and width of the images, pixels.
+    # Height and width of the images in pixels.
     image_size: int = 48
-    # Episodes are cut off here, seconds.
+    # Length of an episode in seconds, at most.
     max_seconds: float = 4.0
     # Images by ray casting ("ray") or by MuJoCo's OpenGL renderer ("gl").
     renderer: Literal["ray", "gl"] = "ray"

@@ -36,33 +36,33 @@ _Run = Callable[[int], tuple[float, float]]
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """The data to read, and the ways to read it."""
+    """The data to read, and how to read it."""
 
     # LeRobot dataset: a folder or its address on the hub; empty generates a synthetic one.
     path: str = ""
-    # Height of the synthetic images, pixels.
+    # Height of the synthetic images in pixels.
     height: int = 256
-    # Width of the synthetic images, pixels.
+    # Width of the synthetic images in pixels.
     width: int = 256
     # Codec of the synthetic video.
     codec: Literal["av1", "h264"] = "av1"
-    # Frames from one key frame of the synthetic video to the next.
+    # Distance between key frames of the synthetic video, in frames.
     group: int = 2
     # Frames of the synthetic dataset, in four episodes.
     frames: int = 400
     # Side of the model's images.
     image_size: int = 224
-    # Samples of a batch.
+    # Samples per batch.
     batch_size: int = 16
     # Batches to time.
     batches: int = 12
     # Threads that read.
     threads: int = os.cpu_count() or 1
-    # Processes that read instead of the threads; 0 leaves them out.
+    # Processes to read with instead of threads; 0 does not measure processes.
     workers: int = os.cpu_count() or 1
-    # Measurements of each method.
+    # Number of measurements of each method.
     repeats: int = 3
-    # Milliseconds of a training step to keep up with; 0 for none.
+    # Length in milliseconds of the training step to keep up with; 0 compares with none.
     step_ms: float = 0.0
 
     def __post_init__(self) -> None:

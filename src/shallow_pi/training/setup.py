@@ -166,7 +166,7 @@ def describe_mesh(experiment: config.DistillConfig, mesh: jax.sharding.Mesh) -> 
     run = spec.execution
     lines = [
         f"Mesh: {axes} ({mesh.size} {device.device_kind})",
-        f"Memory of a device: about {needed}{of}",
+        f"Memory per device: about {needed}{of}",
         f"Recomputed: {RECOMPUTED[run.remat]} (--remat {run.remat}); attention: "
         f"{run.tower_attention} in the image tower, {run.prefix_attention} in the prefix",
     ]

@@ -44,7 +44,7 @@ from shallow_pi.data.robots import conversions, vector
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Action dimensions in a row that belong together, and whose errors are measured together."""
+    """Consecutive action dimensions that belong together and whose errors are reported together."""
 
     name: str
     # Number of dimensions.
@@ -59,7 +59,7 @@ class Limits:
 
     low: float
     high: float
-    # A recording goes through most of them, as a gripper does that opens and closes.
+    # Recordings span most of the range, as those of a gripper that opens and closes.
     is_spanned: bool = False
 
     def __post_init__(self) -> None:
@@ -72,8 +72,8 @@ class Robot:
     """Names, sizes and units of one embodiment."""
 
     name: str
-    # Model camera → key of the image in the robot's observations and datasets. A camera of the
-    # model that is not here is black and masked, for π0 and π0.5 alike, as in openpi.
+    # Model camera → key of the image in the robot's observations and datasets. Cameras of the model
+    # that are not listed are black and masked, for π0 and π0.5 alike, as in openpi.
     cameras: Mapping[str, str]
     state_dim: int
     action_dim: int
@@ -82,35 +82,36 @@ class Robot:
     state_key: str = "observation.state"
     action_key: str = "action"
     prompt_key: str = "task"
-    # Leading action dimensions the model sees as the difference from the state (True) or as they
-    # are (False); the robot's own actions stay absolute.
+    # Leading action dimensions: True if the model sees the difference from the state, False if it
+    # sees the absolute value. The robot's own actions are always absolute.
     delta: tuple[bool, ...] = ()
-    # To the model's units and signs; comes before the difference is taken.
+    # Conversion to the model's units and signs, before differences are taken.
     state_conversion: conversions.Conversion | None = None
     action_conversion: conversions.Conversion | None = None
-    # Keys appended to the state, in order, where a recording has it in parts.
+    # Keys appended to the state, in order, if recordings split it over several columns.
     state_more: tuple[str, ...] = ()
-    # Keys appended to the actions likewise. A policy answers with one vector of all parts.
+    # The same for actions. A policy answers with one vector of all parts.
     action_more: tuple[str, ...] = ()
-    # Number of values under each key, so that parts which only add up are refused; empty uses
-    # those of the first dataset, and of actions with as many groups as parts the groups'.
+    # Number of values under each key, so that data with the right total but other parts are
+    # refused. Empty uses those of the first dataset (for actions, those of `groups` if there is one
+    # for each key).
     state_sizes: tuple[int, ...] = ()
     action_sizes: tuple[int, ...] = ()
-    # Places of the values that make up state and actions among those of all keys, counted from 0;
-    # empty uses all. All other fields are about the dimensions taken, in this order.
+    # Indices, from 0, of the values to use, counted over all keys; empty uses all. All other fields
+    # refer to the selected dimensions, in this order.
     state_indices: tuple[int, ...] = ()
     action_indices: tuple[int, ...] = ()
-    # Always this prompt, whatever recordings and observations say; empty uses theirs.
+    # A fixed prompt that replaces those of recordings and observations; empty uses theirs.
     prompt: str = ""
-    # Facts sent to clients besides those of every policy, for clients that look for them. Robots
-    # that differ in these alone are equal: they read and answer alike.
+    # Additional metadata for clients that need it. Robots that differ only in this are equal,
+    # because they read and answer alike.
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
-    # The openpi config that has its transforms, if they are code and not these fields; openpi
+    # The openpi config that has its transforms, if these fields cannot describe them; openpi then
     # serves its policies.
     elsewhere: str = ""
     # The action dimensions in order; empty is one group of all (`action_groups`).
     groups: tuple[Group, ...] = ()
-    # Plausible values of each dimension, None where they are not known; empty knows none.
+    # Plausible values of each dimension, or None; empty gives none.
     state_limits: tuple[Limits | None, ...] = ()
     action_limits: tuple[Limits | None, ...] = ()
 
