@@ -164,7 +164,7 @@ def uneven(own, tiny_params, tmp_path_factory):
 def test_a_student_of_several_depths_is_the_same_function_in_whole_layers(
     name, tower, uneven, tmp_path
 ):
-    """Actions are compared by the export, over the whole layers of the padded one."""
+    """Actions are compared by the export, over whole layers as openpi and LeRobot compute them."""
     made = export.export(uneven, name, tmp_path / name, any_size=True, num_steps=2)
     stored = sizes.of(weights.stored_params(made))
     padded = name == "openpi-padded"
@@ -179,6 +179,14 @@ def test_a_student_of_several_depths_is_the_same_function_in_whole_layers(
     assert np.any(layers["attn"]["kv_einsum"]["w"][cut[0]])
     card = (made / "README.md").read_text()
     assert "# π0 with 3 layers (backbone 2, action expert 2)" in card
+
+
+@pytest.mark.parametrize("name", ["openpi", "lerobot"])
+def test_a_half_of_a_layer_that_is_no_zeros_is_found(name, uneven, tmp_path, monkeypatch):
+    """shallow_pi would leave it out, and openpi and LeRobot compute with it."""
+    monkeypatch.setattr(student, "in_whole_layers", lambda given: given)
+    with pytest.raises(ValueError, match=r"actions of .* differ from the student's by"):
+        export.export(uneven, name, tmp_path / "x", any_size=True, num_steps=2)
 
 
 def test_openpis_pytorch_file_has_every_tensor_of_its_class(exported, own):
@@ -327,6 +335,20 @@ def test_the_best_step_by_its_link_has_its_number(tmp_path):
     (tmp_path / "2").mkdir()
     (tmp_path / "best").symlink_to("2")
     assert student.origin(tmp_path / "best").step == 2
+
+
+def test_a_teacher_that_is_a_step_of_a_run_is_named_by_its_run(tmp_path):
+    """Its last part is a number, and more of a path may tell who trained it."""
+    teacher = tmp_path / "home" / "pi0_deep" / "first" / "3000"
+    content = {"name": "x", "layer_map": LAYERS, "model": {"depth": 5}}
+    named = []
+    for _ in range(2):
+        content["teacher"] = {"path": str(teacher)}
+        (tmp_path / "config.json").write_text(json.dumps(content))
+        named.append(student.origin(tmp_path / "2").teacher)
+        teacher.mkdir(parents=True, exist_ok=True)
+        (teacher.parent / "config.json").write_text("{}")
+    assert named == ["3000", "pi0_deep/first/3000"]
 
 
 def test_stored_dtypes_are_kept_and_bfloat16_is_compared_in_bfloat16(own, params, tmp_path):

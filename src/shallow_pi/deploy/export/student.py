@@ -174,8 +174,12 @@ def _error(step: pathlib.Path) -> float | None:
 
 
 def _public(address: str) -> str:
-    """An address that is safe to publish: only the last part of a local path."""
-    local = "://" not in address and (
-        pathlib.Path(address).is_absolute() or address.startswith(("~", "."))
-    )
-    return pathlib.Path(address).name if local else address
+    """An address that is safe to publish: of a local path its last part alone.
+
+    Of a step of a run, whose last part is a number, that is `<config>/<exp>/<step>`.
+    """
+    path = pathlib.Path(address)
+    if "://" in address or not (path.is_absolute() or address.startswith(("~", "."))):
+        return address
+    is_step = path.name.isdigit() and (path.expanduser().parent / run_folder.CONFIG_FILE).is_file()
+    return "/".join(path.parts[-3 if is_step else -1 :])
