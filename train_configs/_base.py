@@ -6,7 +6,6 @@ import pathlib
 from shallow_pi.data import data_config
 from shallow_pi.distill import losses
 from shallow_pi.models import gemma, layer_table, observation, pi0, siglip
-from shallow_pi.sims import metaworld_tasks
 from shallow_pi.training import config, optimizer
 
 ASSETS = pathlib.Path(__file__).parents[1] / "assets"
@@ -84,8 +83,7 @@ METAWORLD_PI0 = pi0.Pi0Config(
 METAWORLD_DATA = data_config.DataConfig(robot="metaworld", asset_id="metaworld", cache="memory")
 METAWORLD_TASK = config.ClosedLoopConfig(
     sim="metaworld_mt10",
-    demonstrations=1200,
-    demonstrated=metaworld_tasks.MT10_DEMONSTRATED,
+    demonstrations=1000,
     noise=0.5,
     episodes=100,
     execute_steps=8,

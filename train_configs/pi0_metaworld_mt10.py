@@ -1,8 +1,8 @@
 """A π0 of 18 layers for Meta-World's MT10, trained from nothing on demonstrations of its experts.
 
 uv run scripts/train_teacher.py pi0_metaworld_mt10
-Needs the extra metaworld. The claim `metaworld` (scripts/reproduce.py) trained it on two CPU cores,
-in two hours; docs/benchmarks.md tells what it can do."""
+Needs the extra metaworld. The packaged one was trained by `scripts/reproduce.py metaworld` in 87
+minutes on one CPU core that it shared; docs/benchmarks.md has its results."""
 
 import _base
 
@@ -12,8 +12,8 @@ from shallow_pi.training import config, optimizer
 
 
 def get_config() -> config.DistillConfig:
-    """1,200 demonstrations of ten tasks, task loss only."""
-    steps = 12_000
+    """1,000 demonstrations of ten tasks, task loss only."""
+    steps = 8_000
     return config.DistillConfig(
         model=_base.METAWORLD_PI0,
         data=_base.METAWORLD_DATA,

@@ -149,8 +149,9 @@ def test_scores_of_layers_have_a_row_for_each_step(measured):
     assert len(found["similarity"]) == len(found["sensitivity"]) == 18
 
 
-def test_packaged_teacher_is_the_one_that_the_claims_name(tmp_path, monkeypatch):
-    slug = recipes.TEACHER.slug
+@pytest.mark.parametrize("teacher", recipes.PACKAGED, ids=lambda recipe: recipe.suite)
+def test_packaged_teacher_is_the_one_that_the_claims_name(tmp_path, monkeypatch, teacher):
+    slug = teacher.slug
 
     def interrupted(source, target):
         target.mkdir(parents=True)
@@ -163,9 +164,9 @@ def test_packaged_teacher_is_the_one_that_the_claims_name(tmp_path, monkeypatch)
     reproduce.unpack([slug], tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [slug]
     written = json.loads((tmp_path / slug / training.RECIPE_FILE).read_text())["recipe"]
-    assert recipes.Recipe(**{**written, "tasks": tuple(written["tasks"])}) == recipes.TEACHER
+    assert recipes.Recipe(**{**written, "tasks": tuple(written["tasks"])}) == teacher
     # It is complete: a student can be cut from it and compared with it.
-    assets, teacher = training.load_teacher(slug, tmp_path)
-    sizes = command_line.load(command_line.configs(), recipes.config(recipes.TEACHER)).model
-    assert assets.model == teacher.model == sizes
-    assert {len(score) for score in teacher.scores.values()} == {18}
+    assets, loaded = training.load_teacher(slug, tmp_path)
+    sizes = command_line.load(command_line.configs(), recipes.config(teacher)).model
+    assert assets.model == loaded.model == sizes
+    assert {len(score) for score in loaded.scores.values()} == {18}

@@ -185,17 +185,18 @@ def _idle(given: Arguments) -> flags.Idle:
 
 
 def unpack(slugs: Sequence[str], runs: pathlib.Path) -> None:
-    """Copy the packaged teacher of the suite among the runs, if it is wanted and not there."""
-    if recipes.TEACHER.slug not in slugs or (runs / recipes.TEACHER.slug).exists():
-        return
-    name = f"{recipes.config(recipes.TEACHER)}_l6"
-    packaged = command_line.load(command_line.configs(), name).teacher
-    assert packaged is not None, "a student's"
-    progress.say(f"The suite's teacher is the packaged one, {packaged.path}")
-    partial = runs / f"{recipes.TEACHER.slug}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(packaged.path, partial)
-    partial.rename(runs / recipes.TEACHER.slug)
+    """Copy the packaged teachers among the runs, those that are wanted and not there."""
+    for recipe in recipes.PACKAGED:
+        target = runs / recipe.slug
+        if recipe.slug not in slugs or target.exists():
+            continue
+        student = command_line.load(command_line.configs(), f"{recipes.config(recipe)}_l6")
+        assert student.teacher is not None, "in assets/"
+        progress.say(f"The suite's teacher is the packaged one, {student.teacher.path}")
+        partial = target.with_name(f"{recipe.slug}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(student.teacher.path, partial)
+        partial.rename(target)
 
 
 def train(wanted: Sequence[recipes.Recipe], given: Arguments) -> None:

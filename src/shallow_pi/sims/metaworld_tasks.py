@@ -60,6 +60,3 @@ MT10 = (
     *("reach", "push", "pick-place", "door-open", "drawer-open", "drawer-close"),
     *("button-press-topdown", "peg-insert-side", "window-open", "window-close"),
 )
-# The tasks of MT10 as often as demonstrations show them: of four, what has to be found is two or
-# three of an image's 64 pixels wide, and a policy learns them last.
-MT10_DEMONSTRATED = (*MT10, *2 * ("reach", "push", "pick-place", "peg-insert-side"))

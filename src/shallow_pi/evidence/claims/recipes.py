@@ -12,7 +12,6 @@ from typing import Literal
 
 from shallow_pi.distill import layer_map, losses
 from shallow_pi.models import captures, gemma, layer_table, pi0
-from shallow_pi.sims import metaworld_tasks
 
 # Draws of noise and time for each observation.
 DRAWS = 2
@@ -170,21 +169,21 @@ TEACHER = Recipe(
 METAWORLD_STUDENT = Recipe(
     teacher="teacher-l18-metaworldmt10-s0",
     suite="metaworld_mt10",
-    tasks=metaworld_tasks.MT10_DEMONSTRATED,
     peak_lr=1e-3,
-    steps=3000,
+    steps=2000,
     batch_size=32,
-    demonstrations=600,
+    demonstrations=300,
 )
 METAWORLD_TEACHER = dataclasses.replace(
     TEACHER,
     suite="metaworld_mt10",
-    tasks=metaworld_tasks.MT10_DEMONSTRATED,
     peak_lr=1e-3,
-    steps=12_000,
+    steps=8_000,
     batch_size=32,
-    demonstrations=1_200,
+    demonstrations=1_000,
 )
+# Those in assets/, which need no training.
+PACKAGED = (TEACHER, METAWORLD_TEACHER)
 # By suite and role: slugs tell what differs from these.
 DEFAULTS = {
     (recipe.suite, recipe.role): recipe
@@ -194,7 +193,7 @@ DEFAULTS = {
 CONFIGS: dict[tuple[str, tuple[str, ...]], str] = {
     ("tabletop", ()): "pi0_tabletop",
     ("tabletop", ("around",)): "pi0_tabletop_around",
-    ("metaworld_mt10", metaworld_tasks.MT10_DEMONSTRATED): "pi0_metaworld_mt10",
+    ("metaworld_mt10", ()): "pi0_metaworld_mt10",
 }
 
 
