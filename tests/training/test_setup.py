@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import pytest
 
 from shallow_pi.checkpoints import weights
@@ -60,6 +61,14 @@ def test_what_the_config_decides_is_refused_and_widths_are_not(experiment, chang
     assert message in str(caught.value)
     wrong = [line for line in str(caught.value).splitlines() if "llm/embedder" in line]
     assert not wrong, "sizes of a tower are taken over, so they do not differ"
+
+
+@pytest.mark.parametrize("room", [None, 80 * 10**9])
+def test_a_batch_that_the_devices_cannot_split_is_refused(experiment, room):
+    """Also where a layout is chosen by their memory."""
+    message = r"batch size 8 is not divisible by the 3 devices .* \(3 × 1\): set it to 6 or 9"
+    with pytest.raises(ValueError, match=message):
+        setup.make_mesh(experiment(), jax.devices()[:3], room)
 
 
 def test_a_random_teacher_keeps_the_configs_sizes(experiment):

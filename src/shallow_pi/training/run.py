@@ -76,7 +76,6 @@ def check(experiment: config.DistillConfig) -> None:
     """
     mesh = setup.make_mesh(experiment, jax.devices())
     setup.kernels(experiment, mesh.devices.flat[0])
-    sharding.check_batch_size(mesh, experiment.batch_size // experiment.accumulation)
     setup.check_teacher_here(experiment)
     steps = experiment.student.num_steps
     if (

@@ -47,9 +47,13 @@ def make_mesh(
       room: bytes of memory of a device; None asks the device.
 
     Raises:
-      ValueError: a mesh that does not fit the devices, or losses that do not fit the models.
+      ValueError: a mesh that does not fit the devices, a batch that it cannot split, or losses
+        that do not fit the models.
     """
     spec, dtype = make_spec(experiment), teacher_dtype(experiment)
+    # Before the memory of its parts is estimated: every layout has as many.
+    layout = experiment.mesh.create(devices)
+    sharding.check_batch_size(layout, experiment.batch_size // experiment.accumulation)
     mesh = memory.choose(experiment.mesh, devices, spec, experiment.batch_size, dtype, room)
     return mesh.create(devices)
 
