@@ -472,7 +472,7 @@ DAMAGE = {
         (b"{", "is not JSON"),
         (
             b'{"task_index": 0, "task": "a"}{"task_index": 0, "task": "b"}',
-            "has task 0 twice, 'a' and 'b': number the tasks anew",
+            "has task 0 twice, 'a' and 'b': renumber the tasks",
         ),
     ],
 }
