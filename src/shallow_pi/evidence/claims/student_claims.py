@@ -126,6 +126,7 @@ def losses() -> Claim:
         "task": rows.students("without task", **{**rows.THREE, "task": 0.0}),
     }
     alone = rows.students("task loss alone", **rows.ALONE)
+    all_tokens = rows.students("attention over all tokens", queries="all")
     found = (
         rows.TEACHER_ROW,
         three,
@@ -137,7 +138,7 @@ def losses() -> Claim:
         rows.students("attention of the first layer", attention_layer="first"),
         rows.students("attention of the last layer", attention_layer="last"),
         rows.students("attention, mean of heads", heads="head_mean"),
-        rows.students("attention over all tokens", queries="all"),
+        all_tokens,
         rows.students("first-layer attention of text to images", queries="text"),
     )
 
@@ -164,6 +165,12 @@ def losses() -> Claim:
             ),
             *(nearer(f"the {loss} loss brings", less[loss]) for loss in ("attention", "velocity")),
             nearer("three losses bring", alone, " than the task loss alone"),
+            Statement(
+                "matching the attention of all tokens costs at least 20 points",
+                three.at(success),
+                all_tokens.at(success),
+                at_least=0.2,
+            ),
         ),
         plots=(
             Plot(
