@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import sys
 
 import pytest
 
@@ -128,10 +129,12 @@ def test_the_dataset_is_opened_once(experiment, monkeypatch):
         ),
         ({"attention": "cudnn"}, "--attention cudnn: .* needs an NVIDIA GPU"),
         ({"losses": {"scorer": 1.0}}, "trains a scorer that is not there"),
+        ({"wandb": "mine"}, "uv sync --extra wandb"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_what_is_wrong_is_found_before_anything_is_fetched(remote, changes, message):
+def test_what_is_wrong_is_found_before_anything_is_fetched(remote, monkeypatch, changes, message):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # Not installed.
     for name, values in changes.items():
         if isinstance(values, dict):
             values = dataclasses.replace(getattr(remote, name), **values)

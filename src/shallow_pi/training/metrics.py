@@ -46,11 +46,7 @@ class MetricsLog:
         first_step: int = 0,
     ) -> None:
         self.folder = pathlib.Path(folder)
-        modules = [
-            (_optional(name), project)
-            for name, project in (("wandb", wandb), ("trackio", trackio))
-            if project is not None
-        ]
+        modules = trackers(wandb, trackio)
         path = self.folder / run_folder.METRICS_FILE
         with contextlib.ExitStack() as opened:
             with run_folder.writing(path):
@@ -187,6 +183,16 @@ def _start(module: types.ModuleType, project: str, folder: pathlib.Path) -> Any:
             f"to {tracker}, leave --{tracker} out, or, for wandb without a network, set "
             "WANDB_MODE=offline"
         ) from error
+
+
+def trackers(wandb: str | None, trackio: str | None) -> list[tuple[types.ModuleType, str]]:
+    """The packages of the trackers that have a project, each with it.
+
+    Raises:
+      ValueError: one is not installed.
+    """
+    named = {"wandb": wandb, "trackio": trackio}
+    return [(_optional(name), project) for name, project in named.items() if project is not None]
 
 
 def _optional(name: str) -> types.ModuleType:

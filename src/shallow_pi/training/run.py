@@ -23,7 +23,7 @@ from shallow_pi.distill import spec as specs
 from shallow_pi.models import pi0
 from shallow_pi.parallel import agreement, processes, shapes, sharding
 from shallow_pi.planning import memory
-from shallow_pi.training import config, setup
+from shallow_pi.training import config, metrics, setup
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -71,12 +71,14 @@ def check(experiment: config.DistillConfig) -> None:
     """Check a config without opening a dataset and without downloading anything.
 
     Raises:
-      ValueError, FileNotFoundError: mesh, attention, batch size, losses, paths, or a local teacher
-        that does not fit.
+      ValueError, FileNotFoundError: mesh, attention, batch size, losses, paths, a local teacher
+        that does not fit, or a tracker that is not installed.
     """
     mesh = setup.make_mesh(experiment, jax.devices())
     setup.kernels(experiment, mesh.devices.flat[0])
     setup.check_teacher_here(experiment)
+    if processes.is_main():
+        metrics.trackers(experiment.wandb or None, experiment.trackio or None)
     steps = experiment.student.num_steps
     if (
         experiment.teacher is not None
