@@ -61,7 +61,7 @@ class Arguments:
     # onnx: operator set version, 17 to 20; TensorRT 10 reads up to 20.
     opset: int = export.OPSET
     # 8-bit products; onnx: int8; stablehlo: int8, w8 (weights alone). For int8, first calibrate the
-    # student with scripts/calibrate.py.
+    # student (the command calibrate).
     quantize: quantization.Scheme = "none"
     # Treat warnings as errors.
     strict: bool = False
