@@ -1,5 +1,7 @@
 """Parameters on disk: what is written is read, and what is wrong is named."""
 
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,6 +51,12 @@ def saved(tmp_path_factory):
     step = tmp_path_factory.mktemp("weights") / "100"
     weights.save_params(step / "params", _tree())
     return step
+
+
+def test_a_folder_does_not_tell_where_it_was_written(saved):
+    files = [path for path in saved.rglob("*") if path.is_file()]
+    assert files
+    assert [path for path in files if os.fsencode(saved) in path.read_bytes()] == []
 
 
 def test_params_read_are_those_written(saved):

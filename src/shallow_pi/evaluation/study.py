@@ -146,8 +146,6 @@ def package(experiment: config.DistillConfig, step: pathlib.Path, target: pathli
     partial = target.with_name(f"{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     weights.save_params(partial / run_folder.PARAMS, params)
-    # Orbax's note that the copy is complete names the folder it was made in.
-    (partial / run_folder.PARAMS / "commit_success.txt").unlink(missing_ok=True)
     assets.save(partial / run_folder.ASSETS)
     recipe = {
         "command": f"uv run scripts/train_teacher.py {experiment.name}",
