@@ -40,13 +40,18 @@ def test_a_compiled_step_is_printed_and_written(command, tmp_path):
 
 
 @pytest.mark.parametrize(("devices", "end"), [(1, "cpu-1"), (8, "cpu-8-data8")])
-def test_the_file_of_a_plan_is_named_by_its_mesh(command, tmp_path, monkeypatch, devices, end):
+def test_the_file_of_a_plan_is_named_by_its_mesh_and_says_what_was_asked(
+    command, tmp_path, monkeypatch, devices, end
+):
     monkeypatch.setattr(compile, "devices", lambda count, _: jax.devices()[:count])
     monkeypatch.setattr(compile, "build", lambda *_: (None, None))
     monkeypatch.setattr(report, "planned", lambda *_: [])
     monkeypatch.setattr(report, "contents", lambda *_: {})
-    command("compile_ahead", "debug", "--devices", devices, "--output", tmp_path)
-    assert [file.name for file in tmp_path.iterdir()] == [f"debug-{end}.json"]
+    asked = ("debug", "--student.depth", "3")
+    command("compile_ahead", *asked, "--devices", devices, "--output", tmp_path)
+    (file,) = tmp_path.iterdir()
+    assert file.name == f"debug-{end}.json"
+    assert json.loads(file.read_text())["arguments"] == list(asked)
 
 
 def test_memory_is_estimated_with_the_sizes_of_a_teacher_on_disk(command):

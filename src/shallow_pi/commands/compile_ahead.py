@@ -54,7 +54,11 @@ def main() -> None:
             stem = "-".join([experiment.name, name.replace(":", "-"), *axes])
             path = folder / f"{stem}.json"
             path.parent.mkdir(parents=True, exist_ok=True)
-            more = {"mesh": dict(mesh.shape), "versions": latency.versions()}
+            more = {
+                "arguments": arguments,
+                "mesh": dict(mesh.shape),
+                "versions": latency.versions(),
+            }
             content = report.contents(program, useful, accelerator) | more
             path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
             print(f"written: {path}")
