@@ -98,6 +98,7 @@ def export(
 
     steps = assets.steps(num_steps)
     _warn_of_float(assets.quantize, format, quantize)
+    # Read for every format, so that a missing file is named before the parameters are read.
     prompts = tokenizer.Tokenizer(assets.tokenizer, assets.model.max_token_len)
     if not chosen.DTYPES:
         prompts.warn_of_paligemmas()
