@@ -225,6 +225,38 @@ def test_a_study_holds_its_folder_at_every_stage(tmp_path, monkeypatch):
     assert stages == ["demonstrations", "tokenizer", "data", "training", "evaluation"]
 
 
+def test_files_of_a_start_without_a_config_are_reused_for_the_same_settings_alone(
+    tmp_path, monkeypatch
+):
+    experiment = _small("pi0_turntable", tmp_path)
+    opened, tokenizer = [], experiment.folder / "tokenizer.model"
+
+    def stop(experiment, **_):
+        opened.append(tokenizer.read_bytes())
+        raise ValueError("stopped")
+
+    def start(message, resume=True, **changes):
+        task = dataclasses.replace(experiment.closed_loop, **changes)
+        with pytest.raises(ValueError, match=message):
+            study.run(dataclasses.replace(experiment, closed_loop=task, resume=resume))
+
+    monkeypatch.setattr(run, "open_run", stop)
+    monkeypatch.setattr(study.recording.demonstrations, "cpus", lambda: 1)
+    start("stopped", resume=False)
+    tokenizer.write_bytes(b"of other prompts")
+    before = _hashes(experiment.folder / "demonstrations")
+    start("stopped")
+    assert opened[0] == opened[1] != b"of other prompts"
+    start(r"other settings:\n  seed: recorded 0, now 5\ndelete them", seed=5)
+    start("episodes: recorded 3, now 2", demonstrations=2)
+    start(r"options.tasks: recorded \['touch', 'insert'\], now \['touch'\]", tasks=("touch",))
+    assert len(opened) == 2
+    assert _hashes(experiment.folder / "demonstrations") == before
+
+    (experiment.folder / "demonstrations" / "meta" / "recording.json").unlink()
+    start("seed: recorded 'unknown', now 0")
+
+
 @pytest.mark.slow
 def test_training_alone_ends_with_a_report(tmp_path, tiny_experiment, tiny_dataset, capsys):
     """And so does the same run when it is resumed."""

@@ -220,13 +220,17 @@ def _with_data(
 ) -> config.DistillConfig:
     """Make demonstrations, and for a run without teacher the tokenizer; name them in the config."""
     path = experiment.folder / run_folder.DEMONSTRATIONS
+    # Until there is a config, files may be of a start with another one.
+    began = run_folder.read_config(experiment.folder) is not None
     if not path.exists():
         with report.Stages(experiment.folder / run_folder.STAGES_FILE).timed("demonstrations"):
             recording.write(path, suite, task.demonstrations, task.seed, task.noise)
+    elif not began:
+        recording.check(path, suite, task.demonstrations, task.seed, task.noise)
     named = experiment.data.tokenizer
     if not named and experiment.teacher is None:
         model = experiment.folder / policy_assets.TOKENIZER_NAME
-        if not model.exists():
+        if not (began and model.exists()):
             tokenizer.train(suite.prompts(), model, vocab_size=experiment.model.vocab_size)
         named = str(model)
     data = dataclasses.replace(experiment.data, path=str(path), tokenizer=named)

@@ -84,7 +84,7 @@ def convert(
             advance(1)
         _tell_left_out(source)
         for file in _others(source.path):
-            writer.attach(file, file.relative_to(source.path))
+            writer.attach(file.relative_to(source.path), file.read_bytes())
     return writer.folder
 
 

@@ -363,10 +363,10 @@ class Writer:
         self._lock.close()
         return self.folder
 
-    def attach(self, file: pathlib.Path, place: pathlib.Path) -> None:
-        """Copy a file into the dataset."""
+    def attach(self, place: pathlib.Path, content: bytes) -> None:
+        """Write another file into the dataset."""
         (self._partial / place).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, self._partial / place)
+        (self._partial / place).write_bytes(content)
 
     def _start(self) -> None:
         """Lock the partial folder, and remove the files of an interrupted run, and nothing else."""
