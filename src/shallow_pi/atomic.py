@@ -1,11 +1,16 @@
-"""Atomic writes: files that others may read at any time, or that say that something is done."""
+"""Files and folders that appear whole or not at all, for readers, a kill, and a full disk."""
 
+import contextlib
+import glob
 import os
 import pathlib
+import platform
+import shutil
+from collections.abc import Iterator
 
 
 def write(path: pathlib.Path, content: str | bytes) -> None:
-    """Write a file: readers, a kill and a full disk find the old one or the new one, never a part.
+    """Write a file: readers find the old one or the new one, never a part.
 
     Args:
       path: of the file; its folder exists.
@@ -18,6 +23,59 @@ def write(path: pathlib.Path, content: str | bytes) -> None:
     try:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
         partial.replace(path)
-    except OSError:
+    except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Make a folder: the block fills another one, which gets the name of `target` at its end.
+
+    If the block fails, nothing is left behind; what was left by a process that was killed is
+    removed.
+
+    Args:
+      target: does not exist, or is an empty folder.
+
+    Raises:
+      OSError: it cannot be made.
+    """
+    start = f".{target.name}.unfinished-{platform.node()}-"
+    partial = target.with_name(f"{start}{os.getpid()}")
+    with parents(target):
+        for other in target.parent.glob(f"{glob.escape(start)}*"):
+            process = other.name.removeprefix(start)
+            if process.isdecimal() and not _runs(int(process)):
+                shutil.rmtree(other, ignore_errors=True)
+        try:
+            partial.mkdir()
+            yield partial
+            partial.rename(target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def parents(path: pathlib.Path) -> Iterator[None]:
+    """Make the folders above a path; if the block fails, those that were made are removed."""
+    made = [folder for folder in path.parents if not folder.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # Another process uses it.
+            for folder in made:
+                folder.rmdir()
+        raise
+
+
+def _runs(process: int) -> bool:
+    """The process exists on this machine."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # Another user's.
+        return True
+    return True

@@ -123,7 +123,7 @@ def test_statistics_are_exact(tmp_path) -> None:
 
 def test_interrupted_write_leaves_no_dataset(tmp_path) -> None:
     def interrupted() -> None:
-        with lerobot_writer.Writer(tmp_path / "new", 20) as writer:
+        with lerobot_writer.Writer(tmp_path / "above/new", 20) as writer:
             _add_episode(writer, 3, 0, "touch")
             raise KeyboardInterrupt
 

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import platform
 import shutil
 
 import jax
@@ -315,8 +316,8 @@ def test_any_step_of_a_run_can_be_asked_for(run, params, tmp_path):
     (folder / "best.json").write_text(json.dumps({"step": 2}))
     for step in ("best", 2):
         # Left behind by an export that was killed (no process has this number), and by one at work.
-        killed = tmp_path / f".{step}.unfinished-{2**30}"
-        working = tmp_path / f".{step}.unfinished-{os.getppid()}"
+        start = f".{step}.unfinished-{platform.node()}-"
+        killed, working = (tmp_path / f"{start}{process}" for process in (2**30, os.getppid()))
         killed.mkdir()
         working.mkdir()
         made = export.export(folder, "openpi", tmp_path / str(step), step=step, any_size=True)
@@ -491,7 +492,7 @@ def test_what_is_read_back_differently_is_not_kept(run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(safetensors_file, "write", wrong)
     with pytest.raises(ValueError, match=r"other numbers than were written: .*action_out_pro"):
-        export.export(run / "2", "lerobot", tmp_path / "new", any_size=True, num_steps=1)
+        export.export(run / "2", "lerobot", tmp_path / "exports/new", any_size=True, num_steps=1)
     assert not list(tmp_path.iterdir())
 
 

@@ -32,7 +32,7 @@ import rich.console
 import rich.table
 import tyro
 
-from shallow_pi import flags, progress, suggestions
+from shallow_pi import atomic, flags, progress, suggestions
 from shallow_pi.checkpoints import run_folder
 from shallow_pi.commands import exits
 from shallow_pi.evidence import (
@@ -193,10 +193,8 @@ def unpack(slugs: Sequence[str], runs: pathlib.Path) -> None:
         student = command_line.load(command_line.configs(), f"{recipes.config(recipe)}_l6")
         assert student.teacher is not None, "in assets/"
         progress.say(f"The suite's teacher is the packaged one, {student.teacher.path}")
-        partial = target.with_name(f"{recipe.slug}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(student.teacher.path, partial)
-        partial.rename(target)
+        with atomic.folder(target) as partial:
+            shutil.copytree(student.teacher.path, partial, dirs_exist_ok=True)
 
 
 def train(wanted: Sequence[recipes.Recipe], given: Arguments) -> None:

@@ -16,13 +16,12 @@ import contextlib
 import dataclasses
 import json
 import pathlib
-import shutil
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 
-from shallow_pi import progress
+from shallow_pi import atomic, progress
 from shallow_pi.checkpoints import run_folder, weights
 from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.data.robots import robot, tokenizer
@@ -143,10 +142,6 @@ def package(experiment: config.DistillConfig, step: pathlib.Path, target: pathli
     assets = policy_assets.load(step)
     expected = pi0.abstract_params(assets.model)
     params = weights.load_params(step, expected, dtype=jnp.dtype("bfloat16"), what="policy")
-    partial = target.with_name(f"{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    weights.save_params(partial / run_folder.PARAMS, params)
-    assets.save(partial / run_folder.ASSETS)
     recipe = {
         "command": f"uv run scripts/train_teacher.py {experiment.name}",
         "success": made["success"],
@@ -156,11 +151,12 @@ def package(experiment: config.DistillConfig, step: pathlib.Path, target: pathli
         "versions": made["versions"],
         "machine": made["machine"],
     }
-    (partial / "recipe.json").write_text(
-        json.dumps(recipe, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
-    run_folder.prepare(target, resume=False, overwrite=True, meet=processes.sync)
-    partial.rename(target)  # On the empty folder that is there now.
+    text = json.dumps(recipe, indent=2, ensure_ascii=False) + "\n"
+    with atomic.folder(target) as partial:
+        weights.save_params(partial / run_folder.PARAMS, params)
+        assets.save(partial / run_folder.ASSETS)
+        (partial / "recipe.json").write_text(text, encoding="utf-8")
+        run_folder.prepare(target, resume=False, overwrite=True, meet=processes.sync)
     progress.console.print(f"Packaged: {target}", soft_wrap=True)
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import polars as pl
 from jaxtyping import Float
 
-from shallow_pi import progress
+from shallow_pi import atomic, progress
 from shallow_pi.checkpoints import run_folder
 from shallow_pi.data.lerobot import layout, tables, video_writer
 from shallow_pi.data.lerobot import stats as lerobot_stats
@@ -112,14 +112,17 @@ class Writer:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if kind is None:
             self.finish()
         else:
             self._close_encoders()
             shutil.rmtree(self._partial, ignore_errors=True)
-            self._lock.close()
+            self._lock.__exit__(kind, error, trace)
 
     def add_episode(
         self,
@@ -377,7 +380,8 @@ class Writer:
             raise FileExistsError(
                 f"{self._partial} is in the way, and is not what an interrupted run leaves; move it"
             )
-        self._partial.mkdir(parents=True, exist_ok=True)
+        self._lock.enter_context(atomic.parents(self.folder))
+        self._partial.mkdir(exist_ok=True)
         self._lock.enter_context(run_folder.held(self._partial, "folder"))
         for path in self._partial.iterdir():
             if path.is_dir():

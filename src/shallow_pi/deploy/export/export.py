@@ -7,12 +7,11 @@ action by action; an existing folder is never overwritten.
 import dataclasses
 import os
 import pathlib
-import shutil
 from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 
-from shallow_pi import progress
+from shallow_pi import atomic, progress
 from shallow_pi.checkpoints import run_folder, weights
 from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.data.robots import tokenizer
@@ -116,10 +115,7 @@ def export(
     exported = chosen.prepare(student, origin)
     kept = None if chosen.DTYPES else _that_fits(calibrated, student.model, exported.model)
 
-    _clear(target, report)
-    partial = _partial(target, os.getpid())
-    try:
-        partial.mkdir(parents=True)
+    with atomic.folder(target) as partial:
         report(f"Writing {format}")
         exported.assets.save(partial / run_folder.ASSETS)
         if kept is not None:
@@ -134,9 +130,6 @@ def export(
             other_sizes=different,
         )
         (partial / "README.md").write_text(readme, encoding="utf-8")
-        partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     report(f"{target}: {checked}")
     return target
 
@@ -157,31 +150,6 @@ def _placed(
             f"{origin.teacher_depth} ({run_folder.CONFIG_FILE}); leave them out"
         )
     return origin
-
-
-def _partial(target: pathlib.Path, process: int | str) -> pathlib.Path:
-    return target.with_name(f".{target.name}.unfinished-{process}")
-
-
-def _clear(target: pathlib.Path, report: Callable[[str], None]) -> None:
-    """Remove what exports of this name left behind when they were killed."""
-    start = _partial(target, "").name
-    for folder in target.parent.iterdir() if target.parent.is_dir() else ():
-        process = folder.name.removeprefix(start)
-        if folder.name.startswith(start) and process.isdecimal() and not _runs(int(process)):
-            report(f"Removing {folder}, of an export that was killed")
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _runs(process: int) -> bool:
-    """The process exists on this machine."""
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # Another user's.
-        return True
-    return True
 
 
 def _warn_of_float(trained: quantization.Scheme, format: str, asked: quantization.Scheme) -> None:
