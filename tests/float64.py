@@ -20,6 +20,17 @@ def wide(tree):
     return {path: np.asarray(leaf, np.float64) for path, leaf in weights.leaves(tree).items()}
 
 
+def observed(model, observation):
+    """An observation as the next functions take it."""
+    return types.SimpleNamespace(
+        images=np.stack([observation.images[c] for c in model.cameras], 1),
+        cameras=np.stack([observation.image_masks[c] for c in model.cameras], 1),
+        state=np.float64(observation.state),
+        prompt=np.asarray(observation.tokenized_prompt),
+        prompt_valid=np.asarray(observation.tokenized_prompt_mask),
+    )
+
+
 def check(spec, teacher, student, inputs, metrics, gradient):
     """Compare a step's losses, and its gradient along a random direction in each part of the model.
 
@@ -32,13 +43,7 @@ def check(spec, teacher, student, inputs, metrics, gradient):
       gradient: that it took.
     """
     known, own, slope = wide(teacher), wide(student), wide(gradient)
-    seen = types.SimpleNamespace(
-        images=np.stack([inputs.observation.images[c] for c in spec.student.cameras], 1),
-        cameras=np.stack([inputs.observation.image_masks[c] for c in spec.student.cameras], 1),
-        state=np.float64(inputs.observation.state),
-        prompt=np.asarray(inputs.observation.tokenized_prompt),
-        prompt_valid=np.asarray(inputs.observation.tokenized_prompt_mask),
-    )
+    seen = observed(spec.student, inputs.observation)
     targets = _targets(spec, known, seen, inputs)
     # The choice of tokens has no gradient, and what the scorer reads is constant.
     fixed = run(spec.student, own, seen, *_draw(inputs, 0))
@@ -160,14 +165,14 @@ def run(model, params, seen, x_t, t, fixed=None):
     Args:
       model: the config.
       params: of `wide`.
-      seen: the observation.
+      seen: of `observed`.
       x_t: noisy actions.
       t: their times.
       fixed: a run whose choice of tokens is kept, and whose tokens the scorer reads.
     """
     b, c, width, head = len(x_t), len(model.cameras), model.backbone.width, model.backbone.head_dim
     n, patches, horizon = model.backbone.num_heads, model.patches, model.action_horizon
-    tokens = _tower(model, params, seen.images)
+    tokens = tower(model, params, seen.images)
     prompt = params["PaliGemma/llm/embedder/input_embedding"][seen.prompt] * math.sqrt(width)
     out = types.SimpleNamespace(tokens=tokens, prompt=prompt, scores=None, kept=None, logits=[])
     valid = np.concatenate([np.repeat(seen.cameras, patches, 1), seen.prompt_valid], 1)
@@ -238,7 +243,7 @@ def run(model, params, seen, x_t, t, fixed=None):
     return out
 
 
-def _tower(model, params, images):
+def tower(model, params, images):
     """The tokens of every patch, by camera."""
     image, side = model.image, model.grid
     b, c, *_ = images.shape

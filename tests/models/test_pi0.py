@@ -1,12 +1,9 @@
-"""π0 and π0.5: their parameters, their velocity against openpi's rules written out, what sees what.
-
-`_oracle` is openpi's joint attention in numpy and float64, over one sequence of prefix and suffix
-with the full mask; it shares nothing with the package but the image encoder (see test_siglip).
-"""
+"""π0 and π0.5: their parameters, their velocity against openpi's rules in NumPy, what sees what."""
 
 import functools
 import math
 
+import float64
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,103 +39,10 @@ def model(tiny_config, tiny_params, tiny_observation):
     return make
 
 
-def _oracle(config, params, observation, x_t, t):
-    """The velocity (b, ah, ad), and the logits of every layer (l, b, n, tokens, tokens)."""
-    encode = siglip.Module(config.image, config.backbone.width, jnp.dtype("float32")).apply
-    images = [
-        encode({"params": params["PaliGemma"]["img"]}, observation.images[name])
-        for name in config.cameras
-    ]
-    params, images = jax.tree.map(lambda x: np.asarray(x, np.float64), (params, images))
-    llm, b, horizon = params["PaliGemma"]["llm"], x_t.shape[0], config.action_horizon
-
-    def dense(name, x):
-        return x @ params[name]["kernel"] + params[name]["bias"]
-
-    def swish(x):
-        return x / (1 + np.exp(-x))
-
-    def gelu(x):
-        return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
-
-    def norm(x, p, condition=None):
-        x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
-        if condition is None:
-            return x * (1 + p["scale"]), 1.0
-        modulation = condition @ p["Dense_0"]["kernel"] + p["Dense_0"]["bias"]
-        scale, shift, gate = np.split(modulation[:, None], 3, axis=-1)
-        return x * (1 + scale) + shift, gate
-
-    def rope(x, positions):
-        h = x.shape[-1] // 2
-        angle = positions[..., None] / 10_000.0 ** (np.arange(h) / h)
-        turned = (x[..., :h] + 1j * x[..., h:]) * np.exp(1j * angle)[:, :, None]
-        return np.concatenate([turned.real, turned.imag], axis=-1)
-
-    prompt = llm["embedder"]["input_embedding"][np.asarray(observation.tokenized_prompt)]
-    streams = [np.concatenate([*images, prompt * math.sqrt(config.backbone.width)], axis=1)]
-    valid = [np.repeat(observation.image_masks[n][:, None], 4, 1) for n in config.cameras]
-    valid = np.concatenate([*valid, observation.tokenized_prompt_mask], axis=1)
-    s, width = valid.shape[1], config.expert.width
-
-    period = 4e-3 * (4.0 / 4e-3) ** np.linspace(0, 1, width // 2)
-    angle = np.float64(t)[:, None] * 2 * np.pi / period
-    time = np.concatenate([np.sin(angle), np.cos(angle)], axis=-1)
-    actions, condition = dense("action_in_proj", x_t), None
-    if config.pi05:
-        condition = swish(dense("time_mlp_out", swish(dense("time_mlp_in", time))))
-        streams.append(actions)
-        opens = [0] * s + [1] + [0] * (horizon - 1)
-    else:
-        repeated = np.repeat(time[:, None], horizon, axis=1)
-        hidden = swish(dense("action_time_mlp_in", np.concatenate([actions, repeated], -1)))
-        state = dense("state_proj", np.asarray(observation.state, np.float64))[:, None]
-        streams.append(np.concatenate([state, dense("action_time_mlp_out", hidden)], axis=1))
-        opens = [0] * s + [1, 1] + [0] * (horizon - 1)
-    valid = np.concatenate([valid, np.ones((b, streams[1].shape[1]), bool)], axis=1)
-    block = np.cumsum(opens)
-    mask = (block[:, None] >= block[None, :]) & valid[:, None, :] & valid[:, :, None]
-    positions = np.cumsum(valid, axis=1) - 1
-
-    names, every_logits = ("", "_1"), []
-    for i in range(config.depth):
-        layer = jax.tree.map(lambda x, i=i: x[i], llm["layers"])
-        attn, conditions = layer["attn"], (None, condition)
-        normed = [
-            norm(x, layer["pre_attention_norm" + n], c)
-            for x, n, c in zip(streams, names, conditions, strict=True)
-        ]
-        q, k, v = (
-            np.concatenate(parts, axis=1)
-            for parts in zip(
-                *(
-                    (
-                        np.einsum("btd,ndh->btnh", x, attn["q_einsum" + n]["w"]),
-                        np.einsum("btd,kdh->btkh", x, attn["kv_einsum" + n]["w"][0]),
-                        np.einsum("btd,kdh->btkh", x, attn["kv_einsum" + n]["w"][1]),
-                    )
-                    for (x, _), n in zip(normed, names, strict=True)
-                ),
-                strict=True,
-            )
-        )
-        groups = q.shape[2] // k.shape[2]
-        k, v = np.repeat(rope(k, positions), groups, 2), np.repeat(v, groups, 2)
-        q = rope(q, positions) / math.sqrt(config.expert.head_dim)
-        logits = np.einsum("btnh,bsnh->bnts", q, k)
-        every_logits.append(logits)
-        p = np.exp(np.where(mask[:, None], logits, -1e9))
-        p = p / np.maximum(p.sum(-1, keepdims=True), 1e-30)
-        mixed = np.split(np.einsum("bnts,bsnh->btnh", p, v), [s], axis=1)
-        for j, n in enumerate(names):
-            streams[j] = streams[j] + normed[j][1] * np.einsum(
-                "btnh,nhd->btd", mixed[j], attn["attn_vec_einsum" + n]["w"]
-            )
-            y, gate = norm(streams[j], layer["pre_ffw_norm" + n], conditions[j])
-            gating, linear = layer["mlp" + n]["gating_einsum"], layer["mlp" + n]["linear"]
-            streams[j] = streams[j] + gate * ((gelu(y @ gating[0]) * (y @ gating[1])) @ linear)
-    out, _ = norm(streams[1], llm["final_norm_1"], condition)
-    return dense("action_out_proj", out[:, -horizon:]), np.stack(every_logits)
+def _by_hand(config, params, observation, x_t):
+    """Velocity and logits of the same model in NumPy."""
+    seen = float64.observed(config, observation)
+    return float64.run(config, float64.wide(params), seen, np.float64(x_t), np.float64(T))
 
 
 @pytest.mark.parametrize(
@@ -225,7 +129,7 @@ def test_velocity_is_that_of_one_joint_attention(pi05, model, strict):
     config, params, observation = model(pi05)
     x_t = _x_t(config, 2)
     v, _ = _velocity(config, params, observation, jnp.asarray(x_t), jnp.asarray(T))
-    expected, _ = _oracle(config, params, observation, x_t, T)
+    expected = _by_hand(config, params, observation, x_t).v
     assert np.abs(expected).max() > 0.5
     np.testing.assert_allclose(v, expected, atol=1e-5 * np.abs(expected).max())
 
@@ -236,8 +140,7 @@ def test_attention_is_that_of_action_queries_over_prefix_keys(pi05, layer, model
     config, params, observation = model(pi05)
     x_t = _x_t(config, 2)
     v, attention = _velocity(config, params, observation, x_t, T, layer)
-    _, logits = _oracle(config, params, observation, x_t, T)
-    expected = logits[:, :, :, -config.action_horizon :, : config.prefix_tokens]
+    expected = _by_hand(config, params, observation, x_t).logits
     assert attention.logits.shape == (2, 1, 4, 5, 15)
     valid = np.broadcast_to(np.asarray(attention.valid)[:, None, None], expected[layer].shape)
     np.testing.assert_allclose(
@@ -335,39 +238,37 @@ def test_the_prefix_sees_nothing_of_the_suffix(pi05, model):
     assert all(float(jnp.abs(g).max()) > 0 for g in suffix(x_t, t))
 
 
-@BOTH
-@pytest.mark.slow
-def test_remat_changes_no_gradient(pi05, model):
-    config, params, observation = model(pi05)
-    x_t = _x_t(config, 2)
+def _gradient(config, params, observation, execution):
+    """Gradient of a function of velocity and attention, and the velocity."""
 
-    @functools.partial(jax.jit, static_argnums=0)
-    @functools.partial(jax.grad, argnums=1)
-    def gradient(remat, params):
+    def loss(params):
         v, attention = pi0.velocity(
             config,
             params,
             observation,
-            x_t,
+            _x_t(config, 2),
             T,
             attention_layer=1,
-            execution=layers.Execution(remat),
+            execution=execution,
         )
-        return jnp.mean(v**2) + jnp.mean(attention.logits**2)
+        return jnp.mean(v**2) + jnp.mean(attention.logits**2), v
 
-    plain, recomputed = gradient("none", params), gradient("layers", params)
-    for path, leaf in weights.leaves(plain).items():
-        np.testing.assert_allclose(
-            leaf, weights.leaves(recomputed)[path], rtol=1e-3, atol=1e-5, err_msg=path
-        )
+    return jax.jit(jax.grad(loss, has_aux=True))(params)
+
+
+def _assert_same(found, expected):
+    (gradient, v), (other, other_v) = found, expected
+    np.testing.assert_allclose(v, other_v, atol=1e-5)
+    leaves = weights.leaves(gradient)
+    for path, leaf in weights.leaves(other).items():
+        np.testing.assert_allclose(leaf, leaves[path], rtol=1e-3, atol=1e-5, err_msg=path)
 
 
 @BOTH
 def test_flash_attention_changes_neither_velocity_nor_gradient(pi05, model, monkeypatch):
     """cuDNN's arguments, computed by XLA: the keys that exist come first."""
     config, params, observation = model(pi05)
-    x_t, asked = _x_t(config, 2), []
-    original = jax.nn.dot_product_attention
+    asked, original = [], jax.nn.dot_product_attention
 
     def on_xla(*arguments, implementation, **keywords):
         asked.append((implementation, keywords["key_value_seq_lengths"] is not None))
@@ -376,49 +277,25 @@ def test_flash_attention_changes_neither_velocity_nor_gradient(pi05, model, monk
     monkeypatch.setattr(jax.nn, "dot_product_attention", on_xla)
     masks = {name: jnp.arange(2) > i for i, name in enumerate(config.cameras)}
     seen = observation.replace(image_masks=masks)
-
-    def run(kernel):
-        execution = layers.Execution("dots", tower_attention=kernel, prefix_attention=kernel)
-
-        def loss(params):
-            v, attention = pi0.velocity(
-                config, params, seen, x_t, T, attention_layer=1, execution=execution
-            )
-            return jnp.mean(v**2) + jnp.mean(attention.logits**2), v
-
-        return jax.jit(jax.grad(loss, has_aux=True))(params)
-
-    gradient, v = run("cudnn")
+    found, expected = (
+        _gradient(
+            config,
+            params,
+            seen,
+            layers.Execution("dots", tower_attention=kernel, prefix_attention=kernel),
+        )
+        for kernel in ("cudnn", "xla")
+    )
     assert set(asked) == {("cudnn", False), ("cudnn", True)}  # Tower and prefix.
-    plain, expected = run("xla")
-    np.testing.assert_allclose(v, expected, atol=1e-5)
-    for path, leaf in weights.leaves(plain).items():
-        found = weights.leaves(gradient)[path]
-        np.testing.assert_allclose(leaf, found, rtol=1e-3, atol=1e-5, err_msg=path)
+    _assert_same(found, expected)
 
 
 @BOTH
 def test_unrolled_layers_change_neither_velocity_nor_gradient(pi05, model):
     """Nothing but the last layer's keys and values of the prefix is read, scanned or unrolled."""
-    config, params, observation = model(pi05)
-    x_t = _x_t(config, 2)
-
-    def run(execution):
-        def loss(params):
-            v, attention = pi0.velocity(
-                config, params, observation, x_t, T, attention_layer=1, execution=execution
-            )
-            return jnp.mean(v**2) + jnp.mean(attention.logits**2), v
-
-        return jax.jit(jax.grad(loss, has_aux=True))(params)
-
-    gradient, v = run(layers.Execution("dots", unroll=True))
-    plain, expected = run(layers.Execution("layers"))
-    np.testing.assert_allclose(v, expected, atol=1e-5)
-    for path, leaf in weights.leaves(plain).items():
-        found = weights.leaves(gradient)[path]
-        np.testing.assert_allclose(leaf, found, rtol=1e-3, atol=1e-5, err_msg=path)
-    unread = gradient["PaliGemma"]["llm"]["layers"]["mlp"]["linear"][-1]
+    unrolled = _gradient(*model(pi05), layers.Execution("dots", unroll=True))
+    _assert_same(unrolled, _gradient(*model(pi05), layers.Execution("layers")))
+    unread = unrolled[0]["PaliGemma"]["llm"]["layers"]["mlp"]["linear"][-1]
     np.testing.assert_array_equal(unread, 0.0)
 
 

@@ -1,8 +1,10 @@
-"""The image encoder against a transformer written out in numpy."""
+"""The image encoder against a transformer in NumPy."""
 
 import functools
 import re
+import types
 
+import float64
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,7 +26,7 @@ def _run(module, params, images):
 
 
 def _images(b=2):
-    return np.random.default_rng(0).uniform(-1, 1, (b, 8, 12, 3)).astype(np.float32)
+    return np.random.default_rng(0).uniform(-1, 1, (b, 8, 8, 3)).astype(np.float32)
 
 
 @pytest.fixture(scope="module")
@@ -34,44 +36,13 @@ def params():
     return jax.tree.map(lambda x: jnp.asarray(0.3 * generator.standard_normal(x.shape)), shapes)
 
 
-def _encode(p, images):
-    def layer_norm(x, p, i=()):
-        x = x - x.mean(-1, keepdims=True)
-        x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
-        return x * p["scale"][i] + p["bias"][i]
-
-    def gelu(x):
-        return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
-
-    p = jax.tree.map(lambda x: np.asarray(x, np.float64), p)
-    b, h, w, _ = images.shape
-    patches = images.reshape(b, h // 4, 4, w // 4, 4, 3).transpose(0, 1, 3, 2, 4, 5)
-    x = patches.reshape(b, -1, 48) @ p["embedding"]["kernel"].reshape(48, 12)
-    x = x + p["embedding"]["bias"] + p["pos_embedding"]
-    block = p["Transformer"]["encoderblock"]
-    heads, mlp = block["MultiHeadDotProductAttention_0"], block["MlpBlock_0"]
-    for i in range(CONFIG.depth):
-        y = layer_norm(x, block["LayerNorm_0"], i)
-        q, k, v = (
-            np.einsum("bsd,dnh->bnsh", y, heads[name]["kernel"][i])
-            + heads[name]["bias"][i][:, None]
-            for name in ("query", "key", "value")
-        )
-        weights = np.exp(q @ k.transpose(0, 1, 3, 2) / np.sqrt(4))
-        mixed = weights / weights.sum(-1, keepdims=True) @ v
-        x = x + np.einsum("bnsh,nhd->bsd", mixed, heads["out"]["kernel"][i])
-        x = x + heads["out"]["bias"][i]
-        y = layer_norm(x, block["LayerNorm_1"], i)
-        y = gelu(y @ mlp["Dense_0"]["kernel"][i] + mlp["Dense_0"]["bias"][i])
-        x = x + y @ mlp["Dense_1"]["kernel"][i] + mlp["Dense_1"]["bias"][i]
-    x = layer_norm(x, p["Transformer"]["encoder_norm"])
-    return x @ p["head"]["kernel"] + p["head"]["bias"]
-
-
-def test_tokens_are_those_of_the_encoder_written_out(params):
+def test_tokens_are_those_of_the_encoder_in_float64(params):
     tokens = _run(_module(), params, _images())
-    assert tokens.shape == (2, 6, 10)
-    np.testing.assert_allclose(tokens, _encode(params, _images()), atol=1e-4)
+    assert tokens.shape == (2, 4, 10)
+    wide = float64.wide({"PaliGemma": {"img": params}})
+    model = types.SimpleNamespace(image=CONFIG, grid=2)
+    expected = float64.tower(model, wide, _images()[:, None])
+    np.testing.assert_allclose(tokens, expected[:, 0], atol=1e-4)
 
 
 def test_images_of_a_batch_do_not_see_each_other(params):
