@@ -39,14 +39,6 @@ def test_only_the_joints_named_are_flipped() -> None:
     np.testing.assert_array_equal(signs, [1, -1, -1, 1, 1, 1])
 
 
-def test_a_sample_without_actions_stays_without() -> None:
-    convert = conversions.ToModel(None, conversions.Conversion((2.0,), (1.0,)))
-    assert convert({"state": 3}) == {"state": 3}
-    sample = convert({"state": 3, "actions": np.ones((2, 1), np.float32)})
-    np.testing.assert_array_equal(sample["actions"], [[3], [3]])
-    np.testing.assert_array_equal(conversions.ToRobot(convert.actions)(sample)["actions"], 1)
-
-
 def test_bad_conversions_are_refused() -> None:
     with pytest.raises(ValueError, match="2 factors has 1 offsets"):
         conversions.Conversion((1.0, 2.0), (0.0,))

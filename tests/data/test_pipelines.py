@@ -131,7 +131,7 @@ def test_outputs_invert_inputs_for_every_robot(tokens, name, kind: normalize.Kin
 def test_deltas_are_taken_in_the_models_units() -> None:
     """ALOHA's second joint turns the other way; its grippers are not differences."""
     state, actions = np.full(14, 0.5, np.float32), np.full((1, 14), 0.7, np.float32)
-    sample = pipelines.to_model(robots.ALOHA)({"state": state, "actions": actions})
+    sample = pipelines.ToModel(robots.ALOHA)({"state": state, "actions": actions})
     arm = [0.2, -0.2, -0.2, 0.2, 0.2, 0.2, 0.7 * 2.1123 - 1.1689]
     np.testing.assert_allclose(sample["actions"], [arm * 2], atol=1e-6)
     np.testing.assert_allclose(sample["state"][:6], [0.5, -0.5, -0.5, 0.5, 0.5, 0.5])

@@ -29,7 +29,7 @@ def _seen(state, actions, ends, robot, horizon):
     for i in range(len(state)):
         frames = np.minimum(np.arange(i, i + horizon), ends[i] - 1)
         sample = {"state": state[i], "actions": actions[frames]}
-        rows.append(pipelines.to_model(robot)(sample))
+        rows.append(pipelines.ToModel(robot)(sample))
     return {key: np.stack([row[key] for row in rows]) for key in ("state", "actions")}
 
 

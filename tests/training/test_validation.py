@@ -54,10 +54,12 @@ def test_model_actions_go_back_to_what_the_robot_recorded(tiny_config, name, qua
     generator = np.random.default_rng(0)
     state = generator.uniform(0.1, 0.9, (3, robot.state_dim)).astype(np.float32)
     actions = generator.uniform(0.1, 0.9, (3, 5, robot.action_dim)).astype(np.float32)
-    to_model = transforms.compose(
-        pipelines.to_model(robot),
-        transforms.Normalize(assets.stats, assets.kind),
-        transforms.PadDimensions(16),
+    to_model = transforms.Composed(
+        (
+            pipelines.ToModel(robot),
+            transforms.Normalize(assets.stats, assets.kind),
+            transforms.PadDimensions(16),
+        )
     )
     rows = [to_model({"state": s, "actions": a}) for s, a in zip(state, actions, strict=True)]
     given = (np.stack([row[key] for row in rows]) for key in ("actions", "state"))

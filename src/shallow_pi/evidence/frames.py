@@ -84,10 +84,12 @@ def samples(assets: policy_assets.Assets, episodes: Sequence[demonstrations.Epis
         raise ValueError("the studies' models read the state as numbers, not as text")
     lengths = np.array([len(episode.vectors[robot.action_key]) for episode in episodes])
     ends = np.concatenate([[0], np.cumsum(lengths)])
-    to_model = transforms.compose(
-        pipelines.to_model(robot),
-        transforms.Normalize(assets.stats, assets.kind),
-        transforms.PadDimensions(model.action_dim),
+    to_model = transforms.Composed(
+        (
+            pipelines.ToModel(robot),
+            transforms.Normalize(assets.stats, assets.kind),
+            transforms.PadDimensions(model.action_dim),
+        )
     )
     reader = prompts.Tokenizer(assets.tokenizer, model.max_token_len)
     tokens = {prompt: reader.tokenize(prompt) for prompt in {e.prompt for e in episodes}}

@@ -24,7 +24,7 @@ from jaxtyping import Array, PyTree
 from shallow_pi import progress
 from shallow_pi.checkpoints import fetch, weights
 from shallow_pi.data.robots import assets as policy_assets
-from shallow_pi.data.robots import conversions, pipelines, tokenizer, transforms
+from shallow_pi.data.robots import conversions, tokenizer, transforms
 from shallow_pi.data.robots import robot as robots
 from shallow_pi.models import observation as observations
 from shallow_pi.models import pi0
@@ -187,11 +187,7 @@ def train_config(
     else:
         group = openpi_transforms.Group(
             inputs=[RobotInputs(robot, model.cameras, model.image_size)],
-            outputs=[
-                transforms.CutDimensions(robot.action_dim),
-                absolute,
-                conversions.ToRobot(robot.action_conversion),
-            ],
+            outputs=[absolute, RobotOutputs(robot)],
         )
     data = configs.SimpleDataConfig(assets=assets, data_transforms=lambda _: group)
     return configs.TrainConfig(name=name, model=sizes, data=data)
@@ -217,22 +213,32 @@ class RobotInputs:
                 f"the observation lacks the instruction, {robot.prompt_key!r} or 'prompt' (or give "
                 "openpi's server --default_prompt)"
             )
-        keys = {key: key for key in ("image", "image_mask", *robot.state_keys)}
-        found = transforms.Repack({**keys, "prompt": prompt}, ("prompt",) * bool(robot.prompt))(
-            sample
-        )
-        state = robot.state(found)
+        if missing := [key for key in robot.state_keys if key not in sample]:
+            raise ValueError(f"the observation lacks {missing}, got {sorted(sample)}")
+        state = robot.state(sample)
         if state.shape != (robot.state_dim,):
             raise ValueError(
                 f"{robot.state_vector.named} has shape {state.shape}, robot {robot.name} has "
                 f"{robot.state_dim} dimensions; is this another robot's observation?"
             )
         return {
-            "image": found["image"],
-            "image_mask": found["image_mask"],
-            "state": pipelines.to_model(robot)({"state": state})["state"],
-            "prompt": np.asarray(robot.prompt or found["prompt"]),
+            "image": sample["image"],
+            "image_mask": sample["image_mask"],
+            "state": conversions.to_model(robot.state_conversion, state),
+            "prompt": np.asarray(robot.prompt or sample[prompt]),
         }
+
+
+@dataclasses.dataclass(frozen=True)
+class RobotOutputs:
+    """A transform for openpi: its absolute actions → those of the robot's dimensions and units."""
+
+    robot: robots.Robot
+
+    def __call__(self, data: transforms.Sample) -> transforms.Sample:
+        robot = self.robot
+        actions = np.asarray(data["actions"])[..., : robot.action_dim]
+        return {**data, "actions": conversions.to_robot(robot.action_conversion, actions)}
 
 
 def register(name: str, train: OpenpiObject) -> None:

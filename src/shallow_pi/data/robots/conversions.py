@@ -7,7 +7,6 @@ that it is saved with a policy and read back without running anybody's code.
 """
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -84,26 +83,15 @@ def crank_position(angle: Float[np.ndarray, "*n"]) -> Float[np.ndarray, "*n"]:
     return (fingers - FINGERS_CLOSED) / (FINGERS_OPEN - FINGERS_CLOSED)
 
 
-@dataclasses.dataclass(frozen=True)
-class ToModel:
-    """Convert `state`, and `actions` where there are some; None leaves a key as it is."""
-
-    state: Conversion | None
-    actions: Conversion | None
-
-    def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
-        both = {"state": self.state, "actions": self.actions}
-        new = {k: c.forward(sample[k]) for k, c in both.items() if c is not None and k in sample}
-        return {**sample, **new}
+def to_model(
+    conversion: Conversion | None, values: Float[np.ndarray, "*n d"]
+) -> Float[np.ndarray, "*n d"]:
+    """The robot's numbers to the model's; without a conversion they are the same."""
+    return values if conversion is None else conversion.forward(values)
 
 
-@dataclasses.dataclass(frozen=True)
-class ToRobot:
-    """Convert `actions` back; the inverse of `ToModel` on them."""
-
-    actions: Conversion | None
-
-    def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
-        if self.actions is None:
-            return sample
-        return {**sample, "actions": self.actions.inverse(sample["actions"])}
+def to_robot(
+    conversion: Conversion | None, values: Float[np.ndarray, "*n d"]
+) -> Float[np.ndarray, "*n d"]:
+    """The model's numbers to the robot's; without a conversion they are the same."""
+    return values if conversion is None else conversion.inverse(values)

@@ -8,15 +8,14 @@ actions back into the robot's. The order is units, delta actions, normalization.
 import dataclasses
 from collections.abc import Mapping
 
+import numpy as np
+
 from shallow_pi import progress, suggestions
 from shallow_pi.data.robots import conversions, normalize, tokenizer, transforms
 from shallow_pi.data.robots import robot as robots
 from shallow_pi.data.robots import vector as vectors
 from shallow_pi.models import batch as batches
 from shallow_pi.models import observation as observations
-
-# Of a sample in training, and of one that goes on from a previous chunk.
-_ACTIONS = ("actions", "action_is_pad")
 
 
 def inputs(
@@ -61,14 +60,16 @@ def inputs(
                 f"camera {camera!r}, only {list(cameras)}{hint}"
             )
     wanted = {camera: key for camera, key in robot.cameras.items() if camera in cameras}
-    return transforms.compose(
-        transforms.Cameras(cameras, wanted, image_size),
-        _Rename(robot),
-        *([transforms.Resize(image_size)] if resize else []),
-        to_model(robot),
-        transforms.Normalize(stats, kind),
-        transforms.TokenizePrompt(tokenizer, discrete_state),
-        transforms.PadDimensions(action_dim),
+    return transforms.Composed(
+        (
+            transforms.Cameras(cameras, wanted, image_size),
+            _Rename(robot),
+            *([transforms.Resize(image_size)] if resize else []),
+            ToModel(robot),
+            transforms.Normalize(stats, kind),
+            transforms.TokenizePrompt(tokenizer, discrete_state),
+            transforms.PadDimensions(action_dim),
+        )
     )
 
 
@@ -88,12 +89,19 @@ def to_batch(sample: transforms.Sample) -> batches.Batch:
     return batches.Batch(to_observation(sample), sample["actions"], sample["action_mask"])
 
 
-def to_model(robot: robots.Robot) -> transforms.Transform:
+@dataclasses.dataclass(frozen=True)
+class ToModel:
     """`state` and `actions` of the robot to those the model is trained on, not yet normalized."""
-    return transforms.compose(
-        conversions.ToModel(robot.state_conversion, robot.action_conversion),
-        transforms.DeltaActions(robot.delta),
-    )
+
+    robot: robots.Robot
+
+    def __call__(self, sample: transforms.Sample) -> transforms.Sample:
+        robot = self.robot
+        state = conversions.to_model(robot.state_conversion, sample["state"])
+        if "actions" not in sample:
+            return {**sample, "state": state}
+        actions = conversions.to_model(robot.action_conversion, sample["actions"])
+        return {**sample, "state": state, "actions": transforms.delta(actions, state, robot.delta)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,22 +115,22 @@ class _Rename:
 
     def __call__(self, sample: transforms.Sample) -> transforms.Sample:
         robot = self.robot
-        keys = {key: key for key in ("image", "image_mask", *_ACTIONS, *robot.state_keys)}
-        if not robot.prompt:
-            keys["prompt"] = robot.prompt_key
-        found = transforms.Repack(keys, _ACTIONS)(sample)
-        sample = {key: value for key, value in found.items() if key not in robot.state_keys}
-        sample["state"] = robot.state(found)
-        sample.setdefault("prompt", robot.prompt)
+        wanted = [*robot.state_keys, *([] if robot.prompt else [robot.prompt_key])]
+        if missing := [key for key in wanted if key not in sample]:
+            raise ValueError(f"sample lacks {missing}; expected these keys, got {sorted(sample)}")
+        kept = ("image", "image_mask", "actions", "action_is_pad")
+        found = {key: sample[key] for key in kept if key in sample}
+        found["state"] = robot.state(sample)
+        found["prompt"] = robot.prompt or sample[robot.prompt_key]
         for key, vector in (("state", robot.state_vector), ("actions", robot.action_vector)):
-            if key in sample and sample[key].shape[-1] != vector.dim:
+            if key in found and found[key].shape[-1] != vector.dim:
                 raise ValueError(
-                    f"{vector.named} has {sample[key].shape[-1]} dimensions, robot {robot.name} "
+                    f"{vector.named} has {found[key].shape[-1]} dimensions, robot {robot.name} "
                     f"has {vector.dim}; is this another robot's data?"
                 )
-        if "action_is_pad" in sample:
-            sample["action_mask"] = ~sample.pop("action_is_pad")
-        return sample
+        if "action_is_pad" in found:
+            found["action_mask"] = ~found.pop("action_is_pad")
+        return found
 
 
 def outputs(
@@ -134,11 +142,7 @@ def outputs(
     converted nor normalized, from which delta actions were predicted.
     """
     _check_here(robot)
-    return transforms.compose(
-        transforms.CutDimensions(robot.action_dim),
-        transforms.Unnormalize({"actions": stats["actions"]}, kind),
-        _ToRobot(robot),
-    )
+    return _ToRobot(robot, stats["actions"], kind)
 
 
 def check_size(of: vectors.Vector, action_dim: int, advice: str = "") -> None:
@@ -159,14 +163,18 @@ def _check_here(robot: robots.Robot) -> None:
         )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class _ToRobot:
-    """The inverse of `to_model` on `actions`; the robot's own `state` stays beside them."""
+    """The inverse of `inputs` on `actions`; the robot's own `state` stays beside them."""
 
     robot: robots.Robot
+    stats: normalize.NormStats
+    kind: normalize.Kind
 
     def __call__(self, sample: transforms.Sample) -> transforms.Sample:
         robot = self.robot
-        convert = conversions.ToModel(robot.state_conversion, None)
-        found = transforms.AbsoluteActions(robot.delta)(convert(sample))
-        return {**sample, "actions": conversions.ToRobot(robot.action_conversion)(found)["actions"]}
+        actions = np.asarray(sample["actions"])[..., : robot.action_dim]
+        actions = normalize.unnormalize(actions, self.stats, self.kind)
+        state = conversions.to_model(robot.state_conversion, sample["state"])
+        actions = transforms.delta(actions, -state, robot.delta)
+        return {**sample, "actions": conversions.to_robot(robot.action_conversion, actions)}

@@ -51,8 +51,10 @@ def compute(
     """
     if not len(state):
         raise ValueError("statistics need at least one frame, got none")
-    convert = conversions.ToModel(robot.state_conversion, robot.action_conversion)
-    seen = convert({"state": state, "actions": actions})
+    seen = {
+        "state": conversions.to_model(robot.state_conversion, state),
+        "actions": conversions.to_model(robot.action_conversion, actions),
+    }
     columns = {key: np.asfortranarray(value, np.float32) for key, value in seen.items()}
     for key, value in columns.items():
         if not np.isfinite(value).all():

@@ -22,11 +22,6 @@ Sample = dict[str, Any]
 Transform = Callable[[Sample], Sample]
 
 
-def compose(*transforms: Transform) -> "Composed":
-    """Apply `transforms` from left to right."""
-    return Composed(transforms)
-
-
 @dataclasses.dataclass(frozen=True)
 class Composed:
     """Transforms that are applied from left to right."""
@@ -37,20 +32,6 @@ class Composed:
         for part in self.parts:
             sample = part(sample)
         return sample
-
-
-@dataclasses.dataclass(frozen=True)
-class Repack:
-    """Keep and rename: `keys` maps new name to old name; `optional` ones may be absent."""
-
-    keys: Mapping[str, str]
-    optional: tuple[str, ...] = ()
-
-    def __call__(self, sample: Sample) -> Sample:
-        missing = [k for n, k in self.keys.items() if k not in sample and n not in self.optional]
-        if missing:
-            raise ValueError(f"sample lacks {missing}; expected these keys, got {sorted(sample)}")
-        return {new: sample[old] for new, old in self.keys.items() if old in sample}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,50 +109,9 @@ class Normalize:
     kind: normalize.Kind
 
     def __call__(self, sample: Sample) -> Sample:
-        return _scaled(sample, self.stats, self.kind, normalize.normalize)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Unnormalize:
-    """Inverse of `Normalize`."""
-
-    stats: Mapping[str, normalize.NormStats]
-    kind: normalize.Kind
-
-    def __call__(self, sample: Sample) -> Sample:
-        return _scaled(sample, self.stats, self.kind, normalize.unnormalize)
-
-
-def _scaled(
-    sample: Sample,
-    stats: Mapping[str, normalize.NormStats],
-    kind: normalize.Kind,
-    scale: Callable[[np.ndarray, normalize.NormStats, normalize.Kind], np.ndarray],
-) -> Sample:
-    there = {key: own for key, own in stats.items() if key in sample}
-    return {**sample, **{key: scale(sample[key], own, kind) for key, own in there.items()}}
-
-
-@dataclasses.dataclass(frozen=True)
-class DeltaActions:
-    """Absolute `actions` to their difference from `state` where `mask` holds; others stay."""
-
-    mask: tuple[bool, ...]
-
-    def __call__(self, sample: Sample) -> Sample:
-        if "actions" not in sample:
-            return sample
-        return {**sample, "actions": delta(sample["actions"], sample["state"], self.mask)}
-
-
-@dataclasses.dataclass(frozen=True)
-class AbsoluteActions:
-    """Inverse of `DeltaActions`; needs the `state` the actions were predicted from."""
-
-    mask: tuple[bool, ...]
-
-    def __call__(self, sample: Sample) -> Sample:
-        return {**sample, "actions": delta(sample["actions"], -sample["state"], self.mask)}
+        there = {key: own for key, own in self.stats.items() if key in sample}
+        scaled = {k: normalize.normalize(sample[k], own, self.kind) for k, own in there.items()}
+        return {**sample, **scaled}
 
 
 def delta(
@@ -235,13 +175,3 @@ def _pad_last(value: np.ndarray, dim: int, what: str) -> np.ndarray:
             "use a model with a larger action_dim or select fewer dimensions"
         )
     return np.pad(value, [(0, 0)] * (value.ndim - 1) + [(0, dim - value.shape[-1])])
-
-
-@dataclasses.dataclass(frozen=True)
-class CutDimensions:
-    """Keep the first `dim` dimensions of `actions`: the inverse of their padding."""
-
-    dim: int
-
-    def __call__(self, sample: Sample) -> Sample:
-        return {**sample, "actions": np.asarray(sample["actions"])[..., : self.dim]}
