@@ -13,6 +13,7 @@ import importlib.metadata
 import os
 import pathlib
 import resource
+import sys
 
 CACHE = pathlib.Path(__file__).parents[1] / ".cache" / "jax"
 JAX = tuple(map(int, importlib.metadata.version("jax").split(".")[:2]))
@@ -65,6 +66,23 @@ def small_disk():
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
     return limit
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Calls a command's module as its script does: (exit status, stdout, stderr)."""
+
+    def call(module, *arguments):
+        name = module.__name__.rpartition(".")[2]
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        status = 0
+        try:
+            module.main()
+        except SystemExit as ended:
+            status = ended.code
+        return status, *capsys.readouterr()
+
+    return call
 
 
 @pytest.fixture

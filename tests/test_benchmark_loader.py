@@ -18,12 +18,10 @@ SMALL = [
 ]
 
 
-def test_every_method_is_measured_on_synthetic_video(tmp_path, capsys):
+def test_every_method_is_measured_on_synthetic_video(command, tmp_path):
     output = tmp_path / "new" / "numbers.json"
-    benchmark_loader.main(
-        [*SMALL, *MADE_UP, "--codec", "h264", "--step-ms", "100000", "--output", str(output)]
-    )
-    shown = capsys.readouterr().out
+    asked = *SMALL, *MADE_UP, "--codec", "h264", "--step-ms", 100000, "--output", output
+    _, shown, _ = command(benchmark_loader, *asked)
     assert "h264, group 2, images of 48 by 64" in shown
     assert shown.count("keeps up") == 5
     rows = json.loads(output.read_text())["rows"]
@@ -40,16 +38,15 @@ def test_every_method_is_measured_on_synthetic_video(tmp_path, capsys):
         assert row["batch_ms"] == pytest.approx(8000 / row["frames_per_second"])
 
 
-def test_a_dataset_is_read_and_ways_that_are_too_slow_are_marked(capsys):
-    path = ["--path", str(FIXTURES / "pusht_v21_video"), "--step-ms", "0.001"]
-    benchmark_loader.main([*SMALL, "--repeats", "1", *path])
-    assert capsys.readouterr().out.count("too slow") == 5
+def test_a_dataset_is_read_and_ways_that_are_too_slow_are_marked(command):
+    path = "--path", FIXTURES / "pusht_v21_video", "--step-ms", "0.001"
+    _, told, _ = command(benchmark_loader, *SMALL, "--repeats", "1", *path)
+    assert told.count("too slow") == 5
 
 
-def test_images_that_are_no_video_are_read_without_a_comparison(capsys):
-    path = ["--path", str(FIXTURES / "pusht_v30_image")]
-    benchmark_loader.main([*SMALL, "--repeats", "1", *path])
-    told = capsys.readouterr().out
+def test_images_that_are_no_video_are_read_without_a_comparison(command):
+    path = "--path", FIXTURES / "pusht_v30_image"
+    _, told, _ = command(benchmark_loader, *SMALL, "--repeats", "1", *path)
     assert "loader, 2 threads" in told
     assert "PyAV, as it comes" not in told
 
@@ -66,7 +63,5 @@ def test_images_that_are_no_video_are_read_without_a_comparison(capsys):
         (["--image-size", "0"], "--image-size must be at least 1, got 0"),
     ],
 )
-def test_bad_input_is_refused_in_one_line(capsys, arguments, message):
-    with pytest.raises(SystemExit):
-        benchmark_loader.main([*SMALL, *arguments])
-    assert message in "".join(capsys.readouterr().err)
+def test_bad_input_is_refused_in_one_line(command, arguments, message):
+    assert message in command(benchmark_loader, *SMALL, *arguments)[2]

@@ -151,11 +151,10 @@ def test_tuned_takes_the_fastest_scheme_measured_here(calibrated, own, monkeypat
         (["--data.path", "DATASET", "--percentile", "101"], r"--percentile must lie in \(0, 100\]"),
     ],
 )
-def test_bad_arguments_end_in_one_line(step, tiny_dataset, capsys, arguments, message):
-    given = [str(tiny_dataset[0]) if word == "DATASET" else word for word in arguments]
-    with pytest.raises(SystemExit):
-        calibrate.main([str(step), *given])
-    assert re.search(message, capsys.readouterr().err.replace("\n", " "))
+def test_bad_arguments_end_in_one_line(command, step, tiny_dataset, arguments, message):
+    given = [tiny_dataset[0] if word == "DATASET" else word for word in arguments]
+    _, _, err = command(calibrate, step, *given)
+    assert re.search(message, err.replace("\n", " "))
     assert not (step / "assets" / "calibration.json").exists()
 
 

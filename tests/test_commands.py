@@ -20,22 +20,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 SCRIPTS = {path.stem for path in (ROOT / "scripts").glob("*.py")}
 
 
-@pytest.fixture
-def command(capsys, monkeypatch):
-    """Calls `shallow-pi` in this process: (exit status, stdout, stderr)."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["shallow-pi", *arguments])
-        with pytest.raises(SystemExit) as exit_:
-            main.main()
-        said = capsys.readouterr()
-        return exit_.value.code, said.out, said.err
-
-    return call
-
-
 def test_every_command_is_listed_with_its_first_line(command):
-    status, out, _ = command()
+    status, out, _ = command(main)
     assert status == 2
     for name, module in main.COMMANDS.items():
         path = ROOT / "src/shallow_pi/commands" / f"{module}.py"
@@ -44,14 +30,14 @@ def test_every_command_is_listed_with_its_first_line(command):
 
 
 def test_a_command_helps_under_the_name_it_was_called_by(command):
-    status, out, _ = command("export", "--help")
+    status, out, _ = command(main, "export", "--help")
     assert status == 0
     assert "usage: shallow-pi export " in out
     assert "shallow-pi export SOURCE --format FORMAT" in out
     assert "scripts/" not in out
     # The process keeps nothing of it: the script of a clone still helps under its own name.
     assert "uv run scripts/export_student.py SOURCE" in export_student.__doc__
-    assert sys.argv == ["shallow-pi", "export", "--help"]
+    assert sys.argv == ["main", "export", "--help"]
 
 
 @pytest.mark.parametrize(
@@ -66,14 +52,14 @@ def test_a_command_helps_under_the_name_it_was_called_by(command):
     ],
 )
 def test_help_names_the_arguments_that_have_no_flag(command, name, expected):
-    _, out, _ = command(name, "--help")
+    _, out, _ = command(main, name, "--help")
     assert re.search(
         rf"^usage: shallow-pi {name} .* {re.escape(expected)}( .*)?$", out, re.MULTILINE
     )
 
 
 def test_an_unknown_command_names_the_closest(command):
-    status, _, err = command("exprot", "--help")
+    status, _, err = command(main, "exprot", "--help")
     assert status == 2
     assert "unknown command 'exprot'" in err
     assert "did you mean 'export'?" in err
@@ -83,7 +69,7 @@ def test_a_job_of_several_processes_is_told_that_one_packages_a_teacher(command,
     for name in ("initialize", "split_cpu"):
         monkeypatch.setattr(processes, name, lambda *_: None)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    status, _, err = command("teacher", "pi0_turntable")
+    status, _, err = command(main, "teacher", "pi0_turntable")
     assert status == 1
     assert "train it with scripts/train_distill.py pi0_turntable" in err
 
@@ -168,20 +154,17 @@ def test_a_platform_that_is_not_there_is_named():
         "serve --policy.dir nowhere --port 0 --record OUT",
     ],
 )
-def test_where_nothing_can_be_written_is_known_first(words, tmp_path, monkeypatch, capsys):
+def test_where_nothing_can_be_written_is_known_first(command, words, tmp_path, monkeypatch):
     """Before a policy or dataset is looked for, which here there is none of."""
     (tmp_path / "file").write_text("in the way")
     target = str(tmp_path / "file" / "new")
-    words = words.replace("OUT", target).split()
-    monkeypatch.setattr(sys, "argv", ["shallow-pi", *words])
     monkeypatch.chdir(tmp_path)
     # In this process JAX may have started.
     monkeypatch.setattr(processes, "split_cpu", lambda rows: None)
-    with pytest.raises(SystemExit) as ending:
-        main.main()
-    assert ending.value.code == 1
+    status, _, err = command(main, *words.replace("OUT", target).split())
+    assert status == 1
     said = f"{target} cannot be written (Not a directory): free space there or make it writable"
-    assert f"error: {said}, then repeat the command, or give another " in capsys.readouterr().err
+    assert f"error: {said}, then repeat the command, or give another " in err
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 

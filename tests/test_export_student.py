@@ -13,38 +13,22 @@ ROOT = pathlib.Path(__file__).parents[1]
 TEACHER = ROOT / "assets" / "pi0_turntable"
 
 
-@pytest.fixture
-def command(capsys):
-    """Calls the command in this process: (exit status, stdout, stderr)."""
-
-    def call(*arguments):
-        try:
-            export_student.main([str(argument) for argument in arguments])
-            status = 0
-        except SystemExit as error:
-            status = error.code
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return call
-
-
 def test_the_packaged_policy_is_exported_and_the_folder_printed(command, tmp_path):
     target = tmp_path / "export"
     arguments = ("--format", "openpi-pytorch", "--output", target, "--num-steps", 1, "--any-size")
-    status, out, err = command(TEACHER, *arguments)
+    status, out, err = command(export_student, TEACHER, *arguments)
     assert status == 0
     assert out == f"{target}\n"
     assert "--num-steps 1 has no effect" in err
     assert sizes.of(weights.stored_params(target))["depth"] == 18
     assert json.loads((target / "config.json").read_text())["depth"] == 18
-    status, _, err = command(TEACHER, *arguments)
+    status, _, err = command(export_student, TEACHER, *arguments)
     assert status == 1
     assert "exists and is never overwritten" in err
 
 
 def test_help_teaches(command):
-    status, out, _ = command("--help")
+    status, out, _ = command(export_student, "--help")
     assert status == 0
     for word in ("openpi-padded", "lerobot", "--layers", "never overwritten"):
         assert word in out
@@ -60,7 +44,7 @@ def test_help_teaches(command):
     ],
 )
 def test_bad_input_is_one_error_without_a_traceback(command, arguments, message):
-    status, out, err = command(*arguments)
+    status, out, err = command(export_student, *arguments)
     assert status == 1
     assert out == ""
     assert err.startswith("error: ")
@@ -69,7 +53,7 @@ def test_bad_input_is_one_error_without_a_traceback(command, arguments, message)
 
 
 def test_an_unknown_format_lists_the_formats(command):
-    status, _, err = command(TEACHER, "--format", "tflite")
+    status, _, err = command(export_student, TEACHER, "--format", "tflite")
     assert status == 1
     assert "unknown --format 'tflite': there are openpi, openpi-padded, openpi-pytorch" in err
 
@@ -78,6 +62,6 @@ def test_a_truncated_safetensors_file_is_named(command, tmp_path):
     broken = tmp_path / "7"
     shutil.copytree(TEACHER / "assets", broken / "assets")
     (broken / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
-    status, _, err = command(broken, "--format", "openpi", "--any-size")
+    status, _, err = command(export_student, broken, "--format", "openpi", "--any-size")
     assert status == 1
     assert "model.safetensors could not be read" in err

@@ -30,10 +30,10 @@ def words(tmp_path_factory):
 def record(tmp_path_factory):
     """Makes a LIBERO dataset of three episodes."""
 
-    def make(prompts=PROMPTS[:2], length=40, fps=10, black=(), cameras=("image", "wrist_image")):
+    def make(prompts=PROMPTS[:2], length=40, black=(), cameras=("image", "wrist_image")):
         generator = np.random.default_rng(0)
         folder = tmp_path_factory.mktemp("libero") / "dataset"
-        with lerobot_writer.Writer(folder, fps) as writer:
+        with lerobot_writer.Writer(folder, 10) as writer:
             for episode in range(3):
                 shape = (length, 24, 32, 3)
                 images = {
@@ -54,16 +54,14 @@ def dataset(record):
 
 
 @pytest.fixture
-def run(words, tmp_path, monkeypatch, capsys):
-    """Runs the command in an empty folder; gives its output and its warnings."""
+def run(command, words, tmp_path, monkeypatch):
+    """Runs the command in an empty folder; gives its output and its warnings, or errors."""
     monkeypatch.chdir(tmp_path)
 
     def call(name, *arguments):
         # Small images, so that augmenting them is compiled and run quickly.
         small = ("--model.image-size", 28, "--data.tokenizer", words)
-        inspect_data.main([name, *map(str, (*small, *arguments))])
-        captured = capsys.readouterr()
-        return captured.out, captured.err
+        return command(inspect_data, name, *small, *arguments)[1:]
 
     return call
 
@@ -119,21 +117,18 @@ def test_statistics_and_sizes_are_the_teachers_where_it_is_here(
     _, err = run("pi0_libero_l6", *arguments)
     assert "image_size 28 → 24" in err
     # One that a run refuses is refused here: its statistics would be read in another normalization.
-    with pytest.raises(SystemExit):
-        run("pi05_libero_l6", *arguments)
+    assert "error: " in run("pi05_libero_l6", *arguments)[1]
 
 
-def test_a_teacher_that_is_not_there_is_told(run, dataset, tmp_path, capsys):
+def test_a_teacher_that_is_not_there_is_told(run, dataset, tmp_path):
     (tmp_path / "run" / "29999").mkdir(parents=True)
     arguments = ("--data.path", dataset, "--teacher.path")
-    with pytest.raises(SystemExit):
-        run("pi0_libero_l6", *arguments, tmp_path / "run")
     step = tmp_path / "run" / "29999"
-    assert f"it holds the steps 29999: name one, such as {step}" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        run("pi0_libero_l6", *arguments, "run/29998", "--strict")
+    _, err = run("pi0_libero_l6", *arguments, tmp_path / "run")
+    assert f"it holds the steps 29999: name one, such as {step}" in err
+    _, err = run("pi0_libero_l6", *arguments, "run/29998", "--strict")
     said = "the teacher run/29998 is not on this machine: sizes are the config's and statistics the"
-    assert said in capsys.readouterr().err
+    assert said in err
 
 
 def test_synthetic_samples_and_given_statistics_are_named(run, dataset):
@@ -160,45 +155,27 @@ def test_without_matplotlib_the_sheet_is_written_and_a_note(run, dataset, monkey
     ("changes", "arguments", "message"),
     [
         ({"cameras": ("image",)}, (), "lacks camera 'wrist_image'; it has ['image']"),
-        ({"fps": 20}, (), "recorded at 20 fps, robot libero runs at 10"),
-        ({}, ("--data.held-out", 0.9), "cannot hold out 0.9 of 3 episodes"),
         ({}, ("--model.action-dim", 7), "state dimension 8, more than the model's action_dim 7"),
-        ({}, ("--data.robot", "droid"), "lacks camera 'exterior_image_1_left'"),
         ({}, ("--samples", 0), "expected at least one sample to look at, got 0"),
         ({}, ("--data.path", ""), "no dataset: name the folder"),
         ({}, ("--data.tokenizer", "absent"), "no SentencePiece model at absent"),
     ],
-    ids=["camera", "fps", "split", "dimension", "robot", "samples", "path", "tokenizer"],
+    ids=["camera", "dimension", "samples", "path", "tokenizer"],
 )
-def test_bad_input_is_reported_in_one_line(
-    run, record, dataset, capsys, changes, arguments, message
-):
+def test_bad_input_is_reported_in_one_line(run, record, dataset, changes, arguments, message):
     path = record(length=4, **changes) if changes else dataset
-    with pytest.raises(SystemExit, match="1"):
-        run("pi05_libero_l6", "--data.path", path, *arguments)
-    said = capsys.readouterr().err
+    _, said = run("pi05_libero_l6", "--data.path", path, *arguments)
     assert message in said
     assert "Traceback" not in said
     assert not pathlib.Path("data_sheets").exists()
 
 
-@pytest.mark.parametrize(
-    ("words_given", "message"),
-    [
-        (("pi05_libro_l6",), "did you mean 'pi05_libero_l6'?"),
-        (("pi05_libero_l6", "--data.robot", "libro"), "unknown robot 'libro'"),
-    ],
-)
-def test_an_unknown_name_brings_the_closest(run, capsys, words_given, message):
-    with pytest.raises(SystemExit):
-        run(*words_given)
-    captured = capsys.readouterr()
-    assert message in " ".join((captured.out + captured.err).split())
+def test_an_unknown_name_brings_the_closest(run):
+    out, err = run("pi05_libro_l6")
+    assert "did you mean 'pi05_libero_l6'?" in " ".join((out + err).split())
 
 
-def test_help_lists_the_configs(run, capsys):
-    with pytest.raises(SystemExit, match="0"):
-        run("--help")
-    said = capsys.readouterr().out
+def test_help_lists_the_configs(run):
+    said, _ = run("--help")
     assert "uv run scripts/inspect_data.py NAME" in said
     assert "pi0_aloha_l6" in said

@@ -7,15 +7,11 @@ from shallow_pi.commands import make_demonstrations
 from shallow_pi.data.lerobot import reader
 
 
-def test_the_dataset_reads_back_with_its_robot_and_tasks(tmp_path, capsys):
+def test_the_dataset_reads_back_with_its_robot_and_tasks(command, tmp_path):
     target = tmp_path / "demos"
-    make_demonstrations.main(
-        [
-            *("--sim", "turntable", "--option", "tasks=touch", "image_size=16"),
-            *("--episodes", "2", "--workers", "1", "--output", str(target)),
-        ]
-    )
-    assert capsys.readouterr().out.strip() == str(target)
+    options = "--sim", "turntable", "--option", "tasks=touch", "image_size=16"
+    asked = *options, "--episodes", 2, "--workers", 1, "--output", target
+    assert command(make_demonstrations, *asked)[:2] == (0, f"{target}\n")
     dataset = reader.Dataset(target)
     assert dataset.info["robot_type"] == "turntable"
     assert dataset.info["fps"] == 20
@@ -37,8 +33,7 @@ def test_the_dataset_reads_back_with_its_robot_and_tasks(tmp_path, capsys):
         (["--sim", "turntable", "--option", "tasks=tuch"], "expected some of"),
     ],
 )
-def test_what_does_not_exist_ends_the_command(arguments, message, capsys, tmp_path):
-    with pytest.raises(SystemExit):
-        make_demonstrations.main([*arguments, "--output", str(tmp_path / "none")])
-    assert message in capsys.readouterr().err
+def test_what_does_not_exist_ends_the_command(command, arguments, message, tmp_path):
+    _, _, err = command(make_demonstrations, *arguments, "--output", tmp_path / "none")
+    assert message in err
     assert not list(tmp_path.iterdir())

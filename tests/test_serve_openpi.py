@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.util
-import sys
 
 import pytest
 
@@ -16,34 +15,18 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """Calls the command in this process: (exit status, stdout, stderr)."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["serve_openpi", *arguments])
-        with pytest.raises(SystemExit) as exit_:
-            serve_openpi.main()
-        said = capsys.readouterr()
-        return exit_.value.code, said.out, said.err
-
-    return call
-
-
 def test_without_openpi_the_error_says_where_to_run_it(command):
     arguments = "policy:checkpoint", "--policy.config=pi0_aloha_l6", "--policy.dir=nowhere"
-    status, _, said = command(*arguments)
+    status, _, said = command(serve_openpi, *arguments)
     assert status == 1
     assert said.startswith("error: openpi is not installed here")
     assert "run this with its .venv/bin/python" in said
 
 
-def test_help_teaches_even_without_openpi(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["serve_openpi", "--help"])
-    serve_openpi.main()
-    said = capsys.readouterr()
-    assert "policy:checkpoint --policy.config=NAME --policy.dir=STEP" in said.out
-    assert not said.err
+def test_help_teaches_even_without_openpi(command):
+    status, out, err = command(serve_openpi, "--help")
+    assert (status, err) == (0, "")
+    assert "policy:checkpoint --policy.config=NAME --policy.dir=STEP" in out
 
 
 def test_what_openpi_computes_otherwise_is_told(own, params, tmp_path, monkeypatch, capsys):

@@ -21,19 +21,6 @@ ROOT = pathlib.Path(__file__).parents[1]
 POLICY = ROOT / "assets" / "pi0_turntable"
 
 
-@pytest.fixture
-def failing(capsys):
-    """Calls a command in this process: (exit status, stdout, stderr)."""
-
-    def call(command, *arguments):
-        with pytest.raises(SystemExit) as exit_:
-            command.main(arguments)
-        said = capsys.readouterr()
-        return exit_.value.code, said.out, said.err
-
-    return call
-
-
 def serve(*arguments, key=""):
     """The real command in a separate process, once it accepts connections: (process, output)."""
     process = subprocess.Popen(
@@ -113,15 +100,15 @@ def test_a_server_says_which_batches_and_keys_it_was_timed_and_started_for(capsy
     assert "an observation has 'state', 'task', and may have 'real_time_chunking'; a" in guided
 
 
-def test_a_port_in_use_is_known_before_the_policy_is_loaded(failing):
+def test_a_port_in_use_is_known_before_the_policy_is_loaded(command):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        found = failing(serve_policy, "--policy.dir", "nowhere", "--port", str(port))
-    assert found[0] == 1
-    assert f"error: port {port} of 127.0.0.1 is in use" in found[2]
+        status, _, said = command(serve_policy, "--policy.dir", "nowhere", "--port", port)
+    assert status == 1
+    assert f"error: port {port} of 127.0.0.1 is in use" in said
 
 
-def test_what_is_missing_is_named(failing, tmp_path):
+def test_what_is_missing_is_named(command, tmp_path):
     (tmp_path / "empty").write_text("\n")
     for arguments, why in (
         (["--policy.dir", tmp_path / "absent"], "error: .*absent"),
@@ -131,7 +118,7 @@ def test_what_is_missing_is_named(failing, tmp_path):
         (["--tls-cert", "a.pem", "--tls-key", "b.pem"], "error: no TLS file a.pem"),
     ):
         given = ["--policy.dir", POLICY, "--port", "0", *arguments]
-        status, _, said = failing(serve_policy, *map(str, given))
+        status, _, said = command(serve_policy, *given)
         assert status == 1
         assert re.search(why, said), said
 
@@ -149,8 +136,8 @@ def test_what_is_missing_is_named(failing, tmp_path):
         ),
     ],
 )
-def test_a_flag_without_effect_is_told(failing, arguments, why):
-    status, _, said = failing(serve_policy, "--policy.dir", "nowhere", *arguments)
+def test_a_flag_without_effect_is_told(command, arguments, why):
+    status, _, said = command(serve_policy, "--policy.dir", "nowhere", *arguments)
     assert (status, f"warning: {why}" in said) == (1, True)
 
 
@@ -184,10 +171,10 @@ def test_a_load_test_sends_a_state_in_the_parts_that_the_policy_reads():
         assert ((low <= state) & (state <= high)).all()
 
 
-def test_a_load_test_of_nothing_says_so(failing):
+def test_a_load_test_of_nothing_says_so(command):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-    status, said, wrong = failing(load_test, "--url", f"ws://127.0.0.1:{port}", "--seconds", "1")
+    status, said, wrong = command(load_test, "--url", f"ws://127.0.0.1:{port}", "--seconds", "1")
     assert status == 1
     assert not said
     assert f"error: no answer from a server at ws://127.0.0.1:{port} (" in wrong
