@@ -7,7 +7,7 @@ from shallow_pi.evidence.claims.claim import Claim, Column, Line, Plot, Statemen
 def parity() -> Claim:
     own, success = recipes.STUDENT, rows.IN_TIME
     data = (*(own.demonstrations // n for n in (8, 4, 2, 1)), rows.MORE)
-    steps = (own.steps // 8, own.steps // 4, own.steps // 2, own.steps, 2 * own.steps)
+    steps = tuple(own.steps * eighths // 8 for eighths in (1, 2, 4, 8, 16, 32, 64))
     few = f"{data[0]} demonstrations"
     ways: tuple[tuple[str, str, dict[str, object]], ...] = (
         ("three losses", "student", {}),
