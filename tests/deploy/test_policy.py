@@ -426,6 +426,29 @@ def test_a_warm_policy_traces_nothing_more(step, scene, monkeypatch):
     assert len(traced) == 6
 
 
+def test_a_warm_policy_traces_nothing_more_for_any_prompt(own, params, scene, monkeypatch):
+    traced = []
+    original = sampler.sample_prepared
+
+    def counted(*arguments, **options):
+        traced.append(1)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(sampler, "sample_prepared", counted)
+    longer = dataclasses.replace(own, model=dataclasses.replace(own.model, max_token_len=64))
+    # A number of steps that no other test takes.
+    warm, cold = (policy.Policy(longer, params, num_steps=6, prompt=6 * "a b ") for _ in range(2))
+    warm.warm_up()
+    assert len(traced) == 2
+    prompts = [count * "a b " for count in (1, 6, 10, 100)]
+    seen, noise = [{**scene[0][0], "task": prompt} for prompt in prompts], scene[1][0]
+    found = [warm.infer(one, noise)["actions"] for one in seen]
+    assert len(traced) == 2
+    for one, actions in zip(seen, found, strict=True):
+        np.testing.assert_allclose(actions, cold.infer(one, noise)["actions"], atol=1e-5)
+    assert len(traced) > 2
+
+
 def test_a_chunk_continues_the_previous_one(deployed, scene):
     """In the robot's absolute units, although the state, and with it every difference, moved."""
     (first, second), noise = scene

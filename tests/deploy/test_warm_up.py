@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from shallow_pi.data.robots import tokenizer
 from shallow_pi.deploy import warm_up
 from shallow_pi.inference import prepare
 
@@ -25,9 +26,11 @@ def tokens(assets, prompt, state):
 
 
 def test_a_known_prompt_has_one_length_without_the_state_in_it(longer):
-    (length,) = warm_up.prompt_lengths(longer, PROMPT)
+    length, longest = warm_up.prompt_lengths(longer, PROMPT)
     words = tokens(longer, PROMPT, np.zeros(3)).sum()
     assert length == prepare.prompt_length(longer.model, words) == 16
+    # Of an observation that has another prompt.
+    assert longest == longer.model.max_token_len
 
 
 def test_states_in_the_prompt_are_allowed_for(longer):
@@ -40,10 +43,22 @@ def test_states_in_the_prompt_are_allowed_for(longer):
         assert prepare.prompt_length(model, words) in lengths
 
 
+@pytest.mark.parametrize("words", range(1, 17))
+def test_states_of_the_most_digits_are_allowed_for(longer, words):
+    """A robot in the middle of its range has three digits in every dimension."""
+    model = dataclasses.replace(longer.model, pi05=True, discrete_state_input=True)
+    robot = dataclasses.replace(longer.robot, state_dim=24, prompt=words * "x")
+    spoken = dataclasses.replace(longer, model=model, robot=robot)
+    encode = tokenizer.Tokenizer(spoken.tokenizer, 200).encode
+    most = max(len(encode(robot.prompt, np.full(24, state))) for state in np.linspace(-1, 1, 256))
+    assert warm_up.prompt_lengths(spoken, None)[-1] == prepare.prompt_length(model, most)
+
+
 def test_unknown_prompts_are_expected_short_and_long(longer):
-    lengths = warm_up.prompt_lengths(longer, None)
+    *lengths, longest = warm_up.prompt_lengths(longer, None)
     assert len(lengths) > 1
     np.testing.assert_array_equal(np.diff(lengths), 16)
+    assert longest == longer.model.max_token_len
     always = dataclasses.replace(longer.robot, prompt=PROMPT)
     fixed = dataclasses.replace(longer, robot=always)
     assert warm_up.prompt_lengths(fixed, None) == [16]

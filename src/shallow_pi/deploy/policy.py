@@ -95,6 +95,8 @@ class Policy:
         self.program = program.Program.create(assets.model, read, num_steps, options, bounds)
         key = jax.random.key(seed, impl=program.KEY_KIND)
         self._key, self._calls = np.asarray(jax.random.key_data(key)), 0
+        # Compiled prompt lengths (`warm_up`); others are padded to the next of them.
+        self._lengths: list[int] = []
         # Compiled batch sizes and the milliseconds each takes, and the same of chunks that go on
         # from a previous one; `warm_up` measures them.
         self.batch_ms: dict[int, float] = {1: 1.0}
@@ -364,7 +366,7 @@ class Policy:
         guidance: real_time.Guidance | None = None,
     ) -> tuple[program.Layout, UInt8[np.ndarray, "b n"]]:
         """Pack the input of `program`, without absent cameras and padding."""
-        config, batch = prepare.trim(self.assets.model, batch)
+        config, batch = prepare.trim(self.assets.model, batch, self._lengths)
         sizes = tuple(batch.images[name].shape[1:3] for name in config.cameras)
         if set(sizes) == {(config.image_size, config.image_size)}:
             sizes = ()
@@ -384,8 +386,8 @@ class Policy:
         """Compile, so that no robot waits for it, and time each batch size.
 
         Every prompt length (see `prepare.trim`) is compiled that the policy's prompt, or usual ones
-        where it has none, come to with the states of its statistics. JAX's persistent cache, where
-        it is on, keeps the programs.
+        where it has none, come to with any state, and the longest, so that no prompt is compiled
+        for later. JAX's persistent cache, where it is on, keeps the programs.
 
         Args:
           guided: compile for chunks that go on from a previous one (`infer(previous=)`) as well.
@@ -397,6 +399,7 @@ class Policy:
             for length, kind, size in itertools.product(lengths, kinds, sizes):
                 jax.block_until_ready(self._made_up(length, kind, size)())
                 advance(1)
+        self._lengths = lengths
         self.is_guided |= guided
         if len(sizes) > 1:
             self.batch_ms = self._times(sizes, lengths[0], guided=False)

@@ -30,23 +30,27 @@ def batch_sizes(largest: int) -> list[int]:
 
 
 def prompt_lengths(assets: policy_assets.Assets, prompt: str | None) -> list[int]:
-    """Prompt lengths to compile for: tokens after `prepare.trim`, a multiple of 16 each.
+    """Prompt lengths to compile for, ascending: tokens after `prepare.trim`.
 
-    The length is known where the policy has a prompt, but for π0.5's state, which is written into
-    it with more or fewer digits.
+    The likely ones are multiples of 16. With a prompt of the policy there is one, or a few with
+    π0.5's state, which is written into it with more or fewer digits. The last is the longest
+    possible, which any prompt of an observation fits.
     """
     model, robot = assets.model, assets.robot
     encode = tokenizers.Tokenizer(assets.tokenizer, model.max_token_len).encode
     known = robot.prompt or prompt
     states: list[np.ndarray | None] = [None]
     if model.discrete_state_input:
-        states = list(np.random.default_rng(0).uniform(-1, 1, (8, robot.state_dim)))
+        # The last has the most digits.
+        random = np.random.default_rng(0).uniform(-1, 1, (8, robot.state_dim))
+        states = [*random, np.ones(robot.state_dim)]
     words = [
         len(encode(text, state))
         for text in ([known] if known else LIKELY_PROMPTS)
         for state in states
     ]
-    every = range(min(words), max(words) + 1)
+    longest = max(words) if robot.prompt else model.max_token_len
+    every = [*range(min(words), max(words) + 1), longest]
     return sorted({prepare.prompt_length(model, count) for count in every})
 
 

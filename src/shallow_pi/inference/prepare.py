@@ -17,6 +17,7 @@ does not need: absent cameras and prompt padding.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -80,17 +81,23 @@ class Prepared(NamedTuple):
 
 
 def trim(
-    config: pi0.Pi0Config, observation: observations.Observation
+    config: pi0.Pi0Config, observation: observations.Observation, lengths: Sequence[int] = ()
 ) -> tuple[pi0.Pi0Config, observations.Observation]:
     """Drop cameras nobody in the batch has, and prompt padding beyond a multiple of 16 tokens.
 
     No token attends to masked ones and no position counts them, so actions do not change. Call it
     on the host: the shapes of the result depend on the masks.
+
+    Args:
+      config: the model.
+      observation: on the host.
+      lengths: prompt lengths that programs are compiled for; the shortest that fits is kept.
     """
     seen = [c for c in config.cameras if np.asarray(observation.image_masks[c]).any()]
     seen = seen or [config.cameras[0]]
     columns = np.asarray(observation.tokenized_prompt_mask).any(axis=0)
     length = prompt_length(config, int(np.flatnonzero(columns).max(initial=0)) + 1)
+    length = min((one for one in lengths if one >= length), default=length)
     small = dataclasses.replace(config, cameras=tuple(seen), max_token_len=length)
     return small, dataclasses.replace(
         observation,
