@@ -37,6 +37,17 @@ def test_constant_dimension_stays_finite_and_inverts(kind: normalize.Kind) -> No
     np.testing.assert_allclose(normalize.unnormalize(normalized, stats, kind), 7.0, rtol=1e-6)
 
 
+def test_only_dimensions_that_hardly_moved_are_kept_where_they_were() -> None:
+    mean, std = np.array([0.0, 7.0, 300.0, 0.0]), np.array([0.4, 0.0, 0.1, 0.01])
+    stats = normalize.NormStats(mean, std)
+    values = np.array([[90.0, 7.01, 400.0, 9.0], [-90.0, 6.0, 299.9, -9.0]])
+    kept = normalize.steady(values, stats)
+    np.testing.assert_array_equal(kept[:, [0, 3]], values[:, [0, 3]])
+    np.testing.assert_array_equal(kept[:, 1], 7)
+    np.testing.assert_allclose(kept[:, 2], [301.16, 299.9], atol=0.01)
+    np.testing.assert_array_equal(normalize.steady(values[:, :2], stats), kept[:, :2])
+
+
 def test_longer_statistics_are_cut_to_the_values() -> None:
     stats = exact_stats.of(_values())
     two = normalize.normalize(_values()[:, :2], stats, "z_score")

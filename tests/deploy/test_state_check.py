@@ -91,6 +91,26 @@ def test_statistics_of_fewer_dimensions_are_refused():
 
 
 @pytest.mark.parametrize("kind", ["z_score", "quantile"])
+def test_noise_that_no_warning_is_given_of_is_none_to_the_model(own, params, kind, monkeypatch):
+    """A dimension that never moved in training; relative actions still start at the true state."""
+    monkeypatch.setattr(assets.Assets, "kind", kind)
+    still = dataclasses.replace(own, stats={**own.stats, "state": STATS})
+    tiny = policy.Policy(still, params, num_steps=1)
+    image, noise = np.zeros((24, 24, 3), np.uint8), np.ones((5, 6), np.float32)
+
+    def ask(state):
+        seen = {f"observation.images.{name}": image for name in ("base", "wrist")}
+        found = tiny.infer({**seen, "observation.state": np.float32(state), "task": "go"}, noise)
+        assert "warnings" not in found
+        return found["actions"]
+
+    for off in (-0.05, 1e-4, 0.05):
+        moved = ask([0.5, 5, 3]) + np.float32([0, 0, off])
+        np.testing.assert_allclose(ask([0.5, 5, 3 + off]), moved, atol=1e-5)
+    assert np.abs(ask([0.9, 5, 3])[:, 1:] - ask([0.5, 5, 3])[:, 1:]).max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["z_score", "quantile"])
 def test_a_policy_warns_in_its_answer_and_refuses(own, params, kind, monkeypatch):
     monkeypatch.setattr(assets.Assets, "kind", kind)
     image = np.zeros((24, 24, 3), np.uint8)

@@ -18,11 +18,6 @@ from shallow_pi.data.robots import robot as robots
 
 # Spreads outside the range, beyond which a state is warned of and refused.
 WARN, REFUSE = 6.0, 100.0
-# Range q01 to q99 of a normal distribution, in standard deviations.
-_NORMAL_RANGE = 4.653
-# Smallest spread, as a share of the largest value of a dimension (or of 1): one that never moved
-# in training may differ by the noise of its sensor.
-_SMALLEST = 0.01
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -71,12 +66,12 @@ class StateCheck:
         quantiles = np.sort(bounds[:2], axis=0)
         deviation = np.abs(bounds[3] - bounds[2]) / 2
         size = np.maximum(1.0, np.abs(quantiles).max(axis=0))
-        spread = np.maximum(quantiles[1] - quantiles[0], _NORMAL_RANGE * deviation)
+        spread = np.maximum(quantiles[1] - quantiles[0], normalize.NORMAL_RANGE * deviation)
         return cls(
             named=robot.state_vector.named,
             low=quantiles[0],
             high=quantiles[1],
-            spread=np.maximum(spread, _SMALLEST * size),
+            spread=np.maximum(spread, normalize.SMALLEST_SPREAD * size),
             names=[repr(name) for name in names]
             or [f"dimension {place}" for place in robot.state_vector.places],
             warn=warn,

@@ -23,6 +23,11 @@ from shallow_pi.checkpoints import fetch
 Kind = Literal["z_score", "quantile"]
 FILE_NAME = "norm_stats.json"
 EPSILON = 1e-6
+# Range q01 to q99 of a normal distribution, in standard deviations.
+NORMAL_RANGE = 4.653
+# Smallest spread, as a share of the largest value of a dimension (or of 1): one that moved less in
+# training may differ by the noise of its sensor.
+SMALLEST_SPREAD = 0.01
 FIELDS = ("mean", "std", "q01", "q99")
 _COMPUTE = (
     "compute them with scripts/compute_norm_stats.py and name their folder with --data.norm-stats"
@@ -140,6 +145,20 @@ def normalize(
     """Physical units to the model's scale."""
     shift, scale = _shift_and_scale(stats, kind, np.shape(values)[-1])
     return ((np.asarray(values) - shift) / scale).astype(np.float32)
+
+
+def steady(values: Float[np.ndarray, "*n d"], stats: NormStats) -> Float[np.ndarray, "*n d"]:
+    """The values, those of dimensions that hardly moved in training kept near where they were.
+
+    Such a dimension is divided by next to nothing, so that noise of a tenth of a milliradian would
+    become a hundred of the model's units. Two spreads on either side of its range are let through.
+    """
+    dim = np.shape(values)[-1]
+    low, high = (end[:dim] for end in stats.span())
+    spread = np.maximum(high - low, NORMAL_RANGE * stats.std[:dim])
+    size = np.maximum(1.0, np.maximum(np.abs(low), np.abs(high)))
+    room = np.where(spread < SMALLEST_SPREAD * size, 2 * spread, np.inf)
+    return np.clip(values, low - room, high + room)
 
 
 def unnormalize(

@@ -103,12 +103,17 @@ def resize_with_pad(image: UInt8[np.ndarray, "h w 3"], size: int) -> UInt8[np.nd
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Normalize:
-    """Physical units to the model's scale for every key of `stats` that is there."""
+    """Physical units to the model's scale for every key of `stats` that is there.
+
+    A `state` is made steady first (`normalize.steady`).
+    """
 
     stats: Mapping[str, normalize.NormStats]
     kind: normalize.Kind
 
     def __call__(self, sample: Sample) -> Sample:
+        if "state" in sample and "state" in self.stats:
+            sample = {**sample, "state": normalize.steady(sample["state"], self.stats["state"])}
         there = {key: own for key, own in self.stats.items() if key in sample}
         scaled = {k: normalize.normalize(sample[k], own, self.kind) for k, own in there.items()}
         return {**sample, **scaled}
