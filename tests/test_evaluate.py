@@ -139,16 +139,16 @@ def test_answers_that_are_no_plans_are_refused(answer, message, failing, tmp_pat
     with server(lambda _: answer) as url:
         said = failing(f"s={url}", "--sim", "turntable", *SMALL, *late, "--output", str(tmp_path))
     assert re.search(message, said)
+    assert not any(tmp_path.iterdir())
 
 
-def test_settings_without_results_are_forgotten(tmp_path, failing):
-    out = ("--output", str(tmp_path / "results"), "--episodes", "1")
+def test_an_evaluation_without_results_leaves_nothing(tmp_path, failing, monkeypatch):
+    monkeypatch.setitem(simulator.GROUPS, "both", ("turntable", "tabletop"))
+    out = ("--output", str(tmp_path / "evaluations" / "new"), "--episodes", "1")
     with server(lambda _: None) as url:
-        failing(f"s={url}", "--sim", "turntable", *SMALL, *out, "--seed", "7")
-    assert json.loads((tmp_path / "results" / "settings.json").read_text())["seed"] == 7
-    evaluate.main(("s=expert", "--sim", "turntable", *SMALL, *out))
-    report = json.loads((tmp_path / "results" / "report.json").read_text())
-    assert report["seed"] == 1_000_000
+        for sim in ("turntable", "both"):
+            assert "ended in the middle" in failing(f"s={url}", "--sim", sim, *SMALL, *out)
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_folder_of_something_else_or_in_use_is_left_alone(tmp_path, failing):

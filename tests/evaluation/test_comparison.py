@@ -1,5 +1,7 @@
 """A folder of results belongs to its settings, and holds policies in the order they joined."""
 
+import json
+
 import pytest
 
 from shallow_pi.evaluation import comparison, rollout
@@ -27,6 +29,14 @@ def test_results_from_before_parameters_were_told_apart_are_gone_on_with(tmp_pat
     assert _prepare(tmp_path, source="run/3", parameters="b")["parameters"] == "b"
     with pytest.raises(ValueError, match="one's source run/3"):
         _prepare(tmp_path, source="run/4", parameters="b")
+
+
+def test_settings_of_which_a_killed_evaluation_has_no_results_are_forgotten(tmp_path):
+    entrant = comparison.Entrant("one", {"source": "run/3"}, 5, rollout.AT_ONCE, lambda: None)
+    for seed in (7, 8):
+        course = comparison.Course("turntable", {}, turntable.Suite(), 2, seed, 1, 1)
+        comparison.prepare(tmp_path, course, [entrant])
+    assert json.loads((tmp_path / "settings.json").read_text())["seed"] == 8
 
 
 def test_policies_stand_in_the_order_in_which_they_joined():

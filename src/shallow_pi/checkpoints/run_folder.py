@@ -231,6 +231,22 @@ def held(folder: pathlib.Path, flag: str = "--exp-name") -> Iterator[None]:
         os.close(opened)
 
 
+@contextlib.contextmanager
+def working(folder: pathlib.Path, flag: str) -> Iterator[None]:
+    """Make a folder unless it is there, and hold it; if the block fails, it leaves no empty one.
+
+    Args and errors as of `held`.
+    """
+    lock = folder / LOCK_FILE
+    with atomic.parents(lock), held(folder, flag):
+        try:
+            yield
+        except BaseException:
+            if set(folder.iterdir()) == {lock}:
+                lock.unlink()
+            raise
+
+
 def write_text(path: pathlib.Path, text: str, advice: str = RESUME) -> None:
     """Write a file of a run atomically; `advice` is for a file that cannot be written."""
     with writing(path, advice):

@@ -9,6 +9,7 @@ other settings are never mixed with these.
 import dataclasses
 import json
 import pathlib
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -164,18 +165,26 @@ def run(
       All that the report tells of, by label.
 
     Raises:
-      ValueError, OSError: from a policy, a server or the simulator; finished episodes are kept.
+      ValueError, OSError: from a policy, a server or the simulator; finished episodes are kept,
+        and without any the folder is left as it was.
     """
-    with run_folder.writing(folder, ADVICE):
-        folder.mkdir(parents=True, exist_ok=True)
-    with run_folder.held(folder, "--output"):
-        return _run(folder, course, entrants)
+    with run_folder.working(folder, "--output"):
+        settings = prepare(folder, course, entrants)
+        try:
+            return _run(folder, course, entrants, settings)
+        except BaseException:
+            if not _settings(folder)["policies"]:  # No episode was finished.
+                (folder / SETTINGS).unlink()
+                shutil.rmtree(folder / EPISODES, ignore_errors=True)
+            raise
 
 
 def _run(
-    folder: pathlib.Path, course: Course, entrants: Sequence[Entrant]
+    folder: pathlib.Path,
+    course: Course,
+    entrants: Sequence[Entrant],
+    settings: Mapping[str, Mapping[str, object]],
 ) -> dict[str, rollout.Evaluation]:
-    settings = prepare(folder, course, entrants)
     found: dict[str, rollout.Evaluation] = {}
     for label in settings:
         before = rollout.stored(_path(folder, label), label, course.seed, course.episodes)

@@ -21,15 +21,13 @@ def folder(path: pathlib.Path, sims: Sequence[str]) -> Iterator[None]:
     Raises:
       ValueError: it holds something else, or another process works there.
     """
-    with run_folder.writing(path, comparison.ADVICE):
-        path.mkdir(parents=True, exist_ok=True)
     own = {*sims, run_folder.REPORT_FILE, run_folder.REPORT_PAGE, run_folder.LOCK_FILE}
-    if other := sorted(child.name for child in path.iterdir() if child.name not in own):
-        raise ValueError(
-            f"{path} holds other things than results of {', '.join(sims)}: "
-            f"{', '.join(other[:3])}; give another --output"
-        )
-    with run_folder.held(path, "--output"):
+    with run_folder.working(path, "--output"):
+        if other := sorted(child.name for child in path.iterdir() if child.name not in own):
+            raise ValueError(
+                f"{path} holds other things than results of {', '.join(sims)}: "
+                f"{', '.join(other[:3])}; give another --output"
+            )
         yield
 
 
