@@ -1,10 +1,14 @@
 """What fails leaves nothing behind, and nobody sees a part."""
 
+import errno
 import pathlib
 
+import numpy as np
 import pytest
 
 from shallow_pi import atomic
+from shallow_pi.data.robots import normalize
+from shallow_pi.speed import report as speed_report
 
 
 def _everything(folder):
@@ -64,3 +68,28 @@ def test_a_file_that_fails_stays_as_it_was(tmp_path, monkeypatch, error):
         atomic.write(path, "new")
     assert path.read_text() == "old"
     assert _everything(tmp_path) == ["file"]
+
+
+def _report(folder, value):
+    speed_report.write(folder, "benchmark.json", {"ms": value}, {})
+
+
+def _statistics(folder, value):
+    normalize.save(folder, {"state": normalize.NormStats(np.full(2, value), np.ones(2))})
+
+
+@pytest.mark.parametrize("write", [_report, _statistics])
+def test_results_that_cannot_be_written_leave_the_earlier_ones(tmp_path, monkeypatch, write):
+    def full(self, data, *_, **__):
+        with self.open("w"):  # What was there is gone.
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    write(tmp_path, 1.0)
+    (path,) = tmp_path.iterdir()
+    before = path.read_text()
+    for name in ("write_text", "write_bytes"):
+        monkeypatch.setattr(pathlib.Path, name, full)
+    with pytest.raises(OSError, match="No space left"):
+        write(tmp_path, 2.0)
+    assert path.read_text() == before
+    assert _everything(tmp_path) == [path.name]

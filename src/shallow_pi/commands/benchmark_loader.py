@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if given.output:
             output = pathlib.Path(given.output).expanduser()
             output.parent.mkdir(parents=True, exist_ok=True)
-            output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+            run_folder.write_text(output, json.dumps(result, indent=2) + "\n", run_folder.AGAIN)
 
 
 def _idle(given: Arguments) -> flags.Idle:

@@ -97,7 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 percentile=given.percentile,
                 advance=advance,
             )
-        print(calibration.save(folder / run_folder.ASSETS, found))
+        with run_folder.writing(folder / run_folder.ASSETS, run_folder.AGAIN):
+            print(calibration.save(folder / run_folder.ASSETS, found))
         if given.compare and not between:
             progress.say("Too few frames to compare schemes on others than were calibrated on")
         elif given.compare:

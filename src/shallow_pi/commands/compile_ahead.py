@@ -60,5 +60,5 @@ def main() -> None:
                 "versions": latency.versions(),
             }
             content = report.contents(program, useful, accelerator) | more
-            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            run_folder.write_text(path, json.dumps(content, indent=2) + "\n", run_folder.AGAIN)
             print(f"written: {path}")

@@ -11,6 +11,7 @@ import typing
 from collections.abc import Iterator, Sequence
 
 from shallow_pi import figures, progress
+from shallow_pi.checkpoints import run_folder
 from shallow_pi.evaluation import intervals
 from shallow_pi.evidence import drawing, factorial, outcomes, rival_costs, running
 from shallow_pi.evidence.claims import catalogue, cells, recipes, rows
@@ -102,7 +103,7 @@ def write(path: pathlib.Path, folder: pathlib.Path, episodes: int) -> list[pathl
         lines += ["", "## Not measured", ""]
         lines += [f"- **{c.name}** ({len(c.cells())} cells): {c.question} {c.says}" for c in others]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    run_folder.write_text(path, "\n".join(lines) + "\n", run_folder.AGAIN)
     return written
 
 

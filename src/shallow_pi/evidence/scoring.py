@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from shallow_pi import progress
+from shallow_pi import atomic, progress
 from shallow_pi.checkpoints import run_folder
 from shallow_pi.distill import layer_scores
 from shallow_pi.evaluation import policies
@@ -38,7 +38,7 @@ def ensure(slugs: Sequence[str], runs: pathlib.Path, results: pathlib.Path) -> N
             found = measure(base, runs) | found
             run_folder.write_text(path, json.dumps(found) + "\n", run_folder.AGAIN)
         results.mkdir(parents=True, exist_ok=True)
-        (results / recipes.SCORES_FILE).write_bytes(path.read_bytes())
+        atomic.write(results / recipes.SCORES_FILE, path.read_bytes())
 
 
 def measure(slug: str, runs: pathlib.Path, observations: int = 32) -> dict[str, object]:

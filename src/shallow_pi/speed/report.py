@@ -10,6 +10,7 @@ import rich.box
 import rich.table
 
 from shallow_pi import figures
+from shallow_pi.checkpoints import run_folder
 from shallow_pi.models import pi0
 from shallow_pi.speed import inference, latency, stages, step, tuning
 
@@ -213,7 +214,7 @@ def write(
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / file
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    run_folder.write_text(path, json.dumps(content, indent=2) + "\n", run_folder.AGAIN)
     return [f"written: {path}", *draw(folder, plots)]
 
 

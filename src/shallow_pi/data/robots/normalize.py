@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float
 
-from shallow_pi import progress
+from shallow_pi import atomic, progress
 from shallow_pi.checkpoints import fetch
 
 Kind = Literal["z_score", "quantile"]
@@ -195,7 +195,7 @@ def save(folder: str | os.PathLike[str], stats: Mapping[str, NormStats]) -> None
         for key, value in stats.items()
     }
     text = json.dumps({"norm_stats": content}, indent=2)
-    (folder / FILE_NAME).write_text(text, encoding="utf-8")
+    atomic.write(folder / FILE_NAME, text)
 
 
 def load(folder: str | os.PathLike[str]) -> dict[str, NormStats]:

@@ -16,7 +16,7 @@ import numpy as np
 import sentencepiece
 from jaxtyping import Bool, Float, Int
 
-from shallow_pi import progress
+from shallow_pi import atomic, progress
 from shallow_pi.checkpoints import fetch
 from shallow_pi.models import pi0
 
@@ -163,4 +163,4 @@ def train(prompts: Iterable[str], path: str | os.PathLike[str], vocab_size: int 
     )
     target = pathlib.Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_bytes(model.getvalue())
+    atomic.write(target, model.getvalue())
