@@ -185,6 +185,19 @@ def test_of_too_many_handshakes_the_oldest_is_dropped():
         assert time.monotonic() - start < 10
 
 
+def test_a_page_that_says_much_without_a_key_stops_no_robot(monkeypatch):
+    """Megabytes of JSON take seconds to read, in which nobody would be answered."""
+    read = []
+    monkeypatch.setattr(page.json, "loads", lambda text: read.append(len(text)) or {})
+    with (
+        serving.running(serving.Echo(), api_key="secret") as running,
+        running.connect("/live") as stranger,
+    ):
+        stranger.send('{"a": [' + 2**20 * "[]," + "1]}")
+        assert serving.close_code(stranger) == page.WRONG_KEY
+    assert not read
+
+
 def test_pages_are_bounded_apart_from_clients():
     with serving.running(serving.Echo()) as running:
         look = UPGRADE.replace(b"GET / ", b"GET /live ")

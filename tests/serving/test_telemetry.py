@@ -100,6 +100,18 @@ def test_what_is_kept_is_bounded(seen):
     assert len(client.chunks) == telemetry.CHUNKS
 
 
+@pytest.mark.parametrize("gap", [1.0, 0.1, 0.004])
+def test_answers_a_second_are_those_of_the_last_seconds(seen, clock, gap):
+    """Also where more come than are kept."""
+    client = seen.connect("robot")
+    for _ in range(1500):
+        clock.now += gap
+        answer(seen, client)
+    assert seen.rate() == pytest.approx(1 / gap, rel=0.03)
+    clock.now += 60
+    assert seen.rate() == 0
+
+
 def test_metrics_count_answers_and_time(seen):
     client = seen.connect("robot")
     answer(seen, client, total_ms=20)
@@ -150,6 +162,7 @@ def test_the_page_looks_at_the_client_it_asks_for(seen, clock):
         ((3, 64, 48), "u1", True),
         ((64, 64, 3), "f4", True),
         ((2000, 3000, 3), "u1", True),
+        ((8, 6000, 3), "u1", True),
         ((64, 64), "u1", False),
         ((64, 64, 4), "u1", False),
         ((7, 64, 3), "u1", False),

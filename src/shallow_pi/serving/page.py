@@ -38,6 +38,8 @@ MAX_PAGES = 16
 IMAGE_SIZE = 320
 # Seconds between two messages, with and without something new.
 INTERVAL, IDLE = 0.1, 1.0
+# Largest wish, characters: anyone may send one, and it is read on the event loop.
+WISH = 4096
 # Seconds a page has to send its key, and to read a message.
 PATIENCE = 10.0
 # Close code of our own (4000 to 4999 are free): the key is wrong.
@@ -79,20 +81,21 @@ async def watch(
         seen.fail("unauthorized", address, "a page's API key is wrong")
         await connection.close(WRONG_KEY, "wrong API key")
         return
-    wanted = {"client": first.get("client")}
+    wanted = first.get("client")
 
     async def listen() -> None:
+        nonlocal wanted
         async for wish in connection:
-            wanted.update(_wish(wish))
+            wanted = _wish(wish).get("client", wanted)
 
     listening = asyncio.create_task(listen())
     try:
         sent, at = None, 0.0
         while not listening.done():
-            now = (seen.version, seen.waiting, wanted["client"])
+            now = (seen.version, seen.waiting, wanted)
             if now != sent or time.monotonic() - at > IDLE:
                 sent, at = now, time.monotonic()
-                number = wanted["client"] if isinstance(wanted["client"], int) else None
+                number = wanted if isinstance(wanted, int) else None
                 found = snapshot(seen, config.max_waiting, number)
                 content = await asyncio.to_thread(message, *found)
                 async with asyncio.timeout(PATIENCE):
@@ -107,7 +110,9 @@ async def watch(
 
 
 def _wish(text: str | bytes) -> dict[str, object]:
-    """A page's wish, {"key": ..., "client": ...}; empty if it is unreadable."""
+    """A page's wish, {"key": ..., "client": ...}; empty if it is too large or unreadable."""
+    if len(text) > WISH:
+        return {}
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
@@ -139,7 +144,7 @@ def snapshot(
         "errors": seen.errors,
         "queue": {"waiting": seen.waiting, "limit": max_waiting},
         "budget_ms": None if seen.chunk_seconds is None else 1000 * seen.chunk_seconds,
-        "rate": sum(now - s.at < 5 for s in served) / 5,
+        "rate": seen.rate(),
         "percentiles": dict(
             zip(("p50", "p95", "p99"), np.percentile(recent, [50, 95, 99]), strict=True)
         )
@@ -185,8 +190,8 @@ def images(observation: Mapping[str, object]) -> dict[str, str]:
         if value.shape[-1] != 3 or min(value.shape[:2]) < 8:
             continue
         # Of a large image every second or third pixel is enough; drop the others first.
-        value = value[(stride := max(1, max(value.shape) // (2 * IMAGE_SIZE))) - 1 :: stride]
-        value = value[:, stride - 1 :: stride]
+        stride = max(1, max(value.shape) // (2 * IMAGE_SIZE))
+        value = value[::stride, ::stride]
         if value.dtype.kind == "f":
             value = (255 * np.clip(np.nan_to_num(value), 0, 1)).round()
         image = PIL.Image.fromarray(np.ascontiguousarray(value.astype(np.uint8)))

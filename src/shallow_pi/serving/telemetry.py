@@ -22,6 +22,8 @@ from shallow_pi.deploy import observation_keys
 SERVED, EVENTS, CHUNKS = 500, 20, 12
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+# Seconds over which answers a second are counted.
+RATE = 5.0
 # Seconds a failure keeps the page red.
 ALARM = 10.0
 
@@ -146,6 +148,14 @@ class Telemetry:
         """Time the actions of one chunk last on the robot; None if its frequency is unknown."""
         horizon = float(self.metadata.get("action_horizon") or 0)
         return horizon / self.fps if self.fps > 0 and horizon > 0 else None
+
+    def rate(self) -> float:
+        """Answers a second lately."""
+        now = self.clock()
+        recent = [one.at for one in self.served if now - one.at < RATE]
+        # Of more answers than are kept the oldest says since when.
+        seconds = now - recent[0] if len(recent) == SERVED else RATE
+        return len(recent) / max(seconds, 1e-3)
 
     def exposition(self) -> bytes:
         """The metrics in Prometheus' text format."""
