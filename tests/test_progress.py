@@ -15,6 +15,16 @@ def test_a_warning_is_printed_once_in_one_line(capsys):
     assert capsys.readouterr().err == f"warning: {text}\nwarning: another\n"
 
 
+def test_a_server_that_warns_of_its_clients_ends_doing_so(capsys):
+    """Each of them may send other keys in every observation, of any length."""
+    for number in range(progress.MOST + 10):
+        progress.warn(f"{number} {'x' * 10_000}")
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == progress.MOST + 1
+    assert max(map(len, said)) < 3000
+    assert said[-1].endswith("no more are shown")
+
+
 def test_strict_makes_a_warning_an_error():
     progress.be_strict()
     with pytest.raises(ValueError, match=r"a key is not used \(--strict makes this"):

@@ -16,6 +16,9 @@ from typing import Protocol
 import rich.console
 import rich.progress
 
+# Warnings of a process, and characters of each: a server's tell what its clients send.
+MOST, LONGEST = 1000, 2000
+
 console = rich.console.Console(stderr=True)
 _told: set[str] = set()
 _strict = False
@@ -38,9 +41,12 @@ def warn(text: str, *, tolerated: bool = False) -> None:
     """
     if _strict and not tolerated:
         raise ValueError(f"{text} (--strict makes this warning an error)")
-    if text not in _told:
+    text = text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
+    if text not in _told and len(_told) < MOST:
         _told.add(text)
         say(f"warning: {text}")
+        if len(_told) == MOST:
+            say(f"warning: these were {MOST} warnings; no more are shown")
 
 
 def be_strict(strict: bool = True) -> None:

@@ -20,7 +20,7 @@ def recorded(folder, numbers, **options):
     record = recorder.Recorder(folder, METADATA, **options)
     name = record.begin(1)
     for number in numbers:
-        record.add(name, *pair(number))
+        record.add(name, 1e9 + number, *pair(number))
     record.end(name)
     record.close()
     return folder / name, record
@@ -43,7 +43,7 @@ def test_two_connections_lie_in_two_files(tmp_path):
     record = recorder.Recorder(tmp_path, METADATA)
     names = [record.begin(number) for number in (1, 2)]
     for number in range(6):
-        record.add(names[number % 2], *pair(number))
+        record.add(names[number % 2], 1e9 + number, *pair(number))
     record.close()
     assert states(tmp_path / names[0]) == [0, 2, 4]
     assert states(tmp_path / names[1]) == [1, 3, 5]
@@ -74,9 +74,19 @@ def test_a_disk_that_fails_ends_the_recording_alone(tmp_path, caplog):
     (tmp_path / "there").rmdir()
     name = record.begin(1)
     for number in range(3):
-        record.add(name, *pair(number))
+        record.add(name, 1e9 + number, *pair(number))
     record.close()
     assert record.dropped == 3
+    assert "ends: " in caplog.text
+
+
+def test_a_disk_that_is_full_ends_the_recording_alone(tmp_path, small_disk, caplog):
+    """Part of a record waits to be written, and fails again when its file is closed."""
+    with small_disk(6):
+        path, record = recorded(tmp_path, range(3))
+        assert not record._thread.is_alive()
+    assert record.dropped == 3
+    assert path.stat().st_size <= 6
     assert "ends: " in caplog.text
 
 

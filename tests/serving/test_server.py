@@ -3,6 +3,7 @@
 import contextlib
 import socket
 import sys
+import time
 import types
 
 import jax
@@ -227,6 +228,16 @@ def test_openpis_broker_passes_a_warning_on(served, observation):
         assert "far from the training data" in found["warnings"][0]
 
 
+def test_a_refusal_that_names_what_was_sent_is_short(served):
+    with served.connect() as robot:
+        robot.recv(timeout=10)
+        serving.ask(robot, {f"{number} {'x' * 10_000}": 1 for number in range(100)})
+        text, code = serving.refusal(robot)
+    assert code == 1011
+    assert text.startswith("the observation lacks camera")
+    assert len(text) < 5000
+
+
 def test_messages_are_recorded_unchanged(served, tiny, observation, tmp_path):
     record = recorder.Recorder(tmp_path, tiny.metadata)
     with serving.running(tiny, record=record) as running:
@@ -241,3 +252,13 @@ def test_messages_are_recorded_unchanged(served, tiny, observation, tmp_path):
         assert len(records) == 3
         np.testing.assert_equal(records[0].observation, observation)
     np.testing.assert_equal([found.answer for found in records], answers)
+
+
+def test_a_record_has_the_time_its_observation_arrived(tmp_path):
+    record = recorder.Recorder(tmp_path, {})
+    with serving.running(serving.Echo(seconds=1.0), record=record) as running:
+        client, sent = serving.openpi(running), time.time()
+        client.infer(serving.STATE)
+    record.close()
+    (found,) = recorder.read(next(tmp_path.iterdir()))
+    assert found.time - sent < 0.8

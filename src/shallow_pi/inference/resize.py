@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, UInt8
 def fit(height: int, width: int, size: int) -> tuple[int, int]:
     """Height and width inside of a square of `size`, rounded as openpi's client rounds."""
     ratio = max(width / size, height / size)
-    return int(height / ratio), int(width / ratio)
+    return max(1, int(height / ratio)), max(1, int(width / ratio))
 
 
 def weights(before: int, after: int) -> Float[np.ndarray, "after before"]:

@@ -87,8 +87,8 @@ class Recorder:
         """Name of the file for a connection's records."""
         return f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{client}{SUFFIX}"
 
-    def add(self, name: str, observation: bytes, answer: bytes) -> None:
-        """Queue one observation and its answer, both packed; returns at once."""
+    def add(self, name: str, arrived: float, observation: bytes, answer: bytes) -> None:
+        """Queue an observation that arrived then (`Record.time`) and its answer, both packed."""
         size = len(observation) + len(answer)
         with self._lock:
             if self._left < size or self._waiting + size > BACKLOG:
@@ -98,7 +98,7 @@ class Recorder:
                 return
             self._left -= size
             self._waiting += size
-        record: _Packed = {"time": time.time(), "observation": observation, "answer": answer}
+        record: _Packed = {"time": arrived, "observation": observation, "answer": answer}
         self._queue.put((name, record))
 
     def end(self, name: str) -> None:
@@ -116,7 +116,7 @@ class Recorder:
             name, record = item
             if record is None:
                 if name in self._files:
-                    self._files.pop(name).close()
+                    _close(self._files.pop(name))
                 continue
             with self._lock:
                 self._waiting -= len(record["observation"]) + len(record["answer"])
@@ -132,8 +132,7 @@ class Recorder:
             if failed:
                 self.dropped += 1
         for file in self._files.values():
-            with contextlib.suppress(OSError):
-                file.close()
+            _close(file)
 
     def _write(self, name: str, record: bytes) -> None:
         if name not in self._files:
@@ -143,6 +142,12 @@ class Recorder:
             self._files[name].write(protocol.pack(head))
         self._files[name].write(record)
         self._files[name].flush()
+
+
+def _close(file: BinaryIO) -> None:
+    # Writes what is left of a record that did not fit the disk, and fails as before.
+    with contextlib.suppress(OSError):
+        file.close()
 
 
 def read(path: str | os.PathLike[str]) -> Iterator[Record]:

@@ -184,7 +184,8 @@ class Sessions:
                     warned = True
                     _log.warning("client %d: %s", client.number, "; ".join(answer.warnings))
                 if self._record is not None and isinstance(message, bytes):
-                    self._record.add(name, message, answer.packed)
+                    at = time.time() - total_ms / 1000
+                    self._record.add(name, at, message, answer.packed)
                 self._busy.discard(connection)
             await connection.close(turns.GOING_AWAY, "the server stops")
         except websockets.exceptions.ConnectionClosed as closed:

@@ -30,6 +30,8 @@ ACTIVE = 1.0
 # The key with which RoboArena's clients say what a message is ("infer" or "reset"); an observation
 # needs none. A reset is answered by this text.
 _ENDPOINT, RESET_DONE = "endpoint", "reset successful"
+# Longest text of a refusal, characters: one may name all that a client sent, which is megabytes.
+REASON = 4000
 # Largest reset, bytes: it is read on the event loop.
 _RESET_BYTES = 65_536
 
@@ -58,6 +60,8 @@ class Refusal(Exception):
     """An observation is not answered: the kind of reason, the text for the client, a close code."""
 
     def __init__(self, kind: telemetry.Kind, text: str, code: int = FAILED) -> None:
+        if len(text) > REASON:
+            text = f"{text[: REASON // 2]} ... {text[-REASON // 2 :]}"
         super().__init__(text)
         self.kind, self.text, self.code = kind, text, code
 
