@@ -25,10 +25,19 @@ from shallow_pi.deploy.export import (
     openpi_pytorch,
     student,
 )
-from shallow_pi.models import pi0, siglip
+from shallow_pi.models import gemma, parameters, pi0, siglip
 
 FORMATS = ("openpi", "openpi-padded", "openpi-pytorch", "lerobot")
 LAYERS, TEACHER_DEPTH = [1, 3], 5
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_classes():
+    """openpi's depths in miniature: compiling 18 layers takes long."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(student, "DEPTH", 4)
+        patch.setattr(student, "TOWER_DEPTH", 2)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +67,7 @@ def run(own, params, tmp_path_factory):
 def exported(run, tmp_path_factory):
     """Each format once; tests must not change them."""
     folder = tmp_path_factory.mktemp("exports")
-    return {
-        name: export.export(run / "2", name, folder / name, any_size=True, num_steps=2)
-        for name in FORMATS
-    }
+    return {name: export.export(run / "2", name, folder / name, any_size=True) for name in FORMATS}
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -73,8 +79,8 @@ def test_an_export_is_a_policy_with_the_students_actions(run, exported, name):
     }
     found |= {"observation.state": np.ones(3, np.float32), "task": "touch the red block"}
     noise = generator.standard_normal((5, 6)).astype(np.float32)
-    student = policy.Policy.from_checkpoint(run / "2", num_steps=3, warm_up=False)
-    other = policy.Policy.from_checkpoint(exported[name], num_steps=3, warm_up=False)
+    student = policy.Policy.from_checkpoint(run / "2", warm_up=False)
+    other = policy.Policy.from_checkpoint(exported[name], warm_up=False)
     actions = student.infer(found, noise)["actions"]
     np.testing.assert_allclose(other.infer(found, noise)["actions"], actions, rtol=1e-5, atol=1e-6)
     assert np.abs(actions).max() > 0.1
@@ -88,20 +94,16 @@ def test_openpis_folder_has_parameters_and_statistics_where_openpi_looks(params,
     np.testing.assert_allclose(stats["norm_stats"]["state"]["mean"], np.linspace(0.5, 2, 3))
 
 
-def test_padding_puts_layers_at_their_teacher_indices_between_zeros(params, exported):
-    read = weights.leaves(
-        weights.load_params(
-            exported["openpi-padded"],
-            pi0.abstract_params(assets.load(exported["openpi-padded"]).model),
-        )
-    )
+@pytest.mark.parametrize(("name", "depth"), [("openpi-padded", 4), ("openpi-pytorch", 2)])
+def test_zeros_behind_the_layers_fill_the_classes_depths(params, exported, name, depth):
+    model = assets.load(exported[name]).model
+    read = weights.leaves(weights.load_params(exported[name], pi0.abstract_params(model)))
     for path, leaf in weights.leaves(params).items():
-        if path.startswith("PaliGemma/llm/layers/"):
-            assert read[path].shape[0] == TEACHER_DEPTH
-            np.testing.assert_array_equal(read[path][np.array(LAYERS)], leaf)
-            assert not np.asarray(read[path])[[0, 2, 4]].any()
-        else:
-            np.testing.assert_array_equal(read[path], leaf)
+        stack = parameters.stack(path)
+        filled = {"layers": depth, "image_layers": 2}.get(stack, len(leaf))
+        assert len(read[path]) == filled, path
+        np.testing.assert_array_equal(read[path][: len(leaf)], leaf)
+        assert not np.any(read[path][len(leaf) :])
 
 
 @pytest.mark.parametrize("pi05", [False, True])
@@ -109,7 +111,7 @@ def test_a_padded_model_is_the_same_function(tiny_config, tiny_params, tiny_obse
     config = tiny_config(pi05=pi05, depth=2)
     params, observation = tiny_params(config), tiny_observation(config)
     deep = pi0.at_depth(config, 4)
-    padded = jax.tree.map(jnp.asarray, student.pad(params, "layers", (0, 2), 4))
+    padded = jax.tree.map(jnp.asarray, student.pad(params, "layers", 4))
     x_t = jax.random.normal(jax.random.key(0), (2, 5, 6))
     t = jnp.array([0.3, 0.9])
     shallow, _ = jax.jit(pi0.velocity, static_argnums=0)(config, params, observation, x_t, t)
@@ -122,9 +124,8 @@ def test_pooled_image_tokens_are_refused_where_nothing_can_pool(name, own, param
     model = dataclasses.replace(own.model, pooled_tokens=1)
     weights.save_params(tmp_path / "2" / "params", params)
     dataclasses.replace(own, model=model).save(tmp_path / "2" / "assets")
-    layers = (1, 3) if name == "openpi-padded" else ()
     with pytest.raises(ValueError, match=r"(?s)pools a camera's 4 image tokens to 1 .*--format on"):
-        export.export(tmp_path / "2", name, any_size=True, layers=layers)
+        export.export(tmp_path / "2", name, any_size=True)
     assert policy.Policy.from_checkpoint(tmp_path / "2", warm_up=False).assets.model == model
 
 
@@ -133,11 +134,10 @@ def test_a_scorer_is_refused_where_there_is_no_place_for_it(name, own, tiny_para
     model = dataclasses.replace(own.model, scored_tokens=1)
     weights.save_params(tmp_path / "2" / "params", tiny_params(model))
     dataclasses.replace(own, model=model).save(tmp_path / "2" / "assets")
-    layers = (1, 3) if name == "openpi-padded" else ()
     with pytest.raises(
         ValueError, match=r"chooses 1 of a camera's 4 image tokens by a scorer .*\(image_scorer/…\)"
     ):
-        export.export(tmp_path / "2", name, any_size=True, layers=layers)
+        export.export(tmp_path / "2", name, any_size=True)
     loaded = policy.Policy.from_checkpoint(tmp_path / "2", warm_up=False)
     assert loaded.assets.model == model
     assert ", 1 chosen image tokens a camera, " in loaded.description
@@ -145,7 +145,7 @@ def test_a_scorer_is_refused_where_there_is_no_place_for_it(name, own, tiny_para
 
 @pytest.fixture(scope="module")
 def uneven(own, tiny_params, tmp_path_factory):
-    """A run whose student is cut further in the backbone, the expert and the image tower."""
+    """The step of a student that is cut further in the backbone, the expert and the image tower."""
     model = dataclasses.replace(
         own.model,
         depth=3,
@@ -155,9 +155,6 @@ def uneven(own, tiny_params, tmp_path_factory):
     folder = tmp_path_factory.mktemp("uneven")
     weights.save_params(folder / "2" / "params", tiny_params(model))
     dataclasses.replace(own, model=model).save(folder / "2" / "assets")
-    whole = {"depth": 5, "image": {"depth": 2}}
-    content = {"name": "pi0_tiny_l3", "layer_map": [0, 1, 4], "model": whole}
-    (folder / "config.json").write_text(json.dumps(content))
     return folder / "2"
 
 
@@ -166,18 +163,17 @@ def test_a_student_of_several_depths_is_the_same_function_in_whole_layers(
     name, tower, uneven, tmp_path
 ):
     """Actions are compared by the export, over the whole layers of the padded one."""
-    made = export.export(uneven, name, tmp_path / name, any_size=True, num_steps=2)
+    made = export.export(uneven, name, tmp_path / name, any_size=True)
     stored = sizes.of(weights.stored_params(made))
     padded = name == "openpi-padded"
-    assert (stored["depth"], stored["image"].depth) == (5 if padded else 3, tower)
+    assert (stored["depth"], stored["image"].depth) == (4 if padded else 3, tower)
     model = assets.load(made).model
     assert model.is_even == padded
     read = weights.load_params(made, pi0.abstract_params(model))["PaliGemma"]
-    cut = (4 if padded else 2), 1
     layers = read["llm"]["layers"]
-    assert not np.any(layers["mlp"]["linear"][cut[0]])
-    assert not np.any(layers["attn"]["attn_vec_einsum_1"]["w"][cut[1]])
-    assert np.any(layers["attn"]["kv_einsum"]["w"][cut[0]])
+    assert not np.any(layers["mlp"]["linear"][2])
+    assert not np.any(layers["attn"]["attn_vec_einsum_1"]["w"][1])
+    assert np.any(layers["attn"]["kv_einsum"]["w"][2])
     card = (made / "README.md").read_text()
     assert "# π0 with 3 layers (backbone 2, action expert 2)" in card
 
@@ -187,7 +183,7 @@ def test_a_half_of_a_layer_that_is_no_zeros_is_found(name, uneven, tmp_path, mon
     """shallow_pi would leave it out, and openpi and LeRobot compute with it."""
     monkeypatch.setattr(student, "in_whole_layers", lambda given: given)
     with pytest.raises(ValueError, match=r"than zeros in halves of layers .*attn_vec_einsum_1"):
-        export.export(uneven, name, tmp_path / "x", any_size=True, num_steps=2)
+        export.export(uneven, name, tmp_path / "x", any_size=True)
 
 
 def test_openpis_pytorch_file_has_every_tensor_of_its_class(exported, own):
@@ -222,8 +218,8 @@ def test_files_can_be_read_by_others(exported):
 def test_the_card_says_what_it_is_and_how_to_run_it(exported, name):
     card = (exported[name] / "README.md").read_text()
     command = {
-        "openpi": "serve-openpi policy:checkpoint --policy.config=pi0_tiny_l2",
-        "openpi-padded": "with 5 layers: the student's at the indices 1 3, the",
+        "openpi": "serve-openpi policy:checkpoint --policy.config=student",
+        "openpi-padded": "with 4 layers: first the student's, then zeros",
         "openpi-pytorch": "dataclasses.replace(original(name), depth=2)",
         "lerobot": "plugins/lerobot_policy_shallow_pi",
     }
@@ -243,30 +239,21 @@ def test_the_card_says_what_it_is_and_how_to_run_it(exported, name):
     assert "unchanged" not in card
 
 
-def _readme(format, own, depth, layers, **changes):
-    """The README of a student, and of its export at a depth, by its sizes alone."""
-    model = dataclasses.replace(pi0.Pi0Config(), depth=depth)
-    given = student.Student(dataclasses.replace(own, model=model, **changes), {})
-    return format.usage("x", given, student.Origin(layer_map=layers))
-
-
-def test_only_openpis_own_depth_runs_in_an_unchanged_openpi(own):
-    """A teacher may have another: one that reads the last layer alone has 12."""
-    found = [_readme(openpi_padded, own, depth, (0, 5)) for depth in (18, 12)]
-    assert ["An unchanged openpi runs it" in text for text in found] == [True, False]
-
-
 @pytest.mark.parametrize("format", [openpi_padded, openpi_pytorch])
 def test_openpi_is_told_the_students_integration_steps_and_model(format, own):
     """Its own server has no flag for them and takes ten."""
-    found = {n: _readme(format, own, 18, (0, 5), num_steps=n) for n in (1, 10)}
+    found = {}
+    for n in (1, 10):
+        given = dataclasses.replace(own, model=pi0.Pi0Config(), num_steps=n)
+        found[n] = format.usage("x", student.Student(given, {}))
     assert "sample_kwargs=dict(num_steps=1)" in found[1]
     assert "policy:checkpoint" not in found[1]
     assert "Pi0Config(pi05=False, action_horizon=50, max_token_len=48)" in found[1]
     assert ("policy:checkpoint" in found[10]) == (format is openpi_padded)
-    model = pi0.Pi0Config(pi05=True, max_token_len=200)
+    model = pi0.Pi0Config(pi05=True, max_token_len=200, action_dim=14, dtype="float32")
     sentence = openpi.train_config(student.Student(dataclasses.replace(own, model=model), {}), "x")
     assert "pi05=True, action_horizon=50, max_token_len=200, discrete_state_input=False" in sentence
+    assert ", action_dim=14, dtype='float32')`" in sentence
 
 
 @pytest.mark.parametrize(
@@ -289,18 +276,18 @@ def test_a_robot_with_openpis_own_transforms_is_exported_for_openpi_alone(own, p
     theirs = dataclasses.replace(own.robot, name="openpi:pi0_mine", elsewhere="pi0_mine")
     weights.save_params(tmp_path / "2" / "params", params)
     dataclasses.replace(own, robot=theirs).save(tmp_path / "2" / "assets")
-    folder = export.export(tmp_path / "2", "openpi", any_size=True, num_steps=1)
+    folder = export.export(tmp_path / "2", "openpi", any_size=True)
     assert assets.load(folder).robot.elsewhere == "pi0_mine"
     assert "shallow-pi serve --policy.dir" not in (folder / "README.md").read_text()
     with pytest.raises(ValueError, match="openpi's config pi0_mine, which LeRobot's pipelines can"):
-        export.export(tmp_path / "2", "lerobot", any_size=True, num_steps=1)
+        export.export(tmp_path / "2", "lerobot", any_size=True)
 
 
 def test_the_last_step_of_a_run_is_exported_into_the_run(run, params, tmp_path):
     folder = tmp_path / "first"
     shutil.copytree(run, folder)
     said = []
-    made = export.export(folder, "openpi", any_size=True, num_steps=1, report=said.append)
+    made = export.export(folder, "openpi", any_size=True, report=said.append)
     assert made == folder / "exports" / "10-openpi"
     read = weights.load_params(made, pi0.abstract_params(assets.load(made).model))
     np.testing.assert_array_equal(
@@ -356,7 +343,7 @@ def test_stored_dtypes_are_kept_and_bfloat16_is_compared_in_bfloat16(own, params
     own = dataclasses.replace(own, model=dataclasses.replace(own.model, dtype="bfloat16"))
     weights.save_params(tmp_path / "7" / "params", params)
     own.save(tmp_path / "7" / "assets")
-    made = export.export(tmp_path / "7", "openpi-pytorch", any_size=True, num_steps=1)
+    made = export.export(tmp_path / "7", "openpi-pytorch", any_size=True)
     stored = weights.stored_params(made)
     assert {leaf.dtype for leaf in jax.tree.leaves(stored)} == {jnp.dtype("float32")}
 
@@ -378,13 +365,27 @@ def test_a_cut_image_tower_is_no_other_size(image, sizes):
     assert student.other_sizes(pi0.Pi0Config(image=image), student.BUILT_IN) == sizes
 
 
-@pytest.mark.parametrize("cameras", [pi0.CAMERAS[:1], pi0.CAMERAS[::-1]])
-def test_other_cameras_are_another_size_for_openpi_alone(cameras):
-    """openpi's model encodes its three in their order; LeRobot's has them in its config."""
-    model = pi0.Pi0Config(cameras=cameras)
-    for name, one in formats.FORMATS.items():
-        found = [text.partition(" is ")[0] for text in student.other_sizes(model, one.BUILT_IN)]
-        assert found == ["cameras"] * name.startswith("openpi"), name
+@pytest.mark.parametrize(
+    ("changes", "refused"),
+    [
+        ({"cameras": pi0.CAMERAS[:1]}, ("openpi", "openpi-padded", "openpi-pytorch")),
+        ({"cameras": pi0.CAMERAS[::-1]}, ("openpi", "openpi-padded", "openpi-pytorch")),
+        ({"image_size": 280}, ("openpi", "openpi-padded", "openpi-pytorch")),
+        ({"action_dim": 14}, ("openpi-pytorch",)),
+        ({"vocab_size": 300}, FORMATS),
+        ({"expert": gemma.GemmaConfig(512, 4096)}, ("openpi-padded", "openpi-pytorch", "lerobot")),
+        ({"image": siglip.SiglipConfig(patch_size=16)}, FORMATS),
+        ({"depth": 12, "action_horizon": 10, "pi05": True}, ()),
+        ({"depth": 36}, ("openpi-padded",)),
+    ],
+)
+def test_a_format_refuses_the_sizes_that_its_classes_have_built_in(changes, refused):
+    """openpi's class for JAX and LeRobot's take more from their configs than openpi's for torch."""
+    model = pi0.Pi0Config(**changes)
+    found = [
+        name for name, one in formats.FORMATS.items() if student.other_sizes(model, one.BUILT_IN)
+    ]
+    assert found == list(refused)
 
 
 @pytest.mark.parametrize(
@@ -392,7 +393,7 @@ def test_other_cameras_are_another_size_for_openpi_alone(cameras):
     [
         ("openpi", {"pooled_tokens": 1}, {}, "pools a camera's 4 image tokens to 1"),
         ("openpi-pytorch", {"scored_tokens": 1}, {}, "by a scorer"),
-        ("openpi-padded", {}, {}, "give them, such as --layers"),
+        ("openpi-padded", {"pooled_tokens": 1}, {}, "pools a camera's 4 image tokens to 1"),
         ("lerobot", {}, {"elsewhere": "pi0_mine"}, "LeRobot's pipelines cannot hold"),
         (
             "lerobot",
@@ -420,35 +421,19 @@ def test_what_cannot_be_exported_is_refused_before_parameters_are_read(
 
 
 def test_sizes_openpi_does_not_have_are_refused_one_by_one(run, tmp_path):
-    with pytest.raises(ValueError, match=r"(?s)vocab_size is 320, theirs 257152.*--any-size"):
+    with pytest.raises(
+        ValueError,
+        match=r"(?s)behind --format lerobot cannot .*vocab_size is 320, theirs 257152.*give "
+        r"--format onnx, --format stablehlo, or --any-size",
+    ):
         export.export(run / "2", "lerobot", tmp_path / "new")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_step_folder_alone_is_padded_by_the_layers_given(run, tmp_path):
+def test_a_step_folder_alone_is_padded(run, tmp_path):
     shutil.copytree(run / "2", tmp_path / "2")
-    with pytest.raises(ValueError, match=r"(?s)no run's config\.json.*--layers 0 3 7"):
-        export.export(tmp_path / "2", "openpi-padded", any_size=True)
-    made = export.export(
-        tmp_path / "2", "openpi-padded", any_size=True, num_steps=1, layers=(0, 2), teacher_depth=3
-    )
-    assert sizes.of(weights.stored_params(made))["depth"] == 3
-
-
-@pytest.mark.parametrize("layers", [(1,), (3, 1), (1, 1), (1, 5), (-1, 2)])
-def test_layers_that_do_not_fit_are_an_error(run, tmp_path, layers):
-    (tmp_path / "2").symlink_to(run / "2")
-    given = {"any_size": True, "layers": layers, "teacher_depth": 5}
-    with pytest.raises(ValueError, match=r"does not place 2 layers in a teacher of 5"):
-        export.export(tmp_path / "2", "openpi-padded", tmp_path / "x", **given)
-
-
-@pytest.mark.parametrize("given", [{"layers": (0, 2)}, {"teacher_depth": 6}])
-def test_other_layers_than_the_runs_are_an_error(run, tmp_path, given):
-    with pytest.raises(
-        ValueError, match=r"--teacher-depth .*: the run kept \d \d of 5 .*leave them"
-    ):
-        export.export(run / "2", "openpi-padded", tmp_path / "x", any_size=True, **given)
+    made = export.export(tmp_path / "2", "openpi-padded", any_size=True)
+    assert sizes.of(weights.stored_params(made))["depth"] == 4
 
 
 def test_missing_statistics_or_a_half_copied_step_are_named(run, tmp_path):
@@ -468,7 +453,7 @@ def test_a_tokenizer_that_is_not_openpis_is_told_and_a_missing_one_is_named(own,
     """openpi's classes embed as many words, and would read others."""
     model = dataclasses.replace(own.model, vocab_size=pi0.PALIGEMMA_VOCAB_SIZE)
     dataclasses.replace(own, model=model).save(tmp_path / "2" / "assets")
-    with pytest.raises(ValueError, match="give them, such as --layers"):
+    with pytest.raises(ValueError, match="holds no parameters"):
         export.export(tmp_path / "2", "openpi-padded", any_size=True)
     told = " ".join(capsys.readouterr().err.split())
     assert "PaliGemma's tokenizer, and the student's has 320 pieces" in told
@@ -492,7 +477,7 @@ def test_what_is_read_back_differently_is_not_kept(run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(safetensors_file, "write", wrong)
     with pytest.raises(ValueError, match=r"other numbers than were written: .*action_out_pro"):
-        export.export(run / "2", "lerobot", tmp_path / "exports/new", any_size=True, num_steps=1)
+        export.export(run / "2", "lerobot", tmp_path / "exports/new", any_size=True)
     assert not list(tmp_path.iterdir())
 
 
@@ -504,18 +489,21 @@ def test_statistics_that_differ_are_not_kept(run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(normalize, "save", wrong)
     with pytest.raises(ValueError, match=r"other numbers than .*\['statistics actions\.mean'\]"):
-        export.export(run / "2", "openpi", tmp_path / "new", any_size=True, num_steps=1)
+        export.export(run / "2", "openpi", tmp_path / "new", any_size=True)
     assert not list(tmp_path.iterdir())
 
 
 def test_actions_that_differ_are_not_kept(run, tmp_path, monkeypatch):
     """Layers in another order are read back as they were written, and are another policy."""
     pad = student.pad
-    monkeypatch.setattr(
-        student, "pad", lambda params, stack, layers, n: pad(params, stack, list(layers)[::-1], n)
-    )
+
+    def flipped(params, stack, depth):
+        padded = pad(params, stack, depth)
+        return jax.tree.map(np.flip, padded) if stack == "layers" else padded
+
+    monkeypatch.setattr(student, "pad", flipped)
     with pytest.raises(ValueError, match=r"actions of .* differ from the student's by"):
-        export.export(run / "2", "openpi-padded", tmp_path / "new", any_size=True, num_steps=2)
+        export.export(run / "2", "openpi-padded", tmp_path / "new", any_size=True)
     assert not list(tmp_path.iterdir())
 
 

@@ -157,6 +157,7 @@ def test_bfloat16_is_compared_in_float32_arithmetic_with_a_warning(steps, tmp_pa
         ("stablehlo", {"dtype": "float16"}, "has --dtype bfloat16, float32, not 'float16'"),
         ("openpi", {"dtype": "float32"}, "--dtype is for graphs"),
         ("openpi", {"opset": 19}, "--opset 19 is for --format onnx, not openpi"),
+        ("openpi", {}, "--num-steps 1 is for graphs, --format openpi keeps the 10 that the stud"),
     ],
 )
 def test_a_graph_that_cannot_be_is_refused_and_nothing_is_left(

@@ -135,7 +135,7 @@ def test_a_robot_that_selects_values_of_a_column_is_refused(make, changes, taken
     """LeRobot has no such step, and a column in another order has the right size."""
     own = student.Student(make(dataclasses.replace(robots.TURNTABLE, **changes)), {})
     with pytest.raises(ValueError, match=rf"robot turntable selects values .* \({taken}\), and Le"):
-        lerobot.check(own, student.Origin())
+        lerobot.check(own)
     text = card.text("", "x", own, student.Origin(), "checked", is_policy=True)
     assert f"20 Hz ({taken}) |" in text, "as the cards of other formats tell"
 
@@ -144,7 +144,7 @@ def test_the_card_warns_of_what_lerobot_does_to_relative_actions(make):
     found = []
     for robot in (robots.METAWORLD, robots.TURNTABLE, robots.ALOHA):
         own = student.Student(make(robot, action_dim=14), {})
-        found.append(lerobot.usage("x", own, student.Origin()))
+        found.append(lerobot.usage("x", own))
     assert ["`n_action_steps` is 1" in card for card in found] == [False, True, True]
     assert ["`--inference.type=rtc`" in card for card in found] == [False, False, True]
 

@@ -12,6 +12,7 @@ import pytest
 from shallow_pi.checkpoints import weights
 from shallow_pi.deploy import policy
 from shallow_pi.deploy.export import export, onnx_graph, stablehlo
+from shallow_pi.deploy.export import student as students
 from shallow_pi.inference import calibration
 from shallow_pi.models import batch as batches
 
@@ -120,16 +121,22 @@ def test_a_student_that_was_not_calibrated_is_refused(step, own, params, tmp_pat
         _export(tmp_path / "2", tmp_path / "x", "stablehlo", quantize="int8")
 
 
+@pytest.mark.parametrize(
+    ("format", "options", "steps"),
+    [
+        ("stablehlo", {"num_steps": 5}, "samples in 5 integration steps and was trained for 10"),
+        ("openpi", {"any_size": True}, ""),
+    ],
+)
 def test_steps_and_float_weights_that_it_was_not_trained_for_are_warned_of(
-    own, params, tmp_path, capsys
+    format, options, steps, own, tmp_path, capsys
 ):
-    weights.save_params(tmp_path / "2" / "params", params)
     dataclasses.replace(own, quantize="int8").save(tmp_path / "2" / "assets")
-    with pytest.raises(ValueError, match="give them, such as --layers"):
-        export.export(tmp_path / "2", "openpi-padded", num_steps=5, any_size=True)
+    with pytest.raises(ValueError, match="holds no parameters"):
+        export.export(tmp_path / "2", format, **options)
     told = " ".join(capsys.readouterr().err.split())
-    assert "samples in 5 integration steps and was trained for 10" in told
-    assert "8 bits (int8), and --format openpi-padded holds its unrounded weights" in told
+    assert steps in told
+    assert f"8 bits (int8), and --format {format} holds its unrounded weights" in told
 
 
 @pytest.mark.parametrize("scheme", ["int8", "w8"])
@@ -143,17 +150,23 @@ def test_stablehlo_holds_int8_weights(step, tmp_path, scheme):
     assert f"in float32 with products in 8 bits ({scheme}), batch 1" in card
 
 
-def test_a_calibration_stays_beside_the_layers_that_it_is_of(step, own, tmp_path, capsys):
+def test_a_calibration_stays_beside_the_layers_that_it_is_of(
+    step, own, tmp_path, capsys, monkeypatch
+):
     """Without it a policy that was trained for int8 would be served with rounded weights alone."""
     shutil.copytree(step, tmp_path / "2")
     dataclasses.replace(own, quantize="int8").save(tmp_path / "2" / "assets")
-    folder = _export(tmp_path / "2", tmp_path / "x", "openpi", any_size=True)
+    folder = export.export(tmp_path / "2", "openpi", tmp_path / "x", any_size=True)
     name = f"assets/{calibration.FILE_NAME}"
     assert (folder / name).read_bytes() == (step / name).read_bytes()
     assert policy.Policy.from_checkpoint(folder, num_steps=STEPS, warm_up=False).quantize == "int8"
+    assert (
+        "| compute | float32, trained for products in 8 bits (int8) |"
+        in (folder / "README.md").read_text()
+    )
     assert "is left out" not in capsys.readouterr().err
-    padded = {"layers": (0, 2), "teacher_depth": 3, "any_size": True}
-    folder = _export(tmp_path / "2", tmp_path / "padded", "openpi-padded", **padded)
+    monkeypatch.setattr(students, "DEPTH", 3)
+    folder = export.export(tmp_path / "2", "openpi-padded", tmp_path / "y", any_size=True)
     assert not (folder / name).exists()
     assert "calibration.json is left out" in " ".join(capsys.readouterr().err.split())
 

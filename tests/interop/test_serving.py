@@ -126,13 +126,11 @@ def test_an_exported_student_acts_in_openpi_as_here(layout, make_step, tmp_path)
     """From the exported folder alone; padded, at the depth openpi's own config would have."""
     robot = robots.ALOHA
     step, observation = make_step(robot, _model()), _observation(robot)
-    padded = {"layers": (0, 1, 3, 4, 6, 7), "teacher_depth": 8}
-    more = padded if layout == "openpi-padded" else {}
-    folder = export.export(step, layout, tmp_path / "given", any_size=True, **more)
+    folder = export.export(step, layout, tmp_path / "given", any_size=True)
     interop.register_checkpoint("student_l6", folder)
     served = policy_config.create_trained_policy(openpi_config.get_config("student_l6"), folder)
     kept = sizes.of(weights.stored_params(folder))["depth"]
-    assert kept == (8 if more else 6)
+    assert kept == (18 if layout == "openpi-padded" else 6)
     own = policy.Policy.from_checkpoint(step, warm_up=False)
     noise = np.random.default_rng(5).standard_normal(own.noise_shape).astype(np.float32)
     found = served.infer(_sent(robot, observation), noise=noise)["actions"]

@@ -6,7 +6,7 @@ SOURCE is a run's folder (checkpoints/<config>/<exp>), of which --step chooses a
 folder. Formats:
 
     openpi            params/ and assets/ for openpi with a config of the student's depth
-    openpi-padded     the same at the teacher's depth, for an unchanged openpi; no faster
+    openpi-padded     the same with zeros up to 18 layers, for an unchanged openpi; no faster
     openpi-pytorch    model.safetensors for openpi's PyTorch model
     lerobot           a LeRobot policy folder; LeRobot needs plugins/lerobot_policy_shallow_pi
     onnx              ONNX graphs for TensorRT and ONNX Runtime (docs/edge.md); needs the extra onnx
@@ -18,7 +18,7 @@ README.md explains how to run it.
 
     uv run scripts/export_student.py checkpoints/pi0_aloha_l6/first --format openpi
     uv run scripts/export_student.py checkpoints/pi0_aloha_l6/first --step best --format lerobot
-    uv run scripts/export_student.py 30000 --format openpi-padded --layers 0 3 7 10 14 17
+    uv run scripts/export_student.py 30000 --format openpi-padded
     uv run scripts/export_student.py checkpoints/pi05_libero_l6/first --format onnx --num-steps 5
 """
 
@@ -47,14 +47,10 @@ class Arguments:
     step: str = "last"
     # The folder to create; empty uses exports/<step>-<format> next to the step.
     output: str = ""
-    # openpi-padded, for a step folder without its run: teacher layer of each student layer.
-    layers: tuple[int, ...] = ()
-    # openpi-padded, for a step folder without its run: number of teacher layers.
-    teacher_depth: int = export.TEACHER_DEPTH
-    # Allow sizes other than openpi's; no released class of openpi or LeRobot loads them.
+    # Allow sizes that the format's classes have built in otherwise; no released class loads them.
     any_size: bool = False
-    # Integration steps of the comparison, and of onnx and stablehlo, in which they are unrolled; 0
-    # uses the number that the student was trained for.
+    # onnx and stablehlo: integration steps, which are unrolled there; 0 uses the number that the
+    # student was trained for.
     num_steps: int = 0
     # onnx: float16, float32, bfloat16; stablehlo: bfloat16, float32; empty uses the first.
     dtype: str = ""
@@ -77,8 +73,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             given.format,
             given.output or None,
             step=given.step,
-            layers=given.layers,
-            teacher_depth=given.teacher_depth,
             any_size=given.any_size,
             num_steps=given.num_steps or None,
             dtype=given.dtype,
@@ -94,8 +88,3 @@ def _idle(given: Arguments) -> flags.Idle:
         return
     is_graph = bool(formats.FORMATS[given.format].DTYPES)
     yield is_graph, "any_size", f"--format {given.format} has any size; leave it out"
-    number = (
-        "the exported policy keeps the number that the student was trained for, only the check "
-        "uses this one"
-    )
-    yield not is_graph, "num_steps", f"--format {given.format}: {number}"

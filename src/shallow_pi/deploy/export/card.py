@@ -56,7 +56,8 @@ def text(
         "prompt": f"{model.max_token_len} tokens"
         + (", with the state in it" if model.discrete_state_input else ""),
         "normalization": f"{assets.kind.replace('_', '-')}, statistics `{assets.asset_id}`",
-        "compute": model.dtype,
+        "compute": model.dtype
+        + f", trained for products in 8 bits ({assets.quantize})" * (assets.quantize != "none"),
     }
     table = "\n".join(f"| {name} | {value or 'not recorded'} |" for name, value in rows.items())
     return f"""\

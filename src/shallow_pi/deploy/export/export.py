@@ -22,8 +22,8 @@ from shallow_pi.inference import calibration
 from shallow_pi.inference import quantize as quantization
 from shallow_pi.models import pi0
 
-# openpi's number of layers, and the oldest operators of ONNX that graphs are written for.
-TEACHER_DEPTH, OPSET = 18, 17
+# The oldest operators of ONNX that graphs are written for.
+OPSET = 17
 
 
 def export(
@@ -32,8 +32,6 @@ def export(
     output: str | os.PathLike[str] | None = None,
     *,
     step: str | int = "last",
-    layers: Sequence[int] = (),
-    teacher_depth: int = TEACHER_DEPTH,
     any_size: bool = False,
     num_steps: int | None = None,
     dtype: str = "",
@@ -48,11 +46,9 @@ def export(
       format: a name in `formats.FORMATS`.
       output: the folder to create; None uses `exports/<step>-<format>` next to the step.
       step: of a run: "last", "best" or a number.
-      layers: for `openpi-padded` without a run, the teacher layer of each student layer.
-      teacher_depth: for `openpi-padded` without a run, the number of layers of the padded model.
       any_size: allow sizes that differ from openpi's, which the released classes cannot load.
-      num_steps: integration steps of the comparison and of a graph, where they are unrolled; None
-        takes the number that the student was trained for.
+      num_steps: integration steps of a graph, in which they are unrolled; None takes the number
+        that the student was trained for.
       dtype: of a graph's weights and arithmetic; empty uses the format's default.
       opset: for `onnx`, the operator set version.
       quantize: products in 8 bits, for graphs; int8 needs the student's calibration.
@@ -67,11 +63,6 @@ def export(
     """
     chosen = formats.find(format)
     formats.check_scheme(format, quantize)
-    if format != "openpi-padded" and (layers or teacher_depth != TEACHER_DEPTH):
-        raise ValueError(
-            f"--layers and --teacher-depth are for --format openpi-padded, not {format}: leave "
-            "them out"
-        )
     if opset != OPSET and format != "onnx":
         raise ValueError(f"--opset {opset} is for --format onnx, not {format}: leave it out")
     if output:  # Before a checkpoint is fetched.
@@ -85,15 +76,25 @@ def export(
         assets = dataclasses.replace(assets, model=dataclasses.replace(assets.model, dtype=dtype))
     elif dtype:
         raise ValueError(f"--dtype is for graphs, --format {format} keeps the parameters' own")
+    elif num_steps is not None:
+        raise ValueError(
+            f"--num-steps {num_steps} is for graphs, --format {format} keeps the "
+            f"{assets.num_steps} that the student was trained for: leave it out"
+        )
     different = students.other_sizes(assets.model, chosen.BUILT_IN)
     if different and not any_size:
-        raise ValueError(
-            "this student has sizes that the classes of openpi and LeRobot cannot have:\n  "
-            + "\n  ".join(different)
-            + "\nserve it from its step folder (shallow-pi serve), or give --any-size to export it "
-            "for classes you have changed"
+        others = ", ".join(
+            f"--format {name}"
+            for name, one in formats.FORMATS.items()
+            if not students.other_sizes(assets.model, one.BUILT_IN)
         )
-    origin = _placed(students.origin(folder), tuple(layers), teacher_depth)
+        raise ValueError(
+            f"this student has sizes that the classes behind --format {format} cannot have:\n  "
+            + "\n  ".join(different)
+            + f"\nserve it from its step folder (shallow-pi serve), give {others}, or --any-size "
+            "to export it for classes you have changed"
+        )
+    origin = students.origin(folder)
 
     steps = assets.steps(num_steps)
     _warn_of_float(assets.quantize, format, quantize)
@@ -105,14 +106,14 @@ def export(
     scheme, bounds = calibration.choose(assets.model, quantize, "none", calibrated, steps)
     expected = pi0.abstract_params(assets.model)
     student = students.Student(assets, expected, steps, opset, scheme, bounds)
-    chosen.check(student, origin)
+    chosen.check(student)
 
     report(f"Reading {folder}: {assets.model.kind}, {assets.model.depths}")
     params = weights.load_params(
         folder, expected, dtype=jnp.dtype(dtype) if dtype else None, what="student"
     )
     student = dataclasses.replace(student, params=params)
-    exported = chosen.prepare(student, origin)
+    exported = chosen.prepare(student)
     kept = None if chosen.DTYPES else _that_fits(calibrated, student.model, exported.model)
 
     with atomic.folder(target) as partial:
@@ -123,7 +124,7 @@ def export(
         chosen.write(partial, exported)
         report("Reading it back and comparing its actions with the student's")
         checked = chosen.verify(partial, exported, student)
-        usage = chosen.usage(target.name, exported, origin)
+        usage = chosen.usage(target.name, exported)
         readme = card.text(
             *(usage, target.name, student, origin, checked),
             is_policy=not chosen.DTYPES,
@@ -132,24 +133,6 @@ def export(
         (partial / "README.md").write_text(readme, encoding="utf-8")
     report(f"{target}: {checked}")
     return target
-
-
-def _placed(
-    origin: students.Origin, layers: tuple[int, ...], teacher_depth: int
-) -> students.Origin:
-    """The origin with the layers given, where no run tells them."""
-    if not origin.layer_map:
-        if not layers:
-            return origin
-        return dataclasses.replace(origin, layer_map=layers, teacher_depth=teacher_depth)
-    depths = TEACHER_DEPTH, origin.teacher_depth
-    if layers not in ((), origin.layer_map) or teacher_depth not in depths:
-        kept, given = (" ".join(map(str, found)) for found in (origin.layer_map, layers))
-        raise ValueError(
-            f"--layers {given or kept} and --teacher-depth {teacher_depth}: the run kept {kept} of "
-            f"{origin.teacher_depth} ({run_folder.CONFIG_FILE}); leave them out"
-        )
-    return origin
 
 
 def _warn_of_float(trained: quantization.Scheme, format: str, asked: quantization.Scheme) -> None:

@@ -22,23 +22,23 @@ class Format(Protocol):
 
     # Dtypes of a graph, the default first; empty if other projects' classes load the parameters.
     DTYPES: tuple[str, ...]
-    # Fields of a model whose values the classes that load it have built in; empty for graphs.
-    BUILT_IN: tuple[str, ...]
+    # Sizes of a model that the classes that load it have built in; empty for graphs.
+    BUILT_IN: frozenset[str]
 
-    def check(self, student: students.Student, origin: students.Origin) -> None:
+    def check(self, student: students.Student) -> None:
         """Raise before the parameters of a student are read, which are shapes alone here.
 
         Raises:
           ValueError: the format cannot represent it, or needs a package that is missing.
         """
 
-    def prepare(self, student: students.Student, origin: students.Origin) -> students.Student:
+    def prepare(self, student: students.Student) -> students.Student:
         """The student as represented in this format: the same function of observations."""
 
     def write(self, folder: pathlib.Path, student: students.Student) -> None:
         """Write everything but `assets/` into a new folder."""
 
-    def usage(self, folder: str, student: students.Student, origin: students.Origin) -> str:
+    def usage(self, folder: str, student: students.Student) -> str:
         """Instructions for running the folder of that name, in Markdown."""
 
     def verify(

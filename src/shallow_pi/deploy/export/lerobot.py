@@ -51,11 +51,11 @@ IMAGES = "observation.images."
 Json = Mapping[str, object]
 
 
-# Cameras are in the policy's config.
+# Cameras, image size and action dimension are in the policy's config.
 DTYPES, BUILT_IN, verify = openpi.DTYPES, students.BUILT_IN, openpi.verify
 
 
-def check(student: students.Student, origin: students.Origin) -> None:
+def check(student: students.Student) -> None:
     """Raise for a robot that LeRobot's pipelines cannot hold, and for fewer image tokens."""
     students.check_image_tokens(student.model)
     robot = student.assets.robot
@@ -74,9 +74,9 @@ def check(student: students.Student, origin: students.Origin) -> None:
     _inputs(student.assets)
 
 
-def prepare(student: students.Student, origin: students.Origin) -> students.Student:
+def prepare(student: students.Student) -> students.Student:
     """The student in whole layers, and with an image tower of the depth that the class has."""
-    return students.with_whole_tower(students.in_whole_layers(student), origin)
+    return students.filled(student)
 
 
 def write(folder: pathlib.Path, student: students.Student) -> None:
@@ -92,7 +92,7 @@ def write(folder: pathlib.Path, student: students.Student) -> None:
     write_pipelines(folder, student.assets)
 
 
-def usage(folder: str, student: students.Student, origin: students.Origin) -> str:
+def usage(folder: str, student: students.Student) -> str:
     """The required plugin, LeRobot's command, and the keys of an observation."""
     return _USAGE.format(
         depth=student.model.depth,

@@ -32,7 +32,7 @@ from shallow_pi.models import observation as observations
 from shallow_pi.models import pi0
 
 DTYPES: tuple[str, ...] = ("float16", "float32", "bfloat16")
-BUILT_IN: tuple[str, ...] = ()
+BUILT_IN: frozenset[str] = frozenset()
 DESCRIPTION, WEIGHTS = "onnx.json", "weights.bin"
 # Largest allowed difference of a normalized action from the sampler's in float32. In 16 bits it is
 # a share of the largest action, if that is above 1: far more than rounding does, and less than
@@ -61,7 +61,7 @@ of shallow_pi; works with any openpi client):
 """
 
 
-def check(student: students.Student, origin: students.Origin) -> None:
+def check(student: students.Student) -> None:
     """Raise for an operator set that cannot hold the graphs, or a package that is missing."""
     opset, dtype = student.opset, student.model.dtype
     if opset not in onnx_graph.OPSETS:
@@ -79,7 +79,7 @@ def check(student: students.Student, origin: students.Origin) -> None:
             raise ValueError(f"--format onnx needs the package {package}: uv sync --extra onnx")
 
 
-def prepare(student: students.Student, origin: students.Origin) -> students.Student:
+def prepare(student: students.Student) -> students.Student:
     """The student, unchanged."""
     return student
 
@@ -122,7 +122,7 @@ def write(folder: pathlib.Path, student: students.Student) -> None:
     (folder / DESCRIPTION).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def usage(folder: str, student: students.Student, origin: students.Origin) -> str:
+def usage(folder: str, student: students.Student) -> str:
     """The graphs' inputs and outputs, and two ways to run them."""
     model, lengths = student.assets.seen, _lengths(student)
     # The runner lacks openpi's own transforms.

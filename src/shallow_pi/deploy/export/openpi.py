@@ -9,6 +9,7 @@ import pathlib
 from shallow_pi.checkpoints import run_folder, weights
 from shallow_pi.deploy.export import read_back
 from shallow_pi.deploy.export import student as students
+from shallow_pi.models import pi0
 
 _USAGE = """\
 A step folder of openpi: `params/` and `assets/{asset_id}/norm_stats.json`. openpi's configs
@@ -16,22 +17,23 @@ have another depth; this project registers one with {depth} layers, then runs op
 `serve_policy.py`. With the Python of openpi, in a clone of it (after `uv sync`):
 
     uv pip install /path/to/shallow_pi          # its wheel, or a clone of its repository
-    .venv/bin/shallow-pi serve-openpi policy:checkpoint --policy.config={config} --policy.dir=/path/to/{folder}
+    .venv/bin/shallow-pi serve-openpi policy:checkpoint --policy.config=student --policy.dir=/path/to/{folder}
 """  # noqa: E501 (a command)
 
 DTYPES: tuple[str, ...] = ()
-BUILT_IN: tuple[str, ...] = (*students.BUILT_IN, "cameras")
+# The registered config has all other sizes (`interop.openpi.model_config`).
+BUILT_IN = frozenset({"cameras", "image.patch_size", "image_size", "vocab_size"})
 # Integration steps that openpi's server takes.
 NUM_STEPS = 10
 verify = read_back.verify
 
 
-def check(student: students.Student, origin: students.Origin) -> None:
+def check(student: students.Student) -> None:
     """Raise for fewer image tokens, which openpi's classes cannot have."""
     students.check_image_tokens(student.model)
 
 
-def prepare(student: students.Student, origin: students.Origin) -> students.Student:
+def prepare(student: students.Student) -> students.Student:
     """The student, its cut halves of layers as zeros."""
     return students.in_whole_layers(student)
 
@@ -41,11 +43,10 @@ def write(folder: pathlib.Path, student: students.Student) -> None:
     weights.save_params(folder / run_folder.PARAMS, student.params)
 
 
-def usage(folder: str, student: students.Student, origin: students.Origin) -> str:
+def usage(folder: str, student: students.Student) -> str:
     """The command that serves it with openpi's server."""
     return _USAGE.format(
         asset_id=student.assets.asset_id,
-        config=origin.name or "student",
         depth=student.model.depth,
         folder=folder,
     )
@@ -55,7 +56,9 @@ def train_config(student: students.Student, name: str) -> str:
     """A sentence that says what openpi's config of a student has."""
     model = student.model
     fields = ["pi05", "action_horizon", "max_token_len", *["discrete_state_input"] * model.pi05]
-    given = ", ".join(f"{field}={getattr(model, field)}" for field in fields)
+    usual = pi0.Pi0Config()
+    fields += [one for one in ("action_dim", "dtype") if getattr(model, one) != getattr(usual, one)]
+    given = ", ".join(f"{field}={getattr(model, field)!r}" for field in fields)
     asset_id = student.assets.asset_id
     return (
         f"`{name}` is an openpi config with\n`Pi0Config({given})`,\n"

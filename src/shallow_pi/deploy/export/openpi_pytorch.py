@@ -22,13 +22,14 @@ depth raises an error). With the Python of openpi:
 requires `gemma_expert.lm_head.weight`, which no policy uses; here it is zeros.
 """
 
-DTYPES, BUILT_IN = openpi.DTYPES, openpi.BUILT_IN
+DTYPES = openpi.DTYPES
+BUILT_IN = students.BUILT_IN | {"action_dim", "cameras", "image_size"}
 check, verify = openpi.check, openpi.verify
 
 
-def prepare(student: students.Student, origin: students.Origin) -> students.Student:
+def prepare(student: students.Student) -> students.Student:
     """The student in whole layers, and with an image tower of the depth that the class has."""
-    return students.with_whole_tower(students.in_whole_layers(student), origin)
+    return students.filled(student)
 
 
 def write(folder: pathlib.Path, student: students.Student) -> None:
@@ -54,7 +55,7 @@ def write(folder: pathlib.Path, student: students.Student) -> None:
     (folder / run_folder.CONFIG_FILE).write_text(text, encoding="utf-8")
 
 
-def usage(folder: str, student: students.Student, origin: students.Origin) -> str:
+def usage(folder: str, student: students.Student) -> str:
     """The lines of Python that load it."""
     return _USAGE.format(
         asset_id=student.assets.asset_id,

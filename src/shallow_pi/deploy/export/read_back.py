@@ -2,7 +2,6 @@
 
 import dataclasses
 import pathlib
-from typing import Any
 
 import jax
 import numpy as np
@@ -53,10 +52,9 @@ def verify(folder: pathlib.Path, exported: students.Student, student: students.S
     cast = jax.tree.map(lambda leaf: jax.numpy.asarray(leaf, dtype), student.params)
     # Samples are compared before the robot's transforms, which may be openpi's own.
     robot = dataclasses.replace(student.assets.robot, elsewhere="")
-    own, steps = dataclasses.replace(student.assets, robot=robot), student.num_steps
-    how: dict[str, Any] = {"num_steps": steps, "quantize": "none"}
-    ours = policies.Policy(own, cast, **how)
-    other = policies.Policy.from_checkpoint(folder, robot=robot, warm_up=False, **how)
+    own = dataclasses.replace(student.assets, robot=robot)
+    ours = policies.Policy(own, cast, quantize="none")
+    other = policies.Policy.from_checkpoint(folder, robot=robot, warm_up=False, quantize="none")
     observation, noise = _made_up(model)
     want = np.asarray(ours.sample(observation, noise))
     got = np.asarray(other.sample(observation, noise))

@@ -17,7 +17,7 @@ from shallow_pi.deploy.export import onnx
 from shallow_pi.deploy.export import student as students
 
 DTYPES: tuple[str, ...] = ("bfloat16", "float32")
-BUILT_IN: tuple[str, ...] = ()
+BUILT_IN: frozenset[str] = frozenset()
 PROGRAM, WEIGHTS = "policy.stablehlo", "weights.safetensors"
 PLATFORMS = ("cpu", "cuda", "tpu")
 # Largest allowed difference of a normalized action from the same function called here.
@@ -41,11 +41,11 @@ are in `assets/`.
 """
 
 
-def check(student: students.Student, origin: students.Origin) -> None:
+def check(student: students.Student) -> None:
     """Every student has a program."""
 
 
-def prepare(student: students.Student, origin: students.Origin) -> students.Student:
+def prepare(student: students.Student) -> students.Student:
     """The student, unchanged."""
     return student
 
@@ -63,7 +63,7 @@ def write(folder: pathlib.Path, student: students.Student) -> None:
     safetensors_file.save(arrays, folder / WEIGHTS, {"format": "flax"})
 
 
-def usage(folder: str, student: students.Student, origin: students.Origin) -> str:
+def usage(folder: str, student: students.Student) -> str:
     """Ten lines of Python that run it."""
     model = student.assets.seen
     lines = [

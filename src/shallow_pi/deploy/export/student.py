@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 import jax
@@ -15,15 +15,10 @@ from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.inference import quantize as quantization
 from shallow_pi.models import layer_table, parameters, pi0
 
-# Fields of a model whose values the classes of openpi and LeRobot have built in.
-BUILT_IN: tuple[str, ...] = (
-    "action_dim",
-    "backbone",
-    "expert",
-    "image",
-    "image_size",
-    "vocab_size",
-)
+# Sizes that the classes of openpi and LeRobot have built in; some have more.
+BUILT_IN = frozenset({"backbone", "expert", "image", "vocab_size"})
+# Layers of openpi's two streams, and of the image tower of its classes and LeRobot's.
+DEPTH, TOWER_DEPTH = pi0.Pi0Config.depth, pi0.SO400M_14.depth
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -32,7 +27,7 @@ class Student:
 
     assets: policy_assets.Assets
     params: PyTree
-    # Integration steps of the comparison and of a graph, where they are unrolled.
+    # Integration steps; a graph may have others than the student was trained for.
     num_steps: int = 10
     # ONNX operator set version.
     opset: int = 17
@@ -56,8 +51,6 @@ class Origin:
     # Teacher layer of each student layer, and number of teacher layers.
     layer_map: tuple[int, ...] = ()
     teacher_depth: int = 0
-    # Layers of the teacher's image tower.
-    vision_depth: int = 0
     # Optimizer steps taken, of those planned.
     step: int = 0
     steps: int = 0
@@ -86,7 +79,6 @@ def origin(step: pathlib.Path) -> Origin:
             datasets=tuple(_public(path) for path in paths if path),
             layer_map=tuple(config["layer_map"] or ()),
             teacher_depth=int(config["model"]["depth"]),
-            vision_depth=int((config["model"].get("image") or {}).get("depth", 0)),
             step=int(number) if number.isdigit() else 0,
             steps=int(config.get("num_train_steps", 0)),
             error=_error(step),
@@ -95,20 +87,26 @@ def origin(step: pathlib.Path) -> Origin:
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} is not a run's config ({error!r}): export a copy of the step folder from "
-            "somewhere else, with --layers where it is to be padded"
+            "somewhere else"
         ) from error
 
 
-def other_sizes(model: pi0.Pi0Config, built_in: Iterable[str]) -> list[str]:
-    """Sizes of a model that differ from those that a format's released classes have built in."""
+def other_sizes(model: pi0.Pi0Config, built_in: Set[str]) -> list[str]:
+    """Sizes of a model that differ from those that a format's released classes have built in.
+
+    Fewer layers than theirs do not: `filled` adds layers of zeros.
+    """
+    usual = pi0.Pi0Config()
+    image = dataclasses.replace(model.image, depth=max(model.image.depth, usual.image.depth))
+    deep = pi0.at_depth(model, max(model.depth, usual.depth))
     own, theirs = (
-        run_folder.flatten({name: dataclasses.asdict(config)[name] for name in built_in})
-        for config in (model, pi0.Pi0Config())
+        run_folder.flatten(dataclasses.asdict(config))
+        for config in (dataclasses.replace(deep, image=image), usual)
     )
-    if model.image.depth < pi0.Pi0Config().image.depth:  # Exports fill a cut tower with zeros.
-        own.pop("image.depth", None)
     return [
-        f"{name} is {own[name]}, theirs {theirs[name]}" for name in own if own[name] != theirs[name]
+        f"{name} is {size}, theirs {theirs[name]}"
+        for name, size in own.items()
+        if built_in & {name, name.partition(".")[0]} and size != theirs[name]
     ]
 
 
@@ -135,34 +133,34 @@ def in_whole_layers(student: Student) -> Student:
     )
 
 
-def with_whole_tower(student: Student, origin: Origin) -> Student:
-    """The student with an image tower as deep as openpi's, or its teacher's, by layers of zeros."""
-    image, openpis = student.model.image, pi0.SO400M_14
-    is_openpis = dataclasses.replace(image, depth=openpis.depth) == openpis
-    depth = openpis.depth if is_openpis else origin.vision_depth
-    if image.depth >= depth:
-        return student
-    kept = np.round(np.linspace(0, depth - 1, image.depth)).astype(int)  # Where it was cut.
-    whole = dataclasses.replace(student.model, image=dataclasses.replace(image, depth=depth))
-    return dataclasses.replace(
-        student,
-        assets=dataclasses.replace(student.assets, model=whole),
-        params=pad(student.params, "image_layers", kept, depth),
-    )
+def filled(student: Student, depth: int = 0) -> Student:
+    """The student in whole layers, and behind them layers of zeros, which add nothing.
+
+    Its image tower becomes as deep as that of the classes, and its streams have `depth` layers, if
+    they have fewer.
+    """
+    model, params = student.model, in_whole_layers(student).params
+    if model.depth < depth:
+        model, params = pi0.at_depth(model, depth), pad(params, "layers", depth)
+    if model.image.depth < TOWER_DEPTH:
+        image = dataclasses.replace(model.image, depth=TOWER_DEPTH)
+        model = dataclasses.replace(model, image=image)
+        params = pad(params, "image_layers", TOWER_DEPTH)
+    assets = dataclasses.replace(student.assets, model=model)
+    return dataclasses.replace(student, assets=assets, params=params)
 
 
-def pad(params: PyTree, stack: str, layers: Iterable[int], depth: int) -> PyTree:
-    """A stack's layers at these indices of a stack of `depth` layers, zeros elsewhere."""
+def pad(params: PyTree, stack: str, depth: int) -> PyTree:
+    """The layers of a stack, and zeros behind them up to `depth`."""
 
-    def place(path: jax.tree_util.KeyPath, leaf: jax.Array) -> np.ndarray:
+    def fill(path: jax.tree_util.KeyPath, leaf: jax.Array) -> np.ndarray:
         values = np.asarray(leaf)
         if parameters.stack(weights.path_name(path)) != stack:
             return values
-        padded = np.zeros((depth, *values.shape[1:]), values.dtype)
-        padded[list(layers)] = values
-        return padded
+        more = np.zeros((depth - len(values), *values.shape[1:]), values.dtype)
+        return np.concatenate([values, more])
 
-    return jax.tree_util.tree_map_with_path(place, params)
+    return jax.tree_util.tree_map_with_path(fill, params)
 
 
 def _error(step: pathlib.Path) -> float | None:
