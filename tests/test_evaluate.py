@@ -195,6 +195,22 @@ def test_results_of_other_settings_are_not_mixed(tmp_path, failing):
     assert (tmp_path / "results.old-1" / "report.json").exists()
 
 
+def test_another_policy_behind_a_server_is_another_setting(tmp_path, failing):
+    told = {"parameters": "a", "num_steps": 10, "depth": 18}
+
+    def hold(observation):
+        return np.tile(np.float32(observation["observation.state"]), (5, 1))
+
+    common = ("--sim", "turntable", "--episodes", "1", *SMALL, "--output", str(tmp_path / "new"))
+    with server(hold, told) as url:
+        evaluate.main((f"s={url}", *common))
+        settings = json.loads((tmp_path / "new" / "settings.json").read_text())["policies"]["s"]
+        assert settings == {"source": url, "parameters": "a", "num_steps": 10, "execute_steps": 5}
+        told["parameters"] = "b"
+        said = failing(f"s={url}", *common)
+    assert "results of other settings: s's parameters a (asked for: b). Give another" in said
+
+
 def test_a_checkpoint_of_another_robot_is_refused_before_it_is_loaded(
     own, params, tmp_path, failing
 ):

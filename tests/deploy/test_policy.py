@@ -332,10 +332,11 @@ def test_metadata_has_a_robots_own_and_never_in_place_of_the_policys(own, params
     assert found["depth"] == 2
 
 
-def test_metadata_is_plain_and_says_what_a_client_sends(deployed):
+def test_metadata_is_plain_and_says_what_a_client_sends(deployed, step):
     found = deployed.metadata
     assert msgpack.unpackb(msgpack.packb(found)) == found
     assert found == {
+        "parameters": weights.digest(step),
         "model": "pi0",
         "depth": 2,
         "robot": "turntable",

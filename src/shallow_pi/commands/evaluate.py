@@ -48,6 +48,8 @@ _IDLE = {
     "seed": "the noise depends only on episode and plan; give --seed",
     "state_warn": "an evaluation never warns of states; give --policy.state-refuse",
 }
+# Entries of a server's metadata that tell its policy from another; openpi's has none.
+_TOLD = (comparison.PARAMETERS, "num_steps", "quantize")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,8 +197,11 @@ def _entrant(
             needed, continues = given.execute_steps + steps, delay.continues
             return served.Served(source, suite.robot, needed, continues=continues)
 
-        connect().close()  # It is there, of this robot, and goes on from a chunk if it must.
-        return comparison.Entrant(label, {"source": source}, given.execute_steps, delay, connect)
+        there = connect()  # Of this robot, and goes on from a chunk if it must.
+        there.close()
+        own = {name: there.metadata[name] for name in _TOLD if name in there.metadata}
+        origin = {"source": source, **own}
+        return comparison.Entrant(label, origin, given.execute_steps, delay, connect)
     step = step_folder.find(source, given.policy.step)
     is_ours = (step / run_folder.ASSETS / policy_assets.FILE_NAME).is_file()
     needed, default = given.execute_steps + delay.steps, _label(step)

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Float, PyTree, UInt8
 
 from shallow_pi import progress
-from shallow_pi.checkpoints import run_folder
+from shallow_pi.checkpoints import run_folder, weights
 from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.data.robots import robot as robots
 from shallow_pi.deploy import (
@@ -103,6 +103,8 @@ class Policy:
         self.guided_ms: dict[int, float] = {1: 1.0}
         # The programs for chunks that go on from a previous one are compiled (`warm_up`).
         self.is_guided = False
+        # Tells its parameters from others (`weights.digest`); empty if they are of no folder.
+        self.parameters = ""
         # Share of these in the last turn.
         self._guided_share = 0.0
         self._lock = threading.Lock()
@@ -177,6 +179,7 @@ class Policy:
             quantized=quantized,
             calibration=calibrations.load(folder / run_folder.ASSETS, assets.model),
         )
+        policy.parameters = weights.digest(folder)
         if warm_up:
             policy.warm_up()
         return policy
@@ -191,6 +194,7 @@ class Policy:
         """Facts for clients, in plain values; `action_dim` is the robot's."""
         return {
             **facts.metadata(self.assets),
+            "parameters": self.parameters,
             "num_steps": self.num_steps,
             "quantize": self.quantize,
             # Observations may have this key too (see `observation_keys`).
