@@ -46,3 +46,22 @@ def test_targets_lie_in_the_range_of_the_training_actions(
     np.testing.assert_allclose(target[:2, 1], constant, atol=1e-5)
     np.testing.assert_allclose(target[:2, 2], [0.1 / spread[2], farthest], atol=1e-4)
     assert not target[:, 3:].any()
+
+
+def test_images_of_many_sizes_are_compiled_for_in_a_few_alone(own, seen, capsys):
+    """A client that crops its images at random would fill the memory with programs."""
+    robot = robot_transforms.RobotTransforms(
+        own, prompt=None, resize=False, state_warn=6, state_refuse=100
+    )
+
+    def height(rows):
+        image = np.zeros((rows, 40, 3), np.uint8)
+        images = {f"observation.images.{name}": image for name in ("base", "wrist")}
+        batch, _ = robot.stack([robot.to_model({**seen, **images})])
+        return {found.shape[1] for found in batch.images.values()}
+
+    few = robot_transforms.MAX_SIZES
+    assert [height(30 + i) for i in range(few)] == [{30 + i} for i in range(few)]
+    assert [height(100 + i) for i in range(3)] == 3 * [{own.model.image_size}]
+    assert height(30) == {30}
+    assert capsys.readouterr().err.count("let cameras keep their sizes") == 1

@@ -172,7 +172,6 @@ async def measure(given: Arguments, count: int) -> dict[str, object]:
         # Close together if clients are treated alike.
         "fewest_of_a_client": min(map(len, times)),
         "most_of_a_client": max(map(len, times)),
-        "errors": 0,
     }
 
 

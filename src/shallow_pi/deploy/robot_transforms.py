@@ -26,6 +26,8 @@ from shallow_pi.inference import real_time
 from shallow_pi.models import batch as batches
 from shallow_pi.models import observation as observations
 
+# Sizes of a robot's images that a program on the device is compiled for.
+MAX_SIZES = 8
 # Standard deviations from the mean of the training actions to which targets are clipped.
 _RANGE = 10.0
 
@@ -72,6 +74,7 @@ class RobotTransforms:
             )
         self._model, self._robot, self._prompt = assets.model, assets.robot, prompt
         self._inputs, self._outputs = assets.inputs(resize=resize), assets.outputs()
+        self._known: set[tuple[tuple[int, ...], ...]] = set()
         self.check_state = state_check.StateCheck.create(
             assets.robot,
             assets.stats["state"],
@@ -117,10 +120,23 @@ class RobotTransforms:
             actions = np.stack([sample.get("actions", nothing) for sample in samples])
             delays = [one.delay for one in inputs]
             guidance = real_time.make_guidance(actions, lengths, delays, max_weight)
-        if any(_sizes(sample) != _sizes(samples[0]) for sample in samples):
-            # Robots with different cameras in one batch.
+        if not self._resized_together(samples):
             samples = list(map(transforms.Resize(self._model.image_size), samples))
         return batches.stack([pipelines.to_observation(sample) for sample in samples]), guidance
+
+    def _resized_together(self, samples: Sequence[transforms.Sample]) -> bool:
+        """True for images that are the model's size, or that a program of few resizes at once."""
+        sizes = {_sizes(sample) for sample in samples}
+        if len(sizes) > 1:  # Robots with different cameras.
+            return False
+        if sizes <= self._known or len(self._known) < MAX_SIZES:
+            self._known |= sizes
+            return True
+        progress.warn(
+            f"images came in more than {MAX_SIZES} sizes; Pillow resizes those in others, because "
+            "each would be compiled for: let cameras keep their sizes"
+        )
+        return False
 
     def to_robot(
         self, inputs: Sequence[ModelInput], normalized: Float[np.ndarray, "b ah ad"]
@@ -130,5 +146,5 @@ class RobotTransforms:
         return self._outputs({"actions": normalized, "state": state})["actions"]
 
 
-def _sizes(sample: transforms.Sample) -> list[tuple[int, ...]]:
-    return [image.shape for image in sample["image"].values()]
+def _sizes(sample: transforms.Sample) -> tuple[tuple[int, ...], ...]:
+    return tuple(image.shape for image in sample["image"].values())
