@@ -106,6 +106,14 @@ def array(**changes):
     return msgpack.packb({"a": fields | {key.encode(): value for key, value in changes.items()}})
 
 
+@pytest.mark.parametrize("name", ["bool", "uint8", "int64", "float16", "float32", "float64"])
+def test_dtypes_may_have_numpys_names_as_for_openpi(name):
+    size = 8 // np.dtype(name).itemsize
+    found = protocol.unpack(array(dtype=name, shape=[size]))["a"]
+    assert found.dtype == np.dtype(name)
+    assert found.shape == (size,)
+
+
 def scalar(data, dtype):
     return msgpack.packb({"a": {b"__npgeneric__": True, b"data": data, b"dtype": dtype}})
 
@@ -135,6 +143,7 @@ def deep(levels):
         (msgpack.packb(msgpack.ExtType(4, b"os.system")), "extension type 4 is refused"),
         (array(dtype="|O"), "dtype '|O' is refused"),
         (array(dtype="O8"), "is refused"),
+        (array(dtype="object"), "is refused"),
         (array(dtype="<V4"), "is refused"),
         (array(dtype="<c8"), "is refused"),
         (array(dtype="<M8"), "is refused"),

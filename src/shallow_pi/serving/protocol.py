@@ -22,7 +22,10 @@ MAX_ITEMS = 65_536
 MAX_DEPTH = 16
 MAX_ARRAY_AXES = 8
 
-_DTYPE = re.compile(r"[<>|=]?(b1|\?|[iu][1248]|f[248]|[US]\d{1,5})")
+# As NumPy's `dtype.str` writes them, or as it prints them, which clients without NumPy write.
+_DTYPE = re.compile(
+    r"[<>|=]?(b1|\?|[iu][1248]|f[248]|[US]\d{1,5})|bool|u?int(8|16|32|64)|float(16|32|64)"
+)
 _ARRAY, _SCALAR = b"__ndarray__", b"__npgeneric__"
 # msgpack-numpy's: True in the map of an array, False in that of a scalar.
 _EITHER = b"nd"
