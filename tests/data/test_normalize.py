@@ -127,6 +127,10 @@ def test_bad_statistics_raise(tmp_path) -> None:
         normalize.NormStats(np.zeros(1), np.ones(1), np.zeros(1))
     with pytest.raises(ValueError, match=r"std is not finite in dimension \[1\]"):
         normalize.NormStats(*[np.array([0.0, x]) for x in (1, np.nan, 1, 1)])
+    with pytest.raises(ValueError, match=r"q01 is above q99 in dimension \[1\]; .* by hand"):
+        normalize.NormStats(*[np.array([0.0, x]) for x in (1, 1, 2, 1)])
+    with pytest.raises(ValueError, match=r"std is negative in dimension \[0\]"):
+        normalize.NormStats(np.zeros(2), np.array([-0.1, 0]))
     # The type checker, where it runs, is the first to object.
     with pytest.raises((ValueError, TypeError), match="'minmax'"):
         normalize.normalize(np.zeros(3), exact_stats.of(_values()), "minmax")

@@ -59,6 +59,16 @@ class NormStats:
                     f"{np.flatnonzero(~np.isfinite(value)).tolist()}; compute them from clean data"
                 )
             object.__setattr__(self, name, value)
+        widths = {"std is negative": self.std}
+        if self.q01 is not None and self.q99 is not None:
+            widths["q01 is above q99"] = self.q99 - self.q01
+        for problem, width in widths.items():
+            # LeRobot's formulas, written as openpi's, may be EPSILON below zero.
+            if (wrong := width < -2 * EPSILON).any():
+                raise ValueError(
+                    f"normalization statistics: {problem} in dimension "
+                    f"{np.flatnonzero(wrong).tolist()}; was the file edited by hand?"
+                )
 
     def items(self) -> list[tuple[str, np.ndarray]]:
         """Name and values of every statistic there is."""
