@@ -1,6 +1,7 @@
 """The order of samples is a function of the seed: shards, prefetch and resume cannot change it."""
 
 import contextlib
+import errno
 import itertools
 import json
 import multiprocessing
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from unittest import mock
 
 import jax
 import numpy as np
@@ -195,6 +197,31 @@ def main():
 if __name__ == "__main__":
     main()
 """
+
+
+class Deadly(Numbers):
+    """Ends its process as the kernel does where shared memory is full."""
+
+    def __getitem__(self, i: int) -> dict:
+        os.kill(os.getpid(), signal.SIGBUS)
+        return super().__getitem__(i)
+
+
+def test_a_worker_that_finds_no_shared_memory_is_told_as_such(monkeypatch) -> None:
+    batches = loader.Loader(Deadly(20), 4, num_workers=1)
+    with pytest.raises(
+        OSError, match=r"/dev/shm, .* is full: .*--shm-size .*num-workers 0\)"
+    ) as got:
+        next(batches)
+    for error, message in (
+        (OSError(errno.ENOSPC, "no space"), "/dev/shm"),
+        (RuntimeError(str(got.value.__cause__).replace("-7", "-9")), "a worker was killed, as if"),
+        (OSError(errno.EIO, "disk"), "disk"),
+    ):
+        failing = mock.MagicMock(__next__=mock.Mock(side_effect=error))
+        monkeypatch.setattr(batches, "_iterator", failing)
+        with pytest.raises(OSError, match=message):
+            next(batches)
 
 
 def _children(pid: int) -> set[int]:

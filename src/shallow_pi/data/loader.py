@@ -11,6 +11,8 @@ numeric columns, but do not wait for the GIL of the training loop.
 """
 
 import collections
+import contextlib
+import errno
 import fractions
 import functools
 import math
@@ -99,10 +101,8 @@ class Loader:
     def __next__(self) -> batches.Batch:
         if not self._num_workers:
             batch = next(self._iterator)
-        elif self._started:
-            batch = _own(next(self._iterator))
         else:
-            with interrupts.held():
+            with _explained(), contextlib.nullcontext() if self._started else interrupts.held():
                 batch = _own(next(self._iterator))
             self._started = True
         self._position += 1
@@ -197,6 +197,25 @@ def _gather(source: sources.Source, indices: np.ndarray) -> batches.Batch:
 def _own(batch: batches.Batch) -> batches.Batch:
     """A copy of a worker's batch, whose shared memory is freed with the worker."""
     return jax.tree.map(np.array, batch)
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """Raise an OSError that says what to do where a worker is killed, or cannot pass its batch."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        # grain tells of a worker's end in words alone.
+        if getattr(error, "errno", None) == errno.ENOSPC or "exit code -7" in str(error):
+            why = (
+                "/dev/shm, through which workers pass batches, is full: give it more (docker run "
+                "--shm-size 8g; in Kubernetes a volume of medium Memory)"
+            )
+        elif "exit code -9" in str(error):
+            why = "a worker was killed, as if this machine's memory ran out: use fewer"
+        else:
+            raise
+        raise OSError(f"{why}, or read with threads (--data.num-workers 0)") from error
 
 
 def _start_worker(index: int, count: int) -> None:
