@@ -3,6 +3,7 @@
 import os
 import pathlib
 import pickle
+import pwd
 import shutil
 import threading
 
@@ -204,3 +205,12 @@ def test_the_default_folder_follows_the_variable(monkeypatch):
     assert frame_cache.default_folder() == pathlib.Path("/somewhere/frames")
     monkeypatch.delenv("SHALLOW_PI_CACHE")
     assert frame_cache.default_folder() == pathlib.Path("~/.cache/shallow_pi/frames").expanduser()
+
+
+def test_a_user_without_a_home_is_told_which_variable_to_set(monkeypatch):
+    for name in ("HOME", "SHALLOW_PI_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    # As for the users that containers make up.
+    monkeypatch.setattr(pwd, "getpwuid", lambda _: {}["no such user"])
+    with pytest.raises(ValueError, match=r"user \d+ has none: set SHALLOW_PI_CACHE to a folder"):
+        frame_cache.default_folder()

@@ -41,6 +41,7 @@ def calls(tmp_path, monkeypatch):
     module.snapshot_download, module.hf_hub_download = snapshot_download, hf_hub_download
     monkeypatch.setitem(sys.modules, "huggingface_hub", module)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_LEROBOT_HOME", str(tmp_path / "lerobot"))
     return asked
 
 
@@ -50,6 +51,22 @@ def test_a_dataset_of_the_hub_is_fetched_whole_at_one_commit(calls, address, cap
     assert len([dataset[i] for i in range(0, 110, 20)]) == 6
     assert calls == [("lerobot/pusht", "dataset", None), ("lerobot/pusht", "dataset", COMMIT)]
     assert f"lerobot/pusht@{COMMIT}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("variable", ["HF_LEROBOT_HOME", "HF_HOME"])
+def test_a_dataset_recorded_here_is_read_where_lerobot_keeps_it(
+    calls, tmp_path, monkeypatch, variable, capsys
+):
+    monkeypatch.delenv("HF_LEROBOT_HOME", raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "nothing"))
+    monkeypatch.setenv(variable, str(tmp_path / "home"))
+    home = tmp_path / "home" / ("lerobot" if variable == "HF_HOME" else "")
+    own = shutil.copytree(FIXTURES / "pusht_v21_video", home / "me" / "pusht")
+    assert hub.locate("me/pusht") == own
+    assert calls == []
+    assert f"me/pusht is {own}" in capsys.readouterr().err
+    for address in ("hf://datasets/me/pusht", "me/pusht@main"):
+        assert hub.locate(address) != own
 
 
 def test_only_the_files_of_chosen_episodes_and_cameras_come(calls):

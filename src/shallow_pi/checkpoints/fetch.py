@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import fsspec
 
-from shallow_pi import progress, suggestions
+from shallow_pi import progress, suggestions, user_cache
 
 # Bytes of a request: the most that an interruption loses.
 BLOCK = 32 * 2**20
@@ -104,7 +104,7 @@ def kept(url: str | os.PathLike[str]) -> pathlib.Path | None:
 
 
 def _home() -> pathlib.Path:
-    return pathlib.Path(os.environ.get("OPENPI_DATA_HOME", "~/.cache/openpi")).expanduser()
+    return user_cache.chosen("OPENPI_DATA_HOME", "~/.cache/openpi")
 
 
 def _from_bucket(source: str, filesystem: Any) -> pathlib.Path:

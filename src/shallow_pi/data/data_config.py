@@ -25,8 +25,8 @@ class DataConfig:
     # "lerobot" reads a dataset; "synthetic" generates random samples for a trial; "MODULE:FUNCTION"
     # names a function with the interface of `open_data`.
     source: str = "lerobot"
-    # The LeRobot dataset: a folder, an address on the Hugging Face hub (owner/name) or gs://; empty
-    # in a config with a simulated task, which records its own.
+    # The LeRobot dataset: a folder, owner/name as LeRobot keeps it on this machine or else on the
+    # Hugging Face hub, or gs://; empty in a config with a simulated task, which records its own.
     path: str = ""
     # More datasets of the same robot, mixed with the first.
     more: tuple[str, ...] = ()

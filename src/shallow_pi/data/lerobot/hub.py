@@ -3,7 +3,8 @@
 `owner/name[@revision]` (also written `hf://datasets/owner/name[@revision]`) is fetched by
 huggingface_hub, which caches (`HF_HOME`), locks and resumes downloads. The meta files come first;
 they list the data files and videos of the chosen episodes and cameras. A moving revision (`main`)
-is pinned to its commit before the rest is fetched, and the commit is logged.
+is pinned to its commit before the rest is fetched, and the commit is logged. A bare `owner/name`
+that LeRobot has recorded or converted on this machine is read where LeRobot keeps it.
 """
 
 import os
@@ -11,7 +12,7 @@ import pathlib
 import re
 from collections.abc import Collection
 
-from shallow_pi import progress
+from shallow_pi import progress, user_cache
 from shallow_pi.checkpoints import fetch
 from shallow_pi.data.lerobot import images, layout, selection
 
@@ -41,6 +42,9 @@ def locate(
     if local.exists() or match is None:
         return local
     repo, revision = match["repo"], match["revision"]
+    if text == repo and (own := _recorded(repo)).exists():
+        progress.say(f"{repo} is {own} (hf://datasets/{repo} takes that of the hub)")
+        return own
     root = fetch.snapshot(repo, revision, ["meta/*", "meta/**/*"], kind="dataset")
     meta = layout.read(root)
     # The cache names the folder of a snapshot after its commit.
@@ -63,3 +67,10 @@ def locate(
         if stored.is_beside(key, used[0]):
             fetch.snapshot(repo, commit, [f"*{key}/*"], kind="dataset")
     return root
+
+
+def _recorded(repo: str) -> pathlib.Path:
+    """The folder in which LeRobot writes a dataset; it may not exist."""
+    if "HF_LEROBOT_HOME" in os.environ:
+        return user_cache.chosen("HF_LEROBOT_HOME", "") / repo
+    return user_cache.chosen("HF_HOME", "~/.cache/huggingface") / "lerobot" / repo
