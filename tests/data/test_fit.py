@@ -71,6 +71,31 @@ def test_recorded_times_that_contradict_the_frame_rate_are_told(copy, capsys) ->
         pusht.edit_data(copy, (frame / 10).cast(pl.Float32).alias("timestamp"))
 
 
+def test_jumps_between_two_descriptions_of_one_pose_are_told(copy, capsys) -> None:
+    file = copy / "data" / "chunk-000" / "file-000.parquet"
+    turn = np.linspace(0, 7, len(pl.read_parquet(file)))
+    half = np.stack([np.cos(turn / 2), *[np.sin(turn / 2) / np.sqrt(3)] * 3], axis=1)
+    wrapped = (turn + np.pi) % (2 * np.pi) - np.pi
+    flipped = half * np.where(half[:, 1:2] < 0, -1, 1)
+
+    def told(*columns: np.ndarray) -> str:
+        values = np.concatenate([np.reshape(c, (len(turn), -1)) for c in columns], axis=1)
+        pusht.edit_data(copy, pl.Series("pose", values.astype(np.float32).tolist()))
+        size = values.shape[1]
+        _edit_features(copy, pose={"dtype": "float32", "shape": [size]})
+        robot = dataclasses.replace(pusht.ROBOT, state_key="pose", state_dim=size)
+        fit.warn(reader.Dataset(copy), robot)
+        return capsys.readouterr().err.replace("\n", " ")
+
+    assert "another pose" not in told(turn, np.sin(turn), half)
+    # A gripper in millimetres goes as far as a turn has degrees, within another range.
+    assert "another pose" not in told(np.select([turn < 2, turn < 5], [0, 360], 1000))
+    found = told(turn, wrapped)
+    assert re.search(r"state\[1\] jumps by a full turn: .*set, after episode \d+, frame \d+", found)
+    assert "state[0] jumps by a full turn" in told(np.degrees(wrapped))
+    assert "state[1] to [4], a quaternion, changes its sign" in told(turn, flipped)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -101,6 +126,8 @@ def test_columns_that_are_no_vectors_are_told(copy) -> None:
     pusht.edit_data(copy, pl.lit("push").alias("words"))
     shape = {"dtype": "float32", "shape": [1, 2]}
     _edit_features(copy, words={"dtype": "string", "shape": [1]}, action=shape)
+    with pytest.raises(ValueError, match=r"'action' of .* is declared as 'float32', a camera as"):
+        reader.Dataset(copy, cameras=["action"])
     with pytest.raises(ValueError, match=r"'words' of .* is no vector"):
         fit.check(reader.Dataset(copy), dataclasses.replace(pusht.ROBOT, state_key="words"))
     with pytest.raises(ValueError, match=r"has shape \(1, 2\), .*; shape \[2\] in meta/info.json"):

@@ -21,6 +21,9 @@ _SAME_FPS = 0.005
 # The rate of an episode's recorded times may differ from info.json's by this share, and about so
 # many episodes are looked at.
 _SAME_PACE, _TIMED = 0.05, 200
+# Share by which a jump, and the span of an angle that makes it, may differ from a full turn; and
+# difference of a quaternion's length from 1.
+_SAME_TURN, _UNIT = 0.1, 0.01
 
 
 def keys(robot: robots.Robot, found: layout.Layout) -> list[str]:
@@ -183,6 +186,39 @@ def warn(dataset: reader.Dataset, robot: robots.Robot) -> None:
     if key == "task_index" and not robot.prompt:
         _warn_of_other_tasks(dataset)
     _warn_of_pace(dataset)
+    _warn_of_turns(dataset, robot)
+
+
+def _warn_of_turns(dataset: reader.Dataset, robot: robots.Robot) -> None:
+    """Warn of angles that jump by a full turn, and of quaternions that change their sign.
+
+    Either is one pose under two descriptions, between which a policy learns to answer.
+    """
+    within = np.flatnonzero(dataset.ends[1:] == dataset.ends[:-1])
+    for name, of in (("state", robot.state_vector), ("actions", robot.action_vector)):
+        values = of.read(dataset.columns)
+        before, after = values[within], values[within + 1]
+        steps, span = np.abs(after - before), np.ptp(values, axis=0)
+        turns = np.zeros(steps.shape, bool)
+        for turn in (2 * np.pi, 360):
+            # Angles that wrap span a turn; other values may go as far at once, in a wider range.
+            is_angle = np.abs(span / turn - 1) < _SAME_TURN
+            turns |= (np.abs(steps / turn - 1) < _SAME_TURN) & is_angle
+        found = {f"[{dim}] jumps by a full turn": jumps for dim, jumps in enumerate(turns.T)}
+        for dim in range(of.dim - 3):
+            part = slice(dim, dim + 4)
+            if np.allclose(np.linalg.norm(values[:, part], axis=1), 1, atol=_UNIT):
+                opposite = np.sum(before[:, part] * after[:, part], axis=1) < -0.5
+                found[f"[{dim}] to [{dim + 3}], a quaternion, changes its sign"] = opposite
+        for what, jumps in found.items():
+            if jumps.any():
+                first = dataset.where(int(within[np.argmax(jumps)]))
+                more = f" and {jumps.sum() - 1} more" if jumps.sum() > 1 else ""
+                progress.warn(
+                    f"{name}{what}: dataset {dataset.path}, after {first}{more}; policies learn "
+                    "values between the two, which are another pose: record it without jumps, and "
+                    "fine-tune the teacher on that"
+                )
 
 
 def _warn_of_pace(dataset: reader.Dataset) -> None:

@@ -209,6 +209,12 @@ class Dataset:
             ("", keys, [*vectors, *columns.BOOKKEEPING]),
         ):
             for key in needed:
+                if kind and key in vectors:
+                    raise ValueError(
+                        f"{key!r} of dataset {self.path} is declared as "
+                        f"{self.features[key]['dtype']!r}, a camera as 'image' or 'video': if it "
+                        "holds images, correct its dtype in meta/info.json"
+                    )
                 if key not in there:
                     shown = sorted(set(there) - set(columns.BOOKKEEPING))
                     raise ValueError(
