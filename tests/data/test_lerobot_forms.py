@@ -365,12 +365,16 @@ def test_a_column_of_info_json_alone_is_left_out_of_a_frame(tmp_path, frames) ->
 def test_the_folder_that_was_meant_is_guessed(tmp_path, frames) -> None:
     root = _write(tmp_path / "sets" / "one", frames)
     (tmp_path / "one.zip").write_bytes(b"PK")
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "episode_0.hdf5").touch()
+    (tmp_path / "begun" / "meta").mkdir(parents=True)
     for path, hint in (
         (root.parent, f"did you mean {root}?"),
         (root / "meta", f"did you mean {root}?"),
-        (tmp_path / "one.zip", "it is a file: unpack it"),
+        (tmp_path / "one.zip", "it is a file, a dataset is a folder: unpack it, or convert it"),
+        (tmp_path / "raw", "it holds episode_0.hdf5: convert what is not in LeRobot's format"),
         (tmp_path, f"did you mean {root}?"),
-        (root / "data", "was writing it interrupted"),
+        (tmp_path / "begun", "was writing it interrupted"),
     ):
         with pytest.raises(FileNotFoundError, match=re.escape(hint)):
             layout.read(path)

@@ -224,6 +224,9 @@ def test_a_folder_without_parameters_is_told_before_its_robot_is_asked_for(openp
         ValueError, match=r"holds no parameters .* it holds assets, train_state\. A"
     ):
         step_folder.assets(tmp_path / "1")
+    (tmp_path / "1" / "full_weights.pt").touch()
+    with pytest.raises(ValueError, match=r"files \(full_weights\.pt\) are not read, .*: save the"):
+        step_folder.assets(tmp_path / "1")
     (tmp_path / "1" / "adapter_model.safetensors").touch()
     with pytest.raises(ValueError, match=r"an adapter of PEFT's without the model: merge it"):
         step_folder.assets(tmp_path / "1")

@@ -270,6 +270,11 @@ def params_folder(path: str | os.PathLike[str]) -> pathlib.Path:
                 "it holds an adapter of PEFT's without the model: merge it with the code that "
                 "trained it (merge_and_unload), and save the sum"
             )
+        elif pickled := [name for name in inside if name.endswith((".pt", ".pth", ".bin"))]:
+            advice = (
+                f"PyTorch's own files ({', '.join(pickled[:3])}) are not read, because they may "
+                f"hold any code: save the weights as {safetensors_file.NAME} (safetensors.torch)"
+            )
         else:
             some = ", ".join(inside[:8]) + (" ..." if len(inside) > 8 else "")
             advice = (

@@ -243,7 +243,7 @@ def _read_info(root: pathlib.Path) -> dict[str, Any]:
 def _hint(root: pathlib.Path) -> str:
     """A guess at the intended folder."""
     if root.is_file():
-        return "; it is a file: unpack it, and name the folder that holds meta/"
+        return "; it is a file, a dataset is a folder: unpack it, or convert it to LeRobot's format"
     if (root / "info.json").exists():
         return f"; did you mean {root.parent}?"
     # A folder of datasets, or one of the caches of huggingface_hub and LeRobot.
@@ -252,6 +252,9 @@ def _hint(root: pathlib.Path) -> str:
     if below:
         more = f", or another of the {len(below)} datasets in it" if len(below) > 1 else ""
         return f"; did you mean {below[0]}{more}?"
+    if not (root / "meta").is_dir() and (inside := sorted(os.listdir(root))):
+        some = ", ".join(inside[:3]) + (" ..." if len(inside) > 3 else "")
+        return f"; it holds {some}: convert what is not in LeRobot's format"
     return " (was writing it interrupted?)"
 
 
