@@ -73,6 +73,14 @@ def test_openpis_are_found_by_their_name_or_its_last_part(tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_those_in_assets_itself_are_of_any_name(tmp_path, capsys):
+    step = _openpis(tmp_path, "", "org/second")
+    found = _find(step, "mine", exact=True)
+    assert (found.asset_id, found.path) == ("mine", tmp_path / "assets" / "norm_stats.json")
+    assert _find(step, "second").asset_id == "org/second"
+    assert capsys.readouterr().err == ""
+
+
 def test_the_only_ones_are_taken_with_a_word_and_of_several_none(tmp_path, capsys):
     step = _openpis(tmp_path, "trossen")
     assert _find(step).asset_id == "trossen"

@@ -16,6 +16,9 @@ from shallow_pi import progress
 from shallow_pi.checkpoints import run_folder
 from shallow_pi.data.robots import lerobot_policy, normalize
 
+# Of the folder `assets` itself, as `_openpis` names it.
+_UNNAMED = "."
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Found:
@@ -65,8 +68,8 @@ def find(
     if len(names) > 1:
         raise ValueError(f"{step} has several statistics of {asset_id!r}, {names}: {options}")
     if names:
-        folder = there[names[0]]
-        return Found(normalize.load(folder), names[0], folder / normalize.FILE_NAME)
+        folder, name = there[names[0]], names[0] if names[0] != _UNNAMED else asset_id
+        return Found(normalize.load(folder), name, folder / normalize.FILE_NAME)
     theirs = lerobot_policy.statistics(step, kind)
     return None if theirs is None else Found(theirs[0], asset_id, theirs[1])
 
@@ -113,7 +116,9 @@ def _below(root: pathlib.Path) -> list[pathlib.Path]:
 
 def _named(there: Iterable[str], asset_id: str) -> list[str]:
     exact = [name for name in there if name == asset_id]
-    return exact or [name for name in there if name.rpartition("/")[2] == asset_id]
+    last = [name for name in there if name.rpartition("/")[2] == asset_id]
+    # Statistics in `assets` itself have no name to be compared.
+    return exact or last or [name for name in there if name == _UNNAMED]
 
 
 def at(folder: pathlib.Path, asset_id: str) -> Found:
