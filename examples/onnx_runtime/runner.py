@@ -258,7 +258,7 @@ class OnnxPolicy:
 
     def _normalize(self, state):
         shift, scale = self._scale("state", len(state))
-        return ((state - shift) / scale).astype(np.float32)
+        return ((steady(state, self.stats["state"]) - shift) / scale).astype(np.float32)
 
     def _outputs(self, normalized, state):
         """Normalized actions to the robot's units."""
@@ -285,6 +285,21 @@ def _read_whole(folder):
                 "copy the export again"
             )
     return export
+
+
+def steady(state, stats):
+    """The state, dimensions that hardly moved in training kept near where they were.
+
+    They are divided by next to nothing, and a sensor's noise would become large.
+    """
+    mean, std = (np.asarray(stats[name])[: len(state)] for name in ("mean", "std"))
+    low, high = mean - 2.33 * std, mean + 2.33 * std
+    if stats.get("q01") is not None and stats.get("q99") is not None:
+        low, high = (np.asarray(stats[name])[: len(state)] for name in ("q01", "q99"))
+    spread = np.maximum(high - low, 4.653 * std)
+    size = np.maximum(1, np.maximum(abs(low), abs(high)))
+    room = np.where(spread < 0.01 * size, 2 * spread, np.inf)
+    return np.clip(state, low - room, high + room)
 
 
 def flatten(observation, prefix=""):

@@ -20,8 +20,8 @@ import openpi_client.websocket_client_policy
 import pytest
 
 from shallow_pi.checkpoints import weights
+from shallow_pi.data.robots import normalize, tokenizer
 from shallow_pi.data.robots import robot as robots
-from shallow_pi.data.robots import tokenizer
 from shallow_pi.deploy import policy
 from shallow_pi.deploy.export import export
 
@@ -99,6 +99,21 @@ def test_its_actions_are_the_policys(folders, exported, name, dtype, tolerance):
     assert (
         theirs.metadata.items() <= (ours.metadata | {"cameras": theirs.metadata["cameras"]}).items()
     )
+
+
+@pytest.mark.parametrize(
+    ("kind", "quantiles"), [("z_score", False), ("z_score", True), ("quantile", True)]
+)
+def test_it_keeps_noise_in_still_dimensions_from_the_model(kind, quantiles):
+    mean, std = np.array([0.0, 7.0, 300.0, 0.0]), np.array([0.4, 0.0, 0.1, 0.01])
+    ends = {"q01": mean - 2 * std, "q99": mean + 2 * std} if quantiles else {}
+    stats = normalize.NormStats(mean, std, **ends)
+    theirs = runner.OnnxPolicy.__new__(runner.OnnxPolicy)
+    theirs.export = {"normalization": kind}
+    theirs.stats = {"state": {name: value.tolist() for name, value in stats.items()}}
+    for state in (np.array([90.0, 7.01, 400.0, 9.0]), np.array([-90.0, 6.0, 299.9])):
+        want = normalize.normalize(normalize.steady(state, stats), stats, kind)
+        np.testing.assert_allclose(theirs._normalize(state), want, rtol=1e-6)
 
 
 def test_it_draws_the_same_noise_after_a_reset(exported):
