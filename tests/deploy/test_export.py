@@ -462,6 +462,21 @@ def test_a_tokenizer_that_is_not_openpis_is_told_and_a_missing_one_is_named(own,
         export.export(tmp_path / "2", "stablehlo")
 
 
+def test_still_dimensions_are_told_where_their_noise_reaches_the_model(own, tmp_path, capsys):
+    """openpi and LeRobot normalize the state without `normalize.steady`; graphs do not read it."""
+    mean, std = np.array([0.0, 7.0, 300.0]), np.array([0.4, 0.0, 0.1])
+    still = {**own.stats, "state": normalize.NormStats(mean, std, mean - std, mean + std)}
+    own = dataclasses.replace(own, stats=still)
+    own.save(tmp_path / "2" / "assets")
+    for name in ("stablehlo", "lerobot"):
+        with pytest.raises(ValueError, match="holds no parameters"):
+            export.export(tmp_path / "2", name, any_size=True)
+        told = " ".join(capsys.readouterr().err.split())
+        assert ("dimensions 1, 2 hardly moved in training: openpi and" in told) == (name in FORMATS)
+    text = card.text("", "x", student.Student(own, {}), student.Origin(), "checked", is_policy=True)
+    assert "| still state dimensions | 1, 2 |" in text
+
+
 def test_where_nothing_can_be_written_it_says_so(run, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OSError, match=r"file/new cannot be written .*give another --output"):

@@ -271,6 +271,7 @@ def register_checkpoint(name: str, step: str | os.PathLike[str]) -> None:
     weights.check_tree(pi0.abstract_params(assets.model), stored, f"student ({folder})")
     train = train_config(name, assets.model, assets.robot, assets.asset_id)
     tokenizer.Tokenizer(assets.tokenizer, assets.model.max_token_len).warn_of_paligemmas()
+    assets.warn_of_still()
     if assets.quantize != "none":
         progress.warn(
             f"the student was trained for products in 8 bits ({assets.quantize}), and openpi "

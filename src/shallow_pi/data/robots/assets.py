@@ -15,6 +15,8 @@ import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
+
 from shallow_pi import progress
 from shallow_pi.checkpoints import run_folder
 from shallow_pi.data.robots import (
@@ -93,6 +95,22 @@ class Assets:
     def outputs(self) -> transforms.Transform:
         """Normalized model actions, with the robot's state beside them → robot actions."""
         return pipelines.outputs(self.robot, stats=self.stats, kind=self.kind)
+
+    @property
+    def still(self) -> str:
+        """The dimensions of the state that hardly moved in training, in words; empty if none."""
+        found = np.flatnonzero(normalize.still(self.stats["state"])[: self.robot.state_dim])
+        names = self.names.get("state") or self.robot.state_vector.places
+        return ", ".join(str(names[i]) for i in found)
+
+    def warn_of_still(self) -> None:
+        """Warn of still dimensions, where other code than ours normalizes the state."""
+        if self.still:
+            progress.warn(
+                f"state dimensions {self.still} hardly moved in training: openpi and LeRobot pass "
+                "a sensor's noise in them to the model, enlarged, which shallow_pi does not; send "
+                "their values of training there"
+            )
 
     def steps(self, given: int | None) -> int:
         """The integration steps given, or those it was trained for; warns where they differ."""

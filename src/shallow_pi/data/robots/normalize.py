@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from shallow_pi import atomic, progress
 from shallow_pi.checkpoints import fetch
@@ -166,9 +166,16 @@ def steady(values: Float[np.ndarray, "*n d"], stats: NormStats) -> Float[np.ndar
     dim = np.shape(values)[-1]
     low, high = (end[:dim] for end in stats.span())
     spread = np.maximum(high - low, NORMAL_RANGE * stats.std[:dim])
-    size = np.maximum(1.0, np.maximum(np.abs(low), np.abs(high)))
-    room = np.where(spread < SMALLEST_SPREAD * size, 2 * spread, np.inf)
+    room = np.where(still(stats)[:dim], 2 * spread, np.inf)
     return np.clip(values, low - room, high + room)
+
+
+def still(stats: NormStats) -> Bool[np.ndarray, " d"]:
+    """The dimensions that hardly moved in training."""
+    low, high = stats.span()
+    spread = np.maximum(high - low, NORMAL_RANGE * stats.std)
+    size = np.maximum(1.0, np.maximum(np.abs(low), np.abs(high)))
+    return spread < SMALLEST_SPREAD * size
 
 
 def unnormalize(

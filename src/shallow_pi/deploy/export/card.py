@@ -55,6 +55,7 @@ def text(
         "integration steps": f"{assets.num_steps if is_policy else student.num_steps}",
         "prompt": f"{model.max_token_len} tokens"
         + (", with the state in it" if model.discrete_state_input else ""),
+        "still state dimensions": assets.still or "none",
         "normalization": f"{assets.kind.replace('_', '-')}, statistics `{assets.asset_id}`",
         "compute": model.dtype
         + f", trained for products in 8 bits ({assets.quantize})" * (assets.quantize != "none"),

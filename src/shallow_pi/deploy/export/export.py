@@ -102,6 +102,7 @@ def export(
     prompts = tokenizer.Tokenizer(assets.tokenizer, assets.model.max_token_len)
     if not chosen.DTYPES:
         prompts.warn_of_paligemmas()
+        assets.warn_of_still()
     calibrated = calibration.load(folder / run_folder.ASSETS, assets.model)
     scheme, bounds = calibration.choose(assets.model, quantize, "none", calibrated, steps)
     expected = pi0.abstract_params(assets.model)

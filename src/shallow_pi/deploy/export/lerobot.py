@@ -3,10 +3,10 @@
 The types `shallow_pi0` and `shallow_pi05` come from the plugin `lerobot_policy_shallow_pi`
 (plugins/ in this repository), which reads the depth from the config and raises if the file does not
 fit. The pipelines consist of LeRobot's steps with this policy's statistics, set up to compute the
-same as `data.robots`: openpi's epsilon, relative actions if the robot has any, and two steps of the
-plugin for a robot with different units or signs or a fixed prompt. LeRobot has one state,
-`observation.state`, one `task`, and images under `observation.images.`: other keys of a robot are
-renamed to these (`camera_key`), and a state in parts becomes one.
+same as `data.robots`, but for `normalize.steady`: openpi's epsilon, relative actions if the robot
+has any, and two steps of the plugin for a robot with different units or signs or a fixed prompt.
+LeRobot has one state, `observation.state`, one `task`, and images under `observation.images.`:
+other keys of a robot are renamed to these (`camera_key`), and a state in parts becomes one.
 """
 
 import json
