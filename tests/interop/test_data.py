@@ -17,6 +17,7 @@ from openpi import transforms as openpi_transforms
 from openpi.models import gemma as openpi_gemma
 from openpi.training import config as openpi_config
 
+from shallow_pi.commands import inspect_data
 from shallow_pi.data import loader, opening
 from shallow_pi.data.lerobot import writer as lerobot_writer
 from shallow_pi.data.robots import normalize
@@ -188,13 +189,50 @@ def test_statistics_are_asked_for_where_there_are_none():
         opening.open_data(_data(), MODEL, None)
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"base_config": openpi_config.DataConfig()},  # Its prompt is the task's otherwise.
+            rf"does not fit frame 0 of {REPO} \(KeyError: 'prompt'\); the frame has actions,",
+        ),
+        (
+            {"repo_id": "me/absent"},
+            "LeRobot cannot open me/absent, the dataset of openpi's config mine",
+        ),
+    ],
+)
+def test_a_config_that_does_not_fit_its_recordings_is_refused(monkeypatch, teacher, changes, said):
+    source = openpi_config.get_config("pi05_libero")
+    factory = dataclasses.replace(source.data, **changes)
+    mine = dataclasses.replace(source, name="mine", data=factory)
+    monkeypatch.setitem(openpi_config._CONFIGS_DICT, "mine", mine)
+    with pytest.raises(ValueError, match=said):
+        opening.open_data(_data("mine", asset_id=REPO), MODEL, teacher)
+
+
+def test_another_horizon_than_openpis_config_has_is_refused(teacher):
+    model = dataclasses.replace(MODEL, action_horizon=12)
+    with pytest.raises(ValueError, match=r"pi05_libero, 10, and --model\.action-horizon is 12"):
+        opening.open_data(_data(), model, teacher)
+
+
+def test_what_openpis_loader_gives_can_be_inspected(teacher, capsys):
+    tokens = ("--data.tokenizer", "gs://big_vision/paligemma_tokenizer.model")
+    small = ("--teacher.path", str(teacher), "--samples", "2", *tokens)
+    inspect_data.main(["--openpi.config", "pi05_libero", *small])
+    said = capsys.readouterr().out
+    assert any(prompt in said for prompt in PROMPTS)
+    assert pathlib.Path("data_sheets/pi05_libero_l6/sheet.png").is_file()
+
+
 def test_a_folder_needs_our_reader(home, teacher):
     with pytest.raises(ValueError, match=r"--data\.source lerobot"):
         opening.open_data(_data(path=str(home / REPO)), MODEL, teacher)
 
 
 def test_without_lerobot_our_reader_is_taken(monkeypatch):
-    monkeypatch.setattr(openpi_data, "available", lambda source: False)
+    monkeypatch.setattr(openpi_data, "obstacle", lambda _: "no lerobot")
     data = openpi_configs.experiment("pi05_libero").data
     assert (data.source, data.path, data.robot) == ("lerobot", "", "libero")
 

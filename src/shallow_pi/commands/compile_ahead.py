@@ -5,6 +5,7 @@ uv run scripts/compile_ahead.py NAME --topology v5e:8x8 [--field value ...]
     pi0_aloha_l6 --topology v5e:4x4 --mesh.fsdp 16      a TPU slice, on a CPU (needs libtpu)
     pi0_aloha_l6 --topology h100:8                      a GPU host (needs the CUDA extra, no GPU)
     pi0_aloha_l6 --devices 8 --mesh.fsdp 8              eight virtual CPU devices
+    --openpi.config pi05_libero --topology h100:8       an openpi config (needs openpi)
     --output benchmarks/ahead                           also writes NAME-TOPOLOGY.json there
 
 The step is compiled from shapes alone; at full size this takes a few minutes.
@@ -18,6 +19,7 @@ import time
 from shallow_pi import progress
 from shallow_pi.checkpoints import run_folder
 from shallow_pi.commands import exits
+from shallow_pi.interop import openpi_configs
 from shallow_pi.planning import accelerators, compile, report
 from shallow_pi.speed import flops, latency
 from shallow_pi.training import command_line, setup
@@ -32,9 +34,10 @@ def main() -> None:
     parser.add_argument("--topology", default="")
     parser.add_argument("--output", default="")
     own, arguments = parser.parse_known_args()
-    with exits.exit_on():
+    with exits.exit_on(ModuleNotFoundError):
         folder = own.output and run_folder.check_output(own.output, "give another --output")
-        experiment = command_line.cli(command_line.configs(), __doc__ or "", arguments)
+        default, fields = openpi_configs.cli(arguments)
+        experiment = command_line.cli(command_line.configs(), __doc__ or "", fields, default)
         devices = compile.devices(own.devices, own.topology)
         experiment = setup.resolve_from_disk(experiment)
         mesh = setup.make_mesh(experiment, devices)

@@ -6,6 +6,7 @@ uv run scripts/estimate_memory.py NAME [--devices 1] [--card h100] [--field valu
     pi0_aloha_l6 --devices 8 --mesh.fsdp 8  parameters and moments sharded over eight
     pi0_aloha_l6 --devices 8 --card h100    sharded over the fewest H100s of eight that fit
     pi05_libero_l6 --topology v5e:4x4       on a TPU slice (needs libtpu)
+    --openpi.config pi05_libero             an openpi config instead of NAME (needs openpi)
 
 The estimate is computed from sizes and takes seconds. `uv run scripts/compile_ahead.py` obtains the
 compiler's own memory plan, which takes minutes at full size.
@@ -15,6 +16,7 @@ import argparse
 import sys
 
 from shallow_pi.commands import exits
+from shallow_pi.interop import openpi_configs
 from shallow_pi.planning import accelerators, compile, report
 from shallow_pi.training import command_line, setup
 
@@ -28,8 +30,9 @@ def main() -> None:
     parser.add_argument("--topology", default="")
     parser.add_argument("--card", default="", choices=["", *accelerators.TABLE])
     own, arguments = parser.parse_known_args()
-    with exits.exit_on():
-        experiment = command_line.cli(command_line.configs(), __doc__ or "", arguments)
+    with exits.exit_on(ModuleNotFoundError):
+        default, fields = openpi_configs.cli(arguments)
+        experiment = command_line.cli(command_line.configs(), __doc__ or "", fields, default)
         devices = compile.devices(own.devices, own.topology)
         experiment = setup.resolve_from_disk(experiment)
         kind = own.topology.partition(":")[0]

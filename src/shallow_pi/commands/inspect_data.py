@@ -4,6 +4,7 @@ uv run scripts/inspect_data.py NAME [--data.path PATH] [--field value ...]
 
     pi0_aloha_l6 --data.path ~/data/my_aloha     the data that a run of that config trains on
     pi05_libero_l6 --samples 512 --output here   more samples, another folder
+    --openpi.config pi05_libero                  an openpi config instead of NAME (needs openpi)
 
 Reads random samples through the complete data path of a run (conversions, differences,
 normalization, tokens, augmentation) and writes to FOLDER (default: data_sheets/NAME)
@@ -33,6 +34,7 @@ from shallow_pi.checkpoints import run_folder, safetensors_file
 from shallow_pi.commands import exits
 from shallow_pi.data import inspection, opening, sheet
 from shallow_pi.data.robots import lerobot_policy
+from shallow_pi.interop import openpi_configs
 from shallow_pi.training import command_line, config, idle, setup
 
 # Number of prompts printed.
@@ -53,18 +55,19 @@ class Arguments:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, read, draw, print."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    if not words or words[0].startswith("-"):
-        command_line.cli(
-            command_line.configs(), __doc__ or "", words[:1]
-        )  # Lists the configs, and exits.
-    with exits.exit_on():
+    with exits.exit_on(ModuleNotFoundError):
+        words = sys.argv[1:] if arguments is None else arguments
+        default, words = openpi_configs.cli(words)
+        if default is None:
+            if not words or words[0].startswith("-"):  # Lists the configs, and exits.
+                command_line.cli(command_line.configs(), __doc__ or "", words[:1])
+            default = command_line.load(command_line.configs(), words.pop(0))
         given = flags.parse(
             Arguments,
-            words[1:],
+            words,
             __doc__ or "",
-            prog=f"{pathlib.Path(sys.argv[0]).name} {words[0]}",
-            default=Arguments(command_line.load(command_line.configs(), words[0])),
+            prog=f"{pathlib.Path(sys.argv[0]).name} {default.name}",
+            default=Arguments(default),
             idle=idle.fields,
             conflicts=idle.conflicts,
             part="experiment",

@@ -23,11 +23,8 @@ def main() -> None:
     with exits.exit_on():
         processes.initialize()
     processes.cache_compilations()
-    arguments, default = sys.argv[1:], None
-    if arguments[:1] == ["--openpi.config"]:
-        with exits.exit_on(ModuleNotFoundError):
-            default = openpi_configs.experiment(*arguments[1:2])
-        arguments = arguments[2:]
+    with exits.exit_on(ModuleNotFoundError):
+        default, arguments = openpi_configs.cli(sys.argv[1:])
     experiment = command_line.cli(command_line.configs(), __doc__ or "", arguments, default)
     trained, own = [experiment], None
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from shallow_pi import progress
+from shallow_pi import progress, suggestions
 from shallow_pi.checkpoints import fetch, weights
 from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.data.robots import conversions, tokenizer, transforms
@@ -305,6 +305,25 @@ def is_openpis(name: str) -> bool:
     from openpi.training import config as configs
 
     return name in configs._CONFIGS_DICT
+
+
+def own_config(name: str) -> OpenpiObject:
+    """openpi's training config of that name.
+
+    Raises:
+      ValueError: there is none; names the closest, or lists them.
+    """
+    require()
+    from openpi.training import config as configs
+
+    known = configs._CONFIGS_DICT
+    if name not in known:
+        listed = f"; there are {', '.join(known)}"
+        raise ValueError(
+            f"no config {name!r} in openpi's {configs.__file__}"
+            f"{suggestions.closest(name, known, listed)}"
+        )
+    return known[name]
 
 
 def serve_script(checkout: str | os.PathLike[str] | None = None) -> pathlib.Path:

@@ -5,8 +5,12 @@ from recordings through a `Robot` with the same transforms. Losses, schedule and
 those of the method.
 """
 
+import argparse
 import dataclasses
+import os
+from collections.abc import Sequence
 
+from shallow_pi import progress
 from shallow_pi.data import data_config
 from shallow_pi.data.robots import normalize
 from shallow_pi.data.robots import robot as robots
@@ -18,7 +22,19 @@ from shallow_pi.training import config
 PUBLISHED = ("pi05_libero", "pi05_droid", "pi0_droid", "pi0_aloha_sim", "pi0_aloha_pen_uncap")
 
 
-def experiment(name: str = "") -> config.DistillConfig:
+def cli(arguments: Sequence[str]) -> tuple[config.DistillConfig | None, list[str]]:
+    """The experiment of `--openpi.config NAME` on a command line, None without it; and the rest.
+
+    Raises:
+      ModuleNotFoundError, ValueError: as `experiment` does.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--openpi.config", dest="name", metavar="NAME")
+    own, others = parser.parse_known_args(arguments)
+    return (None if own.name is None else experiment(own.name)), others
+
+
+def experiment(name: str) -> config.DistillConfig:
     """openpi's training config of that name as a distillation to six layers.
 
     If openpi publishes no policy of that name, the teacher's path is the folder of your openpi
@@ -28,11 +44,11 @@ def experiment(name: str = "") -> config.DistillConfig:
       ValueError: an unknown name, an unsupported model, or transforms that match no robot of ours
         while openpi's loader cannot run here; names the part.
     """
-    openpi.require()
-    from openpi.training import config as configs
-
-    source = configs.get_config(name)
-    model = _model(name, source.model)
+    source = openpi.own_config(name)
+    try:
+        model = _model(source.model)
+    except ValueError as error:
+        raise ValueError(f"openpi's config {name}: {error}") from error
     path = f"{source.checkpoint_base_dir}/{name}"
     if name in PUBLISHED:
         path = f"gs://openpi-assets/checkpoints/{name}"
@@ -45,14 +61,14 @@ def experiment(name: str = "") -> config.DistillConfig:
     )
 
 
-def _model(name: str, source: openpi.OpenpiObject) -> pi0.Pi0Config:
+def _model(source: openpi.OpenpiObject) -> pi0.Pi0Config:
     from openpi.models import gemma as openpi_gemma
     from openpi.models import pi0_config
 
     if not isinstance(source, pi0_config.Pi0Config):
         raise ValueError(
-            f"{name} is a {source.model_type.value} model (π0-FAST: tokens, no flow); only π0 and "
-            "π0.5 can be distilled"
+            f"{type(source).__name__} is a {source.model_type.value} model; only π0 and π0.5, as "
+            "openpi's Pi0Config describes them, can be distilled"
         )
     streams = [
         openpi_gemma.get_config(variant)
@@ -83,19 +99,32 @@ def _data(name: str, source: openpi.OpenpiObject) -> data_config.DataConfig:
         return data_config.DataConfig(source="synthetic")
     assets = source.data.assets
     asset_id = assets.asset_id or source.data.repo_id
+    if not isinstance(asset_id, str):
+        raise ValueError(
+            f"openpi's config {name} does not name its statistics: expected a text as its asset_id "
+            f"or else its repo_id, got {asset_id!r}; give its data AssetsConfig(asset_id=...)"
+        )
     normalize.check_asset_id(asset_id, f"asset_id of openpi's config {name}, or else its repo_id,")
     common = data_config.DataConfig(
         asset_id=asset_id,
-        norm_stats=f"{assets.assets_dir.rstrip('/')}/{asset_id}" if assets.assets_dir else "",
+        norm_stats=f"{os.fspath(assets.assets_dir).rstrip('/')}/{asset_id}"
+        if assets.assets_dir
+        else "",
     )
-    openpis = openpi_data.available(source)
+    obstacle = openpi_data.obstacle(source)
     try:
         robot = _robot(name, source.data, source.model).name
-    except ValueError:
-        if not openpis:
-            raise
+    except ValueError as error:
+        if obstacle:
+            raise ValueError(
+                f"{error}\n(openpi's loader cannot read its data here: {obstacle})"
+            ) from error
         robot = f"{openpi_data.PREFIX}{name}"
-    if not openpis:
+    if obstacle:
+        progress.say(
+            f"Data: openpi's loader cannot read those of {name} here ({obstacle}); LeRobot "
+            f"recordings are read from --data.path, as robot {robot} (--data.robot)"
+        )
         return dataclasses.replace(common, robot=robot)
     return dataclasses.replace(common, source=openpi_data.SOURCE, path=name, robot=robot)
 
@@ -106,16 +135,17 @@ def _robot(name: str, source: openpi.OpenpiObject, model: openpi.OpenpiObject) -
     from openpi.training import config as configs
     from openpi.training import droid_rlds_dataset
 
-    if isinstance(source, configs.LeRobotLiberoDataConfig):
+    kind = type(source)  # A class derived from one of openpi's has transforms of its own.
+    if kind is configs.LeRobotLiberoDataConfig:
         return robots.LIBERO_DELTA if source.extra_delta_transform else robots.LIBERO
-    if isinstance(source, configs.LeRobotAlohaDataConfig):
-        return _aloha(name, source)
-    if isinstance(source, configs.LeRobotDROIDDataConfig):
+    if kind is configs.LeRobotAlohaDataConfig and (cameras := _aloha_cameras(source)):
+        return _aloha(name, source, cameras)
+    if kind is configs.LeRobotDROIDDataConfig:
         return robots.DROID
-    if isinstance(source, configs.RLDSDroidDataConfig):
+    if kind is configs.RLDSDroidDataConfig:
         positions = droid_rlds_dataset.DroidActionSpace.JOINT_POSITION
         return robots.DROID_POSITION if source.action_space == positions else robots.DROID
-    if isinstance(source, configs.SimpleDataConfig):
+    if kind is configs.SimpleDataConfig:
         try:
             group = source.data_transforms(model)
         except TypeError as error:  # openpi's paligemma_diffusion_droid is out of date.
@@ -125,21 +155,30 @@ def _robot(name: str, source: openpi.OpenpiObject, model: openpi.OpenpiObject) -
             return robots.DROID
     raise ValueError(
         f"{name} cannot be taken over: no robot of ours has the transforms of "
-        f"{type(source).__name__}\n"
-        "describe the robot in a file (--data.robot, see docs/robots.md) and write a config in "
-        "train_configs/"
+        f"{kind.__name__}\n"
+        "describe the robot in a file (docs/robots.md) and write a config of your own "
+        "(docs/configs.md)"
     )
 
 
-def _aloha(name: str, source: openpi.OpenpiObject) -> robots.Robot:
+def _aloha_cameras(source: openpi.OpenpiObject) -> dict[str, str] | None:
+    """Each camera's key in the recordings; None if state or actions have not ALOHA's keys."""
+    from openpi import transforms as openpi_transforms
+
+    if not isinstance(source.repo_id, str):  # For inference only, without recordings.
+        return dict(robots.ALOHA.cameras)
+    of = {"base_0_rgb": "cam_high", "left_wrist_0_rgb": "cam_left_wrist"}
+    of |= {"right_wrist_0_rgb": "cam_right_wrist"}
+    match source.repack_transforms.inputs:
+        case [openpi_transforms.RepackTransform(structure={"images": dict() as keys, **others})]:
+            vectors = {"state": robots.ALOHA.state_key, "actions": robots.ALOHA.action_key}
+            if vectors.items() <= others.items():
+                return {camera: keys[key] for camera, key in of.items() if key in keys}
+    return None
+
+
+def _aloha(name: str, source: openpi.OpenpiObject, cameras: dict[str, str]) -> robots.Robot:
     """The listed ALOHA with these cameras, units, deltas and prompt."""
-    cameras = robots.ALOHA.cameras
-    if isinstance(source.repo_id, str):  # Else for inference only, without recordings.
-        (repack,) = source.repack_transforms.inputs
-        of = {"base_0_rgb": "cam_high", "left_wrist_0_rgb": "cam_left_wrist"}
-        of |= {"right_wrist_0_rgb": "cam_right_wrist"}
-        keys = repack.structure["images"]
-        cameras = {camera: keys[key] for camera, key in of.items() if key in keys}
     wanted = dataclasses.replace(
         robots.ALOHA,
         cameras=cameras,
@@ -151,8 +190,10 @@ def _aloha(name: str, source: openpi.OpenpiObject) -> robots.Robot:
     for robot in (robots.ALOHA, robots.ALOHA_SIM):
         if dataclasses.replace(robot, name=wanted.name) == wanted:
             return robot
+    own = {field.name: getattr(wanted, field.name) for field in dataclasses.fields(wanted)}
+    changes = [f"{k}={v!r}" for k, v in own.items() if v != getattr(robots.ALOHA, k)]
     raise ValueError(
         f"{name} cannot be taken over by name: no ALOHA of ours has its prompt, cameras and "
-        "deltas; give a file with this ROBOT (--data.robot, docs/robots.md):\n"
-        f"{wanted}"
+        "deltas; write a config of your own (docs/configs.md) for a file with this ROBOT "
+        f"(docs/robots.md):\nROBOT = dataclasses.replace(robots.ALOHA, {', '.join(changes)})"
     )

@@ -7,12 +7,13 @@ with our reader instead, which is faster.
 """
 
 import dataclasses
-import importlib
+import importlib.util
 import pathlib
 
 import numpy as np
+import tyro
 
-from shallow_pi import progress
+from shallow_pi import flags, progress
 from shallow_pi.checkpoints import fetch
 from shallow_pi.data import data_config, opening
 from shallow_pi.data.lerobot import reader
@@ -58,8 +59,18 @@ class Source:
     def __getitem__(self, i: int) -> batches.Batch:
         from openpi.training import data_loader
 
-        item = self.dataset[int(self.frames[i])]
-        # openpi's function on a dataset of this item: openpi's transforms, in openpi's order.
+        frame, item = int(self.frames[i]), {}
+        try:
+            item = self.dataset[frame]
+            # openpi's function on a dataset of this item: openpi's transforms, in openpi's order.
+            found = data_loader.transform_dataset([item], self.data)[0]
+        except Exception as error:  # Whatever the config's own transforms raise.
+            has = f"; the frame has {', '.join(sorted(item))}" if item else ""
+            raise ValueError(
+                f"openpi's config does not fit frame {frame} of {self.data.repo_id} "
+                f"({type(error).__name__}: {error}){has}: check the keys of its repack_transforms, "
+                "its action_sequence_keys and prompt_from_task"
+            ) from error
         (key, *_) = self.data.action_sequence_keys
         if f"{key}_is_pad" not in item:
             progress.warn(
@@ -67,7 +78,6 @@ class Source:
                 "are trained on"
             )
         is_pad = item.get(f"{key}_is_pad", np.zeros(self.model.action_horizon, bool))
-        found = data_loader.transform_dataset([item], self.data)[0]
         return batches.Batch(
             observation=observations.Observation(
                 images={name: np.asarray(image) for name, image in found["image"].items()},
@@ -111,22 +121,21 @@ def open_data(
             f"{data.norm_stats}): run openpi's scripts/compute_norm_stats.py and give the folder "
             "it writes, or give --data.source lerobot --data.path FOLDER"
         )
-    openpi.require()
-    from openpi.training import config as configs
-    from openpi.training import data_loader
-
     try:
-        source = configs.get_config(name)
+        source = openpi.own_config(name)
     except ValueError as error:
         raise ValueError(
-            f"{error} Here --data.path names a config of openpi's; for a folder of recordings, add "
-            "--data.source lerobot and --data.robot"
+            f"{error}\nHere --data.path names a config of openpi's; for a folder of recordings, "
+            "add --data.source lerobot and --data.robot"
         ) from error
-    if not available(source):
+    if reason := obstacle(source):
         raise ValueError(
-            f"openpi's loader cannot read {name} here (it takes LeRobot's package and a LeRobot "
-            "dataset): give --data.source lerobot --data.path FOLDER"
+            f"openpi's loader cannot read the data of {name} here ({reason}): give --data.source "
+            "lerobot --data.path FOLDER"
         )
+    _check_model(name, source.model, model)
+    from openpi.training import data_loader
+
     # Statistics at another address are in data.norm_stats already.
     local = dataclasses.replace(source.data.assets, assets_dir=None)
     factory = dataclasses.replace(source.data, assets=local)
@@ -134,7 +143,14 @@ def open_data(
     stats = _stats(data, found, model, teacher_step)
     robot = _robot(data.robot, model, stats)
     found = dataclasses.replace(found, norm_stats=_openpis(stats))
-    dataset = data_loader.create_torch_dataset(found, source.model.action_horizon, source.model)
+    try:
+        dataset = data_loader.create_torch_dataset(found, source.model.action_horizon, source.model)
+    except Exception as error:  # Whatever LeRobot raises, on the hub or on disk.
+        raise ValueError(
+            f"LeRobot cannot open {found.repo_id}, the dataset of openpi's config {name} "
+            f"({type(error).__name__}: {error}): check the config's repo_id, a name on the hub or "
+            "a folder in $HF_LEROBOT_HOME; or give --data.source lerobot --data.path FOLDER"
+        ) from error
     assets = policy_assets.Assets(
         model=model,
         robot=robot,
@@ -150,17 +166,36 @@ def open_data(
         parts = [Source(found, source.model, dataset, these) for these in frames]
     train, held_out = (part and opening.cached(data, part) for part in parts)
     assert train is not None, "the first part holds the training episodes"
+    _ = train[0]  # A config that does not fit its recordings raises here.
     return opening.Data(train, held_out, assets)
 
 
-def available(source: openpi.OpenpiObject) -> bool:
-    """True if openpi's loader can read the data of this openpi training config here."""
-    try:
-        importlib.import_module("lerobot")
-    except ModuleNotFoundError:
-        return False
-    # openpi marks a missing repository with an object, RLDS with a separate folder.
-    return isinstance(source.data.repo_id, str) and not hasattr(source.data, "rlds_data_dir")
+def obstacle(source: openpi.OpenpiObject) -> str:
+    """The reason why openpi's loader cannot read a training config's data here; empty if it can."""
+    if hasattr(source.data, "rlds_data_dir"):
+        return "they are in RLDS, not in LeRobot's format"
+    repo_id = source.data.repo_id
+    if repo_id is None or repo_id is tyro.MISSING:
+        return "the config has no repo_id, for it is for inference"
+    if not isinstance(repo_id, str):
+        return f"its repo_id must be the name of one dataset, got {repo_id!r}"
+    if importlib.util.find_spec("lerobot") is None:
+        return "the package lerobot is not installed"
+    return ""
+
+
+def _check_model(name: str, source: openpi.OpenpiObject, model: pi0.Pi0Config) -> None:
+    """Raise if the run's model wants other samples than openpi's config gives."""
+    fields = ["pi05", "action_dim", "action_horizon", "max_token_len"]
+    fields += ["discrete_state_input"] * model.pi05
+    for field in fields:
+        own, theirs = getattr(model, field), getattr(source, field)
+        if own != theirs:
+            raise ValueError(
+                f"openpi's loader gives samples of the {field} in its config {name}, {theirs}, and "
+                f"{flags.as_flag(f'model.{field}')} is {own}: change openpi's config, or leave it "
+                "out"
+            )
 
 
 def _robot(name: str, model: pi0.Pi0Config, stats: dict[str, normalize.NormStats]) -> robots.Robot:
