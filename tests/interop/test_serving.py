@@ -321,6 +321,20 @@ def test_missing_statistics_are_named_before_openpi_looks_for_them(make_step):
         interop.register_checkpoint("student_l6", step)
 
 
+def test_a_student_under_its_teachers_config_is_refused_before_openpi_loads_it(make_step, refused):
+    step = make_step(robots.ALOHA, _model())
+    arguments = ["policy:checkpoint", "--policy.config=pi0_aloha", f"--policy.dir={step}"]
+    status, said = refused(f"--openpi-dir={HERE / 'checkout'}", *arguments)
+    assert status == 1
+    assert "another name, such as pi0_aloha_l6" in said
+    # openpi's own config runs a padded student, and a teacher.
+    deep = dataclasses.replace(policy_assets.load(step), model=_model(depth=18))
+    shutil.copy(step / "assets" / "tokenizer.model", step / "tokenizer")
+    dataclasses.replace(deep, tokenizer=step / "tokenizer").save(step / "assets")
+    assert interop.runs("pi0_aloha", step)
+    assert interop.runs("pi0_aloha", step.parent / "teacher")
+
+
 def test_the_names_of_openpis_own_configs_stay_theirs(make_step):
     step = make_step(robots.ALOHA, _model())
     with pytest.raises(ValueError, match="'pi0_aloha' is a config of openpi's own"):

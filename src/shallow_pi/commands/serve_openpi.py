@@ -35,7 +35,7 @@ def main() -> None:
     named, _ = parser.parse_known_args(arguments)
     with exits.exit_on(ModuleNotFoundError):
         script = openpi.serve_script(own.openpi_dir)
-        if named.name and named.step and not openpi.is_openpis(named.name):
+        if named.name and named.step and not openpi.runs(named.name, named.step):
             openpi.register_checkpoint(named.name, named.step)
     sys.argv = [str(script), *arguments]
     runpy.run_path(str(script), run_name="__main__")

@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from shallow_pi import progress, suggestions
-from shallow_pi.checkpoints import fetch, weights
+from shallow_pi.checkpoints import fetch, run_folder, weights
 from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.data.robots import conversions, tokenizer, transforms
 from shallow_pi.data.robots import robot as robots
@@ -163,7 +163,7 @@ def train_config(
 
     assets = configs.AssetsConfig(asset_id=asset_id)
     if robot.elsewhere:
-        source = configs.get_config(robot.elsewhere)
+        source = own_config(robot.elsewhere)
         data = dataclasses.replace(source.data, assets=assets)
         return dataclasses.replace(source, name=name, model=sizes, data=data)
     if robot in (robots.ALOHA, robots.ALOHA_SIM):
@@ -252,7 +252,10 @@ def register(name: str, train: OpenpiObject) -> None:
     # openpi has no hook for external configs; this is the table behind `get_config`.
     known = configs._CONFIGS_DICT
     if name in known and not isinstance(known[name].model, _config_class()):
-        raise ValueError(f"{name!r} is a config of openpi's own: give the student another name")
+        raise ValueError(
+            f"{name!r} is a config of openpi's own: give the student another name, such as "
+            f"{name}_l{train.model.sizes.depth}"
+        )
     known[name] = train
 
 
@@ -299,12 +302,19 @@ def _sample_in(train: OpenpiObject, num_steps: int) -> None:
     policy_config.create_trained_policy = with_steps
 
 
-def is_openpis(name: str) -> bool:
-    """True if openpi has a config of that name itself."""
+def runs(name: str, step: str | os.PathLike[str]) -> bool:
+    """True if openpi has a config of that name, and the step folder no student of another depth."""
     require()
+    from openpi.models import gemma as openpi_gemma
     from openpi.training import config as configs
 
-    return name in configs._CONFIGS_DICT
+    if name not in configs._CONFIGS_DICT:
+        return False
+    folder = fetch.kept(step)
+    if folder is None or not (folder / run_folder.ASSETS / policy_assets.FILE_NAME).is_file():
+        return True
+    variant = getattr(configs.get_config(name).model, "paligemma_variant", BACKBONE)
+    return openpi_gemma.get_config(variant).depth == policy_assets.load(folder).model.depth
 
 
 def own_config(name: str) -> OpenpiObject:
