@@ -67,5 +67,7 @@ def test_a_closed_event_loop_and_orbaxs_tasks_are_not(reported, caplog):
         "<Future finished exception=ValueError('NOT_FOUND [tensorstore_spec={}]')>",
     ):
         logging.getLogger("asyncio").error("Task exception was never retrieved\nfuture: %s", left)
+    path, said = "/lib/orbax/checkpoint/checkpoint_manager.py", "File /run/7/metrics not found."
+    logging.getLogger("absl").handle(logging.LogRecord("absl", 40, path, 1, said, (), None))
     assert not reported
     assert not caplog.records

@@ -252,14 +252,19 @@ def params_folder(path: str | os.PathLike[str]) -> pathlib.Path:
     if not (folder / "_METADATA").exists():
         inside = sorted(child.name for child in folder.iterdir())
         steps = [name for name in inside if name.isdigit()]
-        runs = [name for name in inside if (folder / name / run_folder.CONFIG_FILE).is_file()]
-        if runs:
+        runs = [
+            name
+            for name in inside  # openpi's runs have steps and no config.
+            if (folder / name / run_folder.CONFIG_FILE).is_file()
+            or any(child.name.isdigit() for child in (folder / name).glob("*"))
+        ]
+        if (folder / "checkpoints" / "last").is_dir():
+            advice = f"it is a run of LeRobot's: name {folder / 'checkpoints' / 'last'}"
+        elif runs:
             advice = f"it holds the runs {', '.join(runs)}: name one, such as {folder / runs[0]}"
         elif steps:
             last = max(steps, key=int)
             advice = f"it holds the steps {', '.join(steps)}: name one, such as {folder / last}"
-        elif (folder / "checkpoints" / "last").is_dir():
-            advice = f"it is a run of LeRobot's: name {folder / 'checkpoints' / 'last'}"
         elif any(name.endswith((".onnx", ".stablehlo")) for name in inside):
             advice = (
                 "it is an export as graphs, which run as its README.md says: give the step folder "
