@@ -221,27 +221,12 @@ def test_an_episode_that_is_not_finite_can_be_left_out(copy) -> None:
     fit.check(dataset, pusht.ROBOT)
 
 
-def test_frames_out_of_order_are_named(copy) -> None:
-    swapped = pl.when(pl.col("index") == 21).then(5).otherwise(pl.col("frame_index"))
-    pusht.edit_data(copy, swapped.alias("frame_index"))
-    with pytest.raises(ValueError, match=r"frame 5 of episode 1 follows frame 0"):
-        reader.Dataset(copy)
-
-
-def test_damaged_meta_files_are_named(tmp_path) -> None:
+def test_missing_meta_files_are_named(tmp_path) -> None:
     old = shutil.copytree(pusht.OLD, tmp_path / "old")
-    with (old / "meta" / "episodes.jsonl").open("a") as file:
-        file.write("{cut")
-    with pytest.raises(ValueError, match=r"episodes\.jsonl, line 5 is not JSON"):
-        reader.Dataset(old)
     (old / "meta" / "episodes.jsonl").unlink()
     with pytest.raises(FileNotFoundError, match=r"episodes\.jsonl is missing"):
         reader.Dataset(old)
     new = shutil.copytree(pusht.IMAGE, tmp_path / "new")
-    (new / "meta" / "info.json").write_text("{")
-    with pytest.raises(ValueError, match=r"info\.json is not JSON"):
-        reader.Dataset(new)
-    shutil.copy(pusht.IMAGE / "meta" / "info.json", new / "meta")
     shutil.rmtree(new / "meta" / "episodes")
     with pytest.raises(FileNotFoundError, match=r"has no meta/episodes"):
         reader.Dataset(new)

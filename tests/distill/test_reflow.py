@@ -183,9 +183,3 @@ def test_times_are_uniform_but_for_the_share_of_the_deployed_ones(share):
             np.quantile(t[~among], [0.1, 0.5, 0.9]), [0.1, 0.5, 0.9], atol=0.04
         )
         assert t.min() > 0
-
-
-def test_without_a_teacher_the_loss_is_refused(reflowing):
-    alone = losses.Losses(velocity=0.0, attention=0.0, reflow=1.0)
-    with pytest.raises(ValueError, match=r"weights need a teacher: --losses.reflow 1.0; give one"):
-        dataclasses.replace(reflowing[0], losses=alone, teacher=None, layer_map=None)

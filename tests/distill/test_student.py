@@ -115,11 +115,3 @@ def test_a_teacher_s_file_given_as_the_student_raises(teacher, tmp_path):
     assert "layers" in str(error.value)
     with pytest.raises(FileNotFoundError, match="there is no checkpoint at"):
         load(tmp_path / "student")
-
-
-def test_a_student_s_file_without_its_vision_raises(teacher, tmp_path):
-    config, params = teacher
-    half = {"llm": params["PaliGemma"]["llm"]}
-    weights.save_params(tmp_path / "params", params | {"PaliGemma": half})
-    with pytest.raises(ValueError, match="missing PaliGemma/img/"):
-        weights.load_params(tmp_path, pi0.abstract_params(config))

@@ -47,19 +47,6 @@ def test_an_episode_is_a_function_of_its_seed_alone():
     assert len(tasks) > 4
 
 
-def test_a_pickled_simulator_continues_bit_for_bit(sims):
-    sim = sims["moving"]
-    sim.reset(4)
-    for _ in range(10):
-        sim.step(tabletop.expert(sim))
-    twin = pickle.loads(pickle.dumps(sim))
-    while not sim.done:
-        sim.step(tabletop.expert(sim))
-        twin.step(tabletop.expert(twin))
-        np.testing.assert_array_equal(sim.tip, twin.tip)
-    assert twin.success == sim.success
-
-
 def test_both_ways_around_the_pillar_are_taken_and_their_mean_is_fatal(sims):
     """The coin is not in the observation: the best single plan is the mean, which collides."""
     sim = sims["around"]
