@@ -12,6 +12,7 @@ import polars as pl
 import pytest
 from PIL import Image
 
+from shallow_pi import user_cache
 from shallow_pi.data import frame_cache
 from shallow_pi.data.lerobot import reader
 from shallow_pi.data.robots import transforms
@@ -202,9 +203,9 @@ def test_an_unwritable_folder_is_reported(dataset, tmp_path):
 
 def test_the_default_folder_follows_the_variable(monkeypatch):
     monkeypatch.setenv("SHALLOW_PI_CACHE", "/somewhere")
-    assert frame_cache.default_folder() == pathlib.Path("/somewhere/frames")
+    assert user_cache.folder("frames") == pathlib.Path("/somewhere/frames")
     monkeypatch.delenv("SHALLOW_PI_CACHE")
-    assert frame_cache.default_folder() == pathlib.Path("~/.cache/shallow_pi/frames").expanduser()
+    assert user_cache.folder("frames") == pathlib.Path("~/.cache/shallow_pi/frames").expanduser()
 
 
 def test_a_user_without_a_home_is_told_which_variable_to_set(monkeypatch):
@@ -213,4 +214,4 @@ def test_a_user_without_a_home_is_told_which_variable_to_set(monkeypatch):
     # As for the users that containers make up.
     monkeypatch.setattr(pwd, "getpwuid", lambda _: {}["no such user"])
     with pytest.raises(ValueError, match=r"user \d+ has none: set SHALLOW_PI_CACHE to a folder"):
-        frame_cache.default_folder()
+        user_cache.folder("frames")

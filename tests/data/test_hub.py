@@ -106,13 +106,13 @@ def test_files_of_many_episodes_are_asked_for_by_few_patterns():
     info = {"codebase_version": "v2.1", "features": {key: {"dtype": "video"} for key in cameras}}
     lengths = dict.fromkeys(range(95_000), 10)
     meta = layout.Layout(pathlib.Path("x"), info, {0: "go"}, lengths, {})
-    patterns = meta.files(range(95_000), cameras)
+    patterns = meta.patterns(cameras)
     assert patterns == [
         "data/chunk-*/episode_*.parquet",
         "videos/chunk-*/observation.images.a/episode_*.mp4",
         "videos/chunk-*/observation.images.b/episode_*.mp4",
     ]
-    names = meta.names([0, 94_999], cameras)
+    names = meta.files([0, 94_999], cameras)
     assert len(names) == 6
     assert all(any(fnmatch.fnmatch(name, p) for p in patterns) for name in names)
 

@@ -36,11 +36,6 @@ _THERE = 1
 _FORMAT = 2
 
 
-def default_folder() -> pathlib.Path:
-    """`$SHALLOW_PI_CACHE/frames`, by default in the user's cache folder."""
-    return user_cache.folder("frames")
-
-
 class FrameCache:
     """The cached, resized images of a dataset's cameras; `image` replaces the dataset's method.
 

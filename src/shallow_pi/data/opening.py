@@ -12,7 +12,7 @@ import pathlib
 import pkgutil
 from collections.abc import Mapping, Sequence
 
-from shallow_pi import progress
+from shallow_pi import progress, user_cache
 from shallow_pi.checkpoints import fetch, run_folder
 from shallow_pi.data import data_config, fit, frame_cache, sources
 from shallow_pi.data.lerobot import hub, layout, reader
@@ -276,9 +276,7 @@ def _cached_share(
 
 
 def _cache_folder(data: data_config.DataConfig) -> pathlib.Path:
-    if data.cache_dir:
-        return pathlib.Path(data.cache_dir).expanduser()
-    return frame_cache.default_folder()
+    return pathlib.Path(data.cache_dir or user_cache.folder("frames")).expanduser()
 
 
 def tokenizer_file(

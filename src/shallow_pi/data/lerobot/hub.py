@@ -57,9 +57,9 @@ def locate(
     wanted = features if cameras is None else cameras
     kinds = {key: features.get(key, {}).get("dtype") for key in wanted}
     videos = [key for key, kind in kinds.items() if kind == "video"]
-    missing = [n for n in meta.names(used, videos) if not os.path.exists(os.path.join(root, n))]
+    missing = [n for n in meta.files(used, videos) if not os.path.exists(os.path.join(root, n))]
     if missing and len(chosen) == len(meta.lengths):
-        root = fetch.snapshot(repo, commit, meta.files(chosen, videos), kind="dataset")
+        root = fetch.snapshot(repo, commit, meta.patterns(videos), kind="dataset")
     elif missing:
         fetch.files(repo, commit, missing, kind="dataset")
     stored = images.Images(meta)

@@ -209,7 +209,11 @@ class Images:
         chosen = list(files)
         if len(files) > MAX_CHECKED:
             sample = set(np.linspace(0, len(files) - 1, MAX_CHECKED).astype(int).tolist())
-            odd = {e for e, (a, b) in spans.items() if not self._is_regular(seconds[a:b])}
+            odd = {
+                episode
+                for episode, (first, last) in spans.items()
+                if (seconds[first:last] != np.arange(last - first) / self._fps).any()
+            }
             chosen = [
                 key
                 for number, key in enumerate(files)
@@ -234,9 +238,6 @@ class Images:
             root = self._layout.root
             progress.warn(f"dataset {root}: {worst.problem}{more} of {camera}; {advice}")
         return found
-
-    def _is_regular(self, seconds: Float[np.ndarray, " n"]) -> bool:
-        return bool((seconds == np.arange(len(seconds)) / self._fps).all())
 
     def _check_file(
         self,

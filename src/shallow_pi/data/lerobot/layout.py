@@ -86,19 +86,22 @@ class Layout:
         """True if there is a video file of this camera."""
         return any(self.root.glob(self._pattern("video_path", video_key=glob.escape(camera))))
 
-    def files(self, episodes: Collection[int], cameras: Sequence[str]) -> list[str]:
-        """The files these episodes and cameras need, meta files excepted, relative and sorted.
+    def patterns(self, videos: Sequence[str]) -> list[str]:
+        """Patterns (`*`) of all data files, and of all videos of these cameras, sorted.
 
-        For all episodes this is one pattern (`*`) for the data and one for each camera, because the
-        hub compares every file of a repository with every name or pattern.
+        For the hub, which compares every file of a repository with every name that it is given.
         """
-        features = self.info["features"]
-        videos = [key for key in cameras if features.get(key, {}).get("dtype") == "video"]
-        if set(self.lengths) <= set(episodes):
-            found = {self._pattern("data_path")}
-            found |= {self._pattern("video_path", video_key=key) for key in videos}
-            return sorted(found)
-        return self.names(episodes, videos)
+        found = [self._pattern("video_path", video_key=key) for key in videos]
+        return sorted({self._pattern("data_path"), *found})
+
+    def files(self, episodes: Collection[int], videos: Collection[str]) -> list[str]:
+        """The data files of these episodes, and their videos of these cameras, sorted."""
+        found = set()
+        for episode in episodes:
+            for key in (None, *videos):
+                with contextlib.suppress(ValueError):  # Opening the dataset reports the error.
+                    found.add(self.video(episode, key)[0] if key else self.data_file(episode))
+        return sorted(found)
 
     def texts(self, key: str) -> Mapping[int, str]:
         """The texts that a column numbers: `subtask_index` those of `meta/subtasks.parquet`.
@@ -130,15 +133,6 @@ class Layout:
                 key = str(one.get("original_key") or _SLICED[what])
                 found.setdefault(key, {})[name] = first, last
         return found
-
-    def names(self, episodes: Collection[int], videos: Collection[str]) -> list[str]:
-        """The data files of these episodes, and their videos of these cameras, sorted."""
-        found = set()
-        for episode in episodes:
-            for key in (None, *videos):
-                with contextlib.suppress(ValueError):  # Opening the dataset reports the error.
-                    found.add(self.video(episode, key)[0] if key else self.data_file(episode))
-        return sorted(found)
 
     def _pattern(self, what: str, **known: str) -> str:
         return re.sub(

@@ -9,7 +9,6 @@ import io
 import os
 import pathlib
 import textwrap
-import threading
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -40,8 +39,7 @@ class Tokenizer:
         if max_len < 2:
             raise ValueError(f"max_len must be at least 2 (BOS and one token), got {max_len}")
         self.max_len = max_len
-        self._truncated = 0
-        self._lock = threading.Lock()
+        self._has_cut = False
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_file=os.fspath(self.path))
         except (RuntimeError, OSError) as error:
@@ -52,11 +50,6 @@ class Tokenizer:
     @property
     def vocab_size(self) -> int:
         return self._processor.vocab_size()
-
-    @property
-    def truncated(self) -> int:
-        """Number of prompts that were longer than `max_len` so far."""
-        return self._truncated
 
     def warn_of_paligemmas(self) -> None:
         """Warn, where openpi or LeRobot will read the prompts, if this is not PaliGemma's."""
@@ -79,10 +72,10 @@ class Tokenizer:
     def tokenize(
         self, prompt: str, state: Float[np.ndarray, " sd"] | None = None
     ) -> tuple[Int[np.ndarray, " t"], Bool[np.ndarray, " t"]]:
-        """Tokens and mask of length `max_len`; a longer prompt is cut, counted and told once."""
+        """Tokens and mask of length `max_len`; a longer prompt is cut, and told once."""
         tokens = self.encode(prompt, state)
         if len(tokens) > self.max_len:
-            self._count_truncation(len(tokens), prompt)
+            self._warn_of_cut(len(tokens), prompt)
             tokens = tokens[: self.max_len]
         padded = np.zeros(self.max_len, np.int32)
         padded[: len(tokens)] = tokens
@@ -92,15 +85,12 @@ class Tokenizer:
         """Text of tokens, for looking at batches."""
         return self._processor.decode([int(token) for token in tokens])
 
-    def _count_truncation(self, length: int, prompt: str) -> None:
-        with self._lock:
-            self._truncated += 1
-            first = self._truncated == 1
-        if first:
+    def _warn_of_cut(self, length: int, prompt: str) -> None:
+        if not self._has_cut:
+            self._has_cut = True
             progress.warn(
                 f"a prompt has {length} tokens, {self.max_len} fit and the rest is cut: "
-                f"{textwrap.shorten(prompt, 60, placeholder='…')!r} "
-                "(--model.max-token-len; Tokenizer.truncated counts such prompts)"
+                f"{textwrap.shorten(prompt, 60, placeholder='…')!r} (--model.max-token-len)"
             )
 
     def __getstate__(self) -> dict:
