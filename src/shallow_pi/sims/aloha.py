@@ -133,9 +133,6 @@ class Aloha(pickling.Picklable):
         self.model = mujoco.MjModel.from_xml_path(str(path))
         self.data = mujoco.MjData(self.model)
         size = (config.height, round(config.height * 4 / 3))
-        for axis, most in (("offheight", size[0]), ("offwidth", size[1])):
-            now = getattr(self.model.vis.global_, axis)
-            setattr(self.model.vis.global_, axis, max(now, most))
         self._images = images.Images(self.model, size, config.renderer, 2)
         self._names = [self.model.geom(i).name for i in range(self.model.ngeom)]
         self._seed: int | None = None

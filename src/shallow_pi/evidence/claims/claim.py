@@ -153,12 +153,6 @@ class Claim:
         """The claim asks for this pair of row and column."""
         return self.only is None or side in self.only
 
-    def cells_of(self, row: Variant) -> list[cells.Cell]:
-        """The cells of a row, seed by seed."""
-        columns = [column for column in self.columns if self.has(row.at(column))]
-        found = [column.cell(policy) for policy, column in itertools.product(row.policies, columns)]
-        return list(dict.fromkeys(found))
-
     def cells(self) -> list[cells.Cell]:
         """All cells, the first seeds of every row first."""
         found = []
