@@ -84,6 +84,9 @@ def test_a_job_of_one_process_named_by_hand_needs_no_address(joined, monkeypatch
         ({}, None),
         (BY_HAND, ("10.0.0.1:1234", 4, 3, None)),
         (COORDINATOR_AND_COUNT | {"JOB_COMPLETION_INDEX": "1"}, ("10.0.0.1:1234", 2, 1, None)),
+        # Launchers of PyTorch.
+        ({"RANK": "0", "WORLD_SIZE": "1"}, None),
+        (BY_HAND | {"RANK": "0", "WORLD_SIZE": "2"}, ("10.0.0.1:1234", 4, 3, None)),
         # Kubernetes numbers the pods of any indexed job.
         ({"JOB_COMPLETION_INDEX": "1"}, None),
         (SLURM, ("gpu-07:61443", 4, 3, None)),
@@ -129,6 +132,7 @@ def test_processes_are_found_where_there_are_several(environment, found):
         (TWO | {"SHALLOW_PI_PROCESS_ID": "2"}, "must lie in 0…1, as there are 2 processes, got 2"),
         (TWO | {"SHALLOW_PI_COORDINATOR": "h"}, "must be host:port, such as 10.0.0.1:8476, got"),
         (MPI, "set SHALLOW_PI_COORDINATOR=HOST:PORT"),
+        ({"RANK": "0", "WORLD_SIZE": "8"}, "as by torchrun, .*: start one process on a host"),
         ({"MEGASCALE_NUM_SLICES": "two"}, "whole number in MEGASCALE_NUM_SLICES, got 'two'"),
         (
             {"SHALLOW_PI_MULTIHOST": "true"},

@@ -166,7 +166,16 @@ def find(environment: Mapping[str, str]) -> Processes | None:
         # Those of this slice, which may be one of several.
         hosts = given.get("TPU_WORKER_HOSTNAMES", "").split(",")
         slices = _whole(NUM_SLICES, given.get(NUM_SLICES, "1"))
-        return Processes("", 0, 0) if asked == "1" or len(hosts) > 1 or slices > 1 else None
+        if asked == "1" or len(hosts) > 1 or slices > 1:
+            return Processes("", 0, 0)
+        if "RANK" in given and given.get("WORLD_SIZE", "1") != "1":
+            raise ValueError(
+                f"RANK and WORLD_SIZE={given['WORLD_SIZE']} are set, as by torchrun, accelerate or "
+                "a PyTorchJob, and each of these processes would train by itself: start one "
+                "process on a host, which uses all of its devices; processes on several hosts "
+                f"need {COORDINATOR}, {NUM_PROCESSES} and {PROCESS_ID}"
+            )
+        return None
     if not launched.coordinator:
         raise ValueError(
             f"{launched.count} processes of Open MPI, which does not give the address of rank 0: "
