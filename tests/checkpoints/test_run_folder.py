@@ -157,6 +157,14 @@ def test_a_folder_that_cannot_be_written_says_what_to_do(tmp_path, monkeypatch, 
         run_folder.prepare(tmp_path / "run", resume=False, overwrite=overwrite)
 
 
+@pytest.mark.parametrize("kind", [str, pathlib.Path])
+def test_an_address_is_no_folder_to_write_in(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"^gs:/.*bucket/new is an address, .*: give another"):
+        run_folder.check_output(kind("gs://bucket/new"), "give another --output")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_place_where_nothing_can_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"file/run cannot be written \(Not a directory\)"):

@@ -152,9 +152,12 @@ def check_output(
       The folder as an absolute path.
 
     Raises:
+      ValueError: it is an address.
       FileExistsError: it exists and must not, or is a file.
       WriteError: it cannot be made, or written in.
     """
+    if re.match(r"\w{2,}:/", os.fspath(path)):  # A `Path` keeps one slash of the two.
+        raise ValueError(f"{path} is an address, expected a folder on this machine: {otherwise}")
     folder = pathlib.Path(path).expanduser().absolute()
     if os.path.lexists(folder) and (is_new or not folder.is_dir()):
         found = "is a file" if folder.exists() else "is a link to nothing"
