@@ -180,6 +180,16 @@ def test_bad_episodes_are_refused(tmp_path) -> None:
         lerobot_writer.Writer(tmp_path / "new", 20)
 
 
+def test_a_video_of_frames_at_one_time_is_refused(tmp_path) -> None:
+    """As float32 keeps the seconds since 1970: in steps of two minutes."""
+    encoding = video_writer.Encoding("h264", crf=10)
+    writer = lerobot_writer.Writer(tmp_path / "new", 20, encoding=encoding)
+    seconds = np.array([0, 0.05, 0.05])
+    images = {"base": iter(np.zeros((3, 16, 16, 3), np.uint8))}
+    with pytest.raises(ValueError, match=r"base of episode 0, frame 2: recorded at 0\.0500 s, the"):
+        writer.add(images, {"action": np.zeros((3, 2))}, ["go"] * 3, seconds=seconds)
+
+
 def test_large_videos_are_split_into_files_between_episodes(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(lerobot_writer, "VIDEO_FILE_MB", 0.001)
     encoding = video_writer.Encoding("h264", crf=10)
