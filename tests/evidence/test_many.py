@@ -38,8 +38,9 @@ def teacher(model, tiny_params):
     return many.Teacher(model, tiny_params(model), scores)
 
 
-def _trained(programs, groups, data, teacher):
-    return {recipe: params for recipe, params, _ in programs.train(groups, data, teacher)}
+def _trained(groups, data, teacher):
+    found = many.train(groups, data, teacher.model, teacher)
+    return {recipe: params for recipe, params, _ in found}
 
 
 @pytest.mark.slow
@@ -49,13 +50,12 @@ def test_policies_trained_together_are_those_trained_alone(model, data, teacher)
         for seed in (0, 1)
         for fields in ({}, {"velocity": 0.0, "attention": 0.0}, {"init": "random"})
     ]
-    programs = many.Programs(model, 40, students=True)
     groups = many.group(wanted)
     assert [len(group.rows) * len(group.variants) for group in groups] == [6]
-    together = _trained(programs, groups, data, teacher)
+    together = _trained(groups, data, teacher)
     assert set(together) == set(wanted)
     for recipe in (wanted[0], wanted[4]):  # All three losses, and the task loss alone.
-        alone = _trained(programs, many.group([recipe]), data, teacher)[recipe]
+        alone = _trained(many.group([recipe]), data, teacher)[recipe]
         # Adam divides by the root of a squared gradient, which magnifies rounding.
         for one, other in zip(
             jax.tree.leaves(alone), jax.tree.leaves(together[recipe]), strict=True
@@ -97,8 +97,7 @@ def test_groups_keep_apart_what_programs_depend_on():
 )
 def test_a_student_without_training_is_the_cut(model, data, teacher, strategy, layers):
     recipe = _vary(strategy=strategy, steps=0)
-    programs = many.Programs(model, 40, students=True)
-    found = _trained(programs, many.group([recipe]), data, teacher)[recipe]
+    found = _trained(many.group([recipe]), data, teacher)[recipe]
     own = found["PaliGemma"]["llm"]["layers"]["mlp"]["linear"]
     whole = teacher.params["PaliGemma"]["llm"]["layers"]["mlp"]["linear"]
     np.testing.assert_array_equal(own, whole[np.array(layers)])
@@ -107,8 +106,7 @@ def test_a_student_without_training_is_the_cut(model, data, teacher, strategy, l
 def test_a_student_of_another_shape_is_cut_with_the_vision_loss(model, data, teacher):
     """Its tower is the teacher's first layer, its tokens are chosen by a scorer."""
     recipe = _vary(vision_depth=1, image_tokens=1, token_choice="scored", steps=0)
-    programs = many.Programs(model, 40, students=True)
-    found = _trained(programs, many.group([recipe]), data, teacher)[recipe]
+    found = _trained(many.group([recipe]), data, teacher)[recipe]
     own = many.architecture(recipe, model)
     assert (own.image.depth, own.scored_tokens, own.depth) == (1, 1, 2)
     assert jax.tree.map(np.shape, found) == jax.tree.map(np.shape, pi0.abstract_params(own))
@@ -118,9 +116,8 @@ def test_a_student_of_another_shape_is_cut_with_the_vision_loss(model, data, tea
 
 
 def test_more_demonstrations_than_there_are_are_refused(model, data, teacher):
-    programs = many.Programs(model, 40, students=True)
     with pytest.raises(ValueError, match="4 demonstrations are wanted, 3 were collected"):
-        list(programs.train(many.group([_vary(demonstrations=4)]), data, teacher))
+        list(many.train(many.group([_vary(demonstrations=4)]), data, model, teacher))
 
 
 @pytest.mark.slow
@@ -130,25 +127,24 @@ def test_an_interrupted_training_goes_on_where_it_was_kept(
     monkeypatch.setattr(many, "CHUNK", 1)
     monkeypatch.setattr(unfinished, "EVERY", 0.0)
     (group,) = many.group([_vary(depth=1, steps=3, velocity=0.0, attention=0.0)])
-    programs = many.Programs(model, 40, students=True)
-    ((_, expected, _),) = programs.train([group], data, teacher)
+    ((_, expected, _),) = many.train([group], data, model, teacher)
     with monkeypatch.context() as patch:
         patch.setattr(unfinished.Unfinished, "keep", _keep_and_stop)
         with pytest.raises(KeyboardInterrupt):
-            list(programs.train([group], data, teacher, tmp_path))
+            list(many.train([group], data, model, teacher, tmp_path))
     (kept,) = tmp_path.iterdir()
     with np.load(kept) as state:
         assert [2] in [leaf.ravel().tolist() for leaf in state.values()]
-    ((_, found, _),) = programs.train([group], data, teacher, tmp_path)
+    ((_, found, _),) = many.train([group], data, model, teacher, tmp_path)
     jax.tree.map(np.testing.assert_array_equal, found, expected)
     assert f"goes on from {kept}" in capsys.readouterr().err.replace("\n", "")
     assert not list(tmp_path.iterdir())
     kept.write_bytes(b"PK cut short")
     with pytest.raises(ValueError, match=rf"{kept.name} is damaged .*delete it to start"):
-        list(programs.train([group], data, teacher, tmp_path))
+        list(many.train([group], data, model, teacher, tmp_path))
     # Other data are another training.
     more = dataclasses.replace(data, ends=np.array([0, 9, 20, 32]))
-    list(programs.train([group], more, teacher, tmp_path))
+    list(many.train([group], more, model, teacher, tmp_path))
     assert list(tmp_path.iterdir()) == [kept]
 
 
@@ -220,11 +216,10 @@ def test_teachers_and_students_become_step_folders(own, tmp_path, kind, steps):
     wanted = dataclasses.replace(
         recipes.TEACHER, depth=3, steps=steps, demonstrations=2, model=kind
     )
-    training.teach([wanted], assets, data, tmp_path, many.Programs(model, 10))
+    training.teach([wanted], assets, data, tmp_path)
     student = _vary(teacher=wanted.slug, steps=steps, demonstrations=2)
     teacher = recipes.teacher_model(wanted, model)
-    programs = many.Programs(teacher, 10, students=True)
-    training.distil([student], data, tmp_path, programs)
+    training.distil([student], data, tmp_path)
     assert not training.missing([wanted, student], tmp_path)
     found = sources.load(student.slug, tmp_path, num_steps=2)
     assert found.noise_shape == (5, 6)

@@ -1,7 +1,6 @@
 """Policies that are missing are trained, teachers first, and come out as step folders."""
 
 import dataclasses
-import types
 
 import jax
 import numpy as np
@@ -9,7 +8,7 @@ import pytest
 
 from shallow_pi.commands import reproduce
 from shallow_pi.deploy import policy
-from shallow_pi.evidence import miniature, training
+from shallow_pi.evidence import many, miniature, training
 from shallow_pi.evidence.claims import catalogue, recipes, rows
 from shallow_pi.sims import tabletop
 from shallow_pi.training import command_line
@@ -40,12 +39,12 @@ def test_a_teacher_is_there_once_its_layers_are_measured(own, tiny_params, tmp_p
 
     monkeypatch.setattr(training, "measure_layers", interrupted)
     trained = [(recipe, jax.device_get(tiny_params(own.model)), {})]
-    programs = types.SimpleNamespace(model=own.model, train=lambda *_, **__: iter(trained))
+    monkeypatch.setattr(many, "train", lambda *_, **__: iter(trained))
     with pytest.raises(KeyboardInterrupt):
-        training.teach([recipe], own, None, tmp_path, programs)
+        training.teach([recipe], own, None, tmp_path)
     assert training.missing([recipe], tmp_path) == [recipe]
     monkeypatch.setattr(training, "measure_layers", lambda *_: {"cka": np.ones(2)})
-    training.teach([recipe], own, None, tmp_path, programs)
+    training.teach([recipe], own, None, tmp_path)
     _, teacher = training.load_teacher(recipe.slug, tmp_path)
     assert {name: score.tolist() for name, score in teacher.scores.items()} == {"cka": [1, 1]}
 

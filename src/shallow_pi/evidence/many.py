@@ -5,7 +5,7 @@ that differ only in arrays (initial parameters, loss weights, seeds, number of d
 trained together, by the same `step.distill_step` as any student, mapped twice: over seeds, each
 with its own order of the data, noise and times, and over the variants that share them, for which
 the teacher runs once. The frames stay on the device, and batches are drawn there, with replacement.
-Programs are compiled side by side and run one after the other.
+Their programs are compiled side by side and run one after the other.
 """
 
 import concurrent.futures
@@ -190,85 +190,68 @@ class _Program:
     length: int
 
 
-class Programs:
-    """Compiled programs for one model and one size of data, made in the background.
+def train(
+    groups: Sequence[Group],
+    data: frames.Frames,
+    model: pi0.Pi0Config,
+    teacher: Teacher | None = None,
+    folder: pathlib.Path | None = None,
+) -> Iterator[tuple[recipes.Recipe, PyTree, Mapping[str, float]]]:
+    """Train groups of recipes; yields each policy's parameters, and its last metrics.
 
     Args:
-      model: of programs for teachers the sizes of the tasks' config, at any depth; of programs for
-        students their teacher's.
-      frames: number of samples (`frames.samples`).
-      students: train students of `model`, not teachers.
+      groups: of `group`, the most important first.
+      data: demonstrations, of which a recipe takes the first.
+      model: of students their teacher's; of teachers the sizes of the tasks' config, at any depth.
+      teacher: what students are cut from and compared with; None for teachers.
+      folder: where the states of long trainings are kept until the caller has taken all policies
+        of a group; None keeps none.
+
+    Raises:
+      ValueError: more demonstrations are asked for than there are.
     """
-
-    def __init__(self, model: pi0.Pi0Config, frames: int, students: bool = False) -> None:
-        self.model = model
-        self._samples = batches.spec(model, frames)
-        self._teacher = model if students else None
-        self._pool = concurrent.futures.ThreadPoolExecutor(THREADS)
-        self._jobs: dict[Group, concurrent.futures.Future[_Program]] = {}
-
-    def prepare(self, groups: Sequence[Group], scores: Mapping[str, np.ndarray] = _NONE) -> None:
-        """Begin to compile; groups whose layers are measured on the teacher need its scores."""
-        for members in groups:
-            if members not in self._jobs:
-                self._jobs[members] = self._pool.submit(self._compile, members, scores)
-
-    def train(
-        self,
-        groups: Sequence[Group],
-        data: frames.Frames,
-        teacher: Teacher | None = None,
-        folder: pathlib.Path | None = None,
-    ) -> Iterator[tuple[recipes.Recipe, PyTree, Mapping[str, float]]]:
-        """Train groups of recipes; yields each policy's parameters, and its last metrics.
-
-        Args:
-          groups: of `group`, the most important first.
-          data: demonstrations, of which a recipe takes the first.
-          teacher: what students are cut from and compared with; None for teachers.
-          folder: where the states of long trainings are kept until the caller has taken all
-            policies of a group; None keeps none.
-
-        Raises:
-          ValueError: more demonstrations are asked for than there are.
-        """
-        most = max((count for members in groups for _, count in members.rows), default=0)
-        if most > len(data.ends) - 1:
-            raise ValueError(
-                f"{most} demonstrations are wanted, {len(data.ends) - 1} were collected"
-            )
-        self.prepare(groups, _NONE if teacher is None else teacher.scores)
-        samples = jax.device_put(data.samples)
-        held = None if teacher is None else jax.device_put(teacher.params)
-        known = [] if teacher is None else jax.tree.leaves(teacher.params)
-        for members in groups:
+    most = max((count for members in groups for _, count in members.rows), default=0)
+    if most > len(data.ends) - 1:
+        raise ValueError(f"{most} demonstrations are wanted, {len(data.ends) - 1} were collected")
+    spec = batches.spec(model, len(data.samples.actions))
+    samples = jax.device_put(data.samples)
+    held = None if teacher is None else jax.device_put(teacher.params)
+    known = [] if teacher is None else jax.tree.leaves(teacher.params)
+    pool = concurrent.futures.ThreadPoolExecutor(THREADS)
+    try:
+        programs = [pool.submit(_compile, members, model, teacher, spec) for members in groups]
+        for members, program in zip(groups, programs, strict=True):
             kept = None
             if folder is not None:
-                identity = members, self.model, data.ends, data.samples.actions, *known
+                identity = members, model, data.ends, data.samples.actions, *known
                 kept = unfinished.Unfinished(folder, str(members), identity)
-            program = self._jobs[members].result()
-            params, metrics = _run(program, members, data, samples, held, kept)
+            params, metrics = _run(program.result(), members, data, samples, held, kept)
             yield from _members(members, jax.device_get(params), jax.device_get(metrics))
             if kept is not None:
                 kept.discard()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
-    def _compile(self, members: Group, scores: Mapping[str, np.ndarray]) -> _Program:
-        """For `CHUNK` steps or a divisor."""
-        steps = members.first.steps
-        spec = _spec(members, self.model, self._teacher, scores)
-        known = None if self._teacher is None else pi0.abstract_params(self._teacher)
-        begin = functools.partial(_start, spec, members, self.model, scores)
-        start = jax.jit(begin).lower(known)
-        if not steps:
-            return _Program(start.compile(), None, False, 0)
-        length = next(n for n in range(min(CHUNK, steps), 0, -1) if steps % n == 0)
-        run = jax.jit(
-            functools.partial(_chunk, spec, length, members.first.batch_size), donate_argnums=0
-        )
-        held = None if spec.teacher is None else known
-        arrays = _arrays(members, np.zeros(1 + max(count for _, count in members.rows), int))
-        lowered = run.lower(jax.eval_shape(begin, known), held, self._samples, *arrays)
-        return _Program(start.compile(), lowered.compile(), held is not None, length)
+
+def _compile(
+    members: Group, model: pi0.Pi0Config, teacher: Teacher | None, samples: batches.Batch
+) -> _Program:
+    """For `CHUNK` steps or a divisor."""
+    steps, scores = members.first.steps, _NONE if teacher is None else teacher.scores
+    spec = _spec(members, model, None if teacher is None else model, scores)
+    known = None if teacher is None else pi0.abstract_params(model)
+    begin = functools.partial(_start, spec, members, model, scores)
+    start = jax.jit(begin).lower(known)
+    if not steps:
+        return _Program(start.compile(), None, False, 0)
+    length = next(n for n in range(min(CHUNK, steps), 0, -1) if steps % n == 0)
+    run = jax.jit(
+        functools.partial(_chunk, spec, length, members.first.batch_size), donate_argnums=0
+    )
+    held = None if spec.teacher is None else known
+    arrays = _arrays(members, np.zeros(1 + max(count for _, count in members.rows), int))
+    lowered = run.lower(jax.eval_shape(begin, known), held, samples, *arrays)
+    return _Program(start.compile(), lowered.compile(), held is not None, length)
 
 
 def _members(

@@ -78,20 +78,19 @@ def teach(
     assets: policy_assets.Assets,
     data: frames.Frames,
     runs: pathlib.Path,
-    programs: many.Programs,
 ) -> None:
     """Train teachers, and measure their layers.
 
     Args:
       wanted: recipes of teachers; those that are there are left alone.
-      assets: of the teachers; their models are those of the recipes.
+      assets: of the teachers, with the sizes of the tasks' config.
       data: the demonstrations.
       runs: where the step folders are written.
-      programs: for the model and the data.
     """
     groups = many.group(missing(wanted, runs))
-    for recipe, params, metrics in programs.train(groups, data, folder=runs / UNFINISHED):
-        params, model = rounded(params), many.architecture(recipe, programs.model)
+    trained = many.train(groups, data, assets.model, folder=runs / UNFINISHED)
+    for recipe, params, metrics in trained:
+        params, model = rounded(params), many.architecture(recipe, assets.model)
         scores = measure_layers(model, params, data)
         own = dataclasses.replace(assets, model=model)
         save(runs, recipe, params, own, metrics, scores)
@@ -139,26 +138,20 @@ def load_teacher(slug: str, runs: pathlib.Path) -> tuple[policy_assets.Assets, m
     return assets, many.Teacher(assets.model, params, found)
 
 
-def distil(
-    wanted: Sequence[recipes.Recipe],
-    data: frames.Frames,
-    runs: pathlib.Path,
-    programs: many.Programs,
-) -> None:
+def distil(wanted: Sequence[recipes.Recipe], data: frames.Frames, runs: pathlib.Path) -> None:
     """Train the students of one teacher, the first ones first.
 
     Args:
       wanted: recipes of students of one teacher; those that are there are left alone.
       data: the demonstrations, with the teacher's statistics.
       runs: where the teacher is, and the step folders are written.
-      programs: for the teacher's model and the data.
     """
     left = missing(wanted, runs)
     if not left:
         return
     assets, teacher = load_teacher(left[0].teacher, runs)
-    groups = many.group(left)
-    for recipe, params, metrics in programs.train(groups, data, teacher, runs / UNFINISHED):
+    trained = many.train(many.group(left), data, teacher.model, teacher, runs / UNFINISHED)
+    for recipe, params, metrics in trained:
         own = dataclasses.replace(assets, model=teacher.student(recipe))
         save(runs, recipe, rounded(params), own, metrics)
 
@@ -190,13 +183,10 @@ def ensure(
     if teachers := missing([recipe for recipe in wanted if recipe.role == "teacher"], runs):
         episodes = record(teachers)
         assets = frames.make_assets(suite, model, episodes, runs / f"{suite.robot.name}.model")
-        data = frames.samples(assets, episodes)
-        teach(teachers, assets, data, runs, many.Programs(model, len(data.samples.actions)))
+        teach(teachers, assets, frames.samples(assets, episodes), runs)
     students = missing([recipe for recipe in wanted if recipe.role == "student"], runs)
     episodes = record(students) if students else []
     for slug in dict.fromkeys(recipe.teacher for recipe in students):
         own = [recipe for recipe in students if recipe.teacher == slug]
         assets, _ = load_teacher(slug, runs)
-        data = frames.samples(assets, episodes)
-        programs = many.Programs(assets.model, len(data.samples.actions), students=True)
-        distil(own, data, runs, programs)
+        distil(own, frames.samples(assets, episodes), runs)
