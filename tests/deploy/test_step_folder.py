@@ -179,6 +179,18 @@ def test_a_trained_robot_may_be_given_other_names_but_no_other_units(own, params
         step_folder.assets(tmp_path, robot=absolute)
 
 
+def test_a_robot_with_openpis_transforms_may_be_described_in_a_file(own, params, tmp_path, capsys):
+    weights.save_params(tmp_path / "params", params)
+    names = {camera: camera for camera in robot.TURNTABLE.cameras}
+    theirs = robot.Robot("openpi:pi0_mine", names, 3, 3, fps=1, elsewhere="pi0_mine")
+    dataclasses.replace(own, robot=theirs).save(tmp_path / "assets")
+    assert step_folder.assets(tmp_path, robot=robot.TURNTABLE).robot == robot.TURNTABLE
+    told = " ".join(capsys.readouterr().err.split())
+    assert "differences of robot turntable must be those of openpi's config pi0_mine" in told
+    with pytest.raises(ValueError, match="tabletop has other units: state_dim is 3, given 4"):
+        step_folder.assets(tmp_path, robot=robot.TABLETOP)
+
+
 def test_a_folder_of_ours_takes_other_statistics_and_another_tokenizer(own, params, tmp_path):
     weights.save_params(tmp_path / "params", params)
     own.save(tmp_path / "assets")

@@ -238,6 +238,12 @@ def _check_renamed(own: policy_assets.Assets, given: robots.Robot) -> None:
             "only keys and cameras may have other names: in a robot file (docs/robots.md), or by "
             "dataclasses.replace(policy.assets.robot, ...)"
         )
+    if trained.elsewhere:
+        progress.warn(
+            f"the units and differences of robot {given.name} must be those of openpi's config "
+            f"{trained.elsewhere}, and its normalization openpi's default: neither is checked here"
+        )
+        return
     seen = set(own.model.cameras)
     if lacking := sorted(seen & (set(trained.cameras) - set(given.cameras))):
         progress.warn(

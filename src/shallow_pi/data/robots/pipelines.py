@@ -159,7 +159,8 @@ def _check_here(robot: robots.Robot) -> None:
     if robot.elsewhere:
         raise ValueError(
             f"robot {robot.name} has the transforms of openpi's config {robot.elsewhere}: use "
-            "scripts/serve_openpi.py, or describe the robot in a file (docs/robots.md)"
+            "scripts/serve_openpi.py, or describe the robot in a file (--policy.robot, "
+            "docs/robots.md)"
         )
 
 

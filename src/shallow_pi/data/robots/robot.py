@@ -408,14 +408,18 @@ RBY1 = Robot(
 )
 
 # The fields that statistics and parameters depend on; the rest of a robot is names.
-_UNITS = ("state_dim", "action_dim", "delta", "state_conversion", "action_conversion")
+_SIZES = ("state_dim", "action_dim")
+_UNITS = (*_SIZES, "delta", "state_conversion", "action_conversion")
 
 
 def unit_differences(own: Robot, given: Robot) -> list[str]:
-    """Fields in which robots move in other units: nothing trained for one fits the other."""
+    """Fields in which robots move in other units: nothing trained for one fits the other.
+
+    Of a robot whose transforms are openpi's alone, only the sizes are known.
+    """
     return [
         f"{name} is {getattr(own, name)}, given {getattr(given, name)}"
-        for name in _UNITS
+        for name in (_SIZES if own.elsewhere else _UNITS)
         if getattr(own, name) != getattr(given, name)
     ]
 
