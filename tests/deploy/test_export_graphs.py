@@ -15,6 +15,8 @@ from shallow_pi.data.robots import assets
 from shallow_pi.deploy import policy
 from shallow_pi.deploy.export import export, tensorrt_operators
 from shallow_pi.deploy.export import student as students
+from shallow_pi.inference import prepare as preparation
+from shallow_pi.inference import sampler
 from shallow_pi.models import pi0
 
 onnx = pytest.importorskip("onnx", reason="onnx is an extra, absent beside openpi's pins")
@@ -166,6 +168,24 @@ def test_a_graph_that_cannot_be_is_refused_and_nothing_is_left(
     with pytest.raises(ValueError, match=match):
         export.export(steps["pi0"], format, tmp_path / "out" / "x", num_steps=1, **options)
     assert not list(tmp_path.glob("out/*"))
+
+
+def test_weights_and_reference_are_of_products_in_float32(steps, tmp_path, monkeypatch):
+    """JAX multiplies float32 in TF32 on a GPU, whose rounding is above the tolerance."""
+    seen = []
+    for module, name in ((preparation, "prepare"), (sampler, "sample_prepared")):
+        function = getattr(module, name)
+
+        def watched(*args, function=function, **kwargs):
+            seen.append(jax.config.jax_default_matmul_precision)
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, watched)
+    folder = tmp_path / "x"
+    export.export(steps["pi0"], "onnx", folder, dtype="float32", num_steps=1)
+    assert len(seen) >= 4
+    assert set(seen) == {"highest"}
+    assert jax.config.jax_default_matmul_precision is None
 
 
 def test_an_interrupted_export_leaves_nothing(steps, tmp_path, monkeypatch):

@@ -34,6 +34,8 @@ from shallow_pi.models import pi0
 DTYPES: tuple[str, ...] = ("float16", "float32", "bfloat16")
 BUILT_IN: frozenset[str] = frozenset()
 DESCRIPTION, WEIGHTS = "onnx.json", "weights.bin"
+# On NVIDIA's GPUs JAX rounds the factors of products in float32 to TF32, unless it is told not to.
+_FLOAT32_PRODUCTS = "highest"
 # Largest allowed difference of a normalized action from the sampler's in float32. In 16 bits it is
 # a share of the largest action, if that is above 1: far more than rounding does, and less than
 # another function would.
@@ -84,6 +86,7 @@ def prepare(student: students.Student) -> students.Student:
     return student
 
 
+@jax.default_matmul_precision(_FLOAT32_PRODUCTS)
 def write(folder: pathlib.Path, student: students.Student) -> None:
     """Write the graphs of every prompt length, their weights, and `onnx.json`."""
     import onnx
@@ -142,6 +145,7 @@ def usage(folder: str, student: students.Student) -> str:
     return graphs + runner
 
 
+@jax.default_matmul_precision(_FLOAT32_PRODUCTS)
 def verify(folder: pathlib.Path, exported: students.Student, student: students.Student) -> str:
     """Check the graphs, and compare them with the sampler in float32 on the same noise.
 
@@ -298,6 +302,7 @@ def _lengths(student: students.Student) -> list[int]:
     return sorted({*usual, student.model.max_token_len})
 
 
+@jax.default_matmul_precision(_FLOAT32_PRODUCTS)
 def prepared_weights(
     model: pi0.Pi0Config, student: students.Student, *, any_time: bool = False
 ) -> preparation.Prepared:
