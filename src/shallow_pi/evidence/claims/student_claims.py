@@ -127,6 +127,7 @@ def losses() -> Claim:
     }
     alone = rows.students("task loss alone", **rows.ALONE)
     all_tokens = rows.students("attention over all tokens", queries="all")
+    heavier = rows.students("attention 1", attention=1.0)
     found = (
         rows.TEACHER_ROW,
         three,
@@ -134,7 +135,8 @@ def losses() -> Claim:
         alone,
         rows.students("velocity alone", **{**rows.VELOCITY, "task": 0.0}),
         rows.students("attention 0.01", attention=0.01),
-        rows.students("attention 1", attention=1.0),
+        heavier,
+        rows.students("attention 10", attention=10.0),
         rows.students("attention of the first layer", attention_layer="first"),
         rows.students("attention of the last layer", attention_layer="last"),
         rows.students("attention, mean of heads", heads="head_mean"),
@@ -165,6 +167,12 @@ def losses() -> Claim:
             ),
             *(nearer(f"the {loss} loss brings", less[loss]) for loss in ("attention", "velocity")),
             nearer("three losses bring", alone, " than the task loss alone"),
+            Statement(
+                "an attention weight of 1 beats one of 0.1",
+                heavier.at(success),
+                three.at(success),
+                at_least=0,
+            ),
             Statement(
                 "matching the attention of all tokens costs at least 20 points",
                 three.at(success),
