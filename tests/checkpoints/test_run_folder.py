@@ -116,6 +116,21 @@ def test_a_run_folder_is_held_by_one_training(tmp_path):
         pass
 
 
+def test_a_lock_of_a_folder_that_was_renamed_meanwhile_holds_nothing(tmp_path, monkeypatch):
+    """Else two processes that both overwrite a run would both go on."""
+    run, flock = tmp_path / "run", fcntl.flock
+    run.mkdir()
+
+    def renamed_first(opened, operation):
+        run.rename(tmp_path / "run.old-1")
+        run.mkdir()
+        flock(opened, operation)
+
+    monkeypatch.setattr(run_folder.fcntl, "flock", renamed_first)
+    with pytest.raises(ValueError, match="another process works in"), run_folder.held(run):
+        pass
+
+
 def test_a_run_folder_is_held_on_a_file_system_that_locks_only_what_is_written(
     tmp_path, monkeypatch
 ):

@@ -1,5 +1,6 @@
 """A whole study in miniature, its cache, and the policies a student is compared with."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -200,6 +201,24 @@ def _refused(experiment, message, kind=(ValueError, FileNotFoundError)):
     assert [path.name for path in experiment.folder.parent.iterdir()] == ["first"]
     assert [path.name for path in experiment.folder.iterdir()] == ["3"]
     assert old.exists()
+
+
+def test_a_start_that_another_one_overtakes_leaves_that_ones_config(
+    tmp_path, tiny_experiment, monkeypatch
+):
+    experiment = tiny_experiment(tmp_path, closed_loop=None)
+    theirs = dataclasses.asdict(dataclasses.replace(experiment, log_interval=7))
+    prepare, other = run_folder.prepare, contextlib.ExitStack()
+
+    def prepared(folder, *args, **kwargs):
+        prepare(folder, *args, **kwargs)
+        other.enter_context(run_folder.held(folder))
+        run_folder.save_config(folder, theirs | {"layer_map": [0, 2]})
+
+    monkeypatch.setattr(run_folder, "prepare", prepared)
+    with other, pytest.raises(ValueError, match="another process works in"):
+        study.run(experiment)
+    assert run_folder.read_config(experiment.folder)["log_interval"] == 7
 
 
 def test_a_study_holds_its_folder_at_every_stage(tmp_path, monkeypatch):

@@ -38,8 +38,14 @@ def whole(tmp_path_factory, tiny_experiment, teacher, offloads):
         data=dataclasses.replace(experiment.data, held_out=0.5),
         validation=dataclasses.replace(experiment.validation, interval=2, samples=8, num_steps=2),
     )
-    loop.train(runs.open_run(experiment))
+    _train(experiment)
     return experiment
+
+
+def _train(experiment):
+    run = runs.open_run(experiment)
+    with runs.claimed(experiment):
+        loop.train(run)
 
 
 def _losses(experiment):
@@ -51,7 +57,7 @@ def _losses(experiment):
 def test_it_resumes_bit_for_bit(whole):
     halves = dataclasses.replace(whole, exp_name="halves")
     for changes in ({"num_train_steps": 2}, {"resume": True}):
-        loop.train(runs.open_run(dataclasses.replace(halves, **changes)))
+        _train(dataclasses.replace(halves, **changes))
     assert _losses(halves) == _losses(whole)
     expected = pi0.abstract_params(whole.student_model)
     trees = [

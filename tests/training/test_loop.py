@@ -33,7 +33,9 @@ CLOCK = ("seconds_per_step", "data_wait", "checkpoint_stall")
 
 def _train(experiment, **changes):
     experiment = dataclasses.replace(experiment, **changes)
-    return loop.train(runs.open_run(experiment))
+    run = runs.open_run(experiment)
+    with runs.claimed(experiment):
+        return loop.train(run)
 
 
 def _rows(folder):
@@ -442,7 +444,8 @@ def test_a_teacher_from_disk_is_cut_bit_for_bit_and_left_unchanged(teacher, synt
         np.testing.assert_array_equal(leaf, weights.leaves(start.ema_params)[path])
 
     before = _hashes(teacher)
-    loop.train(run)
+    with runs.claimed(experiment):
+        loop.train(run)
     assert _hashes(teacher) == before
     (row, _) = _rows(experiment.folder)
     assert row["velocity_cosine"] < 1

@@ -24,7 +24,9 @@ def experiment(tmp_path_factory, tiny_experiment):
 
 def _train(experiment, **changes):
     experiment = dataclasses.replace(experiment, **changes)
-    loop.train(runs.open_run(experiment))
+    run = runs.open_run(experiment)
+    with runs.claimed(experiment):
+        loop.train(run)
     return experiment.folder
 
 

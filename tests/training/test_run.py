@@ -47,6 +47,9 @@ def test_a_run_says_what_it_trains_on(experiment, capsys):
     assert said[7].startswith("Recomputed: nothing (--remat none); attention: xla")
     assert said[8] == "Layers: 2 of the teacher's 3: 0 2"
     assert len(said) == 9
+    assert not run.folder.exists()
+    with runs.claimed(experiment):
+        run.save_config()
     assert json.loads((run.folder / "config.json").read_text())["layer_map"] == [0, 2]
 
 
@@ -147,7 +150,7 @@ def test_what_is_wrong_is_found_before_anything_is_fetched(remote, monkeypatch, 
 def test_a_run_that_is_there_is_left_alone_before_anything_is_opened(remote):
     other = dataclasses.replace(remote, teacher=dataclasses.replace(remote.teacher, path="random"))
     data = dataclasses.replace(other.data, source="synthetic", path="", tokenizer="")
-    runs.open_run(dataclasses.replace(other, data=data))
+    _begin(dataclasses.replace(other, data=data))
     with pytest.raises(ValueError, match=r"already holds a run: --resume"):
         runs.open_run(remote)
     with pytest.raises(ValueError, match="another config") as error:
@@ -156,10 +159,18 @@ def test_a_run_that_is_there_is_left_alone_before_anything_is_opened(remote):
     assert "  model." not in str(error.value)
 
 
+def _begin(experiment):
+    """Open a run and leave it before its first step; returns the path of its config."""
+    run = runs.open_run(experiment)
+    with runs.claimed(experiment):
+        run.save_config()
+    return run.folder / "config.json"
+
+
 def test_a_run_begun_before_a_config_field_existed_resumes(experiment, capsys):
     data = dataclasses.replace(experiment.data, source="synthetic", path="", tokenizer="")
     experiment = dataclasses.replace(experiment, data=data, ema_decay=0.0)
-    path = runs.open_run(experiment).folder / "config.json"
+    path = _begin(experiment)
     saved = json.loads(path.read_text())
     del saved["ema_decay"], saved["teacher"]["dtype"], saved["validation"]["against"]
     path.write_text(json.dumps(saved))
@@ -168,22 +179,21 @@ def test_a_run_begun_before_a_config_field_existed_resumes(experiment, capsys):
     with pytest.raises(ValueError, match=r"ema_decay: saved 'absent', now 0.5\nresume"):
         runs.open_run(other)
     stricter = dataclasses.replace(data, strict=True)  # Nor do warnings change what is learned.
-    runs.open_run(dataclasses.replace(other, ema_decay=0.0, data=stricter))
+    _begin(dataclasses.replace(other, ema_decay=0.0, data=stricter))
     assert "newer than this run, and at their defaults: --teacher.dtype" in capsys.readouterr().err
     assert json.loads(path.read_text())["validation"]["against"] == "data"
 
 
 def test_a_run_in_which_another_process_works_keeps_its_config(experiment):
     """A second one is refused before it opens anything."""
-    folder = runs.open_run(experiment).folder
+    path = _begin(experiment)
     more = dataclasses.replace(experiment, resume=True, num_train_steps=99)
     busy = pytest.raises(ValueError, match="another process works in")
-    with run_folder.held(folder), busy:
+    with run_folder.held(experiment.folder), busy:
         runs.open_run(more)
-    saved = json.loads((folder / "config.json").read_text())
-    assert saved["num_train_steps"] == experiment.num_train_steps
-    runs.open_run(more)
-    assert json.loads((folder / "config.json").read_text())["num_train_steps"] == 99
+    assert json.loads(path.read_text())["num_train_steps"] == experiment.num_train_steps
+    _begin(more)
+    assert json.loads(path.read_text())["num_train_steps"] == 99
 
 
 def test_a_run_name_that_orbax_could_not_read_is_refused_before_all(remote, monkeypatch):
@@ -248,9 +258,10 @@ def test_a_variant_shares_all_but_its_spec_and_folder(experiment):
     assert other.mesh is run.mesh
     assert other.spec.layer_map == run.spec.layer_map
     assert not other.spec.losses.needs_teacher
+    other.save_config()
     assert (run.folder / "baselines" / "task_only" / "config.json").is_file()
     with pytest.raises(ValueError, match=r"losses\.velocity: saved 0.0, now"):
-        runs.variant(run, run.experiment, other.folder)
+        runs.variant(run, run.experiment, other.folder).save_config()
 
 
 def test_a_random_teacher_needs_no_folder(experiment):

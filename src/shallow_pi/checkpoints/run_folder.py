@@ -223,12 +223,17 @@ def held(folder: pathlib.Path, flag: str = "--exp-name") -> Iterator[None]:
     try:
         try:
             fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(
-                f"another process works in {folder}: wait for it or stop it, or give another {flag}"
-            ) from error
+            # Another process may have renamed the folder since the file was opened.
+            taken = not (lock.exists() and os.path.samestat(lock.stat(), os.fstat(opened)))
+        except BlockingIOError:
+            taken = True
         except OSError as error:  # Some network file systems have no locks.
             progress.say(f"{folder} cannot be locked ({reason(error)}): start no second run there")
+            taken = False
+        if taken:
+            raise ValueError(
+                f"another process works in {folder}: wait for it or stop it, or give another {flag}"
+            )
         yield
     finally:
         os.close(opened)

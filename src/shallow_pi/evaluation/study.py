@@ -48,7 +48,7 @@ def run(experiment: config.DistillConfig) -> pathlib.Path:
     folder, task, label = experiment.folder, experiment.closed_loop, _label(experiment)
     if task is None:
         opened = runs.open_run(experiment)
-        with run_folder.held(folder):
+        with runs.claimed(experiment):
             final = loop.train(opened, label)
             if processes.is_main():
                 _tell(_outcome(opened, {_trained_name(experiment): folder}), folder)
@@ -64,12 +64,11 @@ def run(experiment: config.DistillConfig) -> pathlib.Path:
     makes_data = not experiment.data.path
     with contextlib.ExitStack() as working:
         if makes_data:
-            run_folder.prepare(folder, experiment.resume, experiment.overwrite, meet=processes.sync)
-            working.enter_context(run_folder.held(folder))
+            working.enter_context(runs.claimed(experiment))
             experiment = _with_data(experiment, task, demonstrated)
-        opened = runs.open_run(experiment, prepared=makes_data)
+        opened = runs.open_run(experiment, is_claimed=makes_data)
         if not makes_data:
-            working.enter_context(run_folder.held(folder))
+            working.enter_context(runs.claimed(experiment))
         stages = report.Stages(folder / run_folder.STAGES_FILE)
         with stages.timed("training"):
             final = loop.train(opened, label)

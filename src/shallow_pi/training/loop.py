@@ -53,8 +53,8 @@ def train(run: runs.Run, label: str = "Distil") -> pathlib.Path:
     """Train to the end and return the last step's folder.
 
     Args:
-      run: the run; it resumes from its folder's last checkpoint. The caller holds the folder
-        (`run_folder.held`), where others may work too.
+      run: the run; it resumes from its folder's last checkpoint. The caller has claimed the folder
+        (`runs.claimed`), where the config is saved first.
       label: label of the progress bar.
 
     Raises:
@@ -64,6 +64,7 @@ def train(run: runs.Run, label: str = "Distil") -> pathlib.Path:
     experiment, end = run.experiment, run.experiment.num_train_steps
     with contextlib.ExitStack() as stack:
         stack.enter_context(memory.explained(experiment.batch_size))
+        run.save_config()
         whole_teacher = shapes.on_device(run.teacher)
         checkpoints = stack.enter_context(_checkpoints(run, whole_teacher))
         feed = stack.enter_context(contextlib.closing(run.feed()))

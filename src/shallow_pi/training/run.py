@@ -1,13 +1,15 @@
 """A run: a config, opened once.
 
 `open_run` checks the cheap things first: all that needs no file of a dataset or teacher (`check`),
-then the dataset, then the teacher, which may be a long download; only then does it write to the
-run's folder. A `Run` needs no further checks.
+then the dataset, then the teacher, which may be a long download. It writes nothing: `claimed` then
+makes the run's folder and keeps other processes out, and training saves the config there. A `Run`
+needs no further checks.
 """
 
+import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import jax
@@ -28,9 +30,9 @@ from shallow_pi.training import config, metrics, setup
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Run:
-    """Everything that training needs; its folder is prepared and holds the config."""
+    """Everything that training needs."""
 
-    # The config with the teacher's sizes, as saved in the folder.
+    # The config with the teacher's sizes, as `save_config` writes it.
     experiment: config.DistillConfig
     folder: pathlib.Path
     mesh: jax.sharding.Mesh
@@ -45,6 +47,15 @@ class Run:
     # The teacher's parameters on the mesh, with --teacher.offload its layers in host memory; None
     # without a teacher.
     teacher: PyTree
+
+    def save_config(self) -> None:
+        """Write the config into the run's folder; a resumed run must fit the one saved there."""
+        if run_folder.read_config(self.folder) is not None:
+            newer = _compare(self.folder, self.experiment, self.spec.layer_map)
+            if newer:
+                named = ", ".join(map(flags.as_flag, newer))
+                progress.say(f"Config: newer than this run, and at their defaults: {named}")
+        run_folder.save_config(self.folder, _values(self.experiment, self.spec.layer_map))
 
     def save_assets(self, folder: pathlib.Path) -> None:
         """Write the files that make a step folder deployable; none for synthetic samples."""
@@ -91,21 +102,36 @@ def check(experiment: config.DistillConfig) -> None:
         )
 
 
-def open_run(experiment: config.DistillConfig, *, prepared: bool = False) -> Run:
-    """Open a config; the run's folder is written to last.
+@contextlib.contextmanager
+def claimed(experiment: config.DistillConfig) -> Iterator[None]:
+    """Make the run's folder, or resume or rename the old one, and keep other processes out of it.
+
+    Of processes that claim a folder at once, one gets it.
+
+    Raises:
+      ValueError, OSError: there is a run, another process works there, or it is not writable.
+    """
+    resume, overwrite = experiment.resume, experiment.overwrite
+    run_folder.prepare(experiment.folder, resume, overwrite, meet=processes.sync)
+    with run_folder.held(experiment.folder):
+        yield
+
+
+def open_run(experiment: config.DistillConfig, *, is_claimed: bool = False) -> Run:
+    """Open a config; writes nothing.
 
     Args:
       experiment: the config.
-      prepared: True if the caller has prepared the folder and written to it.
+      is_claimed: True if the caller has `claimed` the folder.
 
     Raises:
       ValueError, FileNotFoundError, OSError: something does not fit, is missing or not writable.
     """
     folder = experiment.folder
     agreement.check_shared(folder.parent)
-    if not prepared:
+    if not is_claimed:
         run_folder.check(folder, experiment.resume, experiment.overwrite)
-    saved = run_folder.read_config(folder) if prepared or experiment.resume else None
+    saved = run_folder.read_config(folder) if is_claimed or experiment.resume else None
     if saved is not None:  # Fields that depend on the teacher's checkpoint are compared later.
         later = {"model", *(() if experiment.fixed_layer_map() else ("layer_map",))}
         _compare(folder, experiment, experiment.fixed_layer_map(), later)
@@ -130,9 +156,6 @@ def open_run(experiment: config.DistillConfig, *, prepared: bool = False) -> Run
         progress.say(f"Teacher: {experiment.teacher.path}")
     for line in (*setup.describe_mesh(experiment, mesh), *describe_layers(run.spec)):
         progress.say(line)
-    if not prepared:
-        run_folder.prepare(folder, experiment.resume, experiment.overwrite, meet=processes.sync)
-    _save_config(run)
     return run
 
 
@@ -165,13 +188,11 @@ def _warn_of_lengths(model: pi0.Pi0Config, teacher_step: pathlib.Path) -> None:
 def variant(run: Run, experiment: config.DistillConfig, folder: pathlib.Path) -> Run:
     """A run of another config with the same opened data, model, teacher, layers and devices.
 
-    It resumes the run in its folder, if there is one.
+    It resumes the run in its folder, if there is one, which is made if there is none.
     """
     spec = setup.make_spec(experiment, run.mesh, run.spec.layer_map)
-    other = dataclasses.replace(run, experiment=experiment, folder=folder, spec=spec)
     run_folder.prepare(folder, resume=True, overwrite=False, meet=processes.sync)
-    _save_config(other)
-    return other
+    return dataclasses.replace(run, experiment=experiment, folder=folder, spec=spec)
 
 
 def describe_layers(spec: specs.Spec) -> list[str]:
@@ -210,16 +231,6 @@ def describe_layers(spec: specs.Spec) -> list[str]:
             f"chosen by a scorer: --losses.scorer {spec.losses.scorer:g}"
         )
     return lines
-
-
-def _save_config(run: Run) -> None:
-    """Write the config into the run's folder; a resumed run must fit the one saved there."""
-    if run_folder.read_config(run.folder) is not None:
-        newer = _compare(run.folder, run.experiment, run.spec.layer_map)
-        if newer:
-            named = ", ".join(map(flags.as_flag, newer))
-            progress.say(f"Config: newer than this run, and at their defaults: {named}")
-    run_folder.save_config(run.folder, _values(run.experiment, run.spec.layer_map))
 
 
 def _values(
