@@ -9,6 +9,7 @@ import os
 import pathlib
 import signal
 import types
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,15 @@ from shallow_pi.distill import layer_map
 from shallow_pi.models import pi0
 from shallow_pi.parallel import shapes
 from shallow_pi.planning import memory
-from shallow_pi.training import checkpoint, config, loop, metrics, setup, validation
+from shallow_pi.training import (
+    checkpoint,
+    config,
+    loop,
+    metrics,
+    metrics_buffer,
+    setup,
+    validation,
+)
 from shallow_pi.training import run as runs
 
 # Some thirty short runs: a busy machine takes its time.
@@ -434,7 +443,7 @@ def test_a_teacher_from_disk_is_cut_bit_for_bit_and_left_unchanged(teacher, synt
         synthetic, exp_name="disk", teacher=config.TeacherConfig(str(teacher)), num_train_steps=2
     )
     run = runs.open_run(experiment)
-    start = setup.cut_state(run.spec, run.mesh, run.teacher)
+    start = setup.cut_state(run.spec, run.mesh, run.load_teacher())
     stored = weights.leaves(weights.load_params(teacher, pi0.abstract_params(experiment.model)))
     for path, leaf in weights.leaves(start.params).items():
         original = np.asarray(stored[path], np.float32)
@@ -450,6 +459,38 @@ def test_a_teacher_from_disk_is_cut_bit_for_bit_and_left_unchanged(teacher, synt
     (row, _) = _rows(experiment.folder)
     assert row["velocity_cosine"] < 1
     assert row["teacher_task_loss"] > 0
+
+
+@pytest.mark.slow
+def test_the_teacher_leaves_the_devices_when_no_loss_needs_it(teacher, synthetic, monkeypatch):
+    """The student is cut and the teacher measured before; the frozen part stays."""
+    loaded, held = [], []
+    load, add = setup.load_teacher, metrics_buffer.MetricsBuffer.add
+
+    def loading(*args):
+        params = load(*args)
+        loaded.extend((path, weakref.ref(leaf)) for path, leaf in weights.leaves(params).items())
+        return params
+
+    def noting(self, *args):
+        held.append({path for path, leaf in loaded if leaf() is not None})
+        add(self, *args)
+
+    monkeypatch.setattr(setup, "load_teacher", loading)
+    monkeypatch.setattr(metrics_buffer.MetricsBuffer, "add", noting)
+    experiment = dataclasses.replace(
+        synthetic,
+        exp_name="alone",
+        teacher=config.TeacherConfig(str(teacher)),
+        student=dataclasses.replace(synthetic.student, freeze=("vision",)),
+        losses=synthetic.losses.only(task=1.0),
+        data=dataclasses.replace(synthetic.data, held_out=0.5),
+        validation=config.ValidationConfig(interval=1, samples=8, num_steps=2),
+        num_train_steps=2,
+    )
+    _train(experiment)
+    assert held == [{path for path, _ in loaded if "PaliGemma/img" in path}] * 2
+    assert validation.TO_TEACHER in _rows(experiment.folder)[-1]
 
 
 def test_a_params_folder_stands_for_the_step_it_lies_in(teacher, synthetic):

@@ -64,17 +64,6 @@ def held_teacher(spec: specs.Spec, teacher_params: PyTree) -> PyTree:
     return student.split(teacher_params, spec.freeze)[1] if spec.freeze else None
 
 
-def on_device(params: PyTree) -> PyTree:
-    """Parameters in device memory; those in host memory are copied."""
-
-    def move(leaf: jax.Array) -> jax.Array:
-        if leaf.sharding.memory_kind != HOST_MEMORY:
-            return leaf
-        return jax.device_put(leaf, leaf.sharding.with_memory_kind("device"))
-
-    return jax.tree.map(move, params)
-
-
 def offload(params: PyTree) -> PyTree:
     """Parameters, or their shapes, with the layers of the transformer in host memory.
 

@@ -65,7 +65,7 @@ def train(run: runs.Run, label: str = "Distil") -> pathlib.Path:
     with contextlib.ExitStack() as stack:
         stack.enter_context(memory.explained(experiment.batch_size))
         run.save_config()
-        whole_teacher = shapes.on_device(run.teacher)
+        whole_teacher = run.load_teacher()
         checkpoints = stack.enter_context(_checkpoints(run, whole_teacher))
         feed = stack.enter_context(contextlib.closing(run.feed()))
         state = start(run, whole_teacher, checkpoints, feed)
@@ -77,8 +77,8 @@ def train(run: runs.Run, label: str = "Distil") -> pathlib.Path:
             )
         log = _open_log(run, first, stack)
         held_out = _validation(run, whole_teacher)
-        del whole_teacher  # The steps copy an offloaded teacher layer by layer.
-        teacher = shapes.held_teacher(run.spec, run.teacher)
+        teacher = shapes.held_teacher(run.spec, whole_teacher)
+        del whole_teacher  # The rest leaves the devices.
         key = jax.random.key(experiment.seed)
         advance, gradient_norms = _compile(run, state)
         if first == 1 and held_out is not None:
@@ -89,7 +89,7 @@ def train(run: runs.Run, label: str = "Distil") -> pathlib.Path:
             log(number, row)
             tell(0, note=f"loss {row['loss']:.4f}")
 
-        check = functools.partial(_require_finite, checkpoints, run.teacher)
+        check = functools.partial(_require_finite, checkpoints, teacher)
         buffer = metrics_buffer.MetricsBuffer(write, check, experiment.log_interval)
         stopping = stack.enter_context(_stop_signals())
         steps = profiling.traced(

@@ -23,14 +23,14 @@ from shallow_pi.data.robots import assets
 from shallow_pi.distill import layer_map, layer_scores, step, student
 from shallow_pi.distill import spec as specs
 from shallow_pi.models import pi0
-from shallow_pi.parallel import agreement, processes, shapes, sharding
+from shallow_pi.parallel import agreement, processes, sharding
 from shallow_pi.planning import memory
 from shallow_pi.training import config, metrics, setup
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Run:
-    """Everything that training needs."""
+    """Everything that training needs but the teacher's parameters, which it loads itself."""
 
     # The config with the teacher's sizes, as `save_config` writes it.
     experiment: config.DistillConfig
@@ -44,9 +44,13 @@ class Run:
     samples: inspection.Samples
     # The teacher's step folder; None without a teacher on disk.
     teacher_step: pathlib.Path | None
-    # The teacher's parameters on the mesh, with --teacher.offload its layers in host memory; None
-    # without a teacher.
-    teacher: PyTree
+
+    def load_teacher(self) -> PyTree:
+        """The teacher's parameters on the mesh; None without a teacher.
+
+        A run does not keep them, so that they leave the devices once nobody needs them.
+        """
+        return setup.load_teacher(self.experiment, self.teacher_step, self.mesh)
 
     def save_config(self) -> None:
         """Write the config into the run's folder; a resumed run must fit the one saved there."""
@@ -146,11 +150,8 @@ def open_run(experiment: config.DistillConfig, *, is_claimed: bool = False) -> R
     samples = _inspect(data, experiment)
     mesh = setup.make_mesh(experiment, jax.devices())
     spec = setup.make_spec(experiment, mesh)
+    run = Run(experiment, folder, mesh, spec, data, samples, teacher_step)
     with memory.explained(experiment.batch_size):
-        teacher = setup.load_teacher(experiment, teacher_step, mesh)
-        if spec.offload_teacher:
-            teacher = shapes.offload(teacher)
-        run = Run(experiment, folder, mesh, spec, data, samples, teacher_step, teacher)
         run = _with_layers(run, saved)
     if experiment.teacher is not None:
         progress.say(f"Teacher: {experiment.teacher.path}")
@@ -280,6 +281,5 @@ def measure_layers(run: Run) -> layer_map.LayerMap:
     progress.say(f"Measuring the {strategy} of {experiment.model.depth} layers")
     measure = jax.jit(layer_scores.measure, static_argnums=(0, 1))
     single = (x[:, 0] for x in (inputs.x_t, inputs.t, inputs.u))
-    teacher = shapes.on_device(run.teacher)
-    scores = measure(strategy, experiment.model, teacher, inputs.observation, *single)
+    scores = measure(strategy, experiment.model, run.load_teacher(), inputs.observation, *single)
     return layer_map.measured(strategy, experiment.student.total_depth, np.asarray(scores))
