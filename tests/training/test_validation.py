@@ -99,17 +99,20 @@ def _source(model, length=10, kind=sources.SyntheticSource):
 
 def test_samples_and_noise_do_not_depend_on_the_mesh(tiny_config):
     source = _source(tiny_config())
-    one = validation.read(source, 16, 4, _mesh(ONE, devices=1), seed=5)
+    one = validation.read(source, 13, 8, _mesh(ONE, devices=1), seed=5)
     eight = validation.read(source, 13, 64, _mesh(EIGHT), seed=5)
-    assert [noise.shape[0] for _, noise in one.batches] == [4] * 4
+    assert [noise.shape[0] for _, noise in one.batches] == [7] * 2, "not 8 and 5 of 8"
     assert [noise.shape[0] for _, noise in eight.batches] == [16]
+    for held in (one, eight):
+        exists = held.action_mask.any(axis=1)
+        np.testing.assert_array_equal(exists, np.arange(len(exists)) < 13)
     for name in ("actions", "action_mask", "state"):
-        np.testing.assert_array_equal(getattr(one, name), getattr(eight, name))
-    noise = [np.concatenate([n for _, n in held.batches]) for held in (one, eight)]
+        np.testing.assert_array_equal(*(getattr(held, name)[:13] for held in (one, eight)))
+    noise = [np.concatenate([n for _, n in held.batches])[:13] for held in (one, eight)]
     np.testing.assert_array_equal(*noise)
-    assert len(np.unique(noise[0][:, 0, 0])) == 16, "also where a sample is there twice"
-    expected = [source[place * 10 // 16].observation.state for place in range(16)]
-    np.testing.assert_array_equal(one.state, expected)
+    assert len(np.unique(noise[0][:, 0, 0])) == 13, "also where a sample is there twice"
+    expected = [source[place * 10 // 13].observation.state for place in range(13)]
+    np.testing.assert_array_equal(one.state[:13], expected)
 
 
 def _spec(model, teacher=None, **changes):
@@ -191,6 +194,24 @@ def test_a_sharded_measurement_is_the_same(pair):
     assert found == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.slow
+def test_samples_that_do_not_fill_the_devices_are_measured_alone(pair):
+    """Five on one device and on eight, by every loss that is a mean over observations."""
+    spec, params, state, _ = pair
+    over_tokens = dataclasses.replace(spec.losses, vision=1.0, attention_queries="all")
+    spec = dataclasses.replace(spec, losses=over_tokens)
+    moved = jax.tree.map(lambda leaf: 1.5 * leaf, state.params)
+    state = dataclasses.replace(state, params=moved)
+    expected = _created(spec, params, _mesh(ONE, 1), samples=5).measure(params, state)
+    assert min(expected[f"validation/{term}_loss"] for term in ("vision", "attention")) > 1e-4
+    mesh = _mesh(EIGHT)
+    params, state = (
+        jax.device_put(tree, sharding.param_sharding(mesh, tree)) for tree in (params, state)
+    )
+    found = _created(spec, params, mesh, samples=5).measure(params, state)
+    assert found == pytest.approx(expected, rel=1e-4, abs=1e-7)
+
+
 def test_a_student_that_is_its_teacher_has_no_error_to_it(tiny_config, tiny_params):
     model = tiny_config()
     spec, params = _spec(model, model), tiny_params(model)
@@ -241,16 +262,14 @@ def test_held_out_losses_cost_no_update(pair):
     """The backward pass is twice the forward pass; nobody reads it, so nobody computes it."""
     spec, params, state, _ = pair
     (batch, _), *_ = _created(spec, params, _mesh(ONE, 1)).held_out.batches
-    key = jax.random.key(0)
+    key, counts = jax.random.key(0), step.Counts(jnp.float32(40), jnp.float32(8))
 
     def operations(function, *arguments):
         compiled = jax.jit(function, static_argnums=0).lower(spec, *arguments).compile()
         cost = compiled.cost_analysis()
         return (cost[0] if isinstance(cost, list) else cost)["flops"]
 
-    measured = operations(
-        validation.losses, key, jnp.float32(40), params, state, batch, jnp.int32(0)
-    )
+    measured = operations(validation.losses, key, counts, params, state, batch, jnp.int32(0))
     assert measured < 0.6 * operations(step.distill_step, params, state, key, batch)
 
 

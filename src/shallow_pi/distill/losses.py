@@ -92,8 +92,13 @@ class Losses:
         return {name: getattr(self, name) or 0.0 for name in TERMS}
 
     def counted(self, action_mask: Bool[Array, "b ah"]) -> Bool[Array, "b ah"]:
-        """The actions that count: those before their episode's end, or all."""
-        return action_mask if self.mask_padded_actions else jnp.ones_like(action_mask)
+        """The actions that count: those before their episode's end, or all of an observation's.
+
+        An observation without any action fills up a batch, and does not count.
+        """
+        if self.mask_padded_actions:
+            return action_mask
+        return jnp.broadcast_to(jnp.any(action_mask, axis=-1, keepdims=True), action_mask.shape)
 
     def only(self, **weights: float | None) -> "Losses":
         """The same with these weights of terms, and none of the other terms."""
@@ -220,7 +225,7 @@ def masked_mean(*parts: tuple[Array, Array]) -> Float[Array, "*b"]:
 
 
 def masked_sum(values: Float[Array, "..."], mask: Bool[Array, "..."]) -> Float[Array, ""]:
-    """Sum of the values of actions where the mask holds."""
+    """Sum of the values where the mask holds."""
     flow.same_shape("values", values, "mask", mask)
     return jnp.sum(jnp.where(mask, values, 0.0))
 

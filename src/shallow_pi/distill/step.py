@@ -59,6 +59,22 @@ class Inputs(NamedTuple):
     line_t: Float[Array, "b r"] | None
 
 
+class Counts(NamedTuple):
+    """Numbers that the losses of a batch are divided by, of all its microbatches together."""
+
+    # Actions that count, in every draw.
+    actions: Float[Array, ""]
+    # Observations with such actions.
+    observations: Float[Array, ""]
+
+    @classmethod
+    def of(cls, action_mask: Bool[Array, "b *r ah"]) -> "Counts":
+        """Those of a batch; at least 1."""
+        observed = jnp.any(action_mask, axis=tuple(range(1, action_mask.ndim)))
+        sums = (jnp.sum(mask, dtype=jnp.float32) for mask in (action_mask, observed))
+        return cls(*(jnp.maximum(total, 1.0) for total in sums))
+
+
 def init_state(spec: specs.Spec, params: PyTree) -> DistillState:
     """A fresh state around parameters, which become float32 (the teacher's may be bfloat16)."""
     params, _ = students.split(params, spec.freeze)
@@ -166,10 +182,10 @@ def _gradient(
 ) -> tuple[PyTree, Metrics]:
     """Gradient and metrics of the whole batch, microbatch by microbatch."""
     weights = spec.losses.weights if weights is None else weights
-    count = jnp.maximum(jnp.sum(inputs.action_mask.astype(jnp.float32)), 1.0)
+    counts = Counts.of(inputs.action_mask)
 
     def one(part: Inputs) -> tuple[PyTree, Metrics]:
-        return microbatch(spec, teacher_params, params, part, count, weights)
+        return microbatch(spec, teacher_params, params, part, counts, weights)
 
     if spec.accumulation == 1:
         return one(inputs)
@@ -188,13 +204,10 @@ def microbatch(
     teacher_params: PyTree,
     params: PyTree,
     inputs: Inputs,
-    count: Float[Array, ""],
+    counts: Counts,
     weights: losses.Weights,
 ) -> tuple[PyTree, Metrics]:
-    """Gradient and metrics of a microbatch: its shares of those of the whole batch.
-
-    That has `spec.accumulation` microbatches of one size, and `count` actions that count.
-    """
+    """Gradient and metrics of a microbatch: its shares of those of the whole batch of `counts`."""
     tokens = None
     if "vision" in spec.freeze or spec.losses.vision:
         assert spec.teacher is not None, "the tokens are its own"
@@ -204,7 +217,7 @@ def microbatch(
 
     def loss(params: PyTree) -> tuple[Float[Array, ""], Metrics]:
         whole = rounded(spec, students.join(params, teacher_params, spec.freeze))
-        return _total_loss(spec, weights, whole, reference, inputs, tokens, count)
+        return _total_loss(spec, weights, whole, reference, inputs, tokens, counts)
 
     return jax.grad(loss, has_aux=True)(params)
 
@@ -268,7 +281,7 @@ def _total_loss(
     reference: _Reference | None,
     inputs: Inputs,
     image_tokens: Array | None,
-    count: Array,
+    counts: Counts,
 ) -> tuple[Float[Array, ""], Metrics]:
     """The weighted loss of a microbatch as its share of the mean over the whole batch.
 
@@ -279,7 +292,7 @@ def _total_loss(
       reference: of `_teacher_outputs`.
       inputs: of the microbatch.
       image_tokens: the teacher's: for the vision loss, or the student's too where it has its tower.
-      count: actions that count in the whole batch.
+      counts: of the whole batch.
     """
     own_tokens = image_tokens
     if spec.losses.vision:
@@ -304,7 +317,12 @@ def _total_loss(
     v_all, attention, choice = found.velocity, found.attention, found.choice
 
     def mean(values: Float[Array, "b r ah"]) -> Float[Array, ""]:
-        return losses.masked_sum(values, inputs.action_mask) / count
+        return losses.masked_sum(values, inputs.action_mask) / counts.actions
+
+    def over_observations(values: Float[Array, "b ..."]) -> Float[Array, ""]:
+        observed = jnp.any(inputs.action_mask, axis=(1, 2))
+        of_each = jnp.mean(values.reshape(len(values), -1), axis=1)
+        return losses.masked_sum(of_each, observed) / counts.observations
 
     v_student = v_all[:, :draws]
     metrics = {"task_loss": mean(losses.task_loss(v_student, inputs.u))}
@@ -319,9 +337,7 @@ def _total_loss(
         both = attention, reference.attention
         values = attentions.divergence(spec.student, spec.losses, *both, inputs.action_mask, choice)
         of_actions = spec.losses.attention_queries == "actions"
-        metrics["attention_loss"] = (
-            mean(values) if of_actions else jnp.mean(values) / spec.accumulation
-        )
+        metrics["attention_loss"] = mean(values) if of_actions else over_observations(values)
         loss += weights["attention"] * metrics["attention_loss"]
     if line is not None:
         metrics["reflow_loss"] = mean(losses.velocity_loss(v_all[:, draws:], line.u))
@@ -331,7 +347,7 @@ def _total_loss(
         assert image_tokens is not None, "and the teacher's"
         valid = prefixes.image_valid(spec.student, inputs.observation, spec.student.patches)
         errors = losses.vision_loss(own_tokens, image_tokens, valid)
-        metrics["vision_loss"] = jnp.mean(errors) / spec.accumulation
+        metrics["vision_loss"] = over_observations(errors)
         loss += weights["vision"] * metrics["vision_loss"]
     if spec.losses.scorer:
         assert choice is not None, "this student has a scorer"
@@ -340,8 +356,8 @@ def _total_loss(
         cameras = prefixes.image_valid(spec.student, inputs.observation, 1)
         mask = inputs.action_mask
         errors, kept = attentions.of_scorer(choice, cameras, reference.attention, mask)
-        metrics["scorer_loss"] = jnp.mean(errors) / spec.accumulation
-        metrics["attention_kept"] = jnp.mean(kept) / spec.accumulation
+        metrics["scorer_loss"] = over_observations(errors)
+        metrics["attention_kept"] = over_observations(kept)
         loss += weights["scorer"] * metrics["scorer_loss"]
     metrics["loss"] = loss
     return loss, metrics

@@ -188,7 +188,7 @@ class ValidationConfig:
 
     # Steps between validations; the last step is validated too. 0 turns validation off.
     interval: int = 1000
-    # Held-out samples, evenly spaced over the episodes; rounded up to fill the devices.
+    # Held-out samples, evenly spaced over the episodes.
     samples: int = 64
     # Integration steps of both samplers; 0 uses the student's own number, and 10 for the teacher.
     num_steps: int = 0

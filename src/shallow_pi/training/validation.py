@@ -1,7 +1,8 @@
 """Validation on held-out episodes: errors of sampled actions against the data and the teacher.
 
-Samples and their noise are drawn once, so every measurement of a run, resumed or not, answers the
-same question, and teacher and student start from the same noise. The teacher's actions are
+Samples and their noise are drawn once, so every measurement of a run, resumed or not and on any
+mesh, answers the same question, and teacher and student start from the same noise. Where samples do
+not fill the devices, others without any action do, and do not count. The teacher's actions are
 sampled once and kept. An error is the mean absolute difference over the actions that exist (not
 the padding behind an episode's end): of the normalized robot dimensions, and by group of joints in
 the robot's own units.
@@ -46,7 +47,8 @@ class HeldOut:
 
     # (batch of the loader, noise) on device, over the mesh.
     batches: tuple[tuple[batches.Batch, Array], ...]
-    # All of them on every host, normalized: recorded actions, which of them exist, and states.
+    # All of them on every host, normalized: recorded actions, which of them exist, and states. The
+    # last may only fill the devices: none of their actions exist.
     actions: Float[np.ndarray, "n ah ad"]
     action_mask: Bool[np.ndarray, "n ah"]
     state: Float[np.ndarray, "n ad"]
@@ -59,24 +61,26 @@ def read(
 
     Args:
       source: source of held-out samples.
-      samples: number of samples, rounded up so that all devices get the same number.
-      batch_size: largest number of samples that go through a model at once.
+      samples: number of samples.
+      batch_size: largest number of samples that go through a model at once; the devices divide it.
       mesh: the devices; each process reads its own share.
       seed: seed of the noise, which depends on the sample's place and not on the mesh.
     """
     ways = mesh.shape[sharding.DATA] * mesh.shape[sharding.FSDP]
-    batch_size = min(batch_size, -(-samples // ways) * ways)
-    total = -(-samples // batch_size) * batch_size
-    local = batch_size // jax.process_count()
+    number = -(-samples // batch_size)
+    size = -(-samples // (number * ways)) * ways
+    local = size // jax.process_count()
     put = functools.partial(jax.make_array_from_process_local_data, sharding.batch_sharding(mesh))
     found = []
-    with processes.bar("Held-out samples", total) as advance:
-        for start in range(0, total, batch_size):
+    with processes.bar("Held-out samples", number * size) as advance:
+        for start in range(0, number * size, size):
             first = start + jax.process_index() * local
             places = range(first, first + local)
             rows = []
             for place in places:
-                rows.append(source[place * len(source) // total])
+                row = source[min(place, samples - 1) * len(source) // samples]
+                present = row.action_mask & (place < samples)
+                rows.append(dataclasses.replace(row, action_mask=present))
                 advance(jax.process_count())
             batch = batches.stack(rows)
             shape = batch.actions.shape[1:]
@@ -171,7 +175,7 @@ def sample_deployed(
 def losses(
     spec: specs.Spec,
     key: Array,
-    count: Float[Array, ""],
+    counts: step.Counts,
     teacher_params: PyTree,
     state: step.DistillState,
     batch: batches.Batch,
@@ -183,9 +187,9 @@ def losses(
     which nobody reads.
 
     Args:
-      spec: the static part; the batches are its microbatches.
+      spec: the static part.
       key: of noise and times.
-      count: actions that count in all batches.
+      counts: of all batches.
       teacher_params: as in `measure`.
       state: the student's.
       batch: one of the batches, which are of one size.
@@ -200,7 +204,7 @@ def losses(
     rows = len(batch.actions)
     inputs = jax.vmap(draw)(number * rows + jnp.arange(rows), batch)
     params, weights = saved_params(state), spec.losses.weights
-    _, metrics = step.microbatch(spec, teacher_params, params, inputs, count, weights)
+    _, metrics = step.microbatch(spec, teacher_params, params, inputs, counts, weights)
     return {name: metrics[name] for name in LOSSES if name in metrics}
 
 
@@ -295,11 +299,7 @@ def create(
                 advance(len(noise))
         teacher_actions = np.concatenate(parts)
     plain = dataclasses.replace(
-        spec,
-        augmentation=observations.NO_AUGMENTATION,
-        draws=1,
-        accumulation=len(held_out.batches),
-        ema_decay=None,
+        spec, augmentation=observations.NO_AUGMENTATION, draws=1, ema_decay=None
     )
     counted = spec.losses.counted(jnp.asarray(held_out.action_mask))
     return Validation(
@@ -314,7 +314,7 @@ def create(
         ),
         losses=functools.partial(
             jax.jit(losses, static_argnums=0, out_shardings=whole),
-            *(plain, jax.random.key(seed), jnp.sum(counted, dtype=jnp.float32)),
+            *(plain, jax.random.key(seed), step.Counts.of(counted)),
         ),
         freeze=spec.freeze,
     )
