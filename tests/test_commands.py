@@ -14,7 +14,7 @@ import pytest
 
 from shallow_pi.commands import exits, export_student, main
 from shallow_pi.parallel import processes
-from shallow_pi.training import command_line, loop
+from shallow_pi.training import command_line
 
 ROOT = pathlib.Path(__file__).parents[1]
 SCRIPTS = {path.stem for path in (ROOT / "scripts").glob("*.py")}
@@ -103,21 +103,12 @@ def test_a_script_ends_with_one_line(capsys, error, status):
     assert re.fullmatch(r"error: '?bad'?\n", capsys.readouterr().err)
 
 
-def test_an_interruption_says_how_to_go_on_once_there_is_a_run(capsys, tmp_path):
-    folder, told = tmp_path / "run", []
-    for _ in range(2):
-        with (
-            pytest.raises(SystemExit) as exit_,
-            exits.exit_on(interrupted=lambda: loop.interrupted(folder)),
-        ):
-            raise KeyboardInterrupt
-        assert exit_.value.code == 130
-        told.append(capsys.readouterr().err)
-        folder.mkdir(exist_ok=True)
-    assert told == [
-        "error: interrupted before the run began: start it again\n",
-        "error: interrupted; go on with --resume\n",
-    ]
+@pytest.mark.parametrize("said", ["", "interrupted; go on with --resume"])
+def test_an_interruption_ends_with_what_it_says(capsys, said):
+    with pytest.raises(SystemExit) as exit_, exits.exit_on():
+        raise KeyboardInterrupt(*[said] * bool(said))
+    assert exit_.value.code == 130
+    assert capsys.readouterr().err == f"error: {said or 'interrupted'}\n"
 
 
 def test_a_platform_that_is_not_there_is_named():

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import signal
 import sys
 
 import pytest
@@ -12,6 +13,7 @@ from shallow_pi.checkpoints import fetch, run_folder, weights
 from shallow_pi.data import data_config
 from shallow_pi.data.lerobot import reader
 from shallow_pi.data.robots import assets
+from shallow_pi.evaluation import study
 from shallow_pi.training import config, setup
 from shallow_pi.training import run as runs
 
@@ -194,6 +196,27 @@ def test_a_run_in_which_another_process_works_keeps_its_config(experiment):
     assert json.loads(path.read_text())["num_train_steps"] == experiment.num_train_steps
     _begin(more)
     assert json.loads(path.read_text())["num_train_steps"] == 99
+
+
+def test_resume_is_advised_only_where_the_folder_is_this_runs(experiment, monkeypatch):
+    """Ctrl-C while a run that shall overwrite another is opened leaves that one where it is."""
+    _begin(experiment)
+    again = dataclasses.replace(experiment, overwrite=True)
+    monkeypatch.setattr(setup, "find_teacher", lambda _: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt, match=r"^$"):
+        study.run(again)
+    with pytest.raises(KeyboardInterrupt, match="go on with --resume"), runs.claimed(again):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_data_that_a_run_made_and_refuses_are_kept_for_its_resumption(experiment):
+    refused = pytest.raises(ValueError, match=r"^doubtful\n/.*first is kept: go on with --resume$")
+    with refused, runs.claimed(experiment):
+        raise ValueError("doubtful")
+    resumed = dataclasses.replace(experiment, resume=True)
+    _begin(resumed)
+    with pytest.raises(ValueError, match=r"^later$"), runs.claimed(resumed):
+        raise ValueError("later")
 
 
 def test_a_run_name_that_orbax_could_not_read_is_refused_before_all(remote, monkeypatch):

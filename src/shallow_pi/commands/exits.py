@@ -2,27 +2,24 @@
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from shallow_pi.parallel import processes
 
 
 @contextlib.contextmanager
-def exit_on(
-    *errors: type[Exception], interrupted: Callable[[], str] = lambda: "interrupted"
-) -> Iterator[None]:
+def exit_on(*errors: type[Exception]) -> Iterator[None]:
     """Exit with an error's message and status 1 instead of a traceback.
 
     Covers the errors a user can cause (`ValueError`, `OSError`, a platform that JAX cannot start),
-    and `errors`; Ctrl-C exits with status 130 and the message of `interrupted`. In a job of several
-    processes every error, a crash too, is prefixed with its process and ends that process
-    (`processes.leave`).
+    and `errors`; Ctrl-C exits with status 130. In a job of several processes every error, a crash
+    too, is prefixed with its process and ends that process (`processes.leave`).
     """
     caught: tuple[type[Exception], ...] = (ValueError, OSError, *errors)
     try:
         yield
     except KeyboardInterrupt as error:
-        raise _leave(interrupted(), 130) from error
+        raise _leave(str(error) or "interrupted", 130) from error
     except caught as error:
         raise _leave(str(error), 1) from error
     except Exception as error:

@@ -27,11 +27,7 @@ def main() -> None:
         default, arguments = openpi_configs.cli(sys.argv[1:])
     experiment = command_line.cli(command_line.configs(), __doc__ or "", arguments, default)
     trained, own = [experiment], None
-
-    def interrupted() -> str:
-        return loop.interrupted(*(each.folder for each in trained))
-
-    with exits.exit_on(*loop.ENDS, interrupted=interrupted):
+    with exits.exit_on(*loop.ENDS):
         if experiment.teacher is not None and experiment.teacher.train:
             own = command_line.teacher_experiment(command_line.configs(), experiment)
             trained.append(own)

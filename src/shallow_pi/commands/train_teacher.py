@@ -28,7 +28,7 @@ def main() -> None:
     processes.cache_compilations()
     experiment = command_line.cli(command_line.configs(), __doc__ or "", sys.argv[1:])
     processes.split_cpu(experiment.batch_size // experiment.accumulation)
-    with exits.exit_on(*loop.ENDS, interrupted=lambda: loop.interrupted(experiment.folder)):
+    with exits.exit_on(*loop.ENDS):
         if experiment.teacher is not None:
             raise ValueError(
                 f"{experiment.name} distils a student from a teacher: run it with "

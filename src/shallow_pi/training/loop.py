@@ -42,13 +42,6 @@ class InterruptedRunError(RuntimeError):
 ENDS = (NonFiniteLossError, InterruptedRunError)
 
 
-def interrupted(*folders: pathlib.Path) -> str:
-    """Message of a script after Ctrl-C: a run can be resumed once one of its folders is there."""
-    if any(folder.is_dir() for folder in folders):
-        return "interrupted; go on with --resume"
-    return "interrupted before the run began: start it again"
-
-
 def train(run: runs.Run, label: str = "Distil") -> pathlib.Path:
     """Train to the end and return the last step's folder.
 

@@ -110,15 +110,23 @@ def check(experiment: config.DistillConfig) -> None:
 def claimed(experiment: config.DistillConfig) -> Iterator[None]:
     """Make the run's folder, or resume or rename the old one, and keep other processes out of it.
 
-    Of processes that claim a folder at once, one gets it.
+    Of processes that claim a folder at once, one gets it. Ctrl-C in the block, or an error before
+    the config is saved, says that --resume goes on with what is in the folder.
 
     Raises:
       ValueError, OSError: there is a run, another process works there, or it is not writable.
     """
-    resume, overwrite = experiment.resume, experiment.overwrite
-    run_folder.prepare(experiment.folder, resume, overwrite, meet=processes.sync)
-    with run_folder.held(experiment.folder):
-        yield
+    folder, resume, overwrite = experiment.folder, experiment.resume, experiment.overwrite
+    run_folder.prepare(folder, resume, overwrite, meet=processes.sync)
+    with run_folder.held(folder):
+        try:
+            yield
+        except KeyboardInterrupt as error:
+            raise KeyboardInterrupt("interrupted; go on with --resume") from error
+        except ValueError as error:
+            if run_folder.read_config(folder) is not None:
+                raise
+            raise ValueError(f"{error}\n{folder} is kept: go on with --resume") from error
 
 
 def open_run(experiment: config.DistillConfig, *, is_claimed: bool = False) -> Run:
