@@ -27,7 +27,6 @@ def convert(tmp_path):
         convert_dataset.main([str(source), str(tmp_path / "new"), *arguments])
         return reader.Dataset(tmp_path / "new")
 
-    call.main = convert_dataset.main
     return call
 
 
@@ -280,7 +279,7 @@ def test_depth_is_copied_whatever_becomes_of_the_rest(convert, tmp_path, capsys)
     assert TOP not in json.loads((found.path / "meta" / "stats.json").read_text())
 
 
-def test_nothing_that_is_there_is_overwritten(convert, tmp_path, capsys):
+def test_nothing_that_is_there_is_overwritten(tmp_path, capsys):
     (tmp_path / "new").symlink_to(tmp_path / "gone")
     (tmp_path / "other.partial").mkdir()
     (tmp_path / "other.partial" / "mine.txt").write_text("kept")
@@ -290,10 +289,10 @@ def test_nothing_that_is_there_is_overwritten(convert, tmp_path, capsys):
         ("other", "is in the way, and is not"),
     ):
         with pytest.raises(SystemExit, match="1"):
-            convert.main([str(OLD), str(tmp_path / target)])
+            convert_dataset.main([str(OLD), str(tmp_path / target)])
         assert reason in capsys.readouterr().err
     assert (tmp_path / "other.partial" / "mine.txt").read_text() == "kept"
-    convert.main([str(OLD), str(tmp_path / "another")])
+    convert_dataset.main([str(OLD), str(tmp_path / "another")])
     assert not (tmp_path / "another.partial").exists(), "left by an interrupted run"
 
 
