@@ -228,8 +228,10 @@ def test_a_finished_run_is_left_unchanged(whole):
 
 
 def test_a_run_cannot_end_before_where_it_is(whole):
+    before = _hashes(whole.folder)
     with pytest.raises(ValueError, match=r"is at step 4 already.*--num-train-steps"):
         _train(whole, resume=True, num_train_steps=3)
+    assert _hashes(whole.folder) == before, "its config too"
 
 
 def test_an_existing_run_needs_resume_or_overwrite(whole):

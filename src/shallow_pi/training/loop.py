@@ -63,11 +63,6 @@ def train(run: runs.Run, label: str = "Distil") -> pathlib.Path:
         feed = stack.enter_context(contextlib.closing(run.feed()))
         state = start(run, whole_teacher, checkpoints, feed)
         first = int(state.step) + 1
-        if first > end + 1:
-            raise ValueError(
-                f"{run.folder} is at step {first - 1} already, beyond --num-train-steps {end}: "
-                "raise it, or use another --exp-name"
-            )
         log = _open_log(run, first, stack)
         held_out = _validation(run, whole_teacher)
         teacher = shapes.held_teacher(run.spec, whole_teacher)

@@ -147,6 +147,12 @@ def open_run(experiment: config.DistillConfig, *, is_claimed: bool = False) -> R
     if saved is not None:  # Fields that depend on the teacher's checkpoint are compared later.
         later = {"model", *(() if experiment.fixed_layer_map() else ("layer_map",))}
         _compare(folder, experiment, experiment.fixed_layer_map(), later)
+    last, end = max(run_folder.steps(folder), default=0), experiment.num_train_steps
+    if experiment.resume and last > end:
+        raise ValueError(
+            f"{folder} is at step {last} already, beyond --num-train-steps {end}: raise it, or use "
+            "another --exp-name"
+        )
     check(experiment)
     recordings = opening.open_recordings(experiment.data, experiment.model.action_dim)
     teacher_step = setup.find_teacher(experiment)
