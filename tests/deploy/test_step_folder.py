@@ -184,6 +184,8 @@ def test_a_robot_with_openpis_transforms_may_be_described_in_a_file(own, params,
     names = {camera: camera for camera in robot.TURNTABLE.cameras}
     theirs = robot.Robot("openpi:pi0_mine", names, 3, 3, fps=1, elsewhere="pi0_mine")
     dataclasses.replace(own, robot=theirs).save(tmp_path / "assets")
+    step_folder.assets(tmp_path, robot=dataclasses.replace(theirs, elsewhere=""))
+    assert capsys.readouterr().err == ""
     assert step_folder.assets(tmp_path, robot=robot.TURNTABLE).robot == robot.TURNTABLE
     told = " ".join(capsys.readouterr().err.split())
     assert "differences of robot turntable must be those of openpi's config pi0_mine" in told

@@ -239,10 +239,12 @@ def _check_renamed(own: policy_assets.Assets, given: robots.Robot) -> None:
             "dataclasses.replace(policy.assets.robot, ...)"
         )
     if trained.elsewhere:
-        progress.warn(
-            f"the units and differences of robot {given.name} must be those of openpi's config "
-            f"{trained.elsewhere}, and its normalization openpi's default: neither is checked here"
-        )
+        if given != dataclasses.replace(trained, elsewhere=""):  # As an export is read back.
+            progress.warn(
+                f"the units and differences of robot {given.name} must be those of openpi's config "
+                f"{trained.elsewhere}, and its normalization openpi's default: neither is checked "
+                "here"
+            )
         return
     seen = set(own.model.cameras)
     if lacking := sorted(seen & (set(trained.cameras) - set(given.cameras))):
