@@ -31,6 +31,7 @@ class LeRobotDataset:
     def __init__(self, repo_id, delta_timestamps):
         self._own = _open(repo_id)
         self._chunks = {key: len(times) for key, times in delta_timestamps.items()}
+        self.fps = self._own.fps
         self.hf_dataset = {"episode_index": self._own.columns["episode_index"]}
 
     def __len__(self):

@@ -159,7 +159,7 @@ def test_a_config_of_ones_own_transforms_is_taken_over_with_openpis_loader(
     np.testing.assert_allclose(seen.state, expected.state, rtol=1e-5, atol=1e-5)
     assert not seen.image_masks["right_wrist_0_rgb"]
     robot = found.assets.robot
-    assert (robot.state_dim, robot.action_dim) == (8, 7)
+    assert (robot.state_dim, robot.action_dim, robot.fps) == (8, 7, 10)
     with pytest.raises(ValueError, match=r"pi05_mine.*scripts/serve_openpi\.py"):
         found.assets.inputs()
     # Its student speaks as that config does, at its own depth.

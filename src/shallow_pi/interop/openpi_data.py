@@ -141,7 +141,6 @@ def open_data(
     factory = dataclasses.replace(source.data, assets=local)
     found = factory.create(source.assets_dirs, source.model)
     stats = _stats(data, found, model, teacher_step)
-    robot = _robot(data.robot, model, stats)
     found = dataclasses.replace(found, norm_stats=_openpis(stats))
     try:
         dataset = data_loader.create_torch_dataset(found, source.model.action_horizon, source.model)
@@ -151,16 +150,17 @@ def open_data(
             f"({type(error).__name__}: {error}): check the config's repo_id, a name on the hub or "
             "a folder in $HF_LEROBOT_HOME; or give --data.source lerobot --data.path FOLDER"
         ) from error
+    recordings = _recordings(dataset)
     assets = policy_assets.Assets(
         model=model,
-        robot=robot,
+        robot=_robot(data.robot, model, stats, recordings.fps),
         tokenizer=opening.tokenizer_file(data, model, teacher_step),
         stats=stats,
         asset_id=data.asset_id,
     )
     parts: list[Source | None] = [Source(found, source.model, dataset), None]
     if data.held_out:
-        episodes = _episodes(dataset)
+        episodes = np.asarray(recordings.hf_dataset["episode_index"])
         chosen = reader.split(np.unique(episodes).tolist(), data.held_out)
         frames = (np.flatnonzero(np.isin(episodes, which)) for which in chosen)
         parts = [Source(found, source.model, dataset, these) for these in frames]
@@ -198,7 +198,9 @@ def _check_model(name: str, source: openpi.OpenpiObject, model: pi0.Pi0Config) -
             )
 
 
-def _robot(name: str, model: pi0.Pi0Config, stats: dict[str, normalize.NormStats]) -> robots.Robot:
+def _robot(
+    name: str, model: pi0.Pi0Config, stats: dict[str, normalize.NormStats], fps: float
+) -> robots.Robot:
     """The robot of that name; for transforms only openpi has, one that names their config."""
     if not name.startswith(PREFIX):
         return robots.find(name)
@@ -207,7 +209,7 @@ def _robot(name: str, model: pi0.Pi0Config, stats: dict[str, normalize.NormStats
         cameras={camera: camera for camera in model.cameras},
         state_dim=len(stats["state"].mean),
         action_dim=len(stats["actions"].mean),
-        fps=1,
+        fps=fps,
         elsewhere=name.removeprefix(PREFIX),
     )
 
@@ -252,8 +254,8 @@ def _openpis(stats: dict[str, normalize.NormStats]) -> dict[str, openpi.OpenpiOb
     }
 
 
-def _episodes(dataset: openpi.OpenpiObject) -> np.ndarray:
-    """The episode of every frame; openpi wraps LeRobot's dataset if prompts come from it."""
+def _recordings(dataset: openpi.OpenpiObject) -> openpi.OpenpiObject:
+    """LeRobot's dataset, which openpi wraps if prompts come from it."""
     while hasattr(dataset, "_dataset"):
         dataset = dataset._dataset
-    return np.asarray(dataset.hf_dataset["episode_index"])
+    return dataset
