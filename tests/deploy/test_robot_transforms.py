@@ -65,3 +65,24 @@ def test_images_of_many_sizes_are_compiled_for_in_a_few_alone(own, seen, capsys)
     assert [height(100 + i) for i in range(3)] == 3 * [{own.model.image_size}]
     assert height(30) == {30}
     assert capsys.readouterr().err.count("let cameras keep their sizes") == 1
+
+
+@pytest.mark.parametrize("discrete", [False, True])
+def test_a_prompt_that_is_cut_is_warned_of_in_every_answer(own, seen, discrete):
+    """For π0.5 the state goes with it, and the robot would move without knowing where it is."""
+    model = dataclasses.replace(
+        own.model, pi05=discrete, discrete_state_input=discrete, max_token_len=40
+    )
+    robot = robot_transforms.RobotTransforms(
+        dataclasses.replace(own, model=model),
+        prompt=None,
+        resize=True,
+        state_warn=6,
+        state_refuse=100,
+    )
+    assert robot.to_model({**seen, "task": "go"}).warnings == ()
+    for previous in (None, np.zeros((2, 3))):
+        for _ in range(2):
+            (said,) = robot.to_model({**seen, "task": 40 * "go "}, previous).warnings
+            assert said.startswith("the prompt is cut to the 40 tokens that the model reads")
+            assert ("the state" in said) == discrete

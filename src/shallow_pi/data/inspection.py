@@ -262,14 +262,12 @@ def prompts(samples: Samples) -> list[str]:
 
 
 def truncated(samples: Samples) -> Bool[np.ndarray, " b"]:
-    """Mark prompts that were cut: they fill their budget and lack the end that every prompt has."""
+    """Mark prompts that were cut."""
     seen, assets = samples.batch.observation, samples.assets
-    full = seen.tokenized_prompt_mask.all(axis=1)
+    tokens, mask = seen.tokenized_prompt, seen.tokenized_prompt_mask
     if assets is None:
-        return np.zeros_like(full)
-    empty = np.zeros(0, np.float32) if assets.model.discrete_state_input else None
-    end = _tokenizer(assets).encode("", empty)[-1]
-    return full & (seen.tokenized_prompt[:, -1] != end)
+        return np.zeros(len(mask), bool)
+    return _tokenizer(assets).is_cut(tokens, mask, assets.model.discrete_state_input)
 
 
 def facts(samples: Samples) -> list[str]:

@@ -252,7 +252,7 @@ class Policy:
         normalized = np.asarray(self.sample(batch, start_from, guidance))
         sampled = time.perf_counter()
         (actions,) = self._transforms.to_robot([asked], normalized)
-        return _result(actions, _timing(start, ready, sampled), asked.warning)
+        return _result(actions, _timing(start, ready, sampled), asked.warnings)
 
     def infer_each(
         self, observations: Sequence[Mapping[str, object]], calls: Sequence[int]
@@ -308,7 +308,7 @@ class Policy:
         actions = self._transforms.to_robot([row.asked for row in rows], normalized)
         timing = _timing(start, ready, sampled)
         pairs = zip(rows, actions, strict=True)
-        return [_result(chunk, timing, row.asked.warning) for row, chunk in pairs]
+        return [_result(chunk, timing, row.asked.warnings) for row, chunk in pairs]
 
     def together(self, waiting: int) -> int:
         """Number of the waiting observations to answer at once: the most a second, as measured.
@@ -448,7 +448,7 @@ def _timing(start: float, ready: float, sampled: float) -> dict[str, float]:
 
 
 def _result(
-    actions: Float[np.ndarray, "ah rd"], timing: Mapping[str, float], warning: str | None
+    actions: Float[np.ndarray, "ah rd"], timing: Mapping[str, float], warnings: Sequence[str]
 ) -> dict[str, object]:
     result: dict[str, object] = {"actions": actions, "timing": dict(timing)}
-    return result | ({"warnings": [warning]} if warning else {})
+    return result | ({"warnings": list(warnings)} if warnings else {})

@@ -20,7 +20,7 @@ from jaxtyping import Float
 
 from shallow_pi import progress
 from shallow_pi.data.robots import assets as policy_assets
-from shallow_pi.data.robots import normalize, pipelines, transforms
+from shallow_pi.data.robots import normalize, pipelines, tokenizer, transforms
 from shallow_pi.deploy import robot_observation, state_check
 from shallow_pi.inference import real_time
 from shallow_pi.models import batch as batches
@@ -43,8 +43,8 @@ class ModelInput(NamedTuple):
     left: int
     # Those of them that will be executed before the new chunk arrives.
     delay: int
-    # That the state is far from the training data.
-    warning: str | None
+    # That the state is far from the training data, or that the prompt was cut.
+    warnings: tuple[str, ...]
 
 
 class RobotTransforms:
@@ -74,6 +74,7 @@ class RobotTransforms:
             )
         self._model, self._robot, self._prompt = assets.model, assets.robot, prompt
         self._inputs, self._outputs = assets.inputs(resize=resize), assets.outputs()
+        self._tokenizer = tokenizer.Tokenizer(assets.tokenizer, self._model.max_token_len)
         self._known: set[tuple[tuple[int, ...], ...]] = set()
         self.check_state = state_check.StateCheck.create(
             assets.robot,
@@ -101,13 +102,25 @@ class RobotTransforms:
         """
         model, robot = self._model, self._robot
         cleaned = robot_observation.clean(robot, model.cameras, observation, self._prompt)
-        warning, delay = self.check_state(robot.state(cleaned)), real_time.check_delay(delay)
+        far, delay = self.check_state(robot.state(cleaned)), real_time.check_delay(delay)
         if previous is None:
-            return ModelInput(cleaned, self._inputs(dict(cleaned)), 0, delay, warning)
+            sample = self._inputs(dict(cleaned))
+            return ModelInput(cleaned, sample, 0, delay, self._warnings(far, sample))
         chunk = real_time.pad_previous(previous, (model.action_horizon, robot.action_dim))
         sample = self._inputs({**cleaned, "actions": chunk})
         sample["actions"] = np.clip(sample["actions"], self._low, self._high)
-        return ModelInput(cleaned, sample, len(previous), delay, warning)
+        return ModelInput(cleaned, sample, len(previous), delay, self._warnings(far, sample))
+
+    def _warnings(self, far: str | None, sample: transforms.Sample) -> tuple[str, ...]:
+        """The warning of the state, and of words that the model does not read."""
+        with_state = self._model.discrete_state_input
+        tokens, mask = sample["tokenized_prompt"], sample["tokenized_prompt_mask"]
+        cut = None
+        if self._tokenizer.is_cut(tokens, mask, with_state):
+            cut = f"the prompt is cut to the {len(tokens)} tokens that the model reads" + (
+                ", and the state behind it with it" if with_state else ""
+            )
+        return tuple(filter(None, (far, cut)))
 
     def stack(
         self, inputs: Sequence[ModelInput], max_weight: float = real_time.MAX_WEIGHT

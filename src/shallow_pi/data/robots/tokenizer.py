@@ -81,6 +81,14 @@ class Tokenizer:
         padded[: len(tokens)] = tokens
         return padded, np.arange(self.max_len) < len(tokens)
 
+    def is_cut(
+        self, tokens: Int[np.ndarray, "*n t"], mask: Bool[np.ndarray, "*n t"], with_state: bool
+    ) -> Bool[np.ndarray, "*n"]:
+        """Mark prompts that `tokenize` cut: they fill their budget and lack every prompt's end."""
+        # "\n", or the last three of "Action: ": a space alone may end any word.
+        end = self.encode("", np.zeros(0))[-3:] if with_state else self.encode("")[-1:]
+        return mask.all(axis=-1) & (tokens[..., -len(end) :] != end).any(axis=-1)
+
     def decode(self, tokens: Sequence[int] | Int[np.ndarray, " n"]) -> str:
         """Text of tokens, for looking at batches."""
         return self._processor.decode([int(token) for token in tokens])
