@@ -272,10 +272,11 @@ def test_where_the_script_is_missing_the_error_says_where_it_can_be_had(
 
 
 def test_an_absent_step_folder_is_one_error(refused, tmp_path):
-    arguments = ["policy:checkpoint", "--policy.config=mine_l6", f"--policy.dir={tmp_path}"]
+    arguments = ["policy:checkpoint", "--policy.config=pi05_libro", f"--policy.dir={tmp_path}"]
     status, said = refused(f"--openpi-dir={HERE / 'checkout'}", *arguments)
     assert status == 1
     assert "error: no shallow_pi.json in" in said
+    assert "openpi's own, name its config; did you mean 'pi05_libero'?)" in said
 
 
 def test_a_model_openpi_cannot_run_is_refused_with_every_reason(make_step):

@@ -269,7 +269,15 @@ def register_checkpoint(name: str, step: str | os.PathLike[str]) -> None:
     """
     require()
     folder = fetch.locate(step)
-    assets = policy_assets.load(folder)
+    try:
+        assets = policy_assets.load(folder)
+    except FileNotFoundError as error:
+        from openpi.training import config as configs
+
+        close = suggestions.closest(name, configs._CONFIGS_DICT)
+        raise FileNotFoundError(
+            f"{error} (for a checkpoint of openpi's own, name its config{close})"
+        ) from error
     stored = weights.stored_params(folder)
     weights.check_tree(pi0.abstract_params(assets.model), stored, f"student ({folder})")
     train = train_config(name, assets.model, assets.robot, assets.asset_id)
