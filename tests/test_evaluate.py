@@ -321,6 +321,10 @@ def test_a_server_of_another_robot_is_refused(failing, tmp_path):
             "late has no effect: no plan is late; give --la",
         ),
         (
+            ("expert", "--sim", "turntabel", "--execute-steps", "8"),
+            "--execute-steps 8 has no effect: the expert plans one action at a time",
+        ),
+        (
             ("e=expert", "ws://127.0.0.1:9", "--sim", "turntabel", "--policy.seed", "1"),
             "--policy.seed 1 has no effect: none of the policies is a checkpoint",
         ),

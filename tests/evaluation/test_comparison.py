@@ -24,13 +24,6 @@ def test_results_of_another_training_in_the_same_folder_are_not_mixed(tmp_path):
         _prepare(tmp_path, source="run/3", parameters="b")
 
 
-def test_results_from_before_parameters_were_told_apart_are_gone_on_with(tmp_path):
-    _prepare(tmp_path, source="run/3")
-    assert _prepare(tmp_path, source="run/3", parameters="b")["parameters"] == "b"
-    with pytest.raises(ValueError, match="one's source run/3"):
-        _prepare(tmp_path, source="run/4", parameters="b")
-
-
 def test_settings_of_which_a_killed_evaluation_has_no_results_are_forgotten(tmp_path):
     entrant = comparison.Entrant("one", {"source": "run/3"}, 5, rollout.AT_ONCE, lambda: None)
     for seed in (7, 8):

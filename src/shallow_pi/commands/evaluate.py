@@ -105,8 +105,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _idle(given: Arguments) -> flags.Idle:
+    sources = [source for _, source in map(_named, given.policies) if source != EXPERT]
+    alone = "the expert plans one action at a time, and in time; leave it out"
+    yield not sources, "execute_steps late_ms", alone
     yield not any(given.late_ms), "executor", "no plan is late; give --late-ms"
-    loaded = [s for _, s in map(_named, given.policies) if s != EXPERT and not served.is_url(s)]
+    loaded = [source for source in sources if not served.is_url(source)]
     fields = " ".join(f"policy.{field.name}" for field in dataclasses.fields(given.policy))
     yield not loaded, fields, "none of the policies is a checkpoint; leave it out"
     for name, reason in _IDLE.items():

@@ -102,16 +102,10 @@ def prepare(
         for entrant in entrants:
             before, now = found["policies"].get(entrant.label), _plain(entrant.settings())
             if before not in (None, now):
-                changed = {k for k in before.keys() | now.keys() if before.get(k) != now.get(k)}
-                if PARAMETERS in changed and PARAMETERS not in before:
-                    changed.remove(PARAMETERS)
-                    progress.say(
-                        f"{folder} does not say which parameters {entrant.label} had: assuming "
-                        "its present ones; --overwrite starts a new evaluation"
-                    )
                 differing += [
                     f"{entrant.label}'s {key} {before.get(key)} (asked for: {now.get(key)})"
-                    for key in sorted(changed)
+                    for key in sorted(before.keys() | now.keys())
+                    if before.get(key) != now.get(key)
                 ]
         if differing:
             raise ValueError(
