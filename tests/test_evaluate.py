@@ -122,6 +122,27 @@ def test_a_server_that_does_not_answer_is_not_waited_for_forever(failing, tmp_pa
     assert f"the server at {url} has not answered for 0.1 s" in said
 
 
+def test_no_answer_is_waited_for_after_an_error(tmp_path, failing, monkeypatch):
+    asked, ended, plans = threading.Event(), threading.Event(), []
+
+    def silent(_):
+        asked.set()
+        ended.wait(20)
+
+    def refused(policy, *_, **__):
+        message = protocol.pack({})
+        plans.append(policy._pool.submit(policy._ask, policy._connections[0], message))
+        assert asked.wait(10)
+        raise ValueError("refused")
+
+    monkeypatch.setattr(served.Served, "plan", refused)
+    out = ("--output", str(tmp_path / "new"), "--episodes", "1")
+    with server(silent) as url:
+        assert "refused" in failing(f"s={url}", "--sim", "turntable", *SMALL, *out)
+        assert isinstance(plans[0].exception(timeout=5), ConnectionError)
+        ended.set()
+
+
 @pytest.mark.parametrize(
     ("answer", "message"),
     [

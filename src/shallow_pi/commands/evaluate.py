@@ -21,6 +21,7 @@ policy) are written to evaluations/SIM. Repeat the command to continue after an 
 can add policies and raise --episodes at any time.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import math
@@ -200,9 +201,10 @@ def _entrant(
             needed, continues = given.execute_steps + steps, delay.continues
             return served.Served(source, suite.robot, needed, continues=continues)
 
-        there = connect()  # Of this robot, and goes on from a chunk if it must.
-        there.close()
-        own = {name: there.metadata[name] for name in _TOLD if name in there.metadata}
+        with contextlib.closing(
+            connect()
+        ) as there:  # Of this robot, and goes on from a chunk if it must.
+            own = {name: there.metadata[name] for name in _TOLD if name in there.metadata}
         origin = {"source": source, **own}
         return comparison.Entrant(label, origin, given.execute_steps, delay, connect)
     step = step_folder.find(source, given.policy.step)

@@ -6,6 +6,7 @@ interrupted comparison goes on where it was, and one more policy can join it lat
 other settings are never mixed with these.
 """
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -193,23 +194,24 @@ def _run(
     with workers.Workers(course.suite, count, course.processes) as pool:
         for entrant in entrants:
             policy = entrant.load()
-            found[entrant.label] = rollout.evaluate(
-                iter(pool.simulators).__next__,
-                policy,
-                episodes=course.episodes,
-                seed=course.seed,
-                execute_steps=entrant.execute_steps,
-                label=entrant.label,
-                batch=count,
-                path=_path(folder, entrant.label),
-                delay=entrant.delay,
-                threads=count,
-                scene=simulator.scene(course.suite),
-            )
-            for seed in range(course.seed, course.seed + min(course.films, course.episodes)):
-                _film(folder, entrant, policy, pool.simulators[0], seed, count)
-            if isinstance(policy, served.Served):
-                policy.close()
+            with contextlib.ExitStack() as stack:
+                if isinstance(policy, served.Served):
+                    stack.callback(policy.close)  # After an error no answer is waited for.
+                found[entrant.label] = rollout.evaluate(
+                    iter(pool.simulators).__next__,
+                    policy,
+                    episodes=course.episodes,
+                    seed=course.seed,
+                    execute_steps=entrant.execute_steps,
+                    label=entrant.label,
+                    batch=count,
+                    path=_path(folder, entrant.label),
+                    delay=entrant.delay,
+                    threads=count,
+                    scene=simulator.scene(course.suite),
+                )
+                for seed in range(course.seed, course.seed + min(course.films, course.episodes)):
+                    _film(folder, entrant, policy, pool.simulators[0], seed, count)
             del policy  # Two large ones may not fit on the device.
             found = in_order(found, settings)
             write(folder, course, settings, found)

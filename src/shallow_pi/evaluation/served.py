@@ -79,7 +79,7 @@ class Served:
             # A server that compiles or infers may be silent for longer than pings wait.
             connection = self._open.enter_context(
                 websockets.sync.client.connect(
-                    self.url, ping_interval=None, **client.options(self.url)
+                    self.url, ping_interval=None, close_timeout=1, **client.options(self.url)
                 )
             )
             metadata = self._unpack(connection.recv(timeout=PATIENCE))
