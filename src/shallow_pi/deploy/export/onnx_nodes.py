@@ -278,6 +278,8 @@ def _reshape(graph: Graph, inputs: Sequence[Value], out: Spec, _: Params) -> Val
 
 def _transpose(graph: Graph, inputs: Sequence[Value], out: Spec, params: Params) -> Value:
     (x,), order = inputs, [int(axis) for axis in params["permutation"]]
+    if (known := x.numbers()) is not None:
+        return Value.of(np.transpose(known, order))
     return graph.node("Transpose", [x.expanded(graph)], out.shape, out.dtype, perm=order)
 
 
@@ -290,16 +292,15 @@ def _concatenate(graph: Graph, inputs: Sequence[Value], out: Spec, params: Param
 def _stack(graph: Graph, inputs: Sequence[Value], out: Spec, params: Params) -> Value:
     axis = int(params["axis"])
     shape = (*out.shape[:axis], 1, *out.shape[axis + 1 :])
-    names = [
-        graph.node("Reshape", [value.expanded(graph), graph.integers(shape)], shape, out.dtype).name
-        for value in inputs
-    ]
-    return graph.node("Concat", names, out.shape, out.dtype, axis=axis)
+    parts = [_reshape(graph, [value], _spec(shape, out.dtype), {}) for value in inputs]
+    return _concatenate(graph, parts, out, {"dimension": axis})
 
 
 def _cut(
     graph: Graph, x: Value, starts: Sequence[int], ends: Sequence[int], steps: Sequence[int]
 ) -> Value:
+    if (known := x.numbers()) is not None:
+        return Value.of(known[tuple(map(slice, starts, ends, steps))])
     axes = [i for i, n in enumerate(x.shape) if (starts[i], ends[i], steps[i]) != (0, n, 1)]
     shape = tuple(-(-(e - s) // n) for s, e, n in zip(starts, ends, steps, strict=True))
     if not axes:
@@ -352,16 +353,9 @@ def _update(graph: Graph, inputs: Sequence[Value], out: Spec, _: Params) -> Valu
     (axis,), parts = axes, []
     for start, end in ((0, starts[axis]), (starts[axis] + new.shape[axis], x.shape[axis])):
         if start < end:
-            if x.array is not None:
-                index = tuple(
-                    slice(start, end) if i == axis else slice(None) for i in range(len(x.shape))
-                )
-                part = Value.of(np.broadcast_to(x.array, x.shape)[index])
-            else:
-                low, high = [0] * len(x.shape), list(x.shape)
-                low[axis], high[axis] = start, end
-                part = _cut(graph, x, low, high, [1] * len(x.shape))
-            parts.append(part)
+            low, high = [0] * len(x.shape), list(x.shape)
+            low[axis], high[axis] = start, end
+            parts.append(_cut(graph, x, low, high, [1] * len(x.shape)))
         if start == 0:
             parts.append(new)
     return _concatenate(graph, parts, out, {"dimension": axis})
@@ -379,8 +373,7 @@ def _pad(graph: Graph, inputs: Sequence[Value], out: Spec, params: Params) -> Va
                 parts.insert(place, Value.of(np.full(shape, filling.array, x.dtype)))
         if len(parts) > 1:
             shape[axis] = sum(part.shape[axis] for part in parts)
-            spec = jax.ShapeDtypeStruct(tuple(shape), x.dtype)
-            x = _concatenate(graph, parts, spec, {"dimension": axis})
+            x = _concatenate(graph, parts, _spec(tuple(shape), x.dtype), {"dimension": axis})
     return x
 
 
@@ -391,9 +384,7 @@ def _gather(graph: Graph, inputs: Sequence[Value], out: Spec, params: Params) ->
     simple = tuple(found.start_index_map) == tuple(found.collapsed_slice_dims) == (0,)
     if not simple or tuple(params["slice_sizes"]) != rows or indices.shape[-1] != 1:
         raise ValueError("ONNX export: gather of anything but rows of a table")
-    rows_of = _reshape(
-        graph, [indices], jax.ShapeDtypeStruct(indices.shape[:-1], indices.dtype), {}
-    )
+    rows_of = _reshape(graph, [indices], _spec(indices.shape[:-1], indices.dtype), {})
     names = [table.expanded(graph), rows_of.expanded(graph)]
     return graph.node("Gather", names, out.shape, out.dtype, axis=0)
 
@@ -438,12 +429,9 @@ def _product(graph: Graph, inputs: Sequence[Value], out: Spec, params: Params) -
         kept = tuple(x.shape[i] for i in batch)
         rows, summed = (int(np.prod([x.shape[i] for i in axes])) for axes in (free, inner))
         if order != list(range(len(order))):
-            spec = jax.ShapeDtypeStruct(tuple(x.shape[i] for i in order), x.dtype)
-            if x.array is not None:
-                x = Value.of(np.transpose(x.numbers(), order))  # type: ignore[arg-type]
-            else:
-                x = _transpose(graph, [x], spec, {"permutation": order})
-        spec = jax.ShapeDtypeStruct((*kept, *((rows, summed) if last else (summed, rows))), x.dtype)
+            spec = _spec(tuple(x.shape[i] for i in order), x.dtype)
+            x = _transpose(graph, [x], spec, {"permutation": order})
+        spec = _spec((*kept, *((rows, summed) if last else (summed, rows))), x.dtype)
         parts.append(_reshape(graph, [x], spec, {}))
     shape = (*parts[0].shape[:-1], parts[1].shape[-1])
     names = [part.expanded(graph) for part in parts]
