@@ -1,6 +1,8 @@
 """A single process stays single; processes named by hand reach JAX as they were named."""
 
 import pathlib
+import pwd
+import re
 
 import jax
 import pytest
@@ -192,3 +194,14 @@ def test_compiled_programs_are_kept_unless_told_otherwise(monkeypatch, named, ve
     distributed.cache_compilations()
     folders = {name: pathlib.Path(value).name for name, value in said.items()}
     assert folders == ({"jax_compilation_cache_dir": expected} if expected else {})
+
+
+def test_a_user_without_a_home_is_told_that_programs_are_not_kept(monkeypatch, capsys):
+    for name in ("HOME", "SHALLOW_PI_CACHE", "JAX_COMPILATION_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", lambda _: {}["no such user"])
+    monkeypatch.setattr(distributed.jax.config, "update", lambda *_: pytest.fail("a cache"))
+    monkeypatch.setattr(distributed.jax, "__version_info__", (0, 7, 0))
+    distributed.cache_compilations()
+    told = capsys.readouterr().err.replace("\n", " ")
+    assert re.search(r"programs are not kept: .*: set SHALLOW_PI_CACHE to a folder", told)

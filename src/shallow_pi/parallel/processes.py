@@ -260,8 +260,14 @@ def cache_compilations() -> None:
     JAX before 0.7 the cache stays off by default: there a cached program for several CPU devices
     hangs or crashes.
     """
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ and jax.__version_info__ >= (0, 7):
-        jax.config.update("jax_compilation_cache_dir", str(user_cache.folder("compiled")))
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ or jax.__version_info__ < (0, 7):
+        return
+    try:
+        folder = user_cache.folder("compiled")
+    except ValueError as error:
+        progress.warn(f"compiled programs are not kept: {error}")
+    else:
+        jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def is_main() -> bool:
