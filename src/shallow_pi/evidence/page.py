@@ -40,7 +40,9 @@ in the demonstrations. *around* is always reported separately.
 **Protocol**, unless a section says otherwise
 
 - There is one 18-layer teacher (`{teacher}`){untrained}. A row of a table is one training recipe
-  under up to {seeds} training seeds.
+  under up to {seeds} training seeds. Task, velocity and attention loss have the weights
+  {weights} unless a row says otherwise. For attention the toolkit's default is now 1, by what
+  [losses](#losses) shows.
 - All policies meet the same {episodes} episodes (seeds from {first}; none is a demonstration), with
   the same noise for the sampler. They execute 10 of 20 planned actions at 20 Hz before the next
   plan, on *around* all 20.
@@ -115,6 +117,7 @@ def _head(folder: pathlib.Path, episodes: int, results: cells.Results) -> list[s
         results=folder.as_posix(),
         teacher=rows.TEACHER,
         seeds=len(rows.SEEDS),
+        weights=", ".join(f"{rows.THREE[term]:g}" for term in ("task", "velocity", "attention")),
         episodes=episodes,
         first=f"{cells.EPISODE_SEED:,}",
         held=running.OBSERVATIONS,

@@ -174,6 +174,12 @@ def losses() -> Claim:
                 at_least=0,
             ),
             Statement(
+                "three losses with an attention weight of 1 beat the task loss alone",
+                heavier.at(success),
+                alone.at(success),
+                at_least=0,
+            ),
+            Statement(
                 "matching the attention of all tokens costs at least 20 points",
                 three.at(success),
                 all_tokens.at(success),
