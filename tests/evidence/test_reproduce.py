@@ -153,8 +153,8 @@ def test_scores_of_layers_have_a_row_for_each_step(measured):
 def test_packaged_teacher_is_the_one_that_the_claims_name(tmp_path, monkeypatch, teacher):
     slug = teacher.slug
 
-    def interrupted(source, target):
-        target.mkdir(parents=True)
+    def interrupted(source, target, **options):
+        (target / "params").mkdir()
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

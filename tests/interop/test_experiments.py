@@ -13,7 +13,7 @@ from openpi.models import pi0_config
 from openpi.training import config as openpi_config
 
 from shallow_pi.data.robots import robot as robots
-from shallow_pi.interop import openpi_configs, openpi_data
+from shallow_pi.interop import openpi_configs, openpi_data, openpi_flag
 from shallow_pi.models import pi0
 
 
@@ -193,10 +193,10 @@ def test_a_config_that_our_reader_takes_over_says_why(name, reason, capsys):
     "given", [["--openpi.config", "pi05_libero"], ["--openpi.config=pi05_libero"]]
 )
 def test_a_command_line_names_openpis_config_anywhere(given):
-    found, fields = openpi_configs.cli(["--batch-size", "8", *given, "--resume"])
+    found, fields = openpi_flag.cli(["--batch-size", "8", *given, "--resume"])
     assert found == openpi_configs.experiment("pi05_libero")
     assert fields == ["--batch-size", "8", "--resume"]
-    assert openpi_configs.cli(["debug", "--resume"]) == (None, ["debug", "--resume"])
+    assert openpi_flag.cli(["debug", "--resume"]) == (None, ["debug", "--resume"])
 
 
 @pytest.mark.parametrize("lerobot", [False, True])

@@ -19,7 +19,7 @@ import time
 from shallow_pi import progress
 from shallow_pi.checkpoints import run_folder
 from shallow_pi.commands import exits
-from shallow_pi.interop import openpi_configs
+from shallow_pi.interop import openpi_flag
 from shallow_pi.planning import accelerators, compile, report
 from shallow_pi.speed import flops, latency
 from shallow_pi.training import command_line, setup
@@ -36,7 +36,7 @@ def main() -> None:
     own, arguments = parser.parse_known_args()
     with exits.exit_on(ModuleNotFoundError):
         folder = own.output and run_folder.check_output(own.output, "give another --output")
-        default, fields = openpi_configs.cli(arguments)
+        default, fields = openpi_flag.cli(arguments)
         experiment = command_line.cli(command_line.configs(), __doc__ or "", fields, default)
         devices = compile.devices(own.devices, own.topology)
         experiment = setup.resolve_from_disk(experiment)

@@ -16,7 +16,7 @@ import argparse
 import sys
 
 from shallow_pi.commands import exits
-from shallow_pi.interop import openpi_configs
+from shallow_pi.interop import openpi_flag
 from shallow_pi.planning import accelerators, compile, report
 from shallow_pi.training import command_line, setup
 
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--card", default="", choices=["", *accelerators.TABLE])
     own, arguments = parser.parse_known_args()
     with exits.exit_on(ModuleNotFoundError):
-        default, fields = openpi_configs.cli(arguments)
+        default, fields = openpi_flag.cli(arguments)
         experiment = command_line.cli(command_line.configs(), __doc__ or "", fields, default)
         devices = compile.devices(own.devices, own.topology)
         experiment = setup.resolve_from_disk(experiment)

@@ -34,7 +34,7 @@ from shallow_pi.checkpoints import run_folder, safetensors_file
 from shallow_pi.commands import exits
 from shallow_pi.data import inspection, opening, sheet
 from shallow_pi.data.robots import lerobot_policy
-from shallow_pi.interop import openpi_configs
+from shallow_pi.interop import openpi_flag
 from shallow_pi.training import command_line, config, idle, setup
 
 # Number of prompts printed.
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, read, draw, print."""
     with exits.exit_on(ModuleNotFoundError):
         words = sys.argv[1:] if arguments is None else arguments
-        default, words = openpi_configs.cli(words)
+        default, words = openpi_flag.cli(words)
         if default is None:
             if not words or words[0].startswith("-"):  # Lists the configs, and exits.
                 command_line.cli(command_line.configs(), __doc__ or "", words[:1])

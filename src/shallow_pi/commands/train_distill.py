@@ -13,7 +13,7 @@ import sys
 
 from shallow_pi.commands import exits
 from shallow_pi.evaluation import study
-from shallow_pi.interop import openpi_configs
+from shallow_pi.interop import openpi_flag
 from shallow_pi.parallel import processes
 from shallow_pi.training import command_line, loop
 
@@ -24,7 +24,7 @@ def main() -> None:
         processes.initialize()
     processes.cache_compilations()
     with exits.exit_on(ModuleNotFoundError):
-        default, arguments = openpi_configs.cli(sys.argv[1:])
+        default, arguments = openpi_flag.cli(sys.argv[1:])
     experiment = command_line.cli(command_line.configs(), __doc__ or "", arguments, default)
     trained, own = [experiment], None
     with exits.exit_on(*loop.ENDS):

@@ -5,10 +5,8 @@ from recordings through a `Robot` with the same transforms. Losses, schedule and
 those of the method.
 """
 
-import argparse
 import dataclasses
 import os
-from collections.abc import Sequence
 
 from shallow_pi import progress
 from shallow_pi.data import data_config
@@ -20,18 +18,6 @@ from shallow_pi.training import config
 
 # Names of the trained policies that openpi publishes, among those it has recordings for.
 PUBLISHED = ("pi05_libero", "pi05_droid", "pi0_droid", "pi0_aloha_sim", "pi0_aloha_pen_uncap")
-
-
-def cli(arguments: Sequence[str]) -> tuple[config.DistillConfig | None, list[str]]:
-    """The experiment of `--openpi.config NAME` on a command line, None without it; and the rest.
-
-    Raises:
-      ModuleNotFoundError, ValueError: as `experiment` does.
-    """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--openpi.config", dest="name", metavar="NAME")
-    own, others = parser.parse_known_args(arguments)
-    return (None if own.name is None else experiment(own.name)), others
 
 
 def experiment(name: str) -> config.DistillConfig:
