@@ -393,7 +393,9 @@ def test_a_default_prompt_stands_in_for_one_that_is_not_sent(own, params, scene,
     assert f"always has the prompt '{PROMPTS[0]}'" in capsys.readouterr().err
 
 
-def test_a_warm_policy_traces_nothing_more(step, scene, monkeypatch):
+@pytest.fixture
+def traced(monkeypatch):
+    """An entry for every time that the sampler is traced."""
     traced = []
     original = sampler.sample_prepared
 
@@ -402,6 +404,10 @@ def test_a_warm_policy_traces_nothing_more(step, scene, monkeypatch):
         return original(*arguments, **options)
 
     monkeypatch.setattr(sampler, "sample_prepared", counted)
+    return traced
+
+
+def test_a_warm_policy_traces_nothing_more(step, scene, traced):
     # A number of steps that no other test takes, whose program would be here already.
     warm = policy.Policy.from_checkpoint(step, num_steps=7, prompt=PROMPTS[0])
     assert len(traced) == 1
@@ -427,15 +433,7 @@ def test_a_warm_policy_traces_nothing_more(step, scene, monkeypatch):
     assert len(traced) == 6
 
 
-def test_a_warm_policy_traces_nothing_more_for_any_prompt(own, params, scene, monkeypatch):
-    traced = []
-    original = sampler.sample_prepared
-
-    def counted(*arguments, **options):
-        traced.append(1)
-        return original(*arguments, **options)
-
-    monkeypatch.setattr(sampler, "sample_prepared", counted)
+def test_a_warm_policy_traces_nothing_more_for_any_prompt(own, params, scene, traced):
     longer = dataclasses.replace(own, model=dataclasses.replace(own.model, max_token_len=64))
     # A number of steps that no other test takes.
     warm, cold = (policy.Policy(longer, params, num_steps=6, prompt=6 * "a b ") for _ in range(2))
