@@ -165,17 +165,21 @@ def steady(values: Float[np.ndarray, "*n d"], stats: NormStats) -> Float[np.ndar
     """
     dim = np.shape(values)[-1]
     low, high = (end[:dim] for end in stats.span())
-    spread = np.maximum(high - low, NORMAL_RANGE * stats.std[:dim])
-    room = np.where(still(stats)[:dim], 2 * spread, np.inf)
+    room = np.where(still(stats)[:dim], 2 * _spread(stats)[:dim], np.inf)
     return np.clip(values, low - room, high + room)
 
 
 def still(stats: NormStats) -> Bool[np.ndarray, " d"]:
     """The dimensions that hardly moved in training."""
     low, high = stats.span()
-    spread = np.maximum(high - low, NORMAL_RANGE * stats.std)
     size = np.maximum(1.0, np.maximum(np.abs(low), np.abs(high)))
-    return spread < SMALLEST_SPREAD * size
+    return _spread(stats) < SMALLEST_SPREAD * size
+
+
+def _spread(stats: NormStats) -> Float[np.ndarray, " d"]:
+    """How far each dimension moved in training, by its range or its standard deviation."""
+    low, high = stats.span()
+    return np.maximum(high - low, NORMAL_RANGE * stats.std)
 
 
 def unnormalize(
