@@ -166,6 +166,7 @@ def _metaworld() -> Claim:
     teacher = Variant("teacher, 18 layers", (top.slug,))
     own = recipes.METAWORLD_STUDENT
     three = rows.students_like(own, "three losses")
+    heavier = rows.students_like(own, "three losses, attention 1", attention=1.0)
     alone = rows.students_like(own, "task loss alone", **rows.ALONE)
     return Claim(
         name="metaworld",
@@ -178,23 +179,33 @@ def _metaworld() -> Claim:
             Variant("expert", (recipes.EXPERT,)),
             teacher,
             three,
+            heavier,
             alone,
             Variant("cut, not trained", (f"{top.slug}--keep-0.3.7.10.14.17",)),
         ),
         columns=(whole, *by_task),
         statements=(
             Statement("the teacher solves at least 80 %", teacher.at(whole), at_least=0.8),
-            Statement(
-                "the student is at most 3 points below its teacher",
-                three.at(whole),
-                teacher.at(whole),
-                at_least=-0.03,
+            *(
+                Statement(
+                    f"{text} at most 3 points below its teacher",
+                    row.at(whole),
+                    teacher.at(whole),
+                    at_least=-0.03,
+                )
+                for text, row in (
+                    ("the student is", three),
+                    ("with an attention weight of 1 the student is", heavier),
+                )
             ),
-            Statement(
-                "three losses beat the task loss alone",
-                three.at(whole),
-                alone.at(whole),
-                at_least=0,
+            *(
+                Statement(
+                    f"{row.label} beat the task loss alone",
+                    row.at(whole),
+                    alone.at(whole),
+                    at_least=0,
+                )
+                for row in (three, heavier)
             ),
         ),
         plots=(

@@ -71,6 +71,13 @@ MORE, LONGER = 4 * recipes.STUDENT.demonstrations, 2 * recipes.STUDENT.steps
 _BEST: dict[str, object] = {"strategy": "sensitivity", "demonstrations": MORE}
 BEST_ROW = students(f"layers by sensitivity, {MORE:,} demonstrations", **_BEST)
 LONG_ROW = students(f"{BEST_ROW.label}, {LONGER:,} steps", **_BEST, steps=LONGER)
+ALL_ROW = students(
+    f"layers by similarity, attention 1, {MORE:,} demonstrations, {LONGER:,} steps",
+    strategy="similarity",
+    attention=1.0,
+    demonstrations=MORE,
+    steps=LONGER,
+)
 IN_TIME = Column("success", SUITE)
 TO_TEACHER = Column("plans to teacher, mm", plans(10), "to_teacher_mm")
 TO_EXPERT = Column("plans to expert, mm", plans(10), "to_expert_mm")
