@@ -34,9 +34,6 @@ def adapters(
 ) -> dict[str, tuple[str, str]]:
     """The paths of the two factors of every adapted matrix, by the path of the matrix.
 
-    Args:
-      leaves: arrays or shapes, by path.
-
     Raises:
       ValueError: a factor without its partner or its matrix, or a rank openpi's variants lack.
     """
@@ -67,12 +64,9 @@ def adapters(
 def merge(
     path: str, w: Float[Array, "*shape"], a: Float[Array, "..."], b: Float[Array, "..."]
 ) -> Float[Array, "*shape"]:
-    """The sum of openpi's matrix and its adapter, in float32.
+    """The sum of openpi's matrix at a path and its adapter, in float32.
 
-    Args:
-      path: path of the matrix.
-      w: the matrix, with a leading layer axis.
-      a, b: its factors, of shapes (…, in, rank) and (…, rank, out).
+    The matrix has a leading layer axis; the factors are of shapes (…, in, rank) and (…, rank, out).
     """
     a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     parameter = parameters.find(path)

@@ -206,9 +206,7 @@ def held(folder: pathlib.Path, flag: str = "--exp-name") -> Iterator[None]:
 
     The lock is on a file opened for writing: NFS locks no folder, and nothing that is only read.
 
-    Args:
-      folder: exists.
-      flag: names another folder.
+    `flag` is the option that names another folder, for the error.
 
     Raises:
       ValueError: another process holds it.

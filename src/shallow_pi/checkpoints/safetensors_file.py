@@ -104,9 +104,7 @@ class File:
     ) -> dict[str, jax.Array]:
         """Every leaf on its devices; the host holds this process's shards of one leaf at a time.
 
-        Args:
-          shardings: the sharding of each leaf, by path.
-          dtype: dtype to cast to; None keeps the stored one.
+        `dtype` is what leaves are cast to; None keeps the stored one.
         """
         shapes = self.shapes()
         read: dict[str, jax.Array] = {}

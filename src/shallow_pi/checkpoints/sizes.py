@@ -28,14 +28,11 @@ _NEEDED = frozenset(
 
 
 def of(stored: PyTree) -> dict[str, Any]:
-    """The fields of a `Pi0Config` that parameters determine, by name.
+    """The fields of a `Pi0Config` that parameters determine, by name, from arrays or shapes.
 
     They are `pi05`, `depth`, `backbone`, `expert`, `image`, `image_size`, `vocab_size` and
     `action_dim`, so that `Pi0Config(**sizes.of(stored), action_horizon=…, max_token_len=…)` is the
     model of a checkpoint of unknown size.
-
-    Args:
-      stored: arrays or shapes in openpi's tree, such as those of `weights.stored_params`.
 
     Raises:
       ValueError: these are not the parameters of a π0 or π0.5; names a path that is missing, has

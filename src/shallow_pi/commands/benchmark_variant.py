@@ -32,10 +32,7 @@ CEILING = 256
 def measure(variant: variants.Variant, tiny: bool, ready: Ready) -> dict[str, Any]:
     """Measure a variant; the result is the content of its JSON file.
 
-    Args:
-      variant: what to measure.
-      tiny: in miniature.
-      ready: called when everything is compiled.
+    `ready` is called when everything is compiled.
     """
     began = time.perf_counter()
     waited: list[float] = []

@@ -90,13 +90,7 @@ def of_scorer(
 ) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
     """The scorer loss, and the share of the teacher's attention to images that is kept.
 
-    Of an observation without any attention to images the share is 1.
-
-    Args:
-      choice: the student's.
-      cameras: which of them exist.
-      teacher: its attention over all patches.
-      actions: the actions that count.
+    The teacher's attention is over all patches. Without any to images the share is 1.
     """
     assert teacher.logits is not None, "asked for"
     mass = losses.attention_mass(teacher.logits, teacher.valid, actions)

@@ -25,11 +25,8 @@ def sample_line_time(
 ) -> Float[Array, "..."]:
     """Times in (0, 1]: uniform, but for a share of them, which are times of the deployed sampler.
 
-    Args:
-      key: of the draw.
-      shape: of the result.
-      deployed: times at which a sampler of k steps evaluates the velocity.
-      share: expected share of times that are among these.
+    `deployed` has the times at which a sampler of k steps evaluates the velocity; `share` is the
+    expected share of times that are among these.
     """
     keys = jax.random.split(key, 3)
     uniform = 1.0 - jax.random.uniform(keys[0], shape)
@@ -66,10 +63,7 @@ def integrate(
 ) -> Float[Array, "*b ah ad"]:
     """The end, at t = 0, of the path that starts in the noise: Euler steps of 1/n from `times`.
 
-    Args:
-      velocity: of (x_t, t), both with the axes b.
-      noise: x_t at t = 1.
-      times: those at which the velocity is evaluated, from 1 down (`sampler.integration_times`).
+    The velocity is evaluated at `times`, from 1 down (`sampler.integration_times`).
     """
     dt = jnp.float32(-1.0 / len(times))
 

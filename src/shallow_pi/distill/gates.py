@@ -54,16 +54,9 @@ def run(
     t: Float[Array, "b r"],
     gates: Float[Array, "l b"] | None = None,
 ) -> Streams:
-    """All layers over the prefix and r draws of noisy actions; without gates all layers count.
+    """All layers over the prefix and r draws of noisy actions.
 
-    Args:
-      config: the model.
-      params: its parameters.
-      prefix: the prefix's tokens.
-      state: of each observation.
-      x_t: noisy actions.
-      t: their times.
-      gates: one for each layer and observation.
+    There is a gate for each layer and observation; without gates all layers count.
     """
     embedded: Any = pi0.Pi0(config).apply({"params": params}, state, x_t, t, method="embed_suffix")
     suffix, condition = embedded

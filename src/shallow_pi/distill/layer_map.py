@@ -87,9 +87,7 @@ def random(depth: int, teacher_depth: int, seed: int) -> LayerMap:
 def similarity(depth: int, alike: Float[np.ndarray, " l"]) -> LayerMap:
     """Drop the layers that most repeat what came before them.
 
-    Args:
-      depth: layers to keep.
-      alike: likeness of each teacher layer's output to its input, a cosine or CKA.
+    `alike` is the likeness of each teacher layer's output to its input, a cosine or CKA.
     """
     return _keep_largest(depth, -np.asarray(alike), "alike")
 
@@ -97,9 +95,7 @@ def similarity(depth: int, alike: Float[np.ndarray, " l"]) -> LayerMap:
 def sensitivity(depth: int, missed: Float[np.ndarray, " l"]) -> LayerMap:
     """Drop the layers that are least missed.
 
-    Args:
-      depth: layers to keep.
-      missed: the harm of being without each teacher layer, alone.
+    `missed` is the harm of being without each teacher layer, alone.
     """
     return _keep_largest(depth, np.asarray(missed), "missed")
 

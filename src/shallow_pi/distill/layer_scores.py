@@ -36,14 +36,7 @@ def measure(
 ) -> Float[Array, " l"]:
     """The scores by which a strategy chooses (`layer_map.measured`).
 
-    Args:
-      strategy: names the score.
-      config: the teacher.
-      params: its parameters.
-      observation: batch of b observations.
-      x_t: noisy actions.
-      t: their times.
-      u: the data's velocity, which `gate` alone looks at.
+    `u` is the data's velocity, which `gate` alone looks at.
     """
     given = (config, params, observation, x_t, t)
     match strategy:
@@ -109,12 +102,7 @@ def sensitivity(
     The error is against the whole teacher's own. The layers are skipped one after the other in one
     compiled loop, each in a copy of the others.
 
-    Args:
-      config: the teacher, of at least two layers.
-      params: its parameters.
-      observation: batch of b observations.
-      x_t: noisy actions.
-      t: their times.
+    The teacher has at least two layers.
     """
     depth = config.depth
     if depth < 2:

@@ -285,14 +285,8 @@ def _total_loss(
 ) -> tuple[Float[Array, ""], Metrics]:
     """The weighted loss of a microbatch as its share of the mean over the whole batch.
 
-    Args:
-      spec: the static part.
-      weights: of the terms.
-      params: the student's whole parameters.
-      reference: of `_teacher_outputs`.
-      inputs: of the microbatch.
-      image_tokens: the teacher's: for the vision loss, or the student's too where it has its tower.
-      counts: of the whole batch.
+    `image_tokens` are the teacher's: for the vision loss, or the student's too where it has its
+    tower. `counts` are of the whole batch.
     """
     own_tokens = image_tokens
     if spec.losses.vision:

@@ -108,9 +108,7 @@ def vision_layers(teacher: pi0.Pi0Config, student: pi0.Pi0Config) -> tuple[int, 
 def split(params: PyTree, parts: Sequence[Part]) -> tuple[PyTree, PyTree]:
     """A tree of parameters as two: what is trained, and the parts that are not.
 
-    Args:
-      params: a whole tree, or any that holds the parts; leaves may be of any kind.
-      parts: what is frozen; of nothing the second tree is empty.
+    Leaves may be of any kind; without parts the second tree is empty.
     """
     trained: dict[tuple[str, ...], Array] = {}
     frozen: dict[tuple[str, ...], Array] = {}

@@ -66,15 +66,8 @@ def evaluate(
 ) -> list[LatePlans]:
     """Evaluate "teacher" and "student" in every column.
 
-    Args:
-      suite: whose world moves.
-      pair: both policies.
-      measured: their latencies.
-      execute_steps: actions executed of a chunk before the next is asked for.
-      seed: of the first episode.
-      folder: keeps the episodes of each evaluation.
-      name: a part of the files' names that changes with the policies and their integration steps.
-      episodes: for each policy and column.
+    `name` is the part of the files' names in `folder` that changes with the policies and their
+    integration steps; `episodes` are run for each policy and column.
     """
     found = []
     for column in columns(measured.median_ms):

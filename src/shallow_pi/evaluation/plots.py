@@ -122,9 +122,7 @@ def _smooth(values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
 def group_bars(path: pathlib.Path, errors: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
     """A panel for each group, on a scale of its own; for each joint a bar for each comparison.
 
-    Args:
-      path: PNG to write.
-      errors: group with its unit → joint → comparison → error (see `validation_tables`).
+    Errors are by group with its unit, joint and comparison (see `validation_tables`).
     """
     counts = [len(rows) for rows in errors.values()]
     size = (7.0, 0.6 + 0.7 * len(errors) + 0.5 * sum(counts))

@@ -63,12 +63,8 @@ class Delay:
         there, of which it then executes one before anything else. Only actions for which it
         executed others are skipped. Both as `deploy.executors` does.
 
-        Args:
-          before: what was left of the chunk before at the observation; None at the first.
-          last: the action executed last; None at the first.
-          chunk: the plan for that observation.
-          execute_steps: actions executed of a chunk before the next observation, if it came by
-            then.
+        `before` is what was left of the chunk before at the observation, `last` the action executed
+        last; both are None at the first.
         """
         if before is None or last is None:
             return chunk[:execute_steps], chunk[execute_steps:]
@@ -82,11 +78,7 @@ class Delay:
     def previous(
         self, left: list[Float[np.ndarray, "n rd"] | None]
     ) -> list[Float[np.ndarray, "n rd"]] | None:
-        """Rest of each chunk before, from which a late plan has to go on in "real-time"; else None.
-
-        Args:
-          left: of each episode's chunk; None at its first plan.
-        """
+        """The rest of each chunk, for a late plan in "real-time" to go on from; else None."""
         seen = next((chunk for chunk in left if chunk is not None), None)
         if not self.continues or seen is None:
             return None

@@ -132,10 +132,7 @@ def train_teacher(
 def package(experiment: config.DistillConfig, step: pathlib.Path, target: pathlib.Path) -> None:
     """Put a trained policy where it can be kept: bfloat16 parameters, assets, and how it was made.
 
-    Args:
-      experiment: the config that made it.
-      step: its step folder; the report lies beside it.
-      target: folder to make; an existing one is put aside as `<target>.old-<n>`.
+    The report lies beside the step folder. An existing target is put aside as `<target>.old-<n>`.
     """
     made = json.loads((experiment.folder / run_folder.REPORT_FILE).read_text(encoding="utf-8"))
     assets = policy_assets.load(step)

@@ -60,10 +60,8 @@ def error_tables(
 ) -> list[Table]:
     """Errors of every policy at its best and last step; those of the first one by group and joint.
 
-    Args:
-      curves: policy → rows of its metrics.jsonl.
-      groups: of the robot's actions; empty for made-up samples.
-      criterion: name of the error that decides which step is the best.
+    `groups` are of the robot's actions, none for made-up samples; `criterion` names the error that
+    decides which step is the best.
     """
     rows, teacher = [], None
     for policy, curve in curves.items():

@@ -72,10 +72,6 @@ def make_assets(
 def samples(assets: policy_assets.Assets, episodes: Sequence[demonstrations.Episode]) -> Frames:
     """The model's samples of all frames, with the statistics and the tokenizer of `assets`.
 
-    Args:
-      assets: of the teacher.
-      episodes: in the order of `Frames.ends`.
-
     Raises:
       ValueError: a model that reads the state as text, whose prompts differ from frame to frame.
     """

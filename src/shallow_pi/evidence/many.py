@@ -145,10 +145,8 @@ def architecture(
 ) -> pi0.Pi0Config:
     """The model of a recipe.
 
-    Args:
-      recipe: of a teacher or a student.
-      model: of a student its teacher; of a teacher the sizes of its tasks' config.
-      scores: of the teacher's layers, for the strategies that measure.
+    `model` is a student's teacher, or has the sizes of a teacher's tasks' config; `scores` are
+    those of the teacher's layers, for the strategies that measure.
     """
     if recipe.role == "teacher":
         return recipes.teacher_model(recipe, model)

@@ -43,12 +43,8 @@ def chunk_distance(a: Float[np.ndarray, "n h rd"], b: Float[np.ndarray, "m h rd"
 def sideways_spread(chunks: Float[np.ndarray, "n h rd"], towards: Float[np.ndarray, "2"]) -> float:
     """Standard deviation, in mm, of the middle positions of chunks, across the way to the target.
 
-    A policy that passes a pillar left or right has a large one; one that plans the mean of both
-    has none.
-
-    Args:
-      chunks: for one observation, from several noises.
-      towards: the way to the target in the plane.
+    The chunks are for one observation, from several noises. A policy that passes a pillar left or
+    right has a large one; one that plans the mean of both has none.
     """
     length = float(np.hypot(*towards))
     if chunks.ndim != 3 or len(chunks) < 2 or not length > 0:

@@ -37,13 +37,7 @@ EPISODES, SECONDS = 2, 1.2
 
 
 def run(chosen: Sequence[Claim], workers: int, folder: pathlib.Path) -> list[pathlib.Path]:
-    """Measure a few cells of every claim: each kind of column once; write the page.
-
-    Args:
-      chosen: the claims.
-      workers: processes.
-      folder: for policies, results and page.
-    """
+    """Measure a few cells of every claim: each kind of column once; write the page."""
     wanted = list(dict.fromkeys(cell for claim in chosen for cell in _some(claim)))
     runs, results = folder / "runs", folder / "results"
     make_policies([cell.policy for cell in wanted], runs)

@@ -60,13 +60,7 @@ that one policy.
 
 
 def write(path: pathlib.Path, folder: pathlib.Path, episodes: int) -> list[pathlib.Path]:
-    """Write the page, and its plots beside the results; returns the files.
-
-    Args:
-      path: of the page.
-      folder: of the results.
-      episodes: of a complete cell.
-    """
+    """Write the page, and its plots beside the results in a folder; returns the files."""
     results, drawings = cells.read(folder), folder / "plots"
     written = [path]
     tables = [outcomes.Table(claim, results, episodes) for claim in catalogue.CLAIMS.values()]

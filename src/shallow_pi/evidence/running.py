@@ -59,11 +59,7 @@ def jobs(
 ) -> list[Job]:
     """The missing part of each cell that is not complete, in order.
 
-    Args:
-      wanted: the cells.
-      results: what is there.
-      teacher_of: slug of a policy → slug of its teacher, with whose plans its own are compared.
-      episodes: of a complete cell.
+    Plans are compared with those of the policy's teacher, which `teacher_of` gives by slug.
     """
     found = []
     for cell in dict.fromkeys(wanted):

@@ -79,13 +79,9 @@ def teach(
     data: frames.Frames,
     runs: pathlib.Path,
 ) -> None:
-    """Train teachers, and measure their layers.
+    """Train the teachers that are not there, and measure their layers.
 
-    Args:
-      wanted: recipes of teachers; those that are there are left alone.
-      assets: of the teachers, with the sizes of the tasks' config.
-      data: the demonstrations.
-      runs: where the step folders are written.
+    `assets` have the sizes of the tasks' config.
     """
     groups = many.group(missing(wanted, runs))
     trained = many.train(groups, data, assets.model, folder=runs / UNFINISHED)
@@ -139,12 +135,9 @@ def load_teacher(slug: str, runs: pathlib.Path) -> tuple[policy_assets.Assets, m
 
 
 def distil(wanted: Sequence[recipes.Recipe], data: frames.Frames, runs: pathlib.Path) -> None:
-    """Train the students of one teacher, the first ones first.
+    """Train the students of one teacher that are not there, the first ones first.
 
-    Args:
-      wanted: recipes of students of one teacher; those that are there are left alone.
-      data: the demonstrations, with the teacher's statistics.
-      runs: where the teacher is, and the step folders are written.
+    `data` has the teacher's statistics.
     """
     left = missing(wanted, runs)
     if not left:
@@ -166,13 +159,8 @@ def ensure(
 ) -> None:
     """Train the policies that are not there yet: teachers, then their students, by teacher.
 
-    Args:
-      wanted: the recipes, the most important first.
-      model: sizes of the tasks' config, at any depth.
-      suite: whose expert demonstrates.
-      runs: folder of the step folders.
-      workers: processes that record demonstrations.
-      noise: scale of the perturbations of demonstrations.
+    `model` has the sizes of the tasks' config, at any depth; `noise` is the scale of the
+    perturbations of demonstrations.
     """
     runs.mkdir(parents=True, exist_ok=True)
 

@@ -116,13 +116,8 @@ def attend_joined(
     A query is multiplied with keys and values alike, the latter by zeros, and of the result the
     half that comes from values is kept: products as small as a step's take no longer for it.
 
-    Args:
-      queries: scaled already.
-      own: keys and values (b, t, k, h).
-      buffer: of `join`. If it has t·g rows after the own ones, the queries are written there too.
-      mask: the slots that every query (m = t), or all alike (m = 1), may see.
-      slot: the first of the own tokens.
-      layer: the place in a stack of buffers.
+    If the buffer has t·g rows after the own ones, the queries are written there too. Arguments are
+    those of `write` and `attend`.
     """
     b, t, k, g, h = queries.shape
     lead = () if b * k == 1 else (b, k)

@@ -103,13 +103,8 @@ def choose(
 ) -> tuple[quantize.Scheme, quantize.Bounds | None]:
     """The scheme of a policy, and its bounds where it rounds activations.
 
-    Args:
-      config: the model.
-      asked: None uses what the policy was trained for: training rounds weights alone, so
-        activations are rounded only where there is a calibration.
-      trained: as said there.
-      calibration: the policy's, if it has one.
-      num_steps: integration steps of the policy.
+    `asked` None means the scheme that the policy was trained for. Training rounds weights alone, so
+    activations are then rounded only where there is a calibration.
 
     Raises:
       ValueError: activations are to be rounded without a calibration, or "tuned" without a
@@ -155,13 +150,9 @@ def calibrate(
 ) -> Calibration:
     """Sample actions for observations, and measure the activations of every product.
 
-    Args:
-      config: the model.
-      params: its parameters.
-      batches: observations in [-1, 1] and the noise to begin at; all of one size.
-      num_steps: integration steps of the policy.
-      percentile: of the magnitudes, in percent; 100 is the largest.
-      advance: called with the number of observations after each batch.
+    Batches have observations in [-1, 1] and the noise to begin at, all of one size. `percentile` is
+    in percent, and 100 is the largest magnitude; `advance` is called with the number of
+    observations after each batch.
 
     Raises:
       ValueError: no observations, a percentile outside (0, 100], or activations that are not
@@ -240,10 +231,8 @@ class _Watched:
     ) -> prepare.Prepared:
         """Prepared weights whose matrices are watched.
 
-        Args:
-          prepared: the weights.
-          patches: the patches that exist, where the image tower runs.
-          prefix: the prefix's tokens that exist, where the backbone runs.
+        `patches` and `prefix` mark the image patches and prefix tokens that exist: others do not
+        count.
         """
         rows = {"vision": patches, "backbone": prefix}
 

@@ -126,15 +126,9 @@ def velocity(
 ) -> tuple[Float[Array, "b ah ad"], attention.Cache]:
     """The velocity at one time, float32, and the buffers for the next one.
 
-    Args:
-      config: the model.
-      prepared: its weights.
-      cache: of `step_buffers`, `prefill` or `append_state`, or of another time's velocity.
-      valid: the slots with tokens, of `prefill` or `append_state`.
-      x_t: noisy actions.
-      tables: of this one time (n = 1).
-      state: π0's state, if its token is not in the cache.
-      kernel: computes attention.
+    `cache` and `valid` are those of `prefill` or `append_state`; the cache may have gone through
+    `step_buffers` or an earlier time's velocity. `tables` hold this one time (n = 1), and `state`
+    is π0's if its token is not in the cache.
     """
     tokens = embed_suffix(config, prepared, x_t, tables, state)
     x, cache = run_suffix(config, prepared, tokens, cache, valid, tables, kernel)
@@ -191,10 +185,7 @@ def suffix_geometry(
 ) -> tuple[int, tuple[Array, Array], Bool[Array, "b m s"]]:
     """First slot, rotary table and mask of the suffix's tokens.
 
-    Args:
-      config: the model.
-      valid: the slots with tokens, of `prefill` or `append_state`.
-      count: tokens of the suffix: the actions, and π0's state if it is not in the cache.
+    `count` includes the actions, and π0's state if it is not in the cache.
     """
     with_state = count > config.action_horizon
     slot = config.prefix_tokens + (not config.pi05 and not with_state)

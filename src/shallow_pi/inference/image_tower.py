@@ -37,16 +37,11 @@ def prepare(
     unrolled: bool,
     multiple: int = 1,
 ) -> Tower:
-    """Rearrange the parameters of `siglip.Module`.
+    """Rearrange the parameters of `siglip.Module`, the layers' in `dtype`.
 
-    Args:
-      config: the encoder.
-      params: its parameters.
-      dtype: of the layers.
-      fused: query, key and value as one matrix.
-      unrolled: a list of layers instead of a stack.
-      multiple: the MLP's width is rounded up to a multiple of this. The result is the same: columns
-        of zeros give GELU(0) = 0, which meets rows of zeros.
+    `fused` has query, key and value as one matrix, `unrolled` a list of layers instead of a stack.
+    The MLP's width is rounded up to a multiple of `multiple`, with the same result: columns of
+    zeros give GELU(0) = 0, which meets rows of zeros.
     """
 
     def pair(

@@ -88,10 +88,7 @@ def trim(
     No token attends to masked ones and no position counts them, so actions do not change. Call it
     on the host: the shapes of the result depend on the masks.
 
-    Args:
-      config: the model.
-      observation: on the host.
-      lengths: prompt lengths that programs are compiled for; the shortest that fits is kept.
+    `lengths` are the prompt lengths that programs are compiled for; the shortest that fits is kept.
     """
     seen = [c for c in config.cameras if np.asarray(observation.image_masks[c]).any()]
     seen = seen or [config.cameras[0]]
@@ -132,12 +129,8 @@ def prepare(
 ) -> Prepared:
     """Rearrange parameters for inference. Jit it, so that nothing is kept twice.
 
-    Args:
-      config: the model.
-      params: its parameters, in any float dtype.
-      times: the integration times, for the tables.
-      options: the optimizations to use.
-      bounds: of activations, where the options round them (`calibration`).
+    `times` are the integration times, for the tables; `bounds` those of activations, where the
+    options round them (`calibration`).
 
     Raises:
       ValueError: the options round activations, and there are no bounds.

@@ -186,12 +186,7 @@ def pack_weights(prepared: prepare.Prepared) -> Arrays:
 
 
 def unpack_weights(shapes: PyTree, arrays: Arrays) -> prepare.Prepared:
-    """Inverse of `pack_weights`.
-
-    Args:
-      shapes: of the prepared weights, a `prepare.Prepared` of `jax.ShapeDtypeStruct`s.
-      arrays: the packed weights.
-    """
+    """Inverse of `pack_weights`, given the prepared weights as `jax.ShapeDtypeStruct`s."""
     leaves, tree = jax.tree.flatten(shapes)
     dtypes, others = _vector_dtypes(leaves), iter(arrays.others)
     starts = dict.fromkeys(dtypes, 0)

@@ -86,14 +86,7 @@ def guided(
     t: Float[Array, ""],
     guidance: Guidance,
 ) -> Float[Array, "b ah ad"]:
-    """The guided velocity at one time, float32.
-
-    Args:
-      velocity: noisy actions (b, ah, ad) to their velocity at time t.
-      x_t: the noisy actions.
-      t: their time, 1 is noise.
-      guidance: the previous chunks.
-    """
+    """The guided velocity at one time, float32."""
     u, pull_back = jax.vjp(velocity, x_t)
     mask = soft_mask(guidance.delay, guidance.executed, x_t.shape[1])
     error = mask[..., None] * (guidance.previous - (x_t - t * u))

@@ -35,15 +35,9 @@ def measure(
 ) -> dict[quantize.Scheme, Error]:
     """Sample normalized actions without rounding and with each scheme.
 
-    Args:
-      config: the model.
-      params: its parameters.
-      batches: observations with uint8 images and the noise to begin at; all of one size.
-      bounds: of the activations, and the number of integration steps.
-      action_dim: the first actions count, those that the robot has.
-      schemes: to compare.
-      parts: of the model that are rounded.
-      advance: called with the number of observations after each batch.
+    Batches have observations with uint8 images and the noise to begin at, all of one size. Only the
+    first `action_dim` actions count, those that the robot has; `advance` is called with the number
+    of observations after each batch.
     """
 
     def made(scheme: quantize.Scheme) -> program.Program:

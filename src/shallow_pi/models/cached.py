@@ -30,13 +30,7 @@ def velocity(
 ) -> Float[Array, "b r ah ad"]:
     """`pi0.velocity` at other noisy actions of the same observations: the suffix alone.
 
-    Args:
-      config: the model.
-      params: of `suffix_params`.
-      cache: of `pi0.outputs`.
-      x_t: noisy actions.
-      t: their times.
-      execution: as of `pi0.velocity`.
+    `params` are those of `suffix_params`, `cache` is that of `pi0.outputs`.
     """
     embedded: Any = pi0.Pi0(config, execution).apply(
         {"params": params}, cache.state, x_t, t, method="embed_suffix"

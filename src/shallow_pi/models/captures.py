@@ -24,15 +24,9 @@ class Asked(NamedTuple):
     def create(
         cls, layer: int, queries: Queries, suffix: int, prefix: int, prompt: int, actions: int
     ) -> "Asked":
-        """The rows of these tokens.
+        """Rows of these queries; the other arguments are numbers of tokens.
 
-        Args:
-          layer: the layer.
-          queries: the tokens.
-          suffix: length of the suffix, which ends with the actions.
-          prefix: length of the prefix, which ends with the prompt.
-          prompt: length of the prompt.
-          actions: their number.
+        The suffix ends with the actions, the prefix with the prompt.
         """
         rows = {"actions": (actions, 0), "all": (suffix, prefix), "text": (0, prompt)}
         return cls(layer, *rows[queries])

@@ -217,14 +217,7 @@ def suffix_layer(
     cached: tuple[Float[Array, "b s k h"], Float[Array, "b s k h"]],
     geometry: Geometry,
 ) -> tuple[Float[Array, "b r t e"], Float[Array, "b r t k g h"]]:
-    """One layer of the suffix, and its queries.
-
-    Args:
-      weights: of the layer; of the prefix's, none is read.
-      x: the stream.
-      cached: the prefix's keys and values at this layer.
-      geometry: of both streams; the prefix's positions are not read.
-    """
+    """One layer of the suffix over that layer's prefix keys and values, and its queries."""
     normed, gate = norm(weights["pre_attention_norm_1"], x, geometry.condition)
     queries, own = _project(weights["attn"], 1, normed, geometry.suffix_rope)
     mixed = layers.attend_both(queries, cached, own, geometry.prefix_valid, geometry.suffix_mask)
@@ -273,13 +266,8 @@ def suffix_over_cache(
 ) -> Float[Array, "b r t e"]:
     """All layers of the suffix over a cached prefix, and the final norm; `Module`'s numbers.
 
-    Args:
-      weights: of `suffix_weights`.
-      kinds: the layers.
-      suffix: its tokens.
-      cache: of `Module` for the prefix.
-      geometry: as of `Module`.
-      keep: keeps the batch sharded (`layers.Execution.keep_rows`).
+    `weights` are those of `suffix_weights`; `keep` keeps the batch sharded
+    (`layers.Execution.keep_rows`).
     """
     own = np.array([kind.expert == "whole" for kind in kinds])
     stack = weights["layers"]

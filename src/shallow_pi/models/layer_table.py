@@ -92,9 +92,7 @@ def last_read(kinds: Sequence[Kind]) -> int:
 def read(kinds: Sequence[Kind], attending: int | None = None) -> tuple[Kind, ...]:
     """The same layers without what nothing reads: of the last backbone layer all but its keys.
 
-    Args:
-      kinds: the layers.
-      attending: the layer whose backbone queries are read too, if any.
+    The backbone's queries of the layer `attending` are read too.
     """
     last = last_read(kinds)
     kept = (*kinds[:last], Kind("keys_values", "whole"))

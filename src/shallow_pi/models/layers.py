@@ -265,14 +265,10 @@ def attend(
     mask: Bool[Array, "b m s"] | None,
     logits_dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> Float[Array, "b t k g h"]:
-    """Grouped-query attention.
+    """Grouped-query attention of queries that are scaled already.
 
-    Args:
-      queries: scaled already.
-      keys: one for each kv head.
-      values: likewise.
-      mask: the keys that every query (m = t), or all alike (m = 1), may see; None: all keys.
-      logits_dtype: dtype of logits and softmax.
+    `mask` has the keys that every query (m = t), or all alike (m = 1), may see; None: all keys.
+    Logits and softmax are in `logits_dtype`.
     """
     rows = jnp.moveaxis(queries, 2, 1)  # T and G are then the rows of one matrix in memory.
     logits = jnp.einsum("BKTGH,BSKH->BKTGS", rows, keys, preferred_element_type=logits_dtype)

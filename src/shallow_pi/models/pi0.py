@@ -441,14 +441,7 @@ def embed_images(
     observation: observations.Observation,
     execution: layers.Execution = layers.DEFAULT_EXECUTION,
 ) -> Float[Array, "b n d"]:
-    """The image tokens of `velocity`, for models that share one image tower.
-
-    Args:
-      config: the model.
-      params: its parameters, of which `PaliGemma/img` is read.
-      observation: batch of b observations.
-      execution: how it is run.
-    """
+    """The image tokens of `velocity`, for models that share one image tower."""
     _check(config, observation)
     held = {"params": {"PaliGemma": {"img": params["PaliGemma"]["img"]}}}
     tokens: Any = Pi0(config, execution).apply(held, observation, method="embed_images")

@@ -33,10 +33,8 @@ def cell(side: int, tokens: int) -> tuple[int, int]:
 def pool(tokens: Float[Array, "b n d"], side: int, count: int) -> Float[Array, "b m d"]:
     """The mean of every cell of every camera.
 
-    Args:
-      tokens: of all cameras, row by row.
-      side: of the grid of patches of a camera.
-      count: of cells of a camera; side² leaves the tokens as they are.
+    A camera's tokens are a grid of `side`² patches, row by row; it has `count` cells. As many cells
+    as patches leave the tokens as they are.
     """
     if count == side**2:
         return tokens
@@ -49,12 +47,8 @@ def pool_logits(
 ) -> Float[Array, "*b p"]:
     """Attention logits over cells, whose softmax is the sum of that over the patches.
 
-    Args:
-      logits: over the prefix, which begins with the patches of all cameras. The patches of a camera
-        all exist or none does.
-      cameras: number of them.
-      side: of the grid of patches of a camera.
-      count: of cells of a camera; side² leaves the logits as they are.
+    The prefix begins with the patches of all cameras; those of one camera all exist or none does.
+    `side` and `count` are as of `pool`.
     """
     if count == side**2:
         return logits

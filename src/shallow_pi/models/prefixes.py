@@ -62,15 +62,7 @@ def join(
     prompt_tokens: Float[Array, "b t d"],
     scorer_weights: PyTree | None,
 ) -> Prefix:
-    """The prefix of all tokens of the image tower, and of the embedded prompt.
-
-    Args:
-      config: the model.
-      observation: whose cameras and prompt they are.
-      image_tokens: every patch of every camera.
-      prompt_tokens: padding included.
-      scorer_weights: where a scorer chooses the image tokens.
-    """
+    """The prefix of all image-tower tokens and the embedded prompt, padding included."""
     there = valid(config, observation)
     prompt_there = observation.tokenized_prompt_mask
     choice, positions = None, jnp.cumsum(there, axis=1) - 1

@@ -52,12 +52,9 @@ class Quantized(NamedTuple):
 def quantize(
     matrix: Float[Array, "*l i o"], format: Format, bound: Float[Array, "*l"] | None = None
 ) -> Quantized:
-    """Round a matrix (or a stack) to 8 bits.
+    """Round a matrix (or a stack) of inputs × outputs to 8 bits.
 
-    Args:
-      matrix: inputs × outputs.
-      format: of weights and, with a bound, of activations.
-      bound: magnitude of activations that becomes the largest number; None is weight only.
+    `bound` is the magnitude of activations that becomes the largest number; None is weight only.
     """
     wide = jnp.swapaxes(matrix.astype(jnp.float32), -1, -2)
     scales = weight_scale(wide, format, (-1,))
@@ -89,10 +86,7 @@ def straight_through(
 ) -> Float[Array, "..."]:
     """The rounded matrix in its own dtype, whose gradient is that of the matrix (in training).
 
-    Args:
-      matrix: in any layout.
-      format: to round to.
-      inputs: the axes that a product sums over.
+    `inputs` are the axes that a product sums over.
     """
     held = jax.lax.stop_gradient(matrix)
     wide = held.astype(jnp.float32)

@@ -39,15 +39,7 @@ def choose(
     prompt_valid: Bool[Array, "b t"],
     count: int,
 ) -> Choice:
-    """Score every patch, and keep the best of each camera.
-
-    Args:
-      weights: of the scorer (`image_scorer` in the tree of parameters).
-      tokens: of the image tower, by camera.
-      prompt: embedded prompt tokens.
-      prompt_valid: which of them exist.
-      count: patches to keep of each camera.
-    """
+    """Score every patch, and keep the best `count` of each camera."""
     scores = score(weights, tokens, prompt, prompt_valid)
     return Choice(scores, top(scores, count))
 
@@ -110,13 +102,7 @@ def take_logits(
 def positions(
     kept: Bool[Array, "b c m n"], cameras: Bool[Array, "b c"], prompt_valid: Bool[Array, "b t"]
 ) -> Int[Array, "b s"]:
-    """Positions of kept patches and prompt in the whole prefix; arbitrary where nothing exists.
-
-    Args:
-      kept: of `top`.
-      cameras: which of them exist.
-      prompt_valid: which prompt tokens exist.
-    """
+    """Positions of kept patches and prompt in the whole prefix; arbitrary where nothing exists."""
     b, _, _, n = kept.shape
     patch = jnp.sum(jnp.where(kept, jnp.arange(n)[None, None, None], 0), axis=-1)
     count = cameras.astype(jnp.int32)

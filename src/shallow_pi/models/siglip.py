@@ -101,13 +101,9 @@ def layer(
     x: Float[Array, "b s d"],
     attend: Callable[[Array, Array, Array], Array],
 ) -> Float[Array, "b s d"]:
-    """One pre-norm layer.
+    """One pre-norm layer, its weights in the dtype of `x`.
 
-    Args:
-      config: the encoder.
-      weights: of the layer, in the dtype of `x`.
-      x: tokens.
-      attend: attention of scaled queries (b, s, n, 1, h), keys and values (b, s, n, h).
+    `attend` gets scaled queries (b, s, n, 1, h), and keys and values (b, s, n, h).
     """
     b, s, _ = x.shape
     normed = layers.layer_norm(x, *weights.norm)

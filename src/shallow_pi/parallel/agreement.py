@@ -26,12 +26,7 @@ _VISIBLE_SECONDS = 30.0
 
 
 def facts(config: Mapping[str, object], source: sources.Source) -> dict[str, str]:
-    """Facts that must be equal in all processes, by name; config fields are named by their flags.
-
-    Args:
-      config: the fields of the resolved config, nested.
-      source: the training samples.
-    """
+    """Facts that must be equal in all processes, by name; fields of the config by their flags."""
     fields = run_folder.flatten(config).items()
     return {
         **{flags.as_flag(name): repr(value) for name, value in fields},

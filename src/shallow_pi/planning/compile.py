@@ -143,11 +143,7 @@ def build(
 ) -> tuple[jax.stages.Compiled, Program]:
     """Compile the step as a function of teacher, state (donated), key and batch; and its plan.
 
-    Args:
-      spec: the static part of the step.
-      mesh: a mesh of any devices, present or absent.
-      batch_size: observations, over all devices.
-      teacher_dtype: dtype of the teacher's parameters.
+    The mesh may be of absent devices; the batch size is over all of them.
 
     Raises:
       ValueError: a batch or a layout that does not divide over the mesh.
@@ -197,10 +193,7 @@ def predict(
 ) -> tuple[float, float | None]:
     """Seconds of computation and of communication (None: unknown) of a step; they may overlap.
 
-    Args:
-      program: the compiled step.
-      useful_flops: useful operations of the step on one device.
-      accelerator: the kind of its devices.
+    `useful_flops` are those of one device.
     """
     computation, communication = useful_flops / (UTILIZATION * accelerator.flops), None
     if program.collectives is not None and accelerator.links:

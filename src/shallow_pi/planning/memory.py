@@ -91,14 +91,7 @@ def bytes_per_device(tree: PyTree, *, host: bool = False) -> int:
 
 
 def estimate(spec: specs.Spec, mesh: Mesh, batch_size: int, teacher_dtype: str) -> Estimate:
-    """Estimate what one step of a global batch needs on each device of a mesh.
-
-    Args:
-      spec: the static part of the step.
-      mesh: over any devices.
-      batch_size: observations, over all devices.
-      teacher_dtype: of the teacher's parameters.
-    """
+    """Estimate what one step of a global batch needs on each device of a mesh."""
     fixed, gradient, rounded = _fixed(spec, mesh, teacher_dtype)
     batch = shapes.abstract_batch(spec.student, mesh, batch_size)
     rows = batch_size / _divisor(spec, mesh)
@@ -170,13 +163,7 @@ def choose(
     Nothing is sharded if the memory of the devices is unknown (CPUs). A number of devices that the
     model's sizes cannot be divided by (3 of 6) is left out.
 
-    Args:
-      wanted: of the config.
-      devices: of the job, or those a program is compiled for.
-      spec: the static part of the step.
-      batch_size: observations, over all devices.
-      teacher_dtype: of the teacher's parameters.
-      room: bytes of a device; None asks the device.
+    `room` is the bytes of a device; None asks the device. The batch size is over all devices.
     """
     room = room or agreed_room(devices[0])  # Of all processes, whose configs may differ yet.
     if wanted.fsdp != -1 or wanted.data != -1 or room is None or len(devices) % wanted.tensor:
@@ -290,9 +277,7 @@ def explained(
 ) -> Iterator[None]:
     """Turn an out-of-memory error of a device into one that says what to change.
 
-    Args:
-      batch_size: the one tried.
-      plan: the compiler's plans so far, by step.
+    The error names the batch size that was tried, and the compiler's plans so far, by step.
 
     Raises:
       DoesNotFitError: in place of the device's error.

@@ -18,12 +18,7 @@ def estimated(
 ) -> list[str]:
     """The estimated memory of a step by part, and the accelerators that fit it.
 
-    Args:
-      spec: the static part of the step.
-      mesh: over any devices.
-      batch_size: observations, over all devices.
-      teacher_dtype: of the teacher's parameters.
-      only: name of the one accelerator to compare with; empty compares with all.
+    `only` names the one accelerator to compare with; empty compares with all.
     """
     found = memory.estimate(spec, mesh, batch_size, teacher_dtype)
     lines = [_heading(mesh, batch_size), *_rows(found.parts, found.total)]
@@ -43,11 +38,7 @@ def planned(
 ) -> list[str]:
     """The memory, communication and forecast time of a compiled step.
 
-    Args:
-      program: the compiled step.
-      mesh: that it is compiled for.
-      useful_flops: useful operations of the step on one device.
-      accelerator: the kind of its devices; None for CPUs and unknown kinds.
+    `useful_flops` are those of one device; `accelerator` is None for CPUs and unknown kinds.
     """
     parts = {**program.given, "temporary": program.temporary}
     lines = [_heading(mesh, program.batch_size), *_rows(parts, program.total)]

@@ -41,13 +41,8 @@ def collect(
 ) -> Iterator[Episode]:
     """Successful demonstrations, one by one and always in the same order.
 
-    Args:
-      suite: has an expert.
-      episodes: how many to give.
-      seed: of the episodes and perturbations.
-      noise: scale of the perturbations; 0 for the expert's own path.
-      workers: processes. They are spawned, so a script that asks for several guards its entry with
-        `if __name__ == "__main__":`.
+    `noise` is the scale of the perturbations, 0 for the expert's own path. Processes are spawned,
+    so a script that asks for several guards its entry with `if __name__ == "__main__":`.
     """
     demonstrate = functools.partial(_demonstrate, suite, seed, noise)
     if workers <= 1:

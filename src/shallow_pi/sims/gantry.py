@@ -316,10 +316,8 @@ def limit(way: Float[np.ndarray, " n"], longest: float) -> Float[np.ndarray, " n
 def reach(sim: Sim, way: Float[np.ndarray, "2"] | None = None) -> Float[np.ndarray, "3"]:
     """The expert's absolute target for the tip: above the object, down into line, and pressing.
 
-    Args:
-      sim: the episode, whose true state it reads.
-      way: across, from the tip to where it should go; None is straight to the target, ahead of it
-        on a disc that turns.
+    `way` goes across, from the tip to where it should be; None is straight to the target, ahead of
+    it on a disc that turns.
     """
     tip, goal = sim.tip, sim.positions[sim.target]
     if way is None:
@@ -350,14 +348,10 @@ def demonstrate(
     noise: float,
     excursions: float = 0.4,
 ) -> Iterator[tuple[simulator.Observation, simulator.Action]]:
-    """Play a perturbed episode; yield what is seen, and the expert's own action there.
+    """Play a perturbed episode, just reset; yield what is seen, and the expert's own action there.
 
-    Args:
-      sim: just reset.
-      expert: gives the action for the state the simulator is in.
-      rng: of the perturbations.
-      noise: their scale; 0 for the expert's own path.
-      excursions: share of the episodes that begin after one.
+    `noise` is the scale of the perturbations, 0 for the expert's own path; `excursions` is the
+    share of the episodes that begin after one.
     """
     if noise and rng.uniform() < excursions:
         _excursion(sim, rng, noise)

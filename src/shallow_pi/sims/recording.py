@@ -28,14 +28,8 @@ def write(
 ) -> Counter[str]:
     """Have the expert solve the tasks and write the episodes as a LeRobot dataset.
 
-    Args:
-      path: folder to create.
-      suite: as in `demonstrations.collect`, like the next three.
-      episodes: their number.
-      seed: of the episodes and perturbations.
-      noise: scale of the perturbations.
-      workers: processes; 0 uses one for each CPU.
-      encoding: of video; None writes images as PNG.
+    Arguments are those of `demonstrations.collect`, but 0 workers use one process for each CPU, and
+    without an encoding images are written as PNG.
 
     Returns:
       The number of episodes of each task.

@@ -113,10 +113,7 @@ class Suite(Protocol):
     ) -> Iterator[tuple[Observation, Action]]:
         """Let the expert play the episode just reset; called only if there is an expert.
 
-        Args:
-          sim: made by this suite.
-          rng: generator of the perturbations.
-          noise: their scale; 0 for the unperturbed path.
+        `noise` is the scale of the perturbations; 0 for the unperturbed path.
 
         Yields:
           Each observation, and the expert's action for it.

@@ -67,13 +67,10 @@ def _cup(index: int, hole: float) -> str:
 
 
 def xml(num_blocks: int, num_cups: int, hole: float, timestep: float, fixtures: str = "") -> str:
-    """The scene as MJCF.
+    """The scene as MJCF, with bodies `block0…` and `cup0…` on the disc.
 
-    Args:
-      num_blocks, num_cups: bodies `block0…` and `cup0…` on the disc.
-      hole: radius of a cup's hole in metres.
-      timestep: of the physics, in seconds.
-      fixtures: MJCF of further bodies on the disc.
+    `hole` is the radius of a cup's hole in metres, `timestep` is in seconds, and `fixtures` is the
+    MJCF of further bodies on the disc.
     """
     blocks = "".join(_block(i) for i in range(num_blocks))
     cups = "".join(_cup(i, hole) for i in range(num_cups))

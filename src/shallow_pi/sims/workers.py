@@ -31,13 +31,7 @@ class Status(NamedTuple):
 
 
 class Workers:
-    """Simulators of one suite, spread over processes.
-
-    Args:
-      suite: can be pickled.
-      count: number of simulators.
-      processes: number of processes, at most `count`.
-    """
+    """Simulators of one suite, which can be pickled, spread over processes (at most `count`)."""
 
     def __init__(self, suite: simulator.Suite, count: int, processes: int) -> None:
         self._processes = [_Process(suite) for _ in range(min(processes, count))]

@@ -83,13 +83,7 @@ def training_flops(
     The backward pass counts twice the forward one. Recomputation by remat does not count, nor the
     unread prefix of the last layer, and a frozen tower counts once for both models.
 
-    Args:
-      student: the model that is trained.
-      teacher: None if no loss needs it.
-      batch: observations.
-      draws: (noise, time) pairs of each.
-      freeze: the parts that are not trained, such as "vision".
-      reflow: the reflow loss is on.
+    `draws` are pairs of noise and time for each observation; `teacher` is None if no loss needs it.
     """
     useful = dataclasses.replace(tuning.ALL_OFF, unrolled_layers=True)
 

@@ -135,11 +135,7 @@ def measure_batches(
 ) -> dict[int, dict[str, float]]:
     """By batch size, milliseconds of the device, back to back, and of `infer_batch`.
 
-    Args:
-      policy: whose batches.
-      sizes: observations of each batch.
-      repeats: timed calls of each.
-      ready: called when everything is compiled.
+    `ready` is called when everything is compiled.
     """
     found: dict[int, dict[str, float]] = {}
     calls = {

@@ -92,13 +92,9 @@ class Timing:
 
 
 def ceiling(dtype: str, size: int | None = None, repeats: int = 5, loops: int = 16) -> Ceiling:
-    """Measure the device's matrix rate and copy rate on square matrices of this size.
+    """Measure the device's matrix rate and copy rate on square matrices.
 
-    Args:
-      dtype: of the matrices.
-      size: their side; None suits the backend.
-      repeats: timed loops.
-      loops: products, or copies, of a loop; an even number.
+    A `size` of None suits the backend; `loops`, the products or copies of one timed loop, is even.
     """
     small = jax.default_backend() == "cpu"
     size = size or (2048 if small else 8192)

@@ -102,10 +102,7 @@ def back_to_back(call: Callable[[], PyTree], *, calls: int = 0, repeats: int = 5
 
     That is the device's own time if it takes longer than the host takes to dispatch a call.
 
-    Args:
-      call: compiled, as of `median_latency`.
-      calls: in one go; 0 is enough of them that the first one's launch does not count.
-      repeats: such goes.
+    0 calls in one go are enough of them that the first one's launch does not count.
     """
     calls = calls or (3 if jax.default_backend() == "cpu" else 30)
     jax.block_until_ready(call())

@@ -33,11 +33,8 @@ def noise(shape: tuple[int, ...], dtype: np.dtype | str, seed: Array | np.uint32
 def tree(shapes: PyTree, seed: Array | np.uint32, *, zero: str = "") -> PyTree:
     """A tree of these shapes: noise in floating leaves and in bytes, zeros in others.
 
-    Args:
-      shapes: the tree, with shapes and dtypes.
-      seed: another gives other noise.
-      zero: leaves with this word in their path are zeros, such as the moments of an optimizer,
-        which would have negative squares.
+    Leaves with the word `zero` in their path are zeros, such as the moments of an optimizer, which
+    would have negative squares.
     """
 
     def leaf(path: jax.tree_util.KeyPath, shape: jax.ShapeDtypeStruct) -> Array:

@@ -67,12 +67,7 @@ def inference_table(
 def host_table(
     timings: Mapping[str, inference.Timing], policies: Mapping[str, stages.HostPath]
 ) -> rich.table.Table:
-    """Stages from pixels to actions, and of `Policy.infer` on an ALOHA observation.
-
-    Args:
-      timings: a column of pixels to actions for each.
-      policies: a column of `Policy.infer` for each.
-    """
+    """Stages from pixels to actions (`timings`), and of `Policy.infer` on an ALOHA observation."""
     columns = [
         (f"{name}: pixels to actions", one.stages_ms, one.median_ms["end to end"], one.device_ms)
         for name, one in timings.items()
@@ -144,11 +139,7 @@ def step_table(
 ) -> rich.table.Table:
     """Times, rates and planned memory of both kinds of step.
 
-    Args:
-      name: of the config.
-      timing: of its steps.
-      limit: measured rates of a device.
-      stated: matrix rate its maker states; None if unknown.
+    `limit` has the measured rates of a device; `stated` is the matrix rate that its maker states.
     """
     kinds = list(timing.median_ms)
     table = empty_table(
@@ -204,14 +195,7 @@ def step_contents(timing: step.Timing, limit: inference.Ceiling) -> dict[str, ob
 def write(
     folder: pathlib.Path, file: str, content: Mapping[str, object], plots: Plots
 ) -> list[str]:
-    """Write a JSON file, and plots where matplotlib is installed; returns a line for each.
-
-    Args:
-      folder: made if absent.
-      file: name of the JSON file.
-      content: of it.
-      plots: to draw beside it.
-    """
+    """Write a JSON file, and plots where matplotlib is installed; returns a line for each."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / file
     run_folder.write_text(path, json.dumps(content, indent=2) + "\n", run_folder.AGAIN)

@@ -76,12 +76,8 @@ def tune(
 ) -> Tuned:
     """Time a model with random weights under every combination of options.
 
-    Args:
-      config: the model, with the cameras and the prompt length of a usual observation.
-      num_steps: integration steps.
-      repeats: timed calls of each.
-      tried: what to time, by name; None is `candidates`.
-      schemes: of products in 8 bits, to time as well.
+    The config has the cameras and the prompt length of a usual observation. `tried` is what to
+    time, by name; None times `candidates`, with `schemes` of products in 8 bits among them.
 
     Raises:
       RuntimeError: nothing compiles.

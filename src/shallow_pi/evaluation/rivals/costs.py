@@ -47,15 +47,7 @@ def measure(
     num_steps: int = 10,
     repeats: int = 50,
 ) -> list[Cost]:
-    """Costs of rivals of one teacher, all of its cameras and its whole prompt in use.
-
-    Args:
-      config: the teacher.
-      params: its parameters.
-      names: of rivals (`table.find`).
-      num_steps: integration steps.
-      repeats: timed calls of each.
-    """
+    """Costs of one teacher's rivals, all of its cameras and its whole prompt in use."""
     observation = batches.zeros(config, 1).observation
     observation = dataclasses.replace(
         observation,

@@ -205,9 +205,7 @@ def thresholds(
 ) -> Float[np.ndarray, " x"]:
     """Of each exit, so that of all samples its share leaves there; ∞ at the last.
 
-    Args:
-      moved: change of the velocity from the exit before; the first row is not read.
-      shares: of each exit, together 1.
+    `moved` is the change of the velocity from the exit before; its first row is not read.
     """
     found, here = np.full(len(moved), -1.0), np.ones(moved.shape[1], bool)
     for i in range(1, len(moved) - 1):

@@ -201,14 +201,7 @@ def relevance(
 ) -> Float[Array, "b i"]:
     """Head-mean attention that each image token gets from all prompt tokens together.
 
-    Args:
-      config: the model.
-      layer: the first one.
-      tokens: that enter it.
-      keys: of the layer.
-      valid: which tokens exist.
-      rope: rotary table of all tokens.
-      images: number of image tokens, which come first.
+    `layer` is the first one, and image tokens come first.
     """
     c, words = config.backbone, tokens[:, images:]
     normed, _ = layers.rms_norm(words, layer.attention_norm)
@@ -231,11 +224,7 @@ def choose(
 ) -> Int[Array, "b k"]:
     """The image tokens that stay, in their order: by relevance, then by diversity.
 
-    Args:
-      asked: relevance of each.
-      features: of each, behind the first layer.
-      valid: which exist; others are chosen last.
-      kept: how many stay.
+    `features` are those behind the first layer; tokens that do not exist are chosen last.
     """
     images = asked.shape[1]
     if kept >= images:

@@ -146,13 +146,7 @@ def init(config: pi0.Pi0Config, key: Array) -> PyTree:
 
 
 def logits(router: PyTree, prefix: gates.Prefix, images: int) -> Float[Array, "b l"]:
-    """One for each layer.
-
-    Args:
-      router: of `init`.
-      prefix: image tokens, then prompt tokens.
-      images: number of image tokens.
-    """
+    """One for each layer, of a prefix whose image tokens come first."""
     tokens = layers.dense(router["project"], prefix.tokens.astype(jnp.float32))
     valid = prefix.valid.astype(jnp.float32)[..., None]
     seen = _mean(tokens[:, :images], valid[:, :images])

@@ -109,12 +109,7 @@ class Rival(Protocol):
     def untrained(
         self, config: pi0.Pi0Config, params: PyTree
     ) -> tuple[pi0.Pi0Config, Sample, PyTree]:
-        """Its model, sampler and own parameters before training, to measure times with.
-
-        Args:
-          config: the teacher.
-          params: its parameters.
-        """
+        """Its model, sampler and own parameters of a teacher, before training; to time them."""
         ...
 
     def operations(self, config: pi0.Pi0Config, num_steps: int) -> int:
@@ -129,14 +124,9 @@ class Rival(Protocol):
 def policy(
     material: Material, config: pi0.Pi0Config, params: PyTree, sample: Sample, extra: PyTree
 ) -> deployed.Policy:
-    """A policy that samples in its own way.
+    """A policy that samples in its own way, with the teacher's robot and integration steps.
 
-    Args:
-      material: its teacher, whose robot and integration steps are kept.
-      config: its model; it differs from the teacher at most in depth.
-      params: its parameters in openpi's tree.
-      sample: its sampler.
-      extra: parameters of its own, for the sampler.
+    Its model differs from the teacher at most in depth; `extra` are the sampler's own parameters.
     """
     assets = dataclasses.replace(material.assets, model=config)
     made = deployed.Policy(assets, params, num_steps=assets.num_steps)

@@ -116,9 +116,7 @@ def without(depth: int, dropped: Sequence[int]) -> layer_map.LayerMap:
 def order(material: rival.Material, by: str) -> tuple[int, ...]:
     """All layers in the order in which they are left out, first the one missed least.
 
-    Args:
-      material: the teacher, and a batch to measure it on.
-      by: "oracle", or a score of `layer_scores`.
+    By "oracle", or by a score of `layer_scores`, on a batch of the teacher's.
     """
     if by == "oracle":
         return _oracle(material)

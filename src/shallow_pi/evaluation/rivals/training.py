@@ -60,14 +60,7 @@ def fit(
 ) -> Trained:
     """Train, or read what was trained in the folder before; float32.
 
-    Args:
-      material: the teacher and its data.
-      model: what is trained; it has the teacher's tower.
-      start: initial parameters, which have the teacher's tower too.
-      loss: to minimise.
-      folder: keeps the result as `params`.
-      steps: of the optimizer.
-      label: of the progress bar.
+    The model and its initial parameters have the teacher's tower.
     """
     # Copies: they are donated, and the teacher stays.
     whole = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), start)

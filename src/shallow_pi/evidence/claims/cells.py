@@ -194,11 +194,10 @@ class Results:
 
 
 def read(folder: pathlib.Path, digests: Mapping[str, str] | None = None) -> Results:
-    """All lines of the files in a folder; of two of one seed the later in order of names holds.
+    """All lines of the files `*.jsonl` in a folder, which may not exist yet.
 
-    Args:
-      folder: with files `*.jsonl`; it may not exist yet.
-      digests: policy → digest of its parameters as they are now: lines of others are left out.
+    Of two lines of one seed, that of the file later in order of names holds. Lines of policies
+    whose digest is not that in `digests` are left out.
     """
     blocks = []
     for block in _blocks(sorted(folder.glob("*.jsonl")) if folder.is_dir() else []):

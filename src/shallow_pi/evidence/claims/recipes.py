@@ -145,12 +145,7 @@ MODELS: dict[str, Callable[[pi0.Pi0Config], pi0.Pi0Config]] = {
 
 
 def teacher_model(recipe: Recipe, sizes: pi0.Pi0Config) -> pi0.Pi0Config:
-    """The architecture of a teacher.
-
-    Args:
-      recipe: the teacher's.
-      sizes: of the tasks' config, at any depth.
-    """
+    """The architecture of a teacher; `sizes` are those of its tasks' config, at any depth."""
     model = pi0.at_depth(sizes, recipe.depth)
     return MODELS[recipe.model](model) if recipe.model else model
 
