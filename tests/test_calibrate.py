@@ -55,8 +55,8 @@ def _policy(folder, **options):
 
 def test_a_calibrated_policy_runs_in_8_bits(calibrated, own, scene):
     found = calibration.load(calibrated / "assets", own.model)
-    # Seven frames in batches of four: one frame counts twice.
-    assert (found.observations, found.num_steps) == (8, 2)
+    # Seven frames in batches of four: each counts once.
+    assert (found.observations, found.num_steps) == (7, 2)
     exact = _policy(calibrated, quantize="none").infer(*scene)["actions"]
     for scheme, dtype in (("int8", "int8"), ("fp8", "float8_e4m3fn")):
         chosen = _policy(calibrated, quantize=scheme)

@@ -169,16 +169,14 @@ def _frames(total: int, count: int) -> tuple[list[int], list[int]]:
 def _batches(
     source: sources.Source, model: pi0.Pi0Config, chosen: Sequence[int], given: Arguments
 ) -> Iterator[tuple[observations.Observation, np.ndarray]]:
-    """Observations of one size each, and their noise; the last batch goes back to fill up."""
-    count = len(chosen)
-    size = min(given.batch_size, count)
+    """Each frame's observation once, and its noise; the last batch may be smaller."""
     noise = np.random.default_rng(given.seed)
-    shape = size, model.action_horizon, model.action_dim
-    for start in range(0, count, size):
-        taken = chosen[min(start, count - size) :][:size]
+    for start in range(0, len(chosen), given.batch_size):
+        taken = chosen[start : start + given.batch_size]
         found = batches.stack([source[i] for i in taken]).observation
         # Cameras that the robot lacks are not computed.
         images = {name: found.images[name] for name in model.cameras}
         masks = {name: found.image_masks[name] for name in model.cameras}
         found = dataclasses.replace(found, images=images, image_masks=masks)
+        shape = len(taken), model.action_horizon, model.action_dim
         yield found, noise.standard_normal(shape).astype(np.float32)

@@ -35,7 +35,8 @@ def measure(
 ) -> dict[quantize.Scheme, Error]:
     """Sample normalized actions without rounding and with each scheme.
 
-    Batches have observations with uint8 images and the noise to begin at, all of one size. Only the
+    Batches have observations with uint8 images and the noise to begin at; another size
+    compiles again. Only the
     first `action_dim` actions count, those that the robot has; `advance` is called with the number
     of observations after each batch.
     """
