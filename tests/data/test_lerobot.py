@@ -101,7 +101,7 @@ def test_other_versions_and_absent_datasets_raise(copy, tmp_path) -> None:
     with pytest.raises(ValueError, match=r"info\.json has no 'fps'"):
         reader.Dataset(copy)
     pusht.edit_info(copy, codebase_version="v1.6")
-    with pytest.raises(ValueError, match=r"has LeRobot format v1\.6, expected one of v2\.0, v2"):
+    with pytest.raises(ValueError, match=r"codebase_version is 'v1\.6', expected one of v2\.0, v2"):
         reader.Dataset(copy)
     with pytest.raises(FileNotFoundError, match="no LeRobot dataset at"):
         reader.Dataset(tmp_path / "absent")

@@ -162,6 +162,7 @@ def test_version_2_files_need_no_indices_of_episode_and_frame(tmp_path, frames) 
     [
         {"chunks_size": None, "splits": None, "total_frames": None, "data_path": None},
         {"codebase_version": "2.1", "fps": 10.0, "total_episodes": 99},
+        {"codebase_version": "v2.1.0"},
         {"fps": "10", "chunks_size": "1000", "total_frames": None},
         {"data_path": "data\\chunk-000\\episode_{episode_index:06d}.parquet", "chunks_size": 1e3},
         {"features": {key: {**f, "names": [["a", "b"]]} for key, f in FEATURES.items()}},
@@ -172,6 +173,7 @@ def test_version_2_files_need_no_indices_of_episode_and_frame(tmp_path, frames) 
     ids=[
         "without",
         "spelled",
+        "with a patch",
         "text",
         "of Windows",
         "nested names",
@@ -455,6 +457,7 @@ DAMAGE = {
     "meta/info.json": [
         (b"{", r"info.json is not JSON"),
         (b"[]", r"info.json holds \[\], expected an object"),
+        (b'{"codebase_version": "v3.0.1"}', "codebase_version is 'v3.0.1', expected one of v2.0"),
         (b"\xff\xfa{}", "is not UTF-8 text: byte 0 is 0xff"),
         (b'{"codebase_version": "v2.1", "fps": 0, "features": {}}', "fps is 0, expected a posi"),
         (b'{"codebase_version": "v2.1", "fps": "x", "features": {}}', "fps is 'x', expected a p"),

@@ -203,11 +203,13 @@ def _read_info(root: pathlib.Path) -> dict[str, Any]:
     info = files.read_json(file)
     if not isinstance(info, dict):
         raise ValueError(f"{file} holds {info!r:.100}, expected an object")
-    version = "v" + str(info.get("codebase_version")).removeprefix("v")
+    # Written by hand or by other tools too: 3.0 and v3.0.0 are the same version.
+    form = re.fullmatch(r"v?(\d+\.\d+)(\.0)?", str(info.get("codebase_version")))
+    version = f"v{form[1]}" if form else ""
     if version not in VERSIONS:
         raise ValueError(
-            f"dataset {root} has LeRobot format {info.get('codebase_version')}, expected one of "
-            f"{', '.join(VERSIONS)}; convert it with LeRobot's own converters first"
+            f"{file}: codebase_version is {info.get('codebase_version')!r}, expected one of "
+            f"{', '.join(VERSIONS)}; convert an older dataset with LeRobot's own converters first"
         )
     missing = [key for key in ("features", "fps") if info.get(key) is None]
     if missing:
