@@ -178,6 +178,8 @@ def test_unknown_robots_are_named() -> None:
         robots.find("turntabel")
     with pytest.raises(ValueError, match=r"unknown robot 'crane'.*name a file"):
         robots.find("crane")
+    with pytest.raises(ValueError, match=r"'openpi:my_arm' is known .* with --data\.robot"):
+        robots.find("openpi:my_arm")
 
 
 @pytest.mark.parametrize(

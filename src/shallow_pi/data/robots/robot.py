@@ -442,6 +442,12 @@ def find(name: str) -> Robot:
     """
     if name.endswith(".py"):
         return _from_file(pathlib.Path(name).expanduser())
+    if ":" in name:
+        raise ValueError(
+            f"robot {name!r} is known to the loader of its config alone (--data.source): to read "
+            f"LeRobot recordings, describe it with --data.robot, one of {sorted(ROBOTS)} or a "
+            "Python file with a ROBOT (docs/robots.md)"
+        )
     if name not in ROBOTS:
         hint = suggestions.closest(name, ROBOTS, "; or name a file with a ROBOT, *.py")
         raise ValueError(f"unknown robot {name!r}; there are {sorted(ROBOTS)}{hint}")
