@@ -1,6 +1,11 @@
 """Figures without a display, where matplotlib (the extra `plots`) is installed."""
 
+import io
+import os
+import pathlib
 from typing import Any
+
+from shallow_pi import atomic
 
 # One of a figure's axes, or an array of them; matplotlib is optional and untyped here.
 Axes = Any
@@ -44,3 +49,14 @@ def tidy(axis: Axes, grid: str) -> None:
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis=grid, color="#e4e4e4", linewidth=0.8)
     axis.set_axisbelow(True)
+
+
+def save(figure: Any, path: str | os.PathLike[str]) -> None:
+    """Write a figure to a PNG that appears whole.
+
+    Raises:
+      OSError: it cannot be written; nothing is left behind.
+    """
+    image = io.BytesIO()
+    figure.savefig(image, format="png")
+    atomic.write(pathlib.Path(path), image.getvalue())

@@ -92,24 +92,25 @@ def test_the_legend_has_the_colour_of_every_action_dimension(samples):
 
 
 def test_the_sheet_of_a_run_lies_in_its_folder(samples, tmp_path):
-    drawn = sheet.write(tmp_path / "run", samples, observation.Augmentation())
+    drawn = sheet.write(tmp_path / "run" / "data_sheet.png", samples, observation.Augmentation())
     with Image.open(tmp_path / "run" / "data_sheet.png") as written:
         np.testing.assert_array_equal(np.asarray(written), drawn)
     assert drawn.dtype == np.uint8
 
 
-def test_a_sheet_that_the_disk_has_no_room_for_names_its_file(samples, tmp_path, small_disk):
-    with (
-        small_disk(100),
-        pytest.raises(OSError, match=r"data_sheet.png cannot be written \(File too large\)"),
-    ):
-        sheet.write(tmp_path, samples, observation.Augmentation())
+def test_a_sheet_that_the_disk_has_no_room_for_leaves_the_one_before(samples, tmp_path, small_disk):
+    path = tmp_path / "sheet.png"
+    path.write_text("before")
+    with small_disk(100), pytest.raises(OSError, match="File too large"):
+        sheet.write(path, samples, observation.Augmentation())
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [(path.name, "before")]
 
 
 def test_synthetic_samples_have_a_sheet_too(tmp_path, tiny_config):
     made_up = sources.SyntheticSource(tiny_config(), length=3)
-    sheet.write(tmp_path, inspection.draw(made_up, None), observation.Augmentation())
-    assert (tmp_path / "data_sheet.png").is_file()
+    path = tmp_path / "sheet.png"
+    sheet.write(path, inspection.draw(made_up, None), observation.Augmentation())
+    assert path.is_file()
 
 
 def test_histograms_are_drawn_and_say_what_they_need(samples, tmp_path, monkeypatch):

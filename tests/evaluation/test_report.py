@@ -223,6 +223,16 @@ def test_animation_keeps_the_pixels_and_the_time_of_the_episode(full, tmp_path):
     assert durations == [50] * 10 + [1500]
 
 
+def test_a_report_that_the_disk_has_no_room_for_leaves_no_half(full, tmp_path, small_disk):
+    """Nor a report.json, which says that a study is finished."""
+    with (
+        small_disk(10_000),
+        pytest.raises(OSError, match=r"success\.png cannot be written .* go on with --resume"),
+    ):
+        report.write(tmp_path, full)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_interrupted_animation_leaves_no_half_film(full, tmp_path, monkeypatch):
     def interrupted(self, file, *_, **__):
         (file.write if hasattr(file, "write") else file.write_bytes)(b"GIF89a")

@@ -21,6 +21,7 @@ JAX_COMPILATION_CACHE_DIR is set.
 """
 
 import dataclasses
+import io
 import itertools
 import json
 import os
@@ -99,8 +100,9 @@ def main() -> None:
         console = rich.console.Console(width=120)
         tables = summary.tables(found)
         console.print(*tables)
-        with (folder / "summary.txt").open("w", encoding="utf-8") as file:
-            rich.console.Console(file=file, width=120).print(*tables)
+        text = io.StringIO()
+        rich.console.Console(file=text, width=120).print(*tables)
+        run_folder.write_text(folder / "summary.txt", text.getvalue(), run_folder.AGAIN)
         print("\n".join(summary.draw(folder, found)))
         for name, reason in failed.items():
             print(f"failed: {name}: {reason}")

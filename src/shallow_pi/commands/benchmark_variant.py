@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 
+from shallow_pi import atomic
 from shallow_pi.commands import benchmark_step
 from shallow_pi.models import batch as batches
 from shallow_pi.models import pi0
@@ -148,7 +149,7 @@ def main() -> None:
             raise SystemExit("no turn was given")
 
     found = measure(variants.Variant(**values), bool(int(tiny)), ready)
-    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    atomic.write(path, json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,6 @@ from collections.abc import Sequence
 from typing import Annotated
 
 import tyro
-from PIL import Image
 
 from shallow_pi import figures, flags, progress
 from shallow_pi.checkpoints import run_folder, safetensors_file
@@ -92,15 +91,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 masks_padding=experiment.losses.mask_padded_actions,
                 advance=advance,
             )
-        folder.mkdir(parents=True, exist_ok=True)
-        image = sheet.sheet(samples, experiment.augmentation, experiment.seed)
-        Image.fromarray(image).save(folder / "sheet.png")
         written = ["sheet.png"]
-        try:
-            sheet.histograms(folder / "histogram.png", samples)
-            written.append("histogram.png")
-        except figures.PlotsMissingError as error:
-            progress.say(f"note: {error}")
+        with run_folder.writing(folder, run_folder.AGAIN):
+            sheet.write(folder / "sheet.png", samples, experiment.augmentation, experiment.seed)
+            try:
+                sheet.histograms(folder / "histogram.png", samples)
+                written.append("histogram.png")
+            except figures.PlotsMissingError as error:
+                progress.say(f"note: {error}")
 
         found = inspection.ranges(samples)
         print(inspection.table(found), end="\n\n")

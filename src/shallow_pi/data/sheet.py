@@ -6,6 +6,7 @@ when they are drawn.
 """
 
 import functools
+import io
 import os
 import pathlib
 import textwrap
@@ -15,8 +16,7 @@ import numpy as np
 from jaxtyping import Array, Key, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-from shallow_pi import figures
-from shallow_pi.checkpoints import run_folder
+from shallow_pi import atomic, figures
 from shallow_pi.data import inspection
 from shallow_pi.models import observation
 
@@ -33,24 +33,26 @@ _COLORS = (
 
 
 def write(
-    folder: str | os.PathLike[str],
+    path: pathlib.Path,
     samples: inspection.Samples,
     augmentation: observation.Augmentation,
     seed: int = 0,
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """Write the `sheet` of samples to `<folder>/data_sheet.png` and return it.
+    """Write the `sheet` of samples to a PNG and return it.
 
     Args:
-      folder: of the run; made if absent.
+      path: of the file; its folder is made if absent.
       samples: to draw.
       augmentation: of the training images.
       seed: of the augmentation.
+
+    Raises:
+      OSError: it cannot be written; nothing is left behind.
     """
-    image = sheet(samples, augmentation, seed)
-    path = pathlib.Path(folder) / run_folder.SHEET_FILE
-    with run_folder.writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(path)
+    image, png = sheet(samples, augmentation, seed), io.BytesIO()
+    Image.fromarray(image).save(png, "PNG")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic.write(path, png.getvalue())
     return image
 
 
@@ -270,4 +272,4 @@ def histograms(path: str | os.PathLike[str], samples: inspection.Samples) -> Non
         axis.set_yticks([])
         axis.tick_params(labelsize=7)
         axis.spines[["top", "left", "right"]].set_visible(False)
-    figure.savefig(path)
+    figures.save(figure, path)

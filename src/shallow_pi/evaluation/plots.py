@@ -90,7 +90,7 @@ def loss_curves(
             axis.set_ylim(min(0.0, drawn.min()), 1.1 * drawn.max() or 1.0)
         figures.tidy(axis, "both")
         figures.legend(axis)
-    figure.savefig(path)
+    figures.save(figure, path)
 
 
 def _plain_ticks(axis: figures.Axes) -> None:
@@ -155,7 +155,7 @@ def group_bars(path: pathlib.Path, errors: Mapping[str, Mapping[str, Mapping[str
         frameon=False,
         fontsize=9,
     )
-    figure.savefig(path)
+    figures.save(figure, path)
 
 
 def success(path: pathlib.Path, scopes: Mapping[str, Mapping[str, rollout.Evaluation]]) -> None:
@@ -180,7 +180,7 @@ def success(path: pathlib.Path, scopes: Mapping[str, Mapping[str, rollout.Evalua
         axis.tick_params(axis="y", length=0)
         figures.tidy(axis, "x")
     axes[0][0].invert_yaxis()
-    figure.savefig(path)
+    figures.save(figure, path)
 
 
 def strip(path: pathlib.Path, recording: rollout.Recording) -> None:
@@ -199,7 +199,7 @@ def strip(path: pathlib.Path, recording: rollout.Recording) -> None:
     for axis, frame in zip(axes[0], chosen, strict=True):
         axis.set_title(f"{recording.times[frame]:.2f} s", fontsize=9)
     figure.suptitle(_caption(recording), fontsize=10)
-    figure.savefig(path)
+    figures.save(figure, path)
 
 
 def _caption(recording: rollout.Recording) -> str:

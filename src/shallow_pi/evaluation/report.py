@@ -321,8 +321,6 @@ def write(folder: pathlib.Path, report: Report) -> list[pathlib.Path]:
     Without matplotlib the figures are left out, and the page and the terminal say how to get them.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    content = json.dumps(contents(report), indent=2, ensure_ascii=False, allow_nan=False)
-    run_folder.write_text(folder / run_folder.REPORT_FILE, content + "\n")
     drawings: dict[str, tuple[str, Callable[[pathlib.Path], None]]] = {}
     curves, recording = report.curves, report.recording
     if report.evaluations:
@@ -362,7 +360,8 @@ def write(folder: pathlib.Path, report: Report) -> list[pathlib.Path]:
     missing = ""
     for caption, (name, draw) in drawings.items():
         try:
-            draw(folder / name)
+            with run_folder.writing(folder / name):
+                draw(folder / name)
             files[caption] = name
         except figures.PlotsMissingError as error:
             missing = str(error)
@@ -373,6 +372,9 @@ def write(folder: pathlib.Path, report: Report) -> list[pathlib.Path]:
             missing, highlight=False, markup=False, soft_wrap=True
         )
     run_folder.write_text(folder / run_folder.REPORT_PAGE, page)
+    # Last: with it, a study is finished.
+    content = json.dumps(contents(report), indent=2, ensure_ascii=False, allow_nan=False)
+    run_folder.write_text(folder / run_folder.REPORT_FILE, content + "\n")
     written = (run_folder.REPORT_FILE, run_folder.REPORT_PAGE, *files.values())
     return [folder / name for name in written]
 

@@ -58,7 +58,7 @@ def plot(path: pathlib.Path, table: outcomes.Table, drawn: Plot) -> bool:
     figures.tidy(axis, "y")
     if len(drawn.lines) > 1:
         figures.legend(axis, beside=many, handlelength=3.2)
-    figure.savefig(path)
+    figures.save(figure, path)
     return True
 
 
@@ -91,5 +91,5 @@ def layer_scores(path: pathlib.Path, scores: pathlib.Path) -> bool:
         axis.set_yscale("log")
     axis.set_title("Likeness against sensitivity", fontsize=11)
     figures.tidy(axis, "both")
-    figure.savefig(path)
+    figures.save(figure, path)
     return True

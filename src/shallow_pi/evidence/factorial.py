@@ -243,7 +243,7 @@ def plot(path: pathlib.Path, table: outcomes.Table, results: pathlib.Path) -> bo
     axis.set_xticks(ticks, [f"{n:g}" for n in ticks])
     figures.legend(axis, loc="upper left")
     figures.tidy(axis, "both")
-    figure.savefig(path)
+    figures.save(figure, path)
     return True
 
 

@@ -113,5 +113,5 @@ def plot(path: pathlib.Path, table: outcomes.Table, results: pathlib.Path) -> bo
     axis.set(xlabel="operations of one inference, M", ylabel="success, %", ylim=(0, 103))
     figures.legend(axis, beside=True)
     figures.tidy(axis, "both")
-    figure.savefig(path)
+    figures.save(figure, path)
     return True

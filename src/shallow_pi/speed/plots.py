@@ -33,7 +33,7 @@ def breakdown(path: pathlib.Path, timings: Sequence[inference.Timing]) -> None:
     figures.legend(axis, loc="lower right")
     axis.invert_yaxis()
     figures.tidy(axis, "x")
-    figure.savefig(path)
+    figures.save(figure, path)
 
 
 def growth(path: pathlib.Path, timings: Sequence[inference.Timing]) -> None:
@@ -64,7 +64,7 @@ def growth(path: pathlib.Path, timings: Sequence[inference.Timing]) -> None:
         figures.legend(axis)
         figures.tidy(axis, "y")
     axes[0][0].set(ylabel="ms, whole inference")
-    figure.savefig(path)
+    figures.save(figure, path)
 
 
 def host_path(
@@ -95,7 +95,7 @@ def host_path(
     figures.legend(axis, fontsize=7, ncols=5, loc="lower left", bbox_to_anchor=(0, 1))
     axis.invert_yaxis()
     figures.tidy(axis, "x")
-    figure.savefig(path)
+    figures.save(figure, path)
 
 
 def training_step(path: pathlib.Path, timing: step.Timing) -> None:
@@ -116,7 +116,7 @@ def training_step(path: pathlib.Path, timing: step.Timing) -> None:
     times.invert_yaxis()
     for axis in (times, memory):
         figures.tidy(axis, "x")
-    figure.savefig(path)
+    figures.save(figure, path)
 
 
 def _points(timings: Iterable[inference.Timing], field: str, name: str) -> list[tuple[int, float]]:

@@ -207,7 +207,8 @@ def draw(folder: pathlib.Path, plots: Plots) -> list[str]:
     lines: list[str] = []
     for name, plot in plots.items():
         try:
-            plot(folder / name)
+            with run_folder.writing(folder / name, run_folder.AGAIN):
+                plot(folder / name)
         except figures.PlotsMissingError as error:
             return [*lines, str(error)]
         lines.append(f"written: {folder / name}")

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from shallow_pi import interrupts, progress
-from shallow_pi.checkpoints import weights
+from shallow_pi.checkpoints import run_folder, weights
 from shallow_pi.data import loader, sheet
 from shallow_pi.distill import step, student
 from shallow_pi.parallel import processes, shapes, sharding
@@ -197,7 +197,9 @@ def _open_log(run: runs.Run, first: int, stack: contextlib.ExitStack) -> Log:
     )
     stack.enter_context(log)
     if first == 1:
-        image = sheet.write(run.folder, run.samples, experiment.augmentation, experiment.seed)
+        path = run.folder / run_folder.SHEET_FILE
+        with run_folder.writing(path):
+            image = sheet.write(path, run.samples, experiment.augmentation, experiment.seed)
         log.image(0, "data_sheet", image)
     return log.log
 
