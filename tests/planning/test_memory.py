@@ -53,6 +53,25 @@ def test_the_arguments_of_a_step_are_counted_to_the_byte(full_size):
     assert half.given["moments"] == pytest.approx(found.given["moments"] / 2, rel=1e-6)
 
 
+def test_the_whole_teacher_lies_beside_the_state_before_the_first_step(full_size):
+    """The student is cut out of it: more than a small batch of few trained parameters needs."""
+    alone = full_size.losses.only(task=1.0)
+    parts = _with(full_size, remat="layers", freeze=("vision", "embedder"), losses=alone)
+    found = _estimate(parts, batch=1)
+    state = found.given["student"] + found.given["moments"] + found.given["batch"]
+    assert found.start == 2 * 3_238_048_528 + state
+    assert found.total == found.start > sum(found.parts.values())
+    assert " GB at the start (teacher " in str(found)
+    spec = setup.make_spec(parts)
+    mesh = sharding.MeshConfig().create(jax.devices()[:1])
+    lines = report.estimated(spec, mesh, 1, "bfloat16")
+    assert [line.split()[0] for line in lines[1:8]] == [
+        *("teacher", "student", "moments", "batch", "gradient", "activations", "before")
+    ]
+    many = _estimate(parts, batch=64)
+    assert many.start < many.total == sum(many.parts.values())
+
+
 def test_activations_grow_the_less_is_recomputed_and_with_the_rows_of_a_device(full_size):
     sizes = [
         _estimate(_with(full_size, remat=remat)).activations for remat in ("layers", "dots", "none")

@@ -30,9 +30,14 @@ def abstract_state(spec: specs.Spec, mesh: Mesh) -> PyTree:
 
 def abstract_teacher(spec: specs.Spec, mesh: Mesh, dtype: str) -> PyTree:
     """Shapes and shardings of the part of the teacher that the step needs; None for no part."""
+    return held_teacher(spec, whole_teacher(spec, mesh, dtype))
+
+
+def whole_teacher(spec: specs.Spec, mesh: Mesh, dtype: str) -> PyTree:
+    """Shapes and shardings of the teacher as it is loaded; None without one."""
     if spec.teacher is None:
         return None
-    return held_teacher(spec, _sharded(mesh, pi0.abstract_params(spec.teacher), jnp.dtype(dtype)))
+    return _sharded(mesh, pi0.abstract_params(spec.teacher), jnp.dtype(dtype))
 
 
 def _sharded(mesh: Mesh, shapes: PyTree, dtype: np.dtype | None = None) -> PyTree:

@@ -1,4 +1,4 @@
-"""The memory of a step on each device, estimated from sizes alone, and the mesh that fits.
+"""The memory of a run on each device, estimated from sizes alone, and the mesh that fits.
 
 Parameters, moments, batch and gradient are counted exactly from their shapes. Activations are
 estimated from the few arrays that dominate them (`_activations`), within a fifth of a compiler's
@@ -41,6 +41,9 @@ class Estimate:
     # The float32 gradient, sharded as the parameters are.
     gradient: int
     activations: int
+    # Before the first step: the whole teacher, which the student is cut out of and validation
+    # samples, beside the state and a batch.
+    start: int = 0
 
     @property
     def parts(self) -> dict[str, int]:
@@ -49,13 +52,14 @@ class Estimate:
 
     @property
     def total(self) -> int:
-        """The sum of all parts."""
-        return sum(self.parts.values())
+        """The most at any time: the sum of all parts, or `start`."""
+        return max(sum(self.parts.values()), self.start)
 
     def __str__(self) -> str:
         name, scale = unit(self.total)
         listed = ", ".join(f"{part} {n / scale:.2f}" for part, n in self.parts.items() if n)
-        return f"{self.total / scale:.2f} {name} ({listed})"
+        most = " at the start" if self.total == self.start else ""
+        return f"{self.total / scale:.2f} {name}{most} ({listed})"
 
 
 def unit(count: int) -> tuple[str, float]:
@@ -91,29 +95,35 @@ def bytes_per_device(tree: PyTree, *, host: bool = False) -> int:
 
 
 def estimate(spec: specs.Spec, mesh: Mesh, batch_size: int, teacher_dtype: str) -> Estimate:
-    """Estimate what one step of a global batch needs on each device of a mesh."""
-    fixed, gradient, rounded = _fixed(spec, mesh, teacher_dtype)
+    """Estimate what a run with steps of a global batch needs on each device of a mesh."""
+    fixed, whole_teacher, gradient, rounded = _fixed(spec, mesh, teacher_dtype)
     batch = shapes.abstract_batch(spec.student, mesh, batch_size)
     rows = batch_size / _divisor(spec, mesh)
+    arguments = fixed | {"batch": bytes_per_device(batch)}
     return Estimate(
-        given=fixed | {"batch": bytes_per_device(batch)},
+        given=arguments,
         gradient=gradient,
         activations=rounded + int(rows * _activations(spec, mesh.shape[sharding.TENSOR])),
+        start=sum((arguments | {"teacher": whole_teacher}).values()),
     )
 
 
 @functools.lru_cache(maxsize=32)
-def _fixed(spec: specs.Spec, mesh: Mesh, teacher_dtype: str) -> tuple[dict[str, int], int, int]:
+def _fixed(
+    spec: specs.Spec, mesh: Mesh, teacher_dtype: str
+) -> tuple[dict[str, int], int, int, int]:
     """The part of an estimate that does not depend on the batch.
 
-    Bytes of the arguments, of the gradient, and of the weights that `--student.quantize` rounds.
+    Bytes of the arguments, of the whole teacher, of the gradient, and of the weights that
+    `--student.quantize` rounds.
     """
     state = shapes.abstract_state(spec, mesh)
-    teacher = shapes.abstract_teacher(spec, mesh, teacher_dtype)
+    whole = shapes.whole_teacher(spec, mesh, teacher_dtype)
+    teacher = shapes.held_teacher(spec, whole)
     # Microbatches add up into a second gradient.
     gradient = bytes_per_device(state.params) * (1 + (spec.accumulation > 1))
     rounded = 0 if spec.quantize == "none" else bytes_per_device(state.params)
-    return given(teacher, state, ()), gradient, rounded
+    return given(teacher, state, ()), bytes_per_device(whole), gradient, rounded
 
 
 def _divisor(spec: specs.Spec, mesh: Mesh) -> int:

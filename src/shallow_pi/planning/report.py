@@ -21,7 +21,10 @@ def estimated(
     `only` names the one accelerator to compare with; empty compares with all.
     """
     found = memory.estimate(spec, mesh, batch_size, teacher_dtype)
-    lines = [_heading(mesh, batch_size), *_rows(found.parts, found.total)]
+    parts = found.parts
+    if found.total == found.start:
+        parts["before step 1"] = found.start
+    lines = [_heading(mesh, batch_size), *_rows(parts, found.total)]
     for name in [only] if only else accelerators.TABLE:
         room = accelerators.TABLE[name].memory
         largest = memory.largest_batch(spec, mesh, room, teacher_dtype)
