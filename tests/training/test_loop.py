@@ -12,7 +12,6 @@ import types
 import weakref
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -362,15 +361,11 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(whol
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
 def test_no_value_that_is_not_finite_passes(tmp_path, value):
-    message = rf"step 1: loss = {value}; no checkpoint was written yet"
+    message = rf"step 1: loss = {value}; no checkpoint was written yet\. Check the data"
     with checkpoint.Checkpoints(tmp_path / "run") as checkpoints:
-        loop._require_finite(checkpoints, None, 1, {"loss": 1.0})
-        teacher = {"a": jnp.ones(3, jnp.bfloat16), "b": jnp.arange(3)}
-        with pytest.raises(loop.NonFiniteLossError, match=rf"{message}\. Check the data"):
-            loop._require_finite(checkpoints, teacher, 1, {"grad_norm": 1.0, "loss": value})
-        teacher["a"] = teacher["a"].at[1].set(value)
-        with pytest.raises(loop.NonFiniteLossError, match=r"not finite in 1 of .* such as a: its"):
-            loop._require_finite(checkpoints, teacher, 1, {"loss": value})
+        loop._require_finite(checkpoints, 1, {"loss": 1.0})
+        with pytest.raises(loop.NonFiniteLossError, match=message):
+            loop._require_finite(checkpoints, 1, {"grad_norm": 1.0, "loss": value})
 
 
 def test_devices_that_are_full_end_a_run_with_what_to_change(synthetic, monkeypatch):

@@ -76,6 +76,23 @@ def test_a_random_teacher_keeps_the_configs_sizes(experiment):
     assert setup.resolve(own, setup.find_teacher(own)) is own
 
 
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_a_teacher_that_is_not_finite_is_refused_whatever_needs_it(
+    experiment, tiny_config, tiny_params, tmp_path, value
+):
+    """A loss, validation alone, or nothing but the cut."""
+    params = tiny_params(tiny_config(vocab_size=320))
+    params["state_proj"]["kernel"] = params["state_proj"]["kernel"].at[0, 1].set(value)
+    weights.save_params(tmp_path / "9" / "params", params)
+    step = tmp_path / "9"
+    own = setup.resolve(experiment(step), step)
+    mesh = setup.make_mesh(own, jax.devices())
+    with pytest.raises(
+        ValueError, match=r"/9 is not finite in 1 of .*state_proj/kernel: .*--teacher"
+    ):
+        setup.load_teacher(own, step, mesh)
+
+
 def test_a_teacher_is_looked_for_on_this_machine_alone(
     experiment, teacher, tmp_path, monkeypatch, capsys
 ):

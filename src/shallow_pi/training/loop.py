@@ -14,11 +14,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 
 import jax
-import numpy as np
 from jaxtyping import PyTree
 
 from shallow_pi import interrupts, progress
-from shallow_pi.checkpoints import run_folder, weights
+from shallow_pi.checkpoints import run_folder
 from shallow_pi.data import loader, sheet
 from shallow_pi.distill import step, student
 from shallow_pi.parallel import processes, shapes, sharding
@@ -77,7 +76,7 @@ def train(run: runs.Run, label: str = "Distil") -> pathlib.Path:
             log(number, row)
             tell(0, note=f"loss {row['loss']:.4f}")
 
-        check = functools.partial(_require_finite, checkpoints, teacher)
+        check = functools.partial(_require_finite, checkpoints)
         buffer = metrics_buffer.MetricsBuffer(write, check, experiment.log_interval)
         stopping = stack.enter_context(_stop_signals())
         steps = profiling.traced(
@@ -205,10 +204,7 @@ def _open_log(run: runs.Run, first: int, stack: contextlib.ExitStack) -> Log:
 
 
 def _require_finite(
-    checkpoints: checkpoint.Checkpoints,
-    teacher: PyTree,
-    number: int,
-    values: Mapping[str, float],
+    checkpoints: checkpoint.Checkpoints, number: int, values: Mapping[str, float]
 ) -> None:
     broken = [f"{name} = {value}" for name, value in values.items() if not math.isfinite(value)]
     if broken:
@@ -220,23 +216,7 @@ def _require_finite(
             "Check the data of that step and continue with --resume, or lower --schedule.peak-lr "
             "under another --exp-name"
         )
-        if paths := _not_finite(teacher):
-            advice = (
-                f"The teacher itself is not finite in {len(paths)} of its parameters, such as "
-                f"{paths[0]}: its training diverged or its file is damaged; give another "
-                "(--teacher.path)"
-            )
         raise NonFiniteLossError(f"step {number}: {', '.join(broken)}; {kept}. {advice}")
-
-
-def _not_finite(params: PyTree) -> list[str]:
-    """Paths of the parameters with values that are not finite, in the shards of this process."""
-    found = []
-    for path, leaf in weights.leaves(params).items():
-        shards = {str(shard.index): shard.data for shard in leaf.addressable_shards}
-        if not all(np.isfinite(np.asarray(shard)).all() for shard in shards.values()):
-            found.append(path)
-    return found
 
 
 class _Stop:

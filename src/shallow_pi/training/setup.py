@@ -257,7 +257,12 @@ def resolve(
 def load_teacher(
     experiment: config.DistillConfig, teacher_step: pathlib.Path | None, mesh: jax.sharding.Mesh
 ) -> PyTree:
-    """The teacher's parameters, read directly into their shardings; None without a teacher."""
+    """The teacher's parameters, read directly into their shardings; None without a teacher.
+
+    Raises:
+      FileNotFoundError, ValueError: they are missing, do not fit, or are not finite, which would
+        show in the losses and errors alone that need them, or in a student that is cut out of them.
+    """
     if experiment.teacher is None:
         return None
     model, dtype = experiment.model, jnp.dtype(experiment.teacher.dtype)
@@ -266,7 +271,20 @@ def load_teacher(
     if teacher_step is None:
         made = jax.jit(_random, static_argnums=(0, 1), out_shardings=shardings)
         return made(model, dtype, jax.random.key(experiment.seed))
-    return weights.load_params(teacher_step, expected, dtype=dtype, sharding=shardings)
+    params = weights.load_params(teacher_step, expected, dtype=dtype, sharding=shardings)
+    are_finite = jax.jit(_are_finite, out_shardings=sharding.replicated(mesh))
+    finite = weights.leaves(jax.device_get(are_finite(params)))
+    if broken := [path for path, is_finite in finite.items() if not is_finite]:
+        raise ValueError(
+            f"the teacher in {teacher_step} is not finite in {len(broken)} of its parameters, such "
+            f"as {broken[0]}: its training diverged or its file is damaged; give another "
+            "(--teacher.path)"
+        )
+    return params
+
+
+def _are_finite(params: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), params)
 
 
 def _random(model: pi0.Pi0Config, dtype: jnp.dtype, key: Array) -> PyTree:
