@@ -1,8 +1,12 @@
 """Rivals among the policies of studies: made once, loaded without data, told apart by digests."""
 
+import shutil
+
+import jax
 import numpy as np
 import pytest
 
+from shallow_pi.checkpoints import weights
 from shallow_pi.evidence import frames, miniature, rival_runs, sources
 from shallow_pi.evidence.claims import rows
 from shallow_pi.models import batch as batches
@@ -19,7 +23,9 @@ def runs(tmp_path_factory):
 
 def test_a_rival_is_made_of_demonstrations_and_loaded_without_them(runs):
     assert not sources.exists(SLUG, runs)
-    with pytest.raises(FileNotFoundError, match=r"no rival teacher-.*--skip:drop=16"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no rival teacher-.*--skip:drop=16.* of the"
+    ):
         sources.load(SLUG, runs, 10)
     before = sources.digest(rows.TEACHER, runs)
     data = frames.Frames(batches.noise(miniature.MODEL, 64, 0), np.array([0, 64]))
@@ -32,6 +38,22 @@ def test_a_rival_is_made_of_demonstrations_and_loaded_without_them(runs):
     scores = next(runs.glob("*skip*/similarity-order.json"))
     scores.write_text("[2, 1, 0, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17]\n")
     assert rival_runs.digest(SLUG, runs) != first
+
+
+def test_a_teacher_that_is_trained_again_has_no_rivals_yet(runs, tmp_path):
+    again = shutil.copytree(runs, tmp_path / "runs")
+    data = frames.Frames(batches.noise(miniature.MODEL, 64, 0), np.array([0, 64]))
+    rival_runs.make([SLUG], again, data)
+    assert sources.exists(SLUG, again)
+    teacher = again / rows.TEACHER
+    params = weights.load_params(teacher, weights.stored_params(teacher))
+    shutil.rmtree(teacher / "params")
+    assert not sources.exists(SLUG, again)
+    weights.save_params(teacher / "params", jax.tree.map(lambda leaf: leaf + 1, params))
+    assert not sources.exists(SLUG, again)
+    rival_runs.make([SLUG], again, data)
+    assert sources.exists(SLUG, again)
+    assert len(list(again.glob("*skip*"))) == 2
 
 
 def test_rivals_that_learn_nothing_are_made_when_asked_for(runs, monkeypatch):

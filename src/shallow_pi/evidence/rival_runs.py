@@ -1,8 +1,9 @@
 """Rivals of a student among the policies of studies: `TEACHER--efficientvla:layers=9,cache=2`.
 
-`make` measures or trains a rival on demonstrations and keeps what it found in `RUNS/<slug>`; the
-evaluation then needs the teacher's folder and that one. A rival has one training seed, a student's
-demonstrations, and the data of every batch drawn without replacement.
+`make` measures or trains a rival on demonstrations and keeps what it found in `RUNS/<slug>-<digest
+of the teacher's parameters>`; the evaluation then needs the teacher's folder and that one. Of a
+teacher that was trained again there is no rival until it is made. A rival has one training seed, a
+student's demonstrations, and the data of every batch drawn without replacement.
 """
 
 import dataclasses
@@ -37,8 +38,8 @@ def is_rival(slug: str) -> bool:
 
 
 def exists(slug: str, runs: pathlib.Path) -> bool:
-    """The rival was made."""
-    return (_folder(slug, runs) / MADE_FILE).is_file()
+    """The rival was made of the teacher that is there."""
+    return _has_teacher(slug, runs) and (_folder(slug, runs) / MADE_FILE).is_file()
 
 
 def make(slugs: Sequence[str], runs: pathlib.Path, data: frames.Frames) -> None:
@@ -63,7 +64,7 @@ def make(slugs: Sequence[str], runs: pathlib.Path, data: frames.Frames) -> None:
             _policy(slug, _material(slug, runs, data), runs)
             folder = _folder(slug, runs)
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / MADE_FILE).write_text(f"{slug}\n", encoding="utf-8")
+            run_folder.write_text(folder / MADE_FILE, f"{slug}\n", run_folder.AGAIN)
 
 
 def ensure(slugs: Sequence[str], runs: pathlib.Path, train: bool) -> None:
@@ -74,10 +75,8 @@ def ensure(slugs: Sequence[str], runs: pathlib.Path, train: bool) -> None:
       runs: folder of step folders.
       train: also make those that need training, which takes as long as a student of all layers.
     """
-    wanted = [slug for slug in dict.fromkeys(slugs) if is_rival(slug) and not exists(slug, runs)]
-    wanted = [
-        slug for slug in wanted if (runs / slug.partition("--")[0] / run_folder.PARAMS).is_dir()
-    ]
+    wanted = [slug for slug in dict.fromkeys(slugs) if is_rival(slug) and _has_teacher(slug, runs)]
+    wanted = [slug for slug in wanted if not exists(slug, runs)]
     together = dict[tuple[str, int], list[str]]()
     for slug in wanted:
         is_trained = hasattr(_options(slug), "steps")
@@ -95,10 +94,12 @@ def load(slug: str, runs: pathlib.Path, num_steps: int) -> deployed.Policy:
     """A rival that was made, sampling in `num_steps`.
 
     Raises:
-      FileNotFoundError: it was not.
+      FileNotFoundError: it was not, or of another teacher.
     """
     if not exists(slug, runs):
-        raise FileNotFoundError(f"no rival {slug} in {runs}: make it, or give --runs")
+        raise FileNotFoundError(
+            f"no rival {slug} of the teacher that is in {runs}: make it, or give --runs"
+        )
     found = _material(slug, runs, None)
     assets = dataclasses.replace(found.assets, num_steps=num_steps)
     return _policy(slug, dataclasses.replace(found, assets=assets), runs)
@@ -116,8 +117,17 @@ def digest(slug: str, runs: pathlib.Path) -> str:
     return found.hexdigest()[:10]
 
 
+def _teacher(slug: str, runs: pathlib.Path) -> pathlib.Path:
+    return runs / slug.partition("--")[0]
+
+
+def _has_teacher(slug: str, runs: pathlib.Path) -> bool:
+    return (_teacher(slug, runs) / run_folder.PARAMS).is_dir()
+
+
 def _folder(slug: str, runs: pathlib.Path) -> pathlib.Path:
-    return runs / slug.translate(str.maketrans(":,=", "---"))
+    name = slug.translate(str.maketrans(":,=", "---"))
+    return runs / f"{name}-{weights.digest(_teacher(slug, runs))}"
 
 
 def _policy(slug: str, material: rival.Material, runs: pathlib.Path) -> deployed.Policy:
@@ -129,7 +139,7 @@ def _options(slug: str) -> rival.Rival:
 
 
 def _material(slug: str, runs: pathlib.Path, data: frames.Frames | None) -> rival.Material:
-    folder = runs / slug.partition("--")[0]
+    folder = _teacher(slug, runs)
     assets = policy_assets.load(folder)
     params = step_folder.params(folder, assets.model)
 
