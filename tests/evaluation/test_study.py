@@ -20,10 +20,10 @@ from shallow_pi.data.robots import assets
 from shallow_pi.deploy import policy as deployed
 from shallow_pi.distill import layer_map, losses, student
 from shallow_pi.distill import spec as specs
-from shallow_pi.evaluation import rollout, study
+from shallow_pi.evaluation import report, rollout, study
 from shallow_pi.inference import prepare, sampler, tuning
 from shallow_pi.models import pi0
-from shallow_pi.sims import turntable
+from shallow_pi.sims import turntable, workers
 from shallow_pi.training import command_line, config, loop, metrics, run, setup
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "train_configs"
@@ -133,6 +133,22 @@ def test_the_teacher_of_a_student_in_8_bits_is_not_rounded(own, tiny_config, tmp
     assert found["teacher"].assets.model == teacher
     assert found["teacher"].assets.quantize == "none"
     assert found["cut_only"].assets.quantize == "int8"
+
+
+def test_no_more_simulators_run_at_once_than_fit_in_memory(tmp_path, monkeypatch):
+    experiment, batches = _small("pi0_turntable", tmp_path), []
+    monkeypatch.setattr(workers, "fitting", lambda suite, wanted: wanted - 1)
+    monkeypatch.setattr(study, "_policies", lambda *_: {"teacher": None})
+    monkeypatch.setattr(study, "_outcome", lambda *_: report.Report("", {}))
+    monkeypatch.setattr(study, "_tell", lambda *_: None)
+    monkeypatch.setattr(rollout, "evaluate", lambda *_, batch, **__: batches.append(batch))
+    monkeypatch.setattr(rollout, "record", lambda *_, **__: None)
+    opened = types.SimpleNamespace(experiment=experiment, folder=tmp_path)
+    task = dataclasses.replace(experiment.closed_loop, episodes=9)
+    suite, _ = study.find_suites(task)
+    stages = report.Stages(tmp_path / "stages.json")
+    study._measure(opened, task, suite, {}, stages)
+    assert batches == [8, 8], "the expert and the teacher"
 
 
 def test_episodes_of_what_a_resumed_run_may_change_are_told_apart(tmp_path):

@@ -23,9 +23,7 @@ def runs(tmp_path_factory):
 
 def test_a_rival_is_made_of_demonstrations_and_loaded_without_them(runs):
     assert not sources.exists(SLUG, runs)
-    with pytest.raises(
-        FileNotFoundError, match=r"no rival teacher-.*--skip:drop=16.* of the"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"no rival teacher-.*--skip:drop=16.* of the"):
         sources.load(SLUG, runs, 10)
     before = sources.digest(rows.TEACHER, runs)
     data = frames.Frames(batches.noise(miniature.MODEL, 64, 0), np.array([0, 64]))

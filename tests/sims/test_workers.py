@@ -1,5 +1,9 @@
 """Simulators in other processes do the same as here, and say what went wrong there."""
 
+import dataclasses
+import re
+import sys
+
 import numpy as np
 import pytest
 
@@ -49,3 +53,32 @@ def test_a_process_that_ended_is_reported():
         pool._processes[0]._process.kill()
         with pytest.raises(ValueError, match=r"process ended with status -9 in reset\(\)"):
             pool.simulators[0].reset(0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Large(turntable.Suite):
+    """A suite with simulators of 2 GB."""
+
+    memory = 2 * 10**9
+
+
+@pytest.mark.parametrize(
+    ("free", "expected"),
+    [("MemAvailable:    4882813 kB", 2), ("MemAvailable: 97656 kB", 1), ("MemFree: 97656 kB", 50)],
+)
+def test_no_more_simulators_are_made_than_fit_in_memory(
+    free, expected, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(workers, "_MEMORY", tmp_path / "meminfo")
+    (tmp_path / "meminfo").write_text(f"MemTotal:  97656250 kB\n{free}\n")
+    assert workers.fitting(Large(), 50) == expected
+    said = f"50 simulators side by side need about 100 GB .*: {expected} at once"
+    assert bool(re.search(said, capsys.readouterr().err)) == (expected < 50)
+    assert workers.fitting(SUITE, 50) == 50
+    (tmp_path / "meminfo").unlink()
+    assert workers.fitting(Large(), 50) == 50
+
+
+def test_this_machine_tells_its_free_memory():
+    if sys.platform == "linux":
+        assert workers._free_memory() > 2**20

@@ -190,7 +190,7 @@ def _run(
                 f"{label} is left out of the report, as it has fewer episodes: evaluate it again "
                 "with these"
             )
-    count = min(course.parallel, course.episodes)
+    count = workers.fitting(course.suite, min(course.parallel, course.episodes))
     with workers.Workers(course.suite, count, course.processes) as pool:
         for entrant in entrants:
             policy = entrant.load()

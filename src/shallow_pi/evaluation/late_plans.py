@@ -12,7 +12,7 @@ import pathlib
 from collections.abc import Mapping
 
 from shallow_pi.evaluation import policies, rollout
-from shallow_pi.sims import simulator
+from shallow_pi.sims import simulator, workers
 from shallow_pi.speed import latency as latencies
 
 PAPER_MS = {"teacher": 364.0, "student": 110.0}
@@ -69,7 +69,7 @@ def evaluate(
     `name` is the part of the files' names in `folder` that changes with the policies and their
     integration steps; `episodes` are run for each policy and column.
     """
-    found = []
+    found, batch = [], workers.fitting(suite, episodes)
     for column in columns(measured.median_ms):
         evaluations = {}
         for policy in PAPER_MS:
@@ -82,7 +82,7 @@ def evaluate(
                 seed=seed,
                 execute_steps=execute_steps,
                 label=label,
-                batch=episodes,
+                batch=batch,
                 path=folder / f"{label.replace(' ', '-')}-{name}.jsonl",
                 delay=rollout.Delay(steps, column.executor),
             )

@@ -27,6 +27,9 @@ from shallow_pi.checkpoints import run_folder
 from shallow_pi.evaluation import intervals, policies
 from shallow_pi.sims import simulator
 
+# Simulators side by side, unless asked for fewer.
+BATCH = 50
+
 T = TypeVar("T")
 Executor = Literal["skip", "late", "real-time"]
 
@@ -172,7 +175,7 @@ def evaluate(
     seed: int,
     execute_steps: int,
     label: str,
-    batch: int = 50,
+    batch: int = BATCH,
     path: pathlib.Path | None = None,
     delay: Delay = AT_ONCE,
     threads: int = 1,

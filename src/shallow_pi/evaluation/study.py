@@ -30,7 +30,7 @@ from shallow_pi.distill import step, student
 from shallow_pi.evaluation import late_plans, policies, report, rollout
 from shallow_pi.models import pi0
 from shallow_pi.parallel import processes, sharding
-from shallow_pi.sims import recording, simulator
+from shallow_pi.sims import recording, simulator, workers
 from shallow_pi.training import config, loop, metrics, setup, validation
 from shallow_pi.training import run as runs
 
@@ -255,6 +255,7 @@ def _measure(
     name = episodes_name(experiment, task)
     scenes = {"": suite} | simulator.harder(suite, task.set_harder())
     found: dict[str, dict[str, rollout.Evaluation]] = {}
+    batch = workers.fitting(suite, min(rollout.BATCH, task.episodes))
     with stages.timed("evaluation"):
         for scene, variant in scenes.items():
             found[scene] = {}
@@ -268,6 +269,7 @@ def _measure(
                     seed=task.eval_seed,
                     execute_steps=1 if role == "expert" else task.execute_steps,
                     label=label,
+                    batch=batch,
                     path=folder / run_folder.EVALUATIONS / file,
                 )
         recording = rollout.record(

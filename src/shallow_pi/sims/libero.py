@@ -93,6 +93,11 @@ class Suite:
         chosen = self.tasks or tuple(names)
         return tuple(names.index(t) if t in names else int(t) for t in chosen)
 
+    @property
+    def memory(self) -> int:
+        """Bytes of a simulator, about."""
+        return 10**9
+
     def scene(self, seed: int) -> int:
         """Place of the task among the chosen: its scene takes three seconds to build."""
         return seed % FIRST % (len(self.tasks) or 10)

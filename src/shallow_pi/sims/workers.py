@@ -7,6 +7,8 @@ that imports the suite's package and nothing else, reads calls from a pipe, and 
 import multiprocessing
 import multiprocessing.connection
 import os
+import pathlib
+import re
 import subprocess
 import sys
 import threading
@@ -16,8 +18,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from shallow_pi import interrupts
+from shallow_pi import interrupts, progress
 from shallow_pi.sims import simulator
+
+# Linux's account of this machine's memory.
+_MEMORY = pathlib.Path("/proc/meminfo")
 
 
 class Status(NamedTuple):
@@ -28,6 +33,30 @@ class Status(NamedTuple):
     success: bool
     done: bool
     time: float
+
+
+def fitting(suite: simulator.Suite, wanted: int) -> int:
+    """The number of simulators to run side by side: those that fit in memory, at least one.
+
+    Says so where they are fewer than wanted. Only a suite with large simulators gives their size
+    (by a property `memory`, in bytes), and only Linux tells what is free.
+    """
+    each, free = getattr(suite, "memory", 0), _free_memory()
+    if free is None or each * wanted <= free:
+        return wanted
+    found = max(1, free // each)
+    progress.say(
+        f"{wanted} simulators side by side need about {each * wanted / 1e9:.0f} GB of memory, and "
+        f"{free / 1e9:.1f} GB are free: {found} at once"
+    )
+    return int(found)
+
+
+def _free_memory() -> int | None:
+    """Bytes that new processes can use without swapping; None if unknown."""
+    text = _MEMORY.read_text(encoding="utf-8") if _MEMORY.exists() else ""
+    found = re.search(r"MemAvailable: +(\d+) kB", text)
+    return int(found[1]) * 1024 if found else None
 
 
 class Workers:
