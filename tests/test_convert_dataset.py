@@ -82,6 +82,29 @@ def test_video_can_become_images(convert):
     assert found.features[source.cameras[0]]["dtype"] == "image"
 
 
+@pytest.mark.parametrize("name", ["pusht_v30_image", "pusht_v30_video"])
+def test_the_cameras_that_are_named_are_kept_alone(convert, tmp_path, capsys, name):
+    source = reader.Dataset(shutil.copytree(FIXTURES / name, tmp_path / "source"))
+    for video in source.path.glob(f"videos/{TOP}/**/*.mp4"):
+        video.unlink()  # As one that is not fetched.
+    wrist = next(camera for camera in source.cameras if camera != TOP)
+    found = convert(source.path, "--cameras", wrist)
+    assert f"Cameras: {wrist}, without {TOP}" in capsys.readouterr().err
+    assert found.cameras == (wrist,)
+    assert list(found.features) == [key for key in source.features if key != TOP]
+    _same_numbers(found, source)
+    np.testing.assert_array_equal(found.image(57, wrist), source.image(57, wrist))
+    assert not [path for path in found.path.rglob("*") if TOP in path.name]
+
+
+def test_a_camera_that_is_not_there_is_named(convert, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="1"):
+        convert(OLD, "--cameras", "observation.images.tip")
+    message = f"--cameras observation.images.tip: the cameras of {OLD} are {TOP}, "
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_failed_conversion_is_reported_and_leaves_nothing(convert, tmp_path, capsys):
     with pytest.raises(SystemExit, match="1"):
         convert(tmp_path / "absent")

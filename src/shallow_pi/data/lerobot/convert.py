@@ -7,7 +7,7 @@ are always copied, because colour video and 8-bit PNG would lose their values.
 import os
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Literal
 
 import numpy as np
@@ -33,6 +33,7 @@ def convert(
     source: reader.Dataset,
     target: str | os.PathLike[str],
     images: Literal["copy", "png"] | video_writer.Encoding,
+    cameras: Collection[str] | None = None,
 ) -> pathlib.Path:
     """Write the converted dataset, episode by episode.
 
@@ -41,6 +42,7 @@ def convert(
       target: folder to create; must not exist.
       images: "copy" keeps videos and encoded images unchanged, "png" and an encoding
         re-encode them.
+      cameras: to keep; None keeps all.
 
     Raises:
       FileExistsError: the target exists.
@@ -50,9 +52,12 @@ def convert(
     extras = _extras(source)
     tasks = [source.tasks[number] for number in sorted(source.tasks)]
     _tell_numbers(source, tasks)
-    copied = {camera for camera in source.cameras if images == "copy" or _depth(source, camera)}
+    kept = [camera for camera in source.cameras if cameras is None or camera in cameras]
+    if left_out := [camera for camera in source.cameras if camera not in kept]:
+        progress.say(f"Cameras: {', '.join(kept)}, without {', '.join(left_out)}")
+    copied = {camera for camera in kept if images == "copy" or _depth(source, camera)}
     encoding = None if isinstance(images, str) else images
-    _tell_losses(source, [camera for camera in source.cameras if camera not in copied], encoding)
+    _tell_losses(source, [camera for camera in kept if camera not in copied], encoding)
     if source.episodes != list(range(len(source.layout.lengths))):
         progress.warn(
             f"{source.num_episodes} of {len(source.layout.lengths)} episodes of {source.path} are "
@@ -75,7 +80,7 @@ def convert(
                 table = source.stored(episode, stored)
                 values |= {key: table[key] for key in stored}
             writer.add(
-                {key: _images(source, episode, rows, key, key in copied) for key in source.cameras},
+                {key: _images(source, episode, rows, key, key in copied) for key in kept},
                 values,
                 [source.task(int(i)) for i in rows],
                 seconds=source.seconds[rows],
