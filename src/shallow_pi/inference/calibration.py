@@ -150,10 +150,9 @@ def calibrate(
 ) -> Calibration:
     """Sample actions for observations, and measure the activations of every product.
 
-    Batches have observations in [-1, 1] and the noise to begin at; another size compiles
-    again. `percentile` is
-    in percent, and 100 is the largest magnitude; `advance` is called with the number of
-    observations after each batch.
+    Batches have observations in [-1, 1] and the noise to begin at; another size compiles again.
+    `percentile` is in percent, and 100 is the largest magnitude; `advance` is called with the
+    number of observations after each batch.
 
     Raises:
       ValueError: no observations, a percentile outside (0, 100], or activations that are not

@@ -35,10 +35,9 @@ def measure(
 ) -> dict[quantize.Scheme, Error]:
     """Sample normalized actions without rounding and with each scheme.
 
-    Batches have observations with uint8 images and the noise to begin at; another size
-    compiles again. Only the
-    first `action_dim` actions count, those that the robot has; `advance` is called with the number
-    of observations after each batch.
+    Batches have observations with uint8 images and the noise to begin at; another size compiles
+    again. Only the first `action_dim` actions count, those that the robot has; `advance` is called
+    with the number of observations after each batch.
     """
 
     def made(scheme: quantize.Scheme) -> program.Program:
