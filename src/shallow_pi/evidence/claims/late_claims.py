@@ -1,6 +1,6 @@
 """The claim that a faster student wins when the world moves, on the tabletop and the turntable."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from shallow_pi.evaluation import rollout
 from shallow_pi.evidence.claims import cells, rows
@@ -26,9 +26,10 @@ def on_the_tabletop() -> Claim:
         "late",
         "Does the faster student win when the world moves?",
         rows.TEACHER_ROW,
-        rows.students("student, 6 layers"),
+        {"the student": rows.students("student, 6 layers"), "the best student": rows.ALL_ROW},
         lambda steps, executor: cells.Situation(("moving",), late=steps, executor=executor),
-        "The disc turns at 15 or 30°/s, also in the demonstrations.",
+        f"The best student has {rows.ALL_ROW.label}. The disc turns at 15 or 30°/s, also in the "
+        "demonstrations.",
     )
 
 
@@ -38,7 +39,7 @@ def on_the_turntable() -> Claim:
         "late-turntable",
         "Does the faster student win on a turntable that neither policy saw turn in training?",
         Variant("teacher, 18 layers", (TURNTABLE_TEACHER,)),
-        Variant("student, 6 layers", (TURNTABLE_STUDENT,)),
+        {"the student": Variant("student, 6 layers", (TURNTABLE_STUDENT,))},
         lambda steps, executor: cells.Situation(
             ("touch", "insert"),
             execute_steps=5,
@@ -58,7 +59,7 @@ def _claim(
     name: str,
     question: str,
     teacher: Variant,
-    student: Variant,
+    students: Mapping[str, Variant],
     situation: Callable[[int, rollout.Executor], cells.Situation],
     limits: str,
 ) -> Claim:
@@ -78,14 +79,14 @@ def _claim(
             colour,
             style,
         )
-        for row, colour in ((teacher, "teacher"), (student, "student"))
+        for row, colour in ((teacher, "teacher"), (students["the student"], "student"))
         for executor, style in zip(EXECUTORS, ("-", "--", ":"), strict=True)
     ]
 
-    def faster(executor: rollout.Executor, student_late: int, text: str) -> Statement:
-        a = student.at(column(student_late, executor))
+    def faster(executor: rollout.Executor, text: str, student_late: int, against: str) -> Statement:
+        a = students[text].at(column(student_late, executor))
         b = teacher.at(column(TEACHER_LATE, executor))
-        return Statement(f"{text}, {EXECUTORS[executor]}", a, b, at_least=0)
+        return Statement(f"{text} {against}, {EXECUTORS[executor]}", a, b, at_least=0)
 
     return Claim(
         name=name,
@@ -93,13 +94,14 @@ def _claim(
         says="The paper: on a turntable at 15°/s, the teacher's plans are 364 ms late and the "
         "student's 110 ms. On the paper's robot the student solves more (peg, foam, apple, beans: "
         "34 of 40 episodes against 23).",
-        variants=(teacher, student),
+        variants=(teacher, *students.values()),
         columns=tuple(dict.fromkeys(columns)),
         statements=tuple(
-            faster(executor, steps, text)
-            for steps, text in (
-                (STUDENT_LATE, "the student 110 ms late beats the teacher 364 ms late"),
-                (RATIO_LATE, "the student 200 ms late beats the teacher 400 ms late (our ratio)"),
+            faster(executor, text, steps, against)
+            for text in students
+            for steps, against in (
+                (STUDENT_LATE, "110 ms late beats the teacher 364 ms late"),
+                (RATIO_LATE, "200 ms late beats the teacher 400 ms late (our ratio)"),
             )
             for executor in EXECUTORS
         ),
