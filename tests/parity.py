@@ -211,10 +211,7 @@ def _our_tower(config: pi0.Pi0Config, params: dict) -> dict[str, jax.Array]:
         valid, config.expert.head_dim, suffix.shape[1], config.action_horizon, condition
     )
     tower = gemma.Module(
-        (config.backbone, config.expert),
-        config.depth,
-        config.vocab_size,
-        jnp.dtype(config.dtype),
+        (config.backbone, config.expert), config.depth, config.vocab_size, jnp.dtype(config.dtype)
     )
     prefix = inputs["prefix"]
     suffix, *_ = tower.apply({"params": params}, prefix, suffix[:, None], geometry)

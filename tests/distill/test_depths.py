@@ -165,10 +165,7 @@ def test_attention_is_compared_at_the_middle_layer_of_the_expert(expert, pair, s
     columns = layer_map.halves(6, range(6), expert)
     model = tiny_config(depth=6, backbone_layers=columns[0], expert_layers=columns[1])
     found = dataclasses.replace(
-        spec,
-        student=model,
-        teacher=pi0.at_depth(model, 18),
-        layer_map=layer_map.uniform(6, 18),
+        spec, student=model, teacher=pi0.at_depth(model, 18), layer_map=layer_map.uniform(6, 18)
     )
     assert found.attention_layers == pair
 

@@ -65,10 +65,7 @@ def test_similarity_counts_valid_prefix_tokens_and_the_suffix(teacher):
 
     expected = [
         np.concatenate(
-            [
-                cosines(prefix[i], prefix[i + 1])[valid],
-                cosines(suffix[i], suffix[i + 1]).ravel(),
-            ]
+            [cosines(prefix[i], prefix[i + 1])[valid], cosines(suffix[i], suffix[i + 1]).ravel()]
         ).mean()
         for i in range(3)
     ]

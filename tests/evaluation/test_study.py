@@ -33,9 +33,7 @@ def _small(name, folder, **changes):
     """A turntable config with two layers, three steps, three demonstrations, two episodes."""
     experiment = command_line.load(CONFIGS, name)
     model = dataclasses.replace(
-        experiment.model,
-        depth=2,
-        image=dataclasses.replace(experiment.model.image, depth=1),
+        experiment.model, depth=2, image=dataclasses.replace(experiment.model.image, depth=1)
     )
     task = dataclasses.replace(
         experiment.closed_loop, demonstrations=3, episodes=2, num_steps=2, harder=()

@@ -103,9 +103,7 @@ def test_openpis_samples_are_those_of_our_reader_and_robot(home, teacher):
 def test_held_out_episodes_are_those_of_our_reader(home, teacher):
     theirs = opening.open_data(_data(held_out=0.3), MODEL, teacher)
     ours = opening.open_data(
-        _data(source="lerobot", path=str(home / REPO), robot="libero", held_out=0.3),
-        MODEL,
-        teacher,
+        _data(source="lerobot", path=str(home / REPO), robot="libero", held_out=0.3), MODEL, teacher
     )
     assert len(theirs.train) + len(theirs.held_out) == 21
     assert len(theirs.held_out) == len(ours.held_out)

@@ -81,9 +81,7 @@ def test_a_student_is_the_whole_model_without_the_patches_left_out(setting):
     assert len({tuple(row) for row in seen.reshape(4, 4).tolist()}) > 1
     seen = jnp.concatenate([seen, jnp.ones((2, 7), bool)], axis=1) & valid
     suffix, condition = model.apply(
-        {"params": params},
-        *(observation.state, x_t[:, None], t[:, None]),
-        method="embed_suffix",
+        {"params": params}, *(observation.state, x_t[:, None], t[:, None]), method="embed_suffix"
     )
     ends = positions, prefixes.positions_taken(_whole(config), valid)
     geometry = gemma.Geometry.create(seen, 8, suffix.shape[2], 5, condition, positions=ends)

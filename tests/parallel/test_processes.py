@@ -106,10 +106,7 @@ def test_a_job_of_one_process_named_by_hand_needs_no_address(joined, monkeypatch
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_JOB_ID": "7"}, None),
         (MPI | OPEN_MPI_4, ("10.0.0.1:61442", 2, 1, None)),
         (MPI | {"SHALLOW_PI_COORDINATOR": "h:5"}, ("h:5", 2, 1, None)),
-        (
-            MPI | OPEN_MPI_4 | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"},
-            ("10.0.0.1:61442", 2, 1, (0,)),
-        ),
+        (MPI | OPEN_MPI_4 | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, ("10.0.0.1:61442", 2, 1, (0,))),
         ({"OMPI_COMM_WORLD_SIZE": "1"}, None),
         ({"TPU_WORKER_HOSTNAMES": "a,b"}, ("", 0, 0, None)),
         ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),

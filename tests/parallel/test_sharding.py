@@ -228,10 +228,7 @@ def test_the_old_partitioner_is_refused_on_several_devices(monkeypatch):
         ),
         (lambda: sharding.MeshConfig(data=3).create(), "data=3, .*the product must be 8, where"),
         (lambda: sharding.MeshConfig(fsdp=16).create(), "does not fit 8 devices"),
-        (
-            lambda: sharding.MeshConfig(fsdp=0),
-            "fsdp must be 1 or more, or -1 to choose, got 0",
-        ),
+        (lambda: sharding.MeshConfig(fsdp=0), "fsdp must be 1 or more, or -1 to choose, got 0"),
         (lambda: sharding.MeshConfig(data=0), "mesh.data must be 1 or more, or -1"),
         (lambda: sharding.MeshConfig(tensor=-1), "mesh.tensor must be 1 or more, got -1"),
     ],

@@ -29,9 +29,7 @@ def is_adapter(path: str) -> bool:
     return _LEAF.fullmatch(path) is not None
 
 
-def adapters(
-    leaves: Mapping[str, Array | jax.ShapeDtypeStruct],
-) -> dict[str, tuple[str, str]]:
+def adapters(leaves: Mapping[str, Array | jax.ShapeDtypeStruct]) -> dict[str, tuple[str, str]]:
     """The paths of the two factors of every adapted matrix, by the path of the matrix.
 
     Raises:

@@ -160,9 +160,7 @@ def main() -> None:
         print("\n".join(lines))
 
 
-def to_tune(
-    models: Sequence[tuple[pi0.Pi0Config, int]],
-) -> Iterator[tuple[pi0.Pi0Config, int]]:
+def to_tune(models: Sequence[tuple[pi0.Pi0Config, int]]) -> Iterator[tuple[pi0.Pi0Config, int]]:
     """The first of the models, with its steps, that share one stored tuning."""
     found: set[pathlib.Path] = set()
     for model, steps in models:

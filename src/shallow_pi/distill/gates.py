@@ -94,10 +94,7 @@ def condition(
 
 
 def read(
-    config: pi0.Pi0Config,
-    params: PyTree,
-    suffix: Float[Array, "b r t e"],
-    t: Float[Array, "b r"],
+    config: pi0.Pi0Config, params: PyTree, suffix: Float[Array, "b r t e"], t: Float[Array, "b r"]
 ) -> Float[Array, "b r ah ad"]:
     """The velocity, float32, that the model's head reads from the suffix behind a layer."""
     final_norm = params["PaliGemma"]["llm"]["final_norm_1"]

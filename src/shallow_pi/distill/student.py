@@ -130,9 +130,7 @@ def join(trained: PyTree, params: PyTree, parts: Sequence[Part]) -> PyTree:
 
 
 def check_pair(
-    teacher: pi0.Pi0Config,
-    student: pi0.Pi0Config,
-    layer_map: layer_maps.LayerMap | None = None,
+    teacher: pi0.Pi0Config, student: pi0.Pi0Config, layer_map: layer_maps.LayerMap | None = None
 ) -> None:
     """Teacher and student may differ in layers, image tokens and dtype, and in nothing else.
 

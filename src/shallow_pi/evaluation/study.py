@@ -206,9 +206,7 @@ def _trained_name(experiment: config.DistillConfig) -> str:
 
 
 def _with_data(
-    experiment: config.DistillConfig,
-    task: config.ClosedLoopConfig,
-    suite: simulator.Suite,
+    experiment: config.DistillConfig, task: config.ClosedLoopConfig, suite: simulator.Suite
 ) -> config.DistillConfig:
     """Make demonstrations, and for a run without teacher the tokenizer; name them in the config."""
     path = experiment.folder / run_folder.DEMONSTRATIONS

@@ -243,8 +243,7 @@ def run_layers(
         return x, cache
 
     def step(
-        carry: tuple[Array, attention.Held],
-        scanned: tuple[Array, prepare.Layer, Array | None],
+        carry: tuple[Array, attention.Held], scanned: tuple[Array, prepare.Layer, Array | None]
     ) -> tuple[tuple[Array, attention.Held], None]:
         (x, cache), (i, layer, given) = carry, scanned
         queries, own, gate = _project(config, x, layer, rope, given)

@@ -147,9 +147,7 @@ def fastest_scheme(config: pi0.Pi0Config) -> quantization.Scheme | None:
     return None if found is None else found[1]
 
 
-def _load(
-    config: pi0.Pi0Config,
-) -> tuple[InferenceOptions, quantization.Scheme | None] | None:
+def _load(config: pi0.Pi0Config) -> tuple[InferenceOptions, quantization.Scheme | None] | None:
     file = path(config)
     try:
         content = json.loads(file.read_text(encoding="utf-8"))

@@ -276,10 +276,7 @@ class Pi0(nn.Module):
         return prefixes.join(self.config, observation, image_tokens, prompt_tokens, weights)
 
     def embed_suffix(
-        self,
-        state: Float[Array, "b ad"],
-        x_t: Float[Array, "b r ah ad"],
-        time: Float[Array, "b r"],
+        self, state: Float[Array, "b ad"], x_t: Float[Array, "b r ah ad"], time: Float[Array, "b r"]
     ) -> tuple[Float[Array, "b r t e"], Float[Array, "b r e"] | None]:
         """Suffix tokens, and for π0.5 the condition of the adaptive norms."""
         c = self.config
@@ -463,9 +460,7 @@ def hidden_states(
 
 
 def _check(
-    config: Pi0Config,
-    observation: observations.Observation,
-    actions: tuple[int, ...] | None = None,
+    config: Pi0Config, observation: observations.Observation, actions: tuple[int, ...] | None = None
 ) -> None:
     observations.check(observation, config.cameras, config.image_size, config.action_dim)
     expected = (config.action_horizon, config.action_dim)

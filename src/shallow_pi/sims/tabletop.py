@@ -246,9 +246,7 @@ def _name_by_colour(colours: list[str], named: int, num_blocks: int) -> None:
     colours[others] = [free[0] if name == colours[named] else name for name in colours[others]]
 
 
-def _related(
-    rng: np.random.Generator,
-) -> tuple[str, Float[np.ndarray, "5 2"], int, int]:
+def _related(rng: np.random.Generator) -> tuple[str, Float[np.ndarray, "5 2"], int, int]:
     """Three blocks and two cups: relation, places, and which object is named and which is meant."""
     kind = str(rng.choice(["left", "right", "nearest"]))
     while True:

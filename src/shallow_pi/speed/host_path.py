@@ -43,10 +43,7 @@ def made_up_policy(config: pi0.Pi0Config, num_steps: int) -> Iterator[policies.P
     robot = dataclasses.replace(robots.ALOHA, name="aloha_made_up", cameras=cameras)
     length = max(config.max_token_len, 200 if config.pi05 else 48)
     config = dataclasses.replace(
-        config,
-        cameras=tuple(cameras),
-        max_token_len=length,
-        discrete_state_input=config.pi05,
+        config, cameras=tuple(cameras), max_token_len=length, discrete_state_input=config.pi05
     )
     with tempfile.TemporaryDirectory() as folder:
         file = pathlib.Path(folder) / "tokenizer.model"

@@ -127,8 +127,7 @@ def ceiling_loops(loops: int) -> tuple[jax.stages.Wrapped, jax.stages.Wrapped]:
     products writes the second one where it read the first one's factor.
     """
     multiply = jax.jit(
-        lambda y, x: jax.lax.fori_loop(0, loops // 2, lambda _, y: (y @ x) @ x, y),
-        donate_argnums=0,
+        lambda y, x: jax.lax.fori_loop(0, loops // 2, lambda _, y: (y @ x) @ x, y), donate_argnums=0
     )
     copy = jax.jit(
         lambda y: jax.lax.fori_loop(0, loops, lambda i, y: y + i.astype(y.dtype), y),

@@ -53,10 +53,7 @@ def candidates(
             continue  # Timed above.
         found[f"all unrolled, attention {tower} (tower), {prefix} (prefix), {step} (steps)"] = (
             dataclasses.replace(
-                base,
-                tower_attention=tower,
-                prefix_attention=prefix,
-                step_attention=step,
+                base, tower_attention=tower, prefix_attention=prefix, step_attention=step
             )
         )
     for buffers in attention.BUFFERS[1:]:

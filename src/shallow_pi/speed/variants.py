@@ -95,13 +95,7 @@ VARIANTS = (
     Variant("pi05_l4", depth=4),
     Variant("pi05_l2", depth=2),
     Variant("step_pi0_l6", "step", arguments=_FULL, repeats=6, profile=True),
-    Variant(
-        "step_pi0_l6_frozen",
-        "step",
-        arguments=_FROZEN,
-        repeats=6,
-        profile=True,
-    ),
+    Variant("step_pi0_l6_frozen", "step", arguments=_FROZEN, repeats=6, profile=True),
 )
 
 

@@ -168,17 +168,13 @@ def test_a_rival_runs_as_a_policy_and_drops_the_most_alike(own, params, tiny_bat
     shallow = student.cut(config, params, kept)
     expected = table.find("teacher").make(
         dataclasses.replace(
-            material,
-            assets=dataclasses.replace(own, model=pi0.at_depth(config, 1)),
-            params=shallow,
+            material, assets=dataclasses.replace(own, model=pi0.at_depth(config, 1)), params=shallow
         ),
         tmp_path,
     )
     noise = np.random.default_rng(0).standard_normal((2, 5, 6)).astype(np.float32)
     np.testing.assert_allclose(
-        made.sample(batch.observation, noise),
-        expected.sample(batch.observation, noise),
-        atol=1e-5,
+        made.sample(batch.observation, noise), expected.sample(batch.observation, noise), atol=1e-5
     )
     assert made.assets.model.depth == 1
 
