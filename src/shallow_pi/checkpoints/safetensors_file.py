@@ -225,12 +225,8 @@ def write(
 ) -> None:
     """Write parameters under the names of openpi's PyTorch model (`prefix="model."`: LeRobot's).
 
-    Args:
-      path: the file; it must not exist.
-      leaves: the parameters by path.
-      num_kv_heads, num_image_heads: kept in the header, because no tensor shape gives them.
-      prefix: prefix of every name.
-      unused: also write the action expert's unused output matrix, as zeros; openpi's class has it.
+    The numbers of heads are kept in the header, because no tensor shape gives them. With `unused`,
+    the action expert's unused output matrix is written too, as zeros, as openpi's class has it.
     """
     rules = {rule.parameter.path: rule for rule in layout.RULES}
     if unknown := sorted(set(leaves) - set(rules)):

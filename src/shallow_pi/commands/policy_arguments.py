@@ -51,12 +51,10 @@ class Loading:
     def load(
         self, path: str, *, prompt: str | None = None, robot: robots.Robot | None = None
     ) -> policy.Policy:
-        """Load the policy of a folder; nothing is compiled yet.
+        """Load the policy of a step folder or a run's folder; nothing is compiled yet.
 
-        Args:
-          path: a step folder or a run's folder, ours, openpi's or LeRobot's.
-          prompt: instruction for observations without one.
-          robot: robot of a folder that is not ours, where the options name none.
+        The folder is ours, openpi's or LeRobot's. The prompt is for observations without one;
+        `robot` is that of a folder that is not ours, where the options name none.
         """
         fields: dict[str, Any] = {
             "action_horizon": self.action_horizon or None,

@@ -138,11 +138,8 @@ def attention_loss(
 ) -> Float[Array, "*b ah"]:
     """KL(teacher ‖ student) of the attention over the valid keys, mean over heads.
 
-    Args:
-      student_logits: unmasked logits of the student's action queries over the prefix keys.
-      teacher_logits: the teacher's, over the same keys.
-      valid: which keys exist. Rows without a single valid key give 0.
-      heads: compare head by head, or the maps averaged over heads.
+    Logits are unmasked, of the action queries over the prefix keys. Rows without a single valid key
+    give 0. Heads are compared one by one, or as the mean of their maps.
     """
     flow.same_shape("student_logits", student_logits, "teacher_logits", teacher_logits)
     log_student = masked_log_softmax(student_logits, valid)

@@ -64,11 +64,8 @@ def cut(
 ) -> PyTree:
     """Student parameters in the teacher's dtype; jit it to cut sharded parameters in place.
 
-    Args:
-      teacher_config: the teacher; its depth must be the map's teacher depth.
-      teacher_params: its parameters, checked against the config path by path.
-      layer_map: which layers to keep.
-      student_config: the student; None is the teacher with the map's layers, as they are.
+    `teacher_params` are checked against the config path by path. Without a `student_config` the
+    student is the teacher with the map's layers, as they are.
 
     Raises:
       ValueError: a map for another depth, or parameters with a missing, extra or misshapen leaf.

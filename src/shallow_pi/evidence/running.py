@@ -79,11 +79,8 @@ Found = list[tuple[int, str, dict[str, float]]]
 class Watched:
     """A simulator that records the outcome of each of its episodes (see `simulator.Simulator`).
 
-    Args:
-      world: the simulator.
-      control_hz: its control steps a second.
-      max_seconds: episodes end here; 0 is the simulator's own limit.
-      ended: list that outcomes are appended to.
+    Episodes end after `max_seconds`, or at the simulator's own limit if it is 0; outcomes are
+    appended to `ended`.
     """
 
     def __init__(

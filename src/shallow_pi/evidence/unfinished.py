@@ -21,10 +21,8 @@ EVERY = 300.0
 class Unfinished:
     """The state of one training in one file, written every few minutes.
 
-    Args:
-      folder: of such files; made if there is something to keep.
-      name: of the training, for people.
-      identity: everything that the state depends on; another value is another file.
+    `folder` holds such files, and is made if there is something to keep; `name` is for people.
+    `identity` is everything that the state depends on: another value is another file.
     """
 
     def __init__(self, folder: pathlib.Path, name: str, identity: Iterable[object]) -> None:

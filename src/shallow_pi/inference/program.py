@@ -82,11 +82,8 @@ def pack(
 ) -> UInt8[np.ndarray, "b n"]:
     """Write observations, the start of their paths and previous chunks into one buffer.
 
-    Args:
-      layout: of the buffer; its cameras and prompt length are the observation's.
-      observation: on the host; images are uint8.
-      start: the noise, or the seed it is drawn from.
-      guidance: on the host; given if the layout is guided.
+    The observation, which has the layout's cameras and prompt length, and the guidance of a guided
+    layout are on the host; images are uint8.
 
     Raises:
       ValueError: images of another dtype or size.

@@ -99,9 +99,8 @@ def pad_previous(
 ) -> Float32[np.ndarray, "ah rd"]:
     """A previous chunk with zeros behind it, checked; on the host, in the robot's units.
 
-    Args:
-      previous: the rest of the chunk that is being executed; n may be 0.
-      shape: action horizon and the robot's dimensions.
+    `previous` is the rest of the chunk that is being executed, and may be empty; `shape` is action
+    horizon and the robot's dimensions.
 
     Raises:
       ValueError: no numbers, another shape, or not finite or absurdly large.

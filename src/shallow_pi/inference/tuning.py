@@ -116,12 +116,8 @@ def store(
 ) -> pathlib.Path:
     """Keep the fastest options and all measurements; returns the file.
 
-    Args:
-      config: the model.
-      options: the fastest ones that change no result.
-      milliseconds: of each candidate, by name.
-      scheme: the fastest with products in 8 bits among them, which `fastest_scheme` gives whoever
-        asks for it; None: not measured.
+    `options` are the fastest that change no result. `scheme` is the fastest of products in 8 bits,
+    which `fastest_scheme` gives whoever asks for it; None: not measured.
     """
     file = path(config)
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -156,10 +156,8 @@ def rms_norm(
 ) -> tuple[Float[Array, "*b t d"], Array | None]:
     """RMSNorm, or the adaptive one, which also returns a gate for the residual.
 
-    Args:
-      x: the stream.
-      scale: of the plain norm, in float32; openpi's parameter is scale - 1.
-      modulation: scale - 1, shift and gate of the adaptive norm, broadcastable to `x`.
+    `scale` is the plain norm's, in float32 (openpi's parameter is scale - 1); `modulation` has
+    scale - 1, shift and gate of the adaptive norm, broadcastable to `x`.
     """
     wide = x.astype(jnp.float32)
     normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + 1e-6)

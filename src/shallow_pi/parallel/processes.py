@@ -241,9 +241,8 @@ def split_cpu(*rows: int) -> None:
     XLA runs the small operations of a small model on one core only. `JAX_NUM_CPU_DEVICES` sets
     another number. Accelerators are not affected.
 
-    Args:
-      rows: observations of a microbatch, over all processes, of each training of this process;
-        multiples of the number of devices.
+    `rows` are the observations of a microbatch, over all processes, of each training of this
+    process: multiples of the number of devices.
     """
     if "JAX_NUM_CPU_DEVICES" in os.environ or (_joined is not None and not _joined.coordinator):
         return

@@ -95,9 +95,8 @@ def insertion(peg: Float[np.ndarray, "3"], socket: Float[np.ndarray, "3"]) -> di
 class Expert:
     """Follows the waypoints of both grippers; can be pickled.
 
-    Args:
-      data: state of the scene at the start; the arms' joints are its first 16, left before right.
-      paths: waypoints of each side.
+    `data` is the scene at the start, whose first 16 joints are the arms', left before right;
+    `paths` are the waypoints of each side.
     """
 
     def __init__(self, data: mujoco.MjData, paths: dict[str, Path]):

@@ -51,13 +51,10 @@ class Bench:
         control_hz: float,
         fixtures: str = "",
     ):
-        """Compile it.
+        """Compile a disc with so many blocks and cups.
 
-        Args:
-          num_blocks, num_cups: on the disc.
-          clearance_mm: radial play of the peg in a cup.
-          control_hz: actions a second.
-          fixtures: MJCF of further bodies on the disc.
+        `clearance_mm` is the radial play of the peg in a cup, `fixtures` MJCF of further bodies on
+        the disc.
         """
         self.substeps = math.ceil(1 / control_hz / PHYSICS_TIMESTEP - 1e-9)
         self.hole_radius = turntable_scene.PEG_RADIUS + clearance_mm / 1000

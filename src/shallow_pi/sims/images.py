@@ -22,15 +22,9 @@ def check(renderer: str) -> None:
 class Images:
     """Images of one model by its named cameras.
 
-    Args:
-      model: the compiled scene; its colours are read anew for every image.
-      size: height and width in pixels.
-      renderer: "ray" needs no graphics library.
-      grid: rays along each side of a pixel that shows an edge.
-      sites: ids of the sites that ray casting draws, as spheres; OpenGL draws all of them.
-      groups: which groups of geoms ray casting sees.
-      shadows: OpenGL draws shadows and reflections and smooths edges, as the scene's file says;
-        on a CPU that takes ten times as long. Ray casting has none.
+    Ray casting (see `raycast.RayCamera`) needs no graphics library, and draws neither shadows nor
+    sites that are not named; OpenGL draws all sites, and, with `shadows`, shadows, reflections and
+    smooth edges as the scene's file says, which on a CPU takes ten times as long.
     """
 
     def __init__(

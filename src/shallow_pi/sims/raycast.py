@@ -45,15 +45,11 @@ class RayCamera:
         sites: Sequence[int] = (),
         groups: Sequence[int] = VISIBLE_GROUPS,
     ):
-        """Prepare the ray directions.
+        """Prepare the ray directions; the scene's colours are read anew for every image.
 
-        Args:
-          model: the compiled scene; its colours are read anew for every image.
-          camera: the camera's name in the scene.
-          height, width: of the image, in pixels.
-          grid: rays along each side of a pixel that shows an edge.
-          sites: ids of the sites to draw, as spheres of their radius.
-          groups: 1 for each of the six groups of geoms to draw, 0 for the others.
+        `grid` is the number of rays along each side of a pixel that shows an edge, `sites` are ids
+        of sites to draw as spheres of their radius, and `groups` has 1 for each of the six groups
+        of geoms to draw.
         """
         self._groups = np.array(groups, np.uint8)
         self._model, self._sites = model, tuple(sites)

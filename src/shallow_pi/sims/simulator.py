@@ -151,11 +151,9 @@ GROUPS = {"libero": ("libero_spatial", "libero_object", "libero_goal", "libero_1
 
 
 def find(name: str, given: Mapping[str, object]) -> Suite:
-    """The suite of that name with these options; text is converted to the option's type.
+    """The suite of that name with these options; those left out keep their defaults.
 
-    Args:
-      name: a key of `SUITES`, or MODULE:CLASS of another suite.
-      given: fields of the suite; those left out keep their defaults.
+    The name is a key of `SUITES`, or MODULE:CLASS; text is converted to the option's type.
 
     Raises:
       ValueError: an unknown name or option, a value that does not fit, or a package that is not

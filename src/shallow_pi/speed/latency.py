@@ -66,11 +66,8 @@ def median_latency(
 ) -> Latency:
     """Time the functions in turns.
 
-    Args:
-      functions: name → call without arguments that returns JAX arrays (any pytree).
-      repeats: timed calls of each.
-      warmup: untimed calls of each first, to compile and to fill caches.
-      label: of the progress bar.
+    The functions return JAX arrays (any pytree). `warmup` calls of each come first, untimed, to
+    compile and to fill caches.
     """
     if not functions or repeats < 1 or warmup < 0:
         raise ValueError(

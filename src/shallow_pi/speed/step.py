@@ -91,15 +91,9 @@ def measure(
 ) -> Timing:
     """Time both steps, with made-up weights.
 
-    Args:
-      spec: the static part of the distillation step.
-      mesh: the devices.
-      batch_size: observations a step, over all devices.
-      teacher_dtype: dtype of the teacher's parameters.
-      repeats: timed steps of each kind.
-      warmup: untimed steps of each kind before.
-      profile: also trace the kernels of the distillation step.
-      ready: called when everything is compiled; no weights are in memory until it returns.
+    `batch_size` is over all devices; `repeats` steps of each kind are timed, after `warmup` others.
+    `profile` also traces the kernels of the distillation step. `ready` is called when everything is
+    compiled; no weights are in memory until it returns.
 
     Raises:
       ValueError: nothing to compare; a batch the mesh cannot split.
