@@ -90,14 +90,8 @@ class CogVLA:
         prefix = reduce(self.kind, config, held.extra, whole)
         model = rival.with_tokens(config, rival.images(config) // 4)
         positions = jnp.cumsum(prefix.valid, axis=1) - 1
-        cache, valid = forward.run_prefix(model, prepared, *prefix, positions)
-        cache, valid = forward.append_state(model, prepared, observation.state, cache, valid)
-        return rival.integrate(
-            lambda x_t, tables, cache: forward.velocity(model, prepared, cache, valid, x_t, tables),
-            prepared,
-            noise,
-            cache,
-        )
+        made = forward.run_prefix(model, prepared, *prefix, positions)
+        return rival.sample_behind(made, model, prepared, observation.state, noise)
 
     def untrained(
         self, config: pi0.Pi0Config, params: PyTree
@@ -109,11 +103,9 @@ class CogVLA:
 
     def operations(self, config: pi0.Pi0Config, num_steps: int) -> int:
         """Of the tower, the queries, and the model over fewer tokens."""
-        fewer, depth = (
-            rival.with_tokens(config, rival.images(config) // 4),
-            self.layers or config.depth,
-        )
-        count, width = rival.count(fewer, depth, num_steps), config.backbone.width
+        fewer = rival.with_tokens(config, rival.images(config) // 4)
+        count = rival.count(fewer, self.layers or config.depth, num_steps)
+        width = config.backbone.width
         queries = 0
         if self.kind != "mean":
             n, m = config.image_tokens, config.image_tokens // 4
@@ -124,8 +116,7 @@ class CogVLA:
         """The model's, and the queries'."""
         model = pi0.at_depth(config, self.layers or config.depth)
         own = jax.eval_shape(lambda: init(model, jax.random.key(0)))
-        extra = sum(leaf.size for leaf in jax.tree.leaves(own)) if self.kind != "mean" else 0
-        return rival.held(model) + extra
+        return rival.held(model) + (rival.size(own) if self.kind != "mean" else 0)
 
 
 def init(config: pi0.Pi0Config, key: Array) -> PyTree:

@@ -98,7 +98,7 @@ class EarlyExit:
         tokens, valid = prefix.tokens, prefix.valid
         every, depth = self.exits(config.depth), config.depth
         first = jax.tree.map(lambda leaf: leaf[:1], prepared.tables)
-        start = gated.empty(config, tokens, valid, 0)[1]
+        cache, start = gated.empty(config, tokens, valid, depth)
         slots = start
         if not config.pi05:
             slots = start.at[:, config.prefix_tokens].set(True)
@@ -111,22 +111,13 @@ class EarlyExit:
         after = jnp.sum(start, axis=1, keepdims=True)
         state_rope = layers.rope_table(after, config.expert.head_dim)
         slot, step_rope, mask = forward.suffix_geometry(config, slots, acted.shape[1])
-        cache, _ = gated.empty(config, tokens, valid, depth)
         on, left = jnp.ones(b, bool), jnp.full(b, len(every) - 1)
         before: Array | None = None
         for i, (low, high) in enumerate(zip((0, *every), every, strict=False)):
             part = slice(low, high)
             opened = jnp.broadcast_to(on, (high - low, b))
             seen, cache[part] = gated.run(
-                config,
-                backbone[part],
-                seen,
-                cache[part],
-                0,
-                rope,
-                start[:, None],
-                None,
-                opened,
+                config, backbone[part], seen, cache[part], 0, rope, start[:, None], None, opened
             )
             own_stack = expert[part]
             if not config.pi05:

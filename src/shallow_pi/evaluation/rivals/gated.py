@@ -26,7 +26,8 @@ def prefill(
     """Buffers with the keys and values of the prefix, and behind it of π0's state."""
     stack = prepared.prefix
     cache, valid = empty(config, tokens, valid, len(stack))
-    rope = layers.rope_table(jnp.cumsum(valid, axis=1)[:, : tokens.shape[1]] - 1, _head(config))
+    positions = jnp.cumsum(valid, axis=1)[:, : tokens.shape[1]] - 1
+    rope = layers.rope_table(positions, config.backbone.head_dim)
     _, cache = run(config, stack, tokens, cache, 0, rope, valid[:, None], None, gates)
     return append_state(config, prepared, state, cache, valid, gates)
 
@@ -52,7 +53,8 @@ def append_state(
     if config.pi05:
         return cache, valid
     token = layers.dense(prepared.params["state_proj"], state)[:, None].astype(config.dtype)
-    rope = layers.rope_table(jnp.sum(valid, axis=1, keepdims=True), _head(config))
+    position = jnp.sum(valid, axis=1, keepdims=True)
+    rope = layers.rope_table(position, config.backbone.head_dim)
     slot = config.prefix_tokens
     valid = jax.lax.dynamic_update_slice(valid, jnp.ones((len(valid), 1), bool), (0, slot))
     _, cache = run(config, prepared.suffix, token, cache, slot, rope, valid[:, None], None, gates)
@@ -129,7 +131,3 @@ def sample(
         return forward.read_velocity(config, prepared, behind, tables), cache
 
     return rival.integrate(velocity, prepared, noise, cache)
-
-
-def _head(config: pi0.Pi0Config) -> int:
-    return config.backbone.head_dim

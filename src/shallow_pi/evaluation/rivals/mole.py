@@ -117,8 +117,7 @@ class MoLE:
     def parameters_held(self, config: pi0.Pi0Config) -> int:
         """All layers, and the router."""
         router = jax.eval_shape(lambda: init(config, jax.random.key(0)))
-        own = sum(leaf.size for leaf in jax.tree.leaves(router))
-        return rival.held(config) + own
+        return rival.held(config) + rival.size(router)
 
 
 def init(config: pi0.Pi0Config, key: Array) -> PyTree:

@@ -10,7 +10,6 @@ measured with these options too (rival `teacher`).
 import dataclasses
 import functools
 import json
-import math
 import pathlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, Protocol
@@ -18,13 +17,13 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PyTree, UInt8
+from jaxtyping import Array, Bool, Float, PyTree, UInt8
 
 from shallow_pi.checkpoints import run_folder
 from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.deploy import policy as deployed
 from shallow_pi.distill import flow, layer_map, layer_scores
-from shallow_pi.inference import attention, prepare, program, sampler, tuning
+from shallow_pi.inference import attention, forward, prepare, program, sampler, tuning
 from shallow_pi.models import batch as batches
 from shallow_pi.models import observation as observations
 from shallow_pi.models import pi0
@@ -198,6 +197,23 @@ def integrate(
     return jax.lax.scan(step, (noise.astype(jnp.float32), cache), prepared.tables)[0][0]
 
 
+def sample_behind(
+    prefix: tuple[attention.Cache, Bool[Array, "b s"]],
+    config: pi0.Pi0Config,
+    prepared: prepare.Prepared,
+    state: Float[Array, "b ad"],
+    noise: Array,
+) -> Float[Array, "b ah ad"]:
+    """Sample as every policy does, behind the buffers and the mask of a prefix."""
+    cache, valid = forward.append_state(config, prepared, state, *prefix)
+    return integrate(
+        lambda x_t, tables, cache: forward.velocity(config, prepared, cache, valid, x_t, tables),
+        prepared,
+        noise,
+        cache,
+    )
+
+
 def images(config: pi0.Pi0Config) -> int:
     """Image tokens of all cameras together."""
     return len(config.cameras) * config.image_tokens
@@ -237,4 +253,9 @@ def layer(config: pi0.Pi0Config) -> flops.Count:
 
 def held(config: pi0.Pi0Config) -> int:
     """Parameters of a plain model."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(pi0.abstract_params(config)))
+    return size(pi0.abstract_params(config))
+
+
+def size(tree: PyTree) -> int:
+    """How many numbers its leaves hold."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))

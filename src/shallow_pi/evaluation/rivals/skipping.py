@@ -97,15 +97,8 @@ def plain(
     noise: jax.Array,
 ) -> jax.Array:
     """The sampler of every policy, with the rivals' options."""
-    prepared = held.prepared
-    cache, valid = forward.prefill(config, prepared, observation)
-    cache, valid = forward.append_state(config, prepared, observation.state, cache, valid)
-    return rival.integrate(
-        lambda x_t, tables, cache: forward.velocity(config, prepared, cache, valid, x_t, tables),
-        prepared,
-        noise,
-        cache,
-    )
+    prefix = forward.prefill(config, held.prepared, observation)
+    return rival.sample_behind(prefix, config, held.prepared, observation.state, noise)
 
 
 def without(depth: int, dropped: Sequence[int]) -> layer_map.LayerMap:
