@@ -24,10 +24,7 @@ EMBEDDING = f"{BACKBONE}embed_tokens.weight"
 # The backbone's output matrix is its embedding, and a file may hold it under either name.
 TIED = f"{WITH_EXPERT}paligemma.lm_head.weight"
 # Tensors of the PyTorch classes that no policy uses.
-UNUSED = (
-    *(TIED, f"{WITH_EXPERT}gemma_expert.lm_head.weight"),
-    f"{EXPERT}embed_tokens.weight",
-)
+UNUSED = (TIED, f"{WITH_EXPERT}gemma_expert.lm_head.weight", f"{EXPERT}embed_tokens.weight")
 # Tensors that are no parameters: constants of transformers, and the statistics that LeRobot's
 # policies held before they had processor files.
 CONSTANTS = re.compile(r".*\.(position_ids|inv_freq)")

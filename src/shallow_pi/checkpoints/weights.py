@@ -149,11 +149,8 @@ def _merge(
     b: jax.Array,
 ) -> jax.Array:
     """The sum of a matrix and its adapter, on the devices of the matrix."""
-
-    def merge(w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-        return lora.merge(path, w, a, b).astype(dtype)
-
-    return jax.jit(merge, out_shardings=where)(w, a, b)
+    merge = jax.jit(lambda *given: lora.merge(path, *given).astype(dtype), out_shardings=where)
+    return merge(w, a, b)
 
 
 def _replicated(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:

@@ -33,11 +33,8 @@ def is_url(source: str) -> bool:
 class Served:
     """A policy behind a websocket server (see `policies.Policy`).
 
-    Args:
-      url: the server's address.
-      robot: the simulator's, which the actions must fit.
-      needed: fewest actions of a plan.
-      continues: plans go on from what is executed meanwhile (real-time chunking).
+    Plans have at least `needed` actions; if the policy `continues`, they go on from what is
+    executed meanwhile (real-time chunking).
 
     Raises:
       ConnectionError: there is no server.
@@ -108,7 +105,10 @@ class Served:
         """
         while len(self._connections) < len(sims):
             self._connect()
-        asked = [self._form(one) for one in observations[: len(sims)]]
+        asked = [
+            dict(one) if self._is_ours else openpi_form(self._robot, one)
+            for one in observations[: len(sims)]
+        ]
         if previous is not None:
             asked = [
                 observation_keys.with_previous(one, left, delay)
@@ -118,9 +118,6 @@ class Served:
         found = list(self._pool.map(self._ask, self._connections, messages))
         # All plans of a batch have one length.
         return np.stack([actions[: min(map(len, found))] for actions in found])
-
-    def _form(self, observation: simulator.Observation) -> dict[str, Any]:
-        return dict(observation) if self._is_ours else openpi_form(self._robot, observation)
 
     def _ask(
         self, connection: websockets.sync.client.ClientConnection, message: bytes

@@ -45,7 +45,8 @@ def run(experiment: config.DistillConfig) -> pathlib.Path:
       ValueError, FileNotFoundError, OSError: something does not fit, is missing or is not writable.
       loop.NonFiniteLossError, loop.InterruptedRunError: the training ended early.
     """
-    folder, task, label = experiment.folder, experiment.closed_loop, _label(experiment)
+    folder, task = experiment.folder, experiment.closed_loop
+    label = "Distil" if experiment.losses.needs_teacher else "Train"
     if task is None:
         opened = runs.open_run(experiment)
         with runs.claimed(experiment):
@@ -138,15 +139,9 @@ def package(experiment: config.DistillConfig, step: pathlib.Path, target: pathli
     assets = policy_assets.load(step)
     expected = pi0.abstract_params(assets.model)
     params = weights.load_params(step, expected, dtype=jnp.dtype("bfloat16"), what="policy")
-    recipe = {
-        "command": f"uv run scripts/train_teacher.py {experiment.name}",
-        "success": made["success"],
-        "by_task": made["by_task"],
-        "stage_seconds": made["stage_seconds"],
-        "config": made["config"],
-        "versions": made["versions"],
-        "machine": made["machine"],
-    }
+    kept = ("success", "by_task", "stage_seconds", "config", "versions", "machine")
+    recipe = {"command": f"uv run scripts/train_teacher.py {experiment.name}"}
+    recipe |= {name: made[name] for name in kept}
     text = json.dumps(recipe, indent=2, ensure_ascii=False) + "\n"
     with atomic.folder(target) as partial:
         weights.save_params(partial / run_folder.PARAMS, params)
@@ -195,10 +190,6 @@ def _is_finished(experiment: config.DistillConfig) -> bool:
     if not experiment.data.path:
         reported["data"] |= {name: wanted["data"][name] for name in ("path", "tokenizer")}
     return bool(reported == wanted)
-
-
-def _label(experiment: config.DistillConfig) -> str:
-    return "Distil" if experiment.losses.needs_teacher else "Train"
 
 
 def _trained_name(experiment: config.DistillConfig) -> str:

@@ -133,7 +133,8 @@ def contents(curves: Mapping[str, plots.Rows], criterion: str) -> dict[str, Any]
     """
 
     def values(row: plots.Row) -> dict[str, object]:
-        kept = {k.removeprefix(validation.PREFIX): v for k, v in row.items() if _is_ours(k)}
+        prefix = validation.PREFIX
+        kept = {k.removeprefix(prefix): v for k, v in row.items() if k.startswith(prefix)}
         finite = {k: v if v is None or math.isfinite(v) else None for k, v in kept.items()}
         return {"step": row["step"], **finite}
 
@@ -145,10 +146,6 @@ def contents(curves: Mapping[str, plots.Rows], criterion: str) -> dict[str, Any]
             found[policy] = {} if first["step"] else {"start": values(first)}
             found[policy] |= {"best": values(top), "last": values(last)}
     return found
-
-
-def _is_ours(key: str) -> bool:
-    return key.startswith(validation.PREFIX)
 
 
 def _cell(value: float | None) -> str:

@@ -226,13 +226,8 @@ def plot(path: pathlib.Path, table: outcomes.Table, results: pathlib.Path) -> bo
     for number, point in enumerate(points, 1):
         axis.annotate(str(number), point, (-8, 7), textcoords="offset points", fontsize=8)
     listed = [f"{number}  {row}, {column}" for number, (row, column) in enumerate(best, 1)]
-    place = {
-        "ha": "left",
-        "va": "center",
-        "fontsize": 7,
-        "transform": axis.transAxes,
-    }
-    axis.text(1.02, 0.5, "\n".join(listed), **place)
+    beside = {"ha": "left", "va": "center", "fontsize": 7, "transform": axis.transAxes}
+    axis.text(1.02, 0.5, "\n".join(listed), **beside)
     for name in names:
         axis.plot([], [], "o", color=colors[name], label=name)
     axis.set(xlabel="operations of one inference, M", ylabel="success, %", ylim=(0, 103))

@@ -191,7 +191,8 @@ def _tables(table: outcomes.Table) -> Iterator[str]:
         for row in claim.variants
     }
     grid = {label: texts for label, texts in grid.items() if any(texts)}
-    across, down, texts = [_title(c) for c in columns], [*grid], [*grid.values()]
+    across = [f"{c.label}, %" if c.is_rate else c.label for c in columns]
+    down, texts = [*grid], [*grid.values()]
     if len(across) > len(down):
         across, down, texts = down, across, [list(line) for line in zip(*texts, strict=True)]
     yield ""
@@ -204,10 +205,6 @@ def _tables(table: outcomes.Table) -> Iterator[str]:
         "Each cell has the mean (interval; number of training seeds if several; n episodes if not "
         f"all), and below it the difference from *{claim.reference}*."
     )
-
-
-def _title(column: Column) -> str:
-    return f"{column.label}, %" if column.is_rate else column.label
 
 
 def _cell(table: outcomes.Table, side: Side, column: Column) -> str:

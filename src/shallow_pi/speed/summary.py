@@ -4,7 +4,7 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import rich.table
 
@@ -12,6 +12,7 @@ from shallow_pi.speed import inference, plots, report, stages
 
 # Contents of the variants' JSON files, by name.
 Found = Mapping[str, Mapping[str, Any]]
+_Part = TypeVar("_Part", inference.Timing, stages.HostPath)
 # Shown for what was not measured.
 NONE = ""
 
@@ -109,20 +110,20 @@ def _ms(value: float | None) -> str:
 
 def timings(found: Found) -> dict[str, inference.Timing]:
     """The timings of inference, by variant."""
-    fields = {field.name for field in dataclasses.fields(inference.Timing)}
-    return {
-        name: inference.Timing(**{k: v for k, v in content["timing"].items() if k in fields})
-        for name, content in found.items()
-        if "timing" in content
-    }
+    return _read(found, "timing", inference.Timing)
 
 
 def _paths(found: Found) -> dict[str, stages.HostPath]:
-    fields = {field.name for field in dataclasses.fields(stages.HostPath)}
+    return _read(found, "policy", stages.HostPath)
+
+
+def _read(found: Found, key: str, kind: type[_Part]) -> dict[str, _Part]:
+    """The variants' parts of one kind, from the fields that it has here."""
+    fields = {field.name for field in dataclasses.fields(kind)}
     return {
-        name: stages.HostPath(**{k: v for k, v in content["policy"].items() if k in fields})
+        name: kind(**{k: v for k, v in content[key].items() if k in fields})
         for name, content in found.items()
-        if "policy" in content
+        if key in content
     }
 
 
