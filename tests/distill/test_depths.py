@@ -69,7 +69,7 @@ def _lacks(config, path, layer):
     return inside and not layer_table.has(config.layers[layer], path)
 
 
-def test_the_cut_takes_the_halves_of_the_table_and_zeros_the_others(spec, teacher, cut):
+def test_the_cut_takes_the_halves_of_the_table_and_zeros_the_others(teacher, cut):
     source, found = weights.leaves(teacher[1]), weights.leaves(cut)
     at = "PaliGemma/llm/layers/{}/w"
     kept = {
@@ -176,11 +176,7 @@ def test_attention_is_compared_at_the_middle_layer_of_the_expert(expert, pair, s
         ({}, (), ()),
         ({"backbone_depth": 2}, (WHOLE, KV, KV, KV, WHOLE, KV), ()),
         ({"expert_depth": 4}, (), (WHOLE, ABSENT, WHOLE, WHOLE, ABSENT, WHOLE)),
-        (
-            {"backbone_depth": 1, "expert_depth": 4},
-            (WHOLE, KV, KV, KV),
-            (),
-        ),
+        ({"backbone_depth": 1, "expert_depth": 4}, (WHOLE, KV, KV, KV), ()),
         (
             {"layers": (0, 3, 7), "backbone_layers": (0, 3), "expert_layers": (0, 7)},
             (WHOLE, WHOLE, KV),

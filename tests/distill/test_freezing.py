@@ -81,7 +81,7 @@ def test_a_tree_is_split_by_path_and_joined_again(setting):
     assert {path.split("/")[1] for path in _paths(kept)} == {"img"}
 
 
-def test_what_is_not_frozen_trains_as_if_everything_did(setting, whole, frozen):
+def test_what_is_not_frozen_trains_as_if_everything_did(whole, frozen):
     """Same losses, and on the trained parts the same update (and average) bit for bit or nearly."""
     for name in ("loss", *(f"{term}_loss" for term in losses.TERMS[:4])):
         np.testing.assert_allclose(frozen[1][name], whole[1][name], rtol=1e-5)

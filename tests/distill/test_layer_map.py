@@ -22,10 +22,6 @@ def test_uniform_is_the_paper_s(depth, layers):
     assert layer_map.uniform(depth, 18).layers == layers
 
 
-def test_uniform_of_all_layers_is_the_identity():
-    assert layer_map.uniform(6, 6).layers == (0, 1, 2, 3, 4, 5)
-
-
 def test_first_last_and_explicit():
     assert layer_map.first(3, 18).layers == (0, 1, 2)
     assert layer_map.last(3, 18).layers == (15, 16, 17)

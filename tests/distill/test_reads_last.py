@@ -27,9 +27,9 @@ def teacher(tiny_config, tiny_params):
     return made, layer_table.zero_cut(made.layers, tiny_params(made))
 
 
-def _spec(teacher, kept, backbone, expert):
+def _spec(teacher, kept, student_model):
     return specs.Spec(
-        student=_reads_last(teacher, backbone, expert),
+        student=student_model,
         optimizer=optax.sgd(0.1),
         schedule=optax.constant_schedule(0.1),
         losses=losses.Losses(),
@@ -64,7 +64,7 @@ def test_every_expert_layer_reads_the_state_behind_all_backbone_layers(teacher, 
 @pytest.mark.slow
 def test_its_student_is_trained_by_three_losses(teacher, tiny_batch):
     made, params = teacher
-    spec = _spec(made, (0, 2, 4), 2, 1)
+    spec = _spec(made, (0, 2, 4), _reads_last(made, 2, 1))
     assert spec.attention_layers == (2, 4)  # The only pair with an expert.
     cut = jax.jit(lambda p: student.cut(made, p, spec.layer_map, spec.student))(params)
     run = jax.jit(step.distill_step, static_argnums=0)
@@ -79,7 +79,7 @@ def test_its_student_is_trained_by_three_losses(teacher, tiny_batch):
     assert float(jnp.abs(moved["q_einsum_1"]["w"][:2]).max()) == 0.0
     assert float(jnp.abs(moved["kv_einsum"]["w"][2]).max()) > 0.0
 
-    whole = _spec(made, range(5), 3, 2)
+    whole = _spec(made, range(5), made)
     losses_of = jax.jit(lambda *given: step.distill_step(whole, *given)[1])
     metrics = losses_of(params, init(whole, params), *given)
     for name in ("velocity_loss", "attention_loss"):
@@ -93,19 +93,13 @@ def test_a_student_of_other_halves_is_refused(teacher):
         ((0, 3, 4), _reads_last(made, 2, 1)),
     ):
         with pytest.raises(ValueError, match="must keep the same halves"):
-            specs.Spec(
-                student=student_model,
-                optimizer=optax.sgd(0.1),
-                schedule=optax.constant_schedule(0.1),
-                losses=losses.Losses(),
-                teacher=made,
-                layer_map=layer_map.explicit(kept, 5),
-            )
+            _spec(made, kept, student_model)
 
 
 def test_offloading_layers_that_are_not_whole_is_refused(teacher):
+    made, _ = teacher
     with pytest.raises(ValueError, match=r"--teacher.offload copies layers that are whole"):
-        dataclasses.replace(_spec(teacher[0], (0, 2, 4), 2, 1), offload_teacher=True)
+        dataclasses.replace(_spec(made, range(5), made), offload_teacher=True)
 
 
 def test_flags_name_the_layers_of_such_a_student(tiny_config):

@@ -50,7 +50,7 @@ def test_leaves_are_told_apart_by_path_not_by_digits_or_shape(teacher, cut):
     assert source.keys() == result.keys()
 
 
-def test_all_layers_give_exactly_the_teacher(teacher, tiny_observation):
+def test_all_layers_give_exactly_the_teacher(teacher):
     config, params = teacher
     whole = _cut(config, params, layer_map.uniform(5, 5))
     jax.tree.map(np.testing.assert_array_equal, whole, params)

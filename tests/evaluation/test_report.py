@@ -179,7 +179,7 @@ def test_a_page_names_what_the_run_was_made_from():
     assert report.origin({}) == ""
 
 
-def test_policies_that_met_other_episodes_are_not_compared(full):
+def test_policies_that_met_other_episodes_are_not_compared():
     other = dict(EVALUATIONS, student=evaluation("student", "1111"))
     with pytest.raises(ValueError, match="evaluate both on the same"):
         report.contents(report.Report("x", {}, other))

@@ -95,7 +95,7 @@ def test_groups_keep_apart_what_programs_depend_on():
 @pytest.mark.parametrize(
     ("strategy", "layers"), [("first", [0, 1]), ("similarity", [1, 2]), ("sensitivity", [0, 2])]
 )
-def test_a_student_without_training_is_the_cut(model, data, teacher, strategy, layers):
+def test_a_student_without_training_is_the_cut(data, teacher, strategy, layers):
     recipe = _vary(strategy=strategy, steps=0)
     found = _trained(many.group([recipe]), data, teacher)[recipe]
     own = found["PaliGemma"]["llm"]["layers"]["mlp"]["linear"]

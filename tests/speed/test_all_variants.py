@@ -194,7 +194,7 @@ def test_made_up_weights_are_noise_of_the_stated_size(tiny_config):
     assert made.shapes == real.shapes
 
 
-def test_stages_of_a_policy_give_its_own_actions(tiny_config, monkeypatch):
+def test_stages_of_a_policy_give_its_own_actions(monkeypatch):
     """The staged path packs what `infer` packs, and gives the actions it gives."""
     config = dataclasses.replace(variants.TINY, depth=1, cameras=variants.TINY.cameras[:1])
     with host_path.made_up_policy(config, 1) as policy:

@@ -73,7 +73,6 @@ def test_sampling_sees_the_tokens_of_training(pi05, kind, setting, weights, eule
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
-@pytest.mark.slow
 def test_it_is_trained_and_cut(own, params, tiny_batch, tmp_path):
     def feed():
         return iter([tiny_batch(own.model, 4, seed) for seed in range(2)])

@@ -69,7 +69,6 @@ def test_shares_fall_by_the_ratio_and_nobody_leaves_at_the_first():
         early_exit.EarlyExit(ratio=0)
 
 
-@pytest.mark.slow
 def test_exits_are_trained_and_calibrated(own, params, tiny_batch, tmp_path):
     def feed():
         return iter([tiny_batch(own.model, 4, seed) for seed in range(4)])

@@ -108,7 +108,6 @@ def test_too_many_layers_are_refused(own, params, tiny_batch, tmp_path):
         mole.MoLE(layers=9).make(material, tmp_path)
 
 
-@pytest.mark.slow
 def test_what_was_trained_is_read_and_not_trained_again(own, params, tiny_batch, tmp_path):
     asked = []
 
