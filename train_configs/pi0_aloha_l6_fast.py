@@ -1,4 +1,4 @@
-"""openpi's π0 base model on ALOHA, 18 → 6 layers and cut further, for 20 plans a second on an Orin.
+"""openpi's π0 base model on ALOHA, 18 → 6 layers and cut further: 47 ms predicted on an AGX Orin.
 
 uv run scripts/train_distill.py pi0_aloha_l6_fast --data.path FOLDER --exp-name first
 As pi0_aloha_l6, with half of the image tower (and a loss on its tokens), a quarter of the image

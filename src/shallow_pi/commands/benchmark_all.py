@@ -11,8 +11,7 @@ uv run scripts/benchmark_all.py --output benchmarks/mine
     --budget-s 270                  begins no measurement after this many seconds
     --tiny                          everything in miniature, on a CPU
 
-JAX, Flax, Optax, Orbax, NumPy, tyro and rich are required. Pillow and SentencePiece are needed to
-time `Policy.infer`, matplotlib for the plots, and openpi to time its sampler.
+matplotlib is needed for the plots (uv sync --extra plots), and openpi to time its sampler.
 
 Every variant is a process: up to --jobs of them compile at once, then each has the device to
 itself. Its JSON file is written as soon as it is measured; if one fails, that is reported and the

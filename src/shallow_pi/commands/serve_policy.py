@@ -51,7 +51,7 @@ from shallow_pi.serving import client, recorder, server, server_config
 class PolicyArguments(policy_arguments.Loading):
     """The policy."""
 
-    # A step folder, a run's folder (its last step is taken), or a step folder of openpi's.
+    # A run's folder, a step folder, or a checkpoint of openpi or LeRobot; local, gs:// or hf://.
     dir: str
 
 

@@ -5,7 +5,7 @@ uv run scripts/train_teacher.py NAME [--field value ...]
     pi0_turntable                     into checkpoints/, packaged in assets/pi0_turntable
     pi0_turntable --resume            continue after an interruption
 
-Configs whose names end in a depth (_l6), and debug, distil from a teacher: run those with
+Configs whose names contain a depth (_l6), and debug, distil from a teacher: run those with
 scripts/train_distill.py.
 """
 
