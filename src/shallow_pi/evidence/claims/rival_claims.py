@@ -6,6 +6,7 @@ from shallow_pi.evidence.claims.claim import Claim, Column, Statement, Variant, 
 # Layers left out without training: how many, by which order.
 DROPPED = ((3, "oracle"), (3, "similarity"), (6, "oracle"), (9, "oracle"))
 MIXED = "EfficientVLA, 15 layers, half of the tokens, every 5th step"
+REUSED = "EfficientVLA, layers every 5th step"
 SKIPPED = "skipping, 3 of 18 left out by oracle"
 TRAINED = (
     "MoLE, 6 of 18 layers routed",
@@ -31,7 +32,7 @@ RIVALS = {
     "CogVLA, mean of 2 × 2": "cogvla:kind=mean",
     "CogVLA and 6 layers": "cogvla:layers=6",
     TRAINED[2]: "earlyexit",
-    "EfficientVLA, layers every 5th step": "efficientvla:cache=5",
+    REUSED: "efficientvla:cache=5",
 }
 
 
@@ -57,7 +58,7 @@ def rivals() -> Claim:
         statements=tuple(
             student_wins(student, label)
             for student in students
-            for label in (SKIPPED, MIXED, *TRAINED)
+            for label in (SKIPPED, MIXED, REUSED, *TRAINED)
         ),
         plots=(
             points_by_row(
