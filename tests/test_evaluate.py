@@ -337,6 +337,8 @@ def test_a_server_of_another_robot_is_refused(failing, tmp_path):
             ("expert", "ws://127.0.0.1:9", "--sim", "turntable"),
             "no policy server at ws://127.0.0.1:9",
         ),
+        (("http://gpu:8000", "--sim", "turntable"), "ws://HOST:PORT (wss://HOST:PORT with TLS)"),
+        (("a=gpu:8000", "--sim", "turntable"), "ws://HOST:PORT (wss://HOST:PORT with TLS)"),
         (
             ("expert", "--sim", "turntabel", "--executor", "late"),
             "late has no effect: no plan is late; give --la",

@@ -176,7 +176,7 @@ def test_a_load_test_of_nothing_says_so(command):
     status, said, wrong = command(load_test, "--url", f"ws://127.0.0.1:{port}", "--seconds", "1")
     assert status == 1
     assert not said
-    assert f"error: no answer from a server at ws://127.0.0.1:{port} (" in wrong
+    assert f"error: no policy server at ws://127.0.0.1:{port} (" in wrong
 
 
 def test_loading_and_compiling_begin_and_end_with_a_line(capsys):

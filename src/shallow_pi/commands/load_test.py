@@ -14,9 +14,10 @@ continue a chunk, which takes longer.
 
 import asyncio
 import dataclasses
+import http.client
 import json
 import time
-import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -52,6 +53,7 @@ class Arguments:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        clients.check(self.url)
         if min(self.clients, default=0) < 1 or self.seconds <= 0 or self.image_size < 0:
             raise ValueError(
                 "--clients must be at least 1, --seconds positive and --image-size not negative"
@@ -126,14 +128,16 @@ def _binary(message: str | bytes) -> bytes:
 
 def served(url: str) -> tuple[float, float] | None:
     """Observations and turns counted by the server's /metrics; None if it has none."""
-    address, headers = f"{url.replace('ws', 'http', 1)}/metrics", clients.headers()
-    request = urllib.request.Request(address, headers=headers)
+    parts = urllib.parse.urlsplit(url)
+    scheme, path = parts.scheme.replace("ws", "http"), parts.path.rstrip("/")
+    address = parts._replace(scheme=scheme, path=f"{path}/metrics").geturl()
+    request = urllib.request.Request(address, headers=clients.headers())
     try:
         with clients.opener(url).open(request, timeout=10) as answer:
-            lines = answer.read().decode().splitlines()
-    except urllib.error.URLError:
+            lines = answer.read().decode(errors="replace").splitlines()
+    except (OSError, http.client.HTTPException):
         return None
-    found = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    found = dict(line.rsplit(" ", 1) for line in lines if " " in line)
     names = [f"shallow_pi_batch_size_{name}" for name in ("sum", "count")]
     return (float(found[names[0]]), float(found[names[1]])) if found.keys() >= set(names) else None
 
@@ -187,9 +191,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 first = group.exceptions[0]
                 if not isinstance(first, OSError | websockets.exceptions.WebSocketException):
                     raise first from None
-                raise ValueError(
-                    f"no answer from a server at {given.url} ({type(first).__name__}: {first}): "
-                    "start it with scripts/serve_policy.py, or "
-                    f"{clients.advice(given.url)}"
-                ) from first
+                raise ValueError(clients.unreachable(given.url, first)) from first
             print(json.dumps(result), flush=True)

@@ -8,6 +8,7 @@ its answers do.
 
 import concurrent.futures
 import contextlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -26,8 +27,8 @@ PATIENCE = 900.0
 
 
 def is_url(source: str) -> bool:
-    """A policy's name is the address of a server."""
-    return source.startswith(("ws://", "wss://"))
+    """A policy's name is meant as the address of a server (`client.check`)."""
+    return re.match(r"(wss?|https?)://|[\w.-]+:\d+/?$", source, re.IGNORECASE) is not None
 
 
 class Served:
@@ -38,13 +39,14 @@ class Served:
 
     Raises:
       ConnectionError: there is no server.
-      ValueError: its policy is of another robot, or cannot go on from a previous chunk.
+      ValueError: the url is no address, or the server's policy is of another robot, or cannot go
+        on from a previous chunk.
     """
 
     def __init__(
         self, url: str, robot: robots.Robot, needed: int, *, continues: bool = False
     ) -> None:
-        self.url, self._robot, self._needed = url, robot, needed
+        self.url, self._robot, self._needed = client.check(url), robot, needed
         self._connections: list[websockets.sync.client.ClientConnection] = []
         self._open = contextlib.ExitStack()
         self._pool = concurrent.futures.ThreadPoolExecutor(64, "server")
@@ -81,10 +83,7 @@ class Served:
             )
             metadata = self._unpack(connection.recv(timeout=PATIENCE))
         except (OSError, websockets.exceptions.WebSocketException) as error:
-            raise ConnectionError(
-                f"no policy server at {self.url} ({error or type(error).__name__}): start it, or "
-                f"{client.advice(self.url)}"
-            ) from error
+            raise ConnectionError(client.unreachable(self.url, error)) from error
         self._connections.append(connection)
         return dict(metadata) if isinstance(metadata, Mapping) else {}
 
