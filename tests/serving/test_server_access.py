@@ -2,6 +2,7 @@
 
 import socket
 import ssl
+import subprocess
 
 import pytest
 import serving
@@ -108,11 +109,17 @@ def test_tls_is_spoken_where_a_certificate_is_given(certificate, tmp_path):
             raw.recv()
             serving.ask(raw, serving.STATE)
             assert protocol.unpack(raw.recv())["actions"].shape == (4, 2)
+
+    def refuse(why, cert, key):
+        with pytest.raises(ValueError, match=why):
+            server_config.ServerConfig(tls_cert=str(cert), tls_key=str(key)).ssl_context()
+
     (tmp_path / "cert.pem").write_text("not PEM")
-    with pytest.raises(ValueError, match="not a PEM certificate and its private key"):
-        server_config.ServerConfig(
-            tls_cert=str(tmp_path / "cert.pem"), tls_key=str(key)
-        ).ssl_context()
+    refuse("not a PEM certificate and its private key", tmp_path / "cert.pem", key)
+    # OpenSSL would ask the terminal of a service for it.
+    encrypt = f"openssl rsa -in {key} -aes128 -passout pass:secret -out {tmp_path / 'key.pem'}"
+    subprocess.run(encrypt.split(), check=True, capture_output=True)
+    refuse(r"key.pem is encrypted.*openssl pkey", cert, tmp_path / "key.pem")
 
 
 def test_a_port_in_use_says_so(echo):
@@ -125,11 +132,14 @@ def test_a_port_in_use_says_so(echo):
 
 
 def test_an_address_that_is_not_this_machines_says_so():
-    expected = pytest.raises(ValueError, match=r"cannot listen on 192\.0\.2\.1:0")
+    expected = pytest.raises(ValueError, match=r"cannot listen on port 0 of '192\.0\.2\.1'")
     with expected, serving.running(serving.Echo(), host="192.0.2.1"):
         pass
     with expected:
         server_config.ServerConfig(host="192.0.2.1", port=0).check()
+    for host in ("", "[::1]", "127.0.0.1:8000", "ws://127.0.0.1"):
+        with pytest.raises(ValueError, match="without scheme, port or brackets"):
+            server_config.ServerConfig(host=host, port=0).check()
 
 
 def test_an_open_server_without_a_key_warns(caplog):

@@ -124,14 +124,18 @@ class ServerConfig(Settings):
                     f"port {self.port} of {self.host} is in use: stop the program that listens "
                     "there, or give another --port"
                 ) from error
-            raise ValueError(f"cannot listen on {self.host}:{self.port}: {error}") from error
+            raise ValueError(
+                f"cannot listen on port {self.port} of {self.host!r}: {error}; give --host an "
+                "address or name of this machine without scheme, port or brackets (127.0.0.1 for "
+                "this machine alone, 0.0.0.0 for others too)"
+            ) from error
         return opened
 
     def ssl_context(self) -> ssl.SSLContext | None:
         """The server's TLS; None without a certificate.
 
         Raises:
-          FileNotFoundError, ValueError: a file is missing, or is not PEM.
+          FileNotFoundError, ValueError: a file is missing, unreadable, encrypted or not PEM.
         """
         if not self.tls_cert:
             return None
@@ -139,12 +143,21 @@ class ServerConfig(Settings):
         for path in (cert, key):
             if not path.is_file():
                 raise FileNotFoundError(f"no TLS file {path}; expected PEM")
+
+        def refuse_passphrase() -> str:
+            # OpenSSL would ask the terminal, which a service does not have.
+            raise ValueError(
+                f"the private key {key} is encrypted, and a server cannot ask for its passphrase: "
+                f"write it without one (openssl pkey -in {key} -out NEW.pem)"
+            )
+
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         try:
-            context.load_cert_chain(cert, key)
-        except ssl.SSLError as error:
+            context.load_cert_chain(cert, key, password=refuse_passphrase)
+        except OSError as error:
             raise ValueError(
-                f"{cert} and {key} are not a PEM certificate and its private key: {error}"
+                f"{cert} and {key} are not a PEM certificate and its private key that this user "
+                f"can read: {error}"
             ) from error
         return context
 
