@@ -51,6 +51,14 @@ def test_floats_from_0_to_1_are_bytes_as_openpi_makes_them(seen, dtype):
     np.testing.assert_array_equal(found, (255 * given).astype(np.uint8))
 
 
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_floats_that_a_resize_rounded_past_the_ends_are_the_nearest_bytes(seen, dtype):
+    given = np.full((2, 2, 3), 0.5, dtype)
+    given[0, 0], given[1, 1] = -1e-6, 1 + 2 * np.finfo(dtype).eps
+    found = clean({**seen, BASE: given})[BASE]
+    np.testing.assert_array_equal(found[..., 0], [[0, 127], [127, 255]])
+
+
 def test_colours_may_come_first(seen):
     found = clean({**seen, BASE: np.moveaxis(seen[BASE], -1, 0)})
     np.testing.assert_array_equal(found[BASE], seen[BASE])
@@ -65,6 +73,7 @@ def test_colours_may_come_first(seen):
         (BASE, np.zeros((8, 8, 3), np.int64), "must be uint8, or floats in .0, 1., got int64"),
         (BASE, np.full((8, 8, 3), 200.0), "float64 image from 200 to 200: floats must lie in"),
         (BASE, np.full((8, 8, 3), -1.0), r"image from -1 to -1"),
+        (BASE, np.full((8, 8, 3), 1.01), r"image from 1.01 to 1.01"),
         (BASE, np.full((8, 8, 3), np.nan), "image from nan to nan"),
         (BASE, np.zeros((8, 8), np.uint8), r"one RGB image.* got the shape \(8, 8\)"),
         (BASE, np.zeros((8, 8, 4), np.uint8), r"got the shape \(8, 8, 4\)"),

@@ -136,13 +136,14 @@ def image(value: Any, key: str) -> UInt8[np.ndarray, "h w 3"]:
             f"{_encoded(value, found) or f'the shape {np.shape(value)}'}"
         )
     if np.issubdtype(found.dtype, np.floating):
-        if not (found.min() >= 0 and found.max() <= 1):
+        # As openpi rounds; so what a resize left just outside becomes the nearest byte.
+        levels = 255 * found
+        if not (levels.min() > -1 and levels.max() < 256):
             raise ValueError(
                 f"{key!r} is a {found.dtype} image from {found.min():g} to {found.max():g}: "
                 "floats must lie in [0, 1], or give the bytes as uint8"
             )
-        # As openpi rounds.
-        found = (255 * found).astype(np.uint8)
+        found = levels.astype(np.uint8)
     if found.dtype != np.uint8:
         raise ValueError(f"{key!r} must be uint8, or floats in [0, 1], got {found.dtype}")
     return found
