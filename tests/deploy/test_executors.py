@@ -362,6 +362,23 @@ def test_a_reset_drops_the_plan_of_the_last_episode():
     assert (policy.asked, policy.resets) == ([0, 0], 1)
 
 
+@pytest.mark.parametrize("told", ["metadata", "get_server_metadata"])
+def test_a_rate_that_is_not_the_trainings_warns(told, capsys):
+    class Trained(Counting):
+        """At 20 actions a second, as a policy or as openpi's client of one says it."""
+
+    facts = {"fps": 20}
+    setattr(Trained, told, facts if told == "metadata" else lambda self: facts)
+    for same in (20, 20.0, 20.02, None):
+        executors.SkipLateActions(Trained(), 2, control_hz=same).close()
+    executors.SkipLateActions(Counting(), 2, control_hz=50).close()
+    assert not capsys.readouterr().err
+    executors.SkipLateActions(Trained(), 2, control_hz=50).close()
+    said = capsys.readouterr().err
+    assert "trained at 20 actions a second, and control_hz is 50" in said
+    assert "2.5 times as fast" in said
+
+
 def test_what_cannot_be_executed_is_an_error():
     with pytest.raises(ValueError, match="execute_steps must be at least 1, got 0"):
         executors.ActionChunkBroker(Counting(), 0)

@@ -20,6 +20,7 @@ import copy
 import dataclasses
 import functools
 import inspect
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -117,8 +118,8 @@ class SkipLateActions:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         _check_positive(execute_steps)
-        if control_hz is not None and not control_hz > 0:
-            raise ValueError(f"control_hz must be positive, got {control_hz}")
+        if control_hz is not None:
+            _check_rate(policy, control_hz)
         self._policy, self._execute_steps = policy, execute_steps
         self._control_hz, self._clock = control_hz, clock
         self._owns_worker = worker is None
@@ -291,6 +292,25 @@ def _goes_on(policy: Policy) -> Callable[..., Mapping[str, object]]:
         f"{type(policy).__name__}.infer takes {list(taken)}: real-time chunking needs previous= "
         f"and delay= (deploy.policy.Policy), or {server}; others can use SkipLateActions"
     )
+
+
+def _check_rate(policy: Policy, control_hz: float) -> None:
+    """Warn of a control rate that is not the one the policy's actions were recorded at.
+
+    Raises:
+      ValueError: it is no rate.
+    """
+    if not control_hz > 0:
+        raise ValueError(f"control_hz must be positive, got {control_hz}")
+    # Of a policy in this process, or of openpi's client.
+    told = getattr(policy, "metadata", None) or getattr(policy, "get_server_metadata", dict)()
+    fps = told.get("fps") if isinstance(told, Mapping) else None
+    if isinstance(fps, int | float) and not math.isclose(control_hz, fps, rel_tol=0.005):
+        progress.warn(
+            f"the policy was trained at {fps:g} actions a second, and control_hz is "
+            f"{control_hz:g}: the robot will move {control_hz / fps:.2g} times as fast as in "
+            f"training; call the executor {fps:g} times a second, or resample its actions"
+        )
 
 
 def _actions(result: Mapping[str, object], execute_steps: int) -> Float[np.ndarray, "ah rd"]:
