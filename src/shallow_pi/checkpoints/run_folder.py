@@ -290,12 +290,8 @@ def compare_config(
     below it. Paths in the folder of all runs (`checkpoint_dir`) are compared from there on, because
     it may have moved.
 
-    Args:
-      folder: the run's.
-      config: the config to resume with.
-      safe: fields that may differ.
-      defaults: default of every field that has one, by name. A field that the saved config lacks,
-        because the field is newer than the run, may have its default.
+    `defaults` has the default of every field that has one, by name. A field that the saved config
+    lacks, because it is newer than the run, may have its default.
 
     Returns:
       The fields that the saved config lacks and that have their defaults.

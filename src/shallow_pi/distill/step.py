@@ -125,15 +125,9 @@ def distill_step(
 ) -> tuple[DistillState, Metrics]:
     """One step of AdamW on the weighted sum of the losses (see `losses`).
 
-    Args:
-      spec: the static part.
-      teacher_params: parameters of `spec.teacher` in any float dtype; where no loss needs them, the
-        frozen parts are enough. None without a teacher.
-      state: the student's state.
-      key: the run's key, the same at every step.
-      batch: a batch of the loader.
-      weights: of the terms that `spec.losses` has, as arrays that may differ between students of
-        one program; None uses those of `spec.losses`.
+    Teacher parameters may be of any float dtype; where no loss needs them, the frozen parts are
+    enough. The key is the run's, the same at every step. `weights` take the place of those of
+    `spec.losses`, as arrays that may differ between students of one program.
 
     Returns:
       The new state, and float32 metrics: every loss, gradient norms, the learning rate, the

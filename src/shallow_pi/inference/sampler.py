@@ -44,14 +44,8 @@ def sample_actions(
     Jit it with `config`, `num_steps` and `options` static. For repeated calls, prepare the weights
     once (`prepare.prepare`) and call `sample_prepared`.
 
-    Args:
-      config: the model.
-      params: its parameters.
-      observation: batch of b observations.
-      noise: the start of the path, standard normal.
-      num_steps: integration steps N; openpi uses 10.
-      options: result-preserving optimizations; None is the default of this backend.
-      guidance: the previous chunks that the new ones continue; None is plain sampling.
+    The noise, standard normal, is the start of the path. `options` change no result; None is the
+    default of this backend. With `guidance` the new chunks continue previous ones.
     """
     options = options or tuning.default()
     prepared = prepare.prepare(config, params, integration_times(num_steps), options)

@@ -371,16 +371,9 @@ def velocity(
 ) -> tuple[Float[Array, "b *r ah ad"], captures.PrefixAttention | None]:
     """The velocity v(x_t, o, t) in float32, for one draw or for r draws of each observation.
 
-    Args:
-      config: the model.
-      params: its parameters, in any float dtype.
-      observation: batch of b observations.
-      x_t: noisy actions, with or without the axis of draws.
-      t: their times in [0, 1], 1 is noise.
-      image_tokens: of `embed_images`, where they are known already.
-      attention_layer: layer whose attention logits over the prefix are returned as well.
-      attention_queries: of these tokens.
-      execution: how it is run.
+    Parameters may be of any float dtype; times lie in [0, 1], and 1 is noise. `image_tokens` are
+    those of `embed_images`, where they are known already. With an `attention_layer`, the logits of
+    its `attention_queries` over the prefix are returned as well.
 
     Returns:
       The velocity, and the attention (None unless asked for; always with the axis of draws).

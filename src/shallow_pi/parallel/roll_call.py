@@ -34,11 +34,8 @@ def parse(address: str) -> tuple[str, int]:
 def meet(address: str, processes: int, index: int, timeout: float) -> None:
     """Return when all processes of the job have reported.
 
-    Args:
-      address: `host:port` of process 0; the port is free again afterwards.
-      processes: number of processes of the job.
-      index: index of this process.
-      timeout: seconds to wait.
+    The address is `host:port` of process 0, whose port is free again afterwards; `timeout` is in
+    seconds.
 
     Raises:
       ValueError: a malformed address, or processes that disagree on their number or indices.
