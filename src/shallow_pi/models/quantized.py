@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-# Formats of 8-bit numbers.
 Format = Literal["int8", "fp8"]
 DTYPES: dict[Format, jnp.dtype] = {
     "int8": jnp.dtype(jnp.int8),

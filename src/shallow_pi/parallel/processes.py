@@ -51,9 +51,7 @@ class Processes:
 
     # host:port of process 0; empty if JAX detects it.
     coordinator: str
-    # Number of processes of the job.
     count: int
-    # Index of this process.
     index: int
     # Accelerators of this host that this process uses; None for all.
     local_devices: tuple[int, ...] | None = None

@@ -75,7 +75,6 @@ class Timing:
     arguments: int
     # Kernels of the whole; None unless asked for, or on a CPU.
     kernels: trace.Kernels | None
-    # Optimizations it ran with.
     options: tuning.InferenceOptions
     device: str
 

@@ -94,31 +94,30 @@ def median_latency(
     )
 
 
-def back_to_back(call: Callable[[], PyTree], *, calls: int = 0, repeats: int = 5) -> float:
+def back_to_back(call: Callable[[], PyTree]) -> float:
     """Median milliseconds between results where the next call never waits for the last one.
 
     That is the device's own time if it takes longer than the host takes to dispatch a call.
-
-    0 calls in one go are enough of them that the first one's launch does not count.
     """
-    calls = calls or (3 if jax.default_backend() == "cpu" else 30)
+    # So many in one go that the first one's launch does not count.
+    calls = 3 if jax.default_backend() == "cpu" else 30
     jax.block_until_ready(call())
     found = []
-    for _ in range(repeats):
+    for _ in range(5):
         start = time.perf_counter()
         jax.block_until_ready([call() for _ in range(calls)])
         found.append((time.perf_counter() - start) / calls)
     return 1e3 * float(np.median(found))
 
 
-def compile_all(functions: Mapping[str, Callable[[], PyTree]], *, threads: int = 4) -> None:
+def compile_all(functions: Mapping[str, Callable[[], PyTree]]) -> None:
     """Call each function once: the first alone, the others from several threads.
 
     What is compiled alone is autotuned undisturbed.
     """
     first, *others = functions.values()
     jax.block_until_ready(first())
-    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
         for result in pool.map(lambda function: function(), others):
             jax.block_until_ready(result)
 

@@ -109,14 +109,14 @@ def points_by_row(
 
 
 def curves(
-    name: str, title: str, x: str, rows: Mapping[str, Variant], columns: Mapping[int, Column]
+    name: str, title: str, rows: Mapping[str, Variant], columns: Mapping[int, Column]
 ) -> Plot:
-    """Success over a number that tells columns apart: a curve for each row, given by its colour."""
+    """Success over the integration steps of columns: a curve for each row, given by its colour."""
     lines = (
         Line(row.label, tuple((float(n), row.at(c)) for n, c in columns.items()), colour)
         for colour, row in rows.items()
     )
-    return Plot(name, title, x, "success, %", tuple(lines))
+    return Plot(name, title, "integration steps", "success, %", tuple(lines))
 
 
 @dataclasses.dataclass(frozen=True)

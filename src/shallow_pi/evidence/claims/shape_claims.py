@@ -18,7 +18,7 @@ _WORDS = {"tower": ("", ", half tower"), "tokens": ("", ", quarter of tokens")}
 
 def shapes() -> Claim:
     """On the one task with two modes: one training of a shape serves all steps and bits."""
-    columns = {steps: Column(f"{rows.in_words(steps)}", rows.around(steps)) for steps in STEPS}
+    columns = {steps: Column(rows.in_words(steps), rows.around(steps)) for steps in STEPS}
     teacher = step_claims.AROUND.slug
     rows.RECIPES[teacher] = step_claims.AROUND
     found: list[Variant] = []

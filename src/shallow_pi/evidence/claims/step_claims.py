@@ -54,7 +54,7 @@ def few_steps() -> Claim:
                 at_least=0.2,
             ),
         ),
-        plots=(curves("few_steps", PAST, "integration steps", found, success),),
+        plots=(curves("few_steps", PAST, found, success),),
         reference=student.label,
         limits="Two modes of equal weight; a task with one mode needs a single step.",
     )
@@ -69,7 +69,7 @@ def modes() -> Claim:
     alone = rows.students("task loss alone", **OF_AROUND, **rows.ALONE)
     reflow = rows.students("reflow alone, for 1 step", **OF_AROUND, **REFLOW)
     found = {"teacher": top, "student": three, "task_only": alone, "random_init": reflow}
-    success = {n: Column(f"{rows.in_words(n)}", rows.around(n)) for n in numbers}
+    success = {n: Column(rows.in_words(n), rows.around(n)) for n in numbers}
     touched = {
         n: Column(f"touched, {rows.in_words(n)}", rows.around(n), "collided") for n in (10, 1)
     }
@@ -121,7 +121,7 @@ def modes() -> Claim:
                 at_most=0,
             ),
         ),
-        plots=(curves("modes", PAST, "integration steps", found, dict(sorted(success.items()))),),
+        plots=(curves("modes", PAST, found, dict(sorted(success.items()))),),
         reference=three.label,
         limits="A small teacher of this task alone, trained for 2,400 steps; students are trained "
         "for 600. Plans of one second are executed completely.",

@@ -19,7 +19,7 @@ from shallow_pi.evidence.claims.claim import (
 from shallow_pi.evidence.claims.step_claims import AROUND
 
 READS_LAST = dataclasses.replace(AROUND, model="reads_last")
-SUCCESS = {n: Column(f"{n} step{'s' * (n > 1)}", rows.around(n)) for n in (10, 1)}
+SUCCESS = {n: Column(rows.in_words(n), rows.around(n)) for n in (10, 1)}
 TO_TEACHER = Column("plans to own teacher, mm", rows.plans(10, ("around",)), "to_teacher_mm")
 TO_EXPERT = Column("plans to expert, mm", rows.plans(10, ("around",)), "to_expert_mm")
 COLUMNS = (SUCCESS[10], TO_TEACHER, TO_EXPERT, SUCCESS[1])
