@@ -12,7 +12,7 @@ uv run scripts/benchmark.py [--model pi05] [--depths 18 6] [--cameras 2] [--outp
                                         cameras, prompts and steps, and stores them for policies
                                         and later benchmarks
     --quantize int8 fp8 w8              also times 8-bit products (docs/quantization.md)
-    --output benchmarks/mine            also writes benchmark.json and two plots there
+    --output benchmarks/mine            also writes benchmark.json and plots there
 """
 
 import dataclasses
