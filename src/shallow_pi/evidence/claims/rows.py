@@ -68,10 +68,10 @@ UNTRAINED_ROW = Variant("cut, not trained", (f"{TEACHER}--keep-0.3.7.10.14.17",)
 TWO_ROW = students("2 layers", depth=2)
 # Each raises success.
 MORE, LONGER = 4 * recipes.STUDENT.demonstrations, 2 * recipes.STUDENT.steps
-_BEST: dict[str, object] = {"strategy": "sensitivity", "demonstrations": MORE}
-BEST_ROW = students(f"layers by sensitivity, {MORE:,} demonstrations", **_BEST)
-LONG_ROW = students(f"{BEST_ROW.label}, {LONGER:,} steps", **_BEST, steps=LONGER)
-ALL_ROW = students(
+_SENSITIVE: dict[str, object] = {"strategy": "sensitivity", "demonstrations": MORE}
+SENSITIVE_ROW = students(f"layers by sensitivity, {MORE:,} demonstrations", **_SENSITIVE)
+LONG_ROW = students(f"{SENSITIVE_ROW.label}, {LONGER:,} steps", **_SENSITIVE, steps=LONGER)
+BEST_ROW = students(
     f"layers by similarity, attention 1, {MORE:,} demonstrations, {LONGER:,} steps",
     strategy="similarity",
     attention=1.0,
