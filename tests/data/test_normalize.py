@@ -48,6 +48,15 @@ def test_only_dimensions_that_hardly_moved_are_kept_where_they_were() -> None:
     np.testing.assert_array_equal(normalize.steady(values[:, :2], stats), kept[:, :2])
 
 
+def test_the_dimensions_that_hardly_moved_are_looked_for_once(monkeypatch) -> None:
+    """A robot's policy keeps its state steady in every inference."""
+    stats, looked, find = exact_stats.of(_values()), [], normalize.still
+    monkeypatch.setattr(normalize, "still", lambda given: looked.append(given) or find(given))
+    for values in _values()[:3]:
+        np.testing.assert_array_equal(normalize.steady(values, stats), values)
+    assert looked == [stats]
+
+
 def test_longer_statistics_are_cut_to_the_values() -> None:
     stats = exact_stats.of(_values())
     two = normalize.normalize(_values()[:, :2], stats, "z_score")

@@ -8,6 +8,7 @@ to the model's action dimension (`check` tells padding from another robot's numb
 """
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -82,6 +83,13 @@ class NormStats:
         if kind == "z_score" or self.q01 is None or self.q99 is None:
             return self.mean - 2.33 * self.std, self.mean + 2.33 * self.std
         return self.q01, self.q99
+
+    @functools.cached_property
+    def limits(self) -> tuple[np.ndarray, np.ndarray]:
+        """The ends to which `steady` keeps a value; infinite for dimensions that moved."""
+        low, high = self.span()
+        room = np.where(still(self), 2 * _spread(self), np.inf)
+        return low - room, high + room
 
 
 def kind_of(pi05: bool) -> Kind:
@@ -164,9 +172,8 @@ def steady(values: Float[np.ndarray, "*n d"], stats: NormStats) -> Float[np.ndar
     become a hundred of the model's units. Two spreads on either side of its range are let through.
     """
     dim = np.shape(values)[-1]
-    low, high = (end[:dim] for end in stats.span())
-    room = np.where(still(stats)[:dim], 2 * _spread(stats)[:dim], np.inf)
-    return np.clip(values, low - room, high + room)
+    low, high = stats.limits
+    return np.clip(values, low[:dim], high[:dim])
 
 
 def still(stats: NormStats) -> Bool[np.ndarray, " d"]:
