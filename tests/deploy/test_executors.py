@@ -379,11 +379,73 @@ def test_a_rate_that_is_not_the_trainings_warns(told, capsys):
     assert "2.5 times as fast" in said
 
 
+@pytest.mark.parametrize("kind", [executors.ActionChunkBroker, executors.SkipLateActions])
+def test_a_chunk_under_way_when_another_thread_resets_is_not_executed(kind):
+    """As when an operator ends the episode from a keyboard's thread."""
+
+    class Held(Counting):
+        def infer(self, observation):
+            begun.set()
+            assert go.wait(20)
+            return super().infer(observation)
+
+    begun, go = threading.Event(), threading.Event()
+    executor = kind(Held(), 2)
+    robot = threading.Thread(target=executor.infer, args=({"step": np.array([0])},))
+    operator = threading.Thread(target=executor.reset)
+    robot.start()
+    assert begun.wait(20)
+    operator.start()
+    operator.join(0.2)
+    go.set()
+    for thread in (robot, operator):
+        thread.join(20)
+    assert tuple(executor.infer({"step": np.array([0])})["actions"]) == (1, 0)
+    getattr(executor, "close", lambda: None)()
+
+
+def test_a_thread_that_waits_for_a_reset_finds_the_delays_of_the_new_episode():
+    class Lock:
+        """Lets a thread that waits for it go on as soon as it is free."""
+
+        def __enter__(self):
+            pass
+
+        def __exit__(self, *_):
+            executor._lock = threading.Lock()
+            run(executor, worker, 4, delay=0)
+
+    policy, worker = GoingOn(), Later()
+    executor = executors.RealTimeChunking(
+        policy, 3, delay=1, worker=worker, clock=clock_of(worker, 0.0)
+    )
+    run(executor, worker, 6, delay=2)
+    executor._lock = Lock()
+    executor.reset()
+    worker.finish()
+    assert policy.told[-2:] == [None, ([[2, 3], [2, 4], [2, 5]], 1)]
+
+
+def test_a_clock_that_is_set_back_is_no_negative_delay():
+    policy, worker = GoingOn(), Later()
+    clock = clock_of(worker, -5.0)
+    options = {"control_hz": 50.0, "worker": worker, "clock": clock, "remember": 1}
+    executor = executors.RealTimeChunking(policy, 5, **options)
+    run(executor, worker, 8, delay=100)
+    assert executor.infer({"step": np.array([8])})["late_steps"] == 1
+    worker.finish()
+    assert [delay for _, delay in filter(None, policy.told)] == [1]
+    run(executor, worker, 3, delay=100, start=9)
+    worker.finish()
+    assert [delay for _, delay in filter(None, policy.told)] == [1, 1]
+
+
 def test_what_cannot_be_executed_is_an_error():
     with pytest.raises(ValueError, match="execute_steps must be at least 1, got 0"):
         executors.ActionChunkBroker(Counting(), 0)
-    with pytest.raises(ValueError, match="control_hz must be positive, got 0"):
-        executors.SkipLateActions(Counting(), 2, control_hz=0)
+    for hz in (0, np.inf, np.nan):
+        with pytest.raises(ValueError, match=f"control_hz must be positive and finite, got {hz}"):
+            executors.SkipLateActions(Counting(), 2, control_hz=hz)
     with pytest.raises(ValueError, match=r"Counting.infer takes \['observation'\]: real-time"):
         executors.RealTimeChunking(Counting(), 2)
     with pytest.raises(ValueError, match="expected delay >= 0 and remember >= 1, got -1 and 10"):

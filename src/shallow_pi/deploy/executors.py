@@ -11,7 +11,8 @@ that they fit where openpi's `ActionChunkBroker` fits.
 
 Control steps are counted, not timed: a step is an action that was given to the robot. A robot that
 runs out of actions stands until the next chunk comes, so only those of its actions are skipped that
-the robot executed others for; to skip by the clock would make it jump.
+the robot executed others for; to skip by the clock would make it jump. Any thread may call an
+executor: a call waits for the one before it.
 """
 
 import collections
@@ -74,21 +75,23 @@ class ActionChunkBroker:
         self._policy, self._execute_steps = policy, execute_steps
         self._chunk: _Chunk | None = None
         self._step = 0
+        self._lock = threading.Lock()
 
     def infer(self, observation: Mapping[str, object]) -> dict[str, object]:
         """The action due now, (robot's dimensions), as `actions`, beside the policy's answer."""
-        chunk = self._chunk
-        if chunk is None or self._step - chunk.start >= (self._execute_steps or len(chunk.actions)):
-            result = self._policy.infer(observation)
-            chunk = _Chunk(_actions(result, self._execute_steps or 1), result, self._step)
-            self._chunk = chunk
-        self._step += 1
-        return chunk.at(self._step - 1)
+        with self._lock:
+            chunk, steps = self._chunk, self._execute_steps
+            if chunk is None or self._step - chunk.start >= (steps or len(chunk.actions)):
+                result = self._policy.infer(observation)
+                chunk = self._chunk = _Chunk(_actions(result, steps or 1), result, self._step)
+            self._step += 1
+            return chunk.at(self._step - 1)
 
     def reset(self) -> None:
-        """Begin an episode."""
-        self._chunk, self._step = None, 0
-        _reset(self._policy)
+        """Begin an episode; waits for a chunk that is under way, and drops it."""
+        with self._lock:
+            self._chunk, self._step = None, 0
+            _reset(self._policy)
 
 
 class SkipLateActions:
@@ -105,7 +108,7 @@ class SkipLateActions:
       control_hz: control steps a second. With it, `late_steps` (and the delay that real-time
         chunking expects) counts the time the robot waited too; actions are skipped alike.
       worker: runs the policy; None is a thread of its own, ended by `close`.
-      clock: seconds, from anywhere.
+      clock: seconds, from anywhere; one that is set back counts as standing still.
     """
 
     def __init__(
@@ -152,8 +155,7 @@ class SkipLateActions:
     def reset(self) -> None:
         """Begin an episode; waits for a chunk that is under way, and drops it."""
         with self._lock:
-            self._drop()
-            self._chunk, self._step = None, 0
+            self._begin()
             _reset(self._policy)
 
     def close(self) -> None:
@@ -169,6 +171,11 @@ class SkipLateActions:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _begin(self) -> None:
+        """Forget the last episode."""
+        self._drop()
+        self._chunk, self._step = None, 0
 
     def _executed(self) -> float:
         """Number of actions given of the chunk; without one, more than any chunk has."""
@@ -201,7 +208,7 @@ class SkipLateActions:
             _wait_for(self._pending[0])
             waited = 0.0
             if self._chunk is not None and self._control_hz is not None:
-                waited = (self._clock() - began) * self._control_hz
+                waited = max(0.0, self._clock() - began) * self._control_hz
             self._take_arrived(round(waited))
         return self._chunk
 
@@ -246,9 +253,9 @@ class RealTimeChunking(SkipLateActions):
         self._expected = delay
         self._delays: collections.deque[int] = collections.deque([delay], maxlen=remember)
 
-    def reset(self) -> None:
-        """Begin an episode; delays are expected as at first."""
-        super().reset()
+    def _begin(self) -> None:
+        super()._begin()
+        # Delays are expected as at first.
         self._delays.clear()
         self._delays.append(self._expected)
 
@@ -300,8 +307,8 @@ def _check_rate(policy: Policy, control_hz: float) -> None:
     Raises:
       ValueError: it is no rate.
     """
-    if not control_hz > 0:
-        raise ValueError(f"control_hz must be positive, got {control_hz}")
+    if not 0 < control_hz < math.inf:
+        raise ValueError(f"control_hz must be positive and finite, got {control_hz}")
     # Of a policy in this process, or of openpi's client.
     told = getattr(policy, "metadata", None) or getattr(policy, "get_server_metadata", dict)()
     fps = told.get("fps") if isinstance(told, Mapping) else None
