@@ -111,14 +111,17 @@ def test_float16_activations_need_a_newer_opset(step, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_student_that_was_not_calibrated_is_refused(step, own, params, tmp_path):
+@pytest.mark.parametrize(
+    ("format", "other"),
+    [("stablehlo", r"round weights alone \(w8\)"), ("onnx", r"round nothing \(none\)")],
+)
+def test_a_student_that_was_not_calibrated_is_refused(format, other, own, params, tmp_path):
+    """The error names what the format can do without a calibration."""
     weights.save_params(tmp_path / "2" / "params", params)
     own.save(tmp_path / "2" / "assets")
-    with pytest.raises(
-        ValueError,
-        match=r"needs bounds in assets/calibration.json.*scripts/calibrate\.py .*alone \(w8\)",
-    ):
-        _export(tmp_path / "2", tmp_path / "x", "stablehlo", quantize="int8")
+    bounds = r"needs bounds in assets/calibration.json: run scripts/calibrate\.py .*, or "
+    with pytest.raises(ValueError, match=f"{bounds}{other}$"):
+        _export(tmp_path / "2", tmp_path / "x", format, quantize="int8")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -100,11 +100,14 @@ def choose(
     trained: quantize.Scheme,
     calibration: Calibration | None,
     num_steps: int,
+    *,
+    schemes: Sequence[quantize.Scheme] = quantize.SCHEMES,
 ) -> tuple[quantize.Scheme, quantize.Bounds | None]:
     """The scheme of a policy, and its bounds where it rounds activations.
 
     `asked` None means the scheme that the policy was trained for. Training rounds weights alone, so
-    activations are then rounded only where there is a calibration.
+    activations are then rounded only where there is a calibration. Errors advise
+    one of `schemes`.
 
     Raises:
       ValueError: activations are to be rounded without a calibration, or "tuned" without a
@@ -127,9 +130,11 @@ def choose(
     if not quantize.rounds_activations(scheme):
         return scheme, None
     if calibration is None:
+        alone = quantize.weights_alone(scheme)
+        other = f"round weights alone ({alone})" if alone in schemes else "round nothing (none)"
         raise ValueError(
             f"quantize {scheme!r} needs bounds in assets/{FILE_NAME}: run scripts/calibrate.py "
-            f"POLICY --data.path DATASET, or round weights alone ({quantize.weights_alone(scheme)})"
+            f"POLICY --data.path DATASET, or {other}"
         )
     if calibration.num_steps != num_steps:
         progress.warn(

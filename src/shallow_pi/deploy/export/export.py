@@ -104,7 +104,10 @@ def export(
         prompts.warn_of_paligemmas()
         assets.warn_of_still()
     calibrated = calibration.load(folder / run_folder.ASSETS, assets.model)
-    scheme, bounds = calibration.choose(assets.model, quantize, "none", calibrated, steps)
+    schemes = formats.SCHEMES.get(format, ())
+    scheme, bounds = calibration.choose(
+        assets.model, quantize, "none", calibrated, steps, schemes=schemes
+    )
     expected = pi0.abstract_params(assets.model)
     student = students.Student(assets, expected, steps, opset, scheme, bounds)
     chosen.check(student)
