@@ -143,6 +143,17 @@ def test_a_scorer_is_refused_where_there_is_no_place_for_it(name, own, tiny_para
     assert ", 1 chosen image tokens a camera, " in loaded.description
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_scorer_that_keeps_every_token_is_left_out(name, own, params, tiny_params, tmp_path):
+    """The export compares the actions; without the scorer, its own parameters would be unknown."""
+    model = dataclasses.replace(own.model, scored_tokens=own.model.patches)
+    scorer = tiny_params(model)["image_scorer"]
+    weights.save_params(tmp_path / "2" / "params", {**params, "image_scorer": scorer})
+    dataclasses.replace(own, model=model).save(tmp_path / "2" / "assets")
+    folder = export.export(tmp_path / "2", name, any_size=True)
+    assert assets.load(folder).model.scored_tokens == 0
+
+
 @pytest.fixture(scope="module")
 def uneven(own, tiny_params, tmp_path_factory):
     """The step of a student that is cut further in the backbone, the expert and the image tower."""
@@ -181,7 +192,7 @@ def test_a_student_of_several_depths_is_the_same_function_in_whole_layers(
 @pytest.mark.parametrize("name", ["openpi", "lerobot"])
 def test_a_half_of_a_layer_that_is_no_zeros_is_found(name, uneven, tmp_path, monkeypatch):
     """shallow_pi would leave it out, and openpi and LeRobot compute with it."""
-    monkeypatch.setattr(student, "in_whole_layers", lambda given: given)
+    monkeypatch.setattr(student, "as_openpi", lambda given: given)
     with pytest.raises(ValueError, match=r"than zeros in halves of layers .*attn_vec_einsum_1"):
         export.export(uneven, name, tmp_path / "x", any_size=True)
 

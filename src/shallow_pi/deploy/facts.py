@@ -35,7 +35,8 @@ def metadata(assets: policy_assets.Assets) -> dict[str, Any]:
 
 def image_tokens(model: pi0.Pi0Config) -> str:
     """The image tokens that the backbone sees, in words."""
-    how = "pooled " if model.pooled_tokens else "chosen " if model.scored_tokens else ""
+    fewer = "chosen " if model.scored_tokens else "pooled "
+    how = fewer if model.image_tokens < model.patches else ""
     return f"{model.image_tokens} {how}image tokens a camera"
 
 

@@ -34,8 +34,8 @@ def check(student: students.Student) -> None:
 
 
 def prepare(student: students.Student) -> students.Student:
-    """The student, its cut halves of layers as zeros."""
-    return students.in_whole_layers(student)
+    """The student with zeros for halves of layers it lacks, and without an idle scorer."""
+    return students.as_openpi(student)
 
 
 def write(folder: pathlib.Path, student: students.Student) -> None:

@@ -111,8 +111,8 @@ def other_sizes(model: pi0.Pi0Config, built_in: Set[str]) -> list[str]:
 
 
 def check_image_tokens(model: pi0.Pi0Config) -> None:
-    """Raise if a model pools its image tokens or chooses among them: no released class does."""
-    if tokens := model.scored_tokens:
+    """Raise if a model reads fewer image tokens than it has patches: no released class does."""
+    if (tokens := model.scored_tokens) and tokens < model.patches:
         raise ValueError(
             f"this student chooses {tokens} of a camera's {model.patches} image tokens by "
             "a scorer (image_scorer/…), which the classes of openpi and LeRobot lack\n"
@@ -126,20 +126,27 @@ def check_image_tokens(model: pi0.Pi0Config) -> None:
         )
 
 
-def in_whole_layers(student: Student) -> Student:
-    """The student with zeros for the halves of layers that it lacks, as openpi computes them."""
-    return dataclasses.replace(
-        student, params=layer_table.zero_cut(student.model.layers, student.params)
-    )
+def as_openpi(student: Student) -> Student:
+    """The student as openpi computes it, which has every half of a layer and no scorer.
+
+    The halves that it lacks are zeros; a scorer is left out, which keeps every image token.
+    """
+    model, params = student.model, layer_table.zero_cut(student.model.layers, student.params)
+    if model.scored_tokens == model.patches:
+        model = dataclasses.replace(model, scored_tokens=0)
+        params = {name: part for name, part in params.items() if name != "image_scorer"}
+    assets = dataclasses.replace(student.assets, model=model)
+    return dataclasses.replace(student, assets=assets, params=params)
 
 
 def filled(student: Student, depth: int = 0) -> Student:
-    """The student in whole layers, and behind them layers of zeros, which add nothing.
+    """The student as openpi computes it, and behind its layers ones of zeros, which add nothing.
 
     Its image tower becomes as deep as that of the classes, and its streams have `depth` layers, if
     they have fewer.
     """
-    model, params = student.model, in_whole_layers(student).params
+    student = as_openpi(student)
+    model, params = student.model, student.params
     if model.depth < depth:
         model, params = pi0.at_depth(model, depth), pad(params, "layers", depth)
     if model.image.depth < TOWER_DEPTH:
