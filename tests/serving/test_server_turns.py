@@ -23,6 +23,18 @@ HERE = pathlib.Path(__file__).parent
 pytestmark = pytest.mark.filterwarnings(serving.OPENPI_WARNS)
 
 
+class Thinking(serving.Echo):
+    """Answers nothing before it is let go."""
+
+    def __init__(self):
+        super().__init__()
+        self.go = threading.Event()
+
+    def infer(self, observation):
+        self.go.wait(30)
+        return super().infer(observation)
+
+
 def test_clients_at_once_get_their_own_answers():
     def drive(number):
         client = serving.openpi(running)
@@ -59,12 +71,7 @@ def test_a_client_that_sends_ahead_does_not_overtake():
 
 def test_a_client_that_sends_ahead_is_not_kept_in_memory():
     """Data that the server has not read yet stays with the client, which has to wait."""
-    sent, think = [], threading.Event()
-
-    class Thinking(serving.Echo):
-        def infer(self, observation):
-            think.wait(30)
-            return super().infer(observation)
+    sent, policy = [], Thinking()
 
     def send_all(raw):
         with contextlib.suppress(websockets.exceptions.ConnectionClosed):
@@ -72,7 +79,7 @@ def test_a_client_that_sends_ahead_is_not_kept_in_memory():
                 serving.ask(raw, {"state": np.zeros(2**19, np.float32)})
                 sent.append(number)
 
-    with serving.running(Thinking()) as running:
+    with serving.running(policy) as running:
         raw = running.connect(close_timeout=0.1)
         raw.recv()
         sender = threading.Thread(target=send_all, args=(raw,))
@@ -85,7 +92,7 @@ def test_a_client_that_sends_ahead_is_not_kept_in_memory():
         # Closing properly would wait for the sender.
         raw.socket.shutdown(socket.SHUT_RDWR)
         sender.join(10)
-        think.set()
+        policy.go.set()
     assert count < 30
 
 
@@ -115,9 +122,7 @@ def test_a_client_that_vanishes_is_quiet_and_costs_no_inference(caplog):
             raw.recv()
             serving.ask(raw, {"state": np.float32([number, 0])})
             time.sleep(0.05)
-            # Without a close frame, and with a reset in place of an end.
-            raw.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, bytes([1] + [0] * 7))
-            raw.close_socket()
+            vanish(raw)
         echo.seconds = 0.0
         assert serving.openpi(running).infer({"state": np.float32([9, 9])})["actions"].shape == (
             4,
@@ -127,6 +132,55 @@ def test_a_client_that_vanishes_is_quiet_and_costs_no_inference(caplog):
     # The first was running when its client left; the others never began.
     assert echo.asked == [[0, 0], [9, 9]]
     assert not [record for record in caplog.records if record.levelname != "INFO"]
+
+
+def vanish(raw):
+    """Leave without a close frame, and with a reset in place of an end."""
+    raw.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, bytes([1] + [0] * 7))
+    raw.close_socket()
+
+
+@pytest.mark.parametrize("leave", [vanish, lambda raw: raw.close()], ids=["vanish", "close"])
+def test_clients_that_leave_while_they_wait_give_up_their_places(leave):
+    """As a robot's program that is restarted during a long inference."""
+    policy = Thinking()
+    with (
+        serving.running(policy, max_waiting=1, max_clients=2) as running,
+        running.connect() as robot,
+    ):
+        robot.recv()
+        serving.ask(robot, {"state": np.float32([0, 0])})
+        running.wait_for("shallow_pi_batch_size_count", 1)
+        for number in (1, 2):
+            raw = running.connect()
+            raw.recv()
+            serving.ask(raw, {"state": np.float32([number, 0])})
+            running.wait_for("shallow_pi_queue_length", 1)
+            leave(raw)
+            running.wait_for("shallow_pi_queue_length", 0)
+            running.wait_for("shallow_pi_clients", 1)
+        with running.connect() as last:
+            last.recv()
+            serving.ask(last, {"state": np.float32([9, 9])})
+            running.wait_for("shallow_pi_queue_length", 1)
+            policy.go.set()
+            for raw, number in ((robot, 0), (last, 9)):
+                assert protocol.unpack(raw.recv(timeout=10))["actions"][0, 0] == number
+    assert policy.asked == [[0, 0], [9, 9]]
+
+
+def test_a_robot_comes_back_while_its_last_observation_is_still_computed():
+    policy = Thinking()
+    with serving.running(policy, max_clients=1) as running:
+        raw = running.connect()
+        raw.recv()
+        serving.ask(raw, serving.STATE)
+        running.wait_for("shallow_pi_batch_size_count", 1)
+        vanish(raw)
+        running.wait_for("shallow_pi_clients", 0)
+        with running.connect() as again:
+            assert protocol.unpack(again.recv())["fps"] == 20
+        policy.go.set()
 
 
 def test_the_calls_of_a_client_are_counted_from_its_connection():
@@ -211,11 +265,15 @@ def test_a_signal_stops_the_process_after_the_running_inference(number):
         assert started.stdout.read() == "[[1.0, 2.0]]\n"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_second_signal_ends_it_at_once(number):
+@pytest.mark.parametrize(
+    ("number", "stays"), [(signal.SIGINT, True), (signal.SIGTERM, True), (signal.SIGTERM, False)]
+)
+def test_a_second_signal_ends_it_at_once(number, stays):
     with process(30) as (started, raw):
         serving.ask(raw, serving.STATE)
         time.sleep(0.2)
+        if not stays:
+            vanish(raw)
         until = time.monotonic() + 20
         # Of two that come together, Python may see one.
         while started.poll() is None and time.monotonic() < until:

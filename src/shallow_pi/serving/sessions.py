@@ -17,7 +17,6 @@ import urllib.parse
 import websockets.asyncio.server
 import websockets.exceptions
 import websockets.http11
-import websockets.protocol
 
 from shallow_pi.serving import page, protocol, recorder, server_config, telemetry, turns
 
@@ -82,12 +81,12 @@ class Sessions:
                 self._pages.discard(connection)
 
     async def finish(self) -> None:
-        """Close the idle with 1001, and the others once the running inference is answered."""
+        """Close the idle with 1001, and the others once the running inference is over."""
         self._stopping = True
         self._turns.stop()
         idle = {*self._pages, *self._clients} - self._busy
         await asyncio.gather(*(one.close(turns.GOING_AWAY, "the server stops") for one in idle))
-        while self._pages or self._clients:
+        while self._pages or self._clients or self._turns.is_asking:
             await asyncio.sleep(0.02)
 
     def count_pages(self) -> int:
@@ -146,10 +145,8 @@ class Sessions:
         _log.info("client %d connected from %s", client.number, client.address)
         previous: dict[str, float] = {}
         warned, begun = False, 0
-
-        def is_open() -> bool:
-            return connection.state is websockets.protocol.State.OPEN
-
+        gone = asyncio.create_task(connection.wait_closed())
+        gone.add_done_callback(lambda _: self._turns.left(connection))
         try:
             if len(self._clients) > self._config.max_clients:
                 # Several newcomers were let in at once.
@@ -166,7 +163,7 @@ class Sessions:
                 arrived, call = time.monotonic(), client.requests - begun
                 self._busy.add(connection)
                 answer = await self._turns.answer(
-                    turns.Request(connection, message, call, arrived, previous, is_open)
+                    turns.Request(connection, message, call, arrived, previous)
                 )
                 await self._send(connection, answer.packed)
                 total_ms = 1000 * (time.monotonic() - arrived)
@@ -203,7 +200,7 @@ class Sessions:
             )
         finally:
             self._busy.discard(connection)
-            self._turns.left(connection)
+            gone.cancel()
             if self._clients.pop(connection, None) is not None:
                 self.seen.disconnect(client)
             if self._record is not None:

@@ -15,7 +15,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -91,8 +91,9 @@ class Request:
     arrived: float
     # Timing of the client's last answer, sent with the next.
     previous: Mapping[str, float]
-    # False once the client has left.
-    is_open: Callable[[], bool]
+
+
+_Entry = tuple[Request, "asyncio.Future[Answer]"]
 
 
 class Turns:
@@ -106,10 +107,12 @@ class Turns:
         worker: concurrent.futures.Executor,
     ) -> None:
         self._policy, self._config, self._seen, self._worker = policy, config, seen, worker
-        self._line: collections.deque[tuple[Request, asyncio.Future[Answer]]] = collections.deque()
+        self._line: collections.deque[_Entry] = collections.deque()
+        # The turn that the policy is asked for.
+        self._asked: Sequence[_Entry] = ()
         self._came = asyncio.Event()
         self._turns: asyncio.Task[None] | None = None
-        self._is_asking = self._stopping = False
+        self._stopping = False
         # Time of the last observation of each client that asked lately.
         self._active: dict[object, float] = {}
 
@@ -118,11 +121,11 @@ class Turns:
 
         Raises:
           Refusal: it cannot be answered, or too many wait already.
-          websockets.exceptions.ConnectionClosed: the client left while it waited.
+          websockets.exceptions.ConnectionClosed: the client left before its answer.
           Exception: the policy failed.
         """
         # Those that the next turn takes do not wait for another one.
-        room = self._config.max_waiting + (0 if self._is_asking else self._config.batch)
+        room = self._config.max_waiting + (0 if self._asked else self._config.batch)
         if self._stopping:
             raise _stops()
         if len(self._line) >= room:
@@ -142,9 +145,18 @@ class Turns:
         result: Answer = await answered
         return result
 
+    @property
+    def is_asking(self) -> bool:
+        """True while the worker thread is busy."""
+        return bool(self._asked)
+
     def left(self, client: object) -> None:
-        """Note that a client left, so that nobody waits for it."""
+        """Note that a client left: nobody waits for it, and it waits for nothing."""
         self._active.pop(client, None)
+        for request, answered in (*self._line, *self._asked):
+            if request.client is client:
+                _settle(answered, websockets.exceptions.ConnectionClosedError(None, None))
+        self._forget_settled()
         self._came.set()
 
     def stop(self) -> None:
@@ -164,7 +176,7 @@ class Turns:
                 if not turn:
                     continue
                 self._seen.turn(len(turn))
-                self._is_asking = True
+                self._asked = turn
                 answers = await asyncio.get_running_loop().run_in_executor(
                     self._worker, self._answer, [request for request, _ in turn]
                 )
@@ -174,10 +186,9 @@ class Turns:
                 # Of the policy's `together`, or a defect of ours: nobody waits in vain.
                 for entry in turn:
                     _settle(entry[1], error)
-                self._line = collections.deque(e for e in self._line if not e[1].done())
-                self._seen.waiting = len(self._line)
+                self._forget_settled()
             finally:
-                self._is_asking = False
+                self._asked = ()
 
     async def _wait_for_more(self) -> None:
         """Wait for clients that are about to ask, no longer than the bound."""
@@ -200,18 +211,15 @@ class Turns:
         most = min(waiting, self._config.batch)
         return most if most < 2 else min(most, max(1, self._policy.together(most)))
 
-    def _next(self) -> list[tuple[Request, asyncio.Future[Answer]]]:
-        """Take a turn's observations from the front, but for those of clients that have left."""
-        here = []
-        for request, answered in self._line:
-            if request.is_open():
-                here.append((request, answered))
-            else:
-                _settle(answered, websockets.exceptions.ConnectionClosedError(None, None))
-        count = self._together(len(here))
-        self._line = collections.deque(here[count:])
+    def _next(self) -> list[_Entry]:
+        """Take a turn's observations from the front."""
+        turn = [self._line.popleft() for _ in range(self._together(len(self._line)))]
         self._seen.waiting = len(self._line)
-        return here[:count]
+        return turn
+
+    def _forget_settled(self) -> None:
+        self._line = collections.deque(entry for entry in self._line if not entry[1].done())
+        self._seen.waiting = len(self._line)
 
     def _answer(self, turn: Sequence[Request]) -> list[Answer | Exception]:
         """One turn, in the worker thread."""
