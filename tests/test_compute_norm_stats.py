@@ -1,5 +1,6 @@
 """The command writes what training would compute, warns, and compares."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -10,9 +11,11 @@ import polars as pl
 import pytest
 
 from shallow_pi.commands import compute_norm_stats
-from shallow_pi.data import sources
+from shallow_pi.data import data_config, sources
 from shallow_pi.data.lerobot import reader
 from shallow_pi.data.robots import normalize, robot
+from shallow_pi.interop import openpi_flag
+from shallow_pi.training import command_line
 
 ROOT = pathlib.Path(__file__).parents[1]
 FIXTURE = ROOT / "tests" / "fixtures" / "lerobot" / "pusht_v21_video"
@@ -68,6 +71,38 @@ def test_a_config_brings_robot_horizon_and_kind(command):
     status, _, err = command(compute_norm_stats, "pi0_aloha_l6", "--data.path", FIXTURE)
     assert status == 1
     assert "lacks camera 'observation.images.cam_high'" in err
+
+
+@pytest.fixture
+def of_openpi(monkeypatch):
+    """Stands in for `--openpi.config mine`, with samples from openpi's loader."""
+
+    def call(name):
+        data = data_config.DataConfig(
+            source="mine:open_data", path="mine", robot=name, asset_id="me/arm"
+        )
+        own = command_line.load(ROOT / "train_configs", "pi0_aloha_l6")
+        own = dataclasses.replace(own, name="mine_l6", data=data)
+        monkeypatch.setattr(openpi_flag, "cli", lambda words: (own, words))
+
+    return call
+
+
+def test_a_config_of_openpis_brings_its_horizon_and_the_name_of_its_statistics(run, of_openpi):
+    of_openpi("droid")
+    out, _ = run()
+    assert "norm_stats/mine_l6/me/arm/norm_stats.json" in out
+    assert normalize.load("norm_stats/mine_l6/me/arm")["actions"].mean.shape == (2,)
+
+
+def test_a_config_of_openpis_names_no_recordings_of_ours(command, of_openpi):
+    of_openpi("droid")
+    status, _, err = command(compute_norm_stats)
+    assert status == 1
+    assert err.startswith("error: name a dataset with --data.path")
+    of_openpi("openpi:mine")
+    _, _, err = command(compute_norm_stats, "--data.path", FIXTURE)
+    assert "with openpi's own scripts/compute_norm_stats.py, or describe the" in err
 
 
 def test_statistics_of_a_config_of_ones_own_are_named_as_its_runs_are(

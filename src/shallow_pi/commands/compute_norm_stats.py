@@ -4,6 +4,7 @@ uv run scripts/compute_norm_stats.py NAME [--data.path PATH] [--output FOLDER]
 
     pi0_aloha_l6 --data.path ~/data/my_aloha     robot, horizon and normalization of that config
     --data.path ~/data/my_arm --data.robot my_arm.py --data.asset-id my_arm --horizon 50
+    --openpi.config pi05_libero --data.path ...  an openpi config instead of NAME (needs openpi)
 
 PATH is a LeRobot dataset: a folder, or an address on the Hugging Face hub. `--data.more` adds
 datasets, `--data.held-out` excludes the episodes that a run holds out. The statistics describe
@@ -29,6 +30,7 @@ from shallow_pi.data import data_config, opening, sources
 from shallow_pi.data.lerobot import reader
 from shallow_pi.data.robots import checkpoint_statistics, normalize, statistics
 from shallow_pi.data.robots import robot as robots
+from shallow_pi.interop import openpi_flag
 from shallow_pi.training import command_line
 
 
@@ -49,11 +51,14 @@ class Arguments:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, compute, warn, write."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    with exits.exit_on():
-        name = words.pop(0) if words and not words[0].startswith("-") else ""
-        default = Arguments(data=data_config.DataConfig())
-        if name:
-            own = command_line.load(command_line.configs(), name)
+    with exits.exit_on(ModuleNotFoundError):
+        own, words = openpi_flag.cli(words)
+        if own is not None and own.data.source != "lerobot":  # Read by openpi, from its own place.
+            own = dataclasses.replace(own, data=dataclasses.replace(own.data, path=""))
+        elif own is None and words and not words[0].startswith("-"):
+            own = command_line.load(command_line.configs(), words.pop(0))
+        name, default = "", Arguments(data=data_config.DataConfig())
+        if own is not None:
             name = own.name  # Of a file of one's own, without its folder.
             kind = normalize.kind_of(own.model.pi05)
             default = Arguments(own.data, own.model.action_horizon, kind)
@@ -61,6 +66,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not given.data.path:
             raise ValueError("name a dataset with --data.path: a folder, or owner/name on the hub")
         flags.at_least(given, 1, "horizon")
+        if ":" in given.data.robot:
+            raise ValueError(
+                f"robot {given.data.robot!r}: no robot here has the config's transforms; compute "
+                "statistics with openpi's own scripts/compute_norm_stats.py, or describe the "
+                "robot with --data.robot (docs/robots.md)"
+            )
         robot = robots.find(given.data.robot)
         if not name and "--data.asset-id" not in flags.named(words):
             data = dataclasses.replace(given.data, asset_id=robot.name)
