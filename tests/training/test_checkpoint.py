@@ -3,6 +3,7 @@
 import errno
 import json
 import shutil
+import time
 
 import flax.struct
 import jax
@@ -344,6 +345,29 @@ def test_a_disk_that_fills_up_in_the_background_costs_only_that_step(
     assert "Traceback" not in capfd.readouterr().err + caplog.text
     with checkpoint.Checkpoints(tmp_path) as checkpoints:
         assert [child.name for child in tmp_path.iterdir()] == ["1"]
+
+
+def _poll(checkpoints):
+    """As the steps of a run do, until the save in the background has ended."""
+    while checkpoints._unsettled:
+        checkpoints.poll()
+        time.sleep(0.01)
+
+
+def test_a_save_in_the_background_is_settled_or_its_error_raised_once_it_has_ended(
+    two_steps, tmp_path, small_disk
+):
+    folder = shutil.copytree(two_steps[0], tmp_path / "run", symlinks=True)
+    with checkpoint.Checkpoints(folder) as checkpoints:
+        checkpoints.save(3, two_steps[1], None, _nothing, error=0.01)
+        _poll(checkpoints)
+        assert (folder / "best").resolve() == folder / "3"
+        noise = np.random.default_rng(0).standard_normal((64, 1024)).astype(np.float32)
+        large = two_steps[1].replace(params={"noise": jnp.asarray(noise)})
+        with small_disk(1 << 16):
+            checkpoints.save(4, large, None, _nothing)
+            with pytest.raises(checkpoint.SaveError, match=r"/4 .*step 3 is intact"):
+                _poll(checkpoints)
 
 
 def test_what_a_failed_save_still_writes_is_removed_too(tmp_path, monkeypatch):

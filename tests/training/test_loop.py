@@ -402,6 +402,38 @@ def test_a_disk_that_fills_up_costs_only_what_came_after_the_last_checkpoint(
     _assert_same_run(experiment, whole_recorded)
 
 
+def test_a_save_that_failed_ends_the_run_at_the_next_step(synthetic, monkeypatch):
+    def poll(self):
+        raise checkpoint.SaveError("the disk is full")
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "poll", poll)
+    with pytest.raises(checkpoint.SaveError, match="the disk is full"):
+        _train(synthetic, exp_name="unsaved")
+
+
+def test_a_validation_that_fails_costs_no_step_that_is_due(synthetic, monkeypatch):
+    measured = []
+
+    def failing(self, teacher, state):
+        measured.append(int(state.step))
+        if measured[-1]:
+            raise RuntimeError("out of memory")
+        return {validation.TO_DATA: 1.0}
+
+    monkeypatch.setattr(validation.Validation, "measure", failing)
+    experiment = dataclasses.replace(
+        synthetic,
+        exp_name="unmeasured",
+        data=dataclasses.replace(synthetic.data, held_out=0.5),
+        validation=config.ValidationConfig(interval=2, samples=8, num_steps=2),
+        save_interval=2,
+    )
+    with pytest.raises(RuntimeError, match="out of memory"):
+        _train(experiment)
+    assert measured == [0, 2]
+    assert [child.name for child in experiment.folder.iterdir() if child.name.isdigit()] == ["2"]
+
+
 def test_a_step_folder_alone_is_the_policy_that_was_trained(whole_recorded):
     experiment = whole_recorded
     step = experiment.folder / "4"

@@ -149,7 +149,7 @@ class Checkpoints:
 
         Returns:
           True if a save was started. An error in the background is raised by the next call of
-          `save`, `wait` or `close`.
+          `poll`, `save`, `wait` or `close`.
         """
         self.wait()
         if step in run_folder.steps(self.folder):
@@ -170,6 +170,14 @@ class Checkpoints:
         if error is not None and self.is_best(error):
             self._best = step, error
         return self._unsettled
+
+    def poll(self) -> None:
+        """`wait` if a save has ended; else return at once.
+
+        A failed save is known at the next step instead of the next save, which may be hours later.
+        """
+        if self._unsettled and not self._manager.is_saving_in_progress():
+            self.wait()
 
     def wait(self) -> None:
         """Wait until everything is on disk; raises an error of a save in the background."""

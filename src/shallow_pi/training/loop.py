@@ -76,6 +76,10 @@ def train(run: runs.Run, label: str = "Distil") -> pathlib.Path:
             log(number, row)
             tell(0, note=f"loss {row['loss']:.4f}")
 
+        def save(number: int, row: metrics_buffer.Row, error: float | None = None) -> None:
+            with buffer.stalling(row):
+                checkpoints.save(number, state, feed.state(), run.save_assets, error=error)
+
         check = functools.partial(_require_finite, checkpoints)
         buffer = metrics_buffer.MetricsBuffer(write, check, experiment.log_interval)
         stopping = stack.enter_context(_stop_signals())
@@ -91,6 +95,7 @@ def train(run: runs.Run, label: str = "Distil") -> pathlib.Path:
                 more = gradient_norms(teacher, state, key, batch)
             state, values = advance(teacher, state, key, batch)
             buffer.add(number, {**values, **more})
+            checkpoints.poll()
             tell(1)
             stops = stopping.after(number)  # Asked once, so that a stop always saves.
             measures = held_out is not None and held_out.is_due(number, end)
@@ -100,13 +105,15 @@ def train(run: runs.Run, label: str = "Distil") -> pathlib.Path:
                     error = None
                     if measures and held_out is not None:
                         tell(0, note="validation")
-                        row |= held_out.measure(teacher, state)
+                        try:
+                            row |= held_out.measure(teacher, state)
+                        except Exception:  # It costs no step that is due.
+                            if saves:
+                                save(number, row)
+                            raise
                         error = row[held_out.criterion]
                     if saves or checkpoints.is_best(error):
-                        with buffer.stalling(row):
-                            checkpoints.save(
-                                number, state, feed.state(), run.save_assets, error=error
-                            )
+                        save(number, row, error)
             if stops:
                 break
         checkpoints.wait()
