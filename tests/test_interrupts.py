@@ -1,18 +1,20 @@
-"""Ctrl-C in processes that another one starts."""
+"""The terminal's signals in processes that another one starts."""
 
 import subprocess
 import sys
 
+import pytest
+
 from shallow_pi import interrupts
 
-CODE = "import os, signal; os.kill(os.getpid(), signal.SIGINT); print('went on')"
+CODE = "import os, signal; os.kill(os.getpid(), signal.{}); print('went on')"
 
 
-def test_a_process_started_while_ctrl_c_is_held_ignores_it():
+@pytest.mark.parametrize("name", ["SIGINT", "SIGHUP"])
+def test_a_process_started_while_the_terminals_signals_are_held_ignores_them(name):
+    words = [sys.executable, "-c", CODE.format(name)]
     with interrupts.held():
-        child = subprocess.Popen(
-            [sys.executable, "-c", CODE], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+        child = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert child.communicate(timeout=60) == ("went on\n", "")
-    alone = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True)
+    alone = subprocess.run(words, capture_output=True, text=True)
     assert alone.stdout == ""

@@ -1,5 +1,9 @@
 """A warning is shown once, and is an error if requested; progress bars estimate correctly."""
 
+import contextlib
+import os
+import pty
+import sys
 import types
 
 import pytest
@@ -43,3 +47,17 @@ def test_the_time_left_does_not_count_the_first_unit(monkeypatch, capsys):
     assert said == [
         *("Train: 10/100", "Train: 11/100", "Train: 13/100, ETA 522 s", "Train: 13/100 in 612.0 s")
     ]
+
+
+@pytest.mark.parametrize("opened", [os.pipe, pty.openpty], ids=["tee", "terminal"])
+def test_what_writes_to_a_log_goes_on_when_nobody_reads_it_any_more(opened, monkeypatch):
+    """Ctrl-C ends `tee` too, before a run has saved; and a terminal may be closed."""
+    reads, writes = opened()
+    gone = os.fdopen(writes, "w", buffering=1)
+    os.close(reads)
+    monkeypatch.setattr(sys, "stderr", gone)
+    with progress.bar("Train", total=2) as advance:
+        advance(2)
+    progress.say("saved")
+    with contextlib.suppress(OSError):
+        gone.close()

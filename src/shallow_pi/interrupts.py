@@ -1,4 +1,7 @@
-"""Signals in a program of several processes; a terminal sends Ctrl-C to all of them at once."""
+"""Signals in a program of several processes.
+
+A terminal sends Ctrl-C to all of them at once, and SIGHUP when it is closed.
+"""
 
 import contextlib
 import multiprocessing.resource_tracker
@@ -12,10 +15,10 @@ FORWARDED_SECONDS = 1.0
 
 @contextlib.contextmanager
 def held() -> Iterator[None]:
-    """Make processes started in the block ignore Ctrl-C, which is for the one that starts them."""
+    """Make processes started in the block ignore the terminal, whose signals are for this one."""
     # Python's resource tracker, started with the first process, would undo it.
     multiprocessing.resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
     try:
         yield
     finally:

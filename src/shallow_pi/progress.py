@@ -5,13 +5,14 @@ One call, so that every stage of a run looks alike:
 place; elsewhere (a log file, CI) a line is printed at the start, at the end, and about every ten
 seconds between. Only the first process of a multi-host job should open one. `warn` names something
 that is used in another way than a user may think (an ignored key, a guessed value), once; after
-`be_strict` (`--strict`) it is an error.
+`be_strict` (`--strict`) it is an error. A job outlives its terminal and its log (`Output`).
 """
 
 import contextlib
+import sys
 import time
 from collections.abc import Iterator
-from typing import Protocol
+from typing import IO, Any, Literal, Protocol, cast
 
 import rich.console
 import rich.progress
@@ -19,7 +20,42 @@ import rich.progress
 # Warnings of a process, and characters of each: a server's tell what its clients send.
 MOST, LONGEST = 1000, 2000
 
-console = rich.console.Console(stderr=True)
+
+class Output:
+    """Standard error or output; drops what it cannot write.
+
+    A terminal may be closed, `tee` end with Ctrl-C before the step is saved, the log's disk fill.
+    """
+
+    def __init__(self, name: Literal["stderr", "stdout"]) -> None:
+        self._name = name
+
+    @property
+    def _stream(self) -> Any:
+        stream = getattr(sys, self._name)
+        return getattr(stream, "rich_proxied_file", stream)  # A bar's, which prints by a console.
+
+    def write(self, text: str) -> int:
+        """Write, and tell of no error."""
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush, and tell of no error."""
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def printer(name: Literal["stderr", "stdout"]) -> rich.console.Console:
+    """A console of standard error or output that drops what it cannot write."""
+    return rich.console.Console(file=cast(IO[str], Output(name)))
+
+
+console = printer("stderr")
 _told: set[str] = set()
 _strict = False
 

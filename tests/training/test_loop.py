@@ -280,7 +280,7 @@ def test_a_signal_in_the_last_step_ends_the_run_too(whole, monkeypatch):
     assert checkpoint.Checkpoints(experiment.folder).latest_step() == 4
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_forwarded_signal_counts_once_and_a_later_one_is_immediate(monkeypatch, number):
     """`uv run` forwards to us what a scheduler sends to the whole process group."""
 
@@ -303,6 +303,16 @@ def test_a_forwarded_signal_counts_once_and_a_later_one_is_immediate(monkeypatch
             assert signal.getsignal(number) is terminate
     finally:
         signal.signal(number, before)
+
+
+def test_a_closed_terminal_does_not_stop_a_run_under_nohup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with loop._stop_signals() as stopping:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stopping.after(1)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_every_process_resumes_from_the_step_of_process_0(monkeypatch):

@@ -1,9 +1,9 @@
 """Exit status and message of a command that fails."""
 
 import contextlib
-import sys
 from collections.abc import Iterator
 
+from shallow_pi import progress
 from shallow_pi.parallel import processes
 
 
@@ -30,6 +30,6 @@ def exit_on(*errors: type[Exception]) -> Iterator[None]:
 
 
 def _leave(message: str, status: int) -> SystemExit:
-    print(f"{processes.prefix()}error: {message}", file=sys.stderr)
+    print(f"{processes.prefix()}error: {message}", file=progress.Output("stderr"))
     processes.leave(status)
     return SystemExit(status)

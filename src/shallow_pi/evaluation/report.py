@@ -251,7 +251,7 @@ def show_table(console: rich.console.Console, table: validation_tables.Table) ->
 
 def show(report: Report, console: rich.console.Console | None = None) -> None:
     """Print the tables and the comparisons."""
-    console = console or rich.console.Console()
+    console = console or progress.printer("stdout")
     console.print(report.title, style="bold", highlight=False)
     for table in tables(report):
         show_table(console, table)
@@ -368,9 +368,7 @@ def write(folder: pathlib.Path, report: Report) -> list[pathlib.Path]:
     page = markdown(report, files)
     if missing:
         page += f"\n{missing}\n"
-        rich.console.Console(stderr=True).print(
-            missing, highlight=False, markup=False, soft_wrap=True
-        )
+        progress.say(missing)
     run_folder.write_text(folder / run_folder.REPORT_PAGE, page)
     # Last: with it, a study is finished.
     content = json.dumps(contents(report), indent=2, ensure_ascii=False, allow_nan=False)

@@ -15,7 +15,6 @@ import json
 import math
 import os
 import re
-import sys
 import threading
 import traceback
 from collections.abc import Mapping
@@ -335,8 +334,8 @@ def leave(status: int) -> None:
     """
     if _joined is None:
         return
-    sys.stdout.flush()
-    sys.stderr.flush()
+    progress.Output("stdout").flush()
+    progress.Output("stderr").flush()
     shutdown = threading.Thread(target=jax.distributed.shutdown, daemon=True)
     shutdown.start()
     shutdown.join(LEAVE_SECONDS)
@@ -347,7 +346,7 @@ def report_crash() -> None:
     """Print the current error's traceback and end this process; does nothing in a job of one."""
     if _joined is not None:
         lines = traceback.format_exc().splitlines()
-        print("\n".join(f"{prefix()}{line}" for line in lines), file=sys.stderr)
+        print("\n".join(f"{prefix()}{line}" for line in lines), file=progress.Output("stderr"))
         leave(1)
 
 

@@ -240,9 +240,10 @@ class _Stop:
 
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[_Stop]:
-    """Turn the first Ctrl-C or SIGTERM into a flag; one that is repeated later acts as usual.
+    """Turn the first Ctrl-C, SIGTERM or SIGHUP (a closed terminal) into a flag.
 
-    In a job of several processes JAX handles SIGTERM and informs the others (`stops_here`).
+    One that is repeated later acts as usual; SIGHUP under `nohup` is ignored as before. In a job of
+    several processes JAX handles SIGTERM and informs the others (`stops_here`).
     """
     stop = _Stop()
     asked: float | None = None
@@ -269,8 +270,9 @@ def _stop_signals() -> Iterator[_Stop]:
             signal.raise_signal(signal.SIGTERM)
 
     with contextlib.suppress(ValueError):  # Handlers can be set in the main thread alone.
-        for number in (signal.SIGINT, signal.SIGTERM) if alone else (signal.SIGINT,):
-            previous[number] = signal.signal(number, ask)
+        for number in (signal.SIGINT, signal.SIGHUP, *((signal.SIGTERM,) if alone else ())):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                previous[number] = signal.signal(number, ask)
     try:
         yield stop
     finally:
