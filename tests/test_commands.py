@@ -154,8 +154,8 @@ def test_where_nothing_can_be_written_is_known_first(command, words, tmp_path, m
     monkeypatch.setattr(processes, "split_cpu", lambda rows: None)
     status, _, err = command(main, *words.replace("OUT", target).split())
     assert status == 1
-    said = f"{target} cannot be written (Not a directory): free space there or make it writable"
-    assert f"error: {said}, then repeat the command, or give another " in err
+    said = f"{tmp_path / 'file'} is a file, expected a folder: move it away, or give another "
+    assert f"error: {said}" in err
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 

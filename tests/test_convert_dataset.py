@@ -308,7 +308,7 @@ def test_nothing_that_is_there_is_overwritten(tmp_path, capsys):
     (tmp_path / "other.partial" / "mine.txt").write_text("kept")
     (tmp_path / "another.partial" / "meta").mkdir(parents=True)
     for target, reason in (
-        ("new", "is a link to nothing, expected the name of a new folder"),
+        ("new", "is a link to nothing (is its disk mounted?), expected the name of a new folder"),
         ("other", "is in the way, and is not"),
     ):
         with pytest.raises(SystemExit, match="1"):

@@ -182,8 +182,11 @@ def test_an_address_is_no_folder_to_write_in(tmp_path, monkeypatch, kind):
 
 def test_a_place_where_nothing_can_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=r"file/run cannot be written \(Not a directory\)"):
+    with pytest.raises(FileExistsError, match="/file is a file, expected a folder: move it away"):
         run_folder.prepare(tmp_path / "file" / "run", resume=False, overwrite=False)
+    (tmp_path / "runs").symlink_to(tmp_path / "disk" / "runs")
+    with pytest.raises(FileExistsError, match=r"/runs is a link to nothing \(is its disk mounted"):
+        run_folder.check(tmp_path / "runs" / "first", resume=False, overwrite=False)
     with pytest.raises(OSError, match=r"file/run/config.json cannot be written \(Not"):
         run_folder.save_config(tmp_path / "file" / "run", {})
 

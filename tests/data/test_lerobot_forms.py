@@ -370,7 +370,11 @@ def test_the_folder_that_was_meant_is_guessed(tmp_path, frames) -> None:
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw" / "episode_0.hdf5").touch()
     (tmp_path / "begun" / "meta").mkdir(parents=True)
+    (tmp_path / "linked").symlink_to("/mnt/disk/sets")
     for path, hint in (
+        (root.with_name("ones"), "did you mean 'one'?"),
+        (tmp_path / "linked" / "one", "linked is a link to /mnt/disk/sets, which is absent: is"),
+        (r"D:\robots\one", "under WSL, Windows' disks are in /mnt: /mnt/d/robots/one"),
         (root.parent, f"did you mean {root}?"),
         (root / "meta", f"did you mean {root}?"),
         (tmp_path / "one.zip", "it is a file, a dataset is a folder: unpack it, or convert it"),

@@ -231,7 +231,7 @@ def test_a_place_that_cannot_be_written_is_found_before_a_dataset_is_opened(
     monkeypatch.setattr(reader.Dataset, "__init__", lambda *_, **__: pytest.fail("a dataset opens"))
     (tmp_path / "file").write_text("")
     lost = dataclasses.replace(remote, checkpoint_dir=str(tmp_path / "file"))
-    with pytest.raises(OSError, match=r"cannot be written \(Not a directory\).*--checkpoint-dir"):
+    with pytest.raises(OSError, match=r"file is a file, expected a folder: .*--checkpoint-dir"):
         runs.open_run(lost)
 
 

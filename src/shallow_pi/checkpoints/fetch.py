@@ -63,19 +63,31 @@ def locate(url: str | os.PathLike[str], *, filesystem: Any = None) -> pathlib.Pa
 
 def advice(absent: pathlib.Path) -> str:
     """The step, name or address that may be meant by a local path where nothing is; or nothing."""
-    with contextlib.suppress(OSError):
-        beside = [child.name for child in absent.parent.iterdir() if child.is_dir()]
-        steps = sorted(filter(str.isdigit, beside), key=int)
-        if absent.name.isdigit() and steps:
-            return f"; {absent.parent} has the steps {', '.join(steps)}"
-        if close := suggestions.closest(absent.name, beside):
-            return close
+    if found := nearby(absent):
+        return found
     with contextlib.suppress(ValueError):
         parts = absent.relative_to(pathlib.Path.cwd()).parts
         if parts and parts[0] in ("gs:", "hf:"):
             return f"; an address has two slashes: {parts[0]}//{'/'.join(parts[1:])}"
         if len(parts) == 2:
             return f"; a repository of the Hugging Face hub is hf://{'/'.join(parts)}"
+    return ""
+
+
+def nearby(absent: pathlib.Path) -> str:
+    """The folder that may be meant by a path where nothing is, or why it is absent; or nothing."""
+    for path in (absent, *absent.parents):
+        if path.is_symlink() and not path.exists():
+            return f"; {path} is a link to {path.readlink()}, which is absent: is its disk mounted?"
+    if windows := re.search(r"(?:^|/)([A-Za-z]):[\\/](.*)", str(absent)):
+        rest = windows[2].replace("\\", "/")
+        return f"; under WSL, Windows' disks are in /mnt: /mnt/{windows[1].lower()}/{rest}"
+    with contextlib.suppress(OSError):
+        beside = [child.name for child in absent.parent.iterdir() if child.is_dir()]
+        steps = sorted(filter(str.isdigit, beside), key=int)
+        if absent.name.isdigit() and steps:
+            return f"; {absent.parent} has the steps {', '.join(steps)}"
+        return suggestions.closest(absent.name, beside)
     return ""
 
 

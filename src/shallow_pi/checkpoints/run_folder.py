@@ -159,16 +159,15 @@ def check_output(
     if re.match(r"\w{2,}:/", os.fspath(path)):  # A `Path` keeps one slash of the two.
         raise ValueError(f"{path} is an address, expected a folder on this machine: {otherwise}")
     folder = pathlib.Path(path).expanduser().absolute()
-    if os.path.lexists(folder) and (is_new or not folder.is_dir()):
-        found = "is a file" if folder.exists() else "is a link to nothing"
-        if folder.is_dir():
+    there = next(one for one in (folder, *folder.parents) if os.path.lexists(one))
+    is_taken = is_new and there == folder
+    if is_taken or not there.is_dir():
+        found = "is a file" if there.exists() else "is a link to nothing (is its disk mounted?)"
+        if there.is_dir():
             found = "exists and is never overwritten"
-        expected = "the name of a new folder" if is_new else "a folder"
-        raise FileExistsError(
-            f"{folder} {found}, expected {expected}: move it away, or {otherwise}"
-        )
+        expected = "the name of a new folder" if is_taken else "a folder"
+        raise FileExistsError(f"{there} {found}, expected {expected}: move it away, or {otherwise}")
     # As root every folder says that it is writable, on a read-only disk too.
-    there = next(one for one in (folder, *folder.parents) if one.exists())
     advice = f"repeat the command, or {otherwise}"
     with writing(folder, advice), tempfile.TemporaryDirectory(prefix=_TRIAL, dir=there):
         pass

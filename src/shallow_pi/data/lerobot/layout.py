@@ -18,6 +18,7 @@ from typing import Any, TypeGuard
 import polars as pl
 
 from shallow_pi import progress
+from shallow_pi.checkpoints import fetch
 from shallow_pi.data.lerobot import columns, files
 
 VERSIONS = ("v2.0", "v2.1", "v3.0")
@@ -196,7 +197,7 @@ def _read_info(root: pathlib.Path) -> dict[str, Any]:
     if not root.exists():
         raise FileNotFoundError(
             f"no LeRobot dataset at {root}: there is no such folder; check the path (a dataset of "
-            "the Hugging Face hub is owner/name)"
+            f"the Hugging Face hub is owner/name){fetch.nearby(root)}"
         )
     if not file.exists():
         raise FileNotFoundError(f"no LeRobot dataset at {root}: {file} is missing{_hint(root)}")
