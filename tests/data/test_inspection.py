@@ -174,6 +174,22 @@ def test_padded_actions_count_as_padding_and_nowhere_else(own):
     assert any("the losses leave them out" in fact for fact in inspection.facts(left_out))
 
 
+def test_samples_in_which_the_robot_stands_still_are_counted(own):
+    """Teleoperation that begins late: noise of the sensors is no motion, and one action is none."""
+    state, actions = _numbers(own(), count=8)
+    actions[:2] = actions[:2, :1]
+    actions[1] += np.random.default_rng(0).normal(0, 1e-4, actions[1].shape)
+    mask = np.ones(actions.shape[:2], bool)
+    mask[7, 1:] = False
+    samples = _samples(own(), state, actions, mask)
+    assert "in 2 of 8 samples the robot stands still" in inspection.facts(samples)
+    assert inspection.doubtful(samples, inspection.ranges(samples)) == []
+    actions[2] = actions[2, :1]
+    samples = _samples(own(), state, actions, mask)
+    (line,) = inspection.doubtful(samples, inspection.ranges(samples))
+    assert line.startswith("in 38% of the samples the robot stands still (all actions")
+
+
 def test_constant_and_far_dimensions_are_named(own):
     state, actions = _numbers(own())
     state[:, 2] = 7.0

@@ -15,8 +15,9 @@ normalization, tokens, augmentation) and writes to FOLDER (default: data_sheets/
 It prints prompts and ranges (as recorded, over all frames, in the robot's units; and normalized),
 and warns of anything suspicious: dimensions that are constant, far from the statistics or outside
 the robot's limits, images that are black or of one colour, prompts that are truncated or all the
-same, much padding. The teacher is not downloaded. If it is on this machine (its assets are enough),
-its statistics and sizes are used; otherwise, with a warning, the dataset's statistics.
+same, much padding, a robot that often stands still. The teacher is not downloaded. If it is on this
+machine (its assets are enough), its statistics and sizes are used; otherwise, with a warning, the
+dataset's statistics.
 """
 
 import collections

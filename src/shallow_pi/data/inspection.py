@@ -17,8 +17,8 @@ from jaxtyping import Bool, Float, UInt8
 from shallow_pi import progress
 from shallow_pi.data import sources
 from shallow_pi.data.robots import assets as policy_assets
+from shallow_pi.data.robots import normalize, tokenizer
 from shallow_pi.data.robots import robot as robots
-from shallow_pi.data.robots import tokenizer
 from shallow_pi.models import batch as batches
 
 # Samples that a run looks at before its first step.
@@ -27,8 +27,10 @@ SAMPLES = 16
 LIMIT = 5.0
 # An image whose values differ by no more, of 255, is of one colour; if none is greater, black.
 FLAT = 8
-# More actions than this share beyond an episode's end are warned of.
-PADDING = 0.25
+# More actions than this share beyond an episode's end are warned of; and more samples in which the
+# robot stands still: no normalized action of the chunk differs from another by more than MOTION.
+PADDING = STANDING = 0.25
+MOTION = 0.01
 # Shares of a dimension's plausible span: recorded values may lie outside it by the first, and a
 # gripper that goes through less than the second of it is recorded in another unit.
 OUTSIDE, SPANNED = 0.25, 0.15
@@ -289,6 +291,8 @@ def facts(samples: Samples) -> list[str]:
         f"end: {counted}",
         f"state has {state} and actions {actions} of the model's {width} dimensions; the rest is 0",
     ]
+    if standing := int(_stands_still(samples).sum()):
+        lines.append(f"in {standing} of {len(used)} samples the robot stands still")
     absent = [name for name, mask in seen.image_masks.items() if not mask.any()]
     lines += [f"camera {name} is absent: black and masked" for name in absent]
     lines += [f"{camera} records depth ({reason})" for camera, reason in samples.depth.items()]
@@ -331,7 +335,23 @@ def doubtful(samples: Samples, found: list[Range]) -> list[str]:
             f"{share:.0%} of the actions lie beyond an episode's end: episodes are short for "
             f"chunks of {samples.batch.actions.shape[1]}"
         )
+    if (share := _stands_still(samples).mean()) > STANDING:
+        lines.append(
+            f"in {share:.0%} of the samples the robot stands still (all actions of the chunk are "
+            "alike), and policies learn to wait: cut such frames, as before a demonstration starts"
+        )
     return lines
+
+
+def _stands_still(samples: Samples) -> Bool[np.ndarray, " b"]:
+    """Mark samples whose actions, those of dimensions that move in the recording, stay alike."""
+    actions, exists = samples.batch.actions, samples.batch.action_mask[..., None]
+    if samples.assets is not None:
+        dims = samples.assets.robot.action_dim
+        moves = ~normalize.still(samples.assets.stats["actions"])[:dims]
+        actions = actions[..., :dims][..., moves]
+    span = np.ptp(np.where(exists, actions, actions[:, :1]), axis=1)  # The first always exists.
+    return (exists.sum(axis=(1, 2)) > 1) & (span <= MOTION).all(axis=1)
 
 
 def _doubtful_images(samples: Samples) -> list[str]:

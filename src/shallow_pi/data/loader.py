@@ -122,7 +122,8 @@ class Loader:
         if different:
             raise ValueError(
                 "cannot resume the data position; (saved, now) differ in "
-                f"{different}; resume with the same data, seed and batch size"
+                f"{different}; resume with the same data, seed and batch size (--data.episodes "
+                "leaves out what was recorded since), or begin another run (--exp-name)"
             )
         self.close()
         self._seek(state["batch"])
