@@ -256,14 +256,43 @@ def test_image_files_that_are_missing_are_counted_when_a_dataset_is_opened(tmp_p
         (folder / place).unlink()
     with pytest.raises(
         ValueError,
-        match=r"episode 1, frame 1: its file 'images.*frame_1.png' is missing, .*\n3 of 12 such "
-        r"files are missing, in 2 of 3 episodes .*--data.skip-bad-episodes",
+        match=r"episode 1, frame 1: its file 'images.*frame_1.png' is missing, .*\n3 of 12 frames "
+        r"have no image of it, in 2 of 3 episodes .*--data.skip-bad-episodes",
     ):
         reader.Dataset(folder, cameras=[TOP])
     assert len(reader.Dataset(folder, cameras=[TOP], episodes=[0])) == 4
     found = reader.Dataset(folder, cameras=[TOP], skip_bad_episodes=True)
     assert (found.episodes, list(found.skipped)) == ([0], [1, 2])
     assert "episode 2 of dataset" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("without", "left"), [([0], [1, 2]), ([1, 2], [0]), ([1], [0, 2])])
+def test_a_camera_that_some_episodes_lack_is_told_when_a_dataset_is_opened(tmp_path, without, left):
+    """It was added, or unplugged, between two sessions of a recording."""
+    meta = tmp_path / "meta"
+    meta.mkdir()
+    info = {"codebase_version": "v2.1", "fps": FPS, "features": {TOP: {"dtype": "image"}}}
+    (meta / "info.json").write_text(json.dumps(info))
+    rows = [{"episode_index": n, "length": 4} for n in range(3)]
+    (meta / "episodes.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    image = io.BytesIO()
+    Image.fromarray(COLOUR).save(image, "PNG")
+    for n in range(3):
+        table = pl.DataFrame({"episode_index": [n] * 4, "frame_index": range(4)})
+        if n not in without:
+            table = table.with_columns(pl.Series(TOP, _structs(*[image.getvalue()] * 4)))
+        file = tmp_path / "data" / "chunk-000" / f"episode_{n:06d}.parquet"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        table.write_parquet(file)
+    with pytest.raises(
+        ValueError,
+        match=rf"top of episode {without[0]}, .*episode_00000{without[0]}.parquet has no such "
+        rf"column\n{4 * len(without)} of 12 frames .* in {len(without)} of 3 .*--data.skip-bad",
+    ):
+        reader.Dataset(tmp_path, cameras=[TOP])
+    found = reader.Dataset(tmp_path, cameras=[TOP], skip_bad_episodes=True)
+    assert (found.episodes, list(found.skipped)) == (left, without)
+    np.testing.assert_array_equal(found.image(len(found) - 1, TOP), COLOUR)
 
 
 def _structs(*encoded) -> list[dict]:

@@ -21,12 +21,12 @@ _THREADS = 8
 
 @dataclasses.dataclass(frozen=True)
 class Absent:
-    """Image files that an episode lacks."""
+    """Images of a camera that an episode lacks."""
 
     # The first of its frames without one, and the number of such frames.
     frame: int
     count: int
-    # Names that file.
+    # Names the file in which it is absent, or which is.
     problem: str
 
 

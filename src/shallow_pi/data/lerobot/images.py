@@ -336,7 +336,10 @@ class Images:
             except OSError as error:
                 raise ValueError(f"cannot read {path}: {error.strerror}") from error
         if value is None:
-            raise ValueError(f"{self._layout.root / file} has neither its bytes nor a path")
+            raise ValueError(
+                f"{self._layout.root / file} has neither its bytes nor a path: the frame has no "
+                "image; leave its episode out"
+            )
         return value
 
     def _stored(self, file: str, camera: str, row: int) -> tuple[Any, str | None]:

@@ -312,7 +312,7 @@ class Dataset:
                     continue
                 there, form = f"its images are in {file}", "image"
             else:
-                if camera in self._stored:
+                if len(self._without_column(camera)) < self.num_episodes:
                     continue
                 there, form = f"{file} has no such column", "video"
                 if not self.layout.has_videos(camera):
@@ -351,27 +351,38 @@ class Dataset:
         self._join({e: part for e, part in parts.items() if e not in problems})
 
     def _check_files(self, parts: Mapping[int, data_files.Episode], skip: bool) -> None:
-        """Raise for, or leave out, episodes with an image file that is not there."""
+        """Raise for, or leave out, episodes without images of a camera that others have."""
         rows = {episode: parts[episode].rows for episode in self.episodes}
         for camera in self._asked or ():
-            if self._images.is_video(camera) or not self._images.is_beside(
-                camera, self.episodes[0]
-            ):
+            if self._images.is_video(camera):
                 continue
-            lacking = image_files.absent(self.layout, camera, rows)
+            lacking = self._without_column(camera)
+            having = {n: own for n, own in rows.items() if n not in lacking}
+            if having and self._images.is_beside(camera, min(having)):
+                lacking |= image_files.absent(self.layout, camera, having)
             if lacking and not skip:
                 episode, first = min(lacking.items())
                 count = sum(found.count for found in lacking.values())
                 raise ValueError(
                     f"{camera} of episode {episode}, frame {first.frame}: "
                     f"{self._short(first.problem)}\n"
-                    f"{count} of {len(self)} such files are missing, in {len(lacking)} of "
+                    f"{count} of {len(self)} frames have no image of it, in {len(lacking)} of "
                     f"{len(rows)} episodes of dataset {self.path}: leave them out "
                     f"({self._skip_flag})"
                 )
             self.skipped |= {n: f"{camera}: {found.problem}" for n, found in lacking.items()}
         if self.skipped.keys() & rows.keys():
             self._join({n: parts[n] for n in rows if n not in self.skipped})
+
+    def _without_column(self, camera: str) -> dict[int, image_files.Absent]:
+        """Episodes whose data file has no column of a camera, which may have been added later."""
+        file_of = {episode: self.layout.data_file(episode) for episode in self.episodes}
+        held = {file: camera in files.schema(self.path / file) for file in set(file_of.values())}
+        return {
+            n: image_files.Absent(0, self.layout.lengths[n], f"{file} has no such column")
+            for n, file in file_of.items()
+            if not held[file]
+        }
 
     def _wanted(self, skip: bool) -> tuple[str, ...]:
         """Columns to read immediately: all of them if bad episodes are to be skipped."""
