@@ -39,6 +39,7 @@ class Demanding(turntable.Suite):
     ("name", "options", "message"),
     [
         ("turntabel", {}, r"unknown simulator 'turntabel'; there are .*did you mean 'turntable'"),
+        ("TURNTABLE", {}, "did you mean 'turntable'"),
         ("nowhere:Suite", {}, "package 'nowhere' is not installed: uv pip install nowhere"),
         ("shallow_pi.sims.turntable:Sweet", {}, "expected MODULE:CLASS that can be imported"),
         ("shallow_pi.sims.gantry:Sim", {}, "gantry:Sim is no suite; expected a dataclass of opt"),
