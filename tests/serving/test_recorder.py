@@ -66,7 +66,7 @@ def test_recording_ends_at_its_limit(tmp_path, caplog):
     path, record = recorded(tmp_path, range(5), limit_bytes=3 * size)
     assert states(path) == [0, 1, 2]
     assert record.dropped == 2
-    assert "not everything is recorded" in caplog.text
+    assert f"not everything is recorded to {tmp_path}: --record-limit-gb is rea" in caplog.text
 
 
 def test_a_disk_that_fails_ends_the_recording_alone(tmp_path, caplog):
@@ -90,10 +90,11 @@ def test_a_disk_that_is_full_ends_the_recording_alone(tmp_path, small_disk, capl
     assert "ends: " in caplog.text
 
 
-def test_what_the_disk_cannot_follow_is_dropped_not_waited_for(tmp_path, monkeypatch):
+def test_what_the_disk_cannot_follow_is_dropped_not_waited_for(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(recorder, "BACKLOG", 0)
     _, record = recorded(tmp_path, range(3))
     assert record.dropped == 3
+    assert "the disk is too slow" in caplog.text
 
 
 def test_a_folder_that_cannot_be_written_to_is_an_error(tmp_path):

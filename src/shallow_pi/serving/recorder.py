@@ -93,7 +93,9 @@ class Recorder:
         with self._lock:
             if self._left < size or self._waiting + size > BACKLOG:
                 if not self.dropped:
-                    _log.warning("not everything is recorded: disk too slow, or limit reached")
+                    is_full = self._left < size
+                    why = "--record-limit-gb is reached" if is_full else "the disk is too slow"
+                    _log.warning("not everything is recorded to %s: %s", self.folder, why)
                 self.dropped += 1
                 return
             self._left -= size
@@ -127,10 +129,9 @@ class Recorder:
                 # Part of a record may be written: nothing may follow it.
                 failed = True
                 _log.warning("recording to %s ends: %s", self.folder, error)
-                with self._lock:
-                    self._left = 0
             if failed:
-                self.dropped += 1
+                with self._lock:
+                    self._left, self.dropped = 0, self.dropped + 1
         for file in self._files.values():
             _close(file)
 
