@@ -372,6 +372,9 @@ def test_a_rate_that_is_not_the_trainings_warns(told, capsys):
     for same in (20, 20.0, 20.02, None):
         executors.SkipLateActions(Trained(), 2, control_hz=same).close()
     executors.SkipLateActions(Counting(), 2, control_hz=50).close()
+    facts["fps"] = 0  # Not known.
+    executors.SkipLateActions(Trained(), 2, control_hz=50).close()
+    facts["fps"] = 20
     assert not capsys.readouterr().err
     executors.SkipLateActions(Trained(), 2, control_hz=50).close()
     said = capsys.readouterr().err

@@ -312,7 +312,11 @@ def _check_rate(policy: Policy, control_hz: float) -> None:
     # Of a policy in this process, or of openpi's client.
     told = getattr(policy, "metadata", None) or getattr(policy, "get_server_metadata", dict)()
     fps = told.get("fps") if isinstance(told, Mapping) else None
-    if isinstance(fps, int | float) and not math.isclose(control_hz, fps, rel_tol=0.005):
+    if (
+        isinstance(fps, int | float)
+        and fps > 0
+        and not math.isclose(control_hz, fps, rel_tol=0.005)
+    ):
         progress.warn(
             f"the policy was trained at {fps:g} actions a second, and control_hz is "
             f"{control_hz:g}: the robot will move {control_hz / fps:.2g} times as fast as in "
