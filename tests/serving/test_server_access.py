@@ -156,6 +156,7 @@ def test_an_open_server_without_a_key_warns(caplog):
         ({"port": 70_000}, ValueError, "--port must lie in 0..65535, got 70000"),
         ({"max_waiting": 0}, ValueError, "--max-waiting must be at least 1"),
         ({"handshake_seconds": 0}, ValueError, "--handshake-seconds must be positive, got 0"),
+        ({"stuck_seconds": -1.0}, ValueError, "--stuck-seconds must be positive, got -1"),
         ({"tls_cert": "a.pem"}, ValueError, "TLS needs a certificate and its key"),
         ({"tls_cert": "a.pem", "tls_key": "b.pem"}, FileNotFoundError, "no TLS file a.pem"),
         ({"api_key": "two words"}, ValueError, "printable ASCII without spaces"),

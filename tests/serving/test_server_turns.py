@@ -282,6 +282,27 @@ def test_a_second_signal_ends_it_at_once(number, stays):
         assert started.returncode == -number
 
 
+@pytest.mark.parametrize("stays", [True, False])
+def test_health_says_when_an_inference_is_stuck_and_when_it_is_over(stays):
+    """A supervisor restarts the server then, also if the robot has given up."""
+    policy = Thinking()
+    with serving.running(policy, stuck_seconds=1.0) as running, running.connect() as raw:
+        raw.recv()
+        serving.ask(raw, serving.STATE)
+        running.wait_for("shallow_pi_batch_size_count", 1)
+        if not stays:
+            vanish(raw)
+        until = time.monotonic() + 20
+        while (found := running.get("/healthz"))[0] == 200 and time.monotonic() < until:
+            time.sleep(0.1)
+        status, text, _ = found
+        assert (status, text[:40]) == (503, "stuck: an inference has been running for")
+        assert running.metric("shallow_pi_inference_running_seconds") > 1
+        policy.go.set()
+        running.wait_for("shallow_pi_inference_running_seconds", 0)
+        assert running.get("/healthz")[:2] == (200, "OK\n")
+
+
 def test_health_and_metrics_answer_while_the_policy_thinks():
     with serving.running(serving.Echo(1.0)) as running, running.connect() as raw:
         raw.recv()

@@ -26,7 +26,7 @@ def clock():
 
 @pytest.fixture
 def seen(clock):
-    return telemetry.Telemetry(METADATA, clock)
+    return telemetry.Telemetry(METADATA, 120.0, clock)
 
 
 def answer(seen, client, *, total_ms=20.0, value=0.0, warnings=(), **observation):
@@ -57,6 +57,25 @@ def test_health_names_the_worst(seen, clock):
     assert seen.health()[0] == "warn"
     seen.disconnect(client)
     assert seen.health()[0] == "idle"
+
+
+def test_an_inference_without_an_end_is_no_silence_of_the_robot(seen, clock):
+    client = seen.connect("robot")
+    answer(seen, client)
+    seen.begin_inference(1)
+    clock.now += 30
+    assert seen.health() == ("warn", "Waiting: an inference has been running for 30 s")
+    assert seen.stuck() is None
+    assert b"\nshallow_pi_inference_running_seconds 30.0\n" in seen.exposition()
+    clock.now += 91
+    seen.disconnect(client)
+    level, text = seen.health()
+    assert level == "bad"
+    assert text.startswith("Stuck: an inference has been running for 121 s, longer than --stuck-s")
+    seen.end_inference()
+    assert seen.stuck() is None
+    assert seen.health() == ("idle", "Ready; no robot is connected")
+    assert b"\nshallow_pi_inference_running_seconds 0.0\n" in seen.exposition()
 
 
 def test_warnings_are_counted_and_shown_in_one_line_a_client(seen, clock):

@@ -20,8 +20,10 @@ the answer arrives. `shallow_pi.deploy.executors.RealTimeChunking` sends it thro
 docs/speed.md shows a loop that does not need this package.
 
 A page at http://127.0.0.1:8000/ shows cameras, actions, latency and errors; /metrics is for
-Prometheus, /healthz for supervisors. Ctrl-C or SIGTERM stops the server after the current
-inference, a second one immediately.
+Prometheus. /healthz is for supervisors, as liveness and as readiness probe: it answers once the
+policy is compiled, and with status 503 while one inference has been running for longer than
+--stuck-seconds. Ctrl-C or SIGTERM stops the server after the current inference, a second one
+immediately.
 
 To serve robots on other machines, open it to the network, with a key that clients pass as
 `api_key=`:

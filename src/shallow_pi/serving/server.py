@@ -7,6 +7,10 @@ was full. The event loop stays free, during an inference too, for plain HTTP: `/
 page at `/` are there for all (the page holds no data); `/metrics` and the websocket of
 observations, at any other path, want the API key if one is set. A browser's page of another origin
 is refused, so that no web site a user visits can drive a robot.
+
+`/healthz` answers 200 "OK", as openpi's server does, or 503 while an inference is stuck, so that a
+supervisor restarts the server. It serves as readiness probe too: nothing listens before the policy
+is compiled, or once the server stops.
 """
 
 import asyncio
@@ -140,6 +144,8 @@ async def _answer(
     where, headers = sessions.path(request), request.headers
     upgrade = "websocket" in ",".join(headers.get_all("Upgrade")).lower()
     if where == "/healthz":
+        if stuck := served.seen.stuck():
+            return _respond(http.HTTPStatus.SERVICE_UNAVAILABLE, f"{stuck}\n".encode())
         return _respond(http.HTTPStatus.OK, b"OK\n")
     if "Sec-WebSocket-Key" in headers and not upgrade:
         advice = (

@@ -44,6 +44,9 @@ class Settings:
     # With --batch: longest time in milliseconds that an observation waits for those of other active
     # clients. A lone client never waits.
     batch_wait_ms: float = 2.0
+    # Seconds of one inference after which it counts as stuck: /healthz then answers 503, and a
+    # supervisor restarts the server. Let it be longer than compiling for a camera's new image size.
+    stuck_seconds: float = 120.0
     # Time limit in seconds for a connection's TLS handshake, and for its HTTP request.
     handshake_seconds: float = 5.0
     # Maximum number of handshakes in progress, not counting clients; a new one replaces the oldest.
@@ -64,8 +67,9 @@ class ServerConfig(Settings):
             raise ValueError(
                 f"--batch-wait-ms must be finite and not negative, got {self.batch_wait_ms}"
             )
-        if not self.handshake_seconds > 0:
-            raise ValueError(f"--handshake-seconds must be positive, got {self.handshake_seconds}")
+        for name in ("stuck_seconds", "handshake_seconds"):
+            if not (seconds := getattr(self, name)) > 0:
+                raise ValueError(f"--{name.replace('_', '-')} must be positive, got {seconds}")
         if not 0 <= self.port < 2**16:
             raise ValueError(f"--port must lie in 0..65535, got {self.port}")
         if not (self.api_key.isascii() and self.api_key.isprintable() and " " not in self.api_key):

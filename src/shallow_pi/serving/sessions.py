@@ -56,7 +56,7 @@ class Sessions:
         record: recorder.Recorder | None,
         worker: concurrent.futures.Executor,
     ) -> None:
-        self.seen = telemetry.Telemetry(policy.metadata)
+        self.seen = telemetry.Telemetry(policy.metadata, config.stuck_seconds)
         self._config, self._record = config, record
         self._metadata = protocol.pack(dict(policy.metadata))
         self._turns = turns.Turns(policy, config, self.seen, worker)

@@ -87,13 +87,20 @@ class Telemetry:
 
     Args:
       metadata: the policy's; `fps` and `action_horizon` give the time a chunk lasts.
+      stuck_seconds: time after which an inference counts as stuck.
       clock: seconds.
     """
 
     def __init__(
-        self, metadata: Mapping[str, Any], clock: Callable[[], float] = time.monotonic
+        self,
+        metadata: Mapping[str, Any],
+        stuck_seconds: float,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.metadata, self.clock = dict(metadata), clock
+        self._stuck_seconds = stuck_seconds
+        # Start of the running inference.
+        self._began: float | None = None
         self.fps = float(metadata.get("fps") or 0)
         self.clients: dict[int, Client] = {}
         self.served: collections.deque[Served] = collections.deque(maxlen=SERVED)
@@ -138,8 +145,14 @@ class Telemetry:
             buckets=_SIZES,
             registry=registry,
         )
+        self._running = prometheus_client.Gauge(
+            "shallow_pi_inference_running_seconds",
+            "Time that the running inference has taken so far; 0 if none runs.",
+            registry=registry,
+        )
         self._clients.set_function(lambda: len(self.clients))
         self._queue.set_function(lambda: self.waiting)
+        self._running.set_function(self.running_seconds)
         for kind in ("message", "observation", "too_large", "busy", "unauthorized", "internal"):
             self._errors.labels(kind)  # Shown from the start, at zero.
 
@@ -174,9 +187,27 @@ class Telemetry:
         del self.clients[client.number]
         self.version += 1
 
-    def turn(self, size: int) -> None:
+    def begin_inference(self, size: int) -> None:
         """Note that inference begins for that many observations at once."""
         self._batch.observe(size)
+        self._began = self.clock()
+
+    def end_inference(self) -> None:
+        """Note that it is over, with or without answers."""
+        self._began = None
+
+    def running_seconds(self) -> float:
+        """Time that the running inference has taken so far; 0 if none runs."""
+        return 0.0 if self._began is None else self.clock() - self._began
+
+    def stuck(self) -> str | None:
+        """The reason why a supervisor should restart the server; None if there is none."""
+        if (seconds := self.running_seconds()) <= self._stuck_seconds:
+            return None
+        return (
+            f"stuck: an inference has been running for {seconds:.0f} s, longer than "
+            f"--stuck-seconds {self._stuck_seconds:g}; restart the server"
+        )
 
     def answer(
         self,
@@ -234,11 +265,15 @@ class Telemetry:
     def health(self) -> tuple[Level, str]:
         """The state of the server for a person beside the robot, the worst news first."""
         now = self.clock()
+        if stuck := self.stuck():
+            return "bad", stuck.capitalize()
         recent_events = [e for e in self.events if now - e.at < ALARM]
         # A stranger's wrong key does not concern the robot.
         refused = [e for e in recent_events if e.kind not in ("unauthorized", "warning")]
         if refused:
             return "bad", f"Refused: {refused[-1].text.strip().splitlines()[-1]}"
+        if (seconds := self.running_seconds()) > ALARM:
+            return "warn", f"Waiting: an inference has been running for {seconds:.0f} s"
         if not self.clients:
             return "idle", "Ready; no robot is connected"
         recent = [s.total_ms for s in self.served if now - s.at < ALARM]

@@ -175,7 +175,7 @@ class Turns:
                 turn = self._next()
                 if not turn:
                     continue
-                self._seen.turn(len(turn))
+                self._seen.begin_inference(len(turn))
                 self._asked = turn
                 answers = await asyncio.get_running_loop().run_in_executor(
                     self._worker, self._answer, [request for request, _ in turn]
@@ -189,6 +189,7 @@ class Turns:
                 self._forget_settled()
             finally:
                 self._asked = ()
+                self._seen.end_inference()
 
     async def _wait_for_more(self) -> None:
         """Wait for clients that are about to ask, no longer than the bound."""
