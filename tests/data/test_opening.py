@@ -237,6 +237,21 @@ def test_statistics_are_the_teachers_the_datasets_only_with_a_word(data, model, 
         opening.open_data(data, model, tmp_path / "without")
 
 
+@pytest.mark.parametrize("pi05", [True, False])
+def test_a_gripper_that_hardly_ever_moves_is_told_where_percentiles_normalize(
+    data, tiny_config, tmp_path, capsys, pi05
+):
+    """Its rare values are a million times as large as the others after normalization."""
+    images = {name: np.zeros((200, 8, 8, 3), np.uint8) for name in ("base", "wrist")}
+    state = np.random.default_rng(0).normal(size=(200, 3)).astype(np.float32)
+    state[:, 2] = np.arange(200) == 100
+    with lerobot_writer.Writer(tmp_path / "set", 20) as writer:
+        writer.add_episode(images, state, 2 * state, "go")
+    model = tiny_config(pi05=pi05, vocab_size=320, max_token_len=48)
+    opening.open_data(dataclasses.replace(data, path=str(tmp_path / "set")), model, None)
+    assert ("state[2] has one value (0) in 98 % of" in capsys.readouterr().err) == pi05
+
+
 def test_a_memory_cache_has_a_limit(data, model):
     with pytest.raises(ValueError, match=r"caching 24 samples needs 0 MiB, more than .*cache-gib"):
         opening.open_data(dataclasses.replace(data, cache="memory", cache_gib=1e-5), model, None)

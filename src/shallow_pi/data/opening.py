@@ -322,6 +322,8 @@ def _stats(
         progress.say(f"Statistics: {found.path}")
         stats = found.stats
         normalize.check(stats, dims, kind)
+    for line in statistics.one_valued(stats) if kind == "quantile" else ():
+        progress.warn(line)
     if teacher_step is not None and data.norm_stats:
         checkpoint_statistics.warn_of_others(teacher_step, data.asset_id, kind, stats, dims)
     if found is None:

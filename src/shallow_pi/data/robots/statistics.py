@@ -198,12 +198,19 @@ def doubtful(stats: Mapping[str, normalize.NormStats]) -> list[str]:
                     f"{where} hardly moves (std {std:.2g}, 98 % within {q01:g} … {q99:g}): its "
                     "noise will be amplified to the scale of the others"
                 )
-            elif q99 - q01 < TINY:
-                lines.append(
-                    f"{where} has one value ({q01:g}) in 98 % of the frames, but moves (std "
-                    f"{std:.2g}): quantile normalization (π0.5) amplifies the rest"
-                )
-    return lines
+    return lines + one_valued(stats)
+
+
+def one_valued(stats: Mapping[str, normalize.NormStats]) -> list[str]:
+    """A line for every dimension that moves in so few frames that its percentiles are equal."""
+    return [
+        f"{key}[{dim}] has one value ({q01:g}) in 98 % of the frames, but moves (std {std:.2g}): "
+        "quantile normalization (π0.5) divides the rest by next to nothing; widen its q01 or q99 "
+        f"in {normalize.FILE_NAME} (--data.norm-stats), and train the teacher with that too"
+        for key, found in stats.items()
+        for dim, (std, q01, q99) in enumerate(zip(found.std, *found.span(), strict=True))
+        if std >= TINY > q99 - q01
+    ]
 
 
 def misfits(
