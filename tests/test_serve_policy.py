@@ -140,6 +140,17 @@ def test_a_flag_without_effect_is_told(command, arguments, why):
     assert (status, f"warning: {why}" in said) == (1, True)
 
 
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_the_client_that_is_shown_connects_to_no_wildcard(host, capsys):
+    config = server_config.ServerConfig(host=host, port=9)
+    facts = {"cameras": {}, "state_keys": [], "prompt_key": "task"}
+    facts |= {"action_horizon": 4, "action_dim": 2}
+    chosen = types.SimpleNamespace(metadata=facts, description="a policy", is_guided=False)
+    serve_policy._ready(config.url(9), config, chosen)
+    shown = capsys.readouterr().out
+    assert """WebsocketClientPolicy("<this machine's address>", 9)""" in shown
+
+
 def test_the_key_comes_from_its_file_before_the_variable(monkeypatch, tmp_path):
     monkeypatch.setenv("SHALLOW_PI_API_KEY", "of the variable".replace(" ", "-"))
     (tmp_path / "key").write_text("of-the-file\n")

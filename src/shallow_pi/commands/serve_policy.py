@@ -131,7 +131,8 @@ def _ready(url: str, serving: server_config.ServerConfig, chosen: policy.Policy)
     keys = [*found["cameras"].values(), *found["state_keys"], found["prompt_key"]]
     host, port = url.rsplit(":", 1)
     there = host if serving.tls_cert else host.removeprefix("ws://")
-    there = there.replace("0.0.0.0", "<this machine's address>")
+    for anywhere in ("0.0.0.0", "[::]"):
+        there = there.replace(anywhere, "<this machine's address>")
     alone = "" if serving.is_open else " for this machine alone (--host 0.0.0.0 for others)"
     key = ', api_key="..."' if serving.api_key else ""
     batched = ""

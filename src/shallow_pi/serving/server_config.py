@@ -22,7 +22,7 @@ from shallow_pi import flags
 class Settings:
     """Address, certificate and limits of a server; a command line has them as flags."""
 
-    # Address to listen on; 0.0.0.0 opens the server to the network.
+    # Address to listen on; 0.0.0.0 opens the server to the network (:: to IPv6 networks alone).
     host: str = "127.0.0.1"
     # Port; 0 uses a free one.
     port: int = 8000
