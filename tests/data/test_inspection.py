@@ -122,6 +122,14 @@ def test_recorded_ranges_are_over_all_frames_in_the_robots_own_units(aloha):
     assert row.split()[:4] == ["state[6]", "0.010", "0.505", "1.000"]
 
 
+def test_the_share_of_padding_is_over_all_frames(aloha):
+    source, own = aloha(1.0)
+    padded = [1 - source[i].action_mask.mean() for i in range(len(source))]
+    for few in (1, 7):
+        samples = inspection.draw(sources.Mixture([source, source]), own, few)
+        assert samples.padding == pytest.approx(np.mean(padded))
+
+
 @pytest.mark.parametrize(
     ("opening", "message"),
     [

@@ -95,7 +95,9 @@ class Samples:
     recorded: Mapping[str, Sequence[Extent]] = dataclasses.field(default_factory=dict)
     # Cameras that record depth, which the robot does not use, and how that is known.
     depth: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    # True if the losses leave actions out that lie beyond an episode's end.
+    # Share of the actions beyond an episode's end: of all chunks of recordings, else of the batch.
+    padding: float = 0.0
+    # True if the losses leave these actions out.
     masks_padding: bool = False
 
     @property
@@ -145,8 +147,9 @@ def draw(
         samples.append(source[i])
         if advance is not None:
             advance(1)
-    parts = _recordings(source)
-    return Samples(batches.stack(samples), assets, _recorded(parts), _depth(parts), masks_padding)
+    parts, batch = _recordings(source), batches.stack(samples)
+    padding = _padding(parts) if parts else float(1 - batch.action_mask.mean())
+    return Samples(batch, assets, _recorded(parts), _depth(parts), padding, masks_padding)
 
 
 def _recordings(source: sources.Source) -> list[sources.DatasetSource]:
@@ -175,6 +178,12 @@ def _recorded(parts: Sequence[sources.DatasetSource]) -> dict[str, list[Extent]]
         mean = total / sum(map(len, columns))
         found[key] = list(zip(low.tolist(), mean.tolist(), high.tolist(), strict=True))
     return found
+
+
+def _padding(parts: Sequence[sources.DatasetSource]) -> float:
+    left = np.concatenate([part.dataset.ends - np.arange(len(part)) for part in parts])
+    horizon = parts[0].horizon
+    return float(1 - np.minimum(left, horizon).mean() / horizon)
 
 
 def _depth(parts: Sequence[sources.DatasetSource]) -> dict[str, str]:
@@ -287,7 +296,7 @@ def facts(samples: Samples) -> list[str]:
     lines = [
         f"{len(used)} samples, {f'{told} different instructions' if told > 1 else '1 instruction'}",
         f"prompts take {f'{least} to {most}' if least < most else most} of {budget} tokens",
-        f"{_padding(batch):.0%} of the actions, in chunks of {horizon}, lie beyond an episode's "
+        f"{samples.padding:.0%} of the actions, in chunks of {horizon}, lie beyond an episode's "
         f"end: {counted}",
         f"state has {state} and actions {actions} of the model's {width} dimensions; the rest is 0",
     ]
@@ -330,10 +339,10 @@ def doubtful(samples: Samples, found: list[Range]) -> list[str]:
     is_meant = samples.assets is not None and bool(samples.assets.robot.prompt)
     if number == len(cut) > 1 and not is_meant:
         lines.append(f"all {number} prompts are equal: {first!r}")
-    if (share := _padding(samples.batch)) > PADDING:
+    if samples.padding > PADDING:
         lines.append(
-            f"{share:.0%} of the actions lie beyond an episode's end: episodes are short for "
-            f"chunks of {samples.batch.actions.shape[1]}"
+            f"{samples.padding:.0%} of the actions lie beyond an episode's end: episodes are short "
+            f"for chunks of {samples.batch.actions.shape[1]}"
         )
     if (share := _stands_still(samples).mean()) > STANDING:
         lines.append(
@@ -380,10 +389,6 @@ def _is_flat(image: UInt8[np.ndarray, "h w 3"]) -> bool:
 def _instructions(samples: Samples) -> list[str]:
     """The prompts without the state that π0.5 may have in them."""
     return [text.partition(", State:")[0] for text in prompts(samples)]
-
-
-def _padding(batch: batches.Batch) -> float:
-    return float(1 - batch.action_mask.mean())
 
 
 def _tokenizer(assets: policy_assets.Assets) -> tokenizer.Tokenizer:
