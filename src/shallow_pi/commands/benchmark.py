@@ -64,8 +64,8 @@ class Arguments:
     tune: bool = False
     # Also time each optimization switched off.
     ablate: bool = True
-    # 8-bit schemes to time, and to try with --tune: int8, fp8 (weights and activations), w8, wf8
-    # (weights alone).
+    # 8-bit schemes to time, and to try with --tune: int8, fp8 (weights and activations), w8,
+    # wf8 (weights alone).
     quantize: tuple[quantization.Scheme, ...] = ()
     # Also time `Policy.infer` on a 480 × 640 ALOHA observation, by stage.
     policy: bool = True

@@ -36,14 +36,14 @@ class Loading:
     tokenizer: str = ""
     # Actions in a chunk, which openpi's folders do not store; 0 uses the folder's, or 50.
     action_horizon: int = 0
-    # Tokens of a prompt, which openpi's folders do not store; 0 uses the folder's, or openpi's 48
-    # (π0.5: 200).
+    # Tokens of a prompt, which openpi's folders do not store; 0 uses the folder's, or openpi's
+    # defaults (π0: 48, π0.5: 200).
     max_token_len: int = 0
     # π0.5 only: put the state into the prompt. Not stored in openpi's folders; None uses the
     # folder's value, or True.
     discrete_state_input: bool | None = None
-    # Warn of a state this many spreads outside the training data (one spread: the range from the
-    # 1st to the 99th percentile); 0 never warns.
+    # Warn of a state this many spreads outside the training data (one spread: the range from
+    # the 1st to the 99th percentile); 0 never warns.
     state_warn: float = state_check.WARN
     # Refuse a state this many spreads outside the training data; 0 refuses none.
     state_refuse: float = state_check.REFUSE

@@ -51,8 +51,8 @@ class DataConfig:
     # Folder of the norm_stats.json to use; empty uses the teacher's, or computes it if the
     # teacher has none; "dataset" computes it from the dataset.
     norm_stats: str = ""
-    # Name of the statistics' folder in a checkpoint's assets; openpi's may have a slash
-    # (physical-intelligence/libero).
+    # Name of the statistics' folder in a checkpoint's assets; openpi's may have a
+    # slash (physical-intelligence/libero).
     asset_id: str = "turntable"
     # Threads that prefetch batches; sufficient if decoding dominates.
     num_threads: int = 1
@@ -62,11 +62,12 @@ class DataConfig:
     # Cache of decoded, resized images: none, all samples in memory, or the images on
     # disk, for all processes and later runs.
     cache: Literal["none", "memory", "disk"] = "none"
-    # Folder of the cache on disk; empty is $SHALLOW_PI_CACHE/frames, or else
-    # ~/.cache/shallow_pi/frames.
+    # Folder of the cache on disk; empty is $SHALLOW_PI_CACHE/frames,
+    # or else ~/.cache/shallow_pi/frames.
     cache_dir: str = ""
-    # Maximum size of the cache in GiB. In memory, 0 means 2, and larger data are refused. On disk,
-    # 0 means all but 1 GiB of the free space, and images that do not fit are decoded every time.
+    # Maximum size of the cache in GiB. In memory, 0 means 2, and larger data are refused. On
+    # disk, 0 means all but 1 GiB of the free space, and images that do not fit are decoded every
+    # time.
     cache_gib: float = 0.0
 
     def __post_init__(self) -> None:

@@ -49,20 +49,20 @@ class Losses:
     # Weight of the vision loss: image tokens of the student's tower against the teacher's. By
     # default 1 if --student.vision-depth cuts the tower, else 0.
     vision: float | None = None
-    # Weight of the scorer loss: scores of image tokens against the teacher's attention. By default
-    # 1 if a scorer chooses them (--student.image-token-choice scored), else 0.
+    # Weight of the scorer loss: scores of image tokens against the teacher's attention. By
+    # default 1 if a scorer chooses them (--student.image-token-choice scored), else 0.
     scorer: float | None = None
     # Share of the reflow loss's times that are those of the student's sampler (1 for one step; 1
     # and 1/2 for two). The others are uniform.
     reflow_deployed: float = 0.5
     # Compare attention maps head by head, or averaged over heads.
     attention_heads: Attention = "per_head"
-    # Tokens whose attention is compared: "actions" over the prefix, "all" tokens over the prefix
-    # (the paper reports that it destroys training), or the prompt's "text" over the image tokens
-    # (Align-KD, arXiv 2412.01282). Meant for ablations.
+    # Tokens whose attention is compared: "actions" over the prefix, "all" tokens over the
+    # prefix (the paper reports that it destroys training), or the prompt's "text" over the image
+    # tokens (Align-KD, arXiv 2412.01282). Meant for ablations.
     attention_queries: captures.Queries = "actions"
-    # Student layer whose attention is compared; -1 is the action expert's middle layer, or for
-    # "text" the backbone's first layer.
+    # Student layer whose attention is compared; -1 is the action expert's middle layer, or
+    # for "text" the backbone's first layer.
     attention_layer: int = -1
     # Leave actions past the end of an episode out of the losses. openpi counts them (its chunks
     # repeat the last action there).

@@ -34,8 +34,8 @@ class Settings:
     max_request_mb: int = 64
     # Maximum number of clients; others get status 503.
     max_clients: int = 32
-    # Maximum number of waiting observations; others are refused, and their connections closed with
-    # 1013.
+    # Maximum number of waiting observations; others are refused, and their connections closed
+    # with 1013.
     max_waiting: int = 16
     # Answer up to this many waiting observations at once, for several robots behind one server.
     # Programs for 1, 2, 4, 8 ... are compiled and timed at the start, and the fastest for those

@@ -31,8 +31,8 @@ class TeacherConfig:
     path: str
     # Dtype of its parameters in memory.
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    # Keep its layers in host memory and copy one at a time to the devices. At full size this saves
-    # 4.6 GB of device memory, at the cost of copying the layers in every step.
+    # Keep its layers in host memory and copy one at a time to the devices. At full size this
+    # saves 4.6 GB of device memory, at the cost of copying the layers in every step.
     offload: bool = False
     # Train it first, with --teacher.config, instead of reading --teacher.path.
     train: bool = False
@@ -52,15 +52,15 @@ class StudentConfig:
     backbone_depth: int = 0
     # Layers of the action expert, if different from --student.depth.
     expert_depth: int = 0
-    # Layers of the image tower, evenly spaced; 0 keeps all. A cut tower has a loss on its tokens
-    # (--losses.vision).
+    # Layers of the image tower, evenly spaced; 0 keeps all. A cut tower has a loss on its
+    # tokens (--losses.vision).
     vision_depth: int = 0
     # Image tokens per camera that the backbone reads, such as 128 or 64 of 256; 0 keeps the
     # teacher's.
     image_tokens: int = 0
-    # Choice of --student.image-tokens: "pool" averages neighbouring tokens (2 × 2 for 64),
-    # "scored" keeps those that a scorer expects the teacher's actions to attend to most. openpi
-    # cannot run "scored".
+    # Choice of --student.image-tokens: "pool" averages neighbouring tokens (2 × 2 for
+    # 64), "scored" keeps those that a scorer expects the teacher's actions to attend to most.
+    # openpi cannot run "scored".
     image_token_choice: Literal["pool", "scored"] = "pool"
     # Strategy that chooses layers of the teacher. Four measure the teacher on the first batch:
     # similarity (cosine of input and output) and cka drop the layers that change their input least;
@@ -77,8 +77,8 @@ class StudentConfig:
     layer_seed: int = 0
     # Initial parameters: cut out of the teacher, or random.
     init: Literal["cut", "random"] = "cut"
-    # Integration steps that the student is deployed with, stored in its checkpoints. For fewer than
-    # 10, train with --losses.reflow.
+    # Integration steps that the student is deployed with, stored in its checkpoints. For fewer
+    # than 10, train with --losses.reflow.
     num_steps: int = 10
     # 8-bit format of the matrix products that the student is deployed with, stored in its
     # checkpoints. Training rounds its weights. To round activations too, calibrate the trained
