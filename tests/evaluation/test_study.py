@@ -20,7 +20,7 @@ from shallow_pi.data.robots import assets
 from shallow_pi.deploy import policy as deployed
 from shallow_pi.distill import layer_map, losses, student
 from shallow_pi.distill import spec as specs
-from shallow_pi.evaluation import report, rollout, study
+from shallow_pi.evaluation import late_plans, report, rollout, study
 from shallow_pi.inference import prepare, sampler, tuning
 from shallow_pi.models import pi0
 from shallow_pi.sims import turntable, workers
@@ -484,7 +484,8 @@ def test_reference_policies_can_be_added_to_a_finished_study(studied, monkeypatc
     own, late = evaluated[: len(names)], evaluated[len(names) :]
     assert own == [(name, name in written["success"]) for name in names]
     assert len(late) > 1
-    assert all(done and " late " in label for label, done in late)
+    ways = (", in time", *(f" steps late, {way}" for way in late_plans.EXECUTORS.values()))
+    assert all(done and label.endswith(ways) for label, done in late)
     found = _report(more)["success"]
     assert list(found) == names
     assert {name: found[name] for name in written["success"]} == written["success"]

@@ -74,16 +74,16 @@ def evaluate(
         evaluations = {}
         for policy in PAPER_MS:
             steps = column.steps(policy, suite.control_hz)
-            label = f"{policy} {steps} steps late {column.executor}"
+            way = f"{steps} steps late, {EXECUTORS[column.executor]}"
             evaluations[policy] = rollout.evaluate(
                 suite.make,
                 pair[policy],
                 episodes=episodes,
                 seed=seed,
                 execute_steps=execute_steps,
-                label=label,
+                label=f"{policy}, {way if column.milliseconds else IN_TIME}",
                 batch=batch,
-                path=folder / f"{label.replace(' ', '-')}-{name}.jsonl",
+                path=folder / f"{policy}-{steps}-steps-late-{column.executor}-{name}.jsonl",
                 delay=rollout.Delay(steps, column.executor),
             )
         found.append(dataclasses.replace(column, evaluations=evaluations))

@@ -178,7 +178,8 @@ def _late_table(report: Report) -> list[validation_tables.Table]:
     if not report.late:
         return []
     episodes = len(next(iter(report.late[0].evaluations.values())).episodes)
-    header = [f"success when plans are late ({episodes} episodes)", *late_plans.PAPER_MS]
+    title = f"success when plans are late and the scene moves ({episodes} episodes)"
+    header = [title, *late_plans.PAPER_MS]
     rows = []
     for column in report.late:
         shown = []
@@ -239,11 +240,12 @@ def sentences(report: Report) -> list[str]:
 
 
 def show_table(console: rich.console.Console, table: validation_tables.Table) -> None:
-    """Print one table; its first column holds names."""
+    """Print one table; its first column holds names, which a narrow terminal wraps."""
     header, rows = table
     display = rich.table.Table(box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for index, column in enumerate(header):
-        display.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
+        is_name = index == 0
+        display.add_column(column, justify="left" if is_name else "right", no_wrap=not is_name)
     for cells in rows:
         display.add_row(*cells)
     console.print(display)
