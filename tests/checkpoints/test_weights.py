@@ -163,6 +163,14 @@ def test_a_truncated_checkpoint_is_an_error_that_names_the_folder(tmp_path, brok
         weights.load_params(tmp_path, _abstract(tree))
 
 
+def test_a_checkpoint_of_another_user_is_not_called_damaged(tmp_path):
+    """TensorStore's text, which as root no permission brings about."""
+    denied = 'Error reading "w/.zarray" in OCDBT database at file:///p/: Permission denied'
+    found = weights.damaged(tmp_path, ValueError(denied))
+    assert isinstance(found, PermissionError)
+    assert str(found) == f"{tmp_path} could not be read (Permission denied): make it readable"
+
+
 @pytest.mark.parametrize("kept", [100, None])
 def test_numbers_that_are_cut_short_or_missing_are_an_error_and_not_zeros(tmp_path, kept):
     tree = {"head": {"w": jnp.arange(4000.0)}}
@@ -179,6 +187,14 @@ def test_numbers_that_are_cut_short_or_missing_are_an_error_and_not_zeros(tmp_pa
         ValueError, match=r"\(a file in it is missing or cut short, and with it head/w"
     ):
         weights.load_params(tmp_path, _abstract(tree))
+
+
+def test_a_full_disk_is_an_error_in_a_few_words(tmp_path, small_disk):
+    with (
+        small_disk(2000),
+        pytest.raises(OSError, match=r"params cannot be written \(File too large\)$"),
+    ):
+        weights.save_params(tmp_path / "params", {"w": jax.random.normal(jax.random.key(0), 4000)})
 
 
 def test_an_existing_folder_is_never_overwritten(saved):

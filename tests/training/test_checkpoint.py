@@ -201,12 +201,9 @@ def test_a_damaged_old_step_stops_no_resume(two_steps, tmp_path, order, capsys):
             assert checkpoints.restore(state)[1] == "two"
             whole = all((folder / "1" / part).exists() for part in checkpoint._PARTS)
             assert checkpoints.best == ((1, 0.1) if whole else (2, 0.3))
-    assert f"warning: {folder}/1 is damaged and left alone: it lacks params" in (
+    assert f"warning: {folder}/1 is damaged and left alone (it lacks params" in (
         capsys.readouterr().err
     )
-    with checkpoint.Checkpoints(folder) as checkpoints:
-        checkpoints.save(3, state, None, _nothing)
-    assert [path.name for path in sorted(folder.glob("[0-9]*"))] == ["2", "3"]
 
 
 def test_a_step_is_never_seen_half_deleted(two_steps, tmp_path, monkeypatch):
@@ -238,6 +235,9 @@ def test_a_step_whose_data_cannot_be_read_is_not_the_best(two_steps, tmp_path, c
     (folder / "1" / "data" / "metadata").write_text("{")
     with checkpoint.Checkpoints(folder) as checkpoints:
         assert checkpoints.best == (2, 0.3)
+        checkpoints.save(3, two_steps[1], None, _nothing, error=0.2)
+    # Its parameters may be whole, and the best.
+    assert [path.name for path in sorted(folder.glob("[0-9]*"))] == ["1", "3"]
     assert f"warning: {folder}/1 is damaged and left alone (JSON" in capsys.readouterr().err
 
 
@@ -443,6 +443,23 @@ def test_a_checkpoint_that_is_absent_lists_those_there_are(tmp_path):
         checkpoints.wait()
         with pytest.raises(FileNotFoundError, match=r"no checkpoint 4 \(complete steps: 3\)"):
             checkpoints.restore(_init(), step=4)
+
+
+@pytest.mark.parametrize("lost", ["", "params/manifest.ocdbt", "data/metadata"])
+def test_a_damaged_last_step_names_the_step_before_it(two_steps, tmp_path, lost):
+    source, state = two_steps
+    folder = shutil.copytree(source, tmp_path / "run", symlinks=True)
+    for path in [folder / "2" / lost] if lost else list((folder / "2").iterdir()):
+        (shutil.rmtree if path.is_dir() else type(path).unlink)(path)
+    advice = rf"step 2 is damaged .*move {folder}/2 elsewhere, and --resume goes on from step 1"
+    with (
+        checkpoint.Checkpoints(folder) as checkpoints,
+        pytest.raises(ValueError, match=advice),
+    ):
+        checkpoints.restore(state)
+    shutil.move(folder / "2", tmp_path / "elsewhere")
+    with checkpoint.Checkpoints(folder) as checkpoints:
+        assert checkpoints.restore(state)[1] == "one"
 
 
 def test_a_bad_number_of_checkpoints_is_an_error(tmp_path):

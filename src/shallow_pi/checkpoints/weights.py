@@ -9,6 +9,7 @@ path; each shard goes straight to its device.
 """
 
 import contextlib
+import errno
 import glob
 import hashlib
 import math
@@ -39,7 +40,12 @@ Leaf = Array | jax.ShapeDtypeStruct
 
 
 def save_params(path: str | os.PathLike[str], params: PyTree) -> None:
-    """Write `params` as openpi's `params` folder, under a temporary name until it is complete."""
+    """Write `params` as openpi's `params` folder, under a temporary name until it is complete.
+
+    Raises:
+      FileExistsError: the folder is there.
+      OSError: it cannot be written.
+    """
     folder = _absolute(path)
     run_folder.check_name(folder)
     if folder.exists():
@@ -48,8 +54,11 @@ def save_params(path: str | os.PathLike[str], params: PyTree) -> None:
             "move it away or write to another folder"
         )
     orbax_noise.silence()
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        checkpointer.save(folder, {"params": params})
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            checkpointer.save(folder, {"params": params})
+    except Exception as error:  # Orbax raises whatever TensorStore did, bare Exception included.
+        raise OSError(f"{folder} cannot be written ({run_folder.reason(error)})") from error
     # Orbax's note that the folder is complete names its path on this machine; nobody reads it.
     (folder / "commit_success.txt").unlink(missing_ok=True)
 
@@ -391,6 +400,10 @@ def _hints(want: dict[str, Leaf], have: dict[str, Leaf]) -> list[str]:
     return hints
 
 
+class DamagedError(ValueError):
+    """A checkpoint cannot be read."""
+
+
 def damaged(folder: pathlib.Path, error: Exception) -> Exception:
     """The error to raise for a checkpoint that `error` prevented from being read."""
     if not folder.exists():
@@ -398,6 +411,8 @@ def damaged(folder: pathlib.Path, error: Exception) -> Exception:
     first: BaseException = error
     while first.__cause__ is not None:
         first = first.__cause__
+    if (denied := os.strerror(errno.EACCES)) in str(first):
+        return PermissionError(f"{folder} could not be read ({denied}): make it readable")
     # Orbax's text is a page of TensorStore's settings; its cause names the array.
     if (array := _UNREAD.search(str(first))) is not None:
         name = array[1].removeprefix("params.").replace(".", "/")
@@ -405,10 +420,9 @@ def damaged(folder: pathlib.Path, error: Exception) -> Exception:
     else:
         why = f"{type(first).__name__}: {next(iter(str(first).splitlines()), '')[:300]}"
     advice = fetch.lfs_advice(folder) or (
-        ". If it was copied or downloaded, it is probably truncated: delete it and fetch it again; "
-        "a run continues from its previous step folder"
+        ". If it was copied or downloaded, it is probably truncated: fetch it again"
     )
-    return ValueError(f"{folder} could not be read ({why}){advice}")
+    return DamagedError(f"{folder} could not be read ({why}){advice}")
 
 
 def _absolute(path: str | os.PathLike[str]) -> pathlib.Path:

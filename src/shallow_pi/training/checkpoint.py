@@ -95,6 +95,8 @@ class Checkpoints:
         self._frozen = flax.traverse_util.flatten_dict(frozen or {})
         self._saving: int | None = None
         self._unsettled = False
+        # Complete steps that cannot be read; they are never deleted.
+        self._damaged: set[int] = set()
         orbax_noise.silence()
         with _explained(f"{self.folder} cannot hold checkpoints", self.latest_step):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -204,6 +206,11 @@ class Checkpoints:
 
         Returns:
           The state, bit for bit as saved, and the position in the data.
+
+        Raises:
+          ValueError, FileNotFoundError: it is not there, of another shape, or damaged; names the
+            step before it.
+          PermissionError: a file of it is not readable.
         """
         step = self.latest_step() if step is None else step
         if step is None or not (self.folder / str(step)).is_dir():
@@ -212,6 +219,19 @@ class Checkpoints:
                 f"{self.folder} has no checkpoint {'' if step is None else step} "
                 f"(complete steps: {found}): start without --resume, or name one of these"
             )
+        try:
+            return self._read(abstract, step)
+        except (weights.DamagedError, FileNotFoundError) as error:
+            before = [str(number) for number in run_folder.steps(self.folder) if number < step]
+            again = f"goes on from step {before[-1]}" if before else "starts from the beginning"
+            raise weights.DamagedError(
+                f"{error}\nstep {step} is damaged and left alone: repair it, or move "
+                f"{self.folder / str(step)} elsewhere, and --resume {again}"
+            ) from error
+
+    def _read(
+        self, abstract: distillation.DistillState, step: int
+    ) -> tuple[distillation.DistillState, dict[str, object]]:
         folder = self.folder / str(step)
         params, rest = self._split(abstract)
         expected = {"params": {"params": params}, "train_state": rest}
@@ -258,15 +278,15 @@ class Checkpoints:
         found = []
         for step in run_folder.steps(self.folder):
             folder = self.folder / str(step)
-            if lacks := [name for name in _PARTS if not (folder / name).exists()]:
-                problem = f"it lacks {', '.join(lacks)}"
-                progress.warn(f"{folder} is damaged and left alone: {problem}", tolerated=True)
-                continue
             try:
+                if lacks := [name for name in _PARTS if not (folder / name).exists()]:
+                    raise FileNotFoundError(errno.ENOENT, f"it lacks {', '.join(lacks)}")
                 text = (folder / run_folder.DATA / run_folder.DATA_FILE).read_text(encoding="utf-8")
                 error = json.loads(text)["error"]
             except (OSError, ValueError, TypeError, KeyError) as fault:
-                progress.warn(f"{folder} is damaged and left alone ({fault!r})", tolerated=True)
+                problem = run_folder.reason(fault)
+                progress.warn(f"{folder} is damaged and left alone ({problem})", tolerated=True)
+                self._damaged.add(step)
                 continue
             if error is not None and math.isfinite(error):
                 found.append((error, step))
@@ -286,6 +306,7 @@ class Checkpoints:
             stay = set(steps if self._keep is None else steps[-self._keep :])
             stay |= {step for step in steps if step % (self._keep_period or math.inf) == 0}
             stay |= {step for step in steps if self._best is not None and step == self._best[0]}
+            stay |= self._damaged
             for step in steps:
                 if step not in stay:
                     _delete(self.folder / str(step))
