@@ -17,14 +17,17 @@ def write(path: pathlib.Path, content: str | bytes) -> None:
       content: of the file; text becomes UTF-8.
 
     Raises:
-      OSError: it cannot be written; nothing is left behind.
+      OSError: it cannot be written; names it. Nothing is left behind.
     """
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
         partial.replace(path)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None:
+            # A full disk names no file, a folder that cannot be written the partial one.
+            raise OSError(error.errno, error.strerror, os.fspath(path)) from error
         raise
 
 

@@ -192,6 +192,21 @@ def test_interrupted_evaluation_picks_up_where_it_was(tmp_path):
     assert not policy.keys
 
 
+def test_damaged_lines_are_run_again_and_a_full_disk_names_the_file(tmp_path, small_disk):
+    path = tmp_path / "episodes.jsonl"
+    whole = run(Wanderer(), path=path)
+    lines = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([*lines[3:], b"{}", b"\xff\0", lines[0][:20]]))
+    policy = Wanderer()
+    assert run(policy, path=path) == whole
+    assert len({seed for seed, _ in policy.keys}) == 3
+    with (
+        small_disk(path.stat().st_size + 30),
+        pytest.raises(OSError, match=r"episodes\.jsonl cannot be written \(.*repeat"),
+    ):
+        run(Wanderer(), path=path, seed=500)
+
+
 def test_evaluation_splits_by_task():
     found = run(Wanderer())
     parts = found.by_task()

@@ -160,6 +160,15 @@ def test_episodes_of_what_a_resumed_run_may_change_are_told_apart(tmp_path):
     assert len({study.episodes_name(experiment, task) for task in tasks}) == 3
 
 
+@pytest.mark.parametrize("damaged", ["", "[]", '{"conf', "{}"])
+def test_a_damaged_report_finishes_no_study(tmp_path, capsys, damaged):
+    experiment = _student(tmp_path, "teacher")
+    experiment.folder.mkdir(parents=True)
+    (experiment.folder / run_folder.REPORT_FILE).write_text(damaged)
+    assert not study._is_finished(experiment)
+    assert "report.json is damaged" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

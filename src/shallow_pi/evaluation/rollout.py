@@ -14,7 +14,9 @@ on a robot. The first plan of an episode is waited for.
 import concurrent.futures
 import contextlib
 import dataclasses
+import errno
 import json
+import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TypeVar
@@ -311,11 +313,11 @@ def stored(path: pathlib.Path, label: str, seed: int, episodes: int) -> Evaluati
 
 
 def _read_episodes(path: pathlib.Path | None) -> dict[int, Episode]:
-    """Episodes of an earlier, perhaps interrupted run; a line cut short is left out."""
+    """Episodes of an earlier, perhaps interrupted run; a damaged line is left out."""
     episodes = {}
     if path is not None and path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
+        for line in path.read_bytes().splitlines():
+            with contextlib.suppress(TypeError, ValueError):
                 episode = Episode(**json.loads(line))
                 episodes[episode.seed] = episode
     return episodes
@@ -326,17 +328,22 @@ def _episode_log(path: pathlib.Path | None) -> Iterator[Callable[[Episode], None
     if path is None:
         yield lambda episode: None
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        # A line cut short by an interruption must not swallow the next one.
-        if path.stat().st_size and not path.read_text(encoding="utf-8").endswith("\n"):
-            file.write("\n")
+    with run_folder.writing(path, "repeat the command"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("ab", buffering=0)  # Closing it writes nothing, which could fail again.
+    # A line cut short by an interruption must not swallow the next one.
+    cut_short = path.stat().st_size and not path.read_bytes().endswith(b"\n")
+    start = b"\n" * bool(cut_short)
 
-        def log(episode: Episode) -> None:
-            with run_folder.writing(path, "repeat the command"):
-                file.write(json.dumps(dataclasses.asdict(episode)) + "\n")
-                file.flush()
+    def log(episode: Episode) -> None:
+        nonlocal start
+        line = start + json.dumps(dataclasses.asdict(episode)).encode() + b"\n"
+        with run_folder.writing(path, "repeat the command"):
+            if file.write(line) < len(line):  # As much as the disk had room for.
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        start = b""
 
+    with file:
         yield log
 
 

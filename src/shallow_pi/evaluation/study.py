@@ -181,7 +181,11 @@ def _is_finished(experiment: config.DistillConfig) -> bool:
     path = experiment.folder / run_folder.REPORT_FILE
     if not path.exists():
         return False
-    reported = json.loads(path.read_text(encoding="utf-8"))["config"]
+    try:
+        reported = json.loads(path.read_text(encoding="utf-8"))["config"]
+    except (TypeError, KeyError, ValueError) as error:
+        progress.warn(f"{path} is damaged ({error!r}): it is written anew", tolerated=True)
+        return False
     wanted = json.loads(json.dumps(dataclasses.asdict(experiment)))
     # Set by hand for one command, or by the study itself.
     for values in (reported, wanted):
