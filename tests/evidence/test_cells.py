@@ -1,6 +1,7 @@
 """Lines of results: what is written is read, by whomever and however often it was interrupted."""
 
 import dataclasses
+import os
 
 import pytest
 
@@ -52,6 +53,16 @@ def test_blocks_of_several_files_add_up(tmp_path):
 def test_a_line_cut_short_is_left_out_and_does_not_swallow_the_next(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text(_block([1], 1).to_json()[:-40])
+    cells.append(path, _block([2], 1))
+    assert cells.read(tmp_path).seeds(CELL) == {2}
+
+
+def test_a_disk_with_room_for_a_part_of_a_line_is_an_error(tmp_path, monkeypatch):
+    path, write = tmp_path / "a.jsonl", os.write
+    monkeypatch.setattr(cells.os, "write", lambda file, data: write(file, data[:-9]))
+    with pytest.raises(OSError, match=r"a\.jsonl cannot be written \(No space left"):
+        cells.append(path, _block([1], 1))
+    monkeypatch.undo()
     cells.append(path, _block([2], 1))
     assert cells.read(tmp_path).seeds(CELL) == {2}
 

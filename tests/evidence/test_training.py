@@ -1,6 +1,8 @@
 """Policies that are missing are trained, teachers first, and come out as step folders."""
 
 import dataclasses
+import errno
+import json
 
 import jax
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 
 from shallow_pi.commands import reproduce
 from shallow_pi.deploy import policy
-from shallow_pi.evidence import many, miniature, training
+from shallow_pi.evidence import many, miniature, sources, training
 from shallow_pi.evidence.claims import catalogue, recipes, rows
 from shallow_pi.sims import tabletop
 from shallow_pi.training import command_line
@@ -47,6 +49,26 @@ def test_a_teacher_is_there_once_its_layers_are_measured(own, tiny_params, tmp_p
     training.teach([recipe], own, None, tmp_path)
     _, teacher = training.load_teacher(recipe.slug, tmp_path)
     assert {name: score.tolist() for name, score in teacher.scores.items()} == {"cka": [1, 1]}
+
+
+def test_a_policy_appears_whole_and_replaces_none(own, tiny_params, tmp_path, monkeypatch):
+    recipe, params = recipes.STUDENT, jax.device_get(tiny_params(own.model))
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(own), "save", full)
+        with pytest.raises(OSError, match=rf"{recipe.slug} cannot be written"):
+            training.save(tmp_path, recipe, params, own, {})
+    assert not sources.exists(recipe.slug, tmp_path)
+    training.save(tmp_path, recipe, params, own, {"loss": 1.0})
+    training.save(tmp_path, recipe, params, own, {"loss": 2.0})  # Of another process.
+    kept = json.loads((tmp_path / recipe.slug / training.RECIPE_FILE).read_text())
+    assert kept["metrics"] == {"loss": 1.0}
+    (tmp_path / recipe.slug / training.RECIPE_FILE).unlink()  # As a folder of the user's own.
+    with pytest.raises(FileExistsError, match="never overwritten: move it away"):
+        training.missing([recipe], tmp_path)
 
 
 def test_every_trained_policy_of_a_claim_has_its_recipe_and_a_config_of_its_suite():

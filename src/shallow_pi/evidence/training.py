@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import json
 import pathlib
-import shutil
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -17,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
+from shallow_pi import atomic, progress
 from shallow_pi.checkpoints import run_folder, weights
 from shallow_pi.data.robots import assets as policy_assets
 from shallow_pi.distill import flow, layer_map, layer_scores
@@ -36,8 +36,23 @@ MEASURED = 256
 
 
 def missing(wanted: Sequence[recipes.Recipe], runs: pathlib.Path) -> list[recipes.Recipe]:
-    """The recipes that have no complete folder yet."""
-    return [recipe for recipe in wanted if not (runs / recipe.slug / RECIPE_FILE).is_file()]
+    """The recipes that have no folder yet.
+
+    Raises:
+      FileExistsError: the folder of one has no recipe, so that something else is in it.
+    """
+    found = [recipe for recipe in wanted if not _is_there(runs / recipe.slug)]
+    for recipe in found:
+        if (folder := runs / recipe.slug).exists():
+            raise FileExistsError(
+                f"{folder} has no {RECIPE_FILE}, so it was not trained here, and it is never "
+                "overwritten: move it away to train that policy, or give another --runs"
+            )
+    return found
+
+
+def _is_there(folder: pathlib.Path) -> bool:
+    return (folder / RECIPE_FILE).is_file()
 
 
 def save(
@@ -48,24 +63,24 @@ def save(
     metrics: Mapping[str, float],
     scores: Mapping[str, np.ndarray] | None = None,
 ) -> None:
-    """Write a policy's step folder; the recipe is written last, so that a folder with it is whole.
+    """Write a policy's step folder, which appears whole; one that appeared meanwhile is kept.
 
-    An earlier folder without it is the rest of an interrupted save, and is replaced. `assets` have
-    the policy's model; `scores`, of a teacher, are those of its layers.
+    `assets` have the policy's model; `scores`, of a teacher, are those of its layers.
     """
     folder = runs / recipe.slug
-    if folder.exists() and not (folder / RECIPE_FILE).is_file():
-        shutil.rmtree(folder)
-    weights.save_params(folder / run_folder.PARAMS, params)
+    if _is_there(folder):
+        progress.say(f"{folder} was trained by another process meanwhile, and is kept")
+        return
     own = dataclasses.replace(assets, num_steps=recipe.num_steps)
-    own.save(folder / run_folder.ASSETS)
-    if scores is not None:
-        text = json.dumps({name: list(map(float, score)) for name, score in scores.items()})
-        run_folder.write_text(folder / recipes.SCORES_FILE, text + "\n", run_folder.AGAIN)
-    content = {"recipe": dataclasses.asdict(recipe), "metrics": dict(metrics)}
-    run_folder.write_text(
-        folder / RECIPE_FILE, json.dumps(content, indent=2) + "\n", run_folder.AGAIN
-    )
+    with run_folder.writing(folder, run_folder.AGAIN), atomic.folder(folder) as partial:
+        weights.save_params(partial / run_folder.PARAMS, params)
+        own.save(partial / run_folder.ASSETS)
+        if scores is not None:
+            text = json.dumps({name: list(map(float, score)) for name, score in scores.items()})
+            (partial / recipes.SCORES_FILE).write_text(text + "\n", encoding="utf-8")
+        content = {"recipe": dataclasses.asdict(recipe), "metrics": dict(metrics)}
+        text = json.dumps(content, indent=2) + "\n"
+        (partial / RECIPE_FILE).write_text(text, encoding="utf-8")
 
 
 def rounded(params: PyTree) -> PyTree:
@@ -124,7 +139,7 @@ def load_teacher(slug: str, runs: pathlib.Path) -> tuple[policy_assets.Assets, m
       FileNotFoundError: it is not there.
     """
     folder = runs / slug
-    if not (folder / RECIPE_FILE).is_file():
+    if not _is_there(folder):
         raise FileNotFoundError(f"no teacher {slug} in {runs}: it has to be trained first")
     assets = policy_assets.load(folder)
     expected = pi0.abstract_params(assets.model)

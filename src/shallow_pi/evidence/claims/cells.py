@@ -10,7 +10,9 @@ interrupted cell loses a block at most, and files can be concatenated. All polic
 meet the same seeds.
 """
 
+import contextlib
 import dataclasses
+import errno
 import json
 import os
 import pathlib
@@ -21,6 +23,7 @@ import numpy as np
 from jaxtyping import Float
 
 from shallow_pi import progress
+from shallow_pi.checkpoints import run_folder
 from shallow_pi.evaluation import rollout
 from shallow_pi.sims import simulator
 
@@ -243,13 +246,18 @@ def _blocks(paths: Iterable[pathlib.Path]) -> Iterable[Block]:
 
 
 def append(path: pathlib.Path, block: Block) -> None:
-    """Write a line; other processes may append to the file at the same time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
+    """Write a line; other processes may append to the file at the same time.
+
+    Raises:
+      run_folder.WriteError: the line is not there, or only its beginning.
+    """
+    with run_folder.writing(path, run_folder.AGAIN), contextlib.ExitStack() as opened:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        opened.callback(os.close, file)
         size = os.fstat(file).st_size
         cut_short = size and os.pread(file, 1, size - 1) != b"\n"
         # One write: lines of several processes do not mix.
-        os.write(file, b"\n" * bool(cut_short) + block.to_json().encode() + b"\n")
-    finally:
-        os.close(file)
+        line = b"\n" * bool(cut_short) + block.to_json().encode() + b"\n"
+        if os.write(file, line) < len(line):  # As much as the disk had room for.
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
