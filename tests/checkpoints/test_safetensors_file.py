@@ -262,6 +262,14 @@ def test_heads_that_do_not_fit_are_an_error(tensors, tmp_path):
         weights.stored_params(tmp_path)
 
 
+def test_a_full_disk_is_an_error_in_a_few_words(tmp_path, small_disk):
+    with (
+        small_disk(2000),
+        pytest.raises(OSError, match=r"w\.safetensors cannot be written \(File too large\)$"),
+    ):
+        safetensors_file.save({"w": np.zeros(4000)}, tmp_path / "w.safetensors")
+
+
 def test_an_existing_file_is_never_overwritten(config, params, saved):
     with pytest.raises(FileExistsError, match="never overwritten"):
         _write(saved / "model.safetensors", config, params)

@@ -143,6 +143,21 @@ def test_interrupted_write_leaves_no_dataset(tmp_path) -> None:
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["data", "meta"]
 
 
+@pytest.mark.parametrize("encoding", [None, video_writer.Encoding("h264")])
+@pytest.mark.parametrize("size", [100, 5000, 10_000])
+def test_a_full_disk_leaves_no_dataset(tmp_path, small_disk, size, encoding) -> None:
+    """It is full while images, or else the tables, are written."""
+
+    def write() -> None:
+        with lerobot_writer.Writer(tmp_path / "above/new", 20, encoding=encoding) as writer:
+            _add_episode(writer, 60, 0, "touch")
+
+    with small_disk(size), pytest.raises(OSError, match=r"above/new cannot be written \(File too"):
+        write()
+    assert list(tmp_path.iterdir()) == []
+    write()
+
+
 def test_large_datasets_are_split_into_files(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(lerobot_writer, "DATA_FILE_MB", 0.004)
     with lerobot_writer.Writer(tmp_path / "new", 20) as writer:

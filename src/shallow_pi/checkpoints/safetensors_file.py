@@ -251,6 +251,13 @@ def write(
 def save(
     tensors: dict[str, np.ndarray], path: pathlib.Path, header: Mapping[str, str] | None = None
 ) -> None:
-    """Write contiguous tensors to a file that is readable by all users."""
-    safetensors.numpy.save_file(tensors, path, metadata={"format": "pt", **(header or {})})
+    """Write contiguous tensors to a file that is readable by all users.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    try:
+        safetensors.numpy.save_file(tensors, path, metadata={"format": "pt", **(header or {})})
+    except safetensors.SafetensorError as error:
+        raise OSError(f"{path} cannot be written ({run_folder.reason(error)})") from error
     path.chmod(0o644)  # Newer versions of safetensors make it readable by its owner only.

@@ -83,6 +83,15 @@ def png(image: np.ndarray) -> bytes:
     return data.getvalue()
 
 
+def write(
+    path: pathlib.Path, table: pl.DataFrame, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a parquet file; what polars raises of a full disk is no `OSError`."""
+    data = io.BytesIO()
+    table.write_parquet(data, metadata=None if metadata is None else dict(metadata))
+    path.write_bytes(data.getvalue())
+
+
 def hf_type(feature: Feature, stored: pl.DataType) -> dict[str, object]:
     """A feature as the `datasets` library describes it in parquet metadata.
 

@@ -12,6 +12,7 @@ import json
 import os
 import pathlib
 import shutil
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
@@ -120,9 +121,14 @@ class Writer:
         if kind is None:
             self.finish()
         else:
+            self._abandon(kind, error, trace)
+
+    def _abandon(self, *error: Any) -> None:
+        """Remove what was written, after an error."""
+        with contextlib.suppress(OSError):  # A full disk, again.
             self._close_encoders()
-            shutil.rmtree(self._partial, ignore_errors=True)
-            self._lock.__exit__(kind, error, trace)
+        shutil.rmtree(self._partial, ignore_errors=True)
+        self._lock.__exit__(*error)
 
     def add_episode(
         self,
@@ -306,9 +312,11 @@ class Writer:
             if not i:
                 # Episodes follow each other without a gap, even if their times start late.
                 start = self._encoders[key].end - times[0]
-            self._encoders[key].add(image, start + times[i])
+            with self._writing():
+                self._encoders[key].add(image, start + times[i])
         if self._encoders[key].nbytes >= VIDEO_FILE_MB * 2**20:
-            self._close_encoder(key)
+            with self._writing():
+                self._close_encoder(key)
         return self._place(file, start, times)
 
     def _video(self, key: str, file: int) -> pathlib.Path:
@@ -333,6 +341,24 @@ class Writer:
 
     def finish(self) -> pathlib.Path:
         """Write the remaining data and the meta files, then rename; returns the folder."""
+        try:
+            with self._writing():
+                self._complete()
+        except BaseException:
+            self._abandon(*sys.exc_info())
+            raise
+        if os.path.lexists(self.folder):
+            raise FileExistsError(
+                f"{self.folder} has appeared meanwhile and is not replaced: the new dataset is in "
+                f"{self._partial}, complete"
+            )
+        os.rename(self._partial, self.folder)
+        # Not before: another process would take the files for those of an interrupted run.
+        (self.folder / run_folder.LOCK_FILE).unlink()
+        self._lock.close()
+        return self.folder
+
+    def _complete(self) -> None:
         if not self._episodes:
             raise ValueError(f"no episodes were added to {self.folder}; nothing to finish")
         self._flush()
@@ -361,27 +387,21 @@ class Writer:
             table = table.with_columns(own)
             if is_text:
                 progress.warn(f"{key!r} of the episodes has values of several types: kept as JSON")
-        table.write_parquet(episodes)
+        tables.write(episodes, table)
         tables.write_tasks(meta / "tasks.parquet", self._tasks)
         content = {key: {n: v.tolist() for n, v in value.items()} for key, value in stats.items()}
         (meta / "stats.json").write_text(json.dumps(content, indent=4), encoding="utf-8")
         info = json.dumps(self._info(), indent=4, ensure_ascii=False)
         (meta / "info.json").write_text(info, encoding="utf-8")
-        if os.path.lexists(self.folder):
-            raise FileExistsError(
-                f"{self.folder} has appeared meanwhile and is not replaced: the new dataset is in "
-                f"{self._partial}, complete"
-            )
-        os.rename(self._partial, self.folder)
-        # Not before: another process would take the files for those of an interrupted run.
-        (self.folder / run_folder.LOCK_FILE).unlink()
-        self._lock.close()
-        return self.folder
+
+    def _writing(self) -> contextlib.AbstractContextManager[None]:
+        return run_folder.writing(self.folder, "repeat the command, or choose another folder")
 
     def attach(self, place: pathlib.Path, content: bytes) -> None:
         """Write another file into the dataset."""
-        (self._partial / place).parent.mkdir(parents=True, exist_ok=True)
-        (self._partial / place).write_bytes(content)
+        with self._writing():
+            (self._partial / place).parent.mkdir(parents=True, exist_ok=True)
+            (self._partial / place).write_bytes(content)
 
     def _start(self) -> None:
         """Lock the partial folder, and remove the files of an interrupted run, and nothing else."""
@@ -472,11 +492,12 @@ class Writer:
             return
         chunk, file = divmod(self._file, CHUNK_FILES)
         path = self._partial / _PATHS["data_path"].format(chunk_index=chunk, file_index=file)
-        path.parent.mkdir(parents=True, exist_ok=True)
         table = tables.joined(self._buffer)
         stored = {k: v for k, v in self._features.items() if v["dtype"] != "video"}
         features = {key: tables.hf_type(f, table.schema[key]) for key, f in stored.items()}
         metadata = {"huggingface": json.dumps({"info": {"features": features}})}
-        table.select(list(stored)).write_parquet(path, metadata=metadata)
+        with self._writing():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            tables.write(path, table.select(list(stored)), metadata)
         self._file += 1
         self._buffer, self._buffer_bytes = [], 0

@@ -120,7 +120,8 @@ def export(
     exported = chosen.prepare(student)
     kept = None if chosen.DTYPES else _that_fits(calibrated, student.model, exported.model)
 
-    with atomic.folder(target) as partial:
+    advice = "repeat the command, or give another --output"
+    with run_folder.writing(target, advice), atomic.folder(target) as partial:
         report(f"Writing {format}")
         exported.assets.save(partial / run_folder.ASSETS)
         if kept is not None:
