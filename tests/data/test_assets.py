@@ -146,13 +146,18 @@ def test_statistics_outside_the_folder_are_refused(own, tmp_path):
         lambda content: json.dumps(content | {"model": content["model"] | {"legs": 2}}),
         lambda content: json.dumps(content | {"num_steps": "few"}),
         lambda content: json.dumps(content | {"num_steps": 0}),
+        lambda content: json.dumps(content) + "\udcff",
     ],
-    ids=["cut short", "without model", "with an unknown field", "steps in words", "no steps"],
+    ids=[
+        *("cut short", "without model", "with an unknown field", "steps in words", "no steps"),
+        "no text",
+    ],
 )
 def test_a_damaged_description_is_named(own, tmp_path, damage):
     own.save(tmp_path / "assets")
     path = tmp_path / "assets" / "shallow_pi.json"
-    path.write_text(damage(json.loads(path.read_text())))
+    text = damage(json.loads(path.read_text()))
+    path.write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(ValueError, match=r"shallow_pi\.json is damaged"):
         assets.load(tmp_path)
 

@@ -206,7 +206,7 @@ def _reading(path: pathlib.Path) -> Iterator[dict[str, Any]]:
     """The content of a `shallow_pi.json`; what the block misses there is named as its damage."""
     try:
         yield json.loads(path.read_text(encoding="utf-8"))
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}); export the policy again") from error
 
 
