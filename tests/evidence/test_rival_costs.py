@@ -21,8 +21,9 @@ def test_costs_stand_by_the_rows_that_have_them(tmp_path):
     assert list(rival_costs.lines(CLAIM, tmp_path)) == []
     _write(tmp_path)
     found = rival_costs.read(CLAIM, tmp_path)
-    students = [rows.STUDENT_ROW.label, rows.SENSITIVE_ROW.label]
-    labels = [rows.TEACHER_ROW.label, *students, "MoLE, 6 of 18 layers routed"]
+    students = rows.STUDENT_ROW, rows.SENSITIVE_ROW, rows.BEST_ROW
+    own = [row.label for row in (rows.TEACHER_ROW, *students)]
+    labels = [*own, "MoLE, 6 of 18 layers routed"]
     assert list(found) == labels
     assert set(found) <= {row.label for row in CLAIM.variants}
     assert list(rival_costs.lines(CLAIM, tmp_path))[-1] == f"| {labels[-1]} | 4 | 1.50 | 2.50 |"

@@ -38,7 +38,7 @@ RIVALS = {
 
 def rivals() -> Claim:
     """Beside the students of the other claims."""
-    students = (rows.STUDENT_ROW, rows.SENSITIVE_ROW)
+    students = (rows.STUDENT_ROW, rows.SENSITIVE_ROW, rows.BEST_ROW)
     base = rows.TEACHER_ROW.policies[0]
     found = {label: Variant(label, (f"{base}--{way}",)) for label, way in RIVALS.items()}
     every, success = (rows.TEACHER_ROW, *students, *found.values()), rows.IN_TIME
