@@ -42,7 +42,9 @@ in the demonstrations. *around* is always reported separately.
 - There is one 18-layer teacher (`{teacher}`){untrained}. A row of a table is one training recipe
   under up to {seeds} training seeds. Task, velocity and attention loss have the weights
   {weights} unless a row says otherwise. For attention the toolkit's default is now 1, by what
-  [losses](#losses) shows.
+  [losses](#losses) shows. The *best student* has an attention weight of 1, layers by similarity,
+  {more} demonstrations and {longer} steps; *three losses* is the uniform cut, with {usual}
+  demonstrations and {steps} steps.
 - All policies meet the same {episodes} episodes (seeds from {first}; none is a demonstration), with
   the same noise for the sampler. They execute 10 of 20 planned actions at 20 Hz before the next
   plan, on *around* all 20.
@@ -112,6 +114,10 @@ def _head(folder: pathlib.Path, episodes: int, results: cells.Results) -> list[s
         teacher=rows.TEACHER,
         seeds=len(rows.SEEDS),
         weights=", ".join(f"{rows.THREE[term]:g}" for term in ("task", "velocity", "attention")),
+        more=f"{rows.MORE:,}",
+        longer=f"{rows.LONGER:,}",
+        usual=recipes.STUDENT.demonstrations,
+        steps=f"{recipes.STUDENT.steps:,}",
         episodes=episodes,
         first=f"{cells.EPISODE_SEED:,}",
         held=running.OBSERVATIONS,

@@ -27,6 +27,7 @@ COLORS = {
     "three": plots.COLORS["student"],
     "student": plots.COLORS["student"],
     "layers": plots.COLORS["student"],
+    "best": plots.COLORS["student"],
     "EfficientVLA": plots.COLORS["task_only"],
     "CogVLA": plots.COLORS["random_init"],
     "MoLE": "#e69f00",

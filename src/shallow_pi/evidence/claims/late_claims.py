@@ -26,13 +26,9 @@ def on_the_tabletop() -> Claim:
         "late",
         "Does the faster student win when the world moves?",
         rows.TEACHER_ROW,
-        {
-            "the student": rows.students("student, 6 layers"),
-            "the best student": Variant("best student, 6 layers", rows.BEST_ROW.policies),
-        },
+        {"the student": rows.students("student, 6 layers"), "the best student": rows.BEST_ROW},
         lambda steps, executor: cells.Situation(("moving",), late=steps, executor=executor),
-        f"The best student has {rows.BEST_ROW.label}. The disc turns at 15 or 30°/s, also in the "
-        "demonstrations.",
+        "The disc turns at 15 or 30°/s, also in the demonstrations.",
     )
 
 

@@ -86,7 +86,7 @@ def parity() -> Claim:
                 at_least=-0.01,
             ),
             Statement(
-                f"with {best.label} the student is at most 3 points below",
+                "the best student is at most 3 points below",
                 best.at(success),
                 rows.TEACHER_ROW.at(success),
                 at_least=-0.03,
@@ -283,7 +283,7 @@ def layers() -> Claim:
                         Line(label, ((6.0, row.at(success)),), colour, "")
                         for label, row, colour in (
                             ("six chosen by similarity", chosen["similarity"], "random_init"),
-                            ("and all that helps", rows.BEST_ROW, "teacher"),
+                            ("best student", rows.BEST_ROW, "teacher"),
                         )
                     ),
                 ),
