@@ -16,7 +16,7 @@ from typing import Literal
 
 import av
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 
 _ENCODERS = {"av1": "libsvtav1", "h264": "libx264"}
 
@@ -129,6 +129,18 @@ def _usual_priority() -> Iterator[None]:
         if task.name not in others:
             with contextlib.suppress(ProcessLookupError):  # It has ended.
                 os.sched_setscheduler(int(task.name), policy, parameters)
+
+
+def check_times(where: str, times: Float[np.ndarray, " T"]) -> None:
+    """Raise if the times of an episode's images, seconds, do not rise, as a video's must."""
+    still = np.flatnonzero(np.diff(times) <= 0)
+    if len(still):
+        i = int(still[0])
+        raise ValueError(
+            f"{where}, frame {i + 1}: recorded at {times[i + 1]:.4f} s, the frame before it at "
+            f"{times[i]:.4f} s; in a video times must rise: correct the timestamps, or keep "
+            "single images"
+        )
 
 
 def describe(path: str | os.PathLike[str], fps: float) -> dict[str, object]:

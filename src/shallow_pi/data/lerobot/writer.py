@@ -196,7 +196,7 @@ class Writer:
                     encoded = enumerate(map(tables.png, seen))
                     files[key] = [(data, f"frame-{i:06d}.png") for i, data in encoded]
                 else:
-                    self._check_times(f"{key} of {where}", times)
+                    video_writer.check_times(f"{key} of {where}", times)
                     places[key] = self._encode(key, seen, times)
             if isinstance(value, Film | Files):
                 for image in value.sample:
@@ -287,17 +287,6 @@ class Writer:
             shutil.copyfile(film.path, path)
             self._copied[key, film.path], self._video_files[key] = file, file + 1
         return self._place(self._copied[key, film.path], film.start, times)
-
-    @staticmethod
-    def _check_times(where: str, times: Float[np.ndarray, " T"]) -> None:
-        still = np.flatnonzero(np.diff(times) <= 0)
-        if len(still):
-            i = int(still[0])
-            raise ValueError(
-                f"{where}, frame {i + 1}: recorded at {times[i + 1]:.4f} s, the frame before it at "
-                f"{times[i]:.4f} s; in a video times must rise: correct the timestamps, or keep "
-                "single images"
-            )
 
     def _encode(
         self, key: str, images: Iterator[np.ndarray], times: Float[np.ndarray, " T"]
