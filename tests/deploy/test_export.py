@@ -490,7 +490,9 @@ def test_still_dimensions_are_told_where_their_noise_reaches_the_model(own, tmp_
 
 def test_where_nothing_can_be_written_it_says_so(run, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(OSError, match=r"file/new cannot be written .*give another --output"):
+    with pytest.raises(
+        OSError, match=r"file is a file, expected a folder: .*give another --output"
+    ):
         export.export(run / "2", "openpi", tmp_path / "file" / "new", any_size=True)
 
 
