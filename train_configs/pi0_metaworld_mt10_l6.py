@@ -8,7 +8,6 @@ import dataclasses
 
 import _base
 
-from shallow_pi.distill import losses
 from shallow_pi.models import observation
 from shallow_pi.training import config, optimizer
 
@@ -23,8 +22,6 @@ def get_config() -> config.DistillConfig:
             path=str(_base.ASSETS / "pi0_metaworld_mt10"), config="pi0_metaworld_mt10"
         ),
         student=config.StudentConfig(depth=6),
-        # As measured (docs/benchmarks.md).
-        losses=losses.Losses(attention=0.1),
         augmentation=observation.NO_AUGMENTATION,
         schedule=optimizer.CosineSchedule.over(steps, 1e-3),
         closed_loop=dataclasses.replace(_base.METAWORLD_TASK, demonstrations=300, seed=1),

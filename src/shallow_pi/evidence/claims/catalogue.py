@@ -199,13 +199,11 @@ def _metaworld() -> Claim:
                 )
             ),
             *(
-                Statement(
-                    f"{row.label} beat the task loss alone",
-                    row.at(whole),
-                    alone.at(whole),
-                    at_least=0,
+                Statement(f"{text} the task loss alone", row.at(whole), alone.at(whole), at_least=0)
+                for text, row in (
+                    ("three losses beat", three),
+                    ("with an attention weight of 1 three losses beat", heavier),
                 )
-                for row in (three, heavier)
             ),
         ),
         plots=(
