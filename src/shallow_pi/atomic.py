@@ -1,6 +1,7 @@
-"""Files and folders that appear whole or not at all, for readers, a kill, and a full disk."""
+"""Files, folders and lines that appear whole or not at all, for readers, a kill and a full disk."""
 
 import contextlib
+import errno
 import glob
 import os
 import pathlib
@@ -29,6 +30,25 @@ def write(path: pathlib.Path, content: str | bytes) -> None:
             # A full disk names no file, a folder that cannot be written the partial one.
             raise OSError(error.errno, error.strerror, os.fspath(path)) from error
         raise
+
+
+def append(path: pathlib.Path, line: str) -> None:
+    """Add a line to a file, in one write: lines of several processes do not mix.
+
+    The rest of an interrupted write does not swallow it.
+
+    Raises:
+      OSError: the line is not there, or only its beginning.
+    """
+    file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        size = os.fstat(file).st_size
+        cut_short = size and os.pread(file, 1, size - 1) != b"\n"
+        content = b"\n" * bool(cut_short) + line.encode() + b"\n"
+        if os.write(file, content) < len(content):  # As much as the disk had room for.
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    finally:
+        os.close(file)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ import os
 
 import pytest
 
+from shallow_pi import atomic
 from shallow_pi.evidence.claims import cells
 
 SITUATION = cells.Situation(("touch", "moving"), late=3, executor="late")
@@ -59,7 +60,7 @@ def test_a_line_cut_short_is_left_out_and_does_not_swallow_the_next(tmp_path):
 
 def test_a_disk_with_room_for_a_part_of_a_line_is_an_error(tmp_path, monkeypatch):
     path, write = tmp_path / "a.jsonl", os.write
-    monkeypatch.setattr(cells.os, "write", lambda file, data: write(file, data[:-9]))
+    monkeypatch.setattr(atomic.os, "write", lambda file, data: write(file, data[:-9]))
     with pytest.raises(OSError, match=r"a\.jsonl cannot be written \(No space left"):
         cells.append(path, _block([1], 1))
     monkeypatch.undo()

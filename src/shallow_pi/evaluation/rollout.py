@@ -14,17 +14,15 @@ on a robot. The first plan of an episode is waited for.
 import concurrent.futures
 import contextlib
 import dataclasses
-import errno
 import json
-import os
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar
 
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from shallow_pi import progress
+from shallow_pi import atomic, progress
 from shallow_pi.checkpoints import run_folder
 from shallow_pi.evaluation import intervals, policies
 from shallow_pi.sims import simulator
@@ -222,8 +220,11 @@ def evaluate(
         scenes[id(sim)] = scene(seed)
         return _Slot(sim, seed)
 
+    if path is not None:  # A file that cannot be written is known before the first episode.
+        with run_folder.writing(path, "repeat the command"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.open("ab").close()
     with (
-        _episode_log(path) as log,
         concurrent.futures.ThreadPoolExecutor(threads) as pool,
         progress.bar(f"Evaluate {label}", total=episodes, done=len(finished)) as advance,
     ):
@@ -237,7 +238,8 @@ def evaluate(
             slots = [slot for slot in slots if not slot.sim.done]
             for slot in ended:
                 finished[slot.seed] = slot.episode()
-                log(finished[slot.seed])
+                if path is not None:
+                    _log(path, finished[slot.seed])
                 idle.append(slot.sim)
             if ended:
                 # A count, not a rate: successes end early, so a rate would start too high.
@@ -323,28 +325,9 @@ def _read_episodes(path: pathlib.Path | None) -> dict[int, Episode]:
     return episodes
 
 
-@contextlib.contextmanager
-def _episode_log(path: pathlib.Path | None) -> Iterator[Callable[[Episode], None]]:
-    if path is None:
-        yield lambda episode: None
-        return
+def _log(path: pathlib.Path, episode: Episode) -> None:
     with run_folder.writing(path, "repeat the command"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("ab", buffering=0)  # Closing it writes nothing, which could fail again.
-    # A line cut short by an interruption must not swallow the next one.
-    cut_short = path.stat().st_size and not path.read_bytes().endswith(b"\n")
-    start = b"\n" * bool(cut_short)
-
-    def log(episode: Episode) -> None:
-        nonlocal start
-        line = start + json.dumps(dataclasses.asdict(episode)).encode() + b"\n"
-        with run_folder.writing(path, "repeat the command"):
-            if file.write(line) < len(line):  # As much as the disk had room for.
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        start = b""
-
-    with file:
-        yield log
+        atomic.append(path, json.dumps(dataclasses.asdict(episode)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,11 +10,8 @@ interrupted cell loses a block at most, and files can be concatenated. All polic
 meet the same seeds.
 """
 
-import contextlib
 import dataclasses
-import errno
 import json
-import os
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
@@ -22,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float
 
-from shallow_pi import progress
+from shallow_pi import atomic, progress
 from shallow_pi.checkpoints import run_folder
 from shallow_pi.evaluation import rollout
 from shallow_pi.sims import simulator
@@ -251,13 +248,6 @@ def append(path: pathlib.Path, block: Block) -> None:
     Raises:
       run_folder.WriteError: the line is not there, or only its beginning.
     """
-    with run_folder.writing(path, run_folder.AGAIN), contextlib.ExitStack() as opened:
+    with run_folder.writing(path, run_folder.AGAIN):
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
-        opened.callback(os.close, file)
-        size = os.fstat(file).st_size
-        cut_short = size and os.pread(file, 1, size - 1) != b"\n"
-        # One write: lines of several processes do not mix.
-        line = b"\n" * bool(cut_short) + block.to_json().encode() + b"\n"
-        if os.write(file, line) < len(line):  # As much as the disk had room for.
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        atomic.append(path, block.to_json())
