@@ -25,7 +25,7 @@ import tyro
 from shallow_pi import flags, suggestions
 from shallow_pi.checkpoints import run_folder
 from shallow_pi.commands import exits
-from shallow_pi.data.lerobot import columns, convert, hub, layout, reader, video_writer
+from shallow_pi.data.lerobot import convert, hub, layout, reader, video_writer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,17 +68,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             images = given.images
         else:
             images = video_writer.Encoding(given.images, given.group, given.crf)
-        print(convert.convert(source, given.target, images, cameras))
+        print(convert.convert(source, given.target, images))
 
 
 def _check_cameras(wanted: Sequence[str], meta: layout.Layout) -> None:
-    features = meta.info["features"].items()
-    there = [key for key, feature in features if feature["dtype"] in columns.IMAGES]
     for key in wanted:
-        if key not in there:
+        if key not in meta.cameras:
             raise ValueError(
-                f"--cameras {key}: the cameras of {meta.root} are {', '.join(there) or 'none'}"
-                f"{suggestions.closest(key, there)}"
+                f"--cameras {key}: the cameras of {meta.root} are "
+                f"{', '.join(meta.cameras) or 'none'}{suggestions.closest(key, meta.cameras)}"
             )
 
 

@@ -7,7 +7,7 @@ are always copied, because colour video and 8-bit PNG would lose their values.
 import os
 import pathlib
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
@@ -33,16 +33,14 @@ def convert(
     source: reader.Dataset,
     target: str | os.PathLike[str],
     images: Literal["copy", "png"] | video_writer.Encoding,
-    cameras: Collection[str] | None = None,
 ) -> pathlib.Path:
     """Write the converted dataset, episode by episode.
 
     Args:
-      source: the dataset.
+      source: the dataset; of its cameras those are kept that were asked for.
       target: folder to create; must not exist.
       images: "copy" keeps videos and encoded images unchanged, "png" and an encoding
         re-encode them.
-      cameras: to keep; None keeps all.
 
     Raises:
       FileExistsError: the target exists.
@@ -52,7 +50,7 @@ def convert(
     extras = _extras(source)
     tasks = [source.tasks[number] for number in sorted(source.tasks)]
     _tell_numbers(source, tasks)
-    kept = [camera for camera in source.cameras if cameras is None or camera in cameras]
+    kept = [camera for camera in source.cameras if camera in source.asked]
     if left_out := [camera for camera in source.cameras if camera not in kept]:
         progress.say(f"Cameras: {', '.join(kept)}, without {', '.join(left_out)}")
     copied = {camera for camera in kept if images == "copy" or _depth(source, camera)}

@@ -8,7 +8,7 @@ import itertools
 import os
 import pathlib
 import posixpath
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import numpy as np
 import polars as pl
@@ -45,6 +45,22 @@ def find(
             if (folder / base).is_file():
                 return folder / base
     raise ValueError(f"its file {name!r:.100} is missing, in {folders[-1]} too")
+
+
+def without_column(
+    layout: lerobot_layout.Layout, cameras: Collection[str], episodes: Collection[int]
+) -> dict[str, dict[int, Absent]]:
+    """By camera, the episodes whose data file has no column of it: it may have been added later."""
+    file_of = {episode: layout.data_file(episode) for episode in episodes if cameras}
+    held = {file: files.schema(layout.root / file) for file in set(file_of.values())}
+    return {
+        camera: {
+            n: Absent(0, layout.lengths[n], f"{file} has no such column")
+            for n, file in file_of.items()
+            if camera not in held[file]
+        }
+        for camera in cameras
+    }
 
 
 def absent(

@@ -67,6 +67,12 @@ class Layout:
         """One of VERSIONS."""
         return self.info["codebase_version"]
 
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        """Keys of the images and videos."""
+        features = self.info["features"].items()
+        return tuple(key for key, feature in features if feature["dtype"] in columns.IMAGES)
+
     def data_file(self, episode: int) -> str:
         """The parquet file of an episode, relative to the dataset."""
         return self.moved.get(episode) or self._path("data_path", episode, "data")

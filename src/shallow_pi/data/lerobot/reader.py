@@ -72,9 +72,7 @@ class Dataset:
         self.info = self.layout.info
         self.features: Mapping[str, columns.Feature] = self.info["features"]
         self.fps = float(self.info["fps"])
-        self.cameras = tuple(
-            key for key, feature in self.features.items() if feature["dtype"] in columns.IMAGES
-        )
+        self.cameras = self.layout.cameras
         self.tasks = self.layout.tasks
         # Texts by the column that numbers them.
         self._texts: dict[str, Mapping[int, str]] = {}
@@ -273,9 +271,11 @@ class Dataset:
             said = f"{_name(same)} of dataset {self.path}: {self._short(error)}{advice}"
             raise type(error)(said) from error
         self._join(parts)
-        self._check_forms()
+        stored = [camera for camera in self._asked or () if not self._images.is_video(camera)]
+        absent = image_files.without_column(self.layout, stored, self.episodes)
+        self._check_forms(absent)
         self._check_videos(parts, skip)
-        self._check_files(parts, skip)
+        self._check_files(parts, absent, skip)
         if skip:
             self._skip_unreadable(parts)
 
@@ -303,7 +303,7 @@ class Dataset:
             )
         return data_files.read(self.layout, sorted(moved), keys)
 
-    def _check_forms(self) -> None:
+    def _check_forms(self, absent: Mapping[str, Collection[int]]) -> None:
         """Raise if a requested camera is stored in another form than info.json declares."""
         file = self.layout.data_file(self.episodes[0])
         for camera in self._asked or ():
@@ -312,7 +312,7 @@ class Dataset:
                     continue
                 there, form = f"its images are in {file}", "image"
             else:
-                if len(self._without_column(camera)) < self.num_episodes:
+                if len(absent[camera]) < self.num_episodes:
                     continue
                 there, form = f"{file} has no such column", "video"
                 if not self.layout.has_videos(camera):
@@ -350,13 +350,18 @@ class Dataset:
         self.skipped |= {episode: found.problem for episode, found in problems.items()}
         self._join({e: part for e, part in parts.items() if e not in problems})
 
-    def _check_files(self, parts: Mapping[int, data_files.Episode], skip: bool) -> None:
+    def _check_files(
+        self,
+        parts: Mapping[int, data_files.Episode],
+        absent: Mapping[str, Mapping[int, image_files.Absent]],
+        skip: bool,
+    ) -> None:
         """Raise for, or leave out, episodes without images of a camera that others have."""
         rows = {episode: parts[episode].rows for episode in self.episodes}
         for camera in self._asked or ():
             if self._images.is_video(camera):
                 continue
-            lacking = self._without_column(camera)
+            lacking = {n: found for n, found in absent[camera].items() if n in rows}
             having = {n: own for n, own in rows.items() if n not in lacking}
             if having and self._images.is_beside(camera, min(having)):
                 lacking |= image_files.absent(self.layout, camera, having)
@@ -374,16 +379,6 @@ class Dataset:
         if self.skipped.keys() & rows.keys():
             self._join({n: parts[n] for n in rows if n not in self.skipped})
 
-    def _without_column(self, camera: str) -> dict[int, image_files.Absent]:
-        """Episodes whose data file has no column of a camera, which may have been added later."""
-        file_of = {episode: self.layout.data_file(episode) for episode in self.episodes}
-        held = {file: camera in files.schema(self.path / file) for file in set(file_of.values())}
-        return {
-            n: image_files.Absent(0, self.layout.lengths[n], f"{file} has no such column")
-            for n, file in file_of.items()
-            if not held[file]
-        }
-
     def _wanted(self, skip: bool) -> tuple[str, ...]:
         """Columns to read immediately: all of them if bad episodes are to be skipped."""
         keys = self._needed
@@ -392,10 +387,14 @@ class Dataset:
         return tuple(dict.fromkeys([*keys, "timestamp"] if self._timed else keys))
 
     @property
+    def asked(self) -> tuple[str, ...]:
+        """The cameras that were asked for; all, if nobody said which."""
+        return self.cameras if self._asked is None else self._asked
+
+    @property
     def _timed(self) -> list[str]:
         """The requested cameras that are stored as video."""
-        looked_at = self.cameras if self._asked is None else self._asked
-        return [camera for camera in looked_at if self._images.is_video(camera)]
+        return [camera for camera in self.asked if self._images.is_video(camera)]
 
     def _join(self, parts: Mapping[int, data_files.Episode]) -> None:
         if not parts:
